@@ -1,0 +1,125 @@
+"""(problem, stage, config) -> readable source of one kernel. The only user of jinja2."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import jinja2
+
+from gdn2gen.config import Config, why_invalid
+from gdn2gen.errors import ConfigError, TemplateError
+from gdn2gen.paths import templates_dir
+from gdn2gen.problem import Problem
+from gdn2gen.stages import STAGES, Stage
+
+LANGUAGES = ("triton",)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Source of one stage, and the digest of the template files it came from."""
+
+    stage: str
+    source: str
+    digest: str
+
+    @property
+    def module_name(self) -> str:
+        content = hashlib.sha256(self.source.encode()).hexdigest()[:12]
+        return f"gdn2_{self.stage}_{content}"
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_dir()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def template_name(stage: Stage, language: str = "triton") -> str:
+    return f"{language}/{stage.template}.py.jinja"
+
+
+@cache
+def template_digest(stage_name: str, language: str = "triton") -> str:
+    """Digest of the stage's template and of every shared piece of its language."""
+    stage = STAGES[stage_name]
+    folder = templates_dir() / language
+    files = [templates_dir() / template_name(stage, language), *sorted(folder.glob("_*.jinja"))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
+    """Everything that a template may refer to."""
+    levels = []
+    size = config.size("BT")
+    while size > 1:
+        levels.append(size)
+        size //= 2
+    return {
+        "problem": problem,
+        "stage": stage,
+        "config": config,
+        "operands": [x.name for x in stage.operands(problem)],
+        "levels": levels,
+        "operand_dtype": _operand_dtype(problem),
+        "io_dtype": _TRITON_DTYPE[problem.dtype],
+        "precision": "tf32x3" if problem.dtype == "fp32" else "tf32",
+        "digest": template_digest(stage.name),
+        "regenerate": _regenerate_command(problem, stage, config),
+    }
+
+
+def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
+    """Render one stage. The same arguments give the same bytes."""
+    stage = STAGES[stage_name]
+    if config.stage != stage_name:
+        raise ConfigError(f"config is of stage {config.stage!r}, but {stage_name!r} is rendered")
+    reason = why_invalid(config, problem)
+    if reason is not None:
+        raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
+    name = template_name(stage)
+    try:
+        text = _environment().get_template(name).render(context(problem, stage, config))
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"{name}: {error}") from error
+    source = re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
+    try:
+        compile(source, name, "exec")
+    except SyntaxError as error:
+        raise TemplateError(
+            f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
+        ) from error
+    return Rendered(stage_name, source, template_digest(stage_name))
+
+
+_TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+
+
+def _operand_dtype(problem: Problem) -> str:
+    """dtype of the operands of the score products.
+
+    With l2norm in the kernel |q|, |k| <= 1 and every decay factor is <= 1, so fp16 cannot overflow
+    and carries 3 more bits than bf16.
+    """
+    if problem.dtype == "bf16" and problem.l2norm:
+        return "tl.float16"
+    return _TRITON_DTYPE[problem.dtype]
+
+
+def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
+    flags = " ".join(f"{name}={value}" for name, value in config.knobs)
+    return (
+        f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V} "
+        f"--dtype {problem.dtype} --stage {stage.name} --config '{flags}'"
+    )

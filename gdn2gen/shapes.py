@@ -1,0 +1,56 @@
+"""The named shapes that tuning and benchmarks speak of, and their parser."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from gdn2gen.errors import InputError
+from gdn2gen.problem import Regime
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T tokens and H heads; with `cu_seqlens`, one packed batch (B = 1)."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    cu_seqlens: tuple[int, ...] | None = None
+
+    @property
+    def regime(self) -> Regime:
+        sequences = self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return Regime(tokens=self.B * self.T, sequences=sequences, heads=self.H)
+
+
+SHAPES: Final = {
+    shape.name: shape
+    for shape in (
+        Shape("train4k", 4, 4096, 16),
+        Shape("train2k", 8, 2048, 16),
+        Shape("long16k", 1, 16384, 16),
+        Shape("long32k", 1, 32768, 16),
+        Shape("wide8k", 1, 8192, 64),
+        Shape("few8k", 1, 8192, 8),
+        Shape("varlen8k", 1, 8192, 64, (0, 1300, 1847, 3895, 4858, 5129, 8192)),
+    )
+}
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Parse a comma-separated list of names (`train4k`) and sizes (`BxTxH`, as in 4x4096x16)."""
+    return [_parse_shape(word.strip()) for word in text.split(",") if word.strip()]
+
+
+def _parse_shape(word: str) -> Shape:
+    if word in SHAPES:
+        return SHAPES[word]
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word)
+    if match is None or 0 in map(int, match.groups()):
+        raise InputError(
+            f"unknown shape {word!r}; give one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
+        )
+    return Shape(word, *map(int, match.groups()))

@@ -1,0 +1,259 @@
+"""Stage: a kernel's contract. Plan: the chain of stages that solves a problem, forward and back.
+
+Symbols in `dims` (the same as in the templates' glossaries):
+
+    B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
+    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
+    K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+
+Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from gdn2gen.errors import DispatchError
+from gdn2gen.problem import Problem
+
+DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor of a stage: name in the kernel, dims by symbol, dtype or its role.
+
+    dtype `io` is the problem's dtype, `gate` the dtype of g, `fp32` and `int32` themselves.
+    `when` names the condition under which the kernel has this argument (see `has_operand`).
+    """
+
+    name: str
+    dims: str
+    dtype: str = "io"
+    when: str = "always"
+
+    def dtype_in(self, problem: Problem) -> str:
+        return {"io": problem.dtype, "gate": problem.gate_dtype}.get(self.dtype, self.dtype)
+
+    def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
+        """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
+        elements = prod(sizes[symbol] for symbol in self.dims.split())
+        return elements * DTYPE_BYTES[self.dtype_in(problem)]
+
+
+def has_operand(operand: Operand, problem: Problem) -> bool:
+    """Whether the kernels of `problem` take this operand."""
+    conditions = {
+        "always": True,
+        "l2norm": problem.l2norm,
+        "gate": problem.gate != "none",
+        "A_log": problem.has_A_log,
+        "dt_bias": problem.has_dt_bias,
+        "varlen": problem.varlen,
+        "initial_state": problem.initial_state,
+        "final_state": problem.final_state,
+    }
+    return conditions[operand.when]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kernel's contract: what it reads, what it writes, and which template it comes from."""
+
+    name: str
+    template: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    scalars: tuple[str, ...]
+
+    def operands(self, problem: Problem) -> list[Operand]:
+        """Inputs, then outputs, in the order of the kernel's arguments."""
+        return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
+
+    def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
+        """Least bytes to move: every operand read or written once."""
+        return sum(x.nbytes(problem, sizes) for x in self.operands(problem))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chain of stages, forward and backward, and what the forward keeps for the backward."""
+
+    name: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+    saves: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage once, in order of first use."""
+        return tuple(dict.fromkeys((*self.forward, *self.backward)))
+
+
+_VARLEN = (Operand("chunk_table", "NT 2", "int32", "varlen"),)
+_SEQUENCES = (
+    Operand("cu_seqlens", "N+1", "int32", "varlen"),
+    Operand("chunk_offsets", "N+1", "int32", "varlen"),
+)
+_QKGB = (
+    Operand("q", "B T H K"),
+    Operand("k", "B T H K"),
+    Operand("g", "B T HG K", "gate"),
+    Operand("b", "B T HG K"),
+)
+_GATE = (
+    Operand("A_log", "HG", "fp32", "A_log"),
+    Operand("dt_bias", "HG K", "fp32", "dt_bias"),
+)
+_VW = (Operand("v", "B T HV V"), Operand("w", "B T HV V"))
+_RSTD = (
+    Operand("q_rstd", "B T HV", "fp32", "l2norm"),
+    Operand("k_rstd", "B T HV", "fp32", "l2norm"),
+)
+_SCORES = (Operand("A", "NT HV BT BT"), Operand("Aqk", "NT HV BT BT"))
+_FACTORS = (
+    Operand("Qg", "NT HV BT K"),
+    Operand("Ktail", "NT HV BT K"),
+    Operand("Y", "NT HV BT K"),
+    Operand("U", "NT HV BT V"),
+    Operand("gamma_C", "NT HV K", "fp32"),
+)
+_H = Operand("h", "NT HV V K")
+_R = Operand("R", "NT HV BT V")
+_INITIAL = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
+_CHUNKED = ("T", "H", "HV", "HG")
+
+STAGES: Final = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "prepare",
+            "prepare",
+            (*_QKGB, *_VW, *_GATE, *_VARLEN),
+            (*_RSTD, *_SCORES, *_FACTORS),
+            ("scale", "lower_bound", *_CHUNKED),
+        ),
+        Stage(
+            "reprepare",
+            "prepare",
+            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, _SCORES[0]),
+            _FACTORS,
+            ("scale", "lower_bound", *_CHUNKED),
+        ),
+        Stage(
+            "scan",
+            "scan",
+            (*_FACTORS, _SCORES[1], *_INITIAL, *_SEQUENCES),
+            (
+                Operand("o", "B T HV V"),
+                Operand("final_state", "N HV K V", "fp32", "final_state"),
+            ),
+            ("T", "HV"),
+        ),
+        Stage(
+            "rescan",
+            "scan",
+            (*_FACTORS[1:], *_INITIAL, *_SEQUENCES),
+            (_H, _R),
+            ("T", "HV"),
+        ),
+        Stage(
+            "reverse_scan",
+            "reverse_scan",
+            (
+                *_FACTORS[:3],
+                _FACTORS[4],
+                _SCORES[1],
+                Operand("do", "B T HV V"),
+                Operand("dht", "N HV K V", "fp32", "final_state"),
+                *_SEQUENCES,
+            ),
+            (
+                Operand("dh", "NT HV V K"),
+                Operand("dR", "NT HV BT V"),
+                Operand("dh0", "N HV K V", "fp32", "initial_state"),
+            ),
+            ("T", "HV"),
+        ),
+        Stage(
+            "grad_value",
+            "grad_value",
+            (
+                *_VW,
+                _SCORES[0],
+                _R,
+                Operand("dR", "NT HV BT V"),
+                Operand("do", "B T HV V"),
+                Operand("o", "B T HV V", when="l2norm"),
+                *_VARLEN,
+            ),
+            (
+                Operand("dX", "NT HV BT V"),
+                Operand("dT", "NT HV BT BT"),
+                Operand("dAqk", "NT HV BT BT"),
+                Operand("dv", "B T HV V"),
+                Operand("dw", "B T HV V"),
+                Operand("q_dot", "B T HV", "fp32", "l2norm"),
+                Operand("k_dot", "B T HV", "fp32", "l2norm"),
+            ),
+            ("T", "HV"),
+        ),
+        Stage(
+            "grad_key",
+            "grad_key",
+            (
+                *_QKGB,
+                *_GATE,
+                *_RSTD,
+                _H,
+                _R,
+                Operand("dh", "NT HV V K"),
+                Operand("dX", "NT HV BT V"),
+                Operand("dT", "NT HV BT BT"),
+                Operand("dAqk", "NT HV BT BT"),
+                Operand("do", "B T HV V"),
+                Operand("q_dot", "B T HV", "fp32", "l2norm"),
+                Operand("k_dot", "B T HV", "fp32", "l2norm"),
+                *_VARLEN,
+            ),
+            (
+                Operand("dq", "B T HV K"),
+                Operand("dk", "B T HV K"),
+                Operand("dg", "B T HV K", "gate"),
+                Operand("db", "B T HV K"),
+                Operand("dA_log", "NT HV K", "fp32", "A_log"),
+                Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
+            ),
+            ("scale", "lower_bound", *_CHUNKED),
+        ),
+    )
+}
+
+_GRADIENTS = ("reverse_scan", "grad_value", "grad_key")
+PLANS: Final = {
+    plan.name: plan
+    for plan in (
+        # 256 bytes per token and head kept at 16 bits and BT = 64: the triangular work is not redone.
+        Plan(
+            "lean",
+            ("prepare", "scan"),
+            ("reprepare", "rescan", *_GRADIENTS),
+            ("A", "Aqk"),
+        ),
+        # 1024 bytes more: the factors stay, and only the scan is redone.
+        Plan(
+            "fast",
+            ("prepare", "scan"),
+            ("rescan", *_GRADIENTS),
+            ("A", "Aqk", "Qg", "Ktail", "Y", "U", "gamma_C"),
+        ),
+    )
+}
+
+
+def plan_named(name: str) -> Plan:
+    if name not in PLANS:
+        raise DispatchError(f"unknown plan {name!r}; known: {', '.join(PLANS)}")
+    return PLANS[name]
