@@ -9,6 +9,7 @@ from functools import cache
 
 import jinja2
 
+from gdn2gen import knobs
 from gdn2gen.config import Config, why_invalid
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
@@ -74,7 +75,9 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "levels": levels,
         "operand_dtype": _operand_dtype(problem),
         "io_dtype": _TRITON_DTYPE[problem.dtype],
+        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precision": "tf32x3" if problem.dtype == "fp32" else "tf32",
+        "solve": _solve_precision(config),
         "digest": template_digest(stage.name),
         "regenerate": _regenerate_command(problem, stage, config),
     }
@@ -115,6 +118,12 @@ def _operand_dtype(problem: Problem) -> str:
     if problem.dtype == "bf16" and problem.l2norm:
         return "tl.float16"
     return _TRITON_DTYPE[problem.dtype]
+
+
+def _solve_precision(config: Config) -> str:
+    solve = str(config.get("solve", "ieee"))
+    # Triton's interpreter multiplies exactly, and knows no bf16x3
+    return "ieee" if solve == "bf16x3" and knobs.interpreted() else solve
 
 
 def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:

@@ -120,6 +120,7 @@ _FACTORS = (
     Operand("U", "NT HV BT V"),
     Operand("gamma_C", "NT HV K", "fp32"),
 )
+_G = Operand("G", "NT HV BT K", "fp32")
 _H = Operand("h", "NT HV V K")
 _R = Operand("R", "NT HV BT V")
 _INITIAL = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
@@ -132,14 +133,14 @@ STAGES: Final = {
             "prepare",
             "prepare",
             (*_QKGB, *_VW, *_GATE, *_VARLEN),
-            (*_RSTD, *_SCORES, *_FACTORS),
+            (*_RSTD, _G, *_SCORES, *_FACTORS),
             ("scale", "lower_bound", *_CHUNKED),
         ),
         Stage(
             "reprepare",
             "prepare",
             (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, _SCORES[0]),
-            _FACTORS,
+            (_G, *_FACTORS),
             ("scale", "lower_bound", *_CHUNKED),
         ),
         Stage(
@@ -207,6 +208,7 @@ STAGES: Final = {
                 *_QKGB,
                 *_GATE,
                 *_RSTD,
+                _G,
                 _H,
                 _R,
                 Operand("dh", "NT HV V K"),
@@ -247,7 +249,7 @@ PLANS: Final = {
             "fast",
             ("prepare", "scan"),
             ("rescan", *_GRADIENTS),
-            ("A", "Aqk", "Qg", "Ktail", "Y", "U", "gamma_C"),
+            ("A", "Aqk", "G", "Qg", "Ktail", "Y", "U", "gamma_C"),
         ),
     )
 }

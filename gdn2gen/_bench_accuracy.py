@@ -1,0 +1,160 @@
+"""Errors of outputs and gradients against the fp64 reference, for the benchmark and the gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+
+OpFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+DIFFERENTIABLE: Final = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
+ERROR_NAMES: Final = ("o", "final_state", *(f"d{name}" for name in DIFFERENTIABLE))
+TORCH_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A bound on the decay per token, for problems with the sigmoid gate: FLA's own default.
+LOWER_BOUND: Final = -5.0
+
+
+def inputs_of(
+    problem: Problem, shape: Shape, regime: str, seed: int, device: str
+) -> dict[str, Tensor]:
+    """Inputs of one call of `problem`: q, k, v, g, b, w and what its flags ask for.
+
+    With a gate in the kernel `g` is a pre-activation, for which regimes mean little; it is then
+    normal, and A_log and dt_bias span the ranges of a freshly initialised layer.
+    """
+    from gdn2gen.inputs import make_inputs
+
+    inputs = make_inputs(
+        shape.B,
+        shape.T,
+        shape.H,
+        problem.K,
+        problem.V,
+        dtype=TORCH_DTYPES[problem.dtype],
+        gate_dtype=TORCH_DTYPES[problem.gate_dtype],
+        device=device,
+        regime=regime,
+        seed=seed,
+        cu_seqlens=shape.cu_seqlens,
+        initial_state=problem.initial_state,
+    )
+    if problem.initial_state and problem.state_v_first:
+        inputs["initial_state"] = inputs["initial_state"].mT.contiguous()
+    if problem.gate != "none":
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        inputs["g"] = torch.empty_like(inputs["g"]).normal_(generator=generator)
+        heads = inputs["g"].shape[2]
+        if problem.has_A_log:
+            decay = torch.empty(heads, device=device).uniform_(1, 16, generator=generator)
+            inputs["A_log"] = decay.log()
+        if problem.has_dt_bias:
+            bias = torch.empty(heads * problem.K, device=device)
+            inputs["dt_bias"] = bias.uniform_(-7, -2, generator=generator)
+    return inputs
+
+
+def op_flags(problem: Problem) -> dict[str, Any]:
+    """The keywords that make the public op run `problem`."""
+    return {
+        "use_qk_l2norm_in_kernel": problem.l2norm,
+        "use_gate_in_kernel": problem.gate != "none",
+        "lower_bound": LOWER_BOUND if problem.gate == "sigmoid" else None,
+        "state_v_first": problem.state_v_first,
+    }
+
+
+def output_gradients(problem: Problem, shape: Shape, seed: int, device: str) -> dict[str, Tensor]:
+    """Random dO, and a random gradient of the final state where the problem has one."""
+    generator = torch.Generator(device).manual_seed(seed + 2)
+    size = (shape.B, shape.T, shape.H, problem.V)
+    do = torch.empty(size, device=device).normal_(generator=generator)
+    gradients = {"o": do.to(TORCH_DTYPES[problem.dtype])}
+    if problem.final_state:
+        state = (shape.regime.sequences, shape.H, problem.K, problem.V)
+        if problem.state_v_first:
+            state = (*state[:2], problem.V, problem.K)
+        gradients["final_state"] = torch.empty(state, device=device).normal_(generator=generator)
+    return gradients
+
+
+def run_op(
+    function: OpFunction,
+    problem: Problem,
+    inputs: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """One forward and backward of an op with the public signature: o, final_state, d<input>."""
+    leaves = _leaves(inputs)
+    o, state = function(
+        **leaves, **op_flags(problem), output_final_state=problem.final_state
+    )
+    return _results(o, state, leaves, gradients)
+
+
+def run_reference(
+    problem: Problem, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same as `run_op`, from the chunk form of the reference in fp64."""
+    from gdn2gen import reference
+
+    leaves = _leaves({name: _double(x) for name, x in inputs.items()})
+    o, state = reference.chunk_gdn2(**leaves, **op_flags(problem), compute_dtype=torch.float64)
+    if not problem.final_state:
+        state = None
+    return _results(o, state, leaves, {name: _double(x) for name, x in gradients.items()})
+
+
+def relative_errors(
+    results: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """norm(result - expected) / norm(expected) of each tensor; inf where a value is not finite.
+
+    Where the expected tensor is zero throughout, the norm of the result itself.
+    """
+    errors = {}
+    for name, exact in expected.items():
+        if name not in results:
+            errors[name] = math.inf
+            continue
+        norm = exact.double().norm().item()
+        difference = (results[name].double() - exact.double()).norm().item()
+        error = difference / norm if norm > 0 else difference
+        errors[name] = error if math.isfinite(error) else math.inf
+    return errors
+
+
+def _leaves(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: x.detach().requires_grad_() if name in DIFFERENTIABLE else x
+        for name, x in inputs.items()
+    }
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _results(
+    o: Tensor,
+    state: Tensor | None,
+    leaves: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    results = {"o": o.detach()}
+    outputs, seeds = [o], [gradients["o"].to(o.dtype)]
+    if state is not None:
+        results["final_state"] = state.detach()
+        if "final_state" in gradients:
+            outputs.append(state)
+            seeds.append(gradients["final_state"].to(state.dtype))
+    names = [name for name in DIFFERENTIABLE if name in leaves]
+    found = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
+    results.update({f"d{name}": x for name, x in zip(names, found, strict=True)})
+    return results

@@ -1,0 +1,184 @@
+"""What a benchmark run leaves behind: a table on the terminal, and a file of results per GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gdn2gen._bench_rows import Errors, Row, Side
+from gdn2gen.errors import StoreError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+RESULTS_SCHEMA: Final = 1
+
+
+def rows_table(rows: Sequence[Row]) -> RenderableType:
+    """The rows as rich tables: times and memory, then errors, then stages where measured."""
+    from rich.console import Group
+
+    parts: list[RenderableType] = [_times_table(rows), _errors_table(rows)]
+    parts += [_stages_table(row) for row in rows if row.stages]
+    return Group(*parts)
+
+
+def rows_document(rows: Sequence[Row], *, command: str | None = None) -> dict[str, Any]:
+    """The rows with the GPU, the versions, the date (UTC) and the command, ready for JSON."""
+    from gdn2gen.device import present_device, toolchain
+
+    stamp = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": dict(toolchain()),
+        "command": command or " ".join(["gdn2gen", *sys.argv[1:]]),
+    }
+    return {
+        "schema": RESULTS_SCHEMA,
+        "gpu": present_device().name,
+        "rows": [_row_document(row) | stamp for row in rows],
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a file of results. Raises StoreError if it is no such file."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as results: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != RESULTS_SCHEMA:
+        raise StoreError(
+            f"{path} is not a file of results of schema {RESULTS_SCHEMA}; move it away and "
+            "run the benchmark again"
+        )
+    return document
+
+
+def save_results(path: Path, rows: Sequence[Row], *, command: str | None = None) -> None:
+    """Merge the rows into the file at `path`: same shape and problem replaces, others stay.
+
+    The file is replaced atomically. Raises StoreError if the file there is not ours, or is of
+    another GPU.
+    """
+    document = rows_document(rows, command=command)
+    if path.exists():
+        old = read_results(path)
+        if old["gpu"] != document["gpu"]:
+            raise StoreError(
+                f"{path} holds results of {old['gpu']!r}, these are of {document['gpu']!r}; "
+                "give another file"
+            )
+        fresh = {_identity(row) for row in document["rows"]}
+        document["rows"] += [row for row in old["rows"] if _identity(row) not in fresh]
+    document["rows"].sort(key=_identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    return json.dumps([row["shape"]["name"], row["problem"]], sort_keys=True)
+
+
+def _replace_atomically(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _row_document(row: Row) -> dict[str, Any]:
+    stages = [asdict(stage) | {"gbps": round(stage.gbps, 1)} for stage in row.stages]
+    return {
+        "shape": asdict(row.shape),
+        "problem": asdict(row.problem),
+        "recipe": row.recipe,
+        "ours": asdict(row.ours),
+        "fla": None if row.fla is None else asdict(row.fla),
+        "ratio_to_fla": row.ratio_to_fla,
+        "floor_ms": [row.floor_forward_ms, row.floor_forward_backward_ms],
+        "ratio_to_floor": row.ratio_to_floor,
+        "stages": stages,
+    }
+
+
+def _times_table(rows: Sequence[Row]) -> RenderableType:
+    from rich.table import Table
+
+    vs_fla = any(row.fla is not None for row in rows)
+    table = Table(title="Median time in ms, L2 flushed; peak memory of forward+backward in MiB")
+    columns = ["shape", "forward", "x floor", "fwd+bwd", "x floor", "peak"]
+    columns += ["FLA forward", "FLA/ours", "FLA fwd+bwd", "FLA/ours", "FLA peak"] if vs_fla else []
+    for column in [*columns, "recipe"]:
+        table.add_column(column, justify="left" if column in ("shape", "recipe") else "right")
+    for row in rows:
+        forward, both = row.ratio_to_floor
+        cells = [
+            row.shape.name,
+            f"{row.ours.forward.median:.3f}",
+            f"{forward:.2f}",
+            f"{row.ours.forward_backward.median:.3f}",
+            f"{both:.2f}",
+            f"{row.ours.peak_mib:.0f}",
+        ]
+        if vs_fla:
+            cells += _fla_cells(row)
+        table.add_row(*cells, row.recipe)
+    return table
+
+
+def _fla_cells(row: Row) -> list[str]:
+    ratios = row.ratio_to_fla
+    if row.fla is None or ratios is None:
+        return ["-"] * 5
+    return [
+        f"{row.fla.forward.median:.3f}",
+        f"{ratios[0]:.2f}",
+        f"{row.fla.forward_backward.median:.3f}",
+        f"{ratios[1]:.2f}",
+        f"{row.fla.peak_mib:.0f}",
+    ]
+
+
+def _errors_table(rows: Sequence[Row]) -> RenderableType:
+    """Errors do not depend on the shape, so the first row of each problem speaks for it."""
+    from rich.table import Table
+
+    table = Table(title="Worst relative error against fp64, and the gate regime it was found in")
+    table.add_column("output")
+    sides: list[Side] = []
+    for row in rows:
+        for label, side in (("ours", row.ours), ("FLA", row.fla)):
+            if side is not None and all(side.errors != seen.errors for seen in sides):
+                table.add_column(label, justify="right")
+                sides.append(side)
+    names = dict.fromkeys(name for side in sides for name in side.errors)
+    for name in names:
+        table.add_row(name, *(_error_cell(side.errors.get(name)) for side in sides))
+    return table
+
+
+def _error_cell(found: Errors | None) -> str:
+    return "-" if found is None else f"{found.error:.2e} ({found.regime})"
+
+
+def _stages_table(row: Row) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=f"{row.shape.name}, stage by stage")
+    for column in ("stage", "ms", "MiB to move", "GB/s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in row.stages:
+        mib = stage.nbytes / 2**20
+        cells = (f"{stage.timing.median:.3f}", f"{mib:.0f}", f"{stage.gbps:.0f}")
+        table.add_row(stage.stage, *cells)
+    return table

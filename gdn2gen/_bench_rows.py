@@ -1,0 +1,246 @@
+"""One row per shape: our times, FLA's, the floor's, memory, errors; and times stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen._bench_accuracy import (
+    OpFunction,
+    inputs_of,
+    op_flags,
+    output_gradients,
+    relative_errors,
+    run_op,
+    run_reference,
+)
+from gdn2gen._bench_time import Timing, copy_gbps, floor_ms, peak_mib, symbol_sizes, time_ms
+from gdn2gen.errors import UnsupportedError
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import STAGES
+
+# A reference in fp64 at a full shape would take longer than everything else together.
+ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 4)
+ACCURACY_REGIMES: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst relative error of one output or gradient, and the gate regime it was found in."""
+
+    error: float
+    regime: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation at one shape: times in ms, peak memory of fwd+bwd in MiB, errors."""
+
+    forward: Timing
+    forward_backward: Timing
+    peak_mib: float
+    errors: dict[str, Errors]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage on its real operands: its time, the least bytes to move, and the rate reached."""
+
+    stage: str
+    timing: Timing
+    nbytes: int
+
+    @property
+    def gbps(self) -> float:
+        return self.nbytes / self.timing.median / 1e6
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything measured at one shape. `fla` is None where it was not asked for."""
+
+    shape: Shape
+    problem: Problem
+    recipe: str
+    ours: Side
+    fla: Side | None
+    floor_forward_ms: float
+    floor_forward_backward_ms: float
+    stages: list[StageRow] = field(default_factory=list)
+
+    @property
+    def ratio_to_fla(self) -> tuple[float, float] | None:
+        """FLA's time over ours, forward and forward+backward: above 1 we are faster."""
+        if self.fla is None:
+            return None
+        return (
+            self.fla.forward.median / self.ours.forward.median,
+            self.fla.forward_backward.median / self.ours.forward_backward.median,
+        )
+
+    @property
+    def ratio_to_floor(self) -> tuple[float, float]:
+        """Our time over the memory floor, forward and forward+backward: 1 is the limit."""
+        return (
+            self.ours.forward.median / self.floor_forward_ms,
+            self.ours.forward_backward.median / self.floor_forward_backward_ms,
+        )
+
+
+def bench_problem(
+    K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape
+) -> Problem:
+    """The problem that a benchmark call at `shape` runs: no states in or out."""
+    return Problem(
+        K=K,
+        V=V,
+        dtype=dtype,
+        l2norm=l2norm,
+        gate=gate,
+        gate_dtype="fp32" if gate == "none" else dtype,
+        has_A_log=gate != "none",
+        has_dt_bias=gate != "none",
+        varlen=shape.cu_seqlens is not None,
+    )
+
+
+def bench_shapes(
+    shapes: Sequence[Shape],
+    K: int,
+    V: int,
+    dtype: str,
+    *,
+    vs_fla: bool,
+    gate: str,
+    l2norm: bool = True,
+    stages: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Measure each shape on the present GPU; with `stages` also stage by stage.
+
+    Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError without a
+    GPU, and UnsupportedError when FLA is asked for and not installed.
+    """
+    gbps = copy_gbps()
+    fla = fla_op() if vs_fla else None
+    errors: dict[tuple[Problem, bool], dict[str, Errors]] = {}
+    rows = []
+    for shape in shapes:
+        problem = bench_problem(K, V, dtype, gate, l2norm, shape)
+        dense = replace(problem, varlen=False)
+        if (dense, False) not in errors:
+            errors[dense, False] = worst_errors(our_op(), dense)
+            if fla is not None:
+                errors[dense, True] = worst_errors(fla, dense)
+        row = Row(
+            shape=shape,
+            problem=problem,
+            recipe=_recipe_name(problem, shape),
+            ours=_measure(our_op(), problem, shape, errors[dense, False]),
+            fla=None if fla is None else _measure(fla, problem, shape, errors[dense, True]),
+            floor_forward_ms=floor_ms(problem, shape, False, gbps),
+            floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
+            stages=bench_stages(problem, shape) if stages else [],
+        )
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return rows
+
+
+def bench_stages(problem: Problem, shape: Shape) -> list[StageRow]:
+    """Time each stage of the recipe that a call would run, on its real operands."""
+    from gdn2gen import launch
+    from gdn2gen.dispatch import find_recipe
+
+    recipe = find_recipe(problem, shape.regime, _present_device())
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    inputs["do"] = output_gradients(problem, shape, 0, "cuda")["o"]
+    calls = launch.stage_calls(recipe, inputs, **stage_flags(problem))
+    rows = []
+    for name, call in calls:
+        BT = recipe.configs[name].size("BT")
+        nbytes = STAGES[name].nbytes(problem, symbol_sizes(problem, shape, BT))
+        rows.append(StageRow(name, time_ms(call), nbytes))
+    return rows
+
+
+def stage_flags(problem: Problem) -> dict[str, Any]:
+    """Run-time scalars that `launch.stage_calls` cannot read off the problem."""
+    lower_bound = op_flags(problem)["lower_bound"]
+    return {} if lower_bound is None else {"lower_bound": lower_bound}
+
+
+def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
+    """Worst error over ACCURACY_REGIMES, per output and gradient, at ACCURACY_SHAPE."""
+    problem = replace(problem, final_state=True)
+    worst: dict[str, Errors] = {}
+    for regime in ACCURACY_REGIMES:
+        inputs = inputs_of(problem, ACCURACY_SHAPE, regime, 0, "cuda")
+        gradients = output_gradients(problem, ACCURACY_SHAPE, 0, "cuda")
+        exact = run_reference(problem, inputs, gradients)
+        found = relative_errors(run_op(function, problem, inputs, gradients), exact)
+        for name, error in found.items():
+            if name not in worst or error > worst[name].error:
+                worst[name] = Errors(error, regime)
+    return worst
+
+
+def our_op() -> OpFunction:
+    from gdn2gen import ops
+
+    return ops.chunk_gdn2
+
+
+def fla_op() -> OpFunction:
+    """flash-linear-attention's op; UnsupportedError where it is not installed."""
+    try:
+        from fla.ops.gdn2 import chunk_gdn2
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the comparison needs flash-linear-attention with fla.ops.gdn2 ({error}); "
+            "run `pip install flash-linear-attention`, or leave `--vs fla` out"
+        ) from error
+
+    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # FLA takes a lower bound only together with its safe gate.
+        safe = arguments.get("lower_bound") is not None
+        o, state = chunk_gdn2(**arguments, safe_gate=safe)
+        return o, state
+
+    return call
+
+
+def _measure(
+    function: OpFunction, problem: Problem, shape: Shape, errors: dict[str, Errors]
+) -> Side:
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    gradients = output_gradients(problem, shape, 0, "cuda")
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(**inputs, **op_flags(problem))[0]
+
+    def both() -> None:
+        run_op(function, problem, inputs, gradients)
+
+    return Side(time_ms(forward), time_ms(both), peak_mib(both), errors)
+
+
+def _recipe_name(problem: Problem, shape: Shape) -> str:
+    """The plan, where its configs came from: a figure without it cannot be repeated."""
+    from gdn2gen.dispatch import find_recipe
+
+    recipe = find_recipe(problem, shape.regime, _present_device())
+    return f"{recipe.plan.name} ({recipe.source})"
+
+
+def _present_device() -> Any:
+    from gdn2gen.device import present_device
+
+    return present_device()

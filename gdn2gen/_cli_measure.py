@@ -1,0 +1,139 @@
+"""`gdn2gen verify` and `gdn2gen bench`: is it right, and how fast is it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gdn2gen._cli_options import add_shapes, parse_head_dim
+from gdn2gen.errors import InputError
+from gdn2gen.problem import DTYPES, GATES
+from gdn2gen.shapes import SHAPES, parse_shapes
+
+if TYPE_CHECKING:
+    from gdn2gen.verify import Result
+
+RESULTS_DIR: Final = Path("docs/results")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="names or shell patterns such as 'bf16-*' (all)"
+    )
+    parser.add_argument(
+        "--interpreter",
+        action="store_true",
+        help="in Triton's interpreter, at small sizes; also what is done without a GPU",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.set_defaults(run=verify)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Run the accuracy suite; 0 if every case passed, else 1."""
+    from rich.console import Console
+
+    from gdn2gen.device import has_gpu, present_device, toolchain
+    from gdn2gen.verify import results_table, select_cases
+    from gdn2gen.verify import verify as run_suite
+
+    interpreter = args.interpreter or not has_gpu()
+    if args.list:
+        for case in select_cases(args.cases, interpreter=interpreter):
+            print(case.name)
+        return 0
+    where = "Triton's interpreter, small sizes" if interpreter else present_device().name
+    console = Console()
+    console.print(f"Accuracy suite on {where}")
+    cases = select_cases(args.cases, interpreter=interpreter)
+    done = 0
+    with console.status("") as status:
+
+        def show(result: Result) -> None:
+            nonlocal done
+            done += 1
+            status.update(f"{done} of {len(cases)} cases, last {result.name}")
+
+        results = run_suite(args.cases, interpreter=interpreter, on_result=show)
+    console.print(results_table(results))
+    failed = [result.name for result in results if not result.passed]
+    console.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
+    if args.json is not None:
+        document = {
+            "device": where,
+            "versions": dict(toolchain()),
+            "results": [asdict(result) for result in results],
+        }
+        _write_json(args.json, document)
+    return 1 if failed else 0
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, ",".join(SHAPES))
+    parser.add_argument("--head-dim", default="128", metavar="K[,V]", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
+    parser.add_argument("--gate", choices=GATES, default="none", help="(%(default)s)")
+    parser.add_argument(
+        "--no-l2norm", dest="l2norm", action="store_false", help="q and k are not normalised"
+    )
+    parser.add_argument(
+        "--vs", choices=("fla",), help="measure flash-linear-attention in the same run"
+    )
+    parser.add_argument("--stages", action="store_true", help="also time stage by stage")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"merge the rows into {RESULTS_DIR}/<gpu>.json, from which the README's table is made",
+    )
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure on the present GPU and print the table."""
+    from rich.console import Console
+
+    from gdn2gen.bench import Row, bench_shapes, rows_document, rows_table, save_results
+    from gdn2gen.device import present_device
+
+    shapes = parse_shapes(args.shapes)
+    if not shapes:
+        raise InputError("--shapes names no shape")
+    K, V = parse_head_dim(args.head_dim)
+    device = present_device()
+    console = Console()
+    with console.status("") as status:
+        status.update(f"measuring {shapes[0].name} on {device.name}")
+
+        def show(row: Row) -> None:
+            status.update(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
+
+        rows = bench_shapes(
+            shapes,
+            K,
+            V,
+            args.dtype,
+            vs_fla=args.vs == "fla",
+            gate=args.gate,
+            l2norm=args.l2norm,
+            stages=args.stages,
+            on_row=show,
+        )
+    console.print(f"{device.name}, K={K} V={V} {args.dtype}")
+    console.print(rows_table(rows))
+    if args.json is not None:
+        _write_json(args.json, rows_document(rows))
+    if args.save:
+        path = RESULTS_DIR / f"{device.slug}.json"
+        save_results(path, rows)
+        console.print(f"saved to {path}; now run scripts/update_readme.py")
+    return 0
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")

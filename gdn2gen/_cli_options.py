@@ -1,0 +1,152 @@
+"""Options that several commands share, and what they mean as problem, shapes, device and folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gdn2gen.errors import InputError
+from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS, OPS, Problem
+from gdn2gen.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from gdn2gen.device import Device
+
+DEFAULT_TARGET: Final = "sm_90"
+
+# Fields of Problem that only add an argument to the kernels.
+EXTRAS: Final = ("A_log", "dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
+_FIELDS: Final = {"A_log": "has_A_log", "dt_bias": "has_dt_bias"}
+
+
+def add_problem(parser: argparse.ArgumentParser, *, extras: bool = False) -> None:
+    """Add the options that make a Problem (see `problem_of`)."""
+    group = parser.add_argument_group("problem")
+    group.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+    group.add_argument(
+        "--head-dim",
+        default="128",
+        metavar="K[,V]",
+        help=f"key head dim, and value head dim if it differs; each one of "
+        f"{', '.join(map(str, HEAD_DIMS))} (%(default)s)",
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of q, k, v, b, w and o (%(default)s)"
+    )
+    group.add_argument("--gate-dtype", choices=DTYPES, default="fp32", help="of g (%(default)s)")
+    group.add_argument(
+        "--gate",
+        choices=GATES,
+        default="none",
+        help="none: g is the natural-log decay; else its activation in the kernels (%(default)s)",
+    )
+    group.add_argument(
+        "--no-l2norm",
+        dest="l2norm",
+        action="store_false",
+        help="q and k are not normalised in the kernels",
+    )
+    if extras:
+        group.add_argument(
+            "--with",
+            dest="extras",
+            metavar="NAME,...",
+            help=f"arguments that the kernels take as well: {', '.join(EXTRAS)} "
+            f"(with a gate: A_log,dt_bias; else none)",
+        )
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The Problem that the options describe."""
+    K, V = parse_head_dim(args.head_dim)
+    problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
+    return with_extras(problem, args.gate, getattr(args, "extras", None))
+
+
+def with_extras(problem: Problem, gate: str, names: str | None) -> Problem:
+    """Add a gate and the optional arguments named; by default those that a gated layer passes."""
+    if names is None:
+        names = "" if gate == "none" else "A_log,dt_bias"
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in EXTRAS:
+            raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
+    flags = {_FIELDS.get(name, name): True for name in chosen}
+    return dataclasses.replace(problem, gate=gate, **flags)
+
+
+def parse_head_dim(text: str) -> tuple[int, int]:
+    """`128` or `128,64` as (K, V)."""
+    words = text.split(",")
+    try:
+        sizes = [int(word) for word in words]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise InputError(f"--head-dim takes K or K,V such as 128 or 128,64, but got {text!r}")
+    return sizes[0], sizes[-1]
+
+
+def add_shapes(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--shapes",
+        default=default,
+        metavar="LIST",
+        help=f"comma-separated names ({', '.join(SHAPES)}) or sizes BxTxH such as 4x4096x16 "
+        f"(%(default)s)",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--budget",
+        type=minutes,
+        default=default,
+        metavar="MINUTES",
+        help="time to spend, over all shapes (%(default)s)",
+    )
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes (argparse type)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"takes a positive number of minutes, but got {text!r}")
+    return value
+
+
+def add_target(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--target", metavar="NAME", help=help_text)
+
+
+def present_or_target(target: str | None) -> tuple[Device, bool]:
+    """The device to work for, and whether it is the GPU in this machine.
+
+    A named target wins; without a name the present GPU, or `DEFAULT_TARGET` where there is none.
+    """
+    from gdn2gen.device import has_gpu, named_device, present_device
+
+    if target is not None:
+        return named_device(target), False
+    if has_gpu():
+        return present_device(), True
+    return named_device(DEFAULT_TARGET), False
+
+
+def in_source_tree() -> bool:
+    """Whether gdn2gen runs from its source tree, so that `tuned/` there may be written."""
+    from gdn2gen.paths import packaged_tuned_dir
+
+    return (packaged_tuned_dir().parent / "pyproject.toml").is_file()
+
+
+def user_dir() -> Path:
+    """The user's folder of tuned files, or the cache's where none is set."""
+    from gdn2gen.paths import cache_dir, user_tuned_dir
+
+    return user_tuned_dir() or cache_dir() / "tuned"

@@ -1,0 +1,197 @@
+"""Which stored entry is nearest to a problem, a regime and a GPU. `dispatch` makes a recipe of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from gdn2gen import store
+from gdn2gen.device import Device, known_device
+from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.store import Entry, TunedFile
+
+Tier = Literal["exact", "nearest", "transferred", "predicted"]
+TIERS: Final[tuple[Tier, ...]] = ("exact", "nearest", "transferred", "predicted")
+
+# They move the speed only a little: an entry that differs in these alone still serves.
+_MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype")
+
+
+class Query(NamedTuple):
+    """What a call asks for."""
+
+    problem: Problem
+    regime: Regime
+    device: Device
+    level: str
+    """What the forward may keep; `store.LEVELS`."""
+
+
+class Candidate(NamedTuple):
+    """An entry that could serve, and how far it is from what was asked; the least is taken."""
+
+    tier: int
+    """Index into `TIERS`."""
+    minor: int
+    """How many minor keys of the problem differ."""
+    gpu_distance: float
+    distance: float
+    """Of the regimes."""
+    folder: int
+    """Index of the place."""
+    path: str
+    place: int
+    entry: Entry
+    gpu: str
+
+
+class Place(NamedTuple):
+    """One folder of tuned files, and the file of the GPU at hand in it."""
+
+    folder: str
+    own: str
+
+
+class Found(NamedTuple):
+    """What a look-up found: the entry to use, a better one that is stale, and what was ignored."""
+
+    best: Candidate | None
+    passed: Candidate | None
+    notes: tuple[str, ...]
+
+
+def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
+    """The least candidate whose templates are as they were; an earlier place wins a tie.
+
+    Files of other GPUs are read only if this GPU's hold nothing measured that fits.
+    """
+    notes: list[str] = []
+    own = [(n, place.own) for n, place in enumerate(places)]
+    fresh, stale = _split(_candidates(own, query, notes, own=True))
+    if not fresh or TIERS[min(fresh).tier] not in ("exact", "nearest"):
+        others = [
+            (n, str(path))
+            for n, place in enumerate(places)
+            for path in sorted(Path(place.folder).glob("*.json"))
+            if str(path) != place.own
+        ]
+        more_fresh, more_stale = _split(_candidates(others, query, notes, own=False))
+        fresh, stale = fresh + more_fresh, stale + more_stale
+    best, passed = min(fresh, default=None), min(stale, default=None)
+    if passed is not None and best is not None and best < passed:
+        passed = None
+    return Found(best, passed, tuple(notes))
+
+
+# (path, inode, modification time in ns, bytes): what tells that a file is still the same
+Stamp = tuple[str, int, int, int]
+
+
+def stamp_of(path: str) -> Stamp:
+    """Changes when the file (or the list of files of a folder) does; zeros if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (path, 0, 0, 0)
+    return (path, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _split(found: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Those whose templates are as they were, and the stale ones."""
+    stale = [store.is_stale(x.entry) for x in found]
+    return (
+        [x for x, old in zip(found, stale, strict=True) if not old],
+        [x for x, old in zip(found, stale, strict=True) if old],
+    )
+
+
+def _candidates(
+    files: Sequence[tuple[int, str]], query: Query, notes: list[str], *, own: bool
+) -> list[Candidate]:
+    """Every entry of `files` that can run the problem; what was ignored is told in `notes`."""
+    found = []
+    device = query.device
+    for folder, path in files:
+        loaded = _load(stamp_of(path), device if own else None, device.arch)
+        if isinstance(loaded, str):
+            notes.append(loaded)
+            continue
+        if loaded is None:
+            continue
+        gpu = str(loaded.metadata["gpu"])
+        gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
+        for place, entry in enumerate(loaded.entries):
+            minor = differing(query.problem, entry)
+            if entry.level != query.level or minor is None or not _fits(entry, query.problem):
+                continue
+            distance = _regime_distance(query.regime, entry.regime)
+            exact = distance == 0 and not minor
+            tier = TIERS.index(_tier(entry, exact, own))
+            rank = (tier, len(minor), gpu_distance, distance, folder)
+            found.append(Candidate(*rank, path, place, entry, gpu))
+    return found
+
+
+def _tier(entry: Entry, exact: bool, own: bool) -> Tier:
+    if entry.provenance == "predicted":
+        return "predicted"
+    if entry.provenance == "transferred" or not own:
+        return "transferred"
+    return "exact" if exact else "nearest"
+
+
+@lru_cache(maxsize=256)
+def _load(stamp: Stamp, device: Device | None, arch: str) -> TunedFile | str | None:
+    """The tuned file, None if there is none or it is of another arch, or why it was ignored.
+
+    With `device`, a file of another GPU is ignored. Warns once for each state of the file.
+    """
+    path = Path(stamp[0])
+    try:
+        file = store.load_tuned(path, device)
+    except StoreError as error:
+        warnings.warn(str(error), TunedFileWarning, stacklevel=2)
+        return str(error)
+    if file is None or file.metadata["arch"] != arch:
+        return None
+    store.warn_unread(path, file)
+    return file
+
+
+def differing(problem: Problem, entry: Entry) -> list[str] | None:
+    """Minor keys in which the entry's problem differs; None if it differs in a major one."""
+    names = [name for name, value in problem.key.items() if entry.problem_key[name] != value]
+    return names if all(name in _MINOR_KEYS for name in names) else None
+
+
+def _fits(entry: Entry, problem: Problem) -> bool:
+    try:
+        store.check_configs(entry.plan, entry.configs, problem)
+    except Gdn2genError:
+        return False
+    return True
+
+
+def _regime_distance(a: Regime, b: Regime) -> float:
+    """Sum of |log2| of the ratios of tokens, sequences and heads; 0 for equal ones."""
+    pairs = ((a.tokens, b.tokens), (a.sequences, b.sequences), (a.heads, b.heads))
+    return sum(_log_ratio(x, y) if x != y else 0.0 for x, y in pairs)
+
+
+def _gpu_distance(device: Device, file: TunedFile) -> float:
+    """|log2| of the ratio of SMs, and of the bandwidths where both are known."""
+    other = known_device(str(file.metadata["gpu"]))
+    distance = _log_ratio(device.sms, file.metadata["sms"])
+    if device.memory_gbps and other is not None and other.memory_gbps:
+        distance += _log_ratio(device.memory_gbps, other.memory_gbps)
+    return distance
+
+
+def _log_ratio(x: float, y: float) -> float:
+    return abs(math.log2(max(x, 0.5) / max(y, 0.5)))

@@ -1,0 +1,365 @@
+"""torch.library ops under the public ones: kernels or reference, fakes, autograd.
+
+The forward returns what the backward of its plan wants saved; names and order are the plan's
+(`saved_names`), so that the fake, the kernels and the backward agree.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn2gen import launch, reference
+from gdn2gen.arguments import IO_DTYPES
+from gdn2gen.device import Device, named_device, present_device
+from gdn2gen.dispatch import Recipe, default_recipe, find_recipe
+from gdn2gen.knobs import interpreted
+from gdn2gen.launch import Call, Runner
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.stages import STAGES, Operand, has_operand
+
+_FLAGS = ("l2norm", "gate_in_kernel", "output_final_state", "state_v_first")
+
+
+def _problem(
+    q: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+) -> Problem:
+    gate = "none"
+    if gate_in_kernel:
+        gate = "softplus" if lower_bound is None else "sigmoid"
+    return Problem(
+        op="gdn2",
+        K=q.shape[-1],
+        V=v.shape[-1],
+        dtype=IO_DTYPES[q.dtype],
+        gate_dtype=IO_DTYPES[g.dtype],
+        l2norm=l2norm,
+        gate=gate,
+        has_A_log=A_log is not None,
+        has_dt_bias=dt_bias is not None,
+        varlen=cu_seqlens is not None,
+        initial_state=initial_state is not None,
+        final_state=output_final_state,
+        state_v_first=state_v_first,
+    )
+
+
+def _call(
+    q: Tensor,
+    v: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+) -> Call:
+    B, T, H, _ = q.shape
+    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    return Call(
+        B=B,
+        T=T,
+        H=H,
+        HV=v.shape[2],
+        HG=g.shape[2],
+        N=N,
+        scale=scale,
+        lower_bound=lower_bound,
+        packed=cu_seqlens is not None,
+        device=q.device,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _runner(recipe_key: tuple[Any, ...]) -> Runner:
+    problem, plan_name, configs = recipe_key
+    recipe = Recipe(
+        problem=problem,
+        plan=plan_name,
+        configs=dict(configs),
+        source="forced",
+        why="cached",
+    )
+    return Runner(recipe)
+
+
+def _find_runner(problem: Problem, call: Call, level: str) -> Runner:
+    regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
+    recipe = find_recipe(problem, regime, _device_of(call.device), level=level)
+    return _runner((problem, recipe.plan, tuple(recipe.configs.items())))
+
+
+def _device_of(device: torch.device) -> Device:
+    # the interpreter stands in for the GPU that the defaults were chosen on
+    return present_device() if device.type == "cuda" else named_device("sm_90")
+
+
+def saved_names(runner: Runner) -> list[str]:
+    """Tensors that the forward saves for the backward, in order."""
+    problem = runner.problem
+    made = [x for name in runner.recipe.plan.forward for x in STAGES[name].outputs]
+    wanted = {*runner.recipe.plan.saves, "q_rstd", "k_rstd"}
+    return [x.name for x in made if x.name in wanted and has_operand(x, problem)]
+
+
+def _saved_operands(runner: Runner) -> list[Operand]:
+    made = {x.name: x for name in runner.recipe.plan.forward for x in STAGES[name].outputs}
+    return [made[name] for name in saved_names(runner)]
+
+
+def _uses_kernels(q: Tensor) -> bool:
+    return q.device.type != "cpu" or interpreted()
+
+
+@torch.library.custom_op("gdn2gen::gdn2_forward", mutates_args=())
+def gdn2_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """o, the final state (empty if not asked for), and what the backward wants saved."""
+    inputs = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}
+    optional = {
+        "initial_state": initial_state,
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+        "cu_seqlens": cu_seqlens,
+    }
+    tensors = inputs | {name: x for name, x in optional.items() if x is not None}
+    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
+    if not _uses_kernels(q):
+        o, final_state = _reference(tensors, scale, lower_bound, *flags)
+        return o.detach(), final_state.detach(), []
+    call = _call(q, v, g, cu_seqlens, scale, lower_bound)
+    problem = _problem(
+        q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
+    )
+    runner = _find_runner(problem, call, level)
+    names = saved_names(runner)
+    results = launch.forward(runner, call, tensors, names)
+    final_state = results["final_state"] if output_final_state else q.new_empty(0).float()
+    return results["o"], final_state, [results[name] for name in names]
+
+
+@gdn2_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call = _call(q, v, g, cu_seqlens, scale, lower_bound)
+    o = torch.empty_like(v)
+    final_state = q.new_empty(0, dtype=_state_dtype(q))
+    if output_final_state or not _uses_kernels(q):
+        inner = (v.shape[-1], q.shape[-1]) if state_v_first else (q.shape[-1], v.shape[-1])
+        final_state = q.new_empty((call.N, call.HV, *inner), dtype=_state_dtype(q))
+    if not _uses_kernels(q):
+        return o, final_state, []
+    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
+    problem = _problem(
+        q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
+    )
+    runner = _find_runner(problem, call, level)
+    saved = [launch.empty(x, problem, call, runner.BT) for x in _saved_operands(runner)]
+    return o, final_state, saved
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _reference(
+    tensors: dict[str, Tensor],
+    scale: float,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor]:
+    return reference.chunk_gdn2(
+        **tensors,
+        scale=scale,
+        use_qk_l2norm_in_kernel=l2norm,
+        use_gate_in_kernel=gate_in_kernel,
+        lower_bound=lower_bound,
+        state_v_first=state_v_first,
+    )
+
+
+@torch.library.custom_op("gdn2gen::gdn2_backward", mutates_args=())
+def gdn2_backward(
+    do: Tensor,
+    dht: Tensor | None,
+    saved: list[Tensor],
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+    level: str,
+) -> list[Tensor]:
+    """Gradients of q, k, v, g, b, w, and of those of initial_state, A_log, dt_bias that are given."""
+    inputs = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}
+    optional = {"initial_state": initial_state, "A_log": A_log, "dt_bias": dt_bias}
+    inputs |= {name: x for name, x in optional.items() if x is not None}
+    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
+    if not _uses_kernels(q):
+        return _reference_backward(do, dht, inputs, cu_seqlens, scale, lower_bound, flags)
+    tensors = inputs | {"do": do.contiguous(), "o": o}
+    if dht is not None:
+        tensors["dht"] = dht.contiguous()
+    if cu_seqlens is not None:
+        tensors["cu_seqlens"] = cu_seqlens
+    call = _call(q, v, g, cu_seqlens, scale, lower_bound)
+    problem = _problem(
+        q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
+    )
+    runner = _find_runner(problem, call, level)
+    tensors |= dict(zip(saved_names(runner), saved, strict=True))
+    grads = launch.backward(runner, call, tensors, has_dht=dht is not None)
+    names = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
+    return [_fold(grads[names.get(name, f"d{name}")], name, x) for name, x in inputs.items()]
+
+
+def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
+    """Sum a kernel's gradient per value head, or per chunk, to the shape of its input."""
+    if name == "A_log":
+        return grad.sum((0, 2)).view(x.shape[0], -1).sum(1)
+    if name == "dt_bias":
+        return grad.sum(0).view(x.shape[0], -1, x.shape[1]).sum(1)
+    if grad.shape == x.shape:
+        return grad
+    B, T, heads, dim = x.shape
+    return grad.view(B, T, heads, -1, dim).float().sum(3).to(x.dtype)
+
+
+def _reference_backward(
+    do: Tensor,
+    dht: Tensor | None,
+    inputs: dict[str, Tensor],
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+    flags: tuple[bool, bool, bool, bool],
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        extra = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        o, final_state = _reference({**leaves, **extra}, scale, lower_bound, *flags)
+        outputs, grads = [o], [do]
+        if dht is not None:
+            outputs.append(final_state)
+            grads.append(dht.to(final_state.dtype))
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+    return [
+        torch.zeros_like(x) if grad is None else grad
+        for grad, x in zip(found, inputs.values(), strict=True)
+    ]
+
+
+@gdn2_backward.register_fake
+def _(
+    do: Tensor,
+    dht: Tensor | None,
+    saved: list[Tensor],
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+    level: str,
+) -> list[Tensor]:
+    given = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
+    return [torch.empty_like(x) for x in given if x is not None]
+
+
+_TENSORS = 10
+"""Tensor arguments of gdn2_forward, cu_seqlens being the last of them."""
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    o, _, saved = output
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], o, *saved)
+
+
+def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    inputs, o, saved = tensors[:_TENSORS], tensors[_TENSORS], tensors[_TENSORS + 1 :]
+    if do is None:
+        do = torch.zeros_like(o)
+    output_final_state = ctx.options[4]
+    grads = iter(
+        gdn2_backward(do, dht if output_final_state else None, saved, o, *inputs, *ctx.options)
+    )
+    found = [None if x is None else next(grads) for x in inputs[: _TENSORS - 1]]
+    return (*found, None, *[None] * len(ctx.options))
+
+
+gdn2_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,143 @@
+"""Run one case of the accuracy suite: accuracy, causality or bitwise repetition."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen._bench_accuracy import (
+    inputs_of,
+    output_gradients,
+    relative_errors,
+    run_op,
+    run_reference,
+)
+from gdn2gen._verify_cases import Case
+
+# Relative error against fp64 (norm of the difference over norm of the reference) that a kernel may
+# have, by dtype of its inputs. Worst found on an H200: see docs/results.
+LIMITS: Final = {"bf16": 1e-2, "fp16": 2.5e-3, "fp32": 1e-4}
+# On a GPU; the interpreter is sequential, so twice is enough to see memory that was not written.
+REPEATS: Final = {"cuda": 30, "cpu": 2}
+_PER_TOKEN: Final = ("q", "k", "v", "g", "b", "w")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case. `message` says why it failed and is empty otherwise."""
+
+    name: str
+    check: str
+    passed: bool
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative error of every output and gradient (accuracy only)."""
+    limit: float = 0.0
+    message: str = ""
+    seconds: float = 0.0
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """Name and error of the least accurate output."""
+        return max(self.errors.items(), key=lambda item: item[1], default=None)
+
+
+def run_case(case: Case, device: str) -> Result:
+    """Run `case` with the public op on `device`; what the op raises passes through.
+
+    Buffers are filled with NaN before the kernels write them, so that what they leave out shows.
+    """
+    from gdn2gen import launch
+
+    started = time.perf_counter()
+    launch.poison(True)
+    try:
+        result = _CHECKS[case.check](case, device)
+    finally:
+        launch.poison(False)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def case_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of the op, and the gradients of its outputs."""
+    inputs = inputs_of(case.problem, case.shape, case.regime, 0, device)
+    if case.H is not None:
+        inputs |= {name: _first_heads(inputs[name], case.H) for name in ("q", "k")}
+    if case.HG is not None:
+        inputs |= {name: _first_heads(inputs[name], case.HG) for name in ("g", "b")}
+        if "A_log" in inputs:
+            inputs["A_log"] = inputs["A_log"][: case.HG].clone()
+        if "dt_bias" in inputs:
+            inputs["dt_bias"] = inputs["dt_bias"][: case.HG * case.problem.K].clone()
+    state = inputs.get("initial_state")
+    dims = (case.problem.V, case.problem.K)
+    if state is not None and case.problem.state_v_first and state.shape[-2:] != dims:
+        inputs["initial_state"] = state.mT.contiguous()
+    return inputs, output_gradients(case.problem, case.shape, 0, device)
+
+
+def _first_heads(x: Tensor, heads: int) -> Tensor:
+    return x[:, :, :heads].contiguous()
+
+
+def _run(case: Case, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from gdn2gen.ops import chunk_gdn2
+
+    return run_op(chunk_gdn2, case.problem, inputs, grads)
+
+
+def _check_accuracy(case: Case, device: str) -> Result:
+    inputs, grads = case_inputs(case, device)
+    exact = run_reference(case.problem, inputs, grads)
+    errors = relative_errors(_run(case, inputs, grads), exact)
+    limit = LIMITS[case.problem.dtype]
+    over = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= limit]
+    message = f"above {limit:.1e}: {', '.join(over)}" if over else ""
+    return Result(case.name, case.check, not over, errors, limit, message)
+
+
+def _check_causality(case: Case, device: str) -> Result:
+    """Change one token: outputs and gradients of the tokens before it must not move by a bit."""
+    token = max(case.shape.T - 1 - case.shape.T // 4, 0) if case.shape.T > 32 else case.shape.T - 1
+    inputs, grads = case_inputs(case, device)
+    grads["o"][:, token:] = 0
+    if "final_state" in grads:
+        grads["final_state"].zero_()
+    changed = {name: x.clone() for name, x in inputs.items()}
+    for name in _PER_TOKEN:
+        changed[name][:, token] = inputs[name][:, 0] * 0.5
+    changed["g"][:, token] -= 30
+    before, after = _run(case, inputs, grads), _run(case, changed, grads)
+    names = ("o", *(f"d{name}" for name in _PER_TOKEN))
+    moved = [x for x in names if not torch.equal(before[x][:, :token], after[x][:, :token])]
+    message = f"token {token} moved earlier tokens of {', '.join(moved)}" if moved else ""
+    return Result(case.name, case.check, not moved, message=message)
+
+
+def _check_repeat(case: Case, device: str) -> Result:
+    """The same call gives the same bits."""
+    inputs, grads = case_inputs(case, device)
+    first = _run(case, inputs, grads)
+    bad = [name for name, x in first.items() if not math.isfinite(x.double().norm().item())]
+    if bad:
+        return Result(case.name, case.check, False, message=f"not finite: {', '.join(bad)}")
+    repeats = REPEATS[torch.device(device).type]
+    for repeat in range(1, repeats):
+        again = _run(case, inputs, grads)
+        moved = [name for name, x in first.items() if not torch.equal(x, again[name])]
+        if moved:
+            message = f"call {repeat + 1} of {repeats} differs in {', '.join(moved)}"
+            return Result(case.name, case.check, False, message=message)
+    return Result(case.name, case.check, passed=True)
+
+
+_CHECKS: Final = {
+    "accuracy": _check_accuracy,
+    "causality": _check_causality,
+    "repeat": _check_repeat,
+}

@@ -1,0 +1,133 @@
+"""The command line: `gdn2gen COMMAND ...`, or `python -m gdn2gen COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gdn2gen import _cli_inspect, _cli_measure, _cli_tune
+from gdn2gen.errors import Gdn2genError
+
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it adds to its parser, and what --help says."""
+
+    name: str
+    add: Callable[[argparse.ArgumentParser], None]
+    help: str
+    description: str
+    example: str
+
+
+COMMANDS: Final = (
+    Command(
+        "quick",
+        _cli_tune.add_quick,
+        "tune one problem for a few minutes and compare with the default",
+        "With a GPU: tune one problem for a few minutes, then time the default config against the "
+        "tuned one. Without a GPU: compile for a named target, check in Triton's interpreter, and "
+        "file the configs that rank best by their compiled resources as predicted.",
+        "gdn2gen quick --budget 3",
+    ),
+    Command(
+        "tune",
+        _cli_tune.add_tune,
+        "search for the fastest valid configs of this GPU",
+        "Search for the fastest configs that pass the accuracy gate, and file them per GPU. A "
+        "study that was stopped resumes when the same command is given again.",
+        "gdn2gen tune --head-dim 128 --shapes train4k,wide8k --budget 20",
+    ),
+    Command(
+        "explain",
+        _cli_inspect.add_explain,
+        "show what a call would run, and why",
+        "Show the plan and the configs that a call would run, and where they come from.",
+        "gdn2gen explain --shape train4k --head-dim 128 --device H200",
+    ),
+    Command(
+        "generate",
+        _cli_inspect.add_generate,
+        "write the kernels to a folder, or print one",
+        "Write a package of kernels that works without gdn2gen, or print one kernel.",
+        "gdn2gen generate --stage scan --config 'BT=64 num_warps=8' --target sm_90",
+    ),
+    Command(
+        "verify",
+        _cli_measure.add_verify,
+        "check accuracy on this GPU, or in the interpreter",
+        "Compare every output and gradient with the fp64 reference, and check causality and "
+        "bitwise repetition. Exit code 1 if a case fails.",
+        "gdn2gen verify 'bf16-*'",
+    ),
+    Command(
+        "bench",
+        _cli_measure.add_bench,
+        "measure time, memory and accuracy",
+        "Measure median time, its ratio to the memory floor and to flash-linear-attention, peak "
+        "memory and errors on the present GPU.",
+        "gdn2gen bench --shapes train4k,wide8k --vs fla",
+    ),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gdn2gen",
+        description="Kernels for Gated DeltaNet-2, generated from templates and tuned per GPU.",
+        epilog="Example: gdn2gen quick. `gdn2gen COMMAND --help` explains each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"gdn2gen {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.description,
+            epilog=f"Example: {command.example}",
+        )
+        command.add(subparser)
+    return parser
+
+
+def version() -> str:
+    """Version of the installed package, or of the source tree that is running."""
+    import tomllib
+    from importlib import metadata
+
+    from gdn2gen.paths import packaged_tuned_dir
+
+    try:
+        return metadata.version("gdn2gen")
+    except metadata.PackageNotFoundError:
+        project = packaged_tuned_dir().parent / "pyproject.toml"
+        return f"{tomllib.loads(project.read_text())['project']['version']} (source tree)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors become one line on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except Gdn2genError as error:
+        if os.environ.get("GDN2GEN_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"gdn2gen {args.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        resumes = args.command in ("tune", "quick")
+        hint = "; the same command resumes the study" if resumes else ""
+        print(f"\ngdn2gen {args.command}: interrupted{hint}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone: nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,232 @@
+"""Which plan and configs a call runs, and why: tuned entries, and the default where there are none.
+
+The user's folder of tuned files and the packaged one are looked at together; at equal merit the
+user's wins. Nothing is ever tuned in a call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+from gdn2gen import paths, store
+from gdn2gen._store_lookup import (
+    TIERS,
+    Candidate,
+    Place,
+    Query,
+    Stamp,
+    differing,
+    nearest_entry,
+    stamp_of,
+)
+from gdn2gen.config import Config, default_config
+from gdn2gen.device import Device, present_device
+from gdn2gen.errors import DispatchError, Gdn2genError
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.stages import Plan, plan_named
+
+Source = Literal["exact", "nearest", "transferred", "predicted", "default", "forced"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A plan with a config for each stage, and where they came from.
+
+    Two recipes are equal if they run the same kernels, wherever they came from.
+    """
+
+    problem: Problem
+    plan: Plan
+    configs: Mapping[str, Config] = field(hash=False)
+    source: Source = field(compare=False)
+    why: str = field(compare=False)
+    stale: bool = field(default=False, compare=False)
+    """A better entry was passed over because its templates changed since; `why` names them."""
+    file: str | None = field(default=None, compare=False)
+    """The tuned file that the configs are from."""
+    regime: Regime | None = field(default=None, compare=False)
+    device: Device | None = field(default=None, compare=False)
+
+
+def find_recipe(
+    problem: Problem,
+    regime: Regime,
+    device: Device | None = None,
+    *,
+    level: str = "lean",
+    strict: bool | None = None,
+) -> Recipe:
+    """The recipe for a call, the first that there is of:
+
+    1. exact: a measured entry of this problem, regime, level and GPU;
+    2. nearest: the nearest regime of the same problem on this GPU; failing that, of a problem that
+       differs only in l2norm, gate or gate_dtype;
+    3. transferred: the same on the nearest GPU of the same architecture;
+    4. predicted: an entry that was ranked without a GPU;
+    5. the default configs of the plan named `level`.
+
+    Entries whose templates changed since are passed over (`Recipe.stale`). Inside `forced_recipe`
+    the forced one is returned. `device` is by default the present GPU, the only case where one is
+    queried. `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
+    """
+    forced = _FORCED.get()
+    if forced is not None:
+        return forced if forced.problem == problem else _forced_for(forced, problem)
+    if device is None:
+        device = present_device()
+    places = _places(
+        problem.op,
+        device.slug,
+        os.environ.get("GDN2GEN_TUNED_DIR"),
+        paths.user_tuned_dir,
+        paths.packaged_tuned_dir,
+    )
+    stamps = tuple([stamp_of(path) for place in places for path in place])
+    recipe = _look_up(Query(problem, regime, device, level), places, stamps)
+    if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
+        raise DispatchError(
+            f"strict mode wants an exact entry, but the best is {recipe.source!r}: {recipe.why}. "
+            "Run `gdn2gen tune` for this problem and shape on this GPU, or unset GDN2GEN_STRICT\n"
+            f"{explain_recipe(recipe)}"
+        )
+    return recipe
+
+
+def default_recipe(problem: Problem, plan_name: str = "lean") -> Recipe:
+    """The default configs of a plan: valid for every problem and device."""
+    plan = plan_named(plan_name)
+    configs = {stage: default_config(stage, problem) for stage in plan.stages}
+    return Recipe(problem, plan, configs, "default", "the default was asked for")
+
+
+_FORCED: ContextVar[Recipe | None] = ContextVar("forced_recipe", default=None)
+
+
+@contextmanager
+def forced_recipe(recipe: Recipe) -> Iterator[Recipe]:
+    """Inside, `find_recipe` returns `recipe`, also in strict mode; for a problem with other flags,
+    the same plan and configs. Holds in this context only: a new thread does not see it.
+    """
+    token = _FORCED.set(recipe)
+    try:
+        yield recipe
+    finally:
+        _FORCED.reset(token)
+
+
+def _forced_for(forced: Recipe, problem: Problem) -> Recipe:
+    try:
+        store.check_configs(forced.plan.name, forced.configs, problem)
+    except Gdn2genError as error:
+        raise DispatchError(
+            f"the forced recipe is for {_of(forced.problem)}, and does not fit the call's "
+            f"{_of(problem)}: {error}"
+        ) from error
+    return replace(forced, problem=problem)
+
+
+def explain_recipe(recipe: Recipe) -> str:
+    """Several lines for a reader: what was asked, what runs, where it came from and why."""
+    flags = ("has_A_log", "has_dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
+    given = [name for name in flags if getattr(recipe.problem, name)]
+    plan, device = recipe.plan, recipe.device
+    lines = [f"problem   {_of(recipe.problem)}{' + ' + ', '.join(given) if given else ''}"]
+    if recipe.regime is not None:
+        lines.append(f"regime    {_words(recipe.regime.key)}")
+    if device is not None:
+        lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
+    lines.append(f"plan      {plan.name}")
+    for title, stages in (("forward", plan.forward), ("backward", plan.backward)):
+        lines.append(f"  {title}")
+        lines += [f"    {stage:<13} {recipe.configs[stage]}" for stage in stages]
+    lines.append(f"source    {recipe.source}{' (a better entry is stale)' if recipe.stale else ''}")
+    if recipe.file is not None:
+        lines.append(f"file      {recipe.file}")
+    lines.append(f"why       {recipe.why}")
+    return "\n".join(lines)
+
+
+def _of(problem: Problem) -> str:
+    key = problem.key
+    return f"{key.pop('op')} {_words(key)}"
+
+
+def _words(key: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in key.items())
+
+
+def _strict_from_env() -> bool:
+    value = os.environ.get("GDN2GEN_STRICT", "")
+    return value.strip().lower() not in ("", "0", "false", "no", "off")
+
+
+@lru_cache(maxsize=64)
+def _places(
+    op: str, slug: str, _user: str | None, user_dir: object, packaged_dir: object
+) -> tuple[Place, ...]:
+    """The user's place and the packaged one, in that order.
+
+    Keyed on the environment and on the functions that are asked.
+    """
+    assert callable(user_dir) and callable(packaged_dir)
+    folders = [folder / op for folder in (user_dir(), packaged_dir()) if folder is not None]
+    return tuple(Place(str(folder), str(folder / f"{slug}.json")) for folder in folders)
+
+
+@lru_cache(maxsize=4096)
+def _look_up(query: Query, places: tuple[Place, ...], _stamps: tuple[Stamp, ...]) -> Recipe:
+    """`find_recipe` without its overrides; remembered for as long as the files are the same."""
+    if query.level not in store.LEVELS:
+        raise DispatchError(f"level must be one of {store.LEVELS}, but got {query.level!r}")
+    best, passed, notes = nearest_entry(query, places)
+    if best is None:
+        made = default_recipe(query.problem, query.level)
+        looked = " and ".join(place.own for place in places)
+        why = (
+            f"nothing that fits is tuned for {_of(query.problem)} on {query.device.name}; looked "
+            f"at {looked}, and at those of other {query.device.arch} GPUs beside"
+        )
+    else:
+        entry = best.entry
+        plan, source = plan_named(entry.plan), TIERS[best.tier]
+        made = Recipe(query.problem, plan, entry.configs, source, "", file=best.path)
+        why = _why(best, query)
+    if passed is not None:
+        notes = (*notes, _why_not(passed))
+    return replace(
+        made,
+        why="; ".join((why, *notes)),
+        stale=passed is not None,
+        regime=query.regime,
+        device=query.device,
+    )
+
+
+def _why(best: Candidate, query: Query) -> str:
+    entry, problem = best.entry, query.problem
+    words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
+    if best.distance:
+        words.append(f"its regime is the nearest to {_words(query.regime.key)}")
+    minor = differing(problem, entry)
+    if minor:
+        given = ", ".join(f"{name}={problem.key[name]}" for name in minor)
+        words.append(f"the call has {given}, which moves the speed only a little")
+    if TIERS[best.tier] == "transferred":
+        words.append(f"nothing was measured on {query.device.name} itself")
+    if entry.provenance == "predicted":
+        words.append("ranked without a GPU, never timed")
+    return "; ".join(words)
+
+
+def _why_not(passed: Candidate) -> str:
+    stages = ", ".join(store.stale_stages(passed.entry))
+    return (
+        f"passed over the stale entry [{passed.entry.label}] of {passed.path}, for the templates "
+        f"of {stages} changed since it was checked; `gdn2gen tune` checks it again"
+    )

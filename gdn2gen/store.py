@@ -1,0 +1,269 @@
+"""tuned/<op>/<gpu>.json: read, look up, merge under a lock, replace atomically."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gdn2gen import render
+from gdn2gen._store_format import (
+    LEVELS,
+    PROVENANCES,
+    TUNED_SCHEMA,
+    Entry,
+    Level,
+    Provenance,
+    TunedFile,
+    Unread,
+    check_configs,
+    check_entry,
+    format_file,
+    parse_file,
+    raw_key,
+)
+from gdn2gen.device import Device
+from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.stages import plan_named
+
+__all__ = [
+    "LEVELS",
+    "PROVENANCES",
+    "TUNED_SCHEMA",
+    "Entry",
+    "Level",
+    "Provenance",
+    "TunedFile",
+    "Unread",
+    "check_configs",
+    "check_entry",
+    "is_stale",
+    "load_tuned",
+    "merge_entries",
+    "metadata_for",
+    "read_tuned",
+    "stale_stages",
+    "tuned_path",
+    "warn_unread",
+    "write_tuned",
+]
+
+
+def tuned_path(folder: Path, op: str, device: Device) -> Path:
+    """Where the tuned file of `op` on `device` lies under `folder`."""
+    return folder / op / f"{device.slug}.json"
+
+
+def metadata_for(
+    device: Device, toolchain: Mapping[str, str], command: str, date: str | None = None
+) -> dict[str, Any]:
+    """The `_metadata` of a tuned file; `date` is ISO 8601, by default now in UTC."""
+    return {
+        "schema": TUNED_SCHEMA,
+        "gpu": device.name,
+        "arch": device.arch,
+        "sms": device.sms,
+        "toolchain": dict(toolchain),
+        "command": command,
+        "date": date or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def read_tuned(path: Path, device: Device | None = None) -> TunedFile | None:
+    """The tuned file at `path`, or None if there is none or it cannot be used.
+
+    A file that is truncated, not JSON, of an unknown schema, or (with `device`) of another GPU
+    gives a TunedFileWarning; so does each entry that is skipped. Raises nothing, writes nothing.
+    """
+    try:
+        file = load_tuned(path, device)
+    except StoreError as error:
+        warnings.warn(str(error), TunedFileWarning, stacklevel=2)
+        return None
+    if file is not None:
+        warn_unread(path, file)
+    return file
+
+
+def load_tuned(path: Path, device: Device | None = None) -> TunedFile | None:
+    """Like `read_tuned`, but raises StoreError with what the warning would say.
+
+    Skipped entries are in `unread` of the answer, without a warning. None if there is no file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(_ignored(path, f"it cannot be read as text ({error})")) from error
+    try:
+        file = parse_file(text)
+    except StoreError as error:
+        raise StoreError(_ignored(path, str(error))) from error
+    if device is not None and file.metadata["gpu"] != device.name:
+        reason = f"it is of the GPU {file.metadata['gpu']!r}, but {device.name!r} was expected"
+        raise StoreError(_ignored(path, reason))
+    return file
+
+
+def _ignored(path: Path, reason: str) -> str:
+    return (
+        f"the tuned file {path} is ignored: {reason}. Restore it, or move it away and run "
+        "`gdn2gen tune` again; it was not changed"
+    )
+
+
+def warn_unread(path: Path, file: TunedFile) -> None:
+    """Give a TunedFileWarning for each entry that was skipped."""
+    for item in file.unread:
+        warnings.warn(
+            f"entry {item.position} of the tuned file {path} is skipped: {item.reason}. Tune this "
+            "problem again, or upgrade gdn2gen if a newer one wrote it",
+            TunedFileWarning,
+            stacklevel=3,
+        )
+
+
+def stale_stages(entry: Entry) -> list[str]:
+    """Stages of the entry whose template is not the one it was checked under."""
+    stages = plan_named(entry.plan).stages
+    return [name for name in stages if entry.templates.get(name) != _digest(name)]
+
+
+def is_stale(entry: Entry) -> bool:
+    """Whether any template of the entry changed (or is missing) since the entry was checked."""
+    return bool(stale_stages(entry))
+
+
+def _digest(stage: str) -> str:
+    try:
+        return render.template_digest(stage)
+    except OSError:
+        return "<no template>"
+
+
+def write_tuned(path: Path, file: TunedFile) -> None:
+    """Replace `path` by `file` at one stroke: a reader sees the old file or the new one.
+
+    The same content gives the same bytes. Raises StoreError, and leaves the old file, if an entry
+    is not valid or the folder cannot be written.
+    """
+    _check_entries(path, file.entries)
+    text = format_file(file)
+    try:
+        parse_file(text)
+    except StoreError as error:
+        raise StoreError(f"{path} is not written, for it could not be read: {error}") from error
+    try:
+        _replace(Path(os.path.realpath(path)), text)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
+            "give a folder that you may write with GDN2GEN_TUNED_DIR"
+        ) from error
+
+
+def _check_entries(path: Path, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        try:
+            check_entry(entry)
+        except Gdn2genError as error:
+            raise StoreError(
+                f"{path} is not written: the entry {entry.problem_key}, {entry.regime_key} is not "
+                f"valid: {error}"
+            ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # the new file is in place; only its survival of a power cut is not
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry]) -> TunedFile:
+    """Merge `entries` into the tuned file at `path`, and return what the file then holds.
+
+    Of two entries for the same problem, regime and level the better stays: templates that still
+    fit before stale ones, measured before transferred before predicted, then the shorter
+    `forward_backward_ms` (and `forward_ms`); a tie keeps the old one. Other processes may merge at
+    the same time (`<path>.lock` orders them). A merge that changes no entry leaves the file alone.
+
+    Raises StoreError, and changes nothing, if an entry is not valid, or if the file at `path`
+    cannot be read or is of another GPU.
+    """
+    path = Path(os.path.realpath(path))
+    entries = tuple(entries)
+    _check_entries(path, entries)
+    with _locked(path):
+        try:
+            old = load_tuned(path)
+        except StoreError as error:
+            raise StoreError(f"nothing is merged: {error}") from error
+        if old is not None and old.metadata["gpu"] != metadata.get("gpu"):
+            raise StoreError(
+                f"nothing is merged: {path} is of the GPU {old.metadata['gpu']!r}, but the new "
+                f"entries are of {metadata.get('gpu')!r}; give another path"
+            )
+        best: dict[tuple[str, ...], Entry] = {}
+        for entry in (*(old.entries if old else ()), *entries):
+            rival = best.get(entry.key)
+            if rival is None or rank(entry) < rank(rival):
+                best[entry.key] = entry
+        unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in best)
+        merged = tuple(best[key] for key in sorted(best))
+        if old is not None and merged == _by_key(old.entries) and unread == old.unread:
+            return old
+        file = TunedFile(dict(metadata), merged, unread)
+        write_tuned(path, file)
+        return file
+
+
+def rank(entry: Entry) -> tuple[float, ...]:
+    """Less is better: not stale, then provenance, then milliseconds."""
+    return (
+        is_stale(entry),
+        PROVENANCES.index(entry.provenance),
+        entry.measured.get("forward_backward_ms", math.inf),
+        entry.measured.get("forward_ms", math.inf),
+    )
+
+
+def _by_key(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(sorted(entries, key=lambda entry: entry.key))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `<path>.lock`, waiting for whoever holds it. The lock ends with the process."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(
+            f"{lock} cannot be written ({error}); give a folder that you may write with "
+            "GDN2GEN_TUNED_DIR"
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

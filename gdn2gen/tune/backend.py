@@ -1,0 +1,101 @@
+"""Backend: everything the search asks of compilers and of the GPU; tests put a fake in its place."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Final, Protocol
+
+from gdn2gen.build import Resources
+from gdn2gen.config import Config
+from gdn2gen.device import Device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.gpu_side import PipelineTiming, Timing
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
+
+# A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
+COMPILE_SECONDS: Final = 120.0
+# Includes importing torch and loading kernels. The first gate also computes the references.
+GATE_SECONDS: Final = 180.0
+TIME_SECONDS: Final = 90.0
+
+
+class Backend(Protocol):
+    """Compiles in parallel, runs on one GPU; failures come back as outcomes, never as raises."""
+
+    slots: int
+
+    def compile(
+        self, problem: Problem, config: Config
+    ) -> Future[Outcome[Resources]]:
+        """Queue the compile of one stage."""
+        ...
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        """Check accuracy and repetition; `full` as finalists are checked."""
+        ...
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        """Time single stages of a candidate, in ms."""
+        ...
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        """Time the whole candidate through the public op, in ms; its peak memory in MiB."""
+        ...
+
+    def close(self) -> None:
+        """End every process."""
+        ...
+
+
+class WorkerBackend:
+    """The real one: a pool of compilers, and one process that owns the present GPU."""
+
+    def __init__(self, device: Device, slots: int | None = None) -> None:
+        self.device = device
+        self.slots = slots or compile_slots()
+        self._pool = CompilePool(self.slots)
+        self._worker = Worker()
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        return self._pool.submit(
+            "gdn2gen.build:compile_ahead",
+            problem,
+            config.stage,
+            config,
+            self.device,
+            timeout=COMPILE_SECONDS,
+        )
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        name = "gate_full" if full else "gate_quick"
+        return self._worker.call(f"gdn2gen.tune.gpu_side:{name}", candidate, timeout=GATE_SECONDS)
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        return self._worker.call(
+            "gdn2gen.tune.gpu_side:time_stages", candidate, stages, shape, timeout=TIME_SECONDS
+        )
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        return self._worker.call(
+            "gdn2gen.tune.gpu_side:time_pipeline",
+            candidate,
+            shape,
+            with_peak,
+            timeout=TIME_SECONDS,
+        )
+
+    def close(self) -> None:
+        self._pool.close()
+        self._worker.close()

@@ -1,0 +1,153 @@
+"""The accuracy gate: no config is timed before its outputs and gradients are right and repeat.
+
+Runs in the worker. Two sizes, since a race often shows at one and hides at the other: a few heads
+with a last chunk that is not full, and a grid of at least 256 blocks. Every buffer is filled with
+NaN first, so that what a kernel leaves out shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune.candidate import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+QUICK_REGIMES: Final = ("layer", "sparse", "zero")
+QUICK_REPEATS: Final = 3
+# For finalists only: 30 identical calls have found races that 3 did not.
+FULL_REPEATS: Final = 30
+
+# T = 333 leaves a partial last chunk at every chunk size.
+RAGGED: Final = Shape("ragged", 1, 333, 3)
+# 8 * 32 = 256 blocks even in a scan that takes a whole head per block.
+MANY_BLOCKS: Final = Shape("many-blocks", 8, 192, 32)
+RAGGED_PACKED: Final = Shape("ragged", 1, 333, 3, (0, 0, 100, 101, 333))
+MANY_BLOCKS_PACKED: Final = Shape("many-blocks", 1, 1536, 32, tuple(range(0, 1537, 192)))
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Worst relative error of each output and gradient, and why the gate stays shut if it does."""
+
+    ok: bool
+    errors: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def gate_shapes(problem: Problem) -> tuple[Shape, Shape]:
+    """The two sizes of the gate; the second one has blocks enough for races to show."""
+    if problem.varlen:
+        return RAGGED_PACKED, MANY_BLOCKS_PACKED
+    return RAGGED, MANY_BLOCKS
+
+
+def full_problem(problem: Problem) -> Problem:
+    """`problem` with states in and out, so that their values and gradients are seen as well."""
+    return replace(problem, initial_state=True, final_state=True)
+
+
+def check(
+    candidate: Candidate,
+    *,
+    regimes: tuple[str, ...],
+    repeats: int,
+    shapes: tuple[Shape, Shape],
+    device: str = "cuda",
+) -> GateResult:
+    """Hold a candidate against the fp64 reference, then against itself.
+
+    Passes if every error is within the bound of the problem's dtype (`_verify_checks.LIMITS`, one
+    home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
+    kernels raise.
+    """
+    from gdn2gen._verify_checks import LIMITS
+
+    limit = LIMITS[candidate.problem.dtype]
+    worst: dict[str, float] = {}
+    with _poisoned(), _forced(candidate):
+        for shape in shapes:
+            for regime in regimes:
+                errors = _errors(candidate.problem, shape, regime, device)
+                worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
+                wrong = {name: x for name, x in errors.items() if not x <= limit}
+                if wrong:
+                    return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
+        moved = _moved(candidate.problem, shapes[1], repeats, device)
+    if moved:
+        return GateResult(False, worst, moved)
+    return GateResult(True, worst)
+
+
+def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) -> str:
+    names = ", ".join(f"{name} is off by {error:.2e}" for name, error in wrong.items())
+    return f"{names} (bound {limit:.1e}; regime {regime}, {shape.B}x{shape.T}x{shape.H})"
+
+
+def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, float]:
+    from gdn2gen._bench_accuracy import relative_errors
+
+    exact = _exact(problem, shape, regime, device)
+    return relative_errors(_run(problem, shape, regime, device), exact)
+
+
+def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+    from gdn2gen._bench_accuracy import inputs_of, output_gradients, run_op
+    from gdn2gen.ops import chunk_gdn2
+
+    inputs = inputs_of(problem, shape, regime, 0, device)
+    return run_op(chunk_gdn2, problem, inputs, output_gradients(problem, shape, 0, device))
+
+
+@lru_cache(maxsize=32)
+def _exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+    """The reference's answer, kept: it is the same for every candidate. In fp32 to save memory."""
+    from gdn2gen._bench_accuracy import inputs_of, output_gradients, run_reference
+
+    inputs = inputs_of(problem, shape, regime, 0, device)
+    exact = run_reference(problem, inputs, output_gradients(problem, shape, 0, device))
+    return {name: x.float() for name, x in exact.items()}
+
+
+def _moved(problem: Problem, shape: Shape, repeats: int, device: str) -> str:
+    """Say which results differ between identical calls; empty if none does."""
+    import torch
+
+    first = _run(problem, shape, "layer", device)
+    for repeat in range(1, repeats):
+        again = _run(problem, shape, "layer", device)
+        names = [name for name, x in first.items() if not torch.equal(x, again[name])]
+        if names:
+            bits = f"{', '.join(names)} changed between identical calls"
+            return f"not deterministic: {bits} (call {repeat + 1} of {repeats})"
+    finite = all(math.isfinite(x.double().norm().item()) for x in first.values())
+    return "" if finite else "a result is not finite"
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    from gdn2gen import launch
+
+    launch.poison(True)
+    try:
+        yield
+    finally:
+        launch.poison(False)
+
+
+@contextmanager
+def _forced(candidate: Candidate) -> Iterator[None]:
+    from gdn2gen.dispatch import forced_recipe
+
+    with forced_recipe(candidate.recipe()):
+        yield

@@ -1,0 +1,130 @@
+"""What the worker that owns the GPU is asked for. Module functions, so that a pipe can name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from gdn2gen.bench import Timing, inputs_of, peak_mib, run_op, time_ms
+from gdn2gen.shapes import Shape
+from gdn2gen.tune import gate
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gdn2gen.problem import Problem
+
+# Stages take 0.05 to 1 ms: this is 20 runs and more, and a candidate costs less than its compile.
+_STAGE_REP_MS: Final = 20.0
+_STAGE_WARMUP_MS: Final = 5.0
+_ROUND_REP_MS: Final = 60.0
+_ROUND_WARMUP_MS: Final = 10.0
+# Inputs of a shape stay on the GPU until less than this part of its memory is free.
+_KEEP_FREE: Final = 0.5
+
+
+@dataclass(frozen=True)
+class PipelineTiming:
+    """Forward alone and forward+backward of one candidate at one shape, and its peak memory."""
+
+    forward: Timing
+    forward_backward: Timing
+    peak_mib: float
+
+
+def gate_quick(candidate: Candidate) -> GateResult:
+    """The gate that every candidate passes before it is timed."""
+    return gate.check(
+        candidate,
+        regimes=gate.QUICK_REGIMES,
+        repeats=gate.QUICK_REPEATS,
+        shapes=gate.gate_shapes(candidate.problem),
+    )
+
+
+def gate_full(candidate: Candidate) -> GateResult:
+    """The gate for finalists: every regime, states in and out, and many repeats."""
+    from gdn2gen.inputs import REGIMES
+
+    full = candidate.for_problem(gate.full_problem(candidate.problem))
+    shapes = gate.gate_shapes(full.problem)
+    return gate.check(full, regimes=REGIMES, repeats=gate.FULL_REPEATS, shapes=shapes)
+
+
+def time_stages(
+    candidate: Candidate, stages: tuple[str, ...], shape: Shape
+) -> dict[str, Timing]:
+    """Time the named stages of a candidate, each alone on the pipeline's real operands."""
+    from gdn2gen import launch
+    from gdn2gen._bench_rows import stage_flags
+
+    inputs = dict(_inputs(candidate.problem, shape))
+    inputs["do"] = _output_gradients(candidate.problem, shape)["o"]
+    calls = launch.stage_calls(candidate.recipe(), inputs, **stage_flags(candidate.problem))
+    return {
+        name: time_ms(call, _STAGE_WARMUP_MS, _STAGE_REP_MS)
+        for name, call in calls
+        if name in stages
+    }
+
+
+def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> PipelineTiming:
+    """Time a whole candidate through the public op; the peak is 0 unless asked for."""
+    import torch
+
+    from gdn2gen._bench_accuracy import op_flags
+    from gdn2gen.dispatch import forced_recipe
+    from gdn2gen.ops import chunk_gdn2
+
+    problem = candidate.problem
+    if with_peak:
+        _free()
+    inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
+
+    def forward() -> None:
+        with torch.no_grad():
+            chunk_gdn2(**inputs, **op_flags(problem))
+
+    def both() -> None:
+        run_op(chunk_gdn2, problem, inputs, gradients)
+
+    with forced_recipe(candidate.recipe()):
+        return PipelineTiming(
+            time_ms(forward, _ROUND_WARMUP_MS, _ROUND_REP_MS),
+            time_ms(both, _ROUND_WARMUP_MS, _ROUND_REP_MS),
+            peak_mib(both) if with_peak else 0.0,
+        )
+
+
+def _inputs(problem: Problem, shape: Shape) -> dict[str, Tensor]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    if free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < _KEEP_FREE * total:
+        _free()
+    return _cached_inputs(problem, shape)
+
+
+@lru_cache(maxsize=16)
+def _cached_inputs(problem: Problem, shape: Shape) -> dict[str, Tensor]:
+    return inputs_of(problem, shape, "layer", 0, "cuda")
+
+
+@lru_cache(maxsize=16)
+def _output_gradients(problem: Problem, shape: Shape) -> dict[str, Tensor]:
+    from gdn2gen._bench_accuracy import output_gradients
+
+    return output_gradients(problem, shape, 0, "cuda")
+
+
+def _free() -> None:
+    """Drop everything kept, so that nothing else lies in the memory that is measured."""
+    import torch
+
+    _cached_inputs.cache_clear()
+    _output_gradients.cache_clear()
+    gate._exact.cache_clear()
+    torch.cuda.empty_cache()

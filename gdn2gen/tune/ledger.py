@@ -1,0 +1,171 @@
+"""Ledger: configs that were refused, and why; not tried again while nothing relevant changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gdn2gen.config import Config, Knob
+from gdn2gen.problem import Problem
+
+PIPELINE = "pipeline"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One refused config with its reason and all that it depends on.
+
+    `stage` is `pipeline` for a whole recipe; `configs` then holds every stage's, else the pipeline
+    in which the stage failed: with problem and digests it is the reproducer.
+    """
+
+    reason: str
+    stage: str
+    config: dict[str, Knob]
+    problem: dict[str, Any]
+    gpu: str
+    toolchain: dict[str, str]
+    digest: str
+    errors: dict[str, float] = field(default_factory=dict)
+    plan: str = ""
+    configs: dict[str, dict[str, Knob]] = field(default_factory=dict)
+    date: str = ""
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean that the same thing would happen again."""
+        parts = [self.stage, self.config, self.problem, self.gpu, self.toolchain, self.digest]
+        if self.stage == PIPELINE:
+            parts += [self.plan, self.configs]
+        return json.dumps(parts, sort_keys=True)
+
+
+class Ledger:
+    """Append-only file of one JSON object per line; a torn last line is skipped on reading."""
+
+    def __init__(self, path: Path, gpu: str, toolchain: Mapping[str, str]) -> None:
+        self.path = path
+        self.gpu = gpu
+        self.toolchain = dict(toolchain)
+        self._reasons = {entry.key: entry.reason for entry in read_ledger(path)}
+
+    def why_refused(self, problem: Problem, config: Config, digest: str) -> str | None:
+        """Why this config of a stage was refused under this GPU, toolchain and template."""
+        return self._reasons.get(self._refusal("", problem, config, digest).key)
+
+    def why_pipeline_refused(
+        self, problem: Problem, plan: str, configs: Mapping[str, Config], digest: str
+    ) -> str | None:
+        """Why a whole recipe was refused under this GPU, toolchain and templates."""
+        return self._reasons.get(self._pipeline("", problem, plan, configs, digest).key)
+
+    def add(
+        self,
+        reason: str,
+        problem: Problem,
+        config: Config,
+        digest: str,
+        *,
+        errors: Mapping[str, float] | None = None,
+        plan: str = "",
+        configs: Mapping[str, Config] | None = None,
+    ) -> None:
+        """File a refused config of one stage, with the pipeline it failed in."""
+        base = self._refusal(reason, problem, config, digest)
+        self._append(
+            Refusal(
+                **{
+                    **asdict(base),
+                    "errors": dict(errors or {}),
+                    "plan": plan,
+                    "configs": {name: dict(x) for name, x in (configs or {}).items()},
+                }
+            )
+        )
+
+    def add_pipeline(
+        self,
+        reason: str,
+        problem: Problem,
+        plan: str,
+        configs: Mapping[str, Config],
+        digest: str,
+        errors: Mapping[str, float] | None = None,
+    ) -> None:
+        """File a recipe whose stages pass alone but fail together."""
+        base = self._pipeline(reason, problem, plan, configs, digest)
+        self._append(Refusal(**{**asdict(base), "errors": dict(errors or {})}))
+
+    def _refusal(self, reason: str, problem: Problem, config: Config, digest: str) -> Refusal:
+        return Refusal(
+            reason=reason,
+            stage=config.stage,
+            config=dict(config),
+            problem=asdict(problem),
+            gpu=self.gpu,
+            toolchain=self.toolchain,
+            digest=digest,
+        )
+
+    def _pipeline(
+        self,
+        reason: str,
+        problem: Problem,
+        plan: str,
+        configs: Mapping[str, Config],
+        digest: str,
+    ) -> Refusal:
+        return Refusal(
+            reason=reason,
+            stage=PIPELINE,
+            config={},
+            problem=asdict(problem),
+            gpu=self.gpu,
+            toolchain=self.toolchain,
+            digest=digest,
+            plan=plan,
+            configs={name: dict(x) for name, x in configs.items()},
+        )
+
+    def _append(self, refusal: Refusal) -> None:
+        if refusal.key in self._reasons:
+            return
+        self._reasons[refusal.key] = refusal.reason
+        document = {**asdict(refusal), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = (json.dumps(document) + "\n").encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if _ends_torn(self.path):
+                line = b"\n" + line
+            os.write(handle, line)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_ledger(path: Path) -> list[Refusal]:
+    """Every refusal in the file, oldest first; lines that are not one are left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found.append(Refusal(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether the last line was cut off, as by a kill in the middle of a write."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -1,0 +1,119 @@
+"""The search space of one stage: knob domains, what cannot work, and how Optuna is asked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from gdn2gen.build import Resources
+from gdn2gen.config import CHUNKS, DOMAINS, SHARED_KNOBS, Config, Knob, why_invalid
+from gdn2gen.device import Device
+from gdn2gen.problem import Problem
+from gdn2gen.stages import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import optuna
+
+# A few spilled registers outside the loops are free; whole tiles on the stack (4 KB a thread was
+# met) cost more than any other knob wins. Never measured beyond, so never run.
+MAX_SPILL_BYTES: Final = 512
+
+_SCANS: Final = ("scan", "rescan", "reverse_scan")
+
+
+def own_knobs(stage: str) -> dict[str, tuple[Knob, ...]]:
+    """Knobs that the stage does not share with the others, with their domains."""
+    return {name: x for name, x in DOMAINS[stage].items() if name not in SHARED_KNOBS}
+
+
+def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None:
+    """Why `config` need not even be compiled for `device`, or None."""
+    reason = why_invalid(config, problem)
+    if reason is not None:
+        return reason
+    least = least_shared_bytes(config, problem)
+    if least > device.shared_bytes:
+        return (
+            f"its pipelined tiles take at least {least} bytes of shared memory, and a block of "
+            f"{device.name} has {device.shared_bytes}"
+        )
+    return None
+
+
+def least_shared_bytes(config: Config, problem: Problem) -> int:
+    """Lower bound of the shared memory of a block, in bytes; 0 where the knobs do not tell.
+
+    A scan loads its chunk's factors ahead: `num_stages - 1` copies of them are in flight, of the
+    products' operands alone (the compiler may keep one more).
+    """
+    if config.stage not in _SCANS:
+        return 0
+    BT, BV, K = config.size("BT"), config.size("BV"), problem.K
+    wide = {"scan": 3, "rescan": 2, "reverse_scan": 3}[config.stage]
+    elements = wide * BT * K
+    if config.stage != "rescan":
+        elements += BT * BT
+    if config.stage == "reverse_scan":
+        elements += BT * BV
+    return (config.size("num_stages") - 1) * elements * DTYPE_BYTES[problem.dtype]
+
+
+def why_unfit(resources: Resources, device: Device) -> str | None:
+    """Why a compiled kernel must not reach the GPU, or None."""
+    if resources.shared_bytes > device.shared_bytes:
+        return (
+            f"{resources.shared_bytes} bytes of shared memory, and a block of {device.name} "
+            f"has {device.shared_bytes}"
+        )
+    if resources.spill_bytes > MAX_SPILL_BYTES:
+        return f"spills {resources.spill_bytes} bytes a thread, more than {MAX_SPILL_BYTES}"
+    return None
+
+
+def valid_configs(stage: str, problem: Problem, device: Device, BT: int) -> Iterator[Config]:
+    """Every config of the stage at this chunk size that is worth compiling."""
+    knobs = own_knobs(stage)
+    for values in itertools.product(*knobs.values()):
+        config = Config.of(stage, {"BT": BT, **dict(zip(knobs, values, strict=True))})
+        if why_hopeless(config, problem, device) is None:
+            yield config
+
+
+def suggest(trial: optuna.Trial, stage: str, problem: Problem, BT: int) -> Config:
+    """Ask the sampler for the stage's own knobs (define-by-run); may return what is hopeless."""
+    knobs: dict[str, Knob] = {"BT": BT}
+    for name, domain in own_knobs(stage).items():
+        knobs[name] = trial.suggest_categorical(name, _possible(name, domain, problem))
+    return Config.of(stage, knobs)
+
+
+def parameters(config: Config, problem: Problem) -> dict[str, Knob] | None:
+    """The config as the sampler would have suggested it, or None where it never would."""
+    found = {name: value for name, value in config.items() if name not in SHARED_KNOBS}
+    for name, value in found.items():
+        if value not in _possible(name, DOMAINS[config.stage][name], problem):
+            return None
+    return found
+
+
+def chunk_sizes(preferred: int) -> tuple[int, ...]:
+    """Chunk sizes in the order of the search: the default's first, then from large to small."""
+    return (preferred, *(x for x in sorted(CHUNKS, reverse=True) if x != preferred))
+
+
+def stored_config(stage: str, knobs: Mapping[str, Knob]) -> Config | None:
+    """A config read from a file, or None where its knobs are not ours any more."""
+    from gdn2gen.errors import ConfigError
+
+    try:
+        return Config.of(stage, knobs)
+    except ConfigError:
+        return None
+
+
+def _possible(name: str, domain: tuple[Knob, ...], problem: Problem) -> tuple[Knob, ...]:
+    limit = {"BK": problem.K, "BV": problem.V}.get(name)
+    if limit is None:
+        return domain
+    return tuple(x for x in domain if isinstance(x, int) and x <= limit)

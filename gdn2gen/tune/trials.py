@@ -1,0 +1,271 @@
+"""StageTrials: the Optuna study of one stage at one chunk size, and what is known from it.
+
+A stage is searched by itself, so trials add over the stages instead of multiplying, and plans that
+share a stage share its trials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, Final
+
+import optuna
+from optuna.trial import TrialState
+
+from gdn2gen.config import Config
+from gdn2gen.device import Device
+from gdn2gen.errors import TuneError
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune import space
+from gdn2gen.tune.ledger import Ledger
+
+# The sampler repeats itself in spaces of some hundred points; then an unseen point is drawn.
+_ASKS: Final = 6
+_STARTUP_TRIALS: Final = 8
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A config to try, and the number of its trial."""
+
+    number: int
+    config: Config
+
+
+class StageTrials:
+    """Ask for configs of one stage, tell what became of them; times are kept per shape."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        stage: str,
+        BT: int,
+        shapes: Sequence[Shape],
+        device: Device,
+        ledger: Ledger,
+        digest: str,
+        storage: optuna.storages.BaseStorage,
+        seed: int = 0,
+    ) -> None:
+        self.problem, self.stage, self.BT, self.digest = problem, stage, BT, digest
+        self.shapes, self.device, self.ledger = tuple(shapes), device, ledger
+        self.times: dict[Config, dict[str, float]] = {}
+        self.refused: dict[Config, str] = {}
+        self.asked = 0
+        self.exhausted = False
+        self._pending: set[Config] = set()
+        self._unseen: list[Config] | None = None
+        self._random = random.Random(seed)
+        self._study = _open_study(storage, self._name(), seed)
+        self._resume()
+
+    def propose(self) -> Proposal | None:
+        """Next config to compile, or None once every valid one was tried or refused."""
+        for _ in range(_ASKS):
+            proposal = self._ask()
+            if proposal is not None:
+                return proposal
+        config = self._draw_unseen()
+        if config is None:
+            self.exhausted = True
+            return None
+        parameters = space.parameters(config, self.problem)
+        assert parameters is not None, f"{self.stage} [{config}] is not in its own space"
+        self._study.enqueue_trial(parameters)
+        return self._ask() or self.propose()
+
+    def suggest_first(self, config: Config) -> None:
+        """Have `config` tried before anything else, if it is in the space and not known yet."""
+        parameters = space.parameters(config, self.problem)
+        known = config in self.times or config in self.refused
+        if parameters is not None and config["BT"] == self.BT and not known:
+            self._study.enqueue_trial(parameters, skip_if_exists=True)
+
+    def record(self, config: Config, times: Mapping[str, float]) -> None:
+        """File a measurement that was not proposed: the default's."""
+        new = config not in self.times
+        self.times[config] = dict(times)
+        parameters = space.parameters(config, self.problem)
+        if new and parameters is not None:
+            self._study.enqueue_trial(parameters)
+            trial = self._study.ask()
+            if space.suggest(trial, self.stage, self.problem, self.BT) == config:
+                self._tell_times(trial.number, times)
+            else:  # Something else was queued first: hand that on, and leave ours in the queue.
+                self._study.tell(trial, state=TrialState.FAIL)
+
+    def succeed(self, proposal: Proposal, times: Mapping[str, float]) -> None:
+        """File the times (ms) of a proposal, by the name of the shape."""
+        self._pending.discard(proposal.config)
+        self.times[proposal.config] = dict(times)
+        self._tell_times(proposal.number, times)
+
+    def refuse(self, proposal: Proposal, reason: str) -> None:
+        """File why a proposal may not be used; the sampler keeps away from its neighbourhood."""
+        self._pending.discard(proposal.config)
+        self.refused[proposal.config] = reason
+        self._annotate(proposal.number, "reason", reason)
+        self._study.tell(proposal.number, state=TrialState.PRUNED)
+
+    def withdraw(self, config: Config, reason: str) -> None:
+        """Drop a config that passed before and failed the full gate."""
+        self.times.pop(config, None)
+        self.refused[config] = reason
+
+    def abandon(self, proposal: Proposal, *, again: bool = True) -> None:
+        """Give a proposal up without a verdict; `again` queues it for the next run."""
+        self._pending.discard(proposal.config)
+        if not again:
+            self.refused[proposal.config] = "failed in this run"
+        self._study.tell(proposal.number, state=TrialState.FAIL)
+        parameters = space.parameters(proposal.config, self.problem)
+        if again and parameters is not None:
+            self._study.enqueue_trial(parameters)
+
+    def ranked(self, shape: Shape) -> list[tuple[Config, float]]:
+        """Configs with their time (ms) at `shape`, fastest first."""
+        found = [(x, times[shape.name]) for x, times in self.times.items() if shape.name in times]
+        return sorted(found, key=lambda pair: pair[1])
+
+    def best_ms(self) -> float:
+        """Geometric mean over the shapes of the best time at each, in ms; inf without trials."""
+        best = [self.ranked(shape)[:1] for shape in self.shapes]
+        return geometric_mean([x[0][1] for x in best]) if all(best) else float("inf")
+
+    def _ask(self) -> Proposal | None:
+        trial = self._study.ask()
+        config = space.suggest(trial, self.stage, self.problem, self.BT)
+        if config in self.times or config in self._pending:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        reason = self._why_not(config)
+        proposal = Proposal(trial.number, config)
+        if reason is not None:
+            self.refuse(proposal, reason)
+            return None
+        trial.set_user_attr("owner", _owner())
+        self._pending.add(config)
+        self.asked += 1
+        return proposal
+
+    def _why_not(self, config: Config) -> str | None:
+        return (
+            self.refused.get(config)
+            or space.why_hopeless(config, self.problem, self.device)
+            or self.ledger.why_refused(self.problem, config, self.digest)
+        )
+
+    def _draw_unseen(self) -> Config | None:
+        if self._unseen is None:
+            configs = space.valid_configs(self.stage, self.problem, self.device, self.BT)
+            self._unseen = list(configs)
+            self._random.shuffle(self._unseen)
+        while self._unseen:
+            config = self._unseen.pop()
+            seen = config in self.times or config in self._pending
+            if not seen and self._why_not(config) is None:
+                return config
+        return None
+
+    def _tell_times(self, number: int, times: Mapping[str, float]) -> None:
+        self._annotate(number, "times", dict(times))
+        self._study.tell(number, geometric_mean(list(times.values())))
+
+    def _annotate(self, number: int, name: str, value: Any) -> None:
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        storage.set_trial_user_attr(trial_id, name, value)
+
+    def _resume(self) -> None:
+        """Take over what earlier runs left; their trials in flight are queued again."""
+        for trial in self._study.get_trials(deepcopy=False):
+            config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
+            if config is None:
+                continue
+            if trial.state == TrialState.COMPLETE and "times" in trial.user_attrs:
+                self.times[config] = dict(trial.user_attrs["times"])
+            elif trial.state == TrialState.PRUNED:
+                self.refused[config] = str(trial.user_attrs.get("reason", "refused before"))
+            elif trial.state == TrialState.RUNNING and _is_gone(trial.user_attrs.get("owner")):
+                self.abandon(Proposal(trial.number, config))
+
+    def _name(self) -> str:
+        """Names the study by all that its times depend on."""
+        content = [
+            asdict(self.problem),
+            sorted((asdict(x) for x in self.shapes), key=str),
+            self.ledger.toolchain,
+            self.digest,
+        ]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        parts = (self.problem.op, self.device.slug, self.stage, f"BT{self.BT}", digest)
+        return "/".join(parts)
+
+
+def open_storage(storage: str | Path | optuna.storages.BaseStorage) -> optuna.storages.BaseStorage:
+    """Optuna storage at a URL, or in the SQLite file of that path. TuneError if it cannot be used."""
+    if isinstance(storage, optuna.storages.BaseStorage):
+        return storage
+    url = str(storage)
+    if "://" not in url:
+        path = Path(url).expanduser().resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{path}"
+    arguments = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+    except Exception as error:
+        raise TuneError(
+            f"the study storage {url} cannot be opened ({type(error).__name__}: {error}); give "
+            "another one, or move the file away to start afresh"
+        ) from error
+
+
+def _open_study(
+    storage: optuna.storages.BaseStorage, name: str, seed: int
+) -> optuna.study.Study:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=_STARTUP_TRIALS,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=seed,
+        )
+        return optuna.create_study(
+            storage=storage, sampler=sampler, study_name=name, load_if_exists=True
+        )
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _is_gone(owner: str | None) -> bool:
+    """Whether the process that asked for a trial ended; of another host it is not known."""
+    if owner is None:
+        return True
+    host, _, pid = owner.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    if int(pid) == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
