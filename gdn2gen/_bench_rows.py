@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from gdn2gen.errors import UnsupportedError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import STAGES
+
+if TYPE_CHECKING:
+    from gdn2gen.dispatch import Recipe
 
 # A reference in fp64 at a full shape would take longer than everything else together.
 ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 4)
@@ -155,25 +158,45 @@ def bench_shapes(
 
 def bench_stages(problem: Problem, shape: Shape) -> list[StageRow]:
     """Time each stage of the recipe that a call would run, on its real operands."""
-    from gdn2gen import launch
     from gdn2gen.dispatch import find_recipe
 
     recipe = find_recipe(problem, shape.regime, _present_device())
     inputs = inputs_of(problem, shape, "layer", 0, "cuda")
-    inputs["do"] = output_gradients(problem, shape, 0, "cuda")["o"]
-    calls = launch.stage_calls(recipe, inputs, **stage_flags(problem))
+    do = output_gradients(problem, shape, 0, "cuda")["o"]
     rows = []
-    for name, call in calls:
+    for name, call in stage_calls(recipe, shape, inputs, do):
         BT = recipe.configs[name].size("BT")
         nbytes = STAGES[name].nbytes(problem, symbol_sizes(problem, shape, BT))
         rows.append(StageRow(name, time_ms(call), nbytes))
     return rows
 
 
-def stage_flags(problem: Problem) -> dict[str, Any]:
-    """Run-time scalars that `launch.stage_calls` cannot read off the problem."""
-    lower_bound = op_flags(problem)["lower_bound"]
-    return {} if lower_bound is None else {"lower_bound": lower_bound}
+def stage_calls(
+    recipe: Recipe, shape: Shape, inputs: Mapping[str, Tensor], do: Tensor
+) -> list[tuple[str, Callable[[], None]]]:
+    """Run the recipe once, and return each stage as a callable that runs it again on its operands.
+
+    `inputs` as `inputs_of` makes them; `do` is the gradient of the output.
+    """
+    from gdn2gen import launch
+
+    problem = recipe.problem
+    call = launch.Call(
+        B=shape.B,
+        T=shape.T,
+        H=shape.H,
+        HV=shape.H,
+        HG=shape.H,
+        N=shape.regime.sequences,
+        scale=problem.K**-0.5,
+        lower_bound=op_flags(problem)["lower_bound"],
+        packed=problem.varlen,
+        device=do.device,
+    )
+    tensors = {**inputs, "do": do}
+    if "dt_bias" in tensors:
+        tensors["dt_bias"] = tensors["dt_bias"].reshape(shape.H, problem.K)
+    return launch.stage_calls(launch.Runner(recipe), call, tensors)
 
 
 def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:

@@ -1,4 +1,4 @@
-"""Which stored entry is nearest to a problem, a regime and a GPU. `dispatch` makes a recipe of it."""
+"""Which stored entry is nearest to a problem, a regime and a GPU; `dispatch` makes a recipe."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Backend: everything the search asks of compilers and of the GPU; tests put a fake in its place."""
+"""Backend: what the search asks of compilers and of the GPU; tests put a fake in its place."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from typing import Final, Protocol
 
+from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import Config
 from gdn2gen.device import Device
@@ -12,7 +13,7 @@ from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.gpu_side import PipelineTiming, Timing
+from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
 
@@ -28,9 +29,7 @@ class Backend(Protocol):
 
     slots: int
 
-    def compile(
-        self, problem: Problem, config: Config
-    ) -> Future[Outcome[Resources]]:
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         """Queue the compile of one stage."""
         ...
 

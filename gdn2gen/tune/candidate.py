@@ -61,7 +61,7 @@ class Candidate:
 
         recipe = default_recipe(self.problem, self.plan)
         why = "a candidate of the tuner"
-        return replace(recipe, configs=self.by_stage, source="candidate", why=why)
+        return replace(recipe, configs=self.by_stage, source="forced", why=why)
 
     def __str__(self) -> str:
         return f"{self.plan}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)

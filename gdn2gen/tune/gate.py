@@ -75,7 +75,7 @@ def check(
 
     limit = LIMITS[candidate.problem.dtype]
     worst: dict[str, float] = {}
-    with _poisoned(), _forced(candidate):
+    with _poisoned(), forced(candidate):
         for shape in shapes:
             for regime in regimes:
                 errors = _errors(candidate.problem, shape, regime, device)
@@ -97,8 +97,8 @@ def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) 
 def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, float]:
     from gdn2gen._bench_accuracy import relative_errors
 
-    exact = _exact(problem, shape, regime, device)
-    return relative_errors(_run(problem, shape, regime, device), exact)
+    found = _run(problem, shape, regime, device)
+    return relative_errors(found, exact(problem, shape, regime, device))
 
 
 def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
@@ -110,13 +110,13 @@ def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, 
 
 
 @lru_cache(maxsize=32)
-def _exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+def exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
     """The reference's answer, kept: it is the same for every candidate. In fp32 to save memory."""
     from gdn2gen._bench_accuracy import inputs_of, output_gradients, run_reference
 
     inputs = inputs_of(problem, shape, regime, 0, device)
-    exact = run_reference(problem, inputs, output_gradients(problem, shape, 0, device))
-    return {name: x.float() for name, x in exact.items()}
+    results = run_reference(problem, inputs, output_gradients(problem, shape, 0, device))
+    return {name: x.float() for name, x in results.items()}
 
 
 def _moved(problem: Problem, shape: Shape, repeats: int, device: str) -> str:
@@ -146,8 +146,15 @@ def _poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def _forced(candidate: Candidate) -> Iterator[None]:
+def forced(candidate: Candidate) -> Iterator[None]:
+    """Inside, the public op runs `candidate`, backward included.
+
+    The backward stays on the calling thread: autograd's own threads do not see the forced recipe,
+    and would run the backward of another one.
+    """
+    import torch
+
     from gdn2gen.dispatch import forced_recipe
 
-    with forced_recipe(candidate.recipe()):
+    with forced_recipe(candidate.recipe()), torch.autograd.set_multithreading_enabled(False):
         yield

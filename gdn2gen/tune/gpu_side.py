@@ -1,11 +1,12 @@
-"""What the worker that owns the GPU is asked for. Module functions, so that a pipe can name them."""
+"""What the worker that owns the GPU is asked for: functions that a pipe can name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen._bench_rows import stage_calls
 from gdn2gen.bench import Timing, inputs_of, peak_mib, run_op, time_ms
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import gate
@@ -58,12 +59,9 @@ def time_stages(
     candidate: Candidate, stages: tuple[str, ...], shape: Shape
 ) -> dict[str, Timing]:
     """Time the named stages of a candidate, each alone on the pipeline's real operands."""
-    from gdn2gen import launch
-    from gdn2gen._bench_rows import stage_flags
-
-    inputs = dict(_inputs(candidate.problem, shape))
-    inputs["do"] = _output_gradients(candidate.problem, shape)["o"]
-    calls = launch.stage_calls(candidate.recipe(), inputs, **stage_flags(candidate.problem))
+    inputs = _inputs(candidate.problem, shape)
+    do = _output_gradients(candidate.problem, shape)["o"]
+    calls = stage_calls(candidate.recipe(), shape, inputs, do)
     return {
         name: time_ms(call, _STAGE_WARMUP_MS, _STAGE_REP_MS)
         for name, call in calls
@@ -76,7 +74,6 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
     import torch
 
     from gdn2gen._bench_accuracy import op_flags
-    from gdn2gen.dispatch import forced_recipe
     from gdn2gen.ops import chunk_gdn2
 
     problem = candidate.problem
@@ -84,14 +81,16 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
         _free()
     inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
 
+    arguments: dict[str, Any] = {**inputs, **op_flags(problem)}
+
     def forward() -> None:
         with torch.no_grad():
-            chunk_gdn2(**inputs, **op_flags(problem))
+            chunk_gdn2(**arguments)
 
     def both() -> None:
         run_op(chunk_gdn2, problem, inputs, gradients)
 
-    with forced_recipe(candidate.recipe()):
+    with gate.forced(candidate):
         return PipelineTiming(
             time_ms(forward, _ROUND_WARMUP_MS, _ROUND_REP_MS),
             time_ms(both, _ROUND_WARMUP_MS, _ROUND_REP_MS),
@@ -126,5 +125,5 @@ def _free() -> None:
 
     _cached_inputs.cache_clear()
     _output_gradients.cache_clear()
-    gate._exact.cache_clear()
+    gate.exact.cache_clear()
     torch.cuda.empty_cache()

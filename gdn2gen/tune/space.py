@@ -84,8 +84,22 @@ def suggest(trial: optuna.Trial, stage: str, problem: Problem, BT: int) -> Confi
     """Ask the sampler for the stage's own knobs (define-by-run); may return what is hopeless."""
     knobs: dict[str, Knob] = {"BT": BT}
     for name, domain in own_knobs(stage).items():
-        knobs[name] = trial.suggest_categorical(name, _possible(name, domain, problem))
+        chosen = trial.suggest_categorical(name, _possible(name, domain, problem))
+        assert isinstance(chosen, int | str)
+        knobs[name] = chosen
     return Config.of(stage, knobs)
+
+
+def distributions(
+    stage: str, problem: Problem
+) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The same space as `suggest` asks for, for trials that are filed without asking."""
+    import optuna
+
+    return {
+        name: optuna.distributions.CategoricalDistribution(_possible(name, domain, problem))
+        for name, domain in own_knobs(stage).items()
+    }
 
 
 def parameters(config: Config, problem: Problem) -> dict[str, Knob] | None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, Final
+from typing import Final
 
 import optuna
 from optuna.trial import TrialState
@@ -36,9 +36,9 @@ _STARTUP_TRIALS: Final = 8
 
 @dataclass(frozen=True)
 class Proposal:
-    """A config to try, and the number of its trial."""
+    """A config to try, and its trial."""
 
-    number: int
+    trial: optuna.Trial
     config: Config
 
 
@@ -97,25 +97,28 @@ class StageTrials:
         self.times[config] = dict(times)
         parameters = space.parameters(config, self.problem)
         if new and parameters is not None:
-            self._study.enqueue_trial(parameters)
-            trial = self._study.ask()
-            if space.suggest(trial, self.stage, self.problem, self.BT) == config:
-                self._tell_times(trial.number, times)
-            else:  # Something else was queued first: hand that on, and leave ours in the queue.
-                self._study.tell(trial, state=TrialState.FAIL)
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=parameters,
+                    distributions=space.distributions(self.stage, self.problem),
+                    value=geometric_mean(list(times.values())),
+                    user_attrs={"times": dict(times)},
+                )
+            )
 
     def succeed(self, proposal: Proposal, times: Mapping[str, float]) -> None:
         """File the times (ms) of a proposal, by the name of the shape."""
         self._pending.discard(proposal.config)
         self.times[proposal.config] = dict(times)
-        self._tell_times(proposal.number, times)
+        proposal.trial.set_user_attr("times", dict(times))
+        self._study.tell(proposal.trial, geometric_mean(list(times.values())))
 
     def refuse(self, proposal: Proposal, reason: str) -> None:
         """File why a proposal may not be used; the sampler keeps away from its neighbourhood."""
         self._pending.discard(proposal.config)
         self.refused[proposal.config] = reason
-        self._annotate(proposal.number, "reason", reason)
-        self._study.tell(proposal.number, state=TrialState.PRUNED)
+        proposal.trial.set_user_attr("reason", reason)
+        self._study.tell(proposal.trial, state=TrialState.PRUNED)
 
     def withdraw(self, config: Config, reason: str) -> None:
         """Drop a config that passed before and failed the full gate."""
@@ -127,10 +130,7 @@ class StageTrials:
         self._pending.discard(proposal.config)
         if not again:
             self.refused[proposal.config] = "failed in this run"
-        self._study.tell(proposal.number, state=TrialState.FAIL)
-        parameters = space.parameters(proposal.config, self.problem)
-        if again and parameters is not None:
-            self._study.enqueue_trial(parameters)
+        self._give_up(proposal.trial.number, proposal.config if again else None)
 
     def ranked(self, shape: Shape) -> list[tuple[Config, float]]:
         """Configs with their time (ms) at `shape`, fastest first."""
@@ -149,7 +149,7 @@ class StageTrials:
             self._study.tell(trial, state=TrialState.FAIL)
             return None
         reason = self._why_not(config)
-        proposal = Proposal(trial.number, config)
+        proposal = Proposal(trial, config)
         if reason is not None:
             self.refuse(proposal, reason)
             return None
@@ -177,14 +177,11 @@ class StageTrials:
                 return config
         return None
 
-    def _tell_times(self, number: int, times: Mapping[str, float]) -> None:
-        self._annotate(number, "times", dict(times))
-        self._study.tell(number, geometric_mean(list(times.values())))
-
-    def _annotate(self, number: int, name: str, value: Any) -> None:
-        storage = self._study._storage
-        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
-        storage.set_trial_user_attr(trial_id, name, value)
+    def _give_up(self, number: int, again: Config | None) -> None:
+        self._study.tell(number, state=TrialState.FAIL)
+        parameters = None if again is None else space.parameters(again, self.problem)
+        if parameters is not None:
+            self._study.enqueue_trial(parameters)
 
     def _resume(self) -> None:
         """Take over what earlier runs left; their trials in flight are queued again."""
@@ -197,7 +194,7 @@ class StageTrials:
             elif trial.state == TrialState.PRUNED:
                 self.refused[config] = str(trial.user_attrs.get("reason", "refused before"))
             elif trial.state == TrialState.RUNNING and _is_gone(trial.user_attrs.get("owner")):
-                self.abandon(Proposal(trial.number, config))
+                self._give_up(trial.number, config)
 
     def _name(self) -> str:
         """Names the study by all that its times depend on."""
@@ -213,7 +210,7 @@ class StageTrials:
 
 
 def open_storage(storage: str | Path | optuna.storages.BaseStorage) -> optuna.storages.BaseStorage:
-    """Optuna storage at a URL, or in the SQLite file of that path. TuneError if it cannot be used."""
+    """Optuna storage at a URL, or in the SQLite file of that path; TuneError if neither opens."""
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
     url = str(storage)
