@@ -16,13 +16,21 @@ SHARED_KNOBS: Final = ("BT",)
 CHUNKS: Final = (16, 32, 64)
 
 DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
+    "diagonal": {
+        "BT": CHUNKS,
+        "BK": (32, 64, 128),
+        "decay": ("log", "tree"),
+        "solve": ("tf32", "tf32x3", "ieee"),
+        "vec": (1, 2, 4, 8),
+        "num_warps": (1, 2),
+        "num_stages": (1, 2),
+    },
     "prepare": {
         "BT": CHUNKS,
         "BK": (32, 64, 128),
         "BV": (32, 64, 128),
-        "decay": ("log", "tree"),
         "solve": ("bf16x3", "tf32", "tf32x3", "ieee"),
-        "num_warps": (1, 2, 4, 8),
+        "num_warps": (2, 4, 8),
         "num_stages": (1, 2, 3),
     },
     "reprepare": {
@@ -137,5 +145,7 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
     if "decay" in domain:
         knobs["decay"] = "log"
     if "solve" in domain:
-        knobs["solve"] = "tf32x3" if wide else "bf16x3"
+        knobs["solve"] = "tf32x3" if wide or "bf16x3" not in domain["solve"] else "bf16x3"
+    if "vec" in domain:
+        knobs |= {"vec": 2, "num_warps": 1}
     return Config.of(stage, knobs)

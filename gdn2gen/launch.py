@@ -68,6 +68,7 @@ class Call:
             "N+1": self.N + 1,
             "NT": self.chunks(BT),
             "BT": BT,
+            "BC": 16,
             "K": problem.K,
             "V": problem.V,
             "2": 2,

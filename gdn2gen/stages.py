@@ -5,6 +5,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+    BC tokens of a sub-block, 16
 
 Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
 """
@@ -113,6 +114,10 @@ _RSTD = (
     Operand("k_rstd", "B T HV", "fp32", "l2norm"),
 )
 _SCORES = (Operand("A", "NT HV BT BT"), Operand("Aqk", "NT HV BT BT"))
+_DIAGONAL = (
+    Operand("A_d", "NT HV BT BC", "fp32"),
+    Operand("Aqk_d", "NT HV BT BC", "fp32"),
+)
 _FACTORS = (
     Operand("Qg", "NT HV BT K"),
     Operand("Ktail", "NT HV BT K"),
@@ -130,10 +135,17 @@ STAGES: Final = {
     stage.name: stage
     for stage in (
         Stage(
+            "diagonal",
+            "diagonal",
+            (*_QKGB, *_GATE, *_VARLEN),
+            (*_RSTD, *_DIAGONAL),
+            ("scale", "lower_bound", *_CHUNKED),
+        ),
+        Stage(
             "prepare",
             "prepare",
-            (*_QKGB, *_VW, *_GATE, *_VARLEN),
-            (*_RSTD, _G, *_SCORES, *_FACTORS),
+            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, *_DIAGONAL),
+            (*_SCORES, _G, *_FACTORS),
             ("scale", "lower_bound", *_CHUNKED),
         ),
         Stage(
@@ -240,14 +252,14 @@ PLANS: Final = {
         # 256 bytes per token and head kept at 16 bits and BT = 64: the triangular work is not redone.
         Plan(
             "lean",
-            ("prepare", "scan"),
+            ("diagonal", "prepare", "scan"),
             ("reprepare", "rescan", *_GRADIENTS),
             ("A", "Aqk"),
         ),
         # 1024 bytes more: the factors stay, and only the scan is redone.
         Plan(
             "fast",
-            ("prepare", "scan"),
+            ("diagonal", "prepare", "scan"),
             ("rescan", *_GRADIENTS),
             ("A", "Aqk", "G", "Qg", "Ktail", "Y", "U", "gamma_C"),
         ),
