@@ -105,10 +105,10 @@ def run_reference(
     from gdn2gen import reference
 
     leaves = _leaves({name: _double(x) for name, x in inputs.items()})
-    o, state = reference.chunk_gdn2(**leaves, **op_flags(problem), compute_dtype=torch.float64)
-    if not problem.final_state:
-        state = None
-    return _results(o, state, leaves, {name: _double(x) for name, x in gradients.items()})
+    arguments: dict[str, Any] = {**leaves, **op_flags(problem), "compute_dtype": torch.float64}
+    o, state = reference.chunk_gdn2(**arguments)
+    exact = {name: _double(x) for name, x in gradients.items()}
+    return _results(o, state if problem.final_state else None, leaves, exact)
 
 
 def relative_errors(

@@ -82,7 +82,7 @@ def save_results(path: Path, rows: Sequence[Row], *, command: str | None = None)
 
 
 def _identity(row: Mapping[str, Any]) -> str:
-    return json.dumps([row["shape"]["name"], row["problem"]], sort_keys=True)
+    return json.dumps([row["shape"]["name"], row["problem"], row["level"]], sort_keys=True)
 
 
 def _replace_atomically(path: Path, text: str) -> None:
@@ -101,6 +101,7 @@ def _row_document(row: Row) -> dict[str, Any]:
     return {
         "shape": asdict(row.shape),
         "problem": asdict(row.problem),
+        "level": row.level,
         "recipe": row.recipe,
         "ours": asdict(row.ours),
         "fla": None if row.fla is None else asdict(row.fla),

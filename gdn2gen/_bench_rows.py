@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,7 +19,15 @@ from gdn2gen._bench_accuracy import (
     run_op,
     run_reference,
 )
-from gdn2gen._bench_time import Timing, copy_gbps, floor_ms, peak_mib, symbol_sizes, time_ms
+from gdn2gen._bench_time import (
+    Timing,
+    call_of,
+    copy_gbps,
+    floor_ms,
+    peak_mib,
+    symbol_sizes,
+    time_ms,
+)
 from gdn2gen.errors import UnsupportedError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
@@ -69,6 +78,8 @@ class Row:
 
     shape: Shape
     problem: Problem
+    level: str
+    """`lean` saves memory, `fast` (disable_recompute=True) saves time."""
     recipe: str
     ours: Side
     fla: Side | None
@@ -122,6 +133,7 @@ def bench_shapes(
     gate: str,
     l2norm: bool = True,
     stages: bool = False,
+    level: str = "lean",
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU; with `stages` also stage by stage.
@@ -137,18 +149,19 @@ def bench_shapes(
         problem = bench_problem(K, V, dtype, gate, l2norm, shape)
         dense = replace(problem, varlen=False)
         if (dense, False) not in errors:
-            errors[dense, False] = worst_errors(our_op(), dense)
+            errors[dense, False] = worst_errors(our_op(level), dense)
             if fla is not None:
                 errors[dense, True] = worst_errors(fla, dense)
         row = Row(
             shape=shape,
             problem=problem,
-            recipe=_recipe_name(problem, shape),
-            ours=_measure(our_op(), problem, shape, errors[dense, False]),
+            level=level,
+            recipe=_recipe_name(problem, shape, level),
+            ours=_measure(our_op(level), problem, shape, errors[dense, False]),
             fla=None if fla is None else _measure(fla, problem, shape, errors[dense, True]),
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
-            stages=bench_stages(problem, shape) if stages else [],
+            stages=bench_stages(problem, shape, level) if stages else [],
         )
         rows.append(row)
         if on_row is not None:
@@ -156,11 +169,11 @@ def bench_shapes(
     return rows
 
 
-def bench_stages(problem: Problem, shape: Shape) -> list[StageRow]:
+def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[StageRow]:
     """Time each stage of the recipe that a call would run, on its real operands."""
     from gdn2gen.dispatch import find_recipe
 
-    recipe = find_recipe(problem, shape.regime, _present_device())
+    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
     inputs = inputs_of(problem, shape, "layer", 0, "cuda")
     do = output_gradients(problem, shape, 0, "cuda")["o"]
     rows = []
@@ -181,18 +194,7 @@ def stage_calls(
     from gdn2gen import launch
 
     problem = recipe.problem
-    call = launch.Call(
-        B=shape.B,
-        T=shape.T,
-        H=shape.H,
-        HV=shape.H,
-        HG=shape.H,
-        N=shape.regime.sequences,
-        scale=problem.K**-0.5,
-        lower_bound=op_flags(problem)["lower_bound"],
-        packed=problem.varlen,
-        device=do.device,
-    )
+    call = call_of(problem, shape, do.device)
     tensors = {**inputs, "do": do}
     if "dt_bias" in tensors:
         tensors["dt_bias"] = tensors["dt_bias"].reshape(shape.H, problem.K)
@@ -214,10 +216,11 @@ def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
     return worst
 
 
-def our_op() -> OpFunction:
+def our_op(level: str) -> OpFunction:
+    """Our op, keeping as much of the forward as `level` lets it."""
     from gdn2gen import ops
 
-    return ops.chunk_gdn2
+    return partial(ops.chunk_gdn2, disable_recompute=level == "fast")
 
 
 def fla_op() -> OpFunction:
@@ -255,11 +258,11 @@ def _measure(
     return Side(time_ms(forward), time_ms(both), peak_mib(both), errors)
 
 
-def _recipe_name(problem: Problem, shape: Shape) -> str:
+def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:
     """The plan, where its configs came from: a figure without it cannot be repeated."""
     from gdn2gen.dispatch import find_recipe
 
-    recipe = find_recipe(problem, shape.regime, _present_device())
+    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
     return f"{recipe.plan.name} ({recipe.source})"
 
 

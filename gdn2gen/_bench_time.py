@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gdn2gen.errors import DeviceError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import DTYPE_BYTES, STAGES
+from gdn2gen.stages import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from gdn2gen.launch import Call
 
 _MIB = 2**20
 # do_bench's size: at least twice the L2 of every GPU so far, and kept so that figures compare.
@@ -123,31 +125,26 @@ def floor_ms(problem: Problem, shape: Shape, backward: bool, gbps: float) -> flo
 
 def symbol_sizes(problem: Problem, shape: Shape, BT: int) -> dict[str, int]:
     """The value of every symbol that the dims of a stage's operands use, at chunk size BT."""
-    lengths = [shape.T] * shape.B
-    if shape.cu_seqlens is not None:
-        ends = shape.cu_seqlens
-        lengths = [end - start for start, end in pairwise(ends)]
-    sizes = {
-        "B": shape.B,
-        "T": shape.T,
-        "H": shape.H,
-        "HV": shape.H,
-        "HG": shape.H,
-        "K": problem.K,
-        "V": problem.V,
-        "N": len(lengths),
-        "N+1": len(lengths) + 1,
-        "NT": sum(-(-length // BT) for length in lengths),
-        "BT": BT,
-    }
-    numbers = {
-        symbol: int(symbol)
-        for stage in STAGES.values()
-        for operand in (*stage.inputs, *stage.outputs)
-        for symbol in operand.dims.split()
-        if symbol.isdigit()
-    }
-    return sizes | numbers
+    return call_of(problem, shape, torch.device("cpu")).sizes(problem, BT)
+
+
+def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
+    """Sizes and scalars of a benchmark call: as many heads of q, k and gates as of values."""
+    from gdn2gen._bench_accuracy import LOWER_BOUND
+    from gdn2gen.launch import Call
+
+    return Call(
+        B=shape.B,
+        T=shape.T,
+        H=shape.H,
+        HV=shape.H,
+        HG=shape.H,
+        N=shape.regime.sequences,
+        scale=problem.K**-0.5,
+        lower_bound=LOWER_BOUND if problem.gate == "sigmoid" else None,
+        packed=problem.varlen,
+        device=device,
+    )
 
 
 def _require_gpu(what: str) -> None:

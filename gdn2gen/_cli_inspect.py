@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gdn2gen._cli_options import add_problem, add_target, present_or_target, problem_of
 from gdn2gen.config import Config, Knob, default_config
 from gdn2gen.errors import ConfigError, InputError
 from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES, parse_shapes
+from gdn2gen.shapes import SHAPES, Shape, parse_shapes
 from gdn2gen.stages import PLANS, STAGES
 
 
@@ -36,8 +37,9 @@ def explain(args: argparse.Namespace) -> int:
     problem = problem_of(args)
     device, _ = present_or_target(args.target)
     for shape in parse_shapes(args.shape):
+        strict = True if args.strict else None
         recipe = find_recipe(
-            problem, shape.regime, device, level=args.level, strict=True if args.strict else None
+            _at(problem, shape), shape.regime, device, level=args.level, strict=strict
         )
         print(f"{shape.name} on {device.name}")
         print(explain_recipe(recipe))
@@ -70,14 +72,14 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError("--config describes one kernel and needs --stage")
     if args.out is None:
         raise InputError("give --out DIR for a package, or --stage NAME to print one kernel")
-    from gdn2gen.dispatch import explain_recipe, find_recipe
-    from gdn2gen.generate import generate_package
-
-    problem = problem_of(args)
-    device, _ = present_or_target(args.target)
     shapes = parse_shapes(args.shape)
     if len(shapes) != 1:
         raise InputError(f"a package is made for one shape, but got {args.shape!r}")
+    from gdn2gen.dispatch import explain_recipe, find_recipe
+    from gdn2gen.generate import generate_package
+
+    problem = _at(problem_of(args), shapes[0])
+    device, _ = present_or_target(args.target)
     recipe = find_recipe(problem, shapes[0].regime, device, level=args.level)
     files = generate_package(problem, args.out, recipe)
     print(explain_recipe(recipe))
@@ -116,6 +118,11 @@ def parse_config(stage: str, text: str, problem: Problem) -> Config:
             raise ConfigError(f"--config takes KNOB=VALUE words, but got {word!r}")
         knobs[name] = int(value) if value.lstrip("-").isdigit() else value
     return Config.of(stage, {**default_config(stage, problem), **knobs})
+
+
+def _at(problem: Problem, shape: Shape) -> Problem:
+    """`problem` for the calls at `shape`: packed if the shape is."""
+    return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
 
 
 def _add_regime(parser: argparse.ArgumentParser) -> None:

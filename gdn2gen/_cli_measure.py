@@ -60,7 +60,9 @@ def verify(args: argparse.Namespace) -> int:
 
         results = run_suite(args.cases, interpreter=interpreter, on_result=show)
     console.print(results_table(results))
-    failed = [result.name for result in results if not result.passed]
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        console.print(f"{result.name}: {result.message}", markup=False, highlight=False)
     console.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
     if args.json is not None:
         document = {

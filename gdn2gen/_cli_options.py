@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.errors import InputError
 from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS, OPS, Problem
@@ -73,7 +73,7 @@ def with_extras(problem: Problem, gate: str, names: str | None) -> Problem:
     for name in chosen:
         if name not in EXTRAS:
             raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
-    flags = {_FIELDS.get(name, name): True for name in chosen}
+    flags: dict[str, Any] = {_FIELDS.get(name, name): True for name in chosen}
     return dataclasses.replace(problem, gate=gate, **flags)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,11 +19,10 @@ from gdn2gen._cli_options import (
 )
 from gdn2gen.errors import InputError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.shapes import Shape, parse_shapes
+from gdn2gen.shapes import parse_shapes
 
 if TYPE_CHECKING:
-    from gdn2gen.device import Device
-    from gdn2gen.problem import Problem
+    from gdn2gen.tune import TuneReport
 
 _LEVELS: Final = {"lean": ("lean",), "fast": ("fast",), "both": ("lean", "fast")}
 _TARGET_HELP: Final = (
@@ -61,19 +59,10 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(args: argparse.Namespace) -> int:
     """Tune each shape and file the winners."""
-    problem, shapes = problem_of(args), _shapes(args.shapes)
-    device, present = present_or_target(args.target)
     folder = args.out or user_tuned_dir()
     if folder is None:
         folder = packaged_tuned_dir() if in_source_tree() else user_dir()
-    levels = _LEVELS[args.level]
-    if present:
-        _tune_present(problem, shapes, device, args.budget, folder, args.storage, levels)
-    else:
-        if args.storage is not None:
-            raise InputError("--storage is for studies that run on a GPU, and none is used here")
-        _tune_absent(problem, shapes, device, args.budget, folder)
-    _say_where(folder)
+    _search(args, folder, _LEVELS[args.level], args.storage)
     return 0
 
 
@@ -87,21 +76,59 @@ def add_quick(parser: argparse.ArgumentParser) -> None:
 
 def quick(args: argparse.Namespace) -> int:
     """The whole path once, in minutes; entries go to the user's folder, never to the package."""
-    problem, shapes = problem_of(args), _shapes(args.shapes)
-    device, present = present_or_target(args.target)
+    from gdn2gen.dispatch import explain_recipe, find_recipe
+
     folder = user_dir()
-    if present:
-        _tune_present(problem, shapes, device, args.budget, folder, None, ("lean",))
-    else:
-        _tune_absent(problem, shapes, device, args.budget, folder)
+    report = _search(args, folder, ("lean",), None)
     os.environ["GDN2GEN_TUNED_DIR"] = str(folder)
-    _say_what_runs(problem, shapes, device)
-    _say_where(folder)
+    for result in report.results:
+        recipe = find_recipe(report.problem, result.shape.regime, report.device)
+        print(f"\nWhat a call at {result.shape.name} runs with this folder:")
+        print(explain_recipe(recipe))
     return 0
 
 
-def _shapes(text: str) -> list[Shape]:
-    shapes = parse_shapes(text)
+def _search(
+    args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None
+) -> TuneReport:
+    """Search on the present GPU, or do what can be done without one; print the report."""
+    from rich.console import Console
+
+    problem, shapes = problem_of(args), parse_shapes(args.shapes)
     if not shapes:
         raise InputError("--shapes names no shape")
-    return shapes
+    device, present = present_or_target(args.target)
+    if present:
+        from gdn2gen.tune import tune as search
+
+        report = search(
+            problem=problem,
+            shapes=shapes,
+            device=device,
+            budget_minutes=args.budget,
+            out_dir=folder,
+            storage=storage,
+            levels=levels,
+        )
+    else:
+        from gdn2gen.tune import tune_without_gpu
+
+        if storage is not None:
+            raise InputError("--storage is for studies that run on a GPU, and none is used here")
+        print(
+            f"Without a GPU, for the target {device.name}: kernels are compiled, checked in "
+            "Triton's interpreter and ranked by\ntheir compiled resources. Nothing is timed; "
+            "entries are filed as predicted."
+        )
+        report = tune_without_gpu(
+            problem=problem,
+            device=device,
+            shapes=shapes,
+            budget_minutes=args.budget,
+            out_dir=folder,
+            levels=levels,
+        )
+    Console().print(report.table())
+    if folder not in (user_tuned_dir(), packaged_tuned_dir()):
+        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")
+    return report

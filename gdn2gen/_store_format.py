@@ -20,7 +20,8 @@ Provenance = Literal["measured", "transferred", "predicted"]
 LEVELS: Final[tuple[str, ...]] = get_args(Level)
 PROVENANCES: Final[tuple[str, ...]] = get_args(Provenance)
 
-_LINE: Final = 100
+# Longest line of a tuned file, so that a problem and a config stay on one.
+_LINE: Final = 140
 _METADATA_KEYS: Final = ("schema", "gpu", "arch", "sms", "toolchain", "command", "date")
 _ENTRY_KEYS: Final = (
     "problem",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -73,20 +73,32 @@ def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
     """
     notes: list[str] = []
     own = [(n, place.own) for n, place in enumerate(places)]
-    fresh, stale = _split(_candidates(own, query, notes, own=True))
-    if not fresh or TIERS[min(fresh).tier] not in ("exact", "nearest"):
+    found = _candidates(own, query, notes, own=True)
+    best, passed = _first_fresh(found, query.problem)
+    if best is None or TIERS[best.tier] not in ("exact", "nearest"):
         others = [
             (n, str(path))
             for n, place in enumerate(places)
             for path in sorted(Path(place.folder).glob("*.json"))
             if str(path) != place.own
         ]
-        more_fresh, more_stale = _split(_candidates(others, query, notes, own=False))
-        fresh, stale = fresh + more_fresh, stale + more_stale
-    best, passed = min(fresh, default=None), min(stale, default=None)
-    if passed is not None and best is not None and best < passed:
-        passed = None
+        found += _candidates(others, query, notes, own=False)
+        best, passed = _first_fresh(found, query.problem)
     return Found(best, passed, tuple(notes))
+
+
+def _first_fresh(
+    found: list[Candidate], problem: Problem
+) -> tuple[Candidate | None, Candidate | None]:
+    """The least candidate that fits and is not stale, and the least one before it that is."""
+    passed = None
+    for candidate in sorted(found):
+        if not _fits(candidate.entry, problem):
+            continue
+        if not store.is_stale(candidate.entry):
+            return candidate, passed
+        passed = passed or candidate
+    return None, passed
 
 
 # (path, inode, modification time in ns, bytes): what tells that a file is still the same
@@ -102,21 +114,12 @@ def stamp_of(path: str) -> Stamp:
     return (path, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
-def _split(found: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    """Those whose templates are as they were, and the stale ones."""
-    stale = [store.is_stale(x.entry) for x in found]
-    return (
-        [x for x, old in zip(found, stale, strict=True) if not old],
-        [x for x, old in zip(found, stale, strict=True) if old],
-    )
-
-
 def _candidates(
     files: Sequence[tuple[int, str]], query: Query, notes: list[str], *, own: bool
 ) -> list[Candidate]:
-    """Every entry of `files` that can run the problem; what was ignored is told in `notes`."""
+    """Every entry of `files` for this level and problem; what was ignored is told in `notes`."""
     found = []
-    device = query.device
+    device, key = query.device, query.problem.key
     for folder, path in files:
         loaded = _load(stamp_of(path), device if own else None, device.arch)
         if isinstance(loaded, str):
@@ -127,8 +130,8 @@ def _candidates(
         gpu = str(loaded.metadata["gpu"])
         gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
         for place, entry in enumerate(loaded.entries):
-            minor = differing(query.problem, entry)
-            if entry.level != query.level or minor is None or not _fits(entry, query.problem):
+            minor = differing(key, entry)
+            if entry.level != query.level or minor is None:
                 continue
             distance = _regime_distance(query.regime, entry.regime)
             exact = distance == 0 and not minor
@@ -164,9 +167,9 @@ def _load(stamp: Stamp, device: Device | None, arch: str) -> TunedFile | str | N
     return file
 
 
-def differing(problem: Problem, entry: Entry) -> list[str] | None:
-    """Minor keys in which the entry's problem differs; None if it differs in a major one."""
-    names = [name for name, value in problem.key.items() if entry.problem_key[name] != value]
+def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
+    """Minor keys in which the entry's problem differs from `key`; None if a major one does."""
+    names = [name for name, value in key.items() if entry.problem_key[name] != value]
     return names if all(name in _MINOR_KEYS for name in names) else None
 
 

@@ -1,4 +1,4 @@
-"""torch.library ops under the public ones: kernels or reference, fakes, autograd.
+"""torch.library ops under the public ones: kernels, fakes, autograd.
 
 The forward returns what the backward of its plan wants saved; names and order are the plan's
 (`saved_names`), so that the fake, the kernels and the backward agree.
@@ -6,22 +6,20 @@ The forward returns what the backward of its plan wants saved; names and order a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn2gen import launch, reference
+from gdn2gen import launch
 from gdn2gen.arguments import IO_DTYPES
 from gdn2gen.device import Device, named_device, present_device
-from gdn2gen.dispatch import Recipe, default_recipe, find_recipe
-from gdn2gen.knobs import interpreted
+from gdn2gen.dispatch import Recipe, find_recipe, forced
 from gdn2gen.launch import Call, Runner
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.stages import STAGES, Operand, has_operand
-
-_FLAGS = ("l2norm", "gate_in_kernel", "output_final_state", "state_v_first")
 
 
 def _problem(
@@ -83,27 +81,34 @@ def _call(
 
 
 @lru_cache(maxsize=4096)
-def _runner(recipe_key: tuple[Any, ...]) -> Runner:
-    problem, plan_name, configs = recipe_key
-    recipe = Recipe(
-        problem=problem,
-        plan=plan_name,
-        configs=dict(configs),
-        source="forced",
-        why="cached",
-    )
+def _runner(recipe: Recipe) -> Runner:
     return Runner(recipe)
 
 
+_pinned: dict[str, Recipe] = {}
+
+
+def level_token(level: str) -> str:
+    """`level`, or a token for the forced recipe, which autograd's threads could not see."""
+    recipe = forced()
+    if recipe is None:
+        return level
+    configs = "; ".join(f"{stage} {config}" for stage, config in recipe.configs.items())
+    token = f"forced {recipe.plan.name}: {configs}"
+    _pinned[token] = recipe
+    return token
+
+
 def _find_runner(problem: Problem, call: Call, level: str) -> Runner:
+    if level in _pinned:
+        return _runner(replace(_pinned[level], problem=problem))
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
-    recipe = find_recipe(problem, regime, _device_of(call.device), level=level)
-    return _runner((problem, recipe.plan, tuple(recipe.configs.items())))
+    return _runner(find_recipe(problem, regime, _device_of(call.device), level=level))
 
 
 def _device_of(device: torch.device) -> Device:
     # the interpreter stands in for the GPU that the defaults were chosen on
-    return present_device() if device.type == "cuda" else named_device("sm_90")
+    return present_device(device.index) if device.type == "cuda" else named_device("sm_90")
 
 
 def saved_names(runner: Runner) -> list[str]:
@@ -117,10 +122,6 @@ def saved_names(runner: Runner) -> list[str]:
 def _saved_operands(runner: Runner) -> list[Operand]:
     made = {x.name: x for name in runner.recipe.plan.forward for x in STAGES[name].outputs}
     return [made[name] for name in saved_names(runner)]
-
-
-def _uses_kernels(q: Tensor) -> bool:
-    return q.device.type != "cpu" or interpreted()
 
 
 @torch.library.custom_op("gdn2gen::gdn2_forward", mutates_args=())
@@ -153,9 +154,6 @@ def gdn2_forward(
     }
     tensors = inputs | {name: x for name, x in optional.items() if x is not None}
     flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
-    if not _uses_kernels(q):
-        o, final_state = _reference(tensors, scale, lower_bound, *flags)
-        return o.detach(), final_state.detach(), []
     call = _call(q, v, g, cu_seqlens, scale, lower_bound)
     problem = _problem(
         q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
@@ -189,12 +187,10 @@ def _(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     call = _call(q, v, g, cu_seqlens, scale, lower_bound)
     o = torch.empty_like(v)
-    final_state = q.new_empty(0, dtype=_state_dtype(q))
-    if output_final_state or not _uses_kernels(q):
+    final_state = q.new_empty(0, dtype=torch.float32)
+    if output_final_state:
         inner = (v.shape[-1], q.shape[-1]) if state_v_first else (q.shape[-1], v.shape[-1])
-        final_state = q.new_empty((call.N, call.HV, *inner), dtype=_state_dtype(q))
-    if not _uses_kernels(q):
-        return o, final_state, []
+        final_state = q.new_empty((call.N, call.HV, *inner), dtype=torch.float32)
     flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
     problem = _problem(
         q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
@@ -202,29 +198,6 @@ def _(
     runner = _find_runner(problem, call, level)
     saved = [launch.empty(x, problem, call, runner.BT) for x in _saved_operands(runner)]
     return o, final_state, saved
-
-
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _reference(
-    tensors: dict[str, Tensor],
-    scale: float,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
-) -> tuple[Tensor, Tensor]:
-    return reference.chunk_gdn2(
-        **tensors,
-        scale=scale,
-        use_qk_l2norm_in_kernel=l2norm,
-        use_gate_in_kernel=gate_in_kernel,
-        lower_bound=lower_bound,
-        state_v_first=state_v_first,
-    )
 
 
 @torch.library.custom_op("gdn2gen::gdn2_backward", mutates_args=())
@@ -251,13 +224,11 @@ def gdn2_backward(
     state_v_first: bool,
     level: str,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, g, b, w, and of those of initial_state, A_log, dt_bias that are given."""
+    """Gradients of q, k, v, g, b, w, and of what is given of initial_state, A_log, dt_bias."""
     inputs = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}
     optional = {"initial_state": initial_state, "A_log": A_log, "dt_bias": dt_bias}
     inputs |= {name: x for name, x in optional.items() if x is not None}
     flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
-    if not _uses_kernels(q):
-        return _reference_backward(do, dht, inputs, cu_seqlens, scale, lower_bound, flags)
     tensors = inputs | {"do": do.contiguous(), "o": o}
     if dht is not None:
         tensors["dht"] = dht.contiguous()
@@ -284,30 +255,6 @@ def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
         return grad
     B, T, heads, dim = x.shape
     return grad.view(B, T, heads, -1, dim).float().sum(3).to(x.dtype)
-
-
-def _reference_backward(
-    do: Tensor,
-    dht: Tensor | None,
-    inputs: dict[str, Tensor],
-    cu_seqlens: Tensor | None,
-    scale: float,
-    lower_bound: float | None,
-    flags: tuple[bool, bool, bool, bool],
-) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        extra = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        o, final_state = _reference({**leaves, **extra}, scale, lower_bound, *flags)
-        outputs, grads = [o], [do]
-        if dht is not None:
-            outputs.append(final_state)
-            grads.append(dht.to(final_state.dtype))
-        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
-    return [
-        torch.zeros_like(x) if grad is None else grad
-        for grad, x in zip(found, inputs.values(), strict=True)
-    ]
 
 
 @gdn2_backward.register_fake

@@ -11,7 +11,7 @@ from gdn2gen.inputs import REGIMES
 from gdn2gen.problem import HEAD_DIMS, Problem
 from gdn2gen.shapes import Shape
 
-CHECKS: Final = ("accuracy", "causality", "repeat")
+CHECKS: Final = ("accuracy", "causality", "empty", "repeat")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Case:
     HG: int | None = None
     """Heads of g and b, where they are fewer than the value heads."""
     check: str = "accuracy"
+    """One of CHECKS."""
     interpreter: bool = False
     """Small enough for Triton's interpreter (and in a dtype that it multiplies rightly)."""
 
@@ -61,7 +62,7 @@ def _features(base: Case) -> Iterator[Case]:
         ),
         "grouped": replace(base, shape=_shape(1, T, 4), H=2),
         "grouped-gates": replace(base, shape=_shape(1, T, 4), H=2, HG=2),
-        "empty": replace(base, shape=_shape(1, 0, 1)),
+        "empty": replace(base, shape=_shape(1, 0, 1), check="empty"),
         "one-token": replace(base, shape=_shape(1, 1, 1)),
         "whole-chunks": replace(base, shape=_shape(1, 128, 1)),
         "causality": replace(base, shape=_shape(1, 22, 1), check="causality"),

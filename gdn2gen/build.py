@@ -96,10 +96,7 @@ def compile_ahead(
         compiled: Any = triton.compile(
             ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
             target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
-            options={
-                "num_warps": config.size("num_warps"),
-                "num_stages": config.size("num_stages"),
-            },
+            options=launch_options(config),
         )
     except Exception as error:
         words = str(error).strip().splitlines()[-3:]
@@ -110,6 +107,14 @@ def compile_ahead(
     return Resources(
         registers, stack, int(compiled.metadata.shared), time.monotonic() - started
     )
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """The compiler's options, as the stage's `launch` passes them."""
+    options = {name: config.size(name) for name in ("num_warps", "num_stages")}
+    if config.get("maxnreg"):
+        options["maxnreg"] = config.size("maxnreg")
+    return options
 
 
 def _register_use(compiled: Any) -> tuple[int, int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gdn2gen import _cli_inspect, _cli_measure, _cli_tune
+from gdn2gen import __version__, _cli_inspect, _cli_measure, _cli_tune
 from gdn2gen.errors import Gdn2genError
 
 EXIT_USAGE: Final = 2
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Kernels for Gated DeltaNet-2, generated from templates and tuned per GPU.",
         epilog="Example: gdn2gen quick. `gdn2gen COMMAND --help` explains each command.",
     )
-    parser.add_argument("--version", action="version", version=f"gdn2gen {version()}")
+    parser.add_argument("--version", action="version", version=f"gdn2gen {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         subparser = commands.add_parser(
@@ -97,27 +98,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def version() -> str:
-    """Version of the installed package, or of the source tree that is running."""
-    import tomllib
-    from importlib import metadata
-
-    from gdn2gen.paths import packaged_tuned_dir
-
-    try:
-        return metadata.version("gdn2gen")
-    except metadata.PackageNotFoundError:
-        project = packaged_tuned_dir().parent / "pyproject.toml"
-        return f"{tomllib.loads(project.read_text())['project']['version']} (source tree)"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
     args = build_parser().parse_args(argv)
+    format_of_python, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        code: int = args.run(args)
-        return code
-    except Gdn2genError as error:
+        return _run(args)
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone: nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Gdn2genError, OSError) as error:
         if os.environ.get("GDN2GEN_DEBUG", "0") not in ("", "0"):
             raise
         print(f"gdn2gen {args.command}: {error}", file=sys.stderr)
@@ -127,7 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command resumes the study" if resumes else ""
         print(f"\ngdn2gen {args.command}: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader, such as `head`, has gone: nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    finally:
+        warnings.formatwarning = format_of_python
+
+
+def _run(args: argparse.Namespace) -> int:
+    code: int = args.run(args)
+    sys.stdout.flush()
+    return code
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as a user reads it: what it says, not where in the package it was raised."""
+    return f"warning: {message}\n"

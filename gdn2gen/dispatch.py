@@ -120,6 +120,11 @@ def forced_recipe(recipe: Recipe) -> Iterator[Recipe]:
         _FORCED.reset(token)
 
 
+def forced() -> Recipe | None:
+    """The recipe of the innermost `forced_recipe`, or None."""
+    return _FORCED.get()
+
+
 def _forced_for(forced: Recipe, problem: Problem) -> Recipe:
     try:
         store.check_configs(forced.plan.name, forced.configs, problem)
@@ -209,13 +214,13 @@ def _look_up(query: Query, places: tuple[Place, ...], _stamps: tuple[Stamp, ...]
 
 
 def _why(best: Candidate, query: Query) -> str:
-    entry, problem = best.entry, query.problem
+    entry, key = best.entry, query.problem.key
     words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
     if best.distance:
         words.append(f"its regime is the nearest to {_words(query.regime.key)}")
-    minor = differing(problem, entry)
+    minor = differing(key, entry)
     if minor:
-        given = ", ".join(f"{name}={problem.key[name]}" for name in minor)
+        given = ", ".join(f"{name}={key[name]}" for name in minor)
         words.append(f"the call has {given}, which moves the speed only a little")
     if TIERS[best.tier] == "transferred":
         words.append(f"nothing was measured on {query.device.name} itself")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2gen import _torch_ops
+from gdn2gen import _torch_ops, reference
 from gdn2gen.arguments import check_arguments, check_gate, check_head_dims
 from gdn2gen.errors import InputError, UnsupportedError
 from gdn2gen.knobs import interpreted
@@ -85,6 +85,21 @@ def chunk_gdn2(
     )
     if scale is not None and not isinstance(scale, float | int):
         raise InputError(f"scale must be a number, but got {type(scale).__name__}")
+    scale = dims.K**-0.5 if scale is None else float(scale)
+    if q.device.type == "cpu" and not interpreted():
+        o, final_state = reference.chunk_gdn2(
+            *(q, k, v, g, b, w),
+            scale=scale,
+            initial_state=initial_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_gate_in_kernel=use_gate_in_kernel,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            lower_bound=lower_bound if use_gate_in_kernel else None,
+            cu_seqlens=cu_seqlens,
+            state_v_first=state_v_first,
+        )
+        return o, final_state if output_final_state else None
     _check_kernels_serve(q, g, dims.K, dims.V)
     o, final_state, _ = _torch_ops.gdn2_forward(
         *(x.contiguous() for x in (q, k, v, g, b, w)),
@@ -92,21 +107,19 @@ def chunk_gdn2(
         None if A_log is None else A_log.float().contiguous(),
         None if dt_bias is None else dt_bias.float().reshape(dims.HG, dims.K).contiguous(),
         cu_seqlens,
-        dims.K**-0.5 if scale is None else float(scale),
+        scale,
         lower_bound if use_gate_in_kernel else None,
         use_qk_l2norm_in_kernel,
         use_gate_in_kernel,
         output_final_state,
         state_v_first,
-        "fast" if disable_recompute else "lean",
+        _torch_ops.level_token("fast" if disable_recompute else "lean"),
     )
     return o, final_state if output_final_state else None
 
 
 def _check_kernels_serve(q: Tensor, g: Tensor, K: int, V: int) -> None:
     """The reference takes any head dim and float64; the kernels do not."""
-    if q.device.type == "cpu" and not interpreted():
-        return
     check_head_dims(K, V)
     for name, x in (("q", q), ("g", g)):
         if x.dtype == torch.float64:

@@ -31,7 +31,7 @@ def user_tuned_dir() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """Folder for generated sources, studies and ledgers (GDN2GEN_CACHE_DIR, or the user's cache)."""
+    """Folder for kernels, studies and ledgers (GDN2GEN_CACHE_DIR, or the user's cache)."""
     value = os.environ.get("GDN2GEN_CACHE_DIR")
     if value:
         return Path(value).expanduser()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +36,9 @@ def count_chunks(tokens: int, sequences: int, BT: int, packed: bool) -> int:
     return sequences * -(-tokens // BT)
 
 
-# Both keyed by the tensor itself and forgotten with it; the version tells whether it was written to.
-_tables = WeakTensorKeyDictionary()
-_checked = WeakTensorKeyDictionary()
+# Keyed by the tensor itself and forgotten with it; its version tells whether it was written to.
+_tables: Any = WeakTensorKeyDictionary()
+_checked: Any = WeakTensorKeyDictionary()
 
 
 def chunk_tables(cu_seqlens: Tensor, tokens: int, BT: int) -> ChunkTables:
@@ -90,7 +92,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, cpu: Tensor | None = None)
             f"cu_seqlens must start at 0 and end at T={tokens}, "
             f"but starts at {values[0]} and ends at {values[-1]}"
         )
-    for index, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
             raise InputError(
                 f"cu_seqlens must not fall, but cu_seqlens[{index}]={start} "

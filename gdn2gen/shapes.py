@@ -53,4 +53,5 @@ def _parse_shape(word: str) -> Shape:
         raise InputError(
             f"unknown shape {word!r}; give one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
         )
-    return Shape(word, *map(int, match.groups()))
+    B, T, H = map(int, match.groups())
+    return Shape(word, B, T, H)

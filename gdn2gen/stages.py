@@ -145,6 +145,13 @@ STAGES: Final = {
             "prepare",
             "prepare",
             (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, *_DIAGONAL),
+            (*_SCORES, *_FACTORS),
+            ("scale", "lower_bound", *_CHUNKED),
+        ),
+        Stage(
+            "prepare_keep",
+            "prepare",
+            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, *_DIAGONAL),
             (*_SCORES, _G, *_FACTORS),
             ("scale", "lower_bound", *_CHUNKED),
         ),
@@ -249,7 +256,7 @@ _GRADIENTS = ("reverse_scan", "grad_value", "grad_key")
 PLANS: Final = {
     plan.name: plan
     for plan in (
-        # 256 bytes per token and head kept at 16 bits and BT = 64: the triangular work is not redone.
+        # 256 bytes per token and head kept (16 bits, BT = 64): triangular work is not redone.
         Plan(
             "lean",
             ("diagonal", "prepare", "scan"),
@@ -259,7 +266,7 @@ PLANS: Final = {
         # 1024 bytes more: the factors stay, and only the scan is redone.
         Plan(
             "fast",
-            ("diagonal", "prepare", "scan"),
+            ("diagonal", "prepare_keep", "scan"),
             ("rescan", *_GRADIENTS),
             ("A", "Aqk", "G", "Qg", "Ktail", "Y", "U", "gamma_C"),
         ),

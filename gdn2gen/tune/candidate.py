@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gdn2gen.config import Config, default_config
 from gdn2gen.problem import Problem
+from gdn2gen.render import template_digest
 from gdn2gen.stages import plan_named
 
 if TYPE_CHECKING:
@@ -40,6 +42,16 @@ class Candidate:
     @property
     def BT(self) -> int:
         return self.configs[0].size("BT")
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Digest of each stage's template."""
+        return {config.stage: template_digest(config.stage) for config in self.configs}
+
+    @property
+    def digest(self) -> str:
+        """Digest over the templates of all stages."""
+        return hashlib.sha256("".join(self.templates.values()).encode()).hexdigest()[:16]
 
     def with_config(self, config: Config) -> Candidate:
         """The same pipeline with one stage's config exchanged."""

@@ -102,20 +102,30 @@ def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[st
 
 
 def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
-    from gdn2gen._bench_accuracy import inputs_of, output_gradients, run_op
+    from gdn2gen._bench_accuracy import run_op
     from gdn2gen.ops import chunk_gdn2
 
+    inputs, gradients = drawn(problem, shape, regime, device)
+    return run_op(chunk_gdn2, problem, inputs, gradients)
+
+
+@lru_cache(maxsize=32)
+def drawn(
+    problem: Problem, shape: Shape, regime: str, device: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and gradients of the outputs, kept: they are the same for every candidate."""
+    from gdn2gen._bench_accuracy import inputs_of, output_gradients
+
     inputs = inputs_of(problem, shape, regime, 0, device)
-    return run_op(chunk_gdn2, problem, inputs, output_gradients(problem, shape, 0, device))
+    return inputs, output_gradients(problem, shape, 0, device)
 
 
 @lru_cache(maxsize=32)
 def exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
     """The reference's answer, kept: it is the same for every candidate. In fp32 to save memory."""
-    from gdn2gen._bench_accuracy import inputs_of, output_gradients, run_reference
+    from gdn2gen._bench_accuracy import run_reference
 
-    inputs = inputs_of(problem, shape, regime, 0, device)
-    results = run_reference(problem, inputs, output_gradients(problem, shape, 0, device))
+    results = run_reference(problem, *drawn(problem, shape, regime, device))
     return {name: x.float() for name, x in results.items()}
 
 
@@ -158,3 +168,25 @@ def forced(candidate: Candidate) -> Iterator[None]:
 
     with forced_recipe(candidate.recipe()), torch.autograd.set_multithreading_enabled(False):
         yield
+
+
+TINY: Final = (Shape("tiny", 1, 70, 1), Shape("two-heads", 1, 33, 2))
+TINY_PACKED: Final = (
+    Shape("tiny", 1, 70, 1, (0, 0, 21, 70)),
+    Shape("two-heads", 1, 33, 2, (0, 1, 33)),
+)
+
+
+def gate_interpreted(candidate: Candidate) -> GateResult:
+    """What can be checked without a GPU: the kernels in Triton's interpreter, in fp32.
+
+    Needs TRITON_INTERPRET=1 from the start of the process. The interpreter multiplies bf16 tiles
+    as raw bits and is sequential: rounding in 16 bits and races are not seen here.
+    """
+    problem = replace(candidate.problem, dtype="fp32", gate_dtype="fp32")
+    configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in candidate.configs)
+    exact_candidate = replace(candidate, problem=problem, configs=configs)
+    shapes = TINY_PACKED if problem.varlen else TINY
+    return check(
+        exact_candidate, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
+    )

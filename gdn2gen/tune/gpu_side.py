@@ -126,4 +126,5 @@ def _free() -> None:
     _cached_inputs.cache_clear()
     _output_gradients.cache_clear()
     gate.exact.cache_clear()
+    gate.drawn.cache_clear()
     torch.cuda.empty_cache()

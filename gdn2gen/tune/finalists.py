@@ -1,0 +1,244 @@
+"""Finalists: whole pipelines of the best stages, gated in full and timed in turns at each shape.
+
+The winner of a search is often noise, so the default and the best few run interleaved, forward and
+backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
+default, else to the candidate that differs from it in the fewest knobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Final
+
+from gdn2gen.bench import Timing
+from gdn2gen.config import Config
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
+from gdn2gen.tune import outcome
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult, full_problem
+from gdn2gen.tune.search import Search, Window
+
+TIE: Final = 0.01
+_MOST: Final = 6
+_MIN_ROUNDS: Final = 3
+_MAX_ROUNDS: Final = 12
+# A runner-up this close by its own time may well be the better one in the pipeline.
+_CLOSE: Final = 0.05
+_MAX_REPAIRS: Final = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finalist at one shape: times over all rounds (ms), peak memory (MiB), gate errors."""
+
+    candidate: Candidate
+    forward: Timing
+    forward_backward: Timing
+    peak_mib: float
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner at one shape and plan; `default` is None if the default failed."""
+
+    shape: Shape
+    level: str
+    winner: Measured
+    default: Measured | None
+    tied: bool
+    """Others came within 1% of the best time."""
+
+
+class Finals:
+    """Chooses finalists from a finished search and measures them."""
+
+    def __init__(self, search: Search, stored: Sequence[Candidate] = ()) -> None:
+        self._search = search
+        self._stored = list(stored)
+        self._gates: dict[Candidate, GateResult] = {}
+        self._warmed: set[Config] = set()
+
+    def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
+        """Winner at one shape, or None if nothing passed the full gate."""
+        progress = self._search.context.progress
+        progress.phase(f"finalists at {shape.name}, plan {plan}: gate in full")
+        finalists = self.choose(shape, plan)
+        progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
+        measured = self._measure(finalists, shape, window)
+        if not measured:
+            return None  # `why_none` says more.
+        default = next((x for x in measured if x.candidate == self._default(plan)), None)
+        winner, tied = pick(measured, self._default(plan))
+        label = f"{shape.name} {plan} forward+backward"
+        default_ms = default.forward_backward.median if default else None
+        progress.best_so_far(label, winner.forward_backward.median, default_ms)
+        return Verdict(shape, plan, winner, default, tied)
+
+    def why_none(self, plan: str) -> str:
+        """Why there is no verdict: what the default failed at."""
+        gate = self._gates.get(self._default(plan))
+        if gate is None or gate.ok:
+            return "every finalist failed while it was timed"
+        return f"no pipeline passed the full gate; the default: {gate.reason}"
+
+    def choose(self, shape: Shape, plan: str) -> list[Candidate]:
+        """The default, then the best pipelines by the sum of their stages; all pass the gate."""
+        chosen = [self._default(plan), *(x for x in self._stored if x.plan == plan)]
+        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
+        for BT in sizes:
+            best = self._best_passing(shape, plan, BT)
+            if best is not None:
+                chosen.append(best)
+        if sizes:
+            chosen += self._runners_up(shape, plan, sizes[0])
+        unique = list(dict.fromkeys(chosen))[:_MOST]
+        self._warm(unique)
+        return [x for x in unique if self._passes(x)]
+
+    def _default(self, plan: str) -> Candidate:
+        return Candidate.default(self._search.problem, plan)
+
+    def _sum_ms(self, shape: Shape, plan: str, BT: int) -> float:
+        ranked = [self._search.trials[BT][stage].ranked(shape) for stage in PLANS[plan].stages]
+        return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
+
+    def _best(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
+        ranked = {x: self._search.trials[BT][x].ranked(shape) for x in PLANS[plan].stages}
+        if not all(ranked.values()):
+            return None
+        configs = {stage: found[0][0] for stage, found in ranked.items()}
+        return Candidate.of(self._search.problem, plan, configs)
+
+    def _best_passing(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
+        """Best composition that passes in full; a stage that is to blame is replaced."""
+        for _ in range(_MAX_REPAIRS):
+            candidate = self._best(shape, plan, BT)
+            if candidate is None or self._passes(candidate):
+                return candidate
+            if not self._withdraw_guilty(candidate):
+                return None
+        return None
+
+    def _withdraw_guilty(self, candidate: Candidate) -> bool:
+        """Find which stage alone fails the full gate, and drop its config from the trials."""
+        base = self._search.base(candidate.plan, candidate.BT)
+        found = False
+        for config in candidate.configs:
+            alone = base.with_config(config)
+            if alone != base and not self._passes(alone):
+                trials = self._search.trials[candidate.BT][config.stage]
+                trials.withdraw(config, self._gates[alone].reason)
+                found = True
+        return found
+
+    def _runners_up(self, shape: Shape, plan: str, BT: int) -> list[Candidate]:
+        """The best pipeline with one close second in place of a stage's first."""
+        best = self._best(shape, plan, BT)
+        if best is None:
+            return []
+        found = []
+        for stage in PLANS[plan].stages:
+            ranked = self._search.trials[BT][stage].ranked(shape)
+            if len(ranked) > 1 and ranked[1][1] < ranked[0][1] * (1 + _CLOSE):
+                found.append((ranked[0][1], best.with_config(ranked[1][0])))
+        return [x for _, x in sorted(found, key=lambda pair: -pair[0])]
+
+    def _passes(self, candidate: Candidate) -> bool:
+        """The full gate, once per candidate; a failure is filed in the ledger."""
+        if candidate not in self._gates:
+            self._gates[candidate] = self._gate(candidate)
+        return self._gates[candidate].ok
+
+    def _gate(self, candidate: Candidate) -> GateResult:
+        context = self._search.context
+        identity = (candidate.problem, candidate.plan, candidate.by_stage, candidate.digest)
+        refused = context.ledger.why_pipeline_refused(*identity)
+        if refused is not None and candidate != self._default(candidate.plan):
+            return GateResult(False, {}, refused)
+        self._warm([candidate])
+        checked = context.backend.gate(candidate, full=True)
+        result = checked.get() if checked.ok else GateResult(False, {}, checked.reason)
+        if not result.ok and checked.status not in (outcome.ERROR, outcome.CANCELLED):
+            context.ledger.add_pipeline(result.reason, *identity, result.errors)
+        return result
+
+    def _warm(self, candidates: Sequence[Candidate]) -> None:
+        """Compile for the full gate in parallel; what fails there, the gate itself reports."""
+        configs = {config for candidate in candidates for config in candidate.configs}
+        full = full_problem(self._search.problem)
+        new = configs - self._warmed
+        wait([self._search.context.backend.compile(full, config) for config in new])
+        self._warmed |= new
+
+    def _measure(
+        self, finalists: Sequence[Candidate], shape: Shape, window: Window
+    ) -> list[Measured]:
+        """Time in turns: three rounds, then until decided, out of rounds or out of time."""
+        rounds: dict[Candidate, list[tuple[Timing, Timing]]] = {x: [] for x in finalists}
+        peaks: dict[Candidate, float] = {}
+        for number in range(_MAX_ROUNDS):
+            for candidate in list(rounds):
+                timed = self._search.context.backend.time_pipeline(
+                    candidate, shape, with_peak=number == 0
+                )
+                if not timed.ok:
+                    del rounds[candidate]
+                    self._search.context.progress.phase(f"a finalist fell out: {timed.reason}")
+                    continue
+                found = timed.get()
+                peaks.setdefault(candidate, found.peak_mib)
+                rounds[candidate].append((found.forward, found.forward_backward))
+            over = window.used >= 1
+            if number + 1 >= _MIN_ROUNDS and (over or _decided(list(rounds.values()))):
+                break
+        return [
+            Measured(
+                candidate,
+                combine([forward for forward, _ in timings]),
+                combine([both for _, both in timings]),
+                peaks[candidate],
+                self._gates[candidate].errors,
+            )
+            for candidate, timings in rounds.items()
+        ]
+
+
+def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
+    """The winner, and whether others tied with the fastest.
+
+    Within 1% of the fastest the default wins, then what differs from it in the fewest knobs.
+    """
+    fastest = min(x.forward_backward.median for x in measured)
+    tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
+
+    def simplicity(x: Measured) -> tuple[int, float]:
+        return x.candidate.distance(default), x.forward_backward.median
+
+    return min(tied, key=simplicity), len(tied) > 1
+
+
+def combine(rounds: Sequence[Timing]) -> Timing:
+    """One timing over several rounds: median of medians, widest percentiles' medians, all runs."""
+    return replace(
+        rounds[0],
+        median=median(x.median for x in rounds),
+        p20=median(x.p20 for x in rounds),
+        p80=median(x.p80 for x in rounds),
+        n=sum(x.n for x in rounds),
+    )
+
+
+def _decided(rounds: Sequence[Sequence[tuple[Timing, Timing]]]) -> bool:
+    """Whether the fastest is apart from every other: by its interval, or tied within 1%."""
+    times = sorted((combine([x for _, x in one]) for one in rounds), key=lambda x: x.median)
+    if len(times) < 2:
+        return True
+    fastest = times[0]
+    return all(
+        x.p20 > fastest.p80 or x.median <= fastest.median * (1 + TIE) for x in times[1:]
+    )

@@ -1,0 +1,272 @@
+"""tune_without_gpu: what can be done for a named target where no GPU is: compile, check, rank.
+
+The result is filed as `predicted`: never timed, and replaced by the first measured entry. The chunk
+size stays the default's: compiled resources and bytes say little about the chain over the chunks.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+from gdn2gen import store
+from gdn2gen.build import Resources
+from gdn2gen.config import Config, default_config
+from gdn2gen.device import Device, toolchain
+from gdn2gen.errors import TuneError
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
+from gdn2gen.tune import outcome, space
+from gdn2gen.tune.backend import COMPILE_SECONDS
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.predict import predicted_bytes
+from gdn2gen.tune.progress import Progress, console_progress
+from gdn2gen.tune.report import ShapeResult, TuneReport
+from gdn2gen.tune.search import Window
+from gdn2gen.tune.study import check_arguments
+from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
+
+NOTE: Final = (
+    "predicted: compiled for the target, checked in fp32 in Triton's interpreter and ranked by "
+    "registers, spills, shared memory and bytes; nothing ran on a GPU, so no time is known and "
+    "16-bit rounding and races were not checked. Run the same command on the GPU to measure."
+)
+_COMPILE_PART: Final = 0.7
+_INTERPRETER_SECONDS: Final = 300.0
+
+
+class OfflineBackend(Protocol):
+    """Compilers and the interpreter; tests put a fake in their place."""
+
+    slots: int
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]: ...
+
+    def interpret(self, candidate: Candidate) -> Outcome[GateResult]: ...
+
+    def close(self) -> None: ...
+
+
+class ProcessBackend:
+    """The real one: compilers for the target, and one process with Triton's interpreter."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.slots = device, compile_slots()
+        self._pool = CompilePool(self.slots)
+        self._interpreter = Worker({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        target, arguments = "gdn2gen.build:compile_ahead", (problem, config.stage, config)
+        return self._pool.submit(target, *arguments, self.device, timeout=COMPILE_SECONDS)
+
+    def interpret(self, candidate: Candidate) -> Outcome[GateResult]:
+        target = "gdn2gen.tune.gate:gate_interpreted"
+        return self._interpreter.call(target, candidate, timeout=_INTERPRETER_SECONDS)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._interpreter.close()
+
+
+def tune_without_gpu(
+    problem: Problem,
+    device: Device,
+    shapes: Sequence[Shape],
+    *,
+    budget_minutes: float,
+    out_dir: Path,
+    levels: Sequence[str] = ("lean", "fast"),
+    progress: Progress | None = None,
+    backend: OfflineBackend | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    seed: int = 0,
+    command: str | None = None,
+) -> TuneReport:
+    """Rank configs of `problem` for the named `device` and file the best as `predicted`.
+
+    The default of every stage is compiled whatever the budget. Raises TuneError if a default does
+    not compile for the target, or if no pipeline passes in the interpreter.
+    """
+    check_arguments(shapes, levels, budget_minutes)
+    begun, seconds = clock(), budget_minutes * 60
+    progress = progress or console_progress()
+    progress.start(f"ranking {problem.op} for {device.name} without a GPU", seconds)
+    backend = backend or ProcessBackend(device)
+    ranking = _Ranking(problem, shapes, device, levels, backend, progress, seed)
+    path = store.tuned_path(out_dir, problem.op, device)
+    try:
+        ranking.compile(Window(clock, begun, begun + _COMPILE_PART * seconds))
+        results = [x for shape in shapes for x in ranking.results(shape)]
+    finally:
+        backend.close()
+        progress.close()
+    if not results:
+        raise TuneError(
+            f"no pipeline passed in Triton's interpreter: {ranking.skipped}; run "
+            "`gdn2gen verify` to see which outputs are wrong"
+        )
+    metadata = store.metadata_for(
+        device, toolchain(), command or " ".join(["gdn2gen", *sys.argv[1:]])
+    )
+    store.merge_entries(path, metadata, [_entry(result) for result in results])
+    return TuneReport(
+        problem=problem,
+        device=device,
+        path=path,
+        results=results,
+        trials=dict(progress.counts),
+        skipped=ranking.skipped,
+        seconds=clock() - begun,
+    )
+
+
+class _Ranking:
+    """Compiled candidates of every stage, and the pipelines made of the best."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        shapes: Sequence[Shape],
+        device: Device,
+        levels: Sequence[str],
+        backend: OfflineBackend,
+        progress: Progress,
+        seed: int,
+    ) -> None:
+        # Packed batches add a table of a few bytes; their kernels are taken to rank alike.
+        self.problem = replace(problem, varlen=False)
+        self.device, self.levels = device, levels
+        self.backend, self.progress = backend, progress
+        self.shapes = list(shapes)
+        self.stages = tuple(dict.fromkeys(x for plan in levels for x in PLANS[plan].stages))
+        self.compiled: dict[Config, Resources] = {}
+        self.skipped: dict[str, str] = {}
+        self._checked: dict[Candidate, str | None] = {}
+        self._random = random.Random(seed)
+
+    def compile(self, window: Window) -> None:
+        """Compile the defaults, then as many other configs as the window allows."""
+        queue = self._queue()
+        pending: dict[Future[Outcome[Resources]], Config] = {}
+        needed = {default_config(stage, self.problem) for stage in self.stages}
+        open_ended = True
+        while True:
+            while open_ended and len(pending) < self.backend.slots + 1:
+                config = next(queue, None)
+                if config is None or (window.used >= 1 and config not in needed):
+                    open_ended = False
+                    break
+                self.progress.working_on(f"compile {config.stage} for {self.device.arch}")
+                pending[self.backend.compile(self.problem, config)] = config
+            if not pending or (window.used >= 1 and needed.isdisjoint(pending.values())):
+                break
+            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                config = pending.pop(future)
+                self._file(config, future.result(), config in needed)
+        for future in pending:
+            future.cancel()
+
+    def results(self, shape: Shape) -> Iterator[ShapeResult]:
+        """The best pipeline of each level that passes in the interpreter."""
+        for level in self.levels:
+            for number, candidate in enumerate(self._pipelines(level, shape)):
+                reason = self._why_wrong(candidate)
+                if reason is None:
+                    yield _predicted(candidate, shape, level, self._cost(candidate, shape))
+                    break
+                which = "default" if number else "best ranked"
+                self.skipped[f"{shape.name} {level}, {which}"] = reason
+
+    def _queue(self) -> Iterator[Config]:
+        """Defaults first, then one config of each stage in turn, at random within the stage."""
+        decks = []
+        for stage in self.stages:
+            default = default_config(stage, self.problem)
+            found = space.valid_configs(stage, self.problem, self.device, default.size("BT"))
+            rest = [config for config in found if config != default]
+            self._random.shuffle(rest)
+            decks.append([default, *rest])
+        for turn in range(max(map(len, decks))):
+            yield from (deck[turn] for deck in decks if turn < len(deck))
+
+    def _file(self, config: Config, compiled: Outcome[Resources], needed: bool) -> None:
+        if needed and not compiled.ok:
+            raise TuneError(
+                f"the default {config.stage} [{config}] does not compile for {self.device.name}: "
+                f"{compiled.reason}"
+            )
+        status, detail = compiled.status, compiled.reason
+        if compiled.ok:
+            resources = compiled.get()
+            unfit = space.why_unfit(resources, self.device)
+            status = outcome.OK if unfit is None or needed else outcome.RESOURCES
+            detail = unfit or f"{resources.registers} registers"
+            if status == outcome.OK:
+                self.compiled[config] = resources
+        self.progress.trial(config, status, detail)
+
+    def _pipelines(self, level: str, shape: Shape) -> Iterator[Candidate]:
+        """The stages of least predicted cost, then the default, which is kept at equal cost."""
+        default = Candidate.default(self.problem, level)
+        configs: dict[str, Config] = {}
+        for first in default.configs:
+            found = [first, *(x for x in self.compiled if x.stage == first.stage)]
+            configs[first.stage] = min(found, key=lambda x: self._stage_cost(x, shape))
+        yield from dict.fromkeys((Candidate.of(self.problem, level, configs), default))
+
+    def _stage_cost(self, config: Config, shape: Shape) -> float:
+        resources = self.compiled[config]
+        return predicted_bytes(self.problem, config, shape, resources, self.device)
+
+    def _cost(self, candidate: Candidate, shape: Shape) -> float:
+        return sum(self._stage_cost(config, shape) for config in candidate.configs)
+
+    def _why_wrong(self, candidate: Candidate) -> str | None:
+        if candidate not in self._checked:
+            self.progress.phase(f"check in the interpreter, BT={candidate.BT}")
+            checked = self.backend.interpret(candidate)
+            reason = checked.reason if not checked.ok else checked.get().reason
+            passed = checked.ok and checked.get().ok
+            self._checked[candidate] = None if passed else reason
+        return self._checked[candidate]
+
+
+def _predicted(candidate: Candidate, shape: Shape, level: str, cost: float) -> ShapeResult:
+    return ShapeResult(
+        shape=shape,
+        level=level,
+        candidate=candidate,
+        forward_ms=None,
+        forward_backward_ms=None,
+        default_forward_backward_ms=None,
+        spread=None,
+        peak_mib=None,
+        errors={},
+        note=NOTE,
+        predicted_bytes=cost,
+    )
+
+
+def _entry(result: ShapeResult) -> store.Entry:
+    candidate = result.candidate
+    return store.Entry(
+        problem_key=candidate.problem.key,
+        regime_key=result.shape.regime.key,
+        level=cast(store.Level, result.level),
+        plan=candidate.plan,
+        configs=candidate.by_stage,
+        templates=candidate.templates,
+        measured={"predicted_bytes": round(result.predicted_bytes or 0.0)},
+        gate={"checked": "interpreter, fp32"},
+        provenance="predicted",
+    )

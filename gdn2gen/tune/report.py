@@ -1,0 +1,92 @@
+"""TuneReport: what a run of the tuner found, tried and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdn2gen.device import Device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune.candidate import Candidate
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class ShapeResult:
+    """The winner at one shape and level; times in ms, None where nothing was timed."""
+
+    shape: Shape
+    level: str
+    candidate: Candidate
+    forward_ms: float | None
+    forward_backward_ms: float | None
+    default_forward_backward_ms: float | None
+    spread: float | None
+    peak_mib: float | None
+    errors: Mapping[str, float]
+    tied: bool = False
+    note: str = ""
+    predicted_bytes: float | None = None
+    """Cost by which results without times were ranked, see `predict.predicted_bytes`."""
+
+    @property
+    def speedup(self) -> float | None:
+        """The default's time over the winner's, forward+backward."""
+        if self.forward_backward_ms is None or self.default_forward_backward_ms is None:
+            return None
+        return self.default_forward_backward_ms / self.forward_backward_ms
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """Result of `tune` and `tune_without_gpu`."""
+
+    problem: Problem
+    device: Device
+    path: Path
+    """The tuned file that the results were merged into."""
+    results: list[ShapeResult]
+    trials: dict[str, int] = field(default_factory=dict)
+    """Trials of this run by outcome."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Shapes, chunk sizes and levels that were left out, and why."""
+    ledger: Path | None = None
+    seconds: float = 0.0
+
+    def table(self) -> RenderableType:
+        """The results as a rich table, with what was tried and left out beneath."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"{self.problem.op} on {self.device.name}: forward+backward in ms")
+        for column in ("shape", "level", "default", "tuned", "speedup", "worst error", "BT"):
+            table.add_column(column, justify="left" if column in ("shape", "level") else "right")
+        for result in self.results:
+            worst = max(result.errors.items(), key=lambda pair: pair[1], default=None)
+            table.add_row(
+                result.shape.name,
+                result.level,
+                _ms(result.default_forward_backward_ms),
+                "predicted" if result.note else _ms(result.forward_backward_ms),
+                "-" if result.speedup is None else f"{result.speedup:.2f}x",
+                "-" if worst is None else f"{worst[0]} {worst[1]:.1e}",
+                str(result.candidate.BT),
+            )
+        lines = [self._tried(), *(f"left out {x}: {why}" for x, why in self.skipped.items())]
+        notes = dict.fromkeys(result.note for result in self.results if result.note)
+        return Group(table, *(Text(line) for line in (*lines, *notes)))
+
+    def _tried(self) -> str:
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(self.trials.items())) or "none"
+        where = f"; refusals in {self.ledger}" if self.ledger is not None else ""
+        return f"trials in {self.seconds:.0f} s: {counts}{where}; filed in {self.path}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,283 @@
+"""tune: search the present GPU for the best configs of a problem, and file them.
+
+The budget is divided over two groups of shapes (plain and packed batches are compiled apart); in
+each group the search takes most of it and the finalists the rest. Results are merged into the tuned
+file shape by shape, so a run that is cut short keeps what it decided.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from gdn2gen import store
+from gdn2gen.config import Config
+from gdn2gen.device import Device, present_device, toolchain
+from gdn2gen.errors import TuneError
+from gdn2gen.paths import cache_dir, packaged_tuned_dir, user_tuned_dir
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
+from gdn2gen.tune.backend import Backend, WorkerBackend
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.finalists import Finals, Measured, Verdict
+from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.progress import Progress, console_progress
+from gdn2gen.tune.report import ShapeResult, TuneReport
+from gdn2gen.tune.search import Context, Search, Window
+from gdn2gen.tune.trials import open_storage
+
+if TYPE_CHECKING:
+    import optuna
+
+# The rest is for the finalists.
+_SEARCH_PART: Final = 0.75
+# A group of one packed shape still compiles every kernel once.
+_LEAST_GROUP: Final = 0.25
+# Best configs that one group of shapes hands on to the next, per stage and chunk size.
+_HANDED_ON: Final = 3
+_SEED_REGIMES: Final = 4
+
+
+def tune(
+    problem: Problem,
+    shapes: Sequence[Shape],
+    device: Device,
+    *,
+    budget_minutes: float,
+    out_dir: Path,
+    storage: str | Path | optuna.storages.BaseStorage | None = None,
+    levels: Sequence[str] = ("lean", "fast"),
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    seed: int = 0,
+    command: str | None = None,
+) -> TuneReport:
+    """Tune `problem` at `shapes` on `device`, the present GPU, and merge into `out_dir`.
+
+    `problem.varlen` follows each shape. A run that was killed goes on where it stopped if the
+    storage (by default a file in the cache folder) is the same. Raises TuneError if no default
+    config works or an argument is wrong, and DeviceError without a GPU; what single configs do is
+    survived and reported.
+    """
+    check_arguments(shapes, levels, budget_minutes)
+    if backend is None:
+        _check_present(device)
+    started, seconds = clock(), budget_minutes * 60
+    context = Context(
+        device=device,
+        backend=backend or WorkerBackend(device),
+        ledger=open_ledger(problem, device),
+        storage=open_storage(storage or _storage_path(problem, device)),
+        progress=progress or console_progress(),
+        seed=seed,
+    )
+    path = store.tuned_path(out_dir, problem.op, device)
+    metadata = store.metadata_for(device, toolchain(), command or _command())
+    report = TuneReport(problem, device, path, [], ledger=context.ledger.path)
+    names = ", ".join(shape.name for shape in shapes)
+    context.progress.start(f"tuning {problem.op} on {device.name} at {names}", seconds)
+    handed: list[Config] = []
+    try:
+        for variant, group, window in _groups(problem, shapes, clock, started, seconds):
+            run = _Run(context, variant, group, levels, path, metadata, report)
+            try:
+                handed = run.go(window, handed)
+            except TuneError as error:
+                # The other group's shapes are other kernels, and may well work.
+                for shape in group:
+                    report.skipped[shape.name] = str(error)
+    finally:
+        context.backend.close()
+        context.progress.close()
+    if not report.results:
+        reasons = "; ".join(f"{name}: {why}" for name, why in report.skipped.items())
+        raise TuneError(f"nothing was filed for {names} on {device.name}: {reasons}")
+    return replace(
+        report, trials=dict(context.progress.counts), seconds=clock() - started
+    )
+
+
+class _Run:
+    """One group of shapes: defaults, search, finalists, results."""
+
+    def __init__(
+        self,
+        context: Context,
+        problem: Problem,
+        shapes: Sequence[Shape],
+        levels: Sequence[str],
+        path: Path,
+        metadata: Mapping[str, Any],
+        report: TuneReport,
+    ) -> None:
+        self.context, self.problem, self.levels = context, problem, levels
+        self.path, self.metadata, self.report = path, metadata, report
+        self.search = Search(context, problem, shapes, levels)
+
+    def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:
+        """Run the group within its window; return the configs worth trying elsewhere."""
+        middle = window.start + _SEARCH_PART * (window.end - window.start)
+        searching = Window(window.clock, window.start, middle)
+        self.search.measure_defaults(searching)
+        stored = list(self._stored())
+        self.search.seed([x for candidate in stored for x in candidate.configs])
+        self.search.seed(handed)
+        self.search.run(searching)
+        self.report.skipped.update(self.search.skipped)
+        self._decide(stored, window)
+        return [
+            config
+            for by_stage in self.search.trials.values()
+            for trials in by_stage.values()
+            for shape in self.search.shapes
+            for config, _ in trials.ranked(shape)[:_HANDED_ON]
+        ]
+
+    def _decide(self, stored: Sequence[Candidate], window: Window) -> None:
+        finals = Finals(self.search, stored)
+        turns = [(shape, level) for shape in self.search.shapes for level in self.levels]
+        for number, (shape, level) in enumerate(turns):
+            now = window.clock()
+            share = max(0.0, window.end - now) / (len(turns) - number)
+            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share))
+            if verdict is None:
+                self.report.skipped[f"{shape.name} {level}"] = finals.why_none(level)
+                continue
+            self.report.results.append(_result(verdict))
+            store.merge_entries(self.path, self.metadata, [_entry(verdict)])
+
+    def _stored(self) -> Iterator[Candidate]:
+        """Pipelines of tuned files for this problem, nearest regimes and this GPU first."""
+        device, wanted = self.context.device, self.search.shapes
+        own = self.path.name
+        folders = [self.path.parent.parent, user_tuned_dir(), packaged_tuned_dir()]
+        files = [self.path]
+        for folder in dict.fromkeys(x for x in folders if x is not None):
+            found = sorted((folder / self.problem.op).glob("*.json"))
+            files += sorted(found, key=lambda path: path.name != own)
+        for file in dict.fromkeys(files):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # A seed that cannot be read is no news.
+                tuned = store.read_tuned(file)
+            if tuned is None or tuned.metadata["arch"] != device.arch:
+                continue
+            entries = [x for x in tuned.entries if dict(x.problem_key) == self.problem.key]
+            entries.sort(key=lambda entry: min(_gap(entry, shape) for shape in wanted))
+            for entry in entries[:_SEED_REGIMES]:
+                if entry.plan in self.levels:
+                    yield Candidate.of(self.problem, entry.plan, entry.configs)
+
+
+def _gap(entry: store.Entry, shape: Shape) -> float:
+    """How far the sizes of an entry are from a shape: 0 for the same ones."""
+    pairs = zip(entry.regime_key.values(), shape.regime.key.values(), strict=True)
+    return sum(abs(a - b) / max(a, b, 1) for a, b in pairs)
+
+
+def _groups(
+    problem: Problem,
+    shapes: Sequence[Shape],
+    clock: Callable[[], float],
+    started: float,
+    seconds: float,
+) -> Iterator[tuple[Problem, list[Shape], Window]]:
+    """Plain shapes, then packed ones, each with its part of the time that is left."""
+    plain = [shape for shape in shapes if shape.cu_seqlens is None]
+    packed = [shape for shape in shapes if shape.cu_seqlens is not None]
+    part = len(plain) / len(shapes)
+    if plain and packed:
+        part = min(1 - _LEAST_GROUP, max(_LEAST_GROUP, part))
+    if plain:
+        window = Window(clock, started, started + part * seconds)
+        yield replace(problem, varlen=False), plain, window
+    if packed:
+        yield replace(problem, varlen=True), packed, Window(clock, clock(), started + seconds)
+
+
+def _result(verdict: Verdict) -> ShapeResult:
+    winner, default = verdict.winner, verdict.default
+    return ShapeResult(
+        shape=verdict.shape,
+        level=verdict.level,
+        candidate=winner.candidate,
+        forward_ms=winner.forward.median,
+        forward_backward_ms=winner.forward_backward.median,
+        default_forward_backward_ms=default.forward_backward.median if default else None,
+        spread=winner.forward_backward.spread,
+        peak_mib=winner.peak_mib,
+        errors=winner.errors,
+        tied=verdict.tied,
+    )
+
+
+def _entry(verdict: Verdict) -> store.Entry:
+    candidate = verdict.winner.candidate
+    return store.Entry(
+        problem_key=candidate.problem.key,
+        regime_key=verdict.shape.regime.key,
+        level=cast(store.Level, verdict.level),
+        plan=candidate.plan,
+        configs=candidate.by_stage,
+        templates=candidate.templates,
+        measured=_measured(verdict.winner, verdict.default),
+        gate={name: float(f"{error:.3g}") for name, error in verdict.winner.errors.items()},
+        provenance="measured",
+    )
+
+
+def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "forward_ms": round(winner.forward.median, 5),
+        "forward_backward_ms": round(winner.forward_backward.median, 5),
+        "spread": round(winner.forward_backward.spread, 4),
+        "peak_mib": round(winner.peak_mib, 1),
+        "n": winner.forward_backward.n,
+    }
+    if default is not None:
+        found["default_forward_ms"] = round(default.forward.median, 5)
+        found["default_forward_backward_ms"] = round(default.forward_backward.median, 5)
+    return found
+
+
+def check_arguments(
+    shapes: Sequence[Shape], levels: Sequence[str], budget_minutes: float
+) -> None:
+    """Raise TuneError unless there is something to tune, and time for it."""
+    if not shapes:
+        raise TuneError("no shape was given; name at least one, such as train4k or 4x4096x16")
+    unknown = [level for level in levels if level not in PLANS]
+    if unknown or not levels:
+        raise TuneError(f"levels must be some of {tuple(PLANS)}, but got {tuple(levels)}")
+    if not budget_minutes > 0:
+        raise TuneError(f"the budget must be positive, but got {budget_minutes} minutes")
+
+
+def _check_present(device: Device) -> None:
+    present = present_device()
+    if present != device:
+        raise TuneError(
+            f"tuning runs on the present GPU, {present.name}, but {device.name} was asked for; "
+            "use tune_without_gpu for a target that is not here"
+        )
+
+
+def open_ledger(problem: Problem, device: Device) -> Ledger:
+    """The ledger of this GPU under the present toolchain; Python's own version does not matter."""
+    path = cache_dir() / "ledger" / problem.op / f"{device.slug}.jsonl"
+    versions = {name: version for name, version in toolchain().items() if name != "python"}
+    return Ledger(path, device.name, versions)
+
+
+def _storage_path(problem: Problem, device: Device) -> Path:
+    return cache_dir() / "studies" / f"{problem.op}-{device.slug}.journal"
+
+
+def _command() -> str:
+    return " ".join(["gdn2gen", *sys.argv[1:]])

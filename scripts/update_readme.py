@@ -1,0 +1,136 @@
+"""Write the README's results from docs/results/<gpu>.json; with --check only say if they differ.
+
+Usage: python scripts/update_readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
+
+from gdn2gen._bench_results import read_results  # noqa: E402
+from gdn2gen.shapes import SHAPES  # noqa: E402
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTHING = "No results are committed yet."
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
+    args = parser.parse_args()
+    readme = args.root / "README.md"
+    old = readme.read_text()
+    new = updated(old, sorted((args.root / "docs/results").glob("*.json")))
+    if args.check:
+        if new != old:
+            print("README.md is out of date; run: python scripts/update_readme.py")
+        return int(new != old)
+    readme.write_text(new)
+    return 0
+
+
+def updated(readme: str, files: list[Path]) -> str:
+    """The README with the text between the markers made anew."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    parts = [section(read_results(file)) for file in files]
+    return f"{before}{BEGIN}\n{chr(10).join(parts) or NOTHING}\n{END}{after}"
+
+
+def section(document: dict[str, Any]) -> str:
+    """All results of one GPU: a block of tables for each run that is on file."""
+    lines = [f"### {document['gpu']}", ""]
+    rows = sorted(document["rows"], key=lambda row: (run_of(row), _place(row["shape"])))
+    for _, run in groupby(rows, key=run_of):
+        lines += block(list(run))
+    return "\n".join(lines).rstrip()
+
+
+def run_of(row: Row) -> str:
+    """Rows of one run and problem share a block; packing is named by the shape."""
+    problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
+    return json.dumps([row["date"], row["command"], row["versions"], problem], sort_keys=True)
+
+
+def _place(shape: dict[str, Any]) -> tuple[int, str]:
+    names = [*SHAPES]
+    return (names.index(shape["name"]) if shape["name"] in SHAPES else len(names), shape["name"])
+
+
+def block(rows: list[Row]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return [
+        f"{problem_words(rows[0]['problem'])}. {rows[0]['date'][:10]}, {versions}; "
+        f"`{rows[0]['command']}`",
+        "",
+        *times(rows),
+        "",
+        *errors(rows[0]),
+        "",
+    ]
+
+
+def problem_words(problem: Row) -> str:
+    words = f"K={problem['K']}, V={problem['V']}, {problem['dtype']}, g {problem['gate_dtype']}"
+    words += ", l2norm in the kernels" if problem["l2norm"] else ""
+    return words + (f", {problem['gate']} gate" if problem["gate"] != "none" else "")
+
+
+def times(rows: list[Row]) -> Iterator[str]:
+    yield from header(
+        "shape (BxTxH)", "forward ms", "FLA", "FLA / ours", "x floor",
+        "forward+backward ms", "FLA", "FLA / ours", "x floor", "peak MiB", "FLA",
+    )  # fmt: skip
+    for row in rows:
+        cells = [shape_words(row["shape"])]
+        for index, side in enumerate(("forward", "forward_backward")):
+            fla = row["fla"]
+            cells += [
+                f"{row['ours'][side]['median']:.3f}",
+                f"{fla[side]['median']:.3f}" if fla else "-",
+                f"{row['ratio_to_fla'][index]:.2f}" if fla else "-",
+                f"{row['ratio_to_floor'][index]:.2f}",
+            ]
+        cells.append(f"{row['ours']['peak_mib']:.0f}")
+        cells.append(f"{row['fla']['peak_mib']:.0f}" if row["fla"] else "-")
+        yield line(cells)
+
+
+def errors(row: Row) -> Iterator[str]:
+    """Errors do not depend on the shape, so that one row speaks for all."""
+    yield from header("worst relative error against fp64", "ours", "gates", "FLA", "gates")
+    for name, ours in row["ours"]["errors"].items():
+        theirs = row["fla"]["errors"].get(name) if row["fla"] else None
+        cells = [name, f"{ours['error']:.1e}", ours["regime"]]
+        yield line(cells + ([f"{theirs['error']:.1e}", theirs["regime"]] if theirs else ["-", "-"]))
+
+
+def shape_words(shape: Row) -> str:
+    sizes = f"{shape['B']}x{shape['T']}x{shape['H']}"
+    packed = shape["cu_seqlens"]
+    words = f"{len(packed) - 1} packed in {sizes}" if packed else sizes
+    return words if shape["name"] == sizes else f"{shape['name']} ({words})"
+
+
+def header(*titles: str) -> Iterator[str]:
+    yield line(list(titles))
+    yield "|---|" + "---:|" * (len(titles) - 1)
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""A real tune of one small problem on the present GPU, and the timing protocol."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn2gen import bench, store
+from gdn2gen.device import present_device
+from gdn2gen.dispatch import find_recipe
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import parse_shapes
+from gdn2gen.tune import tune
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.progress import Progress
+from gdn2gen.tune.worker import Worker
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_one_minute_tune_files_an_entry_that_calls_find(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
+    problem, device = Problem(K=64, V=64), present_device()
+    shapes = parse_shapes("2x1024x8,1x512x4")
+    report = tune(
+        problem,
+        shapes,
+        device,
+        budget_minutes=1.0,
+        out_dir=tmp_path / "tuned",
+        levels=("lean",),
+        progress=Progress(),
+    )
+    assert [result.shape for result in report.results] == shapes
+    assert report.trials.get("ok", 0) > 0
+    entries = store.load_tuned(report.path, device).entries
+    for entry in entries:
+        assert entry.provenance == "measured" and not store.is_stale(entry)
+        slower = entry.measured["default_forward_backward_ms"]
+        assert entry.measured["forward_backward_ms"] <= slower * 1.02
+        assert max(entry.gate.values()) < 1e-2
+    assert find_recipe(problem, shapes[0].regime, device).source == "exact"
+
+
+def test_a_cuda_error_costs_the_worker_not_the_caller():
+    worker = Worker()
+    try:
+        failed = worker.call("torch.cuda:set_device", 999, timeout=120)
+        assert not failed.ok
+        assert worker.call("torch.cuda:device_count", timeout=120).value >= 1
+    finally:
+        worker.close()
+
+
+def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
+    """The backward must run the forced recipe, too: its saved tensors depend on the chunk size."""
+    from gdn2gen.tune import gate
+
+    candidate = Candidate.default(Problem(K=64, V=64), "lean", BT=32)
+    shapes = gate.gate_shapes(candidate.problem)
+    result = gate.check(candidate, regimes=("layer",), repeats=3, shapes=shapes)
+    assert result.ok, result.reason
+
+
+def test_timing_agrees_with_the_clock():
+    cycles = int(2e6)
+    timing = bench.time_ms(lambda: torch.cuda._sleep(cycles), 5, 20)
+    assert timing.n >= 5
+    assert timing.p20 <= timing.median <= timing.p80
+    assert 0.2 < timing.median < 20
+
+
+def test_peak_memory_counts_what_a_run_allocates():
+    base = torch.empty(2**20, device="cuda")
+    peak = bench.peak_mib(lambda: torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
+    assert peak >= 64 + base.numel() * 4 / 2**20
+
+
+def test_stages_are_timed_with_their_bytes():
+    problem, (shape,) = Problem(K=64, V=64), parse_shapes("2x1024x8")
+    rows = bench.bench_stages(problem, shape)
+    assert {"prepare", "scan", "grad_key"} <= {row.stage for row in rows}
+    assert all(0 < row.gbps < 2 * bench.copy_gbps() for row in rows)

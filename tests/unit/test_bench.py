@@ -1,0 +1,156 @@
+"""The benchmark without a GPU: floors, errors, tables, and the file of results."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gdn2gen import bench
+from gdn2gen._bench_rows import Errors, Side
+from gdn2gen.bench import Row, StageRow, Timing
+from gdn2gen.device import named_device
+from gdn2gen.errors import DeviceError, StoreError, UnsupportedError
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.stages import STAGES
+
+BF16 = Problem()
+
+
+def test_floor_bytes_are_those_of_the_notes():
+    assert bench.floor_bytes(BF16, backward=False) == 2048
+    assert bench.floor_bytes(BF16, backward=True) == 5888
+    gated = Problem(gate="softplus", has_A_log=True, gate_dtype="bf16")
+    assert bench.floor_bytes(gated, backward=False) == 1792
+
+
+def test_floor_ms_at_a_bandwidth():
+    assert bench.floor_ms(BF16, SHAPES["train4k"], False, 4300) == pytest.approx(0.1249, abs=1e-3)
+    assert bench.floor_ms(BF16, SHAPES["train4k"], True, 4300) == pytest.approx(0.359, abs=1e-3)
+
+
+def test_every_stage_has_its_bytes_at_every_shape():
+    for shape in SHAPES.values():
+        problem = Problem(varlen=shape.cu_seqlens is not None)
+        sizes = bench.symbol_sizes(problem, shape, 64)
+        assert all(stage.nbytes(problem, sizes) > 0 for stage in STAGES.values())
+
+
+def test_timing_of_samples():
+    timing = Timing.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (timing.median, timing.n) == (3.0, 5)
+    assert timing.p20 < timing.median < timing.p80
+    assert timing.spread == pytest.approx((timing.p80 - timing.p20) / 3)
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+@pytest.mark.parametrize("measure", [bench.time_ms, bench.peak_mib])
+def test_measuring_without_a_gpu_is_refused(measure):
+    with pytest.raises(DeviceError, match="needs a GPU"):
+        measure(lambda: None)
+
+
+def test_relative_errors():
+    exact = {"a": torch.ones(4), "zero": torch.zeros(4), "nan": torch.ones(2)}
+    exact["gone"] = torch.ones(1)
+    found = {
+        "a": torch.full((4,), 1.01),
+        "zero": torch.full((4,), 0.5),
+        "nan": torch.tensor([1.0, float("nan")]),
+    }
+    errors = bench.relative_errors(found, exact)
+    assert errors["a"] == pytest.approx(0.01, rel=1e-4)
+    assert errors["zero"] == pytest.approx(1.0)
+    assert math.isinf(errors["nan"]) and math.isinf(errors["gone"])
+
+
+def test_fla_that_is_not_installed_is_named(monkeypatch):
+    from gdn2gen._bench_rows import fla_op
+
+    monkeypatch.setitem(sys.modules, "fla.ops.gdn2", None)
+    with pytest.raises(UnsupportedError, match="flash-linear-attention"):
+        fla_op()
+
+
+def side(ms: float) -> Side:
+    timing = Timing(ms, ms, ms, 10)
+    errors = {"o": Errors(4e-3, "layer"), "dg": Errors(7e-3, "sparse")}
+    return Side(timing, Timing(3 * ms, 3 * ms, 3 * ms, 10), 1500.0, errors)
+
+
+def row(name: str, ms: float = 0.7, fla: bool = True) -> Row:
+    stages = [StageRow("scan", Timing(0.1, 0.1, 0.1, 10), 400_000_000)]
+    return Row(
+        shape=SHAPES[name],
+        problem=BF16,
+        level="lean",
+        recipe="lean (default)",
+        ours=side(ms),
+        fla=side(1.0) if fla else None,
+        floor_forward_ms=0.125,
+        floor_forward_backward_ms=0.36,
+        stages=stages,
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr("gdn2gen.device.present_device", lambda: named_device("H200"))
+
+
+def test_ratios_and_rates():
+    measured = row("train4k", 0.5)
+    assert measured.ratio_to_fla == pytest.approx((2.0, 2.0))
+    assert measured.ratio_to_floor[0] == pytest.approx(4.0)
+    assert measured.stages[0].gbps == pytest.approx(4000)
+    assert row("train4k", fla=False).ratio_to_fla is None
+
+
+def test_the_table_shows_times_ratios_errors_and_stages():
+    from rich.console import Console
+
+    text = io.StringIO()
+    rows = [row("train4k"), row("wide8k", fla=False)]
+    Console(file=text, width=200).print(bench.rows_table(rows))
+    for word in ("train4k", "wide8k", "0.700", "7.00e-03 (sparse)", "lean (default)", "4000"):
+        assert word in text.getvalue()
+
+
+def test_results_merge_by_shape_and_problem(tmp_path, gpu):
+    path = tmp_path / "results" / "nvidia-h200.json"
+    bench.save_results(path, [row("train4k", 0.9), row("wide8k")], command="first")
+    bench.save_results(path, [row("train4k", 0.5)], command="second")
+    document = bench.read_results(path)
+    assert document["gpu"] == "NVIDIA H200"
+    by_name = {x["shape"]["name"]: x for x in document["rows"]}
+    assert by_name["train4k"]["ours"]["forward"]["median"] == 0.5
+    assert by_name["train4k"]["command"] == "second"
+    assert by_name["wide8k"]["command"] == "first"
+    assert by_name["wide8k"]["versions"]["torch"]
+    assert [x.name for x in path.parent.iterdir()] == [path.name]
+
+
+def test_results_of_another_gpu_or_kind_are_not_overwritten(tmp_path, gpu):
+    path = tmp_path / "results.json"
+    for text, words in (
+        ("{", "cannot be read"),
+        ("[]", "schema"),
+        (json.dumps({"schema": 1, "gpu": "NVIDIA L4", "rows": []}), "NVIDIA L4"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=words):
+            bench.save_results(path, [row("train4k")])
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize("module", ["gdn2gen.bench", "gdn2gen.tune", "gdn2gen.tune._serve"])
+def test_imports_stay_light(module):
+    code = f"import {module}, sys; sys.exit('optuna' in sys.modules or 'fla' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,398 @@
+"""dispatch.py: the look-up order, and that nothing doubtful is used in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from gdn2gen import paths, render
+from gdn2gen.config import default_config, why_invalid
+from gdn2gen.device import named_device
+from gdn2gen.dispatch import (
+    Recipe,
+    default_recipe,
+    explain_recipe,
+    find_recipe,
+    forced_recipe,
+)
+from gdn2gen.errors import DispatchError, TunedFileWarning
+from gdn2gen.problem import HEAD_DIMS, Problem, Regime
+from gdn2gen.stages import PLANS, plan_named
+from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, tuned_path, write_tuned
+
+H200 = named_device("H200")
+PROBLEM = Problem()
+REGIME = Regime(16384, 4, 16)
+
+
+@pytest.fixture(autouse=True)
+def house(monkeypatch, tmp_path):
+    """Empty folders of the user and of the package, templates of known digests, no GPU asked."""
+
+    def asked(*_):
+        raise AssertionError("a GPU was queried")
+
+    for name in ("is_available", "current_device", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(render, "template_digest", lambda stage, language="triton": f"d-{stage}")
+    monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))
+    monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
+
+
+@pytest.fixture
+def user(tmp_path):
+    return tmp_path / "user"
+
+
+@pytest.fixture
+def packaged(tmp_path):
+    return tmp_path / "packaged"
+
+
+def make_entry(regime=REGIME, *, mark=4, problem=PROBLEM, plan="lean", **changes):
+    """An entry that is told by `mark`, the num_stages of its scan."""
+    stages = plan_named(plan).stages
+    configs = {stage: default_config(stage, problem) for stage in stages}
+    configs["scan"] = configs["scan"].replace(num_stages=mark)
+    entry = Entry(
+        problem_key=problem.key,
+        regime_key=regime.key,
+        level=plan,
+        plan=plan,
+        configs=configs,
+        templates={stage: f"d-{stage}" for stage in stages},
+        measured={"forward_ms": 1.0, "forward_backward_ms": 2.0},
+        gate={},
+        provenance="measured",
+    )
+    return dataclasses.replace(entry, **changes)
+
+
+def file_in(folder, *entries, device=H200):
+    path = tuned_path(folder, "gdn2", device)
+    write_tuned(path, TunedFile(metadata_for(device, {}, "test", "2026"), entries))
+    return path
+
+
+def mark_of(recipe):
+    return recipe.configs["scan"]["num_stages"]
+
+
+def find(problem=PROBLEM, regime=REGIME, device=H200, **options):
+    return find_recipe(problem, regime, device, **options)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_default_is_valid_for_every_problem(plan, dtype):
+    for K in HEAD_DIMS:
+        for V in HEAD_DIMS:
+            problem = Problem(K=K, V=V, dtype=dtype)
+            recipe = default_recipe(problem, plan)
+            assert recipe.source == "default"
+            assert set(recipe.configs) == set(recipe.plan.stages)
+            assert all(why_invalid(x, problem) is None for x in recipe.configs.values())
+    with pytest.raises(DispatchError, match=r"unknown plan 'clever'"):
+        default_recipe(PROBLEM, "clever")
+
+
+def test_nothing_tuned_gives_the_default(user, packaged):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe = find()
+        fast = find(level="fast")
+    assert recipe == default_recipe(PROBLEM)
+    assert recipe.source == "default"
+    assert (recipe.file, recipe.stale) == (None, False)
+    for part in (str(user), str(packaged), "NVIDIA H200", "K=128"):
+        assert part in recipe.why
+    assert fast.plan is plan_named("fast")
+
+
+def test_exact_before_all(user, packaged):
+    near = Regime(16384, 4, 32)
+    file_in(user, make_entry(near, mark=2))
+    path = file_in(packaged, make_entry(mark=3), make_entry(near, mark=1))
+    recipe = find()
+    assert (recipe.source, mark_of(recipe), recipe.file) == ("exact", 3, str(path))
+    assert (recipe.regime, recipe.device) == (REGIME, H200)
+
+
+def test_user_before_packaged(user, packaged, monkeypatch):
+    file_in(packaged, make_entry(mark=3))
+    assert mark_of(find()) == 3
+    file_in(user, make_entry(mark=2))
+    assert mark_of(find()) == 2
+    monkeypatch.delenv("GDN2GEN_TUNED_DIR")
+    assert mark_of(find()) == 3
+
+
+def test_flags_that_only_add_arguments_are_exact(user):
+    file_in(user, make_entry())
+    problem = Problem(varlen=True, initial_state=True, final_state=True, state_v_first=True)
+    recipe = find(problem)
+    assert (recipe.source, recipe.problem) == ("exact", problem)
+
+
+def test_nearest_regime(user, packaged):
+    path = file_in(user, make_entry(Regime(1024, 1, 16), mark=1), make_entry(mark=2))
+    recipe = find(regime=Regime(12000, 3, 16))
+    assert (recipe.source, mark_of(recipe), recipe.file) == ("nearest", 2, str(path))
+    assert "tokens=16384" in recipe.why
+    assert "nearest to tokens=12000 sequences=3 heads=16" in recipe.why
+    assert mark_of(find(regime=Regime(1025, 1, 16))) == 1
+    # nearer in the package than in the user's folder
+    file_in(packaged, make_entry(Regime(12000, 4, 16), mark=3))
+    assert mark_of(find(regime=Regime(12000, 3, 16))) == 3
+
+
+def test_empty_regimes_are_served(user):
+    file_in(user, make_entry(Regime(1, 1, 16)))
+    assert find(regime=Regime(0, 0, 16)).source == "nearest"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Problem(K=64), Problem(V=64), Problem(dtype="fp16"), Problem(dtype="fp32")],
+)
+def test_head_dims_and_dtype_are_never_fuzzy(user, other):
+    file_in(user, make_entry(problem=other))
+    file_in(user, make_entry(problem=other), device=named_device("H100"))
+    assert find().source == "default"
+
+
+def test_minor_flags_serve_after_the_same_flags(user):
+    far = Regime(1024, 1, 2)
+    plain = Problem(l2norm=False, gate_dtype="bf16")
+    sigmoid = Problem(gate="sigmoid")
+    file_in(user, make_entry(problem=plain, mark=1), make_entry(problem=sigmoid, mark=2))
+    recipe = find()
+    assert (recipe.source, mark_of(recipe)) == ("nearest", 2)
+    assert "the call has gate=none, which moves the speed only a little" in recipe.why
+    file_in(user, make_entry(problem=sigmoid, mark=2), make_entry(far, mark=3))
+    assert mark_of(find()) == 3
+    softplus = find(Problem(gate="softplus", has_A_log=True))
+    assert softplus.source == "nearest"
+    assert softplus.problem.has_A_log
+
+
+def test_levels_are_apart(user):
+    file_in(user, make_entry(plan="fast", mark=2))
+    assert find().source == "default"
+    assert mark_of(find(level="fast")) == 2
+    with pytest.raises(DispatchError, match=r"level must be one of .*'huge'"):
+        find(level="huge")
+
+
+def test_transferred_from_the_nearest_gpu_of_the_arch(user, packaged):
+    file_in(user, make_entry(mark=1), device=named_device("H100 PCIe"))
+    file_in(packaged, make_entry(mark=2), device=named_device("H100"))
+    file_in(packaged, make_entry(mark=3), device=named_device("B200"))
+    recipe = find()
+    assert (recipe.source, mark_of(recipe)) == ("transferred", 2)
+    assert "NVIDIA H100 80GB HBM3" in recipe.why
+    assert "nothing was measured on NVIDIA H200 itself" in recipe.why
+    assert mark_of(find(device=named_device("sm_100"))) == 3
+    assert find(device=named_device("A100")).source == "default"
+    # anything measured on the GPU itself comes first, even with other flags
+    file_in(user, make_entry(Regime(64, 1, 1), problem=Problem(l2norm=False), mark=1))
+    assert (find().source, mark_of(find())) == ("nearest", 1)
+
+
+def test_stored_provenance_is_kept(user, packaged):
+    file_in(user, make_entry(mark=1, provenance="predicted"))
+    assert (find().source, mark_of(find())) == ("predicted", 1)
+    assert "never timed" in find().why
+    file_in(packaged, make_entry(mark=2), device=named_device("H100"))
+    assert (find().source, mark_of(find())) == ("transferred", 2)
+    file_in(packaged, make_entry(mark=3, provenance="transferred"))
+    assert (find().source, mark_of(find())) == ("transferred", 3)
+    file_in(packaged, make_entry(Regime(1, 1, 1), mark=4))
+    assert (find().source, mark_of(find())) == ("nearest", 4)
+
+
+def test_strict_refuses_all_but_exact(user, monkeypatch):
+    with pytest.raises(DispatchError, match=r"'default'.*gdn2gen tune.*GDN2GEN_STRICT"):
+        find(strict=True)
+    file_in(user, make_entry(Regime(1, 1, 1)))
+    monkeypatch.setenv("GDN2GEN_STRICT", "1")
+    with pytest.raises(DispatchError, match="'nearest'"):
+        find()
+    assert find(strict=False).source == "nearest"
+    monkeypatch.setenv("GDN2GEN_STRICT", "0")
+    assert find().source == "nearest"
+    file_in(user, make_entry())
+    assert find(strict=True).source == "exact"
+
+
+def test_stale_entries_are_passed_over(user):
+    stale = make_entry(templates={**make_entry().templates, "scan": "older"})
+    path = file_in(user, stale)
+    recipe = find()
+    assert (recipe.source, recipe.stale) == ("default", True)
+    assert f"passed over the stale entry [{stale.label}] of {path}" in recipe.why
+    assert "templates of scan changed" in recipe.why
+    assert "stale" in explain_recipe(recipe)
+    with pytest.raises(DispatchError, match="stale"):
+        find(strict=True)
+    file_in(user, stale, make_entry(Regime(1, 1, 1), mark=2))
+    assert (find().source, find().stale, mark_of(find())) == ("nearest", True, 2)
+    file_in(user, make_entry(mark=3), dataclasses.replace(stale, regime_key=Regime(1, 1, 1).key))
+    assert (find().source, find().stale) == ("exact", False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "truncated"),
+        (lambda text: text.replace('"schema": 1', '"schema": 99'), "schema is 99"),
+        (lambda text: text.replace("NVIDIA H200", "NVIDIA H20"), "is of the GPU 'NVIDIA H20'"),
+    ],
+)
+def test_an_unusable_file_gives_a_warning_and_the_default(user, spoil, reason):
+    path = file_in(user, make_entry())
+    path.write_text(spoil(path.read_text()))
+    before = path.read_bytes()
+    with pytest.warns(TunedFileWarning) as caught:
+        recipe = find()
+    assert len(caught) == 1
+    for text in (str(caught[0].message), recipe.why):
+        assert str(path) in text
+        assert reason in text
+    assert recipe == default_recipe(PROBLEM)
+    assert path.read_bytes() == before
+    # once for each state of the file, not once for each call
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find(regime=Regime(7, 1, 1))
+
+
+def test_an_unusable_file_of_the_user_leaves_the_packaged_one(user, packaged):
+    file_in(packaged, make_entry(mark=2))
+    path = file_in(user, make_entry(mark=3))
+    path.write_text("{")
+    with pytest.warns(TunedFileWarning):
+        recipe = find()
+    assert (recipe.source, mark_of(recipe)) == ("exact", 2)
+    assert str(path) in recipe.why
+
+
+def test_a_broken_file_of_another_gpu_is_not_read_in_vain(user):
+    file_in(user, make_entry())
+    (user / "gdn2" / "nvidia-h100-pcie.json").write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find().source == "exact"
+    with pytest.warns(TunedFileWarning, match="nvidia-h100-pcie"):
+        assert find(Problem(K=64)).source == "default"
+
+
+def test_entries_that_cannot_be_used_are_named(user):
+    path = file_in(user, make_entry(Regime(1, 1, 1), mark=2), make_entry(mark=4))
+    path.write_text(path.read_text().replace('"num_stages": 4', '"num_stages": 40'))
+    with pytest.warns(TunedFileWarning, match=r"entry 1 .* is skipped: scan.num_stages"):
+        recipe = find()
+    assert (recipe.source, mark_of(recipe)) == ("nearest", 2)
+
+
+def test_a_changed_file_is_read_again(user):
+    path = file_in(user, make_entry(mark=1))
+    assert mark_of(find()) == 1
+    metadata = metadata_for(H200, {}, "test", "2026")
+    merge_entries(path, metadata, [make_entry(mark=2, measured={"forward_backward_ms": 1.0})])
+    assert mark_of(find()) == 2
+    path.unlink()
+    assert find().source == "default"
+    file_in(user, make_entry(mark=3), device=named_device("H100"))
+    assert find().source == "transferred"
+
+
+def test_the_hot_path_takes_microseconds(user):
+    file_in(user, make_entry())
+    first = find()
+    calls, best = 500, float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(calls):
+            assert find() is first
+        best = min(best, (time.perf_counter() - started) / calls)
+    assert best < 200e-6, f"{best * 1e6:.1f} us for each call"
+
+
+def test_forced(user, monkeypatch):
+    file_in(user, make_entry())
+    forced = dataclasses.replace(default_recipe(PROBLEM, "fast"), source="forced", why="a trial")
+    monkeypatch.setenv("GDN2GEN_STRICT", "1")
+    seen = []
+    with forced_recipe(forced) as given:
+        assert given is forced
+        assert find() is forced
+        with forced_recipe(default_recipe(PROBLEM)):
+            assert find().plan.name == "lean"
+        assert find() is forced
+        other = find(Problem(final_state=True))
+        assert other == dataclasses.replace(forced, problem=Problem(final_state=True))
+        assert other.source == "forced"
+        thread = threading.Thread(target=lambda: seen.append(find()))
+        thread.start()
+        thread.join()
+    assert seen[0].source == "exact"
+    assert find().source == "exact"
+    with pytest.raises(ZeroDivisionError), forced_recipe(forced):
+        1 / 0  # noqa: B018
+    assert find().source == "exact"
+
+
+def test_forced_recipe_that_does_not_fit(user):
+    configs = {
+        stage: config.replace(BV=128) if stage == "scan" else config
+        for stage, config in default_recipe(PROBLEM).configs.items()
+    }
+    forced = dataclasses.replace(default_recipe(PROBLEM), configs=configs)
+    with forced_recipe(forced), pytest.raises(DispatchError, match=r"V=128 .*V=64 .*BV=128"):
+        find(Problem(V=64))
+
+
+def test_recipes_that_run_the_same_are_equal(user):
+    file_in(user, make_entry())
+    near, exact = find(regime=Regime(3, 1, 1)), find()
+    assert near.why != exact.why
+    assert near == exact
+    assert hash(near) == hash(exact)
+    assert near != default_recipe(PROBLEM)
+    copied = pickle.loads(pickle.dumps(exact))
+    assert copied == exact
+    assert copied.why == exact.why
+
+
+def test_explain(user):
+    path = file_in(user, make_entry())
+    text = explain_recipe(find(Problem(varlen=True)))
+    for part in (
+        "gdn2 K=128 V=128 dtype=bf16 gate_dtype=fp32 l2norm=True gate=none + varlen",
+        "tokens=16384 sequences=4 heads=16",
+        "NVIDIA H200 (sm_90, 132 SMs)",
+        "plan      lean",
+        "reverse_scan  BT=64",
+        "num_stages=4",
+        "source    exact",
+        str(path),
+        "why ",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines()[:-2])) <= 100
+    assert "regime" not in explain_recipe(default_recipe(PROBLEM))
+
+
+def test_recipe_is_frozen():
+    recipe = default_recipe(PROBLEM)
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.why = "because"

@@ -1,0 +1,162 @@
+"""The README: its two commands, what CI runs, and its results table."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdn2gen import cli
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.stages import PLANS, STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2"
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def test_first_two_commands() -> None:
+    first, second, *_ = (block.strip() for block in _blocks("bash"))
+    assert first == "pip install -e . && gdn2gen quick"
+    assert second == TEST_COMMAND
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    (extraction,) = re.findall(r"^test_command=\$\((.*)\)$", script, flags=re.M)
+    done = subprocess.run(
+        ["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == TEST_COMMAND
+    steps = [
+        script.index(step)
+        for step in ("-m venv", "pip install -q torch==2.13.0", "'.[test]'", "eval")
+    ]
+    assert steps == sorted(steps)
+
+
+def test_commands_of_the_readme_are_understood() -> None:
+    lines = [line for block in _blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("gdn2gen ")]
+    assert len(commands) >= 5
+    for line in commands:
+        cli.build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_python_of_the_readme_is_the_public_api() -> None:
+    import inspect
+
+    from gdn2gen import chunk_gdn2
+
+    (block,) = _blocks("python")
+    assert "from gdn2gen import chunk_gdn2" in block
+    (call,) = re.findall(r"chunk_gdn2\((q.*)\)", block)
+    words = [word.split("=")[0].strip() for word in call.split(",")]
+    assert set(words) <= set(inspect.signature(chunk_gdn2).parameters)
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("variable", re.findall(r"GDN2GEN_\w+", README))
+def test_variables_exist(variable: str) -> None:
+    sources = [path.read_text() for path in (ROOT / "gdn2gen").rglob("*.py")]
+    assert any(variable in source for source in sources)
+
+
+def test_architecture_names_every_room_stage_and_plan() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = {path.stem for path in (ROOT / "gdn2gen").glob("[a-z]*.py")} | {"tune"}
+    for name in (*rooms, *STAGES, *PLANS):
+        assert f"`{name}`" in text, name
+    for plan in PLANS.values():
+        chains = f"| `{plan.name}` | {', '.join(plan.forward)} | {', '.join(plan.backward)} |"
+        assert chains in text
+
+
+def _update(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/update_readme.py", "--root", str(root), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_results_are_up_to_date() -> None:
+    done = _update(ROOT, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _side(milliseconds: float) -> dict[str, Any]:
+    timing = {"p20": 0, "p80": 0, "n": 9}
+    return {
+        "forward": {"median": milliseconds, **timing},
+        "forward_backward": {"median": 4 * milliseconds, **timing},
+        "peak_mib": 1000 * milliseconds,
+        "errors": {"o": {"error": 0.0034, "regime": "sparse"}},
+    }
+
+
+def _row(shape: str, fla: float | None, **changes: Any) -> dict[str, Any]:
+    return {
+        "shape": asdict(SHAPES[shape]),
+        "problem": asdict(Problem()),
+        "recipe": "lean (exact)",
+        "ours": _side(0.5),
+        "fla": None if fla is None else _side(fla),
+        "ratio_to_fla": None if fla is None else [fla / 0.5, fla / 0.5],
+        "floor_ms": [0.125, 0.25],
+        "ratio_to_floor": [4.0, 8.0],
+        "stages": [],
+        "date": "2026-01-02T03:04:05+00:00",
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "command": "gdn2gen bench --vs fla --save",
+        **changes,
+    }
+
+
+def test_table_is_made_from_the_results(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("before\n<!-- results:begin -->\nold\n"
+                                        "<!-- results:end -->\nafter\n")  # fmt: skip
+    rows = [_row("wide8k", None, command="gdn2gen bench"), _row("varlen8k", 1.0)]
+    rows.append(_row("train4k", 1.0))
+    path = tmp_path / "docs/results/nvidia-h200.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": rows}))
+    assert _update(tmp_path, "--check").returncode == 1
+    assert _update(tmp_path).returncode == 0
+    assert _update(tmp_path, "--check").returncode == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- results:begin -->\n### NVIDIA H200\n")
+    assert text.endswith("\n<!-- results:end -->\nafter\n")
+    assert "old" not in text
+    assert "2026-01-02, torch 2.11.0, triton 3.6.0; `gdn2gen bench --vs fla --save`" in text
+    line = "| train4k (4x4096x16) | 0.500 | 1.000 | 2.00 | 4.00 | 2.000 | 4.000 | 2.00 | 8.00 |"
+    assert f"{line} 500 | 1000 |" in text
+    assert "| wide8k (1x8192x64) | 0.500 | - | - | 4.00 |" in text
+    assert "| varlen8k (6 packed in 1x8192x64) |" in text
+    assert "| o | 3.4e-03 | sparse | 3.4e-03 | sparse |" in text
+    assert text.index("train4k") < text.index("varlen8k"), "in the order of SHAPES"
+
+
+def test_a_foreign_file_of_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    path = tmp_path / "docs/results/gpu.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    done = _update(tmp_path)
+    assert done.returncode != 0
+    assert str(path) in done.stderr
+    assert (tmp_path / "README.md").read_text() == README

@@ -1,0 +1,419 @@
+"""store.py: tuned files survive other processes, failed writes and files of another kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import warnings
+
+import pytest
+
+from gdn2gen import render, store
+from gdn2gen.config import default_config
+from gdn2gen.device import named_device
+from gdn2gen.errors import StoreError, TunedFileWarning
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.stages import plan_named
+from gdn2gen.store import (
+    Entry,
+    TunedFile,
+    is_stale,
+    load_tuned,
+    merge_entries,
+    metadata_for,
+    read_tuned,
+    write_tuned,
+)
+
+DEVICE = named_device("H200")
+TOOLCHAIN = {"triton": "3.6.0", "torch": "2.11.0", "driver": "570.86.15"}
+METADATA = metadata_for(DEVICE, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z")
+
+
+@pytest.fixture(autouse=True)
+def digests(monkeypatch):
+    monkeypatch.setattr(render, "template_digest", lambda stage, language="triton": f"d-{stage}")
+
+
+def make_entry(tokens=16384, *, ms=2.5, problem=None, plan="lean", level="lean", **changes):
+    problem = problem or Problem()
+    stages = plan_named(plan).stages
+    entry = Entry(
+        problem_key=problem.key,
+        regime_key=Regime(tokens, 4, 16).key,
+        level=level,
+        plan=plan,
+        configs={stage: default_config(stage, problem) for stage in stages},
+        templates={stage: f"d-{stage}" for stage in stages},
+        measured={
+            "n": 50,
+            "forward_ms": 0.75,
+            "forward_backward_ms": ms,
+            "default_ms": 4.25,
+            "spread": 0.01,
+            "peak_mib": 812.5,
+        },
+        gate={"o": 0.0031, "dq": 0.004},
+        provenance="measured",
+    )
+    return dataclasses.replace(entry, **changes)
+
+
+def raw_of(path):
+    return json.loads(path.read_text())
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "gdn2" / "nvidia-h200.json"
+    file = TunedFile(METADATA, (make_entry(1024), make_entry(2048, plan="fast", level="fast")))
+    write_tuned(path, file)
+    assert path == store.tuned_path(tmp_path, "gdn2", DEVICE)
+    assert read_tuned(path, DEVICE) == file
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_bytes_are_stable_sorted_and_readable(tmp_path):
+    entries = [
+        make_entry(2048),
+        make_entry(16384),
+        make_entry(1024),
+        make_entry(1024, level="fast"),
+    ]
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    write_tuned(first, TunedFile(METADATA, tuple(entries)))
+    shuffled = [
+        dataclasses.replace(x, gate=dict(reversed(x.gate.items()))) for x in reversed(entries)
+    ]
+    metadata = dict(reversed(METADATA.items()))
+    write_tuned(second, TunedFile(metadata, tuple(shuffled)))
+    assert first.read_bytes() == second.read_bytes()
+    write_tuned(second, read_tuned(first))
+    assert first.read_bytes() == second.read_bytes()
+
+    text = first.read_text()
+    assert text.endswith("}\n")
+    assert max(map(len, text.splitlines())) <= 140
+    raw = raw_of(first)
+    assert list(raw) == ["_metadata", "entries"]
+    metadata_keys = ["schema", "gpu", "arch", "sms", "toolchain", "command", "date"]
+    assert list(raw["_metadata"]) == metadata_keys
+    assert list(raw["_metadata"]["toolchain"]) == ["driver", "torch", "triton"]
+    assert [x["regime"]["tokens"] for x in raw["entries"]] == [1024, 1024, 2048, 16384]
+    assert [x["level"] for x in raw["entries"]][:2] == ["fast", "lean"]
+    assert list(raw["entries"][0]) == [
+        "problem",
+        "regime",
+        "level",
+        "plan",
+        "configs",
+        "templates",
+        "measured",
+        "gate",
+        "provenance",
+    ]
+    assert '      "regime": {"tokens": 1024, "sequences": 4, "heads": 16},\n' in text
+    assert '"measured": {"forward_ms": 0.75, "forward_backward_ms": 2.5, "default_ms"' in text
+    assert '        "prepare": {"BK": 32, "BT": 64,' in text
+
+
+def test_no_entries(tmp_path):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, ()))
+    assert read_tuned(path) == TunedFile(METADATA, ())
+
+
+def test_entries_and_files_travel_between_processes():
+    file = TunedFile(METADATA, (make_entry(),))
+    assert pickle.loads(pickle.dumps(file)) == file
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(),)))
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(
+        StoreError, match=r"x\.json cannot be written .*No space.*GDN2GEN_TUNED_DIR"
+    ):
+        write_tuned(path, TunedFile(METADATA, (make_entry(ms=1.0),)))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(),)))
+    before = path.read_bytes()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_tuned(path, TunedFile(METADATA, ()))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        make_entry(provenance="guessed"),
+        make_entry(plan="lean", configs={}),
+        make_entry(measured={"forward_backward_ms": float("nan")}),
+        make_entry(measured={"forward_backward_ms": -1.0}),
+        make_entry(problem_key={"op": "gdn2"}),
+        make_entry(gate={"o": float("inf")}),
+        make_entry(
+            configs={**make_entry().configs, "scan": default_config("scan", Problem(), BT=32)}
+        ),
+    ],
+)
+def test_nothing_invalid_is_written(tmp_path, entry):
+    path = tmp_path / "x.json"
+    with pytest.raises(StoreError):
+        write_tuned(path, TunedFile(METADATA, (entry,)))
+    with pytest.raises(StoreError):
+        merge_entries(path, METADATA, [entry])
+    assert not path.exists()
+
+
+def test_metadata_that_could_not_be_read_is_not_written(tmp_path):
+    for metadata in ({}, {**METADATA, "schema": 2}, {**METADATA, "sms": "132"}):
+        with pytest.raises(StoreError, match="not written"):
+            write_tuned(tmp_path / "x.json", TunedFile(metadata, ()))
+
+
+def unusable(tmp_path, kind):
+    """A file that must be ignored, and what the warning says of it."""
+    path = tmp_path / "nvidia-h200.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(),)))
+    raw = raw_of(path)
+    if kind == "truncated":
+        path.write_text(path.read_text()[:-200])
+        return path, "truncated or not JSON"
+    if kind == "binary":
+        path.write_bytes(b"\xff\xfe\x00")
+        return path, "cannot be read as text"
+    if kind == "nan":
+        path.write_text(path.read_text().replace("812.5", "NaN"))
+        return path, "NaN"
+    if kind == "not-tuned":
+        path.write_text("[1, 2]\n")
+        return path, "not a tuned file"
+    if kind == "schema":
+        raw["_metadata"]["schema"] = 99
+        reason = "schema is 99, but this gdn2gen reads 1"
+    elif kind == "no-schema":
+        del raw["_metadata"]["schema"]
+        reason = "schema is None"
+    elif kind == "no-entries":
+        del raw["entries"]
+        reason = "list of entries"
+    path.write_text(json.dumps(raw))
+    return path, reason
+
+
+BROKEN = ("truncated", "binary", "nan", "not-tuned", "schema", "no-schema", "no-entries")
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_unusable_file_is_ignored_with_a_warning(tmp_path, kind):
+    path, reason = unusable(tmp_path, kind)
+    before = path.read_bytes()
+    with pytest.warns(TunedFileWarning) as caught:
+        assert read_tuned(path, DEVICE) is None
+    (message,) = [str(x.message) for x in caught]
+    assert str(path) in message
+    assert reason in message
+    assert "gdn2gen tune" in message
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_unusable_file_is_never_overwritten(tmp_path, kind):
+    path, reason = unusable(tmp_path, kind)
+    before = path.read_bytes()
+    with pytest.raises(StoreError) as caught:
+        merge_entries(path, METADATA, [make_entry(ms=0.5)])
+    assert str(path) in str(caught.value)
+    assert reason in str(caught.value)
+    assert "move it away" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_file_of_another_gpu(tmp_path):
+    path = tmp_path / "nvidia-h200.json"
+    metadata = metadata_for(named_device("H100"), TOOLCHAIN, "gdn2gen tune")
+    write_tuned(path, TunedFile(metadata, (make_entry(),)))
+    before = path.read_bytes()
+    with pytest.warns(TunedFileWarning, match=r"'NVIDIA H100 80GB HBM3', but 'NVIDIA H200'"):
+        assert read_tuned(path, DEVICE) is None
+    with pytest.raises(StoreError, match="'NVIDIA H100 80GB HBM3'"):
+        merge_entries(path, METADATA, [make_entry()])
+    assert path.read_bytes() == before
+    assert read_tuned(path) is not None
+
+
+def test_no_file_is_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_tuned(tmp_path / "none.json", DEVICE) is None
+
+
+def test_a_folder_in_place_of_a_file_is_a_warning(tmp_path):
+    with pytest.warns(TunedFileWarning, match="cannot be read"):
+        assert read_tuned(tmp_path) is None
+
+
+def change(raw, *place, value):
+    for name in place[:-1]:
+        raw = raw[name]
+    if value is None:
+        del raw[place[-1]]
+    else:
+        raw[place[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (("configs", "scan", "warp_speed"), 9, "warp_speed"),
+        (("configs", "scan", "BV"), 48, "scan.BV must be one of"),
+        (("configs", "scan", "BV"), 32.0, "scan.BV must be an integer or a text"),
+        (("configs", "scan", "BV"), None, "scan takes the knobs"),
+        (("configs", "teleport"), {"BT": 64}, "unknown stage 'teleport'"),
+        (("configs", "scan"), None, "plan 'lean' has the stages"),
+        (("configs", "scan", "BT"), 32, "share BT"),
+        (("plan",), "clever", "plan must be one of"),
+        (("level",), "huge", "level must be one of"),
+        (("provenance",), "rumour", "provenance must be one of"),
+        (("problem", "K"), 48, "head dim K=48"),
+        (("problem", "l2norm"), 1, "problem.l2norm must be of bool"),
+        (("regime", "tokens"), "many", "regime.tokens must be of int"),
+        (("regime", "tokens"), -1, "negative"),
+        (("measured", "forward_backward_ms"), "fast", "measured.forward_backward_ms"),
+        (("measured",), [], "measured must be a dict"),
+        (("templates", "teleport"), "abc", "unknown stages ['teleport']"),
+        (("gate",), None, "lacks the keys ['gate']"),
+        (("colour",), "red", "unknown ones ['colour']"),
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_skipped_and_kept(tmp_path, place, value, reason):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(1024), make_entry(2048))))
+    raw = raw_of(path)
+    change(raw["entries"][1], *place, value=value)
+    path.write_text(json.dumps(raw))
+    with pytest.warns(TunedFileWarning) as caught:
+        file = read_tuned(path, DEVICE)
+    (message,) = [str(x.message) for x in caught]
+    assert f"entry 1 of the tuned file {path} is skipped" in message
+    assert reason in message
+    assert file.entries == (make_entry(1024),)
+    merge_entries(path, METADATA, [make_entry(4096)])
+    assert raw["entries"][1] in raw_of(path)["entries"]
+    assert len(load_tuned(path).entries) == 2
+
+
+def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
+    path.write_text(path.read_text().replace('"prepare": {"BK": 32', '"prepare": {"BK": 33'))
+    assert load_tuned(path).unread
+    merge_entries(path, METADATA, [make_entry(1024, ms=9.0)])
+    assert load_tuned(path) == TunedFile(METADATA, (make_entry(1024, ms=9.0),))
+
+
+def test_merge_keeps_the_faster(tmp_path):
+    path = tmp_path / "gdn2" / "x.json"
+    merge_entries(path, METADATA, [make_entry(ms=2.5), make_entry(1024)])
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    later = {**METADATA, "date": "2027-01-01T00:00:00Z"}
+    file = merge_entries(path, later, [make_entry(ms=3.0)])
+    assert file.metadata["date"] == METADATA["date"]
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    file = merge_entries(path, later, [make_entry(ms=2.0)])
+    assert file == read_tuned(path)
+    assert file.metadata["date"] == later["date"]
+    assert [x.measured["forward_backward_ms"] for x in file.entries] == [2.5, 2.0]
+    merge_entries(path, later, [make_entry(ms=9.0, level="fast")])
+    assert len(read_tuned(path).entries) == 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        (make_entry(ms=1.0, provenance="predicted"), make_entry(ms=5.0)),
+        (make_entry(ms=1.0, provenance="transferred"), make_entry(ms=5.0)),
+        (
+            make_entry(ms=1.0, provenance="predicted"),
+            make_entry(ms=5.0, provenance="transferred"),
+        ),
+        (make_entry(ms=1.0, templates={"prepare": "old"}), make_entry(ms=5.0)),
+        (make_entry(measured={"forward_ms": 1.0}), make_entry(ms=5.0)),
+        (make_entry(ms=2.0), make_entry(ms=1.0)),
+    ],
+)
+def test_merge_prefers(tmp_path, first, worse, better):
+    path = tmp_path / "x.json"
+    pair = (worse, better)
+    merge_entries(path, METADATA, [pair[first]])
+    merge_entries(path, METADATA, [pair[1 - first]])
+    assert read_tuned(path).entries == (better,)
+
+
+def test_is_stale(monkeypatch):
+    entry = make_entry()
+    assert not is_stale(entry)
+    assert is_stale(make_entry(templates={}))
+    monkeypatch.setattr(
+        render, "template_digest", lambda stage, language="triton": stage.replace("scan", "x")
+    )
+    assert store.stale_stages(entry) == list(plan_named("lean").stages)
+
+    def missing(stage, language="triton"):
+        raise FileNotFoundError(stage)
+
+    monkeypatch.setattr(render, "template_digest", missing)
+    assert is_stale(entry)
+
+
+def _merge_many(path, worker):
+    for i in range(6):
+        own = make_entry(1000 * (worker + 1) + i, ms=1.0 + i, templates={})
+        shared = make_entry(7, ms=10.0 - worker - i / 10, templates={})
+        merge_entries(path, METADATA, [own, shared])
+
+
+def test_four_processes_lose_nothing(tmp_path):
+    path = tmp_path / "gdn2" / "nvidia-h200.json"
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_merge_many, args=(path, n)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    found = {x.regime.tokens: x for x in read_tuned(path, DEVICE).entries}
+    assert set(found) == {7, *(1000 * (n + 1) + i for n in range(4) for i in range(6))}
+    assert found[7].measured["forward_backward_ms"] == 6.5
+    assert {x.name for x in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
+
+
+def test_symlinked_file_is_written_through(tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    write_tuned(real, TunedFile(METADATA, ()))
+    link.symlink_to(real)
+    merge_entries(link, METADATA, [make_entry()])
+    assert link.is_symlink()
+    assert len(read_tuned(real).entries) == 1

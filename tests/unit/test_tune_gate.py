@@ -1,0 +1,109 @@
+"""The gate lets the reference through, and nothing that is wrong, partial or unsteady."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn2gen import ops, reference
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune import gate
+from gdn2gen.tune.candidate import Candidate
+
+PROBLEM = Problem(K=32, V=64, dtype="fp32")
+SHAPES = (Shape("ragged", 1, 41, 2), Shape("even", 2, 32, 1))
+
+
+def right(*args, output_final_state, **kwargs):
+    """The reference under the signature of the op: what the gate must let through."""
+    o, state = reference.chunk_gdn2(*args, **kwargs)
+    return o, state if output_final_state else None
+
+
+def check(problem=PROBLEM, shapes=SHAPES, repeats=3):
+    candidate = Candidate.default(problem, "lean")
+    return gate.check(
+        candidate, regimes=("layer", "sparse"), repeats=repeats, shapes=shapes, device="cpu"
+    )
+
+
+def replace_op(monkeypatch, change):
+    def changed(*args, **kwargs):
+        o, state = right(*args, **kwargs)
+        return change(o), state
+
+    monkeypatch.setattr(ops, "chunk_gdn2", changed)
+
+
+@pytest.fixture(autouse=True)
+def op(monkeypatch):
+    monkeypatch.setattr(ops, "chunk_gdn2", right)
+
+
+def test_the_reference_passes_with_every_output_named():
+    result = check(gate.full_problem(PROBLEM))
+    assert result.ok, result.reason
+    names = {"o", "final_state", "dq", "dk", "dv", "dg", "db", "dw", "dinitial_state"}
+    assert set(result.errors) == names
+
+
+def test_packed_batches_and_gates_in_the_kernel_pass():
+    packed = Problem(K=32, V=32, dtype="fp32", varlen=True)
+    assert check(packed, gate.TINY_PACKED).ok
+    gated = Problem(K=32, V=32, dtype="fp32", gate="softplus", has_A_log=True, has_dt_bias=True)
+    result = check(gated)
+    assert result.ok and {"dA_log", "ddt_bias"} <= set(result.errors)
+
+
+def test_a_wrong_output_is_named_with_error_regime_and_size(monkeypatch):
+    replace_op(monkeypatch, lambda o: o * 1.05)
+    result = check()
+    assert not result.ok
+    assert "o is off by 5.00e-02" in result.reason
+    assert "layer" in result.reason and "1x41x2" in result.reason
+
+
+def test_nan_in_one_element_is_seen(monkeypatch):
+    def poke(o):
+        mask = torch.zeros_like(o)
+        mask[0, -1, 0, 0] = float("nan")
+        return o + mask
+
+    replace_op(monkeypatch, poke)
+    assert not check().ok
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch):
+    class Skewed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * 1.01
+
+    replace_op(monkeypatch, Skewed.apply)
+    result = check()
+    assert not result.ok and "dq" in result.reason
+
+
+def test_results_that_change_between_calls_are_seen(monkeypatch):
+    calls = []
+
+    def drift(o):
+        calls.append(None)
+        return o * (1 + 1e-6 * (len(calls) % 2))
+
+    replace_op(monkeypatch, drift)
+    result = check()
+    assert not result.ok and "not deterministic" in result.reason
+
+
+def test_the_second_size_has_blocks_enough_for_races():
+    for problem in (Problem(), Problem(varlen=True)):
+        _, shape = gate.gate_shapes(problem)
+        assert shape.regime.sequences * shape.H >= 256
+        ragged, _ = gate.gate_shapes(problem)
+        assert all(ragged.T % BT for BT in (16, 32, 64))

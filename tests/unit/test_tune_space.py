@@ -1,0 +1,83 @@
+"""The search space: valid, hopeless and unfit configs, and predicted ranking."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optuna
+import pytest
+
+from gdn2gen.build import Resources
+from gdn2gen.config import DOMAINS, default_config
+from gdn2gen.device import named_device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.tune import space
+from gdn2gen.tune.predict import blocks_per_sm, predicted_bytes
+
+H200 = named_device("H200")
+SMALL = named_device("sm_89")
+PROBLEM = Problem()
+
+
+@pytest.mark.parametrize("stage", DOMAINS)
+@pytest.mark.parametrize("K", [32, 128])
+def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
+    problem = Problem(K=K, V=K)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        config = space.suggest(study.ask(), stage, problem, 64)
+        assert config["BT"] == 64
+        assert config.get("BK", 0) <= K and config.get("BV", 0) <= K
+        parameters = space.parameters(config, problem)
+        assert set(parameters) == set(space.distributions(stage, problem))
+
+
+@pytest.mark.parametrize("stage", DOMAINS)
+@pytest.mark.parametrize("K", [32, 64, 128])
+def test_the_default_is_in_the_space(stage, K):
+    problem = Problem(K=K, V=K)
+    config = default_config(stage, problem)
+    assert space.parameters(config, problem) is not None
+    assert config in set(space.valid_configs(stage, problem, H200, config.size("BT")))
+
+
+def test_a_scan_that_cannot_fit_is_hopeless_only_where_it_cannot():
+    config = default_config("scan", PROBLEM).replace(BV=128, num_stages=4)
+    assert space.why_hopeless(config, PROBLEM, H200) is None
+    reason = space.why_hopeless(config, PROBLEM, SMALL)
+    assert reason is not None and str(SMALL.shared_bytes) in reason
+
+
+def test_unfit_kernels_are_named_with_their_figures():
+    fits = Resources(128, 0, 100_000, 1.0)
+    assert space.why_unfit(fits, H200) is None
+    spills = dataclasses.replace(fits, spill_bytes=space.MAX_SPILL_BYTES + 8)
+    assert str(space.MAX_SPILL_BYTES + 8) in space.why_unfit(spills, H200)
+    big = dataclasses.replace(fits, shared_bytes=H200.shared_bytes + 1)
+    assert "shared memory" in space.why_unfit(big, H200)
+
+
+def test_a_stored_config_of_another_time_is_left_out():
+    config = default_config("scan", PROBLEM)
+    assert space.stored_config("scan", dict(config)) == config
+    assert space.stored_config("scan", {**config, "gone": 1}) is None
+    assert space.stored_config("scan", {**config, "BT": 48}) is None
+
+
+def test_occupancy_follows_the_scarcest_resource():
+    lean = Resources(64, 0, 0, 1.0)
+    assert blocks_per_sm(lean, 4, H200) == 8
+    assert blocks_per_sm(dataclasses.replace(lean, registers=255), 4, H200) == 2
+    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=100_000), 4, H200) == 2
+    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=200_000), 4, SMALL) == 0
+
+
+def test_prediction_prefers_fewer_spills_and_more_warps():
+    config, shape = default_config("prepare", PROBLEM), SHAPES["train4k"]
+    lean = Resources(96, 0, 20_000, 1.0)
+    best = predicted_bytes(PROBLEM, config, shape, lean, H200)
+    assert best > 0
+    for worse in ({"spill_bytes": 400}, {"registers": 255}, {"shared_bytes": 200_000}):
+        resources = dataclasses.replace(lean, **worse)
+        assert predicted_bytes(PROBLEM, config, shape, resources, H200) > best

@@ -1,0 +1,353 @@
+"""The search without a GPU: a fake backend plays every accident that a config can cause."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import Future
+
+import pytest
+
+from gdn2gen import store
+from gdn2gen.bench import Timing
+from gdn2gen.build import Resources
+from gdn2gen.config import default_config
+from gdn2gen.device import has_gpu, named_device
+from gdn2gen.errors import DeviceError, TuneError
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune import outcome
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.finalists import Measured, pick
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.gpu_side import PipelineTiming
+from gdn2gen.tune.ledger import read_ledger
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.progress import Progress
+from gdn2gen.tune.study import tune
+
+DEVICE = named_device("H200")
+PROBLEM = Problem(K=64, V=64)
+SMALL = Shape("small", 1, 256, 2)
+LARGE = Shape("large", 2, 1024, 4)
+PACKED = Shape("packed", 1, 256, 2, (0, 100, 256))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the tuner may catch and swallow it."""
+
+
+class FakeBackend:
+    """Every call takes seconds of a fake clock; a config's time follows from its knobs."""
+
+    def __init__(self, verdict=None, speed=None, kill_after=None):
+        self.slots = 2
+        self.now = 0.0
+        self.compiled, self.gated, self.timed = [], [], []
+        self.closed = False
+        self._verdict = verdict or (lambda config: None)
+        self._speed = speed or self._by_knobs
+        self._kill_after = kill_after
+
+    def clock(self):
+        return self.now
+
+    def compile(self, problem, config):
+        self.now += 1.0
+        self.compiled.append(config)
+        if self._kill_after is not None and len(self.compiled) > self._kill_after:
+            raise Killed
+        future = Future()
+        accident = self._verdict(config)
+        if accident == "spills":
+            future.set_result(Outcome(outcome.OK, Resources(255, 9999, 1000, 1.0)))
+        elif accident == "no build":
+            future.set_result(Outcome(outcome.BUILD_ERROR, detail="ptxas died"))
+        else:
+            future.set_result(Outcome(outcome.OK, Resources(128, 0, 50_000, 1.0)))
+        return future
+
+    def gate(self, candidate, *, full):
+        self.now += 0.2
+        self.gated.append((candidate, full))
+        accidents = {self._verdict(config) for config in candidate.configs}
+        if "crash" in accidents:
+            return Outcome(outcome.CRASHED, detail="signal 6: Assertion failed")
+        if "hang" in accidents:
+            self.now += 5
+            return Outcome(outcome.TIMEOUT, detail="no answer within 5 s")
+        if "wrong" in accidents or (full and "wrong in full" in accidents):
+            return Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off by 4e-01"))
+        return Outcome(outcome.OK, GateResult(True, {"o": 3e-3, "dg": 5e-3}))
+
+    def time_stages(self, candidate, stages, shape):
+        self.now += 0.1
+        by_stage = candidate.by_stage
+        if any(self._verdict(by_stage[x]) == "memory" for x in stages):
+            return Outcome(outcome.OUT_OF_MEMORY, detail="tried to allocate 1 TiB")
+        self.timed.append((candidate, stages, shape.name))
+        times = {x: self._timing(self._speed(by_stage[x], shape)) for x in stages}
+        return Outcome(outcome.OK, times)
+
+    def time_pipeline(self, candidate, shape, *, with_peak):
+        self.now += 0.3
+        total = sum(self._speed(config, shape) for config in candidate.configs)
+        timing = self._timing(total)
+        return Outcome(outcome.OK, PipelineTiming(timing, timing, 100.0 if with_peak else 0.0))
+
+    def close(self):
+        self.closed = True
+
+    @staticmethod
+    def _timing(ms):
+        return Timing(ms, ms * 0.999, ms * 1.001, 20)
+
+    @staticmethod
+    def _by_knobs(config, shape):
+        default = default_config(config.stage, PROBLEM)
+        ms = 1.0 + 0.2 * (config["BT"] != 64)
+        ms -= 0.3 * (config["num_warps"] == 8) + 0.1 * (config["num_stages"] == 2)
+        return ms * shape.T / 256 + 0.001 * (config != default)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("GDN2GEN_TUNED_DIR", raising=False)
+    monkeypatch.setattr("gdn2gen.tune.study.packaged_tuned_dir", lambda: tmp_path / "packaged")
+
+
+def run(backend, tmp_path, shapes=(SMALL,), minutes=3.0, levels=("lean",), **kwargs):
+    return tune(
+        PROBLEM,
+        list(shapes),
+        DEVICE,
+        budget_minutes=minutes,
+        out_dir=tmp_path / "tuned",
+        levels=levels,
+        backend=backend,
+        clock=backend.clock,
+        progress=Progress(),
+        **kwargs,
+    )
+
+
+def ledger_reasons(report):
+    return [entry.reason for entry in read_ledger(report.ledger)]
+
+
+def test_the_best_configs_win_and_are_filed(tmp_path):
+    backend = FakeBackend()
+    report = run(backend, tmp_path, minutes=6)
+    (result,) = report.results
+    assert result.speedup > 1.2
+    file = store.load_tuned(report.path, DEVICE)
+    (entry,) = file.entries
+    assert entry.provenance == "measured"
+    assert entry.measured["default_forward_backward_ms"] > entry.measured["forward_backward_ms"]
+    assert entry.gate == {"o": 3e-3, "dg": 5e-3}
+    assert not store.is_stale(entry)
+    assert backend.closed
+
+
+def test_the_default_is_always_evaluated_even_if_the_ledger_refuses_it(tmp_path):
+    first = FakeBackend(verdict=lambda config: "wrong" if config["BT"] == 64 else None)
+    report = run(first, tmp_path)
+    assert "BT=64" in report.skipped
+    second = FakeBackend()
+    run(second, tmp_path)
+    default = Candidate.default(PROBLEM, "lean")
+    assert any(candidate == default for candidate, _ in second.gated)
+    assert any(candidate == default for candidate, _, _ in second.timed)
+
+
+@pytest.mark.parametrize(
+    ("accident", "status"),
+    [
+        ("crash", outcome.CRASHED),
+        ("hang", outcome.TIMEOUT),
+        ("memory", outcome.OUT_OF_MEMORY),
+        ("wrong", outcome.WRONG),
+        ("no build", outcome.BUILD_ERROR),
+        ("spills", outcome.RESOURCES),
+    ],
+)
+def test_each_accident_is_survived_and_goes_to_the_ledger(tmp_path, accident, status):
+    backend = FakeBackend(verdict=lambda config: accident if config["num_warps"] == 8 else None)
+    report = run(backend, tmp_path)
+    assert report.trials[status] > 0
+    assert any(reason.startswith(status) for reason in ledger_reasons(report))
+    (result,) = report.results
+    assert all(config["num_warps"] != 8 for config in result.candidate.configs)
+    if accident in ("no build", "spills"):
+        gated = [config for candidate, _ in backend.gated for config in candidate.configs]
+        assert all(config["num_warps"] != 8 for config in gated)
+
+
+def test_what_is_refused_is_not_tried_again(tmp_path):
+    def verdict(config):
+        return "crash" if config["num_warps"] == 8 else None
+
+    run(FakeBackend(verdict), tmp_path, storage=tmp_path / "one.journal")
+    second = FakeBackend(verdict)
+    report = run(second, tmp_path, storage=tmp_path / "two.journal")
+    before = {(x.stage, tuple(sorted(x.config.items()))) for x in read_ledger(report.ledger)}
+    assert before
+    again = [x for x in second.compiled if x["num_warps"] == 8]
+    assert len(again) == len(set(again))
+
+
+def test_a_killed_run_resumes_with_nothing_lost_but_the_trials_in_flight(tmp_path):
+    first = FakeBackend(kill_after=60)
+    with pytest.raises(Killed):
+        run(first, tmp_path, minutes=30)
+    done = {config for _, _, config in _single_stage(first)}
+    assert done
+    second = FakeBackend()
+    run(second, tmp_path, minutes=6)
+    defaults = {
+        default_config(x.stage, PROBLEM, BT=x.size("BT")) for x in second.compiled
+    }
+    searched = [x for x in _before_finals(second) if x not in defaults]
+    assert not done & set(searched)
+
+
+def _single_stage(backend):
+    return [
+        (candidate, shape, candidate.by_stage[stages[0]])
+        for candidate, stages, shape in backend.timed
+        if len(stages) == 1
+    ]
+
+
+def _before_finals(backend):
+    """Configs compiled for single trials: each is timed alone."""
+    return [config for _, _, config in _single_stage(backend)]
+
+
+def test_the_budget_is_kept(tmp_path):
+    for minutes in (1.0, 4.0):
+        backend, folder = FakeBackend(), tmp_path / str(minutes)
+        run(backend, folder, minutes=minutes, storage=folder / "study.journal")
+        assert backend.now < minutes * 60 * 1.25 + 10
+
+
+def test_a_short_budget_still_decides(tmp_path):
+    backend = FakeBackend()
+    report = run(backend, tmp_path, shapes=(SMALL, LARGE), minutes=0.2)
+    assert [result.shape.name for result in report.results] == ["small", "large"]
+
+
+def test_a_compiled_candidate_is_timed_at_all_shapes_and_gated_once(tmp_path):
+    backend = FakeBackend()
+    run(backend, tmp_path, shapes=(SMALL, LARGE))
+    timed: dict[object, set[str]] = {}
+    for candidate, shape, _ in _single_stage(backend):
+        timed.setdefault(candidate, set()).add(shape)
+    assert timed and all(names == {"small", "large"} for names in timed.values())
+    quick = [candidate for candidate, full in backend.gated if not full]
+    assert len(quick) == len(set(quick))
+
+
+def test_levels_share_the_trials_of_their_stages(tmp_path):
+    backend = FakeBackend()
+    report = run(backend, tmp_path, levels=("lean", "fast"), minutes=6)
+    assert {result.level for result in report.results} == {"lean", "fast"}
+    singles = [config for _, _, config in _single_stage(backend)]
+    assert len(singles) == len(set(singles))
+
+
+def test_packed_shapes_are_tuned_apart_and_seeded_from_the_others(tmp_path):
+    backend = FakeBackend()
+    report = run(backend, tmp_path, shapes=(SMALL, PACKED), minutes=8)
+    packed = next(result for result in report.results if result.shape == PACKED)
+    assert packed.candidate.problem.varlen
+    assert packed.speedup > 1.1
+
+
+def test_a_config_that_fails_only_the_full_gate_is_replaced(tmp_path):
+    def verdict(config):
+        fast = config["num_warps"] == 8 and config["num_stages"] == 2
+        return "wrong in full" if config.stage == "scan" and fast else None
+
+    report = run(FakeBackend(verdict), tmp_path, minutes=10)
+    (result,) = report.results
+    assert result.speedup > 1.1
+    assert verdict(result.candidate.by_stage["scan"]) is None
+
+
+def test_no_working_default_is_an_error_that_says_why(tmp_path):
+    with pytest.raises(TuneError, match="dg is off"):
+        run(FakeBackend(verdict=lambda config: "wrong"), tmp_path)
+
+
+def test_a_shape_that_does_not_fit_is_left_out(tmp_path):
+    class Small(FakeBackend):
+        def time_stages(self, candidate, stages, shape):
+            if shape is LARGE:
+                return Outcome(outcome.OUT_OF_MEMORY, detail="tried to allocate 1 TiB")
+            return super().time_stages(candidate, stages, shape)
+
+    report = run(Small(), tmp_path, shapes=(LARGE, SMALL))
+    assert [result.shape for result in report.results] == [SMALL]
+    assert "1 TiB" in report.skipped["large"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"shapes": ()}, "no shape"),
+        ({"levels": ("huge",)}, "huge"),
+        ({"minutes": 0.0}, "positive"),
+        ({"storage": "nonsense://x"}, "cannot be opened"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, words):
+    with pytest.raises(TuneError, match=words):
+        run(FakeBackend(), tmp_path, **arguments)
+
+
+def _measured(candidate, ms):
+    timing = Timing(ms, ms, ms, 10)
+    return Measured(candidate, timing, timing, 0.0, {})
+
+
+def test_a_tie_goes_to_the_default():
+    default = Candidate.default(PROBLEM, "lean")
+    other = default.with_config(default.by_stage["scan"].replace(num_warps=8))
+    winner, tied = pick([_measured(default, 1.009), _measured(other, 1.0)], default)
+    assert tied and winner.candidate == default
+    winner, tied = pick([_measured(default, 1.02), _measured(other, 1.0)], default)
+    assert not tied and winner.candidate == other
+
+
+def test_a_tie_without_the_default_goes_to_the_simpler():
+    default = Candidate.default(PROBLEM, "lean")
+    simple = default.with_config(default.by_stage["scan"].replace(num_warps=8))
+    complex_ = simple.with_config(simple.by_stage["rescan"].replace(num_warps=8))
+    measured = [_measured(default, 2.0), _measured(complex_, 1.0), _measured(simple, 1.005)]
+    assert pick(measured, default)[0].candidate == simple
+
+
+def test_a_journal_with_a_torn_last_line_still_opens(tmp_path):
+    storage = tmp_path / "one.journal"
+    first = FakeBackend()
+    run(first, tmp_path, minutes=1, storage=storage)
+    with storage.open("a") as file:
+        file.write('{"op_code": 4, "wor')
+    second = FakeBackend()
+    run(second, tmp_path, minutes=1, storage=storage)
+    done = {config for _, _, config in _single_stage(first)}
+    assert done and not done & {config for _, _, config in _single_stage(second)}
+
+
+def test_tuning_without_a_gpu_is_refused_at_once(tmp_path):
+    if has_gpu():
+        pytest.skip("asks what happens without a GPU")
+    with pytest.raises(DeviceError, match="no GPU"):
+        tune(PROBLEM, [SMALL], DEVICE, budget_minutes=1, out_dir=tmp_path)
+
+
+def test_importing_the_tuner_starts_nothing():
+    code = "import gdn2gen.tune.study, torch; assert not torch.cuda.is_initialized()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

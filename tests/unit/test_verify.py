@@ -1,0 +1,139 @@
+"""The accuracy suite: its list of cases, and that it sees what it is there to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn2gen import ops, reference, verify
+from gdn2gen._verify_checks import errors_in_range
+from gdn2gen.errors import InputError
+from gdn2gen.inputs import REGIMES
+from gdn2gen.problem import GATES, HEAD_DIMS
+from gdn2gen.verify import CASES, Case, run_case
+
+BY_NAME = {case.name: case for case in CASES}
+SMALL = [case for case in CASES if case.interpreter]
+LARGE = [case for case in CASES if not case.interpreter]
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(CASES)
+
+
+@pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["interpreter", "gpu"])
+def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
+    assert {case.regime for case in cases} == {*REGIMES}
+    dims = {(case.problem.K, case.problem.V) for case in cases}
+    assert dims == {(K, V) for K in HEAD_DIMS for V in HEAD_DIMS}
+    assert {case.problem.gate for case in cases} == {*GATES}
+    for name in ("varlen", "initial_state", "state_v_first", "l2norm", "has_dt_bias"):
+        assert {getattr(case.problem, name) for case in cases} == {True, False}
+    assert {case.check for case in cases} == {"accuracy", "causality", "empty", "repeat"}
+    assert any(case.shape.T % 64 for case in cases)
+    assert any(case.HG is not None for case in cases)
+
+
+def test_the_interpreter_gets_no_bf16() -> None:
+    assert all(case.problem.dtype != "bf16" for case in SMALL)
+    assert {case.problem.dtype for case in LARGE} == {"bf16", "fp16", "fp32"}
+
+
+def test_selection() -> None:
+    chosen = verify.select_cases(["small-fp32-K*", "small-fp16-zero"], interpreter=True)
+    names = [case.name for case in chosen]
+    assert "small-fp32-K32-V64" in names
+    assert "small-fp16-zero" in names
+    assert "small-fp32-layer" not in names
+    assert verify.select_cases([], interpreter=False) == LARGE
+    with pytest.raises(InputError, match="bf16-layer"):
+        verify.select_cases(["nothing"], interpreter=False)
+
+
+# The checks themselves, with an op on CPU tensors that can be made wrong
+
+@pytest.mark.parametrize("check", ["layer", "varlen", "grouped-gates", "causality", "empty"])
+def test_the_op_on_cpu_tensors_passes(check: str) -> None:
+    result = run_case(BY_NAME[f"small-fp32-{check}"], "cpu")
+    assert result.passed, result.message
+
+
+def _right(*, output_final_state: bool, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """The op as the suite calls it, from the reference."""
+    o, state = reference.chunk_gdn2(**arguments)
+    return o, state if output_final_state else None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("small-fp32-layer", lambda o, _: o * 1.001, "above 1.0e-04: o"),
+        ("small-fp32-layer", lambda o, x: o + 1e-3 * x["w"], "dw"),
+        ("small-fp32-layer", lambda o, _: o * float("nan"), "o inf"),
+        ("small-fp32-causality", lambda o, x: o + 1e-7 * x["v"].sum(), "o"),
+        ("small-fp32-repeat", lambda o, _: o + torch.rand(()), "call 2 of 2 differs in o"),
+        ("small-fp32-repeat", lambda o, _: o / 0, "not finite: o"),
+    ],
+    ids=["scaled", "wrong-gradient", "nan", "future", "race", "inf"],
+)
+def test_what_is_wrong_is_found(
+    name: str, change: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        o, state = _right(**arguments)
+        return change(o, arguments), state
+
+    monkeypatch.setattr(ops, "chunk_gdn2", wrong)
+    result = run_case(BY_NAME[name], "cpu")
+    assert not result.passed
+    assert said in result.message
+
+
+def test_a_gradient_that_sees_the_future_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leak(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor) -> Tensor:
+            ctx.save_for_backward(q)
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            (q,) = ctx.saved_tensors
+            return grads[0] + 1e-6 * q.sum()
+
+    monkeypatch.setattr(ops, "chunk_gdn2", lambda q, **x: _right(q=Leak.apply(q), **x))
+    result = run_case(BY_NAME["small-fp32-causality"], "cpu")
+    assert result.message == "token 21 moved earlier tokens of dq"
+
+
+def test_what_fp16_cannot_hold_is_no_error() -> None:
+    exact: Mapping[str, Tensor] = {"db": torch.full((100,), 2e-9, dtype=torch.float64)}
+    lost = {"db": torch.zeros(100)}
+    assert errors_in_range(lost, exact, "fp16")["db"] < verify.LIMITS["fp16"]
+    assert errors_in_range(lost, exact, "bf16")["db"] == pytest.approx(1.0)
+    large = {"db": exact["db"] * 1e6}
+    assert errors_in_range(lost, large, "fp16")["db"] > 0.9
+
+
+# The suite in the interpreter
+
+
+@pytest.mark.slow
+def test_the_interpreter_passes() -> None:
+    seen: list[str] = []
+    results = verify.verify(interpreter=True, on_result=lambda result: seen.append(result.name))
+    assert [f"{x.name}: {x.message}" for x in results if not x.passed] == []
+    assert seen == [result.name for result in results] == [case.name for case in SMALL]
+
+
+def test_a_case_that_hangs_is_lost_alone() -> None:
+    first, second = verify.verify(
+        ["small-fp32-one-token", "small-fp32-empty"], interpreter=True, timeout_s=0.01
+    )
+    assert not first.passed
+    assert "timeout" in first.message
+    assert not second.passed
