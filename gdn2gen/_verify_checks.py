@@ -24,12 +24,20 @@ from gdn2gen._verify_cases import Case
 # Relative error against fp64 (norm of the difference over norm of the reference) that a kernel may
 # have, by dtype of its inputs. Worst found on an H200: see docs/results.
 LIMITS: Final = {"bf16": 1e-2, "fp16": 4e-3, "fp32": 1e-4}
+# Keys correlated at 0.9 with b near 2 make I + T ill-conditioned: what 16 bits round off in T and A
+# comes back amplified. Measured 2.6 times the other regimes' worst here, 3.5 in a peer.
+_AMPLIFIED: Final = {"correlated": 3.0}
 # What a value below the range of a dtype may lose, however small it is: fp16's last subnormal.
 # Under a decay of -20 every gradient through the state lies there (exp(-20) = 2e-9).
 LOST: Final = {"bf16": 0.0, "fp16": 2.0**-24, "fp32": 0.0}
 # On a GPU; the interpreter is sequential, so twice is enough to see memory that was not written.
 REPEATS: Final = {"cuda": 30, "cpu": 2}
 _PER_TOKEN: Final = ("q", "k", "v", "g", "b", "w")
+
+
+def limit_of(dtype: str, regime: str) -> float:
+    """Relative error that outputs and gradients may have in a regime of `inputs.REGIMES`."""
+    return LIMITS[dtype] * _AMPLIFIED.get(regime, 1.0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def _check_accuracy(case: Case, device: str) -> Result:
     inputs, grads = case_inputs(case, device)
     exact = run_reference(case.problem, inputs, grads)
     errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
-    limit = LIMITS[case.problem.dtype]
+    limit = limit_of(case.problem.dtype, case.regime)
     over = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= limit]
     message = f"above {limit:.1e}: {', '.join(over)}" if over else ""
     return Result(case.name, case.check, not over, errors, limit, message)

@@ -10,6 +10,15 @@ from gdn2gen.errors import InputError, UnsupportedError
 OPS: Final = ("gdn2",)
 DTYPES: Final = ("bf16", "fp16", "fp32")
 GATES: Final = ("none", "softplus", "sigmoid")
+# Fields of Problem that add arguments to the kernels and are not tuned for.
+OPTIONAL_FLAGS: Final = (
+    "has_A_log",
+    "has_dt_bias",
+    "varlen",
+    "initial_state",
+    "final_state",
+    "state_v_first",
+)
 # Verified on hardware; every other size is refused until a later issue verifies it.
 HEAD_DIMS: Final = (32, 64, 128)
 

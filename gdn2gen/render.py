@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +14,7 @@ from gdn2gen import knobs
 from gdn2gen.config import Config, why_invalid
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
-from gdn2gen.problem import Problem
+from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.stages import STAGES, Stage
 
 LANGUAGES = ("triton",)
@@ -76,7 +77,7 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "operand_dtype": _operand_dtype(problem),
         "io_dtype": _TRITON_DTYPE[problem.dtype],
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
-        "precision": "tf32x3" if problem.dtype == "fp32" else "tf32",
+        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "solve": _solve_precision(config),
         "digest": template_digest(stage.name),
         "regenerate": _regenerate_command(problem, stage, config),
@@ -96,7 +97,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
         text = _environment().get_template(name).render(context(problem, stage, config))
     except jinja2.TemplateError as error:
         raise TemplateError(f"{name}: {error}") from error
-    source = re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
+    source = _tidy(text)
     try:
         compile(source, name, "exec")
     except SyntaxError as error:
@@ -104,6 +105,12 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
         ) from error
     return Rendered(stage_name, source, template_digest(stage_name))
+
+
+def _tidy(text: str) -> str:
+    """At most two blank lines in a row at the top level, and one inside functions."""
+    text = re.sub(r"\n{3,}(?=[ ])", "\n\n", text)
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
 
 
 _TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
@@ -127,8 +134,16 @@ def _solve_precision(config: Config) -> str:
 
 
 def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
-    flags = " ".join(f"{name}={value}" for name, value in config.knobs)
-    return (
-        f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V} "
-        f"--dtype {problem.dtype} --stage {stage.name} --config '{flags}'"
-    )
+    knobs_given = " ".join(f"{name}={value}" for name, value in config.knobs)
+    words = [
+        f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V}",
+        f"--dtype {problem.dtype} --gate-dtype {problem.gate_dtype} --gate {problem.gate}",
+    ]
+    if not problem.l2norm:
+        words.append("--no-l2norm")
+    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
+    words.append(f"--with '{','.join(given)}'")
+    words.append(f"--stage {stage.name} --config '{knobs_given}'")
+    return textwrap.fill(
+        " ".join(words), 92, subsequent_indent=" " * 6, break_long_words=False
+    ).replace("\n", " \\\n")

@@ -67,17 +67,17 @@ def check(
 ) -> GateResult:
     """Hold a candidate against the fp64 reference, then against itself.
 
-    Passes if every error is within the bound of the problem's dtype (`_verify_checks.LIMITS`, one
-    home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
+    Passes if every error is within the bound of the problem's dtype (`_verify_checks.limit_of`,
+    one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
     kernels raise.
     """
-    from gdn2gen._verify_checks import LIMITS
+    from gdn2gen._verify_checks import limit_of
 
-    limit = LIMITS[candidate.problem.dtype]
     worst: dict[str, float] = {}
     with _poisoned(), forced(candidate):
         for shape in shapes:
             for regime in regimes:
+                limit = limit_of(candidate.problem.dtype, regime)
                 errors = _errors(candidate.problem, shape, regime, device)
                 worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
                 wrong = {name: x for name, x in errors.items() if not x <= limit}
@@ -95,10 +95,10 @@ def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) 
 
 
 def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, float]:
-    from gdn2gen._bench_accuracy import relative_errors
+    from gdn2gen._verify_checks import errors_in_range
 
     found = _run(problem, shape, regime, device)
-    return relative_errors(found, exact(problem, shape, regime, device))
+    return errors_in_range(found, exact(problem, shape, regime, device), problem.dtype)
 
 
 def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:

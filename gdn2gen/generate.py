@@ -1,0 +1,239 @@
+"""A package of kernels for one problem, which needs torch and triton but not gdn2gen."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gdn2gen.build import write_atomically
+from gdn2gen.dispatch import Recipe
+from gdn2gen.errors import InputError
+from gdn2gen.launch import _IN_PLACE as IN_PLACE
+from gdn2gen.launch import _SUMMED as SUMMED
+from gdn2gen.launch import TORCH_DTYPE
+from gdn2gen.problem import Problem
+from gdn2gen.render import _environment as environment
+from gdn2gen.render import render
+from gdn2gen.stages import STAGES, Operand, Stage, has_operand
+
+TEMPLATE: Final = "package/__init__.py.jinja"
+# Every generated file says which command made it; only such files are ever replaced.
+_MARK: Final = "made by\n    gdn2gen generate "
+_LINE: Final = 100
+_PER_SEQUENCE: Final = ("scan", "reverse_scan")
+_TABLES: Final = ("cu_seqlens", "chunk_table", "chunk_offsets")
+_GRADIENTS: Final = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage as the package launches it."""
+
+    stage: str
+    buffers: tuple[tuple[str, str], ...]
+    """Name of each output, and the expression that allocates it."""
+    arguments: tuple[str, ...]
+    """Of `launch`, in order."""
+    per_chunk: bool
+    """One program per chunk, so that there is nothing to launch without tokens."""
+    freed: tuple[str, ...]
+    """Buffers that nothing reads after this stage."""
+
+
+def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> list[Path]:
+    """Write one file per stage of the recipe's plan, and an `__init__.py` with `chunk_gdn2`.
+
+    The same arguments give the same bytes. Files of an earlier package in `out_dir` are replaced,
+    and removed where the new one has no such stage. Raises InputError if the folder holds
+    anything else.
+    """
+    folder = Path(out_dir)
+    texts = {
+        f"{stage}.py": render(problem, stage, recipe.configs[stage]).source
+        for stage in recipe.plan.stages
+    }
+    texts["__init__.py"] = package_source(problem, recipe)
+    earlier = _earlier_files(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+        # a temporary file is its owner's alone; a package is for everyone who may read the folder
+        (folder / name).chmod(0o644)
+    for name in earlier - {*texts}:
+        (folder / name).unlink()
+    return [folder / name for name in sorted(texts)]
+
+
+def package_source(problem: Problem, recipe: Recipe) -> str:
+    """The `__init__.py` of a package."""
+    plan = recipe.plan
+    inputs = _inputs(problem)
+    scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
+    kept = _kept(problem, plan.forward, plan.backward)
+    forward = _steps(problem, plan.forward, kept | {"o", "final_state"})
+    gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name not in _TABLES}
+    backward = _steps(problem, plan.backward, {*gradients.values()})
+    made = [name for step in forward for name, _ in step.buffers]
+    text = environment().get_template(TEMPLATE).render(
+        problem=problem,
+        plan=plan,
+        BT=recipe.configs[plan.forward[0]].size("BT"),
+        torch_dtype=TORCH_DTYPE[problem.dtype],
+        torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
+        command=_command(problem, recipe),
+        inputs=inputs,
+        scalars=scalars,
+        gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
+        saved=[name for name in (*inputs, *made) if name in kept],
+        forward=forward,
+        backward=backward,
+        wrapped=_wrapped,
+    )
+    return text.rstrip() + "\n"
+
+
+def _inputs(problem: Problem) -> list[str]:
+    """Tensor arguments of the autograd function."""
+    flags = {
+        "initial_state": problem.initial_state,
+        "A_log": problem.has_A_log,
+        "dt_bias": problem.has_dt_bias,
+        **dict.fromkeys(_TABLES, problem.varlen),
+    }
+    return ["q", "k", "v", "g", "b", "w", *(name for name, given in flags.items() if given)]
+
+
+def _kept(problem: Problem, forward: Iterable[str], backward: Iterable[str]) -> set[str]:
+    """What the backward reads and does not make itself."""
+    needed: set[str] = {"q", "k", "v", "g", "b"}  # their sizes and dtypes, if nothing else
+    made = {"do", "dht"}
+    for name in backward:
+        stage = STAGES[name]
+        needed |= {x.name for x in stage.inputs if has_operand(x, problem)} - made
+        made |= {x.name for x in stage.outputs}
+    return needed
+
+
+def _steps(problem: Problem, names: tuple[str, ...], kept: set[str]) -> list[Step]:
+    steps = []
+    alive: dict[str, None] = {}
+    for position, name in enumerate(names):
+        stage = STAGES[name]
+        outputs = [x for x in stage.outputs if has_operand(x, problem)]
+        alive |= dict.fromkeys(x.name for x in outputs)
+        later = {x.name for other in names[position + 1 :] for x in STAGES[other].inputs}
+        freed = [x for x in alive if x not in later | kept]
+        alive = {x: None for x in alive if x not in freed}
+        if position == len(names) - 1:
+            freed = []
+        steps.append(
+            Step(
+                stage=name,
+                buffers=tuple((x.name, _allocation(x, problem)) for x in outputs),
+                arguments=_arguments(stage, problem),
+                per_chunk=stage.template not in _PER_SEQUENCE,
+                freed=tuple(freed),
+            )
+        )
+    return steps
+
+
+def _allocation(operand: Operand, problem: Problem) -> str:
+    """The expression that allocates an output, from its dims: `q.new_empty(NT, HV, BT, K)`."""
+    if operand.name in IN_PLACE:
+        return IN_PLACE[operand.name]
+    dims = operand.dims.split()
+    if problem.state_v_first and operand.name in ("final_state", "dh0"):
+        dims[-2:] = dims[:-3:-1]
+    kind = "new_zeros" if operand.name in SUMMED else "new_empty"
+    dtype = operand.dtype_in(problem)
+    words = [*dims, *([] if dtype == problem.dtype else [f"dtype={TORCH_DTYPE[dtype]}"])]
+    return f"q.{kind}({', '.join(words)})"
+
+
+def _arguments(stage: Stage, problem: Problem) -> tuple[str, ...]:
+    unread = {} if problem.gate == "sigmoid" else {"lower_bound": "0.0"}
+    count = "n_sequences=N" if stage.template in _PER_SEQUENCE else "n_chunks=NT"
+    return (
+        *(x.name for x in stage.operands(problem)),
+        count,
+        *(f"{name}={unread.get(name, name)}" for name in stage.scalars),
+    )
+
+
+def _folded(gradient: str | None, name: str) -> str:
+    """The gradient of an input from the kernels', which is per value head, or per chunk."""
+    folds = {
+        None: "None",
+        "dA_log": "dA_log.sum((0, 2)).view(HG, -1).sum(1)",
+        "ddt_bias": "ddt_bias.sum(0).view(HG, -1, K).sum(1)",
+    }
+    if name in ("q", "k", "g", "b"):
+        return f"_fold({gradient}, {name})"
+    return folds.get(gradient, str(gradient))
+
+
+def _wrapped(words: Iterable[str], indent: int = 0) -> str:
+    """Words with commas between them, in lines of at most 100 columns, each indented."""
+    lines = textwrap.wrap(", ".join(words), _LINE - indent - 1)
+    return "\n".join(" " * indent + line for line in lines) + ","
+
+
+def _command(problem: Problem, recipe: Recipe) -> str:
+    """The command that makes the package, as far as the recipe tells."""
+    words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
+    words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
+    words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
+    flags = {
+        "A_log": problem.has_A_log,
+        "dt_bias": problem.has_dt_bias,
+        "varlen": problem.varlen,
+        "initial_state": problem.initial_state,
+        "final_state": problem.final_state,
+        "state_v_first": problem.state_v_first,
+    }
+    extras = ",".join(name for name, given in flags.items() if given)
+    if extras or problem.gate != "none":
+        words += ["--with", extras]
+    regime, device = recipe.regime, recipe.device
+    if regime is not None and regime.tokens % regime.sequences == 0:
+        tokens = regime.tokens // regime.sequences
+        words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
+    if device is not None:
+        words += ["--target", device.slug]
+    words += ["--level", recipe.plan.name]
+    # a backslash ends every line but the last, for the shell as for the docstring
+    lines = textwrap.wrap(
+        shlex.join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False
+    )
+    return "gdn2gen generate " + " \\\n        ".join(lines)
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """Names of the files of an earlier package in `folder`, which nothing else may lie in."""
+    if not folder.exists():
+        return set()
+    remedy = "choose a new or empty folder, or move it away"
+    if not folder.is_dir():
+        raise InputError(f"--out {folder} is not a folder; {remedy}")
+    found = sorted(path for path in folder.iterdir() if path.name != "__pycache__")
+    foreign = [path.name for path in found if not _is_generated(path)]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise InputError(
+            f"--out {folder} holds what `gdn2gen generate` did not write ({shown}); {remedy}"
+        )
+    return {path.name for path in found}
+
+
+def _is_generated(path: Path) -> bool:
+    if path.suffix != ".py" or path.is_symlink() or not path.is_file():
+        return False
+    return _MARK in path.read_text(errors="replace")
+
+
+__all__ = ["generate_package", "package_source"]

@@ -1,0 +1,262 @@
+"""Generated packages: they work without gdn2gen, refuse what they are not made for, and overwrite
+only themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn2gen import cli, device
+from gdn2gen._bench_accuracy import (
+    inputs_of,
+    op_flags,
+    output_gradients,
+    relative_errors,
+    run_reference,
+)
+from gdn2gen.config import default_config
+from gdn2gen.dispatch import Recipe, default_recipe
+from gdn2gen.errors import InputError
+from gdn2gen.generate import generate_package
+from gdn2gen.problem import Problem
+from gdn2gen.render import render
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = Problem(K=32, V=32, dtype="fp32")
+FULL = Problem(
+    K=32,
+    V=64,
+    dtype="fp32",
+    gate="softplus",
+    has_A_log=True,
+    has_dt_bias=True,
+    varlen=True,
+    initial_state=True,
+    final_state=True,
+    state_v_first=True,
+)
+BOUNDED = replace(PLAIN, gate="sigmoid", l2norm=False, final_state=True)
+
+# Runs in a process that cannot import gdn2gen, in Triton's interpreter: for each (package, calls)
+# the outputs and gradients of each call, or what it raised.
+_CHILD = """
+import importlib, sys
+sys.modules["gdn2gen"] = None
+import torch
+
+jobs = torch.load(sys.argv[1])
+answers = []
+for package, calls in jobs:
+    module = importlib.import_module(package)
+    for call in calls:
+        leaves = {
+            name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for name, x in call["arguments"].items()
+        }
+        try:
+            o, state = module.chunk_gdn2(**leaves)
+        except (ValueError, TypeError) as error:
+            answers.append((type(error).__name__, str(error)))
+            continue
+        found = {"o": o.detach()}
+        outputs, seeds = [o], [call["gradients"]["o"]]
+        if state is not None:
+            found["final_state"] = state.detach()
+            outputs.append(state)
+            seeds.append(call["gradients"]["final_state"])
+        names = [name for name, x in leaves.items() if getattr(x, "requires_grad", False)]
+        grads = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
+        found |= {f"d{name}": x for name, x in zip(names, grads)}
+        answers.append(found)
+torch.save(answers, sys.argv[2])
+"""
+
+
+def _call(
+    problem: Problem, shape: Shape, **changes: object
+) -> dict[str, dict[str, torch.Tensor]]:
+    arguments = inputs_of(problem, shape, "layer", 0, "cpu") | op_flags(problem)
+    arguments |= {"output_final_state": problem.final_state, **changes}
+    return {"arguments": arguments, "gradients": output_gradients(problem, shape, 0, "cpu")}
+
+
+def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, torch.Tensor]]]]]) -> list:
+    question, answer, script = folder / "jobs.pt", folder / "answers.pt", folder / "child.py"
+    torch.save(jobs, question)
+    script.write_text(_CHILD)
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    env.pop("PYTHONPATH", None)
+    subprocess.run(
+        [sys.executable, str(script), str(question), str(answer)],
+        cwd=folder,
+        env=env,
+        check=True,
+        timeout=300,
+    )
+    return torch.load(answer)
+
+
+def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
+    packed = Shape("packed", 1, 70, 1, (0, 0, 40, 41, 70))
+    made = {
+        "plain": (PLAIN, "lean", Shape("two", 2, 40, 1)),
+        "full": (FULL, "fast", packed),
+        "full_lean": (FULL, "lean", packed),
+        "bounded": (BOUNDED, "fast", Shape("one", 1, 33, 1)),
+        "empty": (replace(PLAIN, initial_state=True, final_state=True), "lean", Shape("", 2, 0, 1)),
+    }
+    for name, (problem, plan, _) in made.items():
+        generate_package(problem, tmp_path / name, default_recipe(problem, plan))
+    jobs = [(name, [_call(problem, shape)]) for name, (problem, _, shape) in made.items()]
+    answers = dict(zip(made, _run(tmp_path, jobs), strict=True))
+    for (name, (problem, _, shape)), (_, (call,)) in zip(made.items(), jobs, strict=True):
+        inputs = {
+            key: x for key, x in call["arguments"].items() if isinstance(x, torch.Tensor)
+        }
+        exact = run_reference(problem, inputs, call["gradients"])
+        assert {*answers[name]} == {*exact}
+        errors = relative_errors(answers[name], exact)
+        assert max(errors.values()) < 2e-5, (name, errors)
+    torch.testing.assert_close(answers["full"], answers["full_lean"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
+    generate_package(PLAIN, tmp_path / "plain", default_recipe(PLAIN))
+    generate_package(FULL, tmp_path / "full", default_recipe(FULL))
+    shape, packed = Shape("two", 2, 20, 1), Shape("packed", 1, 20, 1, (0, 5, 20))
+    good = _call(PLAIN, shape)["arguments"]
+    plain = [
+        ({"initial_state": torch.zeros(2, 1, 32, 32)}, "--with initial_state"),
+        ({"output_final_state": True}, "--with final_state"),
+        ({"A_log": torch.zeros(1)}, "--with A_log"),
+        ({"dt_bias": torch.zeros(32)}, "--with dt_bias"),
+        ({"cu_seqlens": torch.tensor([0, 20])}, "--with varlen"),
+        ({"lower_bound": -5.0}, "--gate sigmoid"),
+        ({"use_gate_in_kernel": True}, "--gate softplus"),
+        ({"use_qk_l2norm_in_kernel": False}, "--no-l2norm"),
+        ({"state_v_first": True}, "--with state_v_first"),
+        ({"q": good["q"].half()}, "q must be (2, 20, 1, 32) torch.float32"),
+        ({"q": good["q"][0]}, "q must be [B, T, heads, dim], but got shape (20, 1, 32)"),
+        ({"v": good["v"][..., :16]}, "v must be (2, 20, 1, 32)"),
+        ({"k": good["k"][:, :7]}, "but got (2, 7, 1, 32)"),
+        ({"g": good["g"].double()}, "g must be (2, 20, 1, 32) torch.float32"),
+        ({"g": good["g"].repeat(1, 1, 3, 1)}, "3 heads of g"),
+        ({"surprise": 1}, "surprise"),
+    ]
+    full = [
+        ({"A_log": None}, "need A_log"),
+        ({"dt_bias": None}, "need dt_bias"),
+        ({"cu_seqlens": None}, "need cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 21])}, "rise from 0 to T=20, but got [0, 21]"),
+        ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, "[0, 9, 5, 20]"),
+        ({"cu_seqlens": torch.tensor([0.0, 20.0])}, "int32 or int64"),
+        ({"cu_seqlens_cpu": torch.tensor([0])}, "cu_seqlens_cpu must be (3,)"),
+        ({"initial_state": torch.zeros(2, 1, 32, 64)}, "initial_state must be (2, 1, 64, 32)"),
+        ({"dt_bias": torch.zeros(33)}, "dt_bias must be (32,)"),
+    ]
+    jobs = [
+        ("plain", [_call(PLAIN, shape, **changes) for changes, _ in plain]),
+        ("full", [_call(FULL, packed, **changes) for changes, _ in full]),
+    ]
+    answers = _run(tmp_path, jobs)
+    for (changes, said), answer in zip((*plain, *full), answers, strict=True):
+        assert isinstance(answer, tuple), f"{[*changes]} was not refused"
+        kind, message = answer
+        assert kind == ("TypeError" if "surprise" in changes else "ValueError"), message
+        assert said in message
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> None:
+    recipe = default_recipe(FULL, plan)
+    first = generate_package(FULL, tmp_path / "a", recipe)
+    second = generate_package(FULL, tmp_path / "b", recipe)
+    assert [path.name for path in first] == sorted(
+        ["__init__.py", *(f"{stage}.py" for stage in PLANS[plan].stages)]
+    )
+    assert [x.read_bytes() for x in first] == [x.read_bytes() for x in second]
+    for stage in PLANS[plan].stages:
+        source = render(FULL, stage, recipe.configs[stage]).source
+        assert (tmp_path / "a" / f"{stage}.py").read_text() == source
+
+
+@pytest.mark.parametrize("problem", [PLAIN, FULL, BOUNDED, Problem()], ids=str)
+def test_the_package_is_clean(problem: Problem, tmp_path: Path) -> None:
+    generate_package(problem, tmp_path / "made", default_recipe(problem))
+    rules = ["--isolated", "--line-length=100", "--select=E,F,I,B,UP,SIM,RUF"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", *rules, str(tmp_path / "made/__init__.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_earlier_package_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    generate_package(PLAIN, folder, default_recipe(PLAIN, "fast"))
+    (folder / "__pycache__").mkdir()
+    files = generate_package(PLAIN, folder, default_recipe(PLAIN, "lean"))
+    assert {x for x in folder.iterdir() if x.name != "__pycache__"} == {*files}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "scan.py", ".hidden", "data"])
+def test_files_of_others_are_never_overwritten(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    if name == "data":
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"{name}.*choose a new or empty folder"):
+        generate_package(PLAIN, folder, default_recipe(PLAIN))
+    assert [x.name for x in folder.iterdir()] == [name]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "made").write_text("mine")
+    with pytest.raises(InputError, match="is not a folder"):
+        generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN))
+    assert (tmp_path / "made").read_text() == "mine"
+
+
+def test_a_config_that_does_not_fit_leaves_the_folder_alone(tmp_path: Path) -> None:
+    recipe = default_recipe(PLAIN)
+    configs = {**recipe.configs, "grad_key": default_config("grad_key", Problem())}
+    with pytest.raises(ValueError, match="exceeds"):
+        generate_package(
+            PLAIN, tmp_path / "made", Recipe(PLAIN, recipe.plan, configs, "forced", "test")
+        )
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_command_writes_a_package_and_the_package_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+    import shlex
+
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
+    monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
+    words = "generate --head-dim 64,32 --dtype fp16 --no-l2norm --gate sigmoid --with varlen"
+    words += " --shape 1x4096x8 --target sm_80 --level fast"
+    assert cli.main([*words.split(), "--out", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "prepare_keep.py" in shown
+    assert "need torch and triton but not gdn2gen" in shown
+    source = (tmp_path / "a/__init__.py").read_text()
+    (command,) = re.findall(r"made by\n    gdn2gen (generate (?:.*\\\n)*.*)", source)
+    again = [str(tmp_path / "b") if word == "DIR" else word for word in shlex.split(command)]
+    assert cli.main(again) == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
