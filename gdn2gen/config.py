@@ -79,9 +79,9 @@ DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     },
     "grad_key": {
         "BT": CHUNKS,
-        "BK": (32, 64, 128),
+        "BK": (16, 32, 64, 128),
         "BV": (32, 64, 128),
-        "num_warps": (2, 4, 8),
+        "num_warps": (1, 2, 4, 8),
         "num_stages": (1, 2, 3),
         "maxnreg": (0, 96, 128, 168, 208),
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,8 @@ TORCH_DTYPE = {
 _IN_PLACE = {"dX": "dR"}
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 _SUMMED = ("dA_log", "ddt_bias")
+
+STAGE_INPUTS = {name: frozenset(x.name for x in stage.inputs) for name, stage in STAGES.items()}
 
 _poisoned = False
 
@@ -73,6 +75,24 @@ class Call:
             "V": problem.V,
             "2": 2,
         }
+
+
+@dataclass(frozen=True)
+class _Contract:
+    """A stage's operands for one problem: argument names in order, and what it writes."""
+
+    names: tuple[str, ...]
+    outputs: tuple[Operand, ...]
+
+
+@lru_cache(maxsize=1024)
+def _contract(stage_name: str, problem: Problem) -> _Contract:
+    stage = STAGES[stage_name]
+    operands = stage.operands(problem)
+    written = {x.name for x in stage.outputs}
+    return _Contract(
+        tuple(x.name for x in operands), tuple(x for x in operands if x.name in written)
+    )
 
 
 class Runner:
@@ -121,20 +141,14 @@ class Runner:
                 launch()
                 if observe is not None:
                     observe(name, launch)
-                needed = kept | self._read_by(problem, names[position + 1 :])
+                needed = kept.union(*(STAGE_INPUTS[later] for later in names[position + 1 :]))
                 alive = {key: value for key, value in alive.items() if key in needed}
         return {key: alive[key] for key in kept if key in alive}
-
-    def _read_by(self, problem: Problem, names: list[str]) -> set[str]:
-        return {x.name for name in names for x in STAGES[name].inputs}
 
     def _allocate(
         self, problem: Problem, name: str, call: Call, alive: dict[str, Tensor], in_place: bool
     ) -> None:
-        outputs = {x.name for x in STAGES[name].outputs}
-        for operand in STAGES[name].operands(problem):
-            if operand.name not in outputs:
-                continue
+        for operand in _contract(name, problem).outputs:
             reused = _IN_PLACE.get(operand.name)
             if reused is not None and in_place:
                 alive[operand.name] = alive[reused]
@@ -146,7 +160,8 @@ class Runner:
     ) -> Callable[[], None]:
         stage = STAGES[name]
         launcher = self.launcher(problem, name)
-        arguments: dict[str, Any] = {x.name: alive[x.name] for x in stage.operands(problem)}
+        contract = _contract(name, problem)
+        arguments: dict[str, Any] = {x: alive[x] for x in contract.names}
         per_sequence = stage.template in ("scan", "reverse_scan")
         if per_sequence:
             arguments["n_sequences"] = call.N

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,14 +82,14 @@ torch.save(answers, sys.argv[2])
 
 
 def _call(
-    problem: Problem, shape: Shape, **changes: object
-) -> dict[str, dict[str, torch.Tensor]]:
+    problem: Problem, shape: Shape, **changes: Any
+) -> dict[str, dict[str, Any]]:
     arguments = inputs_of(problem, shape, "layer", 0, "cpu") | op_flags(problem)
     arguments |= {"output_final_state": problem.final_state, **changes}
     return {"arguments": arguments, "gradients": output_gradients(problem, shape, 0, "cpu")}
 
 
-def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, torch.Tensor]]]]]) -> list:
+def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, Any]]]]]) -> list[Any]:
     question, answer, script = folder / "jobs.pt", folder / "answers.pt", folder / "child.py"
     torch.save(jobs, question)
     script.write_text(_CHILD)
@@ -101,7 +102,8 @@ def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, torch.Tens
         check=True,
         timeout=300,
     )
-    return torch.load(answer)
+    answers: list[Any] = torch.load(answer)
+    return answers
 
 
 def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
@@ -117,7 +119,13 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         generate_package(problem, tmp_path / name, default_recipe(problem, plan))
     jobs = [(name, [_call(problem, shape)]) for name, (problem, _, shape) in made.items()]
     answers = dict(zip(made, _run(tmp_path, jobs), strict=True))
-    for (name, (problem, _, shape)), (_, (call,)) in zip(made.items(), jobs, strict=True):
+    empty = answers.pop("empty")
+    call = dict(jobs)["empty"][0]
+    assert torch.equal(empty["final_state"], call["arguments"]["initial_state"])
+    assert torch.equal(empty["dinitial_state"], call["gradients"]["final_state"])
+    assert empty["dq"].shape == (2, 0, 1, 32)
+    for name, (call,) in jobs[: len(answers)]:
+        problem = made[name][0]
         inputs = {
             key: x for key, x in call["arguments"].items() if isinstance(x, torch.Tensor)
         }
@@ -133,7 +141,7 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
     generate_package(FULL, tmp_path / "full", default_recipe(FULL))
     shape, packed = Shape("two", 2, 20, 1), Shape("packed", 1, 20, 1, (0, 5, 20))
     good = _call(PLAIN, shape)["arguments"]
-    plain = [
+    plain: list[tuple[dict[str, Any], str]] = [
         ({"initial_state": torch.zeros(2, 1, 32, 32)}, "--with initial_state"),
         ({"output_final_state": True}, "--with final_state"),
         ({"A_log": torch.zeros(1)}, "--with A_log"),
@@ -151,7 +159,7 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
         ({"g": good["g"].repeat(1, 1, 3, 1)}, "3 heads of g"),
         ({"surprise": 1}, "surprise"),
     ]
-    full = [
+    full: list[tuple[dict[str, Any], str]] = [
         ({"A_log": None}, "need A_log"),
         ({"dt_bias": None}, "need dt_bias"),
         ({"cu_seqlens": None}, "need cu_seqlens"),
@@ -248,15 +256,16 @@ def test_the_command_writes_a_package_and_the_package_names_it(
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
-    words = "generate --head-dim 64,32 --dtype fp16 --no-l2norm --gate sigmoid --with varlen"
-    words += " --shape 1x4096x8 --target sm_80 --level fast"
-    assert cli.main([*words.split(), "--out", str(tmp_path / "a")]) == 0
+    given = "generate --head-dim 64,32 --dtype fp16 --no-l2norm --gate sigmoid --with varlen"
+    given += " --shape 1x4096x8 --target sm_80 --level fast"
+    assert cli.main([*given.split(), "--out", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "prepare_keep.py" in shown
     assert "need torch and triton but not gdn2gen" in shown
     source = (tmp_path / "a/__init__.py").read_text()
     (command,) = re.findall(r"made by\n    gdn2gen (generate (?:.*\\\n)*.*)", source)
-    again = [str(tmp_path / "b") if word == "DIR" else word for word in shlex.split(command)]
+    words = shlex.split(command.replace("\\\n", ""))
+    again = [str(tmp_path / "b") if word == "DIR" else word for word in words]
     assert cli.main(again) == 0
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()

@@ -1,0 +1,152 @@
+"""What the tests on a GPU share: problems, recipes, bounds, and one run of the op."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen import launch
+from gdn2gen._verify_cases import Case
+from gdn2gen._verify_checks import case_inputs, errors_in_range
+from gdn2gen.bench import run_op
+from gdn2gen.config import Config
+from gdn2gen.device import present_device
+from gdn2gen.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
+from gdn2gen.ops import chunk_gdn2
+from gdn2gen.problem import Problem
+from gdn2gen.render import render
+from gdn2gen.shapes import SHAPES, Shape
+
+DEVICE: Final = "cuda"
+TRAIN: Final = SHAPES["train4k"]
+
+_STATES: Final = Problem(initial_state=True, final_state=True)
+# Few, since each is some ten kernels to compile; K != V wherever the size is free, which shows a
+# swapped transpose that square states hide.
+PROBLEMS: Final[dict[str, Problem]] = {
+    "fp32": replace(_STATES, dtype="fp32"),
+    "fp16": replace(_STATES, dtype="fp16"),
+    "bf16": _STATES,
+    "stateless": Problem(),
+    "packed": replace(_STATES, varlen=True),
+    "softplus": replace(_STATES, V=64, gate="softplus", has_A_log=True, has_dt_bias=True),
+    "sigmoid": replace(_STATES, K=64, gate="sigmoid", has_A_log=True, has_dt_bias=True),
+    "v-first": replace(_STATES, K=32, state_v_first=True),
+    "gate-bf16": replace(_STATES, V=32, gate_dtype="bf16"),
+    "fp16-K64-V32": replace(_STATES, K=64, V=32, dtype="fp16"),
+    "fp32-K32-V64": replace(_STATES, K=32, V=64, dtype="fp32"),
+}
+LEVELS: Final = ("lean", "fast")
+DEFAULTS: Final = ("default lean", "default fast")
+
+# Relative error against fp64 (norm of the difference over norm of the reference) of any output or
+# gradient. Worst measured on an H200: bf16 8e-3, fp16 8e-4 (3 more bits), fp32 7e-6 (tf32x3).
+# Tighter than `gdn2gen verify`, which has to hold on every GPU.
+_BOUNDS: Final = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 3e-5}
+# I + T is ill-conditioned there, and gives back what 16 bits round off amplified: 2.6e-2 in bf16.
+_AMPLIFIED: Final = {"correlated": 3.0}
+
+Tensors = dict[str, Tensor]
+
+
+def recipe_of(name: str, level: str) -> Recipe:
+    """What train4k runs at `level` (tuned, if this GPU is), or the default of a level.
+
+    Tests force it: what is compared bit for bit must not change its configs with the shape.
+    """
+    problem = PROBLEMS[name]
+    if level in DEFAULTS:
+        return default_recipe(problem, level.removeprefix("default "))
+    return find_recipe(problem, TRAIN.regime, present_device(), level=level, strict=False)
+
+
+def every_kernel() -> list[tuple[Problem, str, Config]]:
+    """(problem, stage, config) of every kernel that the tests run, each source once."""
+    wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
+    wanted += [("bf16", level) for level in DEFAULTS]
+    kernels = {}
+    for recipe in (recipe_of(*one) for one in wanted):
+        for stage, config in recipe.configs.items():
+            if stage in recipe.plan.stages:
+                source = render(recipe.problem, stage, config)
+                kernels.setdefault(source, (recipe.problem, stage, config))
+    return list(kernels.values())
+
+
+def sized(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:
+    return Shape(f"{B}x{T}x{H}", B, T, H, cu_seqlens)
+
+
+def draw(
+    problem: Problem,
+    shape: Shape,
+    regime: str = "mixed",
+    *,
+    H: int | None = None,
+    HG: int | None = None,
+) -> tuple[Tensors, Tensors]:
+    """Inputs of the op, and the gradients of its outputs. H, HG: fewer heads of q, k and g, b."""
+    return case_inputs(Case("drawn", problem, shape, regime, H=H, HG=HG), DEVICE)
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensors:
+    """One forward and backward of the public op with the kernels of `recipe`."""
+    with forced_recipe(recipe):
+        return run_op(chunk_gdn2, recipe.problem, inputs, grads)
+
+
+def off(
+    results: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    problem: Problem,
+    regime: str = "mixed",
+    *,
+    slack: float = 1.0,
+) -> dict[str, str]:
+    """Error of each result that is above the bound; empty if all is well."""
+    bound = slack * _BOUNDS[problem.dtype] * _AMPLIFIED.get(regime, 1.0)
+    errors = errors_in_range(results, exact, problem.dtype)
+    return {
+        name: f"{error:.1e} > {bound:.1e}"
+        for name, error in errors.items()
+        if not error <= bound
+    }
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Names of the results that are not the same bits; a NaN counts as moved."""
+    assert before.keys() == after.keys()
+    return [name for name, x in before.items() if not torch.equal(x, after[name])]
+
+
+def tokens_of(tensors: Mapping[str, Tensor], start: int, end: int) -> Tensors:
+    """What belongs to tokens start..end of a batch row: all but states and cu_seqlens."""
+    whole = [name for name in tensors if "state" in name or name == "cu_seqlens"]
+    return {name: x[:, start:end] for name, x in tensors.items() if name not in whole}
+
+
+def states_of(tensors: Mapping[str, Tensor], n: int) -> Tensors:
+    """The states among `tensors`, of sequence n alone."""
+    return {name: x[n : n + 1] for name, x in tensors.items() if "state" in name}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, every buffer is full of NaN before the kernels write it."""
+    launch.poison(True)
+    try:
+        yield
+    finally:
+        launch.poison(False)
+
+
+def free_memory() -> None:
+    """Give back what earlier tests left in torch's cache."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,119 @@
+"""Every output and gradient against the fp64 reference, at real sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import DEVICE, LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
+from torch import Tensor
+
+from gdn2gen.bench import run_reference
+from gdn2gen.inputs import REGIMES
+from gdn2gen.ops import chunk_gdn2
+from gdn2gen.shapes import Shape
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+# 2011 is prime: the last chunk is never full. The reference takes 120 KB per token and head.
+LONG = sized(1, 2011, 4)
+# dA_log has one value per head: with fewer heads its norm could be small by chance.
+WIDE = sized(2, 1003, 8)
+GROUPED = sized(1, 1003, 8)
+DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
+
+
+def check(
+    name: str, shape: Shape, regime: str, *, H: int | None = None, HG: int | None = None
+) -> None:
+    """Hold both levels of a problem against one run of the reference."""
+    problem = PROBLEMS[name]
+    inputs, grads = draw(problem, shape, regime, H=H, HG=HG)
+    exact = run_reference(problem, inputs, grads)
+    for level in LEVELS:
+        with poisoned():
+            results = run(recipe_of(name, level), inputs, grads)
+        assert results.keys() == exact.keys()
+        assert not off(results, exact, problem, regime), level
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_every_gate_regime(name: str, regime: str) -> None:
+    check(name, LONG, regime)
+
+
+@pytest.mark.parametrize("name", ["v-first", "gate-bf16", "fp16-K64-V32", "fp32-K32-V64"])
+def test_head_dims_that_differ(name: str) -> None:
+    check(name, WIDE, "mixed")
+
+
+@pytest.mark.parametrize("name", ["softplus", "sigmoid"])
+def test_gates_in_the_kernel(name: str) -> None:
+    check(name, WIDE, "layer")
+
+
+@pytest.mark.parametrize("HG", [2, 8])
+@pytest.mark.parametrize("name", ["bf16", "softplus"])
+def test_grouped_value_heads(name: str, HG: int) -> None:
+    """Two heads of q and k serve eight value heads; their gradients are sums over groups."""
+    check(name, GROUPED, "layer", H=2, HG=HG)
+
+
+@pytest.mark.parametrize("regime", ["layer", "mixed"])
+def test_packed_documents(regime: str) -> None:
+    check("packed", DOCUMENTS, regime)
+
+
+@pytest.mark.parametrize("T", [1, 16, 64, 65])
+def test_few_tokens(T: int) -> None:
+    check("bf16", sized(3, T, 2), "mixed")
+
+
+def test_no_tokens() -> None:
+    """The state and its gradient pass through."""
+    inputs, grads = draw(PROBLEMS["bf16"], sized(2, 0, 4))
+    results = run(recipe_of("bf16", "lean"), inputs, grads)
+    assert results["o"].shape == inputs["v"].shape
+    assert torch.equal(results["final_state"], inputs["initial_state"])
+    assert torch.equal(results["dinitial_state"], grads["final_state"])
+
+
+def test_resets_to_the_last_bit() -> None:
+    """g = -inf forgets a channel: as -300 does, and without a NaN in any gradient."""
+    problem = PROBLEMS["bf16"]
+    inputs, grads = draw(problem, sized(1, 1003, 4), "sparse")
+    inputs["g"] = inputs["g"].masked_fill(inputs["g"] <= -300, -torch.inf)
+    assert inputs["g"].isinf().any()
+    exact = run_reference(problem, inputs, grads)
+    with poisoned():
+        results = run(recipe_of("bf16", "lean"), inputs, grads)
+    assert not off(results, exact, problem)
+
+
+def test_strided_inputs() -> None:
+    """Slices of one fused projection are read as their contiguous copies are."""
+    problem, recipe = PROBLEMS["bf16"], recipe_of("bf16", "lean")
+    inputs, grads = draw(problem, sized(2, 300, 4))
+    names = ("q", "k", "v", "b", "w")
+    fused = torch.cat([inputs[name] for name in names], -1)
+    sizes = [inputs[name].shape[-1] for name in names]
+    slices: dict[str, Tensor] = dict(zip(names, fused.split(sizes, -1), strict=True))
+    assert not any(x.is_contiguous() for x in slices.values())
+    before, after = run(recipe, inputs, grads), run(recipe, {**inputs, **slices}, grads)
+    for name, x in before.items():
+        assert torch.equal(x, after[name]), name
+
+
+def test_the_level_chooses_the_plan() -> None:
+    """disable_recompute keeps the factors: more memory between the two directions."""
+    inputs, _ = draw(PROBLEMS["stateless"], sized(2, 1024, 8))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    kept = {}
+    for disable_recompute in (False, True):
+        before = torch.cuda.memory_allocated(DEVICE)
+        o, _ = chunk_gdn2(
+            **leaves, use_qk_l2norm_in_kernel=True, disable_recompute=disable_recompute
+        )
+        kept[disable_recompute] = torch.cuda.memory_allocated(DEVICE) - before
+        del o
+    assert kept[True] > 2 * kept[False]

@@ -1,0 +1,139 @@
+"""Cases for every template in Triton's interpreter, over plans, knobs, flags and regimes.
+
+`gdn2gen verify` runs every option with the default configs; these run the options again with
+configs off the default. `run` needs TRITON_INTERPRET=1 before triton is imported, so the tests call
+it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gdn2gen._verify_cases import Case
+from gdn2gen._verify_checks import Result, run_case
+from gdn2gen.config import DOMAINS, Config, default_config
+from gdn2gen.dispatch import Recipe, forced_recipe
+from gdn2gen.inputs import REGIMES
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A case of the accuracy suite, and the plan and knobs that it is run with."""
+
+    case: Case
+    plan: str
+    knobs: tuple[tuple[str, int | str], ...]
+    """Given to every stage that has a knob of that name; the others keep their defaults."""
+
+    @property
+    def name(self) -> str:
+        words = [f"{name}{value}" for name, value in self.knobs]
+        return "-".join([self.case.name, self.plan, *words])
+
+    @property
+    def recipe(self) -> Recipe:
+        problem = self.case.problem
+        configs: dict[str, Config] = {}
+        for stage in PLANS[self.plan].stages:
+            config = default_config(stage, problem)
+            fitting = {
+                name: value
+                for name, value in self.knobs
+                if value in DOMAINS[stage].get(name, ())
+                and (name not in ("BK", "BV") or int(value) <= {"BK": problem.K, "BV": problem.V}[name])
+            }
+            configs[stage] = config.replace(**fitting)
+        return Recipe(problem, PLANS[self.plan], configs, "forced", "a test asked for it")
+
+
+def run(name: str) -> Result:
+    """Run the case of that name; buffers are NaN before the kernels write them."""
+    case = BY_NAME[name]
+    with forced_recipe(case.recipe):
+        return run_case(case.case, "cpu")
+
+
+def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:
+    return Shape(f"{B}x{T}x{HV}", B, T, HV, cu_seqlens)
+
+
+# BT is worth a full product with plan and decay; the tiles follow along.
+_KNOBS: Final = tuple(
+    (plan, (("BT", BT), ("decay", decay), ("BK", BK), ("BV", BV), ("vec", vec)))
+    for (plan, BT, decay), (BK, BV, vec) in zip(
+        itertools.product(("lean", "fast"), (16, 32, 64), ("log", "tree")),
+        itertools.cycle(((32, 32, 1), (64, 16, 8), (32, 64, 4), (128, 128, 2), (64, 32, 8))),
+        strict=False,
+    )
+)
+_STATES: Final = Problem(K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
+
+
+def _cases() -> Iterator[KernelCase]:
+    """The knobs on one problem; then options, sizes and regimes, each with the next knobs."""
+    knobs = itertools.cycle(_KNOBS)
+
+    def with_next(case: Case) -> KernelCase:
+        return KernelCase(case, *next(knobs))
+
+    wide = replace(_STATES, K=64, V=32)
+    for plan, chosen in _KNOBS:
+        yield KernelCase(Case("knobs", wide, _shape(1, 70, 1)), plan, chosen)
+
+    softplus = replace(_STATES, gate="softplus", has_A_log=True)
+    sigmoid = replace(_STATES, gate="sigmoid")
+    packed = _shape(1, 70, 1, (0, 0, 30, 30, 31, 70, 70))
+    options = {
+        "stateless": replace(_STATES, initial_state=False, final_state=False),
+        "initial-only": replace(_STATES, final_state=False),
+        "final-only": replace(_STATES, initial_state=False),
+        "no-l2norm": replace(_STATES, l2norm=False),
+        "softplus": softplus,
+        "softplus-bias": replace(softplus, has_dt_bias=True, l2norm=False),
+        "sigmoid": sigmoid,
+        "sigmoid-A_log": replace(sigmoid, has_A_log=True),
+        "sigmoid-bias": replace(sigmoid, has_dt_bias=True),
+        "sigmoid-A_log-bias": replace(sigmoid, has_A_log=True, has_dt_bias=True),
+        "v-first": replace(_STATES, V=64, state_v_first=True),
+    }
+    for name, problem in options.items():
+        for _ in range(2):
+            yield with_next(Case(name, problem, _shape(1, 40, 2)))
+    full = replace(softplus, has_dt_bias=True, varlen=True, V=64, state_v_first=True)
+    for name, problem in (("packed", replace(_STATES, varlen=True)), ("packed-all", full)):
+        for _ in range(3):
+            yield with_next(Case(name, problem, packed))
+    for name, problem in (("grouped", _STATES), ("grouped-all", replace(full, varlen=False))):
+        yield with_next(Case(name, problem, _shape(2, 20, 4), H=2))
+        yield with_next(Case(f"{name}-gates", problem, _shape(2, 20, 4), H=2, HG=2))
+    for K, V in ((32, 64), (64, 32), (32, 128), (128, 32), (64, 128), (128, 64)):
+        yield with_next(Case(f"K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 33, 1)))
+    for T in (1, 15, 16, 64):
+        for _ in range(2):
+            yield with_next(Case(f"T{T}", _STATES, _shape(2, T, 1)))
+    for name, problem in (("T0", _STATES), ("T0-v-first", replace(_STATES, V=64, state_v_first=True))):
+        yield with_next(Case(name, problem, _shape(2, 0, 1), check="empty"))
+
+    for regime in REGIMES:
+        for plan, BT, decay in (("lean", 64, "log"), ("fast", 16, "tree"), ("fast", 32, "tree")):
+            case = Case(regime, _STATES, _shape(1, 70, 1), regime=regime)
+            yield KernelCase(case, plan, (("BT", BT), ("decay", decay)))
+        half = replace(wide, dtype="fp16", gate_dtype="fp16" if regime == "layer" else "fp32")
+        yield with_next(Case(f"fp16-{regime}", half, _shape(1, 70, 1), regime=regime))
+
+    for plan, chosen in _KNOBS:
+        case = Case("causality", _STATES, _shape(1, 22, 1), check="causality")
+        yield KernelCase(case, plan, chosen)
+    chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
+    yield with_next(replace(chunks, check="causality"))
+    yield with_next(replace(chunks, name="repeat", check="repeat"))
+
+
+CASES: Final = tuple(_cases())
+BY_NAME: Final = {case.name: case for case in CASES}
