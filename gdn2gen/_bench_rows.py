@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
 
 # A reference in fp64 at a full shape would take longer than everything else together.
-ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 4)
+ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
 ACCURACY_REGIMES: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
 
 

@@ -90,6 +90,8 @@ _pinned: dict[str, Recipe] = {}
 
 def level_token(level: str) -> str:
     """`level`, or a token for the forced recipe, which autograd's threads could not see."""
+    if torch.compiler.is_compiling():
+        return level  # context variables cannot be traced
     recipe = forced()
     if recipe is None:
         return level

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gdn2gen.errors import InputError
 from gdn2gen.launch import _IN_PLACE as IN_PLACE
 from gdn2gen.launch import _SUMMED as SUMMED
 from gdn2gen.launch import TORCH_DTYPE
-from gdn2gen.problem import Problem
+from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.render import _environment as environment
 from gdn2gen.render import render
 from gdn2gen.stages import STAGES, Operand, Stage, has_operand
@@ -188,17 +187,8 @@ def _command(problem: Problem, recipe: Recipe) -> str:
     words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
     words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
     words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
-    flags = {
-        "A_log": problem.has_A_log,
-        "dt_bias": problem.has_dt_bias,
-        "varlen": problem.varlen,
-        "initial_state": problem.initial_state,
-        "final_state": problem.final_state,
-        "state_v_first": problem.state_v_first,
-    }
-    extras = ",".join(name for name, given in flags.items() if given)
-    if extras or problem.gate != "none":
-        words += ["--with", extras]
+    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
+    words.append(f"--with={','.join(given)}")
     regime, device = recipe.regime, recipe.device
     if regime is not None and regime.tokens % regime.sequences == 0:
         tokens = regime.tokens // regime.sequences
@@ -208,7 +198,7 @@ def _command(problem: Problem, recipe: Recipe) -> str:
     words += ["--level", recipe.plan.name]
     # a backslash ends every line but the last, for the shell as for the docstring
     lines = textwrap.wrap(
-        shlex.join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False
+        " ".join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False
     )
     return "gdn2gen generate " + " \\\n        ".join(lines)
 

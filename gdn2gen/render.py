@@ -134,7 +134,7 @@ def _solve_precision(config: Config) -> str:
 
 
 def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
-    knobs_given = " ".join(f"{name}={value}" for name, value in config.knobs)
+    knobs_given = ",".join(f"{name}={value}" for name, value in config.knobs)
     words = [
         f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V}",
         f"--dtype {problem.dtype} --gate-dtype {problem.gate_dtype} --gate {problem.gate}",
@@ -142,8 +142,8 @@ def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
     if not problem.l2norm:
         words.append("--no-l2norm")
     given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
-    words.append(f"--with '{','.join(given)}'")
-    words.append(f"--stage {stage.name} --config '{knobs_given}'")
+    words.append(f"--with={','.join(given)}")
+    words.append(f"--stage {stage.name} --config {knobs_given}")
     return textwrap.fill(
         " ".join(words), 92, subsequent_indent=" " * 6, break_long_words=False
     ).replace("\n", " \\\n")

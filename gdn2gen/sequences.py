@@ -83,6 +83,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, cpu: Tensor | None = None)
             f"cu_seqlens_cpu must be a copy of cu_seqlens on the CPU, shape "
             f"{tuple(cu_seqlens.shape)}, but got {tuple(cpu.shape)} on {cpu.device}"
         )
+    if torch.compiler.is_compiling():
+        return  # values are not known while a graph is traced
     state = (cu_seqlens._version, tokens)
     if _checked.get(cu_seqlens) == state:
         return

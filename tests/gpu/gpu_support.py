@@ -20,7 +20,7 @@ from gdn2gen.device import present_device
 from gdn2gen.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
 from gdn2gen.ops import chunk_gdn2
 from gdn2gen.problem import Problem
-from gdn2gen.render import render
+from gdn2gen.render import Rendered, render
 from gdn2gen.shapes import SHAPES, Shape
 
 DEVICE: Final = "cuda"
@@ -51,6 +51,9 @@ DEFAULTS: Final = ("default lean", "default fast")
 _BOUNDS: Final = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 3e-5}
 # I + T is ill-conditioned there, and gives back what 16 bits round off amplified: 2.6e-2 in bf16.
 _AMPLIFIED: Final = {"correlated": 3.0}
+# One value per head, a sum over all tokens and channels of either sign: with two to eight heads its
+# norm can be small by chance, and its error is not. Reasoned, not measured.
+_CANCELLING: Final = {"dA_log": 3.0}
 
 Tensors = dict[str, Tensor]
 
@@ -70,7 +73,7 @@ def every_kernel() -> list[tuple[Problem, str, Config]]:
     """(problem, stage, config) of every kernel that the tests run, each source once."""
     wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
     wanted += [("bf16", level) for level in DEFAULTS]
-    kernels = {}
+    kernels: dict[Rendered, tuple[Problem, str, Config]] = {}
     for recipe in (recipe_of(*one) for one in wanted):
         for stage, config in recipe.configs.items():
             if stage in recipe.plan.stages:
@@ -112,10 +115,11 @@ def off(
     """Error of each result that is above the bound; empty if all is well."""
     bound = slack * _BOUNDS[problem.dtype] * _AMPLIFIED.get(regime, 1.0)
     errors = errors_in_range(results, exact, problem.dtype)
+    bounds = {name: bound * _CANCELLING.get(name, 1.0) for name in errors}
     return {
-        name: f"{error:.1e} > {bound:.1e}"
+        name: f"{error:.1e} > {bounds[name]:.1e}"
         for name, error in errors.items()
-        if not error <= bound
+        if not error <= bounds[name]
     }
 
 

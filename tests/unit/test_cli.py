@@ -218,21 +218,12 @@ def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == render(problem, "scan", config).source
 
 
-_INCOMPLETE = pytest.mark.xfail(reason="the command in the header leaves out gates and extras")
-
-
 @pytest.mark.parametrize(
     "problem",
     [
         Problem(K=64, V=128),
-        pytest.param(
-            Problem(gate="softplus", has_A_log=True, has_dt_bias=True, l2norm=False),
-            marks=_INCOMPLETE,
-        ),
-        pytest.param(
-            Problem(gate="sigmoid", gate_dtype="bf16", varlen=True, initial_state=True),
-            marks=_INCOMPLETE,
-        ),
+        Problem(gate="softplus", has_A_log=True, has_dt_bias=True, l2norm=False),
+        Problem(gate="sigmoid", gate_dtype="bf16", varlen=True, initial_state=True),
     ],
     ids=["plain", "softplus", "sigmoid"],
 )
@@ -242,7 +233,8 @@ def test_the_command_in_a_kernel_regenerates_it(
     import shlex
 
     source = render(problem, "prepare", default_config("prepare", problem)).source
-    (command,) = re.findall(r"gdn2gen (generate .*)", source)
+    (command,) = re.findall(r"gdn2gen (generate [^\\\n]*(?:\\\n[^\\\n]*)*)", source)
+    command = command.replace("\\\n", " ")
     assert cli.main(shlex.split(command)) == 0
     assert capsys.readouterr().out == source
 

@@ -43,7 +43,7 @@ def test_the_default_is_in_the_space(stage, K):
 
 
 def test_a_scan_that_cannot_fit_is_hopeless_only_where_it_cannot():
-    config = default_config("scan", PROBLEM).replace(BV=128, num_stages=4)
+    config = default_config("scan", PROBLEM).replace(BT=64, BV=128, num_stages=4)
     assert space.why_hopeless(config, PROBLEM, H200) is None
     reason = space.why_hopeless(config, PROBLEM, SMALL)
     assert reason is not None and str(SMALL.shared_bytes) in reason

@@ -1,0 +1,273 @@
+"""Gated DeltaNet-2 over whole sequences, in chunks, for one problem; needs only torch and triton.
+
+Per head, with the state S in R^{K x V} and elementwise `*` (arXiv 2605.22791):
+
+    S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T
+    o_t = scale * S_t^T q_t
+
+Sizes, as the buffers below are given:
+
+    B batch          T tokens of a sequence
+    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
+    K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+
+Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
+Plan:    lean
+    forward   diagonal, prepare, scan
+    backward  reprepare, rescan, reverse_scan, grad_value, grad_key
+
+Each stage is a module beside this one, which says what it computes and with which config. All were
+made by
+    gdn2gen generate --out DIR --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate \
+        none --with=initial_state,final_state --level lean
+"""
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from . import (
+    diagonal,
+    grad_key,
+    grad_value,
+    prepare,
+    reprepare,
+    rescan,
+    reverse_scan,
+    scan,
+)
+
+__all__ = ["chunk_gdn2"]
+
+K, V = 64, 128
+BT, BC = 32, 16  # tokens of a chunk, and of a sub-block within it
+DTYPE, GATE_DTYPE = torch.float32, torch.float32
+
+
+def chunk_gdn2(
+    q,
+    k,
+    v,
+    g,
+    b,
+    w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=True,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    lower_bound=None,
+    state_v_first=False,
+):
+    """Return o [B, T, HV, V] and the final state (None unless asked for); differentiable.
+
+    q, k: [B, T, H, K], normalised in the kernels. v, w: [B, T, HV, V], HV a multiple of H.
+    g: [B, T, H or HV, K], decay in natural log, <= 0. b: erase gate, shaped like g.
+    scale: of the output; K**-0.5 if None.
+    initial_state: [N, HV, K, V] float32; zero if None.
+
+    Raises ValueError for anything that these kernels were not made for.
+    """
+    _refuse("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel, True, "--no-l2norm")
+    _refuse("use_gate_in_kernel", use_gate_in_kernel, False, "--gate softplus")
+    _refuse("state_v_first", state_v_first, False, "--with state_v_first")
+    _refuse("A_log", A_log, None, "--with A_log and a --gate")
+    _refuse("dt_bias", dt_bias, None, "--with dt_bias and a --gate")
+    _refuse("cu_seqlens", cu_seqlens, None, "--with varlen")
+    _refuse("cu_seqlens_cpu", cu_seqlens_cpu, None, "--with varlen")
+    _refuse("lower_bound", lower_bound, None, "--gate sigmoid")
+
+    for name, x in (("q", q), ("v", v), ("g", g)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], but got shape {tuple(x.shape)}")
+    B, T, H, _ = q.shape
+    HV, HG = v.shape[2], g.shape[2]
+    if B * H * HV == 0 or HV % H or HG not in (H, HV):
+        raise ValueError(
+            f"B and H must be positive, HV a multiple of H, and g of H or HV heads, "
+            f"but got B={B}, H={H}, HV={HV} and {HG} heads of g"
+        )
+    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(f"q must be on a GPU, but is on {q.device}; or set TRITON_INTERPRET=1")
+    _check("q", q, (B, T, H, K), DTYPE, q.device)
+    _check("k", k, (B, T, H, K), DTYPE, q.device)
+    _check("v", v, (B, T, HV, V), DTYPE, q.device)
+    _check("g", g, (B, T, HG, K), GATE_DTYPE, q.device)
+    _check("b", b, (B, T, HG, K), DTYPE, q.device)
+    _check("w", w, (B, T, HV, V), DTYPE, q.device)
+    shape = (B, HV, K, V)
+    if initial_state is None:
+        initial_state = q.new_zeros(shape, dtype=torch.float32)
+    _check("initial_state", initial_state, shape, torch.float32, q.device)
+    initial_state = initial_state.contiguous()
+    scale = K**-0.5 if scale is None else float(scale)
+    q, k, v, g, b, w = (x.contiguous() for x in (q, k, v, g, b, w))
+    o, final_state = _ChunkGDN2.apply(
+        q, k, v, g, b, w, initial_state, scale,
+    )
+    return o, final_state if output_final_state else None
+
+
+class _ChunkGDN2(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q, k, v, g, b, w, initial_state, scale,
+    ):
+        with torch.cuda.device_of(q):
+            B, T, H, _ = q.shape
+            HV, HG = v.shape[2], g.shape[2]
+            N = B
+            NT = B * triton.cdiv(T, BT)
+
+            # diagonal
+            q_rstd = q.new_empty(B, T, HV)
+            k_rstd = q.new_empty(B, T, HV)
+            A_d = q.new_empty(NT, HV, BT, BC)
+            Aqk_d = q.new_empty(NT, HV, BT, BC)
+            if NT > 0:
+                diagonal.launch(
+                    q, k, g, b, q_rstd, k_rstd, A_d, Aqk_d, n_chunks=NT, scale=scale,
+                    lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                )
+
+            # prepare
+            A = q.new_empty(NT, HV, BT, BT)
+            Aqk = q.new_empty(NT, HV, BT, BT)
+            Qg = q.new_empty(NT, HV, BT, K)
+            Ktail = q.new_empty(NT, HV, BT, K)
+            Y = q.new_empty(NT, HV, BT, K)
+            U = q.new_empty(NT, HV, BT, V)
+            gamma_C = q.new_empty(NT, HV, K)
+            if NT > 0:
+                prepare.launch(
+                    q, k, g, b, v, w, q_rstd, k_rstd, A_d, Aqk_d, A, Aqk, Qg, Ktail, Y, U, gamma_C,
+                    n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                )
+            del A_d, Aqk_d
+
+            # scan
+            o = q.new_empty(B, T, HV, V)
+            final_state = q.new_empty(N, HV, K, V)
+            scan.launch(
+                Qg, Ktail, Y, U, gamma_C, Aqk, initial_state, o, final_state, n_sequences=N, T=T,
+                HV=HV,
+            )
+
+        ctx.save_for_backward(
+            q, k, v, g, b, w, initial_state, q_rstd, k_rstd, A, Aqk, o,
+        )
+        ctx.scale = scale
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dht):
+        (
+            q, k, v, g, b, w, initial_state, q_rstd, k_rstd, A, Aqk, o,
+        ) = ctx.saved_tensors
+        scale = ctx.scale
+        do, dht = do.contiguous(), dht.contiguous()
+        with torch.cuda.device_of(q):
+            B, T, H, _ = q.shape
+            HV, HG = v.shape[2], g.shape[2]
+            N = B
+            NT = B * triton.cdiv(T, BT)
+
+            # reprepare
+            G = q.new_empty(NT, HV, BT, K)
+            Qg = q.new_empty(NT, HV, BT, K)
+            Ktail = q.new_empty(NT, HV, BT, K)
+            Y = q.new_empty(NT, HV, BT, K)
+            U = q.new_empty(NT, HV, BT, V)
+            gamma_C = q.new_empty(NT, HV, K)
+            if NT > 0:
+                reprepare.launch(
+                    q, k, g, b, v, w, q_rstd, k_rstd, A, G, Qg, Ktail, Y, U, gamma_C, n_chunks=NT,
+                    scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                )
+
+            # rescan
+            h = q.new_empty(NT, HV, V, K)
+            R = q.new_empty(NT, HV, BT, V)
+            rescan.launch(
+                Ktail, Y, U, gamma_C, initial_state, h, R, n_sequences=N, T=T, HV=HV,
+            )
+            del U
+
+            # reverse_scan
+            dh = q.new_empty(NT, HV, V, K)
+            dR = q.new_empty(NT, HV, BT, V)
+            dh0 = q.new_empty(N, HV, K, V)
+            reverse_scan.launch(
+                Qg, Ktail, Y, gamma_C, Aqk, do, dht, dh, dR, dh0, n_sequences=N, T=T, HV=HV,
+            )
+            del Qg, Ktail, Y, gamma_C
+
+            # grad_value
+            dX = dR  # each tile is read before it is written
+            dT = q.new_empty(NT, HV, BT, BT)
+            dAqk = q.new_empty(NT, HV, BT, BT)
+            dv = q.new_empty(B, T, HV, V)
+            dw = q.new_empty(B, T, HV, V)
+            q_dot = q.new_empty(B, T, HV)
+            k_dot = q.new_empty(B, T, HV)
+            if NT > 0:
+                grad_value.launch(
+                    v, w, A, R, dR, do, o, dX, dT, dAqk, dv, dw, q_dot, k_dot, n_chunks=NT, T=T,
+                    HV=HV,
+                )
+            del dR
+
+            # grad_key
+            dq = q.new_empty(B, T, HV, K)
+            dk = q.new_empty(B, T, HV, K)
+            dg = q.new_empty(B, T, HV, K)
+            db = q.new_empty(B, T, HV, K)
+            if NT > 0:
+                grad_key.launch(
+                    q, k, g, b, q_rstd, k_rstd, G, h, R, dh, dX, dT, dAqk, do, q_dot, k_dot, dq,
+                    dk, dg, db, n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                )
+
+        return (
+            _fold(dq, q),
+            _fold(dk, k),
+            dv,
+            _fold(dg, g),
+            _fold(db, b),
+            dw,
+            dh0,
+            None,
+        )
+
+
+def _fold(grad, x):
+    """Sum a gradient per value head to the heads of its input."""
+    if grad.shape == x.shape:
+        return grad
+    heads = x.shape[2]
+    return grad.unflatten(2, (heads, grad.shape[2] // heads)).float().sum(3).to(x.dtype)
+
+
+def _check(name, x, shape, dtype, device):
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{name} must be {shape} {dtype} on {device}, "
+            f"but got {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+
+
+def _refuse(name, value, compiled, option):
+    """Raise ValueError for a value that the kernels were not compiled for."""
+    # identity, since a tensor's == is elementwise
+    if value is not compiled:
+        shown = f"{type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"these kernels were made for {name}={compiled!r}, but got {shown}; "
+            f"generate them anew, `gdn2gen generate` with {option}"
+        )

@@ -1,0 +1,145 @@
+"""What has to hold bit for bit: repetition, causality, documents apart, buffers written in full."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from gpu_support import (
+    DEFAULTS,
+    DEVICE,
+    LEVELS,
+    PROBLEMS,
+    draw,
+    moved,
+    poisoned,
+    recipe_of,
+    run,
+    sized,
+    states_of,
+    tokens_of,
+)
+
+from gdn2gen._verify_cases import Case
+from gdn2gen._verify_checks import run_case
+from gdn2gen.dispatch import forced_recipe
+from gdn2gen.shapes import Shape
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+# Fewer calls, or fewer blocks than fill the GPU twice over, have hidden races.
+REPEATS = 30
+# 8 * 32 = 256 programs even in a scan that takes a whole head.
+MANY_BLOCKS = sized(8, 509, 32)
+MANY_DOCUMENTS = sized(1, 4072, 32, tuple(range(0, 4073, 509)))
+# Empty ones, one token, just under, at and just over the chunks, and long ones.
+DOCUMENTS = (0, 0, 1, 64, 128, 128, 193, 225, 1000, 2011, 2011)
+FEW_HEADS = 3
+RAGGED = sized(2, 333, 3)
+RAGGED_DOCUMENTS = sized(1, 333, 3, (0, 0, 100, 101, 333))
+
+
+def shape_for(name: str, dense: Shape, packed: Shape) -> Shape:
+    return packed if PROBLEMS[name].varlen else dense
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_thirty_calls_agree(name: str, level: str) -> None:
+    check_repeats(name, level)
+
+
+@pytest.mark.parametrize("level", DEFAULTS)
+def test_thirty_calls_of_the_default_agree(level: str) -> None:
+    check_repeats("bf16", level)
+
+
+def check_repeats(name: str, level: str) -> None:
+    recipe = recipe_of(name, level)
+    inputs, grads = draw(recipe.problem, shape_for(name, MANY_BLOCKS, MANY_DOCUMENTS), "layer")
+    first = run(recipe, inputs, grads)
+    assert all(x.isfinite().all() for x in first.values())
+    for call in range(2, REPEATS + 1):
+        assert not moved(first, run(recipe, inputs, grads)), f"call {call}"
+
+
+@pytest.mark.parametrize("level", (*LEVELS, *DEFAULTS))
+@pytest.mark.parametrize("T", [22, 300])
+def test_the_future_is_not_seen(T: int, level: str) -> None:
+    """Case 5: change token 21 of 22 (or one within a chunk); all before it must not move."""
+    recipe = recipe_of("bf16", level)
+    case = Case("causality", recipe.problem, sized(2, T, 4), check="causality")
+    with forced_recipe(recipe):
+        result = run_case(case, DEVICE)
+    assert result.passed, result.message
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_documents_do_not_see_each_other(level: str) -> None:
+    """Change one document throughout, gradients of its outputs included: no other may move."""
+    recipe = recipe_of("packed", level)
+    shape = sized(1, DOCUMENTS[-1], FEW_HEADS, DOCUMENTS)
+    inputs, grads = draw(recipe.problem, shape)
+    n = DOCUMENTS.index(225)
+    start, end = DOCUMENTS[n], DOCUMENTS[n + 1]
+    other = {name: x.clone() for name, x in (inputs | grads).items()}
+    for x in tokens_of(other, start, end).values():
+        x.mul_(0.5)
+    for x in states_of(other, n).values():
+        x.mul_(-2.0)
+    before = run(recipe, inputs, grads)
+    after = run(recipe, {x: other[x] for x in inputs}, {x: other[x] for x in grads})
+    for first, last in ((0, start), (end, DOCUMENTS[-1])):
+        assert not moved(tokens_of(before, first, last), tokens_of(after, first, last))
+    assert len(moved(tokens_of(before, start, end), tokens_of(after, start, end))) == 7
+    for m in set(range(len(DOCUMENTS) - 1)) - {n}:
+        assert not moved(states_of(before, m), states_of(after, m)), m
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("alone", ["packed", "dense"])
+def test_packed_is_one_sequence_at_a_time(alone: str, level: str) -> None:
+    """Bit for bit, and not to rounding: chunks start with their document either way.
+
+    Against a packed batch of one document, which runs the same binary; and against a dense call,
+    whose kernels differ in the addresses only.
+    """
+    packed = recipe_of("packed", level)
+    recipe = packed if alone == "packed" else replace(packed, problem=PROBLEMS["bf16"])
+    shape = sized(1, DOCUMENTS[-1], FEW_HEADS, DOCUMENTS)
+    inputs, grads = draw(packed.problem, shape)
+    together = run(packed, inputs, grads)
+    for n, (start, end) in enumerate(pairwise(DOCUMENTS)):
+        one = tokens_of(inputs, start, end) | states_of(inputs, n)
+        if alone == "packed":
+            one["cu_seqlens"] = torch.tensor([0, end - start], device=DEVICE)
+        seeds = tokens_of(grads, start, end) | states_of(grads, n)
+        expected = tokens_of(together, start, end) | states_of(together, n)
+        assert not moved(run(recipe, one, seeds), expected), f"document {n}: {start} to {end}"
+
+
+@pytest.mark.parametrize("regime", ["layer", "mixed"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_nothing_is_left_unwritten(name: str, level: str, regime: str) -> None:
+    """With NaN in every buffer beforehand, the bits are those of a call without."""
+    recipe = recipe_of(name, level)
+    inputs, grads = draw(recipe.problem, shape_for(name, RAGGED, RAGGED_DOCUMENTS), regime)
+    clean = run(recipe, inputs, grads)
+    with poisoned():
+        poisonous = run(recipe, inputs, grads)
+    assert not moved(clean, poisonous)
+
+
+def test_a_batch_row_is_what_it_is_alone() -> None:
+    """Results do not depend on what else is in the batch."""
+    recipe = recipe_of("bf16", "lean")
+    inputs, grads = draw(recipe.problem, sized(5, 333, 4))
+    together = run(recipe, inputs, grads)
+    for n in range(5):
+        one = {name: x[n : n + 1] for name, x in inputs.items()}
+        seeds = {name: x[n : n + 1] for name, x in grads.items()}
+        expected = {name: x[n : n + 1] for name, x in together.items()}
+        assert not moved(run(recipe, one, seeds), expected), f"row {n}"

@@ -1,0 +1,72 @@
+"""Kernels compiled ahead of time, without a GPU: they compile, hardly spill, and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from gdn2gen.build import compile_ahead
+from gdn2gen.config import Config, Knob, default_config
+from gdn2gen.device import named_device
+from gdn2gen.problem import Problem
+from gdn2gen.stages import STAGES
+
+ARCHES: Final = ("sm_80", "sm_90", "sm_100", "sm_120")
+# Bytes of stack per thread, which holds what was spilled.
+SPILLED: Final = 128
+
+_BF16: Final = Problem()
+_STATES: Final = replace(_BF16, initial_state=True, final_state=True)
+_ALL: Final = Problem(
+    K=32,
+    V=64,
+    dtype="fp16",
+    gate_dtype="bf16",
+    gate="softplus",
+    has_A_log=True,
+    has_dt_bias=True,
+    varlen=True,
+    initial_state=True,
+    final_state=True,
+    state_v_first=True,
+)
+_BOUNDED: Final = Problem(K=128, V=32, l2norm=False, gate="sigmoid", has_A_log=True, varlen=True)
+_FP32: Final = replace(_STATES, dtype="fp32")
+
+
+def _case(name: str, problem: Problem, arch: str, config: Config) -> object:
+    return pytest.param(problem, arch, config, id=f"{config.stage}-{name}-{arch}")
+
+
+def _cases() -> Iterator[object]:
+    for arch in ARCHES:
+        for stage in STAGES:
+            yield _case("bf16", _STATES, arch, default_config(stage, _STATES))
+    others = {"all": _ALL, "bounded": _BOUNDED, "fp32": _FP32}
+    for name, problem in others.items():
+        for stage in STAGES:
+            yield _case(name, problem, "sm_90", default_config(stage, problem))
+    knobs: dict[str, dict[str, Knob]] = {
+        "diagonal": {"decay": "tree", "solve": "tf32"},
+        "prepare": {"num_warps": 4, "solve": "tf32x3"},
+        "reprepare": {"num_stages": 2},
+        "scan": {"BV": 32, "num_warps": 8},
+        "reverse_scan": {"BV": 128, "num_warps": 8},
+        "grad_value": {"num_warps": 8},
+        "grad_key": {"num_warps": 8, "maxnreg": 208},
+    }
+    for stage, given in knobs.items():
+        config = default_config(stage, _BF16, BT=64).replace(**given)
+        yield _case("BT64", _BF16, "sm_90", config)
+
+
+@pytest.mark.parametrize(("problem", "arch", "config"), _cases())
+def test_compiles_and_fits(problem: Problem, arch: str, config: Config) -> None:
+    device = named_device(arch)
+    used = compile_ahead(problem, config.stage, config, device)
+    assert used.spill_bytes <= SPILLED, f"{config.stage} [{config}] on {arch}: {used}"
+    assert used.shared_bytes <= device.shared_bytes, f"{config.stage} [{config}] on {arch}: {used}"
+    assert 0 < used.registers <= 255

@@ -1,0 +1,118 @@
+"""Whole rendered outputs, kept under tests/golden; `pytest --update-golden` writes them anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import jinja2
+import pytest
+from jinja2 import meta, nodes
+
+from gdn2gen import build
+from gdn2gen.config import default_config
+from gdn2gen.dispatch import default_recipe
+from gdn2gen.generate import package_source
+from gdn2gen.paths import templates_dir
+from gdn2gen.problem import Problem
+from gdn2gen.render import context, render
+from gdn2gen.stages import STAGES
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+_PACKED: Final = Problem(
+    K=64, V=32, dtype="fp16", gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True
+)
+_STATES: Final = Problem(K=64, V=128, dtype="fp32", initial_state=True, final_state=True)
+
+
+def _prepare() -> str:
+    problem = Problem()
+    return render(problem, "prepare", default_config("prepare", problem, BT=64)).source
+
+
+def _grad_key() -> str:
+    config = default_config("grad_key", _PACKED, BT=32).replace(maxnreg=128)
+    return render(_PACKED, "grad_key", config).source
+
+
+def _diagonal() -> str:
+    problem = Problem(K=64, V=64, gate="sigmoid", gate_dtype="bf16", l2norm=False)
+    config = default_config("diagonal", problem).replace(decay="tree")
+    return render(problem, "diagonal", config).source
+
+
+def _scan() -> str:
+    return render(_STATES, "scan", default_config("scan", _STATES, BT=16)).source
+
+
+def _package() -> str:
+    return package_source(_STATES, default_recipe(_STATES))
+
+
+OUTPUTS: Final = {
+    "prepare.py": _prepare,
+    "grad_key_softplus_packed.py": _grad_key,
+    "diagonal_sigmoid_tree.py": _diagonal,
+    "scan_states.py": _scan,
+    "package_states.py": _package,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_rendered_as_before(name: str, request: pytest.FixtureRequest) -> None:
+    path = GOLDEN / name
+    text = OUTPUTS[name]()
+    if request.config.getoption("--update-golden"):
+        GOLDEN.mkdir(exist_ok=True)
+        build.write_atomically(path, text)
+        path.chmod(0o644)
+    kept = path.read_text() if path.exists() else ""
+    if text != kept:
+        # line by line, so that the report shows the first difference rather than the whole file
+        assert text.splitlines() == kept.splitlines(), (
+            f"{path} is out of date; look at the difference, then `pytest --update-golden`"
+        )
+
+
+def test_nothing_else_is_kept() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == {*OUTPUTS}
+
+
+# What templates ask for, and what render gives them
+
+
+def _parsed(path: Path) -> nodes.Template:
+    return jinja2.Environment().parse(path.read_text())
+
+
+def _wanted(template: str) -> set[str]:
+    """Undeclared variables of a template and of the shared pieces that it imports."""
+    folder = templates_dir()
+    tree = _parsed(folder / template)
+    wanted = meta.find_undeclared_variables(tree)
+    for other in meta.find_referenced_templates(tree):
+        assert other is not None, f"{template} imports a template by a computed name"
+        wanted |= meta.find_undeclared_variables(_parsed(folder / other))
+    return wanted
+
+
+def _given(stage: str) -> set[str]:
+    problem = Problem()
+    return {*context(problem, STAGES[stage], default_config(stage, problem))}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_templates_ask_only_for_what_they_are_given(stage: str) -> None:
+    unknown = _wanted(f"triton/{STAGES[stage].template}.py.jinja") - _given(stage)
+    assert not unknown, f"render.context gives no {sorted(unknown)}"
+
+
+def test_every_name_that_is_given_is_used() -> None:
+    wanted = {x for stage in STAGES.values() for x in _wanted(f"triton/{stage.template}.py.jinja")}
+    given = {x for stage in STAGES for x in _given(stage)}
+    assert wanted == given
+
+
+def test_every_template_belongs_to_a_stage() -> None:
+    found = {path.name for path in (templates_dir() / "triton").glob("*.py.jinja")}
+    assert found == {f"{stage.template}.py.jinja" for stage in STAGES.values()}
