@@ -6,6 +6,7 @@ The forward returns what the backward of its plan wants saved; names and order a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -126,8 +127,7 @@ def _saved_operands(runner: Runner) -> list[Operand]:
     return [made[name] for name in saved_names(runner)]
 
 
-@torch.library.custom_op("gdn2gen::gdn2_forward", mutates_args=())
-def gdn2_forward(
+def _forward_kernels(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,8 +167,7 @@ def gdn2_forward(
     return results["o"], final_state, [results[name] for name in names]
 
 
-@gdn2_forward.register_fake
-def _(
+def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -202,8 +201,7 @@ def _(
     return o, final_state, saved
 
 
-@torch.library.custom_op("gdn2gen::gdn2_backward", mutates_args=())
-def gdn2_backward(
+def _backward_kernels(
     do: Tensor,
     dht: Tensor | None,
     saved: list[Tensor],
@@ -259,8 +257,7 @@ def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
     return grad.view(B, T, heads, -1, dim).float().sum(3).to(x.dtype)
 
 
-@gdn2_backward.register_fake
-def _(
+def _backward_fake(
     do: Tensor,
     dht: Tensor | None,
     saved: list[Tensor],
@@ -311,4 +308,22 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[
     return (*found, None, *[None] * len(ctx.options))
 
 
-gdn2_forward.register_autograd(_backward, setup_context=_setup_context)
+# torch.library.custom_op would do all this in one call, but imports torch._dynamo on the first
+# launch: 2 s of a cold start.
+_Library: Any = torch.library.Library  # untyped in torch
+_library = _Library("gdn2gen", "DEF")
+
+
+def _define(name: str, kernels: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.define(name + torch.library.infer_schema(kernels, mutates_args=()))
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, kernels, key)
+    torch.library.register_fake(f"gdn2gen::{name}", fake, lib=_library)
+    return getattr(torch.ops.gdn2gen, name).default
+
+
+gdn2_forward = _define("gdn2_forward", _forward_kernels, _forward_fake)
+gdn2_backward = _define("gdn2_backward", _backward_kernels, _backward_fake)
+torch.library.register_autograd(
+    "gdn2gen::gdn2_forward", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,214 @@
+"""Checks of the op as torch sees it, over the kernels in Triton's interpreter.
+
+They need TRITON_INTERPRET=1 before triton is imported, so test_ops.py calls them in a process of
+its own. Each raises AssertionError, or returns what is to be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn2gen import chunk_gdn2, reference
+from gdn2gen._bench_accuracy import relative_errors
+from gdn2gen.inputs import make_inputs
+
+LIMIT = 1e-5
+INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias")
+
+
+def make(**changes: Any) -> dict[str, Any]:
+    """Inputs of B=2, T=20, H=2, K=32, V=64 with an initial state, unless told otherwise."""
+    sizes = {"B": 2, "T": 20, "H": 2, "K": 32, "V": 64, "initial_state": True} | changes
+    return {**make_inputs(**sizes)}
+
+
+def compare(
+    arguments: Mapping[str, Any], outputs: str = "both", wanted: tuple[str, ...] = INPUTS
+) -> dict[str, float]:
+    """Relative errors of outputs and gradients against fp64, for the loss that `outputs` names."""
+    results = _run(chunk_gdn2, arguments, outputs, wanted)
+    exact = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    return relative_errors(results, _run(_reference, exact, outputs, wanted))
+
+
+def _reference(*, output_final_state: bool, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return reference.chunk_gdn2(**arguments)
+
+
+def _run(
+    function: Any, arguments: Mapping[str, Any], outputs: str, wanted: tuple[str, ...]
+) -> dict[str, Tensor]:
+    leaves = {
+        name: x.detach().requires_grad_() if name in wanted and isinstance(x, Tensor) else x
+        for name, x in arguments.items()
+    }
+    o, state = function(**leaves, output_final_state=True)
+    # sums: the gradients that arrive are expanded scalars, with strides of 0
+    loss = {
+        "o": o.float().sum(),
+        "final_state": state.sum(),
+        "both": o.float().sum() + 2 * state.sum(),
+    }[outputs]
+    names = [name for name, x in leaves.items() if getattr(x, "requires_grad", False)]
+    grads = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+    zeros = [
+        torch.zeros_like(leaves[name]) if grad is None else grad
+        for name, grad in zip(names, grads, strict=True)
+    ]
+    found = {f"d{name}": grad for name, grad in zip(names, zeros, strict=True)}
+    return {"o": o.detach(), "final_state": state.detach()} | found
+
+
+def _strided(x: Tensor, how: str) -> Tensor:
+    """The same values in another layout."""
+    if how == "heads-first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "padded":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+    if how == "every-other":
+        return x.repeat_interleave(2, 1)[:, ::2]
+    raise ValueError(how)
+
+
+LAYOUTS = ("heads-first", "padded", "every-other")
+
+
+def strided_inputs(how: str) -> dict[str, float]:
+    """Strided inputs, an expanded state and gate parameters from a larger tensor."""
+    inputs = make()
+    for name in ("q", "k", "v", "g", "b", "w"):
+        inputs[name] = _strided(inputs[name], how)
+        assert not inputs[name].is_contiguous()
+    inputs["initial_state"] = inputs["initial_state"][:1].mT.contiguous().mT.expand(2, -1, -1, -1)
+    inputs["A_log"] = torch.linspace(0, 1, 4)[::2]
+    inputs["dt_bias"] = torch.linspace(0, 1, 64).view(32, 2).T
+    assert not (inputs["A_log"].is_contiguous() or inputs["dt_bias"].is_contiguous())
+    flags = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+    return compare(inputs | flags)
+
+
+def one_output(outputs: str) -> dict[str, float]:
+    """A loss of one output alone; the other's gradient is undefined."""
+    return compare(make() | {"use_qk_l2norm_in_kernel": True}, outputs)
+
+
+def some_gradients(name: str) -> dict[str, float]:
+    """Only one input requires a gradient."""
+    return compare(make() | {"use_qk_l2norm_in_kernel": True}, wanted=(name,))
+
+
+def no_tokens(packed: bool) -> dict[str, float]:
+    shape: dict[str, Any] = {"B": 1, "cu_seqlens": (0, 0, 0)} if packed else {}
+    return compare(make(T=0, **shape) | {"use_qk_l2norm_in_kernel": True})
+
+
+def low_precision_parameters() -> str:
+    """A_log and dt_bias of a model in bfloat16: gradients in their own dtype and shape."""
+    inputs = make()
+    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
+    leaves: dict[str, Any] = {name: x.bfloat16().requires_grad_() for name, x in parameters.items()}
+    o, _ = chunk_gdn2(**inputs, **leaves, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True)
+    torch.autograd.backward(o.sum())
+    for x in leaves.values():
+        assert x.grad is not None
+        assert x.grad.dtype == torch.bfloat16 and x.grad.shape == x.shape
+        assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    return "done"
+
+
+def changed_cu_seqlens() -> dict[str, float]:
+    """The tables made from cu_seqlens follow it when it is written to."""
+    inputs: dict[str, Any] = make(B=1, cu_seqlens=(0, 7, 20)) | {"use_qk_l2norm_in_kernel": True}
+    compare(inputs)
+    inputs["cu_seqlens"][1] = 15
+    return compare(inputs)
+
+
+def inputs_are_untouched() -> str:
+    inputs = make() | {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
+    before = {name: x.clone() for name, x in inputs.items()}
+    compare(inputs | {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True})
+    assert all(torch.equal(inputs[name], x) for name, x in before.items())
+    return "done"
+
+
+def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
+    """torch.library.opcheck of the forward op."""
+    from gdn2gen._torch_ops import gdn2_forward
+
+    inputs = make(cu_seqlens=(0, 7, 20), B=1) if gated else make(T=17)
+    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}
+    given = inputs | parameters
+    leaves = [given[name].requires_grad_() if name in given else None for name in INPUTS]
+    arguments = (*leaves, inputs.get("cu_seqlens"))
+    flags = (32**-0.5, None, True, gated, True, False, level)
+    return torch.library.opcheck(gdn2_forward, (*arguments, *flags), test_utils=tests)
+
+
+def fakes_agree(level: str, gated: bool) -> str:
+    """Shapes, dtypes and strides of the real outputs, as the fake says, also of the backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs: dict[str, Any] = make(HV=4, HG=2) if not gated else make(HV=4, HG=4)
+    parameters = {"A_log": torch.zeros(4), "dt_bias": torch.ones(128)} if gated else {}
+    flags = {"use_gate_in_kernel": gated, "use_qk_l2norm_in_kernel": True}
+    arguments: dict[str, Any] = {**inputs, **parameters, **flags}
+    arguments["disable_recompute"] = level == "fast"
+    arguments["output_final_state"] = True
+
+    def run(given: dict[str, Any]) -> list[Tensor]:
+        leaves: dict[str, Any] = {
+            name: x.detach().requires_grad_() if isinstance(x, Tensor) else x
+            for name, x in given.items()
+        }
+        o, state = chunk_gdn2(**leaves)
+        assert state is not None
+        wanted = [x for x in leaves.values() if isinstance(x, Tensor)]
+        return [o, state, *torch.autograd.grad(o.sum() + state.sum(), wanted)]
+
+    real = run(arguments)
+    with FakeTensorMode() as mode:
+        fake = run(
+            {
+                name: mode.from_tensor(x) if isinstance(x, Tensor) else x
+                for name, x in arguments.items()
+            }
+        )
+    for x, y in zip(real, fake, strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+    return "done"
+
+
+def compiled(gated: bool) -> str:
+    """torch.compile without graph breaks, over the kernels: the same bits as without."""
+    inputs: dict[str, Any] = make()
+    if gated:
+        inputs |= {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
+        inputs["use_gate_in_kernel"] = True
+    arguments = {**inputs, "use_qk_l2norm_in_kernel": True}
+    step = torch.compile(chunk_gdn2, backend="aot_eager", fullgraph=True)
+    expected = _run(chunk_gdn2, arguments, "both", INPUTS)
+    results = _run(step, arguments, "both", INPUTS)
+    moved = [name for name, x in expected.items() if not torch.equal(x, results[name])]
+    assert not moved, moved
+    return "done"
+
+
+def compiled_at_other_lengths() -> str:
+    """torch.compile marks T dynamic when it meets a second one."""
+    step = torch.compile(chunk_gdn2, backend="aot_eager", fullgraph=True)
+    for T in (20, 33, 47):
+        arguments = {**make(T=T), "use_qk_l2norm_in_kernel": True}
+        expected = _run(chunk_gdn2, arguments, "both", INPUTS)
+        results = _run(step, arguments, "both", INPUTS)
+        assert all(torch.equal(x, results[name]) for name, x in expected.items())
+    return "done"
