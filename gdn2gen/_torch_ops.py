@@ -197,7 +197,8 @@ def _forward_fake(
         q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
     )
     runner = _find_runner(problem, call, level)
-    saved = [launch.empty(x, problem, call, runner.BT) for x in _saved_operands(runner)]
+    sizes = call.sizes(problem, runner.BT)
+    saved = [launch.empty(x, problem, sizes, q.device) for x in _saved_operands(runner)]
     return o, final_state, saved
 
 

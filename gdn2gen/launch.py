@@ -134,9 +134,16 @@ class Runner:
         names = list(stage_names)
         alive = dict(tensors)
         kept = set(keep)
+        sizes = call.sizes(problem, self.BT)
         with _device_guard(call.device):
             for position, name in enumerate(names):
-                self._allocate(problem, name, call, alive, in_place)
+                for operand in _contract(name, problem).outputs:
+                    reused = _IN_PLACE.get(operand.name)
+                    alive[operand.name] = (
+                        alive[reused]
+                        if reused is not None and in_place
+                        else empty(operand, problem, sizes, call.device)
+                    )
                 launch = self._bind(problem, name, call, alive)
                 launch()
                 if observe is not None:
@@ -144,16 +151,6 @@ class Runner:
                 needed = kept.union(*(STAGE_INPUTS[later] for later in names[position + 1 :]))
                 alive = {key: value for key, value in alive.items() if key in needed}
         return {key: alive[key] for key in kept if key in alive}
-
-    def _allocate(
-        self, problem: Problem, name: str, call: Call, alive: dict[str, Tensor], in_place: bool
-    ) -> None:
-        for operand in _contract(name, problem).outputs:
-            reused = _IN_PLACE.get(operand.name)
-            if reused is not None and in_place:
-                alive[operand.name] = alive[reused]
-            else:
-                alive[operand.name] = empty(operand, problem, call, self.BT)
 
     def _bind(
         self, problem: Problem, name: str, call: Call, alive: Mapping[str, Tensor]
@@ -180,18 +177,19 @@ class Runner:
         return launch
 
 
-def empty(operand: Operand, problem: Problem, call: Call, BT: int) -> Tensor:
-    """A buffer for one output of a stage."""
-    sizes = call.sizes(problem, BT)
+def empty(
+    operand: Operand, problem: Problem, sizes: Mapping[str, int], device: torch.device
+) -> Tensor:
+    """A buffer for one output of a stage; `sizes` gives the value of every symbol in dims."""
     shape = [sizes[symbol] for symbol in operand.dims.split()]
     if problem.state_v_first and operand.name in ("final_state", "dh0"):
         shape[-2:] = shape[:-3:-1]
     dtype = TORCH_DTYPE[operand.dtype_in(problem)]
     if operand.name in _SUMMED:
-        return torch.zeros(shape, dtype=dtype, device=call.device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     if _poisoned and dtype.is_floating_point:
-        return torch.full(shape, float("nan"), dtype=dtype, device=call.device)
-    return torch.empty(shape, dtype=dtype, device=call.device)
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def forward(
