@@ -105,7 +105,8 @@ def level_token(level: str) -> str:
 def _find_runner(problem: Problem, call: Call, level: str) -> Runner:
     if level in _pinned:
         return _runner(replace(_pinned[level], problem=problem))
-    regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
+    # int: a graph traced for symbolic sizes is for these alone, since the recipe may depend on them
+    regime = Regime(tokens=int(call.B * call.T), sequences=int(call.N), heads=int(call.HV))
     return _runner(find_recipe(problem, regime, _device_of(call.device), level=level))
 
 
@@ -255,7 +256,7 @@ def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
     if grad.shape == x.shape:
         return grad
     B, T, heads, dim = x.shape
-    return grad.view(B, T, heads, -1, dim).float().sum(3).to(x.dtype)
+    return grad.view(B, T, heads, grad.shape[2] // heads, dim).float().sum(3).to(x.dtype)
 
 
 def _backward_fake(

@@ -52,9 +52,21 @@ def check_arguments(
                 f"{name} must be [B, T, heads, dim] with 4 dimensions, "
                 f"but got shape {tuple(x.shape)}"
             )
+    optional = {
+        "initial_state": initial_state,
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+        "cu_seqlens": cu_seqlens,
+    }
+    for name, given in {**optional, "cu_seqlens_cpu": cu_seqlens_cpu}.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise InputError(f"{name} must be a tensor or None, but got {type(given).__name__}")
+    _check_devices({**named, **optional})
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     HG = g.shape[2]
+    if K == 0 or V == 0:
+        raise InputError(f"head dims must be at least 1, but got K={K}, V={V}")
     if H == 0 or HV % H != 0:
         raise InputError(f"value heads must be a multiple of q's heads, but got HV={HV}, H={H}")
     if HG not in (H, HV):
@@ -82,15 +94,6 @@ def check_arguments(
         raise InputError("cu_seqlens_cpu was given without cu_seqlens")
     dims = Dims(B, T, H, HV, HG, K, V, N)
     _check_optional(dims, initial_state, A_log, dt_bias, state_v_first)
-    _check_devices(
-        {
-            **named,
-            "initial_state": initial_state,
-            "A_log": A_log,
-            "dt_bias": dt_bias,
-            "cu_seqlens": cu_seqlens,
-        }
-    )
     return dims
 
 
@@ -102,6 +105,8 @@ def check_gate(
     dt_bias: Tensor | None,
 ) -> None:
     """Check that the gate's options fit together. Raises InputError."""
+    if lower_bound is not None and not isinstance(lower_bound, int | float):
+        raise InputError(f"lower_bound must be a number, but got {type(lower_bound).__name__}")
     if not use_gate_in_kernel:
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None and not (name == "lower_bound" and safe_gate):

@@ -100,7 +100,8 @@ def chunk_gdn2(
             state_v_first=state_v_first,
         )
         return o, final_state if output_final_state else None
-    _check_kernels_serve(q, g, dims.K, dims.V)
+    check_head_dims(dims.K, dims.V)
+    _check_single({"q": q, "g": g, "initial_state": initial_state})
     o, final_state, _ = _torch_ops.gdn2_forward(
         *(x.contiguous() for x in (q, k, v, g, b, w)),
         None if initial_state is None else initial_state.contiguous(),
@@ -118,12 +119,11 @@ def chunk_gdn2(
     return o, final_state if output_final_state else None
 
 
-def _check_kernels_serve(q: Tensor, g: Tensor, K: int, V: int) -> None:
-    """The reference takes any head dim and float64; the kernels do not."""
-    check_head_dims(K, V)
-    for name, x in (("q", q), ("g", g)):
-        if x.dtype == torch.float64:
-            raise InputError(f"{name} must be bfloat16, float16 or float32, but got {x.dtype}")
+def _check_single(tensors: dict[str, Tensor | None]) -> None:
+    """The reference takes float64; the kernels do not."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype == torch.float64:
+            raise InputError(f"{name} must be float32 or narrower, but got {x.dtype}; cast it")
 
 
 __all__: list[Any] = ["chunk_gdn2"]

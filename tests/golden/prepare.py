@@ -22,7 +22,7 @@ both, as exp(G_i - G_m) exp(G_m - G_j), both factors at most 1: gamma is never d
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=64 BV=64 maxnreg=0 num_stages=1 num_warps=2 solve=bf16x3
-Template digest 3e634b52ee8ee463; made by
+Template digest 7e99f19929c4e4e4; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=64,BT=64,BV=64,maxnreg=0,num_stages=1,num_warps=2,solve=bf16x3
@@ -141,7 +141,8 @@ def prepare_kernel(
         b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
         b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
         b_q *= b_q_rstd[:, None]
-        tl.store(Ktail + p_tile, (b_k * tl.exp2(b_G_C[None, :] - b_G)).to(tl.bfloat16))
+        b_tail = tl.exp2(b_G_C[None, :] - b_G)
+        tl.store(Ktail + p_tile, (b_k * b_tail).to(tl.bfloat16))
         tl.store(Qg + p_tile, (b_q * b_gamma * scale).to(tl.bfloat16))
         # parked in Y until A is known
         tl.store(Y + p_tile, (b_e * b_gamma).to(tl.bfloat16))

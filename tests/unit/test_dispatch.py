@@ -380,7 +380,7 @@ def test_explain(user):
         "tokens=16384 sequences=4 heads=16",
         "NVIDIA H200 (sm_90, 132 SMs)",
         "plan      lean",
-        "reverse_scan  BT=64",
+        "reverse_scan  BT=32",
         "num_stages=4",
         "source    exact",
         str(path),

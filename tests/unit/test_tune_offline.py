@@ -90,7 +90,7 @@ def test_defaults_are_compiled_whatever_the_budget(tmp_path):
 
 def test_the_default_stands_in_where_the_best_ranked_is_wrong(tmp_path):
     backend = FakeCompilers(
-        passes=lambda x: all(config["num_stages"] == 1 for config in x.configs)
+        passes=lambda x: all(one == default_config(one.stage, PROBLEM) for one in x.configs)
     )
     report = rank(backend, tmp_path)
     configs = report.results[0].candidate.configs
