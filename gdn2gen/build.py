@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gdn2gen.config import Config
+from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
 from gdn2gen.paths import cache_dir
 from gdn2gen.problem import Problem
@@ -74,12 +74,28 @@ def compile_ahead(
     Args are specialised as `launch` specialises them, so that on the same GPU the result is found
     again in Triton's cache. Raises BuildError with the compiler's last words.
     """
+    started = time.monotonic()
+    module = load(render(problem, stage_name, config))
+    compile_module = _compile_tilelang if language_of(config) == "tilelang" else _compile_triton
+    try:
+        used = compile_module(module, problem, stage_name, config, device)
+    except Exception as error:
+        words = str(error).strip().splitlines()[-3:]
+        raise BuildError(
+            f"{stage_name} [{config}] does not compile for {device.arch}: {' / '.join(words)}"
+        ) from error
+    return Resources(*used, time.monotonic() - started)
+
+
+def _compile_triton(
+    module: ModuleType, problem: Problem, stage_name: str, config: Config, device: Device
+) -> tuple[int, int, int]:
+    """Registers and stack bytes per thread, shared bytes per block."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     stage = STAGES[stage_name]
-    module = load(render(problem, stage_name, config))
     kernel: Any = getattr(module, f"{stage_name}_kernel")
     operands = stage.operands(problem)
     signature: dict[str, str] = {x.name: _TRITON_POINTER[x.dtype_in(problem)] for x in operands}
@@ -91,22 +107,48 @@ def compile_ahead(
     aligned = {
         (kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands
     }
-    started = time.monotonic()
-    try:
-        compiled: Any = triton.compile(
-            ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-            target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
-            options=launch_options(config),
-        )
-    except Exception as error:
-        words = str(error).strip().splitlines()[-3:]
-        raise BuildError(
-            f"{stage_name} [{config}] does not compile for {device.arch}: {' / '.join(words)}"
-        ) from error
-    registers, stack = _register_use(compiled)
-    return Resources(
-        registers, stack, int(compiled.metadata.shared), time.monotonic() - started
+    compiled: Any = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
+        options=launch_options(config),
     )
+    return (*_register_use(compiled.asm["cubin"]), int(compiled.metadata.shared))
+
+
+def _compile_tilelang(
+    module: ModuleType, _problem: Problem, _stage: str, _config: Config, device: Device
+) -> tuple[int, int, int]:
+    """Registers and stack bytes per thread, shared bytes per block.
+
+    The binary is taken from TileLang's cache on its way there; a kernel that was compiled before
+    passes through no compiler, and reports zeros.
+    """
+    import tilelang
+    from tilelang.cache.cuda_binary_cache import CUDABinaryCache
+
+    binaries: list[bytes] = []
+    save = CUDABinaryCache.save
+
+    def keep(key: str, kind: str, binary: bytes) -> Any:
+        binaries.append(bytes(binary))
+        return save(key, kind, binary)
+
+    CUDABinaryCache.save = keep
+    try:
+        # wgmma and the register hand-over between warp groups need the architecture's own target
+        arch = device.arch + ("a" if device.arch in ("sm_90", "sm_100") else "")
+        kernel = tilelang.compile(module.program(), target={"kind": "cuda", "arch": arch})
+    finally:
+        CUDABinaryCache.save = save
+    if not binaries:
+        return 0, 0, 0
+    return (*_register_use(binaries[-1]), _dynamic_shared_bytes(kernel.get_host_source()))
+
+
+def _dynamic_shared_bytes(host_source: str) -> int:
+    """The last integer argument of the generated launch is the dynamic shared memory, in bytes."""
+    found = re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\);", host_source)
+    return int(found[-1]) if found else 0
 
 
 def launch_options(config: Config) -> dict[str, int]:
@@ -117,14 +159,14 @@ def launch_options(config: Config) -> dict[str, int]:
     return options
 
 
-def _register_use(compiled: Any) -> tuple[int, int]:
+def _register_use(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes per thread, read from the cubin by Triton's own cuobjdump."""
     import subprocess
 
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         text = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],

@@ -15,76 +15,54 @@ Knob = int | str
 SHARED_KNOBS: Final = ("BT",)
 CHUNKS: Final = (16, 32, 64)
 
-DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
-    "diagonal": {
-        "BT": CHUNKS,
-        "BK": (32, 64, 128),
-        "decay": ("log", "tree"),
-        "solve": ("tf32", "tf32x3", "ieee"),
-        "vec": (1, 2, 4, 8),
-        "num_warps": (1, 2),
-        "num_stages": (1, 2),
-        "maxnreg": (0, 96, 128, 168, 208),
-    },
+_STAGES_AHEAD: Final = (1, 2, 3)
+_REGISTERS: Final = (0, 96, 128, 168, 208)
+_SCAN: Final[Mapping[str, tuple[Knob, ...]]] = {
+    "language": ("triton", "tilelang"),
+    "BV": (16, 32, 64, 128),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+_OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     "prepare": {
-        "BT": CHUNKS,
-        "BK": (32, 64, 128),
-        "BV": (32, 64, 128),
-        "solve": ("bf16x3", "tf32", "tf32x3", "ieee"),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3),
-        "maxnreg": (0, 96, 128, 168, 208),
-    },
-    "prepare_keep": {
-        "BT": CHUNKS,
-        "BK": (32, 64, 128),
-        "BV": (32, 64, 128),
-        "solve": ("bf16x3", "tf32", "tf32x3", "ieee"),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3),
-        "maxnreg": (0, 96, 128, 168, 208),
+        "BK": (32, 64),
+        "decay": ("log", "tree"),
+        "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
+        "num_warps": (1, 2),
+        "num_stages": _STAGES_AHEAD,
+        "maxnreg": (0, 128, 168, 208),
     },
     "reprepare": {
-        "BT": CHUNKS,
         "BK": (32, 64, 128),
-        "BV": (32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3),
-        "maxnreg": (0, 96, 128, 168, 208),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": (1,),
+        "maxnreg": (0, 64, 96, 128),
     },
-    "scan": {
-        "BT": CHUNKS,
-        "BV": (16, 32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3, 4),
+    "sum_decay": {
+        "BK": (32, 64, 128),
+        "num_warps": (1, 2, 4),
+        "num_stages": (1,),
+        "maxnreg": (0,),
     },
-    "rescan": {
-        "BT": CHUNKS,
-        "BV": (16, 32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3, 4),
-    },
-    "reverse_scan": {
-        "BT": CHUNKS,
-        "BV": (16, 32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3, 4),
-    },
+    "scan": _SCAN,
+    "rescan": _SCAN,
+    "reverse_scan": _SCAN,
     "grad_value": {
-        "BT": CHUNKS,
         "BV": (32, 64, 128),
         "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3),
-        "maxnreg": (0, 96, 128, 168, 208),
+        "num_stages": _STAGES_AHEAD,
+        "maxnreg": _REGISTERS,
     },
     "grad_key": {
-        "BT": CHUNKS,
         "BK": (16, 32, 64, 128),
         "BV": (32, 64, 128),
         "num_warps": (1, 2, 4, 8),
-        "num_stages": (1, 2, 3),
-        "maxnreg": (0, 96, 128, 168, 208),
+        "num_stages": _STAGES_AHEAD,
+        "maxnreg": _REGISTERS,
     },
+}
+DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
+    stage: {"BT": CHUNKS, **own} for stage, own in _OWN.items()
 }
 
 
@@ -143,21 +121,36 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         return f"BK={config['BK']} exceeds the key head dim K={problem.K}"
     if "BV" in config and config.size("BV") > problem.V:
         return f"BV={config['BV']} exceeds the value head dim V={problem.V}"
+    return _why_not_tilelang(config, problem) if language_of(config) == "tilelang" else None
+
+
+def language_of(config: Config) -> str:
+    """The language of the kernel that the config asks for."""
+    return str(config.get("language", "triton"))
+
+
+def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
+    if problem.dtype == "fp32":
+        return "the TileLang scans multiply 16-bit operands, but the problem is fp32"
+    if config.size("BV") != 16 * config.size("num_warps") or config.size("num_warps") < 4:
+        return (
+            f"TileLang's warp groups take 64 rows of the state, 16 a warp, but BV={config['BV']} "
+            f"and num_warps={config['num_warps']}"
+        )
     return None
 
 
 # Measured on an H200 at train4k, then kept small enough for GPUs with 99 KB of shared memory: at
 # BT = 64 the scans alone need 114 KB.
 _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
-    "diagonal": {"BK": 32, "vec": 8, "num_warps": 1},
-    "prepare": {"BK": 64, "BV": 64, "num_warps": 2},
-    "prepare_keep": {"BK": 64, "BV": 64, "num_warps": 2},
-    "reprepare": {"BK": 64, "BV": 64, "num_warps": 4},
+    "prepare": {"BK": 32, "num_warps": 1, "decay": "tree"},
+    "reprepare": {"BK": 64, "num_warps": 2},
+    "sum_decay": {"BK": 64, "num_warps": 2},
     "scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4},
-    "grad_key": {"BK": 32, "BV": 64, "num_warps": 2},
+    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2},
 }
 
 
@@ -166,15 +159,17 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
     domain = DOMAINS[stage]
     knobs: dict[str, Knob] = {"BT": BT or 32, "num_stages": 1, **_DEFAULTS[stage]}
     wide = problem.dtype == "fp32"
+    # fp32 products take three passes, and their operands the registers: scans of 32 rows spill 1.7 KB
+    most = 16 if domain.get("language") else 32
     for tile, size in (("BK", problem.K), ("BV", problem.V)):
         if tile in knobs:
-            knobs[tile] = min(int(knobs[tile]), size, 32 if wide else size)
+            knobs[tile] = min(int(knobs[tile]), size, most if wide else size)
     if wide:
         knobs["num_stages"] = 1
-    if "decay" in domain:
-        knobs["decay"] = "log"
     if "solve" in domain:
-        knobs["solve"] = "tf32x3" if wide or "bf16x3" not in domain["solve"] else "bf16x3"
+        knobs["solve"] = "tf32x3"
+    if "language" in domain:
+        knobs["language"] = "triton"
     if "maxnreg" in domain:
         knobs["maxnreg"] = 0
     return Config.of(stage, knobs)

@@ -11,13 +11,12 @@ from typing import Final
 from gdn2gen.build import write_atomically
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
-from gdn2gen.launch import _IN_PLACE as IN_PLACE
 from gdn2gen.launch import _SUMMED as SUMMED
-from gdn2gen.launch import TORCH_DTYPE
+from gdn2gen.launch import TORCH_DTYPE, in_place_of
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.render import _environment as environment
 from gdn2gen.render import render
-from gdn2gen.stages import STAGES, Operand, Stage, has_operand
+from gdn2gen.stages import SEGMENT, STAGES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
@@ -91,6 +90,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         forward=forward,
         backward=backward,
         wrapped=_wrapped,
+        SEGMENT=SEGMENT,
     )
     return text.rstrip() + "\n"
 
@@ -143,8 +143,9 @@ def _steps(problem: Problem, names: tuple[str, ...], kept: set[str]) -> list[Ste
 
 def _allocation(operand: Operand, problem: Problem) -> str:
     """The expression that allocates an output, from its dims: `q.new_empty(NT, HV, BT, K)`."""
-    if operand.name in IN_PLACE:
-        return IN_PLACE[operand.name]
+    reused = in_place_of(operand, problem)
+    if reused is not None:
+        return reused
     dims = operand.dims.split()
     if problem.state_v_first and operand.name in ("final_state", "dh0"):
         dims[-2:] = dims[:-3:-1]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from gdn2gen import build
+from gdn2gen.config import default_config, language_of
+from gdn2gen.knobs import interpreted
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.sequences import chunk_tables, count_chunks
-from gdn2gen.stages import STAGES, Operand
+from gdn2gen.stages import SEGMENT, STAGES, Operand
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
@@ -25,8 +27,6 @@ TORCH_DTYPE = {
     "fp32": torch.float32,
     "int32": torch.int32,
 }
-# grad_value reads its tile of dR before it writes the same tile as dX: one buffer serves both.
-_IN_PLACE = {"dX": "dR"}
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 _SUMMED = ("dA_log", "ddt_bias")
 
@@ -59,6 +59,15 @@ class Call:
     def chunks(self, BT: int) -> int:
         return count_chunks(self.T, self.N, BT, self.packed)
 
+    def segments(self, BT: int) -> tuple[int, int]:
+        """Segments of a sequence, and chunks of a segment.
+
+        Sequences of a packed batch are one segment each: their lengths are not known on the host.
+        """
+        if self.packed:
+            return 1, 2**24
+        return max(1, -(-self.T // (BT * SEGMENT))), SEGMENT
+
     def sizes(self, problem: Problem, BT: int) -> dict[str, int]:
         return {
             "B": self.B,
@@ -69,8 +78,9 @@ class Call:
             "N": self.N,
             "N+1": self.N + 1,
             "NT": self.chunks(BT),
+            "NS": self.segments(BT)[0],
             "BT": BT,
-            "BC": 16,
+            "NB": BT // 16,
             "K": problem.K,
             "V": problem.V,
             "2": 2,
@@ -110,7 +120,11 @@ class Runner:
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         key = (problem, stage_name)
         if key not in self._launchers:
-            module = build.load(render(problem, stage_name, self.recipe.configs[stage_name]))
+            config = self.recipe.configs[stage_name]
+            if interpreted() and language_of(config) != "triton":
+                # Triton's interpreter stands in for a GPU, and interprets nothing else
+                config = default_config(stage_name, problem, BT=config.size("BT"))
+            module = build.load(render(problem, stage_name, config))
             self._launchers[key] = module.launch
         return self._launchers[key]
 
@@ -138,11 +152,11 @@ class Runner:
         with _device_guard(call.device):
             for position, name in enumerate(names):
                 for operand in _contract(name, problem).outputs:
-                    reused = _IN_PLACE.get(operand.name)
+                    reused = in_place_of(operand, problem) if in_place else None
                     alive[operand.name] = (
-                        alive[reused]
-                        if reused is not None and in_place
-                        else empty(operand, problem, sizes, call.device)
+                        empty(operand, problem, sizes, call.device)
+                        if reused is None
+                        else alive[reused]
                     )
                 launch = self._bind(problem, name, call, alive)
                 launch()
@@ -164,8 +178,12 @@ class Runner:
             arguments["n_sequences"] = call.N
         else:
             arguments["n_chunks"] = call.chunks(self.BT)
+        NS, segment = call.segments(self.BT)
         for scalar in stage.scalars:
-            arguments[scalar] = getattr(call, scalar)
+            if scalar not in ("NS", "segment"):
+                arguments[scalar] = getattr(call, scalar)
+        if "NS" in stage.scalars:
+            arguments |= {"NS": NS, "segment": segment}
         if arguments.get("lower_bound", 0.0) is None:
             arguments["lower_bound"] = 0.0
         programs = call.N if per_sequence else call.chunks(self.BT)
@@ -175,6 +193,14 @@ class Runner:
                 launcher(**arguments)
 
         return launch
+
+
+def in_place_of(operand: Operand, problem: Problem) -> str | None:
+    """The buffer that this output takes the place of, if it does.
+
+    A program of grad_key reads its part of G before it writes the same part of dg.
+    """
+    return "G" if operand.name == "dg" and problem.gate_dtype == "fp32" else None
 
 
 def empty(

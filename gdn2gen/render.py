@@ -11,13 +11,13 @@ from functools import cache
 import jinja2
 
 from gdn2gen import knobs
-from gdn2gen.config import Config, why_invalid
+from gdn2gen.config import Config, language_of, why_invalid
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
-from gdn2gen.stages import STAGES, Stage
+from gdn2gen.stages import SEGMENT, STAGES, Stage
 
-LANGUAGES = ("triton",)
+LANGUAGES = ("triton", "tilelang")
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,67 @@ def template_name(stage: Stage, language: str = "triton") -> str:
 
 
 @cache
-def template_digest(stage_name: str, language: str = "triton") -> str:
-    """Digest of the stage's template and of every shared piece of its language."""
+def template_digest(stage_name: str) -> str:
+    """Digest of the stage's templates and of the shared pieces of their languages."""
     stage = STAGES[stage_name]
-    folder = templates_dir() / language
-    files = [templates_dir() / template_name(stage, language), *sorted(folder.glob("_*.jinja"))]
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for language in LANGUAGES:
+        template = templates_dir() / template_name(stage, language)
+        if template.exists():
+            for file in (template, *sorted((templates_dir() / language).glob("_*.jinja"))):
+                name = f"{language}/{file.name}"
+                digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
     """Everything that a template may refer to."""
+    common = {
+        "problem": problem,
+        "stage": stage,
+        "config": config,
+        "operands": [x.name for x in stage.operands(problem)],
+        "digest": template_digest(stage.name),
+        "regenerate": _regenerate_command(problem, stage, config),
+    }
+    if language_of(config) == "tilelang":
+        return common | _tilelang_context(problem, stage)
+    return common | _triton_context(problem, config)
+
+
+def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     levels = []
     size = config.size("BT")
     while size > 1:
         levels.append(size)
         size //= 2
     return {
-        "problem": problem,
-        "stage": stage,
-        "config": config,
-        "operands": [x.name for x in stage.operands(problem)],
         "levels": levels,
         "operand_dtype": _operand_dtype(problem),
         "io_dtype": _TRITON_DTYPE[problem.dtype],
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "solve": _solve_precision(config),
-        "digest": template_digest(stage.name),
-        "regenerate": _regenerate_command(problem, stage, config),
+        # grad_key's scratch for the cumulative decay is then the buffer of dg
+        "shares_dg": problem.gate_dtype == "fp32",
+    }
+
+
+def _tilelang_context(problem: Problem, stage: Stage) -> dict[str, object]:
+    sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
+    tensors = []
+    for operand in stage.operands(problem):
+        dims = [sizes.get(symbol, symbol) for symbol in operand.dims.split()]
+        if problem.state_v_first and dims[-2:] == ["K", "V"]:
+            dims[-2:] = ["V", "K"]
+        tensors.append((operand.name, dims, _TILE_DTYPE[operand.dtype_in(problem)]))
+    symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
+    return {
+        "tensors": tensors,
+        "symbols": [x for x in symbols if x not in ("K", "V", "BT")],
+        "sequences": "(N1 - 1)" if problem.varlen else "B",
+        "tile_dtype": _TILE_DTYPE[problem.dtype],
+        "SEGMENT": SEGMENT,
     }
 
 
@@ -92,7 +122,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     reason = why_invalid(config, problem)
     if reason is not None:
         raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
-    name = template_name(stage)
+    name = template_name(stage, language_of(config))
     try:
         text = _environment().get_template(name).render(context(problem, stage, config))
     except jinja2.TemplateError as error:
@@ -113,6 +143,7 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
 
 
+_TILE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
 _TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 

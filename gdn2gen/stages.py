@@ -5,7 +5,8 @@ Symbols in `dims` (the same as in the templates' glossaries):
     B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
-    BC tokens of a sub-block, 16
+    NB sub-blocks of a chunk, 16 tokens each
+    NS segments of a sequence, SEGMENT chunks each
 
 Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
 """
@@ -18,6 +19,9 @@ from typing import Final
 
 from gdn2gen.errors import DispatchError
 from gdn2gen.problem import Problem
+
+# Chunks of a segment: 32 give train4k 4 segments a head, and cost 64 bytes per token and head kept.
+SEGMENT: Final = 32
 
 DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
 
@@ -114,109 +118,85 @@ _RSTD = (
     Operand("k_rstd", "B T HV", "fp32", "l2norm"),
 )
 _SCORES = (Operand("A", "NT HV BT BT"), Operand("Aqk", "NT HV BT BT"))
-_DIAGONAL = (
-    Operand("A_d", "NT HV BT BC", "fp32"),
-    Operand("Aqk_d", "NT HV BT BC", "fp32"),
-)
 _FACTORS = (
     Operand("Qg", "NT HV BT K"),
+    Operand("E", "NT HV BT K"),
     Operand("Ktail", "NT HV BT K"),
-    Operand("Y", "NT HV BT K"),
-    Operand("U", "NT HV BT V"),
     Operand("gamma_C", "NT HV K", "fp32"),
 )
-_G = Operand("G", "NT HV BT K", "fp32")
+_G = Operand("G", "B T HV K", "fp32")
 _H = Operand("h", "NT HV V K")
+_DH = Operand("dh", "NT HV V K")
 _R = Operand("R", "NT HV BT V")
+_S_SEG = Operand("S_seg", "N HV NS V K", "fp32")
+_DX = Operand("dX", "NT HV BT V")
+_DO = Operand("do", "B T HV V")
+_SCORE_GRADS = (Operand("dT", "NT HV BT BT"), Operand("dAqk", "NT HV BT BT"))
+_DOTS = (
+    Operand("q_dot", "B T HV", "fp32", "l2norm"),
+    Operand("k_dot", "B T HV", "fp32", "l2norm"),
+)
 _INITIAL = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
-_CHUNKED = ("T", "H", "HV", "HG")
+_CHUNKED = ("scale", "lower_bound", "T", "H", "HV", "HG")
 
 STAGES: Final = {
     stage.name: stage
     for stage in (
         Stage(
-            "diagonal",
-            "diagonal",
+            "prepare",
+            "prepare",
             (*_QKGB, *_GATE, *_VARLEN),
-            (*_RSTD, *_DIAGONAL),
-            ("scale", "lower_bound", *_CHUNKED),
-        ),
-        Stage(
-            "prepare",
-            "prepare",
-            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, *_DIAGONAL),
-            (*_SCORES, *_FACTORS),
-            ("scale", "lower_bound", *_CHUNKED),
-        ),
-        Stage(
-            "prepare_keep",
-            "prepare",
-            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, *_DIAGONAL),
-            (*_SCORES, _G, *_FACTORS),
-            ("scale", "lower_bound", *_CHUNKED),
+            (*_RSTD, *_SCORES, *_FACTORS, Operand("gamma_B", "NT HV NB K", "fp32")),
+            _CHUNKED,
         ),
         Stage(
             "reprepare",
-            "prepare",
-            (*_QKGB, *_VW, *_GATE, *_VARLEN, *_RSTD, _SCORES[0]),
+            "reprepare",
+            (*_QKGB, *_GATE, *_VARLEN, *_RSTD),
             (_G, *_FACTORS),
-            ("scale", "lower_bound", *_CHUNKED),
+            _CHUNKED,
         ),
+        Stage("sum_decay", "reprepare", (_QKGB[2], *_GATE, *_VARLEN), (_G,), _CHUNKED),
         Stage(
             "scan",
             "scan",
-            (*_FACTORS, _SCORES[1], *_INITIAL, *_SEQUENCES),
+            (*_VW, *_FACTORS, *_SCORES, *_INITIAL, *_SEQUENCES),
             (
                 Operand("o", "B T HV V"),
+                _S_SEG,
                 Operand("final_state", "N HV K V", "fp32", "final_state"),
             ),
-            ("T", "HV"),
+            ("T", "HV", "NS", "segment"),
         ),
         Stage(
             "rescan",
             "scan",
-            (*_FACTORS[1:], *_INITIAL, *_SEQUENCES),
+            (*_VW, *_FACTORS[1:], _SCORES[0], _S_SEG, *_SEQUENCES),
             (_H, _R),
-            ("T", "HV"),
+            ("T", "HV", "NS", "segment"),
         ),
         Stage(
             "reverse_scan",
             "reverse_scan",
             (
-                *_FACTORS[:3],
-                _FACTORS[4],
-                _SCORES[1],
-                Operand("do", "B T HV V"),
+                *_FACTORS,
+                *_SCORES,
+                _DO,
                 Operand("dht", "N HV K V", "fp32", "final_state"),
                 *_SEQUENCES,
             ),
-            (
-                Operand("dh", "NT HV V K"),
-                Operand("dR", "NT HV BT V"),
-                Operand("dh0", "N HV K V", "fp32", "initial_state"),
-            ),
+            (_DH, _DX, Operand("dh0", "N HV K V", "fp32", "initial_state")),
             ("T", "HV"),
         ),
         Stage(
             "grad_value",
             "grad_value",
+            (*_VW, _R, _DX, _DO, Operand("o", "B T HV V", when="l2norm"), *_VARLEN),
             (
-                *_VW,
-                _SCORES[0],
-                _R,
-                Operand("dR", "NT HV BT V"),
-                Operand("do", "B T HV V"),
-                Operand("o", "B T HV V", when="l2norm"),
-                *_VARLEN,
-            ),
-            (
-                Operand("dX", "NT HV BT V"),
-                Operand("dT", "NT HV BT BT"),
-                Operand("dAqk", "NT HV BT BT"),
+                *_SCORE_GRADS,
                 Operand("dv", "B T HV V"),
                 Operand("dw", "B T HV V"),
-                Operand("q_dot", "B T HV", "fp32", "l2norm"),
-                Operand("k_dot", "B T HV", "fp32", "l2norm"),
+                *_DOTS,
             ),
             ("T", "HV"),
         ),
@@ -230,13 +210,11 @@ STAGES: Final = {
                 _G,
                 _H,
                 _R,
-                Operand("dh", "NT HV V K"),
-                Operand("dX", "NT HV BT V"),
-                Operand("dT", "NT HV BT BT"),
-                Operand("dAqk", "NT HV BT BT"),
-                Operand("do", "B T HV V"),
-                Operand("q_dot", "B T HV", "fp32", "l2norm"),
-                Operand("k_dot", "B T HV", "fp32", "l2norm"),
+                _DH,
+                _DX,
+                *_SCORE_GRADS,
+                _DO,
+                *_DOTS,
                 *_VARLEN,
             ),
             (
@@ -247,28 +225,24 @@ STAGES: Final = {
                 Operand("dA_log", "NT HV K", "fp32", "A_log"),
                 Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
             ),
-            ("scale", "lower_bound", *_CHUNKED),
+            _CHUNKED,
         ),
     )
 }
 
-_GRADIENTS = ("reverse_scan", "grad_value", "grad_key")
+_FORWARD = ("prepare", "scan")
+_BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
 PLANS: Final = {
     plan.name: plan
     for plan in (
-        # 256 bytes per token and head kept (16 bits, BT = 64): triangular work is not redone.
-        Plan(
-            "lean",
-            ("diagonal", "prepare", "scan"),
-            ("reprepare", "rescan", *_GRADIENTS),
-            ("A", "Aqk"),
-        ),
-        # 1024 bytes more: the factors stay, and only the scan is redone.
+        # 128 bytes per token and head kept (16 bits, BT = 32): triangular work is not redone.
+        Plan("lean", _FORWARD, ("reprepare", *_BACKWARD), ("A", "Aqk", "S_seg")),
+        # 784 bytes more: the factors stay, and only the scan is redone.
         Plan(
             "fast",
-            ("diagonal", "prepare_keep", "scan"),
-            ("rescan", *_GRADIENTS),
-            ("A", "Aqk", "G", "Qg", "Ktail", "Y", "U", "gamma_C"),
+            _FORWARD,
+            ("sum_decay", *_BACKWARD),
+            ("A", "Aqk", "S_seg", "Qg", "E", "Ktail", "gamma_C"),
         ),
     )
 }

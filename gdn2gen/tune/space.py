@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.build import Resources
-from gdn2gen.config import CHUNKS, DOMAINS, SHARED_KNOBS, Config, Knob, why_invalid
+from gdn2gen.config import CHUNKS, DOMAINS, SHARED_KNOBS, Config, Knob, language_of, why_invalid
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.stages import DTYPE_BYTES
@@ -32,6 +32,8 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     reason = why_invalid(config, problem)
     if reason is not None:
         return reason
+    if language_of(config) == "tilelang" and device.arch != "sm_90":
+        return f"the TileLang scans are for sm_90 (TMA, wgmma), and {device.name} is {device.arch}"
     least = least_shared_bytes(config, problem)
     if least > device.shared_bytes:
         return (
@@ -51,9 +53,8 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
         return 0
     BT, BV, K = config.size("BT"), config.size("BV"), problem.K
     wide = {"scan": 3, "rescan": 2, "reverse_scan": 3}[config.stage]
-    elements = wide * BT * K
-    if config.stage != "rescan":
-        elements += BT * BT
+    scores = 1 if config.stage == "rescan" else 2
+    elements = wide * BT * K + scores * BT * BT
     if config.stage == "reverse_scan":
         elements += BT * BV
     return (config.size("num_stages") - 1) * elements * DTYPE_BYTES[problem.dtype]

@@ -16,7 +16,7 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
     h, dh     [NT, HV, V, K]       state at each chunk's start, gradient of it at its end
     R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
-    G         [NT, HV, BT, K] fp32 cumulative decay in log2
+    G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
     do        [B, T, HV, V]        gradient of o
     dq, dk, dg, db  [B, T, HV, K]  per value head
     q_rstd, k_rstd, q_dot, k_dot  [B, T, HV] fp32   1 / norm; <q, dq>, <k, dk>
@@ -24,7 +24,7 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=32 BT=32 BV=32 maxnreg=128 num_stages=1 num_warps=2
-Template digest f53de0e2e209955d; made by
+Template digest fe212d307ce4e4c1; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=32,BT=32,BV=32,maxnreg=128,num_stages=1,num_warps=2
@@ -37,6 +37,23 @@ import triton.language as tl
 K, V = 64, 32
 BT, BK, BV = 32, 32, 32
 LEVELS = tl.constexpr(5)  # log2(BT)
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log(1 + y), y = exp(-|x|), with every digit where x < -10.
+
+    log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3, by its series: 1e-8 after seven terms.
+    """
+    y = tl.exp(-tl.abs(x))
+    z = y / (2.0 + y)
+    s = z * z
+    series = 1.0 / 9.0 + s * (1.0 / 11.0 + s * (1.0 / 13.0))
+    series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * (1.0 / 7.0 + s * series)))
+    return tl.maximum(x, 0.0) + 2.0 * z * series
 
 
 @triton.jit
@@ -50,7 +67,7 @@ def meet_at(i_level, i, j):
 
 
 @triton.jit
-def middle_factor(p_G, b_G, i_level, o_t, o_k, K: tl.constexpr):
+def middle_factor(p_G, b_G, i_level, o_t, n_rows, stride):
     """Decay between each token and the middle of its block of 2 << i_level tokens; at most 1.
 
     Tokens of the upper half are rows: exp2(G_i - G_m). Tokens of the lower half are columns:
@@ -59,7 +76,8 @@ def middle_factor(p_G, b_G, i_level, o_t, o_k, K: tl.constexpr):
     """
     half = 1 << i_level
     o_m = (o_t & -(2 * half)) + half - 1
-    b_m = tl.load(p_G + o_m[:, None] * K + o_k[None, :])
+    # rows past the last token would hold what the last one holds
+    b_m = tl.load(p_G + tl.minimum(o_m, n_rows - 1)[:, None] * stride)
     return tl.exp2(tl.where((o_t & half != 0)[:, None], b_G - b_m, b_m - b_G))
 
 
@@ -122,6 +140,7 @@ def grad_key_kernel(
     g += (i_start * HG + i_hg) * K
     b += (i_start * HG + i_hg) * K
     do += (i_start * HV + i_h) * V
+    G += (i_start * HV + i_h) * K
     dq += (i_start * HV + i_h) * K
     dk += (i_start * HV + i_h) * K
     dg += (i_start * HV + i_h) * K
@@ -130,7 +149,6 @@ def grad_key_kernel(
     dX += i_tile * BT * V
     dT += i_tile * BT * BT
     dAqk += i_tile * BT * BT
-    G += i_tile * BT * K
     h += i_tile * K * V
     dh += i_tile * K * V
     p_norm = (i_start + o_t) * HV + i_h
@@ -155,8 +173,9 @@ def grad_key_kernel(
 
     p_q = o_t[:, None] * (H * K) + o_k[None, :]
     p_g = o_t[:, None] * (HG * K) + o_k[None, :]
-    b_G = tl.load(G + o_t[:, None] * K + o_k[None, :])
-    b_G_C = tl.load(G + (BT - 1) * K + o_k)
+    p_G = G + o_k[None, :]
+    b_G = tl.load(p_G + tl.minimum(o_t, n_rows - 1)[:, None] * (HV * K))
+    b_G_C = tl.load(G + (n_rows - 1) * (HV * K) + o_k)
     b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
     b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
     b_k_rstd = tl.load(k_rstd + p_norm, mask=m_t, other=0.0)
@@ -181,7 +200,7 @@ def grad_key_kernel(
     b_dAqk = tl.load(dAqk + p_score)
     b_dT = tl.load(dT + p_score)
     for i_level in range(LEVELS):
-        b_f = middle_factor(G, b_G, i_level, o_t, o_k, K)
+        b_f = middle_factor(p_G, b_G, i_level, o_t, n_rows, HV * K)
         b_column = (b_k * b_f).to(tl.float16)
         m_pairs = meet_at(i_level, o_t[:, None], o_t[None, :])
         b_pairs = tl.where(m_pairs, b_dAqk, 0.0)
@@ -225,8 +244,7 @@ def grad_key_kernel(
     b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
     b_x = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
     b_x += tl.load(dt_bias + i_hg * K + o_k)[None, :]
-    b_softplus = tl.where(b_x > 20.0, b_x, tl.log(1.0 + tl.exp(tl.minimum(b_x, 20.0))))
-    b_dA = tl.where(m_tk, -b_dg * b_rate * b_softplus, 0.0)
+    b_dA = tl.where(m_tk, -b_dg * b_rate * softplus(b_x), 0.0)
     b_dg *= -b_rate / (1.0 + tl.exp(-b_x))
     tl.store(dA_log + i_tile * K + o_k, tl.sum(b_dA, 0))
     tl.store(ddt_bias + i_tile * K + o_k, tl.sum(tl.where(m_tk, b_dg, 0.0), 0))

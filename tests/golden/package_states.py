@@ -10,10 +10,11 @@ Sizes, as the buffers below are given:
     B batch          T tokens of a sequence
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+    NS segments of a sequence, `segment` chunks each
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Plan:    lean
-    forward   diagonal, prepare, scan
+    forward   prepare, scan
     backward  reprepare, rescan, reverse_scan, grad_value, grad_key
 
 Each stage is a module beside this one, which says what it computes and with which config. All were
@@ -27,7 +28,6 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from . import (
-    diagonal,
     grad_key,
     grad_value,
     prepare,
@@ -40,7 +40,7 @@ from . import (
 __all__ = ["chunk_gdn2"]
 
 K, V = 64, 128
-BT, BC = 32, 16  # tokens of a chunk, and of a sub-block within it
+BT, NB = 32, 2  # tokens of a chunk, sub-blocks of 16 tokens in it
 DTYPE, GATE_DTYPE = torch.float32, torch.float32
 
 
@@ -123,43 +123,36 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
-
-            # diagonal
-            q_rstd = q.new_empty(B, T, HV)
-            k_rstd = q.new_empty(B, T, HV)
-            A_d = q.new_empty(NT, HV, BT, BC)
-            Aqk_d = q.new_empty(NT, HV, BT, BC)
-            if NT > 0:
-                diagonal.launch(
-                    q, k, g, b, q_rstd, k_rstd, A_d, Aqk_d, n_chunks=NT, scale=scale,
-                    lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
-                )
+            NS, segment = max(1, triton.cdiv(T, BT * 32)), 32
 
             # prepare
+            q_rstd = q.new_empty(B, T, HV)
+            k_rstd = q.new_empty(B, T, HV)
             A = q.new_empty(NT, HV, BT, BT)
             Aqk = q.new_empty(NT, HV, BT, BT)
             Qg = q.new_empty(NT, HV, BT, K)
+            E = q.new_empty(NT, HV, BT, K)
             Ktail = q.new_empty(NT, HV, BT, K)
-            Y = q.new_empty(NT, HV, BT, K)
-            U = q.new_empty(NT, HV, BT, V)
             gamma_C = q.new_empty(NT, HV, K)
+            gamma_B = q.new_empty(NT, HV, NB, K)
             if NT > 0:
                 prepare.launch(
-                    q, k, g, b, v, w, q_rstd, k_rstd, A_d, Aqk_d, A, Aqk, Qg, Ktail, Y, U, gamma_C,
+                    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B,
                     n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
                 )
-            del A_d, Aqk_d
+            del gamma_B
 
             # scan
             o = q.new_empty(B, T, HV, V)
+            S_seg = q.new_empty(N, HV, NS, V, K)
             final_state = q.new_empty(N, HV, K, V)
             scan.launch(
-                Qg, Ktail, Y, U, gamma_C, Aqk, initial_state, o, final_state, n_sequences=N, T=T,
-                HV=HV,
+                v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state,
+                n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
         ctx.save_for_backward(
-            q, k, v, g, b, w, initial_state, q_rstd, k_rstd, A, Aqk, o,
+            q, k, v, g, b, w, q_rstd, k_rstd, A, Aqk, o, S_seg,
         )
         ctx.scale = scale
         return o, final_state
@@ -168,7 +161,7 @@ class _ChunkGDN2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dht):
         (
-            q, k, v, g, b, w, initial_state, q_rstd, k_rstd, A, Aqk, o,
+            q, k, v, g, b, w, q_rstd, k_rstd, A, Aqk, o, S_seg,
         ) = ctx.saved_tensors
         scale = ctx.scale
         do, dht = do.contiguous(), dht.contiguous()
@@ -177,39 +170,38 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
+            NS, segment = max(1, triton.cdiv(T, BT * 32)), 32
 
             # reprepare
-            G = q.new_empty(NT, HV, BT, K)
+            G = q.new_empty(B, T, HV, K)
             Qg = q.new_empty(NT, HV, BT, K)
+            E = q.new_empty(NT, HV, BT, K)
             Ktail = q.new_empty(NT, HV, BT, K)
-            Y = q.new_empty(NT, HV, BT, K)
-            U = q.new_empty(NT, HV, BT, V)
             gamma_C = q.new_empty(NT, HV, K)
             if NT > 0:
                 reprepare.launch(
-                    q, k, g, b, v, w, q_rstd, k_rstd, A, G, Qg, Ktail, Y, U, gamma_C, n_chunks=NT,
-                    scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                    q, k, g, b, q_rstd, k_rstd, G, Qg, E, Ktail, gamma_C, n_chunks=NT, scale=scale,
+                    lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
                 )
 
             # rescan
             h = q.new_empty(NT, HV, V, K)
             R = q.new_empty(NT, HV, BT, V)
             rescan.launch(
-                Ktail, Y, U, gamma_C, initial_state, h, R, n_sequences=N, T=T, HV=HV,
+                v, w, E, Ktail, gamma_C, A, S_seg, h, R, n_sequences=N, T=T, HV=HV, NS=NS,
+                segment=segment,
             )
-            del U
 
             # reverse_scan
             dh = q.new_empty(NT, HV, V, K)
-            dR = q.new_empty(NT, HV, BT, V)
+            dX = q.new_empty(NT, HV, BT, V)
             dh0 = q.new_empty(N, HV, K, V)
             reverse_scan.launch(
-                Qg, Ktail, Y, gamma_C, Aqk, do, dht, dh, dR, dh0, n_sequences=N, T=T, HV=HV,
+                Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dh0, n_sequences=N, T=T, HV=HV,
             )
-            del Qg, Ktail, Y, gamma_C
+            del Qg, E, Ktail, gamma_C
 
             # grad_value
-            dX = dR  # each tile is read before it is written
             dT = q.new_empty(NT, HV, BT, BT)
             dAqk = q.new_empty(NT, HV, BT, BT)
             dv = q.new_empty(B, T, HV, V)
@@ -218,15 +210,13 @@ class _ChunkGDN2(torch.autograd.Function):
             k_dot = q.new_empty(B, T, HV)
             if NT > 0:
                 grad_value.launch(
-                    v, w, A, R, dR, do, o, dX, dT, dAqk, dv, dw, q_dot, k_dot, n_chunks=NT, T=T,
-                    HV=HV,
+                    v, w, R, dX, do, o, dT, dAqk, dv, dw, q_dot, k_dot, n_chunks=NT, T=T, HV=HV,
                 )
-            del dR
 
             # grad_key
             dq = q.new_empty(B, T, HV, K)
             dk = q.new_empty(B, T, HV, K)
-            dg = q.new_empty(B, T, HV, K)
+            dg = G  # each part of G is read before dg is written there
             db = q.new_empty(B, T, HV, K)
             if NT > 0:
                 grad_key.launch(

@@ -1,26 +1,30 @@
 """Scan the chunks of a sequence in order.
 
 One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
-that it is the left operand of every product and never leaves the registers.
+that it is the left operand of every product and never leaves the registers. At the start of every
+segment of chunks it is written out, for the backward to start from.
 
-    R^T = U^T + S^T Y^T        O^T = S^T Qg^T + R^T Aqk^T
+    X^T = (w v)^T - S^T E^T        R^T = X^T A^T
+    O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
+    v, w          [B, T, HV, V]     values, write gate
     Qg            [NT, HV, BT, K]   decayed, scaled queries
-    Ktail, Y      [NT, HV, BT, K]   keys decayed to the chunk's end; minus the erasing factor
-    U             [NT, HV, BT, V]   written values, solved
+    E, Ktail      [NT, HV, BT, K]   erasing keys from the chunk's start, keys to its end
+    A             [NT, HV, BT, BT]  triangular inverse
     gamma_C       [NT, HV, K] fp32  decay of a whole chunk
     Aqk           [NT, HV, BT, BT]  decayed scores
     o             [B, T, HV, V]
+    S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
     initial_state [N, HV, K, V] fp32
     final_state   [N, HV, K, V] fp32
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
-Config:  BT=16 BV=32 num_stages=1 num_warps=4
-Template digest a4f24d19ca28879b; made by
+Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4
+Template digest 58a14579e7d74433; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
-      BT=16,BV=32,num_stages=1,num_warps=4
+      BT=16,BV=16,language=triton,num_stages=1,num_warps=4
 """
 
 import triton
@@ -28,22 +32,27 @@ import triton.language as tl
 
 
 K, V = 64, 128
-BT, BV = 16, 32
+BT, BV = 16, 16
 
 
-@triton.jit(do_not_specialize=["T", "HV"])
+@triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
 def scan_kernel(
+    v,
+    w,
     Qg,
+    E,
     Ktail,
-    Y,
-    U,
     gamma_C,
+    A,
     Aqk,
     initial_state,
     o,
+    S_seg,
     final_state,
     T,
     HV,
+    NS,
+    segment,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -60,46 +69,54 @@ def scan_kernel(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
+    p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
     p_state = i_nh.to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
     b_S = tl.load(initial_state + p_state)
 
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
-    p_u = o_t[None, :] * V + o_v[:, None]
     i_tile = i_first.to(tl.int64) * HV + i_h
-    n_next = tl.minimum(n_chunks, 1)
-    b_U_next = tl.load(U + i_tile * BT * V + p_u, mask=(o_v < V * n_next)[:, None], other=0.0)
-    b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_next, other=0.0)
-    for i_t in range(n_chunks):
-        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
-        p_k = o_t[:, None] * K + o_k[None, :]
-        b_U, b_gamma = b_U_next, b_gamma_next
-        i_next = i_tile + HV
-        n_next = tl.minimum(n_chunks - 1 - i_t, 1)
-        b_U_next = tl.load(U + i_next * BT * V + p_u, mask=(o_v < V * n_next)[:, None], other=0.0)
-        b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
-        b_Sd = b_S.to(tl.float32)
-        b_Y = tl.load(Y + i_tile * BT * K + p_k)
-        b_R = tl.dot(b_Sd, tl.trans(b_Y), b_U.to(tl.float32), input_precision="tf32x3")
-        b_Rd = b_R.to(tl.float32)
-        b_Qg = tl.load(Qg + i_tile * BT * K + p_k)
-        b_o = tl.dot(b_Sd, tl.trans(b_Qg), input_precision="tf32x3")
-        b_Aqk = tl.load(Aqk + i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :])
-        b_o = tl.dot(b_Rd, tl.trans(b_Aqk), b_o, input_precision="tf32x3")
-        i_row = i_t * BT + o_t
-        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-        tl.store(o + p_o, b_o.to(tl.float32), mask=(i_row < n_tokens)[None, :])
-        b_S *= b_gamma[None, :]
-        b_S = tl.dot(b_Rd, tl.load(Ktail + i_tile * BT * K + p_k), b_S, input_precision="tf32x3")
+    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
+    m_v = (o_t < n_tokens)[None, :]
+    b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
+    b_w_next = tl.load(w + p_v, mask=m_v, other=0.0)
+    b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_chunks, other=0.0)
+    for i_s in range(NS):
+        tl.store(S_seg + p_kept + i_s * K * V, b_S)
+        for i_t in range(i_s * segment, tl.minimum(n_chunks, (i_s + 1) * segment)):
+            i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+            p_k = o_t[:, None] * K + o_k[None, :]
+            p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+            b_v, b_w, b_gamma = b_v_next, b_w_next, b_gamma_next
+            i_row = i_t * BT + o_t
+            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+            p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
+            m_v = (i_row + BT < n_tokens)[None, :]
+            b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
+            b_w_next = tl.load(w + p_v, mask=m_v, other=0.0)
+            m_gamma = o_k < K * (n_chunks - 1 - i_t)
+            b_gamma_next = tl.load(gamma_C + (i_tile + HV) * K + o_k, mask=m_gamma, other=0.0)
+            # stores come after the products that they would delay
+            b_Sd = b_S.to(tl.float32)
+            b_ES = tl.dot(b_Sd, tl.trans(tl.load(E + i_tile * BT * K + p_k)), input_precision="tf32x3")
+            b_o = tl.dot(b_Sd, tl.trans(tl.load(Qg + i_tile * BT * K + p_k)), input_precision="tf32x3")
+            b_S *= b_gamma[None, :]
+            b_X = (b_v.to(tl.float32) * b_w.to(tl.float32) - b_ES).to(tl.float32)
+            b_R = tl.dot(b_X, tl.trans(tl.load(A + p_score)), input_precision="tf32x3").to(tl.float32)
+            b_S = tl.dot(b_R, tl.load(Ktail + i_tile * BT * K + p_k), b_S, input_precision="tf32x3")
+            b_o = tl.dot(b_R, tl.trans(tl.load(Aqk + p_score)), b_o, input_precision="tf32x3")
+            tl.store(o + p_o, b_o.to(tl.float32), mask=(i_row < n_tokens)[None, :])
 
     tl.store(final_state + p_state, b_S)
 
 
 def launch(
-    Qg, Ktail, Y, U, gamma_C, Aqk, initial_state, o, final_state, *, n_sequences, T, HV
+    v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, *, n_sequences,
+    T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     scan_kernel[(n_sequences * HV * (V // BV),)](
-        Qg, Ktail, Y, U, gamma_C, Aqk, initial_state, o, final_state, T, HV,
+        v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, T, HV, NS,
+        segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=1,
     )

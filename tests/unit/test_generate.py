@@ -260,7 +260,7 @@ def test_the_command_writes_a_package_and_the_package_names_it(
     given += " --shape 1x4096x8 --target sm_80 --level fast"
     assert cli.main([*given.split(), "--out", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
-    assert "prepare_keep.py" in shown
+    assert "sum_decay.py" in shown
     assert "need torch and triton but not gdn2gen" in shown
     source = (tmp_path / "a/__init__.py").read_text()
     (command,) = re.findall(r"made by\n    gdn2gen (generate (?:.*\\\n)*.*)", source)

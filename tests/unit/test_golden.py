@@ -10,12 +10,12 @@ import pytest
 from jinja2 import meta, nodes
 
 from gdn2gen import build
-from gdn2gen.config import default_config
+from gdn2gen.config import DOMAINS, Config, default_config
 from gdn2gen.dispatch import default_recipe
 from gdn2gen.generate import package_source
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import Problem
-from gdn2gen.render import context, render
+from gdn2gen.render import LANGUAGES, context, render, template_name
 from gdn2gen.stages import STAGES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -35,14 +35,19 @@ def _grad_key() -> str:
     return render(_PACKED, "grad_key", config).source
 
 
-def _diagonal() -> str:
+def _prepare_sigmoid_log() -> str:
     problem = Problem(K=64, V=64, gate="sigmoid", gate_dtype="bf16", l2norm=False)
-    config = default_config("diagonal", problem).replace(decay="tree")
-    return render(problem, "diagonal", config).source
+    config = default_config("prepare", problem, BT=16).replace(decay="log")
+    return render(problem, "prepare", config).source
 
 
 def _scan() -> str:
     return render(_STATES, "scan", default_config("scan", _STATES, BT=16)).source
+
+
+def _reverse_scan_tilelang() -> str:
+    problem = Problem(varlen=True, initial_state=True, final_state=True)
+    return render(problem, "reverse_scan", _config("reverse_scan", "tilelang")).source
 
 
 def _package() -> str:
@@ -52,8 +57,9 @@ def _package() -> str:
 OUTPUTS: Final = {
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
-    "diagonal_sigmoid_tree.py": _diagonal,
+    "prepare_sigmoid_log.py": _prepare_sigmoid_log,
     "scan_states.py": _scan,
+    "reverse_scan_tilelang.py": _reverse_scan_tilelang,
     "package_states.py": _package,
 }
 
@@ -96,23 +102,36 @@ def _wanted(template: str) -> set[str]:
     return wanted
 
 
-def _given(stage: str) -> set[str]:
-    problem = Problem()
-    return {*context(problem, STAGES[stage], default_config(stage, problem))}
+def _config(stage: str, language: str) -> Config:
+    config = default_config(stage, Problem())
+    return config if language == "triton" else config.replace(language=language)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_templates_ask_only_for_what_they_are_given(stage: str) -> None:
-    unknown = _wanted(f"triton/{STAGES[stage].template}.py.jinja") - _given(stage)
+def _given(stage: str, language: str) -> set[str]:
+    return {*context(Problem(), STAGES[stage], _config(stage, language))}
+
+
+def _stages_in(language: str) -> list[str]:
+    return [x for x in STAGES if language in DOMAINS[x].get("language", ("triton",))]
+
+
+KERNELS: Final = [(language, stage) for language in LANGUAGES for stage in _stages_in(language)]
+
+
+@pytest.mark.parametrize(("language", "stage"), KERNELS)
+def test_templates_ask_only_for_what_they_are_given(language: str, stage: str) -> None:
+    unknown = _wanted(template_name(STAGES[stage], language)) - _given(stage, language)
     assert not unknown, f"render.context gives no {sorted(unknown)}"
 
 
-def test_every_name_that_is_given_is_used() -> None:
-    wanted = {x for stage in STAGES.values() for x in _wanted(f"triton/{stage.template}.py.jinja")}
-    given = {x for stage in STAGES for x in _given(stage)}
-    assert wanted == given
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_name_that_is_given_is_used(language: str) -> None:
+    stages = _stages_in(language)
+    wanted = {x for s in stages for x in _wanted(template_name(STAGES[s], language))}
+    assert wanted == {x for s in stages for x in _given(s, language)}
 
 
-def test_every_template_belongs_to_a_stage() -> None:
-    found = {path.name for path in (templates_dir() / "triton").glob("*.py.jinja")}
-    assert found == {f"{stage.template}.py.jinja" for stage in STAGES.values()}
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_template_belongs_to_a_stage(language: str) -> None:
+    found = {path.name for path in (templates_dir() / language).glob("*.py.jinja")}
+    assert found == {f"{STAGES[s].template}.py.jinja" for s in _stages_in(language)}

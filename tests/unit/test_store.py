@@ -116,7 +116,7 @@ def test_bytes_are_stable_sorted_and_readable(tmp_path):
     ]
     assert '      "regime": {"tokens": 1024, "sequences": 4, "heads": 16},\n' in text
     assert '"measured": {"forward_ms": 0.75, "forward_backward_ms": 2.5, "default_ms"' in text
-    assert '        "prepare": {"BK": 64, "BT": 32,' in text
+    assert '        "prepare": {"BK": 32, "BT": 32,' in text
 
 
 def test_no_entries(tmp_path):
@@ -327,7 +327,7 @@ def test_an_entry_that_cannot_be_used_is_skipped_and_kept(tmp_path, place, value
 def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.json"
     write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
-    path.write_text(path.read_text().replace('"prepare": {"BK": 64', '"prepare": {"BK": 65'))
+    path.write_text(path.read_text().replace('"prepare": {"BK": 32', '"prepare": {"BK": 33'))
     assert load_tuned(path).unread
     merge_entries(path, METADATA, [make_entry(1024, ms=9.0)])
     assert load_tuned(path) == TunedFile(METADATA, (make_entry(1024, ms=9.0),))

@@ -1,0 +1,209 @@
+"""Score the pairs of a chunk, invert, and make the decayed factors for the scan.
+
+One program of one warp per chunk and value head: small programs hide each other's latency.
+
+    T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
+    Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
+    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
+                                                         gamma = exp(cumulative decay)
+
+gamma is never divided by: a pair (i, j) meets in the middle m of the smallest dyadic block that
+holds both, as exp(G_i - G_m) exp(G_m - G_j), both factors at most 1. Every token keeps the decay
+from the start of its block (prefix) and to its end (suffix) while blocks double.
+
+    q, k      [B, T, H, K]         queries, keys
+    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
+    A, Aqk    [NT, HV, BT, BT]
+    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
+
+Problem: gdn2 K=64 V=64 bf16, g bf16, sigmoid gate
+Config:  BK=32 BT=16 decay=log maxnreg=0 num_stages=1 num_warps=1 solve=tf32x3
+Template digest cf139f81dba377bf; made by
+    gdn2gen generate --op gdn2 --head-dim 64,64 --dtype bf16 --gate-dtype bf16 --gate sigmoid \
+      --no-l2norm --with= --stage prepare --config \
+      BK=32,BT=16,decay=log,maxnreg=0,num_stages=1,num_warps=1,solve=tf32x3
+"""
+
+import triton
+import triton.language as tl
+
+
+K = 64
+BT, BC, BK = 16, 16, 32
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+
+@triton.jit
+def meet_at(i_level, i, j):
+    """Whether row i is in the upper and column j in the lower half of a block of 2 << i_level.
+
+    Halves are numbered, the upper ones odd: one comparison a pair, the rest per row or column.
+    """
+    i_half = i >> i_level
+    return tl.where(i_half % 2 == 1, i_half - 1, -1) == (j >> i_level)
+
+
+@triton.jit
+def swap_halves(x, S: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """Exchange the halves of every block of 2 * S rows of [R, BK], bit for bit."""
+    y = tl.reshape(x.to(tl.int32, bitcast=True), (R // (2 * S), 2, S, BK))
+    y = y ^ tl.xor_sum(y, 1, keep_dims=True)
+    return tl.reshape(y, (R, BK)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def double_blocks(b_prefix, b_suffix, S: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """Decay from the start (inclusive) and to the end (exclusive) of each token's block.
+
+    From blocks of S rows to blocks of 2 * S. Prefix and suffix of a token add up to its whole block,
+    so that the other half's decay is one exchange away.
+    """
+    m_upper = (tl.arange(0, R) // S % 2 == 1)[:, None]
+    b_other = swap_halves(b_prefix + b_suffix, S, R, BK)
+    return b_prefix + tl.where(m_upper, b_other, 0.0), b_suffix + tl.where(m_upper, 0.0, b_other)
+
+
+@triton.jit
+def in_mma_order(x, R: tl.constexpr, BK: tl.constexpr):
+    """Reorder the channels of [R, BK], which a sum over channels does not notice.
+
+    A thread that loads 8 neighbouring channels holds, in this order, just what the tensor cores
+    want of it as an operand: nothing moves between threads.
+    """
+    y = tl.reshape(x, (R, BK // 32, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(y, (0, 1, 3, 4, 2, 5)), (R, BK))
+
+
+@triton.jit
+def invert(b_T, BC: tl.constexpr):
+    """(I + T)^-1 by merging inverted diagonal blocks: X <- X - X L X, L the part below them."""
+    o_c = tl.arange(0, BC)
+    b_X = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
+    b_X -= tl.where(meet_at(0, o_c[:, None], o_c[None, :]), b_T, 0.0)
+    for i_level in tl.static_range(1, 4):
+        b_L = tl.where(meet_at(i_level, o_c[:, None], o_c[None, :]), b_T, 0.0)
+        b_XL = tl.dot(b_X, b_L, input_precision="tf32x3")
+        b_X -= tl.dot(b_XL, b_X, input_precision="tf32x3")
+    return b_X
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG"])
+def prepare_kernel(
+    q,
+    k,
+    g,
+    b,
+    A,
+    Aqk,
+    Qg,
+    E,
+    Ktail,
+    gamma_C,
+    gamma_B,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
+    n_chunks = tl.cdiv(T, BT)
+    i_t = (i_c % n_chunks) * BT
+    i_start = (i_c // n_chunks).to(tl.int64) * T + i_t
+    n_rows = tl.minimum(T - i_t, BT)
+
+    i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+    i_tile = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, BC)
+    # the program's own rows and tiles; offsets from here on fit 32 bits
+    q += (i_start * H + i_hq) * K
+    k += (i_start * H + i_hq) * K
+    g += (i_start * HG + i_hg) * K
+    b += (i_start * HG + i_hg) * K
+    Qg += i_tile * BT * K
+    E += i_tile * BT * K
+    Ktail += i_tile * BT * K
+    A += i_tile * BT * BT
+    Aqk += i_tile * BT * BT
+    gamma_C += i_tile * K
+
+    for i_b in range(1):
+        o_t = i_b * BC + o_c
+        m_t = o_t < n_rows
+        # a token with itself, where no decay lies between
+        b_self = tl.zeros([BC], tl.float32)
+        for i_k in range(0, K, BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_tk = m_t[:, None] & (o_k < K)[None, :]
+            p_q = o_t[:, None] * (H * K) + o_k[None, :]
+            b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_self += tl.sum(b_q * b_k, 1)
+        b_self *= scale
+
+        b_T = tl.zeros([BC, BC], tl.float32)
+        b_Aqk = tl.zeros([BC, BC], tl.float32)
+        for i_k in range(0, K, BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_tk = m_t[:, None] & (o_k < K)[None, :]
+            p_q = o_t[:, None] * (H * K) + o_k[None, :]
+            p_g = o_t[:, None] * (HG * K) + o_k[None, :]
+            b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_q *= scale
+            b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
+            b_q = b_q.to(tl.bfloat16)
+            b_k = b_k.to(tl.bfloat16)
+            b_e = b_e.to(tl.bfloat16)
+            b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+            b_decay = tl.where(m_tk, lower_bound * LOG2E / (1.0 + tl.exp(-b_g)), 0.0)
+            b_prefix = b_decay
+            b_suffix = tl.zeros(b_decay.shape, tl.float32)
+            for i_level in tl.static_range(0, 4):
+                # pairs across the middle of blocks of 2 << i_level tokens
+                b_row = tl.exp2(b_prefix).to(tl.bfloat16)
+                b_column = b_k * tl.exp2(b_suffix).to(tl.bfloat16)
+                b_column = tl.trans(in_mma_order(b_column, BC, BK))
+                m_pairs = meet_at(i_level, o_c[:, None], o_c[None, :])
+                b_pairs = tl.dot(in_mma_order(b_e * b_row, BC, BK), b_column)
+                b_T += tl.where(m_pairs, b_pairs, 0.0)
+                b_pairs = tl.dot(in_mma_order(b_q * b_row, BC, BK), b_column)
+                b_Aqk += tl.where(m_pairs, b_pairs, 0.0)
+                b_prefix, b_suffix = double_blocks(b_prefix, b_suffix, 1 << i_level, BC, BK)
+
+            # the whole sub-block is one block now
+            b_head = tl.exp2(b_prefix)
+            b_tail = tl.exp2(b_suffix)
+            p_tile = o_t[:, None] * K + o_k[None, :]
+            tl.store(Qg + p_tile, (b_q * b_head).to(tl.bfloat16))
+            tl.store(E + p_tile, (b_e * b_head).to(tl.bfloat16))
+            tl.store(Ktail + p_tile, (b_k * b_tail).to(tl.bfloat16))
+            # in every row head times tail is the decay of the sub-block: the first row's is stored
+            p_first = tl.zeros([BC, 1], tl.int32) + o_k[None, :]
+            tl.store(gamma_C + p_first, b_head * b_tail, mask=(o_c == 0)[:, None])
+
+        m_diagonal = o_c[:, None] == o_c[None, :]
+        b_Aqk += tl.where(m_diagonal, b_self[:, None], 0.0)
+        p_score = o_t[:, None] * BT + i_b * BC + o_c[None, :]
+        tl.store(A + p_score, invert(b_T, BC).to(tl.bfloat16))
+        tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16))
+
+
+def launch(
+    q, k, g, b, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, *, scale, lower_bound, n_chunks, T, H,
+    HV, HG
+):
+    """Launch one program per chunk and value head on the current stream."""
+    prepare_kernel[(n_chunks * HV,)](
+        q, k, g, b, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound, T, H, HV, HG,
+        K=K, BT=BT, BC=BC, BK=BK,
+        num_warps=1, num_stages=1,
+    )

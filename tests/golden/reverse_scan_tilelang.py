@@ -1,0 +1,139 @@
+"""Carry the gradient of the state through the chunks of a sequence, last to first.
+
+One program per sequence, value head and slice of V; the mirror of the scan, with the gradient of
+the state held transposed, dS^T [BV, K]. The compiler gives the loads to a warp group of its own,
+which fills 2 stages of shared memory ahead of the products.
+
+    dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
+    dS^T <- dS^T Diag(gamma_C) + dO^T Qg - dX^T E
+
+    Qg, E, Ktail  [NT, HV, BT, K]   queries and erasing keys from the chunk's start, keys to its end
+    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
+    A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
+    do            [B, T, HV, V]     gradient of o
+    dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
+    dX            [NT, HV, BT, V]   gradient of X = w v - E S
+    dht           [N, HV, K, V] fp32  gradient of the final state
+    dh0           [N, HV, K, V] fp32  gradient of the initial state
+
+Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
+Template digest 25dddec195505742; made by
+    gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with=varlen,initial_state,final_state --stage reverse_scan --config \
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
+"""
+
+from functools import cache
+
+import tilelang
+import tilelang.language as tile
+
+
+K, V = 128, 128
+BT, BV = 32, 64
+IO = "bfloat16"
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    NT, HV, B, T, N, N1 = (tile.dynamic(name) for name in ("NT", "HV", "B", "T", "N", "N1"))
+
+    @tile.prim_func
+    def reverse_scan(
+        Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        gamma_C: tile.Tensor([NT, HV, K], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        do: tile.Tensor([B, T, HV, V], "bfloat16"),
+        dht: tile.Tensor([N, HV, K, V], "float32"),
+        cu_seqlens: tile.Tensor([N1], "int32"),
+        chunk_offsets: tile.Tensor([N1], "int32"),
+        dh: tile.Tensor([NT, HV, V, K], "bfloat16"),
+        dX: tile.Tensor([NT, HV, BT, V], "bfloat16"),
+        dh0: tile.Tensor([N, HV, K, V], "float32"),
+    ):
+        with tile.Kernel(V // BV * HV * (N1 - 1), threads=128) as i_program:
+            i_v = i_program % (V // BV)
+            i_h = i_program // (V // BV) % HV
+            i_n = i_program // (V // BV) // HV
+            i_first = chunk_offsets[i_n]
+            n_chunks = chunk_offsets[i_n + 1] - i_first
+            i_b = 0
+            i_start = cu_seqlens[i_n]
+            n_tokens = cu_seqlens[i_n + 1] - i_start
+
+            s_do = tile.alloc_shared([BT, BV], IO)
+            s_Qg = tile.alloc_shared([BT, K], IO)
+            s_E = tile.alloc_shared([BT, K], IO)
+            s_Ktail = tile.alloc_shared([BT, K], IO)
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+            s_gamma = tile.alloc_shared([K], "float32")
+            s_dh = tile.alloc_shared([BV, K], IO)
+            s_dX = tile.alloc_shared([BT, BV], IO)
+            b_dS = tile.alloc_fragment([BV, K], "float32")
+            b_dSd = tile.alloc_fragment([BV, K], IO)
+            b_do = tile.alloc_fragment([BV, BT], IO)
+            b_dR = tile.alloc_fragment([BV, BT], "float32")
+            b_dRd = tile.alloc_fragment([BV, BT], IO)
+            b_dX = tile.alloc_fragment([BV, BT], "float32")
+            b_dXd = tile.alloc_fragment([BV, BT], IO)
+
+            for i, j in tile.Parallel(BV, K):
+                b_dS[i, j] = dht[i_n, i_h, j, i_v * BV + i]
+            for i_back in tile.Pipelined(n_chunks, num_stages=2):
+                i_t = n_chunks - 1 - i_back
+                i_c = i_first + i_t
+                i_row = i_start + i_t * BT
+                tile.copy(do[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_do)
+                tile.copy(Aqk[i_c, i_h, :, :], s_Aqk)
+                tile.copy(Ktail[i_c, i_h, :, :], s_Ktail)
+                tile.copy(A[i_c, i_h, :, :], s_A)
+                tile.copy(gamma_C[i_c, i_h, :], s_gamma)
+                tile.copy(Qg[i_c, i_h, :, :], s_Qg)
+                tile.copy(E[i_c, i_h, :, :], s_E)
+
+                tile.copy(b_dS, b_dSd)
+                tile.copy(b_dSd, s_dh)
+                tile.copy(s_dh, dh[i_c, i_h, i_v * BV : (i_v + 1) * BV, :])
+                # rows past the end of the sequence are another one's
+                for i, j in tile.Parallel(BV, BT):
+                    b_do[i, j] = tile.if_then_else(i_t * BT + j < n_tokens, s_do[j, i], tile.cast(0, IO))
+                tile.clear(b_dR)
+                tile.gemm(b_do, s_Aqk, b_dR)
+                tile.gemm(b_dSd, s_Ktail, b_dR, transpose_B=True)
+                tile.copy(b_dR, b_dRd)
+                tile.clear(b_dX)
+                tile.gemm(b_dRd, s_A, b_dX)
+                for i, j in tile.Parallel(BV, K):
+                    b_dS[i, j] *= s_gamma[j]
+                tile.gemm(b_do, s_Qg, b_dS)
+                tile.copy(b_dX, b_dXd)
+                for i, j in tile.Parallel(BV, BT):
+                    s_dX[j, i] = b_dXd[i, j]
+                tile.copy(s_dX, dX[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
+                for i, j in tile.Parallel(BV, BT):
+                    b_dXd[i, j] = -b_dXd[i, j]
+                tile.gemm(b_dXd, s_E, b_dS)
+
+            for i, j in tile.Parallel(BV, K):
+                dh0[i_n, i_h, j, i_v * BV + i] = b_dS[i, j]
+
+    return reverse_scan
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    return tilelang.compile(program())
+
+
+def launch(
+    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dh0, *,
+    n_sequences, T, HV
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    compiled()(Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dh0)
