@@ -108,11 +108,14 @@ def bench(args: argparse.Namespace) -> int:
     K, V = parse_head_dim(args.head_dim)
     device = present_device()
     console = Console()
+    path = RESULTS_DIR / f"{device.slug}.json"
     with console.status("") as status:
         status.update(f"measuring {shapes[0].name} on {device.name}")
 
         def show(row: Row) -> None:
             status.update(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
+            if args.save:
+                save_results(path, [row])  # at once: a run that is cut short keeps what it has
 
         rows = bench_shapes(
             shapes,
@@ -130,8 +133,6 @@ def bench(args: argparse.Namespace) -> int:
     if args.json is not None:
         _write_json(args.json, rows_document(rows))
     if args.save:
-        path = RESULTS_DIR / f"{device.slug}.json"
-        save_results(path, rows)
         console.print(f"saved to {path}; now run scripts/update_readme.py")
     return 0
 

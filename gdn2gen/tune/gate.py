@@ -28,8 +28,8 @@ QUICK_REPEATS: Final = 3
 # For finalists only: 30 identical calls have found races that 3 did not.
 FULL_REPEATS: Final = 30
 
-# T = 2085 leaves a partial last chunk at every chunk size, and makes more than one segment of each.
-RAGGED: Final = Shape("ragged", 1, 2085, 3)
+# T = 1100 leaves a partial last chunk at every chunk size, and makes two segments up to BT 32.
+RAGGED: Final = Shape("ragged", 1, 1100, 3)
 # 8 * 32 = 256 blocks even in a scan that takes a whole head per block.
 MANY_BLOCKS: Final = Shape("many-blocks", 8, 192, 32)
 RAGGED_PACKED: Final = Shape("ragged", 1, 333, 3, (0, 0, 100, 101, 333))

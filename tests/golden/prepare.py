@@ -22,7 +22,7 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=1 num_warps=1 solve=tf32x3
-Template digest cf139f81dba377bf; made by
+Template digest d09d4390caf9ac55; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=32,BT=64,decay=tree,maxnreg=0,num_stages=1,num_warps=1,solve=tf32x3
@@ -200,12 +200,17 @@ def prepare_kernel(
             b_head = b_prefix
             b_tail = b_suffix
             p_tile = o_t[:, None] * K + o_k[None, :]
-            # kept in tl.float16 bits until they are multiplied once more below
-            b_row = b_head.to(tl.float16)
+            # kept as float16 bits until they are multiplied once more below
             b_column = b_k * b_tail.to(tl.float16)
-            tl.store(Qg + p_tile, (b_q * b_row).to(tl.bfloat16, bitcast=True))
-            tl.store(E + p_tile, (b_e * b_row).to(tl.bfloat16, bitcast=True))
             tl.store(Ktail + p_tile, b_column.to(tl.bfloat16, bitcast=True))
+            if i_b == 0:
+                # the first sub-block's are done; float16 would lose what decays below 6e-8
+                tl.store(Qg + p_tile, (b_q * b_head).to(tl.bfloat16))
+                tl.store(E + p_tile, (b_e * b_head).to(tl.bfloat16))
+            else:
+                b_row = b_head.to(tl.float16)
+                tl.store(Qg + p_tile, (b_q * b_row).to(tl.bfloat16, bitcast=True))
+                tl.store(E + p_tile, (b_e * b_row).to(tl.bfloat16, bitcast=True))
             # in every row head times tail is the decay of the sub-block: the first row's is stored
             p_first = i_b * K + tl.zeros([BC, 1], tl.int32) + o_k[None, :]
             tl.store(gamma_B + p_first, b_head * b_tail, mask=(o_c == 0)[:, None])
@@ -241,10 +246,6 @@ def prepare_kernel(
         b_k1 = tl.load(Ktail + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_k2 = tl.load(Ktail + 2 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_k3 = tl.load(Ktail + 3 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        b_q = tl.load(Qg + 0 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        b_e = tl.load(E + 0 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        tl.store(Qg + p_tile, b_q.to(tl.bfloat16))
-        tl.store(E + p_tile, b_e.to(tl.bfloat16))
         b_q = tl.load(Qg + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_e = tl.load(E + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_q_row, b_e_row = in_mma_order(b_q, BC, BK), in_mma_order(b_e, BC, BK)

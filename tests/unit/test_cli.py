@@ -438,6 +438,7 @@ def test_bench_asks_for_what_was_said(
 
     def fake(shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
         asked.update(shapes=shapes, K=K, V=V, dtype=dtype, **options)
+        options["on_row"](SimpleNamespace(shape=shapes[0]))
         return []
 
     saved: list[Path] = []
