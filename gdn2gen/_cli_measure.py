@@ -109,13 +109,15 @@ def bench(args: argparse.Namespace) -> int:
     device = present_device()
     console = Console()
     path = RESULTS_DIR / f"{device.slug}.json"
+    done: list[Row] = []
     with console.status("") as status:
         status.update(f"measuring {shapes[0].name} on {device.name}")
 
         def show(row: Row) -> None:
             status.update(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
+            done.append(row)
             if args.save:
-                save_results(path, [row])  # at once: a run that is cut short keeps what it has
+                save_results(path, done)  # at once: a run that is cut short keeps what it has
 
         rows = bench_shapes(
             shapes,
