@@ -80,7 +80,8 @@ def read_tuned(path: Path, device: Device | None = None) -> TunedFile | None:
     """The tuned file at `path`, or None if there is none or it cannot be used.
 
     A file that is truncated, not JSON, of an unknown schema, or (with `device`) of another GPU
-    gives a TunedFileWarning; so does each entry that is skipped. Raises nothing, writes nothing.
+    gives a TunedFileWarning; so do entries that are skipped, once for each reason. Raises nothing,
+    writes nothing.
     """
     try:
         file = load_tuned(path, device)
@@ -121,11 +122,16 @@ def _ignored(path: Path, reason: str) -> str:
 
 
 def warn_unread(path: Path, file: TunedFile) -> None:
-    """Give a TunedFileWarning for each entry that was skipped."""
+    """Give a TunedFileWarning for the entries that were skipped, one for each reason."""
+    positions: dict[str, list[str]] = {}
     for item in file.unread:
+        positions.setdefault(item.reason, []).append(str(item.position))
+    for reason, found in positions.items():
+        which = f"entry {found[0]}" if len(found) == 1 else f"entries {', '.join(found)}"
         warnings.warn(
-            f"entry {item.position} of the tuned file {path} is skipped: {item.reason}. Tune this "
-            "problem again, or upgrade gdn2gen if a newer one wrote it",
+            f"{which} of the tuned file {path} {'is' if len(found) == 1 else 'are'} skipped: "
+            f"{reason}. Tune {'this problem' if len(found) == 1 else 'these problems'} again, or "
+            "upgrade gdn2gen if a newer one wrote it",
             TunedFileWarning,
             stacklevel=3,
         )

@@ -63,6 +63,21 @@ def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     assert result.ok, result.reason
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_scans_in_tilelang_pass_the_gate(packed):
+    from gdn2gen.config import default_config
+    from gdn2gen.tune import gate
+
+    problem = gate.full_problem(Problem(varlen=packed))
+    candidate = Candidate.default(problem, "lean", BT=64)
+    for stage in ("scan", "rescan", "reverse_scan"):
+        config = default_config(stage, problem, BT=64).replace(language="tilelang")
+        candidate = candidate.with_config(config)
+    shapes = gate.gate_shapes(problem)
+    result = gate.check(candidate, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
+    assert result.ok, result.reason
+
+
 def test_timing_agrees_with_the_clock():
     cycles = int(2e6)
     timing = bench.time_ms(lambda: torch.cuda._sleep(cycles), 5, 20)

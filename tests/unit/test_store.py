@@ -324,6 +324,19 @@ def test_an_entry_that_cannot_be_used_is_skipped_and_kept(tmp_path, place, value
     assert len(load_tuned(path).entries) == 2
 
 
+def test_entries_skipped_for_one_reason_share_a_warning(tmp_path):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(1024), make_entry(2048), make_entry(4096))))
+    raw = raw_of(path)
+    for position in (0, 2):
+        change(raw["entries"][position], "templates", "teleport", value="abc")
+    path.write_text(json.dumps(raw))
+    with pytest.warns(TunedFileWarning) as caught:
+        read_tuned(path, DEVICE)
+    (message,) = [str(x.message) for x in caught]
+    assert f"entries 0, 2 of the tuned file {path} are skipped: templates name" in message
+
+
 def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.json"
     write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
