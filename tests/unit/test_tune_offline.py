@@ -70,7 +70,8 @@ def rank(backend, tmp_path, minutes=3.0):
 
 def test_the_best_ranked_is_filed_as_predicted(tmp_path):
     backend = FakeCompilers()
-    report = rank(backend, tmp_path)
+    report = rank(backend, tmp_path, minutes=10.0)
+    assert {x.get("language", "triton") for x in backend.compiled} == {"triton"}
     (entry,) = store.load_tuned(report.path, DEVICE).entries
     assert entry.provenance == "predicted"
     assert "forward_backward_ms" not in entry.measured
