@@ -235,7 +235,8 @@ _BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
 PLANS: Final = {
     plan.name: plan
     for plan in (
-        # 128 bytes per token and head kept (16 bits, BT = 32): triangular work is not redone.
+        # 128 bytes per token and head kept (16 bits, BT = 32), and 64 of S_seg: triangular work is
+        # not redone.
         Plan("lean", _FORWARD, ("reprepare", *_BACKWARD), ("A", "Aqk", "S_seg")),
         # 784 bytes more: the factors stay, and only the scan is redone.
         Plan(

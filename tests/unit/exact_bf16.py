@@ -1,6 +1,6 @@
 """Teach Triton's interpreter bf16: it holds the bits as integers, and multiplies those.
 
-With it, kernels in bf16 have the errors that they have on a GPU (o 3e-3, db 4e-3), so that what
+With it, kernels in bf16 have the errors that they have on a GPU (o 3e-3, db 5e-3), so that what
 rounding does to them can be looked into without one. Import this instead of triton, in a process
 of its own with TRITON_INTERPRET=1.
 """

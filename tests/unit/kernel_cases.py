@@ -163,7 +163,7 @@ BY_NAME: Final = {case.name: case for case in CASES}
 
 
 def run_bf16(regime: str, plan: str, BT: int) -> Result:
-    """The accuracy suite's check in bf16, with the suite's own bound for it."""
+    """The accuracy suite's check in bf16; the test holds its errors to bounds of their own."""
     import exact_bf16  # noqa: F401
 
     case = Case("bf16", Problem(K=64, V=64), _shape(1, 70, 4), regime=regime)
