@@ -90,16 +90,33 @@ def compile_ahead(
 def _compile_triton(
     module: ModuleType, problem: Problem, stage_name: str, config: Config, device: Device
 ) -> tuple[int, int, int]:
-    """Registers and stack bytes per thread, shared bytes per block."""
+    """Registers and stack bytes per thread, shared bytes per block.
+
+    Of the stage's own kernel, though all kernels of the module are compiled, and the largest of
+    them must fit into shared memory.
+    """
+    main = f"{stage_name}_kernel"
+    others = [x for x in vars(module) if x.endswith("_kernel") and x != main]
+    used = [
+        _compile_kernel(module, name, problem, stage_name, config, device)
+        for name in (main, *others)
+    ]
+    return (*used[0][:2], max(shared for _, _, shared in used))
+
+
+def _compile_kernel(
+    module: ModuleType, name: str, problem: Problem, stage_name: str, config: Config, device: Device
+) -> tuple[int, int, int]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     stage = STAGES[stage_name]
-    kernel: Any = getattr(module, f"{stage_name}_kernel")
+    kernel: Any = getattr(module, name)
     operands = stage.operands(problem)
     signature: dict[str, str] = {x.name: _TRITON_POINTER[x.dtype_in(problem)] for x in operands}
-    signature |= {name: _TRITON_SCALAR.get(name, "i32") for name in stage.scalars}
+    scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
+    signature |= {name: _TRITON_SCALAR.get(name, "i32") for name in scalars}
     constants = {
         name: getattr(module, name) for name in kernel.arg_names if name not in signature
     }

@@ -24,12 +24,11 @@ _SCAN: Final[Mapping[str, tuple[Knob, ...]]] = {
     "num_stages": (1, 2, 3, 4),
 }
 _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
-    # One warp: it reads back what it wrote, and 64 channels at a time would spill 2 KB a thread.
     "prepare": {
-        "BK": (32,),
-        "decay": ("log", "tree"),
+        "BK": (32, 64, 128),
+        "decay": ("log", "tree", "anchored"),
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
-        "num_warps": (1,),
+        "num_warps": (1, 2, 4),
         "num_stages": _STAGES_AHEAD,
         "maxnreg": (0, 128, 168, 208),
     },
@@ -55,6 +54,8 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "maxnreg": _REGISTERS,
     },
     "grad_key": {
+        "decay": ("log", "anchored"),
+        "chunks": (1, 4, 16),
         "BK": (16, 32, 64, 128),
         "BV": (32, 64, 128),
         "num_warps": (1, 2, 4, 8),
@@ -122,12 +123,32 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         return f"BK={config['BK']} exceeds the key head dim K={problem.K}"
     if "BV" in config and config.size("BV") > problem.V:
         return f"BV={config['BV']} exceeds the value head dim V={problem.V}"
+    if "decay" in config:
+        reason = _why_not_placed(config, problem)
+        if reason is not None:
+            return reason
     return _why_not_tilelang(config, problem) if language_of(config) == "tilelang" else None
 
 
 def language_of(config: Config) -> str:
     """The language of the kernel that the config asks for."""
     return str(config.get("language", "triton"))
+
+
+def _why_not_placed(config: Config, problem: Problem) -> str | None:
+    """Whether the placement of the decay goes with the other knobs."""
+    if config["decay"] == "anchored":
+        if problem.dtype == "fp16":
+            return "anchored factors reach 2^96, which fp16 cannot hold: use a dyadic placement"
+        if "BV" in config and config.size("BV") != problem.V:
+            return f"the anchored placement takes all of V={problem.V} at once, not {config['BV']}"
+        return None
+    if config.stage == "prepare" and (config["BK"], config["num_warps"]) != (32, 1):
+        # it reads back what it wrote, and 64 channels at a time would spill 2 KB a thread
+        return f"dyadic placements of prepare are for BK=32 and num_warps=1, not {config}"
+    if config.get("chunks", 1) != 1:
+        return f"only the anchored placement takes {config['chunks']} chunks a program"
+    return None
 
 
 def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
@@ -151,7 +172,19 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4},
-    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2},
+    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
+}
+# Where the operands are bf16, whose exponents reach as far as those of fp32.
+_ANCHORED: Final[Mapping[str, Mapping[str, Knob]]] = {
+    "prepare": {"BK": 32, "num_warps": 1, "num_stages": 2, "decay": "anchored"},
+    "grad_key": {
+        "BK": 64,
+        "BV": 128,
+        "num_warps": 4,
+        "num_stages": 2,
+        "decay": "anchored",
+        "chunks": 4,
+    },
 }
 
 
@@ -159,6 +192,8 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
     """The config used where nothing was tuned: valid for every problem and device."""
     domain = DOMAINS[stage]
     knobs: dict[str, Knob] = {"BT": BT or 32, "num_stages": 1, **_DEFAULTS[stage]}
+    if problem.dtype == "bf16":
+        knobs |= _ANCHORED.get(stage, {})
     wide = problem.dtype == "fp32"
     # fp32 products take three passes, and their operands the registers: scans of 32 rows spill
     most = 16 if domain.get("language") else 32

@@ -45,19 +45,23 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def template_name(stage: Stage, language: str = "triton") -> str:
-    return f"{language}/{stage.template}.py.jinja"
+def template_name(stage: Stage, config: Config) -> str:
+    """The template that serves the config's language and placement of the decay."""
+    placement = "_anchored" if config.get("decay") == "anchored" else ""
+    return f"{language_of(config)}/{stage.template}{placement}.py.jinja"
 
 
 @cache
 def template_digest(stage_name: str) -> str:
-    """Digest of the stage's templates and of the shared pieces of their languages."""
+    """Digest of all the stage's templates and of the shared pieces of their languages."""
     stage = STAGES[stage_name]
     digest = hashlib.sha256()
     for language in LANGUAGES:
-        template = templates_dir() / template_name(stage, language)
-        if template.exists():
-            for file in (template, *sorted((templates_dir() / language).glob("_*.jinja"))):
+        folder = templates_dir() / language
+        own = [folder / f"{stage.template}{x}.py.jinja" for x in ("", "_anchored")]
+        own = [template for template in own if template.exists()]
+        if own:
+            for file in (*own, *sorted(folder.glob("_*.jinja"))):
                 name = f"{language}/{file.name}"
                 digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -91,6 +95,8 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "solve": _solve_precision(config),
+        # log2; without the norm in the kernel keys, and with them all gradients, may be large
+        "anchor_range": 96 if problem.l2norm else 64,
         # grad_key's scratch for the cumulative decay is then the buffer of dg
         "shares_dg": problem.gate_dtype == "fp32",
     }
@@ -122,7 +128,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     reason = why_invalid(config, problem)
     if reason is not None:
         raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
-    name = template_name(stage, language_of(config))
+    name = template_name(stage, config)
     try:
         text = _environment().get_template(name).render(context(problem, stage, config))
     except jinja2.TemplateError as error:

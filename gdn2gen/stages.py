@@ -52,6 +52,7 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
     conditions = {
         "always": True,
+        "rounded": problem.dtype != "fp32",
         "l2norm": problem.l2norm,
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,
@@ -130,8 +131,14 @@ _DH = Operand("dh", "NT HV V K")
 _R = Operand("R", "NT HV BT V")
 _S_SEG = Operand("S_seg", "N HV NS V K", "fp32")
 _DX = Operand("dX", "NT HV BT V")
+# dv and dw are dX times an input, and would show what 16 bits of dX round off.
+_DX_REST = Operand("dX_rest", "NT HV BT V", when="rounded")
 _DO = Operand("do", "B T HV V")
-_SCORE_GRADS = (Operand("dT", "NT HV BT BT"), Operand("dAqk", "NT HV BT BT"))
+_SCORE_GRADS = (
+    Operand("dT", "NT HV BT BT"),
+    Operand("dAqk", "NT HV BT BT"),
+    Operand("dAqk_diagonal", "B T HV", "fp32"),
+)
 _DOTS = (
     Operand("q_dot", "B T HV", "fp32", "l2norm"),
     Operand("k_dot", "B T HV", "fp32", "l2norm"),
@@ -185,13 +192,21 @@ STAGES: Final = {
                 Operand("dht", "N HV K V", "fp32", "final_state"),
                 *_SEQUENCES,
             ),
-            (_DH, _DX, Operand("dh0", "N HV K V", "fp32", "initial_state")),
+            (_DH, _DX, _DX_REST, Operand("dh0", "N HV K V", "fp32", "initial_state")),
             ("T", "HV"),
         ),
         Stage(
             "grad_value",
             "grad_value",
-            (*_VW, _R, _DX, _DO, Operand("o", "B T HV V", when="l2norm"), *_VARLEN),
+            (
+                *_VW,
+                _R,
+                _DX,
+                _DX_REST,
+                _DO,
+                Operand("o", "B T HV V", when="l2norm"),
+                *_VARLEN,
+            ),
             (
                 *_SCORE_GRADS,
                 Operand("dv", "B T HV V"),
@@ -208,6 +223,7 @@ STAGES: Final = {
                 *_GATE,
                 *_RSTD,
                 _G,
+                _FACTORS[3],
                 _H,
                 _R,
                 _DH,

@@ -49,6 +49,8 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     A scan loads its chunk's factors ahead: `num_stages - 1` copies of them are in flight, of the
     products' operands alone (the compiler may keep one more).
     """
+    if config.get("chunks") and config["decay"] == "anchored":
+        return _least_of_grad_key(config, problem)
     if config.stage not in _SCANS:
         return 0
     BT, BV, K = config.size("BT"), config.size("BV"), problem.K
@@ -58,6 +60,14 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     if config.stage == "reverse_scan":
         elements += BT * BV
     return (config.size("num_stages") - 1) * elements * DTYPE_BYTES[problem.dtype]
+
+
+def _least_of_grad_key(config: Config, problem: Problem) -> int:
+    """Two tiles of states, three of values, three of keys, and one of G in fp32, loaded ahead."""
+    BT, BK, V = config.size("BT"), config.size("BK"), problem.V
+    elements = 2 * V * BK + 3 * BT * V + 3 * BT * BK
+    each = DTYPE_BYTES[problem.dtype] * elements + DTYPE_BYTES["fp32"] * BT * BK
+    return (config.size("num_stages") - 1) * each
 
 
 def why_unfit(resources: Resources, device: Device) -> str | None:

@@ -17,17 +17,19 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     h, dh     [NT, HV, V, K]       state at each chunk's start, gradient of it at its end
     R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
     G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
+    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     do        [B, T, HV, V]        gradient of o
+    dAqk_diagonal  [B, T, HV] fp32   <dO, R>, a token with itself
     dq, dk, dg, db  [B, T, HV, K]  per value head
     q_rstd, k_rstd, q_dot, k_dot  [B, T, HV] fp32   1 / norm; <q, dq>, <k, dk>
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=32 BV=32 maxnreg=128 num_stages=1 num_warps=2
-Template digest fe212d307ce4e4c1; made by
+Config:  BK=32 BT=32 BV=32 chunks=1 decay=log maxnreg=128 num_stages=1 num_warps=2
+Template digest cc1e881aecf12875; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=32,BT=32,BV=32,maxnreg=128,num_stages=1,num_warps=2
+      BK=32,BT=32,BV=32,chunks=1,decay=log,maxnreg=128,num_stages=1,num_warps=2
 """
 
 import triton
@@ -92,12 +94,14 @@ def grad_key_kernel(
     q_rstd,
     k_rstd,
     G,
+    gamma_C,
     h,
     R,
     dh,
     dX,
     dT,
     dAqk,
+    dAqk_diagonal,
     do,
     q_dot,
     k_dot,
@@ -151,7 +155,7 @@ def grad_key_kernel(
     dAqk += i_tile * BT * BT
     h += i_tile * K * V
     dh += i_tile * K * V
-    p_norm = (i_start + o_t) * HV + i_h
+    p_token = (i_start + o_t) * HV + i_h
 
     # through the state, one slice of V at a time
     b_dq = tl.zeros([BT, BK], tl.float32)
@@ -178,8 +182,8 @@ def grad_key_kernel(
     b_G_C = tl.load(G + (n_rows - 1) * (HV * K) + o_k)
     b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
     b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
-    b_k_rstd = tl.load(k_rstd + p_norm, mask=m_t, other=0.0)
-    b_q_rstd = tl.load(q_rstd + p_norm, mask=m_t, other=0.0)
+    b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
+    b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
     b_k *= b_k_rstd[:, None]
     b_q *= b_q_rstd[:, None]
     b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
@@ -190,7 +194,7 @@ def grad_key_kernel(
     # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes from its
     # own dG. Left out of both, since under strong decay that cancellation is all that remains.
     m_inner = (o_t < n_rows - 1)[:, None]
-    b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + tl.exp2(b_G_C) * b_dgamma_C
+    b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + tl.load(gamma_C + i_tile * K + o_k) * b_dgamma_C
 
     # through the scores, one dyadic level at a time; 16-bit operands halve the registers
     b_q = b_q.to(tl.float16)
@@ -226,12 +230,12 @@ def grad_key_kernel(
     # b_q holds scale q, and b_dq the gradient of q over scale
     b_dG = b_q * b_dq + b_e * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
     b_dg = tl.cumsum(b_dG, 0, reverse=True) + b_dG_C[None, :]
-    b_diagonal = tl.load(dAqk + o_t * (BT + 1)).to(tl.float32)[:, None]
+    b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
     b_dq = (b_dq + b_diagonal * b_k) * scale
     b_dk += b_diagonal * b_q
     b_dk += b_de * b_b
-    b_q_dot = tl.load(q_dot + p_norm, mask=m_t, other=0.0)
-    b_k_dot = tl.load(k_dot + p_norm, mask=m_t, other=0.0)
+    b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
+    b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
     b_dq = (b_dq - b_qn * b_q_dot[:, None]) * b_q_rstd[:, None]
     b_db = b_de * b_k
     b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
@@ -252,13 +256,15 @@ def grad_key_kernel(
 
 
 def launch(
-    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, h, R, dh, dX, dT, dAqk, do, q_dot, k_dot,
-    chunk_table, dq, dk, dg, db, dA_log, ddt_bias, *, scale, lower_bound, n_chunks, T, H, HV, HG
+    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+    dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, *, scale,
+    lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch one program per chunk, value head and slice of K on the current stream."""
     grad_key_kernel[(n_chunks * HV * (K // BK),)](
-        q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, h, R, dh, dX, dT, dAqk, do, q_dot, k_dot,
-        chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale, lower_bound, T, H, HV, HG,
+        q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+        dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
+        lower_bound, T, H, HV, HG,
         K=K, V=V, BT=BT, BK=BK, BV=BV,
         num_warps=2, num_stages=1, maxnreg=128,
     )

@@ -199,18 +199,20 @@ class _ChunkGDN2(torch.autograd.Function):
             reverse_scan.launch(
                 Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dh0, n_sequences=N, T=T, HV=HV,
             )
-            del Qg, E, Ktail, gamma_C
+            del Qg, E, Ktail
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)
             dAqk = q.new_empty(NT, HV, BT, BT)
+            dAqk_diagonal = q.new_empty(B, T, HV)
             dv = q.new_empty(B, T, HV, V)
             dw = q.new_empty(B, T, HV, V)
             q_dot = q.new_empty(B, T, HV)
             k_dot = q.new_empty(B, T, HV)
             if NT > 0:
                 grad_value.launch(
-                    v, w, R, dX, do, o, dT, dAqk, dv, dw, q_dot, k_dot, n_chunks=NT, T=T, HV=HV,
+                    v, w, R, dX, do, o, dT, dAqk, dAqk_diagonal, dv, dw, q_dot, k_dot, n_chunks=NT,
+                    T=T, HV=HV,
                 )
 
             # grad_key
@@ -220,8 +222,9 @@ class _ChunkGDN2(torch.autograd.Function):
             db = q.new_empty(B, T, HV, K)
             if NT > 0:
                 grad_key.launch(
-                    q, k, g, b, q_rstd, k_rstd, G, h, R, dh, dX, dT, dAqk, do, q_dot, k_dot, dq,
-                    dk, dg, db, n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                    q, k, g, b, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk, dAqk_diagonal,
+                    do, q_dot, k_dot, dq, dk, dg, db, n_chunks=NT, scale=scale, lower_bound=0.0,
+                    T=T, H=H, HV=HV, HG=HG,
                 )
 
         return (

@@ -21,11 +21,11 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     q_rstd, k_rstd  [B, T, HV] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
-Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=1 num_warps=1 solve=tf32x3
-Template digest d09d4390caf9ac55; made by
+Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=2 num_warps=1 solve=tf32x3
+Template digest b179f19d7d489fe5; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
-      BK=32,BT=64,decay=tree,maxnreg=0,num_stages=1,num_warps=1,solve=tf32x3
+      BK=32,BT=64,decay=tree,maxnreg=0,num_stages=2,num_warps=1,solve=tf32x3
 """
 
 import triton
@@ -361,5 +361,5 @@ def launch(
         q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound,
         T, H, HV, HG,
         K=K, BT=BT, BC=BC, BK=BK,
-        num_warps=1, num_stages=1,
+        num_warps=1, num_stages=2,
     )

@@ -13,12 +13,13 @@ which fills 2 stages of shared memory ahead of the products.
     do            [B, T, HV, V]     gradient of o
     dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
     dX            [NT, HV, BT, V]   gradient of X = w v - E S
+    dX_rest       [NT, HV, BT, V]   what rounding dX to 16 bits leaves
     dht           [N, HV, K, V] fp32  gradient of the final state
     dh0           [N, HV, K, V] fp32  gradient of the initial state
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 25dddec195505742; made by
+Template digest f1102bbbba559f59; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
@@ -53,6 +54,7 @@ def program():
         chunk_offsets: tile.Tensor([N1], "int32"),
         dh: tile.Tensor([NT, HV, V, K], "bfloat16"),
         dX: tile.Tensor([NT, HV, BT, V], "bfloat16"),
+        dX_rest: tile.Tensor([NT, HV, BT, V], "bfloat16"),
         dh0: tile.Tensor([N, HV, K, V], "float32"),
     ):
         with tile.Kernel(V // BV * HV * (N1 - 1), threads=128) as i_program:
@@ -74,6 +76,7 @@ def program():
             s_gamma = tile.alloc_shared([K], "float32")
             s_dh = tile.alloc_shared([BV, K], IO)
             s_dX = tile.alloc_shared([BT, BV], IO)
+            s_dX_rest = tile.alloc_shared([BT, BV], IO)
             b_dS = tile.alloc_fragment([BV, K], "float32")
             b_dSd = tile.alloc_fragment([BV, K], IO)
             b_do = tile.alloc_fragment([BV, BT], IO)
@@ -114,7 +117,9 @@ def program():
                 tile.copy(b_dX, b_dXd)
                 for i, j in tile.Parallel(BV, BT):
                     s_dX[j, i] = b_dXd[i, j]
+                    s_dX_rest[j, i] = tile.cast(b_dX[i, j] - tile.cast(b_dXd[i, j], "float32"), IO)
                 tile.copy(s_dX, dX[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
+                tile.copy(s_dX_rest, dX_rest[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
                 for i, j in tile.Parallel(BV, BT):
                     b_dXd[i, j] = -b_dXd[i, j]
                 tile.gemm(b_dXd, s_E, b_dS)
@@ -132,8 +137,9 @@ def compiled():
 
 
 def launch(
-    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dh0, *,
+    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dh0, *,
     n_sequences, T, HV
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
-    compiled()(Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dh0)
+    compiled()(Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX,
+        dX_rest, dh0)

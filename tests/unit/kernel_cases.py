@@ -18,7 +18,7 @@ from gdn2gen import launch
 from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import Result, case_inputs, run_case
-from gdn2gen.config import DOMAINS, Config, default_config
+from gdn2gen.config import DOMAINS, Config, default_config, why_invalid
 from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.inputs import REGIMES
 from gdn2gen.problem import Problem
@@ -55,16 +55,16 @@ class KernelCase:
     @property
     def recipe(self) -> Recipe:
         problem = self.case.problem
-        most = {"BK": problem.K, "BV": problem.V}
         configs: dict[str, Config] = {}
         for stage in PLANS[self.plan].stages:
-            fitting = {
-                name: value
-                for name, value in self.knobs
-                if value in DOMAINS[stage].get(name, ())
-                and (name not in most or int(value) <= most[name])
-            }
-            configs[stage] = default_config(stage, problem).replace(**fitting)
+            config = default_config(stage, problem)
+            for name, value in self.knobs:
+                if value in DOMAINS[stage].get(name, ()):
+                    given = config.replace(**{name: value})
+                    if name == "decay" and value == "anchored" and stage == "grad_key":
+                        given = given.replace(BV=problem.V, chunks=4)
+                    config = config if why_invalid(given, problem) else given
+            configs[stage] = config
         return Recipe(problem, PLANS[self.plan], configs, "forced", "a test asked for it")
 
 
@@ -84,7 +84,7 @@ def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -
 _KNOBS: Final = tuple(
     (plan, (("BT", BT), ("decay", decay), ("BK", BK), ("BV", BV)))
     for (BT, decay, plan), (BK, BV) in zip(
-        itertools.product((16, 32, 64), ("log", "tree"), ("lean", "fast")),
+        itertools.product((16, 32, 64), ("log", "tree", "anchored"), ("lean", "fast")),
         itertools.cycle(((32, 32), (64, 16), (32, 64), (128, 128), (64, 32))),
         strict=False,
     )
@@ -144,7 +144,13 @@ def _cases() -> Iterator[KernelCase]:
     yield with_next(Case("T0-grouped", _STATES, _shape(2, 0, 4), H=2, check="empty"))
 
     for regime in REGIMES:
-        for plan, BT, decay in (("lean", 64, "log"), ("fast", 16, "tree"), ("fast", 32, "tree")):
+        for plan, BT, decay in (
+            ("lean", 64, "log"),
+            ("fast", 16, "tree"),
+            ("fast", 32, "tree"),
+            ("lean", 32, "anchored"),
+            ("fast", 64, "anchored"),
+        ):
             case = Case(regime, _STATES, _shape(1, 70, 1), regime=regime)
             yield KernelCase(case, plan, (("BT", BT), ("decay", decay)))
         half = replace(wide, dtype="fp16", gate_dtype="fp16" if regime == "layer" else "fp32")

@@ -25,12 +25,12 @@ MORE: Final = {
     "scan-bf16-sm_80": 200,
     "scan-bf16-sm_120": 208,
     "prepare-fp32-sm_90": 136,
-    "grad_key-bf16-sm_90": 144,
-    "grad_key-bf16-sm_100": 168,
-    "grad_key-bf16-sm_120": 208,
-    "grad_key-fp32-sm_90": 880,
-    "grad_key-all-sm_90": 208,
-    "grad_key-bounded-sm_90": 136,
+    "grad_key-bf16-sm_80": 136,
+    "grad_key-bf16-sm_90": 280,
+    "grad_key-bf16-sm_100": 216,
+    "grad_key-bf16-sm_120": 376,
+    "grad_key-fp32-sm_90": 864,
+    "grad_key-all-sm_90": 240,
 }
 MORE_BEFORE_3_9: Final = {
     "scan-bf16-sm_100": 280,
@@ -77,12 +77,19 @@ def _cases() -> Iterator[object]:
         for stage in STAGES:
             yield _case(name, problem, "sm_90", default_config(stage, problem))
     knobs: dict[str, dict[str, Knob]] = {
-        "prepare": {"decay": "log", "solve": "tf32"},
+        "prepare": {"decay": "log", "solve": "tf32", "num_stages": 1},
         "reprepare": {"num_warps": 4},
         "scan": {"BV": 32, "num_warps": 8},
         "reverse_scan": {"BV": 128, "num_warps": 8},
         "grad_value": {"num_warps": 8},
-        "grad_key": {"num_warps": 8, "maxnreg": 208},
+        "grad_key": {
+            "decay": "log",
+            "chunks": 1,
+            "BK": 32,
+            "num_stages": 1,
+            "num_warps": 8,
+            "maxnreg": 208,
+        },
     }
     for stage, given in knobs.items():
         config = default_config(stage, _BF16, BT=64).replace(**given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +29,13 @@ _STATES: Final = Problem(K=64, V=128, dtype="fp32", initial_state=True, final_st
 
 def _prepare() -> str:
     problem = Problem()
-    return render(problem, "prepare", default_config("prepare", problem, BT=64)).source
+    config = default_config("prepare", problem, BT=64).replace(decay="tree")
+    return render(problem, "prepare", config).source
+
+
+def _anchored(stage: str) -> str:
+    problem = replace(_PACKED, K=128, dtype="bf16")
+    return render(problem, stage, default_config(stage, problem)).source
 
 
 def _grad_key() -> str:
@@ -57,6 +65,8 @@ def _package() -> str:
 OUTPUTS: Final = {
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
+    "prepare_anchored_packed.py": partial(_anchored, "prepare"),
+    "grad_key_anchored_packed.py": partial(_anchored, "grad_key"),
     "prepare_sigmoid_log.py": _prepare_sigmoid_log,
     "scan_states.py": _scan,
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
@@ -102,13 +112,25 @@ def _wanted(template: str) -> set[str]:
     return wanted
 
 
-def _config(stage: str, language: str) -> Config:
+def _configs(stage: str, language: str) -> list[Config]:
+    """One config for each template of the stage in `language`."""
     config = default_config(stage, Problem())
-    return config if language == "triton" else config.replace(language=language)
+    if language != "triton":
+        return [config.replace(language=language)]
+    dyadic = {"decay": "log", **({"chunks": 1} if "chunks" in config else {})}
+    return [config, config.replace(**dyadic)] if "decay" in config else [config]
+
+
+def _config(stage: str, language: str) -> Config:
+    return _configs(stage, language)[0]
 
 
 def _given(stage: str, language: str) -> set[str]:
     return {*context(Problem(), STAGES[stage], _config(stage, language))}
+
+
+def _templates(stage: str, language: str) -> set[str]:
+    return {template_name(STAGES[stage], x) for x in _configs(stage, language)}
 
 
 def _stages_in(language: str) -> list[str]:
@@ -120,18 +142,19 @@ KERNELS: Final = [(language, stage) for language in LANGUAGES for stage in _stag
 
 @pytest.mark.parametrize(("language", "stage"), KERNELS)
 def test_templates_ask_only_for_what_they_are_given(language: str, stage: str) -> None:
-    unknown = _wanted(template_name(STAGES[stage], language)) - _given(stage, language)
-    assert not unknown, f"render.context gives no {sorted(unknown)}"
+    for template in _templates(stage, language):
+        unknown = _wanted(template) - _given(stage, language)
+        assert not unknown, f"{template}: render.context gives no {sorted(unknown)}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_name_that_is_given_is_used(language: str) -> None:
     stages = _stages_in(language)
-    wanted = {x for s in stages for x in _wanted(template_name(STAGES[s], language))}
+    wanted = {x for s in stages for name in _templates(s, language) for x in _wanted(name)}
     assert wanted == {x for s in stages for x in _given(s, language)}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_template_belongs_to_a_stage(language: str) -> None:
-    found = {path.name for path in (templates_dir() / language).glob("*.py.jinja")}
-    assert found == {f"{STAGES[s].template}.py.jinja" for s in _stages_in(language)}
+    found = {f"{language}/{x.name}" for x in (templates_dir() / language).glob("*.py.jinja")}
+    assert found == {name for s in _stages_in(language) for name in _templates(s, language)}

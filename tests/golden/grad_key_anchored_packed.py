@@ -1,0 +1,387 @@
+"""The key side of the gradients, decay anchored at the chunk's start: dq, dk, dg and db.
+
+Through the state first,
+
+    dQg = dO S^T       dE = -dX S^T       dKtail = R dS^T       dgamma_C = rows of S dS
+
+then through the scores, where a pair (i, j) met at an anchor a:
+
+    dq_i += scale exp(G_i - a) sum_j dAqk_ij k_j exp(a - G_j)
+    de_i +=       exp(G_i - a) sum_j dT_ij   k_j exp(a - G_j)                   e = b k
+    dk_j +=       exp(a - G_j) sum_i (dT_ij e_i + scale dAqk_ij q_i) exp(G_i - a)
+
+and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk.
+
+grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which loads one
+chunk ahead. Its anchor is the chunk's start, a = 0: exact where every channel of the slice keeps at
+least 2^-96 over the chunk. strong_decay_kernel: the same programs once more, for all other
+slices, frame by frame.
+
+    q, k      [B, T, H, K]         queries, keys; normalised here
+    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
+    h, dh     [NT, HV, V, K]       state at each chunk's start, gradient of it at its end
+    R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
+    G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
+    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
+    do        [B, T, HV, V]        gradient of o
+    dAqk_diagonal  [B, T, HV] fp32   <dO, R>, a token with itself
+    dq, dk, dg, db  [B, T, HV, K]  per value head
+    q_rstd, k_rstd, q_dot, k_dot  [B, T, HV] fp32   1 / norm; <q, dq>, <k, dk>
+    dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
+
+Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
+Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored maxnreg=0 num_stages=2 num_warps=4
+Template digest cc1e881aecf12875; made by
+    gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
+      --with=A_log,dt_bias,varlen --stage grad_key --config \
+      BK=64,BT=32,BV=32,chunks=4,decay=anchored,maxnreg=0,num_stages=2,num_warps=4
+"""
+
+import triton
+import triton.language as tl
+
+
+K, V = 128, 32
+BT, BK = 32, 64
+CHUNKS, STAGES = 4, 2
+LEAST_GAMMA = tl.constexpr(2.0**-96)
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log(1 + y), y = exp(-|x|), with every digit where x < -10.
+
+    log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3, by its series: 1e-8 after seven terms.
+    """
+    y = tl.exp(-tl.abs(x))
+    z = y / (2.0 + y)
+    s = z * z
+    series = 1.0 / 9.0 + s * (1.0 / 11.0 + s * (1.0 / 13.0))
+    series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * (1.0 / 7.0 + s * series)))
+    return tl.maximum(x, 0.0) + 2.0 * z * series
+
+
+# Factors stay within this range in log2 of their anchor: fp32 and bf16 end at 2^127, and the rest is
+# room for gradients and sums.
+RANGE = tl.constexpr(96.0)
+
+
+@triton.jit
+def next_frame(b_G, b_anchor):
+    """Move each channel's anchor to its first token that lies more than RANGE below the last one.
+
+    Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
+    columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
+    all of them in a channel that has no token left (its anchor becomes -inf).
+    """
+    b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
+    b_anchor = tl.max(b_left, 0)
+    m_column = b_G >= (b_anchor - RANGE)[None, :]
+    m_row = m_column & (b_G <= b_anchor[None, :])
+    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
+    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    return b_anchor, b_row, b_column
+
+
+@triton.jit
+def sum_of_later(b_x, BT: tl.constexpr):
+    """Sum over each token and all later ones."""
+    # a product with ones, of the first 8 bits and of the next 8: 0.3 ms less than a scan at train4k
+    o_t = tl.arange(0, BT)
+    b_ones = tl.where(o_t[:, None] <= o_t[None, :], 1.0, 0.0).to(tl.bfloat16)
+    b_first = b_x.to(tl.bfloat16)
+    b_next = (b_x - b_first.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(b_ones, b_first, tl.dot(b_ones, b_next))
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG", "NT"])
+def grad_key_kernel(
+    q,
+    k,
+    g,
+    b,
+    A_log,
+    dt_bias,
+    q_rstd,
+    k_rstd,
+    G,
+    gamma_C,
+    h,
+    R,
+    dh,
+    dX,
+    dT,
+    dAqk,
+    dAqk_diagonal,
+    do,
+    q_dot,
+    k_dot,
+    chunk_table,
+    dq,
+    dk,
+    dg,
+    db,
+    dA_log,
+    ddt_bias,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    NT,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_k = tl.program_id(0) % (K // BK)
+    i_gh = tl.program_id(0) // (K // BK)
+    i_first, i_h = i_gh // HV * CHUNKS, i_gh % HV
+    i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+    o_t = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    # a bound that the compiler knows keeps 100 bytes a thread out of the stack: chunks past the last
+    # are the last one again, and store nothing
+    for i_n in tl.range(0, CHUNKS, num_stages=STAGES):
+        i_c = tl.minimum(i_first + i_n, NT - 1)
+        i_start = tl.load(chunk_table + i_c * 2).to(tl.int64)
+        n_rows = tl.load(chunk_table + i_c * 2 + 1)
+        m_t = o_t < n_rows
+        m_tk = m_t[:, None] & (o_k < K)[None, :]
+        i_tile = i_c.to(tl.int64) * HV + i_h
+        p_q = (i_start * H + i_hq) * K + o_t[:, None] * (H * K) + o_k[None, :]
+        p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
+        p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
+        p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+        p_token = (i_start + o_t) * HV + i_h
+        o_v = tl.arange(0, V)
+        p_h = i_tile * K * V + o_v[:, None] * K + o_k[None, :]
+        p_tile = i_tile * BT * V + o_t[:, None] * V + o_v[None, :]
+        p_o = (i_start * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+        b_h = tl.load(h + p_h)
+        b_dq = tl.dot(tl.load(do + p_o, mask=m_t[:, None], other=0.0), b_h)
+        b_de = tl.dot(tl.load(dX + p_tile), b_h)
+        b_dh = tl.load(dh + p_h)
+        b_dk = tl.dot(tl.load(R + p_tile), b_dh)
+        # rows of S dS as the diagonal of a product: tiles that only products read are laid out
+        # without bank conflicts, which is worth 0.08 ms at train4k
+        b_SdS = tl.dot(tl.trans(b_dh), b_h)
+        b_dgamma_C = tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_SdS, 0.0), 1)
+        b_G = tl.load(G + p_out, mask=m_tk, other=0.0)
+        b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+        b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+        b_b = tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
+        b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
+        b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+        b_k *= b_k_rstd[:, None]
+        b_q *= (b_q_rstd * scale)[:, None]
+
+        b_gamma_C = tl.load(gamma_C + i_tile * K + o_k)
+        b_row = tl.exp2(b_G)
+        b_column = tl.exp2(-b_G)
+        b_kc = b_k * b_column
+        b_dk *= b_gamma_C[None, :]
+        # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes from
+        # its own dG. Left out of both, as in strong_decay_kernel.
+        m_inner = (o_t < n_rows - 1)[:, None]
+        b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_kc, 0.0), 0) + b_gamma_C * b_dgamma_C
+        b_kc = b_kc.to(tl.bfloat16)
+        b_dAqk = tl.load(dAqk + p_score)
+        b_dT = tl.load(dT + p_score)
+        b_dq = b_row * tl.dot(b_dAqk, b_kc, b_dq)
+        b_de = b_row * tl.dot(b_dT, b_kc, -b_de)
+        b_dk = tl.dot(tl.trans(b_dAqk), (b_q * b_row).to(tl.bfloat16), b_dk)
+        b_dk = tl.dot(tl.trans(b_dT), (b_k * b_b * b_row).to(tl.bfloat16), b_dk)
+        b_dk *= b_column
+        n_exact = tl.where(tl.min(b_gamma_C) >= LEAST_GAMMA, n_rows, 0)
+        n_exact = tl.where(i_first + i_n < NT, n_exact, 0)
+        m_out = (o_t < n_exact)[:, None] & (o_k < K)[None, :]
+        # b_q holds scale q, and b_dq the gradient of q over scale
+        b_db = b_de * b_k
+        b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
+        tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_out)
+        b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
+        b_dq += b_diagonal * b_k
+        b_dk += b_diagonal * b_q + b_de * b_b
+        b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
+        b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
+        b_dq = b_dq * (scale * b_q_rstd)[:, None] - b_q * (b_q_dot * b_q_rstd / scale)[:, None]
+        b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
+        tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_out)
+        tl.store(dk + p_out, b_dk.to(tl.bfloat16), mask=m_out)
+        b_dg = sum_of_later(b_dG, BT) + b_dG_C[None, :]
+
+        # through the gate's activation
+        b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
+        b_x = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+        b_x += tl.load(dt_bias + i_hg * K + o_k)[None, :]
+        b_dA = tl.where(m_tk, -b_dg * b_rate * softplus(b_x), 0.0)
+        b_dg *= -b_rate / (1.0 + tl.exp(-b_x))
+        tl.store(dA_log + i_tile * K + o_k, tl.sum(b_dA, 0), mask=o_k < K * tl.minimum(n_exact, 1))
+        tl.store(ddt_bias + i_tile * K + o_k, tl.sum(tl.where(m_tk, b_dg, 0.0), 0), mask=o_k < K * tl.minimum(n_exact, 1))
+        tl.store(dg + p_out, b_dg.to(tl.float32), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG", "NT"])
+def strong_decay_kernel(
+    q,
+    k,
+    g,
+    b,
+    A_log,
+    dt_bias,
+    q_rstd,
+    k_rstd,
+    G,
+    gamma_C,
+    h,
+    R,
+    dh,
+    dX,
+    dT,
+    dAqk,
+    dAqk_diagonal,
+    do,
+    q_dot,
+    k_dot,
+    chunk_table,
+    dq,
+    dk,
+    dg,
+    db,
+    dA_log,
+    ddt_bias,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    NT,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    i_k = tl.program_id(0) % (K // BK)
+    i_gh = tl.program_id(0) // (K // BK)
+    i_first, i_h = i_gh // HV * CHUNKS, i_gh % HV
+    i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+    o_t = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    # one look at all chunks: where none is left to do, which is the rule, this is all
+    i_all = tl.minimum(i_first + tl.arange(0, CHUNKS), NT - 1).to(tl.int64)
+    b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :]))
+    n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(CHUNKS, NT - i_first), 0)
+    for i_n in range(n_left):
+        i_c = i_first + i_n
+        i_start = tl.load(chunk_table + i_c * 2).to(tl.int64)
+        n_rows = tl.load(chunk_table + i_c * 2 + 1)
+        m_t = o_t < n_rows
+        m_tk = m_t[:, None] & (o_k < K)[None, :]
+        i_tile = i_c.to(tl.int64) * HV + i_h
+        p_q = (i_start * H + i_hq) * K + o_t[:, None] * (H * K) + o_k[None, :]
+        p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
+        p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
+        p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+        p_token = (i_start + o_t) * HV + i_h
+        b_gamma_C = tl.load(gamma_C + i_tile * K + o_k)
+        if tl.where(tl.min(b_gamma_C) < LEAST_GAMMA, n_rows, 0) > 0:
+            o_v = tl.arange(0, V)
+            p_h = i_tile * K * V + o_v[:, None] * K + o_k[None, :]
+            p_tile = i_tile * BT * V + o_t[:, None] * V + o_v[None, :]
+            p_o = (i_start * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+            b_h = tl.load(h + p_h)
+            b_dq = tl.dot(tl.load(do + p_o, mask=m_t[:, None], other=0.0), b_h)
+            b_de = tl.dot(tl.load(dX + p_tile), b_h)
+            b_dh = tl.load(dh + p_h)
+            b_dk = tl.dot(tl.load(R + p_tile), b_dh)
+            # rows of S dS as the diagonal of a product: tiles that only products read are laid out
+            # without bank conflicts, which is worth 0.08 ms at train4k
+            b_SdS = tl.dot(tl.trans(b_dh), b_h)
+            b_dgamma_C = tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_SdS, 0.0), 1)
+            b_G = tl.load(G + p_out, mask=m_tk, other=0.0)
+            b_G_C = tl.min(b_G, 0)
+            b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_b = tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
+            b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
+            b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+            b_k *= b_k_rstd[:, None]
+            b_q *= (b_q_rstd * scale)[:, None]
+
+            b_gamma = tl.exp2(b_G)
+            b_dq *= b_gamma
+            b_de *= -b_gamma
+            b_dk *= tl.exp2(b_G_C[None, :] - b_G)
+            # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes
+            # from its own dG. Left out of both, since under strong decay that cancellation is all
+            # that remains.
+            m_inner = (o_t < n_rows - 1)[:, None]
+            b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + b_gamma_C * b_dgamma_C
+            b_dAqk = tl.load(dAqk + p_score)
+            b_dT = tl.load(dT + p_score)
+            b_anchor = tl.full([BK], 2.0 * RANGE, tl.float32)
+            while tl.max(b_anchor - b_G_C) > RANGE:
+                b_anchor, b_row, b_column = next_frame(b_G, b_anchor)
+                b_kc = (b_k * b_column).to(tl.bfloat16)
+                b_dq += b_row * tl.dot(b_dAqk, b_kc)
+                b_de += b_row * tl.dot(b_dT, b_kc)
+                b_qr = (b_q * b_row).to(tl.bfloat16)
+                b_er = (b_k * b_b * b_row).to(tl.bfloat16)
+                b_pairs = tl.dot(tl.trans(b_dAqk), b_qr)
+                b_dk += b_column * tl.dot(tl.trans(b_dT), b_er, b_pairs)
+            # b_q holds scale q, and b_dq the gradient of q over scale
+            b_db = b_de * b_k
+            b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
+            tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_tk)
+            b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
+            b_dq += b_diagonal * b_k
+            b_dk += b_diagonal * b_q + b_de * b_b
+            b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
+            b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
+            b_dq = b_dq * (scale * b_q_rstd)[:, None] - b_q * (b_q_dot * b_q_rstd / scale)[:, None]
+            b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
+            tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_tk)
+            tl.store(dk + p_out, b_dk.to(tl.bfloat16), mask=m_tk)
+            b_dg = sum_of_later(b_dG, BT) + b_dG_C[None, :]
+
+            # through the gate's activation
+            b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
+            b_x = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+            b_x += tl.load(dt_bias + i_hg * K + o_k)[None, :]
+            b_dA = tl.where(m_tk, -b_dg * b_rate * softplus(b_x), 0.0)
+            b_dg *= -b_rate / (1.0 + tl.exp(-b_x))
+            tl.store(dA_log + i_tile * K + o_k, tl.sum(b_dA, 0))
+            tl.store(ddt_bias + i_tile * K + o_k, tl.sum(tl.where(m_tk, b_dg, 0.0), 0))
+            tl.store(dg + p_out, b_dg.to(tl.float32), mask=m_tk)
+
+
+def launch(
+    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+    dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, *, scale,
+    lower_bound, n_chunks, T, H, HV, HG
+):
+    """Launch both kernels on the current stream."""
+    grid = (-(-n_chunks // CHUNKS) * HV * (K // BK),)
+    grad_key_kernel[grid](
+        q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+        dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
+        lower_bound, T, H, HV, HG,
+        NT=n_chunks, K=K, V=V, BT=BT, BK=BK, CHUNKS=CHUNKS, STAGES=STAGES,
+        num_warps=4, num_stages=2,
+    )
+    strong_decay_kernel[grid](
+        q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+        dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
+        lower_bound, T, H, HV, HG,
+        NT=n_chunks, K=K, V=V, BT=BT, BK=BK, CHUNKS=CHUNKS,
+        num_warps=4, num_stages=2,
+    )
