@@ -22,7 +22,7 @@ from gdn2gen.shapes import Shape
 from gdn2gen.stages import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from gdn2gen.launch import Call
+    from gdn2gen.call import Call
 
 _MIB = 2**20
 # do_bench's size: at least twice the L2 of every GPU so far, and kept so that figures compare.
@@ -131,7 +131,7 @@ def symbol_sizes(problem: Problem, shape: Shape, BT: int) -> dict[str, int]:
 def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
     """Sizes and scalars of a benchmark call: as many heads of q, k and gates as of values."""
     from gdn2gen._bench_accuracy import LOWER_BOUND
-    from gdn2gen.launch import Call
+    from gdn2gen.call import Call
 
     return Call(
         B=shape.B,

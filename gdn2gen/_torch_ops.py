@@ -1,4 +1,4 @@
-"""torch.library ops under the public ones: kernels, fakes, autograd.
+"""What the torch ops under the public ones compute, and the fakes that torch.compile traces.
 
 The forward returns what the backward of its plan wants saved; names and order are the plan's
 (`saved_names`), so that the fake, the kernels and the backward agree.
@@ -6,19 +6,18 @@ The forward returns what the backward of its plan wants saved; names and order a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdn2gen import launch
 from gdn2gen.arguments import IO_DTYPES
+from gdn2gen.call import Call
 from gdn2gen.device import Device, named_device, present_device
 from gdn2gen.dispatch import Recipe, find_recipe, forced
-from gdn2gen.launch import Call, Runner
+from gdn2gen.launch import Runner
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.stages import STAGES, Operand, has_operand
 
@@ -128,7 +127,7 @@ def _saved_operands(runner: Runner) -> list[Operand]:
     return [made[name] for name in saved_names(runner)]
 
 
-def _forward_kernels(
+def forward_kernels(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -168,7 +167,7 @@ def _forward_kernels(
     return results["o"], final_state, [results[name] for name in names]
 
 
-def _forward_fake(
+def forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -203,7 +202,7 @@ def _forward_fake(
     return o, final_state, saved
 
 
-def _backward_kernels(
+def backward_kernels(
     do: Tensor,
     dht: Tensor | None,
     saved: list[Tensor],
@@ -259,7 +258,7 @@ def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
     return grad.view(B, T, heads, grad.shape[2] // heads, dim).float().sum(3).to(x.dtype)
 
 
-def _backward_fake(
+def backward_fake(
     do: Tensor,
     dht: Tensor | None,
     saved: list[Tensor],
@@ -284,48 +283,3 @@ def _backward_fake(
 ) -> list[Tensor]:
     given = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
     return [torch.empty_like(x) for x in given if x is not None]
-
-
-_TENSORS = 10
-"""Tensor arguments of gdn2_forward, cu_seqlens being the last of them."""
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    o, _, saved = output
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[_TENSORS:]
-    ctx.save_for_backward(*inputs[:_TENSORS], o, *saved)
-
-
-def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    inputs, o, saved = tensors[:_TENSORS], tensors[_TENSORS], tensors[_TENSORS + 1 :]
-    if do is None:
-        do = torch.zeros_like(o)
-    output_final_state = ctx.options[4]
-    grads = iter(
-        gdn2_backward(do, dht if output_final_state else None, saved, o, *inputs, *ctx.options)
-    )
-    found = [None if x is None else next(grads) for x in inputs[: _TENSORS - 1]]
-    return (*found, None, *[None] * len(ctx.options))
-
-
-# torch.library.custom_op would do all this in one call, but imports torch._dynamo on the first
-# launch: 2 s of a cold start.
-_Library: Any = torch.library.Library  # untyped in torch
-_library = _Library("gdn2gen", "DEF")
-
-
-def _define(name: str, kernels: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    _library.define(name + torch.library.infer_schema(kernels, mutates_args=()))
-    for key in ("CUDA", "CPU"):
-        _library.impl(name, kernels, key)
-    torch.library.register_fake(f"gdn2gen::{name}", fake, lib=_library)
-    return getattr(torch.ops.gdn2gen, name).default
-
-
-gdn2_forward = _define("gdn2_forward", _forward_kernels, _forward_fake)
-gdn2_backward = _define("gdn2_backward", _backward_kernels, _backward_fake)
-torch.library.register_autograd(
-    "gdn2gen::gdn2_forward", _backward, setup_context=_setup_context, lib=_library
-)

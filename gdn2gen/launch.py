@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gdn2gen import build
+from gdn2gen.call import Call
 from gdn2gen.config import default_config, language_of
 from gdn2gen.knobs import interpreted
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
-from gdn2gen.sequences import chunk_tables, count_chunks
-from gdn2gen.stages import SEGMENT, STAGES, Operand
+from gdn2gen.sequences import chunk_tables
+from gdn2gen.stages import STAGES, Operand
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
@@ -30,8 +31,6 @@ TORCH_DTYPE = {
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 _SUMMED = ("dA_log", "ddt_bias")
 
-STAGE_INPUTS = {name: frozenset(x.name for x in stage.inputs) for name, stage in STAGES.items()}
-
 _poisoned = False
 
 
@@ -42,67 +41,32 @@ def poison(enabled: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Call:
-    """Sizes and scalars of one call, by the symbols of the stage contracts."""
+class _Buffer:
+    """One output of a stage: the buffer whose place it takes, or how it is allocated."""
 
-    B: int
-    T: int
-    H: int
-    HV: int
-    HG: int
-    N: int
-    scale: float
-    lower_bound: float | None
-    packed: bool
-    device: torch.device
+    operand: Operand
+    takes: str | None
+    idle: bool
 
-    def chunks(self, BT: int) -> int:
-        return count_chunks(self.T, self.N, BT, self.packed)
-
-    def segments(self, BT: int) -> tuple[int, int]:
-        """Segments of a sequence, and chunks of a segment.
-
-        Sequences of a packed batch are one segment each: their lengths are not known on the host.
-        """
-        if self.packed:
-            return 1, 2**24
-        return max(1, -(-self.T // (BT * SEGMENT))), SEGMENT
-
-    def sizes(self, problem: Problem, BT: int) -> dict[str, int]:
-        return {
-            "B": self.B,
-            "T": self.T,
-            "H": self.H,
-            "HV": self.HV,
-            "HG": self.HG,
-            "N": self.N,
-            "N+1": self.N + 1,
-            "NT": self.chunks(BT),
-            "NS": self.segments(BT)[0],
-            "BT": BT,
-            "NB": BT // 16,
-            "K": problem.K,
-            "V": problem.V,
-            "2": 2,
-        }
+    def allocate(self, problem: Problem, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        if self.idle:
+            dtype = TORCH_DTYPE[self.operand.dtype_in(problem)]
+            return torch.empty(0, dtype=dtype, device=device)
+        return empty(self.operand, problem, sizes, device)
 
 
 @dataclass(frozen=True)
-class _Contract:
-    """A stage's operands for one problem: argument names in order, and what it writes."""
+class _Step:
+    """One stage of a pass: what is allocated, launched with which arguments, and freed."""
 
-    names: tuple[str, ...]
-    outputs: tuple[Operand, ...]
-
-
-@lru_cache(maxsize=1024)
-def _contract(stage_name: str, problem: Problem) -> _Contract:
-    stage = STAGES[stage_name]
-    operands = stage.operands(problem)
-    written = {x.name for x in stage.outputs}
-    return _Contract(
-        tuple(x.name for x in operands), tuple(x for x in operands if x.name in written)
-    )
+    name: str
+    launch: Callable[..., None]
+    tensors: tuple[str, ...]
+    scalars: tuple[str, ...]
+    count: str
+    """The scalar that counts its programs."""
+    buffers: tuple[_Buffer, ...]
+    freed: tuple[str, ...]
 
 
 class Runner:
@@ -111,30 +75,32 @@ class Runner:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.problem = recipe.problem
-        self._launchers: dict[tuple[Problem, str], Callable[..., None]] = {}
+        self._passes: dict[tuple[Any, ...], tuple[_Step, ...]] = {}
 
     @cached_property
     def BT(self) -> int:
         return self.recipe.configs[self.recipe.plan.forward[0]].size("BT")
 
+    @cached_property
+    def without_final_state(self) -> Problem:
+        return replace(self.problem, final_state=False)
+
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
-        key = (problem, stage_name)
-        if key not in self._launchers:
-            config = self.recipe.configs[stage_name]
-            if interpreted() and language_of(config) != "triton":
-                # Triton's interpreter stands in for a GPU, and interprets nothing else
-                config = default_config(stage_name, problem, BT=config.size("BT"))
-            module = build.load(render(problem, stage_name, config))
-            self._launchers[key] = module.launch
-        return self._launchers[key]
+        """The launch function of a stage, rendered and loaded."""
+        config = self.recipe.configs[stage_name]
+        if interpreted() and language_of(config) != "triton":
+            # Triton's interpreter stands in for a GPU, and interprets nothing else
+            config = default_config(stage_name, problem, BT=config.size("BT"))
+        launch: Callable[..., None] = build.load(render(problem, stage_name, config)).launch
+        return launch
 
     def run(
         self,
-        stage_names: Iterable[str],
+        stage_names: tuple[str, ...],
         problem: Problem,
         call: Call,
         tensors: Mapping[str, Tensor],
-        keep: Iterable[str],
+        keep: tuple[str, ...],
         *,
         in_place: bool = True,
         observe: Callable[[str, Callable[[], None]], None] | None = None,
@@ -145,54 +111,62 @@ class Runner:
         dropped after the last stage that reads it. `observe` is given each stage's name and a
         callable that launches it again on the same buffers.
         """
-        names = list(stage_names)
+        # looked up by one key: finding out again took half of a call's time on the host
+        key = (stage_names, problem, keep, in_place)
+        if key not in self._passes:
+            self._passes[key] = self._steps(*key)
         alive = dict(tensors)
-        kept = set(keep)
-        sizes = call.sizes(problem, self.BT)
+        sizes, scalars = call.sizes(problem, self.BT), call.scalars(self.BT)
         with _device_guard(call.device):
-            for position, name in enumerate(names):
-                for operand in _contract(name, problem).outputs:
-                    reused = in_place_of(operand, problem) if in_place else None
-                    alive[operand.name] = (
-                        empty(operand, problem, sizes, call.device)
-                        if reused is None
-                        else alive[reused]
+            for step in self._passes[key]:
+                for buffer in step.buffers:
+                    alive[buffer.operand.name] = (
+                        buffer.allocate(problem, sizes, call.device)
+                        if buffer.takes is None
+                        else alive[buffer.takes]
                     )
-                launch = self._bind(problem, name, call, alive)
-                launch()
-                if observe is not None:
-                    observe(name, launch)
-                needed = kept.union(*(STAGE_INPUTS[later] for later in names[position + 1 :]))
-                alive = {key: value for key, value in alive.items() if key in needed}
-        return {key: alive[key] for key in kept if key in alive}
+                arguments: dict[str, Any] = {name: alive[name] for name in step.tensors}
+                arguments |= {name: scalars[name] for name in step.scalars}
+                launch = partial(step.launch, **arguments)
+                if scalars[step.count] * call.HV > 0:
+                    launch()
+                    if observe is not None:
+                        observe(step.name, launch)
+                for name in step.freed:
+                    del alive[name]
+        return {name: alive[name] for name in keep if name in alive}
 
-    def _bind(
-        self, problem: Problem, name: str, call: Call, alive: Mapping[str, Tensor]
-    ) -> Callable[[], None]:
-        stage = STAGES[name]
-        launcher = self.launcher(problem, name)
-        contract = _contract(name, problem)
-        arguments: dict[str, Any] = {x: alive[x] for x in contract.names}
-        per_sequence = stage.template in ("scan", "reverse_scan")
-        if per_sequence:
-            arguments["n_sequences"] = call.N
-        else:
-            arguments["n_chunks"] = call.chunks(self.BT)
-        NS, segment = call.segments(self.BT)
-        for scalar in stage.scalars:
-            if scalar not in ("NS", "segment"):
-                arguments[scalar] = getattr(call, scalar)
-        if "NS" in stage.scalars:
-            arguments |= {"NS": NS, "segment": segment}
-        if arguments.get("lower_bound", 0.0) is None:
-            arguments["lower_bound"] = 0.0
-        programs = call.N if per_sequence else call.chunks(self.BT)
-
-        def launch() -> None:
-            if programs * call.HV > 0:
-                launcher(**arguments)
-
-        return launch
+    def _steps(
+        self, stage_names: tuple[str, ...], problem: Problem, keep: tuple[str, ...], in_place: bool
+    ) -> tuple[_Step, ...]:
+        steps = []
+        alive: set[str] = set()
+        for position, name in enumerate(stage_names):
+            stage = STAGES[name]
+            operands = stage.operands(problem)
+            written = {x.name for x in stage.outputs}
+            outputs = [x for x in operands if x.name in written]
+            alive |= {x.name for x in operands}
+            needed = {x.name for later in stage_names[position + 1 :] for x in STAGES[later].inputs}
+            freed = alive - needed - {*keep}
+            alive -= freed
+            count = "n_sequences" if stage.template in ("scan", "reverse_scan") else "n_chunks"
+            config = self.recipe.configs[name]
+            steps.append(
+                _Step(
+                    name,
+                    self.launcher(problem, name),
+                    tensors=tuple(x.name for x in operands),
+                    scalars=(count, *stage.scalars),
+                    count=count,
+                    buffers=tuple(
+                        _Buffer(x, in_place_of(x, problem) if in_place else None, x.is_idle(config))
+                        for x in outputs
+                    ),
+                    freed=tuple(freed),
+                )
+            )
+        return tuple(steps)
 
 
 def in_place_of(operand: Operand, problem: Problem) -> str | None:
@@ -234,7 +208,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of every input, from `do` (and `dht`), the inputs and what the forward saved."""
     tables = packed_tables(tensors, call, runner.BT)
-    problem = replace(runner.problem, final_state=has_dht)
+    problem = runner.problem if has_dht else runner.without_final_state
     keep = ("dq", "dk", "dv", "dg", "db", "dw", "dh0", "dA_log", "ddt_bias")
     return runner.run(runner.recipe.plan.backward, problem, call, {**tensors, **tables}, keep)
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2gen import _torch_ops, reference
+from gdn2gen import _autograd, reference
+from gdn2gen._torch_ops import level_token
 from gdn2gen.arguments import check_arguments, check_gate, check_head_dims
 from gdn2gen.errors import InputError, UnsupportedError
 from gdn2gen.knobs import interpreted
@@ -102,7 +103,7 @@ def chunk_gdn2(
         return o, final_state if output_final_state else None
     check_head_dims(dims.K, dims.V)
     _check_single({"q": q, "g": g, "initial_state": initial_state})
-    o, final_state, _ = _torch_ops.gdn2_forward(
+    o, final_state = _autograd.run(
         *(x.contiguous() for x in (q, k, v, g, b, w)),
         None if initial_state is None else initial_state.contiguous(),
         None if A_log is None else A_log.float().contiguous(),
@@ -114,7 +115,7 @@ def chunk_gdn2(
         use_gate_in_kernel,
         output_final_state,
         state_v_first,
-        _torch_ops.level_token("fast" if disable_recompute else "lean"),
+        level_token("fast" if disable_recompute else "lean"),
     )
     return o, final_state if output_final_state else None
 

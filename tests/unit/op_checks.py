@@ -143,7 +143,7 @@ def inputs_are_untouched() -> str:
 
 def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
     """torch.library.opcheck of the forward op."""
-    from gdn2gen._torch_ops import gdn2_forward
+    from gdn2gen._autograd import gdn2_forward
 
     inputs = make(cu_seqlens=(0, 7, 20), B=1) if gated else make(T=17)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}

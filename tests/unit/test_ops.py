@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gdn2gen
-from gdn2gen import _torch_ops, ops, reference
+from gdn2gen import _autograd, ops, reference
 from gdn2gen.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.inputs import make_inputs
 from gdn2gen.tune.outcome import Outcome
@@ -166,7 +166,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     chosen: str = request.param
     monkeypatch.setattr(ops, "interpreted", lambda: chosen == "kernels")
     monkeypatch.setattr(reference, "chunk_gdn2", reached)
-    monkeypatch.setattr(_torch_ops, "gdn2_forward", reached)
+    monkeypatch.setattr(_autograd, "run", reached)
     return chosen
 
 

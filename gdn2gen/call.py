@@ -1,0 +1,74 @@
+"""Call: sizes and scalars of one call of an op, by the symbols of the stage contracts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdn2gen.problem import Problem
+from gdn2gen.sequences import count_chunks
+from gdn2gen.stages import SEGMENT
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes and scalars of one call, by the symbols of the stage contracts."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    HG: int
+    N: int
+    scale: float
+    lower_bound: float | None
+    packed: bool
+    device: torch.device
+
+    def chunks(self, BT: int) -> int:
+        return count_chunks(self.T, self.N, BT, self.packed)
+
+    def segments(self, BT: int) -> tuple[int, int]:
+        """Segments of a sequence, and chunks of a segment.
+
+        Sequences of a packed batch are one segment each: their lengths are not known on the host.
+        """
+        if self.packed:
+            return 1, 2**24
+        return max(1, -(-self.T // (BT * SEGMENT))), SEGMENT
+
+    def scalars(self, BT: int) -> dict[str, Any]:
+        """Every scalar that a stage may ask for, by name."""
+        NS, segment = self.segments(BT)
+        return {
+            "n_sequences": self.N,
+            "n_chunks": self.chunks(BT),
+            "scale": self.scale,
+            "lower_bound": self.lower_bound or 0.0,
+            "T": self.T,
+            "H": self.H,
+            "HV": self.HV,
+            "HG": self.HG,
+            "NS": NS,
+            "segment": segment,
+        }
+
+    def sizes(self, problem: Problem, BT: int) -> dict[str, int]:
+        return {
+            "B": self.B,
+            "T": self.T,
+            "H": self.H,
+            "HV": self.HV,
+            "HG": self.HG,
+            "N": self.N,
+            "N+1": self.N + 1,
+            "NT": self.chunks(BT),
+            "NS": self.segments(BT)[0],
+            "BT": BT,
+            "NB": BT // 16,
+            "K": problem.K,
+            "V": problem.V,
+            "2": 2,
+        }
