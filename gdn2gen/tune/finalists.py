@@ -211,15 +211,19 @@ class Finals:
 def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
     """The winner, and whether others tied with the fastest.
 
-    Within 1% of the fastest the default wins, then what differs from it in the fewest knobs.
+    Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
+    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then the
+    default wins, then what differs from it in the fewest knobs.
     """
     fastest = min(x.forward_backward.median for x in measured)
     tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
+    forward = min(x.forward.median for x in tied)
+    best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
 
     def simplicity(x: Measured) -> tuple[int, float]:
         return x.candidate.distance(default), x.forward_backward.median
 
-    return min(tied, key=simplicity), len(tied) > 1
+    return min(best, key=simplicity), len(tied) > 1
 
 
 def combine(rounds: Sequence[Timing]) -> Timing:

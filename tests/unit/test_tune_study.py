@@ -307,9 +307,9 @@ def test_bad_arguments_are_refused(tmp_path, arguments, words):
         run(FakeBackend(), tmp_path, **arguments)
 
 
-def _measured(candidate, ms):
-    timing = Timing(ms, ms, ms, 10)
-    return Measured(candidate, timing, timing, 0.0, {})
+def _measured(candidate, ms, forward_ms=0.5):
+    forward, both = Timing(forward_ms, forward_ms, forward_ms, 10), Timing(ms, ms, ms, 10)
+    return Measured(candidate, forward, both, 0.0, {})
 
 
 def test_a_tie_goes_to_the_default():
@@ -319,6 +319,14 @@ def test_a_tie_goes_to_the_default():
     assert tied and winner.candidate == default
     winner, tied = pick([_measured(default, 1.02), _measured(other, 1.0)], default)
     assert not tied and winner.candidate == other
+
+
+def test_a_tie_of_whole_passes_goes_to_the_faster_forward():
+    default = Candidate.default(PROBLEM, "lean")
+    other = default.with_config(default.by_stage["scan"].replace(num_warps=8))
+    measured = [_measured(default, 2.0, 0.51), _measured(other, 2.01, 0.44)]
+    winner, tied = pick(measured, default)
+    assert tied and winner.candidate == other
 
 
 def test_a_tie_without_the_default_goes_to_the_simpler():
