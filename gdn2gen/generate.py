@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gdn2gen.build import write_atomically
+from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
 from gdn2gen.launch import _SUMMED as SUMMED
@@ -72,9 +73,9 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
     inputs = _inputs(problem)
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     kept = _kept(problem, plan.forward, plan.backward)
-    forward = _steps(problem, plan.forward, kept | {"o", "final_state"})
+    forward = _steps(problem, recipe.configs, plan.forward, kept | {"o", "final_state"})
     gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name not in _TABLES}
-    backward = _steps(problem, plan.backward, {*gradients.values()})
+    backward = _steps(problem, recipe.configs, plan.backward, {*gradients.values()})
     made = [name for step in forward for name, _ in step.buffers]
     text = environment().get_template(TEMPLATE).render(
         problem=problem,
@@ -117,7 +118,9 @@ def _kept(problem: Problem, forward: Iterable[str], backward: Iterable[str]) -> 
     return needed
 
 
-def _steps(problem: Problem, names: tuple[str, ...], kept: set[str]) -> list[Step]:
+def _steps(
+    problem: Problem, configs: Mapping[str, Config], names: tuple[str, ...], kept: set[str]
+) -> list[Step]:
     steps = []
     alive: dict[str, None] = {}
     for position, name in enumerate(names):
@@ -132,7 +135,7 @@ def _steps(problem: Problem, names: tuple[str, ...], kept: set[str]) -> list[Ste
         steps.append(
             Step(
                 stage=name,
-                buffers=tuple((x.name, _allocation(x, problem)) for x in outputs),
+                buffers=tuple((x.name, _allocation(x, problem, configs[name])) for x in outputs),
                 arguments=_arguments(stage, problem),
                 per_chunk=stage.template not in _PER_SEQUENCE,
                 freed=tuple(freed),
@@ -141,12 +144,12 @@ def _steps(problem: Problem, names: tuple[str, ...], kept: set[str]) -> list[Ste
     return steps
 
 
-def _allocation(operand: Operand, problem: Problem) -> str:
+def _allocation(operand: Operand, problem: Problem, config: Config) -> str:
     """The expression that allocates an output, from its dims: `q.new_empty(NT, HV, BT, K)`."""
     reused = in_place_of(operand, problem)
     if reused is not None:
         return reused
-    dims = operand.dims.split()
+    dims = ["0"] if operand.is_idle(config) else operand.dims.split()
     if problem.state_v_first and operand.name in ("final_state", "dh0"):
         dims[-2:] = dims[:-3:-1]
     kind = "new_zeros" if operand.name in SUMMED else "new_empty"

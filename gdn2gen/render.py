@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import jinja2
+from jinja2 import meta
 
 from gdn2gen import knobs
 from gdn2gen.config import Config, language_of, why_invalid
@@ -18,6 +19,8 @@ from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.stages import SEGMENT, STAGES, Stage
 
 LANGUAGES = ("triton", "tilelang")
+# Values of knobs that have templates of their own, beside the stage's first one.
+FORMS = ("anchored", "parallel")
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,37 @@ def _environment() -> jinja2.Environment:
 
 
 def template_name(stage: Stage, config: Config) -> str:
-    """The template that serves the config's language and placement of the decay."""
-    placement = "_anchored" if config.get("decay") == "anchored" else ""
-    return f"{language_of(config)}/{stage.template}{placement}.py.jinja"
+    """The template that serves the config's language and form."""
+    form = next((x for x in FORMS if x in config.values()), "")
+    return f"{language_of(config)}/{stage.template}{form and '_' + form}.py.jinja"
+
+
+def template_digest(config: Config) -> str:
+    """Digest of the template that serves `config`, and of what it imports: 16 hex digits."""
+    return _digest(frozenset({template_name(STAGES[config.stage], config)}))
+
+
+def stage_digest(stage_name: str) -> str:
+    """Digest of all templates that may serve a stage, in any language and form."""
+    template = STAGES[stage_name].template
+    forms = ("", *(f"_{form}" for form in FORMS))
+    names = {f"{language}/{template}{form}.py.jinja" for language in LANGUAGES for form in forms}
+    return _digest(frozenset(name for name in names if (templates_dir() / name).exists()))
 
 
 @cache
-def template_digest(stage_name: str) -> str:
-    """Digest of all the stage's templates and of the shared pieces of their languages."""
-    stage = STAGES[stage_name]
+def _digest(names: frozenset[str]) -> str:
     digest = hashlib.sha256()
-    for language in LANGUAGES:
-        folder = templates_dir() / language
-        own = [folder / f"{stage.template}{x}.py.jinja" for x in ("", "_anchored")]
-        own = [template for template in own if template.exists()]
-        if own:
-            for file in (*own, *sorted(folder.glob("_*.jinja"))):
-                name = f"{language}/{file.name}"
-                digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for name in sorted(names.union(*map(_imported, names))):
+        digest.update(name.encode() + b"\0" + (templates_dir() / name).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _imported(name: str) -> set[str]:
+    """Templates that `name` imports, and that those import."""
+    source = (templates_dir() / name).read_text()
+    found = {x for x in meta.find_referenced_templates(_environment().parse(source)) if x}
+    return found | {further for other in found for further in _imported(other)}
 
 
 def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
@@ -74,7 +89,7 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "stage": stage,
         "config": config,
         "operands": [x.name for x in stage.operands(problem)],
-        "digest": template_digest(stage.name),
+        "digest": template_digest(config),
         "regenerate": _regenerate_command(problem, stage, config),
     }
     if language_of(config) == "tilelang":
@@ -106,6 +121,8 @@ def _tilelang_context(problem: Problem, stage: Stage) -> dict[str, object]:
     sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
     tensors = []
     for operand in stage.operands(problem):
+        if operand.scratch:
+            continue
         dims = [sizes.get(symbol, symbol) for symbol in operand.dims.split()]
         if problem.state_v_first and dims[-2:] == ["K", "V"]:
             dims[-2:] = ["V", "K"]
@@ -140,7 +157,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
         raise TemplateError(
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
         ) from error
-    return Rendered(stage_name, source, template_digest(stage_name))
+    return Rendered(stage_name, source, template_digest(config))
 
 
 def _tidy(text: str) -> str:

@@ -13,6 +13,7 @@ Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -32,15 +33,22 @@ class Operand:
 
     dtype `io` is the problem's dtype, `gate` the dtype of g, `fp32` and `int32` themselves.
     `when` names the condition under which the kernel has this argument (see `has_operand`).
+    `scratch` names the knobs' values whose templates need it between their kernels; if it is given,
+    the operand is empty for all others.
     """
 
     name: str
     dims: str
     dtype: str = "io"
     when: str = "always"
+    scratch: tuple[str, ...] = ()
 
     def dtype_in(self, problem: Problem) -> str:
         return {"io": problem.dtype, "gate": problem.gate_dtype}.get(self.dtype, self.dtype)
+
+    def is_idle(self, config: Mapping[str, int | str]) -> bool:
+        """Whether a kernel with this config makes no use of it."""
+        return bool(self.scratch) and not {*self.scratch} & {*config.values()}
 
     def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
         """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
@@ -79,8 +87,8 @@ class Stage:
         return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
 
     def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
-        """Least bytes to move: every operand read or written once."""
-        return sum(x.nbytes(problem, sizes) for x in self.operands(problem))
+        """Least bytes to move: every operand but scratch, read or written once."""
+        return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
 
 
 @dataclass(frozen=True)
@@ -125,11 +133,15 @@ _FACTORS = (
     Operand("Ktail", "NT HV BT K"),
     Operand("gamma_C", "NT HV K", "fp32"),
 )
+_GAMMA_B = Operand("gamma_B", "NT HV NB K", "fp32", scratch=("log", "tree"))
 _G = Operand("G", "B T HV K", "fp32")
 _H = Operand("h", "NT HV V K")
 _DH = Operand("dh", "NT HV V K")
 _R = Operand("R", "NT HV BT V")
 _S_SEG = Operand("S_seg", "N HV NS V K", "fp32")
+# Of the parallel scans: from a segment's start to its end; gradients at its end.
+_M_SEG = Operand("M_seg", "N HV NS K K", "fp32", scratch=("parallel",))
+_DS_SEG = Operand("dS_seg", "N HV NS V K", "fp32", scratch=("parallel",))
 _DX = Operand("dX", "NT HV BT V")
 # dv and dw are dX times an input, and would show what 16 bits of dX round off.
 _DX_REST = Operand("dX_rest", "NT HV BT V", when="rounded")
@@ -153,7 +165,7 @@ STAGES: Final = {
             "prepare",
             "prepare",
             (*_QKGB, *_GATE, *_VARLEN),
-            (*_RSTD, *_SCORES, *_FACTORS, Operand("gamma_B", "NT HV NB K", "fp32")),
+            (*_RSTD, *_SCORES, *_FACTORS, _GAMMA_B),
             _CHUNKED,
         ),
         Stage(
@@ -171,6 +183,7 @@ STAGES: Final = {
             (
                 Operand("o", "B T HV V"),
                 _S_SEG,
+                _M_SEG,
                 Operand("final_state", "N HV K V", "fp32", "final_state"),
             ),
             ("T", "HV", "NS", "segment"),
@@ -192,8 +205,15 @@ STAGES: Final = {
                 Operand("dht", "N HV K V", "fp32", "final_state"),
                 *_SEQUENCES,
             ),
-            (_DH, _DX, _DX_REST, Operand("dh0", "N HV K V", "fp32", "initial_state")),
-            ("T", "HV"),
+            (
+                _DH,
+                _DX,
+                _DX_REST,
+                _DS_SEG,
+                _M_SEG,
+                Operand("dh0", "N HV K V", "fp32", "initial_state"),
+            ),
+            ("T", "HV", "NS", "segment"),
         ),
         Stage(
             "grad_value",

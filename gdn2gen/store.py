@@ -29,6 +29,7 @@ from gdn2gen._store_format import (
     parse_file,
     raw_key,
 )
+from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.stages import plan_named
@@ -140,7 +141,7 @@ def warn_unread(path: Path, file: TunedFile) -> None:
 def stale_stages(entry: Entry) -> list[str]:
     """Stages of the entry whose template is not the one it was checked under."""
     stages = plan_named(entry.plan).stages
-    return [name for name in stages if entry.templates.get(name) != _digest(name)]
+    return [name for name in stages if entry.templates.get(name) != _digest(entry.configs[name])]
 
 
 def is_stale(entry: Entry) -> bool:
@@ -148,9 +149,9 @@ def is_stale(entry: Entry) -> bool:
     return bool(stale_stages(entry))
 
 
-def _digest(stage: str) -> str:
+def _digest(config: Config) -> str:
     try:
-        return render.template_digest(stage)
+        return render.template_digest(config)
     except OSError:
         return "<no template>"
 

@@ -46,7 +46,7 @@ class Candidate:
     @property
     def templates(self) -> dict[str, str]:
         """Digest of each stage's template."""
-        return {config.stage: template_digest(config.stage) for config in self.configs}
+        return {config.stage: template_digest(config) for config in self.configs}
 
     @property
     def digest(self) -> str:

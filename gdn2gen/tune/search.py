@@ -21,7 +21,7 @@ from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device
 from gdn2gen.errors import TuneError
 from gdn2gen.problem import Problem
-from gdn2gen.render import template_digest
+from gdn2gen.render import stage_digest, template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
@@ -208,7 +208,7 @@ class Search:
             self.shapes,
             context.device,
             context.ledger,
-            template_digest(stage),
+            stage_digest(stage),
             context.storage,
             context.seed,
         )
@@ -309,7 +309,7 @@ class Search:
             reason,
             self.problem,
             config,
-            template_digest(config.stage),
+            template_digest(config),
             errors=errors,
             plan=candidate.plan if candidate else "",
             configs=candidate.by_stage if candidate else None,

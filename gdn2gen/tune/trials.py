@@ -26,6 +26,7 @@ from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.errors import TuneError
 from gdn2gen.problem import Problem
+from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import space
 from gdn2gen.tune.ledger import Ledger
@@ -163,7 +164,7 @@ class StageTrials:
         return (
             self.refused.get(config)
             or space.why_hopeless(config, self.problem, self.device)
-            or self.ledger.why_refused(self.problem, config, self.digest)
+            or self.ledger.why_refused(self.problem, config, template_digest(config))
         )
 
     def _draw_unseen(self) -> Config | None:

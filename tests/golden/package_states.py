@@ -145,9 +145,10 @@ class _ChunkGDN2(torch.autograd.Function):
             # scan
             o = q.new_empty(B, T, HV, V)
             S_seg = q.new_empty(N, HV, NS, V, K)
+            M_seg = q.new_empty(0)
             final_state = q.new_empty(N, HV, K, V)
             scan.launch(
-                v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state,
+                v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state,
                 n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
@@ -195,11 +196,14 @@ class _ChunkGDN2(torch.autograd.Function):
             # reverse_scan
             dh = q.new_empty(NT, HV, V, K)
             dX = q.new_empty(NT, HV, BT, V)
+            dS_seg = q.new_empty(0)
+            M_seg = q.new_empty(0)
             dh0 = q.new_empty(N, HV, K, V)
             reverse_scan.launch(
-                Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dh0, n_sequences=N, T=T, HV=HV,
+                Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, n_sequences=N,
+                T=T, HV=HV, NS=NS, segment=segment,
             )
-            del Qg, E, Ktail
+            del Qg, E, Ktail, dS_seg, M_seg
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)

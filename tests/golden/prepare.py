@@ -21,11 +21,11 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     q_rstd, k_rstd  [B, T, HV] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
-Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=2 num_warps=1 solve=tf32x3
-Template digest b179f19d7d489fe5; made by
+Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=1 num_warps=1 solve=tf32
+Template digest d34e7127ab8154dc; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
-      BK=32,BT=64,decay=tree,maxnreg=0,num_stages=2,num_warps=1,solve=tf32x3
+      BK=32,BT=64,decay=tree,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
 """
 
 import triton
@@ -88,8 +88,8 @@ def invert(b_T, BC: tl.constexpr):
     b_X -= tl.where(meet_at(0, o_c[:, None], o_c[None, :]), b_T, 0.0)
     for i_level in tl.static_range(1, 4):
         b_L = tl.where(meet_at(i_level, o_c[:, None], o_c[None, :]), b_T, 0.0)
-        b_XL = tl.dot(b_X, b_L, input_precision="tf32x3")
-        b_X -= tl.dot(b_XL, b_X, input_precision="tf32x3")
+        b_XL = tl.dot(b_X, b_L, input_precision="tf32")
+        b_X -= tl.dot(b_XL, b_X, input_precision="tf32")
     return b_X
 
 
@@ -310,42 +310,42 @@ def prepare_kernel(
     b_A11 = tl.load(A + p_score + 1 * BC * (BT + 1)).to(tl.float32)
     b_A22 = tl.load(A + p_score + 2 * BC * (BT + 1)).to(tl.float32)
     b_A33 = tl.load(A + p_score + 3 * BC * (BT + 1)).to(tl.float32)
-    b_TA = tl.dot(b_T10, b_A00, input_precision="tf32x3")
-    b_A10 = -tl.dot(b_A11, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T10, b_A00, input_precision="tf32")
+    b_A10 = -tl.dot(b_A11, b_TA, input_precision="tf32")
     tl.store(A + p_score + 1 * BC * BT + 0 * BC, b_A10.to(tl.bfloat16))
     tl.store(A + p_score + 0 * BC * BT + 1 * BC, b_zero)
     tl.store(Aqk + p_score + 1 * BC * BT + 0 * BC, b_Aqk10.to(tl.bfloat16))
     tl.store(Aqk + p_score + 0 * BC * BT + 1 * BC, b_zero)
-    b_TA = tl.dot(b_T20, b_A00, input_precision="tf32x3")
-    b_TA = tl.dot(b_T21, b_A10, b_TA, input_precision="tf32x3")
-    b_A20 = -tl.dot(b_A22, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T20, b_A00, input_precision="tf32")
+    b_TA = tl.dot(b_T21, b_A10, b_TA, input_precision="tf32")
+    b_A20 = -tl.dot(b_A22, b_TA, input_precision="tf32")
     tl.store(A + p_score + 2 * BC * BT + 0 * BC, b_A20.to(tl.bfloat16))
     tl.store(A + p_score + 0 * BC * BT + 2 * BC, b_zero)
     tl.store(Aqk + p_score + 2 * BC * BT + 0 * BC, b_Aqk20.to(tl.bfloat16))
     tl.store(Aqk + p_score + 0 * BC * BT + 2 * BC, b_zero)
-    b_TA = tl.dot(b_T21, b_A11, input_precision="tf32x3")
-    b_A21 = -tl.dot(b_A22, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T21, b_A11, input_precision="tf32")
+    b_A21 = -tl.dot(b_A22, b_TA, input_precision="tf32")
     tl.store(A + p_score + 2 * BC * BT + 1 * BC, b_A21.to(tl.bfloat16))
     tl.store(A + p_score + 1 * BC * BT + 2 * BC, b_zero)
     tl.store(Aqk + p_score + 2 * BC * BT + 1 * BC, b_Aqk21.to(tl.bfloat16))
     tl.store(Aqk + p_score + 1 * BC * BT + 2 * BC, b_zero)
-    b_TA = tl.dot(b_T30, b_A00, input_precision="tf32x3")
-    b_TA = tl.dot(b_T31, b_A10, b_TA, input_precision="tf32x3")
-    b_TA = tl.dot(b_T32, b_A20, b_TA, input_precision="tf32x3")
-    b_A30 = -tl.dot(b_A33, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T30, b_A00, input_precision="tf32")
+    b_TA = tl.dot(b_T31, b_A10, b_TA, input_precision="tf32")
+    b_TA = tl.dot(b_T32, b_A20, b_TA, input_precision="tf32")
+    b_A30 = -tl.dot(b_A33, b_TA, input_precision="tf32")
     tl.store(A + p_score + 3 * BC * BT + 0 * BC, b_A30.to(tl.bfloat16))
     tl.store(A + p_score + 0 * BC * BT + 3 * BC, b_zero)
     tl.store(Aqk + p_score + 3 * BC * BT + 0 * BC, b_Aqk30.to(tl.bfloat16))
     tl.store(Aqk + p_score + 0 * BC * BT + 3 * BC, b_zero)
-    b_TA = tl.dot(b_T31, b_A11, input_precision="tf32x3")
-    b_TA = tl.dot(b_T32, b_A21, b_TA, input_precision="tf32x3")
-    b_A31 = -tl.dot(b_A33, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T31, b_A11, input_precision="tf32")
+    b_TA = tl.dot(b_T32, b_A21, b_TA, input_precision="tf32")
+    b_A31 = -tl.dot(b_A33, b_TA, input_precision="tf32")
     tl.store(A + p_score + 3 * BC * BT + 1 * BC, b_A31.to(tl.bfloat16))
     tl.store(A + p_score + 1 * BC * BT + 3 * BC, b_zero)
     tl.store(Aqk + p_score + 3 * BC * BT + 1 * BC, b_Aqk31.to(tl.bfloat16))
     tl.store(Aqk + p_score + 1 * BC * BT + 3 * BC, b_zero)
-    b_TA = tl.dot(b_T32, b_A22, input_precision="tf32x3")
-    b_A32 = -tl.dot(b_A33, b_TA, input_precision="tf32x3")
+    b_TA = tl.dot(b_T32, b_A22, input_precision="tf32")
+    b_A32 = -tl.dot(b_A33, b_TA, input_precision="tf32")
     tl.store(A + p_score + 3 * BC * BT + 2 * BC, b_A32.to(tl.bfloat16))
     tl.store(A + p_score + 2 * BC * BT + 3 * BC, b_zero)
     tl.store(Aqk + p_score + 3 * BC * BT + 2 * BC, b_Aqk32.to(tl.bfloat16))
@@ -361,5 +361,5 @@ def launch(
         q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound,
         T, H, HV, HG,
         K=K, BT=BT, BC=BC, BK=BK,
-        num_warps=1, num_stages=2,
+        num_warps=1, num_stages=1,
     )

@@ -18,11 +18,11 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
 
 Problem: gdn2 K=64 V=64 bf16, g bf16, sigmoid gate
-Config:  BK=32 BT=16 decay=log maxnreg=0 num_stages=2 num_warps=1 solve=tf32x3
-Template digest b179f19d7d489fe5; made by
+Config:  BK=32 BT=16 decay=log maxnreg=0 num_stages=1 num_warps=1 solve=tf32
+Template digest d34e7127ab8154dc; made by
     gdn2gen generate --op gdn2 --head-dim 64,64 --dtype bf16 --gate-dtype bf16 --gate sigmoid \
       --no-l2norm --with= --stage prepare --config \
-      BK=32,BT=16,decay=log,maxnreg=0,num_stages=2,num_warps=1,solve=tf32x3
+      BK=32,BT=16,decay=log,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
 """
 
 import triton
@@ -85,8 +85,8 @@ def invert(b_T, BC: tl.constexpr):
     b_X -= tl.where(meet_at(0, o_c[:, None], o_c[None, :]), b_T, 0.0)
     for i_level in tl.static_range(1, 4):
         b_L = tl.where(meet_at(i_level, o_c[:, None], o_c[None, :]), b_T, 0.0)
-        b_XL = tl.dot(b_X, b_L, input_precision="tf32x3")
-        b_X -= tl.dot(b_XL, b_X, input_precision="tf32x3")
+        b_XL = tl.dot(b_X, b_L, input_precision="tf32")
+        b_X -= tl.dot(b_XL, b_X, input_precision="tf32")
     return b_X
 
 
@@ -205,5 +205,5 @@ def launch(
     prepare_kernel[(n_chunks * HV,)](
         q, k, g, b, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound, T, H, HV, HG,
         K=K, BT=BT, BC=BC, BK=BK,
-        num_warps=1, num_stages=2,
+        num_warps=1, num_stages=1,
     )

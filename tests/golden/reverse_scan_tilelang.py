@@ -18,11 +18,11 @@ which fills 2 stages of shared memory ahead of the products.
     dh0           [N, HV, K, V] fp32  gradient of the initial state
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
-Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest f1102bbbba559f59; made by
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
+Template digest ffd706f47559fcd9; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
-      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
 """
 
 from functools import cache
@@ -137,8 +137,8 @@ def compiled():
 
 
 def launch(
-    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dh0, *,
-    n_sequences, T, HV
+    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dS_seg,
+    M_seg, dh0, *, n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     compiled()(Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX,

@@ -16,15 +16,16 @@ segment of chunks it is written out, for the backward to start from.
     Aqk           [NT, HV, BT, BT]  decayed scores
     o             [B, T, HV, V]
     S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
+    M_seg         scratch of the parallel form, not used
     initial_state [N, HV, K, V] fp32
     final_state   [N, HV, K, V] fp32
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
-Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4
-Template digest d986bd350f52fc41; made by
+Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=serial
+Template digest 4c12d3a34eb219ae; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
-      BT=16,BV=16,language=triton,num_stages=1,num_warps=4
+      BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=serial
 """
 
 import triton
@@ -48,6 +49,7 @@ def scan_kernel(
     initial_state,
     o,
     S_seg,
+    M_seg,
     final_state,
     T,
     HV,
@@ -110,13 +112,13 @@ def scan_kernel(
 
 
 def launch(
-    v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, *, n_sequences,
-    T, HV, NS, segment
+    v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, *,
+    n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     scan_kernel[(n_sequences * HV * (V // BV),)](
-        v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, T, HV, NS,
-        segment,
+        v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, T, HV,
+        NS, segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=1,
     )

@@ -130,6 +130,17 @@ def _cases() -> Iterator[KernelCase]:
     for plan in PLANS:
         long = Case("segments", _STATES, _shape(1, 530, 1))
         yield KernelCase(long, plan, (("BT", 16), ("BV", 32)))
+        # three segments, the last of three chunks
+        long = Case("parallel", replace(_STATES, V=64), _shape(1, 1060, 2))
+        yield KernelCase(long, plan, (("BT", 16), ("BV", 32), ("segments", "parallel")))
+    options = {
+        "v-first": replace(_STATES, state_v_first=True),
+        "stateless": replace(_STATES, initial_state=False, final_state=False),
+        "fp16": replace(_STATES, dtype="fp16"),
+    }
+    for name, problem in options.items():
+        long = Case(f"parallel-{name}", problem, _shape(1, 530, 1))
+        yield KernelCase(long, "lean", (("BT", 16), ("BV", 16), ("segments", "parallel")))
     for name, problem in (("grouped", _STATES), ("grouped-all", replace(full, varlen=False))):
         yield with_next(Case(name, problem, _shape(2, 20, 4), H=2))
         yield with_next(Case(f"{name}-gates", problem, _shape(2, 20, 4), H=2, HG=2))

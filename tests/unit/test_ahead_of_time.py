@@ -77,7 +77,7 @@ def _cases() -> Iterator[object]:
         for stage in STAGES:
             yield _case(name, problem, "sm_90", default_config(stage, problem))
     knobs: dict[str, dict[str, Knob]] = {
-        "prepare": {"decay": "log", "solve": "tf32", "num_stages": 1},
+        "prepare": {"decay": "log", "BK": 32, "num_warps": 1},
         "reprepare": {"num_warps": 4},
         "scan": {"BV": 32, "num_warps": 8},
         "reverse_scan": {"BV": 128, "num_warps": 8},

@@ -40,7 +40,7 @@ def house(monkeypatch, tmp_path):
 
     for name in ("is_available", "current_device", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, name, asked)
-    monkeypatch.setattr(render, "template_digest", lambda stage, language="triton": f"d-{stage}")
+    monkeypatch.setattr(render, "template_digest", lambda config: f"d-{config.stage}")
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)

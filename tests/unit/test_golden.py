@@ -12,7 +12,7 @@ import pytest
 from jinja2 import meta, nodes
 
 from gdn2gen import build
-from gdn2gen.config import DOMAINS, Config, default_config
+from gdn2gen.config import DOMAINS, Config, Knob, default_config
 from gdn2gen.dispatch import default_recipe
 from gdn2gen.generate import package_source
 from gdn2gen.paths import templates_dir
@@ -27,9 +27,13 @@ _PACKED: Final = Problem(
 _STATES: Final = Problem(K=64, V=128, dtype="fp32", initial_state=True, final_state=True)
 
 
+# what the dyadic placements of prepare are for
+_ONE_WARP: Final[dict[str, Knob]] = {"BK": 32, "num_warps": 1}
+
+
 def _prepare() -> str:
     problem = Problem()
-    config = default_config("prepare", problem, BT=64).replace(decay="tree")
+    config = default_config("prepare", problem, BT=64).replace(decay="tree", **_ONE_WARP)
     return render(problem, "prepare", config).source
 
 
@@ -45,7 +49,7 @@ def _grad_key() -> str:
 
 def _prepare_sigmoid_log() -> str:
     problem = Problem(K=64, V=64, gate="sigmoid", gate_dtype="bf16", l2norm=False)
-    config = default_config("prepare", problem, BT=16).replace(decay="log")
+    config = default_config("prepare", problem, BT=16).replace(decay="log", **_ONE_WARP)
     return render(problem, "prepare", config).source
 
 
@@ -56,6 +60,11 @@ def _scan() -> str:
 def _reverse_scan_tilelang() -> str:
     problem = Problem(varlen=True, initial_state=True, final_state=True)
     return render(problem, "reverse_scan", _config("reverse_scan", "tilelang")).source
+
+
+def _parallel(stage: str) -> str:
+    config = default_config(stage, _STATES, BT=16).replace(segments="parallel")
+    return render(_STATES, stage, config).source
 
 
 def _package() -> str:
@@ -69,6 +78,8 @@ OUTPUTS: Final = {
     "grad_key_anchored_packed.py": partial(_anchored, "grad_key"),
     "prepare_sigmoid_log.py": _prepare_sigmoid_log,
     "scan_states.py": _scan,
+    "scan_parallel_states.py": partial(_parallel, "scan"),
+    "reverse_scan_parallel_states.py": partial(_parallel, "reverse_scan"),
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
     "package_states.py": _package,
 }
@@ -117,8 +128,12 @@ def _configs(stage: str, language: str) -> list[Config]:
     config = default_config(stage, Problem())
     if language != "triton":
         return [config.replace(language=language)]
-    dyadic = {"decay": "log", **({"chunks": 1} if "chunks" in config else {})}
-    return [config, config.replace(**dyadic)] if "decay" in config else [config]
+    others: dict[str, Knob] = {}
+    if "decay" in config:
+        others = {"decay": "log", **(_ONE_WARP if stage == "prepare" else {"chunks": 1})}
+    elif "segments" in config:
+        others = {"segments": "parallel"}
+    return [config, config.replace(**others)] if others else [config]
 
 
 def _config(stage: str, language: str) -> Config:

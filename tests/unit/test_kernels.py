@@ -102,6 +102,7 @@ def test_the_list_leaves_nothing_out() -> None:
     for stage in STAGES:
         assert {x["BT"] for x in configs if x.stage == stage} == {16, 32, 64}
     assert {x["decay"] for x in configs if "decay" in x} == {"log", "tree", "anchored"}
+    assert {x["segments"] for x in configs if "segments" in x} == {"serial", "parallel"}
     for plan in PLANS:
         problems = [case.case.problem for case in CASES if case.plan == plan]
         assert {x.gate for x in problems} == {"none", "softplus", "sigmoid"}

@@ -34,8 +34,9 @@ ROOMS = (
     ("dispatch",),
     ("sequences",),
     ("arguments",),
+    ("call",),
     ("launch",),
-    ("ops", "_torch_ops"),
+    ("ops", "_autograd", "_torch_ops"),
     ("layer",),
     ("generate",),
     ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_time"),
@@ -129,18 +130,18 @@ def test_wheel_holds_templates_and_tuned_files(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(site)!r})
 from gdn2gen import __version__, paths
-from gdn2gen.render import template_digest
+from gdn2gen.render import stage_digest
 assert str(paths.templates_dir()).startswith({str(site)!r}), paths.templates_dir()
 assert str(paths.packaged_tuned_dir()).startswith({str(site)!r}), paths.packaged_tuned_dir()
-print(__version__, template_digest("scan"))
+print(__version__, stage_digest("scan"))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     from gdn2gen import __version__
-    from gdn2gen.render import template_digest
+    from gdn2gen.render import stage_digest
 
-    assert done.stdout.split() == [__version__, template_digest("scan")]
+    assert done.stdout.split() == [__version__, stage_digest("scan")]
     assert wheel.name.startswith(f"gdn2gen-{__version__}-")
 
 

@@ -35,7 +35,7 @@ METADATA = metadata_for(DEVICE, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z
 
 @pytest.fixture(autouse=True)
 def digests(monkeypatch):
-    monkeypatch.setattr(render, "template_digest", lambda stage, language="triton": f"d-{stage}")
+    monkeypatch.setattr(render, "template_digest", lambda config: f"d-{config.stage}")
 
 
 def make_entry(tokens=16384, *, ms=2.5, problem=None, plan="lean", level="lean", **changes):
@@ -116,7 +116,7 @@ def test_bytes_are_stable_sorted_and_readable(tmp_path):
     ]
     assert '      "regime": {"tokens": 1024, "sequences": 4, "heads": 16},\n' in text
     assert '"measured": {"forward_ms": 0.75, "forward_backward_ms": 2.5, "default_ms"' in text
-    assert '        "prepare": {"BK": 32, "BT": 32,' in text
+    assert '        "prepare": {"BK": 64, "BT": 32,' in text
 
 
 def test_no_entries(tmp_path):
@@ -340,7 +340,7 @@ def test_entries_skipped_for_one_reason_share_a_warning(tmp_path):
 def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.json"
     write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
-    path.write_text(path.read_text().replace('"prepare": {"BK": 32', '"prepare": {"BK": 33'))
+    path.write_text(path.read_text().replace('"prepare": {"BK": 64', '"prepare": {"BK": 33'))
     assert load_tuned(path).unread
     merge_entries(path, METADATA, [make_entry(1024, ms=9.0)])
     assert load_tuned(path) == TunedFile(METADATA, (make_entry(1024, ms=9.0),))
@@ -390,12 +390,12 @@ def test_is_stale(monkeypatch):
     assert not is_stale(entry)
     assert is_stale(make_entry(templates={}))
     monkeypatch.setattr(
-        render, "template_digest", lambda stage, language="triton": stage.replace("scan", "x")
+        render, "template_digest", lambda config: config.stage.replace("scan", "x")
     )
     assert store.stale_stages(entry) == list(plan_named("lean").stages)
 
-    def missing(stage, language="triton"):
-        raise FileNotFoundError(stage)
+    def missing(config):
+        raise FileNotFoundError(config.stage)
 
     monkeypatch.setattr(render, "template_digest", missing)
     assert is_stale(entry)

@@ -1,0 +1,257 @@
+"""Carry the gradient of the state back through all segments of a sequence side by side, exactly.
+
+The mirror of the parallel scan: a segment takes the gradient to dS_start = dS_end M^T + W, where
+W follows from a zero gradient at its end, and M^T from the identity without dO. Three kernels,
+
+    fold_kernel          W and M of all segments but the first, one program per slice of their rows
+    merge_kernel         the gradient at every segment's end, one after the other
+    reverse_scan_kernel  dh and dX, all segments at once
+
+with the gradient of the state held transposed, dS^T [BV, K].
+
+    dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
+    dS^T <- dS^T Diag(gamma_C) + dO^T Qg - dX^T E
+
+    Qg, E, Ktail  [NT, HV, BT, K]   queries and erasing keys from the chunk's start, keys to its end
+    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
+    A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
+    do            [B, T, HV, V]     gradient of o
+    dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
+    dX            [NT, HV, BT, V]   gradient of X = w v - E S
+    dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
+    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first
+    dht           [N, HV, K, V] fp32  gradient of the final state
+    dh0           [N, HV, K, V] fp32  gradient of the initial state
+
+Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
+Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
+Template digest e6aa2a5c52be8b3c; made by
+    gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
+      --with=initial_state,final_state --stage reverse_scan --config \
+      BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel
+"""
+
+import triton
+import triton.language as tl
+
+
+K, V = 64, 128
+BT, BV = 16, 16
+BM = 16  # rows of a program of merge_kernel, which waits for one product after the other
+
+
+@triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
+def fold_kernel(
+    Qg,
+    E,
+    Ktail,
+    gamma_C,
+    A,
+    Aqk,
+    do,
+    dht,
+    dh,
+    dX,
+    dS_seg,
+    M_seg,
+    dh0,
+    T,
+    HV,
+    NS,
+    segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_v = tl.program_id(0) % ((V + K) // BV)
+    i_seg = tl.program_id(0) // ((V + K) // BV)
+    i_nh, i_s = i_seg // (NS - 1), i_seg % (NS - 1) + 1
+    i_n, i_h = i_nh // HV, i_nh % HV
+    n_chunks = tl.cdiv(T, BT)
+    i_first = i_n * n_chunks
+    i_start = i_n.to(tl.int64) * T
+    n_tokens = T
+
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    # the segment's own chunks and tokens
+    n_chunks = tl.minimum(n_chunks - i_s * segment, segment)
+    i_first += i_s * segment
+    i_start += i_s * segment * BT
+    n_tokens -= i_s * segment * BT
+    # rows past V start at the identity, and have no tokens to read dO of
+    n_tokens = tl.where(i_v * BV < V, n_tokens, 0)
+    b_dS = tl.where((o_v - V)[:, None] == o_k[None, :], 1.0, 0.0)
+
+    # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
+    p_k = o_t[:, None] * K + o_k[None, :]
+    i_tile = (i_first + n_chunks - 1).to(tl.int64) * HV + i_h
+    n_next = tl.minimum(n_chunks, 1)
+    b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_next, other=0.0)
+    for i_back in range(n_chunks):
+        i_t = n_chunks - 1 - i_back
+        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+        b_gamma = b_gamma_next
+        i_next = i_tile - HV
+        n_next = tl.minimum(i_t, 1)
+        b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
+        i_row = i_t * BT + o_t
+        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+        # stores come after the products that they would delay
+        b_dSd = b_dS.to(tl.float32)
+        b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
+        p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+        b_dR = tl.dot(b_do, tl.load(Aqk + p_score), input_precision="tf32x3")
+        b_Ktail = tl.load(Ktail + i_tile * BT * K + p_k)
+        b_dR = tl.dot(b_dSd, tl.trans(b_Ktail), b_dR, input_precision="tf32x3")
+        b_dS *= b_gamma[None, :]
+        b_dX = tl.dot(b_dR.to(tl.float32), tl.load(A + p_score), input_precision="tf32x3")
+        b_dXd = b_dX.to(tl.float32)
+        b_dS = tl.dot(b_do, tl.load(Qg + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+        b_dS = tl.dot(-b_dXd, tl.load(E + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+
+    if i_v * BV < V:
+        p_kept = (i_nh.to(tl.int64) * NS + i_s - 1) * K * V + o_v[:, None] * K + o_k[None, :]
+        tl.store(dS_seg + p_kept, b_dS)
+    else:
+        p_M = (i_nh.to(tl.int64) * NS + i_s - 1) * K * K
+        tl.store(M_seg + p_M + (o_v - V)[:, None] * K + o_k[None, :], b_dS)
+
+
+@triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
+def merge_kernel(
+    Qg,
+    E,
+    Ktail,
+    gamma_C,
+    A,
+    Aqk,
+    do,
+    dht,
+    dh,
+    dX,
+    dS_seg,
+    M_seg,
+    dh0,
+    T,
+    HV,
+    NS,
+    segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+):
+    i_v = tl.program_id(0) % (V // BM)
+    i_nh = tl.program_id(0) // (V // BM)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BM + tl.arange(0, BM)
+    p_state = i_nh.to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
+    b_S = tl.load(dht + p_state)
+    p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
+    p_M = i_nh.to(tl.int64) * NS * K * K + o_k[:, None] * K + o_k[None, :]
+    tl.store(dS_seg + p_kept + (NS - 1) * K * V, b_S)
+    for i_m in tl.range(0, NS - 1, num_stages=2):
+        b_M = tl.load(M_seg + p_M + (NS - 2 - i_m) * K * K)
+        p_next = dS_seg + p_kept + (NS - 2 - i_m) * K * V
+        b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="tf32x3")
+        tl.store(p_next, b_S)
+
+
+@triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
+def reverse_scan_kernel(
+    Qg,
+    E,
+    Ktail,
+    gamma_C,
+    A,
+    Aqk,
+    do,
+    dht,
+    dh,
+    dX,
+    dS_seg,
+    M_seg,
+    dh0,
+    T,
+    HV,
+    NS,
+    segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_v = tl.program_id(0) % (V // BV)
+    i_seg = tl.program_id(0) // (V // BV)
+    i_nh, i_s = i_seg // NS, i_seg % NS
+    i_n, i_h = i_nh // HV, i_nh % HV
+    n_chunks = tl.cdiv(T, BT)
+    i_first = i_n * n_chunks
+    i_start = i_n.to(tl.int64) * T
+    n_tokens = T
+
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    b_dS = tl.load(dS_seg + i_seg.to(tl.int64) * K * V + o_v[:, None] * K + o_k[None, :])
+    # the segment's own chunks and tokens
+    n_chunks = tl.minimum(n_chunks - i_s * segment, segment)
+    i_first += i_s * segment
+    i_start += i_s * segment * BT
+    n_tokens -= i_s * segment * BT
+
+    # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
+    p_k = o_t[:, None] * K + o_k[None, :]
+    i_tile = (i_first + n_chunks - 1).to(tl.int64) * HV + i_h
+    n_next = tl.minimum(n_chunks, 1)
+    b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_next, other=0.0)
+    for i_back in range(n_chunks):
+        i_t = n_chunks - 1 - i_back
+        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+        b_gamma = b_gamma_next
+        i_next = i_tile - HV
+        n_next = tl.minimum(i_t, 1)
+        b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
+        i_row = i_t * BT + o_t
+        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+        # stores come after the products that they would delay
+        b_dSd = b_dS.to(tl.float32)
+        b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
+        p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+        b_dR = tl.dot(b_do, tl.load(Aqk + p_score), input_precision="tf32x3")
+        b_Ktail = tl.load(Ktail + i_tile * BT * K + p_k)
+        b_dR = tl.dot(b_dSd, tl.trans(b_Ktail), b_dR, input_precision="tf32x3")
+        tl.store(dh + i_tile * K * V + o_v[:, None] * K + o_k[None, :], b_dSd)
+        b_dS *= b_gamma[None, :]
+        b_dX = tl.dot(b_dR.to(tl.float32), tl.load(A + p_score), input_precision="tf32x3")
+        b_dXd = b_dX.to(tl.float32)
+        b_dS = tl.dot(b_do, tl.load(Qg + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+        b_dS = tl.dot(-b_dXd, tl.load(E + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+        p_tile = i_tile * BT * V + o_t[None, :] * V + o_v[:, None]
+        tl.store(dX + p_tile, b_dXd)
+
+    if i_s == 0:
+        p_state = i_nh.to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
+        tl.store(dh0 + p_state, b_dS)
+
+
+def launch(
+    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, *, n_sequences, T, HV,
+    NS, segment
+):
+    """Launch the three kernels on the current stream."""
+    arguments = (
+        Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, T, HV, NS, segment,
+    )
+    options = {
+        "K": K, "V": V, "BT": BT,
+        "num_warps": 4, "num_stages": 1,
+    }
+    heads = n_sequences * HV
+    if NS > 1:
+        fold_kernel[(heads * (NS - 1) * ((V + K) // BV),)](*arguments, BV=BV, **options)
+    merge_kernel[(heads * (V // BM),)](*arguments, BM=BM, **options)
+    reverse_scan_kernel[(heads * NS * (V // BV),)](*arguments, BV=BV, **options)
