@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gdn2gen import __version__, _cli_inspect, _cli_measure, _cli_tune
+from gdn2gen import (
+    __version__,
+    _cli_inspect,
+    _cli_ledger,
+    _cli_measure,
+    _cli_tune,
+    _cli_tuned,
+)
 from gdn2gen.errors import Gdn2genError
 
 EXIT_USAGE: Final = 2
@@ -75,6 +82,22 @@ COMMANDS: Final = (
         "Measure median time, its ratio to the memory floor and to flash-linear-attention, peak "
         "memory and errors on the present GPU.",
         "gdn2gen bench --shapes train4k,wide8k --vs fla",
+    ),
+    Command(
+        "tuned",
+        _cli_tuned.add_tuned,
+        "export, import, merge and compare tuned files",
+        "Move tuned files between machines. A merge keeps the faster valid entry of each problem, "
+        "and loses none when several processes write at once.",
+        "gdn2gen tuned export --device H200 --to h200.json",
+    ),
+    Command(
+        "ledger",
+        _cli_ledger.add_ledger,
+        "list configs that the tuner refused, or try them again",
+        "List the configs that the tuner refused on a GPU, and why. They are not tried again until "
+        "the toolchain or their templates change; --retest tries them now.",
+        "gdn2gen ledger --stage grad_key --reason spills",
     ),
 )
 

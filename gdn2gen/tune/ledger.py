@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gdn2gen.config import Config, Knob
+from gdn2gen.errors import Gdn2genError
 from gdn2gen.problem import Problem
+from gdn2gen.render import template_digest
+from gdn2gen.stages import PLANS
+from gdn2gen.tune.candidate import Candidate
 
 PIPELINE = "pipeline"
 
@@ -44,9 +49,43 @@ class Refusal:
             parts += [self.plan, self.configs]
         return json.dumps(parts, sort_keys=True)
 
+    @property
+    def id(self) -> str:
+        """Eight hex digits of the key, to name the refusal by on a command line."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:8]
+
+    @property
+    def command(self) -> str:
+        """The command that tries it again, on the same GPU."""
+        return f"gdn2gen ledger --op {self.problem.get('op', 'gdn2')} --retest {self.id}"
+
+    @property
+    def present_digest(self) -> str | None:
+        """The digest it would have under the present templates; None if it cannot be built."""
+        try:
+            if self.stage != PIPELINE:
+                return template_digest(Config.of(self.stage, self.config))
+            return self.candidate.digest
+        except (Gdn2genError, KeyError, TypeError):
+            return None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The whole pipeline; a stage that was refused by itself among the others' defaults."""
+        problem = Problem(**self.problem)
+        if self.configs:
+            configs = {name: Config.of(name, knobs) for name, knobs in self.configs.items()}
+            return Candidate.of(problem, self.plan, configs)
+        config = Config.of(self.stage, self.config)
+        plan = next(name for name, plan in PLANS.items() if self.stage in plan.stages)
+        return Candidate.default(problem, plan, config.size("BT")).with_config(config)
+
 
 class Ledger:
-    """Append-only file of one JSON object per line; a torn last line is skipped on reading."""
+    """Append-only file of one JSON object per line; a torn last line is skipped on reading.
+
+    A line `{"cleared": key}` takes back the refusals of that key before it.
+    """
 
     def __init__(self, path: Path, gpu: str, toolchain: Mapping[str, str]) -> None:
         self.path = path
@@ -101,6 +140,11 @@ class Ledger:
         base = self._pipeline(reason, problem, plan, configs, digest)
         self._append(Refusal(**{**asdict(base), "errors": dict(errors or {})}))
 
+    def clear(self, refusal: Refusal) -> None:
+        """Take a refusal back, so that its config is tried again."""
+        self._reasons.pop(refusal.key, None)
+        self._write({"cleared": refusal.key})
+
     def _refusal(self, reason: str, problem: Problem, config: Config, digest: str) -> Refusal:
         return Refusal(
             reason=reason,
@@ -136,7 +180,10 @@ class Ledger:
         if refusal.key in self._reasons:
             return
         self._reasons[refusal.key] = refusal.reason
-        document = {**asdict(refusal), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._write(asdict(refusal))
+
+    def _write(self, document: Mapping[str, Any]) -> None:
+        document = {**document, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = (json.dumps(document) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -153,10 +200,14 @@ def read_ledger(path: Path) -> list[Refusal]:
     """Every refusal in the file, oldest first; lines that are not one are left out."""
     if not path.exists():
         return []
-    found = []
+    found: list[Refusal] = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            found.append(Refusal(**json.loads(line)))
+            document = json.loads(line)
+            if "cleared" in document:
+                found = [x for x in found if x.key != document["cleared"]]
+            else:
+                found.append(Refusal(**document))
         except (ValueError, TypeError):
             continue
     return found

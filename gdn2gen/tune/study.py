@@ -26,7 +26,7 @@ from gdn2gen.stages import PLANS
 from gdn2gen.tune.backend import Backend, WorkerBackend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Finals, Measured, Verdict
-from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import ShapeResult, TuneReport
 from gdn2gen.tune.search import Context, Search, Window
@@ -73,7 +73,7 @@ def tune(
     context = Context(
         device=device,
         backend=backend or WorkerBackend(device),
-        ledger=open_ledger(problem, device),
+        ledger=open_ledger(problem.op, device),
         storage=open_storage(storage or _storage_path(problem, device)),
         progress=progress or console_progress(),
         seed=seed,
@@ -268,11 +268,24 @@ def _check_present(device: Device) -> None:
         )
 
 
-def open_ledger(problem: Problem, device: Device) -> Ledger:
-    """The ledger of this GPU under the present toolchain; Python's own version does not matter."""
-    path = cache_dir() / "ledger" / problem.op / f"{device.slug}.jsonl"
-    versions = {name: version for name, version in toolchain().items() if name != "python"}
-    return Ledger(path, device.name, versions)
+def open_ledger(op: str, device: Device) -> Ledger:
+    """The ledger of this GPU under the present toolchain."""
+    path = cache_dir() / "ledger" / op / f"{device.slug}.jsonl"
+    return Ledger(path, device.name, _versions())
+
+
+def ledgers(op: str) -> list[Ledger]:
+    """The ledgers of all GPUs that were tuned for here, under the present toolchain."""
+    found = []
+    for path in sorted((cache_dir() / "ledger" / op).glob("*.jsonl")):
+        gpus = {refusal.gpu for refusal in read_ledger(path)}
+        found += [Ledger(path, gpu, _versions()) for gpu in sorted(gpus)]
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """The toolchain, without Python's own version, which changes no kernel."""
+    return {name: version for name, version in toolchain().items() if name != "python"}
 
 
 def _storage_path(problem: Problem, device: Device) -> Path:

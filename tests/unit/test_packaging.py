@@ -32,6 +32,7 @@ ROOMS = (
     ("build",),
     ("store", "_store_format", "_store_lookup"),
     ("dispatch",),
+    ("sharing",),
     ("sequences",),
     ("arguments",),
     ("call",),
@@ -43,7 +44,15 @@ ROOMS = (
     ("_verify_cases", "_verify_checks"),
     ("tune",),
     ("verify",),
-    ("cli", "_cli_inspect", "_cli_measure", "_cli_options", "_cli_tune"),
+    (
+        "cli",
+        "_cli_inspect",
+        "_cli_ledger",
+        "_cli_measure",
+        "_cli_options",
+        "_cli_tune",
+        "_cli_tuned",
+    ),
     ("__main__",),
 )
 ORDER = {name: line for line, room in enumerate(ROOMS) for name in room}

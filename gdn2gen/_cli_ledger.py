@@ -1,0 +1,126 @@
+"""`gdn2gen ledger`: configs that the tuner refused, why, and whether they still would be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from gdn2gen.errors import DeviceError, InputError
+from gdn2gen.problem import OPS
+
+if TYPE_CHECKING:
+    from gdn2gen.tune.ledger import Ledger, Refusal
+
+
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="GPU whose ledger is shown (the present one; all there are without a GPU)",
+    )
+    parser.add_argument("--stage", metavar="NAME", help="only refusals of this stage")
+    parser.add_argument("--reason", metavar="TEXT", help="only refusals whose reason has this text")
+    parser.add_argument(
+        "--all", action="store_true", help="also those that are not in force any more"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument(
+        "--retest",
+        nargs="*",
+        metavar="ID",
+        help="try these again (all that are listed, if none is named) on the present GPU; what "
+        "passes is taken out of the ledger",
+    )
+    parser.set_defaults(run=ledger)
+
+
+def ledger(args: argparse.Namespace) -> int:
+    """List refusals, or try them again."""
+    if args.retest is not None:
+        return _retest(args)
+    shown = [found for book in _books(args.op, args.device) for found in _chosen(args, book)]
+    if args.json:
+        for refusal, why in shown:
+            extra = {"id": refusal.id, "reproduce": refusal.command, "not_in_force": why}
+            print(json.dumps({**asdict(refusal), **extra}))
+        return 0
+    if not shown:
+        print("no refusals on file" if args.all else "no refusals in force (--all shows the rest)")
+        return 0
+    _print(shown)
+    print(f"To try one again: {shown[0][0].command}")
+    return 0
+
+
+def _books(op: str, name: str | None) -> list[Ledger]:
+    from gdn2gen.device import has_gpu, named_device, present_device
+    from gdn2gen.tune.study import ledgers, open_ledger
+
+    if name is not None:
+        return [open_ledger(op, named_device(name))]
+    return [open_ledger(op, present_device())] if has_gpu() else ledgers(op)
+
+
+def _chosen(args: argparse.Namespace, book: Ledger) -> list[tuple[Refusal, str]]:
+    """Refusals of one GPU that the options ask for, and why each is not in force (or nothing)."""
+    from gdn2gen.tune.ledger import read_ledger
+    from gdn2gen.tune.retest import why_not_in_force
+
+    own = [x for x in read_ledger(book.path) if x.gpu == book.gpu]
+    found = [(x, why_not_in_force(x, book)) for x in own]
+    return [
+        (refusal, why)
+        for refusal, why in found
+        if (args.all or not why or args.retest is not None)
+        and args.stage in (None, refusal.stage)
+        and (args.reason is None or args.reason in refusal.reason)
+    ]
+
+
+def _print(shown: list[tuple[Refusal, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Configs that were refused")
+    for name in ("id", "date", "stage", "config", "reason"):
+        table.add_column(name, overflow="fold")
+    for refusal, why in shown:
+        config = " ".join(f"{name}={value}" for name, value in sorted(refusal.config.items()))
+        reason = f"{refusal.reason} [dim](not in force: {why})[/dim]" if why else refusal.reason
+        config = config or f"plan {refusal.plan}, {len(refusal.configs)} stages"
+        table.add_row(refusal.id, refusal.date[:10], refusal.stage, config, reason)
+    Console().print(table)
+
+
+def _retest(args: argparse.Namespace) -> int:
+    from gdn2gen.device import has_gpu, present_device
+    from gdn2gen.tune.backend import WorkerBackend
+    from gdn2gen.tune.retest import retest
+    from gdn2gen.tune.study import open_ledger
+
+    if not has_gpu():
+        raise DeviceError("--retest runs the refused kernels, but torch sees no GPU here")
+    device = present_device()
+    book = open_ledger(args.op, device)
+    listed = [refusal for refusal, _ in _chosen(args, book)]
+    missing = {*args.retest} - {x.id for x in listed}
+    if missing:
+        raise InputError(
+            f"no refusal {', '.join(sorted(missing))} in {book.path}; `gdn2gen ledger --all` "
+            "shows what there is"
+        )
+    wanted = [x for x in listed if not args.retest or x.id in args.retest]
+    backend = WorkerBackend(device)
+    passed = 0
+    try:
+        for result in retest(wanted, book, backend, device):
+            passed += result.passed
+            verdict = "passes now, and is out of the ledger" if result.passed else result.reason
+            print(f"{result.refusal.id} {result.refusal.stage}: {verdict}")
+    finally:
+        backend.close()
+    print(f"{passed} of {len(wanted)} pass now")
+    return 0

@@ -1,0 +1,151 @@
+"""`gdn2gen tuned`: export, import, merge and compare tuned files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdn2gen._cli_options import present_or_target, user_dir
+from gdn2gen.errors import StoreError
+from gdn2gen.problem import OPS
+
+if TYPE_CHECKING:
+    from gdn2gen.sharing import Difference
+    from gdn2gen.store import TunedFile
+
+
+def add_tuned(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    export = actions.add_parser("export", help="write all that calls find for one GPU as one file")
+    export.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
+    export.add_argument(
+        "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
+    )
+    export.add_argument("--to", type=Path, metavar="FILE", help="(standard output)")
+    export.set_defaults(run=export_tuned)
+    take = actions.add_parser("import", help="merge a file into the folder that calls look at")
+    take.add_argument("file", type=Path)
+    take.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
+    take.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of tuned files (GDN2GEN_TUNED_DIR, else the user's cache)",
+    )
+    take.set_defaults(run=import_tuned)
+    merge = actions.add_parser("merge", help="merge files of one GPU; the faster valid entry stays")
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    merge.add_argument("--to", type=Path, metavar="FILE", required=True)
+    merge.set_defaults(run=merge_tuned)
+    compare = actions.add_parser("diff", help="show what two files differ in")
+    compare.add_argument("old", type=Path)
+    compare.add_argument("new", type=Path)
+    compare.set_defaults(run=diff_tuned)
+
+
+def export_tuned(args: argparse.Namespace) -> int:
+    """Write what is on file for a GPU."""
+    from gdn2gen._store_format import format_file
+    from gdn2gen.sharing import on_file
+    from gdn2gen.store import write_tuned
+
+    device, _ = present_or_target(args.device)
+    file = on_file(args.op, device)
+    if args.to is None:
+        sys.stdout.write(format_file(file))
+        return 0
+    write_tuned(args.to, file)
+    print(f"wrote {len(file.entries)} entries of {device.name} to {args.to}")
+    return 0
+
+
+def import_tuned(args: argparse.Namespace) -> int:
+    """Merge a file into the user's own of the same GPU."""
+    from gdn2gen.device import Device, named_device
+    from gdn2gen.paths import user_tuned_dir
+    from gdn2gen.sharing import load_file
+    from gdn2gen.store import tuned_path
+
+    file = load_file(args.file)
+    device: Device = named_device(str(file.metadata["gpu"]))
+    folder = args.out or user_dir()
+    _merge(tuned_path(folder, args.op, device), [args.file])
+    if folder != user_tuned_dir():
+        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")
+    return 0
+
+
+def merge_tuned(args: argparse.Namespace) -> int:
+    """Merge files into one."""
+    _merge(args.to, args.files)
+    return 0
+
+
+def _merge(path: Path, sources: list[Path]) -> None:
+    """Merge `sources` into `path`, and say what came of each; StoreError before any is merged."""
+    from gdn2gen import store
+    from gdn2gen.sharing import load_file
+
+    files = [(source, load_file(source)) for source in sources]
+    gpus = {str(file.metadata["gpu"]) for _, file in files}
+    if len(gpus) > 1:
+        raise StoreError(
+            f"a tuned file is of one GPU, but these are of {', '.join(sorted(gpus))}; merge those "
+            "of each GPU by themselves"
+        )
+    for source, file in files:
+        merged = store.merge_entries(path, file.metadata, file.entries)
+        taken = sum(entry in merged.entries for entry in file.entries)
+        stale = sum(map(store.is_stale, file.entries))
+        note = f"; {stale} are of other templates, and calls pass over them" if stale else ""
+        print(f"{source}: {taken} of {len(file.entries)} entries are now in {path}{note}")
+
+
+def diff_tuned(args: argparse.Namespace) -> int:
+    """Print a table of differences; exit code 1 if there are any, as `diff` has it."""
+    from gdn2gen.sharing import diff, load_file
+
+    old, new = load_file(args.old), load_file(args.new)
+    found = diff(old, new)
+    _warn_of_gpus(old, new)
+    if not found:
+        print("the same entries")
+        return 0
+    _print(found, args)
+    return 1
+
+
+def _warn_of_gpus(old: TunedFile, new: TunedFile) -> None:
+    names = [str(file.metadata["gpu"]) for file in (old, new)]
+    if names[0] != names[1]:
+        print(f"note: {names[0]} against {names[1]}")
+
+
+def _print(found: list[Difference], args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{args.old} against {args.new}")
+    for name in ("entry", "time", "changed"):
+        table.add_column(name, overflow="fold")
+    for x in found:
+        table.add_row(x.label, _time(x), _what(x))
+    Console().print(table)
+
+
+def _what(x: Difference) -> str:
+    changed = [f"{name} {a} -> {b}" for name, (a, b) in x.knobs.items()]
+    if x.old is not None and x.new is not None and x.old.templates != x.new.templates:
+        changed.append("made from other templates")
+    return ", ".join(changed)
+
+
+def _time(x: Difference) -> str:
+    if x.old is None or x.new is None:
+        return f"only in the {'new' if x.old is None else 'old'} file"
+    if x.ratio is None:
+        return f"{x.old.provenance} -> {x.new.provenance}"
+    before, after = (entry.measured["forward_backward_ms"] for entry in (x.old, x.new))
+    return f"{before:.3f} -> {after:.3f} ms ({x.ratio:.2f}x)"

@@ -1,0 +1,225 @@
+"""`gdn2gen tuned` and `gdn2gen ledger`: files that the tuner writes, moved, compared and listed."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdn2gen import cli, sharing, store
+from gdn2gen.build import Resources
+from gdn2gen.config import Config, default_config
+from gdn2gen.device import named_device
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.render import template_digest
+from gdn2gen.stages import plan_named
+from gdn2gen.tune import outcome
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.ledger import Ledger, read_ledger
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.retest import retest, why_not_in_force
+
+H200 = named_device("H200")
+TOOLCHAIN = {"triton": "3.6.0", "torch": "2.11.0", "driver": "580"}
+METADATA = store.metadata_for(H200, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z")
+
+
+def entry(tokens: int, ms: float, **knobs: Any) -> store.Entry:
+    problem = Problem()
+    configs = {stage: default_config(stage, problem) for stage in plan_named("lean").stages}
+    configs["scan"] = configs["scan"].replace(**knobs)
+    return store.Entry(
+        problem_key=problem.key,
+        regime_key=Regime(tokens, 4, 16).key,
+        level="lean",
+        plan="lean",
+        configs=configs,
+        templates={stage: template_digest(config) for stage, config in configs.items()},
+        measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
+        gate={"o": 4e-3},
+        provenance="measured",
+    )
+
+
+def write(path: Path, *entries: store.Entry, gpu: str = "NVIDIA H200") -> Path:
+    store.write_tuned(path, store.TunedFile({**METADATA, "gpu": gpu}, sharing.best_of(entries)))
+    return path
+
+
+def test_export_takes_the_better_of_the_user_s_and_the_packaged(tmp_path, monkeypatch, capsys):
+    user, packaged = tmp_path / "user", tmp_path / "packaged"
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(user))
+    monkeypatch.setattr(sharing, "packaged_tuned_dir", lambda: packaged)
+    write(store.tuned_path(user, "gdn2", H200), entry(1000, 3.0), entry(2000, 1.0))
+    write(store.tuned_path(packaged, "gdn2", H200), entry(1000, 2.0), entry(3000, 1.0))
+    out = tmp_path / "all.json"
+    assert cli.main(["tuned", "export", "--device", "H200", "--to", str(out)]) == 0
+    assert "3 entries" in capsys.readouterr().out
+    kept = store.load_tuned(out).entries
+    times = {x.regime.tokens: x.measured["forward_backward_ms"] for x in kept}
+    assert times == {1000: 2.0, 2000: 1.0, 3000: 1.0}
+    assert cli.main(["tuned", "export", "--device", "H200"]) == 0
+    assert json.loads(capsys.readouterr().out)["_metadata"]["gpu"] == "NVIDIA H200"
+
+
+def test_export_says_where_it_looked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
+    assert cli.main(["tuned", "export", "--device", "RTX 4090"]) == cli.EXIT_USAGE
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_import_keeps_the_faster(tmp_path, capsys):
+    source = write(tmp_path / "theirs.json", entry(1000, 2.0), entry(2000, 2.0))
+    own = write(store.tuned_path(tmp_path / "own", "gdn2", H200), entry(1000, 1.0))
+    assert cli.main(["tuned", "import", str(source), "--out", str(tmp_path / "own")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 entries" in said and "GDN2GEN_TUNED_DIR" in said
+    times = [x.measured["forward_backward_ms"] for x in store.load_tuned(own).entries]
+    assert sorted(times) == [1.0, 2.0]
+
+
+def test_merge_says_what_is_stale(tmp_path, capsys):
+    older = replace(entry(1000, 2.0), templates={})
+    source = write(tmp_path / "a.json", older, entry(2000, 2.0))
+    assert cli.main(["tuned", "merge", str(source), "--to", str(tmp_path / "b.json")]) == 0
+    assert "1 are of other templates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"_metadata": {"schema": 99}}'])
+def test_a_file_that_cannot_be_read_changes_nothing(tmp_path, capsys, text):
+    good = write(tmp_path / "good.json", entry(1000, 2.0))
+    (tmp_path / "bad.json").write_text(text)
+    files = [str(good), str(tmp_path / "bad.json")]
+    assert cli.main(["tuned", "merge", *files, "--to", str(tmp_path / "to.json")]) == cli.EXIT_USAGE
+    assert "bad.json" in capsys.readouterr().err
+    assert not (tmp_path / "to.json").exists()
+
+
+def test_files_of_two_gpus_are_not_merged(tmp_path, capsys):
+    files = [
+        str(write(tmp_path / f"{gpu}.json", entry(1000, 2.0), gpu=gpu)) for gpu in ("one", "two")
+    ]
+    assert cli.main(["tuned", "merge", *files, "--to", str(tmp_path / "to")]) == cli.EXIT_USAGE
+    assert "one, two" in capsys.readouterr().err
+
+
+def test_diff(tmp_path, capsys):
+    old = write(tmp_path / "old.json", entry(1000, 2.0), entry(2000, 1.0), entry(3000, 1.0))
+    new = write(tmp_path / "new.json", entry(1000, 1.5, BV=32), entry(3000, 1.0), entry(4000, 1.0))
+    assert cli.main(["tuned", "diff", str(old), str(old)]) == 0
+    assert cli.main(["tuned", "diff", str(old), str(new)]) == 1
+    found = {x.label.split("tokens=")[1].split()[0]: x for x in _diff(old, new)}
+    assert {*found} == {"1000", "2000", "4000"}
+    assert found["1000"].knobs == {"scan.BV": (64, 32)}
+    assert found["1000"].ratio == pytest.approx(0.75)
+    assert found["2000"].new is None and found["4000"].old is None
+    assert "only in the new file" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def _diff(old: Path, new: Path) -> list[sharing.Difference]:
+    return sharing.diff(sharing.load_file(old), sharing.load_file(new))
+
+
+# The ledger
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("gdn2gen.tune.study.toolchain", lambda: {**TOOLCHAIN, "python": "3.12"})
+    path = tmp_path / "ledger/gdn2/nvidia-h200.jsonl"
+    book = Ledger(path, H200.name, TOOLCHAIN)
+    for number, reason in ((1, "resources: spills 900 bytes"), (2, "wrong result: dg is off")):
+        config = refused(number)
+        book.add(reason, Problem(), config, template_digest(config))
+    book.add("timeout", Problem(), refused(3), "another digest")
+    return book
+
+
+def refused(num_stages: int) -> Config:
+    return default_config("grad_value", Problem()).replace(num_stages=num_stages)
+
+
+def test_ledger_lists_what_is_in_force(book, capsys):
+    assert cli.main(["ledger", "--device", "H200", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [x["config"]["num_stages"] for x in lines] == [1, 2]
+    assert all(x["reproduce"].endswith(f"--retest {x['id']}") for x in lines)
+    assert len({x["id"] for x in lines}) == 2
+    assert cli.main(["ledger", "--device", "H200", "--all", "--json"]) == 0
+    gone = json.loads(capsys.readouterr().out.splitlines()[2])
+    assert gone["not_in_force"] == "its templates changed"
+
+
+def test_ledger_filters(book, capsys):
+    assert cli.main(["ledger", "--device", "H200", "--reason", "spills"]) == 0
+    said = capsys.readouterr().out
+    assert "grad_value" in said and "dg is off" not in said and "--retest" in said
+    assert cli.main(["ledger", "--device", "H200", "--stage", "scan"]) == 0
+    assert "no refusals" in capsys.readouterr().out
+
+
+def test_ledger_without_a_gpu_lists_all_there_are(book, capsys, monkeypatch):
+    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: False)
+    assert cli.main(["ledger"]) == 0
+    assert "spills" in capsys.readouterr().out
+    assert cli.main(["ledger", "--retest"]) == cli.EXIT_USAGE
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_another_toolchain_is_named(book):
+    (first, *_) = read_ledger(book.path)
+    other = Ledger(book.path, H200.name, {**TOOLCHAIN, "triton": "3.9.0"})
+    assert why_not_in_force(first, other) == "triton changed"
+    assert why_not_in_force(first, book) == ""
+    assert "gone" in why_not_in_force(replace(first, config={"BT": 31}), book)
+
+
+class FakeBackend:
+    """Compiles everything; the gate refuses configs of two stages."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self.gated: list[tuple[Candidate, bool]] = []
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        future: Future[Outcome[Resources]] = Future()
+        future.set_result(Outcome(outcome.OK, Resources(100, 0, 1000, 1.0)))
+        return future
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        self.gated.append((candidate, full))
+        wrong = candidate.by_stage["grad_value"]["num_stages"] == 2
+        result = GateResult(False, {"dg": 0.4}, "dg is off") if wrong else GateResult(True)
+        return Outcome(outcome.OK, result)
+
+
+def test_retest_clears_what_passes(book):
+    whole = Candidate.default(Problem(), "lean")
+    book.add_pipeline("wrong together", Problem(), "lean", whole.by_stage, whole.digest)
+    backend: Any = FakeBackend()
+    results = list(retest(read_ledger(book.path), book, backend, H200))
+    assert [x.passed for x in results] == [True, False, True, True]
+    assert results[1].reason == "wrong result: dg is off"
+    assert [full for _, full in backend.gated] == [False, False, False, True]
+    left = read_ledger(book.path)
+    assert [x.config["num_stages"] for x in left] == [2]
+    config = refused(1)
+    digest = template_digest(config)
+    again = Ledger(book.path, H200.name, TOOLCHAIN)
+    assert again.why_refused(Problem(), config, digest) is None
+    again.add("spills again", Problem(), config, digest)
+    assert len(read_ledger(book.path)) == 2
+
+
+def test_what_has_no_config_any_more_stays(book):
+    (first, *_) = read_ledger(book.path)
+    gone = replace(first, config={"BT": 31})
+    (result,) = retest([gone], book, FakeBackend(), H200)
+    assert not result.passed and "nothing to try" in result.reason
