@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._cli_options import add_shapes, parse_head_dim
-from gdn2gen.errors import InputError
+from gdn2gen.errors import DeviceError, InputError
 from gdn2gen.problem import DTYPES, GATES
 from gdn2gen.shapes import SHAPES, parse_shapes
 
@@ -29,12 +29,19 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         help="in Triton's interpreter, at small sizes; also what is done without a GPU",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument(
+        "--tuned",
+        action="store_true",
+        help="check and time the tuned entries of this GPU again, instead of the accuracy suite",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.set_defaults(run=verify)
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Run the accuracy suite; 0 if every case passed, else 1."""
+    """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
+    if args.tuned:
+        return _verify_tuned(args)
     from rich.console import Console
 
     from gdn2gen.device import has_gpu, present_device, toolchain
@@ -72,6 +79,49 @@ def verify(args: argparse.Namespace) -> int:
         }
         _write_json(args.json, document)
     return 1 if failed else 0
+
+
+def _verify_tuned(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gdn2gen.device import has_gpu, present_device
+    from gdn2gen.problem import OPS
+    from gdn2gen.sharing import on_file
+    from gdn2gen.tune.backend import WorkerBackend
+    from gdn2gen.tune.recheck import recheck, recheck_table
+
+    if args.cases or args.interpreter or args.list:
+        raise InputError("--tuned checks every entry of this GPU, and takes no cases")
+    if not has_gpu():
+        raise DeviceError("--tuned times kernels, but torch sees no GPU here")
+    device, console = present_device(), Console()
+    entries = [entry for op in OPS for entry in on_file(op, device).entries]
+    backend, results = WorkerBackend(device), []
+    try:
+        with console.status("") as status:
+            for result in recheck(entries, backend, device):
+                results.append(result)
+                status.update(f"{len(results)} of {len(entries)} entries")
+    finally:
+        backend.close()
+    console.print(recheck_table(results))
+    failing = [x for x in results if not x.holds]
+    print(f"{len(results) - len(failing)} of {len(results)} entries hold")
+    if failing:
+        print("To mend the others: gdn2gen tune --only-failing --shapes ...")
+    if args.json is not None:
+        rows = [
+            {
+                "entry": x.entry.label,
+                "status": x.status,
+                "detail": x.detail,
+                "now_ms": x.now_ms,
+                "default_ms": x.default_ms,
+            }
+            for x in results
+        ]
+        _write_json(args.json, {"device": device.name, "entries": rows})
+    return 1 if failing else 0
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

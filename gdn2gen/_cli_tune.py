@@ -50,6 +50,12 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         "user's cache)",
     )
     parser.add_argument(
+        "--only-failing",
+        action="store_true",
+        help="first check the entries on file; tune only shapes whose entry is missing, stale, "
+        "wrong or slower than it was",
+    )
+    parser.add_argument(
         "--storage",
         metavar="URL",
         help="Optuna storage that several GPUs or hosts share (a file in the user's cache)",
@@ -62,8 +68,43 @@ def tune(args: argparse.Namespace) -> int:
     folder = args.out or user_tuned_dir()
     if folder is None:
         folder = packaged_tuned_dir() if in_source_tree() else user_dir()
+    if args.only_failing and not _leave_failing(args, folder):
+        return 0
     _search(args, folder, _LEVELS[args.level], args.storage)
     return 0
+
+
+def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
+    """Take the shapes whose entries all hold out of `args.shapes`; whether any is left."""
+    from rich.console import Console
+
+    from gdn2gen import store
+    from gdn2gen.tune.backend import WorkerBackend
+    from gdn2gen.tune.recheck import recheck, recheck_table
+
+    device, present = present_or_target(args.target)
+    if not present:
+        raise InputError("--only-failing checks entries on the present GPU, and there is none")
+    problem, shapes = problem_of(args), parse_shapes(args.shapes)
+    file = store.read_tuned(store.tuned_path(folder, problem.op, device), device)
+    wanted = {(shape.regime, level) for shape in shapes for level in _LEVELS[args.level]}
+    entries = [
+        entry
+        for entry in (file.entries if file is not None else ())
+        if dict(entry.problem_key) == problem.key and (entry.regime, entry.level) in wanted
+    ]
+    backend = WorkerBackend(device)
+    try:
+        results = list(recheck(entries, backend, device))
+    finally:
+        backend.close()
+    if results:
+        Console().print(recheck_table(results))
+    holding = {(x.entry.regime, x.entry.level) for x in results if x.holds}
+    left = [x for x in shapes if {(x.regime, y) for y in _LEVELS[args.level]} - holding]
+    print(f"{len(left)} of {len(shapes)} shapes to tune: {', '.join(x.name for x in left) or '-'}")
+    args.shapes = ",".join(x.name for x in left)
+    return bool(left)
 
 
 def add_quick(parser: argparse.ArgumentParser) -> None:

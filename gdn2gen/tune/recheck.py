@@ -1,0 +1,148 @@
+"""After an upgrade: do the entries on file still hold? Checked and timed again, with defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from rich.table import Table
+
+from gdn2gen import store
+from gdn2gen.device import Device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.store import Entry
+from gdn2gen.tune import space
+from gdn2gen.tune.backend import Backend
+from gdn2gen.tune.candidate import Candidate
+
+Status = Literal["holds", "slower", "wrong", "stale", "failed"]
+
+# Twice what two runs of one config differ by from machine to machine of the same kind.
+SLOWER: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """What became of one entry; times are forward+backward in ms, None where not taken."""
+
+    entry: Entry
+    shape: Shape | None
+    status: Status
+    detail: str = ""
+    now_ms: float | None = None
+    default_ms: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.status == "holds"
+
+
+def recheck(entries: Iterable[Entry], backend: Backend, device: Device) -> Iterator[Rechecked]:
+    """Gate each entry's pipeline, and time it beside the default.
+
+    An entry of other templates is stale, and not run. One that passes the gate is slower if it
+    takes 5% more than when it was filed, or 5% more than the default now.
+    """
+    defaults: dict[tuple[Problem, str, str], float | None] = {}
+    for entry in entries:
+        shape = shape_of(entry)
+        stale = store.stale_stages(entry)
+        if stale:
+            detail = f"other templates since: {', '.join(stale)}"
+            yield Rechecked(entry, shape, "stale", detail)
+        elif shape is None:
+            yield Rechecked(entry, None, "failed", "its packed batch has no name, so it is unknown")
+        else:
+            yield _recheck(entry, shape, backend, device, defaults)
+
+
+def _recheck(
+    entry: Entry,
+    shape: Shape,
+    backend: Backend,
+    device: Device,
+    defaults: dict[tuple[Problem, str, str], float | None],
+) -> Rechecked:
+    problem = problem_of(entry, shape)
+    candidate = Candidate.of(problem, entry.plan, entry.configs)
+    failed = _why_not_built(candidate, backend, device)
+    if failed:
+        return Rechecked(entry, shape, "failed", failed)
+    checked = backend.gate(candidate, full=False)
+    if not checked.ok:
+        return Rechecked(entry, shape, "failed", checked.reason)
+    if not checked.get().ok:
+        return Rechecked(entry, shape, "wrong", checked.get().reason)
+    timed = backend.time_pipeline(candidate, shape, with_peak=False)
+    if not timed.ok:
+        return Rechecked(entry, shape, "failed", timed.reason)
+    now = timed.get().forward_backward.median
+    key = (problem, entry.plan, shape.name)
+    if key not in defaults:
+        default = backend.time_pipeline(
+            Candidate.default(problem, entry.plan), shape, with_peak=False
+        )
+        defaults[key] = default.get().forward_backward.median if default.ok else None
+    detail = _why_slower(entry, now, defaults[key])
+    return Rechecked(entry, shape, "slower" if detail else "holds", detail, now, defaults[key])
+
+
+def _why_not_built(candidate: Candidate, backend: Backend, device: Device) -> str:
+    pending = [backend.compile(candidate.problem, config) for config in candidate.configs]
+    for config, future in zip(candidate.configs, pending, strict=True):
+        compiled = future.result()
+        if not compiled.ok:
+            return f"{config.stage}: {compiled.reason}"
+        unfit = space.why_unfit(compiled.get(), device)
+        if unfit is not None:
+            return f"{config.stage}: {unfit}"
+    return ""
+
+
+def _why_slower(entry: Entry, now: float, default: float | None) -> str:
+    filed = entry.measured.get("forward_backward_ms")
+    words = []
+    if filed and now > filed * (1 + SLOWER):
+        words.append(f"{now / filed - 1:.0%} slower than when it was filed ({filed:.3f} ms)")
+    if default and now > default * (1 + SLOWER):
+        words.append(f"{now / default - 1:.0%} slower than the default ({default:.3f} ms)")
+    return ", ".join(words)
+
+
+def shape_of(entry: Entry) -> Shape | None:
+    """A shape of the entry's regime: a named one, or BxTxH; None for an unnamed packed batch."""
+    regime = entry.regime
+    for shape in SHAPES.values():
+        if shape.regime == regime:
+            return shape
+    if regime.tokens % regime.sequences:
+        return None
+    B, T, H = regime.sequences, regime.tokens // regime.sequences, regime.heads
+    return Shape(f"{B}x{T}x{H}", B, T, H)
+
+
+def problem_of(entry: Entry, shape: Shape) -> Problem:
+    """The problem as the tuner poses it: a gate has the parameters that a layer passes."""
+    gated = entry.problem_key["gate"] != "none"
+    flags = {
+        "has_A_log": gated,
+        "has_dt_bias": gated,
+        "varlen": shape.cu_seqlens is not None,
+    }
+    return Problem(**{**entry.problem_key, **flags})  # type: ignore[arg-type]
+
+
+def recheck_table(results: Iterable[Rechecked]) -> Table:
+    """What `gdn2gen verify --tuned` prints."""
+    table = Table(title="Entries on file, checked and timed again (forward+backward, ms)")
+    for name in ("shape", "level", "filed", "now", "default", "verdict"):
+        table.add_column(name)
+    for x in results:
+        filed = x.entry.measured.get("forward_backward_ms")
+        times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
+        name = x.shape.name if x.shape is not None else str(x.entry.regime)
+        verdict = f"{x.status}: {x.detail}" if x.detail else x.status
+        table.add_row(name, x.entry.level, *times, verdict)
+    return table

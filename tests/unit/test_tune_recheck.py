@@ -1,0 +1,165 @@
+"""`gdn2gen verify --tuned` and `tune --only-failing`, on a fake GPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gdn2gen import cli, store
+from gdn2gen.bench import Timing
+from gdn2gen.build import Resources
+from gdn2gen.config import Config
+from gdn2gen.device import named_device
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.tune import outcome
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.gpu_side import PipelineTiming
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.recheck import problem_of, recheck, shape_of
+
+H200 = named_device("H200")
+
+
+def entry(
+    shape: Shape = SHAPES["train4k"], ms: float = 2.0, problem: Problem | None = None, **knobs: Any
+) -> store.Entry:
+    problem = problem or Problem()
+    candidate = Candidate.default(problem, "lean")
+    candidate = candidate.with_config(candidate.by_stage["scan"].replace(**knobs))
+    return store.Entry(
+        problem_key=problem.key,
+        regime_key=shape.regime.key,
+        level="lean",
+        plan="lean",
+        configs=candidate.by_stage,
+        templates=candidate.templates,
+        measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
+        gate={"o": 4e-3},
+        provenance="measured",
+    )
+
+
+class FakeBackend:
+    """By the scan's knobs: BV 16 spills, 32 is wrong, 128 crashes; 4 warps take 2 ms, others 3."""
+
+    slots = 2
+
+    def __init__(self, *_: Any) -> None:
+        self.timed: list[str] = []
+        self.closed = False
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        future: Future[Outcome[Resources]] = Future()
+        spilled = 9999 if config.get("BV") == 16 else 0
+        future.set_result(Outcome(outcome.OK, Resources(100, spilled, 1000, 1.0)))
+        return future
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        assert not full
+        BV = candidate.by_stage["scan"]["BV"]
+        if BV == 128:
+            return Outcome(outcome.CRASHED, detail="signal 6")
+        wrong = GateResult(False, {"o": 0.5}, "o is off by 5e-01")
+        return Outcome(outcome.OK, wrong if BV == 32 else GateResult(True))
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        self.timed.append(shape.name)
+        timing = Timing(*[2.0 if candidate.by_stage["scan"]["num_warps"] == 4 else 3.0] * 3, 10)
+        return Outcome(outcome.OK, PipelineTiming(timing, timing, 0.0))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("filed", "status", "said"),
+    [
+        (entry(), "holds", ""),
+        (entry(ms=1.95), "holds", ""),
+        (entry(ms=1.6), "slower", "25% slower than when it was filed"),
+        (entry(ms=3.0, num_warps=8), "slower", "50% slower than the default"),
+        (entry(BV=32), "wrong", "o is off"),
+        (entry(BV=16), "failed", "scan: spills 9999"),
+        (entry(BV=128), "failed", "signal 6"),
+        (replace(entry(), templates={}), "stale", "prepare, scan"),
+    ],
+)
+def test_verdicts(filed: store.Entry, status: str, said: str) -> None:
+    backend: Any = FakeBackend()
+    (result,) = recheck([filed], backend, H200)
+    assert (result.status, said in result.detail) == (status, True), result.detail
+    assert result.holds == (status == "holds")
+    assert bool(backend.timed) == (status in ("holds", "slower"))
+
+
+def test_the_default_is_timed_once_for_each_shape() -> None:
+    backend: Any = FakeBackend()
+    results = list(recheck([entry(), entry(num_stages=3), entry(SHAPES["wide8k"])], backend, H200))
+    assert [x.default_ms for x in results] == [2.0, 2.0, 2.0]
+    assert backend.timed == ["train4k", "train4k", "train4k", "wide8k", "wide8k"]
+
+
+def test_shapes_and_problems_of_entries() -> None:
+    for shape in SHAPES.values():
+        assert shape_of(entry(shape)) == shape
+    assert shape_of(replace(entry(), regime_key=Regime(60, 3, 2).key)) == Shape("3x20x2", 3, 20, 2)
+    assert shape_of(replace(entry(), regime_key=Regime(61, 3, 2).key)) is None
+    gated = entry(problem=Problem(gate="softplus", has_A_log=True))
+    problem = problem_of(gated, SHAPES["varlen8k"])
+    assert problem.has_A_log and problem.has_dt_bias and problem.varlen
+
+
+@pytest.fixture
+def fake_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
+    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    for name in ("gdn2gen.device", "gdn2gen.tune.study"):
+        monkeypatch.setattr(f"{name}.present_device", lambda: H200)
+    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: True)
+    monkeypatch.setattr("gdn2gen.tune.backend.WorkerBackend", FakeBackend)
+    metadata = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")
+
+    def file(*entries: store.Entry) -> None:
+        store.merge_entries(store.tuned_path(tmp_path, "gdn2", H200), metadata, entries)
+
+    return file
+
+
+def test_verify_tuned(fake_gpu, capsys, tmp_path):
+    fake_gpu(entry(), entry(SHAPES["wide8k"]))
+    out = tmp_path / "out.json"
+    assert cli.main(["verify", "--tuned", "--json", str(out)]) == 0
+    assert "2 of 2 entries hold" in capsys.readouterr().out
+    assert '"holds"' in out.read_text()
+    fake_gpu(entry(SHAPES["few8k"], BV=32))
+    assert cli.main(["verify", "--tuned"]) == 1
+    said = capsys.readouterr().out
+    assert "2 of 3 entries hold" in said and "--only-failing" in said
+    assert cli.main(["verify", "--tuned", "bf16-*"]) == cli.EXIT_USAGE
+
+
+def test_only_failing_tunes_the_rest(fake_gpu, capsys, monkeypatch):
+    fake_gpu(entry(), entry(SHAPES["wide8k"], BV=32))
+    tuned: list[str] = []
+    monkeypatch.setattr("gdn2gen._cli_tune._search", lambda args, *_: tuned.append(args.shapes))
+    command = ["tune", "--only-failing", "--level", "lean", "--shapes"]
+    assert cli.main([*command, "train4k,wide8k,long16k"]) == 0
+    assert tuned == ["wide8k,long16k"]
+    assert "2 of 3 shapes to tune: wide8k, long16k" in capsys.readouterr().out
+    assert cli.main([*command, "train4k"]) == 0
+    assert len(tuned) == 1 and "0 of 1" in capsys.readouterr().out
+
+
+def test_both_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: False)
+    assert cli.main(["verify", "--tuned"]) == cli.EXIT_USAGE
+    assert "no GPU" in capsys.readouterr().err
+    assert cli.main(["tune", "--only-failing"]) == cli.EXIT_USAGE
+    assert "present GPU" in capsys.readouterr().err
