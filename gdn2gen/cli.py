@@ -15,6 +15,7 @@ from gdn2gen import (
     _cli_inspect,
     _cli_ledger,
     _cli_measure,
+    _cli_report,
     _cli_tune,
     _cli_tuned,
 )
@@ -82,6 +83,14 @@ COMMANDS: Final = (
         "Measure median time, its ratio to the memory floor and to flash-linear-attention, peak "
         "memory and errors on the present GPU.",
         "gdn2gen bench --shapes train4k,wide8k --vs fla",
+    ),
+    Command(
+        "report",
+        _cli_report.add_report,
+        "write a page on what the tuner found, tried and refused",
+        "Write one self-contained HTML page on a GPU: tuned against default and "
+        "flash-linear-attention, stage by stage, what each knob is worth, what was refused.",
+        "gdn2gen report --device H200 --out h200.html",
     ),
     Command(
         "tuned",

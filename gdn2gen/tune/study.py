@@ -74,7 +74,7 @@ def tune(
         device=device,
         backend=backend or WorkerBackend(device),
         ledger=open_ledger(problem.op, device),
-        storage=open_storage(storage or _storage_path(problem, device)),
+        storage=open_storage(storage or storage_path(problem.op, device)),
         progress=progress or console_progress(),
         seed=seed,
     )
@@ -288,8 +288,9 @@ def _versions() -> dict[str, str]:
     return {name: version for name, version in toolchain().items() if name != "python"}
 
 
-def _storage_path(problem: Problem, device: Device) -> Path:
-    return cache_dir() / "studies" / f"{problem.op}-{device.slug}.journal"
+def storage_path(op: str, device: Device) -> Path:
+    """Where the searches of a GPU lie unless a storage is named."""
+    return cache_dir() / "studies" / f"{op}-{device.slug}.journal"
 
 
 def _command() -> str:

@@ -50,6 +50,7 @@ ROOMS = (
         "_cli_ledger",
         "_cli_measure",
         "_cli_options",
+        "_cli_report",
         "_cli_tune",
         "_cli_tuned",
     ),

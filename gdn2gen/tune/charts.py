@@ -1,0 +1,140 @@
+"""Small charts as inline SVG; colours are classes, so that a page's style sheet themes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+_BAR, _GAP, _GROUP = 14, 3, 14
+_LABEL, _VALUE = 110, 70
+_TICKS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: which series (a CSS class), how long, and what is written at its end."""
+
+    series: str
+    value: float
+    text: str
+
+
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], width: int = 640) -> str:
+    """Horizontal bars in labelled groups, all on one scale from zero."""
+    most = max((bar.value for _, group in groups for bar in group), default=0.0) or 1.0
+    room = width - _LABEL - _VALUE
+    parts, y = [], 0
+    for label, group in groups:
+        height = len(group) * (_BAR + _GAP)
+        parts.append(_text(_LABEL - 8, y + height / 2 + 3, label, "label", "end"))
+        for bar in group:
+            length = max(1.0, room * bar.value / most)
+            parts.append(
+                f'<rect class="{bar.series}" x="{_LABEL}" y="{y}" width="{length:.1f}" '
+                f'height="{_BAR}" rx="2"><title>{escape(label)}: {escape(bar.text)}</title></rect>'
+            )
+            parts.append(_text(_LABEL + length + 6, y + _BAR - 3, bar.text, "value"))
+            y += _BAR + _GAP
+        y += _GROUP
+    return _svg(parts, width, max(y - _GROUP, 1))
+
+
+def dots(columns: Mapping[str, Sequence[float]], width: int = 240, height: int = 150) -> str:
+    """Values over categories, the least of all marked: a slice of a search along one knob."""
+    values = [x for column in columns.values() for x in column]
+    if not values:
+        return ""
+    left, bottom = 40, 22
+    low, high = min(values), max(values)
+    scale = (height - bottom - 12) / ((high - low) or 1.0)
+    step = (width - left) / len(columns)
+    parts = _axis(low, high, left, width, height - bottom, scale)
+    for place, (name, column) in enumerate(columns.items()):
+        x = left + step * (place + 0.5)
+        parts.append(_text(x, height - 6, name, "label", "middle"))
+        for number, value in enumerate(column):
+            # spread by the order of the trials, so that equal times do not hide each other
+            offset = step * 0.6 * ((number * 0.618) % 1 - 0.5)
+            kind = "dot best" if value == low else "dot"
+            y = height - bottom - (value - low) * scale
+            parts.append(
+                f'<circle class="{kind}" cx="{x + offset:.1f}" cy="{y:.1f}" r="3">'
+                f"<title>{escape(name)}: {value:.4g} ms</title></circle>"
+            )
+    return _svg(parts, width, height)
+
+
+def progress(values: Sequence[float | None], width: int = 240, height: int = 150) -> str:
+    """Each trial's value (None: refused), and the best so far as a line of steps."""
+    found = [x for x in values if x is not None]
+    if not found:
+        return ""
+    left, bottom = 40, 22
+    # a default three times as slow as the rest would press all else flat
+    low = min(found)
+    high = min(max(found), 3 * low)
+    scale = (height - bottom - 12) / ((high - low) or 1.0)
+    step = (width - left - 8) / max(1, len(values) - 1)
+    base = height - bottom
+    parts = _axis(low, high, left, width, base, scale)
+    parts.append(_text(width, height - 6, f"{len(values)} trials", "label", "end"))
+    path: list[str] = []
+    best = float("inf")
+    for number, value in enumerate(values):
+        x = left + number * step
+        if value is None:
+            parts.append(
+                f'<path class="refused" d="M{x - 2:.1f} {base - 2}l4 4m0 -4l-4 4"/>'
+            )
+            continue
+        y = base - (min(value, high) - low) * scale
+        parts.append(
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
+            f"<title>trial {number + 1}: {value:.4g} ms</title></circle>"
+        )
+        if value < best:
+            best = value
+            path.append(f"{'H' if path else 'M'}{x:.1f}{f'V{y:.1f}' if path else f' {y:.1f}'}")
+    parts.append(f'<path class="line" d="{"".join(path)}H{width - 8}"/>')
+    return _svg(parts, width, height)
+
+
+def _axis(
+    low: float, high: float, left: int, width: int, base: float, scale: float
+) -> list[str]:
+    parts = []
+    for tick in _ticks(low, high):
+        y = base - (tick - low) * scale
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width}"/>')
+        parts.append(_text(left - 6, y + 3, f"{tick:.4g}", "label", "end"))
+    return parts
+
+
+def _ticks(low: float, high: float, about: int = 3) -> list[float]:
+    """Round numbers within [low, high], or `low` alone where the range is nothing."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    power = 10.0
+    while power > span / about:
+        power /= 10
+    step = next((power * x for x in _TICKS if power * x >= span / about), power * 10)
+    first = int(low / step) + (1 if low > 0 and low % step else 0)
+    ticks = [round(step * n, 12) for n in range(first, int(high / step) + 1)]
+    return [x for x in ticks if low <= x <= high] or [low]
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+        f"{escape(text)}</text>"
+    )
+
+
+def _svg(parts: Sequence[str], width: int, height: float) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}" '
+        f'role="img">{"".join(parts)}</svg>'
+    )
