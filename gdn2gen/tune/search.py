@@ -134,6 +134,9 @@ class Search:
             for future, (trials, proposal) in pending.items():
                 future.cancel()
                 trials.abandon(proposal)
+        for by_stage in self.trials.values():
+            for trials in by_stage.values():
+                trials.refresh()
 
     def total_ms(self, BT: int) -> float:
         """Sum over the stages of their best times at chunk size BT, in ms."""

@@ -7,6 +7,7 @@ file shape by shape, so a run that is cut short keeps what it decided.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -76,7 +77,8 @@ def tune(
         ledger=open_ledger(problem.op, device),
         storage=open_storage(storage or storage_path(problem.op, device)),
         progress=progress or console_progress(),
-        seed=seed,
+        # processes that join one study must not all draw the same configs
+        seed=seed if storage is None else seed + os.getpid(),
     )
     path = store.tuned_path(out_dir, problem.op, device)
     metadata = store.metadata_for(device, toolchain(), command or _command())

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Final
+from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import journal
@@ -34,6 +35,7 @@ from gdn2gen.tune.ledger import Ledger
 # The sampler repeats itself in spaces of some hundred points; then an unseen point is drawn.
 _ASKS: Final = 6
 _STARTUP_TRIALS: Final = 8
+_FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class StageTrials:
         self.asked = 0
         self.exhausted = False
         self._pending: set[Config] = set()
+        self._known: set[int] = set()
         self._unseen: list[Config] | None = None
         self._random = random.Random(seed)
         self._study = _open_study(storage, self._name(), seed)
@@ -73,6 +76,7 @@ class StageTrials:
 
     def propose(self) -> Proposal | None:
         """Next config to compile, or None once every valid one was tried or refused."""
+        self.refresh()
         for _ in range(_ASKS):
             proposal = self._ask()
             if proposal is not None:
@@ -85,6 +89,13 @@ class StageTrials:
         assert parameters is not None, f"{self.stage} [{config}] is not in its own space"
         self._study.enqueue_trial(parameters)
         return self._ask() or self.propose()
+
+    def refresh(self) -> None:
+        """Take over what other processes on the same storage have found since."""
+        for trial in self._study.get_trials(deepcopy=False, states=_FINISHED):
+            if trial.number not in self._known:
+                self._known.add(trial.number)
+                self._take_over(trial)
 
     def suggest_first(self, config: Config) -> None:
         """Have `config` tried before anything else, if it is in the space and not known yet."""
@@ -187,16 +198,20 @@ class StageTrials:
 
     def _resume(self) -> None:
         """Take over what earlier runs left; their trials in flight are queued again."""
-        for trial in self._study.get_trials(deepcopy=False):
+        self.refresh()
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
-            if config is None:
-                continue
-            if trial.state == TrialState.COMPLETE and "times" in trial.user_attrs:
-                self.times[config] = dict(trial.user_attrs["times"])
-            elif trial.state == TrialState.PRUNED:
-                self.refused[config] = str(trial.user_attrs.get("reason", "refused before"))
-            elif trial.state == TrialState.RUNNING and _is_gone(trial.user_attrs.get("owner")):
+            if config is not None and _is_gone(trial.user_attrs.get("owner")):
                 self._give_up(trial.number, config)
+
+    def _take_over(self, trial: optuna.trial.FrozenTrial) -> None:
+        config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
+        if config is None or config in self.times or config in self.refused:
+            return
+        if trial.state == TrialState.PRUNED:
+            self.refused[config] = str(trial.user_attrs.get("reason", "refused before"))
+        elif "times" in trial.user_attrs:
+            self.times[config] = dict(trial.user_attrs["times"])
 
     def _name(self) -> str:
         """Names the study by all that its times depend on."""
@@ -217,12 +232,18 @@ def open_storage(storage: str | Path | optuna.storages.BaseStorage) -> optuna.st
     """Optuna storage at a URL, or in the journal file of that path; TuneError if neither opens.
 
     The journal takes 12 times less time per trial than SQLite, and one file serves several
-    processes; several hosts want the URL of a database server.
+    processes. Several hosts want the URL of a database server (0.3 s a trial on PostgreSQL), or
+    `grpc://host:port` of an Optuna proxy (`optuna.storages.run_grpc_proxy_server`).
     """
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
+        if str(storage).startswith("grpc://"):
+            address = urlsplit(str(storage))
+            return optuna.storages.GrpcStorageProxy(
+                host=address.hostname or "localhost", port=address.port or 13000
+            )
         if "://" in str(storage):
             return optuna.storages.RDBStorage(str(storage))
         return _open_journal(Path(storage).expanduser().resolve())

@@ -1,0 +1,170 @@
+"""Several processes in one study: on a journal file, and on a PostgreSQL server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from gdn2gen import store
+from gdn2gen.device import named_device
+from gdn2gen.tune.trials import open_storage
+
+HERE = Path(__file__).resolve().parent
+DEVICE = named_device("H200")
+# run time in seconds, and trials after which one is killed: a server takes 0.3 s for a trial
+PACE = {"journal": (4.0, 30), "postgres": (14.0, 12)}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> str:
+    return str(tmp_path / "study.journal")
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of its own, on a socket in a folder of its own."""
+    pytest.importorskip("psycopg2")
+    programs = shutil.which("initdb") or next(
+        iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None
+    )
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed")
+    programs = Path(programs).resolve().parent
+    # short, for a socket's path has at most 107 characters; not under a folder of root's alone
+    folder = Path(f"/tmp/gdn2gen-pg-{os.getpid()}")
+    folder.mkdir()
+    user = None
+    if os.getuid() == 0:  # the server refuses to run as root
+        user = "postgres"
+        shutil.chown(folder, user)
+    try:
+        data = folder / "data"
+        subprocess.run(
+            [programs / "initdb", "-U", "gdn2gen", "-A", "trust", "--no-sync", "-D", data],
+            check=True,
+            capture_output=True,
+            user=user,
+            cwd=folder,
+        )
+        server = subprocess.Popen(
+            [programs / "postgres", "-D", data, "-k", folder, "-h", "", "-F"],
+            stderr=subprocess.DEVNULL,
+            user=user,
+            cwd=folder,
+        )
+        try:
+            ready = [programs / "pg_isready", "-h", folder, "-U", "gdn2gen"]
+            for _ in range(100):
+                if subprocess.run(ready, capture_output=True, check=False).returncode == 0:
+                    break
+                time.sleep(0.1)
+            yield f"postgresql+psycopg2://gdn2gen@/postgres?host={folder}"
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(20)
+    finally:
+        shutil.rmtree(folder)
+
+
+def start(storage: str, folder: Path, seconds: float) -> subprocess.Popen[str]:
+    environment = {**os.environ, "GDN2GEN_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.pop("GDN2GEN_TUNED_DIR", None)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    command = [sys.executable, "-W", "ignore", str(HERE / "joined_tune.py")]
+    return subprocess.Popen(
+        [*command, storage, str(folder / "tuned"), str(seconds)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def trials(storage: str, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    opened = open_storage(storage)
+    names = optuna.study.get_all_study_names(opened)
+    studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
+    return [x for study in studies for x in study.get_trials(deepcopy=False, states=states)]
+
+
+def wait_for(storage: str, count: int) -> None:
+    """Wait until the processes together have finished that many trials."""
+    for _ in range(300):
+        time.sleep(0.1)
+        try:
+            if len(trials(storage, TrialState.COMPLETE)) >= count:
+                return
+        except Exception:  # the tables are only being made
+            continue
+    raise AssertionError("no trials within 30 s")
+
+
+def test_a_study_behind_optunas_proxy(journal: str) -> None:
+    pytest.importorskip("grpc")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = (
+        "import optuna; from gdn2gen.tune.trials import open_storage; "
+        f"optuna.storages.run_grpc_proxy_server(open_storage({journal!r}), port={port})"
+    )
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parents[1])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            proxy = open_storage(f"grpc://localhost:{port}")
+            proxy.wait_server_ready(timeout=60)  # type: ignore[attr-defined]
+            optuna.create_study(storage=proxy, study_name="one").add_trial(
+                optuna.trial.create_trial(value=1.0)
+            )
+        assert [x.value for x in trials(journal, TrialState.COMPLETE)] == [1.0]
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["journal", "postgres"])
+def test_processes_join_one_study_and_survive_a_kill(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    storage: str = request.getfixturevalue(kind)
+    seconds, count = PACE[kind]
+    processes = [start(storage, tmp_path, seconds) for _ in range(3)]
+    wait_for(storage, count)
+    processes[0].kill()
+    assert processes[0].wait() == -signal.SIGKILL
+    timed = []
+    for process in processes[1:]:
+        said, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+        timed.append(json.loads(said.splitlines()[-1]))
+    # what one has timed the other does not time again, but for what both were at just then
+    both = set(timed[0]) & set(timed[1])
+    assert len(both) <= max(3, 0.2 * len(set(timed[0]) | set(timed[1])))
+    (entry,) = store.load_tuned(store.tuned_path(tmp_path / "tuned", "gdn2", DEVICE)).entries
+    assert entry.provenance == "measured" and not store.is_stale(entry)
+    # the next run takes over what the killed one was at, and knows all that the others found
+    done = len(trials(storage, TrialState.COMPLETE))
+    left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)}
+    assert all(str(owner).endswith(f":{processes[0].pid}") for owner in left)
+    last = start(storage, tmp_path, seconds / 2)
+    _, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors[-2000:]
+    assert trials(storage, TrialState.RUNNING) == []
+    assert len(trials(storage, TrialState.COMPLETE)) > done
