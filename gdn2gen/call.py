@@ -71,4 +71,5 @@ class Call:
             "K": problem.K,
             "V": problem.V,
             "2": 2,
+            "0": 0,
         }

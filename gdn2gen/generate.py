@@ -12,11 +12,9 @@ from gdn2gen.build import write_atomically
 from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
-from gdn2gen.launch import _SUMMED as SUMMED
-from gdn2gen.launch import TORCH_DTYPE, in_place_of
+from gdn2gen.launch import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
-from gdn2gen.render import _environment as environment
-from gdn2gen.render import render
+from gdn2gen.render import environment, render
 from gdn2gen.stages import SEGMENT, STAGES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"

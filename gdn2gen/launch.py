@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdn2gen import build
 from gdn2gen.call import Call
-from gdn2gen.config import default_config, language_of
+from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.knobs import interpreted
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
@@ -29,7 +29,7 @@ TORCH_DTYPE = {
     "int32": torch.int32,
 }
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
-_SUMMED = ("dA_log", "ddt_bias")
+SUMMED = ("dA_log", "ddt_bias")
 
 _poisoned = False
 
@@ -42,17 +42,29 @@ def poison(enabled: bool) -> None:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """One output of a stage: the buffer whose place it takes, or how it is allocated."""
+    """One output of a stage: the buffer whose place it takes, or its dims by symbol and dtype."""
 
-    operand: Operand
+    name: str
     takes: str | None
-    idle: bool
+    symbols: tuple[str, ...]
+    dtype: torch.dtype
+    zeroed: bool
 
-    def allocate(self, problem: Problem, sizes: Mapping[str, int], device: torch.device) -> Tensor:
-        if self.idle:
-            dtype = TORCH_DTYPE[self.operand.dtype_in(problem)]
-            return torch.empty(0, dtype=dtype, device=device)
-        return empty(self.operand, problem, sizes, device)
+    @classmethod
+    def of(cls, operand: Operand, problem: Problem, takes: str | None = None) -> _Buffer:
+        symbols = operand.dims.split()
+        if problem.state_v_first and operand.name in ("final_state", "dh0"):
+            symbols[-2:] = symbols[:-3:-1]
+        dtype = TORCH_DTYPE[operand.dtype_in(problem)]
+        return cls(operand.name, takes, tuple(symbols), dtype, operand.name in SUMMED)
+
+    def allocate(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        shape = [sizes[symbol] for symbol in self.symbols]
+        if self.zeroed:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        if _poisoned and self.dtype.is_floating_point:
+            return torch.full(shape, float("nan"), dtype=self.dtype, device=device)
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,8 @@ class Runner:
         with _device_guard(call.device):
             for step in self._passes[key]:
                 for buffer in step.buffers:
-                    alive[buffer.operand.name] = (
-                        buffer.allocate(problem, sizes, call.device)
+                    alive[buffer.name] = (
+                        buffer.allocate(sizes, call.device)
                         if buffer.takes is None
                         else alive[buffer.takes]
                     )
@@ -159,14 +171,15 @@ class Runner:
                     tensors=tuple(x.name for x in operands),
                     scalars=(count, *stage.scalars),
                     count=count,
-                    buffers=tuple(
-                        _Buffer(x, in_place_of(x, problem) if in_place else None, x.is_idle(config))
-                        for x in outputs
-                    ),
+                    buffers=tuple(self._buffer(x, problem, config, in_place) for x in outputs),
                     freed=tuple(freed),
                 )
             )
         return tuple(steps)
+
+    def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> _Buffer:
+        buffer = _Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
+        return replace(buffer, symbols=("0",)) if x.is_idle(config) else buffer
 
 
 def in_place_of(operand: Operand, problem: Problem) -> str | None:
@@ -181,15 +194,7 @@ def empty(
     operand: Operand, problem: Problem, sizes: Mapping[str, int], device: torch.device
 ) -> Tensor:
     """A buffer for one output of a stage; `sizes` gives the value of every symbol in dims."""
-    shape = [sizes[symbol] for symbol in operand.dims.split()]
-    if problem.state_v_first and operand.name in ("final_state", "dh0"):
-        shape[-2:] = shape[:-3:-1]
-    dtype = TORCH_DTYPE[operand.dtype_in(problem)]
-    if operand.name in _SUMMED:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if _poisoned and dtype.is_floating_point:
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-    return torch.empty(shape, dtype=dtype, device=device)
+    return _Buffer.of(operand, problem).allocate(sizes, device)
 
 
 def forward(

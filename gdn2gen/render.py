@@ -38,7 +38,7 @@ class Rendered:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
@@ -78,7 +78,7 @@ def _digest(names: frozenset[str]) -> str:
 def _imported(name: str) -> set[str]:
     """Templates that `name` imports, and that those import."""
     source = (templates_dir() / name).read_text()
-    found = {x for x in meta.find_referenced_templates(_environment().parse(source)) if x}
+    found = {x for x in meta.find_referenced_templates(environment().parse(source)) if x}
     return found | {further for other in found for further in _imported(other)}
 
 
@@ -147,7 +147,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
         raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
     name = template_name(stage, config)
     try:
-        text = _environment().get_template(name).render(context(problem, stage, config))
+        text = environment().get_template(name).render(context(problem, stage, config))
     except jinja2.TemplateError as error:
         raise TemplateError(f"{name}: {error}") from error
     source = _tidy(text)
