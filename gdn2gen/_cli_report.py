@@ -45,7 +45,7 @@ def report(args: argparse.Namespace) -> int:
     from gdn2gen.build import write_atomically
     from gdn2gen.tune import page, study
     from gdn2gen.tune.ledger import read_ledger
-    from gdn2gen.tune.trials import open_storage
+    from gdn2gen.tune.storage import open_storage
 
     device, _ = present_or_target(args.device)
     file = _file(args.op, device)

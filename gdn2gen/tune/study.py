@@ -31,7 +31,7 @@ from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import ShapeResult, TuneReport
 from gdn2gen.tune.search import Context, Search, Window
-from gdn2gen.tune.trials import open_storage
+from gdn2gen.tune.storage import open_storage
 
 if TYPE_CHECKING:
     import optuna

@@ -11,30 +11,27 @@ import json
 import os
 import random
 import socket
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from datetime import datetime, timedelta
 from statistics import geometric_mean
 from typing import Final
-from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import journal
 from optuna.trial import TrialState
 
 from gdn2gen.config import Config
 from gdn2gen.device import Device
-from gdn2gen.errors import TuneError
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import space
 from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.storage import open_study
 
 # The sampler repeats itself in spaces of some hundred points; then an unseen point is drawn.
 _ASKS: Final = 6
-_STARTUP_TRIALS: Final = 8
+_UNSIGNED: Final = timedelta(minutes=1)
 _FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -71,7 +68,7 @@ class StageTrials:
         self._known: set[int] = set()
         self._unseen: list[Config] | None = None
         self._random = random.Random(seed)
-        self._study = _open_study(storage, self._name(), seed)
+        self._study = open_study(storage, self._name(), seed)
         self._resume()
 
     def propose(self) -> Proposal | None:
@@ -157,6 +154,8 @@ class StageTrials:
 
     def _ask(self) -> Proposal | None:
         trial = self._study.ask()
+        # at once: a trial that nobody owns is taken for one of a process that ended
+        trial.set_user_attr("owner", _owner())
         config = space.suggest(trial, self.stage, self.problem, self.BT)
         if config in self.times or config in self._pending:
             self._study.tell(trial, state=TrialState.FAIL)
@@ -166,7 +165,6 @@ class StageTrials:
         if reason is not None:
             self.refuse(proposal, reason)
             return None
-        trial.set_user_attr("owner", _owner())
         self._pending.add(config)
         self.asked += 1
         return proposal
@@ -191,7 +189,10 @@ class StageTrials:
         return None
 
     def _give_up(self, number: int, again: Config | None) -> None:
-        self._study.tell(number, state=TrialState.FAIL)
+        try:
+            self._study.tell(number, state=TrialState.FAIL)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            return  # another process was faster
         parameters = None if again is None else space.parameters(again, self.problem)
         if parameters is not None:
             self._study.enqueue_trial(parameters)
@@ -200,9 +201,10 @@ class StageTrials:
         """Take over what earlier runs left; their trials in flight are queued again."""
         self.refresh()
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
-            if config is not None and _is_gone(trial.user_attrs.get("owner")):
-                self._give_up(trial.number, config)
+            if _is_gone(trial):
+                # a process may end before all knobs are drawn: then there is nothing to queue again
+                knobs = {"BT": self.BT, **trial.params}
+                self._give_up(trial.number, space.stored_config(self.stage, knobs))
 
     def _take_over(self, trial: optuna.trial.FrozenTrial) -> None:
         config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
@@ -228,73 +230,17 @@ class StageTrials:
         return "/".join(parts)
 
 
-def open_storage(storage: str | Path | optuna.storages.BaseStorage) -> optuna.storages.BaseStorage:
-    """Optuna storage at a URL, or in the journal file of that path; TuneError if neither opens.
-
-    The journal takes 12 times less time per trial than SQLite, and one file serves several
-    processes. Several hosts want the URL of a database server (0.3 s a trial on PostgreSQL), or
-    `grpc://host:port` of an Optuna proxy (`optuna.storages.run_grpc_proxy_server`).
-    """
-    if isinstance(storage, optuna.storages.BaseStorage):
-        return storage
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        if str(storage).startswith("grpc://"):
-            address = urlsplit(str(storage))
-            return optuna.storages.GrpcStorageProxy(
-                host=address.hostname or "localhost", port=address.port or 13000
-            )
-        if "://" in str(storage):
-            return optuna.storages.RDBStorage(str(storage))
-        return _open_journal(Path(storage).expanduser().resolve())
-    except Exception as error:
-        raise TuneError(
-            f"the study storage {storage} cannot be opened ({type(error).__name__}: {error}); give "
-            "another one, or move the file away to start afresh"
-        ) from error
-
-
-def _open_journal(path: Path) -> optuna.storages.BaseStorage:
-    """Open a journal, without the torn last line that a kill in mid-write leaves."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    lock = journal.JournalFileSymlinkLock(str(path))
-    lock.acquire()
-    try:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-    finally:
-        lock.release()
-    return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
-
-
-def _open_study(
-    storage: optuna.storages.BaseStorage, name: str, seed: int
-) -> optuna.study.Study:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=_STARTUP_TRIALS,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            seed=seed,
-        )
-        return optuna.create_study(
-            storage=storage, sampler=sampler, study_name=name, load_if_exists=True
-        )
-
-
 def _owner() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def _is_gone(owner: str | None) -> bool:
+def _is_gone(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether the process that asked for a trial ended; of another host it is not known."""
+    owner: str | None = trial.user_attrs.get("owner")
     if owner is None:
-        return True
+        # between asking and signing lie milliseconds
+        started = trial.datetime_start
+        return started is None or datetime.now() - started > _UNSIGNED
     host, _, pid = owner.rpartition(":")
     if host != socket.gethostname():
         return False

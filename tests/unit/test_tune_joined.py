@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from gdn2gen import store
 from gdn2gen.device import named_device
-from gdn2gen.tune.trials import open_storage
+from gdn2gen.tune.storage import open_storage
 
 HERE = Path(__file__).resolve().parent
 DEVICE = named_device("H200")
@@ -120,7 +120,7 @@ def test_a_study_behind_optunas_proxy(journal: str) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     program = (
-        "import optuna; from gdn2gen.tune.trials import open_storage; "
+        "import optuna; from gdn2gen.tune.storage import open_storage; "
         f"optuna.storages.run_grpc_proxy_server(open_storage({journal!r}), port={port})"
     )
     server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parents[1])
@@ -161,10 +161,11 @@ def test_processes_join_one_study_and_survive_a_kill(
     assert entry.provenance == "measured" and not store.is_stale(entry)
     # the next run takes over what the killed one was at, and knows all that the others found
     done = len(trials(storage, TrialState.COMPLETE))
-    left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)}
+    left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)} - {None}
     assert all(str(owner).endswith(f":{processes[0].pid}") for owner in left)
     last = start(storage, tmp_path, seconds / 2)
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors[-2000:]
-    assert trials(storage, TrialState.RUNNING) == []
+    # a trial without an owner may still be one that somebody is about to sign
+    assert [x for x in trials(storage, TrialState.RUNNING) if "owner" in x.user_attrs] == []
     assert len(trials(storage, TrialState.COMPLETE)) > done

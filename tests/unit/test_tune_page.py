@@ -17,8 +17,9 @@ from gdn2gen.tune import charts, page
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.charts import Bar
 from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.storage import open_storage
 from gdn2gen.tune.study import open_ledger, storage_path
-from gdn2gen.tune.trials import StageTrials, open_storage
+from gdn2gen.tune.trials import StageTrials
 
 H200 = named_device("H200")
 SHAPE = SHAPES["train4k"]
