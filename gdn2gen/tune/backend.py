@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, Protocol
 
@@ -52,6 +53,47 @@ class Backend(Protocol):
     def close(self) -> None:
         """End every process."""
         ...
+
+
+class MeteredBackend:
+    """Another backend, and the seconds that its GPU spent in gates and in timings."""
+
+    def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
+        self._backend, self._clock = backend, clock
+        self.slots = backend.slots
+        self.gating = 0.0
+        self.timing = 0.0
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        return self._backend.compile(problem, config)
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        started = self._clock()
+        try:
+            return self._backend.gate(candidate, full=full)
+        finally:
+            self.gating += self._clock() - started
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        started = self._clock()
+        try:
+            return self._backend.time_stages(candidate, stages, shape)
+        finally:
+            self.timing += self._clock() - started
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        started = self._clock()
+        try:
+            return self._backend.time_pipeline(candidate, shape, with_peak=with_peak)
+        finally:
+            self.timing += self._clock() - started
+
+    def close(self) -> None:
+        self._backend.close()
 
 
 class WorkerBackend:

@@ -57,6 +57,10 @@ class TuneReport:
     """Shapes, chunk sizes and levels that were left out, and why."""
     ledger: Path | None = None
     seconds: float = 0.0
+    gate_seconds: float = 0.0
+    """Of these, the GPU (and the host before it) checked accuracy."""
+    timing_seconds: float = 0.0
+    """Of these, the GPU (and the host before it) took times."""
 
     def table(self) -> RenderableType:
         """The results as a rich table, with what was tried and left out beneath."""
@@ -85,7 +89,14 @@ class TuneReport:
     def _tried(self) -> str:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.trials.items())) or "none"
         where = f"; refusals in {self.ledger}" if self.ledger is not None else ""
-        return f"trials in {self.seconds:.0f} s: {counts}{where}; filed in {self.path}"
+        tried = f"trials in {self.seconds:.0f} s: {counts}{self._busy()}"
+        return f"{tried}{where}; filed in {self.path}"
+
+    def _busy(self) -> str:
+        if not self.seconds or not self.gate_seconds + self.timing_seconds:
+            return ""
+        gates, times = (x / self.seconds for x in (self.gate_seconds, self.timing_seconds))
+        return f"; {gates:.0%} of the time in accuracy gates, {times:.0%} in timings"
 
 
 def _ms(value: float | None) -> str:

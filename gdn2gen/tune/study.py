@@ -24,7 +24,7 @@ from gdn2gen.paths import cache_dir, packaged_tuned_dir, user_tuned_dir
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
-from gdn2gen.tune.backend import Backend, WorkerBackend
+from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Finals, Measured, Verdict
 from gdn2gen.tune.ledger import Ledger, read_ledger
@@ -71,9 +71,10 @@ def tune(
     if backend is None:
         _check_present(device)
     started, seconds = clock(), budget_minutes * 60
+    metered = MeteredBackend(backend or WorkerBackend(device), clock)
     context = Context(
         device=device,
-        backend=backend or WorkerBackend(device),
+        backend=metered,
         ledger=open_ledger(problem.op, device),
         storage=open_storage(storage or storage_path(problem.op, device)),
         progress=progress or console_progress(),
@@ -102,7 +103,11 @@ def tune(
         reasons = "; ".join(f"{name}: {why}" for name, why in report.skipped.items())
         raise TuneError(f"nothing was filed for {names} on {device.name}: {reasons}")
     return replace(
-        report, trials=dict(context.progress.counts), seconds=clock() - started
+        report,
+        trials=dict(context.progress.counts),
+        seconds=clock() - started,
+        gate_seconds=metered.gating,
+        timing_seconds=metered.timing,
     )
 
 

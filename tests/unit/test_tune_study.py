@@ -359,3 +359,17 @@ def test_tuning_without_a_gpu_is_refused_at_once(tmp_path):
 def test_importing_the_tuner_starts_nothing():
     code = "import gdn2gen.tune.study, torch; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_says_how_long_the_gpu_was_at_work(tmp_path):
+    from rich.console import Console
+
+    backend = FakeBackend()
+    report = run(backend, tmp_path)
+    # 0.2 s a gate, 0.1 s a stage, 0.3 s a pipeline; a compile is not the GPU's
+    assert report.gate_seconds == pytest.approx(0.2 * len(backend.gated))
+    assert 0.1 * len(backend.timed) < report.timing_seconds < report.seconds - report.gate_seconds
+    console = Console(width=400)
+    with console.capture() as said:
+        console.print(report.table())
+    assert "% of the time in accuracy gates" in said.get()
