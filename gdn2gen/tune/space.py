@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # met) cost more than any other knob wins. Never measured beyond, so never run.
 MAX_SPILL_BYTES: Final = 512
 
+_AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _SCANS: Final = ("scan", "rescan", "reverse_scan")
 
 
@@ -33,7 +34,11 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     if reason is not None:
         return reason
     if language_of(config) == "tilelang" and device.arch != "sm_90":
-        return f"the TileLang scans are for sm_90 (TMA, wgmma), and {device.name} is {device.arch}"
+        if device.arch not in _AMPERE:
+            return f"the TileLang scans were not compiled for {device.arch} ({device.name})"
+        if config.size("num_stages") > 1:
+            # its waits for asynchronous copies take a constant count there (0.1.15)
+            return f"TileLang compiles loops of any length for {device.arch} with one stage only"
     least = least_shared_bytes(config, problem)
     if least > device.shared_bytes:
         return (

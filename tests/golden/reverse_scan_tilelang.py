@@ -19,7 +19,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest ffd706f47559fcd9; made by
+Template digest 64e23fec4db36c65; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -34,6 +34,8 @@ import tilelang.language as tile
 K, V = 128, 128
 BT, BV = 32, 64
 IO = "bfloat16"
+# a warp keeps whole rows of the state, so that one product's result is the next one's operand
+ROWS = tile.GemmWarpPolicy.FullRow
 
 
 def program():
@@ -106,14 +108,14 @@ def program():
                 for i, j in tile.Parallel(BV, BT):
                     b_do[i, j] = tile.if_then_else(i_t * BT + j < n_tokens, s_do[j, i], tile.cast(0, IO))
                 tile.clear(b_dR)
-                tile.gemm(b_do, s_Aqk, b_dR)
-                tile.gemm(b_dSd, s_Ktail, b_dR, transpose_B=True)
+                tile.gemm(b_do, s_Aqk, b_dR, policy=ROWS)
+                tile.gemm(b_dSd, s_Ktail, b_dR, transpose_B=True, policy=ROWS)
                 tile.copy(b_dR, b_dRd)
                 tile.clear(b_dX)
-                tile.gemm(b_dRd, s_A, b_dX)
+                tile.gemm(b_dRd, s_A, b_dX, policy=ROWS)
                 for i, j in tile.Parallel(BV, K):
                     b_dS[i, j] *= s_gamma[j]
-                tile.gemm(b_do, s_Qg, b_dS)
+                tile.gemm(b_do, s_Qg, b_dS, policy=ROWS)
                 tile.copy(b_dX, b_dXd)
                 for i, j in tile.Parallel(BV, BT):
                     s_dX[j, i] = b_dXd[i, j]
@@ -122,7 +124,7 @@ def program():
                 tile.copy(s_dX_rest, dX_rest[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
                 for i, j in tile.Parallel(BV, BT):
                     b_dXd[i, j] = -b_dXd[i, j]
-                tile.gemm(b_dXd, s_E, b_dS)
+                tile.gemm(b_dXd, s_E, b_dS, policy=ROWS)
 
             for i, j in tile.Parallel(BV, K):
                 dh0[i_n, i_h, j, i_v * BV + i] = b_dS[i, j]
