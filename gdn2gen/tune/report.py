@@ -56,6 +56,8 @@ class TuneReport:
     skipped: dict[str, str] = field(default_factory=dict)
     """Shapes, chunk sizes and levels that were left out, and why."""
     ledger: Path | None = None
+    left_to_try: list[str] = field(default_factory=list)
+    """For each group of shapes, how much of the space was tried: what more time would buy."""
     seconds: float = 0.0
     gate_seconds: float = 0.0
     """Of these, the GPU (and the host before it) checked accuracy."""
@@ -82,7 +84,8 @@ class TuneReport:
                 "-" if worst is None else f"{worst[0]} {worst[1]:.1e}",
                 str(result.candidate.BT),
             )
-        lines = [self._tried(), *(f"left out {x}: {why}" for x, why in self.skipped.items())]
+        more = (f"{words}; more time goes on from there" for words in self.left_to_try)
+        lines = [self._tried(), *more, *(f"left out {x}: {why}" for x, why in self.skipped.items())]
         notes = dict.fromkeys(result.note for result in self.results if result.note)
         return Group(table, *(Text(line) for line in (*lines, *notes)))
 

@@ -138,6 +138,19 @@ class Search:
             for trials in by_stage.values():
                 trials.refresh()
 
+    def left_to_try(self) -> str:
+        """How much of the space was tried at the best chunk size, the dearest stage first."""
+        best = min(self.trials, key=self.total_ms)
+        total = self.total_ms(best)
+        stages = sorted(self.trials[best].values(), key=lambda trials: -trials.best_ms())
+        words = []
+        for trials in stages:
+            tried, worth = trials.tried()
+            words.append(
+                f"{trials.stage} ({trials.best_ms() / total:.0%} of a pass) {tried} of {worth}"
+            )
+        return f"tried of the configs worth compiling, in chunks of {best}: {', '.join(words)}"
+
     def total_ms(self, BT: int) -> float:
         """Sum over the stages of their best times at chunk size BT, in ms."""
         return sum(trials.best_ms() for trials in self.trials[BT].values())

@@ -138,6 +138,7 @@ class _Run:
         self.search.seed(handed)
         self.search.run(searching)
         self.report.skipped.update(self.search.skipped)
+        self.report.left_to_try.append(self.search.left_to_try())
         self._decide(stored, window)
         return [
             config

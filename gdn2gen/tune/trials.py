@@ -152,6 +152,11 @@ class StageTrials:
         best = [self.ranked(shape)[:1] for shape in self.shapes]
         return geometric_mean([x[0][1] for x in best]) if all(best) else float("inf")
 
+    def tried(self) -> tuple[int, int]:
+        """Configs that were tried, and all that are worth compiling."""
+        worth = {*space.valid_configs(self.stage, self.problem, self.device, self.BT)}
+        return len(worth & (self.times.keys() | self.refused.keys())), len(worth)
+
     def _ask(self) -> Proposal | None:
         trial = self._study.ask()
         # at once: a trial that nobody owns is taken for one of a process that ended

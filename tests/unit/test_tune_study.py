@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from gdn2gen.device import has_gpu, named_device
 from gdn2gen.errors import DeviceError, TuneError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Measured, pick
@@ -373,3 +375,9 @@ def test_the_report_says_how_long_the_gpu_was_at_work(tmp_path):
     with console.capture() as said:
         console.print(report.table())
     assert "% of the time in accuracy gates" in said.get()
+    (words,) = report.left_to_try
+    found = re.findall(r"(\w+) \(\d+% of a pass\) (\d+) of (\d+)", words)
+    counts = {stage: (int(tried), int(worth)) for stage, tried, worth in found}
+    assert {*counts} == {*PLANS["lean"].stages}
+    assert all(0 < tried <= worth for tried, worth in counts.values())
+    assert words in said.get()
