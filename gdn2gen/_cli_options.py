@@ -21,16 +21,23 @@ EXTRAS: Final = ("A_log", "dt_bias", "varlen", "initial_state", "final_state", "
 _FIELDS: Final = {"A_log": "has_A_log", "dt_bias": "has_dt_bias"}
 
 
-def add_problem(parser: argparse.ArgumentParser, *, extras: bool = False) -> None:
-    """Add the options that make a Problem (see `problem_of`)."""
+def add_problem(
+    parser: argparse.ArgumentParser, *, extras: bool = False, several: tuple[str, ...] = ()
+) -> None:
+    """Add the options that make a Problem (see `problem_of`).
+
+    With `several`, --head-dim takes any number of head dims, by default these.
+    """
     group = parser.add_argument_group("problem")
     group.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
     group.add_argument(
         "--head-dim",
-        default="128",
+        nargs="+" if several else None,
+        default=list(several) if several else "128",
         metavar="K[,V]",
         help=f"key head dim, and value head dim if it differs; each one of "
-        f"{', '.join(map(str, HEAD_DIMS))} (%(default)s)",
+        f"{', '.join(map(str, HEAD_DIMS))} ({' '.join(several) or '128'}"
+        f"{', one after the other' if several else ''})",
     )
     group.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="of q, k, v, b, w and o (%(default)s)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,7 @@ from gdn2gen._cli_options import (
 )
 from gdn2gen.errors import InputError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.shapes import parse_shapes
+from gdn2gen.shapes import SHAPES, parse_shapes
 
 if TYPE_CHECKING:
     from gdn2gen.tune import TuneReport
@@ -32,9 +33,9 @@ _TARGET_HELP: Final = (
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser)
-    add_shapes(parser, "train4k")
-    add_budget(parser, 20.0)
+    add_problem(parser, several=("128", "64"))
+    add_shapes(parser, ",".join(SHAPES))
+    add_budget(parser, 10.0)
     add_target(parser, _TARGET_HELP)
     parser.add_argument(
         "--level",
@@ -68,9 +69,17 @@ def tune(args: argparse.Namespace) -> int:
     folder = args.out or user_tuned_dir()
     if folder is None:
         folder = packaged_tuned_dir() if in_source_tree() else user_dir()
-    if args.only_failing and not _leave_failing(args, folder):
-        return 0
-    _search(args, folder, _LEVELS[args.level], args.storage)
+    started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
+    for number, dim in enumerate(dims):
+        args.head_dim, args.shapes = dim, shapes
+        if len(dims) > 1:
+            left = budget - (time.monotonic() - started) / 60
+            # a search that overran leaves the next one a minute, and says what it could not do
+            args.budget = max(min(1.0, budget), left / (len(dims) - number))
+            print(f"head dim {dim} ({number + 1} of {len(dims)}), {args.budget:.1f} minutes")
+        if args.only_failing and not _leave_failing(args, folder):
+            continue
+        _search(args, folder, _LEVELS[args.level], args.storage)
     return 0
 
 

@@ -50,8 +50,9 @@ COMMANDS: Final = (
         "tune",
         _cli_tune.add_tune,
         "search for the fastest valid configs of this GPU",
-        "Search for the fastest configs that pass the accuracy gate, and file them per GPU. A "
-        "study that was stopped resumes when the same command is given again.",
+        "Search for the fastest configs that pass the accuracy gate, and file them per GPU: with "
+        "no further word the standard shapes at head dims 128 and 64. A study "
+        "that was stopped resumes when the same command is given again.",
         "gdn2gen tune --head-dim 128 --shapes train4k,wide8k --budget 20",
     ),
     Command(

@@ -278,9 +278,11 @@ class FakeTuner:
 
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
+        self.all_asked: list[dict[str, Any]] = []
 
     def __call__(self, *, problem: Any, shapes: Any, device: Any, **options: Any) -> Any:
         self.asked = {"problem": problem, "shapes": shapes, "device": device, **options}
+        self.all_asked.append(self.asked)
         result = SimpleNamespace(shape=shapes[0])
         return SimpleNamespace(
             problem=problem, device=device, results=[result], table=lambda: "the report"
@@ -316,6 +318,17 @@ def test_tune_on_a_gpu(present: FakeTuner, tmp_path: Path) -> None:
     assert asked["out_dir"] == tmp_path
     assert asked["storage"] == "sqlite:///x"
     assert asked["levels"] == ("lean", "fast")
+
+
+def test_tune_with_no_further_word(
+    present: FakeTuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", "--out", str(tmp_path)]) == 0
+    asked = present.all_asked
+    assert [x["problem"] for x in asked] == [Problem(K=128, V=128), Problem(K=64, V=64)]
+    assert [x["shapes"] for x in asked] == [list(SHAPES.values())] * 2
+    assert [x["budget_minutes"] for x in asked] == pytest.approx([5.0, 10.0], abs=0.1)
+    assert "head dim 64 (2 of 2)" in capsys.readouterr().out
 
 
 def test_tune_for_a_target(
