@@ -21,7 +21,6 @@ TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
 _MARK: Final = "made by\n    gdn2gen generate "
 _LINE: Final = 100
-_PER_SEQUENCE: Final = ("scan", "reverse_scan")
 _TABLES: Final = ("cu_seqlens", "chunk_table", "chunk_offsets")
 _GRADIENTS: Final = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
 
@@ -135,7 +134,7 @@ def _steps(
                 stage=name,
                 buffers=tuple((x.name, _allocation(x, problem, configs[name])) for x in outputs),
                 arguments=_arguments(stage, problem),
-                per_chunk=stage.template not in _PER_SEQUENCE,
+                per_chunk=stage.count == "n_chunks",
                 freed=tuple(freed),
             )
         )
@@ -158,7 +157,7 @@ def _allocation(operand: Operand, problem: Problem, config: Config) -> str:
 
 def _arguments(stage: Stage, problem: Problem) -> tuple[str, ...]:
     unread = {} if problem.gate == "sigmoid" else {"lower_bound": "0.0"}
-    count = "n_sequences=N" if stage.template in _PER_SEQUENCE else "n_chunks=NT"
+    count = {"n_sequences": "n_sequences=N", "n_chunks": "n_chunks=NT"}[stage.count]
     return (
         *(x.name for x in stage.operands(problem)),
         count,

@@ -162,15 +162,14 @@ class Runner:
             needed = {x.name for later in stage_names[position + 1 :] for x in STAGES[later].inputs}
             freed = alive - needed - {*keep}
             alive -= freed
-            count = "n_sequences" if stage.template in ("scan", "reverse_scan") else "n_chunks"
             config = self.recipe.configs[name]
             steps.append(
                 _Step(
                     name,
                     self.launcher(problem, name),
                     tensors=tuple(x.name for x in operands),
-                    scalars=(count, *stage.scalars),
-                    count=count,
+                    scalars=(stage.count, *stage.scalars),
+                    count=stage.count,
                     buffers=tuple(self._buffer(x, problem, config, in_place) for x in outputs),
                     freed=tuple(freed),
                 )

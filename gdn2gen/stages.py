@@ -82,6 +82,11 @@ class Stage:
     outputs: tuple[Operand, ...]
     scalars: tuple[str, ...]
 
+    @property
+    def count(self) -> str:
+        """The scalar that counts its programs, beside heads and slices."""
+        return "n_sequences" if self.template in ("scan", "reverse_scan") else "n_chunks"
+
     def operands(self, problem: Problem) -> list[Operand]:
         """Inputs, then outputs, in the order of the kernel's arguments."""
         return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]

@@ -31,7 +31,7 @@ slices, frame by frame.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored maxnreg=0 num_stages=2 num_warps=4
-Template digest e16e43dfce2013f4; made by
+Template digest e982f068639557fa; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,maxnreg=0,num_stages=2,num_warps=4
@@ -202,6 +202,7 @@ def grad_key_kernel(
         n_exact = tl.where(tl.min(b_gamma_C) >= LEAST_GAMMA, n_rows, 0)
         n_exact = tl.where(i_first + i_n < NT, n_exact, 0)
         m_out = (o_t < n_exact)[:, None] & (o_k < K)[None, :]
+        m_sums = o_k < K * tl.minimum(n_exact, 1)
         # b_q holds scale q, and b_dq the gradient of q over scale
         b_db = b_de * b_k
         b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
@@ -223,8 +224,8 @@ def grad_key_kernel(
         b_x += tl.load(dt_bias + i_hg * K + o_k)[None, :]
         b_dA = tl.where(m_tk, -b_dg * b_rate * softplus(b_x), 0.0)
         b_dg *= -b_rate / (1.0 + tl.exp(-b_x))
-        tl.store(dA_log + i_tile * K + o_k, tl.sum(b_dA, 0), mask=o_k < K * tl.minimum(n_exact, 1))
-        tl.store(ddt_bias + i_tile * K + o_k, tl.sum(tl.where(m_tk, b_dg, 0.0), 0), mask=o_k < K * tl.minimum(n_exact, 1))
+        tl.store(dA_log + i_tile * K + o_k, tl.sum(b_dA, 0), mask=m_sums)
+        tl.store(ddt_bias + i_tile * K + o_k, tl.sum(tl.where(m_tk, b_dg, 0.0), 0), mask=m_sums)
         tl.store(dg + p_out, b_dg.to(tl.float32), mask=m_out)
 
 

@@ -26,7 +26,7 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=32 BT=32 BV=32 chunks=1 decay=log maxnreg=128 num_stages=1 num_warps=2
-Template digest 13e2e3a49d298aef; made by
+Template digest bb98ee21c2fa87b2; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=32,BT=32,BV=32,chunks=1,decay=log,maxnreg=128,num_stages=1,num_warps=2
