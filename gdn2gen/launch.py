@@ -13,6 +13,7 @@ from torch import Tensor
 from gdn2gen import build
 from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
+from gdn2gen.direct import direct_launch
 from gdn2gen.knobs import interpreted
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
@@ -103,8 +104,8 @@ class Runner:
         if interpreted() and language_of(config) != "triton":
             # Triton's interpreter stands in for a GPU, and interprets nothing else
             config = default_config(stage_name, problem, BT=config.size("BT"))
-        launch: Callable[..., None] = build.load(render(problem, stage_name, config)).launch
-        return launch
+        module = build.load(render(problem, stage_name, config))
+        return module.launch if interpreted() else direct_launch(module)
 
     def run(
         self,

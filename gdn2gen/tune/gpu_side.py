@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -70,7 +71,11 @@ def time_stages(
 
 
 def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> PipelineTiming:
-    """Time a whole candidate through the public op; the peak is 0 unless asked for."""
+    """Time a whole candidate through the public op; the peak is 0 unless asked for.
+
+    Each pass is timed as one CUDA graph: the GPU's time, not that of a host which may be slower at
+    issuing than the GPU is at working (two candidates at few heads would tie at the host's pace).
+    """
     import torch
 
     from gdn2gen._bench_accuracy import op_flags
@@ -91,11 +96,24 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
         run_op(chunk_gdn2, problem, inputs, gradients)
 
     with gate.forced(candidate):
-        return PipelineTiming(
-            time_ms(forward, _ROUND_WARMUP_MS, _ROUND_REP_MS),
-            time_ms(both, _ROUND_WARMUP_MS, _ROUND_REP_MS),
-            peak_mib(both) if with_peak else 0.0,
-        )
+        # before the graphs, whose own pools would be counted
+        peak = peak_mib(both) if with_peak else 0.0
+        return PipelineTiming(_time_graph(forward), _time_graph(both), peak)
+
+
+def _time_graph(run: Callable[[], None]) -> Timing:
+    import torch
+
+    new_stream: Any = torch.cuda.Stream  # untyped in torch
+    side = new_stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles and loads, which a capture may not
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return time_ms(graph.replay, _ROUND_WARMUP_MS, _ROUND_REP_MS)
 
 
 def _inputs(problem: Problem, shape: Shape) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gdn2gen import bench, store
+from gdn2gen._verify_checks import limit_of
 from gdn2gen.device import present_device
 from gdn2gen.dispatch import find_recipe
 from gdn2gen.problem import Problem
@@ -39,7 +40,8 @@ def test_a_one_minute_tune_files_an_entry_that_calls_find(tmp_path, monkeypatch)
         assert entry.provenance == "measured" and not store.is_stale(entry)
         slower = entry.measured["default_forward_backward_ms"]
         assert entry.measured["forward_backward_ms"] <= slower * 1.02
-        assert max(entry.gate.values()) < 1e-2
+        # correlated keys amplify all rounding, and have a bound of their own
+        assert 0 < max(entry.gate.values()) <= limit_of("bf16", "correlated")
     assert find_recipe(problem, shapes[0].regime, device).source == "exact"
 
 

@@ -30,6 +30,7 @@ ROOMS = (
     ("config",),
     ("render",),
     ("build",),
+    ("direct",),
     ("store", "_store_format", "_store_lookup"),
     ("dispatch",),
     ("sharing",),

@@ -1,0 +1,103 @@
+"""Launches of Triton kernels that skip Triton's argument binder once a kernel is compiled.
+
+Triton looks at every argument of every launch again and asks the driver about every pointer: on an
+H200 host 60 us a launch, while few heads and tokens keep the GPU busy for no longer than that.
+What a kernel here is specialised on never changes from call to call (constants come from its own
+module, and sizes are not specialised), except that pointers are aligned and sizes fit 32 bits:
+those two are looked at, and what differs goes through Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any, Final
+
+_INT32: Final = range(-(2**31), 2**31)
+# Triton compiles for pointers that are multiples of this, and anew for others.
+_ALIGNMENT: Final = 16
+
+
+def direct_launch(module: ModuleType) -> Callable[..., None]:
+    """The `launch` of a rendered module, with its Triton kernels launched directly."""
+    from triton.runtime.jit import JITFunction
+
+    direct = {
+        name: DirectKernel(x)
+        for name, x in vars(module).items()
+        if name.endswith("_kernel") and isinstance(x, JITFunction)
+    }
+    if not direct:
+        launch: Callable[..., None] = module.launch
+        return launch
+    copy = FunctionType(module.launch.__code__, {**vars(module), **direct}, module.launch.__name__)
+    copy.__kwdefaults__ = module.launch.__kwdefaults__
+    return copy
+
+
+class DirectKernel:
+    """Stands in for one Triton kernel: `kernel[grid](*arguments, **constants_and_options)`."""
+
+    def __init__(self, kernel: Any) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        self._kernel, self._driver, self._knobs = kernel, driver, knobs.runtime
+        self._compiled: dict[int, Any] = {}
+        """What the first launch on a device compiled, by the device's index."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        values = _plain(arguments)
+        if values is None or self._is_watched():
+            self._kernel[grid](*arguments, **named)
+            return
+        device = self._driver.active.get_current_device()
+        compiled = self._compiled.get(device)
+        if compiled is None:
+            compiled = self._kernel[grid](*arguments, **named)
+            if self._takes_only_plain_sizes(arguments):
+                self._compiled[device] = compiled
+            return
+        stream = self._driver.active.get_current_stream(device)
+        rest = (named[name] for name in self._kernel.arg_names[len(values) :])
+        x, y, z = (*grid, 1, 1)[:3]
+        # no hooks, and so no metadata for them
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *values, *rest
+        )  # fmt: skip
+
+    def _is_watched(self) -> bool:
+        """Whether a profiler hooked into Triton's launches."""
+        hooks = (self._knobs.launch_enter_hook, self._knobs.launch_exit_hook)
+        return bool(self._kernel.pre_run_hooks) or any(
+            hook is not None and getattr(hook, "calls", True) for hook in hooks
+        )
+
+    def _takes_only_plain_sizes(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether Triton compiles nothing anew for other values of the scalars."""
+        parameters = self._kernel.params[: len(arguments)]
+        return all(
+            parameter.do_not_specialize or not isinstance(value, int | float)
+            for parameter, value in zip(parameters, arguments, strict=True)
+        )
+
+
+def _plain(arguments: tuple[Any, ...]) -> list[Any] | None:
+    """Addresses of the tensors, and the scalars; None if Triton would compile another kernel."""
+    values = []
+    addresses = 0
+    for x in arguments:
+        value = x
+        if isinstance(x, int):
+            if x not in _INT32:
+                return None
+        elif not isinstance(x, float):
+            value = x.data_ptr()
+            addresses |= value
+        values.append(value)
+    return None if addresses % _ALIGNMENT else values
