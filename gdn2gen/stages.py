@@ -128,8 +128,8 @@ _GATE = (
 )
 _VW = (Operand("v", "B T HV V"), Operand("w", "B T HV V"))
 _RSTD = (
-    Operand("q_rstd", "B T HV", "fp32", "l2norm"),
-    Operand("k_rstd", "B T HV", "fp32", "l2norm"),
+    Operand("q_rstd", "NT HV BT", "fp32", "l2norm"),
+    Operand("k_rstd", "NT HV BT", "fp32", "l2norm"),
 )
 _SCORES = (Operand("A", "NT HV BT BT"), Operand("Aqk", "NT HV BT BT"))
 _FACTORS = (
@@ -154,11 +154,11 @@ _DO = Operand("do", "B T HV V")
 _SCORE_GRADS = (
     Operand("dT", "NT HV BT BT"),
     Operand("dAqk", "NT HV BT BT"),
-    Operand("dAqk_diagonal", "B T HV", "fp32"),
+    Operand("dAqk_diagonal", "NT HV BT", "fp32"),
 )
 _DOTS = (
-    Operand("q_dot", "B T HV", "fp32", "l2norm"),
-    Operand("k_dot", "B T HV", "fp32", "l2norm"),
+    Operand("q_dot", "NT HV BT", "fp32", "l2norm"),
+    Operand("k_dot", "NT HV BT", "fp32", "l2norm"),
 )
 _INITIAL = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
 _CHUNKED = ("scale", "lower_bound", "T", "H", "HV", "HG")
