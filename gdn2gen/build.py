@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _TRITON_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int32": "*i32"}
 _TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
+# Options of a Triton kernel in a TileLang module, as its `launch` passes them.
+_BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,21 @@ def _compile_triton(
     """
     main = f"{stage_name}_kernel"
     others = [x for x in vars(module) if x.endswith("_kernel") and x != main]
+    options = launch_options(config)
     used = [
-        _compile_kernel(module, name, problem, stage_name, config, device)
+        _compile_kernel(module, name, problem, stage_name, options, device)
         for name in (main, *others)
     ]
     return (*used[0][:2], max(shared for _, _, shared in used))
 
 
 def _compile_kernel(
-    module: ModuleType, name: str, problem: Problem, stage_name: str, config: Config, device: Device
+    module: ModuleType,
+    name: str,
+    problem: Problem,
+    stage_name: str,
+    options: dict[str, int],
+    device: Device,
 ) -> tuple[int, int, int]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -127,16 +135,17 @@ def _compile_kernel(
     compiled: Any = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
-        options=launch_options(config),
+        options=options,
     )
     return (*_register_use(compiled.asm["cubin"]), int(compiled.metadata.shared))
 
 
 def _compile_tilelang(
-    module: ModuleType, _problem: Problem, _stage: str, _config: Config, device: Device
+    module: ModuleType, problem: Problem, stage_name: str, _config: Config, device: Device
 ) -> tuple[int, int, int]:
-    """Registers and stack bytes per thread, shared bytes per block.
+    """Registers and stack bytes per thread, shared bytes per block, of the TileLang program.
 
+    A Triton kernel that the module has beside it is compiled, too.
     The binary is taken from TileLang's cache on its way there; a kernel that was compiled before
     passes through no compiler, and reports zeros.
     """
@@ -154,9 +163,13 @@ def _compile_tilelang(
     try:
         # wgmma and the register hand-over between warp groups need the architecture's own target
         arch = device.arch + ("a" if device.arch in ("sm_90", "sm_100") else "")
-        kernel = tilelang.compile(module.program(), target={"kind": "cuda", "arch": arch})
+        target = {"kind": "cuda", "arch": arch}
+        passes = getattr(module, "PASSES", None)
+        kernel = tilelang.compile(module.program(), target=target, pass_configs=passes)
     finally:
         CUDABinaryCache.save = save
+    for name in [x for x in vars(module) if x.endswith("_kernel")]:
+        _compile_kernel(module, name, problem, stage_name, _BESIDE_TILELANG, device)
     if not binaries:
         return 0, 0, 0
     return (*_register_use(binaries[-1]), _dynamic_shared_bytes(kernel.get_host_source()))

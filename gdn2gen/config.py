@@ -55,6 +55,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "maxnreg": _REGISTERS,
     },
     "grad_key": {
+        "language": ("triton", "tilelang"),
         "decay": ("log", "anchored"),
         "chunks": (1, 4, 16),
         "BK": (16, 32, 64, 128),
@@ -167,6 +168,8 @@ def _why_not_parallel(config: Config, problem: Problem) -> str | None:
 
 
 def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
+    if config.stage == "grad_key":
+        return _why_not_tilelang_grad_key(config, problem)
     if problem.dtype == "fp32":
         return "the TileLang scans multiply 16-bit operands, but the problem is fp32"
     if config.size("BV") != 64 or config.size("num_warps") != 4:
@@ -174,6 +177,19 @@ def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
             f"the TileLang scans give a warp group of 4 warps 64 rows of the state, but "
             f"BV={config['BV']} and num_warps={config['num_warps']}"
         )
+    return None
+
+
+def _why_not_tilelang_grad_key(config: Config, problem: Problem) -> str | None:
+    if config["decay"] != "anchored" or problem.dtype != "bf16":
+        return f"the TileLang grad_key is anchored and for bf16, but got {config} {problem.dtype}"
+    if config.size("BK") != 64 or config.size("num_warps") != 4:
+        return (
+            f"the TileLang grad_key gives a warp group of 4 warps 64 channels, but "
+            f"BK={config['BK']} and num_warps={config['num_warps']}"
+        )
+    if config["maxnreg"] not in (0, 128):
+        return f"maxnreg=128 puts two programs on a multiprocessor, 0 one; got {config['maxnreg']}"
     return None
 
 

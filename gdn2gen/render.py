@@ -93,8 +93,21 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "regenerate": _regenerate_command(problem, stage, config),
     }
     if language_of(config) == "tilelang":
-        return common | _tilelang_context(problem, stage)
-    return common | _triton_context(problem, config)
+        return common | _anchored_context(problem) | _tilelang_context(problem, stage)
+    return common | _anchored_context(problem) | _triton_context(problem, config)
+
+
+def _anchored_context(problem: Problem) -> dict[str, object]:
+    """For the Triton kernels that modules in either language may hold."""
+    return {
+        "io_dtype": _TRITON_DTYPE[problem.dtype],
+        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
+        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
+        # log2; without the norm in the kernel keys, and with them all gradients, may be large
+        "anchor_range": 96 if problem.l2norm else 64,
+        # grad_key's scratch for the cumulative decay is then the buffer of dg
+        "shares_dg": problem.gate_dtype == "fp32",
+    }
 
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
@@ -106,14 +119,7 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     return {
         "levels": levels,
         "operand_dtype": _operand_dtype(problem),
-        "io_dtype": _TRITON_DTYPE[problem.dtype],
-        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
-        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "solve": _solve_precision(config),
-        # log2; without the norm in the kernel keys, and with them all gradients, may be large
-        "anchor_range": 96 if problem.l2norm else 64,
-        # grad_key's scratch for the cumulative decay is then the buffer of dg
-        "shares_dg": problem.gate_dtype == "fp32",
     }
 
 
@@ -130,9 +136,10 @@ def _tilelang_context(problem: Problem, stage: Stage) -> dict[str, object]:
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
     return {
         "tensors": tensors,
-        "symbols": [x for x in symbols if x not in ("K", "V", "BT")],
+        "symbols": [x for x in symbols if x not in ("K", "V", "BT") and not x.isdigit()],
         "sequences": "(N1 - 1)" if problem.varlen else "B",
         "tile_dtype": _TILE_DTYPE[problem.dtype],
+        "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
         "SEGMENT": SEGMENT,
     }
 

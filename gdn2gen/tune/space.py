@@ -35,7 +35,9 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
         return reason
     if language_of(config) == "tilelang" and device.arch != "sm_90":
         if device.arch not in _AMPERE:
-            return f"the TileLang scans were not compiled for {device.arch} ({device.name})"
+            return f"TileLang kernels were not compiled for {device.arch} ({device.name})"
+        if config.stage == "grad_key":
+            return "the TileLang grad_key is made for sm_90: its tiles are filled by TMA"
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)
             return f"TileLang compiles loops of any length for {device.arch} with one stage only"
@@ -55,6 +57,8 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     products' operands alone (the compiler may keep one more).
     """
     if config.get("chunks") and config["decay"] == "anchored":
+        if language_of(config) == "tilelang":
+            return 0
         return _least_of_grad_key(config, problem)
     if config.stage not in _SCANS:
         return 0
