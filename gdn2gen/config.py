@@ -26,12 +26,14 @@ _SCAN: Final[Mapping[str, tuple[Knob, ...]]] = {
 _SEGMENTS: Final[Mapping[str, tuple[Knob, ...]]] = {"segments": ("serial", "parallel")}
 _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     "prepare": {
+        "language": ("triton", "tilelang"),
+        "chunks": (1, 2, 4, 16),
         "BK": (32, 64, 128),
         "decay": ("log", "tree", "anchored"),
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
         "num_warps": (1, 2, 4),
         "num_stages": _STAGES_AHEAD,
-        "maxnreg": (0, 128, 168, 208),
+        "maxnreg": (0, 80, 128, 168, 208),
     },
     "reprepare": {
         "BK": (32, 64, 128),
@@ -143,6 +145,8 @@ def language_of(config: Config) -> str:
 
 def _why_not_placed(config: Config, problem: Problem) -> str | None:
     """Whether the placement of the decay goes with the other knobs."""
+    if config.stage == "prepare" and config["chunks"] != 1 and language_of(config) == "triton":
+        return f"the Triton prepare takes one chunk a program, not {config['chunks']}"
     if config["decay"] == "anchored":
         if problem.dtype == "fp16":
             return "anchored factors reach 2^96, which fp16 cannot hold: use a dyadic placement"
@@ -168,8 +172,8 @@ def _why_not_parallel(config: Config, problem: Problem) -> str | None:
 
 
 def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
-    if config.stage == "grad_key":
-        return _why_not_tilelang_grad_key(config, problem)
+    if config.stage in ("prepare", "grad_key"):
+        return _why_not_tilelang_anchored(config, problem)
     if problem.dtype == "fp32":
         return "the TileLang scans multiply 16-bit operands, but the problem is fp32"
     if config.size("BV") != 64 or config.size("num_warps") != 4:
@@ -180,23 +184,29 @@ def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
     return None
 
 
-def _why_not_tilelang_grad_key(config: Config, problem: Problem) -> str | None:
+def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
+    """Of prepare and grad_key."""
     if config["decay"] != "anchored" or problem.dtype != "bf16":
-        return f"the TileLang grad_key is anchored and for bf16, but got {config} {problem.dtype}"
-    if config.size("BK") != 64 or config.size("num_warps") != 4:
+        return f"the TileLang {config.stage} is anchored and for bf16: {config} {problem.dtype}"
+    channels = problem.K if config.stage == "prepare" else 64
+    if config.size("BK") != channels or config.size("num_warps") != 4:
         return (
-            f"the TileLang grad_key gives a warp group of 4 warps 64 channels, but "
+            f"the TileLang {config.stage} gives a warp group of 4 warps {channels} channels, but "
             f"BK={config['BK']} and num_warps={config['num_warps']}"
         )
-    if config["maxnreg"] not in (0, 128):
-        return f"maxnreg=128 puts two programs on a multiprocessor, 0 one; got {config['maxnreg']}"
+    if config.get("solve", "ieee") != "ieee":
+        return f"the TileLang prepare substitutes in fp32: solve=ieee, not {config['solve']}"
+    shared = (0, 80, 128) if config.stage == "prepare" else (0, 128)
+    if config["maxnreg"] not in shared:
+        # 3 and 2 programs a multiprocessor
+        return f"the TileLang {config.stage} takes maxnreg of {shared}, not {config['maxnreg']}"
     return None
 
 
 # Measured on an H200 at train4k, then kept small enough for GPUs with 99 KB of shared memory: at
 # BT = 64 the scans alone need 114 KB.
 _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
-    "prepare": {"BK": 32, "num_warps": 1, "decay": "tree"},
+    "prepare": {"BK": 32, "num_warps": 1, "decay": "tree", "chunks": 1},
     "reprepare": {"BK": 64, "num_warps": 2},
     "sum_decay": {"BK": 64, "num_warps": 2},
     "scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
@@ -228,7 +238,7 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
         knobs |= _ANCHORED.get(stage, {})
     wide = problem.dtype == "fp32"
     # fp32 products take three passes, and their operands the registers: scans of 32 rows spill
-    most = 16 if domain.get("language") else 32
+    most = 16 if stage.endswith("scan") else 32
     for tile, size in (("BK", problem.K), ("BV", problem.V)):
         if tile in knobs:
             knobs[tile] = min(int(knobs[tile]), size, most if wide else size)

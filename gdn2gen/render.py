@@ -93,24 +93,12 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "regenerate": _regenerate_command(problem, stage, config),
     }
     if language_of(config) == "tilelang":
-        return common | _anchored_context(problem) | _tilelang_context(problem, stage)
-    return common | _anchored_context(problem) | _triton_context(problem, config)
+        return common | _anchored_context(problem, config) | _tilelang_context(problem, stage)
+    return common | _anchored_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
 
 
-def _anchored_context(problem: Problem) -> dict[str, object]:
+def _anchored_context(problem: Problem, config: Config) -> dict[str, object]:
     """For the Triton kernels that modules in either language may hold."""
-    return {
-        "io_dtype": _TRITON_DTYPE[problem.dtype],
-        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
-        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
-        # log2; without the norm in the kernel keys, and with them all gradients, may be large
-        "anchor_range": 96 if problem.l2norm else 64,
-        # grad_key's scratch for the cumulative decay is then the buffer of dg
-        "shares_dg": problem.gate_dtype == "fp32",
-    }
-
-
-def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     levels = []
     size = config.size("BT")
     while size > 1:
@@ -118,8 +106,14 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         size //= 2
     return {
         "levels": levels,
-        "operand_dtype": _operand_dtype(problem),
         "solve": _solve_precision(config),
+        "io_dtype": _TRITON_DTYPE[problem.dtype],
+        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
+        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
+        # log2; without the norm in the kernel keys, and with them all gradients, may be large
+        "anchor_range": 96 if problem.l2norm else 64,
+        # grad_key's scratch for the cumulative decay is then the buffer of dg
+        "shares_dg": problem.gate_dtype == "fp32",
     }
 
 

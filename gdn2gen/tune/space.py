@@ -36,8 +36,8 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     if language_of(config) == "tilelang" and device.arch != "sm_90":
         if device.arch not in _AMPERE:
             return f"TileLang kernels were not compiled for {device.arch} ({device.name})"
-        if config.stage == "grad_key":
-            return "the TileLang grad_key is made for sm_90: its tiles are filled by TMA"
+        if config.stage in ("prepare", "grad_key"):
+            return f"the TileLang {config.stage} is made for sm_90: its tiles are filled by TMA"
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)
             return f"TileLang compiles loops of any length for {device.arch} with one stage only"
@@ -56,7 +56,7 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     A scan loads its chunk's factors ahead: `num_stages - 1` copies of them are in flight, of the
     products' operands alone (the compiler may keep one more).
     """
-    if config.get("chunks") and config["decay"] == "anchored":
+    if config.stage == "grad_key" and config["decay"] == "anchored":
         if language_of(config) == "tilelang":
             return 0
         return _least_of_grad_key(config, problem)

@@ -14,7 +14,7 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
 
 grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which loads one
 chunk ahead. Its anchor is the chunk's start, a = 0: exact where every channel of the slice keeps at
-least 2^-96 over the chunk. strong_decay_kernel: the same programs once more, for all other
+least 2^-96 over the chunk. strong_decay_kernel: programs of LOOKED_AT chunks, for all other
 slices, frame by frame.
 
     q, k      [B, T, H, K]         queries, keys; normalised here
@@ -24,17 +24,17 @@ slices, frame by frame.
     G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     do        [B, T, HV, V]        gradient of o
-    dAqk_diagonal  [B, T, HV] fp32   <dO, R>, a token with itself
+    dAqk_diagonal  [NT, HV, BT] fp32   <dO, R>, a token with itself
     dq, dk, dg, db  [B, T, HV, K]  per value head
-    q_rstd, k_rstd, q_dot, k_dot  [B, T, HV] fp32   1 / norm; <q, dq>, <k, dk>
+    q_rstd, k_rstd, q_dot, k_dot  [NT, HV, BT] fp32   1 / norm; <q, dq>, <k, dk>
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored maxnreg=0 num_stages=2 num_warps=4
-Template digest e982f068639557fa; made by
+Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
+Template digest d94a8369f1fee626; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=64,BT=32,BV=32,chunks=4,decay=anchored,maxnreg=0,num_stages=2,num_warps=4
+      BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4
 """
 
 import triton
@@ -44,6 +44,7 @@ import triton.language as tl
 K, V = 128, 32
 BT, BK = 32, 64
 CHUNKS, STAGES = 4, 2
+LOOKED_AT = 4  # chunks a program of strong_decay_kernel
 LEAST_GAMMA = tl.constexpr(2.0**-96)
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
@@ -159,7 +160,7 @@ def grad_key_kernel(
         p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
         p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
         p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
-        p_token = (i_start + o_t) * HV + i_h
+        p_token = i_tile * BT + o_t
         o_v = tl.arange(0, V)
         p_h = i_tile * K * V + o_v[:, None] * K + o_k[None, :]
         p_tile = i_tile * BT * V + o_t[:, None] * V + o_v[None, :]
@@ -177,8 +178,8 @@ def grad_key_kernel(
         b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
         b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
         b_b = tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
-        b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
-        b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+        b_k_rstd = tl.load(k_rstd + p_token)
+        b_q_rstd = tl.load(q_rstd + p_token)
         b_k *= b_k_rstd[:, None]
         b_q *= (b_q_rstd * scale)[:, None]
 
@@ -207,11 +208,11 @@ def grad_key_kernel(
         b_db = b_de * b_k
         b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
         tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_out)
-        b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
+        b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
         b_dq += b_diagonal * b_k
         b_dk += b_diagonal * b_q + b_de * b_b
-        b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
-        b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
+        b_q_dot = tl.load(q_dot + p_token)
+        b_k_dot = tl.load(k_dot + p_token)
         b_dq = b_dq * (scale * b_q_rstd)[:, None] - b_q * (b_q_dot * b_q_rstd / scale)[:, None]
         b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
         tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_out)
@@ -269,18 +270,18 @@ def strong_decay_kernel(
     V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    LOOKED_AT: tl.constexpr,
 ):
     i_k = tl.program_id(0) % (K // BK)
     i_gh = tl.program_id(0) // (K // BK)
-    i_first, i_h = i_gh // HV * CHUNKS, i_gh % HV
+    i_first, i_h = i_gh // HV * LOOKED_AT, i_gh % HV
     i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
     o_t = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
     # one look at all chunks: where none is left to do, which is the rule, this is all
-    i_all = tl.minimum(i_first + tl.arange(0, CHUNKS), NT - 1).to(tl.int64)
+    i_all = tl.minimum(i_first + tl.arange(0, LOOKED_AT), NT - 1).to(tl.int64)
     b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :]))
-    n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(CHUNKS, NT - i_first), 0)
+    n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(LOOKED_AT, NT - i_first), 0)
     for i_n in range(n_left):
         i_c = i_first + i_n
         i_start = tl.load(chunk_table + i_c * 2).to(tl.int64)
@@ -292,7 +293,7 @@ def strong_decay_kernel(
         p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
         p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
         p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
-        p_token = (i_start + o_t) * HV + i_h
+        p_token = i_tile * BT + o_t
         b_gamma_C = tl.load(gamma_C + i_tile * K + o_k)
         if tl.where(tl.min(b_gamma_C) < LEAST_GAMMA, n_rows, 0) > 0:
             o_v = tl.arange(0, V)
@@ -313,8 +314,8 @@ def strong_decay_kernel(
             b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
             b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
             b_b = tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
-            b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
-            b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+            b_k_rstd = tl.load(k_rstd + p_token)
+            b_q_rstd = tl.load(q_rstd + p_token)
             b_k *= b_k_rstd[:, None]
             b_q *= (b_q_rstd * scale)[:, None]
 
@@ -343,11 +344,11 @@ def strong_decay_kernel(
             b_db = b_de * b_k
             b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
             tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_tk)
-            b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
+            b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
             b_dq += b_diagonal * b_k
             b_dk += b_diagonal * b_q + b_de * b_b
-            b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
-            b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
+            b_q_dot = tl.load(q_dot + p_token)
+            b_k_dot = tl.load(k_dot + p_token)
             b_dq = b_dq * (scale * b_q_rstd)[:, None] - b_q * (b_q_dot * b_q_rstd / scale)[:, None]
             b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
             tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_tk)
@@ -371,18 +372,17 @@ def launch(
     lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch both kernels on the current stream."""
-    grid = (-(-n_chunks // CHUNKS) * HV * (K // BK),)
-    grad_key_kernel[grid](
+    grad_key_kernel[(-(-n_chunks // CHUNKS) * HV * (K // BK),)](
         q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
         dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
         lower_bound, T, H, HV, HG,
         NT=n_chunks, K=K, V=V, BT=BT, BK=BK, CHUNKS=CHUNKS, STAGES=STAGES,
         num_warps=4, num_stages=2,
     )
-    strong_decay_kernel[grid](
+    strong_decay_kernel[(-(-n_chunks // LOOKED_AT) * HV * (K // BK),)](
         q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
         dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
         lower_bound, T, H, HV, HG,
-        NT=n_chunks, K=K, V=V, BT=BT, BK=BK, CHUNKS=CHUNKS,
+        NT=n_chunks, K=K, V=V, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
         num_warps=4, num_stages=2,
     )

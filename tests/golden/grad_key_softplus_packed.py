@@ -19,17 +19,17 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     do        [B, T, HV, V]        gradient of o
-    dAqk_diagonal  [B, T, HV] fp32   <dO, R>, a token with itself
+    dAqk_diagonal  [NT, HV, BT] fp32   <dO, R>, a token with itself
     dq, dk, dg, db  [B, T, HV, K]  per value head
-    q_rstd, k_rstd, q_dot, k_dot  [B, T, HV] fp32   1 / norm; <q, dq>, <k, dk>
+    q_rstd, k_rstd, q_dot, k_dot  [NT, HV, BT] fp32   1 / norm; <q, dq>, <k, dk>
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=32 BV=32 chunks=1 decay=log maxnreg=128 num_stages=1 num_warps=2
-Template digest bb98ee21c2fa87b2; made by
+Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
+Template digest 768f175b7bae663c; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=32,BT=32,BV=32,chunks=1,decay=log,maxnreg=128,num_stages=1,num_warps=2
+      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2
 """
 
 import triton
@@ -155,7 +155,7 @@ def grad_key_kernel(
     dAqk += i_tile * BT * BT
     h += i_tile * K * V
     dh += i_tile * K * V
-    p_token = (i_start + o_t) * HV + i_h
+    p_token = i_tile * BT + o_t
 
     # through the state, one slice of V at a time
     b_dq = tl.zeros([BT, BK], tl.float32)
@@ -182,8 +182,8 @@ def grad_key_kernel(
     b_G_C = tl.load(G + (n_rows - 1) * (HV * K) + o_k)
     b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
     b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
-    b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
-    b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+    b_k_rstd = tl.load(k_rstd + p_token)
+    b_q_rstd = tl.load(q_rstd + p_token)
     b_k *= b_k_rstd[:, None]
     b_q *= b_q_rstd[:, None]
     b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
@@ -230,12 +230,12 @@ def grad_key_kernel(
     # b_q holds scale q, and b_dq the gradient of q over scale
     b_dG = b_q * b_dq + b_e * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
     b_dg = tl.cumsum(b_dG, 0, reverse=True) + b_dG_C[None, :]
-    b_diagonal = tl.load(dAqk_diagonal + p_token, mask=m_t, other=0.0)[:, None]
+    b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
     b_dq = (b_dq + b_diagonal * b_k) * scale
     b_dk += b_diagonal * b_q
     b_dk += b_de * b_b
-    b_q_dot = tl.load(q_dot + p_token, mask=m_t, other=0.0)
-    b_k_dot = tl.load(k_dot + p_token, mask=m_t, other=0.0)
+    b_q_dot = tl.load(q_dot + p_token)
+    b_k_dot = tl.load(k_dot + p_token)
     b_dq = (b_dq - b_qn * b_q_dot[:, None]) * b_q_rstd[:, None]
     b_db = b_de * b_k
     b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]

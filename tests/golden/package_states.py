@@ -126,8 +126,8 @@ class _ChunkGDN2(torch.autograd.Function):
             NS, segment = max(1, triton.cdiv(T, BT * 32)), 32
 
             # prepare
-            q_rstd = q.new_empty(B, T, HV)
-            k_rstd = q.new_empty(B, T, HV)
+            q_rstd = q.new_empty(NT, HV, BT)
+            k_rstd = q.new_empty(NT, HV, BT)
             A = q.new_empty(NT, HV, BT, BT)
             Aqk = q.new_empty(NT, HV, BT, BT)
             Qg = q.new_empty(NT, HV, BT, K)
@@ -208,11 +208,11 @@ class _ChunkGDN2(torch.autograd.Function):
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)
             dAqk = q.new_empty(NT, HV, BT, BT)
-            dAqk_diagonal = q.new_empty(B, T, HV)
+            dAqk_diagonal = q.new_empty(NT, HV, BT)
             dv = q.new_empty(B, T, HV, V)
             dw = q.new_empty(B, T, HV, V)
-            q_dot = q.new_empty(B, T, HV)
-            k_dot = q.new_empty(B, T, HV)
+            q_dot = q.new_empty(NT, HV, BT)
+            k_dot = q.new_empty(NT, HV, BT)
             if NT > 0:
                 grad_value.launch(
                     v, w, R, dX, do, o, dT, dAqk, dAqk_diagonal, dv, dw, q_dot, k_dot, n_chunks=NT,

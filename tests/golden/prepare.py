@@ -18,14 +18,14 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     gamma_B   [NT, HV, NB, K] fp32  scratch: decay of each sub-block
-    q_rstd, k_rstd  [B, T, HV] fp32  1 / norm
+    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
-Config:  BK=32 BT=64 decay=tree maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest c9032514ad9fdc86; made by
+Config:  BK=32 BT=64 chunks=1 decay=tree language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
+Template digest a9d40f52e76ac4df; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
-      BK=32,BT=64,decay=tree,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
+      BK=32,BT=64,chunks=1,decay=tree,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
 """
 
 import triton
@@ -159,9 +159,8 @@ def prepare_kernel(
             b_k_norm += tl.sum(b_k * b_k, 1)
         b_q_rstd = tl.rsqrt(b_q_norm + 1e-6)
         b_k_rstd = tl.rsqrt(b_k_norm + 1e-6)
-        p_norm = (i_start + o_t) * HV + i_h
-        tl.store(q_rstd + p_norm, b_q_rstd, mask=m_t)
-        tl.store(k_rstd + p_norm, b_k_rstd, mask=m_t)
+        tl.store(q_rstd + i_tile * BT + o_t, b_q_rstd)
+        tl.store(k_rstd + i_tile * BT + o_t, b_k_rstd)
         b_q_rstd *= scale
         b_self *= b_q_rstd * b_k_rstd
 

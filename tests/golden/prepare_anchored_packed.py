@@ -18,14 +18,14 @@ anchor of its own. What a later token decays by adds exact zeros to earlier rows
     Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     gamma_B   scratch of other placements, not used
-    q_rstd, k_rstd  [B, T, HV] fp32  1 / norm
+    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=64 BT=32 decay=anchored maxnreg=0 num_stages=1 num_warps=2 solve=tf32
-Template digest df9c58cff644e606; made by
+Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
+Template digest 59d5f8a7f7331e1b; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage prepare --config \
-      BK=64,BT=32,decay=anchored,maxnreg=0,num_stages=1,num_warps=2,solve=tf32
+      BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=tf32
 """
 
 import triton
@@ -171,9 +171,8 @@ def prepare_kernel(
         b_k_norm += tl.sum(b_k * b_k, 1)
     b_q_rstd = tl.rsqrt(b_q_norm + 1e-6)
     b_k_rstd = tl.rsqrt(b_k_norm + 1e-6)
-    p_norm = (i_start + o_t) * HV + i_h
-    tl.store(q_rstd + p_norm, b_q_rstd, mask=m_t)
-    tl.store(k_rstd + p_norm, b_k_rstd, mask=m_t)
+    tl.store(q_rstd + i_tile * BT + o_t, b_q_rstd)
+    tl.store(k_rstd + i_tile * BT + o_t, b_k_rstd)
     b_q_rstd *= scale
     b_self *= b_q_rstd * b_k_rstd
 

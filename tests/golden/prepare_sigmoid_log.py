@@ -18,11 +18,11 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
 
 Problem: gdn2 K=64 V=64 bf16, g bf16, sigmoid gate
-Config:  BK=32 BT=16 decay=log maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest c9032514ad9fdc86; made by
+Config:  BK=32 BT=16 chunks=1 decay=log language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
+Template digest a9d40f52e76ac4df; made by
     gdn2gen generate --op gdn2 --head-dim 64,64 --dtype bf16 --gate-dtype bf16 --gate sigmoid \
       --no-l2norm --with= --stage prepare --config \
-      BK=32,BT=16,decay=log,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
+      BK=32,BT=16,chunks=1,decay=log,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
 """
 
 import triton

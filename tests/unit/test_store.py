@@ -116,7 +116,7 @@ def test_bytes_are_stable_sorted_and_readable(tmp_path):
     ]
     assert '      "regime": {"tokens": 1024, "sequences": 4, "heads": 16},\n' in text
     assert '"measured": {"forward_ms": 0.75, "forward_backward_ms": 2.5, "default_ms"' in text
-    assert '        "prepare": {"BK": 64, "BT": 32,' in text
+    assert '        "reprepare": {"BK": 64, "BT": 32,' in text
 
 
 def test_no_entries(tmp_path):
