@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tilelang_configs import tilelang_anchored
 
 from gdn2gen import bench, store
 from gdn2gen._verify_checks import limit_of
+from gdn2gen.bench import run_op
+from gdn2gen.config import default_config
 from gdn2gen.device import present_device
 from gdn2gen.dispatch import find_recipe
+from gdn2gen.ops import chunk_gdn2
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import parse_shapes
-from gdn2gen.tune import tune
+from gdn2gen.tune import gate, tune
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.progress import Progress
 from gdn2gen.tune.worker import Worker
@@ -57,8 +61,6 @@ def test_a_cuda_error_costs_the_worker_not_the_caller():
 
 def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     """The backward must run the forced recipe, too: its saved tensors depend on the chunk size."""
-    from gdn2gen.tune import gate
-
     candidate = Candidate.default(Problem(K=64, V=64), "lean", BT=32)
     shapes = gate.gate_shapes(candidate.problem)
     result = gate.check(candidate, regimes=("layer",), repeats=3, shapes=shapes)
@@ -67,9 +69,6 @@ def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_scans_in_tilelang_pass_the_gate(packed):
-    from gdn2gen.config import default_config
-    from gdn2gen.tune import gate
-
     problem = gate.full_problem(Problem(varlen=packed))
     candidate = Candidate.default(problem, "lean", BT=64)
     for stage in ("scan", "rescan", "reverse_scan"):
@@ -78,6 +77,45 @@ def test_scans_in_tilelang_pass_the_gate(packed):
     shapes = gate.gate_shapes(problem)
     result = gate.check(candidate, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
     assert result.ok, result.reason
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(),
+        Problem(varlen=True),
+        Problem(V=64, gate="softplus", gate_dtype="bf16", has_A_log=True, has_dt_bias=True),
+        Problem(K=64, V=32, gate="sigmoid", has_A_log=True, varlen=True),
+    ],
+    ids=["plain", "packed", "softplus", "sigmoid-packed"],
+)
+def test_anchored_stages_in_tilelang_pass_the_gate(problem):
+    """Strong decay, which a Triton kernel beside each of them takes over, among the regimes."""
+    full = gate.full_problem(problem)
+    candidate = _anchored_in_tilelang(full)
+    shapes = gate.gate_shapes(full)
+    regimes = ("layer", "sparse", "strong", "mixed", "zero")
+    result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
+    assert result.ok, result.reason
+
+
+def test_forward_in_tilelang_is_causal_bit_for_bit():
+    """One token's decay takes its chunk out of the first frame; tokens before it must not move."""
+    problem, token = gate.full_problem(Problem()), 700
+    inputs, gradients = gate.drawn(problem, gate.RAGGED, "layer", "cuda")
+    changed = {name: x.clone() for name, x in inputs.items()}
+    changed["g"][:, token] -= 300.0
+    with gate.forced(_anchored_in_tilelang(problem)):
+        before, after = (run_op(chunk_gdn2, problem, x, gradients)["o"] for x in (inputs, changed))
+    assert torch.equal(before[:, :token], after[:, :token])
+    assert not torch.equal(before[:, token:], after[:, token:])
+
+
+def _anchored_in_tilelang(problem):
+    candidate = Candidate.default(problem, "lean", BT=32)
+    for stage in ("prepare", "grad_key"):
+        candidate = candidate.with_config(tilelang_anchored(stage, problem))
+    return candidate
 
 
 def test_timing_agrees_with_the_clock():

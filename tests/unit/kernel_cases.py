@@ -8,6 +8,7 @@ it in a process of its own.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gdn2gen import launch
 from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
+from gdn2gen._bench_time import call_of
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import Result, case_inputs, run_case
 from gdn2gen.config import DOMAINS, Config, default_config, why_invalid
@@ -23,7 +25,7 @@ from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.inputs import REGIMES
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
+from gdn2gen.stages import PLANS, STAGES
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,65 @@ class Extreme:
     problem: Problem
     change: Callable[[dict[str, Tensor]], None]
     limit: float = 1e-5
+
+
+def later_rows(regime: str, packed: bool) -> dict[str, float]:
+    """What later_frames_kernel, the Triton part of the TileLang prepare, makes of A and Aqk.
+
+    They are given as the Triton prepare makes them, with NaN where some channel is out of the first
+    frame and 7 elsewhere. Returns by name the relative error of the rows that were NaN, "rows" how
+    many there were, and "moved" how many elements of the others changed.
+    """
+    import exact_bf16  # noqa: F401
+    import torch
+
+    from gdn2gen.build import load
+    from gdn2gen.dispatch import default_recipe
+    from gdn2gen.render import render
+
+    problem = Problem(K=64, V=64, varlen=packed)
+    shape = _shape(1, 70, 2, (0, 21, 21, 70) if packed else None)
+    inputs, _ = case_inputs(Case("later", problem, shape, regime), "cpu")
+    runner = launch.Runner(default_recipe(problem))
+    call = call_of(problem, shape, torch.device("cpu"))
+    given = {**inputs, **launch.packed_tables(inputs, call, runner.BT)}
+    names = [x.name for x in STAGES["prepare"].outputs]
+    right = runner.run(("prepare",), problem, call, given, tuple(names))
+
+    config = default_config("prepare", problem).replace(
+        language="tilelang", BK=64, num_warps=4, solve="ieee"
+    )
+    module = load(render(problem, "prepare", config))
+    module.compiled = lambda: lambda *_: None
+    later = _out_of_frame(inputs["g"], given.get("chunk_table"), runner.BT)
+    made = {name: x.clone() for name, x in right.items()}
+    for name in ("A", "Aqk"):
+        made[name] = torch.where(later[..., None], torch.nan, 7.0).expand(right[name].shape)
+        made[name] = made[name].to(right[name].dtype).contiguous()
+    operands = {x.name for x in STAGES["prepare"].operands(problem)}
+    scalars = {x: y for x, y in call.scalars(runner.BT).items() if x in _PREPARE_SCALARS}
+    module.launch(**{x: y for x, y in {**given, **made}.items() if x in operands}, **scalars)
+    found = {"rows": float(later.sum())}
+    found["moved"] = float(sum((made[x][~later] != 7.0).sum() for x in ("A", "Aqk")))
+    exact = {name: right[name][later] for name in ("A", "Aqk")}
+    return found | relative_errors({name: made[name][later] for name in exact}, exact)
+
+
+_PREPARE_SCALARS: Final = ("scale", "lower_bound", "n_chunks", "T", "H", "HV", "HG")
+
+
+def _out_of_frame(g: Tensor, chunk_table: Tensor | None, BT: int) -> Tensor:
+    """[NT, HV, BT]: rows in which some channel has lost more than 2^-96 since the chunk's start."""
+    import torch
+
+    rows = []
+    starts = [(t, min(BT, g.shape[1] - t)) for t in range(0, g.shape[1], BT)]
+    for start, n_rows in starts if chunk_table is None else chunk_table.tolist():
+        G = torch.zeros(BT, *g.shape[2:])
+        G[:n_rows] = g[0, start : start + n_rows].float() / math.log(2.0)
+        lowest = G.clamp(min=-150.0).cumsum(0).amin(-1)
+        rows.append((lowest < -96.0).T & (n_rows > 0))
+    return torch.stack(rows)
 
 
 def run_extreme(name: str, plan: str, knobs: tuple[tuple[str, int | str], ...]) -> dict[str, float]:

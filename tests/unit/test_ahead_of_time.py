@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tilelang_configs import tilelang_anchored
 
 from gdn2gen.build import compile_ahead
 from gdn2gen.config import Config, Knob, default_config
@@ -124,6 +125,28 @@ def test_tilelang_compiles_and_fits(
     assert used.spill_bytes <= spilled, f"{stage} [{config}]: {used}"
     assert 2**14 < used.shared_bytes <= device.shared_bytes
     assert 0 < used.registers <= 255
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [replace(_BF16, varlen=True), replace(_ALL, K=128, dtype="bf16"), replace(_BOUNDED, K=64)],
+    ids=["packed", "all", "bounded"],
+)
+@pytest.mark.parametrize("stage", ["prepare", "grad_key"])
+def test_tilelang_anchored_compiles_without_spills(
+    stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registers are those at launch: 2 or 3 programs share a multiprocessor's 64K."""
+    device = named_device("sm_90")
+    config = tilelang_anchored(stage, problem)
+    assert why_hopeless(config, problem, device) is None
+    assert why_hopeless(config, problem, named_device("sm_80")) is not None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes == 0, f"{stage} [{config}]: {used}"
+    programs = 65536 // (256 * config.size("maxnreg"))
+    assert used.registers <= config.size("maxnreg")
+    assert programs * (used.shared_bytes + 1024) <= 233472, f"{programs} of {used}"
 
 
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), _cases())

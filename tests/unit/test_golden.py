@@ -10,6 +10,7 @@ from typing import Final
 import jinja2
 import pytest
 from jinja2 import meta, nodes
+from tilelang_configs import tilelang_anchored
 
 from gdn2gen import build
 from gdn2gen.config import DOMAINS, Config, Knob, default_config
@@ -62,6 +63,16 @@ def _reverse_scan_tilelang() -> str:
     return render(problem, "reverse_scan", _config("reverse_scan", "tilelang")).source
 
 
+def _prepare_tilelang() -> str:
+    problem = Problem()
+    return render(problem, "prepare", tilelang_anchored("prepare", problem)).source
+
+
+def _grad_key_tilelang() -> str:
+    problem = replace(_PACKED, K=128, dtype="bf16")
+    return render(problem, "grad_key", tilelang_anchored("grad_key", problem)).source
+
+
 def _parallel(stage: str) -> str:
     config = default_config(stage, _STATES, BT=16).replace(segments="parallel")
     return render(_STATES, stage, config).source
@@ -81,6 +92,8 @@ OUTPUTS: Final = {
     "scan_parallel_states.py": partial(_parallel, "scan"),
     "reverse_scan_parallel_states.py": partial(_parallel, "reverse_scan"),
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
+    "prepare_tilelang.py": _prepare_tilelang,
+    "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "package_states.py": _package,
 }
 
@@ -119,7 +132,7 @@ def _wanted(template: str) -> set[str]:
     wanted = meta.find_undeclared_variables(tree)
     for other in meta.find_referenced_templates(tree):
         assert other is not None, f"{template} imports a template by a computed name"
-        wanted |= meta.find_undeclared_variables(_parsed(folder / other))
+        wanted |= _wanted(other)
     return wanted
 
 

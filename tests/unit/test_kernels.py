@@ -70,6 +70,24 @@ def test_kernels_in_bf16(regime: str, plan: str, BT: int, worker: Worker) -> Non
     assert not over, over
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("regime", ["layer", "sparse", "strong"])
+def test_later_frames_leave_the_first_one_alone(
+    regime: str, packed: bool, worker: Worker
+) -> None:
+    """The Triton part of the TileLang prepare: forward outputs stay causal bit for bit."""
+    outcome: Outcome[dict[str, float]] = worker.call(
+        "kernel_cases:later_rows", regime, packed, timeout=120
+    )
+    assert outcome.ok, outcome.reason
+    found = outcome.get()
+    assert found["moved"] == 0
+    assert (found["rows"] > 0) == (regime != "layer")
+    if found["rows"]:
+        # other anchors round other factors to 8 bits
+        assert found["A"] < 1e-2 and found["Aqk"] < 1e-2
+
+
 @pytest.mark.parametrize(
     ("plan", "knobs"),
     [

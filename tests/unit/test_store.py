@@ -340,7 +340,7 @@ def test_entries_skipped_for_one_reason_share_a_warning(tmp_path):
 def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.json"
     write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
-    path.write_text(path.read_text().replace('"prepare": {"BK": 64', '"prepare": {"BK": 33'))
+    path.write_text(path.read_text().replace('"reprepare": {"BK": 64', '"reprepare": {"BK": 33'))
     assert load_tuned(path).unread
     merge_entries(path, METADATA, [make_entry(1024, ms=9.0)])
     assert load_tuned(path) == TunedFile(METADATA, (make_entry(1024, ms=9.0),))

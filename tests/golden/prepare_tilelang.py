@@ -1,0 +1,345 @@
+"""Score the pairs of a chunk, invert, and make the decayed factors for the scan.
+
+    T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
+    Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
+    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
+                                                         gamma = exp(cumulative decay)
+
+One program per CHUNKS chunks and value head. A thread has a channel of its own, so that the decay is
+summed over the tokens in a register; E and Qg then lie one above the other in shared memory, and one
+product with k / gamma gives T and Aqk. A warp inverts I + T by substitution in fp32, a column a
+thread. The compiler gives the loads to a warp group of its own. Rows in which no channel has lost more
+than 2^-96 since the chunk's start are exact; later_frames_kernel, in Triton, writes the others.
+
+    q, k      [B, T, H, K]         queries, keys; normalised here
+    g, b      [B, T, HG, K]        log decay, erase gate
+    A, Aqk    [NT, HV, BT, BT]
+    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
+    gamma_B   scratch of other placements, not used
+    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
+
+Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
+Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
+Template digest 32f0fa1241d3ecf5; made by
+    gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with= --stage prepare --config \
+      BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
+"""
+
+from functools import cache
+
+import tilelang
+import tilelang.language as tile
+
+import triton
+import triton.language as tl
+
+
+K = 128
+BT, BK, CHUNKS = 32, 128, 4
+IO, GATE = "bfloat16", "float32"
+LEAST_GAMMA = tl.constexpr(2.0**-96)
+LOOKED_AT = 4  # chunks a program of later_frames_kernel
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+# the same numbers for the program in TileLang
+log2e, smallest_log2 = LOG2E.value, SMALLEST_LOG2.value
+# exp2 and division by the hardware, flushing what is below 2^-126 to zero
+PASSES = {tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True}
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    B, T, H, HG, NT, HV = (
+        tile.dynamic(name) for name in ("B", "T", "H", "HG", "NT", "HV")
+    )
+
+    @tile.prim_func
+    def prepare(
+        q: tile.Tensor([B, T, H, K], "bfloat16"),
+        k: tile.Tensor([B, T, H, K], "bfloat16"),
+        g: tile.Tensor([B, T, HG, K], "float32"),
+        b: tile.Tensor([B, T, HG, K], "bfloat16"),
+        q_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        k_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        gamma_C: tile.Tensor([NT, HV, K], "float32"),
+        scale: tile.float32,
+        lower_bound: tile.float32,
+    ):
+        with tile.Kernel(
+            tile.ceildiv(tile.ceildiv(T, BT), CHUNKS), HV, B, threads=128
+        ) as (i_x, i_h, i_b):
+            n_chunks = tile.ceildiv(T, BT)
+            # 3 programs to a multiprocessor: 80 registers a thread, of which the loads need few
+            tile.annotate_min_blocks_per_sm(3)
+            tile.annotate_producer_reg_dealloc(24)
+            tile.annotate_consumer_reg_alloc(136)
+            i_first = i_x * CHUNKS
+            i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+            i_thread = tile.get_thread_binding()
+
+            s_q = tile.alloc_shared([BT, K], IO)
+            s_k = tile.alloc_shared([BT, K], IO)
+            s_b = tile.alloc_shared([BT, K], IO)
+            s_g = tile.alloc_shared([BT, K], GATE)
+            s_rows = tile.alloc_shared([2 * BT, K], IO)
+            s_keys = tile.alloc_shared([BT, K], IO)
+            s_self = tile.alloc_shared([BT], "float32")
+            s_rstd = tile.alloc_shared([2 * BT], "float32")
+            s_T = tile.alloc_shared([BT, BT], "float32")
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+
+            b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
+            b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
+            x_G = tile.alloc_local([BT], "float32")
+            x_k = tile.alloc_local([BT], "float32")
+            x_A = tile.alloc_local([BT], "float32")
+
+            for i_n in tile.Pipelined(
+                tile.min(CHUNKS, n_chunks - i_first), num_stages=1
+            ):
+                i_c = i_b * n_chunks + i_first + i_n
+                i_row = (i_first + i_n) * BT
+                n_rows = tile.min(T - i_row, BT)
+                tile.copy(q[i_b, i_row : i_row + BT, i_hq, :], s_q)
+                tile.copy(k[i_b, i_row : i_row + BT, i_hq, :], s_k)
+                tile.copy(g[i_b, i_row : i_row + BT, i_hg, :], s_g)
+                tile.copy(b[i_b, i_row : i_row + BT, i_hg, :], s_b)
+
+                # a token with itself, where no decay lies between, and the norms, from one product of
+                # all of q and k with themselves
+                tile.copy(s_q, s_rows[0:BT, :])
+                tile.copy(s_k, s_rows[BT : 2 * BT, :])
+                tile.clear(b_norms)
+                tile.gemm(s_rows, s_rows, b_norms, transpose_B=True)
+                for i, j in tile.Parallel(2 * BT, 2 * BT):
+                    if i == j:
+                        s_rstd[i] = tile.rsqrt(b_norms[i, j] + 1e-6)
+                    if i + BT == j:
+                        s_self[i] = b_norms[i, j] * scale
+                tile.sync_threads()
+                if i_thread < BT:
+                    q_rstd[i_c, i_h, i_thread] = s_rstd[i_thread]
+                    k_rstd[i_c, i_h, i_thread] = s_rstd[BT + i_thread]
+
+                # a channel a thread
+                if i_thread < K:
+                    for i in tile.unroll(BT):
+                        x_G[i] = tile.max(tile.cast(s_g[i, i_thread], "float32") * log2e, smallest_log2)
+                    for i in tile.unroll(1, BT):
+                        x_G[i] += x_G[i - 1]
+                    for i in tile.unroll(BT):
+                        x_k[i] = tile.cast(s_k[i, i_thread], "float32") * s_rstd[BT + i]
+                        s_rows[i, i_thread] = x_k[i] * tile.cast(s_b[i, i_thread], "float32") * tile.exp2(x_G[i])
+                        s_rows[BT + i, i_thread] = (
+                            tile.cast(s_q[i, i_thread], "float32")
+                            * (s_rstd[i] * scale)
+                            * tile.exp2(x_G[i])
+                        )
+                        s_keys[i, i_thread] = x_k[i] * tile.exp2(-x_G[i])
+                    gamma_C[i_c, i_h, i_thread] = tile.exp2(x_G[BT - 1])
+                tile.sync_threads()
+
+                tile.clear(b_scores)
+                tile.gemm(s_rows, s_keys, b_scores, transpose_B=True)
+                for i, j in tile.Parallel(2 * BT, BT):
+                    if i < BT:
+                        s_T[j, i] = b_scores[i, j]
+                    else:
+                        s_Aqk[i - BT, j] = tile.if_then_else(
+                            i - BT > j, b_scores[i, j], tile.if_then_else(i - BT == j, s_self[j] * s_rstd[j] * s_rstd[BT + j], 0.0)
+                        )
+                tile.sync_threads()
+
+                # a column of the inverse a thread, by substitution; T lies transposed, so that what
+                # one step takes of it is read at once
+                if i_thread < BT:
+                    for i in tile.unroll(BT):
+                        x_A[i] = tile.if_then_else(i == i_thread, 1.0, 0.0)
+                    for m in tile.unroll(BT - 1):
+                        for i in tile.unroll(m + 1, BT):
+                            x_A[i] -= s_T[m, i] * x_A[m]
+                    for i in tile.unroll(BT):
+                        s_A[i, i_thread] = x_A[i]
+                # the other warps meanwhile
+                if i_thread < K:
+                    for i in tile.unroll(BT):
+                        s_keys[i, i_thread] = x_k[i] * tile.exp2(x_G[BT - 1] - x_G[i])
+                tile.copy(s_rows[0:BT, :], E[i_c, i_h, :, :], disable_tma=True)
+                tile.copy(s_rows[BT : 2 * BT, :], Qg[i_c, i_h, :, :], disable_tma=True)
+                tile.sync_threads()
+                tile.copy(s_keys, Ktail[i_c, i_h, :, :])
+                tile.copy(s_Aqk, Aqk[i_c, i_h, :, :])
+                tile.copy(s_A, A[i_c, i_h, :, :])
+
+    return prepare
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    return tilelang.compile(program(), pass_configs=PASSES)
+
+
+# Factors stay within this range in log2 of their anchor: fp32 and bf16 end at 2^127, and the rest is
+# room for gradients and sums.
+RANGE = tl.constexpr(96.0)
+
+
+@triton.jit
+def next_frame(b_G, b_anchor):
+    """Move each channel's anchor to its first token that lies more than RANGE below the last one.
+
+    Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
+    columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
+    all of them in a channel that has no token left (its anchor becomes -inf).
+    """
+    b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
+    b_anchor = tl.max(b_left, 0)
+    m_column = b_G >= (b_anchor - RANGE)[None, :]
+    m_row = m_column & (b_G <= b_anchor[None, :])
+    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
+    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    return b_anchor, b_row, b_column
+
+
+@triton.jit
+def meet_at(i_level, i, j):
+    """Whether row i is in the upper and column j in the lower half of a block of 2 << i_level.
+
+    Halves are numbered, the upper ones odd: one comparison a pair, the rest per row or column.
+    """
+    i_half = i >> i_level
+    return tl.where(i_half % 2 == 1, i_half - 1, -1) == (j >> i_level)
+
+
+@triton.jit
+def score(b_T, b_Aqk, b_q_row, b_e_row, b_k_column):
+    """Add what one slice of channels contributes to the scores of all pairs."""
+    b_column = tl.trans(b_k_column)
+    b_T = tl.dot(b_e_row, b_column, b_T)
+    return b_T, tl.dot(b_q_row, b_column, b_Aqk)
+
+
+@triton.jit
+def invert(b_T, BT: tl.constexpr):
+    """(I + T)^-1 by merging inverted diagonal blocks: X <- X - X L X, L the part below them."""
+    o_t = tl.arange(0, BT)
+    b_X = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0)
+    b_X -= tl.where(meet_at(0, o_t[:, None], o_t[None, :]), b_T, 0.0)
+    for i_level in tl.static_range(1, 5):
+        b_L = tl.where(meet_at(i_level, o_t[:, None], o_t[None, :]), b_T, 0.0)
+        b_XL = tl.dot(b_X, b_L, input_precision="ieee")
+        b_X -= tl.dot(b_XL, b_X, input_precision="ieee")
+    return b_X
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG", "NT"])
+def later_frames_kernel(
+    q,
+    k,
+    g,
+    b,
+    q_rstd,
+    k_rstd,
+    A,
+    Aqk,
+    Qg,
+    E,
+    Ktail,
+    gamma_C,
+    gamma_B,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    NT,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    LOOKED_AT: tl.constexpr,
+):
+    """Write the rows of A and Aqk in which some channel is out of the first frame.
+
+    Other rows are left as they are, bit for bit: a later token's decay must not move them.
+    """
+    i_first, i_h = tl.program_id(0) // HV * LOOKED_AT, tl.program_id(0) % HV
+    i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+    o_t = tl.arange(0, BT)
+    # one look at all chunks: where none is left to do, which is the rule, this is all
+    i_all = tl.minimum(i_first + tl.arange(0, LOOKED_AT), NT - 1).to(tl.int64)
+    o_all = tl.arange(0, K)
+    b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_all[None, :]))
+    n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(LOOKED_AT, NT - i_first), 0)
+    for i_n in range(n_left):
+        i_c = i_first + i_n
+        i_tile = i_c.to(tl.int64) * HV + i_h
+        n_chunks = tl.cdiv(T, BT)
+        i_t = (i_c % n_chunks) * BT
+        i_start = (i_c // n_chunks).to(tl.int64) * T + i_t
+        n_rows = tl.minimum(T - i_t, BT)
+        m_t = o_t < n_rows
+        b_least = tl.min(tl.load(gamma_C + i_tile * K + o_all))
+        if tl.where(b_least < LEAST_GAMMA, n_rows, 0) > 0:
+            b_q_rstd = tl.load(q_rstd + i_tile * BT + o_t) * scale
+            b_k_rstd = tl.load(k_rstd + i_tile * BT + o_t)
+            b_T = tl.zeros([BT, BT], tl.float32)
+            b_Aqk = tl.zeros([BT, BT], tl.float32)
+            b_self = tl.zeros([BT], tl.float32)
+            b_lowest = tl.zeros([BT], tl.float32)
+            for i_k in range(0, K, BK):
+                o_k = i_k + tl.arange(0, BK)
+                m_tk = m_t[:, None] & (o_k < K)[None, :]
+                p_q = (i_start * H + i_hq) * K + o_t[:, None] * (H * K) + o_k[None, :]
+                p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
+                b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+                b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+                b_q *= b_q_rstd[:, None]
+                b_k *= b_k_rstd[:, None]
+                b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
+                b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2)
+                b_G = tl.cumsum(b_decay, 0)
+                b_self += tl.sum(b_q * b_k, 1)
+                b_lowest = tl.minimum(b_lowest, tl.min(b_G, 1))
+                b_G_C = tl.min(b_G, 0)
+                b_anchor = tl.full([BK], 2.0 * RANGE, tl.float32)
+                while tl.max(b_anchor - b_G_C) > RANGE:
+                    b_anchor, b_row, b_column = next_frame(b_G, b_anchor)
+                    b_q_row = (b_q * b_row).to(tl.bfloat16)
+                    b_e_row = (b_e * b_row).to(tl.bfloat16)
+                    b_k_column = (b_k * b_column).to(tl.bfloat16)
+                    b_T, b_Aqk = score(b_T, b_Aqk, b_q_row, b_e_row, b_k_column)
+            o_i, o_j = o_t[:, None], o_t[None, :]
+            p_score = i_tile * BT * BT + o_i * BT + o_j
+            m_later = (b_lowest < -RANGE)[:, None] & (o_j < BT)
+            b_Aqk = tl.where(o_i > o_j, b_Aqk, tl.where(o_i == o_j, b_self[:, None], 0.0))
+            tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16), mask=m_later)
+            tl.store(A + p_score, invert(b_T, BT).to(tl.bfloat16), mask=m_later)
+
+
+def launch(
+    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, *, scale, lower_bound,
+    n_chunks, T, H, HV, HG
+):
+    """Launch both kernels on the current stream."""
+    compiled()(
+        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, scale, lower_bound
+    )
+    later_frames_kernel[(-(-n_chunks // LOOKED_AT) * HV,)](
+        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound,
+        T, H, HV, HG,
+        NT=n_chunks, K=K, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
+        num_warps=4, num_stages=1,
+    )
