@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args
 
-from gdn2gen.config import DOMAINS, SHARED_KNOBS, Config, why_invalid
+from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config, why_invalid
 from gdn2gen.errors import Gdn2genError, StoreError
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.stages import PLANS, plan_named
@@ -253,7 +253,7 @@ def _config_from(stage: str, knobs: Any) -> Config:
     for name, value in knobs.items():
         if type(value) not in (int, str):
             raise StoreError(f"{stage}.{name} must be an integer or a text, but is {value!r}")
-    return Config.of(stage, knobs)
+    return Config.of(stage, {**LATER_KNOBS.get(stage, {}), **knobs})
 
 
 def _check_types(

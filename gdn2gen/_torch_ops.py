@@ -161,6 +161,8 @@ def forward_kernels(
         q, v, g, initial_state, A_log, dt_bias, cu_seqlens, lower_bound, *flags
     )
     runner = _find_runner(problem, call, level)
+    if any(x.requires_grad for x in tensors.values()):
+        runner.plan_backward()
     names = saved_names(runner)
     results = launch.forward(runner, call, tensors, names)
     final_state = results["final_state"] if output_final_state else q.new_empty(0).float()

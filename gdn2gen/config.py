@@ -71,6 +71,12 @@ DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     stage: {"BT": CHUNKS, **own} for stage, own in _OWN.items()
 }
 
+# Knobs that came after entries had been filed, and what configs on file that lack them mean.
+LATER_KNOBS: Final[Mapping[str, Mapping[str, Knob]]] = {
+    "prepare": {"language": "triton", "chunks": 1},
+    "grad_key": {"language": "triton"},
+}
+
 
 @dataclass(frozen=True)
 class Config(Mapping[str, Knob]):

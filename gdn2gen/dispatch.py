@@ -7,6 +7,7 @@ user's wins. Nothing is ever tuned in a call.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -149,12 +150,17 @@ def explain_recipe(recipe: Recipe) -> str:
     lines.append(f"plan      {plan.name}")
     for title, stages in (("forward", plan.forward), ("backward", plan.backward)):
         lines.append(f"  {title}")
-        lines += [f"    {stage:<13} {recipe.configs[stage]}" for stage in stages]
+        lines += [_config_line(stage, recipe.configs[stage]) for stage in stages]
     lines.append(f"source    {recipe.source}{' (a better entry is stale)' if recipe.stale else ''}")
     if recipe.file is not None:
         lines.append(f"file      {recipe.file}")
     lines.append(f"why       {recipe.why}")
     return "\n".join(lines)
+
+
+def _config_line(stage: str, config: Config) -> str:
+    text = f"    {stage:<13} {config}"
+    return textwrap.fill(text, 100, subsequent_indent=" " * 18, break_long_words=False)
 
 
 def _of(problem: Problem) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen import build
+from gdn2gen.ahead import launch_when_compiled
 from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
@@ -31,6 +32,8 @@ TORCH_DTYPE = {
 }
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 SUMMED = ("dA_log", "ddt_bias")
+
+GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dh0", "dA_log", "ddt_bias")
 
 _poisoned = False
 
@@ -89,6 +92,7 @@ class Runner:
         self.recipe = recipe
         self.problem = recipe.problem
         self._passes: dict[tuple[Any, ...], tuple[_Step, ...]] = {}
+        self._backward_planned = False
 
     @cached_property
     def BT(self) -> int:
@@ -105,7 +109,21 @@ class Runner:
             # Triton's interpreter stands in for a GPU, and interprets nothing else
             config = default_config(stage_name, problem, BT=config.size("BT"))
         module = build.load(render(problem, stage_name, config))
-        return module.launch if interpreted() else direct_launch(module)
+        if interpreted():
+            launch: Callable[..., None] = module.launch
+            return launch
+        if language_of(config) == "tilelang":
+            return launch_when_compiled(module, direct_launch(module))
+        return direct_launch(module)
+
+    def plan_backward(self) -> None:
+        """Render and load the backward now: what threads compile for it is then ready in time.
+
+        Without a gradient of the final state, which a training step seldom has.
+        """
+        if not self._backward_planned:
+            self._backward_planned = True
+            self._pass(self.recipe.plan.backward, self.without_final_state, GRADIENTS, True)
 
     def run(
         self,
@@ -124,14 +142,11 @@ class Runner:
         dropped after the last stage that reads it. `observe` is given each stage's name and a
         callable that launches it again on the same buffers.
         """
-        # looked up by one key: finding out again took half of a call's time on the host
-        key = (stage_names, problem, keep, in_place)
-        if key not in self._passes:
-            self._passes[key] = self._steps(*key)
+        steps = self._pass(stage_names, problem, keep, in_place)
         alive = dict(tensors)
         sizes, scalars = call.sizes(problem, self.BT), call.scalars(self.BT)
         with _device_guard(call.device):
-            for step in self._passes[key]:
+            for step in steps:
                 for buffer in step.buffers:
                     alive[buffer.name] = (
                         buffer.allocate(sizes, call.device)
@@ -148,6 +163,12 @@ class Runner:
                 for name in step.freed:
                     del alive[name]
         return {name: alive[name] for name in keep if name in alive}
+
+    def _pass(self, *key: Any) -> tuple[_Step, ...]:
+        """`_steps`, looked up by one key: finding out again took half of a call on the host."""
+        if key not in self._passes:
+            self._passes[key] = self._steps(*key)
+        return self._passes[key]
 
     def _steps(
         self, stage_names: tuple[str, ...], problem: Problem, keep: tuple[str, ...], in_place: bool
@@ -214,8 +235,7 @@ def backward(
     """Gradients of every input, from `do` (and `dht`), the inputs and what the forward saved."""
     tables = packed_tables(tensors, call, runner.BT)
     problem = runner.problem if has_dht else runner.without_final_state
-    keep = ("dq", "dk", "dv", "dg", "db", "dw", "dh0", "dA_log", "ddt_bias")
-    return runner.run(runner.recipe.plan.backward, problem, call, {**tensors, **tables}, keep)
+    return runner.run(runner.recipe.plan.backward, problem, call, {**tensors, **tables}, GRADIENTS)
 
 
 def packed_tables(tensors: Mapping[str, Tensor], call: Call, BT: int) -> dict[str, Tensor]:

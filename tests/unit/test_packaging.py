@@ -30,7 +30,7 @@ ROOMS = (
     ("config",),
     ("render",),
     ("build",),
-    ("direct",),
+    ("direct", "ahead"),
     ("store", "_store_format", "_store_lookup"),
     ("dispatch",),
     ("sharing",),

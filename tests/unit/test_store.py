@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from gdn2gen import render, store
-from gdn2gen.config import default_config
+from gdn2gen.config import LATER_KNOBS, default_config
 from gdn2gen.device import named_device
 from gdn2gen.errors import StoreError, TunedFileWarning
 from gdn2gen.problem import Problem, Regime
@@ -344,6 +344,17 @@ def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
     assert load_tuned(path).unread
     merge_entries(path, METADATA, [make_entry(1024, ms=9.0)])
     assert load_tuned(path) == TunedFile(METADATA, (make_entry(1024, ms=9.0),))
+
+
+def test_entries_filed_before_a_knob_came_are_read(tmp_path):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
+    raw = json.loads(path.read_text())
+    for stage, later in LATER_KNOBS.items():
+        for knob, value in later.items():
+            assert raw["entries"][0]["configs"][stage].pop(knob) == value
+    path.write_text(json.dumps(raw))
+    assert load_tuned(path).entries == (make_entry(1024),)
 
 
 def test_merge_keeps_the_faster(tmp_path):
