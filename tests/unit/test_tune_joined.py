@@ -163,7 +163,8 @@ def test_processes_join_one_study_and_survive_a_kill(
     done = len(trials(storage, TrialState.COMPLETE))
     left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)} - {None}
     assert all(str(owner).endswith(f":{processes[0].pid}") for owner in left)
-    last = start(storage, tmp_path, seconds / 2)
+    # in time enough to get to every chunk size: what was begun at one is only seen from there
+    last = start(storage, tmp_path, seconds)
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors[-2000:]
     # a trial without an owner may still be one that somebody is about to sign
