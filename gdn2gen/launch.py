@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,12 +63,20 @@ class _Buffer:
         return cls(operand.name, takes, tuple(symbols), dtype, operand.name in SUMMED)
 
     def allocate(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        if self.symbols == ("0",):
+            return _nothing(self.dtype, device)
         shape = [sizes[symbol] for symbol in self.symbols]
         if self.zeroed:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         if _poisoned and self.dtype.is_floating_point:
             return torch.full(shape, float("nan"), dtype=self.dtype, device=device)
         return torch.empty(shape, dtype=self.dtype, device=device)
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for scratch that a config makes no use of; nobody writes to it."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
