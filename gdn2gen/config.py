@@ -202,9 +202,9 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
         )
     if config.get("solve", "ieee") != "ieee":
         return f"the TileLang prepare substitutes in fp32: solve=ieee, not {config['solve']}"
+    # one program to a multiprocessor, three, or two
     shared = (0, 80, 128) if config.stage == "prepare" else (0, 128)
     if config["maxnreg"] not in shared:
-        # 3 and 2 programs a multiprocessor
         return f"the TileLang {config.stage} takes maxnreg of {shared}, not {config['maxnreg']}"
     return None
 

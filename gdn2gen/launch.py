@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -15,7 +16,7 @@ from gdn2gen.ahead import launch_when_compiled
 from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
-from gdn2gen.knobs import interpreted
+from gdn2gen.knobs import cuda_compiler, interpreted
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.sequences import chunk_tables
@@ -113,8 +114,7 @@ class Runner:
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         """The launch function of a stage, rendered and loaded."""
         config = self.recipe.configs[stage_name]
-        if interpreted() and language_of(config) != "triton":
-            # Triton's interpreter stands in for a GPU, and interprets nothing else
+        if language_of(config) != "triton" and _only_triton(stage_name):
             config = default_config(stage_name, problem, BT=config.size("BT"))
         module = build.load(render(problem, stage_name, config))
         if interpreted():
@@ -209,6 +209,22 @@ class Runner:
     def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> _Buffer:
         buffer = _Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
         return replace(buffer, symbols=("0",)) if x.is_idle(config) else buffer
+
+
+def _only_triton(stage_name: str) -> bool:
+    """Whether other languages cannot be compiled here; says so where that costs time."""
+    if interpreted():
+        return True  # Triton's interpreter stands in for a GPU, and interprets nothing else
+    if cuda_compiler() is not None:
+        return False
+    warnings.warn(
+        f"the tuned {stage_name} is written in TileLang, which needs nvcc, and none was found in "
+        "CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda: the slower default in Triton runs "
+        "instead. Install the CUDA toolkit, or say where it is with CUDA_HOME",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def in_place_of(operand: Operand, problem: Problem) -> str | None:

@@ -93,12 +93,12 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "regenerate": _regenerate_command(problem, stage, config),
     }
     if language_of(config) == "tilelang":
-        return common | _anchored_context(problem, config) | _tilelang_context(problem, stage)
-    return common | _anchored_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
+        return common | _triton_context(problem, config) | _tilelang_context(problem, stage)
+    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
 
 
-def _anchored_context(problem: Problem, config: Config) -> dict[str, object]:
-    """For the Triton kernels that modules in either language may hold."""
+def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
+    """For Triton kernels, which modules in either language may hold."""
     levels = []
     size = config.size("BT")
     while size > 1:

@@ -236,15 +236,13 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
         made[name] = torch.where(later[..., None], torch.nan, 7.0).expand(right[name].shape)
         made[name] = made[name].to(right[name].dtype).contiguous()
     operands = {x.name for x in STAGES["prepare"].operands(problem)}
-    scalars = {x: y for x, y in call.scalars(runner.BT).items() if x in _PREPARE_SCALARS}
+    asked = {"n_chunks", *STAGES["prepare"].scalars}
+    scalars = {x: y for x, y in call.scalars(runner.BT).items() if x in asked}
     module.launch(**{x: y for x, y in {**given, **made}.items() if x in operands}, **scalars)
     found = {"rows": float(later.sum())}
     found["moved"] = float(sum((made[x][~later] != 7.0).sum() for x in ("A", "Aqk")))
     exact = {name: right[name][later] for name in ("A", "Aqk")}
     return found | relative_errors({name: made[name][later] for name in exact}, exact)
-
-
-_PREPARE_SCALARS: Final = ("scale", "lower_bound", "n_chunks", "T", "H", "HV", "HG")
 
 
 def _out_of_frame(g: Tensor, chunk_table: Tensor | None, BT: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from gdn2gen import launch
 from gdn2gen.ahead import launch_when_compiled
 from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
+from gdn2gen.knobs import cuda_compiler
 from gdn2gen.problem import Problem
 
 
@@ -67,6 +69,44 @@ def test_the_backward_is_planned_where_a_gradient_is_wanted(
         runner.plan_backward()
     backward = runner.recipe.plan.backward
     assert asked == [(stage, False) for stage in backward]
+
+
+@pytest.mark.parametrize("compiler", [None, "/usr/bin/nvcc"])
+def test_without_nvcc_the_default_in_triton_runs(
+    compiler: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    rendered: list[str] = []
+
+    def render(problem: Problem, stage: str, config: Any) -> Any:
+        rendered.append(config["language"])
+        return None
+
+    monkeypatch.setattr(launch, "cuda_compiler", lambda: compiler)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "render", render)
+    monkeypatch.setattr(launch.build, "load", lambda _: _module(lambda: None))
+    monkeypatch.setattr(launch, "direct_launch", lambda _: lambda **_: None)
+    problem = Problem()
+    launch.Runner(_with_tilelang(problem)).launcher(problem, "scan")
+    assert rendered == ["triton" if compiler is None else "tilelang"]
+    assert ["needs nvcc" in str(x.message) for x in recwarn] == [True] * (compiler is None)
+
+
+def test_nvcc_is_looked_for_where_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda_compiler.__wrapped__() == str(nvcc)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert cuda_compiler.__wrapped__() == str(nvcc)
 
 
 def _with_tilelang(problem: Problem) -> Recipe:
