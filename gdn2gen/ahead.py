@@ -7,35 +7,25 @@ would be most of a first training step.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 from typing import Any
 
-
-class AwaitedLaunch:
-    """The `launch` of a module, once its program is compiled; raises what the compiler raised."""
-
-    def __init__(self, launch: Callable[..., None], compiling: Future[Any]) -> None:
-        self._launch = launch
-        self._compiling: Future[Any] | None = compiling
-
-    def __call__(self, **arguments: Any) -> None:
-        if self._compiling is not None:
-            self._compiling.result()
-            self._compiling = None
-        self._launch(**arguments)
+from gdn2gen.programs import compiled_program
 
 
-def launch_when_compiled(module: ModuleType, launch: Callable[..., None]) -> AwaitedLaunch:
-    """Have the module's program compiled by a thread from now on."""
-    return AwaitedLaunch(launch, _compiling(module))
+def compile_in_thread(module: ModuleType) -> None:
+    """Have the module's program compiled, or loaded, by a thread from now on.
+
+    Its `launch` waits for it, and raises what the compiler raised.
+    """
+    module.compiled = _compiling(module).result  # type: ignore[attr-defined]
 
 
 @cache
 def _compiling(module: ModuleType) -> Future[Any]:
-    return _pool().submit(module.compiled)
+    return _pool().submit(compiled_program, module, module.compiled)
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen import build
-from gdn2gen.ahead import launch_when_compiled
+from gdn2gen.ahead import compile_in_thread
 from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
@@ -121,7 +121,7 @@ class Runner:
             launch: Callable[..., None] = module.launch
             return launch
         if language_of(config) == "tilelang":
-            return launch_when_compiled(module, direct_launch(module))
+            compile_in_thread(module)
         return direct_launch(module)
 
     def plan_backward(self) -> None:

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from gdn2gen import launch
-from gdn2gen.ahead import launch_when_compiled
+from gdn2gen.ahead import compile_in_thread
 from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
 from gdn2gen.knobs import cuda_compiler
 from gdn2gen.problem import Problem
 
 
-def _module(compiled: Any) -> ModuleType:
-    module: Any = ModuleType("made-up")
+def _module(compiled: Any, name: str = "made-up") -> ModuleType:
+    module: Any = ModuleType(name)
     module.compiled = compiled
     return module
 
 
 def test_programs_compile_side_by_side_and_launches_wait() -> None:
     both = threading.Barrier(2, timeout=20)  # neither passes before the other one runs, too
-    launched: list[int] = []
-    launches = [
-        launch_when_compiled(_module(both.wait), lambda x: launched.append(x)) for _ in range(2)
-    ]
-    for number, awaited in enumerate(launches):
-        awaited(x=number)
-        awaited(x=number)
-    assert launched == [0, 0, 1, 1]
+    modules: list[Any] = [_module(both.wait) for _ in range(2)]
+    for module in modules:
+        compile_in_thread(module)
+    assert sorted(module.compiled() for module in modules) == [0, 1]
 
 
 def test_a_module_is_compiled_once() -> None:
     calls: list[None] = []
-    module = _module(lambda: calls.append(None))
+    module: Any = _module(lambda: calls.append(None))
     for _ in range(3):
-        launch_when_compiled(module, lambda: None)()
+        compile_in_thread(module)
+        module.compiled()
     assert len(calls) == 1
 
 
@@ -47,10 +46,56 @@ def test_what_the_compiler_raises_comes_with_the_launch() -> None:
     def broken() -> None:
         raise RuntimeError("no such instruction")
 
-    awaited = launch_when_compiled(_module(broken), lambda: pytest.fail("launched"))
+    module: Any = _module(broken)
+    compile_in_thread(module)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no such instruction"):
-            awaited()
+            module.compiled()
+
+
+def test_a_compiled_program_is_kept_and_runs_without_tilelang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of its own loads it; the compiler is not asked again, nor TileLang imported."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "tilelang"))
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    load = f"""
+import sys
+from types import ModuleType
+from gdn2gen.programs import compiled_program
+program = compiled_program(ModuleType({_NAME!r}), lambda: print("compiled anew"))
+print(type(program).__name__, "tilelang" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", _COMPILE], check=True)
+    (kept,) = (tmp_path / "cache" / "programs").glob("*.so")
+    assert kept.name.startswith(_NAME)
+    assert _printed(load) == ["Function False"]
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert _printed(load) == ["compiled anew", "NoneType False"]
+    assert not kept.exists()
+
+
+_NAME: Final = "gdn2_scan_made_up"
+_COMPILE: Final = f"""
+from types import ModuleType
+import tilelang
+from gdn2gen import build
+from gdn2gen.config import default_config
+from gdn2gen.problem import Problem
+from gdn2gen.programs import compiled_program
+from gdn2gen.render import render
+problem = Problem()
+module = build.load(
+    render(problem, "scan", default_config("scan", problem).replace(language="tilelang"))
+)
+target = dict(kind="cuda", arch="sm_90a")
+compiled_program(ModuleType({_NAME!r}), lambda: tilelang.compile(module.program(), target=target))
+"""
+
+
+def _printed(program: str) -> list[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def test_the_backward_is_planned_where_a_gradient_is_wanted(
