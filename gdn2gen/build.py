@@ -28,6 +28,8 @@ _TRITON_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int32": "
 _TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 _BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
+# Kernels whose options are not all the config's.
+_OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}}
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def _compile_triton(
     others = [x for x in vars(module) if x.endswith("_kernel") and x != main]
     options = launch_options(config)
     used = [
-        _compile_kernel(module, name, problem, stage_name, options, device)
+        _compile_kernel(
+            module, name, problem, stage_name, options | _OWN_OPTIONS.get(name, {}), device
+        )
         for name in (main, *others)
     ]
     return (*used[0][:2], max(shared for _, _, shared in used))

@@ -9,7 +9,7 @@ import torch
 
 from gdn2gen.problem import Problem
 from gdn2gen.sequences import count_chunks
-from gdn2gen.stages import SEGMENT
+from gdn2gen.stages import SEGMENT, SEGMENTS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Call:
         """
         if self.packed:
             return 1, 2**24
-        return max(1, -(-self.T // (BT * SEGMENT))), SEGMENT
+        chunks = max(1, -(-self.T // BT))
+        NS = min(-(-chunks // SEGMENT), max(1, SEGMENTS // max(1, self.N * self.HV)))
+        length = -(-chunks // NS)
+        return -(-chunks // length), length
 
     def scalars(self, BT: int) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""

@@ -15,7 +15,7 @@ from gdn2gen.errors import InputError
 from gdn2gen.launch import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
-from gdn2gen.stages import SEGMENT, STAGES, Operand, Stage, has_operand
+from gdn2gen.stages import SEGMENT, SEGMENTS, STAGES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
@@ -89,6 +89,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         backward=backward,
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
+        SEGMENTS=SEGMENTS,
     )
     return text.rstrip() + "\n"
 

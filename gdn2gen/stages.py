@@ -6,7 +6,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
     NB sub-blocks of a chunk, 16 tokens each
-    NS segments of a sequence, SEGMENT chunks each
+    NS segments of a sequence, of equal length (see `Call.segments`)
 
 Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
 """
@@ -21,8 +21,12 @@ from typing import Final
 from gdn2gen.errors import DispatchError
 from gdn2gen.problem import Problem
 
-# Chunks of a segment: 32 give train4k 4 segments a head, and cost 64 bytes per token and head kept.
+# Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
 SEGMENT: Final = 32
+# Segments of all heads and sequences at most. Two programs each (slices of V) are two to a
+# multiprocessor of an H200: at long32k 8 segments a head instead of 32 take the parallel scans from
+# 0.73 and 0.85 ms to 0.59 and 0.70, and 7 MiB less; 12 would not fill it evenly.
+SEGMENTS: Final = 132
 
 DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
 

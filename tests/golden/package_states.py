@@ -123,7 +123,10 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
-            NS, segment = max(1, triton.cdiv(T, BT * 32)), 32
+            chunks = max(1, triton.cdiv(T, BT))
+            NS = min(triton.cdiv(chunks, 32), max(1, 132 // max(1, N * HV)))
+            segment = triton.cdiv(chunks, NS)
+            NS = triton.cdiv(chunks, segment)
 
             # prepare
             q_rstd = q.new_empty(NT, HV, BT)
@@ -171,7 +174,10 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
-            NS, segment = max(1, triton.cdiv(T, BT * 32)), 32
+            chunks = max(1, triton.cdiv(T, BT))
+            NS = min(triton.cdiv(chunks, 32), max(1, 132 // max(1, N * HV)))
+            segment = triton.cdiv(chunks, NS)
+            NS = triton.cdiv(chunks, segment)
 
             # reprepare
             G = q.new_empty(B, T, HV, K)

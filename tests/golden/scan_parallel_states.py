@@ -29,7 +29,7 @@ never leaves the registers.
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 8015e2aae62e14e2; made by
+Template digest 658746d0d0121fe2; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel
@@ -259,5 +259,6 @@ def launch(
     heads = n_sequences * HV
     if NS > 1:
         fold_kernel[(heads * (NS - 1) * ((V + K) // BV),)](*arguments, BV=BV, **options)
-    merge_kernel[(heads * (V // BM),)](*arguments, BM=BM, **options)
+    # one short product after the other: what more warps save in it is most of the time
+    merge_kernel[(heads * (V // BM),)](*arguments, BM=BM, **options | {"num_warps": 8})
     scan_kernel[(heads * NS * (V // BV),)](*arguments, BV=BV, **options)
