@@ -51,10 +51,12 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     "rescan": _SCAN,
     "reverse_scan": {**_SCAN, **_SEGMENTS},
     "grad_value": {
+        "language": ("triton", "tilelang"),
+        "chunks": (1, 4, 16),
         "BV": (32, 64, 128),
         "num_warps": (2, 4, 8),
         "num_stages": _STAGES_AHEAD,
-        "maxnreg": _REGISTERS,
+        "maxnreg": (0, 80, 96, 128, 168, 208),
     },
     "grad_key": {
         "language": ("triton", "tilelang"),
@@ -74,6 +76,7 @@ DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
 # Knobs that came after entries had been filed, and what configs on file that lack them mean.
 LATER_KNOBS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"language": "triton", "chunks": 1},
+    "grad_value": {"language": "triton", "chunks": 1},
     "grad_key": {"language": "triton"},
 }
 
@@ -133,6 +136,8 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         return f"BK={config['BK']} exceeds the key head dim K={problem.K}"
     if "BV" in config and config.size("BV") > problem.V:
         return f"BV={config['BV']} exceeds the value head dim V={problem.V}"
+    if config.stage == "grad_value" and config["chunks"] != 1 and language_of(config) == "triton":
+        return f"the Triton grad_value takes one chunk a program, not {config['chunks']}"
     if "decay" in config:
         reason = _why_not_placed(config, problem)
         if reason is not None:
@@ -180,6 +185,8 @@ def _why_not_parallel(config: Config, problem: Problem) -> str | None:
 def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
     if config.stage in ("prepare", "grad_key"):
         return _why_not_tilelang_anchored(config, problem)
+    if config.stage == "grad_value":
+        return _why_not_tilelang_grad_value(config, problem)
     if problem.dtype == "fp32":
         return "the TileLang scans multiply 16-bit operands, but the problem is fp32"
     if config.size("BV") != 64 or config.size("num_warps") != 4:
@@ -187,6 +194,19 @@ def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
             f"the TileLang scans give a warp group of 4 warps 64 rows of the state, but "
             f"BV={config['BV']} and num_warps={config['num_warps']}"
         )
+    return None
+
+
+def _why_not_tilelang_grad_value(config: Config, problem: Problem) -> str | None:
+    if problem.dtype == "fp32":
+        return "the TileLang grad_value multiplies 16-bit operands, but the problem is fp32"
+    if config.size("BV") != problem.V or config.size("num_warps") != 4:
+        return (
+            f"the TileLang grad_value takes all of V={problem.V} with 4 warps, but "
+            f"BV={config['BV']} and num_warps={config['num_warps']}"
+        )
+    if config["maxnreg"] not in (0, 80, 128):
+        return f"the TileLang grad_value takes maxnreg of 0, 80 or 128, not {config['maxnreg']}"
     return None
 
 
@@ -218,7 +238,7 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
-    "grad_value": {"BV": 64, "num_warps": 4},
+    "grad_value": {"BV": 64, "num_warps": 4, "chunks": 1},
     "grad_key": {"BK": 32, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
 }
 # Where the operands are bf16, whose exponents reach as far as those of fp32.

@@ -16,7 +16,7 @@ from gdn2gen.config import Config, language_of, why_invalid
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
-from gdn2gen.stages import SEGMENT, STAGES, Stage
+from gdn2gen.stages import STAGES, Stage
 
 LANGUAGES = ("triton", "tilelang")
 # Values of knobs that have templates of their own, beside the stage's first one.
@@ -94,7 +94,11 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
     }
     if language_of(config) == "tilelang":
         return common | _triton_context(problem, config) | _tilelang_context(problem, stage)
-    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
+    return common | _triton_context(problem, config) | {
+        "operand_dtype": _operand_dtype(problem),
+        # of products of states, which are in fp32
+        "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
+    }
 
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
@@ -106,12 +110,11 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         size //= 2
     return {
         "levels": levels,
-        "solve": _solve_precision(config),
+        "solve": _solve_precision(str(config.get("solve", "ieee"))),
         "io_dtype": _TRITON_DTYPE[problem.dtype],
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
-        # log2; without the norm in the kernel keys, and with them all gradients, may be large
-        "anchor_range": 96 if problem.l2norm else 64,
+        "anchor_range": _anchor_range(problem, config),
         # grad_key's scratch for the cumulative decay is then the buffer of dg
         "shares_dg": problem.gate_dtype == "fp32",
     }
@@ -134,7 +137,6 @@ def _tilelang_context(problem: Problem, stage: Stage) -> dict[str, object]:
         "sequences": "(N1 - 1)" if problem.varlen else "B",
         "tile_dtype": _TILE_DTYPE[problem.dtype],
         "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
-        "SEGMENT": SEGMENT,
     }
 
 
@@ -182,8 +184,18 @@ def _operand_dtype(problem: Problem) -> str:
     return _TRITON_DTYPE[problem.dtype]
 
 
-def _solve_precision(config: Config) -> str:
-    solve = str(config.get("solve", "ieee"))
+def _anchor_range(problem: Problem, config: Config) -> int:
+    """How far in log2 factors may lie from their anchor, where fp32 ends at 2^-126 and 2^127.
+
+    prepare leaves 22 bits for the elements of q and k, whose smaller ones no sum would show;
+    grad_key 31 for gradients and their sums. Without the norm keys may be large, and with them all.
+    """
+    if not problem.l2norm:
+        return 64
+    return 104 if config.stage == "prepare" else 96
+
+
+def _solve_precision(solve: str) -> str:
     # Triton's interpreter multiplies exactly, and knows no bf16x3
     return "ieee" if solve == "bf16x3" and knobs.interpreted() else solve
 

@@ -36,7 +36,7 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     if language_of(config) == "tilelang" and device.arch != "sm_90":
         if device.arch not in _AMPERE:
             return f"TileLang kernels were not compiled for {device.arch} ({device.name})"
-        if config.stage in ("prepare", "grad_key"):
+        if config.stage in ("prepare", "grad_value", "grad_key"):
             return f"the TileLang {config.stage} is made for sm_90: its tiles are filled by TMA"
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)

@@ -33,16 +33,13 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest af99f0e0c2d7e637; made by
+Template digest 6746999195c19abe; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
 """
 
 from functools import cache
-
-import tilelang
-import tilelang.language as tile
 
 import triton
 import triton.language as tl
@@ -72,25 +69,25 @@ def softplus(x):
     series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * (1.0 / 7.0 + s * series)))
     return tl.maximum(x, 0.0) + 2.0 * z * series
 
-
-def softplus_by(x, z):
-    """log(1 + exp(x)) by z = y / (2 + y), y = exp(-|x|): 2 artanh(z) = log(1 + y)."""
-    s = z * z
-    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s / 13)))))
-    return tile.max(x, 0.0) + 2.0 * z * series
-
-
 # exp2 and division by the hardware, flushing what is below 2^-126 to zero
-PASSES = {tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True}
-# a warp keeps whole channels, so that one product's result is the next one's operand
-ROWS = tile.GemmWarpPolicy.FullRow
+PASSES = {"tl.enable_fast_math": True}
 
 
 def program():
     """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+
     B, T, H, HG, NT, HV = (
         tile.dynamic(name) for name in ("B", "T", "H", "HG", "NT", "HV")
     )
+    # a warp keeps whole channels, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    def softplus_by(x, z):
+        """log(1 + exp(x)) by z = y / (2 + y), y = exp(-|x|): 2 artanh(z) = log(1 + y)."""
+        s = z * z
+        series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s / 13)))))
+        return tile.max(x, 0.0) + 2.0 * z * series
 
     @tile.prim_func
     def grad_key(
@@ -129,10 +126,12 @@ def program():
         ) as (i_x, i_h):
             i_b = 0
             n_chunks = NT
-            # two programs to a multiprocessor: 128 registers a thread, of which the loads need few
+
+            # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
             tile.annotate_min_blocks_per_sm(2)
             tile.annotate_producer_reg_dealloc(24)
             tile.annotate_consumer_reg_alloc(232)
+
             i_k = i_x % (K // BK)
             i_first = i_x // (K // BK) * CHUNKS
             i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
@@ -190,6 +189,7 @@ def program():
                 i_c = i_first + i_n
                 i_row = chunk_table[i_c, 0]
                 n_rows = chunk_table[i_c, 1]
+
                 tile.copy(h[i_c, i_h, :, o_k : o_k + BK], s_h)
                 tile.copy(do[i_b, i_row : i_row + BT, i_h, :], s_do)
                 tile.copy(dX[i_c, i_h, :, :], s_dX)
@@ -319,6 +319,8 @@ def program():
 @cache
 def compiled():
     """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
     return tilelang.compile(program(), pass_configs=PASSES)
 
 

@@ -8,7 +8,7 @@ One program per chunk and value head.
                                                          gamma = exp(cumulative decay)
 
 A pair (i, j) meets at an anchor a, as exp(G_i - a) exp(a - G_j): at the chunk's start while a
-channel has lost no more than 2^-96 since, where one product serves all pairs. Tokens below that
+channel has lost no more than 2^-104 since, where one product serves all pairs. Tokens below that
 are left out (their factors are zero), and a second pass takes them frame by frame, each with an
 anchor of its own. What a later token decays by adds exact zeros to earlier rows.
 
@@ -55,7 +55,7 @@ def softplus(x):
 
 # Factors stay within this range in log2 of their anchor: fp32 and bf16 end at 2^127, and the rest is
 # room for gradients and sums.
-RANGE = tl.constexpr(96.0)
+RANGE = tl.constexpr(104.0)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tilelang_configs import tilelang_anchored
+from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen import bench, store
 from gdn2gen._verify_checks import limit_of
@@ -89,10 +89,10 @@ def test_scans_in_tilelang_pass_the_gate(packed):
     ],
     ids=["plain", "packed", "softplus", "sigmoid-packed"],
 )
-def test_anchored_stages_in_tilelang_pass_the_gate(problem):
+def test_stages_by_chunk_in_tilelang_pass_the_gate(problem):
     """Strong decay, which a Triton kernel beside each of them takes over, among the regimes."""
     full = gate.full_problem(problem)
-    candidate = _anchored_in_tilelang(full)
+    candidate = _by_chunk_in_tilelang(full)
     shapes = gate.gate_shapes(full)
     regimes = ("layer", "sparse", "strong", "mixed", "zero")
     result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
@@ -105,16 +105,16 @@ def test_forward_in_tilelang_is_causal_bit_for_bit():
     inputs, gradients = gate.drawn(problem, gate.RAGGED, "layer", "cuda")
     changed = {name: x.clone() for name, x in inputs.items()}
     changed["g"][:, token] -= 300.0
-    with gate.forced(_anchored_in_tilelang(problem)):
+    with gate.forced(_by_chunk_in_tilelang(problem)):
         before, after = (run_op(chunk_gdn2, problem, x, gradients)["o"] for x in (inputs, changed))
     assert torch.equal(before[:, :token], after[:, :token])
     assert not torch.equal(before[:, token:], after[:, token:])
 
 
-def _anchored_in_tilelang(problem):
+def _by_chunk_in_tilelang(problem):
     candidate = Candidate.default(problem, "lean", BT=32)
-    for stage in ("prepare", "grad_key"):
-        candidate = candidate.with_config(tilelang_anchored(stage, problem))
+    for stage in ("prepare", "grad_value", "grad_key"):
+        candidate = candidate.with_config(tilelang_by_chunk(stage, problem))
     return candidate
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tilelang_configs import tilelang_anchored
+from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.build import compile_ahead
 from gdn2gen.config import Config, Knob, default_config
@@ -132,13 +132,13 @@ def test_tilelang_compiles_and_fits(
     [replace(_BF16, varlen=True), replace(_ALL, K=128, dtype="bf16"), replace(_BOUNDED, K=64)],
     ids=["packed", "all", "bounded"],
 )
-@pytest.mark.parametrize("stage", ["prepare", "grad_key"])
-def test_tilelang_anchored_compiles_without_spills(
+@pytest.mark.parametrize("stage", ["prepare", "grad_value", "grad_key"])
+def test_tilelang_by_chunk_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Registers are those at launch: 2 or 3 programs share a multiprocessor's 64K."""
     device = named_device("sm_90")
-    config = tilelang_anchored(stage, problem)
+    config = tilelang_by_chunk(stage, problem)
     assert why_hopeless(config, problem, device) is None
     assert why_hopeless(config, problem, named_device("sm_80")) is not None
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))

@@ -10,7 +10,7 @@ from typing import Final
 import jinja2
 import pytest
 from jinja2 import meta, nodes
-from tilelang_configs import tilelang_anchored
+from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen import build
 from gdn2gen.config import DOMAINS, Config, Knob, default_config
@@ -65,12 +65,20 @@ def _reverse_scan_tilelang() -> str:
 
 def _prepare_tilelang() -> str:
     problem = Problem()
-    return render(problem, "prepare", tilelang_anchored("prepare", problem)).source
+    return render(problem, "prepare", tilelang_by_chunk("prepare", problem)).source
+
+
+def _scan_tilelang() -> str:
+    return render(Problem(), "scan", _config("scan", "tilelang")).source
+
+
+def _grad_value_tilelang() -> str:
+    return render(Problem(), "grad_value", tilelang_by_chunk("grad_value", Problem())).source
 
 
 def _grad_key_tilelang() -> str:
     problem = replace(_PACKED, K=128, dtype="bf16")
-    return render(problem, "grad_key", tilelang_anchored("grad_key", problem)).source
+    return render(problem, "grad_key", tilelang_by_chunk("grad_key", problem)).source
 
 
 def _parallel(stage: str) -> str:
@@ -92,7 +100,9 @@ OUTPUTS: Final = {
     "scan_parallel_states.py": partial(_parallel, "scan"),
     "reverse_scan_parallel_states.py": partial(_parallel, "reverse_scan"),
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
+    "scan_tilelang.py": _scan_tilelang,
     "prepare_tilelang.py": _prepare_tilelang,
+    "grad_value_tilelang.py": _grad_value_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "package_states.py": _package,
 }

@@ -1,0 +1,155 @@
+"""Scan the chunks of a sequence in order.
+
+One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
+that it is the left operand of every product and never leaves the registers. At the start of every
+segment of chunks it is written out, for the backward to start from. The compiler gives the loads to
+a warp group of its own, which fills 2 stages of shared memory ahead of the products.
+
+    X^T = (w v)^T - S^T E^T        R^T = X^T A^T
+    O^T = S^T Qg^T + R^T Aqk^T
+    S^T <- S^T Diag(gamma_C) + R^T Ktail
+
+    v, w          [B, T, HV, V]     values, write gate
+    Qg            [NT, HV, BT, K]   decayed, scaled queries
+    E, Ktail      [NT, HV, BT, K]   erasing keys from the chunk's start, keys to its end
+    A             [NT, HV, BT, BT]  triangular inverse
+    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
+    Aqk           [NT, HV, BT, BT]  decayed scores
+    o             [B, T, HV, V]
+    S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
+
+Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
+Template digest f801aa9636ab102e; made by
+    gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with= --stage scan --config \
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
+"""
+
+from functools import cache
+
+
+K, V = 128, 128
+BT, BV = 32, 64
+IO = "bfloat16"
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+
+    B, T, HV, NT, NS = (
+        tile.dynamic(name) for name in ("B", "T", "HV", "NT", "NS")
+    )
+    # a warp keeps whole rows of the state, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    @tile.prim_func
+    def scan(
+        v: tile.Tensor([B, T, HV, V], "bfloat16"),
+        w: tile.Tensor([B, T, HV, V], "bfloat16"),
+        Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        gamma_C: tile.Tensor([NT, HV, K], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        o: tile.Tensor([B, T, HV, V], "bfloat16"),
+        S_seg: tile.Tensor([B, HV, NS, V, K], "float32"),
+    ):
+        with tile.Kernel(
+            V // BV, HV, B, threads=128
+        ) as (i_v, i_h, i_n):
+            n_chunks = tile.ceildiv(T, BT)
+            i_first = i_n * n_chunks
+            i_b = i_n
+            i_start = 0
+            n_tokens = T
+
+            segment = tile.ceildiv(n_chunks, NS)
+            s_v = tile.alloc_shared([BT, BV], IO)
+            s_w = tile.alloc_shared([BT, BV], IO)
+            s_E = tile.alloc_shared([BT, K], IO)
+            s_Ktail = tile.alloc_shared([BT, K], IO)
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_gamma = tile.alloc_shared([K], "float32")
+            s_Qg = tile.alloc_shared([BT, K], IO)
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+            s_o = tile.alloc_shared([BT, BV], IO)
+            b_o = tile.alloc_fragment([BV, BT], "float32")
+            b_S = tile.alloc_fragment([BV, K], "float32")
+            b_Sd = tile.alloc_fragment([BV, K], IO)
+            b_ES = tile.alloc_fragment([BV, BT], "float32")
+            b_Z = tile.alloc_fragment([BV, BT], "float32")
+            b_X = tile.alloc_fragment([BV, BT], IO)
+            b_R = tile.alloc_fragment([BV, BT], "float32")
+            b_Rd = tile.alloc_fragment([BV, BT], IO)
+            hold = tile.alloc_local([1], "float32")
+
+            tile.clear(b_S)
+            for i_t in tile.Pipelined(n_chunks, num_stages=2):
+                i_c = i_first + i_t
+                i_row = i_start + i_t * BT
+                tile.copy(E[i_c, i_h, :, :], s_E)
+                tile.copy(v[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_v)
+                tile.copy(w[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_w)
+                tile.copy(A[i_c, i_h, :, :], s_A)
+                tile.copy(gamma_C[i_c, i_h, :], s_gamma)
+                tile.copy(Ktail[i_c, i_h, :, :], s_Ktail)
+                tile.copy(Qg[i_c, i_h, :, :], s_Qg)
+                tile.copy(Aqk[i_c, i_h, :, :], s_Aqk)
+
+                if i_t % segment == 0:
+                    for i, j in tile.Parallel(BV, K):
+                        S_seg[i_n, i_h, i_t // segment, i_v * BV + i, j] = b_S[i, j]
+                tile.copy(b_S, b_Sd)
+                tile.wgmma_gemm(b_Sd, s_E, b_ES, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_Sd, s_Qg, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
+                # meanwhile; rows past the end of the sequence are another one's
+                for i, j in tile.Parallel(BV, BT):
+                    b_Z[i, j] = tile.if_then_else(
+                        i_t * BT + j < n_tokens,
+                        tile.cast(s_v[j, i], "float32") * tile.cast(s_w[j, i], "float32"),
+                        0.0,
+                    )
+                for i, j in tile.Parallel(BV, K):
+                    b_S[i, j] *= s_gamma[j]
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_E[0, 0], "float32")
+
+                for i, j in tile.Parallel(BV, BT):
+                    b_X[i, j] = b_Z[i, j] - b_ES[i, j]
+                tile.wgmma_gemm(b_X, s_A, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_Qg[0, 0], "float32")
+                hold[0] = tile.cast(s_A[0, 0], "float32")
+
+                tile.copy(b_R, b_Rd)
+                tile.wgmma_gemm(b_Rd, s_Ktail, b_S, policy=ROWS)
+                tile.wgmma_gemm(b_Rd, s_Aqk, b_o, transpose_B=True, policy=ROWS)
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_Ktail[0, 0], "float32")
+                hold[0] = tile.cast(s_Aqk[0, 0], "float32")
+
+                for i, j in tile.Parallel(BV, BT):
+                    s_o[j, i] = b_o[i, j]
+                tile.copy(s_o, o[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+
+    return scan
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program())
+
+
+def launch(
+    v, w, Qg, E, Ktail, gamma_C, A, Aqk, o, S_seg, M_seg, *, n_sequences, T, HV, NS, segment
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
+    compiled()(v, w, Qg, E, Ktail, gamma_C, A, Aqk, o, S_seg)
