@@ -6,45 +6,65 @@ rest together; at few heads and tokens the GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gdn2gen._kernels import NAMES, request_of, run_backward, run_forward
+from gdn2gen._lookup import find_runner
 from gdn2gen._torch_ops import backward_fake, backward_kernels, forward_fake, forward_kernels
+from gdn2gen.launch import SizedRunner
 
-_TENSORS = 10
-"""Tensor arguments of the forward, cu_seqlens being the last of them."""
+_TENSORS = len(NAMES)
 _OUTPUT_FINAL_STATE = 4
 """Its place among the options that follow them."""
 
 
-def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """o and the final state (empty if not asked for), differentiable once.
+def run(
+    watched: bool, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], level: str
+) -> tuple[Tensor, Tensor | None]:
+    """o and the final state (empty or None if not asked for), differentiable once.
 
-    The arguments are those of `forward_kernels`.
+    `tensors`, `options` and `level` are together the arguments of `forward_kernels`; `watched` says
+    whether something wants to see the ops themselves.
     """
-    tensors = [x for x in arguments[:_TENSORS] if x is not None]
-    if _is_watched(tensors):
-        o, final_state, _ = gdn2_forward(*arguments)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        o, final_state = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
+    if watched:
+        o, final_state, _ = gdn2_forward(*tensors, *options, level)
+        return o, final_state
+    sized = find_runner(request_of(tensors, options), level)
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
+        o, final_state = _Function.apply(sized, *given)  # type: ignore[no-untyped-call]
     else:
-        o, final_state, _ = forward_kernels(*arguments)
+        o, final_state, _ = run_forward(sized, given)
     return o, final_state
 
 
-def _is_watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether something wants to see the ops themselves: a tracer, a mode, a subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    )
+class _Function(torch.autograd.Function):
+    """The backward runs the kernels that the forward found, on whatever thread it is.
+
+    torch handles every argument in Python: the options are one, and what is not given is none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sized: SizedRunner, *given: Tensor) -> tuple[Tensor, Tensor | None]:
+        o, final_state, saved = run_forward(sized, given)
+        ctx.set_materialize_grads(False)
+        ctx.sized = sized
+        ctx.save_for_backward(*given, o, *saved)
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
+        sized, tensors = ctx.sized, ctx.saved_tensors
+        inputs = len(sized.input_names)
+        given, o, saved = tensors[:inputs], tensors[inputs], tensors[inputs + 1 :]
+        grads = run_backward(sized, torch.zeros_like(o) if do is None else do, dht, saved, o, given)
+        return (None, *grads, *[None] * (inputs - len(grads)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -54,34 +74,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS], o, *saved)
 
 
-def _gradients(
-    ctx: Any, do: Tensor | None, dht: Tensor | None, backward: Callable[..., list[Tensor]]
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     inputs, o, saved = tensors[:_TENSORS], tensors[_TENSORS], list(tensors[_TENSORS + 1 :])
     if do is None:
         do = torch.zeros_like(o)
     dht = dht if ctx.options[_OUTPUT_FINAL_STATE] else None
-    grads = iter(backward(do, dht, saved, o, *inputs, *ctx.options))
+    grads = iter(gdn2_backward(do, dht, saved, o, *inputs, *ctx.options))
     found = [None if x is None else next(grads) for x in inputs[: _TENSORS - 1]]
     return (*found, None, *[None] * len(ctx.options))
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = forward_kernels(*arguments)
-        _save(ctx, arguments, output)
-        return output[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
-        return _gradients(ctx, do, dht, backward_kernels)
-
-
-def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
-    return _gradients(ctx, do, dht, gdn2_backward)
 
 
 # torch.library.custom_op would do all this in one call, but imports torch._dynamo on the first

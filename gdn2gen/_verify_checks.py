@@ -64,14 +64,14 @@ def run_case(case: Case, device: str) -> Result:
 
     Buffers are filled with NaN before the kernels write them, so that what they leave out shows.
     """
-    from gdn2gen import launch
+    from gdn2gen import passes
 
     started = time.perf_counter()
-    launch.poison(True)
+    passes.poison(True)
     try:
         result = _CHECKS[case.check](case, device)
     finally:
-        launch.poison(False)
+        passes.poison(False)
     return replace(result, seconds=time.perf_counter() - started)
 
 

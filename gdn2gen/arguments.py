@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gdn2gen.errors import InputError, UnsupportedError
 from gdn2gen.problem import HEAD_DIMS
@@ -28,43 +33,84 @@ class Dims:
     N: int
 
 
+class Layout(NamedTuple):
+    """What of a tensor the checks look at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+_REQUIRED = ("q", "k", "v", "g", "b", "w")
+_OPTIONAL = ("initial_state", "A_log", "dt_bias", "cu_seqlens", "cu_seqlens_cpu")
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType})
+
+
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether something wants to see the ops themselves: a tracer, a mode, a subclass.
+
+    If not, sizes are numbers.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or not _PLAIN.issuperset([type(x) for x in tensors])
+    )
+
+
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     cu_seqlens_cpu: Tensor | None,
     state_v_first: bool,
+    *,
+    known: bool = True,
 ) -> Dims:
-    """Check ranks, shapes, dtypes and devices; return the sizes. Raises InputError."""
-    named = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise InputError(f"{name} must be a tensor, but got {type(x).__name__}")
-        if x.dim() != 4:
+    """Check ranks, shapes, dtypes, devices and cu_seqlens; return the sizes. Raises InputError.
+
+    `tensors` are q, k, v, g, b, w, initial_state, A_log, dt_bias and cu_seqlens. With `known`, for
+    tensors that nobody watches, only the values of cu_seqlens are looked at where all the rest
+    passed before.
+    """
+    given = (*tensors, cu_seqlens_cpu)
+    if not known or cu_seqlens_cpu is not None:
+        _check_types(given)
+    layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
+    dims = (_known_dims if known else _check_layouts)(state_v_first, *layouts)
+    cu_seqlens = tensors[-1]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, dims.T, cu_seqlens_cpu)
+    return dims
+
+
+def _check_types(given: tuple[object, ...]) -> None:
+    for name, x in zip((*_REQUIRED, *_OPTIONAL), given, strict=True):
+        if not (x is None or isinstance(x, Tensor)):
+            wanted = "a tensor" if name in _REQUIRED else "a tensor or None"
+            raise InputError(f"{name} must be {wanted}, but got {type(x).__name__}")
+
+
+def _check_layouts(
+    state_v_first: bool, *given: tuple[torch.Size, torch.dtype, torch.device] | None
+) -> Dims:
+    layouts = [None if x is None else Layout(*x) for x in given]
+    optional = dict(zip(_OPTIONAL, layouts[len(_REQUIRED) :], strict=True))
+    named = {}
+    for name, x in zip(_REQUIRED, layouts, strict=False):
+        if x is None:
+            raise InputError(f"{name} must be a tensor, but got NoneType")
+        named[name] = x
+        if len(x.shape) != 4:
             raise InputError(
                 f"{name} must be [B, T, heads, dim] with 4 dimensions, "
                 f"but got shape {tuple(x.shape)}"
             )
-    optional = {
-        "initial_state": initial_state,
-        "A_log": A_log,
-        "dt_bias": dt_bias,
-        "cu_seqlens": cu_seqlens,
-    }
-    for name, given in {**optional, "cu_seqlens_cpu": cu_seqlens_cpu}.items():
-        if given is not None and not isinstance(given, Tensor):
-            raise InputError(f"{name} must be a tensor or None, but got {type(given).__name__}")
+    cu_seqlens, cu_seqlens_cpu = optional["cu_seqlens"], optional.pop("cu_seqlens_cpu")
     _check_devices({**named, **optional})
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    HG = g.shape[2]
+    B, T, H, K = named["q"].shape
+    HV, V = named["v"].shape[2:]
+    HG = named["g"].shape[2]
     if K == 0 or V == 0:
         raise InputError(f"head dims must be at least 1, but got K={K}, V={V}")
     if H == 0 or HV % H != 0:
@@ -82,19 +128,34 @@ def check_arguments(
         if tuple(named[name].shape) != shape:
             raise InputError(f"{name} must be {shape}, but got {tuple(named[name].shape)}")
     _check_dtypes(named)
-    N = B
-    if cu_seqlens is not None:
-        if B != 1:
-            raise InputError(
-                f"cu_seqlens wants B=1, but q has B={B}: flatten the batch into one row"
-            )
-        check_cu_seqlens(cu_seqlens, T, cu_seqlens_cpu)
-        N = cu_seqlens.numel() - 1
-    elif cu_seqlens_cpu is not None:
-        raise InputError("cu_seqlens_cpu was given without cu_seqlens")
+    N = _sequences(B, cu_seqlens, cu_seqlens_cpu)
     dims = Dims(B, T, H, HV, HG, K, V, N)
-    _check_optional(dims, initial_state, A_log, dt_bias, state_v_first)
+    _check_optional(dims, optional, state_v_first)
     return dims
+
+
+_known_dims = lru_cache(maxsize=1024)(_check_layouts)
+
+
+def _sequences(B: int, cu_seqlens: Layout | None, cu_seqlens_cpu: Layout | None) -> int:
+    """N, of a batch or as `cu_seqlens` says; its values are checked elsewhere."""
+    if cu_seqlens is None:
+        if cu_seqlens_cpu is not None:
+            raise InputError("cu_seqlens_cpu was given without cu_seqlens")
+        return B
+    if B != 1:
+        raise InputError(f"cu_seqlens wants B=1, but q has B={B}: flatten the batch into one row")
+    shape, cpu = tuple(cu_seqlens.shape), cu_seqlens_cpu
+    if len(shape) != 1 or shape[0] < 2:
+        raise InputError(f"cu_seqlens must be [N+1] with N >= 1, but got shape {shape}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"cu_seqlens must be int32 or int64, but got {cu_seqlens.dtype}")
+    if cpu is not None and (tuple(cpu.shape) != shape or cpu.device.type != "cpu"):
+        raise InputError(
+            f"cu_seqlens_cpu must be a copy of cu_seqlens on the CPU, shape {shape}, "
+            f"but got {tuple(cpu.shape)} on {cpu.device}"
+        )
+    return shape[0] - 1
 
 
 def check_gate(
@@ -131,7 +192,7 @@ def check_head_dims(K: int, V: int) -> None:
             )
 
 
-def _check_dtypes(named: dict[str, Tensor]) -> None:
+def _check_dtypes(named: Mapping[str, Layout]) -> None:
     dtype = named["q"].dtype
     if dtype not in IO_DTYPES and dtype != torch.float64:
         raise InputError(f"q must be bfloat16, float16 or float32, but got {dtype}")
@@ -147,12 +208,9 @@ def _check_dtypes(named: dict[str, Tensor]) -> None:
 
 
 def _check_optional(
-    dims: Dims,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    state_v_first: bool,
+    dims: Dims, optional: Mapping[str, Layout | None], state_v_first: bool
 ) -> None:
+    initial_state, A_log, dt_bias = (optional[x] for x in ("initial_state", "A_log", "dt_bias"))
     if initial_state is not None:
         inner = (dims.V, dims.K) if state_v_first else (dims.K, dims.V)
         shape = (dims.N, dims.HV, *inner)
@@ -175,8 +233,8 @@ def _check_optional(
         )
 
 
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
-    device = tensors["q"].device if tensors["q"] is not None else None
-    for name, x in tensors.items():
+def _check_devices(layouts: Mapping[str, Layout | None]) -> None:
+    device = layouts["q"].device if layouts["q"] is not None else None
+    for name, x in layouts.items():
         if x is not None and x.device != device:
             raise InputError(f"{name} must be on {device} like q, but is on {x.device}")

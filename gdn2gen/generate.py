@@ -12,7 +12,7 @@ from gdn2gen.build import write_atomically
 from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
-from gdn2gen.launch import SUMMED, TORCH_DTYPE, in_place_of
+from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
 from gdn2gen.stages import SEGMENT, SEGMENTS, STAGES, Operand, Stage, has_operand

@@ -1,14 +1,13 @@
-"""Run a recipe: allocate the workspace, launch the stages in order, free what no stage needs."""
+"""Run a recipe: load its kernels, and have its stages launched in order, forward and backward."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gdn2gen import build
@@ -17,91 +16,38 @@ from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
 from gdn2gen.knobs import cuda_compiler, interpreted
+from gdn2gen.passes import Buffer, Pass, Step, in_place_of
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.sequences import chunk_tables
-from gdn2gen.stages import STAGES, Operand
+from gdn2gen.stages import STAGES, Operand, has_operand
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
 
-TORCH_DTYPE = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
+# Inputs in the order of the op's arguments, and their gradients.
+GRADIENT_OF = {
+    "q": "dq",
+    "k": "dk",
+    "v": "dv",
+    "g": "dg",
+    "b": "db",
+    "w": "dw",
+    "initial_state": "dh0",
+    "A_log": "dA_log",
+    "dt_bias": "ddt_bias",
 }
-# Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
-SUMMED = ("dA_log", "ddt_bias")
-
-GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dh0", "dA_log", "ddt_bias")
-
-_poisoned = False
-
-
-def poison(enabled: bool) -> None:
-    """Fill every buffer with NaN before the kernels write it: what was left out then shows."""
-    global _poisoned
-    _poisoned = enabled
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """One output of a stage: the buffer whose place it takes, or its dims by symbol and dtype."""
-
-    name: str
-    takes: str | None
-    symbols: tuple[str, ...]
-    dtype: torch.dtype
-    zeroed: bool
-
-    @classmethod
-    def of(cls, operand: Operand, problem: Problem, takes: str | None = None) -> _Buffer:
-        symbols = operand.dims.split()
-        if problem.state_v_first and operand.name in ("final_state", "dh0"):
-            symbols[-2:] = symbols[:-3:-1]
-        dtype = TORCH_DTYPE[operand.dtype_in(problem)]
-        return cls(operand.name, takes, tuple(symbols), dtype, operand.name in SUMMED)
-
-    def allocate(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
-        if self.symbols == ("0",):
-            return _nothing(self.dtype, device)
-        shape = [sizes[symbol] for symbol in self.symbols]
-        if self.zeroed:
-            return torch.zeros(shape, dtype=self.dtype, device=device)
-        if _poisoned and self.dtype.is_floating_point:
-            return torch.full(shape, float("nan"), dtype=self.dtype, device=device)
-        return torch.empty(shape, dtype=self.dtype, device=device)
-
-
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for scratch that a config makes no use of; nobody writes to it."""
-    return torch.empty(0, dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One stage of a pass: what is allocated, launched with which arguments, and freed."""
-
-    name: str
-    launch: Callable[..., None]
-    tensors: tuple[str, ...]
-    scalars: tuple[str, ...]
-    count: str
-    """The scalar that counts its programs."""
-    buffers: tuple[_Buffer, ...]
-    freed: tuple[str, ...]
+GRADIENTS = tuple(GRADIENT_OF.values())
 
 
 class Runner:
-    """A recipe with its kernels loaded; call `run` with the stages of one direction."""
+    """A recipe with its kernels loaded; `at` the sizes of a call it runs either direction."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.problem = recipe.problem
-        self._passes: dict[tuple[Any, ...], tuple[_Step, ...]] = {}
-        self._backward_planned = False
+        self.backward_planned = False
+        self._steps_of: dict[tuple[Any, ...], tuple[Step, ...]] = {}
 
     @cached_property
     def BT(self) -> int:
@@ -110,6 +56,31 @@ class Runner:
     @cached_property
     def without_final_state(self) -> Problem:
         return replace(self.problem, final_state=False)
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Those that are given, in the order of the op's arguments; cu_seqlens is the last one."""
+        optional = {
+            "initial_state": self.problem.initial_state,
+            "A_log": self.problem.has_A_log,
+            "dt_bias": self.problem.has_dt_bias,
+            "cu_seqlens": self.problem.varlen,
+        }
+        return tuple(name for name in (*GRADIENT_OF, "cu_seqlens") if optional.get(name, True))
+
+    @cached_property
+    def saved(self) -> tuple[Operand, ...]:
+        """What the forward saves for the backward, in order."""
+        plan = self.recipe.plan
+        made = {x.name: x for name in plan.forward for x in STAGES[name].outputs}
+        wanted = {*plan.saves, "q_rstd", "k_rstd"}
+        return tuple(
+            x for x in made.values() if x.name in wanted and has_operand(x, self.problem)
+        )
+
+    def at(self, call: Call) -> SizedRunner:
+        """The same for all calls of these sizes."""
+        return _sized(self, call)
 
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         """The launch function of a stage, rendered and loaded."""
@@ -129,9 +100,22 @@ class Runner:
 
         Without a gradient of the final state, which a training step seldom has.
         """
-        if not self._backward_planned:
-            self._backward_planned = True
-            self._pass(self.recipe.plan.backward, self.without_final_state, GRADIENTS, True)
+        if not self.backward_planned:
+            self.backward_planned = True
+            self._steps(self.recipe.plan.backward, self.without_final_state, GRADIENTS, True)
+
+    def sized_pass(
+        self,
+        stage_names: tuple[str, ...],
+        problem: Problem,
+        call: Call,
+        keep: tuple[str, ...],
+        *,
+        in_place: bool = True,
+    ) -> Pass:
+        """`stage_names` in order at the sizes of `call`; it returns the tensors named in `keep`."""
+        steps = self._steps(stage_names, problem, keep, in_place)
+        return Pass(steps, keep, call, problem, self.BT)
 
     def run(
         self,
@@ -140,47 +124,19 @@ class Runner:
         call: Call,
         tensors: Mapping[str, Tensor],
         keep: tuple[str, ...],
-        *,
-        in_place: bool = True,
-        observe: Callable[[str, Callable[[], None]], None] | None = None,
     ) -> dict[str, Tensor]:
-        """Launch `stage_names` in order and return the tensors named in `keep`.
+        """Launch `stage_names` once; see `Pass.run`."""
+        return self.sized_pass(stage_names, problem, call, keep).run(tensors)
 
-        `tensors` are the inputs by name. Every output is allocated when its stage comes, and
-        dropped after the last stage that reads it. `observe` is given each stage's name and a
-        callable that launches it again on the same buffers.
-        """
-        steps = self._pass(stage_names, problem, keep, in_place)
-        alive = dict(tensors)
-        sizes, scalars = call.sizes(problem, self.BT), call.scalars(self.BT)
-        with _device_guard(call.device):
-            for step in steps:
-                for buffer in step.buffers:
-                    alive[buffer.name] = (
-                        buffer.allocate(sizes, call.device)
-                        if buffer.takes is None
-                        else alive[buffer.takes]
-                    )
-                arguments: dict[str, Any] = {name: alive[name] for name in step.tensors}
-                arguments |= {name: scalars[name] for name in step.scalars}
-                launch = partial(step.launch, **arguments)
-                if scalars[step.count] * call.HV > 0:
-                    launch()
-                    if observe is not None:
-                        observe(step.name, launch)
-                for name in step.freed:
-                    del alive[name]
-        return {name: alive[name] for name in keep if name in alive}
+    def _steps(self, *key: Any) -> tuple[Step, ...]:
+        """`_make_steps`, looked up by one key: they load kernels."""
+        if key not in self._steps_of:
+            self._steps_of[key] = self._make_steps(*key)
+        return self._steps_of[key]
 
-    def _pass(self, *key: Any) -> tuple[_Step, ...]:
-        """`_steps`, looked up by one key: finding out again took half of a call on the host."""
-        if key not in self._passes:
-            self._passes[key] = self._steps(*key)
-        return self._passes[key]
-
-    def _steps(
+    def _make_steps(
         self, stage_names: tuple[str, ...], problem: Problem, keep: tuple[str, ...], in_place: bool
-    ) -> tuple[_Step, ...]:
+    ) -> tuple[Step, ...]:
         steps = []
         alive: set[str] = set()
         for position, name in enumerate(stage_names):
@@ -194,7 +150,7 @@ class Runner:
             alive -= freed
             config = self.recipe.configs[name]
             steps.append(
-                _Step(
+                Step(
                     name,
                     self.launcher(problem, name),
                     tensors=tuple(x.name for x in operands),
@@ -206,9 +162,58 @@ class Runner:
             )
         return tuple(steps)
 
-    def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> _Buffer:
-        buffer = _Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
-        return replace(buffer, symbols=("0",)) if x.is_idle(config) else buffer
+    def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
+        buffer = Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
+        return replace(buffer, idle=x.is_idle(config))
+
+
+class SizedRunner:
+    """A runner at the sizes of one call."""
+
+    def __init__(self, runner: Runner, call: Call) -> None:
+        self.runner = runner
+        self.call = call
+        self.input_names = runner.inputs
+        self.saved_names = tuple(x.name for x in runner.saved)
+        self.gradient_names = tuple(
+            (name, GRADIENT_OF[name]) for name in runner.inputs if name in GRADIENT_OF
+        )
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Output `o`, `final_state` if the problem has one, and what the backward wants saved."""
+        return self._forward.run({**tensors, **self._tables(tensors)})
+
+    def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of every input, from `do`, `dht` if it is given, the inputs and what was saved.
+        """
+        chosen = self._backward_with_dht if "dht" in tensors else self._backward
+        return chosen.run({**tensors, **self._tables(tensors)})
+
+    @cached_property
+    def _forward(self) -> Pass:
+        keep = ("o", "final_state", *self.saved_names)
+        plan = self.runner.recipe.plan
+        return self.runner.sized_pass(plan.forward, self.runner.problem, self.call, keep)
+
+    @cached_property
+    def _backward(self) -> Pass:
+        return self._backward_of(self.runner.without_final_state)
+
+    @cached_property
+    def _backward_with_dht(self) -> Pass:
+        return self._backward_of(self.runner.problem)
+
+    def _backward_of(self, problem: Problem) -> Pass:
+        stages = self.runner.recipe.plan.backward
+        return self.runner.sized_pass(stages, problem, self.call, GRADIENTS)
+
+    def _tables(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return packed_tables(tensors, self.call, self.runner.BT) if self.call.packed else {}
+
+
+@lru_cache(maxsize=512)  # of 22 KB
+def _sized(runner: Runner, call: Call) -> SizedRunner:
+    return SizedRunner(runner, call)
 
 
 def _only_triton(stage_name: str) -> bool:
@@ -225,41 +230,6 @@ def _only_triton(stage_name: str) -> bool:
         stacklevel=2,
     )
     return True
-
-
-def in_place_of(operand: Operand, problem: Problem) -> str | None:
-    """The buffer that this output takes the place of, if it does.
-
-    A program of grad_key reads its part of G before it writes the same part of dg.
-    """
-    return "G" if operand.name == "dg" and problem.gate_dtype == "fp32" else None
-
-
-def empty(
-    operand: Operand, problem: Problem, sizes: Mapping[str, int], device: torch.device
-) -> Tensor:
-    """A buffer for one output of a stage; `sizes` gives the value of every symbol in dims."""
-    return _Buffer.of(operand, problem).allocate(sizes, device)
-
-
-def forward(
-    runner: Runner, call: Call, tensors: Mapping[str, Tensor], save: Iterable[str]
-) -> dict[str, Tensor]:
-    """Output `o`, `final_state` if the problem has one, and the tensors named in `save`."""
-    tables = packed_tables(tensors, call, runner.BT)
-    keep = ("o", "final_state", *save)
-    return runner.run(
-        runner.recipe.plan.forward, runner.problem, call, {**tensors, **tables}, keep
-    )
-
-
-def backward(
-    runner: Runner, call: Call, tensors: Mapping[str, Tensor], has_dht: bool
-) -> dict[str, Tensor]:
-    """Gradients of every input, from `do` (and `dht`), the inputs and what the forward saved."""
-    tables = packed_tables(tensors, call, runner.BT)
-    problem = runner.problem if has_dht else runner.without_final_state
-    return runner.run(runner.recipe.plan.backward, problem, call, {**tensors, **tables}, GRADIENTS)
 
 
 def packed_tables(tensors: Mapping[str, Tensor], call: Call, BT: int) -> dict[str, Tensor]:
@@ -282,17 +252,11 @@ def stage_calls(
     `tensors` holds the inputs, and `do` for the backward.
     """
     calls: list[tuple[str, Callable[[], None]]] = []
-    runner.run(
-        (*runner.recipe.plan.forward, *runner.recipe.plan.backward),
-        runner.problem,
-        call,
+    plan = runner.recipe.plan
+    stages = (*plan.forward, *plan.backward)
+    whole = runner.sized_pass(stages, runner.problem, call, keep=(), in_place=False)
+    whole.run(
         {**tensors, **packed_tables(tensors, call, runner.BT)},
-        keep=(),
-        in_place=False,
         observe=lambda name, launch: calls.append((name, launch)),
     )
     return calls
-
-
-def _device_guard(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

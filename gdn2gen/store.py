@@ -45,6 +45,7 @@ __all__ = [
     "Unread",
     "check_configs",
     "check_entry",
+    "count_written",
     "is_stale",
     "load_tuned",
     "merge_entries",
@@ -175,6 +176,16 @@ def write_tuned(path: Path, file: TunedFile) -> None:
             f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
             "give a folder that you may write with GDN2GEN_TUNED_DIR"
         ) from error
+    global _written
+    _written += 1
+
+
+_written = 0
+
+
+def count_written() -> int:
+    """How many tuned files this process has written: who remembers one asks again if it grew."""
+    return _written
 
 
 def _check_entries(path: Path, entries: Iterable[Entry]) -> None:

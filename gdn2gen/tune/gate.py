@@ -148,13 +148,13 @@ def _moved(problem: Problem, shape: Shape, repeats: int, device: str) -> str:
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    from gdn2gen import launch
+    from gdn2gen import passes
 
-    launch.poison(True)
+    passes.poison(True)
     try:
         yield
     finally:
-        launch.poison(False)
+        passes.poison(False)
 
 
 @contextmanager

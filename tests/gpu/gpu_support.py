@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gdn2gen import launch
+from gdn2gen import passes
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import case_inputs, errors_in_range
 from gdn2gen.bench import run_op
@@ -143,11 +143,11 @@ def states_of(tensors: Mapping[str, Tensor], n: int) -> Tensors:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Inside, every buffer is full of NaN before the kernels write it."""
-    launch.poison(True)
+    passes.poison(True)
     try:
         yield
     finally:
-        launch.poison(False)
+        passes.poison(False)
 
 
 def free_memory() -> None:

@@ -30,8 +30,8 @@ from gdn2gen.bench import relative_errors, run_reference
 from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.errors import InputError
 from gdn2gen.inputs import make_inputs
-from gdn2gen.launch import Runner
 from gdn2gen.ops import chunk_gdn2
+from gdn2gen.passes import Pass
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -161,7 +161,7 @@ def test_case_10_a_gate_of_the_wrong_rank_launches_nothing(
     def launched(*_: object, **__: object) -> None:
         raise AssertionError("a kernel was about to be launched")
 
-    monkeypatch.setattr(Runner, "run", launched)
+    monkeypatch.setattr(Pass, "run", launched)
     right = make_inputs(2, 64, 4, 128, 128, dtype=torch.bfloat16, device=DEVICE)
     for what, wrong in bad_calls().items():
         call: dict[str, Any] = right | wrong

@@ -15,7 +15,7 @@ from typing import Final
 
 from torch import Tensor
 
-from gdn2gen import launch
+from gdn2gen import launch, passes
 from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
 from gdn2gen._bench_time import call_of
 from gdn2gen._verify_cases import Case
@@ -267,12 +267,12 @@ def run_extreme(name: str, plan: str, knobs: tuple[tuple[str, int | str], ...]) 
     case = KernelCase(Case(name, extreme.problem, _shape(1, 40, 1), "layer"), plan, knobs)
     inputs, gradients = case_inputs(case.case, "cpu")
     extreme.change(inputs)
-    launch.poison(True)
+    passes.poison(True)
     try:
         with forced_recipe(case.recipe):
             results = run_op(chunk_gdn2, extreme.problem, inputs, gradients)
     finally:
-        launch.poison(False)
+        passes.poison(False)
     return relative_errors(results, run_reference(extreme.problem, inputs, gradients))
 
 

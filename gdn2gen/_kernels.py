@@ -1,0 +1,81 @@
+"""A call's kernels on its tensors, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gdn2gen._lookup import Request, known_request
+from gdn2gen.launch import SizedRunner
+
+NAMES = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias", "cu_seqlens")
+"""Tensors of a call, in the order of the op's arguments."""
+
+
+def request_of(
+    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], make: Any = known_request
+) -> Request:
+    """What a call asks for with the tensors of `NAMES`; `options` are the last arguments of `make`.
+    """
+    q, _, v, g, _, _, initial_state, A_log, dt_bias, cu_seqlens = tensors
+    assert q is not None and v is not None and g is not None
+    request: Request = make(
+        q.shape,
+        v.shape,
+        g.shape,
+        q.dtype,
+        g.dtype,
+        q.device,
+        initial_state is not None,
+        A_log is not None,
+        dt_bias is not None,
+        None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        *options,
+    )
+    return request
+
+
+def run_forward(
+    sized: SizedRunner, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """o, the final state if asked for, and what the backward wants saved.
+
+    `given` are the tensors of `NAMES` that are given.
+    """
+    runner = sized.runner
+    if not runner.backward_planned and any(x.requires_grad for x in given):
+        runner.plan_backward()
+    results = sized.forward(dict(zip(sized.input_names, given, strict=True)))
+    return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
+
+
+def run_backward(
+    sized: SizedRunner,
+    do: Tensor,
+    dht: Tensor | None,
+    saved: Sequence[Tensor],
+    o: Tensor,
+    given: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of `given`, but for cu_seqlens."""
+    inputs = dict(zip(sized.input_names, given, strict=True))
+    tensors = {**inputs, **dict(zip(sized.saved_names, saved, strict=True))}
+    tensors["do"], tensors["o"] = do.contiguous(), o
+    if dht is not None:
+        tensors["dht"] = dht.contiguous()
+    grads = sized.backward(tensors)
+    return [_fold(grads[grad], name, inputs[name]) for name, grad in sized.gradient_names]
+
+
+def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
+    """Sum a kernel's gradient per value head, or per chunk, to the shape of its input."""
+    if grad.shape == x.shape:
+        return grad
+    if name == "A_log":
+        return grad.sum((0, 2)).view(x.shape[0], -1).sum(1)
+    if name == "dt_bias":
+        return grad.sum(0).view(x.shape[0], -1, x.shape[1]).sum(1)
+    B, T, heads, dim = x.shape
+    return grad.view(B, T, heads, grad.shape[2] // heads, dim).float().sum(3).to(x.dtype)

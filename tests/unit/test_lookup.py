@@ -1,0 +1,214 @@
+"""What is looked up once for all calls of the same shapes is right for every other call, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recorded_launches import (
+    FLAGS,
+    GATED,
+    HEADS,
+    Launched,
+    forget,
+    make,
+    packed,
+    recorded,
+    train,
+)
+from torch import Tensor
+
+from gdn2gen import _lookup, chunk_gdn2, dispatch, launch, render
+from gdn2gen.config import default_config
+from gdn2gen.device import named_device
+from gdn2gen.dispatch import Recipe, default_recipe, forced_recipe
+from gdn2gen.errors import DispatchError, InputError, UnsupportedError
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.store import Entry, TunedFile, metadata_for, tuned_path, write_tuned
+
+SM_90 = named_device("sm_90")
+
+
+@pytest.fixture(name="launched")
+def _launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
+    yield from recorded(monkeypatch, tmp_path)
+
+CALLS: dict[str, dict[str, Any]] = {
+    "tokens": make(T=41),
+    "batch": make(B=3),
+    "value heads": make(HV=2),
+    "heads of the gate": make(HG=2),
+    "V": make(V=32),
+    "dtype": make(dtype=torch.float16),
+    "dtype of the gate": make(gate_dtype=torch.bfloat16),
+    "no l2norm": make() | {"use_qk_l2norm_in_kernel": False},
+    "scale": make() | {"scale": 2},
+    "state": make(initial_state=True),
+    "final state": make() | {"output_final_state": True},
+    "states, V first": make()
+    | {"output_final_state": True, "state_v_first": True}
+    | {"initial_state": torch.ones(2, HEADS, 64, 32)},
+    "fast": make() | {"disable_recompute": True},
+    "packed": packed(0, 7, 40),
+    "packed otherwise": packed(0, 7, 9, 40),
+    "softplus": make() | GATED,
+    "with a bias": make() | GATED | {"dt_bias": torch.zeros(HEADS * 32)},
+    "sigmoid": make() | GATED | {"lower_bound": -5},
+    "sigmoid, another bound": make() | GATED | {"lower_bound": -4.0},
+    "sigmoid, without A_log": make() | {"use_gate_in_kernel": True, "lower_bound": -4.0},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_after_another_is_launched_like_a_first_one(name: str, launched: Launched) -> None:
+    call = FLAGS | CALLS[name]
+    first = train(**call)
+    expected = launched.looks()
+    forget()
+    for other in (make(), *CALLS.values()):
+        train(**(FLAGS | other))
+    launched.clear()
+    again = train(**call)
+    assert launched.looks() == expected
+    assert [(x.shape, x.dtype) for x in again] == [(x.shape, x.dtype) for x in first]
+    wanted = [x for x in call.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    grads = again[len(again) - len(wanted) :]
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in wanted]
+
+
+def test_calls_of_the_same_sizes_share_what_was_looked_up(launched: Launched) -> None:
+    chunk_gdn2(**make(), **FLAGS)
+    before = [x.cache_info().misses for x in (_lookup.known_request, launch._sized)]
+    chunk_gdn2(**make(), **FLAGS)
+    assert [x.cache_info().misses for x in (_lookup.known_request, launch._sized)] == before
+
+
+def test_a_bound_that_is_an_integer_is_a_float_in_the_kernels(launched: Launched) -> None:
+    train(**(make() | GATED | {"lower_bound": -5}))
+    given = [scalars["lower_bound"] for *_, scalars in launched if "lower_bound" in scalars]
+    assert given and all(type(x) is float for x in given)
+
+
+def test_devices_are_told_apart(launched: Launched) -> None:
+    inputs = make()
+    chunk_gdn2(**inputs, **FLAGS)
+    with pytest.raises(InputError, match="k must be on cpu like q, but is on meta"):
+        chunk_gdn2(**inputs | {"k": inputs["k"].to("meta")}, **FLAGS)
+    x = inputs["q"]
+    rest = (x.dtype, x.dtype, False, False, False, None, 1.0, None, *[False] * 4)
+    requests = [
+        _lookup.known_request(
+            *(x.shape, x.shape, x.shape), *rest[:2], torch.device("cuda", index), *rest[2:]
+        )
+        for index in (0, 1, 0)
+    ]
+    assert [x.call.device.index for x in requests] == [0, 1, 0]
+    assert requests[0] is requests[2]
+
+
+def test_what_is_refused_is_refused_again(launched: Launched) -> None:
+    right = make()
+    for _ in range(2):
+        chunk_gdn2(**right, **FLAGS)
+        with pytest.raises(InputError, match="k must be"):
+            chunk_gdn2(**right | {"k": right["k"][:, 1:]}, **FLAGS)
+        with pytest.raises(InputError, match="w must have the dtype"):
+            chunk_gdn2(**right | {"w": right["w"].float()}, **FLAGS)
+        with pytest.raises(InputError, match="b must be a tensor, but got NoneType"):
+            chunk_gdn2(**right | {"b": None}, **FLAGS)
+        with pytest.raises(UnsupportedError, match="K=48"):
+            chunk_gdn2(**make(K=48), **FLAGS)
+        with pytest.raises(InputError, match="cu_seqlens must not fall"):
+            chunk_gdn2(**packed(0, 9, 5, 40), **FLAGS)
+        chunk_gdn2(**packed(0, 5, 9, 40), **FLAGS)
+
+
+# Recipes
+
+REGIME = Regime(tokens=80, sequences=2, heads=HEADS)
+
+
+def tune(folder: Path, num_stages: int) -> None:
+    """File an entry for `make()`, told by the num_stages of its scan."""
+    problem = Problem(K=32, V=64)
+    recipe = default_recipe(problem)
+    configs = {**recipe.configs, "scan": recipe.configs["scan"].replace(num_stages=num_stages)}
+    digests = {stage: render.template_digest(config) for stage, config in configs.items()}
+    times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
+    entry = Entry(
+        *(problem.key, REGIME.key, "lean", "lean", configs, digests, times, {}, "measured")
+    )
+    path = tuned_path(folder, "gdn2", SM_90)
+    write_tuned(path, TunedFile(metadata_for(SM_90, {}, "test", "2026"), (entry,)))
+
+
+def scan_of(launched: Launched) -> int:
+    """The num_stages of the scan that a call runs."""
+    launched.clear()
+    chunk_gdn2(**make(), **FLAGS)
+    (config,) = [config for stage, config, *_ in launched if stage == "scan"]
+    return int(config["num_stages"])
+
+
+def test_what_is_tuned_meanwhile_is_noticed(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now[0])
+    default = default_config("scan", Problem(K=32, V=64)).size("num_stages")
+    assert scan_of(launched) == default
+    tune(tmp_path / "packaged", 1)
+    assert scan_of(launched) == 1
+    tune(tmp_path / "user", 3)
+    assert scan_of(launched) == 3
+    tuned_path(tmp_path / "user", "gdn2", SM_90).unlink()  # as another program would
+    now[0] += 1.0
+    assert scan_of(launched) == 1
+
+
+def test_the_environment_is_asked_in_every_call(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(tmp_path / "user", 1)
+    tune(tmp_path / "elsewhere", 3)
+    assert scan_of(launched) == 1
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "elsewhere"))
+    assert scan_of(launched) == 3
+    chunk_gdn2(**make(T=50), **FLAGS)
+    monkeypatch.setenv("GDN2GEN_STRICT", "1")
+    assert scan_of(launched) == 3
+    for _ in range(2):
+        with pytest.raises(DispatchError, match="strict"):
+            chunk_gdn2(**make(T=50), **FLAGS)
+    monkeypatch.delenv("GDN2GEN_STRICT")
+    chunk_gdn2(**make(T=50), **FLAGS)
+
+
+def forced(num_stages: int) -> Recipe:
+    recipe = default_recipe(Problem(K=32, V=64))
+    scan = recipe.configs["scan"].replace(num_stages=num_stages)
+    return Recipe(recipe.problem, recipe.plan, {**recipe.configs, "scan": scan}, "forced", "a test")
+
+
+def test_the_forced_recipe_is_the_innermost_one(launched: Launched) -> None:
+    unforced = scan_of(launched)
+    with forced_recipe(forced(1)):
+        assert scan_of(launched) == 1
+        with forced_recipe(forced(3)):
+            assert scan_of(launched) == 3
+        assert scan_of(launched) == 1
+    assert scan_of(launched) == unforced
+
+
+def test_the_backward_runs_what_the_forward_found(launched: Launched, tmp_path: Path) -> None:
+    """On autograd's thread, after the forced recipe is gone and another one is on file."""
+    recipe = default_recipe(Problem(K=32, V=64), "fast")
+    inputs = {name: x.requires_grad_() for name, x in make().items()}
+    with forced_recipe(recipe):
+        o, _ = chunk_gdn2(**inputs, **FLAGS)
+    tune(tmp_path / "user", 3)
+    torch.autograd.backward(o.sum())
+    assert [stage for stage, *_ in launched] == [*recipe.plan.forward, *recipe.plan.backward]
