@@ -1,17 +1,45 @@
-"""Passes: operands come in the order that the kernels take them in."""
+"""Passes: buffers laid out as torch would, operands in the order that the kernels take them in."""
 
 from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from tilelang_configs import tilelang_anchored
 
+from gdn2gen import passes
 from gdn2gen.config import Config, default_config, language_of
+from gdn2gen.passes import Buffer
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.stages import STAGES
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 0, 3), (0,), (1, 0, 4, 2), (3, 1, 1)])
+def test_strides_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    assert passes._strides(shape) == torch.empty(shape).stride()
+    if shape:
+        made = torch.empty_strided(shape, passes._strides(shape))
+        assert made.is_contiguous()
+
+
+def test_buffers_on_a_gpu_skip_the_dispatcher_where_torch_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffer = Buffer("x", None, ("N", "V"), torch.bfloat16)
+    sizes, device = {"N": 3, "V": 4}, torch.device("cuda", 1)
+    quick = object()
+    monkeypatch.setattr(passes, "_empty_on_gpu", lambda *given: (quick, given))
+    assert buffer.allocator(sizes, device)() == (quick, ((3, 4), (4, 1), torch.bfloat16))
+    assert buffer.allocator(sizes, torch.device("cpu"))().shape == (3, 4)
+    monkeypatch.setattr(passes, "_empty_on_gpu", None)
+    plain = buffer.allocator(sizes, device)
+    assert isinstance(plain, partial) and plain.func is torch.empty
+    assert plain.keywords == {"dtype": torch.bfloat16, "device": device}
+
 
 _PROBLEM = Problem(
     gate="softplus", has_A_log=True, has_dt_bias=True, initial_state=True, final_state=True
