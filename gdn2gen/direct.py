@@ -10,7 +10,8 @@ those two are looked at, and what differs goes through Triton.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -44,6 +45,10 @@ class DirectKernel:
         from triton.runtime import driver
 
         self._kernel, self._driver, self._knobs = kernel, driver, knobs.runtime
+        self._tensors: int | None = None
+        """How many arguments are tensors: the first ones. Scalars follow."""
+        self._fitting: tuple[int | float, ...] = ()
+        """The scalars of the last launch, which are mostly the same again, and fit 32 bits."""
         self._compiled: dict[int, Any] = {}
         """What the first launch on a device compiled, by the device's index."""
 
@@ -51,7 +56,7 @@ class DirectKernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        values = _plain(arguments)
+        values = self._plain(arguments)
         if values is None or self._is_watched():
             self._kernel[grid](*arguments, **named)
             return
@@ -63,7 +68,7 @@ class DirectKernel:
                 self._compiled[device] = compiled
             return
         stream = self._driver.active.get_current_stream(device)
-        rest = (named[name] for name in self._kernel.arg_names[len(values) :])
+        rest = [named[name] for name in self._kernel.arg_names[len(values) :]]
         x, y, z = (*grid, 1, 1)[:3]
         # no hooks, and so no metadata for them
         compiled.run(
@@ -71,11 +76,28 @@ class DirectKernel:
             *values, *rest
         )  # fmt: skip
 
+    def _plain(self, arguments: tuple[Any, ...]) -> list[int | float] | None:
+        """Addresses of the tensors, and the scalars; None if Triton would compile another kernel.
+        """
+        if self._tensors is None:
+            self._tensors = sum(not isinstance(x, int | float) for x in arguments)
+        addresses = [x.data_ptr() for x in arguments[: self._tensors]]
+        scalars = arguments[self._tensors :]
+        if reduce(or_, addresses, 0) % _ALIGNMENT:
+            return None
+        if scalars != self._fitting:
+            if not all(x in _INT32 for x in scalars if isinstance(x, int)):
+                return None
+            self._fitting = scalars
+        return [*addresses, *scalars]
+
     def _is_watched(self) -> bool:
         """Whether a profiler hooked into Triton's launches."""
-        hooks = (self._knobs.launch_enter_hook, self._knobs.launch_exit_hook)
-        return bool(self._kernel.pre_run_hooks) or any(
-            hook is not None and getattr(hook, "calls", True) for hook in hooks
+        enter, leave = self._knobs.launch_enter_hook, self._knobs.launch_exit_hook
+        return bool(
+            self._kernel.pre_run_hooks
+            or (enter is not None and getattr(enter, "calls", True))
+            or (leave is not None and getattr(leave, "calls", True))
         )
 
     def _takes_only_plain_sizes(self, arguments: tuple[Any, ...]) -> bool:
@@ -85,19 +107,3 @@ class DirectKernel:
             parameter.do_not_specialize or not isinstance(value, int | float)
             for parameter, value in zip(parameters, arguments, strict=True)
         )
-
-
-def _plain(arguments: tuple[Any, ...]) -> list[Any] | None:
-    """Addresses of the tensors, and the scalars; None if Triton would compile another kernel."""
-    values = []
-    addresses = 0
-    for x in arguments:
-        value = x
-        if isinstance(x, int):
-            if x not in _INT32:
-                return None
-        elif not isinstance(x, float):
-            value = x.data_ptr()
-            addresses |= value
-        values.append(value)
-    return None if addresses % _ALIGNMENT else values

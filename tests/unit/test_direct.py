@@ -22,8 +22,13 @@ X = torch.zeros(64)
 class FakeKernel:
     """What DirectKernel uses of Triton's JITFunction; notes which way each launch took."""
 
-    def __init__(self, *, specialised: tuple[str, ...] = ()) -> None:
-        self.arg_names = ["x", "scale", "T", "NT", "BT"]
+    def __init__(
+        self,
+        *,
+        arguments: tuple[str, ...] = ("x", "scale", "T"),
+        specialised: tuple[str, ...] = (),
+    ) -> None:
+        self.arg_names = [*arguments, "NT", "BT"]
         self.params = [
             SimpleNamespace(do_not_specialize=name not in specialised) for name in self.arg_names
         ]
@@ -102,6 +107,19 @@ def test_what_triton_compiles_anew_goes_through_it(
     assert len(fake.direct) == 1
 
 
+def test_every_tensor_has_to_be_aligned(device: SimpleNamespace) -> None:
+    fake = FakeKernel(arguments=("x", "y", "T"))
+    kernel = DirectKernel(fake)
+    for y in (X, X[4:], X[1:], X):
+        kernel[(8,)](X, y, 70, NT=3, BT=32)
+    assert [y.data_ptr() for _, (_, y, _), _ in fake.through_triton] == [
+        x.data_ptr() for x in (X, X[1:])
+    ]
+    assert [given[9:] for given in fake.direct] == [
+        (X.data_ptr(), y.data_ptr(), 70, 3, 32) for y in (X[4:], X)
+    ]
+
+
 def test_a_kernel_that_is_specialised_on_sizes_always_goes_through_triton(
     device: SimpleNamespace,
 ) -> None:
@@ -140,6 +158,8 @@ def test_rendered_kernels_can_be_launched_directly(stage: str) -> None:
     assert not any(isinstance(x, DirectKernel) for x in vars(module).values())
     operands = {x.name for x in STAGES[stage].operands(problem)}
     for kernel in kernels:
+        first = [parameter.name in operands for parameter in kernel._kernel.params]
+        assert first == sorted(first, reverse=True)
         for parameter in kernel._kernel.params:
             plain = parameter.name in operands or parameter.is_constexpr
             assert plain or parameter.do_not_specialize, parameter.name
