@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 6746999195c19abe; made by
+Template digest 8c5b1e0eefe68763; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -169,6 +169,7 @@ def program():
             b_dG_C = tile.alloc_fragment([BK], "float32")
             b_gamma = tile.alloc_fragment([BK], "float32")
             b_least = tile.alloc_fragment([1], "float32")
+            hold = tile.alloc_local([1], "float32")
             b_row = tile.alloc_fragment([BK, BT], "float32")
             b_column = tile.alloc_fragment([BK, BT], "float32")
             b_k = tile.alloc_fragment([BK, BT], "float32")
@@ -254,6 +255,11 @@ def program():
                     b_next[i, j] = b_k[i, j] * b_b[i, j] * b_row[i, j]
                 tile.gemm(b_first, s_dAqk, b_dk, policy=ROWS)
                 tile.gemm(b_next, s_dT, b_dk, policy=ROWS)
+                hold[0] = tile.cast(s_G[0, 0], "float32")
+                hold[0] = tile.cast(s_k[0, 0], "float32")
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+                hold[0] = tile.cast(s_b[0, 0], "float32")
+                hold[0] = tile.cast(s_gamma[0], "float32")
 
                 # b_q holds scale q, and b_dq the gradient of q over scale
                 for i, j in tile.Parallel(BK, BT):
@@ -278,6 +284,11 @@ def program():
                 tile.clear(b_dg)
                 tile.gemm(b_next, s_later, b_dg, policy=ROWS)
                 tile.gemm(b_first, s_later, b_dg, policy=ROWS)
+                hold[0] = tile.cast(s_diagonal[0], "float32")
+                hold[0] = tile.cast(s_q_rstd[0], "float32")
+                hold[0] = tile.cast(s_k_rstd[0], "float32")
+                hold[0] = tile.cast(s_q_dot[0], "float32")
+                hold[0] = tile.cast(s_k_dot[0], "float32")
 
                 # through the gate's activation
                 rate = tile.exp(A_log[i_hg])

@@ -16,7 +16,7 @@ and every tile a barrier of its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest f9263b7e3d65a642; made by
+Template digest 91f08805e43b42b6; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_value --config \
       BT=32,BV=128,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4
@@ -79,6 +79,7 @@ def program():
             b_dX = tile.alloc_fragment([BT, V], "float32")
             b_dT = tile.alloc_fragment([BT, BT], "float32")
             b_dAqk = tile.alloc_fragment([BT, BT], "float32")
+            hold = tile.alloc_local([1], "float32")
             b_q = tile.alloc_fragment([BT, V], "float32")
             b_k = tile.alloc_fragment([BT, V], "float32")
             b_q_dot = tile.alloc_fragment([BT], "float32")
@@ -125,6 +126,15 @@ def program():
                 for i in tile.Parallel(BT):
                     q_dot[i_c, i_h, i] = b_q_dot[i]
                     k_dot[i_c, i_h, i] = b_k_dot[i]
+                tile.sync_threads()
+                hold[0] = tile.cast(s_v[0, 0], "float32")
+                hold[0] = tile.cast(s_w[0, 0], "float32")
+                hold[0] = tile.cast(s_R[0, 0], "float32")
+                hold[0] = tile.cast(s_dX[0, 0], "float32")
+                hold[0] = tile.cast(s_dX_rest[0, 0], "float32")
+                hold[0] = tile.cast(s_do[0, 0], "float32")
+                hold[0] = tile.cast(s_o[0, 0], "float32")
+
                 tile.copy(s_dv, dv[i_b, i_row : i_row + BT, i_h, :])
                 tile.copy(s_dw, dw[i_b, i_row : i_row + BT, i_h, :])
 

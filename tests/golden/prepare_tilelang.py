@@ -21,7 +21,7 @@ than 2^-104 since the chunk's start are exact; later_frames_kernel, in Triton, w
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest 8697a57a71d10b47; made by
+Template digest c28e4869f27c6567; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -112,6 +112,7 @@ def program():
             x_k = tile.alloc_local([PART, 2], "float32")
             x_before = tile.alloc_local([2], "float32")
             x_C = tile.alloc_local([2], "float32")
+            hold = tile.alloc_local([1], "float32")
             x_A = tile.alloc_local([BT], "float32")
 
             for i_n in tile.Pipelined(
@@ -186,6 +187,11 @@ def program():
 
                 tile.clear(b_scores)
                 tile.gemm(s_rows, s_keys, b_scores, transpose_B=True)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+                hold[0] = tile.cast(s_k[0, 0], "float32")
+                hold[0] = tile.cast(s_g[0, 0], "float32")
+                hold[0] = tile.cast(s_b[0, 0], "float32")
+
                 for i, j in tile.Parallel(2 * BT, BT):
                     if i < BT:
                         s_T[j, i] = b_scores[i, j]

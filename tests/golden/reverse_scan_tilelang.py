@@ -19,7 +19,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 8245a615d21bbc94; made by
+Template digest ec98e6441e835b08; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -118,6 +118,7 @@ def program():
                 tile.wait_wgmma(1)
                 hold[0] = tile.cast(s_Aqk[0, 0], "float32")
                 hold[0] = tile.cast(s_Ktail[0, 0], "float32")
+                hold[0] = tile.cast(s_do[0, 0], "float32")
 
                 tile.copy(b_dR, b_dRd)
                 tile.wgmma_gemm(b_dRd, s_A, b_dX, clear_accum=True, policy=ROWS)
@@ -136,6 +137,7 @@ def program():
                 tile.copy(s_dX_rest, dX_rest[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_E[0, 0], "float32")
+                hold[0] = tile.cast(s_gamma[0], "float32")
 
             for i, j in tile.Parallel(BV, K):
                 dh0[i_n, i_h, j, i_v * BV + i] = b_dS[i, j]

@@ -20,7 +20,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest f801aa9636ab102e; made by
+Template digest 999552d52f7821a6; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -123,6 +123,8 @@ def program():
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_Qg[0, 0], "float32")
                 hold[0] = tile.cast(s_A[0, 0], "float32")
+                hold[0] = tile.cast(s_v[0, 0], "float32")
+                hold[0] = tile.cast(s_w[0, 0], "float32")
 
                 tile.copy(b_R, b_Rd)
                 tile.wgmma_gemm(b_Rd, s_Ktail, b_S, policy=ROWS)
@@ -130,6 +132,7 @@ def program():
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_Ktail[0, 0], "float32")
                 hold[0] = tile.cast(s_Aqk[0, 0], "float32")
+                hold[0] = tile.cast(s_gamma[0], "float32")
 
                 for i, j in tile.Parallel(BV, BT):
                     s_o[j, i] = b_o[i, j]

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from tilelang_configs import tilelang_anchored
+from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen import passes
 from gdn2gen.config import Config, default_config, language_of
@@ -52,7 +52,7 @@ def _configs() -> list[Config]:
     return [
         *(default_config(stage, _PROBLEM) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
-        *(tilelang_anchored(stage, _PROBLEM) for stage in ("prepare", "grad_key")),
+        *(tilelang_by_chunk(stage, _PROBLEM) for stage in ("prepare", "grad_value", "grad_key")),
     ]
 
 
