@@ -136,8 +136,9 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         return f"BK={config['BK']} exceeds the key head dim K={problem.K}"
     if "BV" in config and config.size("BV") > problem.V:
         return f"BV={config['BV']} exceeds the value head dim V={problem.V}"
-    if config.stage == "grad_value" and config["chunks"] != 1 and language_of(config) == "triton":
-        return f"the Triton grad_value takes one chunk a program, not {config['chunks']}"
+    several = config.stage in ("prepare", "grad_value") and config["chunks"] != 1
+    if several and language_of(config) == "triton":
+        return f"the Triton {config.stage} takes one chunk a program, not {config['chunks']}"
     if "decay" in config:
         reason = _why_not_placed(config, problem)
         if reason is not None:
@@ -156,8 +157,6 @@ def language_of(config: Config) -> str:
 
 def _why_not_placed(config: Config, problem: Problem) -> str | None:
     """Whether the placement of the decay goes with the other knobs."""
-    if config.stage == "prepare" and config["chunks"] != 1 and language_of(config) == "triton":
-        return f"the Triton prepare takes one chunk a program, not {config['chunks']}"
     if config["decay"] == "anchored":
         if problem.dtype == "fp16":
             return "anchored factors reach 2^96, which fp16 cannot hold: use a dyadic placement"

@@ -117,17 +117,6 @@ class Runner:
         steps = self._steps(stage_names, problem, keep, in_place)
         return Pass(steps, keep, call, problem, self.BT)
 
-    def run(
-        self,
-        stage_names: tuple[str, ...],
-        problem: Problem,
-        call: Call,
-        tensors: Mapping[str, Tensor],
-        keep: tuple[str, ...],
-    ) -> dict[str, Tensor]:
-        """Launch `stage_names` once; see `Pass.run`."""
-        return self.sized_pass(stage_names, problem, call, keep).run(tensors)
-
     def _steps(self, *key: Any) -> tuple[Step, ...]:
         """`_make_steps`, looked up by one key: they load kernels."""
         if key not in self._steps_of:

@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 8c5b1e0eefe68763; made by
+Template digest d5934b5650f61ba4; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -169,6 +169,8 @@ def program():
             b_dG_C = tile.alloc_fragment([BK], "float32")
             b_gamma = tile.alloc_fragment([BK], "float32")
             b_least = tile.alloc_fragment([1], "float32")
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
             b_row = tile.alloc_fragment([BK, BT], "float32")
             b_column = tile.alloc_fragment([BK, BT], "float32")

@@ -16,7 +16,7 @@ and every tile a barrier of its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest 91f08805e43b42b6; made by
+Template digest 8c317eb73812db30; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_value --config \
       BT=32,BV=128,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4
@@ -79,6 +79,8 @@ def program():
             b_dX = tile.alloc_fragment([BT, V], "float32")
             b_dT = tile.alloc_fragment([BT, BT], "float32")
             b_dAqk = tile.alloc_fragment([BT, BT], "float32")
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
             b_q = tile.alloc_fragment([BT, V], "float32")
             b_k = tile.alloc_fragment([BT, V], "float32")
@@ -90,7 +92,6 @@ def program():
             ):
                 i_c = i_b * n_chunks + i_first + i_n
                 i_row = (i_first + i_n) * BT
-                n_rows = tile.min(T - i_row, BT)
 
                 tile.copy(dX[i_c, i_h, :, :], s_dX)
                 tile.copy(R[i_c, i_h, :, :], s_R)

@@ -19,7 +19,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest ec98e6441e835b08; made by
+Template digest 52fb04a16e089851; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -88,6 +88,8 @@ def program():
             b_dX = tile.alloc_fragment([BV, BT], "float32")
             b_dXd = tile.alloc_fragment([BV, BT], IO)
             b_minus_dX = tile.alloc_fragment([BV, BT], IO)
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
 
             for i, j in tile.Parallel(BV, K):

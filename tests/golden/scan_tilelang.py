@@ -20,7 +20,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 999552d52f7821a6; made by
+Template digest 3cfab6bb469f6402; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -84,6 +84,8 @@ def program():
             b_X = tile.alloc_fragment([BV, BT], IO)
             b_R = tile.alloc_fragment([BV, BT], "float32")
             b_Rd = tile.alloc_fragment([BV, BT], IO)
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
 
             tile.clear(b_S)

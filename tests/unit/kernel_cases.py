@@ -223,7 +223,7 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     call = call_of(problem, shape, torch.device("cpu"))
     given = {**inputs, **launch.packed_tables(inputs, call, runner.BT)}
     names = [x.name for x in STAGES["prepare"].outputs]
-    right = runner.run(("prepare",), problem, call, given, tuple(names))
+    right = runner.sized_pass(("prepare",), problem, call, tuple(names)).run(given)
 
     config = default_config("prepare", problem).replace(
         language="tilelang", BK=64, num_warps=4, solve="ieee"
