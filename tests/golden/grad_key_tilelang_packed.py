@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest d5934b5650f61ba4; made by
+Template digest dacfa1cec5465135; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -512,6 +512,8 @@ def launch(
     lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch both kernels on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
     compiled()(
         q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
         dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,

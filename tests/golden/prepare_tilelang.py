@@ -22,7 +22,7 @@ others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest f9bbd8c79acfe0b0; made by
+Template digest fb5a35168713d73c; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -380,6 +380,8 @@ def launch(
     n_chunks, T, H, HV, HG
 ):
     """Launch both kernels on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
     compiled()(
         q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, scale, lower_bound
     )
