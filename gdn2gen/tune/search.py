@@ -198,6 +198,8 @@ class Search:
             self.default_ms[BT, stage] = geometric_mean(list(kept.values()))
             self.trials[BT][stage].record(default_config(stage, self.problem, BT=BT), kept)
             self._show_best(self.trials[BT][stage])
+            for form in space.forms(stage, self.problem, self.context.device, BT):
+                self.trials[BT][stage].suggest_first(form)
         return None
 
     def _time_default(
@@ -290,6 +292,8 @@ class Search:
                 self._fail(trials, proposal, timed.status, timed.reason, candidate)
                 return
             times[shape.name] = timed.get()[config.stage].median
+            if trials.is_hopeless(times):
+                break
         trials.succeed(proposal, times)
         self.context.progress.trial(config, outcome.OK, times_text(times))
         self._show_best(trials)

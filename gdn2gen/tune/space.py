@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.build import Resources
-from gdn2gen.config import CHUNKS, DOMAINS, SHARED_KNOBS, Config, Knob, language_of, why_invalid
+from gdn2gen.config import (
+    CHUNKS,
+    DOMAINS,
+    SHARED_KNOBS,
+    Config,
+    Knob,
+    default_config,
+    language_of,
+    why_invalid,
+)
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.stages import DTYPE_BYTES
@@ -21,6 +30,13 @@ MAX_SPILL_BYTES: Final = 512
 
 _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _SCANS: Final = ("scan", "rescan", "reverse_scan")
+# Knobs whose values are kernels of their own rather than settings of one.
+_FORMS: Final = ("language", "decay", "segments")
+# A config this much slower than the best at one shape is not timed at the others. Stages by chunk
+# rank alike at all shapes; of the scans' two forms one wins at many heads, the other at few, and
+# the loser there took 1.8 times as long at train4k.
+_HOPELESS: Final = 1.3
+_HOPELESS_SCAN: Final = 2.5
 
 
 def own_knobs(stage: str) -> dict[str, tuple[Knob, ...]]:
@@ -98,6 +114,38 @@ def valid_configs(stage: str, problem: Problem, device: Device, BT: int) -> Iter
         config = Config.of(stage, {"BT": BT, **dict(zip(knobs, values, strict=True))})
         if why_hopeless(config, problem, device) is None:
             yield config
+
+
+def forms(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]:
+    """For each form of the stage's kernel, the valid config that is nearest to the default.
+
+    Tried first: a form with 18 configs beside one with 660 would hardly be drawn in a short search.
+    """
+    default = default_config(stage, problem, BT=BT)
+    nearest: dict[tuple[Knob | None, ...], Config] = {}
+    for config in valid_configs(stage, problem, device, BT):
+        form = tuple(config.get(name) for name in _FORMS)
+        if form not in nearest or _apart(config, default) < _apart(nearest[form], default):
+            nearest[form] = config
+    return list(nearest.values())
+
+
+def neighbours(config: Config, problem: Problem, device: Device) -> Iterator[Config]:
+    """Every config worth compiling that differs in one of the stage's own knobs."""
+    for name, domain in own_knobs(config.stage).items():
+        for value in domain:
+            other = config.replace(**{name: value})
+            if other != config and why_hopeless(other, problem, device) is None:
+                yield other
+
+
+def is_hopeless(stage: str, ms: float, best_ms: float) -> bool:
+    """Whether a config with this time at one shape need not be timed at the others."""
+    return ms > best_ms * (_HOPELESS_SCAN if stage in _SCANS else _HOPELESS)
+
+
+def _apart(a: Config, b: Config) -> int:
+    return sum(a[name] != b[name] for name in a)
 
 
 def suggest(trial: optuna.Trial, stage: str, problem: Problem, BT: int) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import socket
@@ -72,8 +73,15 @@ class StageTrials:
         self._resume()
 
     def propose(self) -> Proposal | None:
-        """Next config to compile, or None once every valid one was tried or refused."""
+        """Next config to compile, or None once every valid one was tried or refused.
+
+        In turns the sampler's and one that differs from the best in one knob: of few trials, the
+        sampler spends most far from it.
+        """
         self.refresh()
+        near = self._draw_neighbour() if self.asked % 2 else None
+        if near is not None:
+            self._enqueue(near)
         for _ in range(_ASKS):
             proposal = self._ask()
             if proposal is not None:
@@ -82,10 +90,13 @@ class StageTrials:
         if config is None:
             self.exhausted = True
             return None
-        parameters = space.parameters(config, self.problem)
-        assert parameters is not None, f"{self.stage} [{config}] is not in its own space"
-        self._study.enqueue_trial(parameters)
+        self._enqueue(config)
         return self._ask() or self.propose()
+
+    def is_hopeless(self, times: Mapping[str, float]) -> bool:
+        """Whether a config with these times, at some of the shapes, need not be timed further."""
+        best = {name: min(x.get(name, math.inf) for x in self.times.values()) for name in times}
+        return any(space.is_hopeless(self.stage, ms, best[name]) for name, ms in times.items())
 
     def refresh(self) -> None:
         """Take over what other processes on the same storage have found since."""
@@ -117,11 +128,20 @@ class StageTrials:
             )
 
     def succeed(self, proposal: Proposal, times: Mapping[str, float]) -> None:
-        """File the times (ms) of a proposal, by the name of the shape."""
+        """File the times (ms) of a proposal, by the name of the shape.
+
+        Where shapes are missing (`is_hopeless`), they count as slower than the best by as much as
+        those that were timed.
+        """
+        best = {shape.name: self.ranked(shape)[0][1] for shape in self.shapes if self.times}
+        value = geometric_mean(list(times.values()))
+        if len(times) < len(best):
+            ratio = value / geometric_mean([best[name] for name in times])
+            value = ratio * geometric_mean(list(best.values()))
         self._pending.discard(proposal.config)
         self.times[proposal.config] = dict(times)
         proposal.trial.set_user_attr("times", dict(times))
-        self._study.tell(proposal.trial, geometric_mean(list(times.values())))
+        self._study.tell(proposal.trial, value)
 
     def refuse(self, proposal: Proposal, reason: str) -> None:
         """File why a proposal may not be used; the sampler keeps away from its neighbourhood."""
@@ -180,6 +200,26 @@ class StageTrials:
             or space.why_hopeless(config, self.problem, self.device)
             or self.ledger.why_refused(self.problem, config, template_digest(config))
         )
+
+    def _enqueue(self, config: Config) -> None:
+        parameters = space.parameters(config, self.problem)
+        assert parameters is not None, f"{self.stage} [{config}] is not in its own space"
+        self._study.enqueue_trial(parameters)
+
+    def _draw_neighbour(self) -> Config | None:
+        """One that was not seen yet, next to the best of those timed at every shape."""
+        whole = {x: t for x, t in self.times.items() if len(t) >= len(self.shapes)}
+        if not whole:
+            return None
+        best = min(whole, key=lambda x: geometric_mean(list(whole[x].values())))
+        unseen = [
+            config
+            for config in space.neighbours(best, self.problem, self.device)
+            if config not in self.times
+            and config not in self._pending
+            and self._why_not(config) is None
+        ]
+        return self._random.choice(unseen) if unseen else None
 
     def _draw_unseen(self) -> Config | None:
         if self._unseen is None:

@@ -49,6 +49,34 @@ def test_a_scan_that_cannot_fit_is_hopeless_only_where_it_cannot():
     assert reason is not None and str(SMALL.shared_bytes) in reason
 
 
+def test_every_form_of_a_kernel_is_tried_first_near_the_default():
+    forms = space.forms("grad_key", PROBLEM, H200, 32)
+    kinds = {(config["language"], config["decay"]) for config in forms}
+    assert {("triton", "log"), ("triton", "anchored"), ("tilelang", "anchored")} <= kinds
+    assert len(kinds) == len(forms)
+    default = default_config("grad_key", PROBLEM, BT=32)
+    same = (default["language"], default["decay"])
+    assert default in forms and same in kinds
+    for config in forms:
+        assert space.why_hopeless(config, PROBLEM, H200) is None
+    (only,) = space.forms("sum_decay", PROBLEM, H200, 32)
+    assert only == default_config("sum_decay", PROBLEM, BT=32)
+
+
+def test_neighbours_differ_in_one_knob_and_can_be_compiled():
+    config = default_config("scan", PROBLEM, BT=32)
+    near = list(space.neighbours(config, PROBLEM, H200))
+    assert len(near) > 3 and len(near) == len(set(near))
+    for other in near:
+        assert sum(other.get(name) != value for name, value in config.items()) == 1
+        assert other["BT"] == 32 and space.why_hopeless(other, PROBLEM, H200) is None
+
+
+def test_the_loser_of_two_forms_of_a_scan_is_timed_at_every_shape():
+    assert space.is_hopeless("grad_key", 1.4, 1.0) and not space.is_hopeless("grad_key", 1.2, 1.0)
+    assert space.is_hopeless("scan", 2.6, 1.0) and not space.is_hopeless("scan", 1.9, 1.0)
+
+
 def test_unfit_kernels_are_named_with_their_figures():
     fits = Resources(128, 0, 100_000, 1.0)
     assert space.why_unfit(fits, H200) is None

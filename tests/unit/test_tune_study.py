@@ -241,14 +241,33 @@ def test_a_short_budget_still_decides(tmp_path):
 
 
 def test_a_compiled_candidate_is_timed_at_all_shapes_and_gated_once(tmp_path):
-    backend = FakeBackend()
+    # by the knobs nothing is further from the best than 1.3 times, the bound of what is hopeless
+    backend = FakeBackend(speed=lambda config, shape: 1.0 + 0.02 * config["num_warps"])
     run(backend, tmp_path, shapes=(SMALL, LARGE))
-    timed: dict[object, set[str]] = {}
-    for candidate, shape, _ in _single_stage(backend):
-        timed.setdefault(candidate, set()).add(shape)
-    assert timed and all(names == {"small", "large"} for names in timed.values())
+    assert set(_shapes_timed(backend).values()) == {("small", "large")}
     quick = [candidate for candidate, full in backend.gated if not full]
     assert len(quick) == len(set(quick))
+
+
+def test_what_is_hopeless_at_one_shape_is_not_timed_at_the_next(tmp_path):
+    def speed(config, shape):
+        return 9.0 if shape == SMALL and config["num_warps"] == 8 else 1.0
+
+    backend = FakeBackend(speed=speed)
+    run(backend, tmp_path, shapes=(SMALL, LARGE))
+    timed = _shapes_timed(backend)
+    slow = {config for config in timed if config["num_warps"] == 8}
+    assert {timed[config] for config in slow} == {("small",)}
+    assert {timed[config] for config in timed.keys() - slow} == {("small", "large")}
+
+
+def _shapes_timed(backend):
+    """For each config that was searched for, the shapes that it was timed at, in order."""
+    timed: dict[object, tuple[str, ...]] = {}
+    for _, shape, config in _single_stage(backend):
+        if config != default_config(config.stage, PROBLEM, BT=config.size("BT")):
+            timed[config] = (*timed.get(config, ()), shape)
+    return timed
 
 
 def test_levels_share_the_trials_of_their_stages(tmp_path):
