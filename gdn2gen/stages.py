@@ -138,7 +138,7 @@ _RSTD = (
 _SCORES = (Operand("A", "NT HV BT BT"), Operand("Aqk", "NT HV BT BT"))
 _FACTORS = (
     Operand("Qg", "NT HV BT K"),
-    Operand("E", "NT HV BT K"),
+    Operand("Y", "NT HV BT K"),
     Operand("Ktail", "NT HV BT K"),
     Operand("gamma_C", "NT HV K", "fp32"),
 )
@@ -180,7 +180,7 @@ STAGES: Final = {
         Stage(
             "reprepare",
             "reprepare",
-            (*_QKGB, *_GATE, *_VARLEN, *_RSTD),
+            (*_QKGB, *_GATE, *_VARLEN, *_RSTD, _SCORES[0]),
             (_G, *_FACTORS),
             _CHUNKED,
         ),
@@ -288,7 +288,7 @@ PLANS: Final = {
             "fast",
             _FORWARD,
             ("sum_decay", *_BACKWARD),
-            ("A", "Aqk", "S_seg", "Qg", "E", "Ktail", "gamma_C"),
+            ("A", "Aqk", "S_seg", "Qg", "Y", "Ktail", "gamma_C"),
         ),
     )
 }
