@@ -134,13 +134,13 @@ class _ChunkGDN2(torch.autograd.Function):
             A = q.new_empty(NT, HV, BT, BT)
             Aqk = q.new_empty(NT, HV, BT, BT)
             Qg = q.new_empty(NT, HV, BT, K)
-            E = q.new_empty(NT, HV, BT, K)
+            Y = q.new_empty(NT, HV, BT, K)
             Ktail = q.new_empty(NT, HV, BT, K)
             gamma_C = q.new_empty(NT, HV, K)
             gamma_B = q.new_empty(NT, HV, NB, K)
             if NT > 0:
                 prepare.launch(
-                    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B,
+                    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B,
                     n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
                 )
             del gamma_B
@@ -151,7 +151,7 @@ class _ChunkGDN2(torch.autograd.Function):
             M_seg = q.new_empty(0)
             final_state = q.new_empty(N, HV, K, V)
             scan.launch(
-                v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state,
+                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state,
                 n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
@@ -182,20 +182,20 @@ class _ChunkGDN2(torch.autograd.Function):
             # reprepare
             G = q.new_empty(B, T, HV, K)
             Qg = q.new_empty(NT, HV, BT, K)
-            E = q.new_empty(NT, HV, BT, K)
+            Y = q.new_empty(NT, HV, BT, K)
             Ktail = q.new_empty(NT, HV, BT, K)
             gamma_C = q.new_empty(NT, HV, K)
             if NT > 0:
                 reprepare.launch(
-                    q, k, g, b, q_rstd, k_rstd, G, Qg, E, Ktail, gamma_C, n_chunks=NT, scale=scale,
-                    lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                    q, k, g, b, q_rstd, k_rstd, A, G, Qg, Y, Ktail, gamma_C, n_chunks=NT,
+                    scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
                 )
 
             # rescan
             h = q.new_empty(NT, HV, V, K)
             R = q.new_empty(NT, HV, BT, V)
             rescan.launch(
-                v, w, E, Ktail, gamma_C, A, S_seg, h, R, n_sequences=N, T=T, HV=HV, NS=NS,
+                v, w, Y, Ktail, gamma_C, A, S_seg, h, R, n_sequences=N, T=T, HV=HV, NS=NS,
                 segment=segment,
             )
 
@@ -206,10 +206,10 @@ class _ChunkGDN2(torch.autograd.Function):
             M_seg = q.new_empty(0)
             dh0 = q.new_empty(N, HV, K, V)
             reverse_scan.launch(
-                Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, n_sequences=N,
+                Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, n_sequences=N,
                 T=T, HV=HV, NS=NS, segment=segment,
             )
-            del Qg, E, Ktail, dS_seg, M_seg
+            del Qg, Y, Ktail, dS_seg, M_seg
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)

@@ -5,8 +5,8 @@ First each sub-block of BC tokens by itself, then what lies between the sub-bloc
 
     T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
     Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
-    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
-                                                         gamma = exp(cumulative decay)
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
 
 gamma is never divided by: a pair (i, j) meets in the middle m of the smallest dyadic block that
 holds both, as exp(G_i - G_m) exp(G_m - G_j), both factors at most 1. Every token keeps the decay
@@ -15,14 +15,14 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     q, k      [B, T, H, K]         queries, keys; normalised here
     g, b      [B, T, HG, K]        log decay, erase gate
     A, Aqk    [NT, HV, BT, BT]
-    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     gamma_B   [NT, HV, NB, K] fp32  scratch: decay of each sub-block
     q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=32 BT=64 chunks=1 decay=tree language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest a9d40f52e76ac4df; made by
+Template digest 74517c61dae1ab09; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=32,BT=64,chunks=1,decay=tree,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
@@ -104,7 +104,7 @@ def prepare_kernel(
     A,
     Aqk,
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     gamma_B,
@@ -134,7 +134,7 @@ def prepare_kernel(
     g += (i_start * HG + i_hg) * K
     b += (i_start * HG + i_hg) * K
     Qg += i_tile * BT * K
-    E += i_tile * BT * K
+    Y += i_tile * BT * K
     Ktail += i_tile * BT * K
     A += i_tile * BT * BT
     Aqk += i_tile * BT * BT
@@ -205,11 +205,11 @@ def prepare_kernel(
             if i_b == 0:
                 # the first sub-block's are done; float16 would lose what decays below 6e-8
                 tl.store(Qg + p_tile, (b_q * b_head).to(tl.bfloat16))
-                tl.store(E + p_tile, (b_e * b_head).to(tl.bfloat16))
+                tl.store(Y + p_tile, (b_e * b_head).to(tl.bfloat16))
             else:
                 b_row = b_head.to(tl.float16)
                 tl.store(Qg + p_tile, (b_q * b_row).to(tl.bfloat16, bitcast=True))
-                tl.store(E + p_tile, (b_e * b_row).to(tl.bfloat16, bitcast=True))
+                tl.store(Y + p_tile, (b_e * b_row).to(tl.bfloat16, bitcast=True))
             # in every row head times tail is the decay of the sub-block: the first row's is stored
             p_first = i_b * K + tl.zeros([BC, 1], tl.int32) + o_k[None, :]
             tl.store(gamma_B + p_first, b_head * b_tail, mask=(o_c == 0)[:, None])
@@ -246,7 +246,7 @@ def prepare_kernel(
         b_k2 = tl.load(Ktail + 2 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_k3 = tl.load(Ktail + 3 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_q = tl.load(Qg + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        b_e = tl.load(E + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
+        b_e = tl.load(Y + 1 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_q_row, b_e_row = in_mma_order(b_q, BC, BK), in_mma_order(b_e, BC, BK)
         b_column = b_k0
         b_between = b_gamma0
@@ -254,9 +254,9 @@ def prepare_kernel(
         b_T10 = tl.dot(b_e_row, b_column, b_T10)
         b_Aqk10 = tl.dot(b_q_row, b_column, b_Aqk10)
         tl.store(Qg + 1 * BC * K + p_tile, (b_q * b_between).to(tl.bfloat16))
-        tl.store(E + 1 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
+        tl.store(Y + 1 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
         b_q = tl.load(Qg + 2 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        b_e = tl.load(E + 2 * BC * K + p_tile).to(tl.float16, bitcast=True)
+        b_e = tl.load(Y + 2 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_q_row, b_e_row = in_mma_order(b_q, BC, BK), in_mma_order(b_e, BC, BK)
         b_column = b_k1
         b_between = b_gamma1
@@ -269,9 +269,9 @@ def prepare_kernel(
         b_T20 = tl.dot(b_e_row, b_column, b_T20)
         b_Aqk20 = tl.dot(b_q_row, b_column, b_Aqk20)
         tl.store(Qg + 2 * BC * K + p_tile, (b_q * b_between).to(tl.bfloat16))
-        tl.store(E + 2 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
+        tl.store(Y + 2 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
         b_q = tl.load(Qg + 3 * BC * K + p_tile).to(tl.float16, bitcast=True)
-        b_e = tl.load(E + 3 * BC * K + p_tile).to(tl.float16, bitcast=True)
+        b_e = tl.load(Y + 3 * BC * K + p_tile).to(tl.float16, bitcast=True)
         b_q_row, b_e_row = in_mma_order(b_q, BC, BK), in_mma_order(b_e, BC, BK)
         b_column = b_k2
         b_between = b_gamma2
@@ -289,7 +289,7 @@ def prepare_kernel(
         b_T30 = tl.dot(b_e_row, b_column, b_T30)
         b_Aqk30 = tl.dot(b_q_row, b_column, b_Aqk30)
         tl.store(Qg + 3 * BC * K + p_tile, (b_q * b_between).to(tl.bfloat16))
-        tl.store(E + 3 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
+        tl.store(Y + 3 * BC * K + p_tile, (b_e * b_between).to(tl.bfloat16))
         tl.store(Ktail + 3 * BC * K + p_tile, b_k3.to(tl.bfloat16))
         b_after = b_gamma3
         tl.store(Ktail + 2 * BC * K + p_tile, (b_k2 * b_after).to(tl.bfloat16))
@@ -350,14 +350,24 @@ def prepare_kernel(
     tl.store(Aqk + p_score + 3 * BC * BT + 2 * BC, b_Aqk32.to(tl.bfloat16))
     tl.store(Aqk + p_score + 2 * BC * BT + 3 * BC, b_zero)
 
+    # every row of a result takes rows of E from other threads
+    tl.debug_barrier()
+    o_t = tl.arange(0, BT)
+    b_A = tl.load(A + o_t[:, None] * BT + o_t[None, :])
+    for i_k in range(0, K, BK):
+        p_tile = o_t[:, None] * K + i_k + tl.arange(0, BK)[None, :]
+        b_Y = -tl.dot(b_A, tl.load(Y + p_tile))
+        tl.debug_barrier()
+        tl.store(Y + p_tile, b_Y.to(tl.bfloat16))
+
 
 def launch(
-    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, *, scale, lower_bound,
+    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *, scale, lower_bound,
     n_chunks, T, H, HV, HG
 ):
     """Launch one program per chunk and value head on the current stream."""
     prepare_kernel[(n_chunks * HV,)](
-        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound,
+        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, scale, lower_bound,
         T, H, HV, HG,
         K=K, BT=BT, BC=BC, BK=BK,
         num_warps=1, num_stages=1,

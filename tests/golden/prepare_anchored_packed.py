@@ -4,8 +4,8 @@ One program per chunk and value head.
 
     T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
     Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
-    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
-                                                         gamma = exp(cumulative decay)
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
 
 A pair (i, j) meets at an anchor a, as exp(G_i - a) exp(a - G_j): at the chunk's start while a
 channel has lost no more than 2^-104 since, where one product serves all pairs. Tokens below that
@@ -15,14 +15,14 @@ anchor of its own. What a later token decays by adds exact zeros to earlier rows
     q, k      [B, T, H, K]         queries, keys; normalised here
     g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
     A, Aqk    [NT, HV, BT, BT]
-    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     gamma_B   scratch of other placements, not used
     q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
-Template digest 59d5f8a7f7331e1b; made by
+Template digest 7f33ad56acc3706e; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=tf32
@@ -120,7 +120,7 @@ def prepare_kernel(
     A,
     Aqk,
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     gamma_B,
@@ -150,7 +150,7 @@ def prepare_kernel(
     g += (i_start * HG + i_hg) * K
     b += (i_start * HG + i_hg) * K
     Qg += i_tile * BT * K
-    E += i_tile * BT * K
+    Y += i_tile * BT * K
     Ktail += i_tile * BT * K
     A += i_tile * BT * BT
     Aqk += i_tile * BT * BT
@@ -205,7 +205,7 @@ def prepare_kernel(
         b_T, b_Aqk = score(b_T, b_Aqk, b_q, b_e, (b_k * b_column).to(tl.bfloat16))
         p_tile = o_t[:, None] * K + o_k[None, :]
         tl.store(Qg + p_tile, b_q)
-        tl.store(E + p_tile, b_e)
+        tl.store(Y + p_tile, b_e)
         b_tail = tl.exp2(b_G_C[None, :] - b_G)
         tl.store(Ktail + p_tile, (b_k * b_tail).to(tl.bfloat16))
         tl.store(gamma_C + o_k, tl.exp2(b_G_C))
@@ -242,15 +242,24 @@ def prepare_kernel(
     b_Aqk = tl.where(o_i > o_j, b_Aqk, tl.where(o_i == o_j, b_self[:, None], 0.0))
     tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16))
     tl.store(A + p_score, invert(b_T, BT).to(tl.bfloat16))
+    # every row of a result takes rows of E from other threads
+    tl.debug_barrier()
+    o_t = tl.arange(0, BT)
+    b_A = tl.load(A + o_t[:, None] * BT + o_t[None, :])
+    for i_k in range(0, K, BK):
+        p_tile = o_t[:, None] * K + i_k + tl.arange(0, BK)[None, :]
+        b_Y = -tl.dot(b_A, tl.load(Y + p_tile))
+        tl.debug_barrier()
+        tl.store(Y + p_tile, b_Y.to(tl.bfloat16))
 
 
 def launch(
-    q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C,
+    q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C,
     gamma_B, *, scale, lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch one program per chunk and value head on the current stream."""
     prepare_kernel[(n_chunks * HV,)](
-        q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C,
+        q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C,
         gamma_B, scale, lower_bound, T, H, HV, HG,
         K=K, BT=BT, BK=BK,
         num_warps=2, num_stages=1,

@@ -4,8 +4,8 @@ One program of one warp per chunk and value head: small programs hide each other
 
     T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
     Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
-    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
-                                                         gamma = exp(cumulative decay)
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
 
 gamma is never divided by: a pair (i, j) meets in the middle m of the smallest dyadic block that
 holds both, as exp(G_i - G_m) exp(G_m - G_j), both factors at most 1. Every token keeps the decay
@@ -14,12 +14,12 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
     q, k      [B, T, H, K]         queries, keys
     g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
     A, Aqk    [NT, HV, BT, BT]
-    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
 
 Problem: gdn2 K=64 V=64 bf16, g bf16, sigmoid gate
 Config:  BK=32 BT=16 chunks=1 decay=log language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest a9d40f52e76ac4df; made by
+Template digest 74517c61dae1ab09; made by
     gdn2gen generate --op gdn2 --head-dim 64,64 --dtype bf16 --gate-dtype bf16 --gate sigmoid \
       --no-l2norm --with= --stage prepare --config \
       BK=32,BT=16,chunks=1,decay=log,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
@@ -99,7 +99,7 @@ def prepare_kernel(
     A,
     Aqk,
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     gamma_B,
@@ -129,7 +129,7 @@ def prepare_kernel(
     g += (i_start * HG + i_hg) * K
     b += (i_start * HG + i_hg) * K
     Qg += i_tile * BT * K
-    E += i_tile * BT * K
+    Y += i_tile * BT * K
     Ktail += i_tile * BT * K
     A += i_tile * BT * BT
     Aqk += i_tile * BT * BT
@@ -184,7 +184,7 @@ def prepare_kernel(
             b_tail = tl.exp2(b_suffix)
             p_tile = o_t[:, None] * K + o_k[None, :]
             tl.store(Qg + p_tile, (b_q * b_head).to(tl.bfloat16))
-            tl.store(E + p_tile, (b_e * b_head).to(tl.bfloat16))
+            tl.store(Y + p_tile, (b_e * b_head).to(tl.bfloat16))
             tl.store(Ktail + p_tile, (b_k * b_tail).to(tl.bfloat16))
             # in every row head times tail is the decay of the sub-block: the first row's is stored
             p_first = tl.zeros([BC, 1], tl.int32) + o_k[None, :]
@@ -196,14 +196,24 @@ def prepare_kernel(
         tl.store(A + p_score, invert(b_T, BC).to(tl.bfloat16))
         tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16))
 
+    # every row of a result takes rows of E from other threads
+    tl.debug_barrier()
+    o_t = tl.arange(0, BT)
+    b_A = tl.load(A + o_t[:, None] * BT + o_t[None, :])
+    for i_k in range(0, K, BK):
+        p_tile = o_t[:, None] * K + i_k + tl.arange(0, BK)[None, :]
+        b_Y = -tl.dot(b_A, tl.load(Y + p_tile))
+        tl.debug_barrier()
+        tl.store(Y + p_tile, b_Y.to(tl.bfloat16))
+
 
 def launch(
-    q, k, g, b, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, *, scale, lower_bound, n_chunks, T, H,
+    q, k, g, b, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *, scale, lower_bound, n_chunks, T, H,
     HV, HG
 ):
     """Launch one program per chunk and value head on the current stream."""
     prepare_kernel[(n_chunks * HV,)](
-        q, k, g, b, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound, T, H, HV, HG,
+        q, k, g, b, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, scale, lower_bound, T, H, HV, HG,
         K=K, BT=BT, BC=BC, BK=BK,
         num_warps=1, num_stages=1,
     )

@@ -2,27 +2,27 @@
 
     T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
     Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
-    Qg    = scale gamma q      E = gamma b k      Ktail = (gamma_C / gamma) k
-                                                         gamma = exp(cumulative decay)
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
 
 One program per CHUNKS chunks and value head. A thread has two channels and a part of the tokens, so
 that the decay is summed over the tokens in registers; E and Qg then lie one above the other in shared
 memory, and one product with k / gamma gives T and Aqk. A warp inverts I + T by substitution in fp32, a
-column a thread. The compiler gives the loads to a warp group of its own. Rows in which no channel has
+column a thread; Y takes the place of E. The compiler gives the loads to a warp group of its own. Rows in which no channel has
 lost more than 2^-104 since the chunk's start are exact; later_frames_kernel, in Triton, writes the
 others.
 
     q, k      [B, T, H, K]         queries, keys; normalised here
     g, b      [B, T, HG, K]        log decay, erase gate
     A, Aqk    [NT, HV, BT, BT]
-    Qg, E, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
     gamma_C   [NT, HV, K] fp32     decay of a whole chunk
     gamma_B   scratch of other placements, not used
     q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest fb5a35168713d73c; made by
+Template digest 74b712a37f675138; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -35,13 +35,15 @@ import triton.language as tl
 
 
 K = 128
-BT, BK, CHUNKS = 32, 128, 4
+BT, CHUNKS = 32, 4
 # two channels a thread, and an equal part of the tokens: shared memory is read 4 bytes at a time
 PARTS = 128 // (K // 2)
 PART = BT // PARTS
 IO, GATE = "bfloat16", "float32"
 LEAST_GAMMA = tl.constexpr(2.0**-104)
 LOOKED_AT = 4  # chunks a program of later_frames_kernel
+# Run by few programs, it waits for its own instructions: small slices make fewer of them.
+BK = 32
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
 SMALLEST_LOG2 = tl.constexpr(-150.0)
@@ -71,7 +73,7 @@ def program():
         A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
         Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
         Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
-        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Y: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         gamma_C: tile.Tensor([NT, HV, K], "float32"),
         scale: tile.float32,
@@ -109,6 +111,7 @@ def program():
 
             b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
             b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
+            b_Y = tile.alloc_fragment([BT, K], "float32")
             x_G = tile.alloc_local([PART, 2], "float32")
             x_k = tile.alloc_local([PART, 2], "float32")
             x_before = tile.alloc_local([2], "float32")
@@ -218,12 +221,20 @@ def program():
                 for i in tile.unroll(PART):
                     for c in tile.vectorized(2):
                         s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
-                tile.copy(s_rows[0:BT, :], E[i_c, i_h, :, :], disable_tma=True)
                 tile.copy(s_rows[BT : 2 * BT, :], Qg[i_c, i_h, :, :], disable_tma=True)
                 tile.sync_threads()
+                tile.clear(b_Y)
+                tile.gemm(s_A, s_rows[0:BT, :], b_Y)
+                for i, j in tile.Parallel(BT, K):
+                    b_Y[i, j] = -b_Y[i, j]
+                tile.sync_threads()
+                tile.copy(b_Y, s_rows[0:BT, :])
+                tile.sync_threads()
+                tile.copy(s_rows[0:BT, :], Y[i_c, i_h, :, :], disable_tma=True)
                 tile.copy(s_keys, Ktail[i_c, i_h, :, :])
-                tile.copy(s_Aqk, Aqk[i_c, i_h, :, :])
-                tile.copy(s_A, A[i_c, i_h, :, :])
+                # the threads store these sooner than one that waits for TMA would
+                tile.copy(s_Aqk, Aqk[i_c, i_h, :, :], disable_tma=True)
+                tile.copy(s_A, A[i_c, i_h, :, :], disable_tma=True)
 
     return prepare
 
@@ -284,8 +295,8 @@ def invert(b_T, BT: tl.constexpr):
     b_X -= tl.where(meet_at(0, o_t[:, None], o_t[None, :]), b_T, 0.0)
     for i_level in tl.static_range(1, 5):
         b_L = tl.where(meet_at(i_level, o_t[:, None], o_t[None, :]), b_T, 0.0)
-        b_XL = tl.dot(b_X, b_L, input_precision="ieee")
-        b_X -= tl.dot(b_XL, b_X, input_precision="ieee")
+        b_XL = tl.dot(b_X, b_L, input_precision="tf32")
+        b_X -= tl.dot(b_XL, b_X, input_precision="tf32")
     return b_X
 
 
@@ -300,7 +311,7 @@ def later_frames_kernel(
     A,
     Aqk,
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     gamma_B,
@@ -316,7 +327,7 @@ def later_frames_kernel(
     BK: tl.constexpr,
     LOOKED_AT: tl.constexpr,
 ):
-    """Write the rows of A and Aqk in which some channel is out of the first frame.
+    """Write the rows of A, Aqk and Y in which some channel is out of the first frame.
 
     Other rows are left as they are, bit for bit: a later token's decay must not move them.
     """
@@ -372,21 +383,39 @@ def later_frames_kernel(
             m_later = (b_lowest < -RANGE)[:, None] & (o_j < BT)
             b_Aqk = tl.where(o_i > o_j, b_Aqk, tl.where(o_i == o_j, b_self[:, None], 0.0))
             tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16), mask=m_later)
-            tl.store(A + p_score, invert(b_T, BT).to(tl.bfloat16), mask=m_later)
+            b_A = invert(b_T, BT).to(tl.bfloat16)
+            tl.store(A + p_score, b_A, mask=m_later)
+            for i_k in range(0, K, BK):
+                o_k = i_k + tl.arange(0, BK)
+                m_tk = m_t[:, None] & (o_k < K)[None, :]
+                p_q = (i_start * H + i_hq) * K + o_t[:, None] * (H * K) + o_k[None, :]
+                p_g = (i_start * HG + i_hg) * K + o_t[:, None] * (HG * K) + o_k[None, :]
+                b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+                b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+                b_q *= b_q_rstd[:, None]
+                b_k *= b_k_rstd[:, None]
+                b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
+                b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2)
+                b_G = tl.cumsum(b_decay, 0)
+                b_Y = -tl.dot(b_A, (b_e * tl.exp2(b_G)).to(tl.bfloat16))
+                p_tile = i_tile * BT * K + o_t[:, None] * K + o_k[None, :]
+                m_rows = (b_lowest < -RANGE)[:, None] & (o_k < K)[None, :]
+                tl.store(Y + p_tile, b_Y.to(tl.bfloat16), mask=m_rows)
 
 
 def launch(
-    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, *, scale, lower_bound,
+    q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *, scale, lower_bound,
     n_chunks, T, H, HV, HG
 ):
     """Launch both kernels on the current stream."""
     if T == 0:  # no tile that TMA could load
         return
     compiled()(
-        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, scale, lower_bound
+        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, scale, lower_bound
     )
     later_frames_kernel[(-(-n_chunks // LOOKED_AT) * HV,)](
-        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, E, Ktail, gamma_C, gamma_B, scale, lower_bound,
+        q, k, g, b, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, scale, lower_bound,
         T, H, HV, HG,
         NT=n_chunks, K=K, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
         num_warps=4, num_stages=1,

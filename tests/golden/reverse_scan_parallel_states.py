@@ -10,14 +10,14 @@ W follows from a zero gradient at its end, and M^T from the identity without dO.
 with the gradient of the state held transposed, dS^T [BV, K].
 
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
-    dS^T <- dS^T Diag(gamma_C) + dO^T Qg - dX^T E
+    dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
 
-    Qg, E, Ktail  [NT, HV, BT, K]   queries and erasing keys from the chunk's start, keys to its end
+    Qg, Y, Ktail  [NT, HV, BT, K]   queries, erasing keys through A, keys to the chunk's end
     gamma_C       [NT, HV, K] fp32  decay of a whole chunk
     A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
     do            [B, T, HV, V]     gradient of o
     dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
-    dX            [NT, HV, BT, V]   gradient of X = w v - E S
+    dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
     dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
     M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first
     dht           [N, HV, K, V] fp32  gradient of the final state
@@ -25,7 +25,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 9b30a6e379469484; made by
+Template digest 0310bbc3e48629f9; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel
@@ -43,7 +43,7 @@ BM = 16  # rows of a program of merge_kernel, which waits for one product after 
 @triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
 def fold_kernel(
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     A,
@@ -81,8 +81,7 @@ def fold_kernel(
     i_first += i_s * segment
     i_start += i_s * segment * BT
     n_tokens -= i_s * segment * BT
-    # rows past V start at the identity, and have no tokens to read dO of
-    n_tokens = tl.where(i_v * BV < V, n_tokens, 0)
+    # rows past V start at the identity, and have no dO
     b_dS = tl.where((o_v - V)[:, None] == o_k[None, :], 1.0, 0.0)
 
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
@@ -90,27 +89,43 @@ def fold_kernel(
     i_tile = (i_first + n_chunks - 1).to(tl.int64) * HV + i_h
     n_next = tl.minimum(n_chunks, 1)
     b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_next, other=0.0)
-    for i_back in range(n_chunks):
-        i_t = n_chunks - 1 - i_back
-        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
-        b_gamma = b_gamma_next
-        i_next = i_tile - HV
-        n_next = tl.minimum(i_t, 1)
-        b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
-        i_row = i_t * BT + o_t
-        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-        # stores come after the products that they would delay
-        b_dSd = b_dS.to(tl.float32)
-        b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
-        p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
-        b_dR = tl.dot(b_do, tl.load(Aqk + p_score), input_precision="tf32x3")
-        b_Ktail = tl.load(Ktail + i_tile * BT * K + p_k)
-        b_dR = tl.dot(b_dSd, tl.trans(b_Ktail), b_dR, input_precision="tf32x3")
-        b_dS *= b_gamma[None, :]
-        b_dX = tl.dot(b_dR.to(tl.float32), tl.load(A + p_score), input_precision="tf32x3")
-        b_dXd = b_dX.to(tl.float32)
-        b_dS = tl.dot(b_do, tl.load(Qg + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
-        b_dS = tl.dot(-b_dXd, tl.load(E + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+    if i_v * BV < V:
+        for i_back in range(n_chunks):
+            i_t = n_chunks - 1 - i_back
+            i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+            b_gamma = b_gamma_next
+            i_next = i_tile - HV
+            n_next = tl.minimum(i_t, 1)
+            b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
+            i_row = i_t * BT + o_t
+            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+            # stores come after the products that they would delay
+            b_dSd = b_dS.to(tl.float32)
+            b_Ktail = tl.trans(tl.load(Ktail + i_tile * BT * K + p_k))
+            b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
+            p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+            b_dR = tl.dot(b_do, tl.load(Aqk + p_score), input_precision="tf32x3")
+            b_dR = tl.dot(b_dSd, b_Ktail, b_dR, input_precision="tf32x3")
+            b_dS *= b_gamma[None, :]
+            b_dRd = b_dR.to(tl.float32)
+            b_dS = tl.dot(b_do, tl.load(Qg + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+            b_dS = tl.dot(b_dRd, tl.load(Y + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+
+    else:
+        for i_back in range(n_chunks):
+            i_t = n_chunks - 1 - i_back
+            i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+            b_gamma = b_gamma_next
+            i_next = i_tile - HV
+            n_next = tl.minimum(i_t, 1)
+            b_gamma_next = tl.load(gamma_C + i_next * K + o_k, mask=o_k < K * n_next, other=0.0)
+            # stores come after the products that they would delay
+            b_dSd = b_dS.to(tl.float32)
+            b_Ktail = tl.trans(tl.load(Ktail + i_tile * BT * K + p_k))
+            b_dR = tl.dot(b_dSd, b_Ktail, input_precision="tf32x3")
+            b_dS *= b_gamma[None, :]
+            b_dRd = b_dR.to(tl.float32)
+            b_dS = tl.dot(b_dRd, tl.load(Y + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
 
     if i_v * BV < V:
         p_kept = (i_nh.to(tl.int64) * NS + i_s - 1) * K * V + o_v[:, None] * K + o_k[None, :]
@@ -123,7 +138,7 @@ def fold_kernel(
 @triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
 def merge_kernel(
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     A,
@@ -163,7 +178,7 @@ def merge_kernel(
 @triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
 def reverse_scan_kernel(
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     A,
@@ -219,17 +234,18 @@ def reverse_scan_kernel(
         p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
         # stores come after the products that they would delay
         b_dSd = b_dS.to(tl.float32)
+        b_Ktail = tl.trans(tl.load(Ktail + i_tile * BT * K + p_k))
         b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
         p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
         b_dR = tl.dot(b_do, tl.load(Aqk + p_score), input_precision="tf32x3")
-        b_Ktail = tl.load(Ktail + i_tile * BT * K + p_k)
-        b_dR = tl.dot(b_dSd, tl.trans(b_Ktail), b_dR, input_precision="tf32x3")
+        b_dR = tl.dot(b_dSd, b_Ktail, b_dR, input_precision="tf32x3")
         tl.store(dh + i_tile * K * V + o_v[:, None] * K + o_k[None, :], b_dSd)
         b_dS *= b_gamma[None, :]
-        b_dX = tl.dot(b_dR.to(tl.float32), tl.load(A + p_score), input_precision="tf32x3")
-        b_dXd = b_dX.to(tl.float32)
+        b_dRd = b_dR.to(tl.float32)
         b_dS = tl.dot(b_do, tl.load(Qg + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
-        b_dS = tl.dot(-b_dXd, tl.load(E + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+        b_dS = tl.dot(b_dRd, tl.load(Y + i_tile * BT * K + p_k), b_dS, input_precision="tf32x3")
+        b_dX = tl.dot(b_dRd, tl.load(A + p_score), input_precision="tf32x3")
+        b_dXd = b_dX.to(tl.float32)
         p_tile = i_tile * BT * V + o_t[None, :] * V + o_v[:, None]
         tl.store(dX + p_tile, b_dXd)
 
@@ -239,12 +255,12 @@ def reverse_scan_kernel(
 
 
 def launch(
-    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, *, n_sequences, T, HV,
+    Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, *, n_sequences, T, HV,
     NS, segment
 ):
     """Launch the three kernels on the current stream."""
     arguments = (
-        Qg, E, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, T, HV, NS, segment,
+        Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, T, HV, NS, segment,
     )
     options = {
         "K": K, "V": V, "BT": BT,

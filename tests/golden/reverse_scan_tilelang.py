@@ -5,21 +5,21 @@ the state held transposed, dS^T [BV, K]. The compiler gives the loads to a warp 
 which fills 2 stages of shared memory ahead of the products.
 
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
-    dS^T <- dS^T Diag(gamma_C) + dO^T Qg - dX^T E
+    dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
 
-    Qg, E, Ktail  [NT, HV, BT, K]   queries and erasing keys from the chunk's start, keys to its end
+    Qg, Y, Ktail  [NT, HV, BT, K]   queries, erasing keys through A, keys to the chunk's end
     gamma_C       [NT, HV, K] fp32  decay of a whole chunk
     A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
     do            [B, T, HV, V]     gradient of o
     dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
-    dX            [NT, HV, BT, V]   gradient of X = w v - E S
+    dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
     dX_rest       [NT, HV, BT, V]   what rounding dX to 16 bits leaves
     dht           [N, HV, K, V] fp32  gradient of the final state
     dh0           [N, HV, K, V] fp32  gradient of the initial state
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 52fb04a16e089851; made by
+Template digest 6b45a843560328be; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -46,7 +46,7 @@ def program():
     @tile.prim_func
     def reverse_scan(
         Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
-        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Y: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         gamma_C: tile.Tensor([NT, HV, K], "float32"),
         A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
@@ -71,8 +71,9 @@ def program():
             n_tokens = cu_seqlens[i_n + 1] - i_start
 
             s_do = tile.alloc_shared([BT, BV], IO)
+            s_own_do = tile.alloc_shared([BT, BV], IO)
             s_Qg = tile.alloc_shared([BT, K], IO)
-            s_E = tile.alloc_shared([BT, K], IO)
+            s_Y = tile.alloc_shared([BT, K], IO)
             s_Ktail = tile.alloc_shared([BT, K], IO)
             s_A = tile.alloc_shared([BT, BT], IO)
             s_Aqk = tile.alloc_shared([BT, BT], IO)
@@ -82,12 +83,19 @@ def program():
             s_dX_rest = tile.alloc_shared([BT, BV], IO)
             b_dS = tile.alloc_fragment([BV, K], "float32")
             b_dSd = tile.alloc_fragment([BV, K], IO)
-            b_do = tile.alloc_fragment([BV, BT], IO)
             b_dR = tile.alloc_fragment([BV, BT], "float32")
             b_dRd = tile.alloc_fragment([BV, BT], IO)
             b_dX = tile.alloc_fragment([BV, BT], "float32")
             b_dXd = tile.alloc_fragment([BV, BT], IO)
-            b_minus_dX = tile.alloc_fragment([BV, BT], IO)
+            b_dX_rows = tile.alloc_fragment([BT, BV], IO)
+            b_rest_rows = tile.alloc_fragment([BT, BV], IO)
+            # a thread's part of a result, in the order in which stores transpose it
+            by_channels = tile.Fragment(
+                [BT, BV],
+                forward_thread_fn=lambda i, j: j // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+                forward_index_fn=lambda i, j: i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+            )
+            tile.annotate_layout({b_dX_rows: by_channels, b_rest_rows: by_channels})
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
@@ -104,42 +112,46 @@ def program():
                 tile.copy(A[i_c, i_h, :, :], s_A)
                 tile.copy(gamma_C[i_c, i_h, :], s_gamma)
                 tile.copy(Qg[i_c, i_h, :, :], s_Qg)
-                tile.copy(E[i_c, i_h, :, :], s_E)
+                tile.copy(Y[i_c, i_h, :, :], s_Y)
 
-                tile.copy(b_dS, b_dSd)
-                tile.copy(b_dSd, s_dh)
-                tile.copy(s_dh, dh[i_c, i_h, i_v * BV : (i_v + 1) * BV, :])
                 # rows past the end of the sequence are another one's
-                for i, j in tile.Parallel(BV, BT):
-                    b_do[i, j] = tile.if_then_else(i_t * BT + j < n_tokens, s_do[j, i], tile.cast(0, IO))
-                tile.wgmma_gemm(b_do, s_Aqk, b_dR, clear_accum=True, policy=ROWS)
+                for i, j in tile.Parallel(BT, BV):
+                    s_own_do[i, j] = tile.if_then_else(i_t * BT + i < n_tokens, s_do[i, j], tile.cast(0, IO))
+                tile.copy(b_dS, b_dSd)
+                tile.wgmma_gemm(s_own_do, s_Aqk, b_dR, transpose_A=True, clear_accum=True, policy=ROWS)
                 tile.wgmma_gemm(b_dSd, s_Ktail, b_dR, transpose_B=True, policy=ROWS)
+                tile.tma_store_wait(2)
+                tile.copy(b_dSd, s_dh)
+                tile.tma_copy(s_dh, dh[i_c, i_h, i_v * BV : (i_v + 1) * BV, :])
                 for i, j in tile.Parallel(BV, K):
                     b_dS[i, j] *= s_gamma[j]
-                tile.wgmma_gemm(b_do, s_Qg, b_dS, policy=ROWS)
+                tile.wgmma_gemm(s_own_do, s_Qg, b_dS, transpose_A=True, policy=ROWS)
                 tile.wait_wgmma(1)
                 hold[0] = tile.cast(s_Aqk[0, 0], "float32")
                 hold[0] = tile.cast(s_Ktail[0, 0], "float32")
-                hold[0] = tile.cast(s_do[0, 0], "float32")
 
                 tile.copy(b_dR, b_dRd)
                 tile.wgmma_gemm(b_dRd, s_A, b_dX, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
+                tile.wgmma_gemm(b_dRd, s_Y, b_dS, policy=ROWS)
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_do[0, 0], "float32")
                 hold[0] = tile.cast(s_Qg[0, 0], "float32")
                 hold[0] = tile.cast(s_A[0, 0], "float32")
 
+                tile.copy(b_dX, b_dXd)
                 for i, j in tile.Parallel(BV, BT):
-                    b_minus_dX[i, j] = -b_dX[i, j]
-                tile.wgmma_gemm(b_minus_dX, s_E, b_dS, policy=ROWS)
-                for i, j in tile.Parallel(BV, BT):
-                    b_dXd[i, j] = -b_minus_dX[i, j]
-                    s_dX[j, i] = b_dXd[i, j]
-                    s_dX_rest[j, i] = tile.cast(b_dX[i, j] - tile.cast(b_dXd[i, j], "float32"), IO)
-                tile.copy(s_dX, dX[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
-                tile.copy(s_dX_rest, dX_rest[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
+                    b_dX_rows[j, i] = b_dXd[i, j]
+                    b_rest_rows[j, i] = tile.cast(b_dX[i, j] - tile.cast(b_dXd[i, j], "float32"), IO)
+                tile.tma_store_wait(1)
+                tile.copy(b_dX_rows, s_dX)
+                tile.copy(b_rest_rows, s_dX_rest)
+                tile.tma_copy(s_dX, dX[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
+                tile.tma_copy(s_dX_rest, dX_rest[i_c, i_h, :, i_v * BV : (i_v + 1) * BV])
                 tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_E[0, 0], "float32")
+                hold[0] = tile.cast(s_Y[0, 0], "float32")
                 hold[0] = tile.cast(s_gamma[0], "float32")
+
+            tile.tma_store_wait(0)
 
             for i, j in tile.Parallel(BV, K):
                 dh0[i_n, i_h, j, i_v * BV + i] = b_dS[i, j]
@@ -156,12 +168,12 @@ def compiled():
 
 
 def launch(
-    Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dS_seg,
+    Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dS_seg,
     M_seg, dh0, *, n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     if T == 0:  # no tile that TMA could load
         dh0.copy_(dht)
         return
-    compiled()(Qg, E, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX,
+    compiled()(Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX,
         dX_rest, dh0)

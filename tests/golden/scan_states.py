@@ -4,13 +4,13 @@ One program per sequence, value head and slice of V; the state is held transpose
 that it is the left operand of every product and never leaves the registers. At the start of every
 segment of chunks it is written out, for the backward to start from.
 
-    X^T = (w v)^T - S^T E^T        R^T = X^T A^T
+    R^T = (w v)^T A^T + S^T Y^T          Y = -A E
     O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
     v, w          [B, T, HV, V]     values, write gate
     Qg            [NT, HV, BT, K]   decayed, scaled queries
-    E, Ktail      [NT, HV, BT, K]   erasing keys from the chunk's start, keys to its end
+    Y, Ktail      [NT, HV, BT, K]   erasing keys through A, keys to the chunk's end
     A             [NT, HV, BT, BT]  triangular inverse
     gamma_C       [NT, HV, K] fp32  decay of a whole chunk
     Aqk           [NT, HV, BT, BT]  decayed scores
@@ -22,7 +22,7 @@ segment of chunks it is written out, for the backward to start from.
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=serial
-Template digest 50672b7c4486d623; made by
+Template digest 248994ddec480946; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=serial
@@ -41,7 +41,7 @@ def scan_kernel(
     v,
     w,
     Qg,
-    E,
+    Y,
     Ktail,
     gamma_C,
     A,
@@ -99,25 +99,26 @@ def scan_kernel(
             b_gamma_next = tl.load(gamma_C + (i_tile + HV) * K + o_k, mask=m_gamma, other=0.0)
             # stores come after the products that they would delay
             b_Sd = b_S.to(tl.float32)
-            b_ES = tl.dot(b_Sd, tl.trans(tl.load(E + i_tile * BT * K + p_k)), input_precision="tf32x3")
+            b_Z = (b_v.to(tl.float32) * b_w.to(tl.float32)).to(tl.float32)
+            b_R = tl.dot(b_Z, tl.trans(tl.load(A + p_score)), input_precision="tf32x3")
+            b_R = tl.dot(b_Sd, tl.trans(tl.load(Y + i_tile * BT * K + p_k)), b_R, input_precision="tf32x3")
             b_o = tl.dot(b_Sd, tl.trans(tl.load(Qg + i_tile * BT * K + p_k)), input_precision="tf32x3")
             b_S *= b_gamma[None, :]
-            b_X = (b_v.to(tl.float32) * b_w.to(tl.float32) - b_ES).to(tl.float32)
-            b_R = tl.dot(b_X, tl.trans(tl.load(A + p_score)), input_precision="tf32x3").to(tl.float32)
-            b_S = tl.dot(b_R, tl.load(Ktail + i_tile * BT * K + p_k), b_S, input_precision="tf32x3")
-            b_o = tl.dot(b_R, tl.trans(tl.load(Aqk + p_score)), b_o, input_precision="tf32x3")
+            b_Rd = b_R.to(tl.float32)
+            b_S = tl.dot(b_Rd, tl.load(Ktail + i_tile * BT * K + p_k), b_S, input_precision="tf32x3")
+            b_o = tl.dot(b_Rd, tl.trans(tl.load(Aqk + p_score)), b_o, input_precision="tf32x3")
             tl.store(o + p_o, b_o.to(tl.float32), mask=(i_row < n_tokens)[None, :])
 
     tl.store(final_state + p_state, b_S)
 
 
 def launch(
-    v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, *,
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, *,
     n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     scan_kernel[(n_sequences * HV * (V // BV),)](
-        v, w, Qg, E, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, T, HV,
+        v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, T, HV,
         NS, segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=1,

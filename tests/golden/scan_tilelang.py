@@ -5,13 +5,13 @@ that it is the left operand of every product and never leaves the registers. At 
 segment of chunks it is written out, for the backward to start from. The compiler gives the loads to
 a warp group of its own, which fills 2 stages of shared memory ahead of the products.
 
-    X^T = (w v)^T - S^T E^T        R^T = X^T A^T
+    R^T = (w v)^T A^T + S^T Y^T          Y = -A E
     O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
     v, w          [B, T, HV, V]     values, write gate
     Qg            [NT, HV, BT, K]   decayed, scaled queries
-    E, Ktail      [NT, HV, BT, K]   erasing keys from the chunk's start, keys to its end
+    Y, Ktail      [NT, HV, BT, K]   erasing keys through A, keys to the chunk's end
     A             [NT, HV, BT, BT]  triangular inverse
     gamma_C       [NT, HV, K] fp32  decay of a whole chunk
     Aqk           [NT, HV, BT, BT]  decayed scores
@@ -20,7 +20,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 3cfab6bb469f6402; made by
+Template digest 2afe0115188acc20; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -49,13 +49,14 @@ def program():
         v: tile.Tensor([B, T, HV, V], "bfloat16"),
         w: tile.Tensor([B, T, HV, V], "bfloat16"),
         Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
-        E: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Y: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
         gamma_C: tile.Tensor([NT, HV, K], "float32"),
         A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
         Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
         o: tile.Tensor([B, T, HV, V], "bfloat16"),
         S_seg: tile.Tensor([B, HV, NS, V, K], "float32"),
+        segment: tile.int32,
     ):
         with tile.Kernel(
             V // BV, HV, B, threads=128
@@ -66,10 +67,10 @@ def program():
             i_start = 0
             n_tokens = T
 
-            segment = tile.ceildiv(n_chunks, NS)
             s_v = tile.alloc_shared([BT, BV], IO)
             s_w = tile.alloc_shared([BT, BV], IO)
-            s_E = tile.alloc_shared([BT, K], IO)
+            s_Z = tile.alloc_shared([BT, BV], IO)
+            s_Y = tile.alloc_shared([BT, K], IO)
             s_Ktail = tile.alloc_shared([BT, K], IO)
             s_A = tile.alloc_shared([BT, BT], IO)
             s_gamma = tile.alloc_shared([K], "float32")
@@ -77,13 +78,20 @@ def program():
             s_Aqk = tile.alloc_shared([BT, BT], IO)
             s_o = tile.alloc_shared([BT, BV], IO)
             b_o = tile.alloc_fragment([BV, BT], "float32")
+            b_o_rows = tile.alloc_fragment([BT, BV], IO)
             b_S = tile.alloc_fragment([BV, K], "float32")
             b_Sd = tile.alloc_fragment([BV, K], IO)
-            b_ES = tile.alloc_fragment([BV, BT], "float32")
-            b_Z = tile.alloc_fragment([BV, BT], "float32")
-            b_X = tile.alloc_fragment([BV, BT], IO)
             b_R = tile.alloc_fragment([BV, BT], "float32")
             b_Rd = tile.alloc_fragment([BV, BT], IO)
+            n_kept = tile.alloc_local([1], "int32")
+            n_kept[0] = 0
+            # a thread's part of a result, in the order in which stores transpose it
+            by_channels = tile.Fragment(
+                [BT, BV],
+                forward_thread_fn=lambda i, j: j // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+                forward_index_fn=lambda i, j: i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+            )
+            tile.annotate_layout({b_o_rows: by_channels})
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
@@ -92,7 +100,7 @@ def program():
             for i_t in tile.Pipelined(n_chunks, num_stages=2):
                 i_c = i_first + i_t
                 i_row = i_start + i_t * BT
-                tile.copy(E[i_c, i_h, :, :], s_E)
+                tile.copy(Y[i_c, i_h, :, :], s_Y)
                 tile.copy(v[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_v)
                 tile.copy(w[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_w)
                 tile.copy(A[i_c, i_h, :, :], s_A)
@@ -101,28 +109,25 @@ def program():
                 tile.copy(Qg[i_c, i_h, :, :], s_Qg)
                 tile.copy(Aqk[i_c, i_h, :, :], s_Aqk)
 
-                if i_t % segment == 0:
+                if i_t == n_kept[0] * segment:
                     for i, j in tile.Parallel(BV, K):
-                        S_seg[i_n, i_h, i_t // segment, i_v * BV + i, j] = b_S[i, j]
+                        S_seg[i_n, i_h, n_kept[0], i_v * BV + i, j] = b_S[i, j]
+                    n_kept[0] += 1
                 tile.copy(b_S, b_Sd)
-                tile.wgmma_gemm(b_Sd, s_E, b_ES, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_Sd, s_Y, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wgmma_gemm(b_Sd, s_Qg, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
                 # meanwhile; rows past the end of the sequence are another one's
-                for i, j in tile.Parallel(BV, BT):
-                    b_Z[i, j] = tile.if_then_else(
-                        i_t * BT + j < n_tokens,
-                        tile.cast(s_v[j, i], "float32") * tile.cast(s_w[j, i], "float32"),
+                for i, j in tile.Parallel(BT, BV):
+                    s_Z[i, j] = tile.if_then_else(
+                        i_t * BT + i < n_tokens,
+                        tile.cast(s_v[i, j], "float32") * tile.cast(s_w[i, j], "float32"),
                         0.0,
                     )
+                tile.wgmma_gemm(s_Z, s_A, b_R, transpose_A=True, transpose_B=True, policy=ROWS)
                 for i, j in tile.Parallel(BV, K):
                     b_S[i, j] *= s_gamma[j]
-                tile.wait_wgmma(1)
-                hold[0] = tile.cast(s_E[0, 0], "float32")
-
-                for i, j in tile.Parallel(BV, BT):
-                    b_X[i, j] = b_Z[i, j] - b_ES[i, j]
-                tile.wgmma_gemm(b_X, s_A, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_Y[0, 0], "float32")
                 hold[0] = tile.cast(s_Qg[0, 0], "float32")
                 hold[0] = tile.cast(s_A[0, 0], "float32")
                 hold[0] = tile.cast(s_v[0, 0], "float32")
@@ -137,8 +142,11 @@ def program():
                 hold[0] = tile.cast(s_gamma[0], "float32")
 
                 for i, j in tile.Parallel(BV, BT):
-                    s_o[j, i] = b_o[i, j]
-                tile.copy(s_o, o[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+                    b_o_rows[j, i] = b_o[i, j]
+                tile.tma_store_wait(0)
+                tile.copy(b_o_rows, s_o)
+                tile.tma_copy(s_o, o[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+            tile.tma_store_wait(0)
 
     return scan
 
@@ -152,9 +160,9 @@ def compiled():
 
 
 def launch(
-    v, w, Qg, E, Ktail, gamma_C, A, Aqk, o, S_seg, M_seg, *, n_sequences, T, HV, NS, segment
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, S_seg, M_seg, *, n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     if T == 0:  # no tile that TMA could load
         return
-    compiled()(v, w, Qg, E, Ktail, gamma_C, A, Aqk, o, S_seg)
+    compiled()(v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, S_seg, segment)
