@@ -16,16 +16,18 @@ from gdn2gen.programs import compiled_program
 
 
 def compile_in_thread(module: ModuleType) -> None:
-    """Have the module's program compiled, or loaded, by a thread from now on.
+    """Have the module's programs compiled, or loaded, by threads from now on.
 
-    Its `launch` waits for it, and raises what the compiler raised.
+    Its `launch` waits for them, and raises what the compiler raised.
     """
-    module.compiled = _compiling(module).result  # type: ignore[attr-defined]
+    for name in [x for x in vars(module) if x.startswith("compiled")]:
+        setattr(module, name, _compiling(module, name).result)
 
 
 @cache
-def _compiling(module: ModuleType) -> Future[Any]:
-    return _pool().submit(compiled_program, module, module.compiled)
+def _compiling(module: ModuleType, name: str) -> Future[Any]:
+    # the function itself: what it is called by is replaced before the thread begins
+    return _pool().submit(compiled_program, module, name, getattr(module, name))
 
 
 @cache

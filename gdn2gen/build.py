@@ -29,7 +29,7 @@ _TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 _BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
-_OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}}
+_OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}, "later_frames_kernel": {"maxnreg": 128}}
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,17 @@ def _compile_kernel(
 def _compile_tilelang(
     module: ModuleType, problem: Problem, stage_name: str, _config: Config, device: Device
 ) -> tuple[int, int, int]:
-    """Registers and stack bytes per thread, shared bytes per block, of the TileLang program.
+    """Registers and stack bytes per thread, shared bytes per block, of the TileLang programs.
 
-    A Triton kernel that the module has beside it is compiled, too.
+    The most that one of several takes. A Triton kernel that the module has beside them is compiled,
+    too.
     The binary is taken from TileLang's cache on its way there; a kernel that was compiled before
     passes through no compiler, and reports zeros.
     """
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
 
+    used = [(0, 0, 0)]
     binaries: list[bytes] = []
     save = CUDABinaryCache.save
 
@@ -169,14 +171,19 @@ def _compile_tilelang(
         arch = device.arch + ("a" if device.arch in ("sm_90", "sm_100") else "")
         target = {"kind": "cuda", "arch": arch}
         passes = getattr(module, "PASSES", None)
-        kernel = tilelang.compile(module.program(), target=target, pass_configs=passes)
+        for name in [x for x in vars(module) if x.endswith("program")]:
+            program = getattr(module, name)()
+            kernel = tilelang.compile(program, target=target, pass_configs=passes)
+            if binaries:
+                shared = _dynamic_shared_bytes(kernel.get_host_source())
+                used.append((*_register_use(binaries.pop()), shared))
     finally:
         CUDABinaryCache.save = save
     for name in [x for x in vars(module) if x.endswith("_kernel")]:
-        _compile_kernel(module, name, problem, stage_name, _BESIDE_TILELANG, device)
-    if not binaries:
-        return 0, 0, 0
-    return (*_register_use(binaries[-1]), _dynamic_shared_bytes(kernel.get_host_source()))
+        options = _BESIDE_TILELANG | _OWN_OPTIONS.get(name, {})
+        _compile_kernel(module, name, problem, stage_name, options, device)
+    registers, spilled, shared = zip(*used, strict=True)
+    return max(registers), max(spilled), max(shared)
 
 
 def _dynamic_shared_bytes(host_source: str) -> int:

@@ -174,8 +174,6 @@ def _why_not_placed(config: Config, problem: Problem) -> str | None:
 def _why_not_parallel(config: Config, problem: Problem) -> str | None:
     if problem.varlen:
         return "sequences of a packed batch are one segment each: nothing to run side by side"
-    if language_of(config) != "triton":
-        return "the parallel form of the scans is written in Triton"
     if config.size("BV") > problem.K:
         return f"BV={config['BV']} rows of the transition, which has K={problem.K}"
     return None

@@ -29,9 +29,14 @@ Program = Callable[..., Any]
 _loading = Lock()
 
 
-def compiled_program(module: ModuleType, compile_it: Callable[[], Program]) -> Program:
-    """The program of a rendered module for the present GPU: the one kept, else `compile_it()`."""
-    name = _name(module)
+def compiled_program(
+    module: ModuleType, function: str, compile_it: Callable[[], Program]
+) -> Program:
+    """A program of a rendered module for the present GPU: the one kept, else `compile_it()`.
+
+    `function` is what the module calls `compile_it`.
+    """
+    name = _name(module, function)
     kept = _kept(name)
     if kept is not None:
         try:
@@ -43,13 +48,13 @@ def compiled_program(module: ModuleType, compile_it: Callable[[], Program]) -> P
     return program if kept is None else _load(kept)
 
 
-def _name(module: ModuleType) -> str:
+def _name(module: ModuleType, function: str) -> str:
     """From the source's digest, which is in the module's name, the GPU and the toolchain."""
     import torch
 
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     made_of = (gpu, os.uname().machine, *(_version(x) for x in ("tilelang", "apache-tvm-ffi")))
-    return f"{module.__name__}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+    return f"{module.__name__}-{function}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
 
 
 def _kept(name: str) -> Path | None:

@@ -93,12 +93,8 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "regenerate": _regenerate_command(problem, stage, config),
     }
     if language_of(config) == "tilelang":
-        return common | _triton_context(problem, config) | _tilelang_context(problem, stage)
-    return common | _triton_context(problem, config) | {
-        "operand_dtype": _operand_dtype(problem),
-        # of products of states, which are in fp32
-        "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
-    }
+        return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
+    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
 
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
@@ -111,6 +107,8 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     return {
         "levels": levels,
         "solve": _solve_precision(str(config.get("solve", "ieee"))),
+        # of products of states, which are in fp32
+        "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
         "io_dtype": _TRITON_DTYPE[problem.dtype],
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
@@ -120,11 +118,11 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     }
 
 
-def _tilelang_context(problem: Problem, stage: Stage) -> dict[str, object]:
+def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
     sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
     tensors = []
     for operand in stage.operands(problem):
-        if operand.scratch:
+        if operand.is_idle(config):
             continue
         dims = [sizes.get(symbol, symbol) for symbol in operand.dims.split()]
         if problem.state_v_first and dims[-2:] == ["K", "V"]:

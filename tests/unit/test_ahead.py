@@ -42,6 +42,14 @@ def test_a_module_is_compiled_once() -> None:
     assert len(calls) == 1
 
 
+def test_a_module_with_two_programs_has_both_compiled() -> None:
+    both = threading.Barrier(2, timeout=20)
+    module: Any = _module(both.wait, "two programs")
+    module.compiled_fold = both.wait
+    compile_in_thread(module)
+    assert sorted((module.compiled(), module.compiled_fold())) == [0, 1]
+
+
 def test_what_the_compiler_raises_comes_with_the_launch() -> None:
     def broken() -> None:
         raise RuntimeError("no such instruction")
@@ -63,12 +71,13 @@ def test_a_compiled_program_is_kept_and_runs_without_tilelang(
 import sys
 from types import ModuleType
 from gdn2gen.programs import compiled_program
-program = compiled_program(ModuleType({_NAME!r}), lambda: print("compiled anew"))
+module = ModuleType({_NAME!r})
+program = compiled_program(module, "compiled_fold", lambda: print("compiled anew"))
 print(type(program).__name__, "tilelang" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", _COMPILE], check=True)
     (kept,) = (tmp_path / "cache" / "programs").glob("*.so")
-    assert kept.name.startswith(_NAME)
+    assert kept.name.startswith(f"{_NAME}-compiled_fold-")
     assert _printed(load) == ["Function False"]
     kept.write_bytes(kept.read_bytes()[:1000])
     assert _printed(load) == ["compiled anew", "NoneType False"]
@@ -89,7 +98,10 @@ module = build.load(
     render(problem, "scan", default_config("scan", problem).replace(language="tilelang"))
 )
 target = dict(kind="cuda", arch="sm_90a")
-compiled_program(ModuleType({_NAME!r}), lambda: tilelang.compile(module.program(), target=target))
+named = ModuleType({_NAME!r})
+compiled_program(
+    named, "compiled_fold", lambda: tilelang.compile(module.program(), target=target)
+)
 """
 
 

@@ -127,6 +127,24 @@ def test_tilelang_compiles_and_fits(
     assert 0 < used.registers <= 255
 
 
+@pytest.mark.parametrize(("arch", "num_stages"), [("sm_90", 2), ("sm_80", 1)])
+@pytest.mark.parametrize("stage", ["scan", "reverse_scan"])
+def test_tilelang_in_segments_compiles_and_fits(
+    stage: str, arch: str, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs in TileLang and one kernel in Triton; on sm_90 two of each to a multiprocessor."""
+    device = named_device(arch)
+    config = default_config(stage, _STATES).replace(
+        language="tilelang", num_stages=num_stages, segments="parallel"
+    )
+    assert why_hopeless(config, _STATES, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(_STATES, stage, config, device)
+    assert used.spill_bytes <= SPILLED, f"{stage} [{config}]: {used}"
+    if arch == "sm_90":
+        assert used.registers <= 128 and 2 * (used.shared_bytes + 1024) <= 233472
+
+
 @pytest.mark.parametrize(
     "problem",
     [replace(_BF16, varlen=True), replace(_ALL, K=128, dtype="bf16"), replace(_BOUNDED, K=64)],
