@@ -17,7 +17,7 @@ OpFunction = Callable[..., tuple[Tensor, Tensor | None]]
 DIFFERENTIABLE: Final = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
 ERROR_NAMES: Final = ("o", "final_state", *(f"d{name}" for name in DIFFERENTIABLE))
 TORCH_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# A bound on the decay per token, for problems with the sigmoid gate: FLA's own default.
+# A bound on the decay per token where a problem with the sigmoid gate has none: FLA's own default.
 LOWER_BOUND: Final = -5.0
 
 
@@ -27,7 +27,8 @@ def inputs_of(
     """Inputs of one call of `problem`: q, k, v, g, b, w and what its flags ask for.
 
     With a gate in the kernel `g` is a pre-activation, for which regimes mean little; it is then
-    normal, and A_log and dt_bias span the ranges of a freshly initialised layer.
+    normal, and A_log and dt_bias span the ranges of a freshly initialised layer. But for a bound on
+    the decay, `strong` takes most tokens close to it.
     """
     from gdn2gen.inputs import make_inputs
 
@@ -50,13 +51,17 @@ def inputs_of(
     if problem.gate != "none":
         generator = torch.Generator(device).manual_seed(seed + 1)
         inputs["g"] = torch.empty_like(inputs["g"]).normal_(generator=generator)
+        rates, biases = (1.0, 16.0), (-7.0, -2.0)
+        if problem.bound and regime == "strong":
+            inputs["g"].mul_(0.5).add_(3.0)
+            rates, biases = (1.0, 1.3), (0.0, 1.0)
         heads = inputs["g"].shape[2]
         if problem.has_A_log:
-            decay = torch.empty(heads, device=device).uniform_(1, 16, generator=generator)
+            decay = torch.empty(heads, device=device).uniform_(*rates, generator=generator)
             inputs["A_log"] = decay.log()
         if problem.has_dt_bias:
             bias = torch.empty(heads * problem.K, device=device)
-            inputs["dt_bias"] = bias.uniform_(-7, -2, generator=generator)
+            inputs["dt_bias"] = bias.uniform_(*biases, generator=generator)
     return inputs
 
 
@@ -65,9 +70,16 @@ def op_flags(problem: Problem) -> dict[str, Any]:
     return {
         "use_qk_l2norm_in_kernel": problem.l2norm,
         "use_gate_in_kernel": problem.gate != "none",
-        "lower_bound": LOWER_BOUND if problem.gate == "sigmoid" else None,
+        "lower_bound": lower_bound_of(problem),
         "state_v_first": problem.state_v_first,
     }
+
+
+def lower_bound_of(problem: Problem) -> float | None:
+    """The lower bound that a call of `problem` gives its gate, in nats; None for other gates."""
+    if problem.gate != "sigmoid":
+        return None
+    return -float(problem.bound) if problem.bound else LOWER_BOUND
 
 
 def output_gradients(problem: Problem, shape: Shape, seed: int, device: str) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def _row_document(row: Row) -> dict[str, Any]:
     stages = [asdict(stage) | {"gbps": round(stage.gbps, 1)} for stage in row.stages]
     return {
         "shape": asdict(row.shape),
-        "problem": asdict(row.problem),
+        "problem": row.problem.document,
         "level": row.level,
         "recipe": row.recipe,
         "ours": asdict(row.ours),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen._bench_accuracy import (
+    LOWER_BOUND,
     OpFunction,
     inputs_of,
     op_flags,
@@ -29,7 +30,7 @@ from gdn2gen._bench_time import (
     time_ms,
 )
 from gdn2gen.errors import UnsupportedError
-from gdn2gen.problem import Problem
+from gdn2gen.problem import Problem, bound_of
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import STAGES
 
@@ -107,9 +108,14 @@ class Row:
 
 
 def bench_problem(
-    K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape
+    K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape, bound: int = 0
 ) -> Problem:
-    """The problem that a benchmark call at `shape` runs: no states in or out."""
+    """The problem that a benchmark call at `shape` runs: no states in or out.
+
+    `bound` in nats is that of the sigmoid gate; by default the one that `op_flags` gives it.
+    """
+    if gate == "sigmoid":
+        bound = bound or bound_of(LOWER_BOUND)
     return Problem(
         K=K,
         V=V,
@@ -120,6 +126,7 @@ def bench_problem(
         has_A_log=gate != "none",
         has_dt_bias=gate != "none",
         varlen=shape.cu_seqlens is not None,
+        bound=bound,
     )
 
 
@@ -134,10 +141,12 @@ def bench_shapes(
     l2norm: bool = True,
     stages: bool = False,
     level: str = "lean",
+    bound: int = 0,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU; with `stages` also stage by stage.
 
+    `bound`: nats that a token loses at most with the sigmoid gate, 1 to 5; 0 for FLA's default.
     Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError without a
     GPU, and UnsupportedError when FLA is asked for and not installed.
     """
@@ -146,7 +155,7 @@ def bench_shapes(
     errors: dict[tuple[Problem, bool], dict[str, Errors]] = {}
     rows = []
     for shape in shapes:
-        problem = bench_problem(K, V, dtype, gate, l2norm, shape)
+        problem = bench_problem(K, V, dtype, gate, l2norm, shape, bound)
         dense = replace(problem, varlen=False)
         if (dense, False) not in errors:
             errors[dense, False] = worst_errors(our_op(level), dense)

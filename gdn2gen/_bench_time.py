@@ -130,7 +130,7 @@ def symbol_sizes(problem: Problem, shape: Shape, BT: int) -> dict[str, int]:
 
 def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
     """Sizes and scalars of a benchmark call: as many heads of q, k and gates as of values."""
-    from gdn2gen._bench_accuracy import LOWER_BOUND
+    from gdn2gen._bench_accuracy import lower_bound_of
     from gdn2gen.call import Call
 
     return Call(
@@ -141,7 +141,7 @@ def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
         HG=shape.H,
         N=shape.regime.sequences,
         scale=problem.K**-0.5,
-        lower_bound=LOWER_BOUND if problem.gate == "sigmoid" else None,
+        lower_bound=lower_bound_of(problem),
         packed=problem.varlen,
         device=device,
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gdn2gen._cli_options import add_shapes, parse_head_dim
+from gdn2gen._cli_options import add_lower_bound, add_shapes, bound_option, parse_head_dim
 from gdn2gen.errors import DeviceError, InputError
 from gdn2gen.problem import DTYPES, GATES
 from gdn2gen.shapes import SHAPES, parse_shapes
@@ -129,6 +129,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", default="128", metavar="K[,V]", help="(%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
     parser.add_argument("--gate", choices=GATES, default="none", help="(%(default)s)")
+    add_lower_bound(parser, "least decay a token with --gate sigmoid, in [-5, 0); whole nats (-5)")
     parser.add_argument(
         "--no-l2norm", dest="l2norm", action="store_false", help="q and k are not normalised"
     )
@@ -177,6 +178,7 @@ def bench(args: argparse.Namespace) -> int:
             vs_fla=args.vs == "fla",
             gate=args.gate,
             l2norm=args.l2norm,
+            bound=bound_option(args.gate, args.lower_bound),
             stages=args.stages,
             on_row=show,
         )

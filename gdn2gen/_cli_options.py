@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.errors import InputError
-from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS, OPS, Problem
+from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS, OPS, Problem, bound_of, check_lower_bound
 from gdn2gen.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ def add_problem(
         default="none",
         help="none: g is the natural-log decay; else its activation in the kernels (%(default)s)",
     )
+    add_lower_bound(
+        group,
+        "least decay a token with --gate sigmoid, in [-5, 0), in whole nats: kernels may then "
+        "count on it, and entries are filed for it (any)",
+    )
     group.add_argument(
         "--no-l2norm",
         dest="l2norm",
@@ -69,11 +74,29 @@ def problem_of(args: argparse.Namespace) -> Problem:
     """The Problem that the options describe."""
     K, V = parse_head_dim(args.head_dim)
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
-    return with_extras(problem, args.gate, getattr(args, "extras", None))
+    extras = getattr(args, "extras", None)
+    return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
 
 
-def with_extras(problem: Problem, gate: str, names: str | None) -> Problem:
-    """Add a gate and the optional arguments named; by default those that a gated layer passes."""
+def add_lower_bound(parser: argparse._ActionsContainer, help_text: str) -> None:
+    parser.add_argument("--lower-bound", type=float, metavar="NATS", help=help_text)
+
+
+def bound_option(gate: str, lower_bound: float | None) -> int:
+    """`Problem.bound` of the options --gate and --lower-bound; 0 where the latter is not given."""
+    if lower_bound is None:
+        return 0
+    if gate != "sigmoid":
+        raise InputError(f"--lower-bound is of --gate sigmoid, but got --gate {gate}")
+    check_lower_bound(lower_bound)
+    return bound_of(lower_bound)
+
+
+def with_extras(problem: Problem, gate: str, names: str | None, bound: int = 0) -> Problem:
+    """Add a gate, its bound in nats (0: any), and the optional arguments named.
+
+    By default those that a gated layer passes.
+    """
     if names is None:
         names = "" if gate == "none" else "A_log,dt_bias"
     chosen = [name.strip() for name in names.split(",") if name.strip()]
@@ -81,7 +104,7 @@ def with_extras(problem: Problem, gate: str, names: str | None) -> Problem:
         if name not in EXTRAS:
             raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
     flags: dict[str, Any] = {_FIELDS.get(name, name): True for name in chosen}
-    return dataclasses.replace(problem, gate=gate, **flags)
+    return dataclasses.replace(problem, gate=gate, bound=bound, **flags)
 
 
 def parse_head_dim(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from gdn2gen.call import Call
 from gdn2gen.device import Device, named_device, present_device
 from gdn2gen.dispatch import Recipe, find_recipe, forced
 from gdn2gen.launch import Runner, SizedRunner
-from gdn2gen.problem import Problem, Regime
+from gdn2gen.problem import Problem, Regime, bound_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,7 @@ def make_request(
         initial_state=initial_state,
         final_state=output_final_state,
         state_v_first=state_v_first,
+        bound=bound_of(lower_bound) if gate == "sigmoid" and lower_bound is not None else 0,
     )
     call = Call(
         B=B,

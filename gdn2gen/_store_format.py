@@ -34,7 +34,11 @@ _ENTRY_KEYS: Final = (
     "gate",
     "provenance",
 )
-_PROBLEM_TYPES: Final = {name: type(value) for name, value in Problem().key.items()}
+_PROBLEM_TYPES: Final[Mapping[str, type]] = {
+    name: type(value) for name, value in Problem().key.items()
+}
+# In the keys of problems whose gate has a bound that is known.
+_BOUND_TYPE: Final[Mapping[str, type]] = {"bound": int}
 _REGIME_TYPES: Final = dict.fromkeys(Regime(1, 1, 1).key, int)
 _MEASURED_KEYS: Final = (
     "forward_ms",
@@ -156,13 +160,16 @@ def entry_from(raw: Any) -> Entry:
 def check_entry(entry: Entry) -> None:
     """Raise a Gdn2genError unless the entry is one that `find_recipe` could use."""
     key = dict(entry.problem_key)
-    _check_types("problem", key, _PROBLEM_TYPES)
+    given = _BOUND_TYPE if "bound" in key else {}
+    _check_types("problem", key, {**_PROBLEM_TYPES, **given})
     _check_types("regime", dict(entry.regime_key), _REGIME_TYPES)
     for name, known in (("level", LEVELS), ("plan", tuple(PLANS)), ("provenance", PROVENANCES)):
         given = getattr(entry, name)
         if given not in known:
             raise StoreError(f"{name} must be one of {known}, but is {given!r}")
     problem = Problem(**key, has_A_log=key["gate"] == "softplus")  # type: ignore[arg-type]
+    if problem.key != key:
+        raise StoreError(f"problem.bound must be left out where it is not known, but is in {key}")
     if min(entry.regime_key.values()) < 0:
         raise StoreError(f"regime has a negative size: {dict(entry.regime_key)}")
     check_configs(entry.plan, entry.configs, problem)
@@ -227,7 +234,8 @@ def raw_key(raw: Any) -> tuple[str, ...] | None:
 
 def _key(problem: Mapping[str, Any], regime: Mapping[str, Any], level: str) -> tuple[str, ...]:
     """Texts that sort as their numbers do."""
-    values = [problem[name] for name in _PROBLEM_TYPES] + [regime[name] for name in _REGIME_TYPES]
+    values = [problem[name] for name in _PROBLEM_TYPES] + [problem.get("bound", 0)]
+    values += [regime[name] for name in _REGIME_TYPES]
     return (*(f"{x:012d}" if type(x) is int else str(x) for x in values), level)
 
 

@@ -20,7 +20,7 @@ Tier = Literal["exact", "nearest", "transferred", "predicted"]
 TIERS: Final[tuple[Tier, ...]] = ("exact", "nearest", "transferred", "predicted")
 
 # They move the speed only a little: an entry that differs in these alone still serves.
-_MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype")
+_MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
 
 
 class Query(NamedTuple):
@@ -134,7 +134,8 @@ def _candidates(
             if entry.level != query.level or minor is None:
                 continue
             distance = _regime_distance(query.regime, entry.regime)
-            exact = distance == 0 and not minor
+            # an entry that was filed without a bound holds for every bound
+            exact = distance == 0 and not {*minor} - {"bound"}
             tier = TIERS.index(_tier(entry, exact, own))
             rank = (tier, len(minor), gpu_distance, distance, folder)
             found.append(Candidate(*rank, path, place, entry, gpu))
@@ -168,8 +169,14 @@ def _load(stamp: Stamp, device: Device | None, arch: str) -> TunedFile | str | N
 
 
 def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
-    """Minor keys in which the entry's problem differs from `key`; None if a major one does."""
-    names = [name for name, value in key.items() if entry.problem_key[name] != value]
+    """Minor keys in which the entry's problem differs from `key`; None if a major one does.
+
+    An entry that was filed under a bound serves that bound alone: its kernels may count on it.
+    """
+    filed = entry.problem_key
+    if "bound" in filed and filed["bound"] != key.get("bound"):
+        return None
+    names = [name for name, value in key.items() if filed.get(name) != value]
     return names if all(name in _MINOR_KEYS for name in names) else None
 
 

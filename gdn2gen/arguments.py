@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gdn2gen.errors import InputError, UnsupportedError
-from gdn2gen.problem import HEAD_DIMS
+from gdn2gen.problem import HEAD_DIMS, check_lower_bound
 from gdn2gen.sequences import check_cu_seqlens
 
 IO_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -176,8 +176,8 @@ def check_gate(
         raise InputError(
             "use_gate_in_kernel=True needs A_log, or lower_bound for the bounded gate; got neither"
         )
-    if lower_bound is not None and not -5.0 <= lower_bound < 0.0:
-        raise InputError(f"`-5 <= lower_bound < 0` must hold, but got {lower_bound}")
+    if lower_bound is not None:
+        check_lower_bound(lower_bound)
     if safe_gate and use_gate_in_kernel and lower_bound is None:
         raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from gdn2gen.anchors import FROM_START, why_unbounded
 from gdn2gen.errors import ConfigError
 from gdn2gen.problem import Problem
 
@@ -29,7 +30,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "language": ("triton", "tilelang"),
         "chunks": (1, 2, 4, 16),
         "BK": (32, 64, 128),
-        "decay": ("log", "tree", "anchored"),
+        "decay": ("log", "tree", "anchored", "bounded"),
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
         "num_warps": (1, 2, 4),
         "num_stages": _STAGES_AHEAD,
@@ -60,7 +61,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     },
     "grad_key": {
         "language": ("triton", "tilelang"),
-        "decay": ("log", "anchored"),
+        "decay": ("log", "anchored", "bounded"),
         "chunks": (1, 4, 16),
         "BK": (16, 32, 64, 128),
         "BV": (32, 64, 128),
@@ -157,17 +158,20 @@ def language_of(config: Config) -> str:
 
 def _why_not_placed(config: Config, problem: Problem) -> str | None:
     """Whether the placement of the decay goes with the other knobs."""
-    if config["decay"] == "anchored":
+    decay = config["decay"]
+    if decay in FROM_START:
         if problem.dtype == "fp16":
-            return "anchored factors reach 2^96, which fp16 cannot hold: use a dyadic placement"
+            return f"{decay} factors reach 2^96, which fp16 cannot hold: use a dyadic placement"
         if "BV" in config and config.size("BV") != problem.V:
-            return f"the anchored placement takes all of V={problem.V} at once, not {config['BV']}"
+            return f"the {decay} placement takes all of V={problem.V} at once, not {config['BV']}"
+        if decay == "bounded":
+            return why_unbounded(problem, config.stage, config.size("BT"))
         return None
     if config.stage == "prepare" and (config["BK"], config["num_warps"]) != (32, 1):
         # it reads back what it wrote, and 64 channels at a time would spill 2 KB a thread
         return f"dyadic placements of prepare are for BK=32 and num_warps=1, not {config}"
     if config.get("chunks", 1) != 1:
-        return f"only the anchored placement takes {config['chunks']} chunks a program"
+        return f"placements with dyadic blocks take one chunk a program, not {config['chunks']}"
     return None
 
 
@@ -209,7 +213,7 @@ def _why_not_tilelang_grad_value(config: Config, problem: Problem) -> str | None
 
 def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
     """Of prepare and grad_key."""
-    if config["decay"] != "anchored" or problem.dtype != "bf16":
+    if config["decay"] not in FROM_START or problem.dtype != "bf16":
         return f"the TileLang {config.stage} is anchored and for bf16: {config} {problem.dtype}"
     channels = problem.K if config.stage == "prepare" else 64
     if config.size("BK") != channels or config.size("num_warps") != 4:

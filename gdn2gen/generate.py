@@ -13,7 +13,7 @@ from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
-from gdn2gen.problem import OPTIONAL_FLAGS, Problem
+from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
 from gdn2gen.stages import SEGMENT, SEGMENTS, STAGES, Operand, Stage, has_operand
 
@@ -87,11 +87,18 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         saved=[name for name in (*inputs, *made) if name in kept],
         forward=forward,
         backward=backward,
+        lower_bound=_least_bound(problem, recipe),
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
         SEGMENTS=SEGMENTS,
     )
     return text.rstrip() + "\n"
+
+
+def _least_bound(problem: Problem, recipe: Recipe) -> int:
+    """Nats; kernels that count on the gate's bound must be given none below it."""
+    counted_on = any(x.get("decay") == "bounded" for x in recipe.configs.values())
+    return -problem.bound if counted_on else int(LEAST_BOUND)
 
 
 def _inputs(problem: Problem) -> list[str]:
@@ -189,6 +196,7 @@ def _command(problem: Problem, recipe: Recipe) -> str:
     words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
     words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
     words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
+    words += ["--lower-bound", str(-problem.bound)] if problem.bound else []
     given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
     words.append(f"--with={','.join(given)}")
     regime, device = recipe.regime, recipe.device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from gdn2gen.errors import InputError, UnsupportedError
 
@@ -19,6 +20,8 @@ OPTIONAL_FLAGS: Final = (
     "final_state",
     "state_v_first",
 )
+# Nats: a gate's lower bound may be no lower.
+LEAST_BOUND: Final = -5.0
 # Verified on hardware; every other size is refused until a later issue verifies it.
 HEAD_DIMS: Final = (32, 64, 128)
 
@@ -27,8 +30,8 @@ HEAD_DIMS: Final = (32, 64, 128)
 class Problem:
     """One recurrence with everything that is compiled in.
 
-    The first seven fields move the speed and are what tuned entries are filed under (`key`); the
-    others only add or leave out arguments of the same kernels.
+    The first seven fields and `bound` move the speed and are what tuned entries are filed under
+    (`key`); the others only add or leave out arguments of the same kernels.
     """
 
     op: str = "gdn2"
@@ -52,6 +55,9 @@ class Problem:
     final_state: bool = False
     state_v_first: bool = False
     """Initial and final state are [N, H, V, K] instead of [N, H, K, V]."""
+    bound: int = 0
+    """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
+    `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
 
     def __post_init__(self) -> None:
         _one_of("op", self.op, OPS)
@@ -67,11 +73,18 @@ class Problem:
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
         if self.gate == "softplus" and not self.has_A_log:
             raise InputError("the softplus gate needs A_log, got None; or give lower_bound")
+        if self.bound not in range(int(-LEAST_BOUND) + 1):
+            raise InputError(f"bound must be 0 to {-LEAST_BOUND:.0f} nats, but got {self.bound}")
+        if self.bound and self.gate != "sigmoid":
+            raise InputError(
+                f"only the sigmoid gate has a bound, but got bound={self.bound} with "
+                f"gate={self.gate!r}; leave it out, or use gate='sigmoid'"
+            )
 
     @property
     def key(self) -> dict[str, str | int | bool]:
-        """Readable key of the tuned entry: only what moves the speed."""
-        return {
+        """Readable key of the tuned entry: only what moves the speed; `bound` where it is known."""
+        key: dict[str, str | int | bool] = {
             "op": self.op,
             "K": self.K,
             "V": self.V,
@@ -80,6 +93,24 @@ class Problem:
             "l2norm": self.l2norm,
             "gate": self.gate,
         }
+        return key | {"bound": self.bound} if self.bound else key
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Every field, for files; `bound` only where it is known, as in files older than it."""
+        fields = asdict(self)
+        return fields if self.bound else {x: y for x, y in fields.items() if x != "bound"}
+
+
+def check_lower_bound(lower_bound: float) -> None:
+    """Raises InputError unless -5 <= lower_bound < 0, in nats."""
+    if not LEAST_BOUND <= lower_bound < 0.0:
+        raise InputError(f"`-5 <= lower_bound < 0` must hold, but got {lower_bound}")
+
+
+def bound_of(lower_bound: float) -> int:
+    """`Problem.bound` of a gate's lower bound: the least whole number of nats that covers it."""
+    return math.ceil(-float(lower_bound))
 
 
 @dataclass(frozen=True, order=True)

@@ -12,6 +12,7 @@ import jinja2
 from jinja2 import meta
 
 from gdn2gen import knobs
+from gdn2gen.anchors import anchor_range, chunk_loss
 from gdn2gen.config import Config, language_of, why_invalid
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
@@ -21,6 +22,8 @@ from gdn2gen.stages import STAGES, Stage
 LANGUAGES = ("triton", "tilelang")
 # Values of knobs that have templates of their own, beside the stage's first one.
 FORMS = ("anchored", "parallel")
+# Values that leave out some of another one's template.
+_FORM_OF = {"bounded": "anchored"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def environment() -> jinja2.Environment:
 
 def template_name(stage: Stage, config: Config) -> str:
     """The template that serves the config's language and form."""
-    form = next((x for x in FORMS if x in config.values()), "")
+    values = {_FORM_OF.get(str(x), x) for x in config.values()}
+    form = next((x for x in FORMS if x in values), "")
     return f"{language_of(config)}/{stage.template}{form and '_' + form}.py.jinja"
 
 
@@ -112,7 +116,8 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "io_dtype": _TRITON_DTYPE[problem.dtype],
         "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
-        "anchor_range": _anchor_range(problem, config),
+        "anchor_range": anchor_range(problem, config.stage),
+        "chunk_loss": chunk_loss(problem, config.size("BT")),
         # grad_key's scratch for the cumulative decay is then the buffer of dg
         "shares_dg": problem.gate_dtype == "fp32",
     }
@@ -182,17 +187,6 @@ def _operand_dtype(problem: Problem) -> str:
     return _TRITON_DTYPE[problem.dtype]
 
 
-def _anchor_range(problem: Problem, config: Config) -> int:
-    """How far in log2 factors may lie from their anchor, where fp32 ends at 2^-126 and 2^127.
-
-    prepare leaves 22 bits for the elements of q and k, whose smaller ones no sum would show;
-    grad_key 31 for gradients and their sums. Without the norm keys may be large, and with them all.
-    """
-    if not problem.l2norm:
-        return 64
-    return 104 if config.stage == "prepare" else 96
-
-
 def _solve_precision(solve: str) -> str:
     # Triton's interpreter multiplies exactly, and knows no bf16x3
     return "ieee" if solve == "bf16x3" and knobs.interpreted() else solve
@@ -206,6 +200,8 @@ def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
     ]
     if not problem.l2norm:
         words.append("--no-l2norm")
+    if config.get("decay") == "bounded":  # no other kernel depends on the bound
+        words.append(f"--lower-bound -{problem.bound}")
     given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
     words.append(f"--with={','.join(given)}")
     words.append(f"--stage {stage.name} --config {knobs_given}")

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
+from gdn2gen.anchors import FROM_START
 from gdn2gen.build import Resources
 from gdn2gen.config import (
     CHUNKS,
@@ -72,7 +73,7 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     A scan loads its chunk's factors ahead: `num_stages - 1` copies of them are in flight, of the
     products' operands alone (the compiler may keep one more).
     """
-    if config.stage == "grad_key" and config["decay"] == "anchored":
+    if config.stage == "grad_key" and config["decay"] in FROM_START:
         if language_of(config) == "tilelang":
             return 0
         return _least_of_grad_key(config, problem)
@@ -195,6 +196,8 @@ def stored_config(stage: str, knobs: Mapping[str, Knob]) -> Config | None:
 
 
 def _possible(name: str, domain: tuple[Knob, ...], problem: Problem) -> tuple[Knob, ...]:
+    if name == "decay" and not problem.bound:
+        return tuple(x for x in domain if x != "bounded")
     limit = {"BK": problem.K, "BV": problem.V}.get(name)
     if limit is None:
         return domain

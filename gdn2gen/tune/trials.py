@@ -263,7 +263,7 @@ class StageTrials:
     def _name(self) -> str:
         """Names the study by all that its times depend on."""
         content = [
-            asdict(self.problem),
+            self.problem.document,
             sorted((asdict(x) for x in self.shapes), key=str),
             self.ledger.toolchain,
             self.digest,

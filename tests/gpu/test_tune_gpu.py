@@ -99,6 +99,23 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem):
     assert result.ok, result.reason
 
 
+@pytest.mark.parametrize("language", ["triton", "tilelang"])
+@pytest.mark.parametrize("changes", [{}, {"K": 64, "V": 32, "varlen": True}], ids=["", "packed"])
+def test_bounded_placement_passes_the_gate(language, changes):
+    """Decays close to the gate's bound, the largest that chunks of 32 tokens take."""
+    gated = {"gate": "sigmoid", "bound": 2, "has_A_log": True, "has_dt_bias": True}
+    full = gate.full_problem(Problem(**gated, **changes))
+    candidate = Candidate.default(full, "lean", BT=32)
+    if language == "tilelang":
+        candidate = _by_chunk_in_tilelang(full)
+    for config in candidate.configs:
+        if "decay" in config:
+            candidate = candidate.with_config(config.replace(decay="bounded"))
+    shapes = gate.gate_shapes(full)
+    result = gate.check(candidate, regimes=("layer", "strong"), repeats=10, shapes=shapes)
+    assert result.ok, result.reason
+
+
 def test_forward_in_tilelang_is_causal_bit_for_bit():
     """One token's decay takes its chunk out of the first frame; tokens before it must not move."""
     problem, token = gate.full_problem(Problem()), 700

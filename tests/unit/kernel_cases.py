@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
 from gdn2gen._bench_time import call_of
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import Result, case_inputs, run_case
+from gdn2gen.anchors import FROM_START
 from gdn2gen.config import DOMAINS, Config, default_config, why_invalid
 from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.inputs import REGIMES
@@ -63,7 +64,7 @@ class KernelCase:
             for name, value in self.knobs:
                 if value in DOMAINS[stage].get(name, ()):
                     given = config.replace(**{name: value})
-                    if name == "decay" and value == "anchored" and stage == "grad_key":
+                    if name == "decay" and value in FROM_START and stage == "grad_key":
                         given = given.replace(BV=problem.V, chunks=4)
                     config = config if why_invalid(given, problem) else given
             configs[stage] = config
@@ -92,6 +93,7 @@ _KNOBS: Final = tuple(
     )
 )
 _STATES: Final = Problem(K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
+BOUNDED: Final = ("decay", "bounded")
 
 
 def _cases() -> Iterator[KernelCase]:
@@ -172,21 +174,53 @@ def _cases() -> Iterator[KernelCase]:
     for plan, chosen in _KNOBS:
         case = Case("causality", _STATES, _shape(1, 22, 1), check="causality")
         yield KernelCase(case, plan, chosen)
+    yield from _bounded_cases()
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
     yield with_next(replace(chunks, check="causality"))
     yield with_next(replace(chunks, name="repeat", check="repeat"))
+
+
+def _bounded_cases() -> Iterator[KernelCase]:
+    """Decays close to the gate's bound, the largest that each chunk size takes."""
+    sigmoid = replace(_STATES, gate="sigmoid", bound=2)
+
+    def case(name: str, problem: Problem, plan: str, BT: int, **changes: Any) -> KernelCase:
+        made = Case(f"bounded-{name}", problem, _shape(1, 70, 1), regime="strong")
+        return KernelCase(replace(made, **changes), plan, (("BT", BT), BOUNDED))
+
+    gated = replace(sigmoid, has_A_log=True, has_dt_bias=True)
+    # dA_log of one head would be one number, of what cancels
+    packed = _shape(1, 70, 4, (0, 0, 30, 30, 31, 70, 70))
+    for plan in PLANS:
+        yield case("16", replace(sigmoid, K=64, bound=4), plan, 16)
+        yield case("32", replace(sigmoid, V=64), plan, 32)
+        yield case("64", replace(sigmoid, bound=1), plan, 64)
+        yield case("gated", gated, plan, 32)
+        yield case("packed", replace(gated, varlen=True), plan, 32, shape=packed)
+        yield case("causality", sigmoid, plan, 32, check="causality")
+    # 64 bits, without the norm
+    yield case("no-l2norm-16", replace(sigmoid, l2norm=False), "lean", 16)
+    yield case("no-l2norm-32", replace(sigmoid, l2norm=False, bound=1), "fast", 32)
+    yield case("grouped", gated, "lean", 32, shape=_shape(2, 20, 4), H=2, HG=2)
+    yield case("layer", gated, "fast", 32, regime="layer")
 
 
 CASES: Final = tuple(_cases())
 BY_NAME: Final = {case.name: case for case in CASES}
 
 
-def run_bf16(regime: str, plan: str, BT: int) -> Result:
-    """The accuracy suite's check in bf16; the test holds its errors to bounds of their own."""
+def run_bf16(regime: str, plan: str, BT: int, bound: int = 0) -> Result:
+    """The accuracy suite's check in bf16; the test holds its errors to bounds of their own.
+
+    With a `bound`, the sigmoid gate's and the bounded placement.
+    """
     import exact_bf16  # noqa: F401
 
-    case = Case("bf16", Problem(K=64, V=64), _shape(1, 70, 4), regime=regime)
-    with forced_recipe(KernelCase(case, plan, (("BT", BT),)).recipe):
+    problem, knobs = Problem(K=64, V=64), [("BT", BT)]
+    if bound:
+        problem, knobs = replace(problem, gate="sigmoid", bound=bound), [*knobs, BOUNDED]
+    case = Case("bf16", problem, _shape(1, 70, 4), regime=regime)
+    with forced_recipe(KernelCase(case, plan, tuple(knobs)).recipe):
         return run_case(case, "cpu")
 
 
@@ -299,6 +333,14 @@ def _saturated(inputs: dict[str, Tensor]) -> None:
     inputs["g"][:, 1::3] = -100
 
 
+def _at_the_bound(inputs: dict[str, Tensor]) -> None:
+    """Every other channel exactly, the others nearly, so that g has a gradient."""
+    inputs["g"].fill_(4)
+    inputs["g"][..., ::2] = 100
+    inputs["A_log"].zero_()
+    inputs["dt_bias"].zero_()
+
+
 def _hardly_forgetting(inputs: dict[str, Tensor]) -> None:
     inputs["g"].fill_(-12)
     inputs["dt_bias"].zero_()
@@ -315,6 +357,7 @@ EXTREMES: Final = {
     "zero-keys": Extreme(_STATES, _zero_keys),
     "erase-twice": Extreme(_STATES, _erase_twice),
     "sigmoid-saturated": Extreme(replace(_SOFTPLUS, gate="sigmoid"), _saturated),
+    "at-the-bound": Extreme(replace(_SOFTPLUS, gate="sigmoid", bound=2), _at_the_bound),
     # dA_log 1.6e-3: what rounding leaves of a dg that is 0 under full decay is multiplied by 1600
     "softplus-saturated": Extreme(_SOFTPLUS, _saturated, 5e-3),
     "softplus-hardly": Extreme(_SOFTPLUS, _hardly_forgetting, 1e-4),

@@ -33,6 +33,7 @@ MORE: Final = {
     "grad_key-bf16-sm_120": 376,
     "grad_key-fp32-sm_90": 864,
     "grad_key-all-sm_90": 240,
+    "grad_key-one-frame-sm_90": 264,
 }
 MORE_BEFORE_3_9: Final = {
     "scan-bf16-sm_100": 280,
@@ -56,6 +57,11 @@ _ALL: Final = Problem(
     state_v_first=True,
 )
 _BOUNDED: Final = Problem(K=128, V=32, l2norm=False, gate="sigmoid", has_A_log=True, varlen=True)
+# The largest bound that chunks of 32 tokens take; and without the norm, of 16.
+_ONE_FRAME: Final = replace(
+    _BF16, gate="sigmoid", has_A_log=True, has_dt_bias=True, varlen=True, bound=2
+)
+_ONE_FRAME_FREE: Final = replace(_ONE_FRAME, K=64, l2norm=False, has_A_log=False, varlen=False)
 _FP32: Final = replace(_STATES, dtype="fp32")
 
 
@@ -78,6 +84,10 @@ def _cases() -> Iterator[object]:
     for name, problem in others.items():
         for stage in STAGES:
             yield _case(name, problem, "sm_90", default_config(stage, problem))
+    for name, problem, BT in (("one", _ONE_FRAME, 32), ("free", _ONE_FRAME_FREE, 16)):
+        for stage in ("prepare", "grad_key"):
+            config = default_config(stage, problem, BT=BT).replace(decay="bounded")
+            yield _case(f"{name}-frame", problem, "sm_90", config)
     knobs: dict[str, dict[str, Knob]] = {
         "prepare": {"decay": "log", "BK": 32, "num_warps": 1},
         "reprepare": {"num_warps": 4},
@@ -165,6 +175,23 @@ def test_tilelang_by_chunk_compiles_without_spills(
     programs = 65536 // (256 * config.size("maxnreg"))
     assert used.registers <= config.size("maxnreg")
     assert programs * (used.shared_bytes + 1024) <= 233472, f"{programs} of {used}"
+
+
+@pytest.mark.parametrize(
+    "problem", [_ONE_FRAME, replace(_ONE_FRAME, K=64, varlen=False)], ids=["packed", "plain"]
+)
+@pytest.mark.parametrize("stage", ["prepare", "grad_key"])
+def test_tilelang_in_one_frame_compiles_without_spills(
+    stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = named_device("sm_90")
+    config = tilelang_by_chunk(stage, problem).replace(decay="bounded")
+    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes == 0, f"{stage} [{config}]: {used}"
+    assert 0 < used.registers <= config.size("maxnreg")
+    assert 2**14 < used.shared_bytes <= device.shared_bytes
 
 
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), _cases())

@@ -320,6 +320,14 @@ def test_tune_on_a_gpu(present: FakeTuner, tmp_path: Path) -> None:
     assert asked["levels"] == ("lean", "fast")
 
 
+def test_tune_for_a_bound(present: FakeTuner, tmp_path: Path) -> None:
+    words = ["tune", "--head-dim", "64", "--gate", "sigmoid", "--lower-bound", "-2"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert present.asked["problem"] == Problem(
+        K=64, V=64, gate="sigmoid", has_A_log=True, has_dt_bias=True, bound=2
+    )
+
+
 def test_tune_with_no_further_word(
     present: FakeTuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,7 +469,8 @@ def test_bench_asks_for_what_was_said(
     monkeypatch.setattr(bench, "rows_document", lambda _: {"rows": []})
     monkeypatch.setattr(bench, "save_results", lambda path, _: saved.append(path))
     words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --stages --save --json"
-    assert cli.main([*words.split(), str(tmp_path / "rows.json")]) == 0
+    gate = ["--gate", "sigmoid", "--lower-bound", "-1.5"]
+    assert cli.main([*words.split(), str(tmp_path / "rows.json"), *gate]) == 0
     assert "the table" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": []}
     assert saved == [Path("docs/results/nvidia-h200.json")]
@@ -472,7 +481,8 @@ def test_bench_asks_for_what_was_said(
         "V": 128,
         "dtype": "fp32",
         "vs_fla": True,
-        "gate": "none",
+        "gate": "sigmoid",
+        "bound": 2,
         "l2norm": True,
         "stages": True,
     }

@@ -43,6 +43,23 @@ def _anchored(stage: str) -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
 
+# whose chunks of 32 tokens stay within one frame
+_BOUNDED: Final = Problem(
+    dtype="bf16", gate="sigmoid", has_A_log=True, has_dt_bias=True, varlen=True, bound=2
+)
+
+
+def _prepare_bounded() -> str:
+    config = default_config("prepare", _BOUNDED).replace(decay="bounded")
+    return render(_BOUNDED, "prepare", config).source
+
+
+def _prepare_bounded_tilelang() -> str:
+    problem = replace(_BOUNDED, varlen=False)
+    config = tilelang_by_chunk("prepare", problem).replace(decay="bounded")
+    return render(problem, "prepare", config).source
+
+
 def _grad_key() -> str:
     config = default_config("grad_key", _PACKED, BT=32).replace(maxnreg=128)
     return render(_PACKED, "grad_key", config).source
@@ -95,6 +112,8 @@ OUTPUTS: Final = {
     "grad_key_softplus_packed.py": _grad_key,
     "prepare_anchored_packed.py": partial(_anchored, "prepare"),
     "grad_key_anchored_packed.py": partial(_anchored, "grad_key"),
+    "prepare_bounded_packed.py": _prepare_bounded,
+    "prepare_bounded_tilelang.py": _prepare_bounded_tilelang,
     "prepare_sigmoid_log.py": _prepare_sigmoid_log,
     "scan_states.py": _scan,
     "scan_parallel_states.py": partial(_parallel, "scan"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel_cases import CASES, EXTREMES, KernelCase
+from kernel_cases import BOUNDED, CASES, EXTREMES, KernelCase
 
 from gdn2gen._verify_checks import Result
 from gdn2gen.inputs import REGIMES
@@ -55,13 +55,18 @@ def test_kernels(case: KernelCase, worker: Worker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("regime", "plan", "BT"),
-    [(regime, "lean", 32) for regime in REGIMES]
-    + [("mixed", "fast", 32), ("mixed", "lean", 64), ("mixed", "fast", 16)],
+    ("regime", "plan", "BT", "bound"),
+    [(regime, "lean", 32, 0) for regime in REGIMES]
+    + [("mixed", "fast", 32, 0), ("mixed", "lean", 64, 0), ("mixed", "fast", 16, 0)]
+    + [("strong", "lean", 32, 2), ("strong", "fast", 16, 4), ("strong", "fast", 64, 1)],
 )
-def test_kernels_in_bf16(regime: str, plan: str, BT: int, worker: Worker) -> None:
+def test_kernels_in_bf16(
+    regime: str, plan: str, BT: int, bound: int, worker: Worker
+) -> None:
     """What rounding does to every output and gradient, by an interpreter that knows bf16."""
-    outcome: Outcome[Result] = worker.call("kernel_cases:run_bf16", regime, plan, BT, timeout=120)
+    outcome: Outcome[Result] = worker.call(
+        "kernel_cases:run_bf16", regime, plan, BT, bound, timeout=120
+    )
     assert outcome.ok, outcome.reason
     errors = outcome.get().errors
     assert {"o", "dq", "dk", "dv", "dg", "db", "dw"} <= {*errors}
@@ -111,6 +116,17 @@ def test_extreme_values(
     assert not over, f"above {limit}"
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_bounded_chunks_that_lose_all_they_can(plan: str, worker: Worker) -> None:
+    """2^-92.3 in every other channel, with pairs that met as far from the anchor."""
+    outcome: Outcome[dict[str, float]] = worker.call(
+        "kernel_cases:run_extreme", "at-the-bound", plan, (("BT", 32), BOUNDED), timeout=120
+    )
+    assert outcome.ok, outcome.reason
+    over = {output: error for output, error in outcome.get().items() if not error <= 1e-5}
+    assert not over
+
+
 def test_the_list_leaves_nothing_out() -> None:
     """Every stage, every value of the knobs that change its code, every option and regime."""
     assert len({case.name for case in CASES}) == len(CASES)
@@ -119,7 +135,16 @@ def test_the_list_leaves_nothing_out() -> None:
     assert {case.plan for case in CASES} == {*PLANS}
     for stage in STAGES:
         assert {x["BT"] for x in configs if x.stage == stage} == {16, 32, 64}
-    assert {x["decay"] for x in configs if "decay" in x} == {"log", "tree", "anchored"}
+    assert {x["decay"] for x in configs if "decay" in x} == {
+        "log",
+        "tree",
+        "anchored",
+        "bounded",
+    }
+    for case in CASES:
+        if BOUNDED in case.knobs:
+            stages = ("prepare", "grad_key")
+            assert {case.recipe.configs[x]["decay"] for x in stages} == {"bounded"}, case.name
     assert {x["segments"] for x in configs if "segments" in x} == {"serial", "parallel"}
     for plan in PLANS:
         problems = [case.case.problem for case in CASES if case.plan == plan]

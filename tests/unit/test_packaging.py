@@ -27,6 +27,7 @@ ROOMS = (
     ("inputs",),
     ("reference", "_reference_chunk"),
     ("stages",),
+    ("anchors",),
     ("config",),
     ("render",),
     ("build",),

@@ -1,0 +1,254 @@
+"""Score the pairs of a chunk, invert, and make the decayed factors for the scan.
+
+    T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
+    Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
+
+One program per CHUNKS chunks and value head. A thread has two channels and a part of the tokens, so
+that the decay is summed over the tokens in registers; E and Qg then lie one above the other in shared
+memory, and one product with k / gamma gives T and Aqk. A warp inverts I + T by substitution in fp32, a
+column a thread; Y takes the place of E. The compiler gives the loads to a warp group of its own. The
+gate's bound makes one anchor enough, the chunk's start: a token keeps at least exp(-2), so that no
+channel loses more than 2^-93 over a chunk.
+
+    q, k      [B, T, H, K]         queries, keys; normalised here
+    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
+    A, Aqk    [NT, HV, BT, BT]
+    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
+    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
+    gamma_B   scratch of other placements, not used
+    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
+
+Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, sigmoid gate
+Config:  BK=128 BT=32 chunks=4 decay=bounded language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
+Template digest d4f0974f17a0ec7d; made by
+    gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate sigmoid \
+      --lower-bound -2 --with=A_log,dt_bias --stage prepare --config \
+      BK=128,BT=32,chunks=4,decay=bounded,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
+"""
+
+from functools import cache
+
+
+K = 128
+BT, CHUNKS = 32, 4
+# two channels a thread, and an equal part of the tokens: shared memory is read 4 bytes at a time
+PARTS = 128 // (K // 2)
+PART = BT // PARTS
+IO, GATE = "bfloat16", "float32"
+log2e = 1.4426950408889634
+# exp2 and division by the hardware, flushing what is below 2^-126 to zero
+PASSES = {"tl.enable_fast_math": True}
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+
+    B, T, H, HG, NT, HV = (
+        tile.dynamic(name) for name in ("B", "T", "H", "HG", "NT", "HV")
+    )
+
+    @tile.prim_func
+    def prepare(
+        q: tile.Tensor([B, T, H, K], "bfloat16"),
+        k: tile.Tensor([B, T, H, K], "bfloat16"),
+        g: tile.Tensor([B, T, HG, K], "float32"),
+        b: tile.Tensor([B, T, HG, K], "bfloat16"),
+        A_log: tile.Tensor([HG], "float32"),
+        dt_bias: tile.Tensor([HG, K], "float32"),
+        q_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        k_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Y: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        gamma_C: tile.Tensor([NT, HV, K], "float32"),
+        scale: tile.float32,
+        lower_bound: tile.float32,
+    ):
+        with tile.Kernel(
+            tile.ceildiv(tile.ceildiv(T, BT), CHUNKS), HV, B, threads=128
+        ) as (i_x, i_h, i_b):
+            n_chunks = tile.ceildiv(T, BT)
+
+            # 3 programs to a multiprocessor: 80 registers a thread, of which the loads need few
+            tile.annotate_min_blocks_per_sm(3)
+            tile.annotate_producer_reg_dealloc(24)
+            tile.annotate_consumer_reg_alloc(136)
+
+            i_first = i_x * CHUNKS
+            i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+            i_thread = tile.get_thread_binding()
+            i_channel = i_thread % (K // 2) * 2
+            i_part = i_thread // (K // 2)
+            i_token = i_part * PART
+
+            s_q = tile.alloc_shared([BT, K], IO)
+            s_k = tile.alloc_shared([BT, K], IO)
+            s_b = tile.alloc_shared([BT, K], IO)
+            s_g = tile.alloc_shared([BT, K], GATE)
+            s_rows = tile.alloc_shared([2 * BT, K], IO)
+            s_keys = tile.alloc_shared([BT, K], IO)
+            s_self = tile.alloc_shared([BT], "float32")
+            s_total = tile.alloc_shared([PARTS, K], "float32")
+            s_rstd = tile.alloc_shared([2 * BT], "float32")
+            s_T = tile.alloc_shared([BT, BT], "float32")
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+
+            b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
+            b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
+            b_Y = tile.alloc_fragment([BT, K], "float32")
+            x_G = tile.alloc_local([PART, 2], "float32")
+            x_k = tile.alloc_local([PART, 2], "float32")
+            x_before = tile.alloc_local([2], "float32")
+            x_C = tile.alloc_local([2], "float32")
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
+            hold = tile.alloc_local([1], "float32")
+            x_A = tile.alloc_local([BT], "float32")
+
+            for i_n in tile.Pipelined(
+                tile.min(CHUNKS, n_chunks - i_first), num_stages=1
+            ):
+                i_c = i_b * n_chunks + i_first + i_n
+                i_row = (i_first + i_n) * BT
+                n_rows = tile.min(T - i_row, BT)
+
+                tile.copy(q[i_b, i_row : i_row + BT, i_hq, :], s_q)
+                tile.copy(k[i_b, i_row : i_row + BT, i_hq, :], s_k)
+                tile.copy(g[i_b, i_row : i_row + BT, i_hg, :], s_g)
+                tile.copy(b[i_b, i_row : i_row + BT, i_hg, :], s_b)
+
+                # a token with itself, where no decay lies between, and the norms, from one product of
+                # all of q and k with themselves
+                tile.copy(s_q, s_rows[0:BT, :])
+                tile.copy(s_k, s_rows[BT : 2 * BT, :])
+                tile.clear(b_norms)
+                tile.gemm(s_rows, s_rows, b_norms, transpose_B=True)
+                for i, j in tile.Parallel(2 * BT, 2 * BT):
+                    if i == j:
+                        s_rstd[i] = tile.rsqrt(b_norms[i, j] + 1e-6)
+                    if i + BT == j:
+                        s_self[i] = b_norms[i, j] * scale
+                tile.sync_threads()
+                if i_thread < BT:
+                    q_rstd[i_c, i_h, i_thread] = s_rstd[i_thread]
+                    k_rstd[i_c, i_h, i_thread] = s_rstd[BT + i_thread]
+
+                # two channels and PART tokens a thread
+                rate = tile.exp(A_log[i_hg])
+                for i in tile.unroll(PART):
+                    for c in tile.vectorized(2):
+                        x_G[i, c] = lower_bound * log2e / (1.0 + tile.exp(-rate * (tile.cast(s_g[i_token + i, i_channel + c], "float32") + dt_bias[i_hg, i_channel + c])))
+                # rows past the end of the sequence are another one's, or have the bias
+                for i, c in tile.grid(PART, 2):
+                    x_G[i, c] = tile.if_then_else(i_token + i < n_rows, x_G[i, c], 0.0)
+                # sums over the thread's own tokens, and what lies before them
+                for i in tile.unroll(1, PART):
+                    for c in tile.unroll(2):
+                        x_G[i, c] += x_G[i - 1, c]
+                for c in tile.vectorized(2):
+                    s_total[i_part, i_channel + c] = x_G[PART - 1, c]
+                tile.sync_threads()
+                for c in tile.unroll(2):
+                    x_before[c] = 0.0
+                    x_C[c] = 0.0
+                for m in tile.unroll(PARTS):
+                    for c in tile.unroll(2):
+                        x_before[c] += tile.if_then_else(m < i_part, s_total[m, i_channel + c], 0.0)
+                        x_C[c] += s_total[m, i_channel + c]
+                for i in tile.unroll(PART):
+                    for c in tile.unroll(2):
+                        x_G[i, c] += x_before[c]
+                    for c in tile.vectorized(2):
+                        x_k[i, c] = tile.cast(s_k[i_token + i, i_channel + c], "float32") * s_rstd[BT + i_token + i]
+                    for c in tile.vectorized(2):
+                        s_rows[i_token + i, i_channel + c] = (
+                            x_k[i, c]
+                            * tile.cast(s_b[i_token + i, i_channel + c], "float32")
+                            * tile.exp2(x_G[i, c])
+                        )
+                    for c in tile.vectorized(2):
+                        s_rows[BT + i_token + i, i_channel + c] = (
+                            tile.cast(s_q[i_token + i, i_channel + c], "float32")
+                            * (s_rstd[i_token + i] * scale)
+                            * tile.exp2(x_G[i, c])
+                        )
+                    for c in tile.vectorized(2):
+                        s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(-x_G[i, c])
+                if i_part == 0:
+                    for c in tile.vectorized(2):
+                        gamma_C[i_c, i_h, i_channel + c] = tile.exp2(x_C[c])
+                tile.sync_threads()
+
+                tile.clear(b_scores)
+                tile.gemm(s_rows, s_keys, b_scores, transpose_B=True)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+                hold[0] = tile.cast(s_k[0, 0], "float32")
+                hold[0] = tile.cast(s_g[0, 0], "float32")
+                hold[0] = tile.cast(s_b[0, 0], "float32")
+
+                for i, j in tile.Parallel(2 * BT, BT):
+                    if i < BT:
+                        s_T[j, i] = b_scores[i, j]
+                    else:
+                        s_Aqk[i - BT, j] = tile.if_then_else(
+                            i - BT > j, b_scores[i, j], tile.if_then_else(i - BT == j, s_self[j] * s_rstd[j] * s_rstd[BT + j], 0.0)
+                        )
+                tile.sync_threads()
+
+                # a column of the inverse a thread, by substitution; T lies transposed, so that what
+                # one step takes of it is read at once
+                if i_thread < BT:
+                    for i in tile.unroll(BT):
+                        x_A[i] = tile.if_then_else(i == i_thread, 1.0, 0.0)
+                    for m in tile.unroll(BT - 1):
+                        for i in tile.unroll(m + 1, BT):
+                            x_A[i] -= s_T[m, i] * x_A[m]
+                    for i in tile.unroll(BT):
+                        s_A[i, i_thread] = x_A[i]
+                # the other warps meanwhile
+                for i in tile.unroll(PART):
+                    for c in tile.vectorized(2):
+                        s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
+                tile.copy(s_rows[BT : 2 * BT, :], Qg[i_c, i_h, :, :], disable_tma=True)
+                tile.sync_threads()
+                tile.clear(b_Y)
+                tile.gemm(s_A, s_rows[0:BT, :], b_Y)
+                for i, j in tile.Parallel(BT, K):
+                    b_Y[i, j] = -b_Y[i, j]
+                tile.sync_threads()
+                tile.copy(b_Y, s_rows[0:BT, :])
+                tile.sync_threads()
+                tile.copy(s_rows[0:BT, :], Y[i_c, i_h, :, :], disable_tma=True)
+                tile.copy(s_keys, Ktail[i_c, i_h, :, :])
+                # the threads store these sooner than one that waits for TMA would
+                tile.copy(s_Aqk, Aqk[i_c, i_h, :, :], disable_tma=True)
+                tile.copy(s_A, A[i_c, i_h, :, :], disable_tma=True)
+
+    return prepare
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program(), pass_configs=PASSES)
+
+
+def launch(
+    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *,
+    scale, lower_bound, n_chunks, T, H, HV, HG
+):
+    """Launch one program per CHUNKS chunks and value head on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
+    compiled()(
+        q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, scale,
+        lower_bound
+    )
