@@ -182,8 +182,7 @@ def _compile_tilelang(
     for name in [x for x in vars(module) if x.endswith("_kernel")]:
         options = _BESIDE_TILELANG | _OWN_OPTIONS.get(name, {})
         _compile_kernel(module, name, problem, stage_name, options, device)
-    registers, spilled, shared = zip(*used, strict=True)
-    return max(registers), max(spilled), max(shared)
+    return max(x[0] for x in used), max(x[1] for x in used), max(x[2] for x in used)
 
 
 def _dynamic_shared_bytes(host_source: str) -> int:

@@ -19,7 +19,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 6b45a843560328be; made by
+Template digest 7e856864e6a71852; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -60,7 +60,7 @@ def program():
         dX_rest: tile.Tensor([NT, HV, BT, V], "bfloat16"),
         dh0: tile.Tensor([N, HV, K, V], "float32"),
     ):
-        # three dims: divisions by HV in every address would be a third of all instructions
+        # three dims: divisions by NS and HV in every address would be 5 of 6 instructions
         with tile.Kernel(
             V // BV, HV, (N1 - 1), threads=128
         ) as (i_v, i_h, i_n):

@@ -20,7 +20,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 2afe0115188acc20; made by
+Template digest 6193bbb48ce4059b; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -58,6 +58,7 @@ def program():
         S_seg: tile.Tensor([B, HV, NS, V, K], "float32"),
         segment: tile.int32,
     ):
+        # three dims: divisions by NS and HV in every address would be 5 of 6 instructions
         with tile.Kernel(
             V // BV, HV, B, threads=128
         ) as (i_v, i_h, i_n):
@@ -83,8 +84,6 @@ def program():
             b_Sd = tile.alloc_fragment([BV, K], IO)
             b_R = tile.alloc_fragment([BV, BT], "float32")
             b_Rd = tile.alloc_fragment([BV, BT], IO)
-            n_kept = tile.alloc_local([1], "int32")
-            n_kept[0] = 0
             # a thread's part of a result, in the order in which stores transpose it
             by_channels = tile.Fragment(
                 [BT, BV],
@@ -97,6 +96,8 @@ def program():
             hold = tile.alloc_local([1], "float32")
 
             tile.clear(b_S)
+            n_kept = tile.alloc_local([1], "int32")
+            n_kept[0] = 0
             for i_t in tile.Pipelined(n_chunks, num_stages=2):
                 i_c = i_first + i_t
                 i_row = i_start + i_t * BT
@@ -146,6 +147,7 @@ def program():
                 tile.tma_store_wait(0)
                 tile.copy(b_o_rows, s_o)
                 tile.tma_copy(s_o, o[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+
             tile.tma_store_wait(0)
 
     return scan

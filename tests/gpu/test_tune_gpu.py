@@ -14,7 +14,7 @@ from gdn2gen.device import present_device
 from gdn2gen.dispatch import find_recipe
 from gdn2gen.ops import chunk_gdn2
 from gdn2gen.problem import Problem
-from gdn2gen.shapes import parse_shapes
+from gdn2gen.shapes import Shape, parse_shapes
 from gdn2gen.tune import gate, tune
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.progress import Progress
@@ -76,6 +76,27 @@ def test_scans_in_tilelang_pass_the_gate(packed):
         candidate = candidate.with_config(config)
     shapes = gate.gate_shapes(problem)
     result = gate.check(candidate, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize(
+    "problem",
+    [Problem(), Problem(K=64, state_v_first=True), Problem(V=64, dtype="fp16")],
+    ids=["plain", "K=64", "V=64"],
+)
+def test_segments_in_tilelang_pass_the_gate(problem, num_stages):
+    """Two segments, and five with a last one of two chunks, of which one has eight tokens."""
+    full = gate.full_problem(problem)
+    candidate = Candidate.default(full, "lean", BT=32)
+    for stage in ("scan", "reverse_scan"):
+        config = default_config(stage, full, BT=32).replace(
+            language="tilelang", segments="parallel", num_stages=num_stages
+        )
+        candidate = candidate.with_config(config)
+    shapes = (gate.RAGGED, Shape("five-segments", 2, 33 * 4 * 32 + 40, 3))
+    regimes = ("layer", "sparse", "strong", "zero")
+    result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 

@@ -142,7 +142,7 @@ def test_tilelang_compiles_and_fits(
 def test_tilelang_in_segments_compiles_and_fits(
     stage: str, arch: str, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two programs in TileLang and one kernel in Triton; on sm_90 two of each to a multiprocessor."""
+    """Two programs in TileLang, two of each to a multiprocessor of sm_90, and one in Triton."""
     device = named_device(arch)
     config = default_config(stage, _STATES).replace(
         language="tilelang", num_stages=num_stages, segments="parallel"

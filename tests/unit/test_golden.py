@@ -103,6 +103,11 @@ def _parallel(stage: str) -> str:
     return render(_STATES, stage, config).source
 
 
+def _parallel_tilelang(stage: str) -> str:
+    config = default_config(stage, Problem()).replace(segments="parallel", language="tilelang")
+    return render(Problem(), stage, config).source
+
+
 def _package() -> str:
     return package_source(_STATES, default_recipe(_STATES))
 
@@ -118,6 +123,8 @@ OUTPUTS: Final = {
     "scan_states.py": _scan,
     "scan_parallel_states.py": partial(_parallel, "scan"),
     "reverse_scan_parallel_states.py": partial(_parallel, "reverse_scan"),
+    "scan_parallel_tilelang.py": partial(_parallel_tilelang, "scan"),
+    "reverse_scan_parallel_tilelang.py": partial(_parallel_tilelang, "reverse_scan"),
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
     "scan_tilelang.py": _scan_tilelang,
     "prepare_tilelang.py": _prepare_tilelang,
@@ -168,10 +175,10 @@ def _wanted(template: str) -> set[str]:
 def _configs(stage: str, language: str) -> list[Config]:
     """One config for each template of the stage in `language`."""
     config = default_config(stage, Problem())
-    if language != "triton":
-        return [config.replace(language=language)]
+    if "language" in config:
+        config = config.replace(language=language)
     others: dict[str, Knob] = {}
-    if "decay" in config:
+    if "decay" in config and language == "triton":
         others = {"decay": "log", **(_ONE_WARP if stage == "prepare" else {"chunks": 1})}
     elif "segments" in config:
         others = {"segments": "parallel"}
