@@ -28,7 +28,8 @@ _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
 # A runner-up this close by its own time may well be the better one in the pipeline.
 _CLOSE: Final = 0.05
-_MAX_REPAIRS: Final = 4
+# Neighbours of a config that fails only here were tried, too, and may fail with it.
+_MAX_REPAIRS: Final = 12
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""What each placement of the decay costs: time prepare and grad_key in every form, and plot it.
+
+    python scripts/placements.py measure    # on a GPU; writes docs/placements/<gpu>.json
+    python scripts/placements.py plot FILE  # writes FILE as .svg beside it
+
+At train4k with a sigmoid gate of at most 2 nats a token, which every placement serves. The best of
+a few hand-picked configs stands for a form; each passes the tuner's accuracy gate before it is
+timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+from gdn2gen.build import compile_ahead
+from gdn2gen.config import CHUNKS, Config, Knob, default_config, why_invalid
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.stages import PLANS
+from gdn2gen.tune.charts import Bar, bars
+
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+PROBLEM: Final = Problem(gate="sigmoid", bound=2, has_A_log=True)
+PLACEMENTS: Final = ("log", "tree", "anchored", "bounded")
+# Of the Triton forms; further knobs as in the default.
+_TRITON: Final[dict[str, tuple[dict[str, Knob], ...]]] = {
+    "prepare": (
+        {"BK": 32, "num_warps": 1},
+        {"BK": 64, "num_warps": 2},
+        {"BK": 32, "num_warps": 1, "num_stages": 3},
+    ),
+    "grad_key": (
+        {"BK": 32, "num_warps": 2, "num_stages": 1, "chunks": 1},
+        {"BK": 64, "num_warps": 4, "num_stages": 2, "chunks": 4},
+        {"BK": 32, "num_warps": 8, "num_stages": 1, "chunks": 1, "maxnreg": 208},
+    ),
+}
+_TILELANG: Final[dict[str, dict[str, Knob]]] = {
+    "prepare": {"BK": 128, "chunks": 4, "maxnreg": 80, "solve": "ieee"},
+    "grad_key": {"BK": 64, "chunks": 16, "maxnreg": 128},
+}
+_STYLE: Final = """<style>
+text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
+.triton { fill: #7a9cc6 } .tilelang { fill: #d98b4a }
+@media (prefers-color-scheme: dark) { text { fill: #aaa } .value { fill: #ddd } }
+</style>"""
+
+
+def forms(stage: str, BT: int) -> Iterator[tuple[str, str, list[Config]]]:
+    """Placement, language, and the configs to choose the best of."""
+    default = default_config(stage, PROBLEM, BT=BT)
+    by_chunk = {"language": "tilelang", "num_warps": 4, "num_stages": 1, **_TILELANG[stage]}
+    for placement in PLACEMENTS:
+        if stage == "grad_key" and placement == "tree":
+            continue
+        for language, given in (("triton", _TRITON[stage]), ("tilelang", (by_chunk,))):
+            configs = [default.replace(**knobs, decay=placement) for knobs in given]
+            yield placement, language, [x for x in configs if why_invalid(x, PROBLEM) is None]
+
+
+def _to_compile() -> Iterator[Config]:
+    """Everything that is measured, and the stages around it."""
+    for BT in CHUNKS:
+        for stage in PLANS["lean"].stages:
+            yield default_config(stage, PROBLEM, BT=BT)
+        for stage in ("prepare", "grad_key"):
+            for _, _, configs in forms(stage, BT):
+                yield from configs
+
+
+def measure() -> None:
+    """Gate and time every form in the present process, and write the file."""
+    from gdn2gen.device import present_device, toolchain
+    from gdn2gen.tune import gpu_side
+    from gdn2gen.tune.candidate import Candidate
+
+    device, rows = present_device(), []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        wait([pool.submit(compile_ahead, PROBLEM, x.stage, x, device) for x in _to_compile()])
+    for stage in ("prepare", "grad_key"):
+        for BT in CHUNKS:
+            base = Candidate.default(PROBLEM, "lean", BT)
+            for placement, language, configs in forms(stage, BT):
+                found: dict[str, float] = {}
+                for config in configs:
+                    try:
+                        candidate = base.with_config(config)
+                        if not gpu_side.gate_quick(candidate).ok:
+                            continue
+                        times = gpu_side.time_stages(candidate, (stage,), SHAPES["train4k"])
+                    except Exception as error:  # what does not compile or fit is no form's best
+                        print(f"{stage} [{config}]: {type(error).__name__}", file=sys.stderr)
+                        continue
+                    found[str(config)] = times[stage].median
+                if found:
+                    best = min(found, key=lambda x: found[x])
+                    row = {"stage": stage, "BT": BT, "placement": placement, "language": language}
+                    rows.append({**row, "ms": round(found[best], 4), "config": best})
+                    print(*rows[-1].values(), flush=True)
+    made: dict[str, Any] = {"gpu": device.name, "toolchain": toolchain(), "shape": "train4k"}
+    path = DOCS / "placements" / f"{device.slug}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**made, "problem": PROBLEM.key, "rows": rows}, indent=1) + "\n")
+
+
+def plot(path: Path) -> None:
+    """Bars in groups by stage and chunk size, a bar for each placement and language."""
+    rows = json.loads(path.read_text())["rows"]
+    groups = []
+    for stage, BT in dict.fromkeys((x["stage"], x["BT"]) for x in rows):
+        these = [x for x in rows if (x["stage"], x["BT"]) == (stage, BT)]
+        best = [
+            Bar(x["language"], x["ms"], f"{x['ms']:.3f} {x['placement']}, {x['language']}")
+            for x in these
+        ]
+        groups.append((f"{stage} BT={BT}", best))
+    svg = bars(groups, width=760)
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    path.with_suffix(".svg").write_text(svg.replace(">", f">{_STYLE}", 1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
+        plot(Path(sys.argv[2]))
+    elif sys.argv[1:] == ["measure"]:
+        measure()
+    else:
+        sys.exit(__doc__)
