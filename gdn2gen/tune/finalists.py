@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 from typing import Final
 
 from gdn2gen.bench import Timing
@@ -63,16 +63,20 @@ class Finals:
         self._stored = list(stored)
         self._gates: dict[Candidate, GateResult] = {}
         self._warmed: set[Config] = set()
+        self._seconds: list[float] = []
+        """What each verdict so far took for each of its finalists."""
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
         """Winner at one shape, or None if nothing passed the full gate."""
         progress = self._search.context.progress
         progress.phase(f"finalists at {shape.name}, plan {plan}: gate in full")
-        finalists = self.choose(shape, plan)
+        started = window.clock()
+        finalists = self.choose(shape, plan, self._affordable(window))
         progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
         measured = self._measure(finalists, shape, window)
         if not measured:
             return None  # `why_none` says more.
+        self._seconds.append((window.clock() - started) / len(finalists))
         default = next((x for x in measured if x.candidate == self._default(plan)), None)
         winner, tied = pick(measured, self._default(plan))
         label = f"{shape.name} {plan} forward+backward"
@@ -87,17 +91,23 @@ class Finals:
             return "every finalist failed while it was timed"
         return f"no pipeline passed the full gate; the default: {gate.reason}"
 
-    def choose(self, shape: Shape, plan: str) -> list[Candidate]:
+    def _affordable(self, window: Window) -> int:
+        """Finalists that the time left is enough for, by what earlier ones took; two at least."""
+        if not self._seconds:
+            return _MOST
+        left = window.end - window.clock()
+        return max(2, min(_MOST, int(left / max(mean(self._seconds), 1e-9))))
+
+    def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Candidate]:
         """The default, then the best pipelines by the sum of their stages; all pass the gate."""
-        chosen = [self._default(plan), *(x for x in self._stored if x.plan == plan)]
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
-        for BT in sizes:
-            best = self._best_passing(shape, plan, BT)
-            if best is not None:
-                chosen.append(best)
+        found = [self._best_passing(shape, plan, BT) for BT in sizes[: most - 1]]
+        best = [x for x in found if x is not None]
+        stored = [x for x in self._stored if x.plan == plan]
+        chosen = [self._default(plan), *best[:1], *stored, *best[1:]]
         if sizes:
             chosen += self._runners_up(shape, plan, sizes[0])
-        unique = list(dict.fromkeys(chosen))[:_MOST]
+        unique = list(dict.fromkeys(chosen))[:most]
         self._warm(unique)
         return [x for x in unique if self._passes(x)]
 

@@ -234,6 +234,21 @@ def test_the_budget_is_kept(tmp_path):
         assert backend.now < minutes * 60 * 1.25 + 10
 
 
+def test_the_budget_is_kept_where_finals_are_slow(tmp_path):
+    """As on an H200: 1 s for each full gate and 0.9 s for three rounds, six finalists at first."""
+
+    class Slow(FakeBackend):
+        def gate(self, candidate, *, full):
+            self.now += 0.8 * full
+            return super().gate(candidate, full=full)
+
+    backend = Slow()
+    shapes = (SMALL, LARGE, Shape("third", 1, 512, 2), Shape("fourth", 1, 1024, 2))
+    report = run(backend, tmp_path, shapes=shapes, levels=("lean", "fast"), minutes=2)
+    assert len(report.results) == 8
+    assert backend.now < 120 * 1.1
+
+
 def test_a_short_budget_still_decides(tmp_path):
     backend = FakeBackend()
     report = run(backend, tmp_path, shapes=(SMALL, LARGE), minutes=0.2)
