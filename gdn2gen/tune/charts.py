@@ -101,6 +101,38 @@ def progress(values: Sequence[float | None], width: int = 240, height: int = 150
     return _svg(parts, width, height)
 
 
+def lines(
+    series: Mapping[str, Sequence[float]], most: float, width: int = 640, height: int = 260
+) -> str:
+    """Steps over trials, each named at its end, cut at `most`: a file with a style of its own."""
+    left, base = 40, height - 22
+    low = min(min(values) for values in series.values())
+    scale = (base - 12) / ((most - low) or 1.0)
+    length = max(map(len, series.values()))
+    step = (width - left - 70) / max(1, length - 1)
+    parts = [_LINES_STYLE, *_axis(low, most, left, width - 70, base, scale)]
+    parts.append(_text(width - 70, height - 6, f"{length} trials", "label", "end"))
+    for number, (name, values) in enumerate(series.items()):
+        heights = [base - (min(value, most) - low) * scale for value in values]
+        path = f"M{left} {heights[0]:.1f}" + "".join(
+            f"H{left + n * step:.1f}V{y:.1f}" for n, y in enumerate(heights[1:], 1)
+        )
+        parts.append(f'<path class="line{number}" d="{path}"/>')
+        end = left + (len(values) - 1) * step + 6
+        # the curves end at the same height once everything was tried
+        parts.append(_text(end, heights[-1] - 12 * number, name, f"name{number}"))
+    svg = _svg(parts, width, height)
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+_LINES_STYLE: Final = """<style>
+text { font: 11px sans-serif; fill: #777 } .grid { stroke: #9995 }
+.line0, .line1 { fill: none; stroke-width: 2 }
+.line0 { stroke: #d98b4a } .line1 { stroke: #7a9cc6 }
+.name0 { fill: #d98b4a } .name1 { fill: #7a9cc6 }
+</style>"""
+
+
 def _axis(
     low: float, high: float, left: int, width: int, base: float, scale: float
 ) -> list[str]:

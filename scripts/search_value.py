@@ -1,0 +1,154 @@
+"""What the search is worth: against random order, on a stage of which every config was measured.
+
+    python scripts/search_value.py measure STAGE BT  # on a GPU; docs/search/<gpu>-<stage>-<BT>.json
+    python scripts/search_value.py replay FILE       # the same search on the file; FILE as .svg
+
+Measuring compiles, gates and times every config worth compiling, at train4k. A replay runs the
+tuner's own trials on that table, with 20 seeds, and counts until one is within 3% of the best.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import optuna
+
+from gdn2gen.config import Config, default_config
+from gdn2gen.device import Device, named_device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.tune import space
+from gdn2gen.tune.charts import lines
+from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.trials import StageTrials
+
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+PROBLEM: Final = Problem()
+SHAPE: Final = SHAPES["train4k"]
+SEEDS: Final = 20
+NEAR: Final = 1.03
+
+
+def measure(stage: str, BT: int) -> None:
+    """Time every config of a stage on the present GPU, and write the table."""
+    from gdn2gen.device import present_device, toolchain
+    from gdn2gen.tune.backend import WorkerBackend
+    from gdn2gen.tune.candidate import Candidate
+
+    device = present_device()
+    backend, base = WorkerBackend(device), Candidate.default(PROBLEM, "lean", BT)
+    configs = list(space.valid_configs(stage, PROBLEM, device, BT))
+    compiles = [backend.compile(PROBLEM, config) for config in configs]
+    rows: list[dict[str, Any]] = []
+    try:
+        for config, future in zip(configs, compiles, strict=True):
+            compiled = future.result()
+            row: dict[str, Any] = {"config": dict(config), "ms": None}
+            rows.append(row)
+            if not compiled.ok:
+                row["refused"] = compiled.reason
+                continue
+            row["compile_s"] = round(compiled.get().seconds, 2)
+            unfit = space.why_unfit(compiled.get(), device)
+            if unfit is not None:
+                row["refused"] = unfit
+                continue
+            checked = backend.gate(base.with_config(config), full=False)
+            if not (checked.ok and checked.get().ok):
+                row["refused"] = checked.get().reason if checked.ok else checked.reason
+                continue
+            timed = backend.time_stages(base.with_config(config), (stage,), SHAPE)
+            if timed.ok:
+                row["ms"] = round(timed.get()[stage].median, 5)
+            else:
+                row["refused"] = timed.reason
+    finally:
+        backend.close()
+    made = {"gpu": device.name, "toolchain": toolchain(), "shape": SHAPE.name, "stage": stage}
+    path = DOCS / "search" / f"{device.slug}-{stage}-{BT}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} configs, {sum(x['ms'] is not None for x in rows)} timed: {path}")
+
+
+def searched(
+    table: Mapping[Config, float | None], stage: str, BT: int, device: Device, seed: int
+) -> Iterator[float | None]:
+    """Times in the order in which the tuner would ask for them; None where refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.jsonl", device.name, {})
+        storage = optuna.storages.InMemoryStorage()
+        trials = StageTrials(
+            PROBLEM, stage, BT, [SHAPE], device, ledger, "replay", storage, seed
+        )
+        default = default_config(stage, PROBLEM, BT=BT)
+        first = table.get(default)
+        if first is not None:
+            trials.record(default, {SHAPE.name: first})
+            yield first
+        for form in space.forms(stage, PROBLEM, device, BT):
+            trials.suggest_first(form)
+        while (proposal := trials.propose()) is not None:
+            ms = table.get(proposal.config)
+            if ms is None:
+                trials.refuse(proposal, "refused when it was measured")
+            else:
+                trials.succeed(proposal, {SHAPE.name: ms})
+            yield ms
+
+
+def shuffled(table: Mapping[Config, float | None], seed: int) -> list[float | None]:
+    """Times in random order."""
+    times = list(table.values())
+    random.Random(seed).shuffle(times)
+    return times
+
+
+def best_so_far(times: list[float | None]) -> list[float]:
+    """The least time after each trial; infinite before the first that is not refused."""
+    best, found = float("inf"), []
+    for ms in times:
+        best = min(best, ms if ms is not None else best)
+        found.append(best)
+    return found
+
+
+def replay(path: Path) -> None:
+    """Compare the orders, print the trials they take, and draw the medians."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = json.loads(path.read_text())
+    stage, BT, device = file["stage"], file["BT"], named_device(file["gpu"])
+    table = {Config.of(stage, x["config"]): x["ms"] for x in file["rows"]}
+    least = min(ms for ms in table.values() if ms is not None)
+    runs = {
+        "search": [list(searched(table, stage, BT, device, x)) for x in range(SEEDS)],
+        "random": [shuffled(table, x) for x in range(SEEDS)],
+    }
+    drawn = {}
+    print(f"{stage}, BT={BT}: {len(table)} configs, the best takes {least} ms")
+    for name, times in runs.items():
+        curves = [best_so_far(x) for x in times]
+        needed = sorted(1 + sum(ms > least * NEAR for ms in curve) for curve in curves)
+        print(
+            f"{name}: within 3% after {median(needed):.0f} trials (median), "
+            f"{needed[len(needed) * 9 // 10]} in 9 of 10 runs; exhaustive: {len(table)}"
+        )
+        length = min(map(len, curves))
+        drawn[name] = [median(curve[n] for curve in curves) / least for n in range(length)]
+    path.with_suffix(".svg").write_text(lines(drawn, most=1.5) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["replay"] and len(sys.argv) == 3:
+        replay(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["measure"] and len(sys.argv) == 4:
+        measure(sys.argv[2], int(sys.argv[3]))
+    else:
+        sys.exit(__doc__)
