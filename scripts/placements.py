@@ -13,16 +13,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
-from gdn2gen.build import compile_ahead
 from gdn2gen.config import CHUNKS, Config, Knob, default_config, why_invalid
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
-from gdn2gen.stages import PLANS
 from gdn2gen.tune.charts import Bar, bars
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
@@ -64,45 +60,33 @@ def forms(stage: str, BT: int) -> Iterator[tuple[str, str, list[Config]]]:
             yield placement, language, [x for x in configs if why_invalid(x, PROBLEM) is None]
 
 
-def _to_compile() -> Iterator[Config]:
-    """Everything that is measured, and the stages around it."""
-    for BT in CHUNKS:
-        for stage in PLANS["lean"].stages:
-            yield default_config(stage, PROBLEM, BT=BT)
-        for stage in ("prepare", "grad_key"):
-            for _, _, configs in forms(stage, BT):
-                yield from configs
-
-
 def measure() -> None:
-    """Gate and time every form in the present process, and write the file."""
+    """Gate and time every form on the present GPU, and write the table with what was refused."""
     from gdn2gen.device import present_device, toolchain
-    from gdn2gen.tune import gpu_side
+    from gdn2gen.tune.backend import WorkerBackend, measure_config
     from gdn2gen.tune.candidate import Candidate
 
-    device, rows = present_device(), []
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        wait([pool.submit(compile_ahead, PROBLEM, x.stage, x, device) for x in _to_compile()])
-    for stage in ("prepare", "grad_key"):
-        for BT in CHUNKS:
+    device = present_device()
+    rows: list[dict[str, Any]] = []
+    backend = WorkerBackend(device)
+    asked = [
+        (stage, BT, *form)
+        for stage in ("prepare", "grad_key")
+        for BT in CHUNKS
+        for form in forms(stage, BT)
+    ]
+    compiles = {x: backend.compile(PROBLEM, x) for *_, configs in asked for x in configs}
+    try:
+        for stage, BT, placement, language, configs in asked:
             base = Candidate.default(PROBLEM, "lean", BT)
-            for placement, language, configs in forms(stage, BT):
-                found: dict[str, float] = {}
-                for config in configs:
-                    try:
-                        candidate = base.with_config(config)
-                        if not gpu_side.gate_quick(candidate).ok:
-                            continue
-                        times = gpu_side.time_stages(candidate, (stage,), SHAPES["train4k"])
-                    except Exception as error:  # what does not compile or fit is no form's best
-                        print(f"{stage} [{config}]: {type(error).__name__}", file=sys.stderr)
-                        continue
-                    found[str(config)] = times[stage].median
-                if found:
-                    best = min(found, key=lambda x: found[x])
-                    row = {"stage": stage, "BT": BT, "placement": placement, "language": language}
-                    rows.append({**row, "ms": round(found[best], 4), "config": best})
-                    print(*rows[-1].values(), flush=True)
+            shape = SHAPES["train4k"]
+            for config in configs:
+                ms, reason = measure_config(backend, compiles[config].result(), base, config, shape)
+                row = {"stage": stage, "BT": BT, "placement": placement, "language": language}
+                rows.append({**row, "config": str(config), "ms": ms, "refused": reason})
+                print(*rows[-1].values(), flush=True)
+    finally:
+        backend.close()
     made: dict[str, Any] = {"gpu": device.name, "toolchain": toolchain(), "shape": "train4k"}
     path = DOCS / "placements" / f"{device.slug}.json"
     path.parent.mkdir(exist_ok=True)
@@ -111,16 +95,17 @@ def measure() -> None:
 
 def plot(path: Path) -> None:
     """Bars in groups by stage and chunk size, a bar for each placement and language."""
-    rows = json.loads(path.read_text())["rows"]
-    groups = []
-    for stage, BT in dict.fromkeys((x["stage"], x["BT"]) for x in rows):
-        these = [x for x in rows if (x["stage"], x["BT"]) == (stage, BT)]
-        best = [
-            Bar(x["language"], x["ms"], f"{x['ms']:.3f} {x['placement']}, {x['language']}")
-            for x in these
-        ]
-        groups.append((f"{stage} BT={BT}", best))
-    svg = bars(groups, width=760)
+    groups: dict[str, dict[tuple[str, str], float]] = {}
+    for x in json.loads(path.read_text())["rows"]:
+        if x["ms"] is not None:
+            best = groups.setdefault(f"{x['stage']} BT={x['BT']}", {})
+            form = (x["placement"], x["language"])
+            best[form] = min(x["ms"], best.get(form, x["ms"]))
+    drawn = [
+        (label, [Bar(form[1], ms, f"{ms:.3f} {', '.join(form)}") for form, ms in best.items()])
+        for label, best in groups.items()
+    ]
+    svg = bars(drawn, width=760)
     svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     path.with_suffix(".svg").write_text(svg.replace(">", f">{_STYLE}", 1) + "\n")
 

@@ -39,7 +39,7 @@ NEAR: Final = 1.03
 def measure(stage: str, BT: int) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
     from gdn2gen.device import present_device, toolchain
-    from gdn2gen.tune.backend import WorkerBackend
+    from gdn2gen.tune.backend import WorkerBackend, measure_config
     from gdn2gen.tune.candidate import Candidate
 
     device = present_device()
@@ -49,26 +49,9 @@ def measure(stage: str, BT: int) -> None:
     rows: list[dict[str, Any]] = []
     try:
         for config, future in zip(configs, compiles, strict=True):
-            compiled = future.result()
-            row: dict[str, Any] = {"config": dict(config), "ms": None}
-            rows.append(row)
-            if not compiled.ok:
-                row["refused"] = compiled.reason
-                continue
-            row["compile_s"] = round(compiled.get().seconds, 2)
-            unfit = space.why_unfit(compiled.get(), device)
-            if unfit is not None:
-                row["refused"] = unfit
-                continue
-            checked = backend.gate(base.with_config(config), full=False)
-            if not (checked.ok and checked.get().ok):
-                row["refused"] = checked.get().reason if checked.ok else checked.reason
-                continue
-            timed = backend.time_stages(base.with_config(config), (stage,), SHAPE)
-            if timed.ok:
-                row["ms"] = round(timed.get()[stage].median, 5)
-            else:
-                row["refused"] = timed.reason
+            ms, reason = measure_config(backend, future.result(), base, config, SHAPE)
+            row: dict[str, Any] = {"config": dict(config), "ms": ms}
+            rows.append(row | {"refused": reason} if ms is None else row)
     finally:
         backend.close()
     made = {"gpu": device.name, "toolchain": toolchain(), "shape": SHAPE.name, "stage": stage}

@@ -8,9 +8,9 @@
 One program per CHUNKS chunks and value head. A thread has two channels and a part of the tokens, so
 that the decay is summed over the tokens in registers; E and Qg then lie one above the other in shared
 memory, and one product with k / gamma gives T and Aqk. A warp inverts I + T by substitution in fp32, a
-column a thread; Y takes the place of E. The compiler gives the loads to a warp group of its own. Rows in which no channel has
-lost more than 2^-104 since the chunk's start are exact; later_frames_kernel, in Triton, writes the
-others.
+column a thread; Y takes the place of E. The compiler gives the loads to a warp group of its own. Rows
+in which no channel has lost more than 2^-104 since the chunk's start are exact;
+later_frames_kernel, in Triton, writes the others.
 
     q, k      [B, T, H, K]         queries, keys; normalised here
     g, b      [B, T, HG, K]        log decay, erase gate
@@ -22,7 +22,7 @@ others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest 6228dce3e7f5d2eb; made by
+Template digest 27b2fd76d76708e9; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee

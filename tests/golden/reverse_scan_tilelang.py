@@ -19,7 +19,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 7e856864e6a71852; made by
+Template digest c09018fab2ff09f7; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -60,7 +60,7 @@ def program():
         dX_rest: tile.Tensor([NT, HV, BT, V], "bfloat16"),
         dh0: tile.Tensor([N, HV, K, V], "float32"),
     ):
-        # three dims: divisions by NS and HV in every address would be 5 of 6 instructions
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
         with tile.Kernel(
             V // BV, HV, (N1 - 1), threads=128
         ) as (i_v, i_h, i_n):
@@ -116,7 +116,9 @@ def program():
 
                 # rows past the end of the sequence are another one's
                 for i, j in tile.Parallel(BT, BV):
-                    s_own_do[i, j] = tile.if_then_else(i_t * BT + i < n_tokens, s_do[i, j], tile.cast(0, IO))
+                    s_own_do[i, j] = tile.if_then_else(
+                        i_t * BT + i < n_tokens, s_do[i, j], tile.cast(0, IO)
+                    )
                 tile.copy(b_dS, b_dSd)
                 tile.wgmma_gemm(s_own_do, s_Aqk, b_dR, transpose_A=True, clear_accum=True, policy=ROWS)
                 tile.wgmma_gemm(b_dSd, s_Ktail, b_dR, transpose_B=True, policy=ROWS)

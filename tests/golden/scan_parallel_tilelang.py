@@ -28,7 +28,7 @@ never leaves the registers. The compiler gives the loads to a warp group of its 
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 923962e40f3fb920; made by
+Template digest a2e7f1f1c2c4a324; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel
@@ -71,7 +71,7 @@ def fold_program():
         M_seg: tile.Tensor([B, HV, NS, K, K], "float32"),
         segment: tile.int32,
     ):
-        # three dims: divisions by NS and HV in every address would be 5 of 6 instructions
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
         with tile.Kernel(
             (V + K) // BV * (NS - 1), HV, B, threads=128
         ) as (i_x, i_h, i_n):
@@ -111,7 +111,6 @@ def fold_program():
                 tile.min(segment, n_chunks - i_s * segment), num_stages=2
             ):
                 i_t = i_s * segment + i_chunk
-
                 i_c = i_first + i_t
                 i_row = i_start + i_t * BT
                 tile.copy(Y[i_c, i_h, :, :], s_Y)
@@ -225,7 +224,7 @@ def program():
         M_seg: tile.Tensor([B, HV, NS, K, K], "float32"),
         segment: tile.int32,
     ):
-        # three dims: divisions by NS and HV in every address would be 5 of 6 instructions
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
         with tile.Kernel(
             V // BV * NS, HV, B, threads=128
         ) as (i_x, i_h, i_n):
@@ -275,7 +274,6 @@ def program():
                 tile.min(segment, n_chunks - i_s * segment), num_stages=2
             ):
                 i_t = i_s * segment + i_chunk
-
                 i_c = i_first + i_t
                 i_row = i_start + i_t * BT
                 tile.copy(Y[i_c, i_h, :, :], s_Y)

@@ -1,4 +1,4 @@
-"""The replay of a search on a table of all configs, and what it prints and draws."""
+"""Tables of measured configs, and the replay of a search on one: what it prints and draws."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gdn2gen.bench import Timing
+from gdn2gen.build import Resources
 from gdn2gen.device import named_device
-from gdn2gen.tune import space
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.tune import outcome, space
+from gdn2gen.tune.backend import measure_config
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.outcome import Outcome
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "search_value.py"
 
@@ -60,6 +68,38 @@ def test_what_a_replay_prints_and_draws(
     assert 0 < needed["search"] <= needed["random"] <= len(rows)
     svg = ElementTree.parse(path.with_suffix(".svg")).getroot()
     assert len([x for x in svg.iter() if x.get("class") in ("line0", "line1")]) == 2
+
+
+class Backend:
+    """Gates and times as it was told."""
+
+    device = named_device("H200")
+
+    def __init__(self, gate: Outcome[GateResult], timed: Outcome[dict[str, Timing]]) -> None:
+        self.gate = lambda candidate, full: gate
+        self.time_stages = lambda candidate, stages, shape: timed
+
+
+def test_a_config_is_measured_or_refused_with_the_reason() -> None:
+    fits = Outcome(outcome.OK, Resources(100, 0, 1000, 1.0))
+    spills = Outcome(outcome.OK, Resources(255, 9999, 1000, 1.0))
+    right = Outcome(outcome.OK, GateResult(True))
+    wrong = Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off"))
+    timed = Outcome(outcome.OK, {"scan": Timing(2.0, 1.9, 2.1, 20)})
+    died: Outcome[Any] = Outcome(outcome.CRASHED, detail="signal 6")
+    base = Candidate.default(Problem(), "lean", 32)
+    config = base.by_stage["scan"]
+    for compiled, gate, times, ms, said in (
+        (fits, right, timed, 2.0, ""),
+        (Outcome(outcome.BUILD_ERROR, detail="ptxas died"), right, timed, None, "ptxas died"),
+        (spills, right, timed, None, "spills 9999"),
+        (fits, wrong, timed, None, "dg is off"),
+        (fits, died, timed, None, "signal 6"),
+        (fits, right, died, None, "signal 6"),
+    ):
+        backend: Any = Backend(gate, times)
+        found = measure_config(backend, compiled, base, config, SHAPES["train4k"])
+        assert found[0] == ms and said in found[1] and bool(said) == (ms is None)
 
 
 def test_best_so_far(script: Any) -> None:
