@@ -3,7 +3,8 @@
 The mirror of the parallel scan: a segment takes the gradient to dS_start = dS_end M^T + W, where
 W follows from a zero gradient at its end, and M^T from the identity without dO. Three kernels,
 
-    fold_kernel          W and M of all segments but the first, one program per slice of their rows
+    fold_kernel          where the last segment starts; W and M of the others but the first; one
+                         program per slice of their rows
     merge_kernel         the gradient at every segment's end, one after the other
     reverse_scan_kernel  dh and dX, all segments at once
 
@@ -19,13 +20,13 @@ with the gradient of the state held transposed, dS^T [BV, K].
     dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
     dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
     dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first
+    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last
     dht           [N, HV, K, V] fp32  gradient of the final state
     dh0           [N, HV, K, V] fp32  gradient of the initial state
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 0310bbc3e48629f9; made by
+Template digest b78d88d63e34668d; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel
@@ -64,9 +65,11 @@ def fold_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    i_v = tl.program_id(0) % ((V + K) // BV)
-    i_seg = tl.program_id(0) // ((V + K) // BV)
-    i_nh, i_s = i_seg // (NS - 1), i_seg % (NS - 1) + 1
+    n_folded = (V + K) // BV * (NS - 1) - K // BV
+    i_nh, i_x = tl.program_id(0) // n_folded, tl.program_id(0) % n_folded
+    # past the last segment's rows of values, which starts from what is given
+    i_x += tl.where(i_x < V // BV, 0, K // BV)
+    i_s, i_v = NS - 1 - i_x // ((V + K) // BV), i_x % ((V + K) // BV)
     i_n, i_h = i_nh // HV, i_nh % HV
     n_chunks = tl.cdiv(T, BT)
     i_first = i_n * n_chunks
@@ -83,6 +86,9 @@ def fold_kernel(
     n_tokens -= i_s * segment * BT
     # rows past V start at the identity, and have no dO
     b_dS = tl.where((o_v - V)[:, None] == o_k[None, :], 1.0, 0.0)
+    if i_s == NS - 1:
+        p_state = i_nh.to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
+        b_dS = tl.load(dht + p_state)
 
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
     p_k = o_t[:, None] * K + o_k[None, :]
@@ -168,7 +174,9 @@ def merge_kernel(
     p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
     p_M = i_nh.to(tl.int64) * NS * K * K + o_k[:, None] * K + o_k[None, :]
     tl.store(dS_seg + p_kept + (NS - 1) * K * V, b_S)
-    for i_m in tl.range(0, NS - 1, num_stages=2):
+    if NS > 1:
+        b_S = tl.load(dS_seg + p_kept + (NS - 2) * K * V)
+    for i_m in tl.range(1, NS - 1, num_stages=2):
         b_M = tl.load(M_seg + p_M + (NS - 2 - i_m) * K * K)
         p_next = dS_seg + p_kept + (NS - 2 - i_m) * K * V
         b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="tf32x3")
@@ -268,7 +276,7 @@ def launch(
     }
     heads = n_sequences * HV
     if NS > 1:
-        fold_kernel[(heads * (NS - 1) * ((V + K) // BV),)](*arguments, BV=BV, **options)
+        fold_kernel[(heads * ((V + K) // BV * (NS - 1) - K // BV),)](*arguments, BV=BV, **options)
     # one short product after the other: what more warps save in it is most of the time
     merge_kernel[(heads * (V // BM),)](*arguments, BM=BM, **options | {"num_warps": 8})
     reverse_scan_kernel[(heads * NS * (V // BV),)](*arguments, BV=BV, **options)

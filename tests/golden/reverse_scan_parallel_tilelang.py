@@ -3,7 +3,8 @@
 The mirror of the parallel scan: a segment takes the gradient to dS_start = dS_end M^T + W, where
 W follows from a zero gradient at its end, and M^T from the identity without dO. Three kernels,
 
-    fold           W and M of all segments but the first, one program per slice of their rows
+    fold           where the last segment starts; W and M of the others but the first; one
+                   program per slice of their rows
     merge_kernel   the gradient at every segment's end, one after the other; in Triton
     reverse_scan   dh and dX, all segments at once
 
@@ -21,11 +22,11 @@ warp group of its own, which fills 2 stages of shared memory ahead of the produc
     dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
     dX_rest       [NT, HV, BT, V]   what rounding dX to 16 bits leaves
     dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first
+    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 3893cf312f9deaa7; made by
+Template digest ebff8d8a4a966ec7; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel
@@ -71,15 +72,17 @@ def fold_program():
     ):
         # three dims: divisions in every address would be a third of all instructions, or 5 of 6
         with tile.Kernel(
-            (V + K) // BV * (NS - 1), HV, B, threads=128
+            (V + K) // BV * (NS - 1) - K // BV, HV, B, threads=128
         ) as (i_x, i_h, i_n):
             # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
             tile.annotate_min_blocks_per_sm(2)
             tile.annotate_producer_reg_dealloc(24)
             tile.annotate_consumer_reg_alloc(232)
 
-            i_v = i_x % ((V + K) // BV)
-            i_s = i_x // ((V + K) // BV) + 1
+            # past the last segment's rows of values, which starts from what is given
+            i_slice = tile.if_then_else(i_x < V // BV, i_x, i_x + K // BV)
+            i_v = i_slice % ((V + K) // BV)
+            i_s = NS - 1 - i_slice // ((V + K) // BV)
             n_chunks = tile.ceildiv(T, BT)
             i_first = i_n * n_chunks
             i_b = i_n
@@ -183,7 +186,9 @@ def merge_kernel(
     p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
     p_M = i_nh.to(tl.int64) * NS * K * K + o_k[:, None] * K + o_k[None, :]
     tl.store(dS_seg + p_kept + (NS - 1) * K * V, b_S)
-    for i_m in tl.range(0, NS - 1, num_stages=2):
+    if NS > 1:
+        b_S = tl.load(dS_seg + p_kept + (NS - 2) * K * V)
+    for i_m in tl.range(1, NS - 1, num_stages=2):
         b_M = tl.load(M_seg + p_M + (NS - 2 - i_m) * K * K)
         p_next = dS_seg + p_kept + (NS - 2 - i_m) * K * V
         b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="bf16x3")

@@ -3,7 +3,8 @@
 A segment takes the state to S_end = M S_start + U, and both follow from the same scan: U from
 a zero state, M from the identity, with nothing written. Three kernels,
 
-    fold_kernel    U and M of all segments but the last, one program per slice of their rows
+    fold_kernel    where the first segment ends; U and M of the others but the last; one program
+                   per slice of their rows
     merge_kernel   the state at every segment's start, one after the other
     scan_kernel    o, all segments at once
 
@@ -23,13 +24,13 @@ never leaves the registers.
     Aqk           [NT, HV, BT, BT]  decayed scores
     o             [B, T, HV, V]
     S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the last, transposed
+    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last, transposed
     initial_state [N, HV, K, V] fp32
     final_state   [N, HV, K, V] fp32
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 0386b46f59cef15b; made by
+Template digest 63fc2974731078ae; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel
@@ -68,9 +69,11 @@ def fold_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    i_v = tl.program_id(0) % ((V + K) // BV)
-    i_seg = tl.program_id(0) // ((V + K) // BV)
-    i_nh, i_s = i_seg // (NS - 1), i_seg % (NS - 1)
+    n_folded = (V + K) // BV * (NS - 1) - K // BV
+    i_nh, i_x = tl.program_id(0) // n_folded, tl.program_id(0) % n_folded
+    # past the first segment's rows of values, which starts from what is given
+    i_x += tl.where(i_x < V // BV, 0, K // BV)
+    i_s, i_v = i_x // ((V + K) // BV), i_x % ((V + K) // BV)
     i_n, i_h = i_nh // HV, i_nh % HV
     n_chunks = tl.cdiv(T, BT)
     i_first = i_n * n_chunks
@@ -88,6 +91,9 @@ def fold_kernel(
     # rows past V start at the identity, and have no tokens to read v and w of
     n_tokens = tl.where(i_v * BV < V, n_tokens, 0)
     b_S = tl.where((o_v - V)[:, None] == o_k[None, :], 1.0, 0.0)
+    if i_s == 0:
+        p_state = i_nh.to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
+        b_S = tl.load(initial_state + p_state)
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
     i_tile = i_first.to(tl.int64) * HV + i_h
     p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
@@ -158,7 +164,9 @@ def merge_kernel(
     p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
     p_M = i_nh.to(tl.int64) * NS * K * K + o_k[:, None] * K + o_k[None, :]
     tl.store(S_seg + p_kept + 0 * K * V, b_S)
-    for i_m in tl.range(0, NS - 1, num_stages=2):
+    if NS > 1:
+        b_S = tl.load(S_seg + p_kept + 1 * K * V)
+    for i_m in tl.range(1, NS - 1, num_stages=2):
         b_M = tl.load(M_seg + p_M + i_m * K * K)
         p_next = S_seg + p_kept + (i_m + 1) * K * V
         b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="tf32x3")
@@ -260,7 +268,7 @@ def launch(
     }
     heads = n_sequences * HV
     if NS > 1:
-        fold_kernel[(heads * (NS - 1) * ((V + K) // BV),)](*arguments, BV=BV, **options)
+        fold_kernel[(heads * ((V + K) // BV * (NS - 1) - K // BV),)](*arguments, BV=BV, **options)
     # one short product after the other: what more warps save in it is most of the time
     merge_kernel[(heads * (V // BM),)](*arguments, BM=BM, **options | {"num_warps": 8})
     scan_kernel[(heads * NS * (V // BV),)](*arguments, BV=BV, **options)

@@ -3,7 +3,8 @@
 A segment takes the state to S_end = M S_start + U, and both follow from the same scan: U from
 a zero state, M from the identity, with nothing written. Three kernels,
 
-    fold           U and M of all segments but the last, one program per slice of their rows
+    fold           where the first segment ends; U and M of the others but the last; one program
+                   per slice of their rows
     merge_kernel   the state at every segment's start, one after the other; in Triton
     scan           o, all segments at once
 
@@ -24,11 +25,11 @@ never leaves the registers. The compiler gives the loads to a warp group of its 
     Aqk           [NT, HV, BT, BT]  decayed scores
     o             [B, T, HV, V]
     S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the last, transposed
+    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last, transposed
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest a2e7f1f1c2c4a324; made by
+Template digest 47df9396a27c65aa; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel
@@ -73,15 +74,17 @@ def fold_program():
     ):
         # three dims: divisions in every address would be a third of all instructions, or 5 of 6
         with tile.Kernel(
-            (V + K) // BV * (NS - 1), HV, B, threads=128
+            (V + K) // BV * (NS - 1) - K // BV, HV, B, threads=128
         ) as (i_x, i_h, i_n):
             # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
             tile.annotate_min_blocks_per_sm(2)
             tile.annotate_producer_reg_dealloc(24)
             tile.annotate_consumer_reg_alloc(232)
 
-            i_v = i_x % ((V + K) // BV)
-            i_s = i_x // ((V + K) // BV)
+            # past the first segment's rows of values, which starts from what is given
+            i_slice = tile.if_then_else(i_x < V // BV, i_x, i_x + K // BV)
+            i_v = i_slice % ((V + K) // BV)
+            i_s = i_slice // ((V + K) // BV)
             n_chunks = tile.ceildiv(T, BT)
             i_first = i_n * n_chunks
             i_b = i_n
@@ -192,7 +195,9 @@ def merge_kernel(
     p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
     p_M = i_nh.to(tl.int64) * NS * K * K + o_k[:, None] * K + o_k[None, :]
     tl.store(S_seg + p_kept + 0 * K * V, b_S)
-    for i_m in tl.range(0, NS - 1, num_stages=2):
+    if NS > 1:
+        b_S = tl.load(S_seg + p_kept + 1 * K * V)
+    for i_m in tl.range(1, NS - 1, num_stages=2):
         b_M = tl.load(M_seg + p_M + i_m * K * K)
         p_next = S_seg + p_kept + (i_m + 1) * K * V
         b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="bf16x3")
