@@ -240,7 +240,7 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4, "chunks": 1},
-    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
+    "grad_key": {"BK": 32, "BV": 128, "num_warps": 4, "decay": "log", "chunks": 1},
 }
 # Where the operands are bf16, whose exponents reach as far as those of fp32.
 _ANCHORED: Final[Mapping[str, Mapping[str, Knob]]] = {

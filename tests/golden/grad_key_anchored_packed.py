@@ -31,7 +31,7 @@ slices, frame by frame.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest c7ac72f47564efa2; made by
+Template digest 1595873b3cde5a07; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4
@@ -186,19 +186,25 @@ def grad_key_kernel(
         b_gamma_C = tl.load(gamma_C + i_tile * K + o_k)
         b_row = tl.exp2(b_G)
         b_column = tl.exp2(-b_G)
-        b_kc = b_k * b_column
+        # A pair adds to dG_i what it takes from dG_j, and under strong decay little else remains: both
+        # ends take the factors as the products do, rounded, so that it cancels.
+        b_kc = (b_k * b_column).to(tl.bfloat16)
+        b_qr = (b_q * b_row).to(tl.bfloat16)
+        b_er = (b_k * b_b * b_row).to(tl.bfloat16)
         b_dk *= b_gamma_C[None, :]
         # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes from
         # its own dG. Left out of both, as in strong_decay_kernel.
         m_inner = (o_t < n_rows - 1)[:, None]
         b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_kc, 0.0), 0) + b_gamma_C * b_dgamma_C
-        b_kc = b_kc.to(tl.bfloat16)
         b_dAqk = tl.load(dAqk + p_score)
         b_dT = tl.load(dT + p_score)
-        b_dq = b_row * tl.dot(b_dAqk, b_kc, b_dq)
-        b_de = b_row * tl.dot(b_dT, b_kc, -b_de)
-        b_dk = tl.dot(tl.trans(b_dAqk), (b_q * b_row).to(tl.bfloat16), b_dk)
-        b_dk = tl.dot(tl.trans(b_dT), (b_k * b_b * b_row).to(tl.bfloat16), b_dk)
+        b_dq = tl.dot(b_dAqk, b_kc, b_dq)
+        b_de = tl.dot(b_dT, b_kc, -b_de)
+        b_dk = tl.dot(tl.trans(b_dAqk), b_qr, b_dk)
+        b_dk = tl.dot(tl.trans(b_dT), b_er, b_dk)
+        b_dG = b_qr * b_dq + b_er * b_de - tl.where(m_inner, b_kc * b_dk, 0.0)
+        b_dq *= b_row
+        b_de *= b_row
         b_dk *= b_column
         n_exact = tl.where(tl.min(b_gamma_C) >= LEAST_GAMMA, n_rows, 0)
         n_exact = tl.where(i_first + i_n < NT, n_exact, 0)
@@ -206,7 +212,6 @@ def grad_key_kernel(
         m_sums = o_k < K * tl.minimum(n_exact, 1)
         # b_q holds scale q, and b_dq the gradient of q over scale
         b_db = b_de * b_k
-        b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
         tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_out)
         b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
         b_dq += b_diagonal * b_k
@@ -328,21 +333,28 @@ def strong_decay_kernel(
             # that remains.
             m_inner = (o_t < n_rows - 1)[:, None]
             b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + b_gamma_C * b_dgamma_C
+            b_dG = b_q * b_dq + b_b * b_k * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
             b_dAqk = tl.load(dAqk + p_score)
             b_dT = tl.load(dT + p_score)
             b_anchor = tl.full([BK], 2.0 * RANGE, tl.float32)
             while tl.max(b_anchor - b_G_C) > RANGE:
                 b_anchor, b_row, b_column = next_frame(b_G, b_anchor)
                 b_kc = (b_k * b_column).to(tl.bfloat16)
-                b_dq += b_row * tl.dot(b_dAqk, b_kc)
-                b_de += b_row * tl.dot(b_dT, b_kc)
                 b_qr = (b_q * b_row).to(tl.bfloat16)
                 b_er = (b_k * b_b * b_row).to(tl.bfloat16)
+                b_pairs = tl.dot(b_dAqk, b_kc)
+                b_dq += b_row * b_pairs
+                # the same rounded factors at both ends of a pair, so that it cancels out of dG
+                b_dG += b_qr * b_pairs
+                b_pairs = tl.dot(b_dT, b_kc)
+                b_de += b_row * b_pairs
+                b_dG += b_er * b_pairs
                 b_pairs = tl.dot(tl.trans(b_dAqk), b_qr)
-                b_dk += b_column * tl.dot(tl.trans(b_dT), b_er, b_pairs)
+                b_pairs = tl.dot(tl.trans(b_dT), b_er, b_pairs)
+                b_dk += b_column * b_pairs
+                b_dG -= b_kc * b_pairs
             # b_q holds scale q, and b_dq the gradient of q over scale
             b_db = b_de * b_k
-            b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
             tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_tk)
             b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
             b_dq += b_diagonal * b_k

@@ -25,11 +25,11 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
-Template digest 63f1e7772cb7f30c; made by
+Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=4
+Template digest 73af99f855b12134; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2
+      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=4
 """
 
 import triton
@@ -196,7 +196,11 @@ def grad_key_kernel(
     m_inner = (o_t < n_rows - 1)[:, None]
     b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + tl.load(gamma_C + i_tile * K + o_k) * b_dgamma_C
 
-    # through the scores, one dyadic level at a time; 16-bit operands halve the registers
+    b_dG = b_q * b_dq + b_e * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
+
+    # Through the scores, one dyadic level at a time; 16-bit operands halve the registers. A pair adds
+    # to dG_i what it takes from dG_j, and under strong decay little else remains: both ends take the
+    # factors as the products do, rounded, so that it cancels.
     b_q = b_q.to(tl.float16)
     b_k = b_k.to(tl.float16)
     b_e = b_e.to(tl.float16)
@@ -208,14 +212,19 @@ def grad_key_kernel(
         b_column = (b_k * b_f).to(tl.float16)
         m_pairs = meet_at(i_level, o_t[:, None], o_t[None, :])
         b_pairs = tl.where(m_pairs, b_dAqk, 0.0)
-        b_dq += b_f * tl.dot(b_pairs, b_column)
         b_row = (b_q * b_f).to(tl.float16)
+        b_dq_pairs = tl.dot(b_pairs, b_column)
+        b_dq += b_f * b_dq_pairs
+        b_dG += b_row * b_dq_pairs
         b_dk_pairs = tl.dot(tl.trans(b_pairs), b_row)
         b_pairs = tl.where(m_pairs, b_dT, 0.0)
-        b_de += b_f * tl.dot(b_pairs, b_column)
         b_row = (b_e * b_f).to(tl.float16)
+        b_de_pairs = tl.dot(b_pairs, b_column)
+        b_de += b_f * b_de_pairs
+        b_dG += b_row * b_de_pairs
         b_dk_pairs = tl.dot(tl.trans(b_pairs), b_row, b_dk_pairs)
         b_dk += b_f * b_dk_pairs
+        b_dG -= b_column * b_dk_pairs
 
     # q and k once more: held through the levels in 32 bits they would cost 48 registers
     tl.debug_barrier()
@@ -225,10 +234,8 @@ def grad_key_kernel(
     b_k *= b_k_rstd[:, None]
     b_qn *= b_q_rstd[:, None]
     b_q = b_qn * scale
-    b_e = b_k * b_b
 
     # b_q holds scale q, and b_dq the gradient of q over scale
-    b_dG = b_q * b_dq + b_e * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
     b_dg = tl.cumsum(b_dG, 0, reverse=True) + b_dG_C[None, :]
     b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
     b_dq = (b_dq + b_diagonal * b_k) * scale
@@ -266,5 +273,5 @@ def launch(
         dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
         lower_bound, T, H, HV, HG,
         K=K, V=V, BT=BT, BK=BK, BV=BV,
-        num_warps=2, num_stages=1, maxnreg=128,
+        num_warps=4, num_stages=1, maxnreg=128,
     )

@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest ad637b1c803981ad; made by
+Template digest 601cde67b72e796e; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -239,10 +239,10 @@ def program():
                 # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes
                 # from its own dG. Left out of both, as in strong_decay_kernel.
                 for i, j in tile.Parallel(BK, BT):
-                    b_dG[i, j] = tile.if_then_else(
-                        j < n_rows - 1, b_dk[i, j] * b_k[i, j] * b_column[i, j], 0.0
-                    )
                     b_first[i, j] = b_k[i, j] * b_column[i, j]
+                    b_dG[i, j] = tile.if_then_else(
+                        j < n_rows - 1, b_dk[i, j] * tile.cast(b_first[i, j], "float32"), 0.0
+                    )
                 tile.reduce_sum(b_dG, b_dG_C, dim=1)
                 for i in tile.Parallel(BK):
                     b_gamma[i] = s_gamma[i]
@@ -263,16 +263,22 @@ def program():
                 hold[0] = tile.cast(s_b[0, 0], "float32")
                 hold[0] = tile.cast(s_gamma[0], "float32")
 
+                # A pair adds to dG_i what it takes from dG_j, and under strong decay little else
+                # remains: both ends take the factors as the products did, rounded, so that it cancels.
+                for i, j in tile.Parallel(BK, BT):
+                    b_dG[i, j] = (
+                        tile.cast(b_first[i, j], "float32") * b_dq[i, j]
+                        + tile.cast(b_next[i, j], "float32") * b_de[i, j]
+                    )
+                    b_first[i, j] = b_k[i, j] * b_column[i, j]
+                    b_dG[i, j] -= tile.if_then_else(
+                        j < n_rows - 1, tile.cast(b_first[i, j], "float32") * b_dk[i, j], 0.0
+                    )
                 # b_q holds scale q, and b_dq the gradient of q over scale
                 for i, j in tile.Parallel(BK, BT):
                     b_dq[i, j] *= b_row[i, j]
                     b_de[i, j] *= b_row[i, j]
                     b_dk[i, j] *= b_column[i, j]
-                    b_dG[i, j] = (
-                        b_q[i, j] * b_dq[i, j]
-                        + b_b[i, j] * b_de[i, j] * b_k[i, j]
-                        - tile.if_then_else(j < n_rows - 1, b_k[i, j] * b_dk[i, j], 0.0)
-                    )
                     b_dG[i, j] = tile.if_then_else(j < n_rows, b_dG[i, j], 0.0)
                     b_first[i, j] = b_dG[i, j]
                     b_next[i, j] = b_dG[i, j] - tile.cast(b_first[i, j], "float32")
@@ -468,21 +474,28 @@ def strong_decay_kernel(
             # that remains.
             m_inner = (o_t < n_rows - 1)[:, None]
             b_dG_C = tl.sum(tl.where(m_inner, b_dk * b_k, 0.0), 0) + b_gamma_C * b_dgamma_C
+            b_dG = b_q * b_dq + b_b * b_k * b_de - tl.where(m_inner, b_k * b_dk, 0.0)
             b_dAqk = tl.load(dAqk + p_score)
             b_dT = tl.load(dT + p_score)
             b_anchor = tl.full([BK], 2.0 * RANGE, tl.float32)
             while tl.max(b_anchor - b_G_C) > RANGE:
                 b_anchor, b_row, b_column = next_frame(b_G, b_anchor)
                 b_kc = (b_k * b_column).to(tl.bfloat16)
-                b_dq += b_row * tl.dot(b_dAqk, b_kc)
-                b_de += b_row * tl.dot(b_dT, b_kc)
                 b_qr = (b_q * b_row).to(tl.bfloat16)
                 b_er = (b_k * b_b * b_row).to(tl.bfloat16)
+                b_pairs = tl.dot(b_dAqk, b_kc)
+                b_dq += b_row * b_pairs
+                # the same rounded factors at both ends of a pair, so that it cancels out of dG
+                b_dG += b_qr * b_pairs
+                b_pairs = tl.dot(b_dT, b_kc)
+                b_de += b_row * b_pairs
+                b_dG += b_er * b_pairs
                 b_pairs = tl.dot(tl.trans(b_dAqk), b_qr)
-                b_dk += b_column * tl.dot(tl.trans(b_dT), b_er, b_pairs)
+                b_pairs = tl.dot(tl.trans(b_dT), b_er, b_pairs)
+                b_dk += b_column * b_pairs
+                b_dG -= b_kc * b_pairs
             # b_q holds scale q, and b_dq the gradient of q over scale
             b_db = b_de * b_k
-            b_dG = b_q * b_dq + b_b * b_db - tl.where(m_inner, b_k * b_dk, 0.0)
             tl.store(db + p_out, b_db.to(tl.bfloat16), mask=m_tk)
             b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
             b_dq += b_diagonal * b_k

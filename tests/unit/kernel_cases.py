@@ -209,18 +209,16 @@ CASES: Final = tuple(_cases())
 BY_NAME: Final = {case.name: case for case in CASES}
 
 
-def run_bf16(regime: str, plan: str, BT: int, bound: int = 0) -> Result:
-    """The accuracy suite's check in bf16; the test holds its errors to bounds of their own.
-
-    With a `bound`, the sigmoid gate's and the bounded placement.
-    """
+def run_bf16(
+    regime: str, plan: str, BT: int, gate: str = "none", bound: int = 0, decay: str = ""
+) -> Result:
+    """The accuracy suite's check in bf16; the test holds its errors to bounds of their own."""
     import exact_bf16  # noqa: F401
 
-    problem, knobs = Problem(K=64, V=64), [("BT", BT)]
-    if bound:
-        problem, knobs = replace(problem, gate="sigmoid", bound=bound), [*knobs, BOUNDED]
+    problem = Problem(K=64, V=64, gate=gate, bound=bound)
+    knobs = (("BT", BT), *((("decay", decay),) if decay else ()))
     case = Case("bf16", problem, _shape(1, 70, 4), regime=regime)
-    with forced_recipe(KernelCase(case, plan, tuple(knobs)).recipe):
+    with forced_recipe(KernelCase(case, plan, knobs).recipe):
         return run_case(case, "cpu")
 
 

@@ -28,11 +28,12 @@ MORE: Final = {
     "scan-bf16-sm_120": 208,
     "prepare-fp32-sm_90": 136,
     "grad_key-bf16-sm_80": 136,
-    "grad_key-bf16-sm_90": 280,
+    "grad_key-bf16-sm_90": 248,
     "grad_key-bf16-sm_100": 216,
     "grad_key-bf16-sm_120": 376,
-    "grad_key-fp32-sm_90": 864,
-    "grad_key-all-sm_90": 240,
+    "grad_key-fp32-sm_90": 592,
+    "grad_key-bounded-sm_90": 176,
+    "grad_key-BT64-sm_90": 144,
     "grad_key-one-frame-sm_90": 264,
 }
 MORE_BEFORE_3_9: Final = {

@@ -21,9 +21,8 @@ from gdn2gen.tune.worker import Worker
 
 HERE = Path(__file__).resolve().parent
 
-# Measured: db up to 6.1e-3. Under strong decay dg rests on few products, so that their rounding
-# shows (1.1e-2); correlated keys amplify all rounding (2.3e-2). The rest is below 4.3e-3.
-BF16_LIMITS = {"db": 8e-3, "dg": 1.5e-2}
+# Measured: db up to 6.1e-3; correlated keys amplify all rounding (2.3e-2). The rest is below 5e-3.
+BF16_LIMITS = {"db": 8e-3}
 BF16_CORRELATED = dict.fromkeys(("o", "final_state", "dq", "dk", "dv", "dg", "db", "dw"), 3e-2)
 
 
@@ -55,22 +54,26 @@ def test_kernels(case: KernelCase, worker: Worker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("regime", "plan", "BT", "bound"),
-    [(regime, "lean", 32, 0) for regime in REGIMES]
-    + [("mixed", "fast", 32, 0), ("mixed", "lean", 64, 0), ("mixed", "fast", 16, 0)]
-    + [("strong", "lean", 32, 2), ("strong", "fast", 16, 4), ("strong", "fast", 64, 1)],
+    "given",
+    [(regime, "lean", 32) for regime in REGIMES]
+    + [("mixed", "fast", 32), ("mixed", "lean", 64), ("mixed", "fast", 16)]
+    + [
+        ("strong", "lean", 32, "sigmoid", 2, "bounded"),
+        ("strong", "fast", 16, "sigmoid", 4, "bounded"),
+        ("strong", "fast", 64, "sigmoid", 1, "bounded"),
+        # some nats a token, where dg is a small difference of sums over the chunk
+        ("layer", "lean", 32, "sigmoid"),
+        ("layer", "fast", 64, "sigmoid", 0, "log"),
+    ],
+    ids=lambda given: "-".join(map(str, given)),
 )
-def test_kernels_in_bf16(
-    regime: str, plan: str, BT: int, bound: int, worker: Worker
-) -> None:
+def test_kernels_in_bf16(given: tuple[str | int, ...], worker: Worker) -> None:
     """What rounding does to every output and gradient, by an interpreter that knows bf16."""
-    outcome: Outcome[Result] = worker.call(
-        "kernel_cases:run_bf16", regime, plan, BT, bound, timeout=120
-    )
+    outcome: Outcome[Result] = worker.call("kernel_cases:run_bf16", *given, timeout=120)
     assert outcome.ok, outcome.reason
     errors = outcome.get().errors
     assert {"o", "dq", "dk", "dv", "dg", "db", "dw"} <= {*errors}
-    limits = BF16_CORRELATED if regime == "correlated" else BF16_LIMITS
+    limits = BF16_CORRELATED if given[0] == "correlated" else BF16_LIMITS
     over = {name: error for name, error in errors.items() if not error <= limits.get(name, 6e-3)}
     assert not over, over
 
