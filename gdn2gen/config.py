@@ -208,6 +208,8 @@ def _why_not_tilelang_grad_value(config: Config, problem: Problem) -> str | None
         )
     if config["maxnreg"] not in (0, 80, 128):
         return f"the TileLang grad_value takes maxnreg of 0, 80 or 128, not {config['maxnreg']}"
+    if config["BT"] == 16:
+        return "the TileLang grad_value multiplies tiles of 32 tokens and more, but BT=16"
     return None
 
 
@@ -227,6 +229,9 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
     shared = (0, 80, 128) if config.stage == "prepare" else (0, 128)
     if config["maxnreg"] not in shared:
         return f"the TileLang {config.stage} takes maxnreg of {shared}, not {config['maxnreg']}"
+    if config.stage == "grad_key" and config["BT"] == 16 and config.size("num_stages") > 1:
+        # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
+        return "a token's sums are 64 bytes in chunks of 16: of several stages, every second is off"
     return None
 
 
@@ -240,7 +245,7 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4, "chunks": 1},
-    "grad_key": {"BK": 32, "BV": 128, "num_warps": 4, "decay": "log", "chunks": 1},
+    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
 }
 # Where the operands are bf16, whose exponents reach as far as those of fp32.
 _ANCHORED: Final[Mapping[str, Mapping[str, Knob]]] = {

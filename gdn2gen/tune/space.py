@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.anchors import FROM_START
@@ -33,6 +34,14 @@ _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _SCANS: Final = ("scan", "rescan", "reverse_scan")
 # Knobs whose values are kernels of their own rather than settings of one.
 _FORMS: Final = ("language", "decay", "segments")
+# Where the search of a TileLang form starts, beside the default's other knobs. With one program to
+# a multiprocessor prepare was 1.3 times too slow, and dropped before its neighbours were tried.
+_TILELANG_START: Final[Mapping[str, Mapping[str, Knob]]] = {
+    "prepare": {"chunks": 4, "maxnreg": 80},
+    "grad_value": {"chunks": 1, "maxnreg": 80},
+    "grad_key": {"chunks": 16, "maxnreg": 128, "num_stages": 1},
+    **{scan: {"num_stages": 3} for scan in _SCANS},
+}
 # A config this much slower than the best at one shape is not timed at the others. Stages by chunk
 # rank alike at all shapes; of the scans' two forms one wins at many heads, the other at few, and
 # the loser there took 1.8 times as long at train4k.
@@ -58,6 +67,8 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)
             return f"TileLang compiles loops of any length for {device.arch} with one stage only"
+    if config.stage == "grad_key" and device.arch == "sm_90" and _reads_past_its_tiles(config):
+        return "Triton 3.6 compiles it for sm_90 to a kernel that reads past its memory"
     least = least_shared_bytes(config, problem)
     if least > device.shared_bytes:
         return (
@@ -86,6 +97,15 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     if config.stage == "reverse_scan":
         elements += BT * BV
     return (config.size("num_stages") - 1) * elements * DTYPE_BYTES[problem.dtype]
+
+
+def _reads_past_its_tiles(config: Config) -> bool:
+    """Seen with each of 11 such configs on an H200, and with none of other sizes; not understood.
+
+    Products of 64 rows go by wgmma there, and that of BK by BK, S dS, does not.
+    """
+    slices = config.size("BT") == 64 and config.size("BK") < 64
+    return slices and config["decay"] in FROM_START and language_of(config) == "triton"
 
 
 def _least_of_grad_key(config: Config, problem: Problem) -> int:
@@ -118,15 +138,22 @@ def valid_configs(stage: str, problem: Problem, device: Device, BT: int) -> Iter
 
 
 def forms(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]:
-    """For each form of the stage's kernel, the valid config that is nearest to the default.
+    """For each form of the stage's kernel, the valid config nearest to where the form starts.
 
     Tried first: a form with 18 configs beside one with 660 would hardly be drawn in a short search.
     """
     default = default_config(stage, problem, BT=BT)
+    # in fp16 the dyadic placements are the default
+    dyadic = {**default_config(stage, replace(problem, dtype="fp16"), BT=BT)}
+    dyadic |= {name: x for name, x in default.items() if name == "solve"}
+    tilelang = {**default, **_TILELANG_START.get(stage, {})}
     nearest: dict[tuple[Knob | None, ...], Config] = {}
     for config in valid_configs(stage, problem, device, BT):
         form = tuple(config.get(name) for name in _FORMS)
-        if form not in nearest or _apart(config, default) < _apart(nearest[form], default):
+        start: Mapping[str, Knob] = tilelang if language_of(config) == "tilelang" else default
+        if config.get("decay") in ("log", "tree"):
+            start = dyadic
+        if form not in nearest or _apart(config, start) < _apart(nearest[form], start):
             nearest[form] = config
     return list(nearest.values())
 
@@ -145,7 +172,7 @@ def is_hopeless(stage: str, ms: float, best_ms: float) -> bool:
     return ms > best_ms * (_HOPELESS_SCAN if stage in _SCANS else _HOPELESS)
 
 
-def _apart(a: Config, b: Config) -> int:
+def _apart(a: Config, b: Mapping[str, Knob]) -> int:
     return sum(a[name] != b[name] for name in a)
 
 

@@ -25,11 +25,11 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=4
+Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
 Template digest 73af99f855b12134; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=4
+      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2
 """
 
 import triton
@@ -273,5 +273,5 @@ def launch(
         dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias, scale,
         lower_bound, T, H, HV, HG,
         K=K, V=V, BT=BT, BK=BK, BV=BV,
-        num_warps=4, num_stages=1, maxnreg=128,
+        num_warps=2, num_stages=1, maxnreg=128,
     )

@@ -59,8 +59,26 @@ def test_every_form_of_a_kernel_is_tried_first_near_the_default():
     assert default in forms and same in kinds
     for config in forms:
         assert space.why_hopeless(config, PROBLEM, H200) is None
+    (tilelang,) = (x for x in forms if x["language"] == "tilelang")
+    assert (tilelang["chunks"], tilelang["maxnreg"]) == (16, 128)
     (only,) = space.forms("sum_decay", PROBLEM, H200, 32)
     assert only == default_config("sum_decay", PROBLEM, BT=32)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"BT": 64, "BK": 32, "num_stages": 1}, "reads past its memory"),
+        ({"BT": 64, "num_stages": 1}, None),
+        ({"BK": 32}, None),
+        ({"language": "tilelang", "BT": 16, "num_stages": 2}, "every second is off"),
+        ({"language": "tilelang", "BT": 16, "num_stages": 1}, None),
+    ],
+)
+def test_configs_that_took_the_gpu_down_are_not_tried_again(knobs, message):
+    config = default_config("grad_key", PROBLEM, BT=32).replace(**knobs)
+    reason = space.why_hopeless(config, PROBLEM, H200)
+    assert reason is None if message is None else message in str(reason)
 
 
 def test_neighbours_differ_in_one_knob_and_can_be_compiled():
