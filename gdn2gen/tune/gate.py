@@ -73,7 +73,7 @@ def check(
     one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
     kernels raise.
     """
-    from gdn2gen._verify_checks import limit_of
+    from gdn2gen._verify_checks import limit_of, over
 
     worst: dict[str, float] = {}
     with _poisoned(), forced(candidate):
@@ -82,7 +82,7 @@ def check(
                 limit = limit_of(candidate.problem.dtype, regime)
                 errors = _errors(candidate.problem, shape, regime, device)
                 worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
-                wrong = {name: x for name, x in errors.items() if not x <= limit}
+                wrong = over(errors, limit)
                 if wrong:
                     return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
         moved = _moved(candidate.problem, shapes[1], repeats, device)

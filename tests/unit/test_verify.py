@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen import ops, reference, verify
-from gdn2gen._verify_checks import errors_in_range
+from gdn2gen._verify_checks import errors_in_range, over
 from gdn2gen.errors import InputError
 from gdn2gen.inputs import REGIMES
 from gdn2gen.problem import GATES, HEAD_DIMS
@@ -137,3 +137,9 @@ def test_a_case_that_hangs_is_lost_alone() -> None:
     assert not first.passed
     assert "timeout" in first.message
     assert not second.passed
+
+
+def test_a_sum_that_cancels_may_be_further_off_and_nan_never_passes() -> None:
+    errors = {"o": 0.9e-2, "dq": 1.1e-2, "dA_log": 2.9e-2, "dk": float("nan")}
+    assert over(errors, 1e-2).keys() == {"dq", "dk"}
+    assert over({"dA_log": 3.1e-2}, 1e-2) == {"dA_log": 3.1e-2}
