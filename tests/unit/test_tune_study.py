@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +21,7 @@ from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Measured, pick
+from gdn2gen.tune.finalists import Finals, Measured, pick
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.ledger import read_ledger
@@ -346,6 +347,23 @@ def test_bad_arguments_are_refused(tmp_path, arguments, words):
 def _measured(candidate, ms, forward_ms=0.5):
     forward, both = Timing(forward_ms, forward_ms, forward_ms, 10), Timing(ms, ms, ms, 10)
     return Measured(candidate, forward, both, 0.0, {})
+
+
+def test_the_second_plan_is_tried_with_what_won_for_the_first(monkeypatch):
+    """In whatever time there is: the default and one more are measured at least."""
+    found = SimpleNamespace(ranked=lambda shape: [])
+    trials = {32: dict.fromkeys(PLANS["fast"].stages, found)}
+    search = SimpleNamespace(problem=PROBLEM, trials=trials)
+    finals = Finals(search)
+    monkeypatch.setattr(finals, "_warm", lambda candidates: None)
+    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
+    default = Candidate.default(PROBLEM, "lean", 32)
+    won = default.with_config(default.by_stage["scan"].replace(num_stages=3))
+    finals._won[SMALL] = won
+    first, second = finals.choose(SMALL, "fast", 2)
+    assert first == Candidate.default(PROBLEM, "fast")
+    assert (second.plan, second.by_stage["scan"]) == ("fast", won.by_stage["scan"])
+    assert [x.plan for x in finals.choose(LARGE, "fast", 2)] == ["fast"]
 
 
 def test_a_tie_goes_to_the_default():
