@@ -1,0 +1,42 @@
+"""The script that compares predicted and measured ranks: its reading of tables, and the ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdn2gen.config import default_config
+from gdn2gen.problem import Problem
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prediction.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("prediction", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [([1.0, 2.0, 9.0, 10.0], 1.0), ([4.0, 3.0, 2.0, 1.0], -1.0), ([1.0, 3.0, 2.0, 4.0], 0.8)],
+)
+def test_ranks_and_not_sizes_are_compared(
+    script: Any, measured: list[float], expected: float
+) -> None:
+    assert script.rank_correlation([0.1, 0.2, 0.3, 0.4], measured) == pytest.approx(expected)
+
+
+def test_both_kinds_of_tables_are_read(script: Any) -> None:
+    config = default_config("scan", Problem())
+    written = [{"stage": "scan", "config": str(config), "ms": 1.0}]
+    refused = {"config": dict(config), "ms": None, "refused": "wrong"}
+    assert list(script.timed({"rows": written})) == [(config, 1.0)]
+    table = {"stage": "scan", "rows": [{"config": dict(config), "ms": 2.0}, refused]}
+    assert list(script.timed(table)) == [(config, 2.0)]
