@@ -100,7 +100,7 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
 
 
 def _reads_past_its_tiles(config: Config) -> bool:
-    """Seen with each of 11 such configs on an H200, and with none of other sizes; not understood.
+    """Seen nine times on an H200, and never with other sizes; not understood.
 
     Products of 64 rows go by wgmma there, and that of BK by BK, S dS, does not.
     """
