@@ -106,7 +106,6 @@ def plot(path: Path) -> None:
         for label, best in groups.items()
     ]
     svg = bars(drawn, width=760)
-    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     path.with_suffix(".svg").write_text(svg.replace(">", f">{_STYLE}", 1) + "\n")
 
 

@@ -121,8 +121,7 @@ def lines(
         end = left + (len(values) - 1) * step + 6
         # the curves end at the same height once everything was tried
         parts.append(_text(end, heights[-1] - 12 * number, name, f"name{number}"))
-    svg = _svg(parts, width, height)
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return _svg(parts, width, height)
 
 
 _LINES_STYLE: Final = """<style>
@@ -166,7 +165,8 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> st
 
 
 def _svg(parts: Sequence[str], width: int, height: float) -> str:
+    # the namespace is for charts that are files of their own
     return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}" '
-        f'role="img">{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" '
+        f'width="{width}" height="{height:.0f}" role="img">{"".join(parts)}</svg>'
     )

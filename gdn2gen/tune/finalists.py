@@ -125,7 +125,9 @@ class Finals:
         if won is None:
             return []
         problem = self._search.problem
-        best = self._best(shape, plan, won.BT) or Candidate.default(problem, plan, won.BT)
+        # a winner from what was on file may have chunks that were not searched
+        found = self._best(shape, plan, won.BT) if won.BT in self._search.trials else None
+        best = found or Candidate.default(problem, plan, won.BT)
         return [Candidate.of(problem, plan, {**best.by_stage, **won.by_stage})]
 
     def _default(self, plan: str) -> Candidate:

@@ -364,6 +364,9 @@ def test_the_second_plan_is_tried_with_what_won_for_the_first(monkeypatch):
     assert first == Candidate.default(PROBLEM, "fast")
     assert (second.plan, second.by_stage["scan"]) == ("fast", won.by_stage["scan"])
     assert [x.plan for x in finals.choose(LARGE, "fast", 2)] == ["fast"]
+    # from what was on file, in chunks that were not searched
+    finals._won[LARGE] = Candidate.default(PROBLEM, "lean", 16)
+    assert [x.BT for x in finals.choose(LARGE, "fast", 2)] == [first.BT, 16]
 
 
 def test_a_tie_goes_to_the_default():
