@@ -8,18 +8,20 @@ default, else to the candidate that differs from it in the fewest knobs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Final
 
 from gdn2gen.bench import Timing
+from gdn2gen.build import Resources
 from gdn2gen.config import Config
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult, full_problem
+from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.search import Search, Window
 
 TIE: Final = 0.01
@@ -28,6 +30,9 @@ _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
 # A runner-up this close by its own time may well be the better one in the pipeline.
 _CLOSE: Final = 0.05
+# Of each, as many compile ahead: 16 compilers take some 10 s for them, one verdict's time.
+_LIKELY_SIZES: Final = 2
+_LIKELY_CLOSE: Final = 2
 # Neighbours of a config that fails only here were tried, too, and may fail with it.
 _MAX_REPAIRS: Final = 12
 
@@ -62,19 +67,26 @@ class Finals:
         self._search = search
         self._stored = list(stored)
         self._gates: dict[Candidate, GateResult] = {}
-        self._warmed: set[Config] = set()
+        self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
         self._won: dict[Shape, Candidate] = {}
         """The first plan's winner at each shape: its stages have proved themselves there."""
         self._seconds: list[float] = []
         """What each verdict so far took for each of its finalists."""
 
-    def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
-        """Winner at one shape, or None if nothing passed the full gate."""
+    def verdict(
+        self, shape: Shape, plan: str, window: Window, then: tuple[Shape, str] | None = None
+    ) -> Verdict | None:
+        """Winner at one shape, or None if nothing passed the full gate.
+
+        What may be wanted for the next verdict, `then`, compiles while this one is measured.
+        """
         progress = self._search.context.progress
         progress.phase(f"finalists at {shape.name}, plan {plan}: gate in full")
         started = window.clock()
         finalists = self.choose(shape, plan, self._affordable(window))
         progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
+        if then is not None:
+            self._compile(self._likely(*then))
         measured = self._measure(finalists, shape, window)
         if not measured:
             return None  # `why_none` says more.
@@ -199,11 +211,22 @@ class Finals:
 
     def _warm(self, candidates: Sequence[Candidate]) -> None:
         """Compile for the full gate in parallel; what fails there, the gate itself reports."""
-        configs = {config for candidate in candidates for config in candidate.configs}
+        wait(self._compile(candidates))
+
+    def _compile(self, candidates: Sequence[Candidate]) -> list[Future[Outcome[Resources]]]:
+        configs = dict.fromkeys(config for candidate in candidates for config in candidate.configs)
         full = full_problem(self._search.problem)
-        new = configs - self._warmed
-        wait([self._search.context.backend.compile(full, config) for config in new])
-        self._warmed |= new
+        for config in configs:
+            if config not in self._compiles:
+                self._compiles[config] = self._search.context.backend.compile(full, config)
+        return [self._compiles[config] for config in configs]
+
+    def _likely(self, shape: Shape, plan: str) -> list[Candidate]:
+        """What `choose` will look at, if all of it passes the gate."""
+        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
+        best = [self._best(shape, plan, BT) for BT in sizes[:_LIKELY_SIZES]]
+        close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
+        return [*self._carried(shape, plan), *(x for x in best if x is not None), *close]
 
     def _measure(
         self, finalists: Sequence[Candidate], shape: Shape, window: Window

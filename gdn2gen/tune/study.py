@@ -160,7 +160,8 @@ class _Run:
         for number, (shape, level) in enumerate(turns):
             now = window.clock()
             share = max(0.0, window.end - now) / (len(turns) - number)
-            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share))
+            then = turns[number + 1] if number + 1 < len(turns) else None
+            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share), then)
             if verdict is None:
                 self.report.skipped[f"{shape.name} {level}"] = finals.why_none(level)
                 continue

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -367,6 +368,32 @@ def test_the_second_plan_is_tried_with_what_won_for_the_first(monkeypatch):
     # from what was on file, in chunks that were not searched
     finals._won[LARGE] = Candidate.default(PROBLEM, "lean", 16)
     assert [x.BT for x in finals.choose(LARGE, "fast", 2)] == [first.BT, 16]
+
+
+def test_what_the_next_verdict_may_want_compiles_while_this_one_is_measured(tmp_path):
+    """Each shape has a winner of its own; the second's is compiled before the first is decided."""
+    best = {SMALL.name: 4, LARGE.name: 8}
+
+    class Logged(FakeBackend):
+        events: ClassVar[list] = []
+
+        def compile(self, problem, config):
+            if problem.initial_state:  # as the full gate has it
+                self.events.append(config)
+            return super().compile(problem, config)
+
+        def time_pipeline(self, candidate, shape, *, with_peak):
+            self.events.append(shape.name)
+            return super().time_pipeline(candidate, shape, with_peak=with_peak)
+
+    def speed(config, shape):
+        return 1.0 + 0.3 * (config["num_warps"] != best[shape.name])
+
+    backend = Logged(speed=speed)
+    report = run(backend, tmp_path, shapes=(SMALL, LARGE), minutes=10)
+    first, second = ({*x.candidate.configs} for x in report.results)
+    last = max(n for n, event in enumerate(backend.events) if event == SMALL.name)
+    assert second - first and second <= {*backend.events[:last]}
 
 
 def test_a_tie_goes_to_the_default():
