@@ -1,10 +1,12 @@
 """What the search is worth: against random order, on a stage of which every config was measured.
 
-    python scripts/search_value.py measure STAGE BT  # on a GPU; docs/search/<gpu>-<stage>-<BT>.json
+    python scripts/search_value.py measure STAGE BT [SHAPE]  # on a GPU
+                                   # writes docs/search/<gpu>-<stage>-<BT>.json
     python scripts/search_value.py replay FILE       # the same search on the file; FILE as .svg
 
-Measuring compiles, gates and times every config worth compiling, at train4k. A replay runs the
-tuner's own trials on that table, with 20 seeds, and counts until one is within 3% of the best.
+Measuring compiles, gates and times every config worth compiling, at train4k unless told otherwise.
+A replay runs the tuner's own trials on that table, with 20 seeds, and counts until one is within 3%
+of the best.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import optuna
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device, named_device
 from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
+from gdn2gen.shapes import SHAPES, Shape
 from gdn2gen.tune import space
 from gdn2gen.tune.charts import lines
 from gdn2gen.tune.ledger import Ledger
@@ -31,12 +33,12 @@ from gdn2gen.tune.trials import StageTrials
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem()
-SHAPE: Final = SHAPES["train4k"]
+USUAL: Final = "train4k"
 SEEDS: Final = 20
 NEAR: Final = 1.03
 
 
-def measure(stage: str, BT: int) -> None:
+def measure(stage: str, BT: int, shape: Shape) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
     from gdn2gen.device import present_device, toolchain
     from gdn2gen.tune.backend import WorkerBackend, measure_config
@@ -49,12 +51,12 @@ def measure(stage: str, BT: int) -> None:
     rows: list[dict[str, Any]] = []
     try:
         for config, future in zip(configs, compiles, strict=True):
-            ms, reason = measure_config(backend, future.result(), base, config, SHAPE)
+            ms, reason = measure_config(backend, future.result(), base, config, shape)
             row: dict[str, Any] = {"config": dict(config), "ms": ms}
             rows.append(row | {"refused": reason} if ms is None else row)
     finally:
         backend.close()
-    made = {"gpu": device.name, "toolchain": toolchain(), "shape": SHAPE.name, "stage": stage}
+    made = {"gpu": device.name, "toolchain": toolchain(), "shape": shape.name, "stage": stage}
     path = DOCS / "search" / f"{device.slug}-{stage}-{BT}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")
@@ -62,19 +64,24 @@ def measure(stage: str, BT: int) -> None:
 
 
 def searched(
-    table: Mapping[Config, float | None], stage: str, BT: int, device: Device, seed: int
+    table: Mapping[Config, float | None],
+    stage: str,
+    BT: int,
+    device: Device,
+    seed: int,
+    shape: Shape = SHAPES[USUAL],
 ) -> Iterator[float | None]:
     """Times in the order in which the tuner would ask for them; None where refused."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.jsonl", device.name, {})
         storage = optuna.storages.InMemoryStorage()
         trials = StageTrials(
-            PROBLEM, stage, BT, [SHAPE], device, ledger, "replay", storage, seed
+            PROBLEM, stage, BT, [shape], device, ledger, "replay", storage, seed
         )
         default = default_config(stage, PROBLEM, BT=BT)
         first = table.get(default)
         if first is not None:
-            trials.record(default, {SHAPE.name: first})
+            trials.record(default, {shape.name: first})
             yield first
         for form in space.forms(stage, PROBLEM, device, BT):
             trials.suggest_first(form)
@@ -83,7 +90,7 @@ def searched(
             if ms is None:
                 trials.refuse(proposal, "refused when it was measured")
             else:
-                trials.succeed(proposal, {SHAPE.name: ms})
+                trials.succeed(proposal, {shape.name: ms})
             yield ms
 
 
@@ -108,14 +115,15 @@ def replay(path: Path) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = json.loads(path.read_text())
     stage, BT, device = file["stage"], file["BT"], named_device(file["gpu"])
+    shape = SHAPES[file["shape"]]
     table = {Config.of(stage, x["config"]): x["ms"] for x in file["rows"]}
     least = min(ms for ms in table.values() if ms is not None)
     runs = {
-        "search": [list(searched(table, stage, BT, device, x)) for x in range(SEEDS)],
+        "search": [list(searched(table, stage, BT, device, x, shape)) for x in range(SEEDS)],
         "random": [shuffled(table, x) for x in range(SEEDS)],
     }
     drawn = {}
-    print(f"{stage}, BT={BT}: {len(table)} configs, the best takes {least} ms")
+    print(f"{stage}, BT={BT}, {shape.name}: {len(table)} configs, the best takes {least} ms")
     for name, times in runs.items():
         curves = [best_so_far(x) for x in times]
         needed = sorted(1 + sum(ms > least * NEAR for ms in curve) for curve in curves)
@@ -131,7 +139,7 @@ def replay(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["replay"] and len(sys.argv) == 3:
         replay(Path(sys.argv[2]))
-    elif sys.argv[1:2] == ["measure"] and len(sys.argv) == 4:
-        measure(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ["measure"] and len(sys.argv) in (4, 5):
+        measure(sys.argv[2], int(sys.argv[3]), SHAPES[[*sys.argv, USUAL][4]])
     else:
         sys.exit(__doc__)

@@ -60,7 +60,7 @@ def test_what_a_replay_prints_and_draws(
     script.SEEDS = 4
     path = tmp_path / "table.json"
     rows = _rows(script)
-    made = {"gpu": "NVIDIA H200", "stage": "rescan", "BT": 32, "rows": rows}
+    made = {"gpu": "NVIDIA H200", "shape": "train4k", "stage": "rescan", "BT": 32, "rows": rows}
     path.write_text(json.dumps(made))
     script.replay(path)
     printed = capsys.readouterr().out
