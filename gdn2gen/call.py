@@ -9,7 +9,7 @@ import torch
 
 from gdn2gen.problem import Problem
 from gdn2gen.sequences import count_chunks
-from gdn2gen.stages import SEGMENT, SEGMENTS
+from gdn2gen.stages import MAX_SEGMENTS, SEGMENT
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,22 @@ class Call:
     def chunks(self, BT: int) -> int:
         return count_chunks(self.T, self.N, BT, self.packed)
 
-    def segments(self, BT: int) -> tuple[int, int]:
+    def segments(self, BT: int, max_segments: int = MAX_SEGMENTS) -> tuple[int, int]:
         """Segments of a sequence, and chunks of a segment.
 
-        Sequences of a packed batch are one segment each: their lengths are not known on the host.
+        `max_segments` bounds those of all heads and sequences together. Sequences of a packed
+        batch are one segment each: their lengths are not known on the host.
         """
         if self.packed:
             return 1, 2**24
         chunks = max(1, -(-self.T // BT))
-        NS = min(-(-chunks // SEGMENT), max(1, SEGMENTS // max(1, self.N * self.HV)))
+        NS = min(-(-chunks // SEGMENT), max(1, max_segments // max(1, self.N * self.HV)))
         length = -(-chunks // NS)
         return -(-chunks // length), length
 
-    def scalars(self, BT: int) -> dict[str, Any]:
+    def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""
-        NS, segment = self.segments(BT)
+        NS, segment = self.segments(BT, max_segments)
         return {
             "n_sequences": self.N,
             "n_chunks": self.chunks(BT),
@@ -58,7 +59,9 @@ class Call:
             "segment": segment,
         }
 
-    def sizes(self, problem: Problem, BT: int) -> dict[str, int]:
+    def sizes(
+        self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS
+    ) -> dict[str, int]:
         return {
             "B": self.B,
             "T": self.T,
@@ -68,7 +71,7 @@ class Call:
             "N": self.N,
             "N+1": self.N + 1,
             "NT": self.chunks(BT),
-            "NS": self.segments(BT)[0],
+            "NS": self.segments(BT, max_segments)[0],
             "BT": BT,
             "NB": BT // 16,
             "K": problem.K,

@@ -9,6 +9,7 @@ from typing import Final
 from gdn2gen.anchors import FROM_START, why_unbounded
 from gdn2gen.errors import ConfigError
 from gdn2gen.problem import Problem
+from gdn2gen.stages import MAX_SEGMENTS
 
 Knob = int | str
 
@@ -24,7 +25,12 @@ _SCAN: Final[Mapping[str, tuple[Knob, ...]]] = {
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
-_SEGMENTS: Final[Mapping[str, tuple[Knob, ...]]] = {"segments": ("serial", "parallel")}
+_SEGMENTS: Final[Mapping[str, tuple[Knob, ...]]] = {
+    "segments": ("serial", "parallel"),
+    "max_segments": (64, 112, MAX_SEGMENTS),
+}
+# What only the host reads: configs that differ in these have the same kernels.
+HOST_KNOBS: Final = ("max_segments",)
 _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     "prepare": {
         "language": ("triton", "tilelang"),
@@ -79,6 +85,8 @@ LATER_KNOBS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"language": "triton", "chunks": 1},
     "grad_value": {"language": "triton", "chunks": 1},
     "grad_key": {"language": "triton"},
+    "scan": {"max_segments": MAX_SEGMENTS},
+    "reverse_scan": {"max_segments": MAX_SEGMENTS},
 }
 
 
@@ -127,6 +135,12 @@ class Config(Mapping[str, Knob]):
     def replace(self, **knobs: Knob) -> Config:
         return Config.of(self.stage, {**self, **knobs})
 
+    @property
+    def of_kernel(self) -> Config:
+        """Less what only the host reads, for templates."""
+        knobs = tuple(knob for knob in self.knobs if knob[0] not in HOST_KNOBS)
+        return Config(self.stage, knobs)
+
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.knobs)
 
@@ -148,6 +162,8 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         reason = _why_not_parallel(config, problem)
         if reason is not None:
             return reason
+    elif config.get("max_segments", MAX_SEGMENTS) != MAX_SEGMENTS:
+        return f"max_segments={config['max_segments']} is of the parallel scans' segments"
     return _why_not_tilelang(config, problem) if language_of(config) == "tilelang" else None
 
 
@@ -280,7 +296,7 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
         # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster
         knobs["solve"] = "tf32" if problem.dtype == "bf16" else "tf32x3"
     if "segments" in domain:
-        knobs["segments"] = "serial"
+        knobs |= {"segments": "serial", "max_segments": MAX_SEGMENTS}
     if "language" in domain:
         knobs["language"] = "triton"
     if "maxnreg" in domain:

@@ -15,7 +15,7 @@ from gdn2gen.errors import InputError
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
-from gdn2gen.stages import SEGMENT, SEGMENTS, STAGES, Operand, Stage, has_operand
+from gdn2gen.stages import MAX_SEGMENTS, SEGMENT, STAGES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
@@ -38,6 +38,8 @@ class Step:
     """One program per chunk, so that there is nothing to launch without tokens."""
     freed: tuple[str, ...]
     """Buffers that nothing reads after this stage."""
+    max_segments: int | None
+    """For scans that choose their own: rescan starts from the states that scan kept."""
 
 
 def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> list[Path]:
@@ -90,7 +92,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         lower_bound=_least_bound(problem, recipe),
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
-        SEGMENTS=SEGMENTS,
+        max_segments=_max_segments(recipe.configs["scan"]),
     )
     return text.rstrip() + "\n"
 
@@ -144,9 +146,14 @@ def _steps(
                 arguments=_arguments(stage, problem),
                 per_chunk=stage.count == "n_chunks",
                 freed=tuple(freed),
+                max_segments=_max_segments(configs[name]) if name == "reverse_scan" else None,
             )
         )
     return steps
+
+
+def _max_segments(config: Config) -> int:
+    return config.size("max_segments") if "max_segments" in config else MAX_SEGMENTS
 
 
 def _allocation(operand: Operand, problem: Problem, config: Config) -> str:

@@ -128,6 +128,8 @@ class Step:
     """The scalar that counts its programs."""
     buffers: tuple[Buffer, ...]
     freed: tuple[str, ...]
+    max_segments: int
+    """Of all heads and sequences together, as it was chosen for the stage's scan."""
 
 
 class Pass:
@@ -137,8 +139,7 @@ class Pass:
         self, steps: tuple[Step, ...], keep: tuple[str, ...], call: Call, problem: Problem, BT: int
     ) -> None:
         self._device = call.device
-        sizes, scalars = call.sizes(problem, BT), call.scalars(BT)
-        self._steps = tuple(_SizedStep(step, sizes, scalars, call) for step in steps)
+        self._steps = tuple(_SizedStep(step, call, problem, BT) for step in steps)
         known = {name for step in steps for name in step.tensors}
         self._keep = tuple(name for name in keep if name in known)
 
@@ -176,9 +177,9 @@ class Pass:
 class _SizedStep:
     """A step with its sizes filled in."""
 
-    def __init__(
-        self, step: Step, sizes: Mapping[str, int], scalars: Mapping[str, Any], call: Call
-    ) -> None:
+    def __init__(self, step: Step, call: Call, problem: Problem, BT: int) -> None:
+        sizes = call.sizes(problem, BT, step.max_segments)
+        scalars = call.scalars(BT, step.max_segments)
         made = [x for x in step.buffers if x.takes is None]
         self.name, self.launch, self.freed = step.name, step.launch, step.freed
         self.allocated = tuple((x.name, x.allocator(sizes, call.device)) for x in made)

@@ -153,7 +153,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
         raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
     name = template_name(stage, config)
     try:
-        text = environment().get_template(name).render(context(problem, stage, config))
+        text = environment().get_template(name).render(context(problem, stage, config.of_kernel))
     except jinja2.TemplateError as error:
         raise TemplateError(f"{name}: {error}") from error
     source = _tidy(text)

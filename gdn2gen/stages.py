@@ -23,10 +23,10 @@ from gdn2gen.problem import Problem
 
 # Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
 SEGMENT: Final = 32
-# Segments of all heads and sequences at most. Two programs each (slices of V) are two to a
-# multiprocessor of an H200: at long32k 8 segments a head instead of 32 take the parallel scans from
-# 0.73 and 0.85 ms to 0.59 and 0.70; 12 would not fill it evenly (0.67 and 0.79).
-SEGMENTS: Final = 132
+# Segments of all heads and sequences at most, unless the scan's knob says otherwise. Two programs
+# each (slices of V) are two to a multiprocessor of an H200: at long32k 8 segments a head instead of
+# 32 take the parallel scans from 0.73 and 0.85 ms to 0.59 and 0.70.
+MAX_SEGMENTS: Final = 132
 
 DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
 

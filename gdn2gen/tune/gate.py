@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.stages import SEGMENT
 from gdn2gen.tune.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ FULL_REPEATS: Final = 30
 RAGGED: Final = Shape("ragged", 1, 1100, 8)
 # 8 * 32 = 256 blocks even in a scan that takes a whole head per block.
 MANY_BLOCKS: Final = Shape("many-blocks", 8, 192, 32)
+# Of the parallel scans: the third segment's start is the first that takes a transition.
+SEGMENT_REGIMES: Final = ("layer", "zero")
 RAGGED_PACKED: Final = Shape("ragged", 1, 333, 3, (0, 0, 100, 101, 333))
 MANY_BLOCKS_PACKED: Final = Shape("many-blocks", 1, 1536, 32, tuple(range(0, 1537, 192)))
 
@@ -54,6 +57,13 @@ def gate_shapes(problem: Problem) -> tuple[Shape, Shape]:
     return RAGGED, MANY_BLOCKS
 
 
+def segmented_shape(candidate: Candidate) -> Shape | None:
+    """For parallel scans, a size of four segments, the last one shorter; None for others."""
+    if not any(config.get("segments") == "parallel" for config in candidate.configs):
+        return None
+    return Shape("segments", 1, (3 * SEGMENT + 1) * candidate.BT + 8, 2)
+
+
 def full_problem(problem: Problem) -> Problem:
     """`problem` with states in and out, so that their values and gradients are seen as well."""
     return replace(problem, initial_state=True, final_state=True)
@@ -65,9 +75,12 @@ def check(
     regimes: tuple[str, ...],
     repeats: int,
     shapes: tuple[Shape, Shape],
+    segmented: Shape | None = None,
     device: str = "cuda",
 ) -> GateResult:
     """Hold a candidate against the fp64 reference, then against itself.
+
+    In every regime at each of `shapes`, and in two more at `segmented`.
 
     Passes if every error is within the bound of the problem's dtype (`_verify_checks.limit_of`,
     one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
@@ -76,15 +89,17 @@ def check(
     from gdn2gen._verify_checks import limit_of, over
 
     worst: dict[str, float] = {}
+    cases = [(shape, regime) for shape in shapes for regime in regimes]
+    if segmented is not None:
+        cases += [(segmented, regime) for regime in SEGMENT_REGIMES]
     with _poisoned(), forced(candidate):
-        for shape in shapes:
-            for regime in regimes:
-                limit = limit_of(candidate.problem.dtype, regime)
-                errors = _errors(candidate.problem, shape, regime, device)
-                worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
-                wrong = over(errors, limit)
-                if wrong:
-                    return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
+        for shape, regime in cases:
+            limit = limit_of(candidate.problem.dtype, regime)
+            errors = _errors(candidate.problem, shape, regime, device)
+            worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
+            wrong = over(errors, limit)
+            if wrong:
+                return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
         moved = _moved(candidate.problem, shapes[1], repeats, device)
     if moved:
         return GateResult(False, worst, moved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -44,6 +44,7 @@ def gate_quick(candidate: Candidate) -> GateResult:
         regimes=gate.QUICK_REGIMES,
         repeats=gate.QUICK_REPEATS,
         shapes=gate.gate_shapes(candidate.problem),
+        segmented=gate.segmented_shape(candidate),
     )
 
 
@@ -53,7 +54,13 @@ def gate_full(candidate: Candidate) -> GateResult:
 
     full = candidate.for_problem(gate.full_problem(candidate.problem))
     shapes = gate.gate_shapes(full.problem)
-    return gate.check(full, regimes=REGIMES, repeats=gate.FULL_REPEATS, shapes=shapes)
+    return gate.check(
+        full,
+        regimes=REGIMES,
+        repeats=gate.FULL_REPEATS,
+        shapes=shapes,
+        segmented=gate.segmented_shape(full),
+    )
 
 
 def time_stages(
@@ -82,10 +89,7 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
     from gdn2gen.ops import chunk_gdn2
 
     problem = candidate.problem
-    if with_peak:
-        _free()
     inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
-
     arguments: dict[str, Any] = {**inputs, **op_flags(problem)}
 
     def forward() -> None:
@@ -97,7 +101,7 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
 
     with gate.forced(candidate):
         # before the graphs, whose own pools would be counted
-        peak = peak_mib(both) if with_peak else 0.0
+        peak = peak_mib(both) - _others_mib(inputs, gradients) if with_peak else 0.0
         return PipelineTiming(_time_graph(forward), _time_graph(both), peak)
 
 
@@ -137,8 +141,18 @@ def _output_gradients(problem: Problem, shape: Shape) -> dict[str, Tensor]:
     return output_gradients(problem, shape, 0, "cuda")
 
 
+def _others_mib(*own: Mapping[str, Tensor]) -> float:
+    """What lies in the GPU's memory beside a call's own tensors, in MiB: references of the gate,
+    inputs of other shapes. To drop them for a measurement meant to make them anew after it.
+    """
+    import torch
+
+    nbytes = sum(x.nbytes for tensors in own for x in tensors.values())
+    return float(torch.cuda.memory_allocated() - nbytes) / 2**20
+
+
 def _free() -> None:
-    """Drop everything kept, so that nothing else lies in the memory that is measured."""
+    """Drop everything kept."""
     import torch
 
     _cached_inputs.cache_clear()

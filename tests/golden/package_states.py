@@ -123,10 +123,7 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
-            chunks = max(1, triton.cdiv(T, BT))
-            NS = min(triton.cdiv(chunks, 32), max(1, 132 // max(1, N * HV)))
-            segment = triton.cdiv(chunks, NS)
-            NS = triton.cdiv(chunks, segment)
+            NS, segment = _segments(T, N * HV, 132)
 
             # prepare
             q_rstd = q.new_empty(NT, HV, BT)
@@ -174,10 +171,7 @@ class _ChunkGDN2(torch.autograd.Function):
             HV, HG = v.shape[2], g.shape[2]
             N = B
             NT = B * triton.cdiv(T, BT)
-            chunks = max(1, triton.cdiv(T, BT))
-            NS = min(triton.cdiv(chunks, 32), max(1, 132 // max(1, N * HV)))
-            segment = triton.cdiv(chunks, NS)
-            NS = triton.cdiv(chunks, segment)
+            NS, segment = _segments(T, N * HV, 132)
 
             # reprepare
             G = q.new_empty(B, T, HV, K)
@@ -247,6 +241,14 @@ class _ChunkGDN2(torch.autograd.Function):
             dh0,
             None,
         )
+
+
+def _segments(T, heads, most):
+    """Segments of a sequence, at most `most` of all heads together, and chunks of a segment."""
+    chunks = max(1, triton.cdiv(T, BT))
+    NS = min(triton.cdiv(chunks, 32), max(1, most // max(1, heads)))
+    segment = triton.cdiv(chunks, NS)
+    return triton.cdiv(chunks, segment), segment
 
 
 def _fold(grad, x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from recorded_launches import (
 )
 from torch import Tensor
 
-from gdn2gen import _lookup, chunk_gdn2, dispatch, launch, render
+from gdn2gen import _lookup, call, chunk_gdn2, dispatch, launch, render
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import Recipe, default_recipe, forced_recipe
@@ -212,3 +213,33 @@ def test_the_backward_runs_what_the_forward_found(launched: Launched, tmp_path: 
     tune(tmp_path / "user", 3)
     torch.autograd.backward(o.sum())
     assert [stage for stage, *_ in launched] == [*recipe.plan.forward, *recipe.plan.backward]
+
+
+def test_each_direction_has_the_segments_of_its_own_scan(launched, monkeypatch) -> None:
+    monkeypatch.setattr(call, "SEGMENT", 1)
+    problem = Problem(K=32, V=64)
+    recipe = default_recipe(problem)
+    chosen = {"scan": 64, "reverse_scan": 112}
+    configs = {
+        **recipe.configs,
+        **{
+            stage: recipe.configs[stage].replace(
+                segments="parallel", BV=32, max_segments=max_segments
+            )
+            for stage, max_segments in chosen.items()
+        },
+    }
+    with forced_recipe(replace(recipe, configs=configs)):
+        train(**make(B=1, T=50 * 32), **FLAGS)
+    scans = {name: (numbers, given) for name, _, given, numbers in launched if "NS" in numbers}
+    # 16 and 28 segments of 4 heads would be 4 and 2 chunks long, of 50
+    assert {name: (x["NS"], x["segment"]) for name, (x, _) in scans.items()} == {
+        "scan": (13, 4),
+        "rescan": (13, 4),
+        "reverse_scan": (25, 2),
+    }
+    kept = {
+        name: [x.shape[2] for y, x in operands.items() if y in ("S_seg", "M_seg", "dS_seg")]
+        for name, (_, operands) in scans.items()
+    }
+    assert kept == {"scan": [13, 13], "rescan": [13], "reverse_scan": [25, 25]}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gdn2gen import ops, reference
+from gdn2gen._bench_time import call_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import gate
@@ -107,3 +108,30 @@ def test_the_second_size_has_blocks_enough_for_races():
         assert shape.regime.sequences * shape.H >= 256
         ragged, _ = gate.gate_shapes(problem)
         assert all(ragged.T % BT for BT in (16, 32, 64))
+
+
+def test_parallel_scans_are_gated_where_a_transition_is_taken(monkeypatch):
+    """What is wrong only past the first two segments is seen at the size made for it."""
+    default = Candidate.default(PROBLEM, "lean", 16)
+    assert gate.segmented_shape(default) is None
+    scan = default.by_stage["scan"].replace(segments="parallel", BV=16, max_segments=64)
+    candidate = default.with_config(scan)
+    shape = gate.segmented_shape(candidate)
+    call = call_of(PROBLEM, shape, torch.device("cpu"))
+    NS, segment = call.segments(candidate.BT, scan.size("max_segments"))
+    assert NS == 4 and 0 < -(-shape.T // candidate.BT) - (NS - 1) * segment < segment
+    start = 2 * segment * candidate.BT
+
+    def wrong(o):
+        return torch.cat([o[:, :start], o[:, start:] * 1.01], 1)
+
+    replace_op(monkeypatch, wrong)
+    found = gate.check(
+        candidate,
+        regimes=("layer",),
+        repeats=1,
+        shapes=SHAPES,
+        segmented=shape,
+        device="cpu",
+    )
+    assert not found.ok and f"layer, 1x{shape.T}x2" in found.reason

@@ -11,6 +11,7 @@ from gdn2gen.build import Resources
 from gdn2gen.config import DOMAINS, default_config
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
+from gdn2gen.render import render
 from gdn2gen.shapes import SHAPES
 from gdn2gen.tune import space
 from gdn2gen.tune.predict import blocks_per_sm, predicted_bytes
@@ -127,3 +128,16 @@ def test_prediction_prefers_fewer_spills_and_more_warps():
     for worse in ({"spill_bytes": 400}, {"registers": 255}, {"shared_bytes": 200_000}):
         resources = dataclasses.replace(lean, **worse)
         assert predicted_bytes(PROBLEM, config, shape, resources, H200) > best
+
+
+def test_segments_are_the_parallel_scans_alone_and_no_kernel_of_their_own():
+    problem, device = Problem(), named_device("sm_90")
+    serial = default_config("scan", problem)
+    reason = space.why_hopeless(serial.replace(max_segments=64), problem, device)
+    assert reason is not None and "parallel scans" in reason
+    parallel = serial.replace(segments="parallel")
+    sources = {
+        render(problem, "scan", parallel.replace(max_segments=x)).source
+        for x in DOMAINS["scan"]["max_segments"]
+    }
+    assert len(sources) == 1
