@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -49,6 +50,7 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
     configs = list(space.valid_configs(stage, PROBLEM, device, BT))
     compiles = [backend.compile(PROBLEM, config) for config in configs]
     rows: list[dict[str, Any]] = []
+    started = time.monotonic()
     try:
         for config, future in zip(configs, compiles, strict=True):
             ms, reason = measure_config(backend, future.result(), base, config, shape)
@@ -57,6 +59,7 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
     finally:
         backend.close()
     made = {"gpu": device.name, "toolchain": toolchain(), "shape": shape.name, "stage": stage}
+    made |= {"seconds": round(time.monotonic() - started, 1)}
     path = DOCS / "search" / f"{device.slug}-{stage}-{BT}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")

@@ -150,13 +150,18 @@ def forms(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]
     tilelang = {**default, **_TILELANG_START.get(stage, {})}
     nearest: dict[tuple[Knob | None, ...], Config] = {}
     for config in valid_configs(stage, problem, device, BT):
-        form = tuple(config.get(name) for name in _FORMS)
+        form = form_of(config)
         start: Mapping[str, Knob] = tilelang if language_of(config) == "tilelang" else default
         if config.get("decay") in ("log", "tree"):
             start = dyadic
         if form not in nearest or _apart(config, start) < _apart(nearest[form], start):
             nearest[form] = config
     return list(nearest.values())
+
+
+def form_of(config: Config) -> tuple[Knob | None, ...]:
+    """What tells a kernel of its own from others of the stage."""
+    return tuple(config.get(name) for name in _FORMS)
 
 
 def neighbours(config: Config, problem: Problem, device: Device) -> Iterator[Config]:

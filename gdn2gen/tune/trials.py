@@ -27,6 +27,7 @@ from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import space
+from gdn2gen.tune.climb import next_to_best
 from gdn2gen.tune.ledger import Ledger
 from gdn2gen.tune.storage import open_study
 
@@ -75,8 +76,8 @@ class StageTrials:
     def propose(self) -> Proposal | None:
         """Next config to compile, or None once every valid one was tried or refused.
 
-        In turns the sampler's and one that differs from the best in one knob: of few trials, the
-        sampler spends most far from it.
+        In turns the sampler's and one next to the best: of few trials, the sampler spends most far
+        from it.
         """
         self.refresh()
         near = self._draw_neighbour() if self.asked % 2 else None
@@ -194,6 +195,10 @@ class StageTrials:
         self.asked += 1
         return proposal
 
+    def _is_new(self, config: Config) -> bool:
+        seen = config in self.times or config in self._pending
+        return not seen and self._why_not(config) is None
+
     def _why_not(self, config: Config) -> str | None:
         return (
             self.refused.get(config)
@@ -208,18 +213,12 @@ class StageTrials:
 
     def _draw_neighbour(self) -> Config | None:
         """One that was not seen yet, next to the best of those timed at every shape."""
-        whole = {x: t for x, t in self.times.items() if len(t) >= len(self.shapes)}
-        if not whole:
-            return None
-        best = min(whole, key=lambda x: geometric_mean(list(whole[x].values())))
-        unseen = [
-            config
-            for config in space.neighbours(best, self.problem, self.device)
-            if config not in self.times
-            and config not in self._pending
-            and self._why_not(config) is None
-        ]
-        return self._random.choice(unseen) if unseen else None
+        means = {
+            config: geometric_mean(list(times.values()))
+            for config, times in self.times.items()
+            if len(times) >= len(self.shapes)
+        }
+        return next_to_best(means, self._is_new, self.problem, self.device, self._random)
 
     def _draw_unseen(self) -> Config | None:
         if self._unseen is None:
@@ -228,8 +227,7 @@ class StageTrials:
             self._random.shuffle(self._unseen)
         while self._unseen:
             config = self._unseen.pop()
-            seen = config in self.times or config in self._pending
-            if not seen and self._why_not(config) is None:
+            if self._is_new(config):
                 return config
         return None
 
