@@ -58,8 +58,8 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
             rows.append(row | {"refused": reason} if ms is None else row)
     finally:
         backend.close()
-    made = {"gpu": device.name, "toolchain": toolchain(), "shape": shape.name, "stage": stage}
-    made |= {"seconds": round(time.monotonic() - started, 1)}
+    made: dict[str, Any] = {"gpu": device.name, "toolchain": toolchain(), "shape": shape.name}
+    made |= {"stage": stage, "seconds": round(time.monotonic() - started, 1)}
     path = DOCS / "search" / f"{device.slug}-{stage}-{BT}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 from gdn2gen.bench import Timing
@@ -16,6 +17,7 @@ from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.report import Phase
 from gdn2gen.tune.space import why_unfit
 from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
 
@@ -64,6 +66,18 @@ class MeteredBackend:
         self.slots = backend.slots
         self.gating = 0.0
         self.timing = 0.0
+        self.phases: dict[str, Phase] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards a phase."""
+        started, busy = self._clock(), self.gating + self.timing
+        try:
+            yield
+        finally:
+            phase = self.phases.setdefault(name, Phase())
+            phase.seconds += self._clock() - started
+            phase.busy += self.gating + self.timing - busy
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         return self._backend.compile(problem, config)

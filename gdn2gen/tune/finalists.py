@@ -30,9 +30,10 @@ _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
 # A runner-up this close by its own time may well be the better one in the pipeline.
 _CLOSE: Final = 0.05
-# Of each, as many compile ahead: 16 compilers take some 10 s for them, one verdict's time.
-_LIKELY_SIZES: Final = 2
+# Runners-up that compile ahead: 16 compilers take some 10 s for their stages, one verdict's time.
 _LIKELY_CLOSE: Final = 2
+# Chunk sizes whose stages take this much longer have no chance: sums and whole passes agree to 1%.
+_FAR: Final = 1.1
 # Neighbours of a config that fails only here were tried, too, and may fail with it.
 _MAX_REPAIRS: Final = 12
 
@@ -116,8 +117,13 @@ class Finals:
     def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Candidate]:
         """The default, then the best pipelines by the sum of their stages; all pass the gate."""
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
-        found = [self._best_passing(shape, plan, BT) for BT in sizes[: most - 1]]
-        best = [x for x in found if x is not None]
+        best: list[Candidate] = []
+        for BT in sizes[: most - 1]:
+            far = best and self._sum_ms(shape, plan, best[0].BT) * _FAR
+            if far and self._sum_ms(shape, plan, BT) > far:
+                break
+            found = self._best_passing(shape, plan, BT)
+            best += [found] if found is not None else []
         stored = [x for x in self._stored if x.plan == plan]
         chosen = [self._default(plan), *self._carried(shape, plan), *best[:1], *stored, *best[1:]]
         if sizes:
@@ -224,7 +230,7 @@ class Finals:
     def _likely(self, shape: Shape, plan: str) -> list[Candidate]:
         """What `choose` will look at, if all of it passes the gate."""
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
-        best = [self._best(shape, plan, BT) for BT in sizes[:_LIKELY_SIZES]]
+        best = [self._best(shape, plan, BT) for BT in sizes[:1]]
         close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
         return [*self._carried(shape, plan), *(x for x in best if x is not None), *close]
 

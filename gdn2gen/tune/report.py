@@ -42,6 +42,14 @@ class ShapeResult:
         return self.default_forward_backward_ms / self.forward_backward_ms
 
 
+@dataclass
+class Phase:
+    """Seconds of a part of a run, and how many of these the GPU was at work."""
+
+    seconds: float = 0.0
+    busy: float = 0.0
+
+
 @dataclass(frozen=True)
 class TuneReport:
     """Result of `tune` and `tune_without_gpu`."""
@@ -63,6 +71,8 @@ class TuneReport:
     """Of these, the GPU (and the host before it) checked accuracy."""
     timing_seconds: float = 0.0
     """Of these, the GPU (and the host before it) took times."""
+    phases: dict[str, Phase] = field(default_factory=dict)
+    """Defaults, search and finals over all groups of shapes: when the GPU waited for compilers."""
 
     def table(self) -> RenderableType:
         """The results as a rich table, with what was tried and left out beneath."""
@@ -99,7 +109,15 @@ class TuneReport:
         if not self.seconds or not self.gate_seconds + self.timing_seconds:
             return ""
         gates, times = (x / self.seconds for x in (self.gate_seconds, self.timing_seconds))
-        return f"; {gates:.0%} of the time in accuracy gates, {times:.0%} in timings"
+        words = ", ".join(
+            f"{x.busy / x.seconds:.0%} of {x.seconds:.0f} s for {name}"
+            for name, x in self.phases.items()
+            if x.seconds
+        )
+        return (
+            f"; {gates:.0%} of the time in accuracy gates, {times:.0%} in timings"
+            f"{f' (together {words})' if words else ''}"
+        )
 
 
 def _ms(value: float | None) -> str:

@@ -10,30 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from statistics import geometric_mean
 from typing import Final
 
 import optuna
 
-from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device
-from gdn2gen.errors import TuneError
 from gdn2gen.problem import Problem
-from gdn2gen.render import stage_digest, template_digest
+from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
-from gdn2gen.tune.backend import Backend
+from gdn2gen.tune.backend import MeteredBackend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.opening import Opening
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.progress import Progress, times_text
 from gdn2gen.tune.trials import Proposal, StageTrials
 
-# Part of the search's time after which no further chunk size is begun.
-_LAST_START: Final = 0.4
 # Past the deadline, trials being compiled may still end within this part of the time.
 _GRACE: Final = 0.1
 _POLL_SECONDS: Final = 0.2
@@ -58,7 +54,7 @@ class Context:
     """What the parts of one run of the tuner share."""
 
     device: Device
-    backend: Backend
+    backend: MeteredBackend
     ledger: Ledger
     storage: optuna.storages.BaseStorage
     progress: Progress
@@ -77,39 +73,21 @@ class Search:
         self.trials: dict[int, dict[str, StageTrials]] = {}
         self.default_ms: dict[tuple[int, str], float] = {}
         self.skipped: dict[str, str] = {}
+        self.seeds: list[Config] = []
+        self._opening = Opening(self)
 
     def base(self, plan: str, BT: int) -> Candidate:
         """The plan with every stage at its default, for chunks of BT tokens."""
         return Candidate.default(self.problem, plan, BT)
 
     def measure_defaults(self, window: Window) -> None:
-        """Compile, gate and time the default of each chunk size; TuneError if none passes.
-
-        The default size comes first and is never skipped; the others are, when time runs short.
-        """
-        preferred = default_config(self.stages[0], self.problem).size("BT")
-        sizes = space.chunk_sizes(preferred)
-        compiles = {BT: self._compile_defaults(BT) for BT in sizes}
-        for BT in sizes:
-            if self.trials and window.used > _LAST_START:
-                self.skipped[f"BT={BT}"] = "the budget is too short for another chunk size"
-                for future in compiles[BT].values():
-                    future.cancel()
-                continue
-            self.context.progress.phase(f"default configs, BT={BT}: compile, gate, time")
-            reason = self._measure_default(BT, compiles[BT])
-            if reason is not None:
-                self.skipped[f"BT={BT}"] = reason
-        if not self.trials:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            raise TuneError(
-                f"no default config works on {self.context.device.name}, so there is nothing to "
-                f"start from: {reasons}. `gdn2gen verify` shows which outputs are wrong"
-            )
+        """Open the first chunk size whose default passes; TuneError if none does."""
+        self._opening.first(window)
 
     def seed(self, configs: Iterable[Config]) -> None:
-        """Have these configs tried first, each at its own chunk size."""
+        """Have these configs tried first, each at its own chunk size, once that is open."""
         for config in configs:
+            self.seeds.append(config)
             trials = self.trials.get(config.size("BT"), {}).get(config.stage)
             if trials is not None:
                 trials.suggest_first(config)
@@ -122,15 +100,19 @@ class Search:
         depth = slots + max(1, slots // 4)
         try:
             while window.used < 1 + _GRACE:
+                self._opening.more(window)
                 while window.used < 1 and len(pending) < depth and self._submit(pending):
                     pass
-                if not pending:
+                compiling = [*pending, *self._opening.compiling]
+                if not compiling:
                     break
-                done, _ = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                wait(compiling, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                done = [future for future in pending if future.done()]
                 for future in done:
                     trials, proposal = pending.pop(future)
                     self._evaluate(trials, proposal, future.result())
         finally:
+            self._opening.close()
             for future, (trials, proposal) in pending.items():
                 future.cancel()
                 trials.abandon(proposal)
@@ -154,82 +136,6 @@ class Search:
     def total_ms(self, BT: int) -> float:
         """Sum over the stages of their best times at chunk size BT, in ms."""
         return sum(trials.best_ms() for trials in self.trials[BT].values())
-
-    def _compile_defaults(self, BT: int) -> dict[str, Future[Outcome[Resources]]]:
-        backend, problem = self.context.backend, self.problem
-        return {
-            stage: backend.compile(problem, default_config(stage, problem, BT=BT))
-            for stage in self.stages
-        }
-
-    def _measure_default(
-        self, BT: int, compiles: dict[str, Future[Outcome[Resources]]]
-    ) -> str | None:
-        """Measure the default of one chunk size; why it cannot serve, or None if it can."""
-        for stage, future in compiles.items():
-            compiled = future.result()
-            if not compiled.ok:
-                if compiled.status not in (outcome.ERROR, outcome.CANCELLED):
-                    self._file(default_config(stage, self.problem, BT=BT), compiled.reason)
-                return f"the default {stage} does not compile: {compiled.reason}"
-        for plan in self.plans:
-            base = self.base(plan, BT)
-            checked = self.context.backend.gate(base, full=False)
-            if not (checked.ok and checked.get().ok):
-                reason = checked.get().reason if checked.ok else checked.reason
-                if checked.status not in (outcome.ERROR, outcome.CANCELLED):
-                    self._file_pipeline(base, reason)
-                return f"the default of plan {plan} fails the gate: {reason}"
-        times: dict[str, dict[str, float]] = {stage: {} for stage in self.stages}
-        for shape in list(self.shapes):
-            failed = self._time_default(BT, shape, times)
-            if failed is None:
-                continue
-            if self.trials or failed.status != outcome.OUT_OF_MEMORY:
-                return f"the default cannot be timed at {shape.name}: {failed.reason}"
-            # No config can change what the inputs take, so the shape is given up, not the config.
-            self.shapes.remove(shape)
-            self.skipped[shape.name] = failed.reason
-        if not self.shapes:
-            return "no shape can be timed"
-        self.trials[BT] = {stage: self._open(stage, BT) for stage in self.stages}
-        for stage, found in times.items():
-            kept = {shape.name: found[shape.name] for shape in self.shapes}
-            self.default_ms[BT, stage] = geometric_mean(list(kept.values()))
-            self.trials[BT][stage].record(default_config(stage, self.problem, BT=BT), kept)
-            self._show_best(self.trials[BT][stage])
-            for form in space.forms(stage, self.problem, self.context.device, BT):
-                self.trials[BT][stage].suggest_first(form)
-        return None
-
-    def _time_default(
-        self, BT: int, shape: Shape, times: dict[str, dict[str, float]]
-    ) -> Outcome[dict[str, Timing]] | None:
-        """Add the default's times at one shape to `times`; what went wrong, or None."""
-        for plan in self.plans:
-            wanted = tuple(x for x in PLANS[plan].stages if shape.name not in times[x])
-            if not wanted:
-                continue
-            timed = self.context.backend.time_stages(self.base(plan, BT), wanted, shape)
-            if not timed.ok:
-                return timed
-            for stage, timing in timed.get().items():
-                times[stage][shape.name] = timing.median
-        return None
-
-    def _open(self, stage: str, BT: int) -> StageTrials:
-        context = self.context
-        return StageTrials(
-            self.problem,
-            stage,
-            BT,
-            self.shapes,
-            context.device,
-            context.ledger,
-            stage_digest(stage),
-            context.storage,
-            context.seed,
-        )
 
     def _submit(
         self, pending: dict[Future[Outcome[Resources]], tuple[StageTrials, Proposal]]
@@ -286,17 +192,21 @@ class Search:
             self._fail(trials, proposal, outcome.WRONG, reason, candidate, gate.errors)
             return
         times: dict[str, float] = {}
+        stages = space.stages_moved(config)
         for shape in self.shapes:
-            timed = self.context.backend.time_stages(candidate, (config.stage,), shape)
+            timed = self.context.backend.time_stages(candidate, stages, shape)
             if not timed.ok:
                 self._fail(trials, proposal, timed.status, timed.reason, candidate)
                 return
-            times[shape.name] = timed.get()[config.stage].median
+            found = {stage: timing.median for stage, timing in timed.get().items()}
+            # what it costs the pass: its own time, and what later stages take more for it
+            moved = sum(found[x] - self._default_ms(x, trials.BT, shape) for x in stages[1:])
+            times[shape.name] = found[config.stage] + moved
             if trials.is_hopeless(times):
                 break
         trials.succeed(proposal, times)
         self.context.progress.trial(config, outcome.OK, times_text(times))
-        self._show_best(trials)
+        self.show_best(trials)
 
     def _fail(
         self,
@@ -315,10 +225,10 @@ class Search:
             trials.abandon(proposal, again=False)
         else:
             trials.refuse(proposal, reason)
-            self._file(proposal.config, reason, candidate, errors)
+            self.file(proposal.config, reason, candidate, errors)
         self.context.progress.trial(proposal.config, status, reason)
 
-    def _file(
+    def file(
         self,
         config: Config,
         reason: str,
@@ -335,16 +245,20 @@ class Search:
             configs=candidate.by_stage if candidate else None,
         )
 
-    def _file_pipeline(self, candidate: Candidate, reason: str) -> None:
+    def file_pipeline(self, candidate: Candidate, reason: str) -> None:
         digest = candidate.digest
         self.context.ledger.add_pipeline(
             reason, candidate.problem, candidate.plan, candidate.by_stage, digest
         )
 
+    def _default_ms(self, stage: str, BT: int, shape: Shape) -> float:
+        default = default_config(stage, self.problem, BT=BT)
+        return self.trials[BT][stage].times[default][shape.name]
+
     def _plan_with(self, stage: str) -> str:
         return next(plan for plan in self.plans if stage in PLANS[plan].stages)
 
-    def _show_best(self, trials: StageTrials) -> None:
+    def show_best(self, trials: StageTrials) -> None:
         label = f"{trials.stage} BT={trials.BT}"
         default = self.default_ms[trials.BT, trials.stage]
         self.context.progress.best_so_far(label, trials.best_ms(), default)

@@ -21,7 +21,7 @@ from gdn2gen.config import (
 )
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
-from gdn2gen.stages import DTYPE_BYTES
+from gdn2gen.stages import DTYPE_BYTES, MAX_SEGMENTS
 
 if TYPE_CHECKING:
     import optuna
@@ -171,6 +171,16 @@ def neighbours(config: Config, problem: Problem, device: Device) -> Iterator[Con
             other = config.replace(**{name: value})
             if other != config and why_hopeless(other, problem, device) is None:
                 yield other
+
+
+def stages_moved(config: Config) -> tuple[str, ...]:
+    """The config's stage, then others whose time depends on it.
+
+    rescan runs the segments whose starts scan kept. Ranked by its own time, scan had one segment a
+    sequence instead of two at train4k: 0.323 ms forward for 0.327, and 1.515 for 1.469 in all.
+    """
+    own = config.get("max_segments", MAX_SEGMENTS) != MAX_SEGMENTS
+    return ("scan", "rescan") if config.stage == "scan" and own else (config.stage,)
 
 
 def is_hopeless(stage: str, ms: float, best_ms: float) -> bool:

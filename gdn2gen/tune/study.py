@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     import optuna
 
 # Of a group's time, for its finalists: at least a quarter, and at most half, in between what they
-# take: compiling for states in and out, the full gate, three rounds of six. On an H200 14 verdicts
-# took 162 s, and overran a quarter of 3:45 minutes by 106.
+# take: compiling for states in and out, the full gate, three rounds of some. On an H200 12 verdicts
+# took 95 s with the next one's kernels compiled ahead, and 162 s for 14 without.
 _FINALS_PART: Final = (0.25, 0.5)
-_VERDICT_SECONDS: Final = 11.0
+_VERDICT_SECONDS: Final = 8.0
 # A group of one packed shape still compiles every kernel once.
 _LEAST_GROUP: Final = 0.25
 # Best configs that one group of shapes hands on to the next, per stage and chunk size.
@@ -111,6 +111,7 @@ def tune(
         seconds=clock() - started,
         gate_seconds=metered.gating,
         timing_seconds=metered.timing,
+        phases=metered.phases,
     )
 
 
@@ -138,14 +139,17 @@ class _Run:
         verdicts = len(self.search.shapes) * len(self.levels)
         finals = min(most, max(least, verdicts * _VERDICT_SECONDS))
         searching = Window(window.clock, window.start, window.end - finals)
-        self.search.measure_defaults(searching)
+        with self.context.backend.phase("defaults"):
+            self.search.measure_defaults(searching)
         stored = list(self._stored())
         self.search.seed([x for candidate in stored for x in candidate.configs])
         self.search.seed(handed)
-        self.search.run(searching)
+        with self.context.backend.phase("search"):
+            self.search.run(searching)
         self.report.skipped.update(self.search.skipped)
         self.report.left_to_try.append(self.search.left_to_try())
-        self._decide(stored, window)
+        with self.context.backend.phase("finals"):
+            self._decide(stored, window)
         return [
             config
             for by_stage in self.search.trials.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import optuna
 import pytest
@@ -13,7 +14,7 @@ from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import space
+from gdn2gen.tune import climb, space
 from gdn2gen.tune.predict import blocks_per_sm, predicted_bytes
 
 H200 = named_device("H200")
@@ -89,6 +90,28 @@ def test_neighbours_differ_in_one_knob_and_can_be_compiled():
     for other in near:
         assert sum(other.get(name) != value for name, value in config.items()) == 1
         assert other["BT"] == 32 and space.why_hopeless(other, PROBLEM, H200) is None
+
+
+def test_what_is_proposed_lies_next_to_the_best_of_each_form_that_may_win():
+    serial = default_config("scan", PROBLEM)
+    parallel, tilelang = serial.replace(segments="parallel"), serial.replace(language="tilelang")
+    means = {serial: 1.0, parallel: 1.2, tilelang: 1.9, serial.replace(BV=16): 1.25}
+    seen = {*means}
+
+    def draw():
+        config = climb.next_to_best(means, lambda x: x not in seen, PROBLEM, H200, random.Random(0))
+        if config is not None:
+            seen.add(config)
+        return config
+
+    drawn = list(iter(draw, None))
+    near = {*space.neighbours(serial, PROBLEM, H200), *space.neighbours(parallel, PROBLEM, H200)}
+    first = [x in near for x in drawn]
+    assert {*drawn[: len(near - {*means})]} == near - {*means}
+    # then next to what is no form's best; never next to what is too slow
+    last = {*space.neighbours(serial.replace(BV=16), PROBLEM, H200)}
+    assert not all(first) and {*drawn} == (near | last) - {*means}
+    assert climb.next_to_best({}, lambda x: True, PROBLEM, H200, random.Random(0)) is None
 
 
 def test_the_loser_of_two_forms_of_a_scan_is_timed_at_every_shape():

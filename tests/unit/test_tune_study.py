@@ -314,6 +314,55 @@ def test_a_config_that_fails_only_the_full_gate_is_replaced(tmp_path):
     assert verdict(result.candidate.by_stage["scan"]) is None
 
 
+def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
+    class Slow(FakeBackend):
+        """Defaults in chunks of 64 tokens compile for 30 s of the clock."""
+
+        late: ClassVar[list] = []
+
+        def compile(self, problem, config):
+            future = super().compile(problem, config)
+            first = not self.gated and config == default_config(config.stage, PROBLEM, BT=64)
+            if first:
+                self.late.append((future.result(), waiting := Future()))
+                return waiting
+            if self.now > 30:
+                for found, waiting in self.late:
+                    waiting.set_result(found)
+                self.late.clear()
+            return future
+
+    backend = Slow()
+    run(backend, tmp_path, minutes=4)
+    sizes = [candidate.BT for candidate, _, _ in backend.timed]
+    assert sizes.index(64) > 5, "nothing was timed before the slow defaults"
+    default = Candidate.default(PROBLEM, "lean", 64)
+    singles = [x for x, stages, _ in backend.timed if len(stages) == 1 and x.BT == 64]
+    assert any(x != default for x in singles), "chunks of 64 were never searched"
+
+
+def test_a_scan_is_ranked_with_what_its_segments_cost_the_rescan(tmp_path):
+    """One that is faster alone and makes rescan slower by more is not chosen."""
+
+    class Coupled(FakeBackend):
+        def time_stages(self, candidate, stages, shape):
+            timed = super().time_stages(candidate, stages, shape)
+            segments = candidate.by_stage["scan"]["max_segments"]
+            if not timed.ok or "rescan" not in stages or segments == 132:
+                return timed
+            slower = timed.get() | {"rescan": self._timing(timed.get()["rescan"].median + 0.5)}
+            return Outcome(outcome.OK, slower)
+
+    def speed(config, shape):
+        parallel = config.get("segments") == "parallel"
+        return 1.0 - 0.2 * parallel - 0.1 * (config.get("max_segments", 132) != 132)
+
+    report = run(Coupled(speed=speed), tmp_path, minutes=12)
+    scan = report.results[0].candidate.by_stage["scan"]
+    assert (scan["segments"], scan["max_segments"]) == ("parallel", 132)
+    assert report.results[0].candidate.by_stage["reverse_scan"]["max_segments"] != 132
+
+
 def test_no_working_default_is_an_error_that_says_why(tmp_path):
     with pytest.raises(TuneError, match="dg is off"):
         run(FakeBackend(verdict=lambda config: "wrong"), tmp_path)
@@ -453,6 +502,10 @@ def test_the_report_says_how_long_the_gpu_was_at_work(tmp_path):
     # 0.2 s a gate, 0.1 s a stage, 0.3 s a pipeline; a compile is not the GPU's
     assert report.gate_seconds == pytest.approx(0.2 * len(backend.gated))
     assert 0.1 * len(backend.timed) < report.timing_seconds < report.seconds - report.gate_seconds
+    assert {*report.phases} == {"defaults", "search", "finals"}
+    assert sum(x.seconds for x in report.phases.values()) == pytest.approx(report.seconds, rel=0.1)
+    busy = sum(x.busy for x in report.phases.values())
+    assert busy == pytest.approx(report.gate_seconds + report.timing_seconds)
     console = Console(width=400)
     with console.capture() as said:
         console.print(report.table())
