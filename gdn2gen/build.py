@@ -152,7 +152,7 @@ def _compile_tilelang(
     The most that one of several takes. A Triton kernel that the module has beside them is compiled,
     too.
     The binary is taken from TileLang's cache on its way there; a kernel that was compiled before
-    passes through no compiler, and reports zeros.
+    passes through no compiler, and reports zero registers and stack.
     """
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
@@ -174,9 +174,8 @@ def _compile_tilelang(
         for name in [x for x in vars(module) if x.endswith("program")]:
             program = getattr(module, name)()
             kernel = tilelang.compile(program, target=target, pass_configs=passes)
-            if binaries:
-                shared = _dynamic_shared_bytes(kernel.get_host_source())
-                used.append((*_register_use(binaries.pop()), shared))
+            shared = _dynamic_shared_bytes(kernel.get_host_source())
+            used.append((*(_register_use(binaries.pop()) if binaries else (0, 0)), shared))
     finally:
         CUDABinaryCache.save = save
     for name in [x for x in vars(module) if x.endswith("_kernel")]:

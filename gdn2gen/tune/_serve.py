@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import os
+import re
 import sys
 import threading
 import time
@@ -58,7 +59,8 @@ def classify(error: BaseException) -> str:
         return outcome.BUILD_ERROR
     if kind == "OutOfMemoryError" or "out of memory" in words.lower():
         return outcome.OUT_OF_MEMORY
-    if kind == "OutOfResources" or "out of resource" in words.lower():
+    # the second is TileLang's, of a kernel whose shared memory nobody looked at
+    if kind == "OutOfResources" or re.search(r"out of resource|dynamic shared memory", words, re.I):
         return outcome.RESOURCES
     if kind == "AcceleratorError" or "CUDA error" in words or "Triton Error [CUDA]" in words:
         return outcome.CUDA_ERROR

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Lock
 from typing import Final, Protocol
 
 from gdn2gen.bench import Timing
@@ -59,7 +60,9 @@ class Backend(Protocol):
 
 
 class MeteredBackend:
-    """Another backend, and the seconds that its GPU spent in gates and in timings."""
+    """Another backend, for one thread at a time, and the seconds that its GPU spent in gates and
+    in timings.
+    """
 
     def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
         self._backend, self._clock = backend, clock
@@ -67,6 +70,7 @@ class MeteredBackend:
         self.gating = 0.0
         self.timing = 0.0
         self.phases: dict[str, Phase] = {}
+        self._gpu = Lock()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -83,29 +87,32 @@ class MeteredBackend:
         return self._backend.compile(problem, config)
 
     def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
-        started = self._clock()
-        try:
-            return self._backend.gate(candidate, full=full)
-        finally:
-            self.gating += self._clock() - started
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.gate(candidate, full=full)
+            finally:
+                self.gating += self._clock() - started
 
     def time_stages(
         self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
     ) -> Outcome[dict[str, Timing]]:
-        started = self._clock()
-        try:
-            return self._backend.time_stages(candidate, stages, shape)
-        finally:
-            self.timing += self._clock() - started
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.time_stages(candidate, stages, shape)
+            finally:
+                self.timing += self._clock() - started
 
     def time_pipeline(
         self, candidate: Candidate, shape: Shape, *, with_peak: bool
     ) -> Outcome[PipelineTiming]:
-        started = self._clock()
-        try:
-            return self._backend.time_pipeline(candidate, shape, with_peak=with_peak)
-        finally:
-            self.timing += self._clock() - started
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.time_pipeline(candidate, shape, with_peak=with_peak)
+            finally:
+                self.timing += self._clock() - started
 
     def close(self) -> None:
         self._backend.close()

@@ -30,7 +30,7 @@ _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
 # A runner-up this close by its own time may well be the better one in the pipeline.
 _CLOSE: Final = 0.05
-# Runners-up that compile ahead: 16 compilers take some 10 s for their stages, one verdict's time.
+# Runners-up that compile ahead.
 _LIKELY_CLOSE: Final = 2
 # Chunk sizes whose stages take this much longer have no chance: sums and whole passes agree to 1%.
 _FAR: Final = 1.1
@@ -74,20 +74,22 @@ class Finals:
         self._seconds: list[float] = []
         """What each verdict so far took for each of its finalists."""
 
-    def verdict(
-        self, shape: Shape, plan: str, window: Window, then: tuple[Shape, str] | None = None
-    ) -> Verdict | None:
-        """Winner at one shape, or None if nothing passed the full gate.
+    def compile_ahead(self, turns: Sequence[tuple[Shape, str]]) -> None:
+        """Queue the compile of what verdicts to come may want, and do not wait for it.
 
-        What may be wanted for the next verdict, `then`, compiles while this one is measured.
+        Kernels of the full gate have states in and out, and nothing of the search serves for them:
+        the GPU waited for their compile at every verdict.
         """
+        for shape, plan in turns:
+            self._compile(self._likely(shape, plan))
+
+    def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
+        """Winner at one shape, or None if nothing passed the full gate."""
         progress = self._search.context.progress
         progress.phase(f"finalists at {shape.name}, plan {plan}: gate in full")
         started = window.clock()
         finalists = self.choose(shape, plan, self._affordable(window))
         progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
-        if then is not None:
-            self._compile(self._likely(*then))
         measured = self._measure(finalists, shape, window)
         if not measured:
             return None  # `why_none` says more.

@@ -8,20 +8,21 @@ most to win, at the chunk size that does best, gets the most trials.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import optuna
 
 from gdn2gen.build import Resources
-from gdn2gen.config import Config, default_config
+from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
+from gdn2gen.tune.attempt import Attempt, Result, Times, attempt
 from gdn2gen.tune.backend import MeteredBackend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.ledger import Ledger
@@ -32,6 +33,8 @@ from gdn2gen.tune.trials import Proposal, StageTrials
 
 # Past the deadline, trials being compiled may still end within this part of the time.
 _GRACE: Final = 0.1
+# Part of the search's time after which the finals' first kernels may be compiled.
+_LATE: Final = 0.9
 _POLL_SECONDS: Final = 0.2
 
 
@@ -59,6 +62,14 @@ class Context:
     storage: optuna.storages.BaseStorage
     progress: Progress
     seed: int = 0
+
+
+class _Asked(NamedTuple):
+    """A proposal on its way through the compilers and the GPU."""
+
+    trials: StageTrials
+    proposal: Proposal
+    it: Attempt
 
 
 class Search:
@@ -92,30 +103,46 @@ class Search:
             if trials is not None:
                 trials.suggest_first(config)
 
-    def run(self, window: Window) -> None:
-        """Try candidates until the window ends or nothing is left to try."""
-        pending: dict[Future[Outcome[Resources]], tuple[StageTrials, Proposal]] = {}
+    def run(self, window: Window, late: Callable[[], None] | None = None) -> None:
+        """Try candidates until the window ends or nothing is left to try.
+
+        A thread has the GPU try one after the other while this one asks the sampler for more: with
+        both in one, the GPU waited for a third of the time. `late` is called once, near the end.
+        """
         self.context.progress.phase(f"search over {len(self.stages)} stages at {self._at()}")
+        compiling: dict[Future[Outcome[Resources]], _Asked] = {}
+        trying: dict[Future[Result], _Asked] = {}
         slots = self.context.backend.slots
         depth = slots + max(1, slots // 4)
+        gpu = ThreadPoolExecutor(1)
         try:
             while window.used < 1 + _GRACE:
                 self._opening.more(window)
-                while window.used < 1 and len(pending) < depth and self._submit(pending):
-                    pass
-                compiling = [*pending, *self._opening.compiling]
-                if not compiling:
+                if late is not None and window.used > _LATE:
+                    late()
+                    late = None
+                while window.used < 1 and len(compiling) < depth and len(trying) < slots:
+                    if not self._submit(compiling):
+                        break
+                waited_for: list[Future[Any]] = [*compiling, *trying, *self._opening.compiling]
+                if not waited_for:
                     break
-                wait(compiling, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                done = [future for future in pending if future.done()]
-                for future in done:
-                    trials, proposal = pending.pop(future)
-                    self._evaluate(trials, proposal, future.result())
+                wait(waited_for, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for compiled in [future for future in compiling if future.done()]:
+                    asked = compiling.pop(compiled)
+                    trying[gpu.submit(self._try, *asked, compiled.result())] = asked
+                for tried in [future for future in trying if future.done()]:
+                    self._settle(*trying.pop(tried), tried.result())
+            gpu.shutdown(cancel_futures=True)  # waits for the one that runs
+            for tried in [future for future in trying if not future.cancelled()]:
+                self._settle(*trying.pop(tried), tried.result())
         finally:
+            gpu.shutdown(cancel_futures=True)
             self._opening.close()
-            for future, (trials, proposal) in pending.items():
-                future.cancel()
-                trials.abandon(proposal)
+            for compiled in compiling:
+                compiled.cancel()
+            for asked in (*compiling.values(), *trying.values()):
+                asked.trials.abandon(asked.proposal)
         for by_stage in self.trials.values():
             for trials in by_stage.values():
                 trials.refresh()
@@ -137,9 +164,7 @@ class Search:
         """Sum over the stages of their best times at chunk size BT, in ms."""
         return sum(trials.best_ms() for trials in self.trials[BT].values())
 
-    def _submit(
-        self, pending: dict[Future[Outcome[Resources]], tuple[StageTrials, Proposal]]
-    ) -> bool:
+    def _submit(self, compiling: dict[Future[Outcome[Resources]], _Asked]) -> bool:
         """Queue one more compile; False where no stage has anything left to try."""
         while True:
             trials = self._neediest()
@@ -148,7 +173,7 @@ class Search:
             proposal = trials.propose()
             if proposal is not None:
                 future = self.context.backend.compile(self.problem, proposal.config)
-                pending[future] = (trials, proposal)
+                compiling[future] = _Asked(trials, proposal, self._attempt(proposal.config))
                 return True
 
     def _neediest(self) -> StageTrials | None:
@@ -169,71 +194,57 @@ class Search:
     def _at(self) -> str:
         return ", ".join(shape.name for shape in self.shapes)
 
-    def _evaluate(
-        self, trials: StageTrials, proposal: Proposal, compiled: Outcome[Resources]
+    def _attempt(self, config: Config) -> Attempt:
+        """The config in its plan's defaults; a stage whose time it moves at its best so far."""
+        candidate = self.base(self._plan_with(config.stage), config.size("BT"))
+        known = {}
+        for stage in space.stages_moved(config):
+            best, known[stage] = self.trials[candidate.BT][stage].best()
+            candidate = candidate.with_config(best)
+        return Attempt(config, candidate.with_config(config), known)
+
+    def _try(
+        self,
+        trials: StageTrials,
+        _proposal: Proposal,
+        it: Attempt,
+        compiled: Outcome[Resources],
+    ) -> Result:
+        backend, device = self.context.backend, self.context.device
+        return attempt(it, compiled, self.shapes, backend, device, trials.is_hopeless)
+
+    def _settle(
+        self, trials: StageTrials, proposal: Proposal, it: Attempt, result: Result
     ) -> None:
-        """Resources, then the gate, then times at every shape; file what comes of it."""
-        config = proposal.config
-        if not compiled.ok:
-            self._fail(trials, proposal, compiled.status, compiled.reason)
+        """File what came of an attempt."""
+        if result.status != outcome.OK:
+            candidate = it.candidate if result.ran else None
+            self._fail(trials, proposal, result, candidate)
             return
-        unfit = space.why_unfit(compiled.get(), self.context.device)
-        if unfit is not None:
-            self._fail(trials, proposal, outcome.RESOURCES, f"{outcome.RESOURCES}: {unfit}")
-            return
-        candidate = self.base(self._plan_with(config.stage), trials.BT).with_config(config)
-        checked = self.context.backend.gate(candidate, full=False)
-        if not checked.ok:
-            self._fail(trials, proposal, checked.status, checked.reason, candidate)
-            return
-        gate = checked.get()
-        if not gate.ok:
-            reason = f"{outcome.WRONG}: {gate.reason}"
-            self._fail(trials, proposal, outcome.WRONG, reason, candidate, gate.errors)
-            return
-        times: dict[str, float] = {}
-        stages = space.stages_moved(config)
-        for shape in self.shapes:
-            timed = self.context.backend.time_stages(candidate, stages, shape)
-            if not timed.ok:
-                self._fail(trials, proposal, timed.status, timed.reason, candidate)
-                return
-            found = {stage: timing.median for stage, timing in timed.get().items()}
-            # what it costs the pass: its own time, and what later stages take more for it
-            moved = sum(found[x] - self._default_ms(x, trials.BT, shape) for x in stages[1:])
-            times[shape.name] = found[config.stage] + moved
-            if trials.is_hopeless(times):
-                break
-        trials.succeed(proposal, times)
-        self.context.progress.trial(config, outcome.OK, times_text(times))
+        trials.succeed(proposal, result.times)
+        self.context.progress.trial(proposal.config, outcome.OK, times_text(result.times))
         self.show_best(trials)
 
     def _fail(
-        self,
-        trials: StageTrials,
-        proposal: Proposal,
-        status: str,
-        reason: str,
-        candidate: Candidate | None = None,
-        errors: dict[str, float] | None = None,
+        self, trials: StageTrials, proposal: Proposal, result: Result, candidate: Candidate | None
     ) -> None:
         """File a failed trial. Only what the config itself caused goes to the ledger."""
-        if status == outcome.CANCELLED:
+        if result.status == outcome.CANCELLED:
             trials.abandon(proposal)
             return
-        if status == outcome.ERROR:
+        if result.status == outcome.ERROR:
             trials.abandon(proposal, again=False)
         else:
-            trials.refuse(proposal, reason)
-            self.file(proposal.config, reason, candidate, errors)
-        self.context.progress.trial(proposal.config, status, reason)
+            trials.refuse(proposal, result.reason)
+            self.file(proposal.config, result.reason, candidate, result.errors)
+        self.context.progress.trial(proposal.config, result.status, result.reason)
 
     def file(
         self,
         config: Config,
         reason: str,
         candidate: Candidate | None = None,
-        errors: dict[str, float] | None = None,
+        errors: Times | None = None,
     ) -> None:
         self.context.ledger.add(
             reason,
@@ -250,10 +261,6 @@ class Search:
         self.context.ledger.add_pipeline(
             reason, candidate.problem, candidate.plan, candidate.by_stage, digest
         )
-
-    def _default_ms(self, stage: str, BT: int, shape: Shape) -> float:
-        default = default_config(stage, self.problem, BT=BT)
-        return self.trials[BT][stage].times[default][shape.name]
 
     def _plan_with(self, stage: str) -> str:
         return next(plan for plan in self.plans if stage in PLANS[plan].stages)

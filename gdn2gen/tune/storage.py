@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -14,6 +16,8 @@ from optuna.storages import journal
 from gdn2gen.errors import TuneError
 
 _STARTUP_TRIALS: Final = 8
+# Between asking for a trial and signing it lie milliseconds.
+_UNSIGNED: Final = timedelta(minutes=1)
 
 
 def open_storage(storage: str | Path | optuna.storages.BaseStorage) -> optuna.storages.BaseStorage:
@@ -73,3 +77,28 @@ def open_study(
         return optuna.create_study(
             storage=storage, sampler=sampler, study_name=name, load_if_exists=True
         )
+
+
+def owner() -> str:
+    """Signs a trial: which process of which host asked for it."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def is_gone(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether the process that asked for a trial ended; of another host it is not known."""
+    signed: str | None = trial.user_attrs.get("owner")
+    if signed is None:
+        started = trial.datetime_start
+        return started is None or datetime.now() - started > _UNSIGNED
+    host, _, pid = signed.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    if int(pid) == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen import store
 from gdn2gen.config import Config
@@ -26,10 +26,11 @@ from gdn2gen.shapes import Shape
 from gdn2gen.stages import PLANS
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Finals, Measured, Verdict
+from gdn2gen.tune.filing import entry_of, result_of
+from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
-from gdn2gen.tune.report import ShapeResult, TuneReport
+from gdn2gen.tune.report import TuneReport
 from gdn2gen.tune.search import Context, Search, Window
 from gdn2gen.tune.storage import open_storage
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 # took 95 s with the next one's kernels compiled ahead, and 162 s for 14 without.
 _FINALS_PART: Final = (0.25, 0.5)
 _VERDICT_SECONDS: Final = 8.0
+# Verdicts whose kernels compile while the search ends.
+_AHEAD: Final = 3
 # A group of one packed shape still compiles every kernel once.
 _LEAST_GROUP: Final = 0.25
 # Best configs that one group of shapes hands on to the next, per stage and chunk size.
@@ -137,19 +140,20 @@ class _Run:
         seconds = window.end - window.start
         least, most = (part * seconds for part in _FINALS_PART)
         verdicts = len(self.search.shapes) * len(self.levels)
-        finals = min(most, max(least, verdicts * _VERDICT_SECONDS))
-        searching = Window(window.clock, window.start, window.end - finals)
+        deciding = min(most, max(least, verdicts * _VERDICT_SECONDS))
+        searching = Window(window.clock, window.start, window.end - deciding)
         with self.context.backend.phase("defaults"):
             self.search.measure_defaults(searching)
         stored = list(self._stored())
         self.search.seed([x for candidate in stored for x in candidate.configs])
         self.search.seed(handed)
+        finals = Finals(self.search, stored)
         with self.context.backend.phase("search"):
-            self.search.run(searching)
+            self.search.run(searching, late=lambda: finals.compile_ahead(self._turns()[:_AHEAD]))
         self.report.skipped.update(self.search.skipped)
         self.report.left_to_try.append(self.search.left_to_try())
         with self.context.backend.phase("finals"):
-            self._decide(stored, window)
+            self._decide(finals, window)
         return [
             config
             for by_stage in self.search.trials.values()
@@ -158,19 +162,21 @@ class _Run:
             for config, _ in trials.ranked(shape)[:_HANDED_ON]
         ]
 
-    def _decide(self, stored: Sequence[Candidate], window: Window) -> None:
-        finals = Finals(self.search, stored)
-        turns = [(shape, level) for shape in self.search.shapes for level in self.levels]
+    def _turns(self) -> list[tuple[Shape, str]]:
+        return [(shape, level) for shape in self.search.shapes for level in self.levels]
+
+    def _decide(self, finals: Finals, window: Window) -> None:
+        turns = self._turns()
+        finals.compile_ahead(turns)
         for number, (shape, level) in enumerate(turns):
             now = window.clock()
             share = max(0.0, window.end - now) / (len(turns) - number)
-            then = turns[number + 1] if number + 1 < len(turns) else None
-            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share), then)
+            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share))
             if verdict is None:
                 self.report.skipped[f"{shape.name} {level}"] = finals.why_none(level)
                 continue
-            self.report.results.append(_result(verdict))
-            store.merge_entries(self.path, self.metadata, [_entry(verdict)])
+            self.report.results.append(result_of(verdict))
+            store.merge_entries(self.path, self.metadata, [entry_of(verdict)])
 
     def _stored(self) -> Iterator[Candidate]:
         """Pipelines of tuned files for this problem, nearest regimes and this GPU first."""
@@ -218,51 +224,6 @@ def _groups(
         yield replace(problem, varlen=False), plain, window
     if packed:
         yield replace(problem, varlen=True), packed, Window(clock, clock(), started + seconds)
-
-
-def _result(verdict: Verdict) -> ShapeResult:
-    winner, default = verdict.winner, verdict.default
-    return ShapeResult(
-        shape=verdict.shape,
-        level=verdict.level,
-        candidate=winner.candidate,
-        forward_ms=winner.forward.median,
-        forward_backward_ms=winner.forward_backward.median,
-        default_forward_backward_ms=default.forward_backward.median if default else None,
-        spread=winner.forward_backward.spread,
-        peak_mib=winner.peak_mib,
-        errors=winner.errors,
-        tied=verdict.tied,
-    )
-
-
-def _entry(verdict: Verdict) -> store.Entry:
-    candidate = verdict.winner.candidate
-    return store.Entry(
-        problem_key=candidate.problem.key,
-        regime_key=verdict.shape.regime.key,
-        level=cast(store.Level, verdict.level),
-        plan=candidate.plan,
-        configs=candidate.by_stage,
-        templates=candidate.templates,
-        measured=_measured(verdict.winner, verdict.default),
-        gate={name: float(f"{error:.3g}") for name, error in verdict.winner.errors.items()},
-        provenance="measured",
-    )
-
-
-def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "forward_ms": round(winner.forward.median, 5),
-        "forward_backward_ms": round(winner.forward_backward.median, 5),
-        "spread": round(winner.forward_backward.spread, 4),
-        "peak_mib": round(winner.peak_mib, 1),
-        "n": winner.forward_backward.n,
-    }
-    if default is not None:
-        found["default_forward_ms"] = round(default.forward.median, 5)
-        found["default_forward_backward_ms"] = round(default.forward_backward.median, 5)
-    return found
 
 
 def check_arguments(

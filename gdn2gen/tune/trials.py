@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from statistics import geometric_mean
 from typing import Final
 
@@ -29,11 +26,10 @@ from gdn2gen.shapes import Shape
 from gdn2gen.tune import space
 from gdn2gen.tune.climb import next_to_best
 from gdn2gen.tune.ledger import Ledger
-from gdn2gen.tune.storage import open_study
+from gdn2gen.tune.storage import is_gone, open_study, owner
 
 # The sampler repeats itself in spaces of some hundred points; then an unseen point is drawn.
 _ASKS: Final = 6
-_UNSIGNED: Final = timedelta(minutes=1)
 _FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -96,7 +92,8 @@ class StageTrials:
 
     def is_hopeless(self, times: Mapping[str, float]) -> bool:
         """Whether a config with these times, at some of the shapes, need not be timed further."""
-        best = {name: min(x.get(name, math.inf) for x in self.times.values()) for name in times}
+        known = list(self.times.values())  # another thread may add to them
+        best = {name: min(x.get(name, math.inf) for x in known) for name in times}
         return any(space.is_hopeless(self.stage, ms, best[name]) for name, ms in times.items())
 
     def refresh(self) -> None:
@@ -173,6 +170,12 @@ class StageTrials:
         best = [self.ranked(shape)[:1] for shape in self.shapes]
         return geometric_mean([x[0][1] for x in best]) if all(best) else float("inf")
 
+    def best(self) -> tuple[Config, Mapping[str, float]]:
+        """The config with the least mean of those timed at every shape, and its times."""
+        means = self._means()
+        config = min(means, key=lambda x: means[x])
+        return config, self.times[config]
+
     def tried(self) -> tuple[int, int]:
         """Configs that were tried, and all that are worth compiling."""
         worth = {*space.valid_configs(self.stage, self.problem, self.device, self.BT)}
@@ -181,7 +184,7 @@ class StageTrials:
     def _ask(self) -> Proposal | None:
         trial = self._study.ask()
         # at once: a trial that nobody owns is taken for one of a process that ended
-        trial.set_user_attr("owner", _owner())
+        trial.set_user_attr("owner", owner())
         config = space.suggest(trial, self.stage, self.problem, self.BT)
         if config in self.times or config in self._pending:
             self._study.tell(trial, state=TrialState.FAIL)
@@ -213,12 +216,15 @@ class StageTrials:
 
     def _draw_neighbour(self) -> Config | None:
         """One that was not seen yet, next to the best of those timed at every shape."""
-        means = {
+        return next_to_best(self._means(), self._is_new, self.problem, self.device, self._random)
+
+    def _means(self) -> dict[Config, float]:
+        """Of those timed at every shape."""
+        return {
             config: geometric_mean(list(times.values()))
             for config, times in self.times.items()
             if len(times) >= len(self.shapes)
         }
-        return next_to_best(means, self._is_new, self.problem, self.device, self._random)
 
     def _draw_unseen(self) -> Config | None:
         if self._unseen is None:
@@ -244,7 +250,7 @@ class StageTrials:
         """Take over what earlier runs left; their trials in flight are queued again."""
         self.refresh()
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _is_gone(trial):
+            if is_gone(trial):
                 # a process may end before all knobs are drawn: then there is nothing to queue again
                 knobs = {"BT": self.BT, **trial.params}
                 self._give_up(trial.number, space.stored_config(self.stage, knobs))
@@ -271,28 +277,3 @@ class StageTrials:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         parts = (self.problem.op, self.device.slug, self.stage, f"BT{self.BT}", digest)
         return "/".join(parts)
-
-
-def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _is_gone(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether the process that asked for a trial ended; of another host it is not known."""
-    owner: str | None = trial.user_attrs.get("owner")
-    if owner is None:
-        # between asking and signing lie milliseconds
-        started = trial.datetime_start
-        return started is None or datetime.now() - started > _UNSIGNED
-    host, _, pid = owner.rpartition(":")
-    if host != socket.gethostname():
-        return False
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import ClassVar
@@ -339,6 +340,21 @@ def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
     default = Candidate.default(PROBLEM, "lean", 64)
     singles = [x for x, stages, _ in backend.timed if len(stages) == 1 and x.BT == 64]
     assert any(x != default for x in singles), "chunks of 64 were never searched"
+
+
+def test_the_sampler_is_asked_while_the_gpu_tries(tmp_path):
+    class Watching(FakeBackend):
+        grew: ClassVar[list] = []
+
+        def time_stages(self, candidate, stages, shape):
+            before = len(self.compiled)
+            time.sleep(0.02 * (len(stages) == 1))
+            self.grew.append(len(self.compiled) > before)
+            return super().time_stages(candidate, stages, shape)
+
+    backend = Watching()
+    run(backend, tmp_path)
+    assert any(backend.grew)
 
 
 def test_a_scan_is_ranked_with_what_its_segments_cost_the_rescan(tmp_path):

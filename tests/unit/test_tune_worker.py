@@ -97,6 +97,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA error: an illegal memory access"), outcome.CUDA_ERROR),
         (RuntimeError("Triton Error [CUDA]: misaligned address"), outcome.CUDA_ERROR),
         (RuntimeError("out of resource: shared memory, Required: 300000"), outcome.RESOURCES),
+        (RuntimeError("Failed to set the allowed dynamic shared memory size"), outcome.RESOURCES),
         (ValueError("no such thing"), outcome.ERROR),
     ],
 )

@@ -1,0 +1,54 @@
+"""What a verdict leaves behind: a line of the report, and an entry of the tuned file."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from gdn2gen import store
+from gdn2gen.tune.finalists import Measured, Verdict
+from gdn2gen.tune.report import ShapeResult
+
+
+def result_of(verdict: Verdict) -> ShapeResult:
+    winner, default = verdict.winner, verdict.default
+    return ShapeResult(
+        shape=verdict.shape,
+        level=verdict.level,
+        candidate=winner.candidate,
+        forward_ms=winner.forward.median,
+        forward_backward_ms=winner.forward_backward.median,
+        default_forward_backward_ms=default.forward_backward.median if default else None,
+        spread=winner.forward_backward.spread,
+        peak_mib=winner.peak_mib,
+        errors=winner.errors,
+        tied=verdict.tied,
+    )
+
+
+def entry_of(verdict: Verdict) -> store.Entry:
+    candidate = verdict.winner.candidate
+    return store.Entry(
+        problem_key=candidate.problem.key,
+        regime_key=verdict.shape.regime.key,
+        level=cast(store.Level, verdict.level),
+        plan=candidate.plan,
+        configs=candidate.by_stage,
+        templates=candidate.templates,
+        measured=_measured(verdict.winner, verdict.default),
+        gate={name: float(f"{error:.3g}") for name, error in verdict.winner.errors.items()},
+        provenance="measured",
+    )
+
+
+def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "forward_ms": round(winner.forward.median, 5),
+        "forward_backward_ms": round(winner.forward_backward.median, 5),
+        "spread": round(winner.forward_backward.spread, 4),
+        "peak_mib": round(winner.peak_mib, 1),
+        "n": winner.forward_backward.n,
+    }
+    if default is not None:
+        found["default_forward_ms"] = round(default.forward.median, 5)
+        found["default_forward_backward_ms"] = round(default.forward_backward.median, 5)
+    return found
