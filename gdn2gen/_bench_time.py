@@ -19,7 +19,7 @@ import torch
 from gdn2gen.errors import DeviceError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import DTYPE_BYTES
+from gdn2gen.stages import DTYPE_BYTES, MAX_SEGMENTS
 
 if TYPE_CHECKING:
     from gdn2gen.call import Call
@@ -123,9 +123,11 @@ def floor_ms(problem: Problem, shape: Shape, backward: bool, gbps: float) -> flo
     return floor_bytes(problem, backward) * shape.B * shape.T * shape.H / gbps / 1e6
 
 
-def symbol_sizes(problem: Problem, shape: Shape, BT: int) -> dict[str, int]:
+def symbol_sizes(
+    problem: Problem, shape: Shape, BT: int, max_segments: int = MAX_SEGMENTS
+) -> dict[str, int]:
     """The value of every symbol that the dims of a stage's operands use, at chunk size BT."""
-    return call_of(problem, shape, torch.device("cpu")).sizes(problem, BT)
+    return call_of(problem, shape, torch.device("cpu")).sizes(problem, BT, max_segments)
 
 
 def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:

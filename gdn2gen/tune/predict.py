@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Final
 
 from gdn2gen.bench import symbol_sizes
@@ -10,7 +11,7 @@ from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import STAGES
+from gdn2gen.stages import MAX_SEGMENTS, STAGES
 
 _REGISTERS: Final = 65536
 _THREADS_PER_WARP: Final = 32
@@ -21,6 +22,13 @@ _SHARED_RESERVE: Final = 1024
 # Resident warps below which kernels of this kind no longer stream at full rate: at 8 an SM they
 # reached about half of it on an H200.
 _ENOUGH_WARPS: Final = 16
+# A scan's chunk by its stages of loads: none ahead, one, two or more; microseconds, serial and
+# parallel scans of 16 heads and 32768 tokens on an H200 (docs/search). Warps with less than a tile
+# of 16 rows each take longer, and so do spills inside the loop.
+_CHUNK_US: Final = (3.2, 1.5, 1.05)
+_FEW_ROWS: Final = 1.6
+_SPILL_DOUBLES: Final = 100
+_BYTES_PER_US: Final = 4.3e6
 # Slices of V run side by side, so most of what one reads again is in the L2.
 _REREAD: Final = 0.25
 
@@ -38,25 +46,67 @@ def blocks_per_sm(resources: Resources, warps: int, device: Device) -> int:
 def predicted_bytes(
     problem: Problem, config: Config, shape: Shape, resources: Resources, device: Device
 ) -> float:
-    """Bytes moved, weighted by how far occupancy falls short: less is better.
+    """What a config costs, in bytes: less is better.
 
-    Over the bandwidth it is a time; that is a ranking, not a forecast. inf if it cannot run.
+    Bytes moved, weighted by how far occupancy falls short; for scans, which go from chunk to chunk,
+    also what an H200 could have moved meanwhile. Over the bandwidth it is a time; that is a
+    ranking, not a forecast. inf if it cannot run.
     """
-    sizes = symbol_sizes(problem, shape, config.size("BT"))
-    stage, warps = STAGES[config.stage], config.size("num_warps")
-    programs, slices = sizes["NT"] * shape.H, 1
-    if stage.template in ("scan", "reverse_scan"):
-        slices = problem.V // config.size("BV")
-        programs = sizes["N"] * shape.H * slices
-    moved = float(stage.nbytes(problem, sizes))
-    wide = sum(
-        x.nbytes(problem, sizes)
-        for x in stage.operands(problem)
-        if x in stage.inputs and x.dims.split()[-1] != "V"
-    )
-    moved += _REREAD * (slices - 1) * wide
-    moved += 2 * resources.spill_bytes * warps * _THREADS_PER_WARP * programs
-    resident = min(blocks_per_sm(resources, warps, device), programs / device.sms) * warps
-    if resident <= 0:
+    warps = config.size("num_warps")
+    blocks = blocks_per_sm(resources, warps, device)
+    if blocks <= 0:
         return float("inf")
-    return moved / min(1.0, resident / _ENOUGH_WARPS)
+    BT, slots = config.size("BT"), blocks * device.sms
+    max_segments = config.size("max_segments") if "max_segments" in config else MAX_SEGMENTS
+    sizes = symbol_sizes(problem, shape, BT, max_segments)
+    if STAGES[config.stage].template in ("scan", "reverse_scan"):
+        return _bytes_of_scan(problem, config, sizes, shape, resources, slots)
+    programs = sizes["NT"] * shape.H
+    moved = float(STAGES[config.stage].nbytes(problem, sizes))
+    moved += 2 * resources.spill_bytes * warps * _THREADS_PER_WARP * programs
+    return moved / min(1.0, min(slots, programs) / device.sms * warps / _ENOUGH_WARPS)
+
+
+def _bytes_of_scan(
+    problem: Problem,
+    config: Config,
+    sizes: dict[str, int],
+    shape: Shape,
+    resources: Resources,
+    slots: int,
+) -> float:
+    """Both phases of a parallel scan: the segments' ends and transitions, then the scan itself."""
+    stage, BV = STAGES[config.stage], config.size("BV")
+    inputs = [x for x in stage.operands(problem) if x in stage.inputs]
+    wide = sum(x.nbytes(problem, sizes) for x in inputs if x.dims.split()[-1] != "V")
+    slices = problem.V // BV
+    moved = stage.nbytes(problem, sizes) + _REREAD * (slices - 1) * wide
+    heads, NS = sizes["N"] * shape.H, sizes["NS"]
+    chunks = -(-_longest(shape) // config.size("BT"))
+    parallel = config.get("segments") == "parallel"
+    # rescan has a program for each segment whatever its form
+    segments = NS if parallel or config.stage == "rescan" else 1
+    phases = [heads * slices * segments]
+    if parallel and NS > 1:
+        folded = (problem.V + problem.K) // BV * (NS - 1) - problem.K // BV
+        phases.append(heads * folded)
+        read = sum(x.nbytes(problem, sizes) for x in inputs)
+        moved += read * (NS - 1) / NS + _REREAD * max(0.0, folded / NS - 1) * wide
+    steps = sum(-(-chunks // segments) * max(1.0, programs / slots) for programs in phases)
+    return moved + steps * _chunk_us(config, resources) * _BYTES_PER_US
+
+
+def _chunk_us(config: Config, resources: Resources) -> float:
+    """Time of one chunk in a scan's chain."""
+    us = _CHUNK_US[min(config.size("num_stages"), len(_CHUNK_US)) - 1]
+    BV, warps = config.size("BV"), config.size("num_warps")
+    if 16 < BV < 16 * warps:
+        us *= _FEW_ROWS
+    return us * (1 + resources.spill_bytes / _SPILL_DOUBLES)
+
+
+def _longest(shape: Shape) -> int:
+    """Tokens of the longest sequence."""
+    if shape.cu_seqlens is None:
+        return shape.T
+    return max(end - start for start, end in itertools.pairwise(shape.cu_seqlens))

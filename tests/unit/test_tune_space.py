@@ -164,3 +164,26 @@ def test_segments_are_the_parallel_scans_alone_and_no_kernel_of_their_own():
         for x in DOMAINS["scan"]["max_segments"]
     }
     assert len(sources) == 1
+
+
+def test_prediction_of_scans_knows_their_chain_of_chunks():
+    """Few heads and many tokens want segments; many heads do without twice the bytes."""
+    serial = default_config("scan", PROBLEM).replace(num_stages=3)
+    parallel = serial.replace(segments="parallel")
+    used = Resources(160, 0, 90_000, 1.0)
+
+    def cost(config, shape, resources=used):
+        return predicted_bytes(PROBLEM, config, SHAPES[shape], resources, H200)
+
+    assert cost(parallel, "long32k") < 0.7 * cost(serial, "long32k")
+    assert cost(serial, "train4k") < cost(parallel, "train4k")
+    assert cost(serial, "long32k") < cost(serial.replace(num_stages=1), "long32k")
+    assert cost(serial, "long32k") < cost(serial.replace(num_warps=8), "long32k")
+    spilled = dataclasses.replace(used, spill_bytes=200)
+    assert cost(serial, "long32k") < cost(serial, "long32k", spilled)
+    # the longest sequence of a packed batch decides, and has no segments
+    packed = dataclasses.replace(PROBLEM, varlen=True)
+    even = dataclasses.replace(SHAPES["varlen8k"], cu_seqlens=tuple(range(0, 8193, 1024)))
+    long = dataclasses.replace(even, cu_seqlens=(0, *range(7168, 8193, 128), 8192))
+    costs = [predicted_bytes(packed, serial, x, used, H200) for x in (even, long)]
+    assert costs[0] < costs[1]
