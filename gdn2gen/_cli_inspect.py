@@ -10,9 +10,10 @@ from pathlib import Path
 from gdn2gen._cli_options import add_problem, add_target, present_or_target, problem_of
 from gdn2gen.config import Config, Knob, default_config
 from gdn2gen.errors import ConfigError, InputError
+from gdn2gen.plans import PLANS_OF
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES, Shape, parse_shapes
-from gdn2gen.stages import PLANS, STAGES
+from gdn2gen.stages import STAGES
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +135,7 @@ def _add_regime(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--level",
-        choices=tuple(PLANS),
+        choices=tuple(PLANS_OF),
         default="lean",
-        help="plan: lean saves memory, fast saves time (%(default)s)",
+        help="lean saves memory, fast saves time (%(default)s)",
     )

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, NoReturn, get_args
 
 from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config, why_invalid
 from gdn2gen.errors import Gdn2genError, StoreError
+from gdn2gen.plans import PLANS, plan_named
 from gdn2gen.problem import Problem, Regime
-from gdn2gen.stages import PLANS, plan_named
 
 TUNED_SCHEMA: Final = 1
 

@@ -55,6 +55,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "maxnreg": (0,),
     },
     "scan": {**_SCAN, **_SEGMENTS},
+    "scan_states": {**_SCAN, **_SEGMENTS},
     "rescan": _SCAN,
     "reverse_scan": {**_SCAN, **_SEGMENTS},
     "grad_value": {
@@ -258,6 +259,7 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "reprepare": {"BK": 64, "num_warps": 2},
     "sum_decay": {"BK": 64, "num_warps": 2},
     "scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
+    "scan_states": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4, "chunks": 1},
@@ -286,7 +288,7 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
         knobs |= _ANCHORED.get(stage, {})
     wide = problem.dtype == "fp32"
     # fp32 products take three passes, and their operands the registers: scans of 32 rows spill
-    most = 16 if stage.endswith("scan") else 32
+    most = 16 if "scan" in stage else 32
     for tile, size in (("BK", problem.K), ("BV", problem.V)):
         if tile in knobs:
             knobs[tile] = min(int(knobs[tile]), size, most if wide else size)

@@ -30,8 +30,8 @@ from gdn2gen._store_lookup import (
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device, present_device
 from gdn2gen.errors import DispatchError, Gdn2genError
+from gdn2gen.plans import Plan, plan_named
 from gdn2gen.problem import Problem, Regime
-from gdn2gen.stages import Plan, plan_named
 
 Source = Literal["exact", "nearest", "transferred", "predicted", "default", "forced"]
 

@@ -13,6 +13,7 @@ from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
+from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
 from gdn2gen.stages import MAX_SEGMENTS, SEGMENT, STAGES, Operand, Stage, has_operand
@@ -92,7 +93,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         lower_bound=_least_bound(problem, recipe),
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
-        max_segments=_max_segments(recipe.configs["scan"]),
+        max_segments=_max_segments(recipe.configs[plan.forward[-1]]),
     )
     return text.rstrip() + "\n"
 
@@ -212,7 +213,7 @@ def _command(problem: Problem, recipe: Recipe) -> str:
         words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
     if device is not None:
         words += ["--target", device.slug]
-    words += ["--level", recipe.plan.name]
+    words += ["--level", level_of(recipe.plan.name)]
     # a backslash ends every line but the last, for the shell as for the docstring
     lines = textwrap.wrap(
         " ".join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False

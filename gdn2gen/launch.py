@@ -58,6 +58,11 @@ class Runner:
         scan = self.recipe.configs["scan" if stage_name == "rescan" else stage_name]
         return scan.size("max_segments") if "max_segments" in scan else MAX_SEGMENTS
 
+    @property
+    def saved_segments(self) -> int:
+        """`max_segments` of the forward's scan, which what it saves depends on."""
+        return self.max_segments(self.recipe.plan.forward[-1])
+
     @cached_property
     def without_final_state(self) -> Problem:
         return replace(self.problem, final_state=False)

@@ -1,4 +1,4 @@
-"""Stage: a kernel's contract. Plan: the chain of stages that solves a problem, forward and back.
+"""Stage: a kernel's contract, its operands by symbols for their sizes.
 
 Symbols in `dims` (the same as in the templates' glossaries):
 
@@ -14,11 +14,10 @@ Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
-from gdn2gen.errors import DispatchError
 from gdn2gen.problem import Problem
 
 # Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
@@ -98,21 +97,6 @@ class Stage:
     def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""
         return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A chain of stages, forward and backward, and what the forward keeps for the backward."""
-
-    name: str
-    forward: tuple[str, ...]
-    backward: tuple[str, ...]
-    saves: tuple[str, ...]
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Every stage once, in order of first use."""
-        return tuple(dict.fromkeys((*self.forward, *self.backward)))
 
 
 _VARLEN = (Operand("chunk_table", "NT 2", "int32", "varlen"),)
@@ -198,6 +182,20 @@ STAGES: Final = {
             ("T", "HV", "NS", "segment"),
         ),
         Stage(
+            "scan_states",
+            "scan",
+            (*_VW, *_FACTORS, *_SCORES, *_INITIAL, *_SEQUENCES),
+            (
+                Operand("o", "B T HV V"),
+                _H,
+                _R,
+                replace(_S_SEG, scratch=("parallel",)),
+                _M_SEG,
+                Operand("final_state", "N HV K V", "fp32", "final_state"),
+            ),
+            ("T", "HV", "NS", "segment"),
+        ),
+        Stage(
             "rescan",
             "scan",
             (*_VW, *_FACTORS[1:], _SCORES[0], _S_SEG, *_SEQUENCES),
@@ -274,27 +272,3 @@ STAGES: Final = {
         ),
     )
 }
-
-_FORWARD = ("prepare", "scan")
-_BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
-PLANS: Final = {
-    plan.name: plan
-    for plan in (
-        # 128 bytes per token and head kept (16 bits, BT = 32), and 64 of S_seg: triangular work is
-        # not redone.
-        Plan("lean", _FORWARD, ("reprepare", *_BACKWARD), ("A", "Aqk", "S_seg")),
-        # 784 bytes more: the factors stay, and only the scan is redone.
-        Plan(
-            "fast",
-            _FORWARD,
-            ("sum_decay", *_BACKWARD),
-            ("A", "Aqk", "S_seg", "Qg", "Y", "Ktail", "gamma_C"),
-        ),
-    )
-}
-
-
-def plan_named(name: str) -> Plan:
-    if name not in PLANS:
-        raise DispatchError(f"unknown plan {name!r}; known: {', '.join(PLANS)}")
-    return PLANS[name]

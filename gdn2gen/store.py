@@ -32,7 +32,7 @@ from gdn2gen._store_format import (
 from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
-from gdn2gen.stages import plan_named
+from gdn2gen.plans import plan_named
 
 __all__ = [
     "LEVELS",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gdn2gen.config import Config, default_config
+from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
-from gdn2gen.stages import plan_named
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe

@@ -16,8 +16,8 @@ from typing import Final
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import Config
+from gdn2gen.plans import PLANS, level_of
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult, full_problem
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner at one shape and plan; `default` is None if the default failed."""
+    """The winner at one shape and level; `default` is None if the default failed."""
 
     shape: Shape
     level: str
@@ -100,7 +100,7 @@ class Finals:
         label = f"{shape.name} {plan} forward+backward"
         default_ms = default.forward_backward.median if default else None
         progress.best_so_far(label, winner.forward_backward.median, default_ms)
-        return Verdict(shape, plan, winner, default, tied)
+        return Verdict(shape, level_of(plan), winner, default, tied)
 
     def why_none(self, plan: str) -> str:
         """Why there is no verdict: what the default failed at."""
@@ -285,6 +285,18 @@ def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bo
         return x.candidate.distance(default), x.forward_backward.median
 
     return min(best, key=simplicity), len(tied) > 1
+
+
+def better(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict of a level from those of its plans, beside the default of the first.
+
+    The first plan keeps less, and stays within 1% of the fastest.
+    """
+    fastest = min(x.winner.forward_backward.median for x in verdicts)
+    best = next(
+        x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE)
+    )
+    return replace(best, default=verdicts[0].default)
 
 
 def combine(rounds: Sequence[Timing]) -> Timing:

@@ -13,9 +13,9 @@ from typing import Any
 
 from gdn2gen.config import Config, Knob
 from gdn2gen.errors import Gdn2genError
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
-from gdn2gen.stages import PLANS
 from gdn2gen.tune.candidate import Candidate
 
 PIPELINE = "pipeline"

@@ -20,9 +20,9 @@ from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.device import Device, toolchain
 from gdn2gen.errors import TuneError
+from gdn2gen.plans import PLANS, PLANS_OF
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.backend import COMPILE_SECONDS
 from gdn2gen.tune.candidate import Candidate
@@ -147,7 +147,8 @@ class _Ranking:
         self.device, self.levels = device, levels
         self.backend, self.progress = backend, progress
         self.shapes = list(shapes)
-        self.stages = tuple(dict.fromkeys(x for plan in levels for x in PLANS[plan].stages))
+        plans = [PLANS[plan] for level in levels for plan in PLANS_OF[level]]
+        self.stages = tuple(dict.fromkeys(x for plan in plans for x in plan.stages))
         self.compiled: dict[Config, Resources] = {}
         self.skipped: dict[str, str] = {}
         self._checked: dict[Candidate, str | None] = {}
@@ -217,13 +218,19 @@ class _Ranking:
         self.progress.trial(config, status, detail)
 
     def _pipelines(self, level: str, shape: Shape) -> Iterator[Candidate]:
-        """The stages of least predicted cost, then the default, which is kept at equal cost."""
-        default = Candidate.default(self.problem, level)
+        """Of the level's plans the one of least predicted cost, each of the stages with the least;
+        then the default, which is kept at equal cost.
+        """
+        best = [self._least(plan, shape) for plan in PLANS_OF[level]]
+        least = min(best, key=lambda candidate: self._cost(candidate, shape))
+        yield from dict.fromkeys((least, Candidate.default(self.problem, PLANS_OF[level][0])))
+
+    def _least(self, plan: str, shape: Shape) -> Candidate:
         configs: dict[str, Config] = {}
-        for first in default.configs:
+        for first in Candidate.default(self.problem, plan).configs:
             found = [first, *(x for x in self.compiled if x.stage == first.stage)]
             configs[first.stage] = min(found, key=lambda x: self._stage_cost(x, shape))
-        yield from dict.fromkeys((Candidate.of(self.problem, level, configs), default))
+        return Candidate.of(self.problem, plan, configs)
 
     def _stage_cost(self, config: Config, shape: Shape) -> float:
         resources = self.compiled[config]

@@ -10,9 +10,9 @@ from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import default_config
 from gdn2gen.errors import TuneError
+from gdn2gen.plans import PLANS
 from gdn2gen.render import stage_digest
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.trials import StageTrials

@@ -17,10 +17,10 @@ import optuna
 from gdn2gen.build import Resources
 from gdn2gen.config import Config
 from gdn2gen.device import Device
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.attempt import Attempt, Result, Times, attempt
 from gdn2gen.tune.backend import MeteredBackend

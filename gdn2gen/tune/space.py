@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_SPILL_BYTES: Final = 512
 
 _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
-_SCANS: Final = ("scan", "rescan", "reverse_scan")
+_SCANS: Final = ("scan", "scan_states", "rescan", "reverse_scan")
 # Knobs whose values are kernels of their own rather than settings of one.
 _FORMS: Final = ("language", "decay", "segments")
 # Where the search of a TileLang form starts, beside the default's other knobs. From the config
@@ -92,7 +92,7 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
     if config.stage not in _SCANS:
         return 0
     BT, BV, K = config.size("BT"), config.size("BV"), problem.K
-    wide = {"scan": 3, "rescan": 2, "reverse_scan": 3}[config.stage]
+    wide = 2 if config.stage == "rescan" else 3
     scores = 1 if config.stage == "rescan" else 2
     elements = wide * BT * K + scores * BT * BT
     if config.stage == "reverse_scan":

@@ -21,13 +21,13 @@ from gdn2gen.config import Config
 from gdn2gen.device import Device, present_device, toolchain
 from gdn2gen.errors import TuneError
 from gdn2gen.paths import cache_dir, packaged_tuned_dir, user_tuned_dir
+from gdn2gen.plans import PLANS_OF, level_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.filing import entry_of, result_of
-from gdn2gen.tune.finalists import Finals
+from gdn2gen.tune.finalists import Finals, Verdict, better
 from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import TuneReport
@@ -133,13 +133,14 @@ class _Run:
     ) -> None:
         self.context, self.problem, self.levels = context, problem, levels
         self.path, self.metadata, self.report = path, metadata, report
-        self.search = Search(context, problem, shapes, levels)
+        self.plans = [plan for level in levels for plan in PLANS_OF[level]]
+        self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:
         """Run the group within its window; return the configs worth trying elsewhere."""
         seconds = window.end - window.start
         least, most = (part * seconds for part in _FINALS_PART)
-        verdicts = len(self.search.shapes) * len(self.levels)
+        verdicts = len(self._turns())
         deciding = min(most, max(least, verdicts * _VERDICT_SECONDS))
         searching = Window(window.clock, window.start, window.end - deciding)
         with self.context.backend.phase("defaults"):
@@ -163,20 +164,26 @@ class _Run:
         ]
 
     def _turns(self) -> list[tuple[Shape, str]]:
-        return [(shape, level) for shape in self.search.shapes for level in self.levels]
+        """What is decided, one after the other: a plan at a shape."""
+        return [(shape, plan) for shape in self.search.shapes for plan in self.plans]
 
     def _decide(self, finals: Finals, window: Window) -> None:
         turns = self._turns()
         finals.compile_ahead(turns)
-        for number, (shape, level) in enumerate(turns):
+        found: list[Verdict] = []
+        for number, (shape, plan) in enumerate(turns):
             now = window.clock()
             share = max(0.0, window.end - now) / (len(turns) - number)
-            verdict = finals.verdict(shape, level, Window(window.clock, now, now + share))
+            verdict = finals.verdict(shape, plan, Window(window.clock, now, now + share))
             if verdict is None:
-                self.report.skipped[f"{shape.name} {level}"] = finals.why_none(level)
-                continue
-            self.report.results.append(result_of(verdict))
-            store.merge_entries(self.path, self.metadata, [entry_of(verdict)])
+                self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)
+            else:
+                found.append(verdict)
+            if found and plan == PLANS_OF[level_of(plan)][-1]:
+                best = better(found)
+                self.report.results.append(result_of(best))
+                store.merge_entries(self.path, self.metadata, [entry_of(best)])
+                found = []
 
     def _stored(self) -> Iterator[Candidate]:
         """Pipelines of tuned files for this problem, nearest regimes and this GPU first."""
@@ -196,7 +203,7 @@ class _Run:
             entries = [x for x in tuned.entries if dict(x.problem_key) == self.problem.key]
             entries.sort(key=lambda entry: min(_gap(entry, shape) for shape in wanted))
             for entry in entries[:_SEED_REGIMES]:
-                if entry.plan in self.levels:
+                if entry.plan in self.plans:
                     yield Candidate.of(self.problem, entry.plan, entry.configs)
 
 
@@ -232,9 +239,9 @@ def check_arguments(
     """Raise TuneError unless there is something to tune, and time for it."""
     if not shapes:
         raise TuneError("no shape was given; name at least one, such as train4k or 4x4096x16")
-    unknown = [level for level in levels if level not in PLANS]
+    unknown = [level for level in levels if level not in PLANS_OF]
     if unknown or not levels:
-        raise TuneError(f"levels must be some of {tuple(PLANS)}, but got {tuple(levels)}")
+        raise TuneError(f"levels must be some of {tuple(PLANS_OF)}, but got {tuple(levels)}")
     if not budget_minutes > 0:
         raise TuneError(f"the budget must be positive, but got {budget_minutes} minutes")
 

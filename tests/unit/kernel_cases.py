@@ -24,9 +24,10 @@ from gdn2gen.anchors import FROM_START
 from gdn2gen.config import DOMAINS, Config, default_config, why_invalid
 from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.inputs import REGIMES
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS, STAGES
+from gdn2gen.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -
 _KNOBS: Final = tuple(
     (plan, (("BT", BT), ("decay", decay), ("BK", BK), ("BV", BV)))
     for (BT, decay, plan), (BK, BV) in zip(
-        itertools.product((16, 32, 64), ("log", "tree", "anchored"), ("lean", "fast")),
+        itertools.product((16, 32, 64), ("log", "tree", "anchored"), tuple(PLANS)),
         itertools.cycle(((32, 32), (64, 16), (32, 64), (128, 128), (64, 32))),
         strict=False,
     )

@@ -23,8 +23,8 @@ from gdn2gen.device import named_device
 from gdn2gen.dispatch import Recipe, default_recipe, explain_recipe, find_recipe, forced_recipe
 from gdn2gen.errors import ConfigError, DispatchError, InputError, StoreError
 from gdn2gen.generate import package_source
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem, Regime, bound_of
-from gdn2gen.stages import PLANS
 from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, read_tuned, tuned_path
 from gdn2gen.tune import space
 from gdn2gen.tune.ledger import Ledger

@@ -14,9 +14,9 @@ from gdn2gen import cli, sharing, store
 from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import named_device
+from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.render import template_digest
-from gdn2gen.stages import plan_named
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult

@@ -22,8 +22,8 @@ from gdn2gen.dispatch import (
     forced_recipe,
 )
 from gdn2gen.errors import DispatchError, TunedFileWarning
+from gdn2gen.plans import PLANS, plan_named
 from gdn2gen.problem import HEAD_DIMS, Problem, Regime
-from gdn2gen.stages import PLANS, plan_named
 from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, tuned_path, write_tuned
 
 H200 = named_device("H200")

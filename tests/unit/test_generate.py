@@ -25,10 +25,10 @@ from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
 from gdn2gen.errors import InputError
 from gdn2gen.generate import generate_package
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Problem(K=32, V=32, dtype="fp32")

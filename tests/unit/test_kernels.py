@@ -15,7 +15,8 @@ from kernel_cases import BOUNDED, CASES, EXTREMES, KernelCase
 
 from gdn2gen._verify_checks import Result
 from gdn2gen.inputs import REGIMES
-from gdn2gen.stages import PLANS, STAGES
+from gdn2gen.plans import PLANS
+from gdn2gen.stages import STAGES
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.worker import Worker
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from gdn2gen import cli
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
-from gdn2gen.stages import PLANS, STAGES
+from gdn2gen.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

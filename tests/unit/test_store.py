@@ -15,8 +15,8 @@ from gdn2gen import render, store
 from gdn2gen.config import LATER_KNOBS, default_config
 from gdn2gen.device import named_device
 from gdn2gen.errors import StoreError, TunedFileWarning
+from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem, Regime
-from gdn2gen.stages import plan_named
 from gdn2gen.store import (
     Entry,
     TunedFile,

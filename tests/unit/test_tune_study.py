@@ -18,9 +18,9 @@ from gdn2gen.build import Resources
 from gdn2gen.config import default_config
 from gdn2gen.device import has_gpu, named_device
 from gdn2gen.errors import DeviceError, TuneError
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import PLANS
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Finals, Measured, pick
