@@ -67,7 +67,7 @@ def chunk_gdn2(
         cu_seqlens_cpu: its copy on the host, which saves a synchronisation.
         safe_gate: the decay is bounded; needs `lower_bound` where the gate is in the kernel.
         lower_bound: least decay, in [-5, 0).
-        disable_recompute: keep more of the forward for a faster backward (the plan "fast").
+        disable_recompute: keep more of the forward for a faster backward (the level "fast").
         return_intermediate_states: not built yet; UnsupportedError.
         state_v_first: states are [N, HV, V, K].
 

@@ -16,7 +16,7 @@ from typing import Final
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import Config
-from gdn2gen.plans import PLANS, level_of
+from gdn2gen.plans import PLANS, PLANS_OF, level_of
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
@@ -82,6 +82,11 @@ class Finals:
         """
         for shape, plan in turns:
             self._compile(self._likely(shape, plan))
+
+    def is_behind(self, plan: str, shape: Shape) -> bool:
+        """Whether a plan need not be decided: by its stages it is slower than its level's first."""
+        first = PLANS_OF[level_of(plan)][0]
+        return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
         """Winner at one shape, or None if nothing passed the full gate."""
@@ -156,6 +161,10 @@ class Finals:
     def _sum_ms(self, shape: Shape, plan: str, BT: int) -> float:
         ranked = [self._search.trials[BT][stage].ranked(shape) for stage in PLANS[plan].stages]
         return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
+
+    def _least_sum(self, shape: Shape, plan: str) -> float:
+        sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
+        return min(sums, default=float("inf"))
 
     def _best(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
         ranked = {x: self._search.trials[BT][x].ranked(shape) for x in PLANS[plan].stages}

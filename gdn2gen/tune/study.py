@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     import optuna
 
 # Of a group's time, for its finalists: at least a quarter, and at most half, in between what they
-# take: compiling for states in and out, the full gate, three rounds of some. On an H200 12 verdicts
-# took 95 s with the next one's kernels compiled ahead, and 162 s for 14 without.
+# take: compiling for states in and out, the full gate, three rounds of some. On an H200 14 verdicts
+# took 98 s, half of which the GPU waited for kernels that are compiled ahead now.
 _FINALS_PART: Final = (0.25, 0.5)
-_VERDICT_SECONDS: Final = 8.0
+_VERDICT_SECONDS: Final = 6.0
 # Verdicts whose kernels compile while the search ends.
 _AHEAD: Final = 3
 # A group of one packed shape still compiles every kernel once.
@@ -174,11 +174,12 @@ class _Run:
         for number, (shape, plan) in enumerate(turns):
             now = window.clock()
             share = max(0.0, window.end - now) / (len(turns) - number)
-            verdict = finals.verdict(shape, plan, Window(window.clock, now, now + share))
-            if verdict is None:
-                self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)
-            else:
-                found.append(verdict)
+            if not (found and finals.is_behind(plan, shape)):
+                verdict = finals.verdict(shape, plan, Window(window.clock, now, now + share))
+                if verdict is None:
+                    self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)
+                else:
+                    found.append(verdict)
             if found and plan == PLANS_OF[level_of(plan)][-1]:
                 best = better(found)
                 self.report.results.append(result_of(best))

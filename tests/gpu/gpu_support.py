@@ -43,7 +43,7 @@ PROBLEMS: Final[dict[str, Problem]] = {
     "fp32-K32-V64": replace(_STATES, K=32, V=64, dtype="fp32"),
 }
 LEVELS: Final = ("lean", "fast")
-DEFAULTS: Final = ("default lean", "default fast")
+DEFAULTS: Final = ("default lean", "default fast", "default states")
 
 # Relative error against fp64 (norm of the difference over norm of the reference) of any output or
 # gradient. Worst measured on an H200: bf16 8e-3, fp16 8e-4 (3 more bits), fp32 7e-6 (tf32x3).

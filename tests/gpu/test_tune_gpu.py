@@ -13,6 +13,7 @@ from gdn2gen.config import default_config
 from gdn2gen.device import present_device
 from gdn2gen.dispatch import find_recipe
 from gdn2gen.ops import chunk_gdn2
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape, parse_shapes
 from gdn2gen.tune import gate, tune
@@ -67,11 +68,12 @@ def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     assert result.ok, result.reason
 
 
+@pytest.mark.parametrize("plan", ["lean", "states"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_scans_in_tilelang_pass_the_gate(packed):
+def test_scans_in_tilelang_pass_the_gate(packed, plan):
     problem = gate.full_problem(Problem(varlen=packed))
-    candidate = Candidate.default(problem, "lean", BT=64)
-    for stage in ("scan", "rescan", "reverse_scan"):
+    candidate = Candidate.default(problem, plan, BT=64)
+    for stage in [x for x in PLANS[plan].stages if "scan" in x]:
         config = default_config(stage, problem, BT=64).replace(language="tilelang")
         candidate = candidate.with_config(config)
     shapes = gate.gate_shapes(problem)
@@ -81,15 +83,21 @@ def test_scans_in_tilelang_pass_the_gate(packed):
 
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize(
-    "problem",
-    [Problem(), Problem(K=64, state_v_first=True), Problem(V=64, dtype="fp16")],
-    ids=["plain", "K=64", "V=64"],
+    ("problem", "plan"),
+    [
+        (Problem(), "lean"),
+        (Problem(K=64, state_v_first=True), "lean"),
+        (Problem(V=64, dtype="fp16"), "lean"),
+        (Problem(), "states"),
+        (Problem(K=64, V=64), "states"),
+    ],
+    ids=["plain", "K=64", "V=64", "states", "states-64"],
 )
-def test_segments_in_tilelang_pass_the_gate(problem, num_stages):
+def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
     """Two segments, and five with a last one of two chunks, of which one has eight tokens."""
     full = gate.full_problem(problem)
-    candidate = Candidate.default(full, "lean", BT=32)
-    for stage in ("scan", "reverse_scan"):
+    candidate = Candidate.default(full, plan, BT=32)
+    for stage in ("scan" if plan == "lean" else "scan_states", "reverse_scan"):
         config = default_config(stage, full, BT=32).replace(
             language="tilelang", segments="parallel", num_stages=num_stages
         )

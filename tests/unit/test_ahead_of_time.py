@@ -115,7 +115,7 @@ def _cases() -> Iterator[object]:
     [("sm_90", 64, 2, 2 * SPILLED), ("sm_80", 32, 1, SPILLED)],
     ids=["sm_90", "sm_80"],
 )
-@pytest.mark.parametrize("stage", ["scan", "rescan", "reverse_scan"])
+@pytest.mark.parametrize("stage", ["scan", "scan_states", "rescan", "reverse_scan"])
 def test_tilelang_compiles_and_fits(
     stage: str,
     arch: str,
@@ -140,7 +140,7 @@ def test_tilelang_compiles_and_fits(
 
 
 @pytest.mark.parametrize(("arch", "num_stages"), [("sm_90", 2), ("sm_80", 1)])
-@pytest.mark.parametrize("stage", ["scan", "reverse_scan"])
+@pytest.mark.parametrize("stage", ["scan", "scan_states", "reverse_scan"])
 def test_tilelang_in_segments_compiles_and_fits(
     stage: str, arch: str, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

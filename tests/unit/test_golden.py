@@ -108,6 +108,11 @@ def _parallel_tilelang(stage: str) -> str:
     return render(Problem(), stage, config).source
 
 
+def _scan_states_tilelang() -> str:
+    config = default_config("scan_states", Problem()).replace(language="tilelang")
+    return render(Problem(), "scan_states", config).source
+
+
 def _package() -> str:
     return package_source(_STATES, default_recipe(_STATES))
 
@@ -123,6 +128,7 @@ OUTPUTS: Final = {
     "scan_states.py": _scan,
     "scan_parallel_states.py": partial(_parallel, "scan"),
     "reverse_scan_parallel_states.py": partial(_parallel, "reverse_scan"),
+    "scan_keeping_states_tilelang.py": _scan_states_tilelang,
     "scan_parallel_tilelang.py": partial(_parallel_tilelang, "scan"),
     "reverse_scan_parallel_tilelang.py": partial(_parallel_tilelang, "reverse_scan"),
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,

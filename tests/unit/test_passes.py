@@ -48,7 +48,7 @@ _PROBLEM = Problem(
 
 def _configs() -> list[Config]:
     """The default of every stage, and what there is in TileLang."""
-    scans = ("scan", "rescan", "reverse_scan")
+    scans = ("scan", "scan_states", "rescan", "reverse_scan")
     return [
         *(default_config(stage, _PROBLEM) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),

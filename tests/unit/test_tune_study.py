@@ -23,7 +23,7 @@ from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Finals, Measured, pick
+from gdn2gen.tune.finalists import Finals, Measured, Verdict, better, pick
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.ledger import read_ledger
@@ -459,6 +459,46 @@ def test_what_the_next_verdict_may_want_compiles_while_this_one_is_measured(tmp_
     first, second = ({*x.candidate.configs} for x in report.results)
     last = max(n for n, event in enumerate(backend.events) if event == SMALL.name)
     assert second - first and second <= {*backend.events[:last]}
+
+
+@pytest.mark.parametrize(("states_ms", "plan"), [(0.9, "states"), (0.995, "fast"), (1.2, "fast")])
+def test_of_a_levels_plans_the_fastest_wins_or_what_keeps_less(states_ms, plan):
+    fast, states = (Candidate.default(PROBLEM, x) for x in ("fast", "states"))
+    default = _measured(fast, 2.0)
+    verdicts = [
+        Verdict(SMALL, "fast", _measured(fast, 1.0), default, False),
+        Verdict(SMALL, "fast", _measured(states, states_ms), _measured(states, 1.9), False),
+    ]
+    best = better(verdicts)
+    assert best.winner.candidate.plan == plan
+    assert best.default == default
+
+
+def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
+    def speed(config, shape):
+        return 2.0 if config.stage == "rescan" else 1.0
+
+    report = run(FakeBackend(speed=speed), tmp_path, levels=("fast",), minutes=8)
+    (result,) = report.results
+    assert (result.level, result.candidate.plan) == ("fast", "states")
+    (entry,) = store.read_tuned(report.path).entries
+    assert (entry.level, entry.plan) == ("fast", "states")
+
+
+def test_a_plan_that_is_behind_by_its_stages_is_not_decided(tmp_path):
+    class Watching(FakeBackend):
+        plans: ClassVar[set] = set()
+
+        def time_pipeline(self, candidate, shape, *, with_peak):
+            self.plans.add(candidate.plan)
+            return super().time_pipeline(candidate, shape, with_peak=with_peak)
+
+    def speed(config, shape):
+        return 9.0 if config.stage == "scan_states" else 1.0
+
+    backend = Watching(speed=speed)
+    report = run(backend, tmp_path, levels=("fast",), minutes=8)
+    assert backend.plans == {"fast"} == {x.candidate.plan for x in report.results}
 
 
 def test_a_tie_goes_to_the_default():
