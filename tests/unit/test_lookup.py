@@ -22,11 +22,13 @@ from recorded_launches import (
 )
 from torch import Tensor
 
-from gdn2gen import _lookup, call, chunk_gdn2, dispatch, launch, render
+from gdn2gen import _lookup, call, chunk_gdn2, dispatch, launch, passes, render
+from gdn2gen._kernels import NAMES, request_of
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import Recipe, default_recipe, forced_recipe
 from gdn2gen.errors import DispatchError, InputError, UnsupportedError
+from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.store import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
@@ -243,3 +245,21 @@ def test_each_direction_has_the_segments_of_its_own_scan(launched, monkeypatch) 
         for name, (_, operands) in scans.items()
     }
     assert kept == {"scan": [13, 13], "rescan": [13], "reverse_scan": [25, 25]}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> None:
+    problem = Problem(K=32, V=64)
+    recipe = default_recipe(problem, plan)
+    inputs = make(B=2, T=1100)
+    with forced_recipe(recipe):
+        train(**inputs, **FLAGS)
+        runner = launch.Runner(recipe)
+        tensors = tuple(inputs.get(name) for name in NAMES)
+        given = request_of(tensors, (1.0, None, True, False, False, False)).call
+    sizes = given.sizes(problem, runner.BT, runner.saved_segments)
+    made = {name: x for _, _, operands, _ in launched for name, x in operands.items()}
+    said = {x.name: passes.empty(x, problem, sizes, torch.device("cpu")) for x in runner.saved}
+    assert {*recipe.plan.saves} <= {*said}
+    for name, x in said.items():
+        assert (made[name].shape, made[name].dtype) == (x.shape, x.dtype), name
