@@ -27,6 +27,7 @@ ROOMS = (
     ("inputs",),
     ("reference", "_reference_chunk"),
     ("stages",),
+    ("plans",),
     ("anchors",),
     ("config",),
     ("render",),
