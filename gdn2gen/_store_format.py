@@ -10,14 +10,12 @@ from typing import Any, Final, Literal, NoReturn, get_args
 
 from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config, why_invalid
 from gdn2gen.errors import Gdn2genError, StoreError
-from gdn2gen.plans import PLANS, plan_named
+from gdn2gen.plans import LEVELS, PLANS, Level, plan_named
 from gdn2gen.problem import Problem, Regime
 
 TUNED_SCHEMA: Final = 1
 
-Level = Literal["lean", "fast"]
 Provenance = Literal["measured", "transferred", "predicted"]
-LEVELS: Final[tuple[str, ...]] = get_args(Level)
 PROVENANCES: Final[tuple[str, ...]] = get_args(Provenance)
 
 # Longest line of a tuned file, so that a problem and a config stay on one.

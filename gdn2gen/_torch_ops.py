@@ -74,7 +74,7 @@ def forward_fake(
         inner = (v.shape[-1], q.shape[-1]) if state_v_first else (q.shape[-1], v.shape[-1])
         final_state = q.new_empty((call.N, call.HV, *inner), dtype=torch.float32)
     runner = runner_of(request, level)
-    sizes = call.sizes(problem, runner.BT, runner.saved_segments)
+    sizes = call.sizes(problem, runner.BT, runner.recipe.saved_segments)
     return o, final_state, [empty(x, problem, sizes, q.device) for x in runner.saved]
 
 

@@ -137,6 +137,11 @@ class Config(Mapping[str, Knob]):
         return Config.of(self.stage, {**self, **knobs})
 
     @property
+    def max_segments(self) -> int:
+        """Of all heads and sequences together; the usual where the stage has no such knob."""
+        return self.size("max_segments") if "max_segments" in self else MAX_SEGMENTS
+
+    @property
     def of_kernel(self) -> Config:
         """Less what only the host reads, for templates."""
         knobs = tuple(knob for knob in self.knobs if knob[0] not in HOST_KNOBS)
@@ -163,8 +168,8 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         reason = _why_not_parallel(config, problem)
         if reason is not None:
             return reason
-    elif config.get("max_segments", MAX_SEGMENTS) != MAX_SEGMENTS:
-        return f"max_segments={config['max_segments']} is of the parallel scans' segments"
+    elif config.max_segments != MAX_SEGMENTS:
+        return f"max_segments={config.max_segments} is of the parallel scans' segments"
     return _why_not_tilelang(config, problem) if language_of(config) == "tilelang" else None
 
 

@@ -55,6 +55,15 @@ class Recipe:
     regime: Regime | None = field(default=None, compare=False)
     device: Device | None = field(default=None, compare=False)
 
+    def max_segments(self, stage: str) -> int:
+        """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
+        return self.configs["scan" if stage == "rescan" else stage].max_segments
+
+    @property
+    def saved_segments(self) -> int:
+        """`max_segments` of the forward's scan, which what it saves depends on."""
+        return self.max_segments(self.plan.forward[-1])
+
 
 def find_recipe(
     problem: Problem,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render
-from gdn2gen.stages import MAX_SEGMENTS, SEGMENT, STAGES, Operand, Stage, has_operand
+from gdn2gen.stages import SEGMENT, STAGES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
@@ -40,7 +40,7 @@ class Step:
     freed: tuple[str, ...]
     """Buffers that nothing reads after this stage."""
     max_segments: int | None
-    """For scans that choose their own: rescan starts from the states that scan kept."""
+    """For what runs segments; None for the others."""
 
 
 def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> list[Path]:
@@ -73,9 +73,9 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
     inputs = _inputs(problem)
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     kept = _kept(problem, plan.forward, plan.backward)
-    forward = _steps(problem, recipe.configs, plan.forward, kept | {"o", "final_state"})
+    forward = _steps(problem, recipe, plan.forward, kept | {"o", "final_state"})
     gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name not in _TABLES}
-    backward = _steps(problem, recipe.configs, plan.backward, {*gradients.values()})
+    backward = _steps(problem, recipe, plan.backward, {*gradients.values()})
     made = [name for step in forward for name, _ in step.buffers]
     text = environment().get_template(TEMPLATE).render(
         problem=problem,
@@ -93,7 +93,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         lower_bound=_least_bound(problem, recipe),
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
-        max_segments=_max_segments(recipe.configs[plan.forward[-1]]),
+        max_segments=recipe.saved_segments,
     )
     return text.rstrip() + "\n"
 
@@ -127,12 +127,13 @@ def _kept(problem: Problem, forward: Iterable[str], backward: Iterable[str]) -> 
 
 
 def _steps(
-    problem: Problem, configs: Mapping[str, Config], names: tuple[str, ...], kept: set[str]
+    problem: Problem, recipe: Recipe, names: tuple[str, ...], kept: set[str]
 ) -> list[Step]:
     steps = []
     alive: dict[str, None] = {}
     for position, name in enumerate(names):
         stage = STAGES[name]
+        config = recipe.configs[name]
         outputs = [x for x in stage.outputs if has_operand(x, problem)]
         alive |= dict.fromkeys(x.name for x in outputs)
         later = {x.name for other in names[position + 1 :] for x in STAGES[other].inputs}
@@ -143,18 +144,14 @@ def _steps(
         steps.append(
             Step(
                 stage=name,
-                buffers=tuple((x.name, _allocation(x, problem, configs[name])) for x in outputs),
+                buffers=tuple((x.name, _allocation(x, problem, config)) for x in outputs),
                 arguments=_arguments(stage, problem),
                 per_chunk=stage.count == "n_chunks",
                 freed=tuple(freed),
-                max_segments=_max_segments(configs[name]) if name == "reverse_scan" else None,
+                max_segments=recipe.max_segments(name) if "NS" in stage.scalars else None,
             )
         )
     return steps
-
-
-def _max_segments(config: Config) -> int:
-    return config.size("max_segments") if "max_segments" in config else MAX_SEGMENTS
 
 
 def _allocation(operand: Operand, problem: Problem, config: Config) -> str:

@@ -20,7 +20,7 @@ from gdn2gen.passes import Buffer, Pass, Step, in_place_of
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
 from gdn2gen.sequences import chunk_tables
-from gdn2gen.stages import MAX_SEGMENTS, STAGES, Operand, has_operand
+from gdn2gen.stages import STAGES, Operand, has_operand
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
@@ -52,16 +52,6 @@ class Runner:
     @cached_property
     def BT(self) -> int:
         return self.recipe.configs[self.recipe.plan.forward[0]].size("BT")
-
-    def max_segments(self, stage_name: str) -> int:
-        """Of all heads and sequences together; rescan starts from the states that scan kept."""
-        scan = self.recipe.configs["scan" if stage_name == "rescan" else stage_name]
-        return scan.size("max_segments") if "max_segments" in scan else MAX_SEGMENTS
-
-    @property
-    def saved_segments(self) -> int:
-        """`max_segments` of the forward's scan, which what it saves depends on."""
-        return self.max_segments(self.recipe.plan.forward[-1])
 
     @cached_property
     def without_final_state(self) -> Problem:
@@ -157,7 +147,7 @@ class Runner:
                     count=stage.count,
                     buffers=tuple(self._buffer(x, problem, config, in_place) for x in outputs),
                     freed=tuple(freed),
-                    max_segments=self.max_segments(name),
+                    max_segments=self.recipe.max_segments(name),
                 )
             )
         return tuple(steps)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, get_args
 
 from gdn2gen.errors import DispatchError
+
+Level = Literal["lean", "fast"]
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,14 @@ PLANS: Final = {
 PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {"lean": ("lean",), "fast": ("fast", "states")}
 
 
-def level_of(plan_name: str) -> str:
+def level_of(plan_name: str) -> Level:
     """The level that a plan serves."""
-    return next(level for level, plans in PLANS_OF.items() if plan_name in plans)
+    return next(level for level in LEVELS if plan_name in PLANS_OF[level])
+
+
+def is_optional(plan_name: str) -> bool:
+    """Whether another plan serves the same level without tuning."""
+    return PLANS_OF[level_of(plan_name)][0] != plan_name
 
 
 def plan_named(name: str) -> Plan:

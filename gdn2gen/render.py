@@ -93,6 +93,8 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "stage": stage,
         "config": config,
         "operands": [x.name for x in stage.operands(problem)],
+        # of a forward scan, beside the state: "o", "h" (with R), or both
+        "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
         "digest": template_digest(config),
         "regenerate": _regenerate_command(problem, stage, config),
     }

@@ -15,11 +15,9 @@ from typing import Any
 
 from gdn2gen import render
 from gdn2gen._store_format import (
-    LEVELS,
     PROVENANCES,
     TUNED_SCHEMA,
     Entry,
-    Level,
     Provenance,
     TunedFile,
     Unread,
@@ -32,7 +30,7 @@ from gdn2gen._store_format import (
 from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
-from gdn2gen.plans import plan_named
+from gdn2gen.plans import LEVELS, Level, plan_named
 
 __all__ = [
     "LEVELS",

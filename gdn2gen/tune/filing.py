@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 from gdn2gen import store
+from gdn2gen.plans import level_of
+from gdn2gen.shapes import Shape
+from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Measured, Verdict
 from gdn2gen.tune.report import ShapeResult
 
@@ -26,17 +30,35 @@ def result_of(verdict: Verdict) -> ShapeResult:
 
 
 def entry_of(verdict: Verdict) -> store.Entry:
-    candidate = verdict.winner.candidate
+    errors = verdict.winner.errors
+    return entry_for(
+        verdict.winner.candidate,
+        verdict.shape,
+        measured=_measured(verdict.winner, verdict.default),
+        gate={name: float(f"{error:.3g}") for name, error in errors.items()},
+        provenance="measured",
+    )
+
+
+def entry_for(
+    candidate: Candidate,
+    shape: Shape,
+    *,
+    measured: Mapping[str, Any],
+    gate: Mapping[str, Any],
+    provenance: store.Provenance,
+) -> store.Entry:
+    """A candidate as the entry of its plan's level at a shape."""
     return store.Entry(
         problem_key=candidate.problem.key,
-        regime_key=verdict.shape.regime.key,
-        level=cast(store.Level, verdict.level),
+        regime_key=shape.regime.key,
+        level=level_of(candidate.plan),
         plan=candidate.plan,
         configs=candidate.by_stage,
         templates=candidate.templates,
-        measured=_measured(verdict.winner, verdict.default),
-        gate={name: float(f"{error:.3g}") for name, error in verdict.winner.errors.items()},
-        provenance="measured",
+        measured=measured,
+        gate=gate,
+        provenance=provenance,
     )
 
 

@@ -70,7 +70,7 @@ class Finals:
         self._gates: dict[Candidate, GateResult] = {}
         self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
         self._won: dict[Shape, Candidate] = {}
-        """The first plan's winner at each shape: its stages have proved themselves there."""
+        """Who won at each shape for the plan that was first: its stages have proved themselves."""
         self._seconds: list[float] = []
         """What each verdict so far took for each of its finalists."""
 
@@ -83,7 +83,7 @@ class Finals:
         for shape, plan in turns:
             self._compile(self._likely(shape, plan))
 
-    def is_behind(self, plan: str, shape: Shape) -> bool:
+    def is_behind(self, shape: Shape, plan: str) -> bool:
         """Whether a plan need not be decided: by its stages it is slower than its level's first."""
         first = PLANS_OF[level_of(plan)][0]
         return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
@@ -126,11 +126,12 @@ class Finals:
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best: list[Candidate] = []
         for BT in sizes[: most - 1]:
-            far = best and self._sum_ms(shape, plan, best[0].BT) * _FAR
-            if far and self._sum_ms(shape, plan, BT) > far:
+            sum_ms = self._sum_ms(shape, plan, BT)
+            if best and sum_ms > _FAR * self._sum_ms(shape, plan, best[0].BT):
                 break
             found = self._best_passing(shape, plan, BT)
-            best += [found] if found is not None else []
+            if found is not None:
+                best.append(found)
         stored = [x for x in self._stored if x.plan == plan]
         chosen = [self._default(plan), *self._carried(shape, plan), *best[:1], *stored, *best[1:]]
         if sizes:
@@ -140,7 +141,7 @@ class Finals:
         return [x for x in unique if self._passes(x)]
 
     def _carried(self, shape: Shape, plan: str) -> list[Candidate]:
-        """What won for the other plan, completed by this plan's best.
+        """What won for the plan that was first, completed by this plan's best.
 
         Where the time is enough for one finalist beside the default, a winner from what was on file
         was lost to a search of few trials: varlen8k took 3.55 ms with 784 bytes a token saved, and
@@ -159,15 +160,20 @@ class Finals:
         return Candidate.default(self._search.problem, plan)
 
     def _sum_ms(self, shape: Shape, plan: str, BT: int) -> float:
-        ranked = [self._search.trials[BT][stage].ranked(shape) for stage in PLANS[plan].stages]
+        ranked = [self._ranked(stage, shape, BT) for stage in PLANS[plan].stages]
         return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
+
+    def _ranked(self, stage: str, shape: Shape, BT: int) -> list[tuple[Config, float]]:
+        """Fastest first; nothing of a plan whose default failed at this chunk size."""
+        trials = self._search.trials[BT].get(stage)
+        return [] if trials is None else trials.ranked(shape)
 
     def _least_sum(self, shape: Shape, plan: str) -> float:
         sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
         return min(sums, default=float("inf"))
 
     def _best(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
-        ranked = {x: self._search.trials[BT][x].ranked(shape) for x in PLANS[plan].stages}
+        ranked = {stage: self._ranked(stage, shape, BT) for stage in PLANS[plan].stages}
         if not all(ranked.values()):
             return None
         configs = {stage: found[0][0] for stage, found in ranked.items()}
@@ -202,7 +208,7 @@ class Finals:
             return []
         found = []
         for stage in PLANS[plan].stages:
-            ranked = self._search.trials[BT][stage].ranked(shape)
+            ranked = self._ranked(stage, shape, BT)
             if len(ranked) > 1 and ranked[1][1] < ranked[0][1] * (1 + _CLOSE):
                 found.append((ranked[0][1], best.with_config(ranked[1][0])))
         return [x for _, x in sorted(found, key=lambda pair: -pair[0])]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 from gdn2gen import store
 from gdn2gen.build import Resources
@@ -26,6 +26,7 @@ from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.backend import COMPILE_SECONDS
 from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.filing import entry_for
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.predict import predicted_bytes
@@ -266,14 +267,9 @@ def _predicted(candidate: Candidate, shape: Shape, level: str, cost: float) -> S
 
 
 def _entry(result: ShapeResult) -> store.Entry:
-    candidate = result.candidate
-    return store.Entry(
-        problem_key=candidate.problem.key,
-        regime_key=result.shape.regime.key,
-        level=cast(store.Level, result.level),
-        plan=candidate.plan,
-        configs=candidate.by_stage,
-        templates=candidate.templates,
+    return entry_for(
+        result.candidate,
+        result.shape,
         measured={"predicted_bytes": round(result.predicted_bytes or 0.0)},
         gate={"checked": "interpreter, fp32"},
         provenance="predicted",

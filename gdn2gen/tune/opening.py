@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Final
@@ -10,7 +11,7 @@ from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import default_config
 from gdn2gen.errors import TuneError
-from gdn2gen.plans import PLANS
+from gdn2gen.plans import PLANS, is_optional
 from gdn2gen.render import stage_digest
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome, space
@@ -42,7 +43,7 @@ class Opening:
         """What further chunk sizes wait for."""
         return [x for by_stage in self._waiting.values() for x in by_stage.values() if not x.done()]
 
-    def first(self, window: Window) -> None:
+    def first(self) -> None:
         """Open the default's chunk size, or if that fails the next; TuneError if none passes."""
         search = self._search
         preferred = default_config(search.stages[0], search.problem).size("BT")
@@ -90,26 +91,23 @@ class Opening:
         }
 
     def _measure(self, BT: int, compiles: Compiles) -> str | None:
-        """Measure the default of one chunk size; why it cannot serve, or None if it can."""
-        search = self._search
-        for stage, future in compiles.items():
-            compiled = future.result()
-            if not compiled.ok:
-                if compiled.status not in (outcome.ERROR, outcome.CANCELLED):
-                    default = default_config(stage, search.problem, BT=BT)
-                    search.file(default, compiled.reason)
-                return f"the default {stage} does not compile: {compiled.reason}"
+        """Measure the default of one chunk size; why it cannot serve, or None if it can.
+
+        A plan beside its level's first is left out where its default fails.
+        """
+        search, plans = self._search, []
         for plan in search.plans:
-            base = search.base(plan, BT)
-            checked = search.context.backend.gate(base, full=False)
-            if not (checked.ok and checked.get().ok):
-                reason = checked.get().reason if checked.ok else checked.reason
-                if checked.status not in (outcome.ERROR, outcome.CANCELLED):
-                    search.file_pipeline(base, reason)
-                return f"the default of plan {plan} fails the gate: {reason}"
-        times: dict[str, dict[str, float]] = {stage: {} for stage in search.stages}
+            reason = self._why_fails(plan, BT, compiles)
+            if reason is None:
+                plans.append(plan)
+            elif is_optional(plan):
+                search.skipped[f"plan {plan}, BT={BT}"] = reason
+            else:
+                return reason
+        stages = dict.fromkeys(x for plan in plans for x in PLANS[plan].stages)
+        times: dict[str, dict[str, float]] = {stage: {} for stage in stages}
         for shape in list(search.shapes):
-            failed = self._time(BT, shape, times)
+            failed = self._time(plans, BT, shape, times)
             if failed is None:
                 continue
             if search.trials or failed.status != outcome.OUT_OF_MEMORY:
@@ -122,12 +120,31 @@ class Opening:
         self._open(BT, times)
         return None
 
+    def _why_fails(self, plan: str, BT: int, compiles: Compiles) -> str | None:
+        """Why a plan's default does not compile or pass the gate, filed in the ledger; or None."""
+        search = self._search
+        for stage in PLANS[plan].stages:
+            compiled = compiles[stage].result()
+            if not compiled.ok:
+                if compiled.status not in (outcome.ERROR, outcome.CANCELLED):
+                    default = default_config(stage, search.problem, BT=BT)
+                    search.file(default, compiled.reason)
+                return f"the default {stage} does not compile: {compiled.reason}"
+        base = search.base(plan, BT)
+        checked = search.context.backend.gate(base, full=False)
+        if checked.ok and checked.get().ok:
+            return None
+        reason = checked.get().reason if checked.ok else checked.reason
+        if checked.status not in (outcome.ERROR, outcome.CANCELLED):
+            search.file_pipeline(base, reason)
+        return f"the default of plan {plan} fails the gate: {reason}"
+
     def _time(
-        self, BT: int, shape: Shape, times: dict[str, dict[str, float]]
+        self, plans: Sequence[str], BT: int, shape: Shape, times: dict[str, dict[str, float]]
     ) -> Outcome[dict[str, Timing]] | None:
         """Add the default's times at one shape to `times`; what went wrong, or None."""
         search = self._search
-        for plan in search.plans:
+        for plan in plans:
             wanted = tuple(x for x in PLANS[plan].stages if shape.name not in times[x])
             if not wanted:
                 continue
@@ -140,7 +157,7 @@ class Opening:
 
     def _open(self, BT: int, times: dict[str, dict[str, float]]) -> None:
         search = self._search
-        opened = search.trials[BT] = {stage: self._trials(stage, BT) for stage in search.stages}
+        opened = search.trials[BT] = {stage: self._trials(stage, BT) for stage in times}
         for stage, found in times.items():
             kept = {shape.name: found[shape.name] for shape in search.shapes}
             search.default_ms[BT, stage] = geometric_mean(list(kept.values()))

@@ -11,7 +11,7 @@ from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import MAX_SEGMENTS, STAGES
+from gdn2gen.stages import STAGES
 
 _REGISTERS: Final = 65536
 _THREADS_PER_WARP: Final = 32
@@ -57,8 +57,7 @@ def predicted_bytes(
     if blocks <= 0:
         return float("inf")
     BT, slots = config.size("BT"), blocks * device.sms
-    max_segments = config.size("max_segments") if "max_segments" in config else MAX_SEGMENTS
-    sizes = symbol_sizes(problem, shape, BT, max_segments)
+    sizes = symbol_sizes(problem, shape, BT, config.max_segments)
     if STAGES[config.stage].template in ("scan", "reverse_scan"):
         return _bytes_of_scan(problem, config, sizes, shape, resources, slots)
     programs = sizes["NT"] * shape.H

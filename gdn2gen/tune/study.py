@@ -144,7 +144,7 @@ class _Run:
         deciding = min(most, max(least, verdicts * _VERDICT_SECONDS))
         searching = Window(window.clock, window.start, window.end - deciding)
         with self.context.backend.phase("defaults"):
-            self.search.measure_defaults(searching)
+            self.search.measure_defaults()
         stored = list(self._stored())
         self.search.seed([x for candidate in stored for x in candidate.configs])
         self.search.seed(handed)
@@ -174,7 +174,7 @@ class _Run:
         for number, (shape, plan) in enumerate(turns):
             now = window.clock()
             share = max(0.0, window.end - now) / (len(turns) - number)
-            if not (found and finals.is_behind(plan, shape)):
+            if not (found and finals.is_behind(shape, plan)):
                 verdict = finals.verdict(shape, plan, Window(window.clock, now, now + share))
                 if verdict is None:
                     self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)

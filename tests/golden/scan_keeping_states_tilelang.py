@@ -1,4 +1,4 @@
-"""Scan the chunks of a sequence in order.
+"""Scan the chunks of a sequence in order, keeping what the backward needs.
 
 One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
 that it is the left operand of every product and never leaves the registers. What each chunk starts
@@ -21,7 +21,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 4984749e51d134c0; made by
+Template digest ece3ef27130f0acb; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan_states --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -115,10 +115,10 @@ def program():
 
                 tile.copy(b_S, b_Sd)
                 tile.wgmma_gemm(b_Sd, s_Y, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_Sd, s_Qg, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.tma_store_wait(2)
                 tile.copy(b_Sd, s_h)
                 tile.tma_copy(s_h, h[i_c, i_h, i_v * BV : (i_v + 1) * BV, :])
-                tile.wgmma_gemm(b_Sd, s_Qg, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
                 # meanwhile; rows past the end of the sequence are another one's
                 for i, j in tile.Parallel(BT, BV):
                     s_Z[i, j] = tile.if_then_else(

@@ -257,7 +257,7 @@ def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> Non
         runner = launch.Runner(recipe)
         tensors = tuple(inputs.get(name) for name in NAMES)
         given = request_of(tensors, (1.0, None, True, False, False, False)).call
-    sizes = given.sizes(problem, runner.BT, runner.saved_segments)
+    sizes = given.sizes(problem, runner.BT, recipe.saved_segments)
     made = {name: x for _, _, operands, _ in launched for name, x in operands.items()}
     said = {x.name: passes.empty(x, problem, sizes, torch.device("cpu")) for x in runner.saved}
     assert {*recipe.plan.saves} <= {*said}

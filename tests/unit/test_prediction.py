@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
+from script_module import load_script
 
 from gdn2gen.config import default_config
 from gdn2gen.problem import Problem
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prediction.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("prediction", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prediction")
 
 
 @pytest.mark.parametrize(

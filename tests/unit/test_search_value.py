@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from script_module import load_script
 
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
@@ -22,16 +22,10 @@ from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.outcome import Outcome
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "search_value.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("search_value", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("search_value")
 
 
 def _rows(script: Any) -> list[dict[str, Any]]:

@@ -485,6 +485,17 @@ def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
     assert (entry.level, entry.plan) == ("fast", "states")
 
 
+def test_a_plan_beside_its_levels_first_is_left_out_where_its_default_fails(tmp_path):
+    def verdict(config):
+        return {"scan_states": "no build"}.get(config.stage)
+
+    report = run(FakeBackend(verdict), tmp_path, levels=("lean", "fast"), minutes=6)
+    assert [x.candidate.plan for x in report.results] == ["lean", "fast"]
+    assert "ptxas died" in report.skipped["plan states, BT=32"]
+    (words,) = report.left_to_try
+    assert "scan_states" not in words
+
+
 def test_a_plan_that_is_behind_by_its_stages_is_not_decided(tmp_path):
     class Watching(FakeBackend):
         plans: ClassVar[set] = set()
