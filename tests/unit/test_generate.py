@@ -4,6 +4,7 @@ only themselves."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from gdn2gen._bench_accuracy import (
 from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
 from gdn2gen.errors import InputError
-from gdn2gen.generate import generate_package
+from gdn2gen.generate import generate_package, package_source
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.render import render
@@ -112,6 +113,7 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         "plain": (PLAIN, "lean", Shape("two", 2, 40, 1)),
         "full": (FULL, "fast", packed),
         "full_lean": (FULL, "lean", packed),
+        "full_states": (FULL, "states", packed),
         "bounded": (BOUNDED, "fast", Shape("one", 1, 33, 1)),
         "empty": (replace(PLAIN, initial_state=True, final_state=True), "lean", Shape("", 2, 0, 1)),
     }
@@ -133,7 +135,24 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         assert {*answers[name]} == {*exact}
         errors = relative_errors(answers[name], exact)
         assert max(errors.values()) < 2e-5, (name, errors)
-    torch.testing.assert_close(answers["full"], answers["full_lean"], rtol=1e-5, atol=1e-6)
+    for name in ("full_lean", "full_states"):
+        torch.testing.assert_close(answers["full"], answers[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", ["scan", "scan_states"])
+def test_each_direction_has_its_own_segments(scan: str) -> None:
+    recipe = default_recipe(PLAIN, "lean" if scan == "scan" else "states")
+
+    def counts(**max_segments: int) -> list[str]:
+        chosen = {
+            stage: recipe.configs[stage].replace(segments="parallel", BV=16, max_segments=x)
+            for stage, x in max_segments.items()
+        }
+        source = package_source(PLAIN, replace(recipe, configs={**recipe.configs, **chosen}))
+        return re.findall(r"_segments\(T, N \* HV, (\d+)\)", source)
+
+    assert counts(**{scan: 112, "reverse_scan": 64}) == ["112", "112", "64"]
+    assert counts(**{scan: 112, "reverse_scan": 112}) == ["112", "112"]
 
 
 def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
