@@ -97,7 +97,9 @@ def _replace_atomically(path: Path, text: str) -> None:
 
 
 def _row_document(row: Row) -> dict[str, Any]:
-    stages = [asdict(stage) | {"gbps": round(stage.gbps, 1)} for stage in row.stages]
+    stages = [
+        asdict(x) | {"gbps": round(x.gbps, 1), "tflops": round(x.tflops, 1)} for x in row.stages
+    ]
     return {
         "shape": asdict(row.shape),
         "problem": row.problem.document,
@@ -176,10 +178,18 @@ def _stages_table(row: Row) -> RenderableType:
     from rich.table import Table
 
     table = Table(title=f"{row.shape.name}, stage by stage")
-    for column in ("stage", "ms", "MiB to move", "GB/s"):
+    rates = ("MiB to move", "GB/s", "of a copy", "GFLOP", "TFLOP/s", "of a product")
+    for column in ("stage", "ms", *rates):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in row.stages:
-        mib = stage.nbytes / 2**20
-        cells = (f"{stage.timing.median:.3f}", f"{mib:.0f}", f"{stage.gbps:.0f}")
-        table.add_row(stage.stage, *cells)
+        table.add_row(
+            stage.stage,
+            f"{stage.timing.median:.3f}",
+            f"{stage.nbytes / 2**20:.0f}",
+            f"{stage.gbps:.0f}",
+            f"{stage.gbps / stage.copy_gbps:.0%}",
+            f"{stage.flops / 1e9:.1f}",
+            f"{stage.tflops:.0f}",
+            f"{stage.tflops / stage.product_tflops:.0%}",
+        )
     return table

@@ -26,6 +26,7 @@ from gdn2gen._bench_time import (
     copy_gbps,
     floor_ms,
     peak_mib,
+    product_tflops,
     symbol_sizes,
     time_ms,
 )
@@ -62,15 +63,26 @@ class Side:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage on its real operands: its time, the least bytes to move, and the rate reached."""
+    """One stage on its real operands: its time, least bytes to move and operations to do.
+
+    `copy_gbps` and `product_tflops` are what a plain copy and a large product of the problem's
+    dtype reach on the same GPU: no stage can be faster than the slower of both.
+    """
 
     stage: str
     timing: Timing
     nbytes: int
+    flops: int
+    copy_gbps: float
+    product_tflops: float
 
     @property
     def gbps(self) -> float:
         return self.nbytes / self.timing.median / 1e6
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.timing.median / 1e9
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ def bench_shapes(
     GPU, and UnsupportedError when FLA is asked for and not installed.
     """
     gbps = copy_gbps()
-    fla = fla_op() if vs_fla else None
+    fla = fla_op(level) if vs_fla else None
     errors: dict[tuple[Problem, bool], dict[str, Errors]] = {}
     rows = []
     for shape in shapes:
@@ -188,8 +200,10 @@ def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[St
     rows = []
     for name, call in stage_calls(recipe, shape, inputs, do):
         BT = recipe.configs[name].size("BT")
-        nbytes = STAGES[name].nbytes(problem, symbol_sizes(problem, shape, BT))
-        rows.append(StageRow(name, time_ms(call), nbytes))
+        stage, sizes = STAGES[name], symbol_sizes(problem, shape, BT)
+        ceilings = copy_gbps(), product_tflops(problem.dtype)
+        work = stage.nbytes(problem, sizes), stage.flops(sizes)
+        rows.append(StageRow(name, time_ms(call), *work, *ceilings))
     return rows
 
 
@@ -232,8 +246,11 @@ def our_op(level: str) -> OpFunction:
     return partial(ops.chunk_gdn2, disable_recompute=level == "fast")
 
 
-def fla_op() -> OpFunction:
-    """flash-linear-attention's op; UnsupportedError where it is not installed."""
+def fla_op(level: str) -> OpFunction:
+    """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
+
+    Raises UnsupportedError then.
+    """
     try:
         from fla.ops.gdn2 import chunk_gdn2
     except ImportError as error:
@@ -245,7 +262,8 @@ def fla_op() -> OpFunction:
     def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
         # FLA takes a lower bound only together with its safe gate.
         safe = arguments.get("lower_bound") is not None
-        o, state = chunk_gdn2(**arguments, safe_gate=safe)
+        fast = level == "fast"
+        o, state = chunk_gdn2(**arguments, safe_gate=safe, disable_recompute=fast)
         return o, state
 
     return call

@@ -105,6 +105,26 @@ def copy_gbps() -> float:
     return 2 * source.numel() / timing.median / 1e6
 
 
+@cache
+def product_tflops(dtype: str) -> float:
+    """Rate that a large matrix product reaches on the present GPU, in TFLOP/s; fp32 as tf32.
+
+    8192 rows and columns of random bits, since zeros draw less power and run faster. Measured once
+    per process and dtype; the ceiling of a stage's products. dtype: bf16, fp16 or fp32.
+    """
+    _require_gpu("measuring the rate of matrix products")
+    size = 8192
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    left, right = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        timing = time_ms(lambda: left @ right)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return 2 * size**3 / timing.median / 1e9
+
+
 def floor_bytes(problem: Problem, backward: bool) -> int:
     """Bytes per token and value head that no implementation can avoid moving.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._cli_options import add_lower_bound, add_shapes, bound_option, parse_head_dim
 from gdn2gen.errors import DeviceError, InputError
+from gdn2gen.plans import LEVELS
 from gdn2gen.problem import DTYPES, GATES
 from gdn2gen.shapes import SHAPES, parse_shapes
 
@@ -136,7 +137,17 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vs", choices=("fla",), help="measure flash-linear-attention in the same run"
     )
-    parser.add_argument("--stages", action="store_true", help="also time stage by stage")
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        default="lean",
+        help="lean, or fast as with disable_recompute=True, FLA likewise (%(default)s)",
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="also time stage by stage, beside the rates of a copy and of a large product",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     parser.add_argument(
         "--save",
@@ -180,9 +191,10 @@ def bench(args: argparse.Namespace) -> int:
             l2norm=args.l2norm,
             bound=bound_option(args.gate, args.lower_bound),
             stages=args.stages,
+            level=args.level,
             on_row=show,
         )
-    console.print(f"{device.name}, K={K} V={V} {args.dtype}")
+    console.print(f"{device.name}, K={K} V={V} {args.dtype}, level {args.level}")
     console.print(rows_table(rows))
     if args.json is not None:
         _write_json(args.json, rows_document(rows))

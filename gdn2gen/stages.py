@@ -84,6 +84,9 @@ class Stage:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     scalars: tuple[str, ...]
+    products: tuple[str, ...] = ()
+    """Matrix products of a chunk and head, each as rows, columns and what is summed over; one per
+    pair of tokens where an anchored frame reaches, and the inverse as one of BT."""
 
     @property
     def count(self) -> str:
@@ -97,6 +100,11 @@ class Stage:
     def nbytes(self, problem: Problem, sizes: dict[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""
         return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
+
+    def flops(self, sizes: Mapping[str, int]) -> int:
+        """Operations of its products, two for each multiplication; scans count as serial ones."""
+        chunk = sum(prod(sizes[symbol] for symbol in one.split()) for one in self.products)
+        return 2 * chunk * sizes["NT"] * sizes["HV"]
 
 
 _VARLEN = (Operand("chunk_table", "NT 2", "int32", "varlen"),)
@@ -150,6 +158,10 @@ _DOTS = (
 )
 _INITIAL = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
 _CHUNKED = ("scale", "lower_bound", "T", "H", "HV", "HG")
+_MAKE_Y = "BT K BT"
+# R = A w v + Y S, then the state from R; o from the state and from R
+_CARRY = ("BT V BT", "BT V K", "K V BT")
+_MAKE_O = ("BT V K", "BT V BT")
 
 STAGES: Final = {
     stage.name: stage
@@ -160,6 +172,7 @@ STAGES: Final = {
             (*_QKGB, *_GATE, *_VARLEN),
             (*_RSTD, *_SCORES, *_FACTORS, _GAMMA_B),
             _CHUNKED,
+            ("BT BT K", "BT BT K", "BT BT BT", _MAKE_Y),  # T, Aqk, inverse, Y
         ),
         Stage(
             "reprepare",
@@ -167,6 +180,7 @@ STAGES: Final = {
             (*_QKGB, *_GATE, *_VARLEN, *_RSTD, _SCORES[0]),
             (_G, *_FACTORS),
             _CHUNKED,
+            (_MAKE_Y,),
         ),
         Stage("sum_decay", "reprepare", (_QKGB[2], *_GATE, *_VARLEN), (_G,), _CHUNKED),
         Stage(
@@ -180,6 +194,7 @@ STAGES: Final = {
                 Operand("final_state", "N HV K V", "fp32", "final_state"),
             ),
             ("T", "HV", "NS", "segment"),
+            (*_CARRY, *_MAKE_O),
         ),
         Stage(
             "scan_states",
@@ -194,6 +209,7 @@ STAGES: Final = {
                 Operand("final_state", "N HV K V", "fp32", "final_state"),
             ),
             ("T", "HV", "NS", "segment"),
+            (*_CARRY, *_MAKE_O),
         ),
         Stage(
             "rescan",
@@ -201,6 +217,7 @@ STAGES: Final = {
             (*_VW, *_FACTORS[1:], _SCORES[0], _S_SEG, *_SEQUENCES),
             (_H, _R),
             ("T", "HV", "NS", "segment"),
+            _CARRY,
         ),
         Stage(
             "reverse_scan",
@@ -221,6 +238,8 @@ STAGES: Final = {
                 Operand("dh0", "N HV K V", "fp32", "initial_state"),
             ),
             ("T", "HV", "NS", "segment"),
+            # dR from dO and from dS; dS from dO and from dR; dX
+            ("BT V BT", "BT V K", "K V BT", "K V BT", "BT V BT"),
         ),
         Stage(
             "grad_value",
@@ -241,6 +260,7 @@ STAGES: Final = {
                 *_DOTS,
             ),
             ("T", "HV"),
+            ("BT BT V", "BT BT V"),  # dT, dAqk
         ),
         Stage(
             "grad_key",
@@ -269,6 +289,8 @@ STAGES: Final = {
                 Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
             ),
             _CHUNKED,
+            # of the state for q, e and k; of pairs for q, e, and twice for k
+            (*("BT K V",) * 3, *("BT K BT",) * 4),
         ),
     )
 }

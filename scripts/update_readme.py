@@ -60,7 +60,8 @@ def section(document: dict[str, Any]) -> str:
 def run_of(row: Row) -> str:
     """Rows of one run and problem share a block; packing is named by the shape."""
     problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
-    return json.dumps([row["date"], row["command"], row["versions"], problem], sort_keys=True)
+    run = [row["date"], row["command"], row["versions"], row["level"], problem]
+    return json.dumps(run, sort_keys=True)
 
 
 def _place(shape: dict[str, Any]) -> tuple[int, str]:
@@ -71,7 +72,8 @@ def _place(shape: dict[str, Any]) -> tuple[int, str]:
 def block(rows: list[Row]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     return [
-        f"{problem_words(rows[0]['problem'])}. {rows[0]['date'][:10]}, {versions}; "
+        f"{problem_words(rows[0]['problem'])}, level {rows[0]['level']}. "
+        f"{rows[0]['date'][:10]}, {versions}; "
         f"`{rows[0]['command']}`",
         "",
         *times(rows),

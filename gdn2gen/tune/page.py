@@ -174,7 +174,7 @@ def lines(entries: Iterable[Entry], device: Device, results: dict[str, Any] | No
                 entry.measured.get("default_forward_backward_ms"),
                 ms,
                 entry.measured.get("forward_ms"),
-                _fla_ms(results, problem.key, shape.name),
+                _fla_ms(results, problem.key, shape.name, entry.level),
                 floor,
                 store.is_stale(entry),
             )
@@ -188,12 +188,16 @@ def lines(entries: Iterable[Entry], device: Device, results: dict[str, Any] | No
     return sorted(found, key=place)
 
 
-def _fla_ms(results: dict[str, Any] | None, key: dict[str, Any], shape: str) -> float | None:
+def _fla_ms(
+    results: dict[str, Any] | None, key: dict[str, Any], shape: str, level: str
+) -> float | None:
+    """FLA's time at this shape, where possible when told to recompute as `level` does."""
+    found = {}
     for row in (results or {}).get("rows", []):
         problem = {name: row["problem"].get(name) for name in key}
         if row["shape"]["name"] == shape and problem == key and row.get("fla"):
-            return float(row["fla"]["forward_backward"]["median"])
-    return None
+            found[row["level"]] = float(row["fla"]["forward_backward"]["median"])
+    return found.get(level, next(iter(found.values()), None))
 
 
 def refused(found: Iterable[StageSearch], ledger: Iterable[Refusal]) -> Counter[tuple[str, str]]:

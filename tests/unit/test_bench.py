@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,7 +77,22 @@ def test_fla_that_is_not_installed_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fla.ops.gdn2", None)
     with pytest.raises(UnsupportedError, match="flash-linear-attention"):
-        fla_op()
+        fla_op("lean")
+
+
+@pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])
+def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
+    from gdn2gen._bench_rows import fla_op
+
+    asked = {}
+
+    def chunk_gdn2(**arguments):
+        asked.update(arguments)
+        return torch.zeros(1), None
+
+    monkeypatch.setitem(sys.modules, "fla.ops.gdn2", SimpleNamespace(chunk_gdn2=chunk_gdn2))
+    fla_op(level)(lower_bound=-2.0)
+    assert asked == {"lower_bound": -2.0, "safe_gate": True, "disable_recompute": keeps}
 
 
 def side(ms: float) -> Side:
@@ -86,7 +102,8 @@ def side(ms: float) -> Side:
 
 
 def row(name: str, ms: float = 0.7, fla: bool = True) -> Row:
-    stages = [StageRow("scan", Timing(0.1, 0.1, 0.1, 10), 400_000_000)]
+    timing = Timing(0.1, 0.1, 0.1, 10)
+    stages = [StageRow("scan", timing, 400_000_000, 20_000_000_000, 5000.0, 800.0)]
     return Row(
         shape=SHAPES[name],
         problem=BF16,
@@ -110,6 +127,7 @@ def test_ratios_and_rates():
     assert measured.ratio_to_fla == pytest.approx((2.0, 2.0))
     assert measured.ratio_to_floor[0] == pytest.approx(4.0)
     assert measured.stages[0].gbps == pytest.approx(4000)
+    assert measured.stages[0].tflops == pytest.approx(200)
     assert row("train4k", fla=False).ratio_to_fla is None
 
 
@@ -119,7 +137,8 @@ def test_the_table_shows_times_ratios_errors_and_stages():
     text = io.StringIO()
     rows = [row("train4k"), row("wide8k", fla=False)]
     Console(file=text, width=200).print(bench.rows_table(rows))
-    for word in ("train4k", "wide8k", "0.700", "7.00e-03 (sparse)", "lean (default)", "4000"):
+    words = ("train4k", "wide8k", "0.700", "7.00e-03 (sparse)", "lean (default)")
+    for word in (*words, "4000", "80%", "20.0", "200", "25%"):
         assert word in text.getvalue()
 
 
@@ -154,3 +173,15 @@ def test_results_of_another_gpu_or_kind_are_not_overwritten(tmp_path, gpu):
 def test_imports_stay_light(module):
     code = f"import {module}, sys; sys.exit('optuna' in sys.modules or 'fla' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_operations_of_a_stage_are_those_of_its_products():
+    """Of a scan five products a tile: three of 32 x 128 x 128 and two of 32 x 32 x 128."""
+    sizes = bench.symbol_sizes(BF16, SHAPES["train4k"], 32)
+    tiles = 4 * 16 * 4096 // 32
+    expected = 2 * tiles * (3 * 32 * 128 * 128 + 2 * 32 * 32 * 128)
+    assert STAGES["scan"].flops(sizes) == STAGES["scan_states"].flops(sizes) == expected
+    assert STAGES["sum_decay"].flops(sizes) == 0
+    for stage in STAGES.values():
+        for one in stage.products:
+            assert len(one.split()) == 3 and {*one.split()} <= {*sizes}

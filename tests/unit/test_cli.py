@@ -468,7 +468,8 @@ def test_bench_asks_for_what_was_said(
     monkeypatch.setattr(bench, "rows_table", lambda _: "the table")
     monkeypatch.setattr(bench, "rows_document", lambda _: {"rows": []})
     monkeypatch.setattr(bench, "save_results", lambda path, _: saved.append(path))
-    words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --stages --save --json"
+    words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --level fast --stages"
+    words += " --save --json"
     gate = ["--gate", "sigmoid", "--lower-bound", "-1.5"]
     assert cli.main([*words.split(), str(tmp_path / "rows.json"), *gate]) == 0
     assert "the table" in capsys.readouterr().out
@@ -485,4 +486,5 @@ def test_bench_asks_for_what_was_said(
         "bound": 2,
         "l2norm": True,
         "stages": True,
+        "level": "fast",
     }

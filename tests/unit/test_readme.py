@@ -114,6 +114,7 @@ def _row(shape: str, fla: float | None, **changes: Any) -> dict[str, Any]:
     return {
         "shape": asdict(SHAPES[shape]),
         "problem": asdict(Problem()),
+        "level": "lean",
         "recipe": "lean (exact)",
         "ours": _side(0.5),
         "fla": None if fla is None else _side(fla),

@@ -146,6 +146,7 @@ def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
     row = {
         "shape": {"name": "train4k"},
         "problem": dict(Problem().key),
+        "level": "lean",
         "fla": {"forward_backward": {"median": 6.0}},
     }
     (line,) = page.lines([entry], H200, {"rows": [row]})
@@ -153,6 +154,10 @@ def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
     assert line.to_floor is not None and 1 < line.to_floor < 10
     (other,) = page.lines([entry], H200, {"rows": [{**row, "shape": {"name": "few8k"}}]})
     assert other.fla_ms is None
+    fast = {**row, "level": "fast", "fla": {"forward_backward": {"median": 5.0}}}
+    for rows, ms in (([fast, row], 6.0), ([row, fast], 6.0), ([fast], 5.0)):
+        (line,) = page.lines([entry], H200, {"rows": rows})
+        assert line.fla_ms == ms
 
 
 def test_nothing_on_file_is_an_error(folders, capsys):
