@@ -63,6 +63,8 @@ class StageTrials:
         self.asked = 0
         self.exhausted = False
         self._pending: set[Config] = set()
+        self._elsewhere: set[Config | None] = set()
+        """What other processes are at; None where they have not drawn every knob yet."""
         self._known: set[int] = set()
         self._unseen: list[Config] | None = None
         self._random = random.Random(seed)
@@ -97,9 +99,14 @@ class StageTrials:
         return any(space.is_hopeless(self.stage, ms, best[name]) for name, ms in times.items())
 
     def refresh(self) -> None:
-        """Take over what other processes on the same storage have found since."""
-        for trial in self._study.get_trials(deepcopy=False, states=_FINISHED):
-            if trial.number not in self._known:
+        """Take over what other processes on the same storage have found, and what they are at."""
+        states = (*_FINISHED, TrialState.RUNNING)
+        self._elsewhere.clear()
+        for trial in self._study.get_trials(deepcopy=False, states=states):
+            if trial.state == TrialState.RUNNING:
+                if trial.user_attrs.get("owner") != owner() and not is_gone(trial):
+                    self._elsewhere.add(self._config_of(trial))
+            elif trial.number not in self._known:
                 self._known.add(trial.number)
                 self._take_over(trial)
 
@@ -186,7 +193,7 @@ class StageTrials:
         # at once: a trial that nobody owns is taken for one of a process that ended
         trial.set_user_attr("owner", owner())
         config = space.suggest(trial, self.stage, self.problem, self.BT)
-        if config in self.times or config in self._pending:
+        if self._is_seen(config):
             self._study.tell(trial, state=TrialState.FAIL)
             return None
         reason = self._why_not(config)
@@ -199,8 +206,10 @@ class StageTrials:
         return proposal
 
     def _is_new(self, config: Config) -> bool:
-        seen = config in self.times or config in self._pending
-        return not seen and self._why_not(config) is None
+        return not self._is_seen(config) and self._why_not(config) is None
+
+    def _is_seen(self, config: Config) -> bool:
+        return any(config in seen for seen in (self.times, self._pending, self._elsewhere))
 
     def _why_not(self, config: Config) -> str | None:
         return (
@@ -252,11 +261,13 @@ class StageTrials:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if is_gone(trial):
                 # a process may end before all knobs are drawn: then there is nothing to queue again
-                knobs = {"BT": self.BT, **trial.params}
-                self._give_up(trial.number, space.stored_config(self.stage, knobs))
+                self._give_up(trial.number, self._config_of(trial))
+
+    def _config_of(self, trial: optuna.trial.FrozenTrial) -> Config | None:
+        return space.stored_config(self.stage, {"BT": self.BT, **trial.params})
 
     def _take_over(self, trial: optuna.trial.FrozenTrial) -> None:
-        config = space.stored_config(self.stage, {"BT": self.BT, **trial.params})
+        config = self._config_of(trial)
         if config is None or config in self.times or config in self.refused:
             return
         if trial.state == TrialState.PRUNED:

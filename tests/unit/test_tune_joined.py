@@ -20,7 +20,13 @@ from optuna.trial import TrialState
 
 from gdn2gen import store
 from gdn2gen.device import named_device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import SHAPES
+from gdn2gen.tune import space
+from gdn2gen.tune import trials as tune_trials
 from gdn2gen.tune.storage import open_storage
+from gdn2gen.tune.study import open_ledger
+from gdn2gen.tune.trials import StageTrials
 
 HERE = Path(__file__).resolve().parent
 DEVICE = named_device("H200")
@@ -137,6 +143,32 @@ def test_a_study_behind_optunas_proxy(journal: str) -> None:
     finally:
         server.kill()
         server.wait()
+
+
+def test_what_another_process_is_at_is_not_proposed(tmp_path, monkeypatch) -> None:
+    """Unless it ended: then what it was at is left over."""
+    storage = open_storage(str(tmp_path / "study.journal"))
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path))
+
+    def join() -> StageTrials:
+        return StageTrials(
+            Problem(), "sum_decay", 32, [SHAPES["train4k"]], DEVICE,
+            open_ledger("gdn2", DEVICE), "digest", storage
+        )  # fmt: skip
+
+    def ask(joined: StageTrials, name: str, most: int) -> set[str]:
+        monkeypatch.setattr(tune_trials, "owner", lambda: f"{name}:1")
+        proposals = (joined.propose() for _ in range(most))
+        return {str(x.config) for x in proposals if x is not None}
+
+    first, second = join(), join()
+    valid = {str(x) for x in space.valid_configs("sum_decay", Problem(), DEVICE, 32)}
+    at_one = ask(first, "one", 4)
+    at_other = ask(second, "other", len(valid))
+    assert len(at_one) == 4 and not at_one & at_other
+    assert at_one | at_other == valid
+    monkeypatch.setattr(tune_trials, "is_gone", lambda trial: trial.user_attrs["owner"] == "one:1")
+    assert ask(join(), "third", len(valid)) == at_one
 
 
 @pytest.mark.slow
