@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn2gen._kernels import NAMES, request_of, run_backward, run_forward
+from gdn2gen._kernels import NAMES, request_of, run_backward, run_forward, run_inference
 from gdn2gen._lookup import find_runner
 from gdn2gen._torch_ops import backward_fake, backward_kernels, forward_fake, forward_kernels
 from gdn2gen.launch import SizedRunner
@@ -34,12 +34,12 @@ def run(
     if watched:
         o, final_state, _ = gdn2_forward(*tensors, *options, level)
         return o, final_state
-    sized = find_runner(request_of(tensors, options), level)
     given = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
-        o, final_state = _Function.apply(sized, *given)  # type: ignore[no-untyped-call]
-    else:
-        o, final_state, _ = run_forward(sized, given)
+    gradient = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+    sized = find_runner(request_of(tensors, options), level, gradient)
+    if not gradient:
+        return run_inference(sized, given)
+    o, final_state = _Function.apply(sized, *given)  # type: ignore[no-untyped-call]
     return o, final_state
 
 

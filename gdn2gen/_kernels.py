@@ -51,6 +51,12 @@ def run_forward(
     return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
 
 
+def run_inference(sized: SizedRunner, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """o, and the final state if asked for, where no gradient is wanted."""
+    results = sized.infer(dict(zip(sized.input_names, given, strict=True)))
+    return results["o"], results.get("final_state")
+
+
 def run_backward(
     sized: SizedRunner,
     do: Tensor,

@@ -14,6 +14,7 @@ from gdn2gen.call import Call
 from gdn2gen.device import Device, named_device, present_device
 from gdn2gen.dispatch import Recipe, find_recipe, forced
 from gdn2gen.launch import Runner, SizedRunner
+from gdn2gen.plans import LEVELS, keeps_least
 from gdn2gen.problem import Problem, Regime, bound_of
 
 
@@ -102,27 +103,36 @@ def level_token(level: str) -> str:
     return token
 
 
-def find_runner(request: Request, level: str) -> SizedRunner:
-    """The kernels of a request that was looked up, at its sizes.
+def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRunner:
+    """The kernels of a request that was looked up, at its sizes; `gradient`: is one wanted?
 
     Looked up in turn, by what else a recipe depends on: to find it took 17 us, and this takes 2.
     """
-    return _found(request, level, dispatch.surroundings())
+    return _found(request, level, gradient, dispatch.surroundings())
 
 
 @lru_cache(maxsize=512)
-def _found(request: Request, level: str, _surroundings: tuple[Any, ...]) -> SizedRunner:
-    return runner_of(request, level).at(request.call)
+def _found(
+    request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
+) -> SizedRunner:
+    runner = runner_of(request, level)
+    if not gradient and not keeps_least(runner.recipe.plan):
+        # no use to have a scan keep states; unless only what keeps them is tuned
+        leaner = runner_of(request, LEVELS[0], strict=False)
+        if leaner.recipe.source == runner.recipe.source:
+            runner = leaner
+    return runner.at(request.call)
 
 
-def runner_of(request: Request, level: str) -> Runner:
-    """The kernels of a request, looked for anew."""
+def runner_of(request: Request, level: str, strict: bool | None = None) -> Runner:
+    """The kernels of a request, looked for anew; `strict` as in `find_recipe`."""
     problem, call = request.problem, request.call
     if level in _pinned:
         return _runner(replace(_pinned[level], problem=problem))
     # int: a graph traced for symbolic sizes is for these alone, since the recipe may depend on them
     regime = Regime(tokens=int(call.B * call.T), sequences=int(call.N), heads=int(call.HV))
-    return _runner(find_recipe(problem, regime, _device_of(call.device), level=level))
+    device = _device_of(call.device)
+    return _runner(find_recipe(problem, regime, device, level=level, strict=strict))
 
 
 @lru_cache(maxsize=4096)

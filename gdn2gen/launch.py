@@ -38,6 +38,7 @@ GRADIENT_OF = {
     "dt_bias": "ddt_bias",
 }
 GRADIENTS = tuple(GRADIENT_OF.values())
+OUTPUTS = ("o", "final_state")
 
 
 class Runner:
@@ -78,6 +79,10 @@ class Runner:
             x for x in made.values() if x.name in wanted and has_operand(x, self.problem)
         )
 
+    @cached_property
+    def kept_of_forward(self) -> tuple[str, ...]:
+        return (*OUTPUTS, *(x.name for x in self.saved))
+
     def at(self, call: Call) -> SizedRunner:
         """The same for all calls of these sizes."""
         return _sized(self, call)
@@ -116,6 +121,17 @@ class Runner:
         """`stage_names` in order at the sizes of `call`; it returns the tensors named in `keep`."""
         steps = self._steps(stage_names, problem, keep, in_place)
         return Pass(steps, keep, call, problem, self.BT)
+
+    def inference_pass(self, call: Call) -> Pass:
+        """The forward where no gradient is wanted: `o`, and `final_state` if the problem has one.
+
+        A serial scan then leaves no state behind at the start of segments.
+        """
+        forward = self.recipe.plan.forward
+        steps = self._steps(forward, self.problem, self.kept_of_forward, True)
+        parallel = {x for x in forward if self.recipe.configs[x].get("segments") == "parallel"}
+        whole = tuple(x if x.name in parallel else replace(x, max_segments=1) for x in steps)
+        return Pass(whole, OUTPUTS, call, self.problem, self.BT)
 
     def _steps(self, *key: Any) -> tuple[Step, ...]:
         """`_make_steps`, looked up by one key: they load kernels."""
@@ -173,6 +189,10 @@ class SizedRunner:
         """Output `o`, `final_state` if the problem has one, and what the backward wants saved."""
         return self._forward.run({**tensors, **self._tables(tensors)})
 
+    def infer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs alone, the same bits."""
+        return self._inference.run({**tensors, **self._tables(tensors)})
+
     def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of every input, from `do`, `dht` if it is given, the inputs and what was saved.
         """
@@ -181,9 +201,13 @@ class SizedRunner:
 
     @cached_property
     def _forward(self) -> Pass:
-        keep = ("o", "final_state", *self.saved_names)
-        plan = self.runner.recipe.plan
-        return self.runner.sized_pass(plan.forward, self.runner.problem, self.call, keep)
+        runner = self.runner
+        stages, keep = runner.recipe.plan.forward, runner.kept_of_forward
+        return runner.sized_pass(stages, runner.problem, self.call, keep)
+
+    @cached_property
+    def _inference(self) -> Pass:
+        return self.runner.inference_pass(self.call)
 
     @cached_property
     def _backward(self) -> Pass:

@@ -66,6 +66,11 @@ def is_optional(plan_name: str) -> bool:
     return PLANS_OF[level_of(plan_name)][0] != plan_name
 
 
+def keeps_least(plan: Plan) -> bool:
+    """Whether its forward runs the stages of the least level, and so writes nothing more."""
+    return plan.forward == PLANS[PLANS_OF[LEVELS[0]][0]].forward
+
+
 def plan_named(name: str) -> Plan:
     if name not in PLANS:
         raise DispatchError(f"unknown plan {name!r}; known: {', '.join(PLANS)}")

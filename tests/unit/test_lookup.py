@@ -263,3 +263,53 @@ def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> Non
     assert {*recipe.plan.saves} <= {*said}
     for name, x in said.items():
         assert (made[name].shape, made[name].dtype) == (x.shape, x.dtype), name
+
+
+def scan_launch(launched: Launched, **arguments: Any) -> tuple[str, int, int, tuple[int, ...]]:
+    """What a call without gradients scans with: stage, segments, their chunks, what is kept."""
+    launched.clear()
+    chunk_gdn2(**arguments, **FLAGS)
+    (_, (stage, _, operands, scalars)) = launched
+    return stage, scalars["NS"], scalars["segment"], tuple(operands["S_seg"].shape)
+
+
+def test_without_a_gradient_a_serial_scan_keeps_no_segments(launched, monkeypatch) -> None:
+    monkeypatch.setattr(call, "SEGMENT", 1)
+    inputs = make(B=1, T=50 * 32)
+    assert scan_launch(launched, **inputs) == ("scan", 1, 50, (1, HEADS, 1, 64, 32))
+    launched.clear()
+    train(**inputs, **FLAGS)
+    assert launched[1][3]["NS"] == launched[3][3]["NS"] == 25
+    with torch.no_grad():
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        assert scan_launch(launched, **leaves)[:3] == ("scan", 1, 50)
+    problem = Problem(K=32, V=64)
+    recipe = default_recipe(problem)
+    scan = recipe.configs["scan"].replace(segments="parallel", BV=32)
+    with torch.no_grad(), forced_recipe(
+        replace(recipe, configs={**recipe.configs, "scan": scan})
+    ):
+        assert scan_launch(launched, **inputs)[:3] == ("scan", 25, 2)
+
+
+def test_without_a_gradient_no_states_are_kept(launched, monkeypatch) -> None:
+    """Unless nothing but the plan that keeps them is tuned."""
+    states = default_recipe(Problem(K=32, V=64), "states")
+    tuned = {"lean": "exact", "fast": "exact"}
+
+    def find(problem: Problem, *_: Any, level: str, strict: bool | None) -> Recipe:
+        recipe = default_recipe(problem, "lean" if level == "lean" else "states")
+        if strict is not False and tuned[level] != "exact":
+            raise DispatchError("strict")
+        return replace(recipe, source=tuned[level])
+
+    monkeypatch.setattr(_lookup, "find_recipe", find)
+    inputs = make() | {"disable_recompute": True}
+    assert scan_launch(launched, **inputs)[0] == "scan"
+    train(**inputs, **FLAGS)
+    assert [stage for stage, *_ in launched[2:]] == [*states.plan.forward, *states.plan.backward]
+    forget()
+    tuned["lean"] = "default"
+    assert scan_launch(launched, **inputs)[0] == "scan_states"
+    with forced_recipe(states):
+        assert scan_launch(launched, **make())[0] == "scan_states"
