@@ -89,13 +89,14 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
 
     from gdn2gen import store
     from gdn2gen.tune.backend import WorkerBackend
-    from gdn2gen.tune.recheck import recheck, recheck_table
+    from gdn2gen.tune.recheck import amended, recheck, recheck_table
 
     device, present = present_or_target(args.target)
     if not present:
         raise InputError("--only-failing checks entries on the present GPU, and there is none")
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
-    file = store.read_tuned(store.tuned_path(folder, problem.op, device), device)
+    path = store.tuned_path(folder, problem.op, device)
+    file = store.read_tuned(path, device)
     wanted = {(shape.regime, level) for shape in shapes for level in _LEVELS[args.level]}
     entries = [
         entry
@@ -109,6 +110,10 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
         backend.close()
     if results:
         Console().print(recheck_table(results))
+    # or an entry that holds no longer would outrank what is found now, by the time it once took
+    store.amend_entries(path, [(x.entry, amended(x)) for x in results])
+    if any(x.status == "wrong" for x in results):
+        print(f"entries that give wrong results were taken out of {path}")
     holding = {(x.entry.regime, x.entry.level) for x in results if x.holds}
     left = [x for x in shapes if {(x.regime, y) for y in _LEVELS[args.level]} - holding]
     print(f"{len(left)} of {len(shapes)} shapes to tune: {', '.join(x.name for x in left) or '-'}")

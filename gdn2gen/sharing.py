@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from gdn2gen.config import Knob
 from gdn2gen.device import Device
 from gdn2gen.errors import StoreError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.store import Entry, TunedFile
+from gdn2gen.store import PROVENANCES, Entry, TunedFile
 
 
 def load_file(path: Path) -> TunedFile:
@@ -24,9 +23,10 @@ def load_file(path: Path) -> TunedFile:
 
 
 def on_file(op: str, device: Device) -> TunedFile:
-    """What calls on `device` find: the user's entries and the packaged ones, the better of each.
+    """What calls on `device` find: the user's entries, and packaged ones that they do not replace.
 
-    Raises StoreError if there is nothing.
+    As in a call, a user's entry replaces a packaged one whatever their times, unless it is stale or
+    was not measured and the other was. Raises StoreError if there is nothing.
     """
     folders = [folder for folder in (user_tuned_dir(), packaged_tuned_dir()) if folder is not None]
     paths = [store.tuned_path(folder, op, device) for folder in folders]
@@ -34,17 +34,16 @@ def on_file(op: str, device: Device) -> TunedFile:
     if not found:
         looked = " and ".join(map(str, paths))
         raise StoreError(f"nothing is tuned for {op} on {device.name}; looked at {looked}")
-    return TunedFile(found[0].metadata, best_of(x for file in found for x in file.entries))
-
-
-def best_of(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """One entry for each problem, regime and level, in order: the better by `store.rank`."""
     best: dict[tuple[str, ...], Entry] = {}
-    for entry in entries:
+    for entry in (entry for file in found for entry in file.entries):
         rival = best.get(entry.key)
-        if rival is None or store.rank(entry) < store.rank(rival):
+        if rival is None or _standing(entry) < _standing(rival):
             best[entry.key] = entry
-    return tuple(best[key] for key in sorted(best))
+    return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
+
+
+def _standing(entry: Entry) -> tuple[bool, int]:
+    return store.is_stale(entry), PROVENANCES.index(entry.provenance)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,25 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
         file = TunedFile(dict(metadata), merged, unread)
         write_tuned(path, file)
         return file
+
+
+def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:
+    """In the tuned file at `path`, put the second of each pair in place of the first.
+
+    None takes it out. What is not on file (any more) is passed over, and so is a missing file;
+    other processes may write at the same time. Raises StoreError, and changes nothing, if an entry
+    is not valid or the file cannot be read.
+    """
+    path = Path(os.path.realpath(path))
+    _check_entries(path, tuple(new for _, new in amended if new is not None))
+    with _locked(path):
+        file = load_tuned(path)
+        if file is None:
+            return
+        found = [next((new for old, new in amended if old == x), x) for x in file.entries]
+        kept = tuple(x for x in found if x is not None)
+        if kept != file.entries:
+            write_tuned(path, replace(file, entries=kept))
 
 
 def rank(entry: Entry) -> tuple[float, ...]:

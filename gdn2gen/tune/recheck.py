@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from rich.table import Table
@@ -109,6 +109,22 @@ def _why_slower(entry: Entry, now: float, default: float | None) -> str:
     if default and now > default * (1 + SLOWER):
         words.append(f"{now / default - 1:.0%} slower than the default ({default:.3f} ms)")
     return ", ".join(words)
+
+
+def amended(result: Rechecked) -> Entry | None:
+    """The entry as it is now known to be, so that a better one takes its place; None if wrong.
+
+    A slower one has the time that it takes now; one that could not be run has none.
+    """
+    if result.status == "wrong":
+        return None
+    if result.status not in ("slower", "failed"):
+        return result.entry
+    measured = {k: x for k, x in result.entry.measured.items() if not k.endswith("forward_ms")}
+    measured.pop("forward_backward_ms", None)
+    if result.now_ms is not None:
+        measured["forward_backward_ms"] = round(result.now_ms, 5)
+    return replace(result.entry, measured=measured)
 
 
 def shape_of(entry: Entry) -> Shape | None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import cli, sharing, store
+from gdn2gen import cli, paths, sharing, store
 from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import named_device
+from gdn2gen.dispatch import find_recipe
 from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem, Regime
 from gdn2gen.render import template_digest
@@ -47,22 +48,30 @@ def entry(tokens: int, ms: float, **knobs: Any) -> store.Entry:
 
 
 def write(path: Path, *entries: store.Entry, gpu: str = "NVIDIA H200") -> Path:
-    store.write_tuned(path, store.TunedFile({**METADATA, "gpu": gpu}, sharing.best_of(entries)))
+    ordered = tuple(sorted(entries, key=lambda x: x.key))
+    store.write_tuned(path, store.TunedFile({**METADATA, "gpu": gpu}, ordered))
     return path
 
 
-def test_export_takes_the_better_of_the_user_s_and_the_packaged(tmp_path, monkeypatch, capsys):
+def test_export_takes_what_calls_find(tmp_path, monkeypatch, capsys):
+    """A user's entry before a packaged one, whatever their times, unless it is stale."""
     user, packaged = tmp_path / "user", tmp_path / "packaged"
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(user))
     monkeypatch.setattr(sharing, "packaged_tuned_dir", lambda: packaged)
-    write(store.tuned_path(user, "gdn2", H200), entry(1000, 3.0), entry(2000, 1.0))
-    write(store.tuned_path(packaged, "gdn2", H200), entry(1000, 2.0), entry(3000, 1.0))
+    monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: packaged)
+    stale = replace(entry(4000, 1.0), templates={})
+    write(store.tuned_path(user, "gdn2", H200), entry(1000, 3.0), entry(2000, 1.0), stale)
+    others = [entry(1000, 2.0), entry(3000, 1.0), entry(4000, 2.0)]
+    write(store.tuned_path(packaged, "gdn2", H200), *others)
     out = tmp_path / "all.json"
     assert cli.main(["tuned", "export", "--device", "H200", "--to", str(out)]) == 0
-    assert "3 entries" in capsys.readouterr().out
+    assert "4 entries" in capsys.readouterr().out
     kept = store.load_tuned(out).entries
     times = {x.regime.tokens: x.measured["forward_backward_ms"] for x in kept}
-    assert times == {1000: 2.0, 2000: 1.0, 3000: 1.0}
+    assert times == {1000: 3.0, 2000: 1.0, 3000: 1.0, 4000: 2.0}
+    for tokens, folder in ((1000, user), (2000, user), (3000, packaged), (4000, packaged)):
+        found = find_recipe(Problem(), Regime(tokens, 4, 16), H200)
+        assert (found.source, Path(found.file).parents[1]) == ("exact", folder), tokens
     assert cli.main(["tuned", "export", "--device", "H200"]) == 0
     assert json.loads(capsys.readouterr().out)["_metadata"]["gpu"] == "NVIDIA H200"
 

@@ -157,6 +157,32 @@ def test_only_failing_tunes_the_rest(fake_gpu, capsys, monkeypatch):
     assert len(tuned) == 1 and "0 of 1" in capsys.readouterr().out
 
 
+def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monkeypatch, tmp_path):
+    """An entry that outranks the new one by the time it once took would stay for ever."""
+    lying, wrong = entry(ms=1.0), entry(SHAPES["wide8k"], ms=1.0, BV=32)
+    crashing, holding = entry(SHAPES["few8k"], ms=1.0, BV=128), entry(SHAPES["long16k"])
+    fake_gpu(lying, wrong, crashing, holding)
+    path = store.tuned_path(tmp_path, "gdn2", H200)
+    left: dict[str, Any] = {}
+
+    def search(*_: Any) -> None:
+        left.update({shape_of(x).name: x for x in store.load_tuned(path).entries})
+        fake_gpu(entry(ms=1.9, num_stages=3), entry(SHAPES["few8k"], ms=2.0, num_stages=3))
+
+    monkeypatch.setattr("gdn2gen._cli_tune._search", search)
+    command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
+    assert cli.main([*command, "train4k,wide8k,few8k,long16k"]) == 0
+    assert "wrong results were taken out" in capsys.readouterr().out
+    assert left == {
+        "train4k": replace(lying, measured={"forward_backward_ms": 2.0}),
+        "few8k": replace(crashing, measured={}),
+        "long16k": holding,
+    }
+    now = {shape_of(x).name: x for x in store.load_tuned(path).entries}
+    assert [now[name].configs["scan"]["num_stages"] for name in ("train4k", "few8k")] == [3, 3]
+    assert now["long16k"] == holding
+
+
 def test_both_need_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: False)
     assert cli.main(["verify", "--tuned"]) == cli.EXIT_USAGE
