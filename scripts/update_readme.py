@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen._bench_results import read_results  # noqa: E402
+from gdn2gen.plans import LEVELS  # noqa: E402
 from gdn2gen.shapes import SHAPES  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -49,19 +50,19 @@ def updated(readme: str, files: list[Path]) -> str:
 
 
 def section(document: dict[str, Any]) -> str:
-    """All results of one GPU: a block of tables for each run that is on file."""
+    """All results of one GPU: a block of tables for each problem and level."""
     lines = [f"### {document['gpu']}", ""]
-    rows = sorted(document["rows"], key=lambda row: (run_of(row), _place(row["shape"])))
-    for _, run in groupby(rows, key=run_of):
-        lines += block(list(run))
+    rows = sorted(document["rows"], key=lambda row: (problem_of(row), _place(row["shape"])))
+    for _, same in groupby(rows, key=problem_of):
+        lines += block(list(same))
     return "\n".join(lines).rstrip()
 
 
-def run_of(row: Row) -> str:
-    """Rows of one run and problem share a block; packing is named by the shape."""
+def problem_of(row: Row) -> tuple[int, int, str]:
+    """Rows of one problem and level share a block, large heads first; packing is in the shape."""
     problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
-    run = [row["date"], row["command"], row["versions"], row["level"], problem]
-    return json.dumps(run, sort_keys=True)
+    rest = [LEVELS.index(row["level"]), problem]
+    return -problem["K"], -problem["V"], json.dumps(rest, sort_keys=True)
 
 
 def _place(shape: dict[str, Any]) -> tuple[int, str]:
@@ -70,17 +71,27 @@ def _place(shape: dict[str, Any]) -> tuple[int, str]:
 
 
 def block(rows: list[Row]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     return [
-        f"{problem_words(rows[0]['problem'])}, level {rows[0]['level']}. "
-        f"{rows[0]['date'][:10]}, {versions}; "
-        f"`{rows[0]['command']}`",
+        f"**{problem_words(rows[0]['problem'])}, level {rows[0]['level']}**",
         "",
         *times(rows),
         "",
-        *errors(rows[0]),
+        *errors(rows),
+        "",
+        *runs(rows),
         "",
     ]
+
+
+def runs(rows: list[Row]) -> Iterator[str]:
+    """Which command measured what, when, and with which versions."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        run = (row["date"], row["command"], versions)
+        found.setdefault(run, []).append(row["shape"]["name"])
+    for (date, command, versions), names in found.items():
+        yield f"- {', '.join(names)}: {date[:10]}, `{command}`; {versions}"
 
 
 def problem_words(problem: Row) -> str:
@@ -109,13 +120,21 @@ def times(rows: list[Row]) -> Iterator[str]:
         yield line(cells)
 
 
-def errors(row: Row) -> Iterator[str]:
-    """Errors do not depend on the shape, so that one row speaks for all."""
+def errors(rows: list[Row]) -> Iterator[str]:
+    """They do not depend on the shape: the worst of all rows."""
     yield from header("worst relative error against fp64", "ours", "gates", "FLA", "gates")
-    for name, ours in row["ours"]["errors"].items():
-        theirs = row["fla"]["errors"].get(name) if row["fla"] else None
-        cells = [name, f"{ours['error']:.1e}", ours["regime"]]
-        yield line(cells + ([f"{theirs['error']:.1e}", theirs["regime"]] if theirs else ["-", "-"]))
+    ours = [row["ours"]["errors"] for row in rows]
+    theirs = [row["fla"]["errors"] for row in rows if row["fla"]]
+    for name in dict.fromkeys(name for found in ours for name in found):
+        yield line([name, *worst(name, ours), *worst(name, theirs)])
+
+
+def worst(name: str, sides: list[Row]) -> list[str]:
+    found = [side[name] for side in sides if name in side]
+    if not found:
+        return ["-", "-"]
+    most = max(found, key=lambda x: float(x["error"]))
+    return [f"{most['error']:.1e}", most["regime"]]
 
 
 def shape_words(shape: Row) -> str:

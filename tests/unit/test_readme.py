@@ -134,6 +134,10 @@ def test_table_is_made_from_the_results(tmp_path: Path) -> None:
                                         "<!-- results:end -->\nafter\n")  # fmt: skip
     rows = [_row("wide8k", None, command="gdn2gen bench"), _row("varlen8k", 1.0)]
     rows.append(_row("train4k", 1.0))
+    fast = _row("train4k", None, level="fast")
+    fast["ours"]["errors"]["o"]["error"] = 0.0001
+    rows.append(fast)
+    rows[0]["ours"]["errors"]["o"] = {"error": 0.0051, "regime": "mixed"}
     path = tmp_path / "docs/results/nvidia-h200.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": rows}))
@@ -144,12 +148,16 @@ def test_table_is_made_from_the_results(tmp_path: Path) -> None:
     assert text.startswith("before\n<!-- results:begin -->\n### NVIDIA H200\n")
     assert text.endswith("\n<!-- results:end -->\nafter\n")
     assert "old" not in text
-    assert "2026-01-02, torch 2.11.0, triton 3.6.0; `gdn2gen bench --vs fla --save`" in text
+    lean, fast = text.split("level fast**")
+    run = "2026-01-02, `gdn2gen bench --vs fla --save`; torch 2.11.0, triton 3.6.0"
+    assert f"- train4k, varlen8k: {run}" in lean and f"- train4k: {run}" in fast
+    assert "- wide8k: 2026-01-02, `gdn2gen bench`; " in lean
     line = "| train4k (4x4096x16) | 0.500 | 1.000 | 2.00 | 4.00 | 2.000 | 4.000 | 2.00 | 8.00 |"
     assert f"{line} 500 | 1000 |" in text
     assert "| wide8k (1x8192x64) | 0.500 | - | - | 4.00 |" in text
     assert "| varlen8k (6 packed in 1x8192x64) |" in text
-    assert "| o | 3.4e-03 | sparse | 3.4e-03 | sparse |" in text
+    assert "| o | 5.1e-03 | mixed | 3.4e-03 | sparse |" in lean, "the worst of all rows"
+    assert "| o | 1.0e-04 | sparse | - | - |" in fast
     assert text.index("train4k") < text.index("varlen8k"), "in the order of SHAPES"
 
 
