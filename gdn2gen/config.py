@@ -13,6 +13,8 @@ from gdn2gen.stages import MAX_SEGMENTS
 
 Knob = int | str
 
+# Both from one template.
+_SUMS: Final = ("reprepare", "sum_decay")
 # BT is shared by all stages of a plan: the chunk is the unit of the workspace between them.
 SHARED_KNOBS: Final = ("BT",)
 CHUNKS: Final = (16, 32, 64)
@@ -43,15 +45,19 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "maxnreg": (0, 80, 128, 168, 208),
     },
     "reprepare": {
+        "language": ("triton", "tilelang"),
+        "chunks": (1, 4, 16),
         "BK": (32, 64, 128),
         "num_warps": (1, 2, 4, 8),
-        "num_stages": (1,),
-        "maxnreg": (0, 64, 96, 128),
+        "num_stages": _STAGES_AHEAD,
+        "maxnreg": (0, 64, 80, 96, 128),
     },
     "sum_decay": {
+        "language": ("triton", "tilelang"),
+        "chunks": (1, 4, 16),
         "BK": (32, 64, 128),
         "num_warps": (1, 2, 4),
-        "num_stages": (1,),
+        "num_stages": _STAGES_AHEAD,
         "maxnreg": (0,),
     },
     "scan": {**_SCAN, **_SEGMENTS},
@@ -84,6 +90,8 @@ DOMAINS: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
 # Knobs that came after entries had been filed, and what configs on file that lack them mean.
 LATER_KNOBS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"language": "triton", "chunks": 1},
+    "reprepare": {"language": "triton", "chunks": 1},
+    "sum_decay": {"language": "triton", "chunks": 1},
     "grad_value": {"language": "triton", "chunks": 1},
     "grad_key": {"language": "triton"},
     "scan": {"max_segments": MAX_SEGMENTS},
@@ -157,9 +165,11 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
         return f"BK={config['BK']} exceeds the key head dim K={problem.K}"
     if "BV" in config and config.size("BV") > problem.V:
         return f"BV={config['BV']} exceeds the value head dim V={problem.V}"
-    several = config.stage in ("prepare", "grad_value") and config["chunks"] != 1
-    if several and language_of(config) == "triton":
-        return f"the Triton {config.stage} takes one chunk a program, not {config['chunks']}"
+    if language_of(config) == "triton":
+        if config.stage != "grad_key" and config.get("chunks", 1) != 1:
+            return f"the Triton {config.stage} takes one chunk a program, not {config['chunks']}"
+        if config.stage in _SUMS and config["num_stages"] != 1:
+            return f"the Triton {config.stage} has no loop: num_stages={config['num_stages']}"
     if "decay" in config:
         reason = _why_not_placed(config, problem)
         if reason is not None:
@@ -210,6 +220,8 @@ def _why_not_tilelang(config: Config, problem: Problem) -> str | None:
         return _why_not_tilelang_anchored(config, problem)
     if config.stage == "grad_value":
         return _why_not_tilelang_grad_value(config, problem)
+    if config.stage in _SUMS:
+        return _why_not_tilelang_sums(config, problem)
     if problem.dtype == "fp32":
         return "the TileLang scans multiply 16-bit operands, but the problem is fp32"
     if config.size("BV") != 64 or config.size("num_warps") != 4:
@@ -232,6 +244,22 @@ def _why_not_tilelang_grad_value(config: Config, problem: Problem) -> str | None
         return f"the TileLang grad_value takes maxnreg of 0, 80 or 128, not {config['maxnreg']}"
     if config["BT"] == 16:
         return "the TileLang grad_value multiplies tiles of 32 tokens and more, but BT=16"
+    return None
+
+
+def _why_not_tilelang_sums(config: Config, problem: Problem) -> str | None:
+    """Of reprepare and sum_decay."""
+    if problem.dtype == "fp32":
+        return f"the TileLang {config.stage} makes 16-bit factors, but the problem is fp32"
+    if config.size("BK") != problem.K or config.size("num_warps") != 4:
+        return (
+            f"the TileLang {config.stage} takes all of K={problem.K} with 4 warps, but "
+            f"BK={config['BK']} and num_warps={config['num_warps']}"
+        )
+    if config["maxnreg"] not in (0, 80, 128):
+        return f"the TileLang {config.stage} takes maxnreg of 0, 80 or 128, not {config['maxnreg']}"
+    if config["BT"] == 16 and config.size("num_stages") > 1:
+        return "a token's norms are 64 bytes in chunks of 16: of two stages one would be off"
     return None
 
 
@@ -261,8 +289,8 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
 # BT = 64 the scans alone need 114 KB.
 _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"BK": 32, "num_warps": 1, "decay": "tree", "chunks": 1},
-    "reprepare": {"BK": 64, "num_warps": 2},
-    "sum_decay": {"BK": 64, "num_warps": 2},
+    "reprepare": {"BK": 64, "num_warps": 2, "chunks": 1},
+    "sum_decay": {"BK": 64, "num_warps": 2, "chunks": 1},
     "scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "scan_states": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},

@@ -7,10 +7,12 @@ from gdn2gen.problem import Problem
 
 
 def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 4) -> Config:
-    """The config of prepare, grad_value or grad_key in TileLang that takes least registers."""
+    """The config of a stage in TileLang that takes least registers; not of the scans."""
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
     own: dict[str, dict[str, Knob]] = {
         "prepare": {"decay": "anchored", "BK": problem.K, "solve": "ieee", "maxnreg": 80},
+        "reprepare": {"BK": problem.K, "maxnreg": 80},
+        "sum_decay": {"BK": problem.K},
         "grad_value": {"BV": problem.V, "maxnreg": 80},
         "grad_key": {"decay": "anchored", "BK": 64, "BV": problem.V, "maxnreg": 128},
     }

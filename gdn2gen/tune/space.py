@@ -39,6 +39,8 @@ _FORMS: Final = ("language", "decay", "segments")
 # prepare in Triton: train4k 1.60 ms on an H200, where 1.46 was known.
 _TILELANG_START: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"chunks": 4, "maxnreg": 80},
+    "reprepare": {"chunks": 4, "maxnreg": 80},
+    "sum_decay": {"chunks": 4},
     "grad_value": {"chunks": 1, "maxnreg": 80},
     "grad_key": {"chunks": 16, "maxnreg": 128, "num_stages": 1},
     **{scan: {"num_stages": 3} for scan in _SCANS},
@@ -63,7 +65,7 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     if language_of(config) == "tilelang" and device.arch != "sm_90":
         if device.arch not in _AMPERE:
             return f"TileLang kernels were not compiled for {device.arch} ({device.name})"
-        if config.stage in ("prepare", "grad_value", "grad_key"):
+        if config.stage not in _SCANS:
             return f"the TileLang {config.stage} is made for sm_90: its tiles are filled by TMA"
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)

@@ -109,19 +109,23 @@ def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
 
 
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "plan"),
     [
-        Problem(),
-        Problem(varlen=True),
-        Problem(V=64, gate="softplus", gate_dtype="bf16", has_A_log=True, has_dt_bias=True),
-        Problem(K=64, V=32, gate="sigmoid", has_A_log=True, varlen=True),
+        (Problem(), "lean"),
+        (Problem(varlen=True), "lean"),
+        (
+            Problem(V=64, gate="softplus", gate_dtype="bf16", has_A_log=True, has_dt_bias=True),
+            "fast",
+        ),
+        (Problem(K=64, V=32, gate="sigmoid", has_A_log=True, varlen=True), "lean"),
+        (Problem(varlen=True), "states"),
     ],
-    ids=["plain", "packed", "softplus", "sigmoid-packed"],
+    ids=["plain", "packed", "softplus", "sigmoid-packed", "packed-states"],
 )
-def test_stages_by_chunk_in_tilelang_pass_the_gate(problem):
-    """Strong decay, which a Triton kernel beside each of them takes over, among the regimes."""
+def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
+    """Strong decay, which a Triton kernel beside some of them takes over, among the regimes."""
     full = gate.full_problem(problem)
-    candidate = _by_chunk_in_tilelang(full)
+    candidate = _by_chunk_in_tilelang(full, plan)
     shapes = gate.gate_shapes(full)
     regimes = ("layer", "sparse", "strong", "mixed", "zero")
     result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
@@ -157,10 +161,11 @@ def test_forward_in_tilelang_is_causal_bit_for_bit():
     assert not torch.equal(before[:, token:], after[:, token:])
 
 
-def _by_chunk_in_tilelang(problem):
-    candidate = Candidate.default(problem, "lean", BT=32)
-    for stage in ("prepare", "grad_value", "grad_key"):
-        candidate = candidate.with_config(tilelang_by_chunk(stage, problem))
+def _by_chunk_in_tilelang(problem, plan="lean"):
+    candidate = Candidate.default(problem, plan, BT=32)
+    for stage in candidate.by_stage:
+        if "scan" not in stage:
+            candidate = candidate.with_config(tilelang_by_chunk(stage, problem))
     return candidate
 
 

@@ -164,7 +164,7 @@ def test_tilelang_in_segments_compiles_and_fits(
     [replace(_BF16, varlen=True), replace(_ALL, K=128, dtype="bf16"), replace(_BOUNDED, K=64)],
     ids=["packed", "all", "bounded"],
 )
-@pytest.mark.parametrize("stage", ["prepare", "grad_value", "grad_key"])
+@pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
 def test_tilelang_by_chunk_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,8 +176,9 @@ def test_tilelang_by_chunk_compiles_without_spills(
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     used = compile_ahead(problem, stage, config, device)
     assert used.spill_bytes == 0, f"{stage} [{config}]: {used}"
-    programs = 65536 // (256 * config.size("maxnreg"))
-    assert used.registers <= config.size("maxnreg")
+    registers = config.size("maxnreg") or 80  # sum_decay always has three programs
+    programs = 65536 // (256 * registers)
+    assert used.registers <= registers
     assert programs * (used.shared_bytes + 1024) <= 233472, f"{programs} of {used}"
 
 

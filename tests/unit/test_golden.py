@@ -89,6 +89,10 @@ def _scan_tilelang() -> str:
     return render(Problem(), "scan", _config("scan", "tilelang")).source
 
 
+def _reprepare_tilelang() -> str:
+    return render(Problem(), "reprepare", tilelang_by_chunk("reprepare", Problem())).source
+
+
 def _grad_value_tilelang() -> str:
     return render(Problem(), "grad_value", tilelang_by_chunk("grad_value", Problem())).source
 
@@ -135,6 +139,7 @@ OUTPUTS: Final = {
     "scan_tilelang.py": _scan_tilelang,
     "prepare_tilelang.py": _prepare_tilelang,
     "grad_value_tilelang.py": _grad_value_tilelang,
+    "reprepare_tilelang.py": _reprepare_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "package_states.py": _package,
 }

@@ -52,7 +52,7 @@ def _configs() -> list[Config]:
     return [
         *(default_config(stage, _PROBLEM) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
-        *(tilelang_by_chunk(stage, _PROBLEM) for stage in ("prepare", "grad_value", "grad_key")),
+        *(tilelang_by_chunk(stage, _PROBLEM) for stage in STAGES if stage not in scans),
     ]
 
 

@@ -348,13 +348,18 @@ def test_a_new_entry_replaces_one_that_cannot_be_read(tmp_path):
 
 def test_entries_filed_before_a_knob_came_are_read(tmp_path):
     path = tmp_path / "x.json"
-    write_tuned(path, TunedFile(METADATA, (make_entry(1024),)))
+    entries = (make_entry(1024, plan="fast", level="fast"), make_entry(1024))
+    write_tuned(path, TunedFile(METADATA, entries))
     raw = json.loads(path.read_text())
-    for stage, later in LATER_KNOBS.items():
-        for knob, value in later.items():
-            assert raw["entries"][0]["configs"][stage].pop(knob) == value
+    met = set()
+    for entry in raw["entries"]:
+        for stage in LATER_KNOBS.keys() & entry["configs"].keys():
+            met.add(stage)
+            for knob, value in LATER_KNOBS[stage].items():
+                assert entry["configs"][stage].pop(knob) == value
+    assert met == {*LATER_KNOBS}
     path.write_text(json.dumps(raw))
-    assert load_tuned(path).entries == (make_entry(1024),)
+    assert load_tuned(path).entries == entries
 
 
 def test_merge_keeps_the_faster(tmp_path):

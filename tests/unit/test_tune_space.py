@@ -63,8 +63,10 @@ def test_every_form_of_a_kernel_is_tried_first_near_the_default():
         assert space.why_hopeless(config, PROBLEM, H200) is None
     (tilelang,) = (x for x in forms if x["language"] == "tilelang")
     assert (tilelang["chunks"], tilelang["maxnreg"]) == (16, 128)
-    (only,) = space.forms("sum_decay", PROBLEM, H200, 32)
-    assert only == default_config("sum_decay", PROBLEM, BT=32)
+    first, other = space.forms("sum_decay", PROBLEM, H200, 32)
+    assert first == default_config("sum_decay", PROBLEM, BT=32)
+    assert other["language"] == "tilelang"
+    assert space.forms("sum_decay", PROBLEM, named_device("RTX 4090"), 32) == [first]
 
 
 @pytest.mark.parametrize(
