@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args
 
-from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config, why_invalid
+from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config
 from gdn2gen.errors import Gdn2genError, StoreError
 from gdn2gen.plans import LEVELS, PLANS, Level, plan_named
 from gdn2gen.problem import Problem, Regime
+from gdn2gen.validity import why_invalid
 
 TUNED_SCHEMA: Final = 1
 

@@ -13,11 +13,12 @@ from jinja2 import meta
 
 from gdn2gen import knobs
 from gdn2gen.anchors import anchor_range, chunk_loss
-from gdn2gen.config import Config, language_of, why_invalid
+from gdn2gen.config import Config, language_of
 from gdn2gen.errors import ConfigError, TemplateError
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.stages import STAGES, Stage
+from gdn2gen.validity import why_invalid
 
 LANGUAGES = ("triton", "tilelang")
 # Values of knobs that have templates of their own, beside the stage's first one.

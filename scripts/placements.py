@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gdn2gen.config import CHUNKS, Config, Knob, default_config, why_invalid
+from gdn2gen.config import CHUNKS, Config, Knob, default_config
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
 from gdn2gen.tune.charts import Bar, bars
+from gdn2gen.validity import why_invalid
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem(gate="sigmoid", bound=2, has_A_log=True)

@@ -17,11 +17,11 @@ from gdn2gen.config import (
     Knob,
     default_config,
     language_of,
-    why_invalid,
 )
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.stages import DTYPE_BYTES, MAX_SEGMENTS
+from gdn2gen.validity import why_invalid
 
 if TYPE_CHECKING:
     import optuna

@@ -21,13 +21,14 @@ from gdn2gen._bench_time import call_of
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import Result, case_inputs, run_case
 from gdn2gen.anchors import FROM_START
-from gdn2gen.config import DOMAINS, Config, default_config, why_invalid
+from gdn2gen.config import DOMAINS, Config, default_config
 from gdn2gen.dispatch import Recipe, forced_recipe
 from gdn2gen.inputs import REGIMES
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import STAGES
+from gdn2gen.validity import why_invalid
 
 
 @dataclass(frozen=True)

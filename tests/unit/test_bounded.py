@@ -18,7 +18,7 @@ from gdn2gen import cli, paths, render, store
 from gdn2gen._bench_accuracy import lower_bound_of
 from gdn2gen._lookup import make_request
 from gdn2gen.anchors import anchor_range, chunk_loss
-from gdn2gen.config import CHUNKS, Config, default_config, why_invalid
+from gdn2gen.config import CHUNKS, Config, default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import Recipe, default_recipe, explain_recipe, find_recipe, forced_recipe
 from gdn2gen.errors import ConfigError, DispatchError, InputError, StoreError
@@ -28,6 +28,7 @@ from gdn2gen.problem import Problem, Regime, bound_of
 from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, read_tuned, tuned_path
 from gdn2gen.tune import space
 from gdn2gen.tune.ledger import Ledger
+from gdn2gen.validity import why_invalid
 
 H200 = named_device("H200")
 REGIME = Regime(16384, 4, 16)

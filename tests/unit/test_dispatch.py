@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gdn2gen import paths, render
-from gdn2gen.config import default_config, why_invalid
+from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import (
     Recipe,
@@ -25,6 +25,7 @@ from gdn2gen.errors import DispatchError, TunedFileWarning
 from gdn2gen.plans import PLANS, plan_named
 from gdn2gen.problem import HEAD_DIMS, Problem, Regime
 from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, tuned_path, write_tuned
+from gdn2gen.validity import why_invalid
 
 H200 = named_device("H200")
 PROBLEM = Problem()

@@ -30,6 +30,7 @@ ROOMS = (
     ("plans",),
     ("anchors",),
     ("config",),
+    ("validity",),
     ("render",),
     ("build",),
     ("direct", "programs"),
