@@ -98,12 +98,13 @@ def _print(lines: list[Line], device: Device) -> None:
     from rich.table import Table
 
     table = Table(title=f"Tuned on {device.name}: forward+backward in ms")
-    names = ("shape", "level", "default", "tuned", "speedup", "against FLA", "x floor")
+    names = ("problem", "shape", "level", "default", "tuned", "speedup", "against FLA", "x floor")
     for name in names:
-        table.add_column(name, justify="left" if name in names[:2] else "right")
+        table.add_column(name, justify="left" if name in names[:3] else "right")
     for x in lines:
         numbers = [(x.default_ms, "{:.3f}"), (x.tuned_ms, "{:.3f}"), (x.speedup, "{:.2f}x")]
         numbers += [(x.to_fla, "{:.2f}x"), (x.to_floor, "{:.1f}")]
         cells = ["-" if value is None else form.format(value) for value, form in numbers]
-        table.add_row(x.name + (" (stale)" if x.stale else ""), x.entry.level, *cells)
+        name = x.name + (" (stale)" if x.stale else "")
+        table.add_row(x.problem, name, x.entry.level, *cells)
     Console().print(table)

@@ -18,11 +18,12 @@ from gdn2gen.bench import floor_bytes
 from gdn2gen.device import Device
 from gdn2gen.errors import TuneError
 from gdn2gen.paths import templates_dir
+from gdn2gen.plans import LEVELS
 from gdn2gen.shapes import SHAPES
 from gdn2gen.store import Entry
 from gdn2gen.tune import charts
 from gdn2gen.tune.charts import Bar
-from gdn2gen.tune.recheck import problem_of, shape_of
+from gdn2gen.tune.recheck import problem_of, shape_of, words_of
 
 if TYPE_CHECKING:
     import optuna
@@ -46,6 +47,10 @@ class Line:
     fla_ms: float | None
     floor_ms: float | None
     stale: bool
+
+    @property
+    def problem(self) -> str:
+        return words_of(self.entry)
 
     @property
     def speedup(self) -> float | None:
@@ -181,9 +186,9 @@ def lines(entries: Iterable[Entry], device: Device, results: dict[str, Any] | No
         )
     order = list(SHAPES)
 
-    def place(line: Line) -> tuple[str, int, str]:
+    def place(line: Line) -> tuple[str, int, str, int]:
         known = order.index(line.name) if line.name in order else len(order)
-        return str(line.entry.problem_key), known, line.name
+        return str(line.entry.problem_key), known, line.name, LEVELS.index(line.entry.level)
 
     return sorted(found, key=place)
 
@@ -242,11 +247,12 @@ def page(
     return environment.get_template(TEMPLATE).render(
         device=device,
         metadata=metadata,
-        lines=found,
+        by_problem=_by_problem(found),
+        beside_fla=any(x.fla_ms is not None for x in found),
         stages=stages,
         refusals=refusals.most_common(),
         version=__version__,
-        overview=Markup(charts.bars([(x.name, _bars(x)) for x in found], 960)),
+        overview=lambda some: Markup(charts.bars([(_label(x), _bars(x)) for x in some], 960)),
         by_stage=_by_chunk_size(stages),
         progress=lambda x: Markup(charts.progress([t.value for t in x.trials])),
         importances=lambda x: Markup(
@@ -263,6 +269,17 @@ def _by_chunk_size(stages: list[StageSearch]) -> dict[int, Markup]:
         BT: Markup(charts.bars([(x.stage, _stage_bars(x)) for x in stages if x.BT == BT], 300))
         for BT in sizes
     }
+
+
+def _by_problem(found: list[Line]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in found:
+        groups.setdefault(line.problem, []).append(line)
+    return groups
+
+
+def _label(line: Line) -> str:
+    return f"{line.name}, {line.entry.level}"
 
 
 def _bars(line: Line) -> list[Bar]:

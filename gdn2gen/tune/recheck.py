@@ -150,15 +150,26 @@ def problem_of(entry: Entry, shape: Shape) -> Problem:
     return Problem(**{**entry.problem_key, **flags})  # type: ignore[arg-type]
 
 
+def words_of(entry: Entry) -> str:
+    """The entry's problem: `K=128 V=128 bf16`, and what else sets it off from the plainest one."""
+    key = entry.problem_key
+    words = [f"K={key['K']} V={key['V']} {key['dtype']}"]
+    if key["gate"] != "none":
+        words.append(f"{key['gate']} gate")
+    if key["gate_dtype"] != "fp32":
+        words.append(f"g {key['gate_dtype']}")
+    return ", ".join(words if key["l2norm"] else [*words, "not normalised"])
+
+
 def recheck_table(results: Iterable[Rechecked]) -> Table:
     """What `gdn2gen verify --tuned` prints."""
     table = Table(title="Entries on file, checked and timed again (forward+backward, ms)")
-    for name in ("shape", "level", "filed", "now", "default", "verdict"):
+    for name in ("problem", "shape", "level", "filed", "now", "default", "verdict"):
         table.add_column(name)
     for x in results:
         filed = x.entry.measured.get("forward_backward_ms")
         times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
         name = x.shape.name if x.shape is not None else str(x.entry.regime)
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
-        table.add_row(name, x.entry.level, *times, verdict)
+        table.add_row(words_of(x.entry), name, x.entry.level, *times, verdict)
     return table

@@ -84,7 +84,8 @@ def test_the_page_says_what_is_on_file(folders, capsys):
     said = capsys.readouterr().out
     assert "1.25x" in said and "1 entries, searches of 2 stages" in said
     text = out.read_text()
-    for word in ("NVIDIA H200", "train4k", "1.25x", "db 6.0e-03", "triton 3.6.0", "whole pipeline"):
+    words = ("NVIDIA H200", "train4k, lean", "<h3>K=128 V=128 bf16</h3>", "1.25x", "db 6.0e-03")
+    for word in (*words, "triton 3.6.0", "whole pipeline"):
         assert word in text, word
     assert re.search(r"<td>scan</td><td class=\"text\">resources</td><td>3</td>", text)
     # self-contained: nothing is fetched, nothing runs

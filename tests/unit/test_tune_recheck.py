@@ -20,7 +20,7 @@ from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.recheck import problem_of, recheck, shape_of
+from gdn2gen.tune.recheck import problem_of, recheck, shape_of, words_of
 
 H200 = named_device("H200")
 
@@ -112,6 +112,9 @@ def test_shapes_and_problems_of_entries() -> None:
     assert shape_of(replace(entry(), regime_key=Regime(60, 3, 2).key)) == Shape("3x20x2", 3, 20, 2)
     assert shape_of(replace(entry(), regime_key=Regime(61, 3, 2).key)) is None
     gated = entry(problem=Problem(gate="softplus", has_A_log=True))
+    assert words_of(gated) == "K=128 V=128 bf16, softplus gate"
+    plain = entry(problem=Problem(K=64, V=32, dtype="fp16", gate_dtype="fp16", l2norm=False))
+    assert words_of(plain) == "K=64 V=32 fp16, g fp16, not normalised"
     problem = problem_of(gated, SHAPES["varlen8k"])
     assert problem.has_A_log and problem.has_dt_bias and problem.varlen
 
