@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._bench_rows import Errors, Row, Side
+from gdn2gen._bench_time import Timing
 from gdn2gen.errors import StoreError
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def rows_table(rows: Sequence[Row]) -> RenderableType:
     """The rows as rich tables: times and memory, then errors, then stages where measured."""
     from rich.console import Group
 
-    parts: list[RenderableType] = [_times_table(rows), _errors_table(rows)]
+    times = (_times_table(rows, side) for side in ("forward", "forward_backward"))
+    parts: list[RenderableType] = [*times, _errors_table(rows)]
     parts += [_stages_table(row) for row in rows if row.stages]
     return Group(*parts)
 
@@ -114,42 +116,37 @@ def _row_document(row: Row) -> dict[str, Any]:
     }
 
 
-def _times_table(rows: Sequence[Row]) -> RenderableType:
+def _times_table(rows: Sequence[Row], side: str) -> RenderableType:
+    """Times of one `side`, forward or forward_backward; with the latter peak memory, too."""
     from rich.table import Table
 
+    both = side == "forward_backward"
     vs_fla = any(row.fla is not None for row in rows)
-    table = Table(title="Median time in ms, L2 flushed; peak memory of forward+backward in MiB")
-    columns = ["shape", "forward", "x floor", "fwd+bwd", "x floor", "peak"]
-    columns += ["FLA forward", "FLA/ours", "FLA fwd+bwd", "FLA/ours", "FLA peak"] if vs_fla else []
-    for column in [*columns, "recipe"]:
+    title = "Forward+backward, and its peak memory in MiB" if both else "Forward"
+    table = Table(title=f"{title}: median ms, L2 flushed")
+    columns = ["shape", "ours", "x floor", *(["FLA", "FLA / ours"] if vs_fla else [])]
+    columns += ["peak", *(["FLA's"] if vs_fla else [])] if both else ["recipe"]
+    for column in columns:
         table.add_column(column, justify="left" if column in ("shape", "recipe") else "right")
     for row in rows:
-        forward, both = row.ratio_to_floor
-        cells = [
-            row.shape.name,
-            f"{row.ours.forward.median:.3f}",
-            f"{forward:.2f}",
-            f"{row.ours.forward_backward.median:.3f}",
-            f"{both:.2f}",
-            f"{row.ours.peak_mib:.0f}",
-        ]
+        ours: Timing = getattr(row.ours, side)
+        cells = [f"{ours.median:.3f}", f"{row.ratio_to_floor[both]:.2f}"]
         if vs_fla:
-            cells += _fla_cells(row)
-        table.add_row(*cells, row.recipe)
+            cells += _fla_times(row, side)
+        if both:
+            cells.append(f"{row.ours.peak_mib:.0f}")
+            cells += [f"{row.fla.peak_mib:.0f}" if row.fla else "-"] if vs_fla else []
+        else:
+            cells.append(row.recipe)
+        table.add_row(row.shape.name, *cells)
     return table
 
 
-def _fla_cells(row: Row) -> list[str]:
-    ratios = row.ratio_to_fla
-    if row.fla is None or ratios is None:
-        return ["-"] * 5
-    return [
-        f"{row.fla.forward.median:.3f}",
-        f"{ratios[0]:.2f}",
-        f"{row.fla.forward_backward.median:.3f}",
-        f"{ratios[1]:.2f}",
-        f"{row.fla.peak_mib:.0f}",
-    ]
+def _fla_times(row: Row, side: str) -> tuple[str, str]:
+    if row.fla is None or row.ratio_to_fla is None:
+        return "-", "-"
+    theirs: Timing = getattr(row.fla, side)
+    return f"{theirs.median:.3f}", f"{row.ratio_to_fla[side == 'forward_backward']:.2f}"
 
 
 def _errors_table(rows: Sequence[Row]) -> RenderableType:
@@ -179,8 +176,9 @@ def _stages_table(row: Row) -> RenderableType:
 
     table = Table(title=f"{row.shape.name}, stage by stage")
     rates = ("MiB to move", "GB/s", "of a copy", "GFLOP", "TFLOP/s", "of a product")
-    for column in ("stage", "ms", *rates):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    table.add_column("stage", no_wrap=True)
+    for column in ("ms", *rates):
+        table.add_column(column, justify="right")
     for stage in row.stages:
         table.add_row(
             stage.stage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gdn2gen._cli_options import in_source_tree, present_or_target
 from gdn2gen.errors import StoreError
@@ -97,14 +97,17 @@ def _print(lines: list[Line], device: Device) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Tuned on {device.name}: forward+backward in ms")
-    names = ("problem", "shape", "level", "default", "tuned", "speedup", "against FLA", "x floor")
-    for name in names:
-        table.add_column(name, justify="left" if name in names[:3] else "right")
+    names = ("shape", "level", "default", "tuned", "speedup", "against FLA", "x floor")
+    tables: dict[str, Table] = {}
     for x in lines:
+        if x.problem not in tables:
+            tables[x.problem] = Table(title=f"{device.name}, {x.problem}: forward+backward in ms")
+            for name in names:
+                justify: Literal["left", "right"] = "left" if name in names[:2] else "right"
+                tables[x.problem].add_column(name, justify=justify)
         numbers = [(x.default_ms, "{:.3f}"), (x.tuned_ms, "{:.3f}"), (x.speedup, "{:.2f}x")]
         numbers += [(x.to_fla, "{:.2f}x"), (x.to_floor, "{:.1f}")]
         cells = ["-" if value is None else form.format(value) for value, form in numbers]
         name = x.name + (" (stale)" if x.stale else "")
-        table.add_row(x.problem, name, x.entry.level, *cells)
-    Console().print(table)
+        tables[x.problem].add_row(name, x.entry.level, *cells)
+    Console().print(*tables.values())

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from rich.console import Group
 from rich.table import Table
 
 from gdn2gen import store
@@ -161,15 +162,19 @@ def words_of(entry: Entry) -> str:
     return ", ".join(words if key["l2norm"] else [*words, "not normalised"])
 
 
-def recheck_table(results: Iterable[Rechecked]) -> Table:
-    """What `gdn2gen verify --tuned` prints."""
-    table = Table(title="Entries on file, checked and timed again (forward+backward, ms)")
-    for name in ("problem", "shape", "level", "filed", "now", "default", "verdict"):
-        table.add_column(name)
+def recheck_table(results: Iterable[Rechecked]) -> Group:
+    """What `gdn2gen verify --tuned` prints: a table for each problem."""
+    tables: dict[str, Table] = {}
     for x in results:
+        problem = words_of(x.entry)
+        if problem not in tables:
+            title = f"Entries on file for {problem}, checked and timed again (forward+backward, ms)"
+            tables[problem] = Table(title=title)
+            for column in ("shape", "level", "filed", "now", "default", "verdict"):
+                tables[problem].add_column(column)
         filed = x.entry.measured.get("forward_backward_ms")
         times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
         name = x.shape.name if x.shape is not None else str(x.entry.regime)
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
-        table.add_row(words_of(x.entry), name, x.entry.level, *times, verdict)
-    return table
+        tables[problem].add_row(name, x.entry.level, *times, verdict)
+    return Group(*tables.values())
