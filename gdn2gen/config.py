@@ -36,7 +36,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "chunks": (1, 2, 4, 16),
         "BK": (32, 64, 128),
         "decay": ("log", "tree", "anchored", "bounded"),
-        "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
+        "solve": ("tf32", "tf32x3", "bf16x3", "ieee", "halves"),
         "num_warps": (1, 2, 4),
         "num_stages": _STAGES_AHEAD,
         "maxnreg": (0, 80, 128, 168, 208),

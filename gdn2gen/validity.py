@@ -24,6 +24,8 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
             return f"the Triton {config.stage} takes one chunk a program, not {config['chunks']}"
         if config.stage in _SUMS and config["num_stages"] != 1:
             return f"the Triton {config.stage} has no loop: num_stages={config['num_stages']}"
+        if config.get("solve") == "halves":
+            return "solve=halves is TileLang's way to invert; Triton's always goes by blocks"
     if "decay" in config:
         reason = _why_not_placed(config, problem)
         if reason is not None:
@@ -109,8 +111,10 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
             f"the TileLang {config.stage} gives a warp group of 4 warps {channels} channels, but "
             f"BK={config['BK']} and num_warps={config['num_warps']}"
         )
-    if config.get("solve", "ieee") != "ieee":
+    if config.get("solve", "ieee") not in ("ieee", "halves"):
         return f"the TileLang prepare substitutes in fp32: solve=ieee, not {config['solve']}"
+    if config.get("solve") == "halves" and config["BT"] != 32:
+        return f"solve=halves gives two columns to a thread in chunks of 32, not {config['BT']}"
     # one program to a multiprocessor, three, or two
     shared = (0, 80, 128) if config.stage == "prepare" else (0, 128)
     if config["maxnreg"] not in shared:

@@ -199,6 +199,17 @@ def test_tilelang_in_one_frame_compiles_without_spills(
     assert 2**14 < used.shared_bytes <= device.shared_bytes
 
 
+@pytest.mark.parametrize("decay", ["anchored", "bounded"])
+def test_tilelang_inverts_by_halves_without_spills(
+    decay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tilelang_by_chunk("prepare", _ONE_FRAME).replace(decay=decay, solve="halves")
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(_ONE_FRAME, "prepare", config, named_device("sm_90"))
+    assert used.spill_bytes == 0 and 0 < used.registers <= 80, used
+    assert 3 * (used.shared_bytes + 1024) <= 233472, used
+
+
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), _cases())
 def test_compiles_and_fits(
     problem: Problem, arch: str, config: Config, spilled: int

@@ -89,6 +89,11 @@ def _scan_tilelang() -> str:
     return render(Problem(), "scan", _config("scan", "tilelang")).source
 
 
+def _prepare_halves_tilelang() -> str:
+    config = tilelang_by_chunk("prepare", Problem()).replace(solve="halves")
+    return render(Problem(), "prepare", config).source
+
+
 def _reprepare_tilelang() -> str:
     return render(Problem(), "reprepare", tilelang_by_chunk("reprepare", Problem())).source
 
@@ -140,6 +145,7 @@ OUTPUTS: Final = {
     "prepare_tilelang.py": _prepare_tilelang,
     "grad_value_tilelang.py": _grad_value_tilelang,
     "reprepare_tilelang.py": _reprepare_tilelang,
+    "prepare_halves_tilelang.py": _prepare_halves_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "package_states.py": _package,
 }
