@@ -199,13 +199,13 @@ def test_tilelang_in_one_frame_compiles_without_spills(
     assert 2**14 < used.shared_bytes <= device.shared_bytes
 
 
-@pytest.mark.parametrize("decay", ["anchored", "bounded"])
+@pytest.mark.parametrize(("problem", "decay"), [(_BF16, "anchored"), (_ONE_FRAME, "bounded")])
 def test_tilelang_inverts_by_halves_without_spills(
-    decay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, decay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tilelang_by_chunk("prepare", _ONE_FRAME).replace(decay=decay, solve="halves")
+    config = tilelang_by_chunk("prepare", problem).replace(decay=decay, solve="halves")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
-    used = compile_ahead(_ONE_FRAME, "prepare", config, named_device("sm_90"))
+    used = compile_ahead(problem, "prepare", config, named_device("sm_90"))
     assert used.spill_bytes == 0 and 0 < used.registers <= 80, used
     assert 3 * (used.shared_bytes + 1024) <= 233472, used
 
