@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gdn2gen._bench_accuracy import TORCH_DTYPES, lower_bound_of
 from gdn2gen.errors import DeviceError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
@@ -113,8 +114,7 @@ def product_tflops(dtype: str) -> float:
     per process and dtype; the ceiling of a stage's products. dtype: bf16, fp16 or fp32.
     """
     _require_gpu("measuring the rate of matrix products")
-    size = 8192
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    size, kind = 8192, TORCH_DTYPES[dtype]
     left, right = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -152,7 +152,6 @@ def symbol_sizes(
 
 def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
     """Sizes and scalars of a benchmark call: as many heads of q, k and gates as of values."""
-    from gdn2gen._bench_accuracy import lower_bound_of
     from gdn2gen.call import Call
 
     return Call(

@@ -10,7 +10,7 @@ from gdn2gen.config import Knob
 from gdn2gen.device import Device
 from gdn2gen.errors import StoreError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.store import PROVENANCES, Entry, TunedFile
+from gdn2gen.store import Entry, TunedFile
 
 
 def load_file(path: Path) -> TunedFile:
@@ -37,13 +37,10 @@ def on_file(op: str, device: Device) -> TunedFile:
     best: dict[tuple[str, ...], Entry] = {}
     for entry in (entry for file in found for entry in file.entries):
         rival = best.get(entry.key)
-        if rival is None or _standing(entry) < _standing(rival):
+        # stale or not, and provenance: not the times, which come after them
+        if rival is None or store.rank(entry)[:2] < store.rank(rival)[:2]:
             best[entry.key] = entry
     return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
-
-
-def _standing(entry: Entry) -> tuple[bool, int]:
-    return store.is_stale(entry), PROVENANCES.index(entry.provenance)
 
 
 @dataclass(frozen=True)

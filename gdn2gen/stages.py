@@ -85,8 +85,8 @@ class Stage:
     outputs: tuple[Operand, ...]
     scalars: tuple[str, ...]
     products: tuple[str, ...] = ()
-    """Matrix products of a chunk and head, each as rows, columns and what is summed over; one per
-    pair of tokens where an anchored frame reaches, and the inverse as one of BT."""
+    """Matrix products of a chunk and head, each as rows, columns and what is summed over. Scores
+    count as one product each, as where one anchor serves a chunk, and so does the inverse."""
 
     @property
     def count(self) -> str:

@@ -121,8 +121,8 @@ def amended(result: Rechecked) -> Entry | None:
         return None
     if result.status not in ("slower", "failed"):
         return result.entry
-    measured = {k: x for k, x in result.entry.measured.items() if not k.endswith("forward_ms")}
-    measured.pop("forward_backward_ms", None)
+    times = ("forward_ms", "forward_backward_ms")
+    measured = {name: x for name, x in result.entry.measured.items() if name not in times}
     if result.now_ms is not None:
         measured["forward_backward_ms"] = round(result.now_ms, 5)
     return replace(result.entry, measured=measured)

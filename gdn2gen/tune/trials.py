@@ -63,8 +63,8 @@ class StageTrials:
         self.asked = 0
         self.exhausted = False
         self._pending: set[Config] = set()
-        self._elsewhere: set[Config | None] = set()
-        """What other processes are at; None where they have not drawn every knob yet."""
+        self._elsewhere: set[Config] = set()
+        """What other processes are at."""
         self._known: set[int] = set()
         self._unseen: list[Config] | None = None
         self._random = random.Random(seed)
@@ -104,8 +104,10 @@ class StageTrials:
         self._elsewhere.clear()
         for trial in self._study.get_trials(deepcopy=False, states=states):
             if trial.state == TrialState.RUNNING:
-                if trial.user_attrs.get("owner") != owner() and not is_gone(trial):
-                    self._elsewhere.add(self._config_of(trial))
+                config = self._config_of(trial)  # None before every knob is drawn
+                others = trial.user_attrs.get("owner") != owner() and not is_gone(trial)
+                if others and config is not None:
+                    self._elsewhere.add(config)
             elif trial.number not in self._known:
                 self._known.add(trial.number)
                 self._take_over(trial)

@@ -22,6 +22,8 @@ from gpu_support import (
     tokens_of,
 )
 
+from gdn2gen import chunk_gdn2
+from gdn2gen._bench_accuracy import op_flags
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import run_case
 from gdn2gen.dispatch import forced_recipe
@@ -54,6 +56,17 @@ def test_thirty_calls_agree(name: str, level: str) -> None:
 @pytest.mark.parametrize("level", DEFAULTS)
 def test_thirty_calls_of_the_default_agree(level: str) -> None:
     check_repeats("bf16", level)
+
+
+@pytest.mark.parametrize("level", (*LEVELS, *DEFAULTS))
+def test_a_call_that_wants_no_gradient_gives_the_same_bits(level: str) -> None:
+    """Its serial scan goes through three segments as one."""
+    recipe = recipe_of("bf16", level)
+    inputs, grads = draw(recipe.problem, sized(2, 2200, FEW_HEADS))
+    kept = run(recipe, inputs, grads)
+    with forced_recipe(recipe), torch.no_grad():
+        o, state = chunk_gdn2(**inputs, **op_flags(recipe.problem), output_final_state=True)
+    assert not moved({"o": o, "final_state": state}, {x: kept[x] for x in ("o", "final_state")})
 
 
 def check_repeats(name: str, level: str) -> None:

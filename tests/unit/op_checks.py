@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2gen import chunk_gdn2, reference
+from gdn2gen import call, chunk_gdn2, reference
 from gdn2gen._bench_accuracy import relative_errors
+from gdn2gen.dispatch import default_recipe, forced_recipe
 from gdn2gen.inputs import make_inputs
+from gdn2gen.problem import Problem
 
 LIMIT = 1e-5
 INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias")
@@ -212,3 +214,18 @@ def compiled_at_other_lengths() -> str:
         results = _run(step, arguments, "both", INPUTS)
         assert all(torch.equal(x, results[name]) for name, x in expected.items())
     return "done"
+
+
+def without_gradient(plan: str) -> list[str]:
+    """Outputs that are not the same bits where no gradient is wanted, over five segments."""
+    segment, call.SEGMENT = call.SEGMENT, 1
+    problem = Problem(K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
+    arguments = {**make(T=150), "use_qk_l2norm_in_kernel": True}
+    try:
+        with forced_recipe(default_recipe(problem, plan)):
+            kept = _run(chunk_gdn2, arguments, "both", INPUTS)
+            o, state = chunk_gdn2(**arguments, output_final_state=True)
+    finally:
+        call.SEGMENT = segment
+    found = {"o": o, "final_state": state}
+    return [name for name, x in found.items() if not torch.equal(x, kept[name])]

@@ -16,6 +16,7 @@ import gdn2gen
 from gdn2gen import _autograd, ops, reference
 from gdn2gen.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.inputs import make_inputs
+from gdn2gen.plans import PLANS
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.worker import Worker
 
@@ -339,6 +340,13 @@ def test_a_loss_of_one_output(output: str, interpreter: Callable[..., Any]) -> N
 @pytest.mark.parametrize("name", ["q", "v", "g", "initial_state"])
 def test_a_gradient_of_one_input(name: str, interpreter: Callable[..., Any]) -> None:
     _accurate(interpreter("some_gradients", name))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_call_that_wants_no_gradient_gives_the_same_bits(
+    plan: str, interpreter: Callable[..., Any]
+) -> None:
+    assert interpreter("without_gradient", plan) == []
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
