@@ -39,7 +39,7 @@ _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee", "halves"),
         "num_warps": (1, 2, 4),
         "num_stages": _STAGES_AHEAD,
-        "maxnreg": (0, 80, 128, 168, 208),
+        "maxnreg": (0, 64, 80, 128, 168, 208),
     },
     "reprepare": {
         "language": ("triton", "tilelang"),

@@ -26,6 +26,8 @@ def why_invalid(config: Config, problem: Problem) -> str | None:
             return f"the Triton {config.stage} has no loop: num_stages={config['num_stages']}"
         if config.get("solve") == "halves":
             return "solve=halves is TileLang's way to invert; Triton's always goes by blocks"
+        if config.stage == "prepare" and config["maxnreg"] == 64:
+            return "the Triton prepare spills in 64 registers; four TileLang programs share them"
     if "decay" in config:
         reason = _why_not_placed(config, problem)
         if reason is not None:
@@ -115,10 +117,15 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
         return f"the TileLang prepare substitutes in fp32: solve=ieee, not {config['solve']}"
     if config.get("solve") == "halves" and config["BT"] != 32:
         return f"solve=halves gives two columns to a thread in chunks of 32, not {config['BT']}"
-    # one program to a multiprocessor, three, or two
-    shared = (0, 80, 128) if config.stage == "prepare" else (0, 128)
+    # one program to a multiprocessor, two, three, or four: where their shared memory allows them
+    shared: tuple[int, ...] = (0, 80, 128) if config.stage == "prepare" else (0, 128)
+    if config.stage == "prepare" and problem.K < 128:
+        shared = (0, 64, 80, 128)
     if config["maxnreg"] not in shared:
-        return f"the TileLang {config.stage} takes maxnreg of {shared}, not {config['maxnreg']}"
+        return (
+            f"the TileLang {config.stage} with K={problem.K} takes maxnreg of {shared}, not "
+            f"{config['maxnreg']}"
+        )
     if config.stage == "grad_key" and config["BT"] == 16 and config.size("num_stages") > 1:
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
         return "a token's sums are 64 bytes in chunks of 16: of several stages, every second is off"

@@ -10,7 +10,12 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
     """The config of a stage in TileLang that takes least registers; not of the scans."""
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
     own: dict[str, dict[str, Knob]] = {
-        "prepare": {"decay": "anchored", "BK": problem.K, "solve": "ieee", "maxnreg": 80},
+        "prepare": {
+            "decay": "anchored",
+            "BK": problem.K,
+            "solve": "halves" if BT == 32 else "ieee",
+            "maxnreg": 80 if problem.K == 128 else 64,
+        },
         "reprepare": {"BK": problem.K, "maxnreg": 80},
         "sum_decay": {"BK": problem.K},
         "grad_value": {"BV": problem.V, "maxnreg": 80},

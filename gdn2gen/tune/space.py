@@ -38,7 +38,7 @@ _FORMS: Final = ("language", "decay", "segments")
 # nearest to Triton's default, one program to a multiprocessor, a search from an empty store left
 # prepare in Triton: train4k 1.60 ms on an H200, where 1.46 was known.
 _TILELANG_START: Final[Mapping[str, Mapping[str, Knob]]] = {
-    "prepare": {"chunks": 4, "maxnreg": 80},
+    "prepare": {"chunks": 4, "maxnreg": 80, "solve": "halves"},
     "reprepare": {"chunks": 4, "maxnreg": 80},
     "sum_decay": {"chunks": 4},
     "grad_value": {"chunks": 1, "maxnreg": 80},

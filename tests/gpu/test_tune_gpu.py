@@ -130,7 +130,7 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
     full = gate.full_problem(problem)
     candidate = _by_chunk_in_tilelang(full, plan)
     if plan != "lean":
-        candidate = candidate.with_config(candidate.by_stage["prepare"].replace(solve="halves"))
+        candidate = candidate.with_config(candidate.by_stage["prepare"].replace(solve="ieee"))
     shapes = gate.gate_shapes(full)
     regimes = ("layer", "sparse", "strong", "mixed", "zero")
     result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen.build import compile_ahead
+from gdn2gen.build import Resources, compile_ahead
 from gdn2gen.config import Config, Knob, default_config
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
@@ -154,7 +154,7 @@ def test_tilelang_in_segments_compiles_and_fits(
     used = compile_ahead(_STATES, stage, config, device)
     assert used.spill_bytes <= SPILLED, f"{stage} [{config}]: {used}"
     if arch == "sm_90":
-        assert used.registers <= 128 and 2 * (used.shared_bytes + 1024) <= 233472
+        assert used.registers <= 128 and _programs(used) >= 2
     # what was compiled before reports this at least: else it would fail only on the GPU
     assert compile_ahead(_STATES, stage, config, device).shared_bytes == used.shared_bytes
 
@@ -177,9 +177,8 @@ def test_tilelang_by_chunk_compiles_without_spills(
     used = compile_ahead(problem, stage, config, device)
     assert used.spill_bytes == 0, f"{stage} [{config}]: {used}"
     registers = config.size("maxnreg") or 80  # sum_decay always has three programs
-    programs = 65536 // (256 * registers)
     assert used.registers <= registers
-    assert programs * (used.shared_bytes + 1024) <= 233472, f"{programs} of {used}"
+    assert _programs(used) >= 65536 // (256 * registers), used
 
 
 @pytest.mark.parametrize(
@@ -200,14 +199,24 @@ def test_tilelang_in_one_frame_compiles_without_spills(
 
 
 @pytest.mark.parametrize(("problem", "decay"), [(_BF16, "anchored"), (_ONE_FRAME, "bounded")])
-def test_tilelang_inverts_by_halves_without_spills(
+def test_tilelang_inverts_at_once_without_spills(
     problem: Problem, decay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tilelang_by_chunk("prepare", problem).replace(decay=decay, solve="halves")
+    config = tilelang_by_chunk("prepare", problem).replace(decay=decay, solve="ieee")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     used = compile_ahead(problem, "prepare", config, named_device("sm_90"))
     assert used.spill_bytes == 0 and 0 < used.registers <= 80, used
-    assert 3 * (used.shared_bytes + 1024) <= 233472, used
+    assert _programs(used) >= 3, used
+
+
+def _programs(used: Resources) -> int:
+    """Programs that a multiprocessor of sm_90 has the shared memory for.
+
+    1 KB of each is the driver's; another is TileLang's barriers, which push the tiles to the next
+    multiple of 1 KB. Without it a prepare of 76,416 bytes passed for three to a multiprocessor: two
+    were, and it took 0.401 ms at long32k on an H200 instead of 0.324.
+    """
+    return 233472 // (used.shared_bytes + 2048)
 
 
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), _cases())
