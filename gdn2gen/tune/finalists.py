@@ -23,6 +23,7 @@ from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult, full_problem
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.search import Search, Window
+from gdn2gen.tune.stored import Stored
 
 TIE: Final = 0.01
 _MOST: Final = 6
@@ -64,7 +65,7 @@ class Verdict:
 class Finals:
     """Chooses finalists from a finished search and measures them."""
 
-    def __init__(self, search: Search, stored: Sequence[Candidate] = ()) -> None:
+    def __init__(self, search: Search, stored: Sequence[Stored] = ()) -> None:
         self._search = search
         self._stored = list(stored)
         self._gates: dict[Candidate, GateResult] = {}
@@ -132,7 +133,7 @@ class Finals:
             found = self._best_passing(shape, plan, BT)
             if found is not None:
                 best.append(found)
-        stored = [x for x in self._stored if x.plan == plan]
+        stored = [x.candidate for x in self._stored if x.is_for(shape, plan)]
         chosen = [self._default(plan), *self._carried(shape, plan), *best[:1], *stored, *best[1:]]
         if sizes:
             chosen += self._runners_up(shape, plan, sizes[0])

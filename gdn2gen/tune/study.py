@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,11 @@ from gdn2gen import store
 from gdn2gen.config import Config
 from gdn2gen.device import Device, present_device, toolchain
 from gdn2gen.errors import TuneError
-from gdn2gen.paths import cache_dir, packaged_tuned_dir, user_tuned_dir
+from gdn2gen.paths import cache_dir
 from gdn2gen.plans import PLANS_OF, level_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
-from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.filing import entry_of, result_of
 from gdn2gen.tune.finalists import Finals, Verdict, better
 from gdn2gen.tune.ledger import Ledger, read_ledger
@@ -33,6 +31,7 @@ from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import TuneReport
 from gdn2gen.tune.search import Context, Search, Window
 from gdn2gen.tune.storage import open_storage
+from gdn2gen.tune.stored import stored_pipelines
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +47,6 @@ _AHEAD: Final = 3
 _LEAST_GROUP: Final = 0.25
 # Best configs that one group of shapes hands on to the next, per stage and chunk size.
 _HANDED_ON: Final = 3
-_SEED_REGIMES: Final = 4
 
 
 def tune(
@@ -145,8 +143,9 @@ class _Run:
         searching = Window(window.clock, window.start, window.end - deciding)
         with self.context.backend.phase("defaults"):
             self.search.measure_defaults()
-        stored = list(self._stored())
-        self.search.seed([x for candidate in stored for x in candidate.configs])
+        wanted, device = self.search.shapes, self.context.device
+        stored = list(stored_pipelines(self.problem, self.plans, wanted, self.path, device))
+        self.search.seed([config for x in stored for config in x.candidate.configs])
         self.search.seed(handed)
         finals = Finals(self.search, stored)
         with self.context.backend.phase("search"):
@@ -186,32 +185,6 @@ class _Run:
                 store.merge_entries(self.path, self.metadata, [entry_of(best)])
                 found = []
 
-    def _stored(self) -> Iterator[Candidate]:
-        """Pipelines of tuned files for this problem, nearest regimes and this GPU first."""
-        device, wanted = self.context.device, self.search.shapes
-        own = self.path.name
-        folders = [self.path.parent.parent, user_tuned_dir(), packaged_tuned_dir()]
-        files = [self.path]
-        for folder in dict.fromkeys(x for x in folders if x is not None):
-            found = sorted((folder / self.problem.op).glob("*.json"))
-            files += sorted(found, key=lambda path: path.name != own)
-        for file in dict.fromkeys(files):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # A seed that cannot be read is no news.
-                tuned = store.read_tuned(file)
-            if tuned is None or tuned.metadata["arch"] != device.arch:
-                continue
-            entries = [x for x in tuned.entries if dict(x.problem_key) == self.problem.key]
-            entries.sort(key=lambda entry: min(_gap(entry, shape) for shape in wanted))
-            for entry in entries[:_SEED_REGIMES]:
-                if entry.plan in self.plans:
-                    yield Candidate.of(self.problem, entry.plan, entry.configs)
-
-
-def _gap(entry: store.Entry, shape: Shape) -> float:
-    """How far the sizes of an entry are from a shape: 0 for the same ones."""
-    pairs = zip(entry.regime_key.values(), shape.regime.key.values(), strict=True)
-    return sum(abs(a - b) / max(a, b, 1) for a, b in pairs)
 
 
 def _groups(

@@ -119,7 +119,7 @@ class FakeBackend:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("GDN2GEN_TUNED_DIR", raising=False)
-    monkeypatch.setattr("gdn2gen.tune.study.packaged_tuned_dir", lambda: tmp_path / "packaged")
+    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: tmp_path / "packaged")
 
 
 def run(backend, tmp_path, shapes=(SMALL,), minutes=3.0, levels=("lean",), **kwargs):

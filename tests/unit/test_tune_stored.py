@@ -1,0 +1,87 @@
+"""What a search takes from tuned files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gdn2gen import store
+from gdn2gen.device import named_device
+from gdn2gen.problem import Problem
+from gdn2gen.shapes import Shape
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.finalists import Finals
+from gdn2gen.tune.stored import Stored, stored_pipelines
+
+H200 = named_device("H200")
+PROBLEM = Problem(K=64, V=64)
+SHAPES = [Shape(f"heads{heads}", 1, 1024, heads) for heads in (1, 2, 4, 8, 16, 32, 64, 128)]
+
+
+def pipeline(number: int, plan: str = "lean") -> Candidate:
+    """Told from others, and from the default, by its scan."""
+    base = Candidate.default(PROBLEM, plan)
+    knobs = {"BV": (16, 32, 64)[number % 3], "num_stages": 1 + number // 3, "num_warps": 8}
+    return base.with_config(base.by_stage["scan"].replace(**knobs))
+
+
+def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
+    entries = [
+        store.Entry(
+            problem_key=PROBLEM.key,
+            regime_key=shape.regime.key,
+            level="lean",
+            plan="lean",
+            configs=pipeline(number).by_stage,
+            templates=pipeline(number).templates | changes,
+            measured={"forward_ms": 0.5, "forward_backward_ms": 2.0},
+            gate={"o": 4e-3},
+            provenance="measured",
+        )
+        for number, shape in enumerate(shapes)
+    ]
+    store.merge_entries(path, store.metadata_for(H200, {}, "a test"), entries)
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: None)
+    return store.tuned_path(tmp_path, "gdn2", H200)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan": "0" * 16}], ids=["fitting", "stale"])
+def test_pipelines_of_all_searched_shapes_come_first(path: Path, changes: dict[str, str]) -> None:
+    file_at(path, SHAPES, **changes)
+    wanted = [SHAPES[7], SHAPES[0], SHAPES[6], SHAPES[1], SHAPES[4]]
+    found = list(stored_pipelines(PROBLEM, ["lean"], wanted, path, H200))
+    exact, others = found[:5], found[5:]
+    assert {dict(x.regime)["heads"] for x in exact} == {shape.H for shape in wanted}
+    assert {dict(x.regime)["heads"] for x in others} == {4, 8, 32}  # four at most
+    for x in found:
+        number = [shape.H for shape in SHAPES].index(dict(x.regime)["heads"])
+        assert x.candidate == pipeline(number)
+
+
+def test_pipelines_of_other_plans_and_problems_are_left_out(path: Path) -> None:
+    file_at(path, SHAPES[:2])
+    assert not list(stored_pipelines(PROBLEM, ["fast", "states"], SHAPES, path, H200))
+    assert not list(stored_pipelines(Problem(), ["lean"], SHAPES, path, H200))
+    assert not list(stored_pipelines(PROBLEM, ["lean"], SHAPES, path, named_device("A100")))
+
+
+def test_a_final_has_the_pipeline_on_file_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = [
+        Stored(tuple(shape.regime.key.items()), pipeline(number))
+        for number, shape in enumerate(SHAPES)
+    ]
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={})
+    finals = Finals(search, stored)
+    monkeypatch.setattr(finals, "_warm", lambda candidates: None)
+    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
+    for number in (0, 5, 7):
+        chosen = finals.choose(SHAPES[number], "lean")
+        assert chosen == [Candidate.default(PROBLEM, "lean"), pipeline(number)]
+    assert finals.choose(SHAPES[5], "fast") == [Candidate.default(PROBLEM, "fast")]
