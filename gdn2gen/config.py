@@ -33,7 +33,7 @@ HOST_KNOBS: Final = ("max_segments",)
 _OWN: Final[Mapping[str, Mapping[str, tuple[Knob, ...]]]] = {
     "prepare": {
         "language": ("triton", "tilelang"),
-        "chunks": (1, 2, 4, 16),
+        "chunks": (1, 2, 4, 8, 16),
         "BK": (32, 64, 128),
         "decay": ("log", "tree", "anchored", "bounded"),
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee", "halves"),

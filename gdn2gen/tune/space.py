@@ -150,6 +150,8 @@ def forms(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]
     dyadic = {**default_config(stage, replace(problem, dtype="fp16"), BT=BT)}
     dyadic |= {name: x for name, x in default.items() if name == "solve"}
     tilelang = {**default, **_TILELANG_START.get(stage, {})}
+    if stage == "prepare" and problem.K < 128:
+        tilelang["maxnreg"] = 64  # four programs to a multiprocessor, where their tiles fit
     nearest: dict[tuple[Knob | None, ...], Config] = {}
     for config in valid_configs(stage, problem, device, BT):
         form = form_of(config)

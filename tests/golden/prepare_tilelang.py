@@ -24,7 +24,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 1f385a1b4abc5a78; made by
+Template digest 087c82694a8b1983; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -248,8 +248,10 @@ def program():
                     s_A[i_i, i_j + c] = s_T[HALF + i_i, i_j + c]
                 for c in tile.vectorized(2):
                     s_A[i_i, HALF + i_j + c] = 0.0
+                for c in tile.unroll(2):
+                    x_A21[c] = s_total[(i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i]
                 for c in tile.vectorized(2):
-                    s_A[HALF + i_i, HALF + i_j + c] = s_total[(i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i]
+                    s_A[HALF + i_i, HALF + i_j + c] = x_A21[c]
                 for c in tile.vectorized(2):
                     x_A21[c] = 0.0
                 for m in tile.unroll(HALF):
