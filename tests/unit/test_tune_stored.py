@@ -85,3 +85,18 @@ def test_a_final_has_the_pipeline_on_file_of_its_own_shape(monkeypatch: pytest.M
         chosen = finals.choose(SHAPES[number], "lean")
         assert chosen == [Candidate.default(PROBLEM, "lean"), pipeline(number)]
     assert finals.choose(SHAPES[5], "fast") == [Candidate.default(PROBLEM, "fast")]
+
+
+def test_what_is_on_file_stands_in_a_final_however_little_time_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the default and the pipeline that won for the level's other plan."""
+    stored = [Stored(tuple(SHAPES[0].regime.key.items()), pipeline(0))]
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={})
+    finals = Finals(search, stored)
+    monkeypatch.setattr(finals, "_warm", lambda candidates: None)
+    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
+    monkeypatch.setattr(finals, "_carried", lambda shape, plan: [pipeline(1), pipeline(2)])
+    default = Candidate.default(PROBLEM, "lean")
+    assert finals.choose(SHAPES[0], "lean", 2) == [default, pipeline(0), pipeline(1)]
+    assert finals.choose(SHAPES[1], "lean", 2) == [default, pipeline(1)]
