@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gdn2gen._bench_rows import Errors, Row, Side
+from gdn2gen._bench_rows import Row
+from gdn2gen._bench_sides import Errors, Side
 from gdn2gen._bench_time import Timing
 from gdn2gen.errors import StoreError
 

@@ -4,61 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from gdn2gen._bench_accuracy import (
-    LOWER_BOUND,
-    OpFunction,
-    inputs_of,
-    op_flags,
-    output_gradients,
-    relative_errors,
-    run_op,
-    run_reference,
-)
+from gdn2gen._bench_accuracy import LOWER_BOUND, inputs_of, output_gradients
+from gdn2gen._bench_sides import Errors, Side, fla_op, measure_in_turns, our_op, worst_errors
 from gdn2gen._bench_time import (
     Timing,
     call_of,
     copy_gbps,
     floor_ms,
-    peak_mib,
     product_tflops,
     symbol_sizes,
     time_ms,
 )
-from gdn2gen.errors import UnsupportedError
 from gdn2gen.problem import Problem, bound_of
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import STAGES
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
-
-# A reference in fp64 at a full shape would take longer than everything else together.
-ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
-ACCURACY_REGIMES: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Worst relative error of one output or gradient, and the gate regime it was found in."""
-
-    error: float
-    regime: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """One implementation at one shape: times in ms, peak memory of fwd+bwd in MiB, errors."""
-
-    forward: Timing
-    forward_backward: Timing
-    peak_mib: float
-    errors: dict[str, Errors]
 
 
 @dataclass(frozen=True)
@@ -173,13 +139,16 @@ def bench_shapes(
             errors[dense, False] = worst_errors(our_op(level), dense)
             if fla is not None:
                 errors[dense, True] = worst_errors(fla, dense)
+        functions = [our_op(level), *([] if fla is None else [fla])]
+        found = [errors[dense, is_fla] for is_fla in (False, True)[: len(functions)]]
+        sides = measure_in_turns(functions, found, problem, shape)
         row = Row(
             shape=shape,
             problem=problem,
             level=level,
             recipe=_recipe_name(problem, shape, level),
-            ours=_measure(our_op(level), problem, shape, errors[dense, False]),
-            fla=None if fla is None else _measure(fla, problem, shape, errors[dense, True]),
+            ours=sides[0],
+            fla=None if fla is None else sides[1],
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
             stages=bench_stages(problem, shape, level) if stages else [],
@@ -222,67 +191,6 @@ def stage_calls(
     if "dt_bias" in tensors:
         tensors["dt_bias"] = tensors["dt_bias"].reshape(shape.H, problem.K)
     return launch.stage_calls(launch.Runner(recipe), call, tensors)
-
-
-def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
-    """Worst error over ACCURACY_REGIMES, per output and gradient, at ACCURACY_SHAPE."""
-    problem = replace(problem, final_state=True)
-    worst: dict[str, Errors] = {}
-    for regime in ACCURACY_REGIMES:
-        inputs = inputs_of(problem, ACCURACY_SHAPE, regime, 0, "cuda")
-        gradients = output_gradients(problem, ACCURACY_SHAPE, 0, "cuda")
-        exact = run_reference(problem, inputs, gradients)
-        found = relative_errors(run_op(function, problem, inputs, gradients), exact)
-        for name, error in found.items():
-            if name not in worst or error > worst[name].error:
-                worst[name] = Errors(error, regime)
-    return worst
-
-
-def our_op(level: str) -> OpFunction:
-    """Our op, keeping as much of the forward as `level` lets it."""
-    from gdn2gen import ops
-
-    return partial(ops.chunk_gdn2, disable_recompute=level == "fast")
-
-
-def fla_op(level: str) -> OpFunction:
-    """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
-
-    Raises UnsupportedError then.
-    """
-    try:
-        from fla.ops.gdn2 import chunk_gdn2
-    except ImportError as error:
-        raise UnsupportedError(
-            f"the comparison needs flash-linear-attention with fla.ops.gdn2 ({error}); "
-            "run `pip install flash-linear-attention`, or leave `--vs fla` out"
-        ) from error
-
-    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
-        # FLA takes a lower bound only together with its safe gate.
-        safe = arguments.get("lower_bound") is not None
-        fast = level == "fast"
-        o, state = chunk_gdn2(**arguments, safe_gate=safe, disable_recompute=fast)
-        return o, state
-
-    return call
-
-
-def _measure(
-    function: OpFunction, problem: Problem, shape: Shape, errors: dict[str, Errors]
-) -> Side:
-    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
-    gradients = output_gradients(problem, shape, 0, "cuda")
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(**inputs, **op_flags(problem))[0]
-
-    def both() -> None:
-        run_op(function, problem, inputs, gradients)
-
-    return Side(time_ms(forward), time_ms(both), peak_mib(both), errors)
 
 
 def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:

@@ -46,7 +46,7 @@ ROOMS = (
     ("ops", "_autograd", "_kernels", "_lookup", "_torch_ops"),
     ("layer",),
     ("generate",),
-    ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_time"),
+    ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_sides", "_bench_time"),
     ("_verify_cases", "_verify_checks"),
     ("tune",),
     ("verify",),
