@@ -9,8 +9,8 @@ from gdn2gen import store
 from gdn2gen.plans import level_of
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Measured, Verdict
 from gdn2gen.tune.report import ShapeResult
+from gdn2gen.tune.verdicts import Measured, Verdict
 
 
 def result_of(verdict: Verdict) -> ShapeResult:

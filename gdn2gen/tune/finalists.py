@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
-from statistics import mean, median
+from statistics import mean
 from typing import Final
 
 from gdn2gen.bench import Timing
@@ -24,8 +23,8 @@ from gdn2gen.tune.gate import GateResult, full_problem
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.search import Search, Window
 from gdn2gen.tune.stored import Stored
+from gdn2gen.tune.verdicts import TIE, Measured, Verdict, combine, is_decided, pick
 
-TIE: Final = 0.01
 _MOST: Final = 6
 _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
@@ -37,29 +36,6 @@ _LIKELY_CLOSE: Final = 2
 _FAR: Final = 1.1
 # Neighbours of a config that fails only here were tried, too, and may fail with it.
 _MAX_REPAIRS: Final = 12
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A finalist at one shape: times over all rounds (ms), peak memory (MiB), gate errors."""
-
-    candidate: Candidate
-    forward: Timing
-    forward_backward: Timing
-    peak_mib: float
-    errors: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The winner at one shape and level; `default` is None if the default failed."""
-
-    shape: Shape
-    level: str
-    winner: Measured
-    default: Measured | None
-    tied: bool
-    """Others came within 1% of the best time."""
 
 
 class Finals:
@@ -285,7 +261,7 @@ class Finals:
                 peaks.setdefault(candidate, found.peak_mib)
                 rounds[candidate].append((found.forward, found.forward_backward))
             over = window.used >= 1
-            if number + 1 >= _MIN_ROUNDS and (over or _decided(list(rounds.values()))):
+            if number + 1 >= _MIN_ROUNDS and (over or is_decided(list(rounds.values()))):
                 break
         return [
             Measured(
@@ -297,55 +273,3 @@ class Finals:
             )
             for candidate, timings in rounds.items()
         ]
-
-
-def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
-    """The winner, and whether others tied with the fastest.
-
-    Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
-    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then the
-    default wins, then what differs from it in the fewest knobs.
-    """
-    fastest = min(x.forward_backward.median for x in measured)
-    tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
-    forward = min(x.forward.median for x in tied)
-    best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
-
-    def simplicity(x: Measured) -> tuple[int, float]:
-        return x.candidate.distance(default), x.forward_backward.median
-
-    return min(best, key=simplicity), len(tied) > 1
-
-
-def better(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict of a level from those of its plans, beside the default of the first.
-
-    The first plan keeps less, and stays within 1% of the fastest.
-    """
-    fastest = min(x.winner.forward_backward.median for x in verdicts)
-    best = next(
-        x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE)
-    )
-    return replace(best, default=verdicts[0].default)
-
-
-def combine(rounds: Sequence[Timing]) -> Timing:
-    """One timing over several rounds: median of medians, widest percentiles' medians, all runs."""
-    return replace(
-        rounds[0],
-        median=median(x.median for x in rounds),
-        p20=median(x.p20 for x in rounds),
-        p80=median(x.p80 for x in rounds),
-        n=sum(x.n for x in rounds),
-    )
-
-
-def _decided(rounds: Sequence[Sequence[tuple[Timing, Timing]]]) -> bool:
-    """Whether the fastest is apart from every other: by its interval, or tied within 1%."""
-    times = sorted((combine([x for _, x in one]) for one in rounds), key=lambda x: x.median)
-    if len(times) < 2:
-        return True
-    fastest = times[0]
-    return all(
-        x.p20 > fastest.p80 or x.median <= fastest.median * (1 + TIE) for x in times[1:]
-    )

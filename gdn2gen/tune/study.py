@@ -25,13 +25,14 @@ from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.filing import entry_of, result_of
-from gdn2gen.tune.finalists import Finals, Verdict, better
+from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import TuneReport
 from gdn2gen.tune.search import Context, Search, Window
 from gdn2gen.tune.storage import open_storage
 from gdn2gen.tune.stored import stored_pipelines
+from gdn2gen.tune.verdicts import Verdict, better
 
 if TYPE_CHECKING:
     import optuna

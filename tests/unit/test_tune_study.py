@@ -23,13 +23,14 @@ from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Finals, Measured, Verdict, better, pick
+from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.ledger import read_ledger
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.progress import Progress
 from gdn2gen.tune.study import tune
+from gdn2gen.tune.verdicts import Measured, Verdict, better, pick
 
 DEVICE = named_device("H200")
 PROBLEM = Problem(K=64, V=64)
