@@ -65,8 +65,8 @@ def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None
     if language_of(config) == "tilelang" and device.arch != "sm_90":
         if device.arch not in _AMPERE:
             return f"TileLang kernels were not compiled for {device.arch} ({device.name})"
-        if config.stage not in _SCANS:
-            return f"the TileLang {config.stage} is made for sm_90: its tiles are filled by TMA"
+        if config.get("maxnreg"):
+            return f"{device.arch} hands no registers to other warps: maxnreg={config['maxnreg']}"
         if config.size("num_stages") > 1:
             # its waits for asynchronous copies take a constant count there (0.1.15)
             return f"TileLang compiles loops of any length for {device.arch} with one stage only"

@@ -71,7 +71,9 @@ def test_every_form_of_a_kernel_is_tried_first_near_the_default():
     first, other = space.forms("sum_decay", PROBLEM, H200, 32)
     assert first == default_config("sum_decay", PROBLEM, BT=32)
     assert other["language"] == "tilelang"
-    assert space.forms("sum_decay", PROBLEM, named_device("RTX 4090"), 32) == [first]
+    assert space.forms("sum_decay", PROBLEM, named_device("RTX 5090"), 32) == [first]
+    for form in space.forms("prepare", PROBLEM, named_device("A100"), 32):
+        assert form["language"] == "triton" or (form["maxnreg"], form["num_stages"]) == (0, 1)
 
 
 @pytest.mark.parametrize(
