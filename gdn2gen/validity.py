@@ -117,14 +117,15 @@ def _why_not_tilelang_anchored(config: Config, problem: Problem) -> str | None:
         return f"the TileLang prepare substitutes in fp32: solve=ieee, not {config['solve']}"
     if config.get("solve") == "halves" and config["BT"] != 32:
         return f"solve=halves gives two columns to a thread in chunks of 32, not {config['BT']}"
-    # one program to a multiprocessor, two, three, or four: where their shared memory allows them
-    shared: tuple[int, ...] = (0, 80, 128) if config.stage == "prepare" else (0, 128)
-    if config.stage == "prepare" and problem.K < 128:
-        shared = (0, 64, 80, 128)
+    # one program to a multiprocessor, two, three, or four: where their shared memory allows them,
+    # and 128 sums a thread (the norms of 64 tokens) their registers
+    shared: tuple[int, ...] = (0, 128)
+    if config.stage == "prepare" and config.size("BT") < 64:
+        shared = (0, 80, 128) if problem.K == 128 else (0, 64, 80, 128)
     if config["maxnreg"] not in shared:
         return (
-            f"the TileLang {config.stage} with K={problem.K} takes maxnreg of {shared}, not "
-            f"{config['maxnreg']}"
+            f"the TileLang {config.stage} with K={problem.K} and BT={config['BT']} takes "
+            f"maxnreg of {shared}, not {config['maxnreg']}"
         )
     if config.stage == "grad_key" and config["BT"] == 16 and config.size("num_stages") > 1:
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes

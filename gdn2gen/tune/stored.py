@@ -46,14 +46,14 @@ def stored_pipelines(
             tuned = store.read_tuned(file)
         if tuned is None or tuned.metadata["arch"] != device.arch:
             continue
-        entries = [x for x in tuned.entries if dict(x.problem_key) == problem.key]
+        ours = [x for x in tuned.entries if dict(x.problem_key) == problem.key]
+        entries = [x for x in ours if x.plan in plans]
         gaps = [min(_gap(entry, shape) for shape in shapes) for entry in entries]
         by_gap = sorted(zip(gaps, entries, strict=True), key=itemgetter(0))
         most = sum(gap == 0 for gap in gaps) + _OTHERS
         for _, entry in by_gap[:most]:
-            if entry.plan in plans:
-                candidate = Candidate.of(problem, entry.plan, entry.configs)
-                yield Stored(tuple(entry.regime_key.items()), candidate)
+            candidate = Candidate.of(problem, entry.plan, entry.configs)
+            yield Stored(tuple(entry.regime_key.items()), candidate)
 
 
 def _files(path: Path, op: str) -> list[Path]:

@@ -63,11 +63,12 @@ def test_every_form_of_a_kernel_is_tried_first_near_the_default():
         assert space.why_hopeless(config, PROBLEM, H200) is None
     (tilelang,) = (x for x in forms if x["language"] == "tilelang")
     assert (tilelang["chunks"], tilelang["maxnreg"]) == (16, 128)
-    for K, maxnreg in ((64, 64), (128, 80)):
-        for BT, solve in ((32, "halves"), (64, "ieee")):
-            prepare = space.forms("prepare", Problem(K=K), H200, BT)[-1]
-            assert (prepare["language"], prepare["maxnreg"]) == ("tilelang", maxnreg)
-            assert prepare["solve"] == solve
+    for K, BT, maxnreg, solve in ((64, 32, 64, "halves"), (128, 32, 80, "halves")):
+        prepare = space.forms("prepare", Problem(K=K), H200, BT)[-1]
+        assert (prepare["language"], prepare["maxnreg"]) == ("tilelang", maxnreg)
+        assert prepare["solve"] == solve
+    wide = space.forms("prepare", Problem(K=64), H200, 64)[-1]
+    assert (wide["maxnreg"], wide["solve"]) in ((0, "ieee"), (128, "ieee"))
     first, other = space.forms("sum_decay", PROBLEM, H200, 32)
     assert first == default_config("sum_decay", PROBLEM, BT=32)
     assert other["language"] == "tilelang"

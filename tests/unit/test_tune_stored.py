@@ -100,3 +100,17 @@ def test_what_is_on_file_stands_in_a_final_however_little_time_there_is(
     default = Candidate.default(PROBLEM, "lean")
     assert finals.choose(SHAPES[0], "lean", 2) == [default, pipeline(0), pipeline(1)]
     assert finals.choose(SHAPES[1], "lean", 2) == [default, pipeline(1)]
+
+
+def test_a_plan_that_is_on_file_is_decided_though_its_stages_look_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By few trials: else a stale entry would give way to the level's slower plan."""
+    on_file = Candidate.default(PROBLEM, "states")
+    stored = [Stored(tuple(SHAPES[0].regime.key.items()), on_file)]
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={})
+    finals = Finals(search, stored)
+    sums = {"fast": 1.0, "states": 1.5}
+    monkeypatch.setattr(finals, "_least_sum", lambda shape, plan: sums[plan])
+    assert not finals.is_behind(SHAPES[0], "states")
+    assert finals.is_behind(SHAPES[1], "states")
