@@ -89,8 +89,8 @@ def _scan_tilelang() -> str:
     return render(Problem(), "scan", _config("scan", "tilelang")).source
 
 
-def _prepare_halves_tilelang() -> str:
-    config = tilelang_by_chunk("prepare", Problem()).replace(solve="halves")
+def _prepare_at_once_tilelang() -> str:
+    config = tilelang_by_chunk("prepare", Problem()).replace(solve="ieee")
     return render(Problem(), "prepare", config).source
 
 
@@ -145,7 +145,7 @@ OUTPUTS: Final = {
     "prepare_tilelang.py": _prepare_tilelang,
     "grad_value_tilelang.py": _grad_value_tilelang,
     "reprepare_tilelang.py": _reprepare_tilelang,
-    "prepare_halves_tilelang.py": _prepare_halves_tilelang,
+    "prepare_at_once_tilelang.py": _prepare_at_once_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "package_states.py": _package,
 }

@@ -8,7 +8,7 @@
 One program per CHUNKS chunks and value head. A thread has two channels and a part of the tokens, so
 that the decay is summed over the tokens in registers. k and q lie one above the other in shared
 memory, so that one product gives all norms, and so do E and Qg: one product with k / gamma gives T
-and Aqk. A warp inverts the halves of I + T by substitution in fp32, a column a thread; Y takes the
+and Aqk. A warp inverts I + T by substitution in fp32, a column a thread; Y takes the
 place of E. The compiler gives the loads to a warp group of its own.
 
 Rows in which no channel has lost more than 2^-104 since the chunk's start are exact;
@@ -23,11 +23,11 @@ later_frames_kernel, in Triton, writes the others.
     q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
-Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
+Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
 Template digest 31baca5998448baf; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
-      BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
+      BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
 """
 
 from functools import cache
@@ -42,7 +42,6 @@ THREADS = 128
 # two channels a thread, and an equal part of the tokens: shared memory is read 4 bytes at a time
 PARTS = 128 // (K // 2)
 PART = BT // PARTS
-HALF = BT // 2  # the inverse is made of those of the chunk's halves
 IO, GATE = "bfloat16", "float32"
 LEAST_GAMMA = tl.constexpr(2.0**-104)
 LOOKED_AT = 8  # chunks a program of later_frames_kernel
@@ -113,7 +112,6 @@ def program():
             s_rstd = tile.alloc_shared([2 * BT], "float32")
             # rows so long that what a warp writes of the scores lies in banks of its own
             s_T = tile.alloc_shared([BT, BT + 4], "float32")
-            x_A21 = tile.alloc_local([2], "float32")
             s_A = tile.alloc_shared([BT, BT], IO)
             s_Aqk = tile.alloc_shared([BT, BT], IO)
 
@@ -127,7 +125,7 @@ def program():
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
-            x_A = tile.alloc_local([HALF], "float32")
+            x_A = tile.alloc_local([BT], "float32")
 
             for i_n in tile.Pipelined(
                 tile.min(CHUNKS, n_chunks - i_first), num_stages=1
@@ -224,54 +222,21 @@ def program():
                 if i_thread >= THREADS - BT:
                     i_own = i_thread - (THREADS - BT)
                     s_Aqk[i_own, i_own] = s_self[i_own] * s_rstd[i_own] * s_rstd[BT + i_own]
+                # a column of the inverse a thread, by substitution; T lies transposed, so that what
+                # one step takes of it is read at once
+                if i_thread < BT:
+                    for i in tile.unroll(BT):
+                        x_A[i] = tile.if_then_else(i == i_thread, 1.0, 0.0)
+                    for m in tile.unroll(BT - 1):
+                        for i in tile.unroll(m + 1, BT):
+                            x_A[i] -= s_T[m, i] * x_A[m]
+                    for i in tile.unroll(BT):
+                        s_A[i, i_thread] = x_A[i]
+                # the other warps meanwhile
                 for i in tile.unroll(PART):
                     for c in tile.vectorized(2):
                         s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
                 tile.copy(s_rows[BT : 2 * BT, :], Qg[i_c, i_h, :, :], disable_tma=True)
-                # a column of the inverse of either half a thread, by substitution; T lies transposed,
-                # so that what one step takes of it is read at once. A11 goes where T is not looked at,
-                # A22, transposed too, where the totals of the decay were
-                if i_thread < BT:
-                    i_half = i_thread // HALF * HALF
-                    for i in tile.unroll(HALF):
-                        x_A[i] = tile.if_then_else(i_half + i == i_thread, 1.0, 0.0)
-                    for m in tile.unroll(HALF - 1):
-                        for i in tile.unroll(m + 1, HALF):
-                            x_A[i] -= s_T[i_half + m, i_half + i] * x_A[m]
-                    if i_thread < HALF:
-                        for i in tile.unroll(HALF):
-                            s_T[HALF + i, i_thread] = x_A[i]
-                    else:
-                        for i in tile.unroll(HALF // 4):
-                            for c in tile.vectorized(4):
-                                s_total[(i_thread - HALF) * HALF // K, (i_thread - HALF) * HALF % K + i * 4 + c] = x_A[i * 4 + c]
-                tile.sync_threads()
-                # A21 = -A22 (T21 A11); of each quarter of A two columns of a row a thread
-                i_i, i_j = i_thread * 2 // HALF, i_thread * 2 % HALF
-                for c in tile.vectorized(2):
-                    s_A[i_i, i_j + c] = s_T[HALF + i_i, i_j + c]
-                for c in tile.vectorized(2):
-                    s_A[i_i, HALF + i_j + c] = 0.0
-                for c in tile.unroll(2):
-                    x_A21[c] = s_total[(i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i]
-                for c in tile.vectorized(2):
-                    s_A[HALF + i_i, HALF + i_j + c] = x_A21[c]
-                for c in tile.vectorized(2):
-                    x_A21[c] = 0.0
-                for m in tile.unroll(HALF):
-                    for c in tile.vectorized(2):
-                        x_A21[c] += s_T[m, HALF + i_i] * s_T[HALF + m, i_j + c]
-                # where T11 was
-                for c in tile.vectorized(2):
-                    s_T[i_i, i_j + c] = x_A21[c]
-                tile.sync_threads()
-                for c in tile.vectorized(2):
-                    x_A21[c] = 0.0
-                for m in tile.unroll(HALF):
-                    for c in tile.vectorized(2):
-                        x_A21[c] -= s_total[(m) * HALF // K, (m) * HALF % K + i_i] * s_T[m, i_j + c]
-                for c in tile.vectorized(2):
-                    s_A[HALF + i_i, i_j + c] = x_A21[c]
                 tile.sync_threads()
                 tile.clear(b_Y)
                 tile.gemm(s_A, s_rows[0:BT, :], b_Y)
