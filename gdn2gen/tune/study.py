@@ -187,7 +187,6 @@ class _Run:
                 found = []
 
 
-
 def _groups(
     problem: Problem,
     shapes: Sequence[Shape],
