@@ -51,12 +51,17 @@ class Finals:
         self._seconds: list[float] = []
         """What each verdict so far took for each of its finalists."""
 
-    def compile_ahead(self, turns: Sequence[tuple[Shape, str]]) -> None:
-        """Queue the compile of what verdicts to come may want, and do not wait for it.
+    def compile_known(self, turns: Sequence[tuple[Shape, str]]) -> None:
+        """Queue the compile of what verdicts to come measure in any case, and do not wait for it.
 
         Kernels of the full gate have states in and out, and nothing of the search serves for them:
         the GPU waited for their compile at every verdict.
         """
+        for shape, plan in turns:
+            self._compile(self._known(shape, plan))
+
+    def compile_ahead(self, turns: Sequence[tuple[Shape, str]]) -> None:
+        """The same, and of what the search holds for the best by now."""
         for shape, plan in turns:
             self._compile(self._likely(shape, plan))
 
@@ -239,13 +244,16 @@ class Finals:
                 self._compiles[config] = self._search.context.backend.compile(full, config)
         return [self._compiles[config] for config in configs]
 
+    def _known(self, shape: Shape, plan: str) -> list[Candidate]:
+        return [self._default(plan), *self._on_file(shape, plan)]
+
     def _likely(self, shape: Shape, plan: str) -> list[Candidate]:
         """What `choose` will look at, if all of it passes the gate."""
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best = [self._best(shape, plan, BT) for BT in sizes[:1]]
         close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
-        stored = [*self._on_file(shape, plan), *self._carried(shape, plan)]
-        return [*stored, *(x for x in best if x is not None), *close]
+        known = [*self._known(shape, plan), *self._carried(shape, plan)]
+        return [*known, *(x for x in best if x is not None), *close]
 
     def _measure(
         self, finalists: Sequence[Candidate], shape: Shape, window: Window

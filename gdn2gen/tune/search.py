@@ -33,8 +33,6 @@ from gdn2gen.tune.trials import Proposal, StageTrials
 
 # Past the deadline, trials being compiled may still end within this part of the time.
 _GRACE: Final = 0.1
-# Part of the search's time after which the finals' first kernels may be compiled.
-_LATE: Final = 0.9
 _POLL_SECONDS: Final = 0.2
 
 
@@ -62,6 +60,13 @@ class Context:
     storage: optuna.storages.BaseStorage
     progress: Progress
     seed: int = 0
+
+
+class Errand(NamedTuple):
+    """What is to be done once, when a part of a search's time is over."""
+
+    part: float
+    run: Callable[[], None]
 
 
 class _Asked(NamedTuple):
@@ -103,24 +108,23 @@ class Search:
             if trials is not None:
                 trials.suggest_first(config)
 
-    def run(self, window: Window, late: Callable[[], None] | None = None) -> None:
+    def run(self, window: Window, errands: Sequence[Errand] = ()) -> None:
         """Try candidates until the window ends or nothing is left to try.
 
         A thread has the GPU try one after the other while this one asks the sampler for more: with
-        both in one, an H200 waited for 23 to 45% of a search. `late` is called once, near the end.
+        both in one, an H200 waited for 23 to 45% of a search. `errands` are in order of time.
         """
         self.context.progress.phase(f"search over {len(self.stages)} stages at {self._at()}")
         compiling: dict[Future[Outcome[Resources]], _Asked] = {}
         trying: dict[Future[Result], _Asked] = {}
         slots = self.context.backend.slots
         depth = slots + max(1, slots // 4)
-        gpu = ThreadPoolExecutor(1)
+        gpu, waiting = ThreadPoolExecutor(1), list(errands)
         try:
             while window.used < 1 + _GRACE:
                 self._opening.more(window)
-                if late is not None and window.used > _LATE:
-                    late()
-                    late = None
+                while waiting and window.used > waiting[0].part:
+                    waiting.pop(0).run()
                 while window.used < 1 and len(compiling) < depth and len(trying) < slots:
                     if not self._submit(compiling):
                         break

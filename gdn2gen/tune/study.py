@@ -29,7 +29,7 @@ from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import TuneReport
-from gdn2gen.tune.search import Context, Search, Window
+from gdn2gen.tune.search import Context, Errand, Search, Window
 from gdn2gen.tune.storage import open_storage
 from gdn2gen.tune.stored import stored_pipelines
 from gdn2gen.tune.verdicts import Verdict, better
@@ -42,8 +42,14 @@ if TYPE_CHECKING:
 # took 98 s, half of which the GPU waited for kernels that are compiled ahead now.
 _FINALS_PART: Final = (0.25, 0.5)
 _VERDICT_SECONDS: Final = 6.0
-# Verdicts whose kernels compile while the search ends.
+# The first verdict of a group makes the references, too, and waits for what still compiles: of a
+# packed shape alone, which had 18 s for three verdicts, it took 50 s of an H100's budget.
+_FIRST_SECONDS: Final = 15.0
+# Verdicts whose kernels compile during the search, and after which parts of its time: what is known
+# from the start, then what is the best by then.
 _AHEAD: Final = 3
+_KNOWN_AT: Final = 0.5
+_LIKELY_AT: Final = 0.9
 # A group of one packed shape still compiles every kernel once.
 _LEAST_GROUP: Final = 0.25
 # Best configs that one group of shapes hands on to the next, per stage and chunk size.
@@ -140,7 +146,7 @@ class _Run:
         seconds = window.end - window.start
         least, most = (part * seconds for part in _FINALS_PART)
         verdicts = len(self._turns())
-        deciding = min(most, max(least, verdicts * _VERDICT_SECONDS))
+        deciding = min(most, max(least, _FIRST_SECONDS + verdicts * _VERDICT_SECONDS))
         searching = Window(window.clock, window.start, window.end - deciding)
         with self.context.backend.phase("defaults"):
             self.search.measure_defaults()
@@ -149,8 +155,12 @@ class _Run:
         self.search.seed([config for x in stored for config in x.candidate.configs])
         self.search.seed(handed)
         finals = Finals(self.search, stored)
+        errands = [
+            Errand(_KNOWN_AT, lambda: finals.compile_known(self._turns()[:_AHEAD])),
+            Errand(_LIKELY_AT, lambda: finals.compile_ahead(self._turns()[:_AHEAD])),
+        ]
         with self.context.backend.phase("search"):
-            self.search.run(searching, late=lambda: finals.compile_ahead(self._turns()[:_AHEAD]))
+            self.search.run(searching, errands)
         self.report.skipped.update(self.search.skipped)
         self.report.left_to_try.append(self.search.left_to_try())
         with self.context.backend.phase("finals"):

@@ -24,7 +24,7 @@ from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.finalists import Finals
-from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.gate import GateResult, full_problem
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.ledger import read_ledger
 from gdn2gen.tune.outcome import Outcome
@@ -341,6 +341,22 @@ def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
     default = Candidate.default(PROBLEM, "lean", 64)
     singles = [x for x, stages, _ in backend.timed if len(stages) == 1 and x.BT == 64]
     assert any(x != default for x in singles), "chunks of 64 were never searched"
+
+
+def test_what_the_finals_measure_in_any_case_compiles_during_the_search(tmp_path):
+    class Watching(FakeBackend):
+        tried_before: ClassVar[dict] = {}
+
+        def compile(self, problem, config):
+            if problem == full_problem(PROBLEM):
+                self.tried_before.setdefault(config, len(_before_finals(self)))
+            return super().compile(problem, config)
+
+    backend = Watching()
+    run(backend, tmp_path)
+    tried = len(_before_finals(backend))
+    default = Candidate.default(PROBLEM, "lean").configs
+    assert all(backend.tried_before[config] < tried - 5 for config in default)
 
 
 def test_the_sampler_is_asked_while_the_gpu_tries(tmp_path):
