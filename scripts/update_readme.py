@@ -1,4 +1,6 @@
-"""Write the README's results from docs/results/<gpu>.json; with --check only say if they differ.
+"""Write the README's results; with --check only say if they differ.
+
+Of each GPU, bench's tables from docs/results/<gpu>.json, and the times on file in tuned/.
 
 Usage: python scripts/update_readme.py [--check]
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 from gdn2gen._bench_results import read_results  # noqa: E402
 from gdn2gen.plans import LEVELS  # noqa: E402
 from gdn2gen.shapes import SHAPES  # noqa: E402
+from gdn2gen.store import Entry, load_tuned  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "No results are committed yet."
@@ -32,7 +35,7 @@ def main() -> int:
     args = parser.parse_args()
     readme = args.root / "README.md"
     old = readme.read_text()
-    new = updated(old, sorted((args.root / "docs/results").glob("*.json")))
+    new = updated(old, args.root)
     if args.check:
         if new != old:
             print("README.md is out of date; run: python scripts/update_readme.py")
@@ -41,21 +44,68 @@ def main() -> int:
     return 0
 
 
-def updated(readme: str, files: list[Path]) -> str:
+def updated(readme: str, root: Path) -> str:
     """The README with the text between the markers made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    parts = [section(read_results(file)) for file in files]
-    return f"{before}{BEGIN}\n{chr(10).join(parts) or NOTHING}\n{END}{after}"
+    files = sorted((root / "docs/results").glob("*.json"))
+    parts = [section(read_results(file), on_file(root, file.name)) for file in files]
+    return f"{before}{BEGIN}\n{(chr(10) * 2).join(parts) or NOTHING}\n{END}{after}"
 
 
-def section(document: dict[str, Any]) -> str:
-    """All results of one GPU: a block of tables for each problem and level."""
+def section(document: dict[str, Any], stored: Iterable[str]) -> str:
+    """All results of one GPU: tables for each problem and level, then what is on file."""
     lines = [f"### {document['gpu']}", ""]
     rows = sorted(document["rows"], key=lambda row: (problem_of(row), _place(row["shape"])))
+    shown: list[str] = []
     for _, same in groupby(rows, key=problem_of):
-        lines += block(list(same))
+        found = list(same)
+        wrong = list(errors(found))
+        lines += block(found, ["Errors as in the table above."] if wrong == shown else wrong)
+        shown = wrong
+    lines += stored
     return "\n".join(lines).rstrip()
+
+
+def on_file(root: Path, name: str) -> Iterator[str]:
+    """The tuner's own times in the tuned files called `name`: a table for each problem."""
+    for path in sorted(root.glob(f"tuned/*/{name}")):
+        file = load_tuned(path)
+        if file is None:
+            continue
+        entries = sorted(file.entries, key=_dims)
+        for _, same in groupby(entries, key=_dims):
+            yield from graphs(list(same))
+            yield ""
+        versions = ", ".join(f"{x} {version}" for x, version in file.metadata["toolchain"].items())
+        date, command = file.metadata["date"][:10], file.metadata["command"]
+        yield f"- {path.relative_to(root)}, last changed {date}: `{command}`; {versions}"
+        yield ""
+
+
+def _dims(entry: Entry) -> tuple[int, int, str]:
+    problem: Row = dict(entry.problem_key)
+    return -problem["K"], -problem["V"], problem_words(problem)
+
+
+def graphs(entries: list[Entry]) -> Iterator[str]:
+    """Entries of one problem, at the shapes that have a name."""
+    names = {str(shape.regime.key): shape.name for shape in SHAPES.values()}
+    sides = ["forward", *(f"forward+backward, {level}" for level in LEVELS)]
+    found: dict[str, dict[str, float]] = {side: {} for side in sides}
+    for entry in entries:
+        shape, times = names.get(str(entry.regime_key), ""), entry.measured
+        if entry.level == LEVELS[0]:
+            found["forward"][shape] = times["forward_ms"]
+        found[f"forward+backward, {entry.level}"][shape] = times["forward_backward_ms"]
+    columns = [name for name in SHAPES if any(name in times for times in found.values())]
+    yield f"**{_dims(entries[0])[-1]}: by the tuner, as CUDA graphs, ms**"
+    yield ""
+    yield from header("", *columns)
+    for side, times in found.items():
+        if times:
+            cells = [f"{times[x]:.3f}" if x in times else "-" for x in columns]
+            yield line([side, *cells])
 
 
 def problem_of(row: Row) -> tuple[int, int, str]:
@@ -70,13 +120,13 @@ def _place(shape: dict[str, Any]) -> tuple[int, str]:
     return (names.index(shape["name"]) if shape["name"] in SHAPES else len(names), shape["name"])
 
 
-def block(rows: list[Row]) -> list[str]:
+def block(rows: list[Row], wrong: list[str]) -> list[str]:
     return [
         f"**{problem_words(rows[0]['problem'])}, level {rows[0]['level']}**",
         "",
         *times(rows),
         "",
-        *errors(rows),
+        *wrong,
         "",
         *runs(rows),
         "",

@@ -230,7 +230,7 @@ def _programs(used: Resources) -> int:
     return 233472 // (used.shared_bytes + 1024)
 
 
-@pytest.mark.parametrize(("problem", "arch", "config", "spilled"), _cases())
+@pytest.mark.parametrize(("problem", "arch", "config", "spilled"), [*_cases()])
 def test_compiles_and_fits(
     problem: Problem, arch: str, config: Config, spilled: int
 ) -> None:

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
 from gdn2gen.stages import STAGES
+from gdn2gen.store import load_tuned, write_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -159,6 +160,30 @@ def test_table_is_made_from_the_results(tmp_path: Path) -> None:
     assert "| o | 5.1e-03 | mixed | 3.4e-03 | sparse |" in lean, "the worst of all rows"
     assert "| o | 1.0e-04 | sparse | - | - |" in fast
     assert text.index("train4k") < text.index("varlen8k"), "in the order of SHAPES"
+
+
+def test_times_on_file_stand_below_the_results(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    rows = [_row("train4k", 1.0), _row("train4k", 1.0, level="fast")]
+    path = tmp_path / "docs/results/nvidia-h200.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": rows}))
+    tuned = load_tuned(ROOT / "tuned/gdn2/nvidia-h200.json")
+    assert tuned is not None
+    wanted, regime = {"K": 128, "V": 128}, SHAPES["wide8k"].regime.key
+    entry = next(
+        x for x in tuned.entries
+        if wanted.items() <= x.problem_key.items() and x.regime_key == regime and x.level == "lean"
+    )  # fmt: skip
+    write_tuned(tmp_path / "tuned/gdn2/nvidia-h200.json", replace(tuned, entries=(entry,)))
+    assert _update(tmp_path).returncode == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("| o |") == 1 and text.count("Errors as in the table above.") == 1
+    both = entry.measured["forward_backward_ms"]
+    graphs = f"|  | wide8k |\n|---|---:|\n| forward | {entry.measured['forward_ms']:.3f} |\n"
+    assert f"{graphs}| forward+backward, lean | {both:.3f} |\n\n" in text
+    command, date = (tuned.metadata[x] for x in ("command", "date"))
+    assert f"- tuned/gdn2/nvidia-h200.json, last changed {date[:10]}: `{command}`; driver" in text
 
 
 def test_a_foreign_file_of_results_is_refused(tmp_path: Path) -> None:
