@@ -44,6 +44,10 @@ class Resources:
     spill_bytes: int
     shared_bytes: int
     seconds: float
+    threads: int = 0
+    """Per block, where they are more than the config's warps, which only load; 0 where they are
+    those.
+    """
 
 
 @cache
@@ -92,7 +96,8 @@ def compile_ahead(
         raise BuildError(
             f"{stage_name} [{config}] does not compile for {device.arch}: {' / '.join(words)}"
         ) from error
-    return Resources(*used, time.monotonic() - started)
+    registers, spill_bytes, shared_bytes, *threads = used
+    return Resources(registers, spill_bytes, shared_bytes, time.monotonic() - started, *threads)
 
 
 def _compile_triton(
@@ -150,18 +155,18 @@ def _compile_kernel(
 
 def _compile_tilelang(
     module: ModuleType, problem: Problem, stage_name: str, _config: Config, device: Device
-) -> tuple[int, int, int]:
-    """Registers and stack bytes per thread, shared bytes per block, of the TileLang programs.
+) -> tuple[int, int, int, int]:
+    """Registers and stack bytes per thread, shared bytes and threads per block.
 
-    The most that one of several takes. A Triton kernel that the module has beside them is compiled,
-    too.
-    The binary is taken from TileLang's cache on its way there; a kernel that was compiled before
-    passes through no compiler, and reports zero registers and stack.
+    Of the TileLang programs; the most that one of several takes. A Triton kernel that the module
+    has beside them is compiled, too. The binary is taken from TileLang's cache on its way there; a
+    kernel that was compiled before passes through no compiler, and reports zero registers and
+    stack.
     """
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
 
-    used = [(0, 0, 0)]
+    used = [(0, 0, 0, 0)]
     binaries: list[bytes] = []
     save = CUDABinaryCache.save
 
@@ -178,16 +183,25 @@ def _compile_tilelang(
         for name in [x for x in vars(module) if x.endswith("program")]:
             program = getattr(module, name)()
             kernel = tilelang.compile(program, target=target, pass_configs=passes)
+            source = kernel.get_kernel_source()
             shared = _dynamic_shared_bytes(kernel.get_host_source())
-            if "mbarrier_mem" in kernel.get_kernel_source():
+            if "mbarrier_mem" in source:
                 shared += _BARRIERS_BYTES
-            used.append((*(_register_use(binaries.pop()) if binaries else (0, 0)), shared))
+            registers = _register_use(binaries.pop()) if binaries else (0, 0)
+            used.append((*registers, shared, _threads(source)))
     finally:
         CUDABinaryCache.save = save
     for name in [x for x in vars(module) if x.endswith("_kernel")]:
         options = _BESIDE_TILELANG | _OWN_OPTIONS.get(name, {})
         _compile_kernel(module, name, problem, stage_name, options, device)
-    return max(x[0] for x in used), max(x[1] for x in used), max(x[2] for x in used)
+    most = [max(column) for column in zip(*used, strict=True)]
+    return most[0], most[1], most[2], most[3]
+
+
+def _threads(source: str) -> int:
+    """Threads of a block, as its CUDA source bounds them: those that load come on top."""
+    found = re.search(r"__launch_bounds__\((\d+)", source)
+    return int(found[1]) if found else 0
 
 
 def _dynamic_shared_bytes(host_source: str) -> int:

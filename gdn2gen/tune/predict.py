@@ -35,11 +35,11 @@ _REREAD: Final = 0.25
 
 def blocks_per_sm(resources: Resources, warps: int, device: Device) -> int:
     """Blocks that fit on one SM by registers, shared memory and warps; 0 if not even one does."""
-    threads = warps * _THREADS_PER_WARP
+    threads = max(resources.threads, warps * _THREADS_PER_WARP)
     by_registers = _REGISTERS // max(1, resources.registers * threads)
     shared = device.shared_bytes + _SHARED_RESERVE
     by_shared = shared // (resources.shared_bytes + _SHARED_RESERVE)
-    by_warps = _WARPS_PER_SM.get(device.arch, 64) // warps
+    by_warps = _WARPS_PER_SM.get(device.arch, 64) * _THREADS_PER_WARP // threads
     return min(by_registers, by_shared, by_warps, _BLOCKS_PER_SM)
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _FINALS_PART: Final = (0.25, 0.5)
 _VERDICT_SECONDS: Final = 6.0
 # The first verdict of a group makes the references, too, and waits for what still compiles: of a
-# packed shape alone, which had 18 s for three verdicts, it took 50 s of an H100's budget.
+# packed shape alone, which had 18 s for three verdicts, it was not over 33 s past their end (H100).
 _FIRST_SECONDS: Final = 15.0
 # Verdicts whose kernels compile during the search, and after which parts of its time: what is known
 # from the start, then what is the best by then.

@@ -16,6 +16,7 @@ from gdn2gen.config import Config, Knob, default_config
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
 from gdn2gen.stages import STAGES
+from gdn2gen.tune.predict import blocks_per_sm
 from gdn2gen.tune.space import why_hopeless
 
 ARCHES: Final = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -223,6 +224,9 @@ def test_tilelang_inverts_at_once_without_spills(
     used = compile_ahead(problem, "prepare", config, named_device("sm_90"))
     assert used.spill_bytes == 0 and 0 < used.registers <= 80, used
     assert _programs(used) >= 3, used
+    # four warps that load beside the four that compute
+    assert used.threads == 256
+    assert blocks_per_sm(used, config.size("num_warps"), named_device("sm_90")) == 3
 
 
 def _programs(used: Resources) -> int:

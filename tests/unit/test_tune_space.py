@@ -151,6 +151,9 @@ def test_occupancy_follows_the_scarcest_resource():
     assert blocks_per_sm(dataclasses.replace(lean, registers=255), 4, H200) == 2
     assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=100_000), 4, H200) == 2
     assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=200_000), 4, SMALL) == 0
+    # TileLang's programs have a group of warps more, which loads
+    assert blocks_per_sm(dataclasses.replace(lean, threads=256), 4, H200) == 4
+    assert blocks_per_sm(dataclasses.replace(lean, registers=16, threads=256), 4, H200) == 8
 
 
 def test_prediction_prefers_fewer_spills_and_more_warps():
