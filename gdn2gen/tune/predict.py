@@ -35,12 +35,17 @@ _REREAD: Final = 0.25
 
 def blocks_per_sm(resources: Resources, warps: int, device: Device) -> int:
     """Blocks that fit on one SM by registers, shared memory and warps; 0 if not even one does."""
-    threads = max(resources.threads, warps * _THREADS_PER_WARP)
+    threads = _threads(resources, warps)
     by_registers = _REGISTERS // max(1, resources.registers * threads)
     shared = device.shared_bytes + _SHARED_RESERVE
     by_shared = shared // (resources.shared_bytes + _SHARED_RESERVE)
     by_warps = _WARPS_PER_SM.get(device.arch, 64) * _THREADS_PER_WARP // threads
     return min(by_registers, by_shared, by_warps, _BLOCKS_PER_SM)
+
+
+def _threads(resources: Resources, warps: int) -> int:
+    """Threads of a block, with those that only load."""
+    return max(resources.threads, warps * _THREADS_PER_WARP)
 
 
 def predicted_bytes(
@@ -63,7 +68,8 @@ def predicted_bytes(
     programs = sizes["NT"] * shape.H
     moved = float(STAGES[config.stage].nbytes(problem, sizes))
     moved += 2 * resources.spill_bytes * warps * _THREADS_PER_WARP * programs
-    return moved / min(1.0, min(slots, programs) / device.sms * warps / _ENOUGH_WARPS)
+    resident = min(slots, programs) / device.sms * _threads(resources, warps) / _THREADS_PER_WARP
+    return moved / min(1.0, resident / _ENOUGH_WARPS)
 
 
 def _bytes_of_scan(
