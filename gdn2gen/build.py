@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 _TRITON_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int32": "*i32"}
 _TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
-# Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 # TileLang's barriers lie before the tiles, and push them to the next multiple of 1 KB. Not counted,
 # a prepare of 76,416 bytes passed for three programs to a multiprocessor of an H200: two were, and
 # it took 0.401 ms at long32k instead of 0.324.
 _BARRIERS_BYTES = 1024
+# Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 _BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
 _OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}, "later_frames_kernel": {"maxnreg": 128}}

@@ -24,7 +24,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 31baca5998448baf; made by
+Template digest 0ee2cc384c3fe80d; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -200,7 +200,7 @@ def program():
                         )
                     for c in tile.vectorized(2):
                         s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(-x_G[i, c])
-                # one value of all that was loaded at a time
+                # a value of each load of k and q, and of b
                 hold[0] = tile.cast(s_kq[0, 0], "float32")
                 hold[0] = tile.cast(s_kq[BT, 0], "float32")
                 hold[0] = tile.cast(s_kq[0, 64], "float32")
@@ -269,7 +269,7 @@ def program():
                     x_A21[c] = 0.0
                 for m in tile.unroll(HALF):
                     for c in tile.vectorized(2):
-                        x_A21[c] -= s_total[(m) * HALF // K, (m) * HALF % K + i_i] * s_T[m, i_j + c]
+                        x_A21[c] -= s_total[m * HALF // K, m * HALF % K + i_i] * s_T[m, i_j + c]
                 for c in tile.vectorized(2):
                     s_A[HALF + i_i, i_j + c] = x_A21[c]
                 tile.sync_threads()
