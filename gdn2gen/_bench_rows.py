@@ -129,26 +129,22 @@ def bench_shapes(
     GPU, and UnsupportedError when FLA is asked for and not installed.
     """
     gbps = copy_gbps()
-    fla = fla_op(level) if vs_fla else None
-    errors: dict[tuple[Problem, bool], dict[str, Errors]] = {}
+    functions = [our_op(level), *([fla_op(level)] if vs_fla else [])]
+    errors: dict[Problem, list[dict[str, Errors]]] = {}
     rows = []
     for shape in shapes:
         problem = bench_problem(K, V, dtype, gate, l2norm, shape, bound)
         dense = replace(problem, varlen=False)
-        if (dense, False) not in errors:
-            errors[dense, False] = worst_errors(our_op(level), dense)
-            if fla is not None:
-                errors[dense, True] = worst_errors(fla, dense)
-        functions = [our_op(level), *([] if fla is None else [fla])]
-        found = [errors[dense, is_fla] for is_fla in (False, True)[: len(functions)]]
-        sides = measure_in_turns(functions, found, problem, shape)
+        if dense not in errors:
+            errors[dense] = [worst_errors(function, dense) for function in functions]
+        ours, *others = measure_in_turns(functions, errors[dense], problem, shape)
         row = Row(
             shape=shape,
             problem=problem,
             level=level,
             recipe=_recipe_name(problem, shape, level),
-            ours=sides[0],
-            fla=None if fla is None else sides[1],
+            ours=ours,
+            fla=others[0] if others else None,
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
             stages=bench_stages(problem, shape, level) if stages else [],

@@ -38,16 +38,16 @@ _OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}, "later_frames_kernel": {"maxnr
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers per thread, bytes per thread, bytes per block."""
+    """What one compiled kernel takes: registers and bytes per thread, bytes and threads per block.
+
+    Of a TileLang kernel's threads some may only load.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    threads: int
     seconds: float
-    threads: int = 0
-    """Per block, where they are more than the config's warps, which only load; 0 where they are
-    those.
-    """
 
 
 @cache
@@ -96,14 +96,13 @@ def compile_ahead(
         raise BuildError(
             f"{stage_name} [{config}] does not compile for {device.arch}: {' / '.join(words)}"
         ) from error
-    registers, spill_bytes, shared_bytes, *threads = used
-    return Resources(registers, spill_bytes, shared_bytes, time.monotonic() - started, *threads)
+    return Resources(*used, time.monotonic() - started)
 
 
 def _compile_triton(
     module: ModuleType, problem: Problem, stage_name: str, config: Config, device: Device
-) -> tuple[int, int, int]:
-    """Registers and stack bytes per thread, shared bytes per block.
+) -> tuple[int, int, int, int]:
+    """Registers and stack bytes per thread, shared bytes and threads per block.
 
     Of the stage's own kernel, though all kernels of the module are compiled, and the largest of
     them must fit into shared memory.
@@ -117,7 +116,7 @@ def _compile_triton(
         )
         for name in (main, *others)
     ]
-    return (*used[0][:2], max(shared for _, _, shared in used))
+    return (*used[0][:2], max(shared for _, _, shared in used), 32 * options["num_warps"])
 
 
 def _compile_kernel(
@@ -199,9 +198,11 @@ def _compile_tilelang(
 
 
 def _threads(source: str) -> int:
-    """Threads of a block, as its CUDA source bounds them: those that load come on top."""
+    """Threads of a block, those that only load among them, as its CUDA source bounds them."""
     found = re.search(r"__launch_bounds__\((\d+)", source)
-    return int(found[1]) if found else 0
+    if found is None:
+        raise BuildError("the CUDA source that TileLang wrote bounds no number of threads")
+    return int(found[1])
 
 
 def _dynamic_shared_bytes(host_source: str) -> int:

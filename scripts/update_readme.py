@@ -73,19 +73,14 @@ def on_file(root: Path, name: str) -> Iterator[str]:
         file = load_tuned(path)
         if file is None:
             continue
-        entries = sorted(file.entries, key=_dims)
-        for _, same in groupby(entries, key=_dims):
+        entries = sorted(file.entries, key=lambda entry: _order(dict(entry.problem_key)))
+        for _, same in groupby(entries, key=lambda entry: dict(entry.problem_key)):
             yield from graphs(list(same))
             yield ""
         versions = ", ".join(f"{x} {version}" for x, version in file.metadata["toolchain"].items())
         date, command = file.metadata["date"][:10], file.metadata["command"]
         yield f"- {path.relative_to(root)}, last changed {date}: `{command}`; {versions}"
         yield ""
-
-
-def _dims(entry: Entry) -> tuple[int, int, str]:
-    problem: Row = dict(entry.problem_key)
-    return -problem["K"], -problem["V"], problem_words(problem)
 
 
 def graphs(entries: list[Entry]) -> Iterator[str]:
@@ -99,7 +94,8 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
             found["forward"][shape] = times["forward_ms"]
         found[f"forward+backward, {entry.level}"][shape] = times["forward_backward_ms"]
     columns = [name for name in SHAPES if any(name in times for times in found.values())]
-    yield f"**{_dims(entries[0])[-1]}: by the tuner, as CUDA graphs, ms**"
+    problem = problem_words(dict(entries[0].problem_key))
+    yield f"**{problem}: by the tuner, as CUDA graphs, ms**"
     yield ""
     yield from header("", *columns)
     for side, times in found.items():
@@ -111,8 +107,11 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
 def problem_of(row: Row) -> tuple[int, int, str]:
     """Rows of one problem and level share a block, large heads first; packing is in the shape."""
     problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
-    rest = [LEVELS.index(row["level"]), problem]
-    return -problem["K"], -problem["V"], json.dumps(rest, sort_keys=True)
+    return _order(problem, LEVELS.index(row["level"]))
+
+
+def _order(problem: Row, level: int = 0) -> tuple[int, int, str]:
+    return -problem["K"], -problem["V"], json.dumps([level, problem], sort_keys=True)
 
 
 def _place(shape: dict[str, Any]) -> tuple[int, str]:

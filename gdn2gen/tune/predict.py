@@ -33,19 +33,13 @@ _BYTES_PER_US: Final = 4.3e6
 _REREAD: Final = 0.25
 
 
-def blocks_per_sm(resources: Resources, warps: int, device: Device) -> int:
+def blocks_per_sm(resources: Resources, device: Device) -> int:
     """Blocks that fit on one SM by registers, shared memory and warps; 0 if not even one does."""
-    threads = _threads(resources, warps)
-    by_registers = _REGISTERS // max(1, resources.registers * threads)
+    by_registers = _REGISTERS // max(1, resources.registers * resources.threads)
     shared = device.shared_bytes + _SHARED_RESERVE
     by_shared = shared // (resources.shared_bytes + _SHARED_RESERVE)
-    by_warps = _WARPS_PER_SM.get(device.arch, 64) * _THREADS_PER_WARP // threads
+    by_warps = _WARPS_PER_SM.get(device.arch, 64) * _THREADS_PER_WARP // resources.threads
     return min(by_registers, by_shared, by_warps, _BLOCKS_PER_SM)
-
-
-def _threads(resources: Resources, warps: int) -> int:
-    """Threads of a block, with those that only load."""
-    return max(resources.threads, warps * _THREADS_PER_WARP)
 
 
 def predicted_bytes(
@@ -57,8 +51,7 @@ def predicted_bytes(
     also what an H200 could have moved meanwhile. Over the bandwidth it is a time; that is a
     ranking, not a forecast. inf if it cannot run.
     """
-    warps = config.size("num_warps")
-    blocks = blocks_per_sm(resources, warps, device)
+    blocks = blocks_per_sm(resources, device)
     if blocks <= 0:
         return float("inf")
     BT, slots = config.size("BT"), blocks * device.sms
@@ -67,8 +60,8 @@ def predicted_bytes(
         return _bytes_of_scan(problem, config, sizes, shape, resources, slots)
     programs = sizes["NT"] * shape.H
     moved = float(STAGES[config.stage].nbytes(problem, sizes))
-    moved += 2 * resources.spill_bytes * warps * _THREADS_PER_WARP * programs
-    resident = min(slots, programs) / device.sms * _threads(resources, warps) / _THREADS_PER_WARP
+    moved += 2 * resources.spill_bytes * resources.threads * programs
+    resident = min(slots, programs) / device.sms * resources.threads / _THREADS_PER_WARP
     return moved / min(1.0, resident / _ENOUGH_WARPS)
 
 

@@ -226,7 +226,7 @@ def test_tilelang_inverts_at_once_without_spills(
     assert _programs(used) >= 3, used
     # four warps that load beside the four that compute
     assert used.threads == 256
-    assert blocks_per_sm(used, config.size("num_warps"), named_device("sm_90")) == 3
+    assert blocks_per_sm(used, named_device("sm_90")) == 3
 
 
 def _programs(used: Resources) -> int:

@@ -244,7 +244,7 @@ def test_generate_reports_resources_for_a_target(
 ) -> None:
     from gdn2gen import build
 
-    used = build.Resources(registers=97, spill_bytes=0, shared_bytes=4096, seconds=1.5)
+    used = build.Resources(registers=97, spill_bytes=0, shared_bytes=4096, threads=128, seconds=1.5)
     monkeypatch.setattr(build, "compile_ahead", lambda *_: used)
     assert cli.main(["generate", "--stage", "scan", "--target", "sm_80"]) == 0
     assert "scan for sm_80: 97 registers" in capsys.readouterr().err

@@ -199,7 +199,7 @@ class FakeBackend:
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         future: Future[Outcome[Resources]] = Future()
-        future.set_result(Outcome(outcome.OK, Resources(100, 0, 1000, 1.0)))
+        future.set_result(Outcome(outcome.OK, Resources(100, 0, 1000, 128, 1.0)))
         return future
 
     def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:

@@ -75,8 +75,8 @@ class Backend:
 
 
 def test_a_config_is_measured_or_refused_with_the_reason() -> None:
-    fits = Outcome(outcome.OK, Resources(100, 0, 1000, 1.0))
-    spills = Outcome(outcome.OK, Resources(255, 9999, 1000, 1.0))
+    fits = Outcome(outcome.OK, Resources(100, 0, 1000, 128, 1.0))
+    spills = Outcome(outcome.OK, Resources(255, 9999, 1000, 128, 1.0))
     right = Outcome(outcome.OK, GateResult(True))
     wrong = Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off"))
     timed = Outcome(outcome.OK, {"scan": Timing(2.0, 1.9, 2.1, 20)})

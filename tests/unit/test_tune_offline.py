@@ -41,7 +41,7 @@ class FakeCompilers:
             future.set_result(Outcome(outcome.BUILD_ERROR, detail="no"))
             return future
         lean = config["num_warps"] == 4 and config["num_stages"] == 2
-        resources = Resources(64 if lean else 255, 0, 30_000, 1.0)
+        resources = Resources(64 if lean else 255, 0, 30_000, 128, 1.0)
         future.set_result(Outcome(outcome.OK, resources))
         return future
 

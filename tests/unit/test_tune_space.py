@@ -130,7 +130,7 @@ def test_the_loser_of_two_forms_of_a_scan_is_timed_at_every_shape():
 
 
 def test_unfit_kernels_are_named_with_their_figures():
-    fits = Resources(128, 0, 100_000, 1.0)
+    fits = Resources(128, 0, 100_000, 128, 1.0)
     assert space.why_unfit(fits, H200) is None
     spills = dataclasses.replace(fits, spill_bytes=space.MAX_SPILL_BYTES + 8)
     assert str(space.MAX_SPILL_BYTES + 8) in space.why_unfit(spills, H200)
@@ -146,19 +146,19 @@ def test_a_stored_config_of_another_time_is_left_out():
 
 
 def test_occupancy_follows_the_scarcest_resource():
-    lean = Resources(64, 0, 0, 1.0)
-    assert blocks_per_sm(lean, 4, H200) == 8
-    assert blocks_per_sm(dataclasses.replace(lean, registers=255), 4, H200) == 2
-    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=100_000), 4, H200) == 2
-    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=200_000), 4, SMALL) == 0
+    lean = Resources(64, 0, 0, 128, 1.0)
+    assert blocks_per_sm(lean, H200) == 8
+    assert blocks_per_sm(dataclasses.replace(lean, registers=255), H200) == 2
+    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=100_000), H200) == 2
+    assert blocks_per_sm(dataclasses.replace(lean, shared_bytes=200_000), SMALL) == 0
     # TileLang's programs have a group of warps more, which loads
-    assert blocks_per_sm(dataclasses.replace(lean, threads=256), 4, H200) == 4
-    assert blocks_per_sm(dataclasses.replace(lean, registers=16, threads=256), 4, H200) == 8
+    assert blocks_per_sm(dataclasses.replace(lean, threads=256), H200) == 4
+    assert blocks_per_sm(dataclasses.replace(lean, registers=16, threads=256), H200) == 8
 
 
 def test_prediction_prefers_fewer_spills_and_more_warps():
     config, shape = default_config("prepare", PROBLEM), SHAPES["train4k"]
-    lean = Resources(96, 0, 20_000, 1.0)
+    lean = Resources(96, 0, 20_000, 128, 1.0)
     best = predicted_bytes(PROBLEM, config, shape, lean, H200)
     assert best > 0
     for worse in ({"spill_bytes": 400}, {"registers": 255}, {"shared_bytes": 200_000}):
@@ -183,7 +183,7 @@ def test_prediction_of_scans_knows_their_chain_of_chunks():
     """Few heads and many tokens want segments; many heads do without twice the bytes."""
     serial = default_config("scan", PROBLEM).replace(num_stages=3)
     parallel = serial.replace(segments="parallel")
-    used = Resources(160, 0, 90_000, 1.0)
+    used = Resources(160, 0, 90_000, 128, 1.0)
 
     def cost(config, shape, resources=used):
         return predicted_bytes(PROBLEM, config, SHAPES[shape], resources, H200)

@@ -66,11 +66,11 @@ class FakeBackend:
         future = Future()
         accident = self._verdict(config)
         if accident == "spills":
-            future.set_result(Outcome(outcome.OK, Resources(255, 9999, 1000, 1.0)))
+            future.set_result(Outcome(outcome.OK, Resources(255, 9999, 1000, 128, 1.0)))
         elif accident == "no build":
             future.set_result(Outcome(outcome.BUILD_ERROR, detail="ptxas died"))
         else:
-            future.set_result(Outcome(outcome.OK, Resources(128, 0, 50_000, 1.0)))
+            future.set_result(Outcome(outcome.OK, Resources(128, 0, 50_000, 128, 1.0)))
         return future
 
     def gate(self, candidate, *, full):
