@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "chunk_gdn2"]
+__all__ = ["__version__", "chunk_gdn2", "reload"]
 
 if TYPE_CHECKING:
+    from gdn2gen.dispatch import reload
     from gdn2gen.ops import chunk_gdn2
+
+# Lazy, so that the command line and the tuner's parent need not load torch.
+_HOMES = {"chunk_gdn2": "gdn2gen.ops", "reload": "gdn2gen.dispatch"}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line and the tuner's parent need not load torch.
-    if name == "chunk_gdn2":
-        from gdn2gen.ops import chunk_gdn2
-
-        return chunk_gdn2
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -77,10 +76,10 @@ def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
     best, passed = _first_fresh(found, query.problem)
     if best is None or TIERS[best.tier] not in ("exact", "nearest"):
         others = [
-            (n, str(path))
+            (n, path)
             for n, place in enumerate(places)
-            for path in sorted(Path(place.folder).glob("*.json"))
-            if str(path) != place.own
+            for path in _files(place.folder, store.current_look())
+            if path != place.own
         ]
         found += _candidates(others, query, notes, own=False)
         best, passed = _first_fresh(found, query.problem)
@@ -101,19 +100,6 @@ def _first_fresh(
     return None, passed
 
 
-# (path, inode, modification time in ns, bytes): what tells that a file is still the same
-Stamp = tuple[str, int, int, int]
-
-
-def stamp_of(path: str) -> Stamp:
-    """Changes when the file (or the list of files of a folder) does; zeros if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return (path, 0, 0, 0)
-    return (path, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
 def _candidates(
     files: Sequence[tuple[int, str]], query: Query, notes: list[str], *, own: bool
 ) -> list[Candidate]:
@@ -121,7 +107,7 @@ def _candidates(
     found = []
     device, key = query.device, query.problem.key
     for folder, path in files:
-        loaded = _load(stamp_of(path), device if own else None, device.arch)
+        loaded = _load(path, store.current_look(), device if own else None, device.arch)
         if isinstance(loaded, str):
             notes.append(loaded)
             continue
@@ -150,13 +136,18 @@ def _tier(entry: Entry, exact: bool, own: bool) -> Tier:
     return "exact" if exact else "nearest"
 
 
+@lru_cache(maxsize=64)
+def _files(folder: str, _look: int) -> tuple[str, ...]:
+    return tuple(str(path) for path in sorted(Path(folder).glob("*.json")))
+
+
 @lru_cache(maxsize=256)
-def _load(stamp: Stamp, device: Device | None, arch: str) -> TunedFile | str | None:
+def _load(name: str, _look: int, device: Device | None, arch: str) -> TunedFile | str | None:
     """The tuned file, None if there is none or it is of another arch, or why it was ignored.
 
-    With `device`, a file of another GPU is ignored. Warns once for each state of the file.
+    With `device`, a file of another GPU is ignored. Warns once in each look.
     """
-    path = Path(stamp[0])
+    path = Path(name)
     try:
         file = store.load_tuned(path, device)
     except StoreError as error:

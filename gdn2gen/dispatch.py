@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import textwrap
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,10 +21,8 @@ from gdn2gen._store_lookup import (
     Candidate,
     Place,
     Query,
-    Stamp,
     differing,
     nearest_entry,
-    stamp_of,
 )
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device, present_device
@@ -82,7 +79,8 @@ def find_recipe(
     4. predicted: an entry that was ranked without a GPU;
     5. the default configs of the plan named `level`.
 
-    Entries whose templates changed since are passed over (`Recipe.stale`). Inside `forced_recipe`
+    The tuned files are read once in a process (see `store.current_look`). Entries whose templates
+    changed since are passed over (`Recipe.stale`). Inside `forced_recipe`
     the forced one is returned. `device` is by default the present GPU, the only case where one is
     queried. `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
     """
@@ -98,8 +96,7 @@ def find_recipe(
         paths.user_tuned_dir,
         paths.packaged_tuned_dir,
     )
-    stamps = tuple([stamp_of(path) for place in places for path in place])
-    recipe = _look_up(Query(problem, regime, device, level), places, stamps)
+    recipe = _look_up(Query(problem, regime, device, level), places, store.current_look())
     if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
             f"strict mode wants an exact entry, but the best is {recipe.source!r}: {recipe.why}. "
@@ -110,20 +107,23 @@ def find_recipe(
 
 
 def surroundings() -> tuple[Any, ...]:
-    """What `find_recipe` depends on besides its arguments: while it is equal, so is the answer.
-
-    But for tuned files that other programs write, or this one without `store`: those are noticed
-    within a second. To look at them in every call took 25 us of it on an H200 host.
-    """
+    """What `find_recipe` depends on besides its arguments: while it is equal, so is the answer."""
     return (
         _FORCED.get(),
         os.environ.get("GDN2GEN_TUNED_DIR"),
         os.environ.get("GDN2GEN_STRICT"),
         paths.user_tuned_dir,
         paths.packaged_tuned_dir,
-        store.count_written(),
-        int(time.monotonic()),
+        store.current_look(),
     )
+
+
+def reload() -> None:
+    """Read the tuned files anew: later calls use what other processes filed since the first one.
+
+    What a call saved for its backward stays as it is, and is understood by it.
+    """
+    store.look_anew()
 
 
 def default_recipe(problem: Problem, plan_name: str = "lean") -> Recipe:
@@ -218,8 +218,8 @@ def _places(
 
 
 @lru_cache(maxsize=4096)
-def _look_up(query: Query, places: tuple[Place, ...], _stamps: tuple[Stamp, ...]) -> Recipe:
-    """`find_recipe` without its overrides; remembered for as long as the files are the same."""
+def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Recipe:
+    """`find_recipe` without its overrides; remembered until the files are looked at anew."""
     if query.level not in store.LEVELS:
         raise DispatchError(f"level must be one of {store.LEVELS}, but got {query.level!r}")
     best, passed, notes = nearest_entry(query, places)

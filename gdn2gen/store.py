@@ -44,9 +44,10 @@ __all__ = [
     "Unread",
     "check_configs",
     "check_entry",
-    "count_written",
+    "current_look",
     "is_stale",
     "load_tuned",
+    "look_anew",
     "merge_entries",
     "metadata_for",
     "read_tuned",
@@ -175,16 +176,26 @@ def write_tuned(path: Path, file: TunedFile) -> None:
             f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
             "give a folder that you may write with GDN2GEN_TUNED_DIR"
         ) from error
-    global _written
-    _written += 1
+    look_anew()
 
 
-_written = 0
+_look = 0
 
 
-def count_written() -> int:
-    """How many tuned files this process has written: who remembers one asks again if it grew."""
-    return _written
+def current_look() -> int:
+    """Counts this process's looks at the tuned files: what one look found holds until the next.
+
+    What a call runs must not change while it runs: between a forward and its backward, its
+    recomputation, or on one rank of many. So a file that another program writes counts from the
+    next look on.
+    """
+    return _look
+
+
+def look_anew() -> None:
+    """Forget what the tuned files held: later calls read them anew."""
+    global _look
+    _look += 1
 
 
 def _check_entries(path: Path, entries: Iterable[Entry]) -> None:

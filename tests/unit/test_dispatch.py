@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from gdn2gen import paths, render
+from gdn2gen import dispatch, paths, render
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import (
@@ -303,13 +303,16 @@ def test_entries_that_cannot_be_used_are_named(user):
     assert (recipe.source, mark_of(recipe)) == ("nearest", 2)
 
 
-def test_a_changed_file_is_read_again(user):
+def test_a_file_is_read_once_until_this_process_writes_or_asks(user):
     path = file_in(user, make_entry(mark=1))
     assert mark_of(find()) == 1
     metadata = metadata_for(H200, {}, "test", "2026")
     merge_entries(path, metadata, [make_entry(mark=2, measured={"forward_backward_ms": 1.0})])
     assert mark_of(find()) == 2
-    path.unlink()
+    path.unlink()  # as another process would
+    assert mark_of(find()) == 2
+    assert mark_of(find(regime=Regime(1, 1, 1))) == 2
+    dispatch.reload()
     assert find().source == "default"
     file_in(user, make_entry(mark=3), device=named_device("H100"))
     assert find().source == "transferred"
