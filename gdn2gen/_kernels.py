@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gdn2gen._lookup import Request, known_request
-from gdn2gen.launch import SizedRunner
+from gdn2gen.launch import GIVEN_SEQUENCES, SizedRunner
 
 NAMES = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias", "cu_seqlens")
 """Tensors of a call, in the order of the op's arguments."""
 
 
 def request_of(
-    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], make: Any = known_request
+    tensors: Sequence[Tensor | None],
+    sequences: int | None,
+    options: tuple[Any, ...],
+    make: Any = known_request,
 ) -> Request:
-    """What a call asks for with the tensors of `NAMES`; `options` are the last arguments of `make`.
+    """What a call asks for, with the tensors of `NAMES` but cu_seqlens.
+
+    `sequences` are those of a packed batch; `options` are the last arguments of `make`.
     """
-    q, _, v, g, _, _, initial_state, A_log, dt_bias, cu_seqlens = tensors
+    q, _, v, g, _, _, initial_state, A_log, dt_bias = tensors
     assert q is not None and v is not None and g is not None
     request: Request = make(
         q.shape,
@@ -31,44 +36,62 @@ def request_of(
         initial_state is not None,
         A_log is not None,
         dt_bias is not None,
-        None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        sequences,
         *options,
     )
     return request
 
 
-def run_forward(
-    sized: SizedRunner, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """o, the final state if asked for, and what the backward wants saved.
+def sequences_of(cu_seqlens: Tensor | None) -> int | None:
+    """How many sequences are packed."""
+    return None if cu_seqlens is None else cu_seqlens.numel() - 1
 
-    `given` are the tensors of `NAMES` that are given.
+
+def run_forward(
+    sized: SizedRunner,
+    given: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    into: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """o, the final state if asked for, and what the backward wants saved, in `into` if given.
+
+    `given` are the tensors of `NAMES` that are given, but cu_seqlens.
     """
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):
         runner.plan_backward()
-    results = sized.forward(dict(zip(sized.input_names, given, strict=True)))
+    results = sized.forward(_named(sized, given, cu_seqlens), into)
     return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
 
 
-def run_inference(sized: SizedRunner, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def run_inference(
+    sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """o, and the final state if asked for, where no gradient is wanted."""
-    results = sized.infer(dict(zip(sized.input_names, given, strict=True)))
+    results = sized.infer(_named(sized, given, cu_seqlens))
     return results["o"], results.get("final_state")
+
+
+def _named(
+    sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> dict[str, Tensor]:
+    tensors = dict(zip(sized.input_names, given, strict=True))
+    if cu_seqlens is not None:
+        tensors[GIVEN_SEQUENCES] = cu_seqlens
+    return tensors
 
 
 def run_backward(
     sized: SizedRunner,
     do: Tensor,
     dht: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Mapping[str, Tensor],
     o: Tensor,
     given: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `given`, but for cu_seqlens."""
+    """Gradients of `given`."""
     inputs = dict(zip(sized.input_names, given, strict=True))
-    tensors = {**inputs, **dict(zip(sized.saved_names, saved, strict=True))}
-    tensors["do"], tensors["o"] = do.contiguous(), o
+    tensors = {**inputs, **saved, "do": do.contiguous(), "o": o}
     if dht is not None:
         tensors["dht"] = dht.contiguous()
     grads = sized.backward(tensors)

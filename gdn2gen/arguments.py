@@ -79,7 +79,7 @@ def check_arguments(
     layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
     dims = (_known_dims if known else _check_layouts)(state_v_first, *layouts)
     cu_seqlens = tensors[-1]
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and known:
         check_cu_seqlens(cu_seqlens, dims.T, cu_seqlens_cpu)
     return dims
 
@@ -182,14 +182,18 @@ def check_gate(
         raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
 
 
-def check_head_dims(K: int, V: int) -> None:
-    """Raises UnsupportedError for head dims that no kernel was verified with."""
-    for name, size in (("K", K), ("V", V)):
-        if size not in HEAD_DIMS:
-            raise UnsupportedError(
-                f"head dim {name}={size} was not verified on a GPU; use one of {HEAD_DIMS}, "
-                f"or pad with zeros"
-            )
+def check_head_dims(size: int, name: str = "K") -> int:
+    """One that kernels were verified with, as a number, which a tracer's symbol then is for good.
+
+    Raises UnsupportedError for all others.
+    """
+    for known in HEAD_DIMS:
+        if size == known:
+            return known
+    raise UnsupportedError(
+        f"head dim {name}={size} was not verified on a GPU; use one of {HEAD_DIMS}, "
+        f"or pad with zeros"
+    )
 
 
 def _check_dtypes(named: Mapping[str, Layout]) -> None:

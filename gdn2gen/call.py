@@ -11,6 +11,10 @@ from gdn2gen.problem import Problem
 from gdn2gen.sequences import count_chunks
 from gdn2gen.stages import MAX_SEGMENTS, SEGMENT
 
+# Python's own would compare, and sizes may be symbols; untyped in torch.
+_max: Any = torch.sym_max
+_min: Any = torch.sym_min
+
 
 @dataclass(frozen=True)
 class Call:
@@ -38,8 +42,9 @@ class Call:
         """
         if self.packed:
             return 1, 2**24
-        chunks = max(1, -(-self.T // BT))
-        NS = min(-(-chunks // SEGMENT), max(1, max_segments // max(1, self.N * self.HV)))
+        chunks = _max(1, -(-self.T // BT))
+        most = _max(1, max_segments // _max(1, self.N * self.HV))
+        NS = _min(-(-chunks // SEGMENT), most)
         length = -(-chunks // NS)
         return -(-chunks // length), length
 

@@ -20,8 +20,8 @@ _INT32: Final = range(-(2**31), 2**31)
 _ALIGNMENT: Final = 16
 
 
-def direct_launch(module: ModuleType) -> Callable[..., None]:
-    """The `launch` of a rendered module, with its Triton kernels launched directly."""
+def direct_launch(module: ModuleType, function: str = "launch") -> Callable[..., None]:
+    """The `function` of a rendered module, with its Triton kernels launched directly."""
     from triton.runtime.jit import JITFunction
 
     direct = {
@@ -29,11 +29,11 @@ def direct_launch(module: ModuleType) -> Callable[..., None]:
         for name, x in vars(module).items()
         if name.endswith("_kernel") and isinstance(x, JITFunction)
     }
+    launch: Any = getattr(module, function)
     if not direct:
-        launch: Callable[..., None] = module.launch
-        return launch
-    copy = FunctionType(module.launch.__code__, {**vars(module), **direct}, module.launch.__name__)
-    copy.__kwdefaults__ = module.launch.__kwdefaults__
+        return launch  # type: ignore[no-any-return]
+    copy = FunctionType(launch.__code__, {**vars(module), **direct}, launch.__name__)
+    copy.__kwdefaults__ = launch.__kwdefaults__
     return copy
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gdn2gen import build
@@ -16,11 +17,11 @@ from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
 from gdn2gen.knobs import cuda_compiler, interpreted
+from gdn2gen.layout import Layout
 from gdn2gen.passes import Buffer, Pass, Step, in_place_of
 from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.sequences import chunk_tables
-from gdn2gen.stages import STAGES, Operand, has_operand
+from gdn2gen.render import render, render_tables
+from gdn2gen.stages import OUTPUT, STAGES, TABLES, Operand, has_operand
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
@@ -39,6 +40,8 @@ GRADIENT_OF = {
 }
 GRADIENTS = tuple(GRADIENT_OF.values())
 OUTPUTS = ("o", "final_state")
+# What a caller gives as cu_seqlens; the kernels read what is made of it.
+GIVEN_SEQUENCES = "given_cu_seqlens"
 
 
 class Runner:
@@ -60,14 +63,13 @@ class Runner:
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Those that are given, in the order of the op's arguments; cu_seqlens is the last one."""
+        """Those that are given, in the order of the op's arguments, but for cu_seqlens."""
         optional = {
             "initial_state": self.problem.initial_state,
             "A_log": self.problem.has_A_log,
             "dt_bias": self.problem.has_dt_bias,
-            "cu_seqlens": self.problem.varlen,
         }
-        return tuple(name for name in (*GRADIENT_OF, "cu_seqlens") if optional.get(name, True))
+        return tuple(name for name in GRADIENT_OF if optional.get(name, True))
 
     @cached_property
     def saved(self) -> tuple[Operand, ...]:
@@ -75,9 +77,8 @@ class Runner:
         plan = self.recipe.plan
         made = {x.name: x for name in plan.forward for x in STAGES[name].outputs}
         wanted = {*plan.saves, "q_rstd", "k_rstd"}
-        return tuple(
-            x for x in made.values() if x.name in wanted and has_operand(x, self.problem)
-        )
+        found = [x for x in made.values() if x.name in wanted]
+        return tuple(x for x in (*found, *TABLES) if has_operand(x, self.problem))
 
     @cached_property
     def kept_of_forward(self) -> tuple[str, ...]:
@@ -99,6 +100,19 @@ class Runner:
         if language_of(config) == "tilelang":
             compile_in_thread(module)
         return direct_launch(module)
+
+    def table_launchers(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """What makes the tables of a packed batch, and what clears gradients of no sequence."""
+        module = build.load(render_tables(self.problem, self.BT))
+        if interpreted():
+            return module.launch, module.clear
+        # one for each dtype of cu_seqlens: a direct launch is for the dtypes of its first one
+        by_dtype = {x: direct_launch(module) for x in (torch.int32, torch.int64)}
+
+        def launch(given: Tensor, *others: Tensor, **scalars: int) -> None:
+            by_dtype[given.dtype](given, *others, **scalars)
+
+        return launch, direct_launch(module, "clear")
 
     def plan_backward(self) -> None:
         """Render and load the backward now: what threads compile for it is then ready in time.
@@ -144,14 +158,21 @@ class Runner:
     ) -> tuple[Step, ...]:
         steps = []
         alive: set[str] = set()
+        first_made: set[str] = set()
+        plan = self.recipe.plan
+        if problem.varlen and stage_names[0] == plan.forward[0]:
+            steps.append(self._tables_step(problem))
+            first_made = {x.name for x in steps[0].buffers}
+        whole = stage_names[-1] == plan.backward[-1]
+        clear = self._clear_step() if problem.varlen and whole else None
         for position, name in enumerate(stage_names):
             stage = STAGES[name]
             operands = stage.operands(problem)
-            written = {x.name for x in stage.outputs}
+            written = {x.name for x in stage.outputs} - first_made
             outputs = [x for x in operands if x.name in written]
             alive |= {x.name for x in operands}
             needed = {x.name for later in stage_names[position + 1 :] for x in STAGES[later].inputs}
-            freed = alive - needed - {*keep}
+            freed = alive - needed - {*keep, *(clear.tensors if clear else ())}
             alive -= freed
             config = self.recipe.configs[name]
             steps.append(
@@ -166,7 +187,33 @@ class Runner:
                     max_segments=self.recipe.max_segments(name),
                 )
             )
-        return tuple(steps)
+        return (*steps, clear) if clear else tuple(steps)
+
+    def _tables_step(self, problem: Problem) -> Step:
+        """The tables of a packed batch; and o, which is cleared where no sequence lies."""
+        made = (OUTPUT, *TABLES)
+        return Step(
+            "chunk_tables",
+            self.table_launchers()[0],
+            tensors=(GIVEN_SEQUENCES, *(x.name for x in made)),
+            scalars=("n_sequences", "n_chunks", "T", "HV"),
+            count="n_chunks",
+            buffers=tuple(Buffer.of(x, problem) for x in made),
+            freed=(GIVEN_SEQUENCES,),
+            max_segments=1,
+        )
+
+    def _clear_step(self) -> Step:
+        return Step(
+            "clear",
+            self.table_launchers()[1],
+            tensors=("cu_seqlens", *GRADIENTS[:6]),
+            scalars=("n_sequences", "T", "HV"),
+            count="n_sequences",
+            buffers=(),
+            freed=(),
+            max_segments=1,
+        )
 
     def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
         buffer = Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
@@ -181,23 +228,34 @@ class SizedRunner:
         self.call = call
         self.input_names = runner.inputs
         self.saved_names = tuple(x.name for x in runner.saved)
-        self.gradient_names = tuple(
-            (name, GRADIENT_OF[name]) for name in runner.inputs if name in GRADIENT_OF
-        )
+        self.gradient_names = tuple((name, GRADIENT_OF[name]) for name in runner.inputs)
 
-    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Output `o`, `final_state` if the problem has one, and what the backward wants saved."""
-        return self._forward.run({**tensors, **self._tables(tensors)})
+    def forward(
+        self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Output `o`, `final_state` if the problem has one, and what the backward wants saved.
+
+        `tensors` are the inputs by name, and `given_cu_seqlens` for a packed batch. What is saved
+        lies in the tensors of `into`, if they are given.
+        """
+        return self._forward.run(tensors, into or {})
 
     def infer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs alone, the same bits."""
-        return self._inference.run({**tensors, **self._tables(tensors)})
+        return self._inference.run(tensors)
 
     def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of every input, from `do`, `dht` if it is given, the inputs and what was saved.
         """
         chosen = self._backward_with_dht if "dht" in tensors else self._backward
-        return chosen.run({**tensors, **self._tables(tensors)})
+        return chosen.run(tensors)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of what the forward saves, as one buffer."""
+        recipe, problem = self.runner.recipe, self.runner.problem
+        sizes = self.call.sizes(problem, self.runner.BT, recipe.saved_segments)
+        return Layout.of(self.runner.saved, problem, sizes)
 
     @cached_property
     def _forward(self) -> Pass:
@@ -221,9 +279,6 @@ class SizedRunner:
         stages = self.runner.recipe.plan.backward
         return self.runner.sized_pass(stages, problem, self.call, GRADIENTS)
 
-    def _tables(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return packed_tables(tensors, self.call, self.runner.BT) if self.call.packed else {}
-
 
 @lru_cache(maxsize=512)  # of 22 KB
 def _sized(runner: Runner, call: Call) -> SizedRunner:
@@ -246,17 +301,6 @@ def _only_triton(stage_name: str) -> bool:
     return True
 
 
-def packed_tables(tensors: Mapping[str, Tensor], call: Call, BT: int) -> dict[str, Tensor]:
-    if not call.packed:
-        return {}
-    tables = chunk_tables(tensors["cu_seqlens"], call.T, BT)
-    return {
-        "chunk_table": tables.chunk_table,
-        "chunk_offsets": tables.chunk_offsets,
-        "cu_seqlens": tables.cu_seqlens,
-    }
-
-
 def stage_calls(
     runner: Runner, call: Call, tensors: Mapping[str, Tensor]
 ) -> list[tuple[str, Callable[[], None]]]:
@@ -269,8 +313,6 @@ def stage_calls(
     plan = runner.recipe.plan
     stages = (*plan.forward, *plan.backward)
     whole = runner.sized_pass(stages, runner.problem, call, keep=(), in_place=False)
-    whole.run(
-        {**tensors, **packed_tables(tensors, call, runner.BT)},
-        observe=lambda name, launch: calls.append((name, launch)),
-    )
+    given = {GIVEN_SEQUENCES if x == "cu_seqlens" else x: y for x, y in tensors.items()}
+    whole.run(given, observe=lambda name, launch: calls.append((name, launch)))
     return calls

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2gen import _autograd, reference
-from gdn2gen._lookup import level_token
+from gdn2gen import _autograd
 from gdn2gen.arguments import check_arguments, check_gate, check_head_dims, is_watched
 from gdn2gen.errors import InputError, UnsupportedError
 from gdn2gen.knobs import interpreted
@@ -81,48 +80,45 @@ def chunk_gdn2(
     check_gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias)
     if return_intermediate_states:
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
+    tensors: tuple[Tensor | None, ...]
     tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens)
     watched = is_watched(tensors)
     dims = check_arguments(tensors, cu_seqlens_cpu, state_v_first, known=not watched)
     if scale is not None and not isinstance(scale, float | int):
         raise InputError(f"scale must be a number, but got {type(scale).__name__}")
-    scale = dims.K**-0.5 if scale is None else float(scale)
-    if q.device.type == "cpu" and not interpreted():
-        o, last = reference.chunk_gdn2(
-            *(q, k, v, g, b, w),
-            scale=scale,
-            initial_state=initial_state,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound if use_gate_in_kernel else None,
-            cu_seqlens=cu_seqlens,
-            state_v_first=state_v_first,
-        )
-        return o, last if output_final_state else None
-    check_head_dims(dims.K, dims.V)
-    _check_single({"q": q, "g": g, "initial_state": initial_state})
-    o, final_state = _autograd.run(
-        watched,
-        (
+    by_kernels = _by_kernels(q.device)
+    head_dims = dims.K, dims.V
+    if by_kernels:
+        head_dims = check_head_dims(dims.K), check_head_dims(dims.V, "V")
+        _check_single({"q": q, "g": g, "initial_state": initial_state})
+        tensors = (
             *[x.contiguous() for x in (q, k, v, g, b, w)],
             None if initial_state is None else initial_state.contiguous(),
             None if A_log is None else A_log.float().contiguous(),
             None if dt_bias is None else dt_bias.float().reshape(dims.HG, dims.K).contiguous(),
             cu_seqlens,
-        ),
+        )
+    o, final_state = _autograd.run(
+        tensors,
         (
-            scale,
+            None if scale is None else float(scale),
             float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
             use_qk_l2norm_in_kernel,
             use_gate_in_kernel,
             output_final_state,
             state_v_first,
         ),
-        level_token("fast" if disable_recompute else "lean"),
+        "fast" if disable_recompute else "lean",
+        head_dims,
+        by_kernels=by_kernels,
+        watched=watched,
     )
     return o, final_state if output_final_state else None
+
+
+def _by_kernels(device: torch.device) -> bool:
+    """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
+    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
 
 
 def _check_single(tensors: dict[str, Tensor | None]) -> None:

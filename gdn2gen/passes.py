@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn2gen.call import Call
 from gdn2gen.problem import Problem
-from gdn2gen.stages import Operand
+from gdn2gen.stages import STAGES, Operand
 
 TORCH_DTYPE = {
     "bf16": torch.bfloat16,
@@ -27,6 +27,8 @@ TORCH_DTYPE = {
 }
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 SUMMED = ("dA_log", "ddt_bias")
+
+_NOTHING_GIVEN: Mapping[str, Tensor] = {}
 
 _poisoned = False
 
@@ -87,14 +89,6 @@ class Buffer:
         return partial(torch.empty, shape, dtype=self.dtype, device=device)
 
 
-def empty(
-    operand: Operand, problem: Problem, sizes: Mapping[str, int], device: torch.device
-) -> Tensor:
-    """A buffer for one output of a stage, for tracers: `sizes` may be symbols."""
-    buffer = Buffer.of(operand, problem)
-    return torch.empty(buffer.shape(sizes), dtype=buffer.dtype, device=device)
-
-
 # What the code that torch.compile makes allocates with: on the current device, and from tuples.
 # torch.empty goes through the dispatcher, which takes 9 us on an H200 host for each of 33 buffers.
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
@@ -146,19 +140,20 @@ class Pass:
     def run(
         self,
         tensors: Mapping[str, Tensor],
+        into: Mapping[str, Tensor] = _NOTHING_GIVEN,
         observe: Callable[[str, Callable[[], None]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Launch the stages in order, and return the tensors to keep.
 
-        `tensors` are the inputs by name. Every output is allocated when its stage comes, and
-        dropped after the last stage that reads it. `observe` is given each stage's name and a
-        callable that launches it again on the same buffers.
+        `tensors` are the inputs by name. Every output is allocated when its stage comes, unless it
+        is given in `into`, and dropped after the last stage that reads it. `observe` is given each
+        stage's name and a callable that launches it again on the same buffers.
         """
         alive = {**tensors}
         with _device_guard(self._device):
             for step in self._steps:
                 for name, allocate in step.allocated:
-                    alive[name] = allocate()
+                    alive[name] = into[name] if name in into else allocate()
                 for name, taken in step.taken:
                     alive[name] = alive[taken]
                 if _poisoned:
@@ -166,7 +161,7 @@ class Pass:
                         alive[name].fill_(float("nan"))
                 if step.has_programs:
                     step.launch(*step.operands(alive), **step.scalars)
-                    if observe is not None:
+                    if observe is not None and step.name in STAGES:
                         again = partial(step.launch, *step.operands(alive), **step.scalars)
                         observe(step.name, again)
                 for name in step.freed:

@@ -7,6 +7,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from functools import cache
+from typing import Final
 
 import jinja2
 from jinja2 import meta
@@ -169,6 +170,27 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     return Rendered(stage_name, source, template_digest(config))
 
 
+TABLES: Final = "triton/chunk_tables.py.jinja"
+"""What a packed batch needs beside its stages; not tuned."""
+# Two programs to a multiprocessor of an H200, to clear what no sequence covers.
+_SPREAD: Final = 264
+
+
+def render_tables(problem: Problem, BT: int) -> Rendered:
+    """The kernels that find the chunks of a packed batch, and clear what no sequence covers."""
+    digest = _digest(frozenset({TABLES}))
+    command = _wrapped_command([*_problem_words(problem), "--out DIR"])
+    text = environment().get_template(TABLES).render(
+        problem=problem,
+        BT=BT,
+        # the interpreter runs programs one after another, each for some 10 ms
+        spread=1 if knobs.interpreted() else _SPREAD,
+        digest=digest,
+        regenerate=command,
+    )
+    return Rendered("chunk_tables", _tidy(text), digest)
+
+
 def _tidy(text: str) -> str:
     """At most two blank lines in a row at the top level, and one inside functions."""
     text = re.sub(r"\n{3,}(?=[ ])", "\n\n", text)
@@ -197,17 +219,26 @@ def _solve_precision(solve: str) -> str:
 
 def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
     knobs_given = ",".join(f"{name}={value}" for name, value in config.knobs)
+    # no other kernel depends on the bound
+    bound = problem.bound if config.get("decay") == "bounded" else 0
+    words = _problem_words(problem, bound)
+    return _wrapped_command([*words, f"--stage {stage.name} --config {knobs_given}"])
+
+
+def _problem_words(problem: Problem, bound: int = 0) -> list[str]:
     words = [
         f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V}",
         f"--dtype {problem.dtype} --gate-dtype {problem.gate_dtype} --gate {problem.gate}",
     ]
     if not problem.l2norm:
         words.append("--no-l2norm")
-    if config.get("decay") == "bounded":  # no other kernel depends on the bound
-        words.append(f"--lower-bound -{problem.bound}")
+    if bound:
+        words.append(f"--lower-bound -{bound}")
     given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
-    words.append(f"--with={','.join(given)}")
-    words.append(f"--stage {stage.name} --config {knobs_given}")
+    return [*words, f"--with={','.join(given)}"]
+
+
+def _wrapped_command(words: list[str]) -> str:
     return textwrap.fill(
         " ".join(words), 92, subsequent_indent=" " * 6, break_long_words=False
     ).replace("\n", " \\\n")

@@ -107,11 +107,13 @@ class Stage:
         return 2 * chunk * sizes["NT"] * sizes["HV"]
 
 
-_VARLEN = (Operand("chunk_table", "NT 2", "int32", "varlen"),)
-_SEQUENCES = (
+# Made from the cu_seqlens that was given, before the first stage of a forward.
+TABLES: Final = (
     Operand("cu_seqlens", "N+1", "int32", "varlen"),
     Operand("chunk_offsets", "N+1", "int32", "varlen"),
+    Operand("chunk_table", "NT 2", "int32", "varlen"),
 )
+_SEQUENCES, _VARLEN = TABLES[:2], TABLES[2:]
 _QKGB = (
     Operand("q", "B T H K"),
     Operand("k", "B T H K"),
@@ -147,6 +149,7 @@ _DX = Operand("dX", "NT HV BT V")
 # dv and dw are dX times an input, and would show what 16 bits of dX round off.
 _DX_REST = Operand("dX_rest", "NT HV BT V", when="rounded")
 _DO = Operand("do", "B T HV V")
+OUTPUT: Final = Operand("o", "B T HV V")
 _SCORE_GRADS = (
     Operand("dT", "NT HV BT BT"),
     Operand("dAqk", "NT HV BT BT"),
@@ -188,7 +191,7 @@ STAGES: Final = {
             "scan",
             (*_VW, *_FACTORS, *_SCORES, *_INITIAL, *_SEQUENCES),
             (
-                Operand("o", "B T HV V"),
+                OUTPUT,
                 _S_SEG,
                 _M_SEG,
                 Operand("final_state", "N HV K V", "fp32", "final_state"),
@@ -201,7 +204,7 @@ STAGES: Final = {
             "scan",
             (*_VW, *_FACTORS, *_SCORES, *_INITIAL, *_SEQUENCES),
             (
-                Operand("o", "B T HV V"),
+                OUTPUT,
                 _H,
                 _R,
                 replace(_S_SEG, scratch=("parallel",)),

@@ -255,9 +255,12 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     inputs, _ = case_inputs(Case("later", problem, shape, regime), "cpu")
     runner = launch.Runner(default_recipe(problem))
     call = call_of(problem, shape, torch.device("cpu"))
-    given = {**inputs, **launch.packed_tables(inputs, call, runner.BT)}
+    given = {**inputs}
+    if packed:
+        given[launch.GIVEN_SEQUENCES] = given.pop("cu_seqlens")
     names = [x.name for x in STAGES["prepare"].outputs]
-    right = runner.sized_pass(("prepare",), problem, call, tuple(names)).run(given)
+    right = runner.sized_pass(("prepare",), problem, call, (*names, "chunk_table")).run(given)
+    given |= {"chunk_table": right.pop("chunk_table")} if packed else {}
 
     config = default_config("prepare", problem).replace(
         language="tilelang", BK=64, num_warps=4, solve="ieee"

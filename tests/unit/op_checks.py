@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gdn2gen import call, chunk_gdn2, reference
 from gdn2gen._bench_accuracy import relative_errors
+from gdn2gen._kernels import request_of, sequences_of
+from gdn2gen._lookup import agree
 from gdn2gen.dispatch import default_recipe, forced_recipe
 from gdn2gen.inputs import make_inputs
 from gdn2gen.problem import Problem
@@ -152,8 +154,15 @@ def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
     given = inputs | parameters
     leaves = [given[name].requires_grad_() if name in given else None for name in INPUTS]
     arguments = (*leaves, inputs.get("cu_seqlens"))
-    flags = (32**-0.5, None, True, gated, True, False, level)
-    return torch.library.opcheck(gdn2_forward, (*arguments, *flags), test_utils=tests)
+    flags = (None, None, True, gated, True, False)
+    request = request_of(arguments[:-1], sequences_of(arguments[-1]), flags)
+    arguments = (*arguments, *flags, agree(request, level))
+    # what lies between the tensors in the buffer of what is saved is then not left to chance
+    torch.use_deterministic_algorithms(True)
+    try:
+        return torch.library.opcheck(gdn2_forward, arguments, test_utils=tests)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def fakes_agree(level: str, gated: bool) -> str:

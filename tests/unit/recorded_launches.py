@@ -45,9 +45,13 @@ class Launched(list[tuple[str, Any, dict[str, Tensor], dict[str, Any]]]):
         ]
 
 
+def _ignore(*_: Tensor, **__: Any) -> None:
+    """Stands for the kernels around those of the stages."""
+
+
 def forget() -> None:
     for cached in (
-        *(_lookup.known_request, _lookup._found, _lookup._runner),
+        *(_lookup.known_request, _lookup._found, _lookup._agreed, _lookup._runner),
         *(launch._sized, arguments._known_dims),
     ):
         cached.cache_clear()
@@ -58,6 +62,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launch
     found = Launched()
     monkeypatch.setattr(ops, "interpreted", lambda: True)
     monkeypatch.setattr(launch.Runner, "launcher", lambda *given: found.launcher(*given))
+    monkeypatch.setattr(launch.Runner, "table_launchers", lambda _: (_ignore, _ignore))
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)

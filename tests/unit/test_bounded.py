@@ -55,22 +55,8 @@ def test_a_lower_bound_is_covered_by_whole_nats(lower_bound: float, nats: int) -
     sizes = torch.Size((1, 64, 2, 128))
     for in_kernel, expected in ((True, nats), (False, 0)):
         request = make_request(
-            q=sizes,
-            v=sizes,
-            g=sizes,
-            dtype=torch.bfloat16,
-            gate_dtype=torch.float32,
-            device=torch.device("cpu"),
-            initial_state=False,
-            A_log=False,
-            dt_bias=False,
-            sequences=None,
-            scale=1.0,
-            lower_bound=lower_bound,
-            l2norm=True,
-            gate_in_kernel=in_kernel,
-            output_final_state=False,
-            state_v_first=False,
+            *(sizes, sizes, sizes, torch.bfloat16, torch.float32, torch.device("cpu")),
+            *(False, False, False, None, 1.0, lower_bound, True, in_kernel, False, False),
         )
         assert request.problem.bound == expected
         assert request.call.lower_bound == lower_bound

@@ -42,6 +42,7 @@ ROOMS = (
     ("arguments",),
     ("call",),
     ("passes",),
+    ("layout",),
     ("launch",),
     ("ops", "_autograd", "_kernels", "_lookup", "_torch_ops"),
     ("layer",),
