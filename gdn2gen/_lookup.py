@@ -11,12 +11,11 @@ import torch
 from gdn2gen import dispatch
 from gdn2gen.arguments import IO_DTYPES
 from gdn2gen.call import Call
-from gdn2gen.config import default_config
 from gdn2gen.device import Device, has_gpu, named_device, present_device
-from gdn2gen.dispatch import Recipe, find_recipe, forced
+from gdn2gen.dispatch import Recipe, default_recipe, find_recipe, forced
 from gdn2gen.launch import Runner, SizedRunner
 from gdn2gen.layout import Layout
-from gdn2gen.plans import LEVELS, keeps_least, plan_named
+from gdn2gen.plans import LEVELS, keeps_least
 from gdn2gen.problem import Problem, Regime, bound_of
 
 
@@ -154,15 +153,16 @@ class Agreement(NamedTuple):
 
     @classmethod
     def with_recipe(cls, level: str, recipe: Recipe) -> Agreement:
-        BT = recipe.configs[recipe.plan.forward[0]].size("BT")
-        return cls(level, recipe.plan.name, BT, recipe.saved_segments)
+        return cls(level, recipe.plan.name, recipe.BT, recipe.saved_segments)
 
     def kept_by(self, recipe: Recipe) -> Recipe | None:
         """`recipe` with as many segments as was agreed on, if that makes it save the same."""
-        if Agreement.with_recipe(self.level, recipe)[:3] != self[:3]:
+        own = Agreement.with_recipe(self.level, recipe)
+        if own == self:
+            return recipe
+        if own._replace(max_segments=self.max_segments) != self:
             return None
-        scan = recipe.configs[recipe.plan.forward[-1]].replace(max_segments=self.max_segments)
-        return replace(recipe, configs={**recipe.configs, scan.stage: scan})
+        return replace(recipe, agreed_segments=self.max_segments)
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -226,10 +226,8 @@ def _agreed(request: Request, text: str, _surroundings: tuple[Any, ...]) -> Size
 
 def _default_for(agreement: Agreement, problem: Problem) -> Recipe:
     """Default configs that save what was agreed on; slower, but right."""
-    plan = plan_named(agreement.plan)
-    configs = {stage: default_config(stage, problem, BT=agreement.BT) for stage in plan.stages}
-    why = f"what was traced saves what plan {plan.name} does in chunks of {agreement.BT} tokens"
-    recipe = agreement.kept_by(Recipe(problem, plan, configs, "default", why))
+    default = default_recipe(problem, agreement.plan, BT=agreement.BT)
+    recipe = agreement.kept_by(default)
     assert recipe is not None
     return recipe
 

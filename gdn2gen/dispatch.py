@@ -51,9 +51,18 @@ class Recipe:
     """The tuned file that the configs are from."""
     regime: Regime | None = field(default=None, compare=False)
     device: Device | None = field(default=None, compare=False)
+    agreed_segments: int | None = None
+    """`saved_segments`, if it was agreed on before the recipe was found, and not as it says."""
+
+    @property
+    def BT(self) -> int:
+        """Tokens of a chunk, in all stages."""
+        return self.configs[self.plan.forward[0]].size("BT")
 
     def max_segments(self, stage: str) -> int:
         """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
+        if self.agreed_segments is not None and stage in ("rescan", self.plan.forward[-1]):
+            return self.agreed_segments
         return self.configs["scan" if stage == "rescan" else stage].max_segments
 
     @property
@@ -126,10 +135,10 @@ def reload() -> None:
     store.look_anew()
 
 
-def default_recipe(problem: Problem, plan_name: str = "lean") -> Recipe:
+def default_recipe(problem: Problem, plan_name: str = "lean", *, BT: int | None = None) -> Recipe:
     """The default configs of a plan: valid for every problem and device."""
     plan = plan_named(plan_name)
-    configs = {stage: default_config(stage, problem) for stage in plan.stages}
+    configs = {stage: default_config(stage, problem, BT=BT) for stage in plan.stages}
     return Recipe(problem, plan, configs, "default", "the default was asked for")
 
 

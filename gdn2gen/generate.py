@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,22 +15,23 @@ from gdn2gen.errors import InputError
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
-from gdn2gen.render import environment, render
-from gdn2gen.stages import SEGMENT, STAGES, Operand, Stage, has_operand
+from gdn2gen.render import environment, render, render_tables
+from gdn2gen.stages import OUTPUT, SEGMENT, STAGES, TABLES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 # Every generated file says which command made it; only such files are ever replaced.
 _MARK: Final = "made by\n    gdn2gen generate "
 _LINE: Final = 100
-_TABLES: Final = ("cu_seqlens", "chunk_table", "chunk_offsets")
+_GIVEN: Final = "given_cu_seqlens"
 _GRADIENTS: Final = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage as the package launches it."""
+    """One stage as the package launches it, or what a packed batch needs around them."""
 
     stage: str
+    """The module."""
     buffers: tuple[tuple[str, str], ...]
     """Name of each output, and the expression that allocates it."""
     arguments: tuple[str, ...]
@@ -39,8 +40,9 @@ class Step:
     """One program per chunk, so that there is nothing to launch without tokens."""
     freed: tuple[str, ...]
     """Buffers that nothing reads after this stage."""
-    max_segments: int | None
+    max_segments: int | None = None
     """For what runs segments; None for the others."""
+    function: str = "launch"
 
 
 def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> list[Path]:
@@ -55,6 +57,8 @@ def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> l
         f"{stage}.py": render(problem, stage, recipe.configs[stage]).source
         for stage in recipe.plan.stages
     }
+    if problem.varlen:
+        texts["chunk_tables.py"] = render_tables(problem, recipe.BT).source
     texts["__init__.py"] = package_source(problem, recipe)
     earlier = _earlier_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,13 +78,16 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     kept = _kept(problem, plan.forward, plan.backward)
     forward = _steps(problem, recipe, plan.forward, kept | {"o", "final_state"})
-    gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name not in _TABLES}
+    gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name != _GIVEN}
     backward = _steps(problem, recipe, plan.backward, {*gradients.values()})
+    if problem.varlen:
+        forward, backward = _around(forward, backward)
     made = [name for step in forward for name, _ in step.buffers]
     text = environment().get_template(TEMPLATE).render(
         problem=problem,
         plan=plan,
-        BT=recipe.configs[plan.forward[0]].size("BT"),
+        modules=sorted({x.stage for x in (*forward, *backward)}),
+        BT=recipe.BT,
         torch_dtype=TORCH_DTYPE[problem.dtype],
         torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
         command=_command(problem, recipe),
@@ -110,7 +117,7 @@ def _inputs(problem: Problem) -> list[str]:
         "initial_state": problem.initial_state,
         "A_log": problem.has_A_log,
         "dt_bias": problem.has_dt_bias,
-        **dict.fromkeys(_TABLES, problem.varlen),
+        _GIVEN: problem.varlen,
     }
     return ["q", "k", "v", "g", "b", "w", *(name for name, given in flags.items() if given)]
 
@@ -152,6 +159,35 @@ def _steps(
             )
         )
     return steps
+
+
+def _around(forward: list[Step], backward: list[Step]) -> tuple[list[Step], list[Step]]:
+    """The stages of a packed batch: after its tables are made, and before gradients are cleared."""
+    tables = Step(
+        stage="chunk_tables",
+        buffers=(
+            (OUTPUT.name, "q.new_empty(B, T, HV, V)"),
+            ("cu_seqlens", "q.new_empty(N + 1, dtype=torch.int32)"),
+            ("chunk_offsets", "q.new_empty(N + 1, dtype=torch.int32)"),
+            ("chunk_table", "q.new_empty(NT, 2, dtype=torch.int32)"),
+        ),
+        arguments=(_GIVEN, OUTPUT.name, *(x.name for x in TABLES), *_words("N NT T HV")),
+        per_chunk=False,
+        freed=(),
+    )
+    rest = [
+        replace(step, buffers=tuple(x for x in step.buffers if x[0] != OUTPUT.name))
+        for step in forward
+    ]
+    gradients = [f"d{name}" for name in ("q", "k", "v", "g", "b", "w")]
+    arguments = ("cu_seqlens", *gradients, *_words("N T HV"))
+    clear = Step("chunk_tables", (), arguments, False, (), function="clear")
+    return [tables, *rest], [*backward, clear]
+
+
+def _words(scalars: str) -> list[str]:
+    names = {"N": "n_sequences", "NT": "n_chunks"}
+    return [f"{names.get(x, x)}={x}" for x in scalars.split()]
 
 
 def _allocation(operand: Operand, problem: Problem, config: Config) -> str:

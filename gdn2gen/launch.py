@@ -55,7 +55,7 @@ class Runner:
 
     @cached_property
     def BT(self) -> int:
-        return self.recipe.configs[self.recipe.plan.forward[0]].size("BT")
+        return self.recipe.BT
 
     @cached_property
     def without_final_state(self) -> Problem:

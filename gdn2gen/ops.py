@@ -62,8 +62,11 @@ def chunk_gdn2(
             decay = lower_bound * sigmoid(exp(A_log) * (g + dt_bias)).
         A_log: [heads of g] float; optional with `lower_bound`.
         dt_bias: [heads of g * K], or [heads of g, K]; optional.
-        cu_seqlens: [N+1] int32 or int64, rising from 0 to T: packed sequences; wants B = 1.
-        cu_seqlens_cpu: its copy on the host, which saves a synchronisation.
+        cu_seqlens: [N+1] int32 or int64, rising from 0 to T: packed sequences; wants B = 1. On a
+            GPU only the kernels read it: other lengths may be written to it between replays of a
+            CUDA graph. What they hold is taken within 0 .. T and rising; o and gradients of tokens
+            that no sequence covers are zero.
+        cu_seqlens_cpu: its copy on the host, which is checked if it is given.
         safe_gate: the decay is bounded; needs `lower_bound` where the gate is in the kernel.
         lower_bound: least decay, in [-5, 0).
         disable_recompute: keep more of the forward for a faster backward (the level "fast").
@@ -96,7 +99,7 @@ def chunk_gdn2(
             None if initial_state is None else initial_state.contiguous(),
             None if A_log is None else A_log.float().contiguous(),
             None if dt_bias is None else dt_bias.float().reshape(dims.HG, dims.K).contiguous(),
-            cu_seqlens,
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
         )
     o, final_state = _autograd.run(
         tensors,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +16,6 @@ from gdn2gen import _autograd, ops, reference
 from gdn2gen.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.inputs import make_inputs
 from gdn2gen.plans import PLANS
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.worker import Worker
 
 HERE = Path(__file__).resolve().parent
 B, T, H, HV, K, V = 2, 20, 2, 4, 32, 64
@@ -299,28 +296,6 @@ def test_strided_inputs_on_the_cpu(how: str) -> None:
 # The op over the kernels, in the interpreter
 
 
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Calls a function of op_checks in a process whose kernels run in Triton's interpreter."""
-    paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    worker = Worker(
-        {
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-            "GDN2GEN_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-            "OMP_NUM_THREADS": "1",
-        }
-    )
-
-    def call(name: str, *args: Any) -> Any:
-        outcome: Outcome[Any] = worker.call(f"op_checks:{name}", *args, timeout=120)
-        assert outcome.ok, outcome.reason
-        return outcome.get()
-
-    yield call
-    worker.close()
-
-
 def _accurate(errors: dict[str, float]) -> None:
     over = {name: error for name, error in errors.items() if not error < op_checks.LIMIT}
     assert not over
@@ -328,63 +303,63 @@ def _accurate(errors: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("how", op_checks.LAYOUTS)
 def test_strided_inputs(how: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("strided_inputs", how))
+    _accurate(interpreter("op_checks:strided_inputs", how))
 
 
 @pytest.mark.parametrize("output", ["o", "final_state"])
 def test_a_loss_of_one_output(output: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("one_output", output))
+    _accurate(interpreter("op_checks:one_output", output))
 
 
 @pytest.mark.parametrize("name", ["q", "v", "g", "initial_state"])
 def test_a_gradient_of_one_input(name: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("some_gradients", name))
+    _accurate(interpreter("op_checks:some_gradients", name))
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_call_that_wants_no_gradient_gives_the_same_bits(
     plan: str, interpreter: Callable[..., Any]
 ) -> None:
-    assert interpreter("without_gradient", plan) == []
+    assert interpreter("op_checks:without_gradient", plan) == []
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_no_tokens(packed: bool, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("no_tokens", packed))
+    _accurate(interpreter("op_checks:no_tokens", packed))
 
 
 def test_cu_seqlens_that_is_written_to(interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("changed_cu_seqlens"))
+    _accurate(interpreter("op_checks:changed_cu_seqlens"))
 
 
 @pytest.mark.parametrize("check", ["low_precision_parameters", "inputs_are_untouched"])
 def test_autograd(check: str, interpreter: Callable[..., Any]) -> None:
-    interpreter(check)
+    interpreter(f"op_checks:{check}")
 
 
 @pytest.mark.parametrize("level", ["lean", "fast"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_opcheck(gated: bool, level: str, interpreter: Callable[..., Any]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    found = interpreter("opcheck", tests, gated, level)
+    found = interpreter("op_checks:opcheck", tests, gated, level)
     assert found == dict.fromkeys(tests, "SUCCESS")
 
 
 @pytest.mark.parametrize("level", ["lean", "fast"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_fakes_agree_with_kernels(level: str, gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("fakes_agree", level, gated)
+    interpreter("op_checks:fakes_agree", level, gated)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_torch_compile(gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("compiled", gated)
+    interpreter("op_checks:compiled", gated)
 
 
 def test_torch_compile_at_other_lengths(interpreter: Callable[..., Any]) -> None:
-    interpreter("compiled_at_other_lengths")
+    interpreter("op_checks:compiled_at_other_lengths")
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_opcheck_with_dynamic_sizes(gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("opcheck", ("test_aot_dispatch_dynamic",), gated, "lean")
+    interpreter("op_checks:opcheck", ("test_aot_dispatch_dynamic",), gated, "lean")

@@ -1,0 +1,311 @@
+"""Gated DeltaNet-2 over whole sequences, in chunks, for one problem; needs only torch and triton.
+
+Per head, with the state S in R^{K x V} and elementwise `*` (arXiv 2605.22791):
+
+    S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T
+    o_t = scale * S_t^T q_t
+
+Sizes, as the buffers below are given:
+
+    B batch          T tokens of a sequence (of the whole packed batch; B = 1)
+    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
+    K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+    NS segments of a sequence, `segment` chunks each
+
+Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
+Plan:    fast
+    forward   prepare, scan
+    backward  sum_decay, rescan, reverse_scan, grad_value, grad_key
+
+Each stage is a module beside this one, which says what it computes and with which config. All were
+made by
+    gdn2gen generate --out DIR --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate \
+        softplus --with=A_log,dt_bias,varlen --level fast
+"""
+
+import torch
+import triton
+
+from . import (
+    chunk_tables,
+    grad_key,
+    grad_value,
+    prepare,
+    rescan,
+    reverse_scan,
+    scan,
+    sum_decay,
+)
+
+__all__ = ["chunk_gdn2"]
+
+K, V = 64, 32
+BT, NB = 32, 2  # tokens of a chunk, sub-blocks of 16 tokens in it
+DTYPE, GATE_DTYPE = torch.float16, torch.float32
+
+
+def chunk_gdn2(
+    q,
+    k,
+    v,
+    g,
+    b,
+    w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=True,
+    use_gate_in_kernel=True,
+    A_log=None,
+    dt_bias=None,
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    lower_bound=None,
+    state_v_first=False,
+):
+    """Return o [B, T, HV, V] and the final state (None unless asked for); differentiable.
+
+    q, k: [B, T, H, K], normalised in the kernels. v, w: [B, T, HV, V], HV a multiple of H.
+    g: [B, T, H or HV, K]; b: erase gate, shaped like g.
+    decay = -exp(A_log) * softplus(g + dt_bias) in natural log.
+    A_log: [heads of g].
+    dt_bias: [heads of g * K] or [heads of g, K].
+    scale: of the output; K**-0.5 if None.
+    cu_seqlens: [N+1] int32 or int64, rising from 0 to T. On a GPU the kernels alone read it, so that
+        other lengths may be written to it between replays of a CUDA graph. Tokens outside of all
+        sequences get zeros. cu_seqlens_cpu, its copy on the host, is checked if it is given.
+
+    Raises ValueError for anything that these kernels were not made for.
+    """
+    _refuse("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel, True, "--no-l2norm")
+    _refuse("use_gate_in_kernel", use_gate_in_kernel, True, "--gate none")
+    _refuse("state_v_first", state_v_first, False, "--with state_v_first")
+    _refuse("output_final_state", output_final_state, False, "--with final_state")
+    _refuse("initial_state", initial_state, None, "--with initial_state")
+    _refuse("lower_bound", lower_bound, None, "--gate sigmoid")
+
+    for name, x in (("q", q), ("v", v), ("g", g)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], but got shape {tuple(x.shape)}")
+    B, T, H, _ = q.shape
+    HV, HG = v.shape[2], g.shape[2]
+    if B * H * HV == 0 or HV % H or HG not in (H, HV):
+        raise ValueError(
+            f"B and H must be positive, HV a multiple of H, and g of H or HV heads, "
+            f"but got B={B}, H={H}, HV={HV} and {HG} heads of g"
+        )
+    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(f"q must be on a GPU, but is on {q.device}; or set TRITON_INTERPRET=1")
+    _check("q", q, (B, T, H, K), DTYPE, q.device)
+    _check("k", k, (B, T, H, K), DTYPE, q.device)
+    _check("v", v, (B, T, HV, V), DTYPE, q.device)
+    _check("g", g, (B, T, HG, K), GATE_DTYPE, q.device)
+    _check("b", b, (B, T, HG, K), DTYPE, q.device)
+    _check("w", w, (B, T, HV, V), DTYPE, q.device)
+    if cu_seqlens is None or B != 1:
+        raise ValueError(f"these kernels need cu_seqlens and B=1, but got {cu_seqlens} and B={B}")
+    _check_cu_seqlens(cu_seqlens, T, cu_seqlens_cpu)
+    _check("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), cu_seqlens.dtype, q.device)
+    given_cu_seqlens = cu_seqlens.contiguous()
+    if A_log is None:
+        raise ValueError("these kernels need A_log, but got None")
+    A_log = A_log.float().contiguous()
+    _check("A_log", A_log, (HG,), torch.float32, q.device)
+    if dt_bias is None:
+        raise ValueError("these kernels need dt_bias, but got None")
+    dt_bias = dt_bias.float().reshape(-1).contiguous()
+    _check("dt_bias", dt_bias, (HG * K,), torch.float32, q.device)
+    dt_bias = dt_bias.view(HG, K)
+    scale = K**-0.5 if scale is None else float(scale)
+    q, k, v, g, b, w = (x.contiguous() for x in (q, k, v, g, b, w))
+    o = _ChunkGDN2.apply(
+        q, k, v, g, b, w, A_log, dt_bias, given_cu_seqlens, scale,
+    )
+    return o, None
+
+
+class _ChunkGDN2(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q, k, v, g, b, w, A_log, dt_bias, given_cu_seqlens, scale,
+    ):
+        with torch.cuda.device_of(q):
+            B, T, H, _ = q.shape
+            HV, HG = v.shape[2], g.shape[2]
+            N = given_cu_seqlens.numel() - 1
+            NT = T // BT + N  # at least as many as there are; those past the end do nothing
+            NS, segment = 1, 2**24  # a sequence is one segment: lengths are not known on the host
+
+            # chunk_tables
+            o = q.new_empty(B, T, HV, V)
+            cu_seqlens = q.new_empty(N + 1, dtype=torch.int32)
+            chunk_offsets = q.new_empty(N + 1, dtype=torch.int32)
+            chunk_table = q.new_empty(NT, 2, dtype=torch.int32)
+            chunk_tables.launch(
+                given_cu_seqlens, o, cu_seqlens, chunk_offsets, chunk_table, n_sequences=N,
+                n_chunks=NT, T=T, HV=HV,
+            )
+
+            # prepare
+            q_rstd = q.new_empty(NT, HV, BT, dtype=torch.float32)
+            k_rstd = q.new_empty(NT, HV, BT, dtype=torch.float32)
+            A = q.new_empty(NT, HV, BT, BT)
+            Aqk = q.new_empty(NT, HV, BT, BT)
+            Qg = q.new_empty(NT, HV, BT, K)
+            Y = q.new_empty(NT, HV, BT, K)
+            Ktail = q.new_empty(NT, HV, BT, K)
+            gamma_C = q.new_empty(NT, HV, K, dtype=torch.float32)
+            gamma_B = q.new_empty(NT, HV, NB, K, dtype=torch.float32)
+            prepare.launch(
+                q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail,
+                gamma_C, gamma_B, n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+            )
+            del gamma_B
+
+            # scan
+            S_seg = q.new_empty(N, HV, NS, V, K, dtype=torch.float32)
+            M_seg = q.new_empty(0, dtype=torch.float32)
+            scan.launch(
+                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg, M_seg,
+                n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
+            )
+
+        ctx.save_for_backward(
+            q, k, v, g, b, w, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd,
+            k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
+        )
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        if torch.is_grad_enabled():
+            raise RuntimeError("chunk_gdn2 is differentiable once: leave out create_graph=True")
+        (
+            q, k, v, g, b, w, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd,
+            k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
+        ) = ctx.saved_tensors
+        scale = ctx.scale
+        do = do.contiguous()
+        with torch.cuda.device_of(q):
+            B, T, H, _ = q.shape
+            HV, HG = v.shape[2], g.shape[2]
+            N = cu_seqlens.numel() - 1
+            NT = T // BT + N  # at least as many as there are; those past the end do nothing
+            NS, segment = 1, 2**24  # a sequence is one segment: lengths are not known on the host
+
+            # sum_decay
+            G = q.new_empty(B, T, HV, K, dtype=torch.float32)
+            sum_decay.launch(
+                g, A_log, dt_bias, chunk_table, G, n_chunks=NT, scale=scale, lower_bound=0.0, T=T,
+                H=H, HV=HV, HG=HG,
+            )
+
+            # rescan
+            h = q.new_empty(NT, HV, V, K)
+            R = q.new_empty(NT, HV, BT, V)
+            rescan.launch(
+                v, w, Y, Ktail, gamma_C, A, S_seg, cu_seqlens, chunk_offsets, h, R, n_sequences=N,
+                T=T, HV=HV, NS=NS, segment=segment,
+            )
+
+            # reverse_scan
+            dh = q.new_empty(NT, HV, V, K)
+            dX = q.new_empty(NT, HV, BT, V)
+            dX_rest = q.new_empty(NT, HV, BT, V)
+            dS_seg = q.new_empty(0, dtype=torch.float32)
+            M_seg = q.new_empty(0, dtype=torch.float32)
+            reverse_scan.launch(
+                Qg, Y, Ktail, gamma_C, A, Aqk, do, cu_seqlens, chunk_offsets, dh, dX, dX_rest,
+                dS_seg, M_seg, n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
+            )
+            del dS_seg, M_seg
+
+            # grad_value
+            dT = q.new_empty(NT, HV, BT, BT)
+            dAqk = q.new_empty(NT, HV, BT, BT)
+            dAqk_diagonal = q.new_empty(NT, HV, BT, dtype=torch.float32)
+            dv = q.new_empty(B, T, HV, V)
+            dw = q.new_empty(B, T, HV, V)
+            q_dot = q.new_empty(NT, HV, BT, dtype=torch.float32)
+            k_dot = q.new_empty(NT, HV, BT, dtype=torch.float32)
+            grad_value.launch(
+                v, w, R, dX, dX_rest, do, o, chunk_table, dT, dAqk, dAqk_diagonal, dv, dw, q_dot,
+                k_dot, n_chunks=NT, T=T, HV=HV,
+            )
+            del dX_rest
+
+            # grad_key
+            dq = q.new_empty(B, T, HV, K)
+            dk = q.new_empty(B, T, HV, K)
+            dg = G  # each part of G is read before dg is written there
+            db = q.new_empty(B, T, HV, K)
+            dA_log = q.new_zeros(NT, HV, K, dtype=torch.float32)
+            ddt_bias = q.new_zeros(NT, HV, K, dtype=torch.float32)
+            grad_key.launch(
+                q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, G, gamma_C, h, R, dh, dX, dT, dAqk,
+                dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, db, dA_log, ddt_bias,
+                n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+            )
+
+            # clear: zeros for tokens of no sequence
+            chunk_tables.clear(
+                cu_seqlens, dq, dk, dv, dg, db, dw, n_sequences=N, T=T, HV=HV,
+            )
+
+        return (
+            _fold(dq, q),
+            _fold(dk, k),
+            dv,
+            _fold(dg, g),
+            _fold(db, b),
+            dw,
+            dA_log.sum((0, 2)).view(HG, -1).sum(1),
+            ddt_bias.sum(0).view(HG, -1, K).sum(1),
+            None,
+            None,
+        )
+
+
+def _fold(grad, x):
+    """Sum a gradient per value head to the heads of its input."""
+    if grad.shape == x.shape:
+        return grad
+    heads = x.shape[2]
+    return grad.unflatten(2, (heads, grad.shape[2] // heads)).float().sum(3).to(x.dtype)
+
+
+def _check_cu_seqlens(cu_seqlens, T, cpu):
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [N+1] with N >= 1, but got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, but got {cu_seqlens.dtype}")
+    if cpu is not None:
+        _check("cu_seqlens_cpu", cpu, tuple(cu_seqlens.shape), cpu.dtype, torch.device("cpu"))
+    elif not cu_seqlens.is_cuda:
+        cpu = cu_seqlens
+    if cpu is None:
+        return
+    values = cpu.tolist()
+    if values[0] != 0 or values[-1] != T or values != sorted(values):
+        raise ValueError(f"cu_seqlens must rise from 0 to T={T}, but got {values}")
+
+
+def _check(name, x, shape, dtype, device):
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{name} must be {shape} {dtype} on {device}, "
+            f"but got {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+
+
+def _refuse(name, value, compiled, option):
+    """Raise ValueError for a value that the kernels were not compiled for."""
+    # identity, since a tensor's == is elementwise
+    if value is not compiled:
+        shown = f"{type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"these kernels were made for {name}={compiled!r}, but got {shown}; "
+            f"generate them anew, `gdn2gen generate` with {option}"
+        )

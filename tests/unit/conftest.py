@@ -1,0 +1,37 @@
+"""What tests share that run kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdn2gen.tune.outcome import Outcome
+from gdn2gen.tune.worker import Worker
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Calls `module:function` of this folder where kernels run in Triton's interpreter."""
+    paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    worker = Worker(
+        {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "GDN2GEN_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+
+    def call(name: str, *args: Any) -> Any:
+        outcome: Outcome[Any] = worker.call(name, *args, timeout=120)
+        assert outcome.ok, outcome.reason
+        return outcome.get()
+
+    yield call
+    worker.close()
