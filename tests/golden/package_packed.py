@@ -71,8 +71,8 @@ def chunk_gdn2(
     A_log: [heads of g].
     dt_bias: [heads of g * K] or [heads of g, K].
     scale: of the output; K**-0.5 if None.
-    cu_seqlens: [N+1] int32 or int64, rising from 0 to T. On a GPU the kernels alone read it, so that
-        other lengths may be written to it between replays of a CUDA graph. Tokens outside of all
+    cu_seqlens: [N+1] int32 or int64, rising from 0 to T. On a GPU only the kernels read it: other
+        lengths may be written to it between replays of a CUDA graph. Tokens outside of all
         sequences get zeros. cu_seqlens_cpu, its copy on the host, is checked if it is given.
 
     Raises ValueError for anything that these kernels were not made for.
