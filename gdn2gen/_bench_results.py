@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from gdn2gen._bench_rows import Row
 from gdn2gen._bench_sides import Errors, Side
 from gdn2gen._bench_time import Timing
 from gdn2gen.errors import StoreError
+from gdn2gen.terminal import Sheet
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +51,7 @@ def rows_document(rows: Sequence[Row], *, command: str | None = None) -> dict[st
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a file of results. Raises StoreError if it is no such file."""
+    """Read a file of results; `rows` is a list of whatever it holds. StoreError for other files."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -60,6 +61,12 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{path} is not a file of results of schema {RESULTS_SCHEMA}; move it away and "
             "run the benchmark again"
         )
+    for name, kind in (("gpu", str), ("rows", list)):
+        if not isinstance(document.get(name), kind):
+            raise StoreError(
+                f"{path} should name its {name}, but has {document.get(name)!r}; move it away and "
+                "run the benchmark again"
+            )
     return document
 
 
@@ -79,13 +86,17 @@ def save_results(path: Path, rows: Sequence[Row], *, command: str | None = None)
             )
         fresh = {_identity(row) for row in document["rows"]}
         document["rows"] += [row for row in old["rows"] if _identity(row) not in fresh]
-    document["rows"].sort(key=_identity)
+    document["rows"].sort(key=_identity)  # rows that are not ours stay, too
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
-def _identity(row: Mapping[str, Any]) -> str:
-    return json.dumps([row["shape"]["name"], row["problem"], row["level"]], sort_keys=True)
+def _identity(row: Any) -> str:
+    try:
+        named = [row["shape"]["name"], row["problem"], row["level"]]
+    except (KeyError, TypeError):
+        named = [row]
+    return json.dumps(named, sort_keys=True)
 
 
 def _replace_atomically(path: Path, text: str) -> None:
@@ -117,18 +128,14 @@ def _row_document(row: Row) -> dict[str, Any]:
     }
 
 
-def _times_table(rows: Sequence[Row], side: str) -> RenderableType:
+def _times_table(rows: Sequence[Row], side: str) -> Sheet:
     """Times of one `side`, forward or forward_backward; with the latter peak memory, too."""
-    from rich.table import Table
-
     both = side == "forward_backward"
     vs_fla = any(row.fla is not None for row in rows)
     title = "Forward+backward, and its peak memory in MiB" if both else "Forward"
-    table = Table(title=f"{title}: median ms, L2 flushed")
     columns = ["shape", "ours", "x floor", *(["FLA", "FLA / ours"] if vs_fla else [])]
     columns += ["peak", *(["FLA's"] if vs_fla else [])] if both else ["recipe"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("shape", "recipe") else "right")
+    table = Sheet(f"{title}: median ms, L2 flushed", columns, words=("shape", "recipe"))
     for row in rows:
         ours: Timing = getattr(row.ours, side)
         cells = [f"{ours.median:.3f}", f"{row.ratio_to_floor[both]:.2f}"]
@@ -139,7 +146,7 @@ def _times_table(rows: Sequence[Row], side: str) -> RenderableType:
             cells += [f"{row.fla.peak_mib:.0f}" if row.fla else "-"] if vs_fla else []
         else:
             cells.append(row.recipe)
-        table.add_row(row.shape.name, *cells)
+        table.add(row.shape.name, *cells)
     return table
 
 
@@ -150,21 +157,20 @@ def _fla_times(row: Row, side: str) -> tuple[str, str]:
     return f"{theirs.median:.3f}", f"{row.ratio_to_fla[side == 'forward_backward']:.2f}"
 
 
-def _errors_table(rows: Sequence[Row]) -> RenderableType:
+def _errors_table(rows: Sequence[Row]) -> Sheet:
     """Errors do not depend on the shape, so the first row of each problem speaks for it."""
-    from rich.table import Table
-
-    table = Table(title="Worst relative error against fp64, and the gate regime it was found in")
-    table.add_column("output")
+    labels: list[str] = []
     sides: list[Side] = []
     for row in rows:
         for label, side in (("ours", row.ours), ("FLA", row.fla)):
             if side is not None and all(side.errors != seen.errors for seen in sides):
-                table.add_column(label, justify="right")
+                labels.append(label)
                 sides.append(side)
+    title = "Worst relative error against fp64, and the gate regime it was found in"
+    table = Sheet(title, ("output", *labels), words=("output",))
     names = dict.fromkeys(name for side in sides for name in side.errors)
     for name in names:
-        table.add_row(name, *(_error_cell(side.errors.get(name)) for side in sides))
+        table.add(name, *(_error_cell(side.errors.get(name)) for side in sides))
     return table
 
 
@@ -172,16 +178,13 @@ def _error_cell(found: Errors | None) -> str:
     return "-" if found is None else f"{found.error:.2e} ({found.regime})"
 
 
-def _stages_table(row: Row) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(title=f"{row.shape.name}, stage by stage")
+def _stages_table(row: Row) -> Sheet:
     rates = ("MiB to move", "GB/s", "of a copy", "GFLOP", "TFLOP/s", "of a product")
-    table.add_column("stage", no_wrap=True)
-    for column in ("ms", *rates):
-        table.add_column(column, justify="right")
+    table = Sheet(
+        f"{row.shape.name}, stage by stage", ("stage", "ms", *rates), words=("stage",)
+    )
     for stage in row.stages:
-        table.add_row(
+        table.add(
             stage.stage,
             f"{stage.timing.median:.3f}",
             f"{stage.nbytes / 2**20:.0f}",

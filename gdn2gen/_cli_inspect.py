@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
-from gdn2gen._cli_options import add_problem, add_target, present_or_target, problem_of
-from gdn2gen.config import Config, Knob, default_config
+from gdn2gen._cli_options import add_problem, add_target, present_or_target, problem_of, refuse
+from gdn2gen.config import DOMAINS, Config, Knob, default_config, language_of
 from gdn2gen.errors import ConfigError, InputError
-from gdn2gen.plans import PLANS_OF
+from gdn2gen.plans import LEVELS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES, Shape, parse_shapes
 from gdn2gen.stages import STAGES
+from gdn2gen.terminal import text_width
+
+SHAPE: Final = "train4k"
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
@@ -28,22 +34,24 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="fail unless an exact entry is on file"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and shape")
     parser.set_defaults(run=explain)
 
 
 def explain(args: argparse.Namespace) -> int:
     """Print which recipe a call would run at each shape, and why."""
-    from gdn2gen.dispatch import explain_recipe, find_recipe
+    from gdn2gen.dispatch import explain_recipe, find_recipe, recipe_document
 
-    problem = problem_of(args)
+    problem, level = problem_of(args), args.level or LEVELS[0]
     device, _ = present_or_target(args.target)
-    for shape in parse_shapes(args.shape):
+    for shape in _shapes(args):
         strict = True if args.strict else None
-        recipe = find_recipe(
-            _at(problem, shape), shape.regime, device, level=args.level, strict=strict
-        )
+        recipe = find_recipe(_at(problem, shape), shape.regime, device, level=level, strict=strict)
+        if args.json:
+            print(json.dumps({"shape": shape.name, **recipe_document(recipe)}))
+            continue
         print(f"{shape.name} on {device.name}")
-        print(explain_recipe(recipe))
+        print(explain_recipe(recipe, text_width()))
     return 0
 
 
@@ -58,6 +66,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a package to this folder")
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(
+        "--language",
+        choices=DOMAINS["scan"]["language"],
+        help="triton: a package that does not need TileLang, with Triton's default config for "
+        "stages that are tuned in TileLang; of --stage, the language of the kernel (what is tuned)",
+    )
+    parser.add_argument(
         "--config",
         metavar="'KNOB=VALUE ...'",
         help="knobs of --stage, as in 'BT=64 num_warps=8'; the others stay at their defaults",
@@ -68,23 +82,36 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
     if args.stage is not None:
+        refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level")
         return _print_stage(args)
     if args.config is not None:
         raise InputError("--config describes one kernel and needs --stage")
     if args.out is None:
         raise InputError("give --out DIR for a package, or --stage NAME to print one kernel")
-    shapes = parse_shapes(args.shape)
+    if args.language not in (None, "triton"):
+        raise InputError(
+            f"a package is as tuned or --language triton, but got --language {args.language}; "
+            "--stage NAME prints one kernel in it"
+        )
+    shapes = _shapes(args)
     if len(shapes) != 1:
-        raise InputError(f"a package is made for one shape, but got {args.shape!r}")
-    from gdn2gen.dispatch import explain_recipe, find_recipe
+        names = ", ".join(x.name for x in shapes)
+        raise InputError(f"a package is made for one shape, but got {names}")
+    from gdn2gen.dispatch import explain_recipe, find_recipe, in_triton
     from gdn2gen.generate import generate_package
 
     problem = _at(problem_of(args), shapes[0])
     device, _ = present_or_target(args.target)
-    recipe = find_recipe(problem, shapes[0].regime, device, level=args.level)
+    level = args.level or LEVELS[0]
+    recipe = find_recipe(problem, shapes[0].regime, device, level=level)
+    if args.language == "triton":
+        recipe = in_triton(recipe)
     files = generate_package(problem, args.out, recipe)
-    print(explain_recipe(recipe))
-    print(f"wrote {len(files)} files, which need torch and triton but not gdn2gen:")
+    print(explain_recipe(recipe, text_width()))
+    needs = "torch and triton"
+    if any(language_of(x) == "tilelang" for x in recipe.configs.values()):
+        needs = "torch, triton and tilelang (with --language triton not the last)"
+    print(f"wrote {len(files)} files, which need {needs}, but not gdn2gen:")
     for file in files:
         print(f"  {file}")
     return 0
@@ -94,7 +121,10 @@ def _print_stage(args: argparse.Namespace) -> int:
     from gdn2gen.render import render
 
     problem = problem_of(args)
-    config = parse_config(args.stage, args.config or "", problem)
+    words = args.config or ""
+    if args.language is not None:
+        words = f"{words} language={args.language}"
+    config = parse_config(args.stage, words, problem)
     sys.stdout.write(render(problem, args.stage, config).source)
     if args.target is not None:
         from gdn2gen.build import compile_ahead
@@ -117,8 +147,14 @@ def parse_config(stage: str, text: str, problem: Problem) -> Config:
         name, separator, value = word.partition("=")
         if not separator or not value:
             raise ConfigError(f"--config takes KNOB=VALUE words, but got {word!r}")
-        knobs[name] = int(value) if value.lstrip("-").isdigit() else value
+        if name in knobs:
+            raise ConfigError(f"{name} is given twice: {knobs[name]} and {value}")
+        knobs[name] = int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
     return Config.of(stage, {**default_config(stage, problem), **knobs})
+
+
+def _shapes(args: argparse.Namespace) -> list[Shape]:
+    return parse_shapes(SHAPE if args.shape is None else args.shape)
 
 
 def _at(problem: Problem, shape: Shape) -> Problem:
@@ -129,13 +165,11 @@ def _at(problem: Problem, shape: Shape) -> Problem:
 def _add_regime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
-        default="train4k",
         metavar="NAME",
-        help=f"one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16 (%(default)s)",
+        help=f"one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16 ({SHAPE})",
     )
     parser.add_argument(
         "--level",
-        choices=tuple(PLANS_OF),
-        default="lean",
-        help="lean saves memory, fast saves time (%(default)s)",
+        choices=LEVELS,
+        help=f"lean saves memory, fast saves time ({LEVELS[0]})",
     )

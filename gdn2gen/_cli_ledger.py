@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from gdn2gen.errors import DeviceError, InputError
+from gdn2gen._cli_options import refuse
+from gdn2gen.errors import DeviceError, InputError, TunedFileWarning
 from gdn2gen.problem import OPS
+from gdn2gen.stages import STAGES
+from gdn2gen.terminal import Sheet, console
 
 if TYPE_CHECKING:
     from gdn2gen.tune.ledger import Ledger, Refusal
+
+# what the ledger files whole recipes under, see `tune.ledger`
+WHOLE: Final = "pipeline"
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +28,12 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="GPU whose ledger is shown (the present one; all there are without a GPU)",
     )
-    parser.add_argument("--stage", metavar="NAME", help="only refusals of this stage")
+    parser.add_argument(
+        "--stage",
+        choices=(*STAGES, WHOLE),
+        metavar="NAME",
+        help=f"only refusals of this stage: {', '.join(STAGES)}, or {WHOLE} for whole recipes",
+    )
     parser.add_argument("--reason", metavar="TEXT", help="only refusals whose reason has this text")
     parser.add_argument(
         "--all", action="store_true", help="also those that are not in force any more"
@@ -40,6 +52,7 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
 def ledger(args: argparse.Namespace) -> int:
     """List refusals, or try them again."""
     if args.retest is not None:
+        refuse(args, "--retest runs configs on the present GPU", "device", "json")
         return _retest(args)
     shown = [found for book in _books(args.op, args.device) for found in _chosen(args, book)]
     if args.json:
@@ -66,10 +79,13 @@ def _books(op: str, name: str | None) -> list[Ledger]:
 
 def _chosen(args: argparse.Namespace, book: Ledger) -> list[tuple[Refusal, str]]:
     """Refusals of one GPU that the options ask for, and why each is not in force (or nothing)."""
-    from gdn2gen.tune.ledger import read_ledger
+    from gdn2gen.tune.ledger import read_lines
     from gdn2gen.tune.retest import why_not_in_force
 
-    own = [x for x in read_ledger(book.path) if x.gpu == book.gpu]
+    refusals, odd = read_lines(book.path)
+    for words in odd:
+        warnings.warn(words, TunedFileWarning, stacklevel=1)
+    own = [x for x in refusals if x.gpu == book.gpu]
     found = [(x, why_not_in_force(x, book)) for x in own]
     return [
         (refusal, why)
@@ -81,18 +97,14 @@ def _chosen(args: argparse.Namespace, book: Ledger) -> list[tuple[Refusal, str]]
 
 
 def _print(shown: list[tuple[Refusal, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Configs that were refused")
-    for name in ("id", "date", "stage", "config", "reason"):
-        table.add_column(name, overflow="fold")
+    names = ("id", "date", "stage", "config", "reason")
+    table = Sheet("Configs that were refused", names, words=names)
     for refusal, why in shown:
         config = " ".join(f"{name}={value}" for name, value in sorted(refusal.config.items()))
-        reason = f"{refusal.reason} [dim](not in force: {why})[/dim]" if why else refusal.reason
+        reason = f"{refusal.reason} (not in force: {why})" if why else refusal.reason
         config = config or f"plan {refusal.plan}, {len(refusal.configs)} stages"
-        table.add_row(refusal.id, refusal.date[:10], refusal.stage, config, reason)
-    Console().print(table)
+        table.add(refusal.id, refusal.date[:10], refusal.stage, config, reason)
+    console().print(table)
 
 
 def _retest(args: argparse.Namespace) -> int:

@@ -8,7 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gdn2gen._cli_options import add_lower_bound, add_shapes, bound_option, parse_head_dim
+from gdn2gen import terminal
+from gdn2gen._cli_options import (
+    add_lower_bound,
+    add_shapes,
+    bound_option,
+    parse_head_dim,
+    refuse,
+)
 from gdn2gen.errors import DeviceError, InputError
 from gdn2gen.plans import LEVELS
 from gdn2gen.problem import DTYPES, GATES
@@ -43,35 +50,34 @@ def verify(args: argparse.Namespace) -> int:
     """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
     if args.tuned:
         return _verify_tuned(args)
-    from rich.console import Console
-
     from gdn2gen.device import has_gpu, present_device, toolchain
     from gdn2gen.verify import results_table, select_cases
     from gdn2gen.verify import verify as run_suite
 
     interpreter = args.interpreter or not has_gpu()
     if args.list:
+        refuse(args, "--list prints names and runs nothing", "json")
         for case in select_cases(args.cases, interpreter=interpreter):
             print(case.name)
         return 0
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
-    console = Console()
-    console.print(f"Accuracy suite on {where}")
+    out = terminal.console()
+    out.print(f"Accuracy suite on {where}")
     cases = select_cases(args.cases, interpreter=interpreter)
     done = 0
-    with console.status("") as status:
+    with terminal.status(out) as say:
 
         def show(result: Result) -> None:
             nonlocal done
             done += 1
-            status.update(f"{done} of {len(cases)} cases, last {result.name}")
+            say(f"{done} of {len(cases)} cases, last {result.name}")
 
         results = run_suite(args.cases, interpreter=interpreter, on_result=show)
-    console.print(results_table(results))
+    out.print(results_table(results))
     failed = [result for result in results if not result.passed]
     for result in failed:
-        console.print(f"{result.name}: {result.message}", markup=False, highlight=False)
-    console.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
+        out.print(terminal.plain(f"{result.name}: {result.message}"))
+    out.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
     if args.json is not None:
         document = {
             "device": where,
@@ -83,29 +89,31 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def _verify_tuned(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from gdn2gen.device import has_gpu, present_device
     from gdn2gen.problem import OPS
     from gdn2gen.sharing import on_file
     from gdn2gen.tune.backend import WorkerBackend
     from gdn2gen.tune.recheck import recheck, recheck_table
 
-    if args.cases or args.interpreter or args.list:
-        raise InputError("--tuned checks every entry of this GPU, and takes no cases")
+    refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list")
+    if args.cases:
+        raise InputError(
+            f"--tuned checks every entry of this GPU, and takes no cases, but got "
+            f"{', '.join(map(repr, args.cases))}"
+        )
     if not has_gpu():
         raise DeviceError("--tuned times kernels, but torch sees no GPU here")
-    device, console = present_device(), Console()
+    device, out = present_device(), terminal.console()
     entries = [entry for op in OPS for entry in on_file(op, device).entries]
     backend, results = WorkerBackend(device), []
     try:
-        with console.status("") as status:
+        with terminal.status(out) as say:
             for result in recheck(entries, backend, device):
                 results.append(result)
-                status.update(f"{len(results)} of {len(entries)} entries")
+                say(f"{len(results)} of {len(entries)} entries")
     finally:
         backend.close()
-    console.print(recheck_table(results))
+    out.print(recheck_table(results))
     failing = [x for x in results if not x.holds]
     print(f"{len(results) - len(failing)} of {len(results)} entries hold")
     if failing:
@@ -159,24 +167,20 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure on the present GPU and print the table."""
-    from rich.console import Console
-
     from gdn2gen.bench import Row, bench_shapes, rows_document, rows_table, save_results
     from gdn2gen.device import present_device
 
     shapes = parse_shapes(args.shapes)
-    if not shapes:
-        raise InputError("--shapes names no shape")
     K, V = parse_head_dim(args.head_dim)
     device = present_device()
-    console = Console()
+    out = terminal.console()
     path = RESULTS_DIR / f"{device.slug}.json"
     done: list[Row] = []
-    with console.status("") as status:
-        status.update(f"measuring {shapes[0].name} on {device.name}")
+    with terminal.status(out) as say:
+        say(f"measuring {shapes[0].name} on {device.name}")
 
         def show(row: Row) -> None:
-            status.update(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
+            say(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
             done.append(row)
             if args.save:
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
@@ -194,12 +198,12 @@ def bench(args: argparse.Namespace) -> int:
             level=args.level,
             on_row=show,
         )
-    console.print(f"{device.name}, K={K} V={V} {args.dtype}, level {args.level}")
-    console.print(rows_table(rows))
+    out.print(f"{device.name}, K={K} V={V} {args.dtype}, level {args.level}")
+    out.print(rows_table(rows))
     if args.json is not None:
         _write_json(args.json, rows_document(rows))
     if args.save:
-        console.print(f"saved to {path}; now run scripts/update_readme.py")
+        out.print(f"saved to {path}; now run scripts/update_readme.py")
     return 0
 
 

@@ -175,8 +175,16 @@ def in_source_tree() -> bool:
     return (packaged_tuned_dir().parent / "pyproject.toml").is_file()
 
 
-def user_dir() -> Path:
-    """The user's folder of tuned files, or the cache's where none is set."""
-    from gdn2gen.paths import cache_dir, user_tuned_dir
+def refuse(args: argparse.Namespace, because: str, *names: str) -> None:
+    """InputError if any of these options was given; their defaults are None or False."""
+    given = [f"--{x.replace('_', '-')}" for x in names if getattr(args, x) not in (None, False)]
+    if given:
+        raise InputError(f"{because}, and takes no {' or '.join(given)}")
 
-    return user_tuned_dir() or cache_dir() / "tuned"
+
+def say_where(folder: Path) -> None:
+    """Say how calls find what was filed in `folder`, unless they look there anyway."""
+    from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
+
+    if folder not in (user_tuned_dir(), packaged_tuned_dir()):
+        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")

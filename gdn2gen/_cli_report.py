@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._cli_options import in_source_tree, present_or_target
-from gdn2gen.errors import StoreError
+from gdn2gen.errors import InputError, StoreError, TunedFileWarning
 from gdn2gen.problem import OPS
+from gdn2gen.terminal import Sheet, console
 
 if TYPE_CHECKING:
     from gdn2gen.device import Device
     from gdn2gen.store import TunedFile
-    from gdn2gen.tune.page import Line
+    from gdn2gen.tune.lines import Line
+
+PAGE: Final = Path("gdn2gen-report.html")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +40,10 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        default=Path("gdn2gen-report.html"),
-        help="(%(default)s)",
+        help=f"the page ({PAGE}; with --json none)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line and entry, instead of a table"
     )
     parser.set_defaults(run=report)
 
@@ -44,23 +52,39 @@ def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
     from gdn2gen.build import write_atomically
     from gdn2gen.tune import page, study
-    from gdn2gen.tune.ledger import read_ledger
+    from gdn2gen.tune.ledger import read_lines
+    from gdn2gen.tune.lines import fla_times, lines
     from gdn2gen.tune.storage import open_storage
 
     device, _ = present_or_target(args.device)
-    file = _file(args.op, device)
-    lines = page.lines(file.entries if file else (), device, _results(args.results, device))
     storage = args.storage or study.storage_path(args.op, device)
     known = "://" in str(storage) or Path(storage).exists()
-    sizes = {config.size("BT") for line in lines for config in line.entry.configs.values()}
+    if args.storage and not known:
+        raise InputError(
+            f"--storage {args.storage} does not exist; give the file or URL that the search had, "
+            "or leave it out for the one in the user's cache"
+        )
+    file = _file(args.op, device)
+    fla, odd = fla_times(_results(args.results, device))
+    rows = lines(file.entries if file else (), device, fla)
+    odd += [words for x in rows for words in x.odd]
+    sizes = {config.size("BT") for x in rows for config in x.entry.configs.values()}
     found = page.searches(open_storage(storage), args.op, device, sizes) if known else []
-    refusals = page.refused(found, read_ledger(study.open_ledger(args.op, device).path))
-    text = page.page(device, _facts(file), lines, found, refusals)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, text)
-    args.out.chmod(0o644)  # a temporary file is its owner's alone; a page is for everyone
-    _print(lines, device)
-    print(f"wrote {args.out}: {len(lines)} entries, searches of {len(found)} stages")
+    ledger, odd_lines = read_lines(study.open_ledger(args.op, device).path)
+    for words in (*odd, *odd_lines):
+        warnings.warn(words, TunedFileWarning, stacklevel=1)
+    out = args.out or (None if args.json else PAGE)
+    if out is not None:
+        text = page.page(device, _facts(file), rows, found, page.refused(found, ledger))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, text)
+        out.chmod(0o644)  # a temporary file is its owner's alone; a page is for everyone
+    if args.json:
+        for x in rows:
+            print(json.dumps({"device": device.name, **x.document}))
+        return 0
+    _print(rows, device)
+    print(f"wrote {out}: {len(rows)} entries, searches of {len(found)} stages")
     return 0
 
 
@@ -73,41 +97,47 @@ def _file(op: str, device: Device) -> TunedFile | None:
         return None
 
 
-def _facts(file: TunedFile | None) -> dict[str, Any]:
+def _facts(file: TunedFile | None) -> dict[str, str]:
+    """Versions and the date, as far as the file has them."""
     if file is None:
         return {}
-    metadata = file.metadata
-    return {**metadata["toolchain"], "tuned": str(metadata["date"])[:10]}
+    toolchain, date = file.metadata.get("toolchain"), file.metadata.get("date")
+    versions = toolchain if isinstance(toolchain, Mapping) else {}
+    facts = {name: x for name, x in versions.items() if isinstance(x, str)}
+    return {**facts, "tuned": date[:10]} if isinstance(date, str) else facts
 
 
-def _results(path: Path | None, device: Device) -> dict[str, Any] | None:
+def _results(path: Path | None, device: Device) -> list[Any]:
+    """Rows of results of this GPU; StoreError for those of another."""
     from gdn2gen.bench import read_results
     from gdn2gen.paths import packaged_tuned_dir
 
     if path is None:
-        if not in_source_tree():
-            return None
         path = packaged_tuned_dir().parent / "docs/results" / f"{device.slug}.json"
-        if not path.exists():
-            return None
-    return read_results(path)
+        if not in_source_tree() or not path.exists():
+            return []
+    document = read_results(path)
+    if document["gpu"] != device.name:
+        raise StoreError(
+            f"{path} holds results of {document['gpu']!r}, but the report is on {device.name!r}; "
+            "give --device or other --results"
+        )
+    rows: list[Any] = document["rows"]
+    return rows
 
 
 def _print(lines: list[Line], device: Device) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     names = ("shape", "level", "default", "tuned", "speedup", "against FLA", "x floor")
-    tables: dict[str, Table] = {}
+    tables: dict[str, Sheet] = {}
     for x in lines:
         if x.problem not in tables:
-            tables[x.problem] = Table(title=f"{device.name}, {x.problem}: forward+backward in ms")
-            for name in names:
-                justify: Literal["left", "right"] = "left" if name in names[:2] else "right"
-                tables[x.problem].add_column(name, justify=justify)
+            title = f"{device.name}, {x.problem}: forward+backward in ms"
+            tables[x.problem] = Sheet(title, names, words=names[:2])
         numbers = [(x.default_ms, "{:.3f}"), (x.tuned_ms, "{:.3f}"), (x.speedup, "{:.2f}x")]
-        numbers += [(x.to_fla, "{:.2f}x"), (x.to_floor, "{:.1f}")]
+        numbers += [(x.to_fla, f"{{:.2f}}x{x.of_fla}"), (x.to_floor, "{:.1f}")]
         cells = ["-" if value is None else form.format(value) for value, form in numbers]
+        if x.tuned_ms is None:
+            cells[1:3] = "predicted", "-" if x.expected is None else f"expects {x.expected:.2f}x"
         name = x.name + (" (stale)" if x.stale else "")
-        tables[x.problem].add_row(name, x.entry.level, *cells)
-    Console().print(*tables.values())
+        tables[x.problem].add(name, x.entry.level, *cells)
+    console().print(*tables.values())

@@ -16,11 +16,13 @@ from gdn2gen._cli_options import (
     in_source_tree,
     present_or_target,
     problem_of,
-    user_dir,
+    refuse,
+    say_where,
 )
 from gdn2gen.errors import InputError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.shapes import SHAPES, parse_shapes
+from gdn2gen.terminal import console, text_width
 
 if TYPE_CHECKING:
     from gdn2gen.tune import TuneReport
@@ -66,9 +68,9 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(args: argparse.Namespace) -> int:
     """Tune each shape and file the winners."""
-    folder = args.out or user_tuned_dir()
-    if folder is None:
-        folder = packaged_tuned_dir() if in_source_tree() else user_dir()
+    named = os.environ.get("GDN2GEN_TUNED_DIR")
+    mine = packaged_tuned_dir() if in_source_tree() and not named else user_tuned_dir()
+    folder = args.out or mine
     started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
     for number, dim in enumerate(dims):
         args.head_dim, args.shapes = dim, shapes
@@ -85,13 +87,12 @@ def tune(args: argparse.Namespace) -> int:
 
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     """Take the shapes whose entries all hold out of `args.shapes`; whether any is left."""
-    from rich.console import Console
-
     from gdn2gen import store
     from gdn2gen.tune.backend import WorkerBackend
     from gdn2gen.tune.recheck import amended, recheck, recheck_table
 
-    device, present = present_or_target(args.target)
+    refuse(args, "--only-failing checks entries on the present GPU", "target")
+    device, present = present_or_target(None)
     if not present:
         raise InputError("--only-failing checks entries on the present GPU, and there is none")
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
@@ -109,7 +110,7 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     finally:
         backend.close()
     if results:
-        Console().print(recheck_table(results))
+        console().print(recheck_table(results))
     # or an entry that holds no longer would outrank what is found now, by the time it once took
     store.amend_entries(path, [(x.entry, amended(x)) for x in results])
     if any(x.status == "wrong" for x in results):
@@ -133,13 +134,11 @@ def quick(args: argparse.Namespace) -> int:
     """The whole path once, in minutes; entries go to the user's folder, never to the package."""
     from gdn2gen.dispatch import explain_recipe, find_recipe
 
-    folder = user_dir()
-    report = _search(args, folder, ("lean",), None)
-    os.environ["GDN2GEN_TUNED_DIR"] = str(folder)
+    report = _search(args, user_tuned_dir(), ("lean",), None)
     for result in report.results:
         recipe = find_recipe(report.problem, result.shape.regime, report.device)
-        print(f"\nWhat a call at {result.shape.name} runs with this folder:")
-        print(explain_recipe(recipe))
+        print(f"\nWhat a call at {result.shape.name} runs now:")
+        print(explain_recipe(recipe, text_width()))
     return 0
 
 
@@ -147,11 +146,7 @@ def _search(
     args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None
 ) -> TuneReport:
     """Search on the present GPU, or do what can be done without one; print the report."""
-    from rich.console import Console
-
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
-    if not shapes:
-        raise InputError("--shapes names no shape")
     device, present = present_or_target(args.target)
     if present:
         from gdn2gen.tune import tune as search
@@ -183,7 +178,6 @@ def _search(
             out_dir=folder,
             levels=levels,
         )
-    Console().print(report.table())
-    if folder not in (user_tuned_dir(), packaged_tuned_dir()):
-        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")
+    console().print(report.table())
+    say_where(folder)
     return report

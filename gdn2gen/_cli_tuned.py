@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gdn2gen._cli_options import present_or_target, user_dir
+from gdn2gen._cli_options import present_or_target, say_where
+from gdn2gen._store_format import entry_to
 from gdn2gen.errors import StoreError
 from gdn2gen.problem import OPS
+from gdn2gen.terminal import Sheet, console
 
 if TYPE_CHECKING:
     from gdn2gen.sharing import Difference
@@ -18,14 +21,24 @@ if TYPE_CHECKING:
 
 def add_tuned(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    export = actions.add_parser("export", help="write all that calls find for one GPU as one file")
+    export = _action(
+        actions,
+        "export",
+        "write all that calls find for one GPU as one file",
+        "gdn2gen tuned export --device H200 --to h200.json",
+    )
     export.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
     export.add_argument(
         "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
     )
     export.add_argument("--to", type=Path, metavar="FILE", help="(standard output)")
     export.set_defaults(run=export_tuned)
-    take = actions.add_parser("import", help="merge a file into the folder that calls look at")
+    take = _action(
+        actions,
+        "import",
+        "merge a file into the folder that calls look at",
+        "gdn2gen tuned import h200.json",
+    )
     take.add_argument("file", type=Path)
     take.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
     take.add_argument(
@@ -35,14 +48,32 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         help="folder of tuned files (GDN2GEN_TUNED_DIR, else the user's cache)",
     )
     take.set_defaults(run=import_tuned)
-    merge = actions.add_parser("merge", help="merge files of one GPU; the faster valid entry stays")
+    merge = _action(
+        actions,
+        "merge",
+        "merge files of one GPU; the faster valid entry stays",
+        "gdn2gen tuned merge mine.json theirs.json --to both.json",
+    )
     merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
     merge.add_argument("--to", type=Path, metavar="FILE", required=True)
     merge.set_defaults(run=merge_tuned)
-    compare = actions.add_parser("diff", help="show what two files differ in")
+    compare = _action(
+        actions, "diff", "show what two files differ in", "gdn2gen tuned diff old.json new.json"
+    )
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)
+    compare.add_argument(
+        "--json", action="store_true", help="one JSON object per line, one for each difference"
+    )
     compare.set_defaults(run=diff_tuned)
+
+
+def _action(actions: Any, name: str, words: str, example: str) -> argparse.ArgumentParser:
+    sentence = f"{words[0].upper()}{words[1:]}."
+    added: argparse.ArgumentParser = actions.add_parser(
+        name, help=words, description=sentence, epilog=f"Example: {example}"
+    )
+    return added
 
 
 def export_tuned(args: argparse.Namespace) -> int:
@@ -70,10 +101,9 @@ def import_tuned(args: argparse.Namespace) -> int:
 
     file = load_file(args.file)
     device: Device = named_device(str(file.metadata["gpu"]))
-    folder = args.out or user_dir()
+    folder = args.out or user_tuned_dir()
     _merge(tuned_path(folder, args.op, device), [args.file])
-    if folder != user_tuned_dir():
-        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")
+    say_where(folder)
     return 0
 
 
@@ -104,35 +134,46 @@ def _merge(path: Path, sources: list[Path]) -> None:
 
 
 def diff_tuned(args: argparse.Namespace) -> int:
-    """Print a table of differences; exit code 1 if there are any, as `diff` has it."""
+    """Print the differences; exit code 1 if there are any, as `diff` has it."""
     from gdn2gen.sharing import diff, load_file
 
     old, new = load_file(args.old), load_file(args.new)
     found = diff(old, new)
-    _warn_of_gpus(old, new)
-    if not found:
+    unread = [x.raw for x in old.unread] != [x.raw for x in new.unread]
+    if args.json:
+        for x in found:
+            print(json.dumps(_document(x)))
+        return 1 if found or unread else 0
+    _say_gpus(old, new)
+    if found:
+        _print(found, args)
+    if unread:
+        print("entries that this gdn2gen cannot read differ, too")
+    elif not found:
         print("the same entries")
-        return 0
-    _print(found, args)
-    return 1
+    return 1 if found or unread else 0
 
 
-def _warn_of_gpus(old: TunedFile, new: TunedFile) -> None:
+def _say_gpus(old: TunedFile, new: TunedFile) -> None:
     names = [str(file.metadata["gpu"]) for file in (old, new)]
     if names[0] != names[1]:
         print(f"note: {names[0]} against {names[1]}")
 
 
 def _print(found: list[Difference], args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{args.old} against {args.new}")
-    for name in ("entry", "time", "changed"):
-        table.add_column(name, overflow="fold")
+    names = ("entry", "time", "changed")
+    table = Sheet(f"{args.old} against {args.new}", names, words=names)
     for x in found:
-        table.add_row(x.label, _time(x), _what(x))
-    Console().print(table)
+        table.add(x.label, _time(x), _what(x))
+    console().print(table)
+
+
+def _document(x: Difference) -> dict[str, Any]:
+    sides = {}
+    for name, entry in (("old", x.old), ("new", x.new)):
+        sides[name] = None if entry is None else entry_to(entry)
+    knobs = {name: {"old": old, "new": new} for name, (old, new) in x.knobs.items()}
+    return {"entry": x.label, **sides, "knobs": knobs, "ratio": x.ratio}
 
 
 def _what(x: Difference) -> str:

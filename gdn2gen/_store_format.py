@@ -211,7 +211,7 @@ def format_file(file: TunedFile) -> str:
     metadata = {"schema": TUNED_SCHEMA, **file.metadata}
     if isinstance(toolchain, Mapping):
         metadata["toolchain"] = dict(sorted(toolchain.items()))
-    raw: list[tuple[tuple[str, ...], Any]] = [(x.key, _entry_to(x)) for x in file.entries]
+    raw: list[tuple[tuple[str, ...], Any]] = [(x.key, entry_to(x)) for x in file.entries]
     raw += [(("~", _one_line(x.raw)), x.raw) for x in file.unread]
     raw.sort(key=lambda pair: pair[0])
     lines = ["{", f'  "_metadata": {_spread(_ordered(metadata, _METADATA_KEYS), 2)},']
@@ -226,9 +226,10 @@ def format_file(file: TunedFile) -> str:
 def raw_key(raw: Any) -> tuple[str, ...] | None:
     """`Entry.key` of an entry that was not read, as far as it has one."""
     try:
-        return _key(raw["problem"], raw["regime"], raw["level"])
+        key = _key(raw["problem"], raw["regime"], raw["level"])
     except (TypeError, KeyError, AttributeError):
         return None
+    return key if isinstance(raw["level"], str) else None
 
 
 def _key(problem: Mapping[str, Any], regime: Mapping[str, Any], level: str) -> tuple[str, ...]:
@@ -238,7 +239,8 @@ def _key(problem: Mapping[str, Any], regime: Mapping[str, Any], level: str) -> t
     return (*(f"{x:012d}" if type(x) is int else str(x) for x in values), level)
 
 
-def _entry_to(entry: Entry) -> dict[str, Any]:
+def entry_to(entry: Entry) -> dict[str, Any]:
+    """The entry as a file holds it; `entry_from` reads it."""
     stages = plan_named(entry.plan).stages
     configs = {name: dict(entry.configs[name]) for name in stages}
     raw = {
@@ -303,7 +305,10 @@ def _is_deep(value: Any) -> bool:
 
 def _one_line(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        # half of a surrogate pair can stand in JSON as an escape, but in no text file
+        lone = any("\ud800" <= x <= "\udfff" for x in text)
+        return json.dumps(value, allow_nan=False) if lone else text
     except (TypeError, ValueError) as error:
         raise StoreError(f"a tuned file cannot hold {value!r}: {error}") from error
 

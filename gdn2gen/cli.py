@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -133,23 +135,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
+    _mend_streams()
     args = build_parser().parse_args(argv)
     format_of_python, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         return _run(args)
-    except BrokenPipeError:
-        # The reader, such as `head`, has gone: nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Gdn2genError, OSError) as error:
+        if _readers_are_gone() and isinstance(error, BrokenPipeError):
+            return 0  # such as `head`, which has seen enough
         if os.environ.get("GDN2GEN_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"gdn2gen {args.command}: {error}", file=sys.stderr)
+        _complain(f"gdn2gen {args.command}: {error}")
         return EXIT_USAGE
     except KeyboardInterrupt:
         resumes = args.command in ("tune", "quick")
         hint = "; the same command resumes the study" if resumes else ""
-        print(f"\ngdn2gen {args.command}: interrupted{hint}", file=sys.stderr)
+        _complain(f"\ngdn2gen {args.command}: interrupted{hint}")
         return EXIT_INTERRUPTED
     finally:
         warnings.formatwarning = format_of_python
@@ -159,6 +160,34 @@ def _run(args: argparse.Namespace) -> int:
     code: int = args.run(args)
     sys.stdout.flush()
     return code
+
+
+def _mend_streams() -> None:
+    """Streams that were closed lead nowhere; what the others cannot encode is spelled out."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _readers_are_gone() -> bool:
+    """Whether stdout or stderr takes no more; what waits there is dropped, not written at exit."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            gone = True
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return gone
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:

@@ -7,15 +7,22 @@ user's wins. Nothing is ever tuned in a call.
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from gdn2gen import paths, store
+from gdn2gen._dispatch_words import (
+    explain_recipe,
+    recipe_document,
+    tune_command,
+    words_of,
+    words_of_key,
+)
 from gdn2gen._store_lookup import (
     TIERS,
     Candidate,
@@ -24,11 +31,25 @@ from gdn2gen._store_lookup import (
     differing,
     nearest_entry,
 )
-from gdn2gen.config import Config, default_config
+from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.device import Device, present_device
 from gdn2gen.errors import DispatchError, Gdn2genError
 from gdn2gen.plans import Plan, plan_named
 from gdn2gen.problem import Problem, Regime
+
+__all__ = [
+    "Recipe",
+    "Source",
+    "default_recipe",
+    "explain_recipe",
+    "find_recipe",
+    "forced",
+    "forced_recipe",
+    "in_triton",
+    "recipe_document",
+    "surroundings",
+    "tune_command",
+]
 
 Source = Literal["exact", "nearest", "transferred", "predicted", "default", "forced"]
 
@@ -53,6 +74,8 @@ class Recipe:
     device: Device | None = field(default=None, compare=False)
     agreed_segments: int | None = None
     """`saved_segments`, if it was agreed on before the recipe was found, and not as it says."""
+    language: str | None = field(default=None, compare=False)
+    """The only language that was asked for, if one was."""
 
     @property
     def BT(self) -> int:
@@ -98,13 +121,7 @@ def find_recipe(
         return forced if forced.problem == problem else _forced_for(forced, problem)
     if device is None:
         device = present_device()
-    places = _places(
-        problem.op,
-        device.slug,
-        os.environ.get("GDN2GEN_TUNED_DIR"),
-        paths.user_tuned_dir,
-        paths.packaged_tuned_dir,
-    )
+    places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
     recipe = _look_up(Query(problem, regime, device, level), places, store.current_look())
     if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
@@ -120,6 +137,7 @@ def surroundings() -> tuple[Any, ...]:
     return (
         _FORCED.get(),
         os.environ.get("GDN2GEN_TUNED_DIR"),
+        os.environ.get("GDN2GEN_CACHE_DIR"),
         os.environ.get("GDN2GEN_STRICT"),
         paths.user_tuned_dir,
         paths.packaged_tuned_dir,
@@ -140,6 +158,20 @@ def default_recipe(problem: Problem, plan_name: str = "lean", *, BT: int | None 
     plan = plan_named(plan_name)
     configs = {stage: default_config(stage, problem, BT=BT) for stage in plan.stages}
     return Recipe(problem, plan, configs, "default", "the default was asked for")
+
+
+def in_triton(recipe: Recipe) -> Recipe:
+    """The recipe with Triton's default config, at its chunk size, for every stage in TileLang."""
+    problem = recipe.problem
+    instead = {
+        stage: default_config(stage, problem, BT=config.size("BT"))
+        for stage, config in recipe.configs.items()
+        if language_of(config) != "triton"
+    }
+    why = recipe.why
+    if instead:
+        why += f"; Triton was asked for, so defaults stand in for {', '.join(instead)} in TileLang"
+    return replace(recipe, configs={**recipe.configs, **instead}, why=why, language="triton")
 
 
 _FORCED: ContextVar[Recipe | None] = ContextVar("forced_recipe", default=None)
@@ -167,45 +199,10 @@ def _forced_for(forced: Recipe, problem: Problem) -> Recipe:
         store.check_configs(forced.plan.name, forced.configs, problem)
     except Gdn2genError as error:
         raise DispatchError(
-            f"the forced recipe is for {_of(forced.problem)}, and does not fit the call's "
-            f"{_of(problem)}: {error}"
+            f"the forced recipe is for {words_of(forced.problem)}, and does not fit the call's "
+            f"{words_of(problem)}: {error}"
         ) from error
     return replace(forced, problem=problem)
-
-
-def explain_recipe(recipe: Recipe) -> str:
-    """Several lines for a reader: what was asked, what runs, where it came from and why."""
-    flags = ("has_A_log", "has_dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
-    given = [name for name in flags if getattr(recipe.problem, name)]
-    plan, device = recipe.plan, recipe.device
-    lines = [f"problem   {_of(recipe.problem)}{' + ' + ', '.join(given) if given else ''}"]
-    if recipe.regime is not None:
-        lines.append(f"regime    {_words(recipe.regime.key)}")
-    if device is not None:
-        lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
-    lines.append(f"plan      {plan.name}")
-    for title, stages in (("forward", plan.forward), ("backward", plan.backward)):
-        lines.append(f"  {title}")
-        lines += [_config_line(stage, recipe.configs[stage]) for stage in stages]
-    lines.append(f"source    {recipe.source}{' (a better entry is stale)' if recipe.stale else ''}")
-    if recipe.file is not None:
-        lines.append(f"file      {recipe.file}")
-    lines.append(f"why       {recipe.why}")
-    return "\n".join(lines)
-
-
-def _config_line(stage: str, config: Config) -> str:
-    text = f"    {stage:<13} {config}"
-    return textwrap.fill(text, 100, subsequent_indent=" " * 18, break_long_words=False)
-
-
-def _of(problem: Problem) -> str:
-    key = problem.key
-    return f"{key.pop('op')} {_words(key)}"
-
-
-def _words(key: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in key.items())
 
 
 def _strict_from_env() -> bool:
@@ -214,16 +211,9 @@ def _strict_from_env() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _places(
-    op: str, slug: str, _user: str | None, user_dir: object, packaged_dir: object
-) -> tuple[Place, ...]:
-    """The user's place and the packaged one, in that order.
-
-    Keyed on the environment and on the functions that are asked.
-    """
-    assert callable(user_dir) and callable(packaged_dir)
-    folders = [folder / op for folder in (user_dir(), packaged_dir()) if folder is not None]
-    return tuple(Place(str(folder), str(folder / f"{slug}.json")) for folder in folders)
+def _places(op: str, slug: str, *folders: Path) -> tuple[Place, ...]:
+    """The place in each folder: the user's, and the packaged one."""
+    return tuple(Place(str(x / op), str(x / op / f"{slug}.json")) for x in folders)
 
 
 @lru_cache(maxsize=4096)
@@ -236,8 +226,8 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Recipe:
         made = default_recipe(query.problem, query.level)
         looked = " and ".join(place.own for place in places)
         why = (
-            f"nothing that fits is tuned for {_of(query.problem)} on {query.device.name}; looked "
-            f"at {looked}, and at those of other {query.device.arch} GPUs beside"
+            f"nothing that fits is tuned for {words_of(query.problem)} on {query.device.name}; "
+            f"looked at {looked}, and at those of other {query.device.arch} GPUs beside"
         )
     else:
         entry = best.entry
@@ -259,7 +249,7 @@ def _why(best: Candidate, query: Query) -> str:
     entry, key = best.entry, query.problem.key
     words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
     if best.distance:
-        words.append(f"its regime is the nearest to {_words(query.regime.key)}")
+        words.append(f"its regime is the nearest to {words_of_key(query.regime.key)}")
     minor = differing(key, entry)
     if minor:
         given = ", ".join(f"{name}={key[name]}" for name in minor)

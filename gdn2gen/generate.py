@@ -247,6 +247,7 @@ def _command(problem: Problem, recipe: Recipe) -> str:
     if device is not None:
         words += ["--target", device.slug]
     words += ["--level", level_of(recipe.plan.name)]
+    words += [] if recipe.language is None else ["--language", recipe.language]
     # a backslash ends every line but the last, for the shell as for the docstring
     lines = textwrap.wrap(
         " ".join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False

@@ -24,10 +24,10 @@ def packaged_tuned_dir() -> Path:
     return _data("tuned")
 
 
-def user_tuned_dir() -> Path | None:
-    """The user's own folder of tuned files (GDN2GEN_TUNED_DIR), looked at first; None if unset."""
+def user_tuned_dir() -> Path:
+    """The user's own folder of tuned files, looked at first: GDN2GEN_TUNED_DIR, or the cache's."""
     value = os.environ.get("GDN2GEN_TUNED_DIR")
-    return Path(value).expanduser() if value else None
+    return Path(value).expanduser() if value else cache_dir() / "tuned"
 
 
 def cache_dir() -> Path:

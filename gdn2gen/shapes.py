@@ -39,19 +39,36 @@ SHAPES: Final = {
     )
 }
 
+_EXPECTED: Final = f"give one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
+
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Parse a comma-separated list of names (`train4k`) and sizes (`BxTxH`, as in 4x4096x16)."""
-    return [_parse_shape(word.strip()) for word in text.split(",") if word.strip()]
+    """Parse a comma-separated list of names (`train4k`) and sizes (`BxTxH`, as in 4x4096x16).
+
+    Raises InputError for a word that is neither, and where there is none.
+    """
+    found = [_parse_shape(word.strip()) for word in text.split(",") if word.strip()]
+    if not found:
+        raise InputError(f"no shape is named in {text!r}; {_EXPECTED}")
+    return found
+
+
+def shape_of(regime: Regime) -> Shape | None:
+    """A shape of these sizes: a named one, or BxTxH; None for an unnamed packed batch."""
+    for shape in SHAPES.values():
+        if shape.regime == regime:
+            return shape
+    if not regime.sequences or regime.tokens % regime.sequences:
+        return None
+    B, T, H = regime.sequences, regime.tokens // regime.sequences, regime.heads
+    return Shape(f"{B}x{T}x{H}", B, T, H)
 
 
 def _parse_shape(word: str) -> Shape:
     if word in SHAPES:
         return SHAPES[word]
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word)
+    match = re.fullmatch(r"([0-9]{1,12})x([0-9]{1,12})x([0-9]{1,12})", word)
     if match is None or 0 in map(int, match.groups()):
-        raise InputError(
-            f"unknown shape {word!r}; give one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
-        )
+        raise InputError(f"unknown shape {word!r}; {_EXPECTED}")
     B, T, H = map(int, match.groups())
     return Shape(word, B, T, H)

@@ -28,7 +28,7 @@ def on_file(op: str, device: Device) -> TunedFile:
     As in a call, a user's entry replaces a packaged one whatever their times, unless it is stale or
     was not measured and the other was. Raises StoreError if there is nothing.
     """
-    folders = [folder for folder in (user_tuned_dir(), packaged_tuned_dir()) if folder is not None]
+    folders = (user_tuned_dir(), packaged_tuned_dir())
     paths = [store.tuned_path(folder, op, device) for folder in folders]
     found = [file for file in map(store.read_tuned, paths) if file is not None]
     if not found:

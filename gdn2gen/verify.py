@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from gdn2gen._verify_cases import CASES, Case
 from gdn2gen._verify_checks import LIMITS, Result, run_case
 from gdn2gen.errors import InputError
+from gdn2gen.terminal import Sheet
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.worker import Worker
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0
@@ -72,21 +70,22 @@ def verify(
     return results
 
 
-def results_table(results: Sequence[Result]) -> Table:
+def results_table(results: Sequence[Result]) -> Sheet:
     """One line per case: its check, its worst error beside the limit, and the verdict."""
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title="Accuracy: relative error against the fp64 reference", box=None)
-    for column in ("case", "check", "worst", "error", "limit", "s", ""):
-        right = column in ("error", "limit", "s")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    table = Sheet(
+        "Accuracy: relative error against the fp64 reference",
+        ("case", "check", "worst", "error", "limit", "s", "verdict"),
+        words=("case", "check", "worst", "verdict"),
+    )
     for result in results:
         worst = result.worst
         name, error = ("", "") if worst is None else (worst[0], f"{worst[1]:.1e}")
         limit = f"{result.limit:.1e}" if result.limit else ""
-        verdict = "ok" if result.passed else "[red]FAILED[/red]"
+        verdict = Text("ok") if result.passed else Text("FAILED", style="red")
         seconds = f"{result.seconds:.1f}"
-        table.add_row(result.name, result.check, name, error, limit, seconds, verdict)
+        table.add(result.name, result.check, name, error, limit, seconds, verdict)
     return table
 
 

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 import pytest
+
+_CACHE = pytest.StashKey[str]()
+_SETTINGS = ("GDN2GEN_CACHE_DIR", "GDN2GEN_TUNED_DIR", "GDN2GEN_STRICT", "GDN2GEN_DEBUG")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache of their own: no test sees what the user has tuned, or leaves anything behind."""
+    for name in _SETTINGS:
+        os.environ.pop(name, None)
+    config.stash[_CACHE] = tempfile.mkdtemp(prefix="gdn2gen-tests-")
+    os.environ["GDN2GEN_CACHE_DIR"] = config.stash[_CACHE]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-_BAR, _GAP, _GROUP = 14, 3, 14
-_LABEL, _VALUE = 110, 70
+_BAR, _GAP, _GROUP, _LABEL = 14, 3, 8, 18
+# Percent of the width: the rest is for the value at the bar's end.
+_LONGEST: Final = 76
 _TICKS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -21,24 +22,31 @@ class Bar:
     text: str
 
 
-def bars(groups: Sequence[tuple[str, Sequence[Bar]]], width: int = 640) -> str:
-    """Horizontal bars in labelled groups, all on one scale from zero."""
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], width: int | None = None) -> str:
+    """Horizontal bars in groups, each below its label, all on one scale from zero.
+
+    Without `width` as wide as the page lets it be, with text of one size, also on a phone: lengths
+    are percentages. A chart that is a file of its own has a width.
+    """
     most = max((bar.value for _, group in groups for bar in group), default=0.0) or 1.0
-    room = width - _LABEL - _VALUE
     parts, y = [], 0
     for label, group in groups:
-        height = len(group) * (_BAR + _GAP)
-        parts.append(_text(_LABEL - 8, y + height / 2 + 3, label, "label", "end"))
+        parts.append(_text(0, y + _LABEL - 5, label, "label"))
+        y += _LABEL
         for bar in group:
-            length = max(1.0, room * bar.value / most)
+            length = max(0.5, _LONGEST * bar.value / most)
             parts.append(
-                f'<rect class="{bar.series}" x="{_LABEL}" y="{y}" width="{length:.1f}" '
+                f'<rect class="{bar.series}" x="0" y="{y}" width="{length:.1f}%" '
                 f'height="{_BAR}" rx="2"><title>{escape(label)}: {escape(bar.text)}</title></rect>'
+                f'<text class="value" x="{length:.1f}%" dx="6" y="{y + _BAR - 3}">'
+                f"{escape(bar.text)}</text>"
             )
-            parts.append(_text(_LABEL + length + 6, y + _BAR - 3, bar.text, "value"))
             y += _BAR + _GAP
         y += _GROUP
-    return _svg(parts, width, max(y - _GROUP, 1))
+    y = max(y, 1)
+    if width is not None:
+        return _svg(parts, width, y)
+    return f'<svg class="bars" style="height:{y}px" role="img">{"".join(parts)}</svg>'
 
 
 def dots(columns: Mapping[str, Sequence[float]], width: int = 240, height: int = 150) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gdn2gen.config import Config, Knob
 from gdn2gen.errors import Gdn2genError
@@ -66,7 +66,7 @@ class Refusal:
             if self.stage != PIPELINE:
                 return template_digest(Config.of(self.stage, self.config))
             return self.candidate.digest
-        except (Gdn2genError, KeyError, TypeError):
+        except (Gdn2genError, KeyError, TypeError, AttributeError):
             return None
 
     @property
@@ -198,19 +198,50 @@ class Ledger:
 
 def read_ledger(path: Path) -> list[Refusal]:
     """Every refusal in the file, oldest first; lines that are not one are left out."""
-    if not path.exists():
-        return []
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[Refusal], list[str]]:
+    """The refusals in the file, oldest first, and what is odd about its other lines."""
     found: list[Refusal] = []
-    for line in path.read_text(errors="replace").splitlines():
+    odd: list[str] = []
+    if not path.exists():
+        return found, odd
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             document = json.loads(line)
-            if "cleared" in document:
+            if isinstance(document, dict) and "cleared" in document:
                 found = [x for x in found if x.key != document["cleared"]]
             else:
-                found.append(Refusal(**document))
-        except (ValueError, TypeError):
-            continue
-    return found
+                found.append(_refusal(document))
+        except (ValueError, TypeError, RecursionError) as error:
+            odd.append(f"line {number} of the ledger {path} is no refusal ({error})")
+    return found, odd
+
+
+_TYPES: Final[Mapping[str, type]] = {
+    "reason": str,
+    "stage": str,
+    "config": dict,
+    "problem": dict,
+    "gpu": str,
+    "toolchain": dict,
+    "digest": str,
+    "errors": dict,
+    "plan": str,
+    "configs": dict,
+    "date": str,
+}
+
+
+def _refusal(document: Any) -> Refusal:
+    """Raises TypeError unless `document` has the fields of a refusal, each of its type."""
+    if not isinstance(document, dict):
+        raise TypeError(f"it is a {type(document).__name__}")
+    for name, value in document.items():
+        if name in _TYPES and not isinstance(value, _TYPES[name]):
+            raise TypeError(f"{name} is {value!r}")
+    return Refusal(**document)
 
 
 def _ends_torn(path: Path) -> bool:

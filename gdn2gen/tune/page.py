@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,14 @@ import jinja2
 from markupsafe import Markup
 from optuna.trial import TrialState
 
-from gdn2gen import __version__, store
-from gdn2gen.bench import floor_bytes
+from gdn2gen import __version__
 from gdn2gen.device import Device
 from gdn2gen.errors import TuneError
 from gdn2gen.paths import templates_dir
-from gdn2gen.plans import LEVELS
-from gdn2gen.shapes import SHAPES
-from gdn2gen.store import Entry
 from gdn2gen.tune import charts
 from gdn2gen.tune.charts import Bar
-from gdn2gen.tune.recheck import problem_of, shape_of, words_of
+from gdn2gen.tune.ledger import PIPELINE
+from gdn2gen.tune.lines import Line
 
 if TYPE_CHECKING:
     import optuna
@@ -33,40 +30,8 @@ if TYPE_CHECKING:
 TEMPLATE = "report/page.html.jinja"
 # Importances of fewer trials than this are noise.
 _ENOUGH = 8
+_CHUNK = re.compile("BT[0-9]{1,3}")
 
-
-@dataclass(frozen=True)
-class Line:
-    """One tuned entry, beside the default, flash-linear-attention and the memory floor, in ms."""
-
-    entry: Entry
-    name: str
-    default_ms: float | None
-    tuned_ms: float
-    forward_ms: float | None
-    fla_ms: float | None
-    floor_ms: float | None
-    stale: bool
-
-    @property
-    def problem(self) -> str:
-        return words_of(self.entry)
-
-    @property
-    def speedup(self) -> float | None:
-        return None if self.default_ms is None else self.default_ms / self.tuned_ms
-
-    @property
-    def to_fla(self) -> float | None:
-        return None if self.fla_ms is None else self.fla_ms / self.tuned_ms
-
-    @property
-    def to_floor(self) -> float | None:
-        return None if self.floor_ms is None else self.tuned_ms / self.floor_ms
-
-    @property
-    def worst_error(self) -> tuple[str, float] | None:
-        return max(self.entry.gate.items(), key=lambda item: item[1], default=None)
 
 
 class StageSearch:
@@ -144,7 +109,7 @@ def searches(
     latest: dict[tuple[str, int], tuple[Any, StageSearch]] = {}
     for name in optuna.study.get_all_study_names(storage):
         parts = name.split("/")
-        if len(parts) != 5 or parts[:2] != [op, device.slug]:
+        if len(parts) != 5 or parts[:2] != [op, device.slug] or not _CHUNK.fullmatch(parts[3]):
             continue
         stage, BT = parts[2], int(parts[3].removeprefix("BT"))
         with warnings.catch_warnings():
@@ -159,62 +124,23 @@ def searches(
     return [latest[key][1] for key in keys]
 
 
-def lines(entries: Iterable[Entry], device: Device, results: dict[str, Any] | None) -> list[Line]:
-    """What is on file, in the order of the shapes; entries without times are left out."""
-    found = []
-    for entry in entries:
-        ms = entry.measured.get("forward_backward_ms")
-        shape = shape_of(entry)
-        if ms is None or shape is None:
-            continue
-        problem = problem_of(entry, shape)
-        floor = None
-        if device.memory_gbps:
-            tokens = shape.B * shape.T * shape.H
-            floor = floor_bytes(problem, True) * tokens / device.memory_gbps / 1e6
-        found.append(
-            Line(
-                entry,
-                shape.name,
-                entry.measured.get("default_forward_backward_ms"),
-                ms,
-                entry.measured.get("forward_ms"),
-                _fla_ms(results, problem.key, shape.name, entry.level),
-                floor,
-                store.is_stale(entry),
-            )
-        )
-    order = list(SHAPES)
+def refused(found: Sequence[StageSearch], ledger: Iterable[Refusal]) -> Counter[tuple[str, str]]:
+    """How many configs were refused, by stage and by the first words of the reason.
 
-    def place(line: Line) -> tuple[str, int, str, int]:
-        known = order.index(line.name) if line.name in order else len(order)
-        return str(line.entry.problem_key), known, line.name, LEVELS.index(line.entry.level)
-
-    return sorted(found, key=place)
-
-
-def _fla_ms(
-    results: dict[str, Any] | None, key: dict[str, Any], shape: str, level: str
-) -> float | None:
-    """FLA's time at this shape, where possible when told to recompute as `level` does."""
-    found = {}
-    for row in (results or {}).get("rows", []):
-        problem = {name: row["problem"].get(name) for name in key}
-        if row["shape"]["name"] == shape and problem == key and row.get("fla"):
-            found[row["level"]] = float(row["fla"]["forward_backward"]["median"])
-    return found.get(level, next(iter(found.values()), None))
-
-
-def refused(found: Iterable[StageSearch], ledger: Iterable[Refusal]) -> Counter[tuple[str, str]]:
-    """How many configs were refused, by stage and by the first words of the reason."""
+    The studies know those of the stages that were searched for; the ledger all others, too, such as
+    those that were ranked without a GPU.
+    """
+    searched = {x.stage for x in found}
     counts: Counter[tuple[str, str]] = Counter()
     for search in found:
         for trial in search.trials:
             if trial.state == TrialState.PRUNED:
                 counts[search.stage, _kind(str(trial.user_attrs.get("reason", "refused")))] += 1
     for refusal in ledger:
-        if refusal.stage == "pipeline":
+        if refusal.stage == PIPELINE:
             counts["whole pipeline", _kind(refusal.reason)] += 1
+        elif refusal.stage not in searched:
+            counts[refusal.stage, _kind(refusal.reason)] += 1
     return counts
 
 
@@ -237,6 +163,7 @@ def page(
             f"nothing is tuned for {device.name}, and no search is on file: run `gdn2gen tune` "
             "first, or name the GPU and the storage of a search"
         )
+    timed = [x for x in found if x.tuned_ms is not None]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         autoescape=True,
@@ -244,29 +171,32 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
+    text = environment.get_template(TEMPLATE).render(
         device=device,
         metadata=metadata,
-        by_problem=_by_problem(found),
-        beside_fla=any(x.fla_ms is not None for x in found),
+        by_problem=_by_problem(timed),
+        predicted=[x for x in found if x.tuned_ms is None],
+        beside_fla=any(x.fla_ms is not None for x in timed),
         stages=stages,
         refusals=refusals.most_common(),
         version=__version__,
-        overview=lambda some: Markup(charts.bars([(_label(x), _bars(x)) for x in some], 960)),
+        overview=lambda some: Markup(charts.bars([(_label(x), _bars(x)) for x in some])),
         by_stage=_by_chunk_size(stages),
         progress=lambda x: Markup(charts.progress([t.value for t in x.trials])),
         importances=lambda x: Markup(
-            charts.bars([(n, [Bar("tuned", s, f"{s:.0%}")]) for n, s in x.importances.items()], 330)
+            charts.bars([(n, [Bar("tuned", s, f"{s:.0%}")]) for n, s in x.importances.items()])
         ),
         dots=lambda columns: Markup(charts.dots(columns)),
     )
+    # a name from a file may hold half of a surrogate pair, which no page can
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _by_chunk_size(stages: list[StageSearch]) -> dict[int, Markup]:
     """One chart for each chunk size, each on a scale of its own."""
     sizes = dict.fromkeys(x.BT for x in stages)
     return {
-        BT: Markup(charts.bars([(x.stage, _stage_bars(x)) for x in stages if x.BT == BT], 300))
+        BT: Markup(charts.bars([(x.stage, _stage_bars(x)) for x in stages if x.BT == BT]))
         for BT in sizes
     }
 
@@ -283,8 +213,12 @@ def _label(line: Line) -> str:
 
 
 def _bars(line: Line) -> list[Bar]:
-    rows = [("fla", line.fla_ms), ("default", line.default_ms), ("tuned", line.tuned_ms)]
-    return [Bar(name, ms, f"{ms:.3f}") for name, ms in rows if ms is not None]
+    rows = [
+        ("fla", line.fla_ms, line.of_fla),
+        ("default", line.default_ms, ""),
+        ("tuned", line.tuned_ms, ""),
+    ]
+    return [Bar(name, ms, f"{ms:.3f}{words}") for name, ms, words in rows if ms is not None]
 
 
 def _stage_bars(search: StageSearch) -> list[Bar]:

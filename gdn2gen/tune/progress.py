@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from gdn2gen import terminal
 from gdn2gen.config import Config
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class PlainProgress(Progress):
             self._say(f"  {label}: {_versus(*pair)}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(terminal.plain(text), soft_wrap=True)
 
 
 class LiveProgress(Progress):
@@ -127,14 +128,16 @@ class LiveProgress(Progress):
         from rich.table import Table
         from rich.text import Text
 
-        best = Table("best so far", "ms", box=None, pad_edge=False)
+        best, last = (Table(box=None, pad_edge=False) for _ in range(2))
+        for table, names in ((best, ("best so far", "ms")), (last, ("last trials", "outcome"))):
+            for name in names:
+                table.add_column(name, overflow="fold")  # not cut where the terminal is narrow
         # Stages and shapes that changed last matter most; a terminal has few lines.
         for label, pair in list(self.best.items())[-16:]:
             best.add_row(Text(label), _versus(*pair))
-        last = Table("last trials", "outcome", box=None, pad_edge=False)
         for name, status, detail in self._last:
             style = "green" if status == "ok" else "yellow"
-            last.add_row(Text(name), Text(detail if status == "ok" else f"{detail}", style=style))
+            last.add_row(Text(name), Text(terminal.plain(detail), style=style))
         head = Text(self.phase_text, style="bold")
         return Group(head, Text(self.summary), best, last)
 
@@ -142,9 +145,7 @@ class LiveProgress(Progress):
 def console_progress(console: Console | None = None) -> Progress:
     """The live display on a terminal, plain lines elsewhere."""
     if console is None:
-        from rich.console import Console as RichConsole
-
-        console = RichConsole(stderr=True)
+        console = terminal.console(stderr=True)
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from rich.console import Group
-from rich.table import Table
 
 from gdn2gen import store
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.shapes import Shape, shape_of
 from gdn2gen.store import Entry
+from gdn2gen.terminal import Sheet
 from gdn2gen.tune import space
 from gdn2gen.tune.backend import Backend
 from gdn2gen.tune.candidate import Candidate
@@ -48,7 +48,7 @@ def recheck(entries: Iterable[Entry], backend: Backend, device: Device) -> Itera
     """
     defaults: dict[tuple[Problem, str, str], float | None] = {}
     for entry in entries:
-        shape = shape_of(entry)
+        shape = shape_of(entry.regime)
         stale = store.stale_stages(entry)
         if stale:
             detail = f"other templates since: {', '.join(stale)}"
@@ -128,18 +128,6 @@ def amended(result: Rechecked) -> Entry | None:
     return replace(result.entry, measured=measured)
 
 
-def shape_of(entry: Entry) -> Shape | None:
-    """A shape of the entry's regime: a named one, or BxTxH; None for an unnamed packed batch."""
-    regime = entry.regime
-    for shape in SHAPES.values():
-        if shape.regime == regime:
-            return shape
-    if regime.tokens % regime.sequences:
-        return None
-    B, T, H = regime.sequences, regime.tokens // regime.sequences, regime.heads
-    return Shape(f"{B}x{T}x{H}", B, T, H)
-
-
 def problem_of(entry: Entry, shape: Shape) -> Problem:
     """The problem as the tuner poses it: a gate has the parameters that a layer passes."""
     gated = entry.problem_key["gate"] != "none"
@@ -164,17 +152,16 @@ def words_of(entry: Entry) -> str:
 
 def recheck_table(results: Iterable[Rechecked]) -> Group:
     """What `gdn2gen verify --tuned` prints: a table for each problem."""
-    tables: dict[str, Table] = {}
+    tables: dict[str, Sheet] = {}
+    columns = ("shape", "level", "filed", "now", "default", "verdict")
     for x in results:
         problem = words_of(x.entry)
         if problem not in tables:
             title = f"Entries on file for {problem}, checked and timed again (forward+backward, ms)"
-            tables[problem] = Table(title=title)
-            for column in ("shape", "level", "filed", "now", "default", "verdict"):
-                tables[problem].add_column(column)
+            tables[problem] = Sheet(title, columns, words=("shape", "level", "verdict"))
         filed = x.entry.measured.get("forward_backward_ms")
         times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
         name = x.shape.name if x.shape is not None else str(x.entry.regime)
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
-        tables[problem].add_row(name, x.entry.level, *times, verdict)
+        tables[problem].add(name, x.entry.level, *times, verdict)
     return Group(*tables.values())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gdn2gen.device import Device
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.terminal import Sheet, plain
 from gdn2gen.tune.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -77,15 +78,16 @@ class TuneReport:
     def table(self) -> RenderableType:
         """The results as a rich table, with what was tried and left out beneath."""
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"{self.problem.op} on {self.device.name}: forward+backward in ms")
-        for column in ("shape", "level", "default", "tuned", "speedup", "worst error", "BT"):
-            table.add_column(column, justify="left" if column in ("shape", "level") else "right")
+        table = Sheet(
+            f"{self.problem.op} on {self.device.name}: forward+backward in ms",
+            ("shape", "level", "default", "tuned", "speedup", "worst error", "BT"),
+            words=("shape", "level"),
+        )
         for result in self.results:
             worst = max(result.errors.items(), key=lambda pair: pair[1], default=None)
-            table.add_row(
+            table.add(
                 result.shape.name,
                 result.level,
                 _ms(result.default_forward_backward_ms),
@@ -97,7 +99,7 @@ class TuneReport:
         more = (f"{words}; more time goes on from there" for words in self.left_to_try)
         lines = [self._tried(), *more, *(f"left out {x}: {why}" for x, why in self.skipped.items())]
         notes = dict.fromkeys(result.note for result in self.results if result.note)
-        return Group(table, *(Text(line) for line in (*lines, *notes)))
+        return Group(table, *(Text(plain(line)) for line in (*lines, *notes)))
 
     def _tried(self) -> str:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.trials.items())) or "none"

@@ -59,7 +59,7 @@ def stored_pipelines(
 def _files(path: Path, op: str) -> list[Path]:
     folders = [path.parent.parent, user_tuned_dir(), packaged_tuned_dir()]
     files = [path]
-    for folder in dict.fromkeys(x for x in folders if x is not None):
+    for folder in dict.fromkeys(folders):
         found = sorted((folder / op).glob("*.json"))
         files += sorted(found, key=lambda file: file.name != path.name)
     return list(dict.fromkeys(files))

@@ -111,7 +111,7 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --strict --shape 3x77x5", "strict"),
         ("explain --with sauce", "'sauce'"),
         ("explain --with dt_bias", "use_gate_in_kernel"),
-        ("tune --shapes ,", "--shapes names no shape"),
+        ("tune --shapes ,", "no shape is named in ','"),
         ("tune --target sm_1", "sm_1"),
         ("tune --storage sqlite:///x.db", "--storage"),
         ("generate", "--out"),

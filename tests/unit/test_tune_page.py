@@ -17,6 +17,7 @@ from gdn2gen.tune import charts, page
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.charts import Bar
 from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.lines import fla_times, lines
 from gdn2gen.tune.storage import open_storage
 from gdn2gen.tune.study import open_ledger, storage_path
 from gdn2gen.tune.trials import StageTrials
@@ -150,15 +151,16 @@ def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
         "level": "lean",
         "fla": {"forward_backward": {"median": 6.0}},
     }
-    (line,) = page.lines([entry], H200, {"rows": [row]})
+    (line,) = lines([entry], H200, fla_times([row])[0])
     assert line.stale and line.to_fla == pytest.approx(3.0)
     assert line.to_floor is not None and 1 < line.to_floor < 10
-    (other,) = page.lines([entry], H200, {"rows": [{**row, "shape": {"name": "few8k"}}]})
+    (other,) = lines([entry], H200, fla_times([{**row, "shape": {"name": "few8k"}}])[0])
     assert other.fla_ms is None
     fast = {**row, "level": "fast", "fla": {"forward_backward": {"median": 5.0}}}
     for rows, ms in (([fast, row], 6.0), ([row, fast], 6.0), ([fast], 5.0)):
-        (line,) = page.lines([entry], H200, {"rows": rows})
+        (line,) = lines([entry], H200, fla_times(rows)[0])
         assert line.fla_ms == ms
+        assert line.of_fla == ("" if ms == 6.0 else " (fast)"), "another level is named"
 
 
 def test_nothing_on_file_is_an_error(folders, capsys):

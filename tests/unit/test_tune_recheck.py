@@ -14,13 +14,13 @@ from gdn2gen.build import Resources
 from gdn2gen.config import Config
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem, Regime
-from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.shapes import SHAPES, Shape, shape_of
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.recheck import problem_of, recheck, shape_of, words_of
+from gdn2gen.tune.recheck import problem_of, recheck, words_of
 
 H200 = named_device("H200")
 
@@ -108,9 +108,9 @@ def test_the_default_is_timed_once_for_each_shape() -> None:
 
 def test_shapes_and_problems_of_entries() -> None:
     for shape in SHAPES.values():
-        assert shape_of(entry(shape)) == shape
-    assert shape_of(replace(entry(), regime_key=Regime(60, 3, 2).key)) == Shape("3x20x2", 3, 20, 2)
-    assert shape_of(replace(entry(), regime_key=Regime(61, 3, 2).key)) is None
+        assert shape_of(entry(shape).regime) == shape
+    assert shape_of(Regime(60, 3, 2)) == Shape("3x20x2", 3, 20, 2)
+    assert shape_of(Regime(61, 3, 2)) is None
     gated = entry(problem=Problem(gate="softplus", has_A_log=True))
     assert words_of(gated) == "K=128 V=128 bf16, softplus gate"
     plain = entry(problem=Problem(K=64, V=32, dtype="fp16", gate_dtype="fp16", l2norm=False))
@@ -169,7 +169,7 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
     left: dict[str, Any] = {}
 
     def search(*_: Any) -> None:
-        left.update({shape_of(x).name: x for x in store.load_tuned(path).entries})
+        left.update({shape_of(x.regime).name: x for x in store.load_tuned(path).entries})
         fake_gpu(entry(ms=1.9, num_stages=3), entry(SHAPES["few8k"], ms=2.0, num_stages=3))
 
     monkeypatch.setattr("gdn2gen._cli_tune._search", search)
@@ -181,7 +181,7 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
         "few8k": replace(crashing, measured={}),
         "long16k": holding,
     }
-    now = {shape_of(x).name: x for x in store.load_tuned(path).entries}
+    now = {shape_of(x.regime).name: x for x in store.load_tuned(path).entries}
     assert [now[name].configs["scan"]["num_stages"] for name in ("train4k", "few8k")] == [3, 3]
     assert now["long16k"] == holding
 

@@ -48,7 +48,7 @@ def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: None)
+    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: tmp_path)
     return store.tuned_path(tmp_path, "gdn2", H200)
 
 
