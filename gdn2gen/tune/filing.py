@@ -1,16 +1,23 @@
-"""What a verdict leaves behind: a line of the report, and an entry of the tuned file."""
+"""What a verdict or a ranking leaves behind: a line of the report, an entry of the tuned file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from gdn2gen import store
 from gdn2gen.plans import level_of
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.lines import COST, DEFAULT_COST, is_number
 from gdn2gen.tune.report import ShapeResult
 from gdn2gen.tune.verdicts import Measured, Verdict
+
+NOTE: Final = (
+    "predicted: compiled for the target, checked in fp32 in Triton's interpreter and ranked by "
+    "registers, spills, shared memory and bytes; nothing ran on a GPU, so no time is known and "
+    "16-bit rounding and races were not checked. To measure, run it on that GPU without --target."
+)
 
 
 def result_of(verdict: Verdict) -> ShapeResult:
@@ -74,3 +81,34 @@ def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:
         found["default_forward_ms"] = round(default.forward.median, 5)
         found["default_forward_backward_ms"] = round(default.forward_backward.median, 5)
     return found
+
+
+def predicted_of(
+    candidate: Candidate, shape: Shape, level: str, cost: float, default_cost: float
+) -> ShapeResult:
+    """A pipeline that was ranked without a GPU, by its cost and the default's."""
+    return ShapeResult(
+        shape=shape,
+        level=level,
+        candidate=candidate,
+        forward_ms=None,
+        forward_backward_ms=None,
+        default_forward_backward_ms=None,
+        spread=None,
+        peak_mib=None,
+        errors={},
+        note=NOTE,
+        predicted_bytes=cost,
+        default_predicted_bytes=default_cost,
+    )
+
+
+def predicted_entry(result: ShapeResult) -> store.Entry:
+    costs = {COST: result.predicted_bytes, DEFAULT_COST: result.default_predicted_bytes}
+    return entry_for(
+        result.candidate,
+        result.shape,
+        measured={name: round(x) for name, x in costs.items() if is_number(x)},
+        gate={"checked": "interpreter, fp32"},
+        provenance="predicted",
+    )

@@ -183,17 +183,22 @@ class Ledger:
         self._write(asdict(refusal))
 
     def _write(self, document: Mapping[str, Any]) -> None:
-        document = {**document, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = (json.dumps(document) + "\n").encode()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            if _ends_torn(self.path):
-                line = b"\n" + line
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_line(self.path, document)
+
+
+def append_line(path: Path, document: Mapping[str, Any]) -> None:
+    """Add one JSON object, with the date, to a file of such lines; it is on the disk on return."""
+    document = {**document, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(document) + "\n").encode()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        if _ends_torn(path):
+            line = b"\n" + line
+        os.write(handle, line)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_ledger(path: Path) -> list[Refusal]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from gdn2gen import store
 from gdn2gen._store_format import entry_to
@@ -90,7 +90,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or below is None else above / below
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a file gives a finite number above 0 here, as times, memory and errors are."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 

@@ -26,21 +26,17 @@ from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.backend import COMPILE_SECONDS
 from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.filing import entry_for
+from gdn2gen.tune.filing import predicted_entry, predicted_of
+from gdn2gen.tune.findings import Findings, findings_path
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.predict import predicted_bytes
 from gdn2gen.tune.progress import Progress, console_progress
 from gdn2gen.tune.report import ShapeResult, TuneReport
 from gdn2gen.tune.search import Window
-from gdn2gen.tune.study import check_arguments
+from gdn2gen.tune.study import check_arguments, open_ledger
 from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
 
-NOTE: Final = (
-    "predicted: compiled for the target, checked in fp32 in Triton's interpreter and ranked by "
-    "registers, spills, shared memory and bytes; nothing ran on a GPU, so no time is known and "
-    "16-bit rounding and races were not checked. Run the same command on the GPU to measure."
-)
 _COMPILE_PART: Final = 0.7
 _INTERPRETER_SECONDS: Final = 300.0
 
@@ -94,15 +90,22 @@ def tune_without_gpu(
 ) -> TuneReport:
     """Rank configs of `problem` for the named `device` and file the best as `predicted`.
 
-    The default of every stage is compiled whatever the budget. Raises TuneError if a default does
-    not compile for the target, or if no pipeline passes in the interpreter.
+    The default of every stage is compiled whatever the budget. A later run of the same problem
+    goes on where this one ended, or was killed. Raises TuneError if a default does not compile for
+    the target, or if no pipeline passes in the interpreter.
     """
     check_arguments(shapes, levels, budget_minutes)
     begun, seconds = clock(), budget_minutes * 60
     progress = progress or console_progress()
     progress.start(f"ranking {problem.op} for {device.name} without a GPU", seconds)
     backend = backend or ProcessBackend(device)
-    ranking = _Ranking(problem, shapes, device, levels, backend, progress, seed)
+    # Packed batches add a table of a few bytes; their kernels are taken to rank alike.
+    problem = replace(problem, varlen=False)
+    ledger = open_ledger(problem.op, device)
+    findings = Findings(findings_path(problem.op, device), problem, ledger)
+    ranking = _Ranking(findings, shapes, device, levels, backend, progress, seed)
+    if findings.compiled:
+        progress.phase(f"goes on from {len(findings.compiled)} configs that were compiled before")
     path = store.tuned_path(out_dir, problem.op, device)
     try:
         ranking.compile(Window(clock, begun, begun + _COMPILE_PART * seconds))
@@ -118,12 +121,13 @@ def tune_without_gpu(
     metadata = store.metadata_for(
         device, toolchain(), command or " ".join(["gdn2gen", *sys.argv[1:]])
     )
-    store.merge_entries(path, metadata, [_entry(result) for result in results])
+    store.merge_entries(path, metadata, [predicted_entry(result) for result in results])
     return TuneReport(
         problem=problem,
         device=device,
         path=path,
         results=results,
+        ledger=ledger.path,
         trials=dict(progress.counts),
         skipped=ranking.skipped,
         seconds=clock() - begun,
@@ -135,7 +139,7 @@ class _Ranking:
 
     def __init__(
         self,
-        problem: Problem,
+        findings: Findings,
         shapes: Sequence[Shape],
         device: Device,
         levels: Sequence[str],
@@ -143,14 +147,13 @@ class _Ranking:
         progress: Progress,
         seed: int,
     ) -> None:
-        # Packed batches add a table of a few bytes; their kernels are taken to rank alike.
-        self.problem = replace(problem, varlen=False)
+        self.findings, self.problem = findings, findings.problem
         self.device, self.levels = device, levels
         self.backend, self.progress = backend, progress
         self.shapes = list(shapes)
         plans = [PLANS[plan] for level in levels for plan in PLANS_OF[level]]
         self.stages = tuple(dict.fromkeys(x for plan in plans for x in plan.stages))
-        self.compiled: dict[Config, Resources] = {}
+        self.compiled = findings.compiled
         self.skipped: dict[str, str] = {}
         self._checked: dict[Candidate, str | None] = {}
         self._random = random.Random(seed)
@@ -184,7 +187,9 @@ class _Ranking:
             for number, candidate in enumerate(self._pipelines(level, shape)):
                 reason = self._why_wrong(candidate)
                 if reason is None:
-                    yield _predicted(candidate, shape, level, self._cost(candidate, shape))
+                    default = Candidate.default(self.problem, PLANS_OF[level][0])
+                    costs = self._cost(candidate, shape), self._cost(default, shape)
+                    yield predicted_of(candidate, shape, level, *costs)
                     break
                 which = "default" if number else "best ranked"
                 self.skipped[f"{shape.name} {level}, {which}"] = reason
@@ -200,7 +205,14 @@ class _Ranking:
             self._random.shuffle(rest)
             decks.append([default, *rest])
         for turn in range(max(map(len, decks))):
-            yield from (deck[turn] for deck in decks if turn < len(deck))
+            configs = [deck[turn] for deck in decks if turn < len(deck)]
+            yield from (x for x in configs if self._is_new(x, is_default=turn == 0))
+
+    def _is_new(self, config: Config, *, is_default: bool) -> bool:
+        """Whether nothing is known of it; a default that was refused is an error each time anew."""
+        if config in self.compiled:
+            return False
+        return is_default or self.findings.why_refused(config) is None
 
     def _file(self, config: Config, compiled: Outcome[Resources], needed: bool) -> None:
         if needed and not compiled.ok:
@@ -215,7 +227,10 @@ class _Ranking:
             status = outcome.OK if unfit is None or needed else outcome.RESOURCES
             detail = unfit or f"{resources.registers} registers"
             if status == outcome.OK:
-                self.compiled[config] = resources
+                self.findings.compiles(config, resources)
+        if status not in (outcome.OK, outcome.ERROR, outcome.CANCELLED):
+            reason = compiled.reason if not compiled.ok else f"{status}: {detail}"
+            self.findings.refuse(config, reason)
         self.progress.trial(config, status, detail)
 
     def _pipelines(self, level: str, shape: Shape) -> Iterator[Candidate]:
@@ -229,7 +244,8 @@ class _Ranking:
     def _least(self, plan: str, shape: Shape) -> Candidate:
         configs: dict[str, Config] = {}
         for first in Candidate.default(self.problem, plan).configs:
-            found = [first, *(x for x in self.compiled if x.stage == first.stage)]
+            alike = [x for x in self.compiled if (x.stage, x["BT"]) == (first.stage, first["BT"])]
+            found = [first, *alike]
             configs[first.stage] = min(found, key=lambda x: self._stage_cost(x, shape))
         return Candidate.of(self.problem, plan, configs)
 
@@ -242,35 +258,23 @@ class _Ranking:
 
     def _why_wrong(self, candidate: Candidate) -> str | None:
         if candidate not in self._checked:
-            self.progress.phase(f"check in the interpreter, BT={candidate.BT}")
-            checked = self.backend.interpret(candidate)
-            reason = checked.reason if not checked.ok else checked.get().reason
-            passed = checked.ok and checked.get().ok
-            self._checked[candidate] = None if passed else reason
+            self._checked[candidate] = self._check(candidate)
         return self._checked[candidate]
 
-
-def _predicted(candidate: Candidate, shape: Shape, level: str, cost: float) -> ShapeResult:
-    return ShapeResult(
-        shape=shape,
-        level=level,
-        candidate=candidate,
-        forward_ms=None,
-        forward_backward_ms=None,
-        default_forward_backward_ms=None,
-        spread=None,
-        peak_mib=None,
-        errors={},
-        note=NOTE,
-        predicted_bytes=cost,
-    )
-
-
-def _entry(result: ShapeResult) -> store.Entry:
-    return entry_for(
-        result.candidate,
-        result.shape,
-        measured={"predicted_bytes": round(result.predicted_bytes or 0.0)},
-        gate={"checked": "interpreter, fp32"},
-        provenance="predicted",
-    )
+    def _check(self, candidate: Candidate) -> str | None:
+        if self.findings.has_passed(candidate):
+            return None
+        before = self.findings.why_wrong(candidate)
+        if before is not None:
+            return before
+        self.progress.phase(f"check in the interpreter, BT={candidate.BT}")
+        checked = self.backend.interpret(candidate)
+        if not checked.ok:
+            return checked.reason
+        gate = checked.get()
+        if gate.ok:
+            self.findings.passes(candidate)
+            return None
+        reason = f"{outcome.WRONG}: {gate.reason} (in Triton's interpreter)"
+        self.findings.is_wrong(candidate, reason)
+        return reason

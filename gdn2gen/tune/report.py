@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class ShapeResult:
     note: str = ""
     predicted_bytes: float | None = None
     """Cost by which results without times were ranked, see `predict.predicted_bytes`."""
+    default_predicted_bytes: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -41,6 +43,14 @@ class ShapeResult:
         if self.forward_backward_ms is None or self.default_forward_backward_ms is None:
             return None
         return self.default_forward_backward_ms / self.forward_backward_ms
+
+    @property
+    def expected(self) -> float | None:
+        """The default's predicted cost over the winner's: what is to be gained, untimed."""
+        default, cost = self.default_predicted_bytes, self.predicted_bytes
+        if not default or not cost or math.inf in (default, cost):
+            return None
+        return default / cost
 
 
 @dataclass
@@ -92,7 +102,7 @@ class TuneReport:
                 result.level,
                 _ms(result.default_forward_backward_ms),
                 "predicted" if result.note else _ms(result.forward_backward_ms),
-                "-" if result.speedup is None else f"{result.speedup:.2f}x",
+                _gain(result),
                 "-" if worst is None else f"{worst[0]} {worst[1]:.1e}",
                 str(result.candidate.BT),
             )
@@ -120,6 +130,12 @@ class TuneReport:
             f"; {gates:.0%} of the time in accuracy gates, {times:.0%} in timings"
             f"{f' (together {words})' if words else ''}"
         )
+
+
+def _gain(result: ShapeResult) -> str:
+    if result.speedup is not None:
+        return f"{result.speedup:.2f}x"
+    return "-" if result.expected is None else f"expects {result.expected:.2f}x"
 
 
 def _ms(value: float | None) -> str:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 
 import pytest
 
-from gdn2gen import store
+from gdn2gen import cli, store
 from gdn2gen.build import Resources
-from gdn2gen.config import default_config
+from gdn2gen.config import Config, default_config
 from gdn2gen.device import named_device
 from gdn2gen.errors import TuneError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.stages import STAGES
+from gdn2gen.terminal import console
 from gdn2gen.tune import outcome, tune_without_gpu
+from gdn2gen.tune.findings import Findings, findings_path
 from gdn2gen.tune.gate import GateResult
+from gdn2gen.tune.ledger import PIPELINE, read_ledger
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.progress import Progress
+from gdn2gen.tune.study import open_ledger
 
 PROBLEM = Problem(K=64, V=64)
 DEVICE = named_device("sm_80")
 SHAPE = Shape("small", 4, 2048, 8)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+
+
 class FakeCompilers:
-    def __init__(self, passes=lambda candidate: True, builds=lambda config: True):
+    def __init__(
+        self, passes=lambda candidate: True, builds=lambda config: True, stop_after=None
+    ):
         self.slots = 2
+        self._stop_after = stop_after
         self.now = 0.0
         self.compiled, self.checked = [], []
         self._passes, self._builds = passes, builds
@@ -41,6 +55,8 @@ class FakeCompilers:
             future.set_result(Outcome(outcome.BUILD_ERROR, detail="no"))
             return future
         lean = config["num_warps"] == 4 and config["num_stages"] == 2
+        if self._stop_after is not None and len(self.compiled) > self._stop_after:
+            raise KeyboardInterrupt
         resources = Resources(64 if lean else 255, 0, 30_000, 128, 1.0)
         future.set_result(Outcome(outcome.OK, resources))
         return future
@@ -109,3 +125,103 @@ def test_a_default_that_does_not_compile_is_an_error(tmp_path):
     default = default_config("scan", PROBLEM)
     with pytest.raises(TuneError, match="default scan"):
         rank(FakeCompilers(builds=lambda config: config != default), tmp_path)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    stopped = FakeCompilers(stop_after=12)
+    with pytest.raises(KeyboardInterrupt):
+        rank(stopped, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+    again = FakeCompilers()
+    rank(again, tmp_path)
+    # the last two were in flight
+    assert len(stopped.compiled) == 13 and not {*stopped.compiled[:10]} & {*again.compiled}
+    assert {*stopped.compiled[:10], *again.compiled[:10]} <= {*findings(tmp_path).compiled}
+
+
+def findings(tmp_path):
+    path = findings_path("gdn2", DEVICE)
+    return Findings(path, PROBLEM, open_ledger("gdn2", DEVICE))
+
+
+def test_what_was_checked_is_not_checked_again(tmp_path):
+    first = FakeCompilers()
+    rank(first, tmp_path, minutes=0.001)
+    assert len(first.checked) == 1
+    again = FakeCompilers()
+    rank(again, tmp_path, minutes=0.001)
+    assert not {*first.compiled} & {*again.compiled}
+    assert not {*first.checked} & {*again.checked}
+
+
+def test_refusals_are_in_the_ledger_and_not_tried_again(tmp_path, capsys):
+    odd = {"builds": lambda config: config["num_warps"] != 8}
+    first = FakeCompilers(**odd)
+    rank(first, tmp_path, minutes=10.0)
+    refused = [x for x in first.compiled if x["num_warps"] == 8]
+    assert refused
+    assert cli.main(["ledger", "--device", "sm_80", "--json"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    filed = {Config.of(x["stage"], x["config"]) for x in said}
+    assert filed <= {*refused} and len(filed) >= len(refused) - 3, "up to three were in flight"
+    assert {x["reason"] for x in said} == {"build error: no"}
+    again = FakeCompilers(**odd)
+    rank(again, tmp_path, minutes=10.0)
+    assert not filed & {*again.compiled}
+
+
+def test_a_pipeline_that_was_wrong_is_in_the_ledger(tmp_path):
+    right = {default_config(x, PROBLEM) for x in STAGES}
+    wrong = FakeCompilers(passes=lambda x: {*x.configs} <= right)
+    rank(wrong, tmp_path)
+    (refusal,) = [x for x in read_ledger(open_ledger("gdn2", DEVICE).path) if x.stage == PIPELINE]
+    assert refusal.reason == "wrong result: o is off (in Triton's interpreter)"
+
+
+def test_findings_of_other_templates_or_tools_do_not_count(tmp_path, monkeypatch):
+    rank(FakeCompilers(), tmp_path, minutes=0.001)
+    assert findings(tmp_path).compiled
+    path = findings_path("gdn2", DEVICE)
+    path.write_text(path.read_text() + '{"key": 5}\n[]\n{"passed": ["x"]}\ntorn')
+    assert findings(tmp_path).compiled
+    monkeypatch.setattr("gdn2gen.tune.study.toolchain", lambda: {"triton": "99"})
+    assert not findings(tmp_path).compiled
+
+
+def test_it_says_what_it_expects_and_report_shows_it(tmp_path, capsys, monkeypatch):
+    report = rank(FakeCompilers(), tmp_path / "tuned", minutes=10.0)
+    (result,) = report.results
+    assert result.expected > 1.0
+    expects = f"expects {result.expected:.2f}x"
+    console().print(report.table())
+    said = capsys.readouterr().out
+    assert expects in said and "without --target" in said and "same command" not in said
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
+    out = tmp_path / "page.html"
+    assert cli.main(["report", "--device", "sm_80", "--out", str(out)]) == 0
+    assert expects in capsys.readouterr().out
+    assert "Ranked without a GPU" in out.read_text()
+    assert f"<td>{result.expected:.2f}x</td>" in out.read_text()
+    assert cli.main(["report", "--device", "sm_80", "--json"]) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["expected"] == pytest.approx(result.expected, rel=1e-3)
+    assert row["tuned_ms"] is None and row["entry"]["provenance"] == "predicted"
+
+
+def test_what_cannot_run_has_no_expectation(tmp_path):
+    """Where not one block fits on a multiprocessor the cost is infinite, which JSON cannot hold."""
+    monster = Resources(1000, 0, 10**9, 1024, 1.0)
+    backend = FakeCompilers()
+    real = backend.compile
+
+    def compile(problem, config):
+        real(problem, config)
+        future = Future()
+        future.set_result(Outcome(outcome.OK, monster))
+        return future
+
+    backend.compile = compile
+    report = rank(backend, tmp_path, minutes=0.001)
+    assert report.results[0].expected is None
+    (entry,) = store.load_tuned(report.path, DEVICE).entries
+    assert "predicted_bytes" not in entry.measured
