@@ -182,6 +182,28 @@ def check_gate(
         raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
 
 
+FLAGS = (
+    "output_final_state",
+    "use_qk_l2norm_in_kernel",
+    "use_gate_in_kernel",
+    "safe_gate",
+    "disable_recompute",
+    "return_intermediate_states",
+    "state_v_first",
+)
+
+
+def check_flags(*given: object) -> None:
+    """Raises InputError unless each of `FLAGS` is True or False: `"no"` would pass for True."""
+    if not _BOOL.issuperset(map(type, given)):
+        for name, value in zip(FLAGS, given, strict=True):
+            if type(value) is not bool:
+                raise InputError(f"{name} must be True or False, but got {value!r}")
+
+
+_BOOL = frozenset({bool})
+
+
 def check_head_dims(size: int, name: str = "K") -> int:
     """One that kernels were verified with, as a number, which a tracer's symbol then is for good.
 

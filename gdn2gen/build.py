@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
+from gdn2gen.knobs import hush, hush_tilelang
 from gdn2gen.paths import cache_dir
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
@@ -62,6 +63,7 @@ def load(rendered: Rendered) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[rendered.module_name] = module
+    hush()
     spec.loader.exec_module(module)
     return module
 
@@ -165,6 +167,7 @@ def _compile_tilelang(
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
 
+    hush_tilelang()
     used = [(0, 0, 0, 0)]
     binaries: list[bytes] = []
     save = CUDABinaryCache.save

@@ -22,6 +22,7 @@ from gdn2gen import (
     _cli_tuned,
 )
 from gdn2gen.errors import Gdn2genError
+from gdn2gen.knobs import hush
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -136,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
     _mend_streams()
+    hush()
     args = build_parser().parse_args(argv)
     format_of_python, warnings.formatwarning = warnings.formatwarning, _one_line
     try:

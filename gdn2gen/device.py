@@ -165,8 +165,9 @@ def _no_gpu() -> str:
     else:
         reason = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
     return (
-        f"no GPU is present: {reason}. Check nvidia-smi and CUDA_VISIBLE_DEVICES, install a CUDA "
-        "build of torch, or name a target, as in named_device('H200') or named_device('sm_90')"
+        f"no GPU is present: {reason}. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or install a "
+        "CUDA build of torch. What measures nothing (explain, generate, report, and a tune that "
+        "predicts) takes a named GPU instead"
     )
 
 
@@ -180,11 +181,13 @@ def named_device(name: str) -> Device:
     found = _by_loose_name().get(wanted)
     if found is not None:
         return found
-    near = difflib.get_close_matches(wanted, _by_loose_name(), n=3)
+    # at 0.6, the usual, an MI300X is close to an RTX 3090; at 0.7 an H2000 still is to an H200
+    near = difflib.get_close_matches(wanted, _by_loose_name(), n=3, cutoff=0.7)
     hint = ", ".join(dict.fromkeys(_by_loose_name()[x].slug for x in near))
     raise DeviceError(
         f"unknown GPU {name!r}{'; did you mean ' + hint + '?' if hint else '.'} "
-        f"Give a bare target ({', '.join(_ARCHES)}) or one of: {', '.join(_by_slug())}"
+        f"NVIDIA's from sm_80 on are served: give a bare target ({', '.join(_ARCHES)}) or one of: "
+        f"{', '.join(_by_slug())}"
     )
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "forced_recipe",
     "in_triton",
     "recipe_document",
+    "reload",
     "surroundings",
     "tune_command",
 ]

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from gdn2gen import _autograd
-from gdn2gen.arguments import check_arguments, check_gate, check_head_dims, is_watched
+from gdn2gen.arguments import (
+    check_arguments,
+    check_flags,
+    check_gate,
+    check_head_dims,
+    is_watched,
+)
 from gdn2gen.errors import InputError, UnsupportedError
 from gdn2gen.knobs import interpreted
 
@@ -80,6 +86,15 @@ def chunk_gdn2(
         InputError: a wrong rank, shape, dtype, device or value, before any launch.
         UnsupportedError: head dims or options that were not verified.
     """
+    check_flags(
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        use_gate_in_kernel,
+        safe_gate,
+        disable_recompute,
+        return_intermediate_states,
+        state_v_first,
+    )
     check_gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias)
     if return_intermediate_states:
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")

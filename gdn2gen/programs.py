@@ -22,6 +22,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+from gdn2gen.knobs import hush_tilelang
 from gdn2gen.paths import cache_dir
 
 Program = Callable[..., Any]
@@ -43,6 +44,7 @@ def compiled_program(
             return _load(kept)
         except Exception:  # whatever it is, compiling anew mends it
             kept.unlink(missing_ok=True)
+    hush_tilelang()
     program = compile_it()
     kept = _keep(program, name)
     return program if kept is None else _load(kept)

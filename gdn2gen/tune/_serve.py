@@ -16,6 +16,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from gdn2gen.knobs import hush
 from gdn2gen.tune import outcome
 
 Reply = tuple[str, Any, str]
@@ -23,6 +24,7 @@ Reply = tuple[str, Any, str]
 
 def serve(connection: Connection) -> int:
     """Answer until the pipe closes (0), or until a CUDA error made the context useless (3)."""
+    hush()
     while True:
         try:
             target, args = connection.recv()

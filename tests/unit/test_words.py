@@ -1,0 +1,582 @@
+"""What the commands say: odd data, narrow terminals, closed streams, options refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.text import Text
+
+from gdn2gen import _cli_tune, cli, device, store, terminal, tune
+from gdn2gen.config import default_config
+from gdn2gen.device import named_device
+from gdn2gen.dispatch import default_recipe, find_recipe, tune_command
+from gdn2gen.plans import plan_named
+from gdn2gen.problem import Problem, Regime
+from gdn2gen.render import template_digest
+from gdn2gen.shapes import SHAPES, parse_shapes
+from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.ledger import Ledger
+from gdn2gen.tune.progress import LiveProgress
+from gdn2gen.tune.report import ShapeResult, TuneReport
+from gdn2gen.tune.study import open_ledger
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = named_device("H200")
+MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
+
+
+@pytest.fixture(autouse=True)
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    return tmp_path
+
+
+def entry(tokens: int = 16384, **changes: Any) -> store.Entry:
+    problem = Problem()
+    configs = {stage: default_config(stage, problem) for stage in plan_named("lean").stages}
+    return store.Entry(
+        **{
+            "problem_key": problem.key,
+            "regime_key": Regime(tokens, 4, 16).key,
+            "level": "lean",
+            "plan": "lean",
+            "configs": configs,
+            "templates": {stage: template_digest(config) for stage, config in configs.items()},
+            "measured": {"forward_ms": 0.3, "forward_backward_ms": 1.441},
+            "gate": {"o": 4e-3},
+            "provenance": "measured",
+            **changes,
+        }
+    )
+
+
+def document(*entries: Any, **metadata: Any) -> str:
+    """A tuned file whose entries and metadata may be anything."""
+    from gdn2gen._store_format import entry_to
+
+    made = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune") | metadata
+    raw = [entry_to(x) if isinstance(x, store.Entry) else x for x in entries]
+    kept = {name: x for name, x in made.items() if x is not ...}
+    return json.dumps({"_metadata": kept, "entries": raw})
+
+
+def put(folder: Path, text: str) -> Path:
+    path = store.tuned_path(folder, "gdn2", H200)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gdn2gen", *words]
+    return subprocess.run(command, text=True, cwd=ROOT, check=False, **options)
+
+
+# Data is data
+
+
+def test_markup_in_a_refusal_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    book = open_ledger("gdn2", H200)
+    config = default_config("scan", Problem())
+    book.add(MARKUP, Problem(), config, template_digest(config))
+    assert cli.main(["ledger", "--device", "H200"]) == 0
+    said = capsys.readouterr().out
+    for word in ("[/usr/lib/x.so]", "[/x]", "[red]one[/red]", ":smile:"):
+        assert word in said, word
+
+
+def test_markup_in_a_path_or_a_name_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[" / "x]"
+    folder.mkdir(parents=True)
+    for name, ms in (("a", 1.0), ("b", 2.0)):
+        text = document(entry(measured={"forward_backward_ms": ms}), gpu="NVIDIA [/H200] \ud800")
+        (folder / name).write_text(text)
+    assert cli.main(["tuned", "diff", str(folder / "a"), str(folder / "b")]) == 1
+    assert "[/x]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_only_the_terminal_makes_consoles() -> None:
+    """A second one would take data for markup."""
+    for path in (ROOT / "gdn2gen").rglob("*.py"):
+        if path.name != "terminal.py":
+            made = re.findall(r"rich\.table import|Console\(|from_markup", path.read_text())
+            allowed = ["rich.table import"] if path.name == "progress.py" else []
+            assert made == allowed, path
+
+
+def test_control_codes_and_half_pairs_are_spelled_out() -> None:
+    assert terminal.plain("a\x1b[2Jb\ud800\tc\nd é") == "a\\x1b[2Jb\\ud800\\tc\nd é"
+
+
+# Narrow terminals
+
+
+def shown(what: Any, width: int) -> str:
+    out = io.StringIO()
+    console = terminal.console()
+    console.file, console.width = out, width
+    console.print(what)
+    return out.getvalue()
+
+
+def report_of(shape: str = "train4k") -> TuneReport:
+    candidate = Candidate.default(Problem(), "lean")
+    result = ShapeResult(
+        shape=SHAPES[shape],
+        level="lean",
+        candidate=candidate,
+        forward_ms=0.30712,
+        forward_backward_ms=1.44123,
+        default_forward_backward_ms=12345.67891,
+        spread=0.01,
+        peak_mib=1809.0,
+        errors={"final_state": 4.6e-3},
+    )
+    return TuneReport(Problem(), H200, Path("/x"), [result])
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 100])
+def test_no_number_is_cut(width: int) -> None:
+    said = shown(report_of().table(), width)
+    assert "…" not in said
+    for number in ("12345.679", "1.441", "8566.07x", "final_state 4.6e-03", "32"):
+        assert number in said or width == 20, (number, said)
+    assert max(map(len, said.splitlines())) <= width
+
+
+def test_every_row_is_a_paragraph_where_a_table_does_not_fit() -> None:
+    sheet = terminal.Sheet("Title", ("name", "ms"), words=("name",))
+    sheet.add("a" * 60, "1.234567")
+    sheet.add(Text("b", style="red"), "-")
+    wide, narrow = shown(sheet, 100), shown(sheet, 30)
+    assert "│" in wide or "┃" in wide
+    assert narrow.splitlines()[:2] == ["Title", "name  " + "a" * 24]
+    assert "ms    1.234567" in narrow
+    with pytest.raises(ValueError, match="1 cells"):
+        sheet.add("alone")
+
+
+@pytest.mark.parametrize("command", ["explain --device RTX4090", "ledger --device H200"])
+def test_commands_at_40_columns(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    config = default_config("prepare", Problem())
+    reason = "resources: spills 123456 bytes a thread"
+    open_ledger("gdn2", H200).add(reason, Problem(), config, template_digest(config))
+    assert cli.main(command.split()) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    words = ["123456"] if "ledger" in command else ["BT=32", "num_stages=1", "maxnreg=0"]
+    assert all(word in said for word in words)
+    if "explain" in command:
+        configs = [x for x in said.splitlines() if x.startswith(" ")]
+        assert max(map(len, configs)) <= 40
+
+
+def test_the_live_display_cuts_no_number() -> None:
+    progress = LiveProgress(terminal.console())
+    progress.best_so_far("reverse_scan BT=64 of a long name", 1.234567, 12345.6)
+    progress.trial(default_config("prepare", Problem()), "resources", MARKUP)
+    said = shown(progress._render(), 40)
+    assert "…" not in said and "1.235" in said and "12345.600" in said and "[/x]" in said
+
+
+# Files that hold odd things
+
+
+ODD_METADATA: list[dict[str, Any]] = [
+    {"toolchain": ...},
+    {"toolchain": ["triton"]},
+    {"toolchain": {"triton": 3, "torch": None}},
+    {"date": ...},
+    {"date": 20260102},
+    {"command": ["\ud800"]},
+]
+
+
+@pytest.mark.parametrize("metadata", ODD_METADATA, ids=str)
+def test_report_of_odd_metadata(metadata: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    put(tmp_path / "cache/tuned", document(entry(), **metadata))
+    assert cli.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
+    assert "1.441" in capsys.readouterr().out
+    assert "1.441" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"measured": {"forward_backward_ms": 1.441, "peak_mib": "much"}}, "measured.peak_mib"),
+        ({"measured": {"forward_backward_ms": 1.441, "spread": [1]}}, "measured.spread"),
+        ({"gate": {"o": "small", "dq": 1e-3}}, "gate.o"),
+        ({"gate": {"o": None, "dq": {"a": 1}}}, "gate.dq"),
+    ],
+    ids=str,
+)
+def test_report_of_odd_figures_names_them(
+    changes: dict[str, Any], named: str, tmp_path: Path, capsys: Any
+) -> None:
+    put(tmp_path / "cache/tuned", document(entry(**changes)))
+    with pytest.warns(UserWarning, match=re.escape(named)):
+        assert cli.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
+    assert "1.441" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", [[], {}, None, 5, "\ud800"], ids=str)
+def test_an_entry_of_an_odd_level_is_named_and_kept(
+    level: Any, tmp_path: Path, capsys: Any
+) -> None:
+    from gdn2gen._store_format import entry_to
+
+    odd = entry_to(entry(1000)) | {"level": level}
+    path = put(tmp_path / "cache/tuned", document(entry(), odd))
+    other = tmp_path / "other.json"
+    other.write_text(document(entry(2000)))
+    out = str(tmp_path / "x.html")
+    with pytest.warns(UserWarning, match="level must be one of"):
+        assert cli.main(["report", "--device", "H200", "--out", out]) == 0
+        assert cli.main(["tuned", "import", str(other)]) == 0
+        assert cli.main(["tuned", "diff", str(other), str(path)]) == 1
+        assert cli.main(["explain", "--device", "H200"]) == 0
+    assert odd in json.loads(path.read_text())["entries"], "a merge loses nothing"
+    assert "cannot read differ, too" in capsys.readouterr().out
+
+
+LEDGER_LINES = [
+    "[]", "5", "null", '"x"', "{", "{}", '{"cleared": []}', '{"reason": 5}',
+    '{"reason": "r", "stage": "scan", "config": [], "problem": {}, "gpu": "NVIDIA H200", '
+    '"toolchain": {}, "digest": "d"}',
+    '{"reason": "r", "stage": "scan", "config": {}, "problem": {}, "gpu": "NVIDIA H200", '
+    '"toolchain": {}, "digest": "d", "date": 5}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LEDGER_LINES)
+def test_ledger_of_odd_lines(line: str, tmp_path: Path, capsys: Any) -> None:
+    book = open_ledger("gdn2", H200)
+    config = default_config("scan", Problem())
+    book.add("a reason", Problem(), config, template_digest(config))
+    with book.path.open("a") as file:
+        file.write(line + "\n")
+    if line.startswith('{"cleared"'):
+        assert cli.main(["ledger", "--device", "H200"]) == 0
+    else:
+        with pytest.warns(UserWarning, match="line 2 of the ledger"):
+            assert cli.main(["ledger", "--device", "H200", "--all"]) == 0
+    assert "a reason" in capsys.readouterr().out
+    assert len(Ledger(book.path, H200.name, book.toolchain)._reasons) == 1
+
+
+def test_a_refusal_of_an_odd_problem_or_config_is_listed(capsys: Any) -> None:
+    book = open_ledger("gdn2", H200)
+    odd: dict[str, Any] = {"reason": "r", "gpu": H200.name, "toolchain": {}, "digest": "d"}
+    lines = [
+        {**odd, "stage": "nope", "config": {"BT": [1]}, "problem": {"x": 1}},
+        {**odd, "stage": "pipeline", "config": {}, "problem": {"K": "a"}, "configs": {"scan": 5}},
+    ]
+    book.path.parent.mkdir(parents=True)
+    book.path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert cli.main(["ledger", "--device", "H200", "--all"]) == 0
+    assert "2 stages" in capsys.readouterr().out.replace("1 stages", "2 stages")
+
+
+def row(shape: str = "train4k", level: str = "lean", ms: Any = 6.0) -> dict[str, Any]:
+    fla = {"forward_backward": {"median": ms}}
+    problem = dict(Problem().key)
+    return {"shape": {"name": shape}, "problem": problem, "level": level, "fla": fla}
+
+
+def results(folder: Path, *rows: Any, **changes: Any) -> Path:
+    path = folder / "results.json"
+    path.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": [*rows]} | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{}, [], 5, row(level=[]), row(ms="x"), {**row(), "shape": None}, {**row(), "problem": 1}],
+    ids=str,
+)
+def test_odd_rows_of_results_are_named(odd: Any, tmp_path: Path, capsys: Any) -> None:
+    put(tmp_path / "cache/tuned", document(entry()))
+    path = results(tmp_path, odd, row())
+    words = ["report", "--device", "H200", "--results", str(path), "--out", str(tmp_path / "x")]
+    with pytest.warns(UserWarning, match="row 0 of the results"):
+        assert cli.main(words) == 0
+    assert "4.16x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpu": "NVIDIA H100 80GB HBM3"}, "results of 'NVIDIA H100 80GB HBM3'"),
+        ({"gpu": None}, "should name its gpu"),
+        ({"rows": {}}, "should name its rows"),
+        ({"schema": 9}, "not a file of results"),
+    ],
+)
+def test_results_of_another_gpu_are_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: Any
+) -> None:
+    put(tmp_path / "cache/tuned", document(entry()))
+    path = results(tmp_path, row(), **changes)
+    words = ["report", "--device", "H200", "--results", str(path), "--out", str(tmp_path / "x")]
+    assert cli.main(words) == cli.EXIT_USAGE
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_flas_time_at_another_level_is_labelled(tmp_path: Path, capsys: Any) -> None:
+    put(tmp_path / "cache/tuned", document(entry(level="fast", plan="fast", configs=_fast())))
+    out = tmp_path / "x.html"
+    words = ["report", "--device", "H200", "--results", str(results(tmp_path, row()))]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    assert "4.16x (lean)" in capsys.readouterr().out
+    assert "4.16x (lean)" in out.read_text() and "6.000 (lean)" in out.read_text()
+    results(tmp_path, row(), row(level="fast", ms=5.0))
+    assert cli.main([*words, "--out", str(out)]) == 0
+    assert "3.47x" in (said := capsys.readouterr().out) and "(lean)" not in said
+
+
+def _fast() -> dict[str, Any]:
+    problem = Problem()
+    return {stage: default_config(stage, problem) for stage in plan_named("fast").stages}
+
+
+# What is not used is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "--shape", ""], "no shape is named in ''"),
+        (["explain", "--shape", "9" * 5000 + "x1x1"], "unknown shape"),
+        (["generate", "--out", "x", "--shape", " , "], "no shape is named in ' , '"),
+        (["generate", "--stage", "scan", "--out", "x"], "takes no --out"),
+        (["generate", "--stage", "scan", "--shape", "train4k"], "takes no --shape"),
+        (["generate", "--stage", "scan", "--level", "lean"], "takes no --level"),
+        (["generate", "--stage", "scan", "--config", "BT=--64"], "'--64'"),
+        (["generate", "--stage", "scan", "--config", "BT=\u00b2"], "'\u00b2'"),
+        (["generate", "--stage", "scan", "--config", "BT=" + "9" * 5000], "scan.BT"),
+        (["generate", "--stage", "scan", "--config", "BT=64 BT=32"], "BT is given twice"),
+        (["generate", "--out", "x", "--language", "tilelang"], "--language tilelang"),
+        (["verify", "--list", "--json", "x"], "takes no --json"),
+        (["verify", "--tuned", "--interpreter"], "takes no --interpreter"),
+        (["verify", "--tuned", "--list"], "takes no --list"),
+        (["verify", "--tuned", "bf16-*"], "'bf16-*'"),
+        (["ledger", "--retest", "--json"], "takes no --json"),
+        (["ledger", "--retest", "--device", "H200"], "takes no --device"),
+        (["tune", "--only-failing", "--target", "H200"], "takes no --target"),
+        (["report", "--storage", "/no/such/file"], "--storage /no/such/file does not exist"),
+        (["report", "--results", "/no/such/file"], "/no/such/file"),
+        (["bench", "--shapes", ""], "no shape is named in ''"),
+        (["tune", "--shapes", ""], "no shape is named in ''"),
+    ],
+    ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else "",
+)
+def test_options_that_do_nothing_are_refused(words: list[str], said: str, capsys: Any) -> None:
+    assert cli.main(words) == cli.EXIT_USAGE
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_ledger_knows_the_stages(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", "--stage", "nope"])
+    assert "reverse_scan" in capsys.readouterr().err
+    assert cli.main(["ledger", "--device", "H200", "--stage", "pipeline"]) == 0
+
+
+# Streams
+
+
+@pytest.mark.parametrize("command", ["explain --device H200", "generate --stage scan"])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
+def test_closed_and_full_streams(command: str, redirection: str) -> None:
+    line = f"{sys.executable} -m gdn2gen {command} {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    full = "full" in redirection
+    assert done.returncode == (cli.EXIT_USAGE if full else 0), done.stderr
+    assert ("No space left" in done.stderr) == full and "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_broken_pipe_inside_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Only the reader of stdout may go without a word."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr("gdn2gen.dispatch.find_recipe", broken)
+    assert cli.main(["explain", "--device", "H200"]) == cli.EXIT_USAGE
+    assert "a worker has gone" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_spelled_out() -> None:
+    done = run("explain", "--device", os.fsdecode(b"X\xff9"), capture_output=True)
+    assert done.returncode == cli.EXIT_USAGE and "Traceback" not in done.stderr
+    assert "udcff" in done.stderr
+
+
+# For programs
+
+
+def test_explain_as_json(capsys: Any) -> None:
+    words = ["explain", "--device", "H200", "--shape", "train4k,2x77x5", "--json"]
+    assert cli.main(words) == 0
+    exact, near = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (exact["shape"], exact["source"], exact["tune"]) == ("train4k", "exact", None)
+    assert exact["device"]["name"] == "NVIDIA H200"
+    assert exact["configs"]["scan"]["BT"] in (16, 32, 64)
+    assert near["source"] == "nearest"
+    assert near["tune"] == "gdn2gen tune --head-dim 128 --shapes 2x77x5 --level lean"
+
+
+def test_diff_and_report_as_json(tmp_path: Path, capsys: Any) -> None:
+    old = put(tmp_path / "cache/tuned", document(entry(), entry(1000)))
+    new = tmp_path / "new.json"
+    faster = entry(measured={"forward_backward_ms": 0.7205})
+    new.write_text(document(faster, entry(1000)))
+    assert cli.main(["tuned", "diff", str(old), str(new), "--json"]) == 1
+    (found,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert found["ratio"] == pytest.approx(0.5) and found["new"]["level"] == "lean"
+    assert cli.main(["tuned", "diff", str(old), str(old), "--json"]) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main(["report", "--device", "H200", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [x["tuned_ms"] for x in rows] == [1.441, 1.441]
+    assert rows[0]["shape"] == "train4k" and rows[0]["device"] == "NVIDIA H200"
+    assert not Path("gdn2gen-report.html").exists()
+
+
+# What to do next
+
+
+def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
+    gate = ["--gate", "sigmoid", "--lower-bound", "-2", "--no-l2norm", "--dtype", "fp16"]
+    words = ["explain", "--device", "RTX 4090", "--head-dim", "64,128", "--level", "fast", *gate]
+    assert cli.main(words) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("tune ")]
+    command = line.split(maxsplit=1)[1]
+    assert command.startswith("gdn2gen tune --head-dim 64,128 --shapes train4k ")
+    args = cli.build_parser().parse_args(command.split()[1:])
+    assert args.level == "fast"
+    args.head_dim = args.head_dim[0]
+    from gdn2gen._cli_options import problem_of
+
+    given = cli.build_parser().parse_args(words)
+    assert problem_of(args).key == problem_of(given).key
+
+
+def test_what_is_exact_or_forced_needs_no_command() -> None:
+    assert tune_command(default_recipe(Problem())) is None
+    recipe = find_recipe(Problem(), SHAPES["train4k"].regime, H200)
+    assert (recipe.source, tune_command(recipe)) == ("exact", None)
+    packed = replace(recipe, source="default", regime=Regime(61, 3, 2))
+    assert parse_shapes((tune_command(packed) or "").split()[5]) == [SHAPES["varlen8k"]]
+
+
+def test_what_tune_files_calls_find(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """Without an export, of any variable."""
+    gpu = replace(H200, name="NVIDIA H999", slug="nvidia-h999")
+
+    def search(*, problem: Any, shapes: Any, device: Any, out_dir: Path, **_: Any) -> Any:
+        metadata = store.metadata_for(device, {}, "gdn2gen tune")
+        store.merge_entries(store.tuned_path(out_dir, "gdn2", device), metadata, [entry()])
+        return SimpleNamespace(problem=problem, device=device, results=[], table=lambda: "")
+
+    monkeypatch.setattr(tune, "tune", search, raising=False)
+    monkeypatch.setattr(_cli_tune, "present_or_target", lambda _: (gpu, True))
+    monkeypatch.setattr(_cli_tune, "in_source_tree", lambda: False)
+    regime = SHAPES["train4k"].regime
+    assert find_recipe(Problem(), regime, gpu).source != "exact"
+    assert cli.main(["tune", "--head-dim", "128", "--shapes", "train4k"]) == 0
+    assert "export" not in capsys.readouterr().out
+    found = find_recipe(Problem(), regime, gpu)
+    assert found.source == "exact" and found.file is not None
+    assert Path(found.file).is_relative_to(tmp_path / "cache" / "tuned")
+
+
+def test_a_package_in_triton_alone(tmp_path: Path, capsys: Any) -> None:
+    words = ["generate", "--target", "H200", "--out"]
+    assert cli.main([*words, str(tmp_path / "tuned")]) == 0
+    assert "need torch, triton and tilelang" in capsys.readouterr().out
+    assert cli.main([*words, str(tmp_path / "triton"), "--language", "triton"]) == 0
+    said = capsys.readouterr().out
+    assert "which need torch and triton, but not gdn2gen" in said
+    assert "Triton was asked for, so defaults stand in for" in said
+    texts = {path.name: path.read_text() for path in (tmp_path / "triton").glob("*.py")}
+    assert not any("tilelang" in text for text in texts.values())
+    pattern = r"gdn2gen (generate --out (?:[^\\\n]*\\\n)*[^\n]*)"
+    (command,) = re.findall(pattern, texts["__init__.py"])
+    again = command.replace("\\\n", " ").replace("DIR", str(tmp_path / "again")).split()
+    assert cli.main(again) == 0
+    assert {x.name: x.read_text() for x in (tmp_path / "again").glob("*.py")} == texts
+
+
+def test_a_stage_in_a_language(capsys: Any) -> None:
+    words = ["generate", "--stage", "scan", "--config", "BT=64"]
+    assert cli.main([*words, "--language", "tilelang"]) == 0
+    assert "import tilelang" in capsys.readouterr().out
+    assert cli.main([*words, "--language", "triton"]) == 0
+    assert "import tilelang" not in capsys.readouterr().out
+
+
+def test_dir_shows_what_there_is() -> None:
+    import gdn2gen
+
+    assert {"chunk_gdn2", "__version__"} <= {*dir(gdn2gen)}
+    for name in dir(gdn2gen):
+        getattr(gdn2gen, name)
+
+
+def test_advice_without_a_gpu_exists(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert cli.main(["bench"]) == cli.EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "named_device" not in error
+    for command in ("explain", "generate", "report"):
+        assert command in error
+    with pytest.raises(Exception, match="NVIDIA's") as raised:
+        named_device("MI300X")
+    assert "did you mean" not in str(raised.value)
+
+
+# Other libraries' words
+
+
+@pytest.mark.parametrize("variable", ["0", "1"])
+def test_libraries_are_silent_unless_asked(variable: str) -> None:
+    program = """
+import logging, warnings, tilelang
+from gdn2gen.knobs import hush, hush_tilelang
+hush()
+warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context!")
+hush_tilelang()
+logging.getLogger("tilelang.jit.kernel").info("TileLang begins to compile kernel")
+logging.getLogger("tilelang.jit.kernel").warning("of no use")
+logging.getLogger("tilelang.jit.kernel").error("a true error")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True,
+        env=os.environ | {"GDN2GEN_VERBOSE": variable},
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert "a true error" in said
+    for words in ("cuBLAS", "begins to compile", "of no use"):
+        assert (words in said) == (variable == "1"), words
