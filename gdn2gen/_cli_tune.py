@@ -180,4 +180,5 @@ def _search(
         )
     console().print(report.table())
     say_where(folder)
+    print(f"A page on it: gdn2gen report --device {report.device.slug}")
     return report

@@ -19,6 +19,8 @@ TUNED_SCHEMA: Final = 1
 Provenance = Literal["measured", "transferred", "predicted"]
 PROVENANCES: Final[tuple[str, ...]] = get_args(Provenance)
 
+# Of what a size may be: ratios of more are no floats.
+_LARGEST: Final = 2**63
 # Longest line of a tuned file, so that a problem and a config stay on one.
 _LINE: Final = 140
 _METADATA_KEYS: Final = ("schema", "gpu", "arch", "sms", "toolchain", "command", "date")
@@ -123,6 +125,8 @@ def parse_file(text: str) -> TunedFile:
     if type(schema) is not int or schema != TUNED_SCHEMA:
         raise StoreError(f"its schema is {schema!r}, but this gdn2gen reads {TUNED_SCHEMA}")
     _check_types("_metadata", metadata, {"gpu": str, "arch": str, "sms": int}, others=True)
+    if not 0 <= metadata["sms"] < _LARGEST:
+        raise StoreError(f"_metadata.sms must be a number of processors, but is {metadata['sms']}")
     if set(raw) != {"_metadata", "entries"} or not isinstance(raw["entries"], list):
         raise StoreError(f"it should hold _metadata and a list of entries, but holds {sorted(raw)}")
     entries: list[Entry] = []
@@ -169,8 +173,9 @@ def check_entry(entry: Entry) -> None:
     problem = Problem(**key, has_A_log=key["gate"] == "softplus")  # type: ignore[arg-type]
     if problem.key != key:
         raise StoreError(f"problem.bound must be left out where it is not known, but is in {key}")
-    if min(entry.regime_key.values()) < 0:
-        raise StoreError(f"regime has a negative size: {dict(entry.regime_key)}")
+    for name, size in entry.regime_key.items():
+        if not 0 <= size < _LARGEST:
+            raise StoreError(f"regime.{name} must be 0 or more and below 2^63, but is {size}")
     check_configs(entry.plan, entry.configs, problem)
     unknown = sorted(set(entry.templates) - set(DOMAINS))
     if unknown:

@@ -166,7 +166,8 @@ def check_gate(
     dt_bias: Tensor | None,
 ) -> None:
     """Check that the gate's options fit together. Raises InputError."""
-    if lower_bound is not None and not isinstance(lower_bound, int | float):
+    number = isinstance(lower_bound, int | float) and not isinstance(lower_bound, bool)
+    if lower_bound is not None and not number:
         raise InputError(f"lower_bound must be a number, but got {type(lower_bound).__name__}")
     if not use_gate_in_kernel:
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):

@@ -23,6 +23,7 @@ from gdn2gen import (
 )
 from gdn2gen.errors import Gdn2genError
 from gdn2gen.knobs import hush
+from gdn2gen.terminal import plain
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -189,9 +190,9 @@ def _readers_are_gone() -> bool:
 
 def _complain(text: str) -> None:
     with suppress(OSError):
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as a user reads it: what it says, not where in the package it was raised."""
-    return f"warning: {message}\n"
+    return f"warning: {plain(str(message))}\n"

@@ -102,7 +102,7 @@ def chunk_gdn2(
     tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens)
     watched = is_watched(tensors)
     dims = check_arguments(tensors, cu_seqlens_cpu, state_v_first, known=not watched)
-    if scale is not None and not isinstance(scale, float | int):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, float | int)):
         raise InputError(f"scale must be a number, but got {type(scale).__name__}")
     by_kernels = _by_kernels(q.device)
     head_dims = dims.K, dims.V

@@ -9,7 +9,10 @@ import tempfile
 import pytest
 
 _CACHE = pytest.StashKey[str]()
-_SETTINGS = ("GDN2GEN_CACHE_DIR", "GDN2GEN_TUNED_DIR", "GDN2GEN_STRICT", "GDN2GEN_DEBUG")
+_SETTINGS = (
+    *("GDN2GEN_CACHE_DIR", "GDN2GEN_TUNED_DIR", "GDN2GEN_STRICT", "GDN2GEN_DEBUG"),
+    *("GDN2GEN_VERBOSE", "COLUMNS"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -91,8 +90,8 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a file gives a finite number above 0 here, as times, memory and errors are."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Whether a file gives a number above 0 that a float holds, as times, memory and errors are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
 
 
 def lines(entries: Iterable[Entry], device: Device, fla: Iterable[FlaTime]) -> list[Line]:

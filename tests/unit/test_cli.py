@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,18 +51,22 @@ def _run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 # Help and version
 
 
-@pytest.mark.parametrize("words", [[], *([name] for name in NAMES)])
+ACTIONS = [["tuned", name] for name in ("export", "import", "merge", "diff")]
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in NAMES), *ACTIONS], ids=" ".join)
 def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--help"])
     assert ended.value.code == 0
-    assert "Example: gdn2gen" in capsys.readouterr().out
+    (example,) = re.findall(r"Example: (gdn2gen .*)", " ".join(capsys.readouterr().out.split()))
+    if words:
+        cli.build_parser().parse_args(shlex.split(example)[1:])
+        assert example.startswith(" ".join(["gdn2gen", *words]))
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=NAMES)
 def test_example_is_understood(command: cli.Command) -> None:
-    import shlex
-
     program, name, *options = shlex.split(command.example)
     assert (program, name) == ("gdn2gen", command.name)
     assert cli.build_parser().parse_args([name, *options]).command == name
@@ -230,8 +235,6 @@ def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_in_a_kernel_regenerates_it(
     problem: Problem, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shlex
-
     source = render(problem, "prepare", default_config("prepare", problem)).source
     (command,) = re.findall(r"gdn2gen (generate [^\\\n]*(?:\\\n[^\\\n]*)*)", source)
     command = command.replace("\\\n", " ")

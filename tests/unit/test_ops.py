@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gdn2gen
 from gdn2gen import _autograd, ops, reference
+from gdn2gen.arguments import FLAGS
 from gdn2gen.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.inputs import make_inputs
 from gdn2gen.plans import PLANS
@@ -135,6 +136,13 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
         r"dt_bias must be \[128\] or \[4, 32\], but got \(32,\)",
     ),
     "scale": (lambda x: {"scale": "1"}, "scale must be a number, but got str"),
+    "scale-bool": (lambda x: {"scale": True}, "scale must be a number, but got bool"),
+    "gate-bound-bool": (lambda x: GATED | {"lower_bound": True}, "lower_bound must be a number"),
+    **{
+        f"flag-{name}": (lambda x, name=name: {name: "no"}, f"{name} must be True or False.*'no'")
+        for name in FLAGS
+    },
+    "flag-none": (lambda x: {"state_v_first": None}, "state_v_first must be .*got None"),
     "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
 }
 # Refused by the kernels only: the reference takes any head dim, and float64.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,21 @@ print(seconds)
 """
     # Processor time; a second try, since the first may have had to write bytecode.
     assert any(float(_python(program)) < 1.0 for _ in range(2))
+
+
+def test_tests_see_nothing_of_the_users(tmp_path: Path) -> None:
+    """Neither settings, nor what was tuned; and they leave nothing in the user's cache."""
+    probe = tmp_path / "test_probe.py"
+    probe.write_text("from gdn2gen import paths\ndef test_it(): print(paths.user_tuned_dir())\n")
+    mine = tmp_path / "mine"
+    environment = os.environ | {"GDN2GEN_TUNED_DIR": str(mine), "GDN2GEN_CACHE_DIR": str(mine)}
+    command = [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", str(probe)]
+    options = [f"--confcutdir={ROOT / 'tests'}", "-p", "tests.conftest", f"--rootdir={tmp_path}"]
+    done = subprocess.run(
+        [*command, *options], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gdn2gen-tests-" in done.stdout and str(mine) not in done.stdout
 
 
 def test_the_package_itself_is_free() -> None:

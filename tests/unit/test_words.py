@@ -220,6 +220,7 @@ def test_report_of_odd_metadata(metadata: dict[str, Any], tmp_path: Path, capsys
     [
         ({"measured": {"forward_backward_ms": 1.441, "peak_mib": "much"}}, "measured.peak_mib"),
         ({"measured": {"forward_backward_ms": 1.441, "spread": [1]}}, "measured.spread"),
+        ({"measured": {"forward_backward_ms": 1.441, "n": 10**400}}, "measured.n"),
         ({"gate": {"o": "small", "dq": 1e-3}}, "gate.o"),
         ({"gate": {"o": None, "dq": {"a": 1}}}, "gate.dq"),
     ],
@@ -232,6 +233,21 @@ def test_report_of_odd_figures_names_them(
     with pytest.warns(UserWarning, match=re.escape(named)):
         assert cli.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
     assert "1.441" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokens", "sequences", "heads"])
+@pytest.mark.parametrize("size", [-1, 10**400])
+def test_sizes_beyond_a_float_are_no_entry(name: str, size: int, tmp_path: Path) -> None:
+    regime = Regime(16384, 4, 16).key | {name: size}
+    put(tmp_path / "cache/tuned", document(entry(regime_key=regime)))
+    with pytest.warns(UserWarning, match=rf"regime\.{name} must be"):
+        assert cli.main(["explain", "--device", "H200"]) == 0
+
+
+def test_processors_beyond_a_float_are_no_gpu(tmp_path: Path) -> None:
+    put(tmp_path / "cache/tuned", document(entry(), sms=10**400))
+    with pytest.warns(UserWarning, match=r"_metadata\.sms must be"):
+        assert cli.main(["explain", "--device", "H100 PCIe"]) == 0
 
 
 @pytest.mark.parametrize("level", [[], {}, None, 5, "\ud800"], ids=str)
