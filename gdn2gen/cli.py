@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TextIO
 
 from gdn2gen import (
     __version__,
@@ -177,15 +178,24 @@ def _mend_streams() -> None:
 
 def _readers_are_gone() -> bool:
     """Whether stdout or stderr takes no more; what waits there is dropped, not written at exit."""
-    gone = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            gone = True
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return gone
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _is_gone(stream)]
+    for stream in gone:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(gone)
+
+
+def _is_gone(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+        # without buffers nothing waits to be written that could fail again
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except io.UnsupportedOperation:
+        return False  # no file of the system, such as a test's
+    except OSError:
+        return True
 
 
 def _complain(text: str) -> None:

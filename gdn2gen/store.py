@@ -233,8 +233,9 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
 
     Of two entries for the same problem, regime and level the better stays: templates that still
     fit before stale ones, measured before transferred before predicted, then the shorter
-    `forward_backward_ms` (and `forward_ms`); a tie keeps the old one. Other processes may merge at
-    the same time (`<path>.lock` orders them). A merge that changes no entry leaves the file alone.
+    `forward_backward_ms` (and `forward_ms`), of predicted ones the lower cost; a tie keeps the old
+    one. Other processes may merge at the same time (`<path>.lock` orders them). A merge that
+    changes no entry leaves the file alone.
 
     Raises StoreError, and changes nothing, if an entry is not valid, or if the file at `path`
     cannot be read or is of another GPU.
@@ -286,12 +287,17 @@ def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> 
 
 
 def rank(entry: Entry) -> tuple[float, ...]:
-    """Less is better: not stale, then provenance, then milliseconds."""
+    """Less is better: not stale, then provenance, then milliseconds, or the cost that is predicted.
+
+    A later ranking of a target knows all that an earlier one did.
+    """
+    cost = entry.measured.get("predicted_bytes")
     return (
         is_stale(entry),
         PROVENANCES.index(entry.provenance),
         entry.measured.get("forward_backward_ms", math.inf),
         entry.measured.get("forward_ms", math.inf),
+        cost if isinstance(cost, int | float) else math.inf,
     )
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -23,12 +24,22 @@ def console(*, stderr: bool = False) -> Console:
 
     Reasons, paths and names may hold what rich would take for markup or emoji, such as `[/x]`.
     """
-    from rich.console import Console
-
     stream = sys.stderr if stderr else sys.stdout
     known = "COLUMNS" in os.environ or stream is None or stream.isatty()
     width = None if known else _PIPE
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    return _kind()(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+@cache
+def _kind() -> type[Console]:
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to the command line, which knows how to end; rich would exit with 1."""
+            raise BrokenPipeError
+
+    return Plain
 
 
 def text_width() -> int:

@@ -139,6 +139,16 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert {*stopped.compiled[:10], *again.compiled[:10]} <= {*findings(tmp_path).compiled}
 
 
+def test_what_a_later_run_ranks_better_takes_the_place(tmp_path):
+    costs = []
+    for _ in range(4):
+        report = rank(FakeCompilers(), tmp_path, minutes=0.5)
+        (entry,) = store.load_tuned(report.path, DEVICE).entries
+        assert entry.configs == report.results[0].candidate.by_stage
+        costs.append(entry.measured["predicted_bytes"])
+    assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
+
+
 def findings(tmp_path):
     path = findings_path("gdn2", DEVICE)
     return Findings(path, PROBLEM, open_ledger("gdn2", DEVICE))

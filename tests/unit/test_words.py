@@ -431,6 +431,20 @@ def test_closed_and_full_streams(command: str, redirection: str) -> None:
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["explain --device H200", "report --device H200 --out PAGE"])
+def test_a_reader_that_goes_is_no_error(command: str, unbuffered: str, tmp_path: Path) -> None:
+    put(tmp_path / "cache/tuned", document(*(entry(1000 * n) for n in range(1, 40))))
+    page = tmp_path / "page.html"
+    line = f"{sys.executable} -m gdn2gen {command}".replace("PAGE", str(page))
+    script = f"set -o pipefail; {line} | true; echo $?; {line} 2>&1 | true; echo $?"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=False,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered, "COLUMNS": "40"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("0\n0\n", "")
+
+
 def test_a_broken_pipe_inside_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Only the reader of stdout may go without a word."""
 
