@@ -7,10 +7,16 @@ import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
-from gdn2gen._cli_options import add_problem, add_target, present_or_target, problem_of, refuse
+from gdn2gen._cli_options import (
+    add_problem,
+    add_target,
+    present_or_target,
+    problem_of,
+    refuse,
+    some_path,
+)
 from gdn2gen.config import DOMAINS, Config, Knob, default_config, language_of
 from gdn2gen.errors import ConfigError, InputError
 from gdn2gen.plans import LEVELS
@@ -63,7 +69,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "GPU or bare target whose tuned configs are taken (the present GPU, or sm_90); with "
         "--stage, also compile for it and report its resources on stderr",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write a package to this folder")
+    parser.add_argument(
+        "--out", type=some_path, metavar="DIR", help="write a package to this folder"
+    )
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(
         "--language",
@@ -108,10 +116,10 @@ def generate(args: argparse.Namespace) -> int:
         recipe = in_triton(recipe)
     files = generate_package(problem, args.out, recipe)
     print(explain_recipe(recipe, text_width()))
-    needs = "torch and triton"
+    needs, hint = "torch and triton", ""
     if any(language_of(x) == "tilelang" for x in recipe.configs.values()):
-        needs = "torch, triton and tilelang (with --language triton not the last)"
-    print(f"wrote {len(files)} files, which need {needs}, but not gdn2gen:")
+        needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"
+    print(f"wrote {len(files)} files, which need {needs} but not gdn2gen{hint}:")
     for file in files:
         print(f"  {file}")
     return 0

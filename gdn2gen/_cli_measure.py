@@ -15,6 +15,7 @@ from gdn2gen._cli_options import (
     bound_option,
     parse_head_dim,
     refuse,
+    some_path,
 )
 from gdn2gen.errors import DeviceError, InputError
 from gdn2gen.plans import LEVELS
@@ -42,7 +43,9 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check and time the tuned entries of this GPU again, instead of the accuracy suite",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--json", type=some_path, metavar="FILE", help="also write the results here"
+    )
     parser.set_defaults(run=verify)
 
 
@@ -156,7 +159,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also time stage by stage, beside the rates of a copy and of a large product",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument("--json", type=some_path, metavar="FILE", help="also write the rows here")
     parser.add_argument(
         "--save",
         action="store_true",

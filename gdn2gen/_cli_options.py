@@ -139,6 +139,18 @@ def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
     )
 
 
+def some_text(text: str) -> str:
+    """A text that is not empty (argparse type): an empty variable of a shell is no wish."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"takes a name or a path, but got {text!r}")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """A path that is not empty (argparse type)."""
+    return Path(some_text(text))
+
+
 def minutes(text: str) -> float:
     """A positive number of minutes (argparse type)."""
     try:

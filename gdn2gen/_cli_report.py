@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gdn2gen._cli_options import in_source_tree, present_or_target
+from gdn2gen._cli_options import in_source_tree, present_or_target, some_path, some_text
 from gdn2gen.errors import InputError, StoreError, TunedFileWarning
 from gdn2gen.problem import OPS
 from gdn2gen.terminal import Sheet, console
@@ -28,17 +28,20 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
     )
     parser.add_argument(
-        "--storage", metavar="URL", help="the searches' Optuna storage (a file in the user's cache)"
+        "--storage",
+        type=some_text,
+        metavar="URL",
+        help="the searches' Optuna storage (a file in the user's cache)",
     )
     parser.add_argument(
         "--results",
-        type=Path,
+        type=some_path,
         metavar="FILE",
         help="results of `bench --vs fla --save` to show beside (docs/results of a source tree)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="FILE",
         help=f"the page ({PAGE}; with --json none)",
     )

@@ -18,6 +18,8 @@ from gdn2gen._cli_options import (
     problem_of,
     refuse,
     say_where,
+    some_path,
+    some_text,
 )
 from gdn2gen.errors import InputError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
@@ -47,7 +49,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="folder of tuned files (GDN2GEN_TUNED_DIR, else tuned/ of a source tree, else the "
         "user's cache)",
@@ -60,6 +62,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--storage",
+        type=some_text,
         metavar="URL",
         help="Optuna storage that several GPUs or hosts share (a file in the user's cache)",
     )

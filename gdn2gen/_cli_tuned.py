@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdn2gen._cli_options import present_or_target, say_where
+from gdn2gen._cli_options import present_or_target, say_where, some_path
 from gdn2gen._store_format import entry_to
 from gdn2gen.errors import StoreError
 from gdn2gen.problem import OPS
@@ -31,7 +31,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
     )
-    export.add_argument("--to", type=Path, metavar="FILE", help="(standard output)")
+    export.add_argument("--to", type=some_path, metavar="FILE", help="(standard output)")
     export.set_defaults(run=export_tuned)
     take = _action(
         actions,
@@ -39,11 +39,11 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "merge a file into the folder that calls look at",
         "gdn2gen tuned import h200.json",
     )
-    take.add_argument("file", type=Path)
+    take.add_argument("file", type=some_path)
     take.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
     take.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="folder of tuned files (GDN2GEN_TUNED_DIR, else the user's cache)",
     )
@@ -54,14 +54,14 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "merge files of one GPU; the faster valid entry stays",
         "gdn2gen tuned merge mine.json theirs.json --to both.json",
     )
-    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    merge.add_argument("--to", type=Path, metavar="FILE", required=True)
+    merge.add_argument("files", type=some_path, nargs="+", metavar="FILE")
+    merge.add_argument("--to", type=some_path, metavar="FILE", required=True)
     merge.set_defaults(run=merge_tuned)
     compare = _action(
         actions, "diff", "show what two files differ in", "gdn2gen tuned diff old.json new.json"
     )
-    compare.add_argument("old", type=Path)
-    compare.add_argument("new", type=Path)
+    compare.add_argument("old", type=some_path)
+    compare.add_argument("new", type=some_path)
     compare.add_argument(
         "--json", action="store_true", help="one JSON object per line, one for each difference"
     )

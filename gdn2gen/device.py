@@ -186,7 +186,7 @@ def named_device(name: str) -> Device:
     hint = ", ".join(dict.fromkeys(_by_loose_name()[x].slug for x in near))
     raise DeviceError(
         f"unknown GPU {name!r}{'; did you mean ' + hint + '?' if hint else '.'} "
-        f"NVIDIA's from sm_80 on are served: give a bare target ({', '.join(_ARCHES)}) or one of: "
+        f"Give a bare target ({', '.join(_ARCHES)}) or one of NVIDIA's GPUs: "
         f"{', '.join(_by_slug())}"
     )
 

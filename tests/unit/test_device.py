@@ -67,7 +67,7 @@ def test_no_gpu_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert not has_gpu()
     for ask in (present_device, lambda: present_device(0)):
-        with pytest.raises(DeviceError, match=r"no GPU is present.*named_device"):
+        with pytest.raises(DeviceError, match=r"no GPU is present.*takes a named GPU instead"):
             ask()
 
 

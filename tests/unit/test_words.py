@@ -408,6 +408,21 @@ def test_options_that_do_nothing_are_refused(words: list[str], said: str, capsys
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("tune --storage", "tune --out", "quick --budget", "report --storage", "report --out"),
+        *("generate --out", "bench --json", "tuned export --to", "tuned import"),
+    ],
+)
+def test_an_empty_value_is_refused(words: str, capsys: Any) -> None:
+    """As of a shell's variable that is not set; it would be the present folder, or the default."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words.split(), ""])
+    assert ended.value.code == cli.EXIT_USAGE
+    assert "but got ''" in capsys.readouterr().err
+
+
 def test_ledger_knows_the_stages(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         cli.main(["ledger", "--stage", "nope"])
@@ -549,7 +564,7 @@ def test_a_package_in_triton_alone(tmp_path: Path, capsys: Any) -> None:
     assert "need torch, triton and tilelang" in capsys.readouterr().out
     assert cli.main([*words, str(tmp_path / "triton"), "--language", "triton"]) == 0
     said = capsys.readouterr().out
-    assert "which need torch and triton, but not gdn2gen" in said
+    assert "which need torch and triton but not gdn2gen:" in said
     assert "Triton was asked for, so defaults stand in for" in said
     texts = {path.name: path.read_text() for path in (tmp_path / "triton").glob("*.py")}
     assert not any("tilelang" in text for text in texts.values())
