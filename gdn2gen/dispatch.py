@@ -127,7 +127,8 @@ def find_recipe(
     if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
             f"strict mode wants an exact entry, but the best is {recipe.source!r}: {recipe.why}. "
-            "Run `gdn2gen tune` for this problem and shape on this GPU, or unset GDN2GEN_STRICT\n"
+            f"Run `{tune_command(recipe)}` on this GPU, or leave strict mode (GDN2GEN_STRICT, "
+            "--strict)\n"
             f"{explain_recipe(recipe)}"
         )
     return recipe
