@@ -299,7 +299,7 @@ def change(raw, *place, value):
         (("problem", "K"), 48, "head dim K=48"),
         (("problem", "l2norm"), 1, "problem.l2norm must be of bool"),
         (("regime", "tokens"), "many", "regime.tokens must be of int"),
-        (("regime", "tokens"), -1, "negative"),
+        (("regime", "tokens"), -1, "must be 0 or more"),
         (("measured", "forward_backward_ms"), "fast", "measured.forward_backward_ms"),
         (("measured",), [], "measured must be a dict"),
         (("templates", "teleport"), "abc", "unknown stages ['teleport']"),
