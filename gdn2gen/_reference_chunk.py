@@ -52,11 +52,30 @@ def _one_chunk(chunk: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.stack((erase * k, q))
     from_entry_erase, from_entry_query = ((rows * gamma) @ state).unbind()
     T, Aqk = _decayed_scores(rows, k, decay).unbind()
-    Aqk = Aqk + torch.diag_embed((q * k).sum(-1))  # A token reads its own write undecayed.
     # unitriangular: the diagonal of I + T is implied, T itself is strictly lower.
     R = torch.linalg.solve_triangular(T, z - from_entry_erase, upper=False, unitriangular=True)
     k_tail = k * _sum_of_later(decay).exp()
-    return from_entry_query + Aqk @ R, gamma[..., -1, :, None] * state + k_tail.mT @ R
+    own = (q * k).sum(-1, keepdim=True) * R  # A token reads its own write undecayed.
+    o = from_entry_query + own + _below_diagonal(Aqk, R)
+    return o, gamma[..., -1, :, None] * state + k_tail.mT @ R
+
+
+def _below_diagonal(scores: Tensor, x: Tensor) -> Tensor:
+    """The product of strictly lower triangular [..., C, C], C a power of two, and [..., C, V].
+
+    By the lower left quarters of blocks of 2, 4, ..., C rows: the upper triangle is left out, since
+    a zero there times the NaN or infinity of a later row would be NaN.
+    """
+    total = torch.zeros_like(x)
+    size = 1
+    while size < x.shape[-2]:
+        halves = torch.unflatten(torch.unflatten(scores, -1, (-1, 2, size)), -4, (-1, 2, size))
+        quarters = halves[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        early = torch.unflatten(x, -2, (-1, 2, size))[..., 0, :, :]
+        late = quarters @ early
+        total = total + torch.stack((torch.zeros_like(late), late), -3).flatten(-4, -2)
+        size *= 2
+    return total
 
 
 def _decayed_scores(rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ within the batch: a value outside of 0 .. T counts as 0 or T, one that falls as 
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, chunks of 32 tokens
 
-Template digest 80c0ba8842d7e43e; made by
+Template digest 46e8d34b5d000b54; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --out DIR
 """

@@ -31,7 +31,7 @@ slices, frame by frame.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 1595873b3cde5a07; made by
+Template digest 552711adef448b03; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4
@@ -76,14 +76,14 @@ def next_frame(b_G, b_anchor):
 
     Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
     columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
-    all of them in a channel that has no token left (its anchor becomes -inf).
+    all of them in a channel that has no token left (its anchor becomes -inf). NaN stays NaN.
     """
     b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
     b_anchor = tl.max(b_left, 0)
-    m_column = b_G >= (b_anchor - RANGE)[None, :]
-    m_row = m_column & (b_G <= b_anchor[None, :])
-    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
-    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    m_below = b_G < (b_anchor - RANGE)[None, :]
+    m_other = m_below | (b_G > b_anchor[None, :])
+    b_row = tl.where(m_other, 0.0, tl.exp2(b_G - b_anchor[None, :]))
+    b_column = tl.where(m_below, 0.0, tl.exp2(b_anchor[None, :] - b_G))
     return b_anchor, b_row, b_column
 
 
@@ -206,7 +206,8 @@ def grad_key_kernel(
         b_dq *= b_row
         b_de *= b_row
         b_dk *= b_column
-        n_exact = tl.where(tl.min(b_gamma_C) >= LEAST_GAMMA, n_rows, 0)
+        # NaN, of which nothing is less, belongs to this kernel
+        n_exact = tl.where(tl.min(b_gamma_C) < LEAST_GAMMA, 0, n_rows)
         n_exact = tl.where(i_first + i_n < NT, n_exact, 0)
         m_out = (o_t < n_exact)[:, None] & (o_k < K)[None, :]
         m_sums = o_k < K * tl.minimum(n_exact, 1)

@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 601cde67b72e796e; made by
+Template digest e17e1e92d9df29e7; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -227,13 +227,13 @@ def program():
                 tile.reduce_sum(b_SdS, b_dgamma, dim=1)
 
                 for i, j in tile.Parallel(BK, BT):
-                    # rows past the end of the sequence are another one's
+                    # rows past the end of the sequence are another one's, perhaps with a NaN
                     b_dG[i, j] = tile.if_then_else(j < n_rows, s_G[j, i], 0.0)
                     b_row[i, j] = tile.exp2(b_dG[i, j])
                     b_column[i, j] = tile.exp2(-b_dG[i, j])
-                    b_k[i, j] = tile.cast(s_k[j, i], "float32") * s_k_rstd[j]
-                    b_q[i, j] = tile.cast(s_q[j, i], "float32") * (s_q_rstd[j] * scale)
-                    b_b[i, j] = tile.cast(s_b[j, i], "float32")
+                    b_k[i, j] = tile.if_then_else(j < n_rows, tile.cast(s_k[j, i], "float32"), 0.0) * s_k_rstd[j]
+                    b_q[i, j] = tile.if_then_else(j < n_rows, tile.cast(s_q[j, i], "float32"), 0.0) * (s_q_rstd[j] * scale)
+                    b_b[i, j] = tile.if_then_else(j < n_rows, tile.cast(s_b[j, i], "float32"), 0.0)
                     b_dk[i, j] *= s_gamma[i]
                     b_de[i, j] = -b_de[i, j]
                 # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes
@@ -354,14 +354,14 @@ def next_frame(b_G, b_anchor):
 
     Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
     columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
-    all of them in a channel that has no token left (its anchor becomes -inf).
+    all of them in a channel that has no token left (its anchor becomes -inf). NaN stays NaN.
     """
     b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
     b_anchor = tl.max(b_left, 0)
-    m_column = b_G >= (b_anchor - RANGE)[None, :]
-    m_row = m_column & (b_G <= b_anchor[None, :])
-    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
-    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    m_below = b_G < (b_anchor - RANGE)[None, :]
+    m_other = m_below | (b_G > b_anchor[None, :])
+    b_row = tl.where(m_other, 0.0, tl.exp2(b_G - b_anchor[None, :]))
+    b_column = tl.where(m_below, 0.0, tl.exp2(b_anchor[None, :] - b_G))
     return b_anchor, b_row, b_column
 
 

@@ -22,7 +22,7 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=32 BT=64 chunks=1 decay=tree language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest 74517c61dae1ab09; made by
+Template digest fc0d7201344e09ed; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=32,BT=64,chunks=1,decay=tree,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
@@ -180,7 +180,7 @@ def prepare_kernel(
             b_k = b_k.to(tl.float16)
             b_e = b_e.to(tl.float16)
             b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
-            b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2)
+            b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
             b_prefix = tl.exp2(b_decay)
             b_suffix = tl.full(b_decay.shape, 1.0, tl.float32)
             for i_level in tl.static_range(0, 4):

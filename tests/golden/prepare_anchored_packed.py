@@ -22,7 +22,7 @@ anchor of its own. What a later token decays by adds exact zeros to earlier rows
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
-Template digest 3d92599fc973e024; made by
+Template digest 30a02141ab974cfb; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=tf32
@@ -64,14 +64,14 @@ def next_frame(b_G, b_anchor):
 
     Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
     columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
-    all of them in a channel that has no token left (its anchor becomes -inf).
+    all of them in a channel that has no token left (its anchor becomes -inf). NaN stays NaN.
     """
     b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
     b_anchor = tl.max(b_left, 0)
-    m_column = b_G >= (b_anchor - RANGE)[None, :]
-    m_row = m_column & (b_G <= b_anchor[None, :])
-    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
-    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    m_below = b_G < (b_anchor - RANGE)[None, :]
+    m_other = m_below | (b_G > b_anchor[None, :])
+    b_row = tl.where(m_other, 0.0, tl.exp2(b_G - b_anchor[None, :]))
+    b_column = tl.where(m_below, 0.0, tl.exp2(b_anchor[None, :] - b_G))
     return b_anchor, b_row, b_column
 
 
@@ -192,14 +192,15 @@ def prepare_kernel(
         b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
         b_g += tl.load(dt_bias + i_hg * K + o_k)[None, :]
         b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
-        b_g = softplus(b_g)
-        b_decay = tl.where(m_tk, tl.maximum(-b_rate * b_g * LOG2E, SMALLEST_LOG2), 0.0)
+        b_g = -b_rate * softplus(b_g)
+        b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+        b_decay = tl.where(m_tk, b_decay, 0.0)
         b_G = tl.cumsum(b_decay, 0)
         b_G_C = tl.min(b_G, 0)
         b_least = tl.minimum(b_least, b_G_C)
-        m_frame = b_G >= -RANGE
-        b_row = tl.where(m_frame, tl.exp2(b_G), 0.0)
-        b_column = tl.where(m_frame, tl.exp2(-b_G), 0.0)
+        m_below = b_G < -RANGE  # not of a NaN
+        b_row = tl.where(m_below, 0.0, tl.exp2(b_G))
+        b_column = tl.where(m_below, 0.0, tl.exp2(-b_G))
         b_q = (b_q * b_row).to(tl.bfloat16)
         b_e = (b_e * b_row).to(tl.bfloat16)
         b_T, b_Aqk = score(b_T, b_Aqk, b_q, b_e, (b_k * b_column).to(tl.bfloat16))
@@ -225,8 +226,9 @@ def prepare_kernel(
             b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
             b_g += tl.load(dt_bias + i_hg * K + o_k)[None, :]
             b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
-            b_g = softplus(b_g)
-            b_decay = tl.where(m_tk, tl.maximum(-b_rate * b_g * LOG2E, SMALLEST_LOG2), 0.0)
+            b_g = -b_rate * softplus(b_g)
+            b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+            b_decay = tl.where(m_tk, b_decay, 0.0)
             b_G = tl.cumsum(b_decay, 0)
             b_G_C = tl.min(b_G, 0)
             b_anchor = tl.zeros([BK], tl.float32)

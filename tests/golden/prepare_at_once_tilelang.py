@@ -24,7 +24,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest 0ee2cc384c3fe80d; made by
+Template digest 5c7a9e1fa9e579a3; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -159,7 +159,9 @@ def program():
                 # two channels and PART tokens a thread
                 for i in tile.unroll(PART):
                     for c in tile.vectorized(2):
-                        x_G[i, c] = tile.max(tile.cast(s_g[i_token + i, i_channel + c], "float32") * log2e, smallest_log2)
+                        x_G[i, c] = tile.cast(s_g[i_token + i, i_channel + c], "float32") * log2e
+                for i, c in tile.grid(PART, 2):
+                    x_G[i, c] = tile.if_then_else(x_G[i, c] < smallest_log2, smallest_log2, x_G[i, c])
                 # sums over the thread's own tokens, and what lies before them
                 for i in tile.unroll(1, PART):
                     for c in tile.unroll(2):
@@ -273,14 +275,14 @@ def next_frame(b_G, b_anchor):
 
     Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
     columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
-    all of them in a channel that has no token left (its anchor becomes -inf).
+    all of them in a channel that has no token left (its anchor becomes -inf). NaN stays NaN.
     """
     b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
     b_anchor = tl.max(b_left, 0)
-    m_column = b_G >= (b_anchor - RANGE)[None, :]
-    m_row = m_column & (b_G <= b_anchor[None, :])
-    b_row = tl.where(m_row, tl.exp2(b_G - b_anchor[None, :]), 0.0)
-    b_column = tl.where(m_column, tl.exp2(b_anchor[None, :] - b_G), 0.0)
+    m_below = b_G < (b_anchor - RANGE)[None, :]
+    m_other = m_below | (b_G > b_anchor[None, :])
+    b_row = tl.where(m_other, 0.0, tl.exp2(b_G - b_anchor[None, :]))
+    b_column = tl.where(m_below, 0.0, tl.exp2(b_anchor[None, :] - b_G))
     return b_anchor, b_row, b_column
 
 
@@ -381,7 +383,7 @@ def later_frames_kernel(
                 b_k *= b_k_rstd[:, None]
                 b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
                 b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
-                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2)
+                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
                 b_G = tl.cumsum(b_decay, 0)
                 b_self += tl.sum(b_q * b_k, 1)
                 b_lowest = tl.minimum(b_lowest, tl.min(b_G, 1))
@@ -411,7 +413,7 @@ def later_frames_kernel(
                 b_k *= b_k_rstd[:, None]
                 b_e = b_k * tl.load(b + p_g, mask=m_tk, other=0.0).to(tl.float32)
                 b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
-                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2)
+                b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
                 b_G = tl.cumsum(b_decay, 0)
                 b_Y = -tl.dot(b_A, (b_e * tl.exp2(b_G)).to(tl.bfloat16))
                 p_tile = i_tile * BT * K + o_t[:, None] * K + o_k[None, :]

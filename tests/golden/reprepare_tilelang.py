@@ -17,7 +17,7 @@ its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest 72532fd33dfd21ea; made by
+Template digest 056df5d46dae0ba7; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reprepare --config \
       BK=128,BT=32,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4
@@ -118,7 +118,9 @@ def program():
                 # two channels and PART tokens a thread
                 for i in tile.unroll(PART):
                     for c in tile.vectorized(2):
-                        x_G[i, c] = tile.max(tile.cast(s_g[i_token + i, i_channel + c], "float32") * log2e, smallest_log2)
+                        x_G[i, c] = tile.cast(s_g[i_token + i, i_channel + c], "float32") * log2e
+                for i, c in tile.grid(PART, 2):
+                    x_G[i, c] = tile.if_then_else(x_G[i, c] < smallest_log2, smallest_log2, x_G[i, c])
                 # sums over the thread's own tokens, and what lies before them
                 for i in tile.unroll(1, PART):
                     for c in tile.unroll(2):

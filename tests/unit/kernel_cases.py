@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import not_finite
 from torch import Tensor
 
+from gdn2gen import call as calls
 from gdn2gen import launch, passes
 from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
 from gdn2gen._bench_time import call_of
@@ -311,6 +313,37 @@ def run_extreme(name: str, plan: str, knobs: tuple[tuple[str, int | str], ...]) 
     finally:
         passes.poison(False)
     return relative_errors(results, run_reference(extreme.problem, inputs, gradients))
+
+
+NOT_FINITE: Final[dict[str, tuple[Problem, str, tuple[tuple[str, int | str], ...]]]] = {
+    "log": (_STATES, "lean", (("decay", "log"),)),
+    "anchored": (replace(_STATES, gate="softplus", has_A_log=True), "states", ()),
+    "bounded": (
+        replace(_STATES, gate="sigmoid", has_dt_bias=True, bound=2),
+        "fast",
+        (BOUNDED,),
+    ),
+    "parallel": (_STATES, "fast", (("decay", "tree"), ("BV", 32), ("segments", "parallel"))),
+    "packed": (replace(_STATES, varlen=True), "lean", (("decay", "anchored"),)),
+}
+
+
+def run_not_finite(name: str) -> list[str]:
+    """What is wrong with where NaN comes out; segments are of one chunk."""
+    from gdn2gen.ops import chunk_gdn2
+
+    problem, plan, knobs = NOT_FINITE[name]
+    named = Case(name, problem, _shape(1, 40, 1))
+    recipe = KernelCase(named, plan, (("BT", 16), *knobs)).recipe
+    chosen = [x for x in not_finite.spots(problem) if x.name not in ("q", "k", "b", "w")]
+    segment, calls.SEGMENT = calls.SEGMENT, 1
+    try:
+        with forced_recipe(recipe):
+            return not_finite.faults(
+                problem, 16, lambda *given: run_op(chunk_gdn2, problem, *given), "cpu", chosen
+            )
+    finally:
+        calls.SEGMENT = segment
 
 
 def _some_resets(inputs: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel_cases import BOUNDED, CASES, EXTREMES, KernelCase
+from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
 
 from gdn2gen._verify_checks import Result
 from gdn2gen.inputs import REGIMES
@@ -29,7 +29,8 @@ BF16_CORRELATED = dict.fromkeys(("o", "final_state", "dq", "dk", "dv", "dg", "db
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = (str(HERE.parents[1]), str(HERE.parent), str(HERE))
+    paths = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
     worker = Worker(
         {
             "TRITON_INTERPRET": "1",
@@ -129,6 +130,13 @@ def test_bounded_chunks_that_lose_all_they_can(plan: str, worker: Worker) -> Non
     assert outcome.ok, outcome.reason
     over = {output: error for output, error in outcome.get().items() if not error <= 1e-5}
     assert not over
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_nan_comes_out_and_goes_no_further_than_its_chunk(name: str, worker: Worker) -> None:
+    outcome: Outcome[list[str]] = worker.call("kernel_cases:run_not_finite", name, timeout=300)
+    assert outcome.ok, outcome.reason
+    assert not outcome.get()
 
 
 def test_the_list_leaves_nothing_out() -> None:

@@ -431,3 +431,18 @@ def test_regimes_are_what_they_say() -> None:
     assert x["b"].min() > 1.9 and x["b"].max() <= 2
     unit = l2norm(x["k"])[0, :, 0]
     assert (unit @ unit.T).mean().item() == pytest.approx(0.9, abs=0.05)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "b", "w"])
+def test_what_is_not_finite_reaches_no_earlier_token(name: str, value: float) -> None:
+    """As in the recurrence, also in its own chunk: nothing is multiplied by a masked zero."""
+    x = draw(1, 40, 2, 8, 12, initial_state=True)
+    clean, _ = chunk_gdn2(**x, use_qk_l2norm_in_kernel=True)
+    x[name][0, 21, 0, 3] = -value if name == "g" else value
+    o, state = chunk_gdn2(**x, use_qk_l2norm_in_kernel=True)
+    right, right_state = recurrent_gdn2(**x, use_qk_l2norm_in_kernel=True)
+    assert torch.equal(o[:, :21], clean[:, :21])
+    assert torch.equal(o[:, :, 1], clean[:, :, 1])
+    assert torch.equal(o.isfinite(), right.isfinite())
+    assert torch.equal(state.isfinite(), right_state.isfinite())
