@@ -31,7 +31,7 @@ class Case:
     check: str = "accuracy"
     """One of CHECKS."""
     interpreter: bool = False
-    """Small enough for Triton's interpreter (and in a dtype that it multiplies rightly)."""
+    """Small enough for Triton's interpreter."""
 
 
 def _shape(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:
@@ -87,7 +87,6 @@ def _head_dims(base: Case) -> Iterator[Case]:
 
 
 def _interpreter_cases() -> Iterator[Case]:
-    """fp32 and fp16 only: the interpreter multiplies bf16 tiles as raw bits."""
     problem = Problem(K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
     small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
     yield from _regimes(small)
@@ -97,6 +96,7 @@ def _interpreter_cases() -> Iterator[Case]:
     yield from _regimes(half)
     mixed = replace(half, name="small-fp16-K64-V32", problem=replace(half.problem, K=64))
     yield from (mixed, replace(mixed, name=f"{mixed.name}-repeat", check="repeat"))
+    yield from _regimes(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
 
 
 def _gpu_cases() -> Iterator[Case]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gdn2gen import knobs
 from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
 from gdn2gen.knobs import hush, hush_tilelang
@@ -54,6 +55,10 @@ class Resources:
 @cache
 def load(rendered: Rendered) -> ModuleType:
     """Write the source where Python can show it in tracebacks, and import it."""
+    if knobs.interpreted() and "bfloat16" in rendered.source:
+        from gdn2gen._interpreter import teach_bf16
+
+        teach_bf16()
     folder = cache_dir() / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rendered.module_name}.py"

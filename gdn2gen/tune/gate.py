@@ -197,8 +197,8 @@ TINY_PACKED: Final = (
 def gate_interpreted(candidate: Candidate) -> GateResult:
     """What can be checked without a GPU: the kernels in Triton's interpreter, in fp32.
 
-    Needs TRITON_INTERPRET=1 from the start of the process. The interpreter multiplies bf16 tiles
-    as raw bits and is sequential: rounding in 16 bits and races are not seen here.
+    Needs TRITON_INTERPRET=1 from the start of the process. In fp32, where a fault is larger than
+    what rounding leaves; that in 16 bits is not seen here, nor, one program after another, races.
     """
     problem = replace(candidate.problem, dtype="fp32", gate_dtype="fp32")
     configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in candidate.configs)

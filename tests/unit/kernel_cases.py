@@ -217,8 +217,6 @@ def run_bf16(
     regime: str, plan: str, BT: int, gate: str = "none", bound: int = 0, decay: str = ""
 ) -> Result:
     """The accuracy suite's check in bf16; the test holds its errors to bounds of their own."""
-    import exact_bf16  # noqa: F401
-
     problem = Problem(K=64, V=64, gate=gate, bound=bound)
     knobs = (("BT", BT), *((("decay", decay),) if decay else ()))
     case = Case("bf16", problem, _shape(1, 70, 4), regime=regime)
@@ -245,7 +243,6 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     frame and 7 elsewhere. Returns by name the relative error of the rows that were NaN, "rows" how
     many there were, and "moved" how many elements of the others changed.
     """
-    import exact_bf16  # noqa: F401
     import torch
 
     from gdn2gen.build import load

@@ -34,7 +34,7 @@ ROOMS = (
     ("config",),
     ("validity",),
     ("render",),
-    ("build",),
+    ("build", "_interpreter"),
     ("direct", "programs"),
     ("ahead",),
     ("store", "_store_format", "_store_lookup"),

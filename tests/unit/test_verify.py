@@ -13,7 +13,7 @@ from gdn2gen import ops, reference, verify
 from gdn2gen._verify_checks import errors_in_range, over
 from gdn2gen.errors import InputError
 from gdn2gen.inputs import REGIMES
-from gdn2gen.problem import GATES, HEAD_DIMS
+from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS
 from gdn2gen.verify import CASES, Case, run_case
 
 BY_NAME = {case.name: case for case in CASES}
@@ -38,9 +38,10 @@ def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
     assert any(case.HG is not None for case in cases)
 
 
-def test_the_interpreter_gets_no_bf16() -> None:
-    assert all(case.problem.dtype != "bf16" for case in SMALL)
-    assert {case.problem.dtype for case in LARGE} == {"bf16", "fp16", "fp32"}
+@pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["interpreter", "gpu"])
+def test_every_dtype_in_every_regime(cases: list[Case]) -> None:
+    found = {(case.problem.dtype, case.regime) for case in cases}
+    assert found == {(dtype, regime) for dtype in DTYPES for regime in REGIMES}
 
 
 def test_selection() -> None:
