@@ -109,15 +109,15 @@ def chunk_gdn2(
     given_cu_seqlens = cu_seqlens.contiguous()
     if A_log is None:
         raise ValueError("these kernels need A_log, but got None")
-    A_log = A_log.float().contiguous()
+    A_log = _readable(A_log.float())
     _check("A_log", A_log, (HG,), torch.float32, q.device)
     if dt_bias is None:
         raise ValueError("these kernels need dt_bias, but got None")
-    dt_bias = dt_bias.float().reshape(-1).contiguous()
+    dt_bias = _readable(dt_bias.float().reshape(-1))
     _check("dt_bias", dt_bias, (HG * K,), torch.float32, q.device)
     dt_bias = dt_bias.view(HG, K)
     scale = K**-0.5 if scale is None else float(scale)
-    q, k, v, g, b, w = (x.contiguous() for x in (q, k, v, g, b, w))
+    q, k, v, g, b, w = (_readable(x) for x in (q, k, v, g, b, w))
     o = _ChunkGDN2.apply(
         q, k, v, g, b, w, A_log, dt_bias, given_cu_seqlens, scale,
     )
@@ -187,7 +187,7 @@ class _ChunkGDN2(torch.autograd.Function):
             k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
         ) = ctx.saved_tensors
         scale = ctx.scale
-        do = do.contiguous()
+        do = _readable(do)
         with torch.cuda.device_of(q):
             B, T, H, _ = q.shape
             HV, HG = v.shape[2], g.shape[2]
@@ -290,6 +290,14 @@ def _check_cu_seqlens(cu_seqlens, T, cpu):
     values = cpu.tolist()
     if values[0] != 0 or values[-1] != T or values != sorted(values):
         raise ValueError(f"cu_seqlens must rise from 0 to T={T}, but got {values}")
+
+
+def _readable(x):
+    """x, or a copy of what kernels cannot read: strides, lazy signs, no multiple of 16 bytes."""
+    x = x.contiguous().resolve_neg()
+    if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+        return x
+    return x.clone()
 
 
 def _check(name, x, shape, dtype, device):

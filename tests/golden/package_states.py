@@ -102,9 +102,9 @@ def chunk_gdn2(
     if initial_state is None:
         initial_state = q.new_zeros(shape, dtype=torch.float32)
     _check("initial_state", initial_state, shape, torch.float32, q.device)
-    initial_state = initial_state.contiguous()
+    initial_state = _readable(initial_state)
     scale = K**-0.5 if scale is None else float(scale)
-    q, k, v, g, b, w = (x.contiguous() for x in (q, k, v, g, b, w))
+    q, k, v, g, b, w = (_readable(x) for x in (q, k, v, g, b, w))
     o, final_state = _ChunkGDN2.apply(
         q, k, v, g, b, w, initial_state, scale,
     )
@@ -165,7 +165,7 @@ class _ChunkGDN2(torch.autograd.Function):
             q, k, v, g, b, w, q_rstd, k_rstd, A, Aqk, o, S_seg,
         ) = ctx.saved_tensors
         scale = ctx.scale
-        do, dht = do.contiguous(), dht.contiguous()
+        do, dht = _readable(do), _readable(dht)
         with torch.cuda.device_of(q):
             B, T, H, _ = q.shape
             HV, HG = v.shape[2], g.shape[2]
@@ -257,6 +257,14 @@ def _fold(grad, x):
         return grad
     heads = x.shape[2]
     return grad.unflatten(2, (heads, grad.shape[2] // heads)).float().sum(3).to(x.dtype)
+
+
+def _readable(x):
+    """x, or a copy of what kernels cannot read: strides, lazy signs, no multiple of 16 bytes."""
+    x = x.contiguous().resolve_neg()
+    if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+        return x
+    return x.clone()
 
 
 def _check(name, x, shape, dtype, device):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -15,9 +18,11 @@ from gdn2gen import passes
 from gdn2gen._verify_cases import Case
 from gdn2gen._verify_checks import CANCELLING, case_inputs, errors_in_range
 from gdn2gen.bench import run_op
+from gdn2gen.build import compile_ahead
 from gdn2gen.config import Config
 from gdn2gen.device import present_device
 from gdn2gen.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
+from gdn2gen.errors import BuildError
 from gdn2gen.ops import chunk_gdn2
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
@@ -70,13 +75,34 @@ def every_kernel() -> list[tuple[Problem, str, Config]]:
     """(problem, stage, config) of every kernel that the tests run, each source once."""
     wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
     wanted += [("bf16", level) for level in DEFAULTS]
+    return kernels_of(recipe_of(*one) for one in wanted)
+
+
+def kernels_of(recipes: Iterable[Recipe]) -> list[tuple[Problem, str, Config]]:
+    """(problem, stage, config) of every kernel of the recipes, each source once."""
     kernels: dict[Rendered, tuple[Problem, str, Config]] = {}
-    for recipe in (recipe_of(*one) for one in wanted):
+    for recipe in recipes:
         for stage, config in recipe.configs.items():
             if stage in recipe.plan.stages:
                 source = render(recipe.problem, stage, config)
                 kernels.setdefault(source, (recipe.problem, stage, config))
     return list(kernels.values())
+
+
+def compile_all(kernels: list[tuple[Problem, str, Config]]) -> None:
+    """Fill the compilers' caches on all cores: one by one, 100 kernels would take minutes.
+
+    One that does not compile is left to the tests that launch it.
+    """
+    device = present_device()
+    workers = min(14, max(2, (os.cpu_count() or 4) - 2))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        running = [pool.submit(compile_ahead, *kernel, device) for kernel in kernels]
+        for future in running:
+            error = future.exception()
+            if error is not None and not isinstance(error, BuildError):
+                raise error
 
 
 def sized(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:

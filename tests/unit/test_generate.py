@@ -63,6 +63,13 @@ for package, calls in jobs:
             name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
             for name, x in call["arguments"].items()
         }
+        if call.get("negative"):
+            # views whose values torch negates where it reads them
+            leaves = {
+                name: torch._neg_view(-x) if getattr(x, "requires_grad", False) else x
+                for name, x in leaves.items()
+            }
+            call["gradients"] = {k: torch._neg_view(-x) for k, x in call["gradients"].items()}
         try:
             o, state = module.chunk_gdn2(**leaves)
         except (ValueError, TypeError) as error:
@@ -153,6 +160,25 @@ def test_each_direction_has_its_own_segments(scan: str) -> None:
 
     assert counts(**{scan: 112, "reverse_scan": 64}) == ["112", "112", "64"]
     assert counts(**{scan: 112, "reverse_scan": 112}) == ["112", "112"]
+
+
+def test_lazily_negated_views_are_read_as_their_copies(tmp_path: Path) -> None:
+    problem = replace(FULL, varlen=False)
+    generate_package(problem, tmp_path / "full", default_recipe(problem))
+    call = _call(problem, Shape("one", 1, 20, 1))
+    plain, negative = _run(tmp_path, [("full", [call, {**call, "negative": True}])])
+    assert {*plain} == {*negative}
+    for name, x in plain.items():
+        assert torch.equal(x, negative[name]), name
+
+
+def test_bf16_is_refused_in_the_interpreter(tmp_path: Path) -> None:
+    """Which would compute with its bits; gdn2gen teaches it bf16, and a package stands alone."""
+    problem = replace(PLAIN, dtype="bf16")
+    generate_package(problem, tmp_path / "brain", default_recipe(problem))
+    ((kind, message),) = _run(tmp_path, [("brain", [_call(problem, Shape("one", 1, 20, 1))])])
+    assert kind == "ValueError"
+    assert "interpreter" in message and "--dtype fp32" in message
 
 
 def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:

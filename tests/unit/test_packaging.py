@@ -46,7 +46,7 @@ ROOMS = (
     ("passes",),
     ("layout",),
     ("launch",),
-    ("ops", "_autograd", "_kernels", "_lookup", "_torch_ops"),
+    ("ops", "_autograd", "_kernels", "_lookup", "_operands", "_torch_ops"),
     ("layer",),
     ("generate",),
     ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_sides", "_bench_time"),
