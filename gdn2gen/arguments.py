@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout
 
 
 _REQUIRED = ("q", "k", "v", "g", "b", "w")
@@ -76,7 +77,12 @@ def check_arguments(
     given = (*tensors, cu_seqlens_cpu)
     if not known or cu_seqlens_cpu is not None:
         _check_types(given)
-    layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
+    try:
+        layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
+    except RuntimeError:  # what is nested has no shape
+        for name, x in zip((*_REQUIRED, *_OPTIONAL), given, strict=True):
+            _check_dense(name, torch.jagged if x is not None and x.is_nested else torch.strided)
+        raise
     dims = (_known_dims if known else _check_layouts)(state_v_first, *layouts)
     cu_seqlens = tensors[-1]
     if cu_seqlens is not None and known:
@@ -91,10 +97,26 @@ def _check_types(given: tuple[object, ...]) -> None:
             raise InputError(f"{name} must be {wanted}, but got {type(x).__name__}")
 
 
+def _check_dense(name: str, layout: torch.layout) -> None:
+    if layout is torch.jagged:
+        raise InputError(
+            f"{name} must be a dense tensor, but is nested; lay its sequences one after the other "
+            f"in one row (B=1), and give cu_seqlens"
+        )
+    if layout is not torch.strided:
+        raise InputError(
+            f"{name} must be a dense tensor, but got {layout}; convert it with .to_dense()"
+        )
+
+
 def _check_layouts(
-    state_v_first: bool, *given: tuple[torch.Size, torch.dtype, torch.device] | None
+    state_v_first: bool,
+    *given: tuple[torch.Size, torch.dtype, torch.device, torch.layout] | None,
 ) -> Dims:
     layouts = [None if x is None else Layout(*x) for x in given]
+    for name, x in zip((*_REQUIRED, *_OPTIONAL), layouts, strict=True):
+        if x is not None:
+            _check_dense(name, x.layout)
     optional = dict(zip(_OPTIONAL, layouts[len(_REQUIRED) :], strict=True))
     named = {}
     for name, x in zip(_REQUIRED, layouts, strict=False):
@@ -248,6 +270,9 @@ def _check_optional(
             )
         if initial_state.dtype not in (torch.float32, torch.float64):
             raise InputError(f"initial_state must be float32, but got {initial_state.dtype}")
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None and x.dtype not in IO_DTYPES and x.dtype != torch.float64:
+            raise InputError(f"{name} must be bfloat16, float16 or float32, but got {x.dtype}")
     if A_log is not None and tuple(A_log.shape) != (dims.HG,):
         raise InputError(f"A_log must be [{dims.HG}], but got {tuple(A_log.shape)}")
     if dt_bias is not None and tuple(dt_bias.shape) not in (

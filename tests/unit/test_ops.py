@@ -65,6 +65,34 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
         lambda x: {"initial_state": torch.zeros(B, HV, K, V, dtype=torch.bfloat16)},
         "initial_state must be float32, but got torch.bfloat16",
     ),
+    "dtype-A_log": (
+        lambda x: GATED | {"A_log": GATED["A_log"].int()},
+        "A_log must be bfloat16.*torch.int32",
+    ),
+    "dtype-dt_bias": (
+        lambda x: GATED | {"dt_bias": torch.zeros(HV, K, dtype=torch.complex64)},
+        "dt_bias must be bfloat16.*torch.complex64",
+    ),
+    "dtype-complex": (lambda x: {"q": x["q"].cfloat()}, "q must be .*torch.complex64"),
+    "dtype-quantised": (
+        lambda x: {"v": torch.quantize_per_tensor(x["v"], 0.1, 0, torch.qint8)},
+        "v must have .*torch.qint8",
+    ),
+    # layout
+    "layout-sparse": (lambda x: {"k": x["k"].to_sparse()}, r"k must .*sparse_coo.*\.to_dense\("),
+    "layout-mkldnn": (lambda x: {"w": x["w"].to_mkldnn()}, r"w must .*mkldnn.*\.to_dense\("),
+    "layout-nested": (
+        lambda x: {"q": torch.nested.nested_tensor([*x["q"]])},
+        "q must be a dense tensor, but is nested.*cu_seqlens",
+    ),
+    "layout-jagged": (
+        lambda x: {"g": torch.nested.nested_tensor([*x["g"]], layout=torch.jagged)},
+        "g must be a dense tensor, but is nested.*cu_seqlens",
+    ),
+    "layout-cu_seqlens": (
+        lambda x: {n: y[:1] for n, y in x.items()} | {"cu_seqlens": CU.to_sparse()},
+        "cu_seqlens must be a dense tensor",
+    ),
     # device
     "device-k": (lambda x: {"k": meta(x["k"])}, "k must be on cpu like q, but is on meta"),
     "device-q": (lambda x: {"q": meta(x["q"])}, "must be on meta like q, but is on cpu"),
