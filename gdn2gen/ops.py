@@ -53,7 +53,10 @@ def chunk_gdn2(
         o_t = scale * S_t^T q_t
 
     Args:
-        q, k: [B, T, H, K], bfloat16, float16 or float32. K in {32, 64, 128}.
+        q, k: [B, T, H, K], bfloat16, float16 or float32. K in {32, 64, 128}. With float16, states
+            and w * v above 65504 make o and the final state inf or NaN, and gradients of the state
+            lose digits below 2^-10 and vanish below 2^-24: scale v and the initial state down (o
+            and states are linear in them), or the loss up, or use bfloat16.
         v: [B, T, HV, V], dtype of q. HV a multiple of H: value head i reads q, k of head
             i // (HV / H). V in {32, 64, 128}.
         g: [B, T, H or HV, K]: decay in natural log, <= 0 (any size, -inf too); with

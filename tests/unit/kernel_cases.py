@@ -343,6 +343,37 @@ def run_not_finite(name: str) -> list[str]:
         calls.SEGMENT = segment
 
 
+def run_half_range(state: float, gradient: float, scale: float = 1.0) -> dict[str, float]:
+    """Errors in fp16 where a state and a gradient of it have these largest values.
+
+    With `scale`, of what is computed from v and the initial state by so much less, and from the
+    gradient by so much more. "finite" is the part of o that is, "moved" how far that is off.
+    """
+    import torch
+
+    from gdn2gen.ops import chunk_gdn2
+
+    problem = replace(_STATES, dtype="fp16", gate_dtype="fp32")
+    case = KernelCase(Case("half", problem, _shape(1, 70, 1), "zero"), "lean", (("BT", 32),))
+    inputs, grads = case_inputs(case.case, "cpu")
+    inputs["initial_state"] *= state / inputs["initial_state"].abs().max()
+    grads["o"].zero_()
+    grads["final_state"] *= gradient / grads["final_state"].abs().max()
+    exact = run_reference(problem, inputs, grads)
+    for name in ("v", "initial_state"):
+        inputs[name] = inputs[name] / scale
+    grads["final_state"] = grads["final_state"] * scale
+    with forced_recipe(case.recipe):
+        results = run_op(chunk_gdn2, problem, inputs, grads)
+    whole = ("o", "final_state", "dinitial_state")
+    powers = dict(zip(whole, (scale, scale, 1 / scale), strict=True))
+    found = {name: results[name].double() * powers[name] for name in whole}
+    finite = found["o"].isfinite()
+    off = torch.where(finite, found["o"] - exact["o"], 0.0).norm() / exact["o"].norm()
+    errors = relative_errors(found, {name: exact[name] for name in whole})
+    return errors | {"finite": float(finite.double().mean()), "moved": float(off)}
+
+
 def _some_resets(inputs: dict[str, Tensor]) -> None:
     inputs["g"][:, 5] = -float("inf")
     inputs["g"][:, 20, :, ::2] = -float("inf")

@@ -139,6 +139,34 @@ def test_nan_comes_out_and_goes_no_further_than_its_chunk(name: str, worker: Wor
     assert not outcome.get()
 
 
+HALF = 1.5e-3
+
+
+@pytest.mark.parametrize(
+    ("state", "gradient", "scale"),
+    [(65000.0, 1.0, 1.0), (1.0, 2.0**-10, 1.0), (131072.0, 2.0**-25, 2.0**15)],
+    ids=["largest", "least", "scaled"],
+)
+def test_the_range_of_fp16(state: float, gradient: float, scale: float, worker: Worker) -> None:
+    """As the op's docstring has it; states and o are linear in v and the initial state."""
+    outcome: Outcome[dict[str, float]] = worker.call(
+        "kernel_cases:run_half_range", state, gradient, scale, timeout=120
+    )
+    assert outcome.ok, outcome.reason
+    found = outcome.get()
+    assert max(found[name] for name in ("o", "final_state", "dinitial_state")) < HALF, found
+
+
+def test_states_beyond_fp16_show(worker: Worker) -> None:
+    """Nothing comes out finite and wrong."""
+    outcome: Outcome[dict[str, float]] = worker.call(
+        "kernel_cases:run_half_range", 131072.0, 1.0, timeout=120
+    )
+    assert outcome.ok, outcome.reason
+    assert outcome.get()["finite"] < 1
+    assert outcome.get()["moved"] < HALF
+
+
 def test_the_list_leaves_nothing_out() -> None:
     """Every stage, every value of the knobs that change its code, every option and regime."""
     assert len({case.name for case in CASES}) == len(CASES)
