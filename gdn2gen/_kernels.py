@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gdn2gen._lookup import Request, known_request
+from gdn2gen._operands import readable
 from gdn2gen.launch import GIVEN_SEQUENCES, SizedRunner
 
 NAMES = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias", "cu_seqlens")
@@ -75,9 +76,9 @@ def run_inference(
 def _named(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
-    tensors = dict(zip(sized.input_names, given, strict=True))
+    tensors = dict(zip(sized.input_names, readable(given), strict=True))
     if cu_seqlens is not None:
-        tensors[GIVEN_SEQUENCES] = cu_seqlens
+        (tensors[GIVEN_SEQUENCES],) = readable([cu_seqlens])
     return tensors
 
 
@@ -90,10 +91,9 @@ def run_backward(
     given: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of `given`."""
-    inputs = dict(zip(sized.input_names, given, strict=True))
-    tensors = {**inputs, **saved, "do": do.contiguous(), "o": o}
-    if dht is not None:
-        tensors["dht"] = dht.contiguous()
+    inputs = dict(zip(sized.input_names, readable(given), strict=True))
+    arrived = dict(zip(("do", "dht"), readable([do] if dht is None else [do, dht]), strict=False))
+    tensors = {**inputs, **saved, **arrived, "o": o}
     grads = sized.backward(tensors)
     return [_fold(grads[grad], name, inputs[name]) for name, grad in sized.gradient_names]
 

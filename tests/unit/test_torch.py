@@ -56,6 +56,11 @@ def test_tensors_without_data_have_shapes(run: Check) -> None:
     run("without_data")
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_views_that_no_kernel_could_read(packed: bool, run: Check) -> None:
+    run("lazy_views", packed)
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled", "checkpointed"])
 def test_a_recipe_that_changes_before_the_backward(
     how: str, tmp_path: Path, interpreter: Check

@@ -140,14 +140,18 @@ def first_order_of_a_graph() -> str:
 # Tracers
 
 
-def _train(function: Callable[..., Tensor], inputs: dict[str, Any]) -> list[Tensor]:
+def _train(
+    function: Callable[..., Tensor],
+    inputs: dict[str, Any],
+    seed: Callable[[Tensor], Tensor] = torch.clone,
+) -> list[Tensor]:
     leaves = {
         name: x.detach().requires_grad_() if x.is_floating_point() else x
         for name, x in inputs.items()
     }
     o = function(**leaves)
     wanted = [x for x in leaves.values() if x.requires_grad]
-    return [o, *torch.autograd.grad(o.sum(), wanted)]
+    return [o, *torch.autograd.grad(o, wanted, seed(torch.ones_like(o)))]
 
 
 def compiled_lengths(lengths: Sequence[int], packed: bool, dynamic: bool | None) -> int:
@@ -248,4 +252,21 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     # and with what has landed since
     for x, y in zip(_train(function, inputs), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    return "done"
+
+
+def lazy_views(packed: bool) -> str:
+    """Tensors that torch negates only where it reads them, and views at odd addresses."""
+    inputs = make(initial_state=True, **({"cu_seqlens": (0, 7, 20)} if packed else {}))
+    expected = _train(outputs, inputs)
+
+    def negated(x: Tensor) -> Tensor:
+        return torch._neg_view(-x) if x.is_floating_point() else x
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    for view in (negated, shifted):
+        found = _train(outputs, {name: view(x) for name, x in inputs.items()}, view)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), view
     return "done"
