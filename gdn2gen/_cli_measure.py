@@ -23,6 +23,8 @@ from gdn2gen.problem import DTYPES, GATES
 from gdn2gen.shapes import SHAPES, parse_shapes
 
 if TYPE_CHECKING:
+    from gdn2gen.device import Device
+    from gdn2gen.tune.recheck import Rechecked
     from gdn2gen.verify import Result
 
 RESULTS_DIR: Final = Path("docs/results")
@@ -44,6 +46,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         help="check and time the tuned entries of this GPU again, instead of the accuracy suite",
     )
     parser.add_argument(
+        "--renew",
+        action="store_true",
+        help="with --tuned: also check entries whose templates changed since, and file those that "
+        "pass as they are now",
+    )
+    parser.add_argument(
         "--json", type=some_path, metavar="FILE", help="also write the results here"
     )
     parser.set_defaults(run=verify)
@@ -53,6 +61,7 @@ def verify(args: argparse.Namespace) -> int:
     """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
     if args.tuned:
         return _verify_tuned(args)
+    refuse(args, "only --tuned looks at entries", "renew")
     from gdn2gen.device import has_gpu, present_device, toolchain
     from gdn2gen.verify import results_table, select_cases
     from gdn2gen.verify import verify as run_suite
@@ -111,8 +120,9 @@ def _verify_tuned(args: argparse.Namespace) -> int:
     backend, results = WorkerBackend(device), []
     try:
         with terminal.status(out) as say:
-            for result in recheck(entries, backend, device):
+            for result in recheck(entries, backend, device, renew=args.renew):
                 results.append(result)
+                _file_renewed(result, device)
                 say(f"{len(results)} of {len(entries)} entries")
     finally:
         backend.close()
@@ -134,6 +144,18 @@ def _verify_tuned(args: argparse.Namespace) -> int:
         ]
         _write_json(args.json, {"device": device.name, "entries": rows})
     return 1 if failing else 0
+
+
+def _file_renewed(result: Rechecked, device: Device) -> None:
+    """At once, so that what was found is not lost with the rest."""
+    from gdn2gen import store
+    from gdn2gen._cli_tune import own_folder
+    from gdn2gen.device import toolchain
+
+    if result.renewed is not None:
+        path = store.tuned_path(own_folder(), str(result.entry.problem_key["op"]), device)
+        metadata = store.metadata_for(device, toolchain(), "gdn2gen verify --tuned --renew")
+        store.merge_entries(path, metadata, [result.renewed])
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

@@ -71,9 +71,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(args: argparse.Namespace) -> int:
     """Tune each shape and file the winners."""
-    named = os.environ.get("GDN2GEN_TUNED_DIR")
-    mine = packaged_tuned_dir() if in_source_tree() and not named else user_tuned_dir()
-    folder = args.out or mine
+    folder = args.out or own_folder()
     started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
     for number, dim in enumerate(dims):
         args.head_dim, args.shapes = dim, shapes
@@ -86,6 +84,12 @@ def tune(args: argparse.Namespace) -> int:
             continue
         _search(args, folder, _LEVELS[args.level], args.storage)
     return 0
+
+
+def own_folder() -> Path:
+    """Where entries are filed unless a folder is named."""
+    named = os.environ.get("GDN2GEN_TUNED_DIR")
+    return packaged_tuned_dir() if in_source_tree() and not named else user_tuned_dir()
 
 
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:

@@ -15,7 +15,7 @@ from gdn2gen.plans import LEVELS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES, Shape, shape_of
 from gdn2gen.store import Entry
-from gdn2gen.tune.recheck import problem_of, words_of
+from gdn2gen.tune.entries import problem_of, words_of
 
 # In `measured` of entries that were ranked without a GPU, see `predict.predicted_bytes`.
 COST, DEFAULT_COST = "predicted_bytes", "default_predicted_bytes"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from rich.console import Group
 
 from gdn2gen import store
 from gdn2gen.device import Device
+from gdn2gen.plans import level_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape, shape_of
 from gdn2gen.store import Entry
@@ -17,8 +18,14 @@ from gdn2gen.terminal import Sheet
 from gdn2gen.tune import space
 from gdn2gen.tune.backend import Backend
 from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.entries import problem_of, words_of
+from gdn2gen.tune.filing import entry_of
+from gdn2gen.tune.verdicts import Measured, Verdict
 
-Status = Literal["holds", "slower", "wrong", "stale", "failed"]
+if TYPE_CHECKING:
+    from gdn2gen.tune.gpu_side import PipelineTiming
+
+Status = Literal["holds", "renewed", "slower", "wrong", "stale", "failed"]
 
 # Twice what two runs of one config differ by from machine to machine of the same kind.
 SLOWER: Final = 0.05
@@ -34,23 +41,29 @@ class Rechecked:
     detail: str = ""
     now_ms: float | None = None
     default_ms: float | None = None
+    renewed: Entry | None = None
+    """Of a stale entry that passed: the same configs with the templates, times and errors of now.
+    """
 
     @property
     def holds(self) -> bool:
-        return self.status == "holds"
+        return self.status in ("holds", "renewed")
 
 
-def recheck(entries: Iterable[Entry], backend: Backend, device: Device) -> Iterator[Rechecked]:
+def recheck(
+    entries: Iterable[Entry], backend: Backend, device: Device, *, renew: bool = False
+) -> Iterator[Rechecked]:
     """Gate each entry's pipeline, and time it beside the default.
 
-    An entry of other templates is stale, and not run. One that passes the gate is slower if it
-    takes 5% more than when it was filed, or 5% more than the default now.
+    An entry of other templates is stale, and not run, unless `renew`: then it passes the gate of
+    finalists first. One that passes is slower if it takes 5% more than when it was filed, or 5%
+    more than the default now.
     """
-    defaults: dict[tuple[Problem, str, str], float | None] = {}
+    defaults: dict[tuple[Problem, str, str], PipelineTiming | None] = {}
     for entry in entries:
         shape = shape_of(entry.regime)
         stale = store.stale_stages(entry)
-        if stale:
+        if stale and not renew:
             detail = f"other templates since: {', '.join(stale)}"
             yield Rechecked(entry, shape, "stale", detail)
         elif shape is None:
@@ -64,30 +77,51 @@ def _recheck(
     shape: Shape,
     backend: Backend,
     device: Device,
-    defaults: dict[tuple[Problem, str, str], float | None],
+    defaults: dict[tuple[Problem, str, str], PipelineTiming | None],
 ) -> Rechecked:
-    problem = problem_of(entry, shape)
+    problem, stale = problem_of(entry, shape), bool(store.stale_stages(entry))
     candidate = Candidate.of(problem, entry.plan, entry.configs)
     failed = _why_not_built(candidate, backend, device)
     if failed:
         return Rechecked(entry, shape, "failed", failed)
-    checked = backend.gate(candidate, full=False)
+    checked = backend.gate(candidate, full=stale)
     if not checked.ok:
         return Rechecked(entry, shape, "failed", checked.reason)
     if not checked.get().ok:
         return Rechecked(entry, shape, "wrong", checked.get().reason)
-    timed = backend.time_pipeline(candidate, shape, with_peak=False)
+    timed = backend.time_pipeline(candidate, shape, with_peak=stale)
     if not timed.ok:
         return Rechecked(entry, shape, "failed", timed.reason)
     now = timed.get().forward_backward.median
     key = (problem, entry.plan, shape.name)
     if key not in defaults:
-        default = backend.time_pipeline(
-            Candidate.default(problem, entry.plan), shape, with_peak=False
+        pipeline = Candidate.default(problem, entry.plan)
+        timed_default = backend.time_pipeline(pipeline, shape, with_peak=False)
+        defaults[key] = timed_default.get() if timed_default.ok else None
+    default = defaults[key]
+    default_ms = default.forward_backward.median if default else None
+    detail = _why_slower(entry, now, default_ms)
+    status: Status = "slower" if detail else "renewed" if stale else "holds"
+    renewed = None
+    if status == "renewed":
+        renewed = _renewed(candidate, shape, timed.get(), default, checked.get().errors)
+    return Rechecked(entry, shape, status, detail, now, default_ms, renewed)
+
+
+def _renewed(
+    candidate: Candidate,
+    shape: Shape,
+    timed: PipelineTiming,
+    default: PipelineTiming | None,
+    errors: dict[str, float],
+) -> Entry:
+    def measured(timing: PipelineTiming) -> Measured:
+        return Measured(
+            candidate, timing.forward, timing.forward_backward, timing.peak_mib, errors
         )
-        defaults[key] = default.get().forward_backward.median if default.ok else None
-    detail = _why_slower(entry, now, defaults[key])
-    return Rechecked(entry, shape, "slower" if detail else "holds", detail, now, defaults[key])
+
+    reference = None if default is None else measured(default)
+    return entry_of(Verdict(shape, level_of(candidate.plan), measured(timed), reference, False))
 
 
 def _why_not_built(candidate: Candidate, backend: Backend, device: Device) -> str:
@@ -126,28 +160,6 @@ def amended(result: Rechecked) -> Entry | None:
     if result.now_ms is not None:
         measured["forward_backward_ms"] = round(result.now_ms, 5)
     return replace(result.entry, measured=measured)
-
-
-def problem_of(entry: Entry, shape: Shape) -> Problem:
-    """The problem as the tuner poses it: a gate has the parameters that a layer passes."""
-    gated = entry.problem_key["gate"] != "none"
-    flags = {
-        "has_A_log": gated,
-        "has_dt_bias": gated,
-        "varlen": shape.cu_seqlens is not None,
-    }
-    return Problem(**{**entry.problem_key, **flags})  # type: ignore[arg-type]
-
-
-def words_of(entry: Entry) -> str:
-    """The entry's problem: `K=128 V=128 bf16`, and what else sets it off from the plainest one."""
-    key = entry.problem_key
-    words = [f"K={key['K']} V={key['V']} {key['dtype']}"]
-    if key["gate"] != "none":
-        words.append(f"{key['gate']} gate")
-    if key["gate_dtype"] != "fp32":
-        words.append(f"g {key['gate_dtype']}")
-    return ", ".join(words if key["l2norm"] else [*words, "not normalised"])
 
 
 def recheck_table(results: Iterable[Rechecked]) -> Group:

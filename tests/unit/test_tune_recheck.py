@@ -17,10 +17,11 @@ from gdn2gen.problem import Problem, Regime
 from gdn2gen.shapes import SHAPES, Shape, shape_of
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.entries import problem_of, words_of
 from gdn2gen.tune.gate import GateResult
 from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.recheck import problem_of, recheck, words_of
+from gdn2gen.tune.recheck import recheck
 
 H200 = named_device("H200")
 
@@ -51,6 +52,7 @@ class FakeBackend:
 
     def __init__(self, *_: Any) -> None:
         self.timed: list[str] = []
+        self.gated_in_full: list[bool] = []
         self.closed = False
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
@@ -60,12 +62,12 @@ class FakeBackend:
         return future
 
     def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
-        assert not full
+        self.gated_in_full.append(full)
         BV = candidate.by_stage["scan"]["BV"]
         if BV == 128:
             return Outcome(outcome.CRASHED, detail="signal 6")
         wrong = GateResult(False, {"o": 0.5}, "o is off by 5e-01")
-        return Outcome(outcome.OK, wrong if BV == 32 else GateResult(True))
+        return Outcome(outcome.OK, wrong if BV == 32 else GateResult(True, {"o": 3e-3}))
 
     def time_pipeline(
         self, candidate: Candidate, shape: Shape, *, with_peak: bool
@@ -97,6 +99,29 @@ def test_verdicts(filed: store.Entry, status: str, said: str) -> None:
     assert (result.status, said in result.detail) == (status, True), result.detail
     assert result.holds == (status == "holds")
     assert bool(backend.timed) == (status in ("holds", "slower"))
+
+
+@pytest.mark.parametrize(
+    ("filed", "status"),
+    [
+        (entry(ms=1.95), "renewed"),
+        (entry(ms=1.6), "slower"),
+        (entry(BV=32), "wrong"),
+        (entry(BV=128), "failed"),
+    ],
+)
+def test_a_stale_entry_is_renewed_if_it_passes(filed: store.Entry, status: str) -> None:
+    backend: Any = FakeBackend()
+    stale = replace(filed, templates={})
+    (result,) = recheck([stale], backend, H200, renew=True)
+    assert (result.status, result.holds) == (status, status == "renewed")
+    assert backend.gated_in_full == [True]
+    assert (result.renewed is None) == (status != "renewed")
+    if result.renewed is not None:
+        assert result.renewed.configs == stale.configs
+        assert result.renewed.templates == entry().templates
+        assert result.renewed.measured["forward_backward_ms"] == 2.0
+        assert result.renewed.gate == {"o": 3e-3}
 
 
 def test_the_default_is_timed_once_for_each_shape() -> None:
@@ -146,6 +171,21 @@ def test_verify_tuned(fake_gpu, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "2 of 3 entries hold" in said and "--only-failing" in said
     assert cli.main(["verify", "--tuned", "bf16-*"]) == cli.EXIT_USAGE
+
+
+def test_renewed_entries_are_filed(fake_gpu, capsys, tmp_path):
+    stale = replace(entry(), templates={"scan": "0" * 16})
+    fake_gpu(stale, entry(SHAPES["wide8k"]))
+    path = store.tuned_path(tmp_path, "gdn2", H200)
+    assert cli.main(["verify", "--tuned"]) == 1
+    assert "1 of 2 entries hold" in capsys.readouterr().out
+    assert cli.main(["verify", "--tuned", "--renew"]) == 0
+    assert "renewed" in capsys.readouterr().out
+    file = store.load_tuned(path)
+    assert [store.stale_stages(x) for x in file.entries] == [[], []]
+    assert file.metadata["command"].endswith("gdn2gen verify --tuned --renew")
+    assert cli.main(["verify", "--renew"]) == cli.EXIT_USAGE
+    assert "--tuned" in capsys.readouterr().err
 
 
 def test_only_failing_tunes_the_rest(fake_gpu, capsys, monkeypatch):
