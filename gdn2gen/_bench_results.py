@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +14,7 @@ from gdn2gen._bench_rows import Row
 from gdn2gen._bench_sides import Errors, Side
 from gdn2gen._bench_time import Timing
 from gdn2gen.errors import StoreError
+from gdn2gen.files import check_replaceable, locked_folder, replace_file
 from gdn2gen.terminal import Sheet
 
 if TYPE_CHECKING:
@@ -73,22 +72,34 @@ def read_results(path: Path) -> dict[str, Any]:
 def save_results(path: Path, rows: Sequence[Row], *, command: str | None = None) -> None:
     """Merge the rows into the file at `path`: same shape and problem replaces, others stay.
 
-    The file is replaced atomically. Raises StoreError if the file there is not ours, or is of
-    another GPU.
+    The file is replaced atomically, and rows that other processes save meanwhile stay. Raises
+    StoreError if the file there is not ours, or is of another GPU.
     """
     document = rows_document(rows, command=command)
-    if path.exists():
-        old = read_results(path)
-        if old["gpu"] != document["gpu"]:
-            raise StoreError(
-                f"{path} holds results of {old['gpu']!r}, these are of {document['gpu']!r}; "
-                "give another file"
-            )
+    with locked_folder(path.parent):
         fresh = {_identity(row) for row in document["rows"]}
-        document["rows"] += [row for row in old["rows"] if _identity(row) not in fresh]
-    document["rows"].sort(key=_identity)  # rows that are not ours stay, too
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_atomically(path, json.dumps(document, indent=1) + "\n")
+        old = [row for row in _rows_there(path, document["gpu"]) if _identity(row) not in fresh]
+        # rows that are not ours stay, too
+        document["rows"] = sorted(document["rows"] + old, key=_identity)
+        replace_file(path, json.dumps(document, indent=1) + "\n")
+
+
+def check_saveable(path: Path, gpu: str) -> None:
+    """Raise what `save_results` would raise at `path` for rows of `gpu`, yet to be measured."""
+    _rows_there(path, gpu)
+
+
+def _rows_there(path: Path, gpu: str) -> list[Any]:
+    check_replaceable(path)
+    if not path.exists():
+        return []
+    old = read_results(path)
+    if old["gpu"] != gpu:
+        raise StoreError(
+            f"{path} holds results of {old['gpu']!r}, these are of {gpu!r}; give another file"
+        )
+    rows: list[Any] = old["rows"]
+    return rows
 
 
 def _identity(row: Any) -> str:
@@ -97,17 +108,6 @@ def _identity(row: Any) -> str:
     except (KeyError, TypeError):
         named = [row]
     return json.dumps(named, sort_keys=True)
-
-
-def _replace_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _row_document(row: Row) -> dict[str, Any]:

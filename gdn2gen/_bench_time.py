@@ -18,9 +18,10 @@ import torch
 
 from gdn2gen._bench_accuracy import TORCH_DTYPES, lower_bound_of
 from gdn2gen.errors import DeviceError
+from gdn2gen.floor import floor_bytes
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import DTYPE_BYTES, MAX_SEGMENTS
+from gdn2gen.stages import MAX_SEGMENTS
 
 if TYPE_CHECKING:
     from gdn2gen.call import Call
@@ -123,19 +124,6 @@ def product_tflops(dtype: str) -> float:
     finally:
         torch.set_float32_matmul_precision(precision)
     return 2 * size**3 / timing.median / 1e9
-
-
-def floor_bytes(problem: Problem, backward: bool) -> int:
-    """Bytes per token and value head that no implementation can avoid moving.
-
-    Forward: read q, k, b (K), v, w (V), g (K, its own dtype); write o (V). With the backward:
-    read those six and dO again, write a gradient of each of the six.
-    """
-    io, gate = DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.gate_dtype]
-    inputs = io * (3 * problem.K + 2 * problem.V) + gate * problem.K
-    output = io * problem.V
-    forward = inputs + output
-    return forward + (2 * inputs + output if backward else 0)
 
 
 def floor_ms(problem: Problem, shape: Shape, backward: bool, gbps: float) -> float:

@@ -18,6 +18,7 @@ from gdn2gen._cli_options import (
     some_path,
 )
 from gdn2gen.errors import DeviceError, InputError
+from gdn2gen.files import check_replaceable, replace_file
 from gdn2gen.plans import LEVELS
 from gdn2gen.problem import DTYPES, GATES
 from gdn2gen.shapes import SHAPES, parse_shapes
@@ -72,6 +73,7 @@ def verify(args: argparse.Namespace) -> int:
         for case in select_cases(args.cases, interpreter=interpreter):
             print(case.name)
         return 0
+    _check_json(args.json)
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
@@ -115,6 +117,7 @@ def _verify_tuned(args: argparse.Namespace) -> int:
         )
     if not has_gpu():
         raise DeviceError("--tuned times kernels, but torch sees no GPU here")
+    _check_json(args.json)
     device, out = present_device(), terminal.console()
     entries = [entry for op in OPS for entry in on_file(op, device).entries]
     backend, results = WorkerBackend(device), []
@@ -192,7 +195,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure on the present GPU and print the table."""
-    from gdn2gen.bench import Row, bench_shapes, rows_document, rows_table, save_results
+    from gdn2gen.bench import (
+        Row,
+        bench_shapes,
+        check_saveable,
+        rows_document,
+        rows_table,
+        save_results,
+    )
     from gdn2gen.device import present_device
 
     shapes = parse_shapes(args.shapes)
@@ -200,6 +210,9 @@ def bench(args: argparse.Namespace) -> int:
     device = present_device()
     out = terminal.console()
     path = RESULTS_DIR / f"{device.slug}.json"
+    if args.save:
+        check_saveable(path, device.name)
+    _check_json(args.json)
     done: list[Row] = []
     with terminal.status(out) as say:
         say(f"measuring {shapes[0].name} on {device.name}")
@@ -232,6 +245,11 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_json(path: Path | None) -> None:
+    """Raise before anything is measured what would be raised when it is written."""
+    if path is not None:
+        check_replaceable(path)
+
+
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    replace_file(path, json.dumps(document, indent=1) + "\n")

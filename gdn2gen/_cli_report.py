@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._cli_options import in_source_tree, present_or_target, some_path, some_text
 from gdn2gen.errors import InputError, StoreError, TunedFileWarning
+from gdn2gen.files import replace_file
 from gdn2gen.problem import OPS
 from gdn2gen.terminal import Sheet, console
 
@@ -53,7 +54,6 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
-    from gdn2gen.build import write_atomically
     from gdn2gen.tune import page, study
     from gdn2gen.tune.ledger import read_lines
     from gdn2gen.tune.lines import fla_times, lines
@@ -79,9 +79,7 @@ def report(args: argparse.Namespace) -> int:
     out = args.out or (None if args.json else PAGE)
     if out is not None:
         text = page.page(device, _facts(file), rows, found, page.refused(found, ledger))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, text)
-        out.chmod(0o644)  # a temporary file is its owner's alone; a page is for everyone
+        replace_file(out, text)
     if args.json:
         for x in rows:
             print(json.dumps({"device": device.name, **x.document}))

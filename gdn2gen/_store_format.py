@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args
 
+from gdn2gen._store_claims import check_claims
 from gdn2gen.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config
 from gdn2gen.errors import Gdn2genError, StoreError
 from gdn2gen.plans import LEVELS, PLANS, Level, plan_named
@@ -133,14 +133,17 @@ def parse_file(text: str) -> TunedFile:
     unread: list[Unread] = []
     for position, item in enumerate(raw["entries"]):
         try:
-            entries.append(entry_from(item))
+            entries.append(entry_from(item, metadata["gpu"]))
         except Gdn2genError as error:
             unread.append(Unread(item, position, str(error)))
     return TunedFile(metadata, tuple(entries), tuple(unread))
 
 
-def entry_from(raw: Any) -> Entry:
-    """Check one entry and freeze it. Raises a Gdn2genError that names what is wrong."""
+def entry_from(raw: Any, gpu: str) -> Entry:
+    """Check one entry of the file of a GPU, and freeze it.
+
+    Raises a Gdn2genError that names what is wrong.
+    """
     _check_types("entry", raw, dict.fromkeys(_ENTRY_KEYS))
     for name in ("problem", "regime", "configs", "templates", "measured", "gate"):
         _check_types(name, raw[name], {}, others=True)
@@ -156,12 +159,15 @@ def entry_from(raw: Any) -> Entry:
         gate=raw["gate"],
         provenance=raw["provenance"],
     )
-    check_entry(entry)
+    check_entry(entry, gpu)
     return entry
 
 
-def check_entry(entry: Entry) -> None:
-    """Raise a Gdn2genError unless the entry is one that `find_recipe` could use."""
+def check_entry(entry: Entry, gpu: str) -> None:
+    """Raise a Gdn2genError unless the entry is one that `find_recipe` could use.
+
+    It fits together, and what it claims of the GPU of that name can be true.
+    """
     key = dict(entry.problem_key)
     given = _BOUND_TYPE if "bound" in key else {}
     _check_types("problem", key, {**_PROBLEM_TYPES, **given})
@@ -180,10 +186,7 @@ def check_entry(entry: Entry) -> None:
     unknown = sorted(set(entry.templates) - set(DOMAINS))
     if unknown:
         raise StoreError(f"templates name the unknown stages {unknown}; known: {list(DOMAINS)}")
-    for name, value in entry.measured.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name.endswith("_ms") and not (number and 0 < value < math.inf):
-            raise StoreError(f"measured.{name} must be milliseconds above 0, but is {value!r}")
+    check_claims(entry.provenance, problem, entry.regime, entry.measured, entry.gate, gpu)
 
 
 def check_configs(plan: str, configs: Mapping[str, Config], problem: Problem) -> None:

@@ -20,33 +20,14 @@ from gdn2gen._bench_accuracy import (
     run_reference,
 )
 from gdn2gen._verify_cases import Case
+from gdn2gen.tolerances import LIMITS, limit_of, over
 
-# Relative error against fp64 (norm of the difference over norm of the reference) that a kernel may
-# have, by dtype of its inputs. Worst found on an H200: see docs/results.
-LIMITS: Final = {"bf16": 1e-2, "fp16": 4e-3, "fp32": 1e-4}
-# Keys correlated at 0.9 with b near 2 make I + T ill-conditioned: what 16 bits round off in T and A
-# comes back amplified. Measured 2.6 times the other regimes' worst here, 3.5 in a peer.
-_AMPLIFIED: Final = {"correlated": 3.0}
-# One value per head, a sum over all tokens and channels. Under a sigmoid gate its terms have either
-# sign: what rounding one score leaves goes alike into all channels, 0.7e-2 to 1.2e-2 of the root of
-# the terms' squares by the bf16 interpreter, and 1.4e-2 to 2.1e-2 of the sum was seen on an H200.
-CANCELLING: Final = {"dA_log": 3.0}
 # What a value below the range of a dtype may lose, however small it is: fp16's last subnormal.
 # Under a decay of -20 every gradient through the state lies there (exp(-20) = 2e-9).
 LOST: Final = {"bf16": 0.0, "fp16": 2.0**-24, "fp32": 0.0}
 # On a GPU; the interpreter is sequential, so twice is enough to see memory that was not written.
 REPEATS: Final = {"cuda": 30, "cpu": 2}
 _PER_TOKEN: Final = ("q", "k", "v", "g", "b", "w")
-
-
-def limit_of(dtype: str, regime: str) -> float:
-    """Relative error that outputs and gradients may have in a regime of `inputs.REGIMES`."""
-    return LIMITS[dtype] * _AMPLIFIED.get(regime, 1.0)
-
-
-def over(errors: Mapping[str, float], limit: float) -> dict[str, float]:
-    """The errors above `limit`, NaN among them; sums that cancel have more of it."""
-    return {name: x for name, x in errors.items() if not x <= limit * CANCELLING.get(name, 1.0)}
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,23 @@ from gdn2gen._bench_accuracy import (
     run_op,
     run_reference,
 )
-from gdn2gen._bench_results import read_results, rows_document, rows_table, save_results
+from gdn2gen._bench_results import (
+    check_saveable,
+    read_results,
+    rows_document,
+    rows_table,
+    save_results,
+)
 from gdn2gen._bench_rows import Row, StageRow, bench_shapes, bench_stages
 from gdn2gen._bench_time import (
     Timing,
     copy_gbps,
-    floor_bytes,
     floor_ms,
     peak_mib,
     symbol_sizes,
     time_ms,
 )
+from gdn2gen.floor import floor_bytes
 
 __all__ = [
     "ERROR_NAMES",
@@ -26,6 +32,7 @@ __all__ = [
     "Timing",
     "bench_shapes",
     "bench_stages",
+    "check_saveable",
     "copy_gbps",
     "floor_bytes",
     "floor_ms",

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gdn2gen import knobs
 from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
+from gdn2gen.files import replace_file
 from gdn2gen.knobs import hush, hush_tilelang
 from gdn2gen.paths import cache_dir
 from gdn2gen.problem import Problem
@@ -59,11 +58,9 @@ def load(rendered: Rendered) -> ModuleType:
         from gdn2gen._interpreter import teach_bf16
 
         teach_bf16()
-    folder = cache_dir() / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{rendered.module_name}.py"
+    path = cache_dir() / "kernels" / f"{rendered.module_name}.py"
     if not path.exists():
-        write_atomically(path, rendered.source)
+        replace_file(path, rendered.source, durable=False)
     spec = importlib.util.spec_from_file_location(rendered.module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -71,18 +68,6 @@ def load(rendered: Rendered) -> ModuleType:
     hush()
     spec.loader.exec_module(module)
     return module
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: another process sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def compile_ahead(

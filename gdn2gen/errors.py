@@ -35,6 +35,10 @@ class DispatchError(Gdn2genError):
     """Strict mode found no exact entry, or no plan fits."""
 
 
+class FileError(Gdn2genError, OSError):
+    """A path is not one that may be written: a device, a folder, a read-only file."""
+
+
 class StoreError(Gdn2genError):
     """A tuned file cannot be written, or an import is not a tuned file."""
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gdn2gen.build import write_atomically
 from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
 from gdn2gen.errors import InputError
+from gdn2gen.files import replace_file
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
@@ -63,9 +63,7 @@ def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> l
     earlier = _earlier_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_atomically(folder / name, text)
-        # a temporary file is its owner's alone; a package is for everyone who may read the folder
-        (folder / name).chmod(0o644)
+        replace_file(folder / name, text)
     for name in earlier - {*texts}:
         (folder / name).unlink()
     return [folder / name for name in sorted(texts)]

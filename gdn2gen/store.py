@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +29,7 @@ from gdn2gen._store_format import (
 from gdn2gen.config import Config
 from gdn2gen.device import Device
 from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.files import check_replaceable, locked, replace_file
 from gdn2gen.plans import LEVELS, Level, plan_named
 
 __all__ = [
@@ -44,6 +43,7 @@ __all__ = [
     "Unread",
     "check_configs",
     "check_entry",
+    "check_mergeable",
     "current_look",
     "is_stale",
     "load_tuned",
@@ -163,20 +163,24 @@ def write_tuned(path: Path, file: TunedFile) -> None:
     The same content gives the same bytes. Raises StoreError, and leaves the old file, if an entry
     is not valid or the folder cannot be written.
     """
-    _check_entries(path, file.entries)
+    _check_entries(path, file.entries, file.metadata.get("gpu"))
     text = format_file(file)
     try:
         parse_file(text)
     except StoreError as error:
         raise StoreError(f"{path} is not written, for it could not be read: {error}") from error
     try:
-        _replace(Path(os.path.realpath(path)), text)
+        replace_file(path, text)
     except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
-            "give a folder that you may write with GDN2GEN_TUNED_DIR"
-        ) from error
+        raise StoreError(_unwritable(path, error)) from error
     look_anew()
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
+        "give a folder that you may write with GDN2GEN_TUNED_DIR"
+    )
 
 
 _look = 0
@@ -198,34 +202,15 @@ def look_anew() -> None:
     _look += 1
 
 
-def _check_entries(path: Path, entries: Iterable[Entry]) -> None:
+def _check_entries(path: Path, entries: Iterable[Entry], gpu: object) -> None:
     for entry in entries:
         try:
-            check_entry(entry)
+            check_entry(entry, str(gpu))
         except Gdn2genError as error:
             raise StoreError(
                 f"{path} is not written: the entry {entry.problem_key}, {entry.regime_key} is not "
                 f"valid: {error}"
             ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # the new file is in place; only its survival of a power cut is not
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry]) -> TunedFile:
@@ -242,17 +227,9 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
     """
     path = Path(os.path.realpath(path))
     entries = tuple(entries)
-    _check_entries(path, entries)
+    _check_entries(path, entries, metadata.get("gpu"))
     with _locked(path):
-        try:
-            old = load_tuned(path)
-        except StoreError as error:
-            raise StoreError(f"nothing is merged: {error}") from error
-        if old is not None and old.metadata["gpu"] != metadata.get("gpu"):
-            raise StoreError(
-                f"nothing is merged: {path} is of the GPU {old.metadata['gpu']!r}, but the new "
-                f"entries are of {metadata.get('gpu')!r}; give another path"
-            )
+        old = _mergeable(path, metadata.get("gpu"))
         best: dict[tuple[str, ...], Entry] = {}
         for entry in (*(old.entries if old else ()), *entries):
             rival = best.get(entry.key)
@@ -267,6 +244,34 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
         return file
 
 
+def check_mergeable(path: Path, gpu: str) -> None:
+    """Raise the StoreError that a merge of entries of `gpu` into the file at `path` would raise.
+
+    For what a search finds: before it. Makes the folder and the lock, as a merge does.
+    """
+    path = Path(os.path.realpath(path))
+    with _locked(path):
+        _mergeable(path, gpu)
+
+
+def _mergeable(path: Path, gpu: object) -> TunedFile | None:
+    """The tuned file that entries of `gpu` are to be merged into."""
+    try:
+        check_replaceable(path)  # before it is read: a FIFO would be waited for
+    except OSError as error:
+        raise StoreError(_unwritable(path, error)) from error
+    try:
+        old = load_tuned(path)
+    except StoreError as error:
+        raise StoreError(f"nothing is merged: {error}") from error
+    if old is not None and old.metadata["gpu"] != gpu:
+        raise StoreError(
+            f"nothing is merged: {path} is of the GPU {old.metadata['gpu']!r}, but the new "
+            f"entries are of {gpu!r}; give another path"
+        )
+    return old
+
+
 def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:
     """In the tuned file at `path`, put the second of each pair in place of the first.
 
@@ -275,7 +280,6 @@ def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> 
     is not valid or the file cannot be read.
     """
     path = Path(os.path.realpath(path))
-    _check_entries(path, tuple(new for _, new in amended if new is not None))
     with _locked(path):
         file = load_tuned(path)
         if file is None:
@@ -307,16 +311,14 @@ def _by_key(entries: Iterable[Entry]) -> tuple[Entry, ...]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold `<path>.lock`, waiting for whoever holds it. The lock ends with the process."""
+    """Hold `<path>.lock`, waiting for whoever holds it."""
     lock = path.with_name(f"{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a")  # noqa: SIM115
-    except OSError as error:
-        raise StoreError(
-            f"{lock} cannot be written ({error}); give a folder that you may write with "
-            "GDN2GEN_TUNED_DIR"
-        ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except OSError as error:
+            raise StoreError(
+                f"{lock} cannot be written ({error}); give a folder that you may write with "
+                "GDN2GEN_TUNED_DIR"
+            ) from error
         yield

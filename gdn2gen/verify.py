@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from gdn2gen._verify_cases import CASES, Case
-from gdn2gen._verify_checks import LIMITS, Result, run_case
+from gdn2gen._verify_checks import Result, run_case
 from gdn2gen.errors import InputError
 from gdn2gen.terminal import Sheet
+from gdn2gen.tolerances import LIMITS
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.worker import Worker
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen.config import CHUNKS, Config, Knob, default_config
+from gdn2gen.files import replace_file
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
 from gdn2gen.tune.charts import Bar, bars
@@ -90,8 +91,8 @@ def measure() -> None:
         backend.close()
     made: dict[str, Any] = {"gpu": device.name, "toolchain": toolchain(), "shape": "train4k"}
     path = DOCS / "placements" / f"{device.slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**made, "problem": PROBLEM.key, "rows": rows}, indent=1) + "\n")
+    document = {**made, "problem": PROBLEM.key, "rows": rows}
+    replace_file(path, json.dumps(document, indent=1) + "\n")
 
 
 def plot(path: Path) -> None:
@@ -107,7 +108,7 @@ def plot(path: Path) -> None:
         for label, best in groups.items()
     ]
     svg = bars(drawn, width=760)
-    path.with_suffix(".svg").write_text(svg.replace(">", f">{_STYLE}", 1) + "\n")
+    replace_file(path.with_suffix(".svg"), svg.replace(">", f">{_STYLE}", 1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import optuna
 
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device, named_device
+from gdn2gen.files import replace_file
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES, Shape
 from gdn2gen.tune import space
@@ -61,8 +62,7 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
     made: dict[str, Any] = {"gpu": device.name, "toolchain": toolchain(), "shape": shape.name}
     made |= {"stage": stage, "seconds": round(time.monotonic() - started, 1)}
     path = DOCS / "search" / f"{device.slug}-{stage}-{BT}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")
+    replace_file(path, json.dumps({**made, "BT": BT, "rows": rows}, indent=1) + "\n")
     print(f"{len(rows)} configs, {sum(x['ms'] is not None for x in rows)} timed: {path}")
 
 
@@ -136,7 +136,7 @@ def replay(path: Path) -> None:
         )
         length = min(map(len, curves))
         drawn[name] = [median(curve[n] for curve in curves) / least for n in range(length)]
-    path.with_suffix(".svg").write_text(lines(drawn, most=1.5) + "\n")
+    replace_file(path.with_suffix(".svg"), lines(drawn, most=1.5) + "\n")
 
 
 if __name__ == "__main__":

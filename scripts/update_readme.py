@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen._bench_results import read_results  # noqa: E402
+from gdn2gen.files import replace_file  # noqa: E402
 from gdn2gen.plans import LEVELS  # noqa: E402
 from gdn2gen.shapes import SHAPES  # noqa: E402
 from gdn2gen.store import Entry, load_tuned  # noqa: E402
@@ -40,7 +41,7 @@ def main() -> int:
         if new != old:
             print("README.md is out of date; run: python scripts/update_readme.py")
         return int(new != old)
-    readme.write_text(new)
+    replace_file(readme, new)
     return 0
 
 

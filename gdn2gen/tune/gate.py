@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.stages import SEGMENT
+from gdn2gen.tolerances import limit_of, over
 from gdn2gen.tune.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -82,12 +83,10 @@ def check(
 
     In every regime at each of `shapes`, and in two more at `segmented`.
 
-    Passes if every error is within the bound of the problem's dtype (`_verify_checks.limit_of`,
+    Passes if every error is within the bound of the problem's dtype (`tolerances.limit_of`,
     one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
     kernels raise.
     """
-    from gdn2gen._verify_checks import limit_of, over
-
     worst: dict[str, float] = {}
     cases = [(shape, regime) for shape in shapes for regime in regimes]
     if segmented is not None:

@@ -149,7 +149,8 @@ def _why_slower(entry: Entry, now: float, default: float | None) -> str:
 def amended(result: Rechecked) -> Entry | None:
     """The entry as it is now known to be, so that a better one takes its place; None if wrong.
 
-    A slower one has the time that it takes now; one that could not be run has none.
+    A slower one has the time that it takes now; one that could not be run has none, and counts as
+    predicted.
     """
     if result.status == "wrong":
         return None
@@ -157,8 +158,9 @@ def amended(result: Rechecked) -> Entry | None:
         return result.entry
     times = ("forward_ms", "forward_backward_ms")
     measured = {name: x for name, x in result.entry.measured.items() if name not in times}
-    if result.now_ms is not None:
-        measured["forward_backward_ms"] = round(result.now_ms, 5)
+    if result.now_ms is None:
+        return replace(result.entry, measured=measured, provenance="predicted")
+    measured["forward_backward_ms"] = round(result.now_ms, 5)
     return replace(result.entry, measured=measured)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdn2gen import passes
 from gdn2gen._verify_cases import Case
-from gdn2gen._verify_checks import CANCELLING, case_inputs, errors_in_range
+from gdn2gen._verify_checks import case_inputs, errors_in_range
 from gdn2gen.bench import run_op
 from gdn2gen.build import compile_ahead
 from gdn2gen.config import Config
@@ -27,6 +27,7 @@ from gdn2gen.ops import chunk_gdn2
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
 from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.tolerances import CANCELLING
 
 DEVICE: Final = "cuda"
 TRAIN: Final = SHAPES["train4k"]

@@ -7,7 +7,6 @@ import torch
 from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen import bench, store
-from gdn2gen._verify_checks import limit_of
 from gdn2gen.bench import run_op
 from gdn2gen.config import default_config
 from gdn2gen.device import present_device
@@ -16,6 +15,7 @@ from gdn2gen.ops import chunk_gdn2
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape, parse_shapes
+from gdn2gen.tolerances import limit_of
 from gdn2gen.tune import gate, tune
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.progress import Progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -197,7 +198,29 @@ def test_results_of_another_gpu_or_kind_are_not_overwritten(tmp_path, gpu):
         path.write_text(text)
         with pytest.raises(StoreError, match=words):
             bench.save_results(path, [row("train4k")])
+        with pytest.raises(StoreError, match=words):
+            bench.check_saveable(path, "NVIDIA H200")
         assert path.read_text() == text
+
+
+def _save(folder, name):
+    for _ in range(5):
+        bench.save_results(folder / "results.json", [row(name)], command="test")
+
+
+def test_rows_that_two_processes_save_all_stay(tmp_path, gpu):
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_save, args=(tmp_path, name))
+        for name in ("train4k", "wide8k", "long16k", "long32k")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    rows = bench.read_results(tmp_path / "results.json")["rows"]
+    assert len(rows) == 4
+    assert [x.name for x in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize("module", ["gdn2gen.bench", "gdn2gen.tune", "gdn2gen.tune._serve"])

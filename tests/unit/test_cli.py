@@ -471,6 +471,7 @@ def test_bench_asks_for_what_was_said(
     monkeypatch.setattr(bench, "rows_table", lambda _: "the table")
     monkeypatch.setattr(bench, "rows_document", lambda _: {"rows": []})
     monkeypatch.setattr(bench, "save_results", lambda path, _: saved.append(path))
+    monkeypatch.chdir(tmp_path)
     words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --level fast --stages"
     words += " --save --json"
     gate = ["--gate", "sigmoid", "--lower-bound", "-1.5"]

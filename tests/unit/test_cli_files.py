@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gdn2gen import cli, paths, sharing, store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config
 from gdn2gen.device import named_device
@@ -42,7 +43,7 @@ def entry(tokens: int, ms: float, **knobs: Any) -> store.Entry:
         configs=configs,
         templates={stage: template_digest(config) for stage, config in configs.items()},
         measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
-        gate={"o": 4e-3},
+        gate=dict.fromkeys(CHECKED, 4e-3),
         provenance="measured",
     )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gdn2gen import dispatch, paths, render
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.dispatch import (
@@ -70,7 +71,7 @@ def make_entry(regime=REGIME, *, mark=4, problem=PROBLEM, plan="lean", **changes
         configs=configs,
         templates={stage: f"d-{stage}" for stage in stages},
         measured={"forward_ms": 1.0, "forward_backward_ms": 2.0},
-        gate={},
+        gate=dict.fromkeys(CHECKED, 1e-5),
         provenance="measured",
     )
     return dataclasses.replace(entry, **changes)
@@ -208,7 +209,7 @@ def test_transferred_from_the_nearest_gpu_of_the_arch(user, packaged):
 
 
 def test_stored_provenance_is_kept(user, packaged):
-    file_in(user, make_entry(mark=1, provenance="predicted"))
+    file_in(user, make_entry(mark=1, measured={}, provenance="predicted"))
     assert (find().source, mark_of(find())) == ("predicted", 1)
     assert "never timed" in find().why
     file_in(packaged, make_entry(mark=2), device=named_device("H100"))

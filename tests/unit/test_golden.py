@@ -12,9 +12,9 @@ import pytest
 from jinja2 import meta, nodes
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen import build
 from gdn2gen.config import DOMAINS, Config, Knob, default_config
 from gdn2gen.dispatch import default_recipe
+from gdn2gen.files import replace_file
 from gdn2gen.generate import package_source
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import Problem
@@ -162,9 +162,7 @@ def test_rendered_as_before(name: str, request: pytest.FixtureRequest) -> None:
     path = GOLDEN / name
     text = OUTPUTS[name]()
     if request.config.getoption("--update-golden"):
-        GOLDEN.mkdir(exist_ok=True)
-        build.write_atomically(path, text)
-        path.chmod(0o644)
+        replace_file(path, text)
     kept = path.read_text() if path.exists() else ""
     if text != kept:
         # line by line, so that the report shows the first difference rather than the whole file

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from gdn2gen import cli, store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
@@ -67,7 +68,7 @@ def file(tmp_path, templates=None):
         configs=candidate.by_stage,
         templates=candidate.templates if templates is None else templates,
         measured=measured,
-        gate={"o": 4e-3, "db": 6e-3},
+        gate={**dict.fromkeys(CHECKED, 4e-3), "db": 6e-3},
         provenance="measured",
     )
     metadata = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gdn2gen import cli, store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import Config
@@ -40,7 +41,7 @@ def entry(
         configs=candidate.by_stage,
         templates=candidate.templates,
         measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
-        gate={"o": 4e-3},
+        gate=dict.fromkeys(CHECKED, 4e-3),
         provenance="measured",
     )
 
@@ -67,7 +68,8 @@ class FakeBackend:
         if BV == 128:
             return Outcome(outcome.CRASHED, detail="signal 6")
         wrong = GateResult(False, {"o": 0.5}, "o is off by 5e-01")
-        return Outcome(outcome.OK, wrong if BV == 32 else GateResult(True, {"o": 3e-3}))
+        right = GateResult(True, dict.fromkeys(CHECKED, 3e-3))
+        return Outcome(outcome.OK, wrong if BV == 32 else right)
 
     def time_pipeline(
         self, candidate: Candidate, shape: Shape, *, with_peak: bool
@@ -121,7 +123,7 @@ def test_a_stale_entry_is_renewed_if_it_passes(filed: store.Entry, status: str) 
         assert result.renewed.configs == stale.configs
         assert result.renewed.templates == entry().templates
         assert result.renewed.measured["forward_backward_ms"] == 2.0
-        assert result.renewed.gate == {"o": 3e-3}
+        assert result.renewed.gate == dict.fromkeys(CHECKED, 3e-3)
 
 
 def test_the_default_is_timed_once_for_each_shape() -> None:
@@ -218,7 +220,7 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
     assert "wrong results were taken out" in capsys.readouterr().out
     assert left == {
         "train4k": replace(lying, measured={"forward_backward_ms": 2.0}),
-        "few8k": replace(crashing, measured={}),
+        "few8k": replace(crashing, measured={}, provenance="predicted"),
         "long16k": holding,
     }
     now = {shape_of(x.regime).name: x for x in store.load_tuned(path).entries}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gdn2gen import store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
@@ -38,7 +39,7 @@ def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
             configs=pipeline(number).by_stage,
             templates=pipeline(number).templates | changes,
             measured={"forward_ms": 0.5, "forward_backward_ms": 2.0},
-            gate={"o": 4e-3},
+            gate=dict.fromkeys(CHECKED, 4e-3),
             provenance="measured",
         )
         for number, shape in enumerate(shapes)

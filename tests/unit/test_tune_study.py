@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from gdn2gen import store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import default_config
@@ -34,6 +35,7 @@ from gdn2gen.tune.verdicts import Measured, Verdict, better, pick
 
 DEVICE = named_device("H200")
 PROBLEM = Problem(K=64, V=64)
+ERRORS = {**dict.fromkeys(CHECKED, 3e-3), "dg": 5e-3}
 SMALL = Shape("small", 1, 256, 2)
 LARGE = Shape("large", 2, 1024, 4)
 PACKED = Shape("packed", 1, 256, 2, (0, 100, 256))
@@ -84,7 +86,7 @@ class FakeBackend:
             return Outcome(outcome.TIMEOUT, detail="no answer within 5 s")
         if "wrong" in accidents or (full and "wrong in full" in accidents):
             return Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off by 4e-01"))
-        return Outcome(outcome.OK, GateResult(True, {"o": 3e-3, "dg": 5e-3}))
+        return Outcome(outcome.OK, GateResult(True, dict(ERRORS)))
 
     def time_stages(self, candidate, stages, shape):
         self.now += 0.1
@@ -151,7 +153,7 @@ def test_the_best_configs_win_and_are_filed(tmp_path):
     (entry,) = file.entries
     assert entry.provenance == "measured"
     assert entry.measured["default_forward_backward_ms"] > entry.measured["forward_backward_ms"]
-    assert entry.gate == {"o": 3e-3, "dg": 5e-3}
+    assert entry.gate == ERRORS
     assert not store.is_stale(entry)
     assert backend.closed
 

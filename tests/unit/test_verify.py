@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gdn2gen import ops, reference, verify
-from gdn2gen._verify_checks import errors_in_range, over
+from gdn2gen._verify_checks import errors_in_range
 from gdn2gen.errors import InputError
 from gdn2gen.inputs import REGIMES
 from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS
+from gdn2gen.tolerances import over
 from gdn2gen.verify import CASES, Case, run_case
 
 BY_NAME = {case.name: case for case in CASES}
