@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen._cli_options import in_source_tree, present_or_target, some_path, some_text
-from gdn2gen.errors import InputError, StoreError, TunedFileWarning
-from gdn2gen.files import replace_file
+from gdn2gen.errors import StoreError, TunedFileWarning
+from gdn2gen.files import check_replaceable, replace_file
 from gdn2gen.problem import OPS
 from gdn2gen.terminal import Sheet, console
 
@@ -57,29 +57,27 @@ def report(args: argparse.Namespace) -> int:
     from gdn2gen.tune import page, study
     from gdn2gen.tune.ledger import read_lines
     from gdn2gen.tune.lines import fla_times, lines
-    from gdn2gen.tune.storage import open_storage
+    from gdn2gen.tune.storage import read_storage
 
+    out = args.out or (None if args.json else PAGE)
+    if out is not None:
+        check_replaceable(out)
     device, _ = present_or_target(args.device)
     storage = args.storage or study.storage_path(args.op, device)
-    known = "://" in str(storage) or Path(storage).exists()
-    if args.storage and not known:
-        raise InputError(
-            f"--storage {args.storage} does not exist; give the file or URL that the search had, "
-            "or leave it out for the one in the user's cache"
-        )
+    # without a name, a search need not have been made here
+    known = args.storage is not None or Path(storage).exists()
+    searched = read_storage(storage) if known else None
     file = _file(args.op, device)
     fla, odd = fla_times(_results(args.results, device))
     rows = lines(file.entries if file else (), device, fla)
     odd += [words for x in rows for words in x.odd]
     sizes = {config.size("BT") for x in rows for config in x.entry.configs.values()}
-    found = page.searches(open_storage(storage), args.op, device, sizes) if known else []
+    found = page.searches(searched, args.op, device, sizes) if searched else []
     ledger, odd_lines = read_lines(study.open_ledger(args.op, device).path)
     for words in (*odd, *odd_lines):
         warnings.warn(words, TunedFileWarning, stacklevel=1)
-    out = args.out or (None if args.json else PAGE)
     if out is not None:
-        text = page.page(device, _facts(file), rows, found, page.refused(found, ledger))
-        replace_file(out, text)
+        replace_file(out, page.page(device, _facts(file), rows, found, page.refused(found, ledger)))
     if args.json:
         for x in rows:
             print(json.dumps({"device": device.name, **x.document}))

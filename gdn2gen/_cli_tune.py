@@ -104,6 +104,7 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
         raise InputError("--only-failing checks entries on the present GPU, and there is none")
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
     path = store.tuned_path(folder, problem.op, device)
+    store.check_mergeable(path, device.name)
     file = store.read_tuned(path, device)
     wanted = {(shape.regime, level) for shape in shapes for level in _LEVELS[args.level]}
     entries = [

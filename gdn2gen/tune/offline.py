@@ -95,6 +95,8 @@ def tune_without_gpu(
     the target, or if no pipeline passes in the interpreter.
     """
     check_arguments(shapes, levels, budget_minutes)
+    path = store.tuned_path(out_dir, problem.op, device)
+    store.check_mergeable(path, device.name)
     begun, seconds = clock(), budget_minutes * 60
     progress = progress or console_progress()
     progress.start(f"ranking {problem.op} for {device.name} without a GPU", seconds)
@@ -106,7 +108,6 @@ def tune_without_gpu(
     ranking = _Ranking(findings, shapes, device, levels, backend, progress, seed)
     if findings.compiled:
         progress.phase(f"goes on from {len(findings.compiled)} configs that were compiled before")
-    path = store.tuned_path(out_dir, problem.op, device)
     try:
         ranking.compile(Window(clock, begun, begun + _COMPILE_PART * seconds))
         results = [x for shape in shapes for x in ranking.results(shape)]

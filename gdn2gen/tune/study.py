@@ -81,18 +81,21 @@ def tune(
     check_arguments(shapes, levels, budget_minutes)
     if backend is None:
         _check_present(device)
+    path = store.tuned_path(out_dir, problem.op, device)
+    store.check_mergeable(path, device.name)
+    # one that is named may be shared with hosts whose locks do not reach here
+    opened = open_storage(storage or storage_path(problem.op, device), prune=storage is None)
     started, seconds = clock(), budget_minutes * 60
     metered = MeteredBackend(backend or WorkerBackend(device), clock)
     context = Context(
         device=device,
         backend=metered,
         ledger=open_ledger(problem.op, device),
-        storage=open_storage(storage or storage_path(problem.op, device)),
+        storage=opened,
         progress=progress or console_progress(),
         # processes that join one study must not all draw the same configs
         seed=seed if storage is None else seed + os.getpid(),
     )
-    path = store.tuned_path(out_dir, problem.op, device)
     metadata = store.metadata_for(device, toolchain(), command or _command())
     report = TuneReport(problem, device, path, [], ledger=context.ledger.path)
     names = ", ".join(shape.name for shape in shapes)
