@@ -72,6 +72,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=some_path, metavar="DIR", help="write a package to this folder"
     )
+    parser.add_argument(
+        "--force", action="store_true", help="also replace files of a package that were edited"
+    )
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(
         "--language",
@@ -114,7 +117,7 @@ def generate(args: argparse.Namespace) -> int:
     recipe = find_recipe(problem, shapes[0].regime, device, level=level)
     if args.language == "triton":
         recipe = in_triton(recipe)
-    files = generate_package(problem, args.out, recipe)
+    files = generate_package(problem, args.out, recipe, force=args.force)
     print(explain_recipe(recipe, text_width()))
     needs, hint = "torch and triton", ""
     if any(language_of(x) == "tilelang" for x in recipe.configs.values()):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from gdn2gen._generate_files import write_package
 from gdn2gen.config import Config
 from gdn2gen.dispatch import Recipe
-from gdn2gen.errors import InputError
-from gdn2gen.files import replace_file
 from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
@@ -19,8 +20,6 @@ from gdn2gen.render import environment, render, render_tables
 from gdn2gen.stages import OUTPUT, SEGMENT, STAGES, TABLES, Operand, Stage, has_operand
 
 TEMPLATE: Final = "package/__init__.py.jinja"
-# Every generated file says which command made it; only such files are ever replaced.
-_MARK: Final = "made by\n    gdn2gen generate "
 _LINE: Final = 100
 _GIVEN: Final = "given_cu_seqlens"
 _GRADIENTS: Final = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
@@ -45,28 +44,18 @@ class Step:
     function: str = "launch"
 
 
-def generate_package(problem: Problem, out_dir: str | Path, recipe: Recipe) -> list[Path]:
+def generate_package(
+    problem: Problem, out_dir: str | Path, recipe: Recipe, *, force: bool = False
+) -> list[Path]:
     """Write one file per stage of the recipe's plan, and an `__init__.py` with `chunk_gdn2`.
 
-    The same arguments give the same bytes. Files of an earlier package in `out_dir` are replaced,
-    and removed where the new one has no such stage. Raises InputError if the folder holds
-    anything else.
+    The same arguments give the same bytes. An earlier package in `out_dir` is replaced as one: who
+    looks sees the old or the new one. Raises InputError if the folder holds anything else, or
+    (without `force`) files that were edited since they were generated.
     """
-    folder = Path(out_dir)
-    texts = {
-        f"{stage}.py": render(problem, stage, recipe.configs[stage]).source
-        for stage in recipe.plan.stages
-    }
-    if problem.varlen:
-        texts["chunk_tables.py"] = render_tables(problem, recipe.BT).source
+    texts = {f"{name}.py": source for name, source in _sources(problem, recipe).items()}
     texts["__init__.py"] = package_source(problem, recipe)
-    earlier = _earlier_files(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        replace_file(folder / name, text)
-    for name in earlier - {*texts}:
-        (folder / name).unlink()
-    return [folder / name for name in sorted(texts)]
+    return write_package(Path(out_dir), texts, force=force)
 
 
 def package_source(problem: Problem, recipe: Recipe) -> str:
@@ -99,8 +88,23 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
         wrapped=_wrapped,
         SEGMENT=SEGMENT,
         max_segments=recipe.saved_segments,
+        made_for={name: _made_for(x) for name, x in _sources(problem, recipe).items()},
     )
     return text.rstrip() + "\n"
+
+
+def _sources(problem: Problem, recipe: Recipe) -> dict[str, str]:
+    """Of the modules beside `__init__.py`, by name."""
+    found = {x: render(problem, x, recipe.configs[x]).source for x in recipe.plan.stages}
+    if problem.varlen:
+        found["chunk_tables"] = render_tables(problem, recipe.BT).source
+    return found
+
+
+def _made_for(source: str) -> str:
+    """Digest of the docstring of a module, as the package compares it."""
+    words = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _least_bound(problem: Problem, recipe: Recipe) -> int:
@@ -251,29 +255,6 @@ def _command(problem: Problem, recipe: Recipe) -> str:
         " ".join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False
     )
     return "gdn2gen generate " + " \\\n        ".join(lines)
-
-
-def _earlier_files(folder: Path) -> set[str]:
-    """Names of the files of an earlier package in `folder`, which nothing else may lie in."""
-    if not folder.exists():
-        return set()
-    remedy = "choose a new or empty folder, or move it away"
-    if not folder.is_dir():
-        raise InputError(f"--out {folder} is not a folder; {remedy}")
-    found = sorted(path for path in folder.iterdir() if path.name != "__pycache__")
-    foreign = [path.name for path in found if not _is_generated(path)]
-    if foreign:
-        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-        raise InputError(
-            f"--out {folder} holds what `gdn2gen generate` did not write ({shown}); {remedy}"
-        )
-    return {path.name for path in found}
-
-
-def _is_generated(path: Path) -> bool:
-    if path.suffix != ".py" or path.is_symlink() or not path.is_file():
-        return False
-    return _MARK in path.read_text(errors="replace")
 
 
 __all__ = ["generate_package", "package_source"]

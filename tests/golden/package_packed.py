@@ -23,6 +23,8 @@ made by
         softplus --with=A_log,dt_bias,varlen --level fast
 """
 
+import hashlib
+
 import torch
 import triton
 
@@ -42,6 +44,35 @@ __all__ = ["chunk_gdn2"]
 K, V = 64, 32
 BT, NB = 32, 2  # tokens of a chunk, sub-blocks of 16 tokens in it
 DTYPE, GATE_DTYPE = torch.float16, torch.float32
+
+
+def _check_made_for_this(**digests):
+    """Raise ImportError for a module of another package, whose buffers are of other sizes.
+
+    What a module was made for is told by its docstring, however its lines are spaced.
+    """
+    for stage, digest in digests.items():
+        made_for = globals()[stage].__doc__  # None under python -OO
+        if made_for is None:
+            continue
+        words = " ".join(made_for.split())
+        if hashlib.sha256(words.encode()).hexdigest()[:16] != digest:
+            raise ImportError(
+                f"{stage}.py and __init__.py of {__name__} were generated for different packages; "
+                "generate them anew, with the command at the head of __init__.py"
+            )
+
+
+_check_made_for_this(
+    chunk_tables="f7427eebeffdd443",
+    grad_key="103f46d04fd40390",
+    grad_value="a68e2ebe90b8c42c",
+    prepare="651b9150ec857215",
+    rescan="cfce3c5217384074",
+    reverse_scan="cc37dbfaeeb64c5c",
+    scan="2ed7d205d8126796",
+    sum_decay="5310d8dc6d40a4e3",
+)
 
 
 def chunk_gdn2(

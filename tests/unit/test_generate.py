@@ -3,8 +3,10 @@ only themselves."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from gdn2gen import cli, device
+from gdn2gen import _generate_files, cli, device
 from gdn2gen._bench_accuracy import (
     inputs_of,
     op_flags,
@@ -24,7 +26,7 @@ from gdn2gen._bench_accuracy import (
 )
 from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
-from gdn2gen.errors import InputError
+from gdn2gen.errors import FileError, InputError
 from gdn2gen.generate import generate_package, package_source
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
@@ -238,7 +240,9 @@ def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> No
     assert [x.read_bytes() for x in first] == [x.read_bytes() for x in second]
     for stage in PLANS[plan].stages:
         source = render(FULL, stage, recipe.configs[stage]).source
-        assert (tmp_path / "a" / f"{stage}.py").read_text() == source
+        *lines, last = (tmp_path / "a" / f"{stage}.py").read_text().splitlines(keepends=True)
+        assert "".join(lines) == source
+        assert re.fullmatch("# as generated: the digest of all above is [0-9a-f]{16}\n", last)
 
 
 @pytest.mark.parametrize("problem", [PLAIN, FULL, BOUNDED, Problem()], ids=str)
@@ -258,8 +262,14 @@ def test_an_earlier_package_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     generate_package(PLAIN, folder, default_recipe(PLAIN, "fast"))
     (folder / "__pycache__").mkdir()
+    (folder / "__pycache__/scan.cpython-313.pyc").write_bytes(b"")
+    (folder / ".scan.py.a1b2c3d4").write_text("# what a kill left before")
     files = generate_package(PLAIN, folder, default_recipe(PLAIN, "lean"))
-    assert {x for x in folder.iterdir() if x.name != "__pycache__"} == {*files}
+    assert {*folder.iterdir()} == {*files}
+    assert [x.name for x in tmp_path.iterdir()] == ["made"]
+    found = folder.stat()
+    generate_package(PLAIN, folder, default_recipe(PLAIN, "lean"))  # nothing to do
+    assert folder.stat().st_ino == found.st_ino
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "scan.py", ".hidden", "data"])
@@ -273,6 +283,204 @@ def test_files_of_others_are_never_overwritten(name: str, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=rf"{name}.*choose a new or empty folder"):
         generate_package(PLAIN, folder, default_recipe(PLAIN))
     assert [x.name for x in folder.iterdir()] == [name]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_of_others_survive_force(tmp_path: Path) -> None:
+    generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN))
+    (tmp_path / "made/notes.txt").write_text("mine")
+    (tmp_path / "made/__pycache__").mkdir()
+    (tmp_path / "made/__pycache__/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"did not write \(__pycache__, notes.txt\)"):
+        generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN, "fast"), force=True)
+    assert (tmp_path / "made/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("edit", ["comment", "last line", "no last line"])
+def test_edited_files_are_kept_without_force(tmp_path: Path, edit: str) -> None:
+    folder = tmp_path / "made"
+    generate_package(PLAIN, folder, default_recipe(PLAIN))
+    scan = folder / "scan.py"
+    text = scan.read_text()
+    edits = {
+        "comment": text.replace("import triton\n", "import triton  # mine\n", 1),
+        "last line": f"{text}# mine\n",
+        "no last line": text[: text.rindex("# as generated")],  # as an earlier gdn2gen left it
+    }
+    assert edits[edit] != text
+    scan.write_text(edits[edit])
+    before = _bytes(folder)
+    for plan in ("lean", "fast"):
+        with pytest.raises(InputError, match=r"edited.*\(scan.py\).*--force"):
+            generate_package(PLAIN, folder, default_recipe(PLAIN, plan))
+        assert _bytes(folder) == before
+    generate_package(PLAIN, folder, default_recipe(PLAIN, "fast"), force=True)
+    generate_package(PLAIN, tmp_path / "new", default_recipe(PLAIN, "fast"))
+    assert _bytes(folder) == _bytes(tmp_path / "new")
+
+
+def test_the_command_asks_for_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--head-dim", "64", "--target", "sm_90", "--out", str(tmp_path / "made")]
+    assert cli.main(command) == 0
+    before = _bytes(tmp_path / "made")
+    (tmp_path / "made/scan.py").write_text((tmp_path / "made/scan.py").read_text() + "# mine\n")
+    assert cli.main(command) == 2
+    assert "(scan.py)" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
+    assert _bytes(tmp_path / "made") == before
+
+
+# Writes a package, and kills itself at the given call of what changes the file system.
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from gdn2gen import _generate_files
+
+texts, folder, at = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
+if sys.argv[4] == "False":
+    _generate_files._renamed_at_one_stroke = lambda *_: False
+calls = 0
+
+def watch(owner, name):
+    was = getattr(owner, name)
+    def watched(*args, **options):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return was(*args, **options)
+    setattr(owner, name, watched)
+
+for owner, name in [(os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "open"),
+                    (Path, "rename"), (Path, "mkdir"), (Path, "chmod"),
+                    (_generate_files, "_renamed_at_one_stroke")]:
+    watch(owner, name)
+_generate_files.write_package(folder, texts)
+"""
+
+
+@pytest.mark.parametrize("one_stroke", [True, False])
+def test_a_kill_leaves_the_old_package_or_the_new_one(tmp_path: Path, one_stroke: bool) -> None:
+    made, new, texts = tmp_path / "here/made", tmp_path / "new", tmp_path / "texts"
+    fast = default_recipe(PLAIN, "fast")
+    sources = {x: render(PLAIN, x, fast.configs[x]).source for x in fast.plan.stages}
+    sources = {f"{x}.py": text for x, text in sources.items()}
+    sources["__init__.py"] = package_source(PLAIN, fast)
+    texts.write_text(json.dumps(sources))
+    made.parent.mkdir()
+    generate_package(PLAIN, new, fast)
+    generate_package(PLAIN, made, default_recipe(PLAIN))
+    old, wanted = _bytes(made), _bytes(new)
+    seen, returncode, at = set(), -9, 0
+    while returncode:
+        at += 5  # of some 60 calls; another each time
+        command = [sys.executable, "-c", _KILLED, str(texts), str(made), str(at), str(one_stroke)]
+        returncode = subprocess.run(command, check=False).returncode
+        assert returncode in (0, -9)
+        if made.exists() or one_stroke:
+            assert _bytes(made) in (old, wanted)
+            seen.add(_bytes(made) == wanted)
+        generate_package(PLAIN, made, default_recipe(PLAIN))  # what was left is in nobody's way
+        assert _bytes(made) == old
+        assert [x.name for x in made.parent.iterdir()] == ["made"]
+    assert seen == {True, False}
+
+
+def test_a_kill_between_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two folders cannot change places, the old one is put back by the next run."""
+    made = tmp_path / "made"
+    generate_package(PLAIN, made, default_recipe(PLAIN))
+    old = _bytes(made)
+    made.rename(tmp_path / f".made.{'0' * 16}.old")
+    (tmp_path / f".made.{'1' * 16}.new").mkdir()
+    (tmp_path / ".made.old").mkdir()  # a user's
+    (tmp_path / f".made.{'0' * 16}.old/scan.py").write_text("# mine")
+    with pytest.raises(InputError, match=r"scan\.py"):
+        generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+    assert _bytes(made) == old | {"scan.py": b"# mine"}
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".made.old", "made"]
+
+
+def test_what_is_written_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, written = tmp_path / "made", _generate_files.replace_file
+    generate_package(PLAIN, made, default_recipe(PLAIN))
+
+    def slow(path: Path, text: str) -> None:
+        written(path, text)
+        (made / "scan.py").write_text("mine")
+
+    monkeypatch.setattr(_generate_files, "replace_file", slow)
+    with pytest.raises(FileError, match="written to while") as raised:
+        generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+    (kept,) = [x for x in tmp_path.iterdir() if x.name.endswith(".kept")]
+    assert str(kept) in str(raised.value)
+    assert (kept / "scan.py").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    files = generate_package(PLAIN, tmp_path / "link", default_recipe(PLAIN))
+    assert os.readlink(tmp_path / "link") == "there"
+    assert {x.name for x in files} == {x.name for x in (tmp_path / "there").iterdir()}
+
+
+def test_permissions_stay(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    generate_package(PLAIN, made, default_recipe(PLAIN))
+    made.chmod(0o750)
+    (made / "scan.py").chmod(0o600)
+    generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+    assert made.stat().st_mode & 0o777 == 0o750
+    assert (made / "scan.py").stat().st_mode & 0o777 == 0o600
+    assert (made / "sum_decay.py").stat().st_mode & 0o077 == 0o044 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_the_folder_that_a_shell_is_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made/deeper").mkdir(parents=True)
+    for folder, given in ((tmp_path / "made", "."), (tmp_path / "made/deeper", "..")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(FileError, match="is the folder that this runs in"):
+            generate_package(PLAIN, given, default_recipe(PLAIN))
+    with pytest.raises(FileError, match="is a mount point"):
+        generate_package(PLAIN, "/proc", default_recipe(PLAIN))
+
+
+def test_a_package_mixed_from_two_is_refused_at_import(tmp_path: Path) -> None:
+    """It ran, and wrote past the end of its buffers."""
+    short = default_recipe(PLAIN)
+    configs = {stage: x.replace(BT=16) for stage, x in short.configs.items()}
+    assert short.configs["scan"].size("BT") != 16
+    generate_package(PLAIN, tmp_path / "one", short)
+    generate_package(PLAIN, tmp_path / "two", replace(short, configs=configs))
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / name, tmp_path / f"all_of_{name}")
+    shutil.copy(tmp_path / "two/scan.py", tmp_path / "one/scan.py")
+    edited = tmp_path / "two/scan.py"
+    edited.write_text(edited.read_text().replace("import triton\n", "import triton  # mine\n", 1))
+    (tmp_path / "child.py").write_text(
+        "import importlib, sys\nsys.modules['gdn2gen'] = None\n"
+        "for name in ('all_of_one', 'all_of_two', 'two', 'one'):\n"
+        "    importlib.import_module(name)\n    print(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "child.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["all_of_one", "all_of_two", "two"]
+    assert "ImportError: scan.py and __init__.py of one were generated for" in done.stderr
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
