@@ -8,7 +8,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from gdn2gen._cli_options import refuse
+from gdn2gen._cli_options import refuse, target_device
 from gdn2gen.errors import DeviceError, InputError, TunedFileWarning
 from gdn2gen.problem import OPS
 from gdn2gen.stages import STAGES
@@ -69,11 +69,12 @@ def ledger(args: argparse.Namespace) -> int:
 
 
 def _books(op: str, name: str | None) -> list[Ledger]:
-    from gdn2gen.device import has_gpu, named_device, present_device
+    from gdn2gen.device import has_gpu, is_name_of, present_device
     from gdn2gen.tune.study import ledgers, open_ledger
 
     if name is not None:
-        return [open_ledger(op, named_device(name))]
+        named = [x for x in ledgers(op) if is_name_of(name, x.gpu)]
+        return named or [open_ledger(op, target_device(name))]
     return [open_ledger(op, present_device())] if has_gpu() else ledgers(op)
 
 

@@ -174,10 +174,18 @@ def present_or_target(target: str | None) -> tuple[Device, bool]:
     from gdn2gen.device import has_gpu, named_device, present_device
 
     if target is not None:
-        return named_device(target), False
+        return target_device(target), False
     if has_gpu():
         return present_device(), True
     return named_device(DEFAULT_TARGET), False
+
+
+def target_device(name: str) -> Device:
+    """The device of that name: in the table of GPUs, or one that a tuned file says it is of."""
+    from gdn2gen.device import known_device, named_device
+    from gdn2gen.sharing import device_on_file
+
+    return known_device(name) or device_on_file(name) or named_device(name)
 
 
 def in_source_tree() -> bool:

@@ -94,13 +94,11 @@ def export_tuned(args: argparse.Namespace) -> int:
 
 def import_tuned(args: argparse.Namespace) -> int:
     """Merge a file into the user's own of the same GPU."""
-    from gdn2gen.device import Device, named_device
     from gdn2gen.paths import user_tuned_dir
-    from gdn2gen.sharing import load_file
+    from gdn2gen.sharing import device_of, load_file
     from gdn2gen.store import tuned_path
 
-    file = load_file(args.file)
-    device: Device = named_device(str(file.metadata["gpu"]))
+    device = device_of(load_file(args.file))
     folder = args.out or user_tuned_dir()
     _merge(tuned_path(folder, args.op, device), [args.file])
     say_where(folder)

@@ -150,7 +150,7 @@ def _device_at(index: int) -> Device:
         slug=slug,
         arch=arch,
         sms=found.multi_processor_count,
-        shared_bytes=shared or _ARCHES.get(arch, (48 * _KIB, 0))[0],
+        shared_bytes=shared or _shared_bytes(arch),
         memory_gbps=known.memory_gbps if known else None,
     )
 
@@ -194,6 +194,23 @@ def named_device(name: str) -> Device:
 def known_device(name: str) -> Device | None:
     """Like `named_device`, but None for an unknown name."""
     return _by_loose_name().get(_loose(name))
+
+
+def filed_device(name: str, arch: str, sms: int) -> Device:
+    """The GPU that a tuned file is of, by what the file says: it may be one that no table lists."""
+    slug = slug_of(name)
+    known = _by_slug().get(slug)
+    gbps = known.memory_gbps if known else None
+    return Device(name, slug, arch, sms, _shared_bytes(arch), gbps)
+
+
+def _shared_bytes(arch: str) -> int:
+    return _ARCHES.get(arch, (48 * _KIB, 0))[0]
+
+
+def is_name_of(name: str, gpu: str) -> bool:
+    """Whether `name` is the driver's name `gpu`, a slug of it, or it but for spelling."""
+    return _loose(name) == _loose(gpu)
 
 
 def _loose(name: str) -> str:

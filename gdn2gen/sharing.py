@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdn2gen import store
 from gdn2gen.config import Knob
-from gdn2gen.device import Device
+from gdn2gen.device import Device, filed_device, is_name_of
 from gdn2gen.errors import StoreError
 from gdn2gen.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.store import Entry, TunedFile
@@ -20,6 +21,23 @@ def load_file(path: Path) -> TunedFile:
         raise StoreError(f"there is no tuned file {path}")
     store.warn_unread(path, file)
     return file
+
+
+def device_on_file(name: str) -> Device | None:
+    """The GPU of that name, by what a tuned file of it says; None if there is no such file."""
+    for folder in (user_tuned_dir(), packaged_tuned_dir()):
+        for path in sorted(folder.glob("*/*.json")) if folder else ():
+            with suppress(StoreError):
+                file = store.load_tuned(path)
+                if file is not None and is_name_of(name, str(file.metadata["gpu"])):
+                    return device_of(file)
+    return None
+
+
+def device_of(file: TunedFile) -> Device:
+    """The GPU of a tuned file."""
+    metadata = file.metadata
+    return filed_device(str(metadata["gpu"]), str(metadata["arch"]), int(metadata["sms"]))
 
 
 def on_file(op: str, device: Device) -> TunedFile:

@@ -14,7 +14,7 @@ from gdn2gen import cli, paths, sharing, store
 from gdn2gen._store_claims import CHECKED
 from gdn2gen.build import Resources
 from gdn2gen.config import Config, default_config
-from gdn2gen.device import named_device
+from gdn2gen.device import known_device, named_device, slug_of
 from gdn2gen.dispatch import find_recipe
 from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem, Regime
@@ -91,6 +91,36 @@ def test_import_keeps_the_faster(tmp_path, capsys):
     assert "1 of 2 entries" in said and "GDN2GEN_TUNED_DIR" in said
     times = [x.measured["forward_backward_ms"] for x in store.load_tuned(own).entries]
     assert sorted(times) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arch", "sms"),
+    [
+        ("NVIDIA H20", "sm_90", 78),
+        ("NVIDIA GeForce RTX 4080", "sm_89", 76),
+        ("NVIDIA B300 SXM6 AC", "sm_103", 148),
+    ],
+)
+def test_a_gpu_that_no_table_lists_is_what_its_file_says(
+    tmp_path, monkeypatch, capsys, gpu, arch, sms
+):
+    assert known_device(gpu) is None
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    metadata = {**METADATA, "gpu": gpu, "arch": arch, "sms": sms}
+    source = tmp_path / "theirs.json"
+    store.write_tuned(source, store.TunedFile(metadata, (entry(65536, 1.0),)))
+    assert cli.main(["tuned", "import", str(source)]) == 0
+    for name in (gpu, slug_of(gpu)):
+        assert cli.main(["explain", "--device", name, "--shape", "4x16384x16"]) == 0
+        said = capsys.readouterr().out
+        assert f"device    {gpu} ({arch}, {sms} SMs)" in said and "source    exact" in said
+    out = tmp_path / "page.html"
+    assert cli.main(["report", "--device", gpu, "--out", str(out)]) == 0
+    assert gpu in out.read_text()
+    assert cli.main(["tuned", "export", "--device", gpu]) == 0
+    assert cli.main(["ledger", "--device", gpu]) == 0
+    assert cli.main(["explain", "--device", "H300"]) == cli.EXIT_USAGE
 
 
 def test_merge_says_what_is_stale(tmp_path, capsys):
