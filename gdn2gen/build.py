@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import linecache
 import re
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
 from gdn2gen.files import replace_file
 from gdn2gen.knobs import hush, hush_tilelang
-from gdn2gen.paths import cache_dir
+from gdn2gen.paths import code_dir
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
 from gdn2gen.stages import STAGES
@@ -53,21 +55,37 @@ class Resources:
 
 @cache
 def load(rendered: Rendered) -> ModuleType:
-    """Write the source where Python can show it in tracebacks, and import it."""
+    """The rendered source as a module. What runs is what was rendered: nothing is read from disk.
+
+    The source is also written where tracebacks and profilers find it.
+    """
     if knobs.interpreted() and "bfloat16" in rendered.source:
         from gdn2gen._interpreter import teach_bf16
 
         teach_bf16()
-    path = cache_dir() / "kernels" / f"{rendered.module_name}.py"
-    if not path.exists():
-        replace_file(path, rendered.source, durable=False)
-    spec = importlib.util.spec_from_file_location(rendered.module_name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    path = str(_show(rendered))
+    # Triton and TileLang read the source of their kernels back: without a time, it stays as it is
+    lines = rendered.source.splitlines(keepends=True)
+    linecache.cache[path] = (len(rendered.source), None, lines, path)
+    module = ModuleType(rendered.module_name)
+    module.__file__ = path
     sys.modules[rendered.module_name] = module
     hush()
-    spec.loader.exec_module(module)
+    try:
+        exec(compile(rendered.source, path, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        del sys.modules[rendered.module_name]
+        raise
     return module
+
+
+def _show(rendered: Rendered) -> Path:
+    """Have a file say what was rendered, whatever it said before; a full disk costs no more."""
+    path = code_dir("kernels") / f"{rendered.module_name}.py"
+    with suppress(OSError):
+        if not path.is_file() or path.read_bytes() != rendered.source.encode():
+            replace_file(path, rendered.source, durable=False)
+    return path
 
 
 def compile_ahead(
@@ -76,13 +94,16 @@ def compile_ahead(
     """Compile one stage for `device` without launching it; needs no GPU.
 
     Args are specialised as `launch` specialises them, so that on the same GPU the result is found
-    again in Triton's cache. Raises BuildError with the compiler's last words.
+    again in Triton's cache. Raises BuildError with the compiler's last words, and OSError where
+    the compiler could not be run or its files not be written.
     """
     started = time.monotonic()
     module = load(render(problem, stage_name, config))
     compile_module = _compile_tilelang if language_of(config) == "tilelang" else _compile_triton
     try:
         used = compile_module(module, problem, stage_name, config, device)
+    except OSError:
+        raise  # a full disk or a compiler that is gone: no fault of the config's
     except Exception as error:
         words = str(error).strip().splitlines()[-3:]
         raise BuildError(

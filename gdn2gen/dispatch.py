@@ -213,9 +213,10 @@ def _strict_from_env() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _places(op: str, slug: str, *folders: Path) -> tuple[Place, ...]:
-    """The place in each folder: the user's, and the packaged one."""
-    return tuple(Place(str(x / op), str(x / op / f"{slug}.json")) for x in folders)
+def _places(op: str, slug: str, user: Path, packaged: Path) -> tuple[Place, ...]:
+    """The place in each folder: the user's, if it can be read, and the packaged one."""
+    folders = [x / op for x in (paths.to_be_read(user), packaged) if x is not None]
+    return tuple(Place(str(x), str(x / f"{slug}.json")) for x in folders)
 
 
 @lru_cache(maxsize=4096)

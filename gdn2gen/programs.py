@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,9 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+from gdn2gen.folders import is_trusted_file
 from gdn2gen.knobs import hush_tilelang
-from gdn2gen.paths import cache_dir
+from gdn2gen.paths import code_dir
 
 Program = Callable[..., Any]
 
@@ -43,7 +45,7 @@ def compiled_program(
         try:
             return _load(kept)
         except Exception:  # whatever it is, compiling anew mends it
-            kept.unlink(missing_ok=True)
+            _discard(kept)
     hush_tilelang()
     program = compile_it()
     kept = _keep(program, name)
@@ -60,20 +62,25 @@ def _name(module: ModuleType, function: str) -> str:
 
 
 def _kept(name: str) -> Path | None:
-    """The library of that name, with the content it had: a part of one would kill the process."""
-    for path in _folder().glob(f"{name}-*.so"):
-        if path.stem.endswith(_digest(path)):
+    """The library of that name that this user or root kept, with the content it had.
+
+    A part of one would kill the process.
+    """
+    for path in code_dir("programs").glob(f"{name}-*.so"):
+        if is_trusted_file(path) and path.stem.endswith(_digest(path, name)):
             return path
-        path.unlink(missing_ok=True)
+        _discard(path)
     return None
 
 
-def _folder() -> Path:
-    return cache_dir() / "programs"
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _digest(path: Path, name: str) -> str:
+    """Of the content and of what it is the program of."""
+    return hashlib.sha256(name.encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
 
 
 def _version(package: str) -> str:
@@ -113,13 +120,17 @@ def _keep(program: Any, name: str) -> Path | None:
     library = Path(folder) / "executable.so" if folder else None
     if library is None or not library.exists():
         return None
+    folder = code_dir("programs")
     try:
-        _folder().mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=_folder(), prefix=f".{name}.")
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
         os.close(handle)
-        shutil.copyfile(library, temporary)
-        path = _folder() / f"{name}-{_digest(Path(temporary))}.so"
-        os.replace(temporary, path)
+        try:
+            shutil.copyfile(library, temporary)
+            path = folder / f"{name}-{_digest(Path(temporary), name)}.so"
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError:
         return None  # a full or read-only disk costs the next process its time, no more
     return path

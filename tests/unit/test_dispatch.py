@@ -44,6 +44,7 @@ def house(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, name, asked)
     monkeypatch.setattr(render, "template_digest", lambda config: f"d-{config.stage}")
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
+    (tmp_path / "user").mkdir()
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
 

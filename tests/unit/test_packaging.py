@@ -21,6 +21,7 @@ PACKAGE = ROOT / "gdn2gen"
 ROOMS = (
     ("errors",),
     ("knobs",),
+    ("folders",),
     ("paths",),
     ("files",),
     ("terminal",),
