@@ -19,6 +19,7 @@ from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
 from gdn2gen.files import replace_file
 from gdn2gen.knobs import hush, hush_tilelang
+from gdn2gen.nvrtc import compiler_for
 from gdn2gen.paths import code_dir
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
@@ -194,8 +195,9 @@ def _compile_tilelang(
         target = {"kind": "cuda", "arch": arch}
         passes = getattr(module, "PASSES", None)
         for name in [x for x in vars(module) if x.endswith("program")]:
-            program = getattr(module, name)()
-            kernel = tilelang.compile(program, target=target, pass_configs=passes)
+            with compiler_for():
+                program = getattr(module, name)()
+                kernel = tilelang.compile(program, target=target, pass_configs=passes)
             source = kernel.get_kernel_source()
             shared = _dynamic_shared_bytes(kernel.get_host_source())
             if "mbarrier_mem" in source:

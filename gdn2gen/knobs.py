@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 
@@ -43,8 +44,20 @@ def hush_tilelang() -> None:
 
 @cache
 def cuda_compiler() -> str | None:
-    """nvcc, which TileLang compiles with: in CUDA_HOME, CUDA_PATH, on PATH, in /usr/local/cuda."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [str(Path(home) / "bin" / "nvcc") for home in (*homes, "/usr/local/cuda") if home]
-    found = [shutil.which(place) for place in (*places[:-1], "nvcc", places[-1])]
-    return next((place for place in found if place), None)
+    """The nvcc that TileLang would call, if there is one.
+
+    In CUDA_HOME or CUDA_PATH if one is set; else on PATH, in pip's nvidia-cuda-nvcc, in
+    /usr/local/cuda.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which(str(Path(home) / "bin" / "nvcc"))
+    return shutil.which("nvcc") or _wheels_nvcc() or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _wheels_nvcc() -> str | None:
+    try:
+        files = metadata.files("nvidia-cuda-nvcc") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    return next((shutil.which(str(x.locate())) for x in files if x.name == "nvcc"), None)

@@ -16,8 +16,9 @@ from gdn2gen.ahead import compile_in_thread
 from gdn2gen.call import Call
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.direct import direct_launch
-from gdn2gen.knobs import cuda_compiler, interpreted
+from gdn2gen.knobs import interpreted
 from gdn2gen.layout import Layout
+from gdn2gen.nvrtc import has_compiler
 from gdn2gen.passes import Buffer, Pass, Step, in_place_of
 from gdn2gen.problem import Problem
 from gdn2gen.render import render, render_tables
@@ -289,12 +290,13 @@ def _only_triton(stage_name: str) -> bool:
     """Whether other languages cannot be compiled here; says so where that costs time."""
     if interpreted():
         return True  # Triton's interpreter stands in for a GPU, and interprets nothing else
-    if cuda_compiler() is not None:
+    if has_compiler():
         return False
     warnings.warn(
-        f"the tuned {stage_name} is written in TileLang, which needs nvcc, and none was found in "
-        "CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda: the slower default in Triton runs "
-        "instead. Install the CUDA toolkit, or say where it is with CUDA_HOME",
+        f"the tuned {stage_name} is written in TileLang, and there is nothing to compile it with, "
+        "neither nvcc (in CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda) nor NVRTC with its "
+        "headers: the slower default in Triton runs instead. To have NVRTC: pip install "
+        "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl",
         RuntimeWarning,
         stacklevel=2,
     )

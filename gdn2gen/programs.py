@@ -25,6 +25,7 @@ from typing import Any
 
 from gdn2gen.folders import is_trusted_file
 from gdn2gen.knobs import hush_tilelang
+from gdn2gen.nvrtc import compiler_for
 from gdn2gen.paths import code_dir
 
 Program = Callable[..., Any]
@@ -47,7 +48,8 @@ def compiled_program(
         except Exception:  # whatever it is, compiling anew mends it
             _discard(kept)
     hush_tilelang()
-    program = compile_it()
+    with compiler_for("cuda"):
+        program = compile_it()
     kept = _keep(program, name)
     return program if kept is None else _load(kept)
 

@@ -22,6 +22,7 @@ ROOMS = (
     ("errors",),
     ("knobs",),
     ("folders",),
+    ("nvrtc",),
     ("paths",),
     ("files",),
     ("terminal",),
@@ -187,7 +188,8 @@ print(__version__, stage_digest("scan"))
 def test_project_says_what_it_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = " ".join(project["dependencies"])
-    for package in ("torch>=2.11", "triton>=3.6", "tilelang>=", "optuna", "jinja2", "rich"):
+    languages = ("torch>=2.11", "triton>=3.6", "tilelang>=", "nvidia-cuda-cccl")
+    for package in (*languages, "optuna", "jinja2", "rich"):
         assert package in needed
     assert project["scripts"] == {"gdn2gen": "gdn2gen.cli:main"}
     assert project["requires-python"] == ">=3.11"
