@@ -40,6 +40,7 @@ _PROBLEM_TYPES: Final[Mapping[str, type]] = {
 }
 # In the keys of problems whose gate has a bound that is known.
 _BOUND_TYPE: Final[Mapping[str, type]] = {"bound": int}
+_TRITON_ALONE: Final = "triton"
 _REGIME_TYPES: Final = dict.fromkeys(Regime(1, 1, 1).key, int)
 _MEASURED_KEYS: Final = (
     "forward_ms",
@@ -80,14 +81,20 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a file holds one entry for: problem, regime and level."""
-        return _key(self.problem_key, self.regime_key, self.level)
+        """What a file holds one entry for: problem, regime, level, and whether Triton is enough."""
+        return _key(self.problem_key, self.regime_key, self.level, self.configs)
+
+    @property
+    def needs_triton_alone(self) -> bool:
+        """Whether no stage is in another language, which not every machine can compile."""
+        return self.key[-1] == _TRITON_ALONE
 
     @property
     def label(self) -> str:
         """Problem, regime and level in one line, for messages."""
         words = [f"{name}={value}" for name, value in self.problem_key.items() if name != "op"]
         words += [f"{name}={value}" for name, value in self.regime_key.items()]
+        words += ["language=triton"] if self.needs_triton_alone else []
         return " ".join((str(self.problem_key["op"]), *words, f"level={self.level}"))
 
 
@@ -234,17 +241,24 @@ def format_file(file: TunedFile) -> str:
 def raw_key(raw: Any) -> tuple[str, ...] | None:
     """`Entry.key` of an entry that was not read, as far as it has one."""
     try:
-        key = _key(raw["problem"], raw["regime"], raw["level"])
+        key = _key(raw["problem"], raw["regime"], raw["level"], raw["configs"])
     except (TypeError, KeyError, AttributeError):
         return None
     return key if isinstance(raw["level"], str) else None
 
 
-def _key(problem: Mapping[str, Any], regime: Mapping[str, Any], level: str) -> tuple[str, ...]:
-    """Texts that sort as their numbers do."""
+def _key(
+    problem: Mapping[str, Any],
+    regime: Mapping[str, Any],
+    level: str,
+    configs: Mapping[str, Mapping[str, Any]],
+) -> tuple[str, ...]:
+    """Texts that sort as their numbers do; what Triton is enough for comes after what it is not."""
+    languages = {knobs.get("language", "triton") for knobs in configs.values()}
     values = [problem[name] for name in _PROBLEM_TYPES] + [problem.get("bound", 0)]
     values += [regime[name] for name in _REGIME_TYPES]
-    return (*(f"{x:012d}" if type(x) is int else str(x) for x in values), level)
+    texts = (f"{x:012d}" if type(x) is int else str(x) for x in values)
+    return (*texts, level, _TRITON_ALONE if languages == {"triton"} else "")
 
 
 def entry_to(entry: Entry) -> dict[str, Any]:

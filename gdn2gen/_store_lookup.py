@@ -30,6 +30,8 @@ class Query(NamedTuple):
     device: Device
     level: str
     """What the forward may keep; `store.LEVELS`."""
+    triton_alone: bool = False
+    """Nothing but Triton can be compiled: entries that need no more come before all others."""
 
 
 class Candidate(NamedTuple):
@@ -70,6 +72,14 @@ def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
 
     Files of other GPUs are read only if this GPU's hold nothing measured that fits.
     """
+    if query.triton_alone:
+        found = _nearest(query, places)
+        if found.best is not None:
+            return found
+    return _nearest(query._replace(triton_alone=False), places)
+
+
+def _nearest(query: Query, places: Sequence[Place]) -> Found:
     notes: list[str] = []
     own = [(n, place.own) for n, place in enumerate(places)]
     found = _candidates(own, query, notes, own=True)
@@ -118,6 +128,8 @@ def _candidates(
         for place, entry in enumerate(loaded.entries):
             minor = differing(key, entry)
             if entry.level != query.level or minor is None:
+                continue
+            if query.triton_alone and not entry.needs_triton_alone:
                 continue
             distance = _regime_distance(query.regime, entry.regime)
             # an entry that was filed without a bound holds for every bound

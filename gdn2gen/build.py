@@ -19,7 +19,7 @@ from gdn2gen.config import Config, language_of
 from gdn2gen.errors import BuildError
 from gdn2gen.files import replace_file
 from gdn2gen.knobs import hush, hush_tilelang
-from gdn2gen.nvrtc import compiler_for
+from gdn2gen.nvrtc import compiler_for, has_compiler
 from gdn2gen.paths import code_dir
 from gdn2gen.problem import Problem
 from gdn2gen.render import Rendered, render
@@ -176,6 +176,8 @@ def _compile_tilelang(
     kernel that was compiled before passes through no compiler, and reports zero registers and
     stack.
     """
+    if not has_compiler():
+        raise FileNotFoundError("neither nvcc nor NVRTC was found, to compile TileLang with")
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
 

@@ -7,6 +7,7 @@ user's wins. Nothing is ever tuned in a call.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ from gdn2gen._store_lookup import (
 from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.device import Device, present_device
 from gdn2gen.errors import DispatchError, Gdn2genError
+from gdn2gen.nvrtc import has_compiler
 from gdn2gen.plans import Plan, plan_named
 from gdn2gen.problem import Problem, Regime
 
@@ -112,10 +114,11 @@ def find_recipe(
     4. predicted: an entry that was ranked without a GPU;
     5. the default configs of the plan named `level`.
 
-    The tuned files are read once in a process (see `store.current_look`). Entries whose templates
-    changed since are passed over (`Recipe.stale`). Inside `forced_recipe`
-    the forced one is returned. `device` is by default the present GPU, the only case where one is
-    queried. `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
+    The tuned files are read once in a process (see `store.current_look`). Where a GPU is in use and
+    nothing can compile TileLang, entries that need Triton alone come before others. Entries whose
+    templates changed since are passed over (`Recipe.stale`). Inside `forced_recipe` the forced one
+    is returned. `device` is by default the present GPU, the only case where one is queried.
+    `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
     """
     forced = _FORCED.get()
     if forced is not None:
@@ -123,7 +126,8 @@ def find_recipe(
     if device is None:
         device = present_device()
     places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
-    recipe = _look_up(Query(problem, regime, device, level), places, store.current_look())
+    query = Query(problem, regime, device, level, _only_triton_compiles())
+    recipe = _look_up(query, places, store.current_look())
     if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
             f"strict mode wants an exact entry, but the best is {recipe.source!r}: {recipe.why}. "
@@ -132,6 +136,12 @@ def find_recipe(
             f"{explain_recipe(recipe)}"
         )
     return recipe
+
+
+def _only_triton_compiles() -> bool:
+    """Whether this process has a GPU to itself, and nothing to compile TileLang for it with."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized() and not has_compiler()
 
 
 def surroundings() -> tuple[Any, ...]:
@@ -239,6 +249,8 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Recipe:
         why = _why(best, query)
     if passed is not None:
         notes = (*notes, _why_not(passed))
+    if query.triton_alone and best is not None:
+        notes = (*notes, _why_triton(best.entry))
     return replace(
         made,
         why="; ".join((why, *notes)),
@@ -262,6 +274,14 @@ def _why(best: Candidate, query: Query) -> str:
     if entry.provenance == "predicted":
         words.append("ranked without a GPU, never timed")
     return "; ".join(words)
+
+
+def _why_triton(entry: store.Entry) -> str:
+    why = "TileLang cannot be compiled here, for neither nvcc nor NVRTC was found"
+    if entry.needs_triton_alone:
+        return f"{why}: looked for entries that need Triton alone"
+    stages = ", ".join(x for x, config in entry.configs.items() if language_of(config) != "triton")
+    return f"{why}, and no entry needs Triton alone: {stages} run Triton's default configs"
 
 
 def _why_not(passed: Candidate) -> str:

@@ -51,6 +51,7 @@ __all__ = [
     "merge_entries",
     "metadata_for",
     "read_tuned",
+    "seconds_of_pairs",
     "stale_stages",
     "tuned_path",
     "warn_unread",
@@ -219,8 +220,9 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
     Of two entries for the same problem, regime and level the better stays: templates that still
     fit before stale ones, measured before transferred before predicted, then the shorter
     `forward_backward_ms` (and `forward_ms`), of predicted ones the lower cost; a tie keeps the old
-    one. Other processes may merge at the same time (`<path>.lock` orders them). A merge that
-    changes no entry leaves the file alone.
+    one. Beside an entry that needs TileLang, the best one that does not stays, too, for machines
+    that cannot compile it. Other processes may merge at the same time (`<path>.lock` orders them).
+    A merge that changes no entry leaves the file alone.
 
     Raises StoreError, and changes nothing, if an entry is not valid, or if the file at `path`
     cannot be read or is of another GPU.
@@ -235,6 +237,7 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
             rival = best.get(entry.key)
             if rival is None or rank(entry) < rank(rival):
                 best[entry.key] = entry
+        _drop_outdone(best)
         unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in best)
         merged = tuple(best[key] for key in sorted(best))
         if old is not None and merged == _by_key(old.entries) and unread == old.unread:
@@ -270,6 +273,26 @@ def _mergeable(path: Path, gpu: object) -> TunedFile | None:
             f"entries are of {gpu!r}; give another path"
         )
     return old
+
+
+def seconds_of_pairs(entries: Iterable[Entry]) -> set[tuple[str, ...]]:
+    """Keys of the entries that are there for machines without a compiler for TileLang alone."""
+    keys = {entry.key for entry in entries}
+    return {key for key in keys if key[-1] and (*key[:-1], "") in keys}
+
+
+def _drop_outdone(best: dict[tuple[str, ...], Entry]) -> None:
+    """Of a pair, drop the one that needs TileLang if it is no better; the other if it is stale, or
+    was not measured, where the first is neither.
+    """
+    for key, alone in [pair for pair in best.items() if pair[1].needs_triton_alone]:
+        other = (*key[:-1], "")
+        if other not in best:
+            continue
+        if rank(alone) <= rank(best[other]):
+            del best[other]
+        elif rank(alone)[:2] > rank(best[other])[:2]:
+            del best[key]
 
 
 def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gdn2gen.config import Config, default_config
+from gdn2gen.config import Config, default_config, language_of
 from gdn2gen.plans import plan_named
 from gdn2gen.problem import Problem
 from gdn2gen.render import template_digest
@@ -52,6 +52,11 @@ class Candidate:
     def digest(self) -> str:
         """Digest over the templates of all stages."""
         return hashlib.sha256("".join(self.templates.values()).encode()).hexdigest()[:16]
+
+    @property
+    def needs_triton_alone(self) -> bool:
+        """Whether no stage is in another language, which not every machine can compile."""
+        return all(language_of(config) == "triton" for config in self.configs)
 
     def with_config(self, config: Config) -> Candidate:
         """The same pipeline with one stage's config exchanged."""

@@ -36,15 +36,19 @@ def result_of(verdict: Verdict) -> ShapeResult:
     )
 
 
-def entry_of(verdict: Verdict) -> store.Entry:
-    errors = verdict.winner.errors
-    return entry_for(
-        verdict.winner.candidate,
-        verdict.shape,
-        measured=_measured(verdict.winner, verdict.default),
-        gate={name: float(f"{error:.3g}") for name, error in errors.items()},
-        provenance="measured",
-    )
+def entries_of(verdict: Verdict) -> list[store.Entry]:
+    """The winner's, and that of the best which needs Triton alone if the winner does not."""
+    return [
+        entry_for(
+            x.candidate,
+            verdict.shape,
+            measured=_measured(x, verdict.default),
+            gate={name: float(f"{error:.3g}") for name, error in x.errors.items()},
+            provenance="measured",
+        )
+        for x in (verdict.winner, verdict.in_triton)
+        if x is not None
+    ]
 
 
 def entry_for(

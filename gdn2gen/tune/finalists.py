@@ -14,7 +14,7 @@ from typing import Final
 
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
-from gdn2gen.config import Config
+from gdn2gen.config import Config, language_of
 from gdn2gen.plans import PLANS, PLANS_OF, level_of
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
@@ -88,11 +88,13 @@ class Finals:
         self._seconds.append((window.clock() - started) / len(finalists))
         default = next((x for x in measured if x.candidate == self._default(plan)), None)
         winner, tied = pick(measured, self._default(plan))
+        alone = [x for x in measured if x.candidate.needs_triton_alone]
+        in_triton = pick(alone, self._default(plan))[0] if alone else None
         self._won.setdefault(shape, winner.candidate)
         label = f"{shape.name} {plan} forward+backward"
         default_ms = default.forward_backward.median if default else None
         progress.best_so_far(label, winner.forward_backward.median, default_ms)
-        return Verdict(shape, level_of(plan), winner, default, tied)
+        return Verdict(shape, level_of(plan), winner, default, tied, in_triton)
 
     def why_none(self, plan: str) -> str:
         """Why there is no verdict: what the default failed at."""
@@ -111,8 +113,8 @@ class Finals:
         return max(2, min(_MOST, int(left / max(mean(self._seconds), 1e-9))))
 
     def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Candidate]:
-        """The default and what is on file, then the best by the sum of their stages; all pass the
-        gate.
+        """The default, what is on file and the best in Triton, then the best by the sum of their
+        stages; all pass the gate.
         """
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best: list[Candidate] = []
@@ -124,10 +126,11 @@ class Finals:
             if found is not None:
                 best.append(found)
         stored = self._on_file(shape, plan)
-        chosen = [self._default(plan), *stored, *self._carried(shape, plan), *best]
+        known = [self._default(plan), *stored, *self._in_triton(shape, plan)]
+        chosen = [*known, *self._carried(shape, plan), *best]
         if sizes:
             chosen += self._runners_up(shape, plan, sizes[0])
-        unique = list(dict.fromkeys(chosen))[: max(most, 2 + len(stored))]
+        unique = list(dict.fromkeys(chosen))[: max(most, 1 + len(set(known)))]
         self._warm(unique)
         return [x for x in unique if self._passes(x)]
 
@@ -138,7 +141,15 @@ class Finals:
         where 0.615 was on file.
         """
         found = [x.candidate for x in self._stored if x.is_for(shape, plan)]
-        return list(dict.fromkeys(found))[:2]
+        alone = [x for x in found if x.needs_triton_alone]
+        others = [x for x in found if not x.needs_triton_alone]
+        return [*list(dict.fromkeys(others))[:2], *alone[:1]]
+
+    def _in_triton(self, shape: Shape, plan: str) -> list[Candidate]:
+        """The best by the sum of its stages of those that need Triton alone."""
+        sums = {BT: self._sum_ms(shape, plan, BT, "triton") for BT in self._search.trials}
+        best = self._best(shape, plan, min(sums, key=sums.__getitem__), "triton") if sums else None
+        return [best] if best else []
 
     def _carried(self, shape: Shape, plan: str) -> list[Candidate]:
         """What won for the plan that was first, completed by this plan's best.
@@ -159,21 +170,26 @@ class Finals:
     def _default(self, plan: str) -> Candidate:
         return Candidate.default(self._search.problem, plan)
 
-    def _sum_ms(self, shape: Shape, plan: str, BT: int) -> float:
-        ranked = [self._ranked(stage, shape, BT) for stage in PLANS[plan].stages]
+    def _sum_ms(self, shape: Shape, plan: str, BT: int, language: str = "") -> float:
+        ranked = [self._ranked(stage, shape, BT, language) for stage in PLANS[plan].stages]
         return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
 
-    def _ranked(self, stage: str, shape: Shape, BT: int) -> list[tuple[Config, float]]:
-        """Fastest first; nothing of a plan whose default failed at this chunk size."""
+    def _ranked(
+        self, stage: str, shape: Shape, BT: int, language: str = ""
+    ) -> list[tuple[Config, float]]:
+        """Fastest first, of one language if it is named; nothing of a plan whose default failed at
+        this chunk size.
+        """
         trials = self._search.trials[BT].get(stage)
-        return [] if trials is None else trials.ranked(shape)
+        ranked = [] if trials is None else trials.ranked(shape)
+        return [x for x in ranked if not language or language_of(x[0]) == language]
 
     def _least_sum(self, shape: Shape, plan: str) -> float:
         sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
         return min(sums, default=float("inf"))
 
-    def _best(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
-        ranked = {stage: self._ranked(stage, shape, BT) for stage in PLANS[plan].stages}
+    def _best(self, shape: Shape, plan: str, BT: int, language: str = "") -> Candidate | None:
+        ranked = {x: self._ranked(x, shape, BT, language) for x in PLANS[plan].stages}
         if not all(ranked.values()):
             return None
         configs = {stage: found[0][0] for stage, found in ranked.items()}
@@ -252,7 +268,8 @@ class Finals:
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best = [self._best(shape, plan, BT) for BT in sizes[:1]]
         close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
-        known = [*self._known(shape, plan), *self._carried(shape, plan)]
+        known = [*self._known(shape, plan), *self._in_triton(shape, plan)]
+        known += self._carried(shape, plan)
         return [*known, *(x for x in best if x is not None), *close]
 
     def _measure(

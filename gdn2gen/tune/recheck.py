@@ -19,7 +19,7 @@ from gdn2gen.tune import space
 from gdn2gen.tune.backend import Backend
 from gdn2gen.tune.candidate import Candidate
 from gdn2gen.tune.entries import problem_of, words_of
-from gdn2gen.tune.filing import entry_of
+from gdn2gen.tune.filing import entries_of
 from gdn2gen.tune.verdicts import Measured, Verdict
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def _renewed(
         )
 
     reference = None if default is None else measured(default)
-    return entry_of(Verdict(shape, level_of(candidate.plan), measured(timed), reference, False))
+    verdict = Verdict(shape, level_of(candidate.plan), measured(timed), reference, False)
+    (entry,) = entries_of(verdict)
+    return entry
 
 
 def _why_not_built(candidate: Candidate, backend: Backend, device: Device) -> str:
@@ -168,6 +170,8 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
     """What `gdn2gen verify --tuned` prints: a table for each problem."""
     tables: dict[str, Sheet] = {}
     columns = ("shape", "level", "filed", "now", "default", "verdict")
+    results = list(results)
+    second = store.seconds_of_pairs([x.entry for x in results])
     for x in results:
         problem = words_of(x.entry)
         if problem not in tables:
@@ -175,7 +179,8 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
             tables[problem] = Sheet(title, columns, words=("shape", "level", "verdict"))
         filed = x.entry.measured.get("forward_backward_ms")
         times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
-        name = x.shape.name if x.shape is not None else str(x.entry.regime)
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
+        name = x.shape.name if x.shape is not None else str(x.entry.regime)
+        name += ", Triton alone" if x.entry.key in second else ""
         tables[problem].add(name, x.entry.level, *times, verdict)
     return Group(*tables.values())

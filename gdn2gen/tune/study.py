@@ -24,7 +24,7 @@ from gdn2gen.plans import PLANS_OF, level_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
-from gdn2gen.tune.filing import entry_of, result_of
+from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.ledger import Ledger, read_ledger
 from gdn2gen.tune.progress import Progress, console_progress
@@ -196,7 +196,7 @@ class _Run:
             if found and plan == PLANS_OF[level_of(plan)][-1]:
                 best = better(found)
                 self.report.results.append(result_of(best))
-                store.merge_entries(self.path, self.metadata, [entry_of(best)])
+                store.merge_entries(self.path, self.metadata, entries_of(best))
                 found = []
 
 

@@ -35,6 +35,8 @@ class Verdict:
     default: Measured | None
     tied: bool
     """Others came within 1% of the best time."""
+    in_triton: Measured | None = None
+    """The best that needs Triton alone, if the winner does not: for machines with nothing else."""
 
 
 def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
@@ -64,7 +66,15 @@ def better(verdicts: Sequence[Verdict]) -> Verdict:
     best = next(
         x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE)
     )
-    return replace(best, default=verdicts[0].default)
+    return replace(best, default=verdicts[0].default, in_triton=_in_triton(best, verdicts))
+
+
+def _in_triton(best: Verdict, verdicts: Sequence[Verdict]) -> Measured | None:
+    if best.winner.candidate.needs_triton_alone:
+        return None
+    found = [x.in_triton or x.winner for x in verdicts]
+    alone = [x for x in found if x.candidate.needs_triton_alone]
+    return min(alone, key=lambda x: x.forward_backward.median, default=None)
 
 
 def combine(rounds: Sequence[Timing]) -> Timing:

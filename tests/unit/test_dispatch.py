@@ -186,6 +186,43 @@ def test_minor_flags_serve_after_the_same_flags(user):
     assert softplus.problem.has_A_log
 
 
+@pytest.fixture
+def in_tilelang(monkeypatch):
+    """The configs of an entry some of whose stages are in TileLang."""
+    configs = {**make_entry(mark=2).configs}
+    for stage in ("scan", "rescan"):
+        configs[stage] = configs[stage].replace(language="tilelang")
+    return configs
+
+
+def test_what_needs_triton_alone_serves_where_nothing_else_compiles(
+    user, in_tilelang, monkeypatch
+):
+    times = {"forward_ms": 0.5, "forward_backward_ms": 1.0}
+    fast = make_entry(configs=in_tilelang, measured=times)
+    file_in(user, fast, make_entry(mark=3))
+    assert find().configs["scan"] == in_tilelang["scan"]
+    monkeypatch.setattr(dispatch, "_only_triton_compiles", lambda: True)
+    recipe = find()
+    assert (recipe.source, mark_of(recipe)) == ("exact", 3)
+    assert "neither nvcc nor NVRTC was found" in explain_recipe(recipe)
+    # one for another size, too, rather than defaults in place of the stages in TileLang
+    file_in(user, fast, make_entry(Regime(16384, 4, 32), mark=1))
+    assert (find().source, mark_of(find())) == ("nearest", 1)
+    file_in(user, fast)
+    recipe = find()
+    assert recipe.source == "exact"
+    assert "no entry needs Triton alone: scan, rescan run Triton's default" in recipe.why
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_compilers_matter_to_a_process_with_a_gpu(initialized, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(dispatch, "has_compiler", lambda: compiles)
+    assert dispatch._only_triton_compiles() == (initialized and not compiles)
+
+
 def test_levels_are_apart(user):
     file_in(user, make_entry(plan="fast", mark=2))
     assert find().source == "default"

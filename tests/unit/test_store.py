@@ -482,6 +482,40 @@ def test_what_is_packaged_is_believed():
         assert file.entries and not file.unread
 
 
+def _in_tilelang(ms, **changes):
+    configs = {**make_entry().configs}
+    configs["scan"] = configs["scan"].replace(language="tilelang")
+    return make_entry(ms=ms, configs=configs, **changes)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("tilelang", "alone", "kept"),
+    [
+        (_in_tilelang(1.5), make_entry(ms=2.0), (0, 1)),
+        (_in_tilelang(2.5), make_entry(ms=2.0), (1,)),
+        (_in_tilelang(2.0), make_entry(ms=2.0), (1,)),
+        (_in_tilelang(1.5), make_entry(ms=2.0, provenance="predicted"), (0,)),
+        (_in_tilelang(1.5, provenance="predicted"), make_entry(ms=2.0), (1,)),
+        (_in_tilelang(1.5), make_entry(ms=2.0, templates={}), (0,)),
+        (_in_tilelang(1.5, templates={}), make_entry(ms=2.0), (1,)),
+    ],
+)
+def test_what_needs_triton_alone_stays_beside_what_is_faster(
+    tmp_path, order, tilelang, alone, kept
+):
+    path = tmp_path / "x.json"
+    pair = (tilelang, alone)
+    for entry in pair[::order]:
+        merge_entries(path, METADATA, [entry])
+    assert read_tuned(path).entries == tuple(pair[x] for x in kept)
+    second = store.seconds_of_pairs(pair[x] for x in kept)
+    assert second == ({alone.key} if len(kept) == 2 else set())
+    merge_entries(path, METADATA, [make_entry(ms=1.75)])
+    times = [x.measured["forward_backward_ms"] for x in read_tuned(path).entries]
+    assert times == ([1.5, 1.75] if 0 in kept else [1.75])
+
+
 def test_is_stale(monkeypatch):
     entry = make_entry()
     assert not is_stale(entry)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from gdn2gen import store
 from gdn2gen._store_claims import CHECKED
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
-from gdn2gen.config import default_config
+from gdn2gen.config import default_config, language_of
 from gdn2gen.device import has_gpu, named_device
 from gdn2gen.errors import DeviceError, TuneError
 from gdn2gen.plans import PLANS
@@ -24,6 +25,7 @@ from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
 from gdn2gen.tune import outcome
 from gdn2gen.tune.candidate import Candidate
+from gdn2gen.tune.filing import entries_of
 from gdn2gen.tune.finalists import Finals
 from gdn2gen.tune.gate import GateResult, full_problem
 from gdn2gen.tune.gpu_side import PipelineTiming
@@ -491,6 +493,41 @@ def test_of_a_levels_plans_the_fastest_wins_or_what_keeps_less(states_ms, plan):
     best = better(verdicts)
     assert best.winner.candidate.plan == plan
     assert best.default == default
+
+
+@pytest.mark.parametrize("tilelang", [0.5, 1.5])
+def test_the_best_in_triton_is_filed_beside_the_best(tmp_path, tilelang):
+    """Where the best needs TileLang; else it is the best itself."""
+
+    def speed(config, shape):
+        if language_of(config) == "tilelang":
+            return tilelang
+        return 1.0 - 0.3 * (config["num_warps"] == 8)
+
+    report = run(FakeBackend(speed=speed), tmp_path, levels=("lean",), minutes=8)
+    *others, alone = store.read_tuned(report.path).entries
+    assert alone.needs_triton_alone and len(others) == (tilelang < 1)
+    assert not any(x.needs_triton_alone for x in others)
+    measured = alone.measured
+    assert measured["forward_backward_ms"] < measured["default_forward_backward_ms"]
+
+
+@pytest.mark.parametrize(("fast_ms", "states_ms"), [(1.8, 1.9), (1.9, 1.8), (1.9, None)])
+def test_of_a_levels_plans_the_fastest_in_triton_is_kept(fast_ms, states_ms):
+    fast, states = (Candidate.default(PROBLEM, x) for x in ("fast", "states"))
+    mixed = fast.with_config(fast.by_stage["rescan"].replace(language="tilelang"))
+    default = _measured(fast, 2.0)
+    in_triton = states_ms and _measured(states, states_ms)
+    verdicts = [
+        Verdict(SMALL, "fast", _measured(mixed, 1.0), default, False, _measured(fast, fast_ms)),
+        Verdict(SMALL, "fast", _measured(mixed, 1.5), default, False, in_triton),
+    ]
+    kept = better(verdicts).in_triton
+    assert kept.forward_backward.median == (1.8 if states_ms else 1.9)
+    winner, second = entries_of(better(verdicts))
+    assert not winner.needs_triton_alone and second.needs_triton_alone
+    (only,) = entries_of(better([replace(verdicts[1], winner=_measured(states, 0.5))]))
+    assert only.needs_triton_alone
 
 
 def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
