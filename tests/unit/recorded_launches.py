@@ -64,6 +64,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launch
     monkeypatch.setattr(launch.Runner, "launcher", lambda *given: found.launcher(*given))
     monkeypatch.setattr(launch.Runner, "table_launchers", lambda _: (_ignore, _ignore))
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
+    (tmp_path / "user").mkdir(exist_ok=True)
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
     forget()
