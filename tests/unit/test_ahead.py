@@ -80,7 +80,7 @@ print(type(program).__name__, "tilelang" in sys.modules)
     assert kept.name.startswith(f"{_NAME}-compiled_fold-")
     assert _printed(load) == ["Function False"]
     kept.write_bytes(kept.read_bytes()[:1000])
-    assert _printed(load) == ["compiled anew", "NoneType False"]
+    assert _printed(load)[0] == "compiled anew"
     assert not kept.exists()
 
 
