@@ -107,6 +107,8 @@ def child(run: str, compiler: str) -> None:
     print(f"{compiler}: nvcc {cuda_compiler()}, {nvrtc.find_nvrtc()}", file=sys.stderr)
     assert (cuda_compiler() is None) == (compiler == "NVRTC")
     recipe = find_recipe(problem, shape.regime, present_device(), strict=False)
+    languages = {stage: recipe.configs[stage]["language"] for stage in recipe.plan.stages}
+    assert "tilelang" in languages.values(), f"no stage is in TileLang: {recipe.why}"
     candidate = Candidate.of(problem, recipe.plan.name, recipe.configs)
     inputs, gradients = (
         inputs_of(problem, shape, "layer", 0, "cuda"),
@@ -128,7 +130,7 @@ def child(run: str, compiler: str) -> None:
         "forward_ms": round(timed.forward.median, 4),
         "forward_backward_ms": round(timed.forward_backward.median, 4),
         "source": recipe.source,
-        "languages": {stage: config["language"] for stage, config in recipe.configs.items()},
+        "languages": languages,
         "started": sorted(set(started)),
         "gate": gate,
     }
