@@ -11,9 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -23,6 +21,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+from gdn2gen.files import replace_file
 from gdn2gen.folders import is_trusted_file
 from gdn2gen.knobs import hush_tilelang
 from gdn2gen.nvrtc import compiler_for
@@ -69,7 +68,7 @@ def _kept(name: str) -> Path | None:
     A part of one would kill the process.
     """
     for path in code_dir("programs").glob(f"{name}-*.so"):
-        if is_trusted_file(path) and path.stem.endswith(_digest(path, name)):
+        if is_trusted_file(path) and path.stem.endswith(_digest(path.read_bytes(), name)):
             return path
         _discard(path)
     return None
@@ -80,9 +79,9 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _digest(path: Path, name: str) -> str:
+def _digest(content: bytes, name: str) -> str:
     """Of the content and of what it is the program of."""
-    return hashlib.sha256(name.encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:16]
 
 
 def _version(package: str) -> str:
@@ -122,17 +121,10 @@ def _keep(program: Any, name: str) -> Path | None:
     library = Path(folder) / "executable.so" if folder else None
     if library is None or not library.exists():
         return None
-    folder = code_dir("programs")
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-        os.close(handle)
-        try:
-            shutil.copyfile(library, temporary)
-            path = folder / f"{name}-{_digest(Path(temporary), name)}.so"
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        content = library.read_bytes()
+        path = code_dir("programs") / f"{name}-{_digest(content, name)}.so"
+        replace_file(path, content, durable=False)
     except OSError:
         return None  # a full or read-only disk costs the next process its time, no more
     return path

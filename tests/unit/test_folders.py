@@ -109,7 +109,7 @@ def test_a_source_that_cannot_be_written_runs(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build, "write_atomically", full)
+    monkeypatch.setattr(build, "replace_file", full)
     module = build.load(rendered)
     assert module.__file__ is not None and not Path(module.__file__).exists()
     assert inspect.getsource(module.launch) in rendered.source
@@ -178,7 +178,7 @@ def _kept_program(name: str, content: bytes = b"a library") -> Path:
     path = folder / "new"
     path.write_bytes(content)
     path.chmod(0o600)
-    return path.rename(folder / f"{name}-{programs._digest(path, name)}.so")
+    return path.rename(folder / f"{name}-{programs._digest(path.read_bytes(), name)}.so")
 
 
 def test_a_kept_program_is_the_one_that_was_kept(cache: Path) -> None:
