@@ -49,8 +49,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--renew",
         action="store_true",
-        help="with --tuned: also check entries whose templates changed since, and file those that "
-        "pass as they are now",
+        help="with --tuned: check in full only entries whose templates changed since they were "
+        "filed, and file those that pass as they are now",
     )
     parser.add_argument(
         "--json", type=some_path, metavar="FILE", help="also write the results here"

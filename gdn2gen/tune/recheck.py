@@ -23,7 +23,14 @@ from gdn2gen.tune.filing import entries_of
 from gdn2gen.tune.verdicts import Measured, Verdict
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from gdn2gen.build import Resources
+    from gdn2gen.config import Config
     from gdn2gen.tune.gpu_side import PipelineTiming
+    from gdn2gen.tune.outcome import Outcome
+
+    Compiled = dict[tuple[Problem, Config], Future[Outcome[Resources]]]
 
 Status = Literal["holds", "renewed", "slower", "wrong", "stale", "failed"]
 
@@ -55,12 +62,22 @@ def recheck(
 ) -> Iterator[Rechecked]:
     """Gate each entry's pipeline, and time it beside the default.
 
-    An entry of other templates is stale, and not run, unless `renew`: then it passes the gate of
-    finalists first. One that passes is slower if it takes 5% more than when it was filed, or 5%
-    more than the default now.
+    An entry of other templates is stale, and not run; with `renew` only such entries are, through
+    the gate of finalists. One that passes is slower if it takes 5% more than when it was filed, or
+    5% more than the default now.
     """
     defaults: dict[tuple[Problem, str, str], PipelineTiming | None] = {}
-    for entry in entries:
+    chosen = [x for x in entries if not renew or store.stale_stages(x)]
+    # queued before the first gate: the GPU would wait for each entry's compilers in turn
+    compiled: Compiled = {}
+    for entry in chosen:
+        shape = shape_of(entry.regime)
+        if shape is not None and (renew or not store.stale_stages(entry)):
+            problem = problem_of(entry, shape)
+            for config in Candidate.of(problem, entry.plan, entry.configs).configs:
+                if (problem, config) not in compiled:
+                    compiled[problem, config] = backend.compile(problem, config)
+    for entry in chosen:
         shape = shape_of(entry.regime)
         stale = store.stale_stages(entry)
         if stale and not renew:
@@ -69,7 +86,7 @@ def recheck(
         elif shape is None:
             yield Rechecked(entry, None, "failed", "its packed batch has no name, so it is unknown")
         else:
-            yield _recheck(entry, shape, backend, device, defaults)
+            yield _recheck(entry, shape, backend, device, compiled, defaults)
 
 
 def _recheck(
@@ -77,11 +94,12 @@ def _recheck(
     shape: Shape,
     backend: Backend,
     device: Device,
+    compiled: Compiled,
     defaults: dict[tuple[Problem, str, str], PipelineTiming | None],
 ) -> Rechecked:
     problem, stale = problem_of(entry, shape), bool(store.stale_stages(entry))
     candidate = Candidate.of(problem, entry.plan, entry.configs)
-    failed = _why_not_built(candidate, backend, device)
+    failed = _why_not_built(candidate, compiled, device)
     if failed:
         return Rechecked(entry, shape, "failed", failed)
     checked = backend.gate(candidate, full=stale)
@@ -126,13 +144,12 @@ def _renewed(
     return entry
 
 
-def _why_not_built(candidate: Candidate, backend: Backend, device: Device) -> str:
-    pending = [backend.compile(candidate.problem, config) for config in candidate.configs]
-    for config, future in zip(candidate.configs, pending, strict=True):
-        compiled = future.result()
-        if not compiled.ok:
-            return f"{config.stage}: {compiled.reason}"
-        unfit = space.why_unfit(compiled.get(), device)
+def _why_not_built(candidate: Candidate, compiled: Compiled, device: Device) -> str:
+    for config in candidate.configs:
+        outcome = compiled[candidate.problem, config].result()
+        if not outcome.ok:
+            return f"{config.stage}: {outcome.reason}"
+        unfit = space.why_unfit(outcome.get(), device)
         if unfit is not None:
             return f"{config.stage}: {unfit}"
     return ""

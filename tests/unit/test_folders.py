@@ -106,7 +106,7 @@ def test_the_source_read_back_is_what_was_rendered(cache: Path, rendered: Render
 def test_a_source_that_cannot_be_written_runs(
     cache: Path, rendered: Rendered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(build, "replace_file", full)
