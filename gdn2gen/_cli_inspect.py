@@ -132,15 +132,16 @@ def _print_stage(args: argparse.Namespace) -> int:
     from gdn2gen.render import render
 
     problem = problem_of(args)
+    device = None if args.target is None else present_or_target(args.target)[0]
+    arch = None if device is None else device.arch
     words = args.config or ""
     if args.language is not None:
         words = f"{words} language={args.language}"
-    config = parse_config(args.stage, words, problem)
+    config = parse_config(args.stage, words, problem, arch)
     sys.stdout.write(render(problem, args.stage, config).source)
-    if args.target is not None:
+    if device is not None:
         from gdn2gen.build import compile_ahead
 
-        device, _ = present_or_target(args.target)
         used = compile_ahead(problem, args.stage, config, device)
         print(
             f"{args.stage} for {device.arch}: {used.registers} registers, "
@@ -151,8 +152,10 @@ def _print_stage(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_config(stage: str, text: str, problem: Problem) -> Config:
-    """`BT=64 num_warps=8` as a Config of `stage`; knobs left out keep their defaults."""
+def parse_config(
+    stage: str, text: str, problem: Problem, arch: str | None = None
+) -> Config:
+    """`BT=64 num_warps=8` as a Config of `stage`; knobs left out keep their defaults for `arch`."""
     knobs: dict[str, Knob] = {}
     for word in text.replace(",", " ").split():
         name, separator, value = word.partition("=")
@@ -161,7 +164,7 @@ def parse_config(stage: str, text: str, problem: Problem) -> Config:
         if name in knobs:
             raise ConfigError(f"{name} is given twice: {knobs[name]} and {value}")
         knobs[name] = int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
-    return Config.of(stage, {**default_config(stage, problem), **knobs})
+    return Config.of(stage, {**default_config(stage, problem, arch=arch), **knobs})
 
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:

@@ -172,8 +172,12 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     "rescan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "reverse_scan": {"BV": 64, "num_warps": 4, "num_stages": 2},
     "grad_value": {"BV": 64, "num_warps": 4, "chunks": 1},
-    "grad_key": {"BK": 32, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
+    # slices of 32 channels spill up to 664 bytes a thread (fp16, sm_120, Triton 3.8); of 16, 16
+    "grad_key": {"BK": 16, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
 }
+# Where products of 64 rows go to tensor memory, Triton 3.6 to 3.8 spill up to 888 bytes a thread in
+# the loops of scans with 64 rows of the state (3.9: 56); with 32 rows none of them more than 16.
+_TENSOR_MEMORY: Final = "sm_10"
 # Where the operands are bf16, whose exponents reach as far as those of fp32.
 _ANCHORED: Final[Mapping[str, Mapping[str, Knob]]] = {
     "prepare": {"BK": 64, "num_warps": 2, "decay": "anchored"},
@@ -188,8 +192,13 @@ _ANCHORED: Final[Mapping[str, Mapping[str, Knob]]] = {
 }
 
 
-def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Config:
-    """The config used where nothing was tuned: valid for every problem and device."""
+def default_config(
+    stage: str, problem: Problem, *, BT: int | None = None, arch: str | None = None
+) -> Config:
+    """The config used where nothing was tuned: valid for every problem and device.
+
+    For GPUs of `arch` as in `sm_90`, or where that is not known.
+    """
     domain = DOMAINS[stage]
     knobs: dict[str, Knob] = {"BT": BT or 32, "num_stages": 1, **_DEFAULTS[stage]}
     # grad_key's loads ahead take 250 KB of shared memory in chunks of 64 tokens
@@ -198,11 +207,16 @@ def default_config(stage: str, problem: Problem, *, BT: int | None = None) -> Co
     wide = problem.dtype == "fp32"
     # fp32 products take three passes, and their operands the registers: scans of 32 rows spill
     most = 16 if "scan" in stage else 32
+    if "scan" in stage and arch is not None and arch.startswith(_TENSOR_MEMORY):
+        knobs["BV"] = 32
     for tile, size in (("BK", problem.K), ("BV", problem.V)):
         if tile in knobs:
             knobs[tile] = min(int(knobs[tile]), size, most if wide else size)
     if wide:
         knobs["num_stages"] = 1
+    if stage == "grad_key" and (wide or knobs["BT"] == 64):
+        # two warps spill up to 448 bytes in fp32, and 1 KB in chunks of 64; four 136 and 248
+        knobs["num_warps"] = 4
     if "solve" in domain:
         # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster
         knobs["solve"] = "tf32" if problem.dtype == "bf16" else "tf32x3"

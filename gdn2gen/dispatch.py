@@ -165,10 +165,12 @@ def reload() -> None:
     store.look_anew()
 
 
-def default_recipe(problem: Problem, plan_name: str = "lean", *, BT: int | None = None) -> Recipe:
-    """The default configs of a plan: valid for every problem and device."""
+def default_recipe(
+    problem: Problem, plan_name: str = "lean", *, BT: int | None = None, arch: str | None = None
+) -> Recipe:
+    """The default configs of a plan: valid for every problem and device, and meant for `arch`."""
     plan = plan_named(plan_name)
-    configs = {stage: default_config(stage, problem, BT=BT) for stage in plan.stages}
+    configs = {stage: default_config(stage, problem, BT=BT, arch=arch) for stage in plan.stages}
     return Recipe(problem, plan, configs, "default", "the default was asked for")
 
 
@@ -236,7 +238,7 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Recipe:
         raise DispatchError(f"level must be one of {store.LEVELS}, but got {query.level!r}")
     best, passed, notes = nearest_entry(query, places)
     if best is None:
-        made = default_recipe(query.problem, query.level)
+        made = default_recipe(query.problem, query.level, arch=query.device.arch)
         looked = " and ".join(place.own for place in places)
         why = (
             f"nothing that fits is tuned for {words_of(query.problem)} on {query.device.name}; "

@@ -30,10 +30,14 @@ class Candidate:
         return cls(problem, plan, tuple(configs[stage] for stage in plan_named(plan).stages))
 
     @classmethod
-    def default(cls, problem: Problem, plan: str, BT: int | None = None) -> Candidate:
-        """Every stage at its default, with chunks of BT tokens (None: the default size)."""
+    def default(
+        cls, problem: Problem, plan: str, BT: int | None = None, *, arch: str | None = None
+    ) -> Candidate:
+        """Every stage at its default for `arch`, with chunks of BT tokens (None: the default size).
+        """
         stages = plan_named(plan).stages
-        return cls(problem, plan, tuple(default_config(x, problem, BT=BT) for x in stages))
+        configs = (default_config(x, problem, BT=BT, arch=arch) for x in stages)
+        return cls(problem, plan, tuple(configs))
 
     @property
     def by_stage(self) -> dict[str, Config]:

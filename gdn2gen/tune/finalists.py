@@ -164,11 +164,11 @@ class Finals:
         problem = self._search.problem
         # a winner from what was on file may have chunks that were not searched
         found = self._best(shape, plan, won.BT) if won.BT in self._search.trials else None
-        best = found or Candidate.default(problem, plan, won.BT)
+        best = found or self._search.base(plan, won.BT)
         return [Candidate.of(problem, plan, {**best.by_stage, **won.by_stage})]
 
     def _default(self, plan: str) -> Candidate:
-        return Candidate.default(self._search.problem, plan)
+        return self._search.base(plan)
 
     def _sum_ms(self, shape: Shape, plan: str, BT: int, language: str = "") -> float:
         ranked = [self._ranked(stage, shape, BT, language) for stage in PLANS[plan].stages]

@@ -163,7 +163,7 @@ class _Ranking:
         """Compile the defaults, then as many other configs as the window allows."""
         queue = self._queue()
         pending: dict[Future[Outcome[Resources]], Config] = {}
-        needed = {default_config(stage, self.problem) for stage in self.stages}
+        needed = {self._default(stage) for stage in self.stages}
         open_ended = True
         while True:
             while open_ended and len(pending) < self.backend.slots + 1:
@@ -188,7 +188,7 @@ class _Ranking:
             for number, candidate in enumerate(self._pipelines(level, shape)):
                 reason = self._why_wrong(candidate)
                 if reason is None:
-                    default = Candidate.default(self.problem, PLANS_OF[level][0])
+                    default = self._default_pipeline(level)
                     costs = self._cost(candidate, shape), self._cost(default, shape)
                     yield predicted_of(candidate, shape, level, *costs)
                     break
@@ -199,7 +199,7 @@ class _Ranking:
         """Defaults first, then one config of each stage in turn, at random within the stage."""
         decks = []
         for stage in self.stages:
-            default = default_config(stage, self.problem)
+            default = self._default(stage)
             found = space.valid_configs(stage, self.problem, self.device, default.size("BT"))
             # Triton's interpreter cannot check TileLang, and what was not checked is not filed.
             rest = [x for x in found if x != default and language_of(x) == "triton"]
@@ -234,20 +234,27 @@ class _Ranking:
             self.findings.refuse(config, reason)
         self.progress.trial(config, status, detail)
 
+    def _default(self, stage: str) -> Config:
+        return default_config(stage, self.problem, arch=self.device.arch)
+
+    def _default_pipeline(self, level: str) -> Candidate:
+        return Candidate.default(self.problem, PLANS_OF[level][0], arch=self.device.arch)
+
     def _pipelines(self, level: str, shape: Shape) -> Iterator[Candidate]:
         """Of the level's plans the one of least predicted cost, each of the stages with the least;
         then the default, which is kept at equal cost.
         """
         best = [self._least(plan, shape) for plan in PLANS_OF[level]]
         least = min(best, key=lambda candidate: self._cost(candidate, shape))
-        yield from dict.fromkeys((least, Candidate.default(self.problem, PLANS_OF[level][0])))
+        yield from dict.fromkeys((least, self._default_pipeline(level)))
 
     def _least(self, plan: str, shape: Shape) -> Candidate:
         configs: dict[str, Config] = {}
-        for first in Candidate.default(self.problem, plan).configs:
-            alike = [x for x in self.compiled if (x.stage, x["BT"]) == (first.stage, first["BT"])]
+        for stage in PLANS[plan].stages:
+            first = self._default(stage)
+            alike = [x for x in self.compiled if (x.stage, x["BT"]) == (stage, first["BT"])]
             found = [first, *alike]
-            configs[first.stage] = min(found, key=lambda x: self._stage_cost(x, shape))
+            configs[stage] = min(found, key=lambda x: self._stage_cost(x, shape))
         return Candidate.of(self.problem, plan, configs)
 
     def _stage_cost(self, config: Config, shape: Shape) -> float:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
-from gdn2gen.config import default_config
 from gdn2gen.errors import TuneError
 from gdn2gen.plans import PLANS, is_optional
 from gdn2gen.render import stage_digest
@@ -46,7 +45,7 @@ class Opening:
     def first(self) -> None:
         """Open the default's chunk size, or if that fails the next; TuneError if none passes."""
         search = self._search
-        preferred = default_config(search.stages[0], search.problem).size("BT")
+        preferred = search.default(search.stages[0]).size("BT")
         self._waiting = {BT: self._compile(BT) for BT in space.chunk_sizes(preferred)}
         while self._waiting and not search.trials:
             self._open_next()
@@ -84,10 +83,10 @@ class Opening:
             self._search.skipped[f"BT={BT}"] = reason
 
     def _compile(self, BT: int) -> Compiles:
-        backend, problem = self._search.context.backend, self._search.problem
+        search = self._search
         return {
-            stage: backend.compile(problem, default_config(stage, problem, BT=BT))
-            for stage in self._search.stages
+            stage: search.context.backend.compile(search.problem, search.default(stage, BT))
+            for stage in search.stages
         }
 
     def _measure(self, BT: int, compiles: Compiles) -> str | None:
@@ -127,8 +126,7 @@ class Opening:
             compiled = compiles[stage].result()
             if not compiled.ok:
                 if compiled.status not in (outcome.ERROR, outcome.CANCELLED):
-                    default = default_config(stage, search.problem, BT=BT)
-                    search.file(default, compiled.reason)
+                    search.file(search.default(stage, BT), compiled.reason)
                 return f"the default {stage} does not compile: {compiled.reason}"
         base = search.base(plan, BT)
         checked = search.context.backend.gate(base, full=False)
@@ -161,7 +159,7 @@ class Opening:
         for stage, found in times.items():
             kept = {shape.name: found[shape.name] for shape in search.shapes}
             search.default_ms[BT, stage] = geometric_mean(list(kept.values()))
-            opened[stage].record(default_config(stage, search.problem, BT=BT), kept)
+            opened[stage].record(search.default(stage, BT), kept)
             search.show_best(opened[stage])
             for form in space.forms(stage, search.problem, search.context.device, BT):
                 opened[stage].suggest_first(form)

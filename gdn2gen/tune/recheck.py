@@ -113,7 +113,7 @@ def _recheck(
     now = timed.get().forward_backward.median
     key = (problem, entry.plan, shape.name)
     if key not in defaults:
-        pipeline = Candidate.default(problem, entry.plan)
+        pipeline = Candidate.default(problem, entry.plan, arch=device.arch)
         timed_default = backend.time_pipeline(pipeline, shape, with_peak=False)
         defaults[key] = timed_default.get() if timed_default.ok else None
     default = defaults[key]

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import optuna
 
 from gdn2gen.build import Resources
-from gdn2gen.config import Config
+from gdn2gen.config import Config, default_config
 from gdn2gen.device import Device
 from gdn2gen.plans import PLANS, is_optional
 from gdn2gen.problem import Problem
@@ -92,9 +92,13 @@ class Search:
         self.seeds: list[Config] = []
         self._opening = Opening(self)
 
-    def base(self, plan: str, BT: int) -> Candidate:
+    def base(self, plan: str, BT: int | None = None) -> Candidate:
         """The plan with every stage at its default, for chunks of BT tokens."""
-        return Candidate.default(self.problem, plan, BT)
+        return Candidate.default(self.problem, plan, BT, arch=self.context.device.arch)
+
+    def default(self, stage: str, BT: int | None = None) -> Config:
+        """Where the search of a stage begins."""
+        return default_config(stage, self.problem, BT=BT, arch=self.context.device.arch)
 
     def measure_defaults(self) -> None:
         """Open the first chunk size whose default passes; TuneError if none does."""

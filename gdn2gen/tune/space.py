@@ -145,7 +145,7 @@ def forms(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]
 
     Tried first: a form with 18 configs beside one with 660 would hardly be drawn in a short search.
     """
-    default = default_config(stage, problem, BT=BT)
+    default = default_config(stage, problem, BT=BT, arch=device.arch)
     # in fp16 the dyadic placements are the default
     dyadic = {**default_config(stage, replace(problem, dtype="fp16"), BT=BT)}
     dyadic |= {name: x for name, x in default.items() if name == "solve"}

@@ -25,11 +25,11 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
     dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
+Config:  BK=16 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
 Template digest 3ba191416508cd73; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
-      BK=32,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2
+      BK=16,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2
 """
 
 import triton
@@ -37,7 +37,7 @@ import triton.language as tl
 
 
 K, V = 64, 32
-BT, BK, BV = 32, 32, 32
+BT, BK, BV = 32, 16, 32
 LEVELS = tl.constexpr(5)  # log2(BT)
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.

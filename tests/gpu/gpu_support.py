@@ -50,6 +50,8 @@ PROBLEMS: Final[dict[str, Problem]] = {
 }
 LEVELS: Final = ("lean", "fast")
 DEFAULTS: Final = ("default lean", "default fast", "default states")
+# Where the tuner opens its search of the largest chunks.
+BY_64: Final = "default lean by 64"
 
 # Relative error against fp64 (norm of the difference over norm of the reference) of any output or
 # gradient. Worst measured on an H200: bf16 8e-3, fp16 8e-4 (3 more bits), fp32 7e-6 (tf32x3).
@@ -67,6 +69,8 @@ def recipe_of(name: str, level: str) -> Recipe:
     Tests force it: what is compared bit for bit must not change its configs with the shape.
     """
     problem = PROBLEMS[name]
+    if level == BY_64:
+        return default_recipe(problem, BT=64)
     if level in DEFAULTS:
         return default_recipe(problem, level.removeprefix("default "))
     return find_recipe(problem, TRAIN.regime, present_device(), level=level, strict=False)
@@ -76,6 +80,7 @@ def every_kernel() -> list[tuple[Problem, str, Config]]:
     """(problem, stage, config) of every kernel that the tests run, each source once."""
     wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
     wanted += [("bf16", level) for level in DEFAULTS]
+    wanted += [(name, BY_64) for name in ("bf16", "fp16")]
     return kernels_of(recipe_of(*one) for one in wanted)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
+from gpu_support import BY_64, LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
 from torch import Tensor
 
 from gdn2gen.bench import run_reference
@@ -39,6 +39,16 @@ def check(
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_every_gate_regime(name: str, regime: str) -> None:
     check(name, LONG, regime)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_defaults_of_the_largest_chunks(name: str) -> None:
+    problem = PROBLEMS[name]
+    inputs, grads = draw(problem, LONG)
+    exact = run_reference(problem, inputs, grads)
+    with poisoned():
+        results = run(recipe_of(name, BY_64), inputs, grads)
+    assert not off(results, exact, problem)
 
 
 @pytest.mark.parametrize("name", ["v-first", "gate-bf16", "fp16-K64-V32", "fp32-K32-V64"])

@@ -17,31 +17,28 @@ from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
 from gdn2gen.stages import STAGES
 from gdn2gen.tune.predict import blocks_per_sm
-from gdn2gen.tune.space import why_hopeless
+from gdn2gen.tune.space import why_hopeless, why_unfit
 
 ARCHES: Final = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Bytes of stack per thread, which holds what was spilled.
 SPILLED: Final = 128
-# The default configs that spill more, and how much they did. A config that is tuned for such a
-# problem replaces them; these are only kept from growing.
+# The Tritons whose spills were measured, those that torch 2.11 to 2.15 come with. What a default
+# spills differs among them by as much as 248 bytes for 80: a bound is the most that any of them
+# spilled, and a quarter. Under another Triton a default must do no more than the tuner would run.
+MEASURED: Final = ("3.6", "3.7", "3.8", "3.9")
+# The default configs that spill more than SPILLED, and the most that they did. A config that is
+# tuned for such a problem replaces them; these are only kept from growing.
 MORE: Final = {
-    "scan-bf16-sm_80": 200,
-    "scan-bf16-sm_120": 208,
-    "prepare-fp32-sm_90": 136,
-    "grad_key-bf16-sm_80": 136,
+    "prepare-fp32-sm_90": 144,
+    "grad_key-bf16-sm_80": 280,
     "grad_key-bf16-sm_90": 248,
-    "grad_key-bf16-sm_100": 216,
-    "grad_key-bf16-sm_120": 376,
-    "grad_key-fp32-sm_90": 1072,
-    "grad_key-all-sm_90": 576,
+    "grad_key-bf16-sm_100": 400,
+    "grad_key-bf16-sm_120": 416,
+    "grad_key-wide-fp32-sm_100": 136,
     "grad_key-bounded-sm_90": 176,
+    "grad_key-fp16-by-64-sm_90": 248,
     "grad_key-BT64-sm_90": 144,
-    "grad_key-one-frame-sm_90": 264,
-}
-MORE_BEFORE_3_9: Final = {
-    "scan-bf16-sm_100": 280,
-    "rescan-bf16-sm_100": 280,
-    "reverse_scan-bf16-sm_100": 1472,
+    "grad_key-one-frame-sm_90": 296,
 }
 
 _BF16: Final = Problem()
@@ -66,27 +63,35 @@ _ONE_FRAME: Final = replace(
 )
 _ONE_FRAME_FREE: Final = replace(_ONE_FRAME, K=64, l2norm=False, has_A_log=False, varlen=False)
 _FP32: Final = replace(_STATES, dtype="fp32")
+# The dyadic forms where they take most registers.
+_WIDE_FP16: Final = replace(_ALL, K=128, V=128)
+_WIDE_FP32: Final = replace(_WIDE_FP16, dtype="fp32")
 
 
 def _case(name: str, problem: Problem, arch: str, config: Config) -> object:
     label = f"{config.stage}-{name}-{arch}"
-    more = MORE | (MORE_BEFORE_3_9 if _triton_version() < (3, 9) else {})
-    spilled = more[label] * 5 // 4 if label in more else SPILLED
+    spilled = MORE[label] * 5 // 4 if label in MORE else SPILLED
     return pytest.param(problem, arch, config, spilled, id=label)
 
 
-def _triton_version() -> tuple[int, ...]:
-    return tuple(int(word) for word in metadata.version("triton").split(".")[:2])
+def _measured() -> bool:
+    """Whether the present Triton is one of MEASURED, whatever its patch level."""
+    return ".".join(metadata.version("triton").split(".")[:2]) in MEASURED
 
 
 def _cases() -> Iterator[object]:
     for arch in ARCHES:
         for stage in STAGES:
-            yield _case("bf16", _STATES, arch, default_config(stage, _STATES))
+            yield _case("bf16", _STATES, arch, default_config(stage, _STATES, arch=arch))
+        for name, problem in {"wide-fp16": _WIDE_FP16, "wide-fp32": _WIDE_FP32}.items():
+            yield _case(name, problem, arch, default_config("grad_key", problem, arch=arch))
     others = {"all": _ALL, "bounded": _BOUNDED, "fp32": _FP32}
     for name, problem in others.items():
         for stage in STAGES:
             yield _case(name, problem, "sm_90", default_config(stage, problem))
+    # where the tuner opens the largest chunks
+    for name, problem in {"bf16": _BF16, "fp16": _WIDE_FP16}.items():
+        yield _case(f"{name}-by-64", problem, "sm_90", default_config("grad_key", problem, BT=64))
     for name, problem, BT in (("one", _ONE_FRAME, 32), ("free", _ONE_FRAME_FREE, 16)):
         for stage in ("prepare", "grad_key"):
             config = default_config(stage, problem, BT=BT).replace(decay="bounded")
@@ -240,6 +245,7 @@ def test_compiles_and_fits(
 ) -> None:
     device = named_device(arch)
     used = compile_ahead(problem, config.stage, config, device)
-    assert used.spill_bytes <= spilled, f"{config.stage} [{config}] on {arch}: {used}"
-    assert used.shared_bytes <= device.shared_bytes, f"{config.stage} [{config}] on {arch}: {used}"
+    assert why_unfit(used, device) is None, f"{config.stage} [{config}] on {arch}: {used}"
+    if _measured():
+        assert used.spill_bytes <= spilled, f"{config.stage} [{config}] on {arch}: {used}"
     assert 0 < used.registers <= 255

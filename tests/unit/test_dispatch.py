@@ -119,6 +119,15 @@ def test_nothing_tuned_gives_the_default(user, packaged):
     assert fast.plan is plan_named("fast")
 
 
+def test_the_default_is_meant_for_the_architecture():
+    """Three Tritons spill up to 888 bytes in scans of 64 rows where those go to tensor memory."""
+    blackwell = find(device=named_device("B200"))
+    assert blackwell.source == "default"
+    assert blackwell.configs == default_recipe(PROBLEM, arch="sm_100").configs
+    moved = {name for name, x in find().configs.items() if x != blackwell.configs[name]}
+    assert moved == {"scan", "rescan", "reverse_scan"}
+
+
 def test_exact_before_all(user, packaged):
     near = Regime(16384, 4, 32)
     file_in(user, make_entry(near, mark=2))

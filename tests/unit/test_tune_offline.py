@@ -70,10 +70,10 @@ class FakeCompilers:
         self.closed = True
 
 
-def rank(backend, tmp_path, minutes=3.0):
+def rank(backend, tmp_path, minutes=3.0, device=DEVICE):
     return tune_without_gpu(
         PROBLEM,
-        DEVICE,
+        device,
         [SHAPE],
         budget_minutes=minutes,
         out_dir=tmp_path,
@@ -82,6 +82,16 @@ def rank(backend, tmp_path, minutes=3.0):
         clock=backend.clock,
         progress=Progress(),
     )
+
+
+def test_the_default_is_that_of_the_target(tmp_path):
+    """Of the target's own default, the scans' halves of V, both the ranking and the check begin."""
+    backend = FakeCompilers(passes=lambda candidate: candidate.by_stage["scan"] == scan)
+    scan = default_config("scan", PROBLEM, arch="sm_100")
+    assert scan["BV"] == 32 != default_config("scan", PROBLEM)["BV"]
+    rank(backend, tmp_path, device=named_device("sm_100"))
+    assert scan in backend.compiled
+    assert backend.checked[-1].by_stage["scan"] == scan
 
 
 def test_the_best_ranked_is_filed_as_predicted(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from gdn2gen.bench import Timing
 from gdn2gen.build import Resources
 from gdn2gen.config import default_config, language_of
 from gdn2gen.device import has_gpu, named_device
+from gdn2gen.dispatch import default_recipe
 from gdn2gen.errors import DeviceError, TuneError
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
@@ -32,6 +34,7 @@ from gdn2gen.tune.gpu_side import PipelineTiming
 from gdn2gen.tune.ledger import read_ledger
 from gdn2gen.tune.outcome import Outcome
 from gdn2gen.tune.progress import Progress
+from gdn2gen.tune.search import Search
 from gdn2gen.tune.study import tune
 from gdn2gen.tune.verdicts import Measured, Verdict, better, pick
 
@@ -436,11 +439,20 @@ def _measured(candidate, ms, forward_ms=0.5):
     return Measured(candidate, forward, both, 0.0, {})
 
 
+def test_the_search_begins_at_the_default_of_the_architecture():
+    context = SimpleNamespace(device=named_device("B200"))
+    search = Search(context, PROBLEM, [SMALL], ["lean"])
+    configs = default_recipe(PROBLEM, arch="sm_100").configs
+    assert search.base("lean").by_stage == configs
+    assert {stage: search.default(stage) for stage in search.stages} == configs
+
+
 def test_the_second_plan_is_tried_with_what_won_for_the_first(monkeypatch):
     """In whatever time there is: the default and one more are measured at least."""
     found = SimpleNamespace(ranked=lambda shape: [])
     trials = {32: dict.fromkeys(PLANS["fast"].stages, found)}
-    search = SimpleNamespace(problem=PROBLEM, trials=trials)
+    base = partial(Candidate.default, PROBLEM)
+    search = SimpleNamespace(problem=PROBLEM, trials=trials, base=base)
     finals = Finals(search)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
     monkeypatch.setattr(finals, "_passes", lambda candidate: True)
