@@ -1,10 +1,14 @@
-"""Tests marked `gpu` skip where no GPU is present. Nothing else here touches CUDA."""
+"""Tests marked `gpu` skip where no GPU is present, those marked `tilelang` where no compiler is.
+
+Nothing else here touches CUDA.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import pytest
 
@@ -34,13 +38,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    _skip_unless(_has_gpu, "gpu", "no CUDA GPU is present", items)
+    _skip_unless(_has_compiler, "tilelang", "TileLang compiles with nvcc, and there is none", items)
+
+
+def _skip_unless(
+    has: Callable[[], bool], marker: str, reason: str, items: list[pytest.Item]
+) -> None:
+    """Skip what is marked where the machine lacks it; asked only if something is marked."""
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if not marked or has():
         return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
     from gdn2gen.device import has_gpu
 
-    if has_gpu():
-        return
-    skip = pytest.mark.skip(reason="no CUDA GPU is present")
-    for item in marked:
-        item.add_marker(skip)
+    return has_gpu()
+
+
+def _has_compiler() -> bool:
+    from gdn2gen.knobs import cuda_compiler
+
+    return cuda_compiler() is not None

@@ -61,6 +61,7 @@ def test_what_the_compiler_raises_comes_with_the_launch() -> None:
             module.compiled()
 
 
+@pytest.mark.tilelang
 def test_a_compiled_program_is_kept_and_runs_without_tilelang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

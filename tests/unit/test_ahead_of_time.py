@@ -122,6 +122,7 @@ def _cases() -> Iterator[object]:
     ids=["sm_90", "sm_80"],
 )
 @pytest.mark.parametrize("stage", ["scan", "scan_states", "rescan", "reverse_scan"])
+@pytest.mark.tilelang
 def test_tilelang_compiles_and_fits(
     stage: str,
     arch: str,
@@ -147,6 +148,7 @@ def test_tilelang_compiles_and_fits(
 
 @pytest.mark.parametrize(("arch", "num_stages"), [("sm_90", 2), ("sm_80", 1)])
 @pytest.mark.parametrize("stage", ["scan", "scan_states", "reverse_scan"])
+@pytest.mark.tilelang
 def test_tilelang_in_segments_compiles_and_fits(
     stage: str, arch: str, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +173,7 @@ def test_tilelang_in_segments_compiles_and_fits(
     ids=["packed", "all", "bounded"],
 )
 @pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
+@pytest.mark.tilelang
 def test_tilelang_by_chunk_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +190,8 @@ def test_tilelang_by_chunk_compiles_without_spills(
 
 
 @pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
+@pytest.mark.resolved
+@pytest.mark.tilelang
 def test_tilelang_by_chunk_compiles_for_sm_80(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +212,7 @@ def test_tilelang_by_chunk_compiles_for_sm_80(
     "problem", [_ONE_FRAME, replace(_ONE_FRAME, K=64, varlen=False)], ids=["packed", "plain"]
 )
 @pytest.mark.parametrize("stage", ["prepare", "grad_key"])
+@pytest.mark.tilelang
 def test_tilelang_in_one_frame_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +227,8 @@ def test_tilelang_in_one_frame_compiles_without_spills(
 
 
 @pytest.mark.parametrize(("problem", "decay"), [(_BF16, "anchored"), (_ONE_FRAME, "bounded")])
+@pytest.mark.resolved
+@pytest.mark.tilelang
 def test_tilelang_inverts_at_once_without_spills(
     problem: Problem, decay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +248,7 @@ def _programs(used: Resources) -> int:
 
 
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), [*_cases()])
+@pytest.mark.resolved
 def test_compiles_and_fits(
     problem: Problem, arch: str, config: Config, spilled: int
 ) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -407,6 +408,8 @@ def test_interrupt_of_the_real_tuner(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
+        # a shell's jobs in the background, a test run among them, are started deaf to it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     started = process.stderr.readline()

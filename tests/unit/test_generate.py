@@ -116,6 +116,7 @@ def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, Any]]]]]) 
     return answers
 
 
+@pytest.mark.resolved
 def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
     packed = Shape("packed", 1, 70, 1, (0, 0, 40, 41, 70))
     made = {

@@ -265,6 +265,7 @@ FLAGS: Final[dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.resolved
 def test_the_cpu_path_is_the_reference(name: str) -> None:
     flags = FLAGS[name]
     inputs = make()
@@ -313,6 +314,7 @@ def test_lengths_on_the_cpu(tokens: int) -> None:
         assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.resolved
 def test_torch_compile_on_the_cpu() -> None:
     step = torch.compile(gdn2gen.chunk_gdn2, backend="eager", fullgraph=True)
     for tokens in (20, 33):
@@ -375,6 +377,7 @@ def test_autograd(check: str, interpreter: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("level", ["lean", "fast"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.resolved
 def test_opcheck(gated: bool, level: str, interpreter: Callable[..., Any]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     found = interpreter("op_checks:opcheck", tests, gated, level)
@@ -388,6 +391,7 @@ def test_fakes_agree_with_kernels(level: str, gated: bool, interpreter: Callable
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.resolved
 def test_torch_compile(gated: bool, interpreter: Callable[..., Any]) -> None:
     interpreter("op_checks:compiled", gated)
 

@@ -115,6 +115,7 @@ def _python(program: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.resolved
 def test_import_is_quick_and_touches_no_gpu() -> None:
     program = """
 import sys, time, torch
