@@ -1,4 +1,4 @@
-"""Triton's interpreter taught bf16: it holds the bits as integers, and computes with those.
+"""Triton's interpreter mended, and taught bf16: it holds bits as integers, and computes with those.
 
 Triton 3.6 to 3.9 give products of such tiles that are off by 1e11, and say nothing. Taught, kernels
 in bf16 have the errors that they have on a GPU (o 3e-3, db 5e-3).
@@ -17,6 +17,28 @@ import triton.language as tl
 from gdn2gen.errors import UnsupportedError
 
 _SIZE: Final = 16
+
+
+def mend_loops() -> None:
+    """Let loops in Triton 3.6's interpreter end at an argument under NumPy 2.4, as from 3.7 on.
+
+    There the argument is an array of one element, which that NumPy takes for no integer.
+    """
+    import importlib.metadata
+
+    if not importlib.metadata.version("triton").startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if patch.__name__ == "mended":
+        return
+
+    def mended(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
 
 
 def teach_bf16() -> None:

@@ -60,10 +60,12 @@ def load(rendered: Rendered) -> ModuleType:
 
     The source is also written where tracebacks and profilers find it.
     """
-    if knobs.interpreted() and "bfloat16" in rendered.source:
-        from gdn2gen._interpreter import teach_bf16
+    if knobs.interpreted():
+        from gdn2gen._interpreter import mend_loops, teach_bf16
 
-        teach_bf16()
+        mend_loops()
+        if "bfloat16" in rendered.source:
+            teach_bf16()
     path = str(_show(rendered))
     # Triton and TileLang read the source of their kernels back: without a time, it stays as it is
     lines = rendered.source.splitlines(keepends=True)

@@ -3,6 +3,7 @@ only themselves."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from gdn2gen._bench_accuracy import (
     relative_errors,
     run_reference,
 )
+from gdn2gen._interpreter import mend_loops
 from gdn2gen.config import default_config
 from gdn2gen.dispatch import Recipe, default_recipe
 from gdn2gen.errors import FileError, InputError
@@ -50,8 +52,12 @@ FULL = Problem(
 BOUNDED = replace(PLAIN, gate="sigmoid", l2norm=False, final_state=True)
 
 # Runs in a process that cannot import gdn2gen, in Triton's interpreter: for each (package, calls)
-# the outputs and gradients of each call, or what it raised.
-_CHILD = """
+# the outputs and gradients of each call, or what it raised. NumPy may be newer than Triton knows.
+_CHILD = f"""
+from __future__ import annotations
+{inspect.getsource(mend_loops)}
+mend_loops()
+""" + """
 import importlib, sys
 sys.modules["gdn2gen"] = None
 import torch
