@@ -49,6 +49,19 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     assert steps == sorted(steps)
 
 
+def test_ci_also_runs_what_pip_resolves() -> None:
+    """In an environment of its own, where nothing was chosen beforehand."""
+    script = (ROOT / ".ci/run").read_text()
+    _, resolved = script.split('eval "$test_command"')
+    steps = ["enter", "pip install -q -e '.[test]'", "-m resolved", "gdn2gen quick"]
+    places = [resolved.index(step) for step in steps]
+    assert places == sorted(places)
+    assert "torch==" not in resolved and "|| true" not in script
+    command = re.findall(r"^gdn2gen quick .*$", resolved, flags=re.M)
+    assert len(command) == 1
+    cli.build_parser().parse_args(shlex.split(command[0])[1:])
+
+
 def test_commands_of_the_readme_are_understood() -> None:
     lines = [line for block in _blocks("bash") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("gdn2gen ")]
