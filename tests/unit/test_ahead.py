@@ -81,7 +81,7 @@ print(type(program).__name__, "tilelang" in sys.modules)
     assert kept.name.startswith(f"{_NAME}-compiled_fold-")
     assert _printed(load) == ["Function False"]
     kept.write_bytes(kept.read_bytes()[:1000])
-    assert _printed(load)[0] == "compiled anew"
+    assert _printed(load)[:1] == ["compiled anew"]  # for which TileLang is imported
     assert not kept.exists()
 
 
