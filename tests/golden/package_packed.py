@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="f7427eebeffdd443",
-    grad_key="103f46d04fd40390",
+    grad_key="147769458219b561",
     grad_value="a68e2ebe90b8c42c",
     prepare="651b9150ec857215",
     rescan="cfce3c5217384074",

@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="970d7f3797aa9dde",
+    grad_key="d486a6b3ff5ab85b",
     grad_value="b359ec0cda0b165e",
     prepare="8a7b0663ca53acc0",
     reprepare="daba3d3ed46c442b",
