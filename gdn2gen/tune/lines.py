@@ -142,12 +142,13 @@ def _line(entry: Entry, device: Device, times: Mapping[tuple[str, str, str], flo
 
 
 def _oddities(entry: Entry) -> Iterator[str]:
-    """What of an entry's figures is none: to be zero is not odd for a spread, nor for an error."""
-    predicted = entry.provenance == "predicted"
-    for part, values in (("measured", entry.measured), ("gate", {} if predicted else entry.gate)):
-        for name, value in values.items():
-            if not is_number(value) and value != 0:
-                yield f"{part}.{name} of the entry [{entry.label}] is {value!r}, and no number"
+    """What of an entry's figures is none: to be zero is not odd for a spread.
+
+    Times and errors that are none were refused when the file was read (`_store_claims`).
+    """
+    for name, value in entry.measured.items():
+        if not is_number(value) and value != 0:
+            yield f"measured.{name} of the entry [{entry.label}] is {value!r}, and no number"
 
 
 @dataclass(frozen=True)

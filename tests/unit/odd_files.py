@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn2gen import store
+from gdn2gen._store_claims import CHECKED
 from gdn2gen._store_format import entry_to
 from gdn2gen.config import default_config
 from gdn2gen.device import named_device
@@ -29,7 +30,7 @@ def entry(tokens: int = 16384, **changes: Any) -> store.Entry:
             "configs": configs,
             "templates": {stage: template_digest(config) for stage, config in configs.items()},
             "measured": {"forward_ms": 0.3, "forward_backward_ms": 1.441},
-            "gate": {"o": 4e-3},
+            "gate": dict.fromkeys(CHECKED, 4e-3),
             "provenance": "measured",
             **changes,
         }

@@ -51,8 +51,6 @@ def test_report_of_odd_metadata(metadata: dict[str, Any], tmp_path: Path, capsys
         ({"measured": {"forward_backward_ms": 1.441, "peak_mib": "much"}}, "measured.peak_mib"),
         ({"measured": {"forward_backward_ms": 1.441, "spread": [1]}}, "measured.spread"),
         ({"measured": {"forward_backward_ms": 1.441, "n": 10**400}}, "measured.n"),
-        ({"gate": {"o": "small", "dq": 1e-3}}, "gate.o"),
-        ({"gate": {"o": None, "dq": {"a": 1}}}, "gate.dq"),
     ],
     ids=str,
 )
