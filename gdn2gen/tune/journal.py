@@ -50,7 +50,7 @@ def open_journal(path: Path, *, prune: bool = False) -> journal.JournalStorage:
     lock = _Lock(path)
     lock.acquire()
     try:
-        _check(path)
+        _check(path, missing=True)
         _cut_torn_line(path)
         handle = _in_use(path)
         if prune and os.fstat(handle).st_size > _PRUNED_ABOVE and _is_alone(handle):
@@ -112,9 +112,10 @@ def _check(path: Path, *, missing: bool = False) -> None:
     """Raise TuneError unless `path` is a journal, or (with `missing`) nothing at all."""
     reason = _why_no_journal(path)
     if reason is not None and not (missing and not path.exists()):
+        anew = " a path where nothing is," if missing else ""
         raise TuneError(
             f"the study storage {path} is not used: {reason}; it was not changed. Give a journal "
-            "that `gdn2gen tune` wrote, a path where nothing is, or the URL of a database"
+            f"that `gdn2gen tune` wrote,{anew} or the URL of a database"
         )
 
 

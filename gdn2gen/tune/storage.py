@@ -26,6 +26,8 @@ _UNSIGNED: Final = timedelta(minutes=1)
 # Of two processes that begin one SQLite file at once, one failed in 7 of 10 pairs.
 _BEGINNINGS: Final = 20
 _BEGINNING_SECONDS: Final = 0.1
+# A proxy that is only being started answered after 1.4 s.
+_PROXY_SECONDS: Final = 10.0
 # Any one of them: another process may have made the first alone.
 _OPTUNA_TABLES: Final = frozenset({"studies", "trials", "version_info", "alembic_version"})
 
@@ -74,9 +76,10 @@ def _explained(storage: str | Path) -> Iterator[None]:
     except TuneError:
         raise
     except Exception as error:
+        away = "" if "://" in str(storage) else ", or move the file away to start afresh"
         raise TuneError(
             f"the study storage {storage} cannot be opened ({type(error).__name__}: {error}); give "
-            "another one, or move the file away to start afresh"
+            f"another one{away}"
         ) from error
 
 
@@ -85,10 +88,15 @@ def _path(storage: str | Path) -> Path:
 
 
 def _open_proxy(url: str) -> optuna.storages.BaseStorage:
+    """Raises ConnectionError, not at the first trial, where no server answers."""
     address = urlsplit(url)
-    return optuna.storages.GrpcStorageProxy(
-        host=address.hostname or "localhost", port=address.port or 13000
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(
+            host=address.hostname or "localhost", port=address.port or 13000
+        )
+    proxy.wait_server_ready(timeout=_PROXY_SECONDS)
+    return proxy
 
 
 def _open_database(url: str) -> optuna.storages.BaseStorage:
@@ -135,7 +143,7 @@ def _check_sqlite(url: str, *, missing: bool) -> Path | None:
     if reason is not None:
         raise TuneError(
             f"the study storage {url} is not used: {reason}; it was not changed. Give a database "
-            "that `gdn2gen tune` wrote, or a path where nothing is"
+            f"that `gdn2gen tune` wrote{', or a path where nothing is' if missing else ''}"
         )
     return file
 

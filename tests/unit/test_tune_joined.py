@@ -23,6 +23,7 @@ from gdn2gen.device import named_device
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
 from gdn2gen.tune import space
+from gdn2gen.tune import storage as tune_storage
 from gdn2gen.tune import trials as tune_trials
 from gdn2gen.tune.storage import open_storage
 from gdn2gen.tune.study import open_ledger
@@ -121,8 +122,9 @@ def wait_for(storage: str, count: int) -> None:
     raise AssertionError("no trials within 30 s")
 
 
-def test_a_study_behind_optunas_proxy(journal: str) -> None:
+def test_a_study_behind_optunas_proxy(journal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("grpc")
+    monkeypatch.setattr(tune_storage, "_PROXY_SECONDS", 60.0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -133,12 +135,11 @@ def test_a_study_behind_optunas_proxy(journal: str) -> None:
     server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parents[1])
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
             proxy = open_storage(f"grpc://localhost:{port}")
-            proxy.wait_server_ready(timeout=60)  # type: ignore[attr-defined]
-            optuna.create_study(storage=proxy, study_name="one").add_trial(
-                optuna.trial.create_trial(value=1.0)
-            )
+        optuna.create_study(storage=proxy, study_name="one").add_trial(
+            optuna.trial.create_trial(value=1.0)
+        )
         assert [x.value for x in trials(journal, TrialState.COMPLETE)] == [1.0]
     finally:
         server.kill()

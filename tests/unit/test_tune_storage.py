@@ -20,7 +20,7 @@ from gdn2gen.device import named_device
 from gdn2gen.errors import StoreError, TuneError
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import journal, tune, tune_without_gpu
+from gdn2gen.tune import journal, storage, tune, tune_without_gpu
 from gdn2gen.tune.storage import open_storage, open_study, read_storage
 
 H200 = named_device("H200")
@@ -64,6 +64,7 @@ def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path, make, read
     with pytest.raises(TuneError, match="was not changed") as raised:
         (read_storage if read else open_storage)(path)
     assert str(path) in str(raised.value) and words in str(raised.value)
+    assert ("a path where nothing is" in str(raised.value)) != read
     assert path.read_bytes() == content
     assert path.stat().st_mtime_ns == found.st_mtime_ns
     assert os.listdir(tmp_path) == ["file"]
@@ -103,6 +104,17 @@ def test_report_says_that_a_storage_is_missing(
     assert cli.main(["report", "--device", "H200", "--storage", name]) == 2
     assert "there is no such file" in capsys.readouterr().err
     assert os.listdir() == []
+
+
+def test_a_proxy_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(storage, "_PROXY_SECONDS", 0.3)
+    assert cli.main(["report", "--device", "H200", "--storage", "grpc://localhost:1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gdn2gen report: the study storage grpc://localhost:1 cannot be opened")
+    assert said.count("\n") == 1 and "file" not in said
 
 
 def _search(storage: optuna.storages.BaseStorage, name: str, trials: int) -> optuna.study.Study:

@@ -180,7 +180,7 @@ def test_the_live_display_cuts_no_number() -> None:
         (["ledger", "--retest", "--json"], "takes no --json"),
         (["ledger", "--retest", "--device", "H200"], "takes no --device"),
         (["tune", "--only-failing", "--target", "H200"], "takes no --target"),
-        (["report", "--storage", "/no/such/file"], "--storage /no/such/file does not exist"),
+        (["report", "--storage", "/no/such/file"], "there is no such file; it was not changed. Give a journal that `gdn2gen tune` wrote, or"),
         (["report", "--results", "/no/such/file"], "/no/such/file"),
         (["bench", "--shapes", ""], "no shape is named in ''"),
         (["tune", "--shapes", ""], "no shape is named in ''"),
