@@ -52,7 +52,6 @@ ROOMS = (
     ("layout",),
     ("launch",),
     ("ops", "_autograd", "_kernels", "_lookup", "_operands", "_torch_ops"),
-    ("layer",),
     ("generate", "_generate_files"),
     ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_sides", "_bench_time"),
     ("_verify_cases", "_verify_checks"),
@@ -100,6 +99,14 @@ def test_imports_run_upwards_only(path: Path) -> None:
             continue
         assert name in ORDER, f"{path.name} imports {name}, which has no place in ROOMS"
         assert ORDER[name] <= ORDER[room], f"{path.name} imports {name}, which lies below it"
+
+
+def test_architecture_names_the_rooms_in_their_order() -> None:
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} == {*ORDER}
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text.partition("| room |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in row.split("|")[1].split("`")[1::2]]
+    assert named == [name for room in ROOMS for name in room if not name.startswith("_")]
 
 
 def test_ops_never_reach_the_tuner() -> None:
