@@ -54,7 +54,10 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as results: {error}") from error
+        raise StoreError(
+            f"{path} cannot be read as results: {error}. Give a file that `gdn2gen bench --vs fla "
+            "--save` wrote"
+        ) from error
     if not isinstance(document, dict) or document.get("schema") != RESULTS_SCHEMA:
         raise StoreError(
             f"{path} is not a file of results of schema {RESULTS_SCHEMA}; move it away and "

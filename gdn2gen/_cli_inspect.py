@@ -30,7 +30,7 @@ SHAPE: Final = "train4k"
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
     add_problem(parser, extras=True)
-    _add_regime(parser)
+    _add_regime(parser, several=True)
     parser.add_argument(
         "--device",
         dest="target",
@@ -176,11 +176,12 @@ def _at(problem: Problem, shape: Shape) -> Problem:
     return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
 
 
-def _add_regime(parser: argparse.ArgumentParser) -> None:
+def _add_regime(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     parser.add_argument(
         "--shape",
-        metavar="NAME",
-        help=f"one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16 ({SHAPE})",
+        metavar="LIST" if several else "NAME",
+        help=f"{'any' if several else 'one'} of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
+        f"{', comma-separated' if several else ''} ({SHAPE})",
     )
     parser.add_argument(
         "--level",

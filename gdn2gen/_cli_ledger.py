@@ -61,11 +61,17 @@ def ledger(args: argparse.Namespace) -> int:
             print(json.dumps({**asdict(refusal), **extra}))
         return 0
     if not shown:
-        print("no refusals on file" if args.all else "no refusals in force (--all shows the rest)")
+        print(_none(args))
         return 0
     _print(shown)
     print(f"To try one again: {shown[0][0].command}")
     return 0
+
+
+def _none(args: argparse.Namespace) -> str:
+    asked = [f"--{x} {getattr(args, x)}" for x in ("stage", "reason") if getattr(args, x)]
+    of = f" of {' '.join(asked)}" if asked else ""
+    return f"no refusals{of}" + (" on file" if args.all else " in force (--all shows the rest)")
 
 
 def _books(op: str, name: str | None) -> list[Ledger]:

@@ -62,7 +62,7 @@ def verify(args: argparse.Namespace) -> int:
     """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
     if args.tuned:
         return _verify_tuned(args)
-    refuse(args, "only --tuned looks at entries", "renew")
+    refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
     from gdn2gen.device import has_gpu, present_device, toolchain
     from gdn2gen.verify import results_table, select_cases
     from gdn2gen.verify import verify as run_suite

@@ -45,7 +45,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         "--level",
         choices=tuple(_LEVELS),
         default="both",
-        help="plan to tune: lean saves memory, fast saves time (%(default)s)",
+        help="level to tune: lean saves memory, fast saves time (%(default)s)",
     )
     parser.add_argument(
         "--out",

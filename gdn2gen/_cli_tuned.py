@@ -141,13 +141,14 @@ def diff_tuned(args: argparse.Namespace) -> int:
     if args.json:
         for x in found:
             print(json.dumps(_document(x)))
-        return 1 if found or unread else 0
-    _say_gpus(old, new)
-    if found:
-        _print(found, args)
-    if unread:
-        print("entries that this gdn2gen cannot read differ, too")
-    elif not found:
+    else:
+        _say_gpus(old, new)
+        if found:
+            _print(found, args)
+    if unread:  # what is read from stdout is one object a line
+        out = sys.stderr if args.json else sys.stdout
+        print("entries that this gdn2gen cannot read differ", file=out)
+    elif not found and not args.json:
         print("the same entries")
     return 1 if found or unread else 0
 

@@ -79,7 +79,8 @@ def explain_recipe(recipe: Recipe, width: int = 100) -> str:
     lines.append(f"why       {recipe.why}")
     command = tune_command(recipe)
     if command is not None:
-        lines.append(f"tune      {command}")
+        where = "" if device is None else f"on {device.name}: "
+        lines.append(f"tune      {where}{command}")
     return "\n".join(lines)
 
 

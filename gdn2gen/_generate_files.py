@@ -137,10 +137,12 @@ def _replace(target: Path, old: Mapping[str, str], texts: Mapping[str, str]) -> 
             _keep_changed(new, old, target)
         else:
             new.rename(target)
-    except PermissionError as error:
+    except FileError:
+        raise
+    except OSError as error:
         raise FileError(
-            f"{target} cannot be replaced ({error}): a package is written beside its folder first, "
-            f"so {target.parent} must be writable; give a folder in one that is"
+            f"{target} cannot be written ({error.strerror}): a package is written beside its "
+            f"folder first, into {target.parent}; give --out in a folder that can be written"
         ) from error
     finally:
         # the new package if something failed, else the old one

@@ -59,8 +59,8 @@ def chunk_gdn2(
             and states are linear in them), or the loss up, or use bfloat16.
         v: [B, T, HV, V], dtype of q. HV a multiple of H: value head i reads q, k of head
             i // (HV / H). V in {32, 64, 128}.
-        g: [B, T, H or HV, K]: decay in natural log, <= 0 (any size, -inf too); with
-            `use_gate_in_kernel` its pre-activation.
+        g: [B, T, H or HV, K], bfloat16, float16 or float32: decay in natural log, <= 0 (any size,
+            -inf too); with `use_gate_in_kernel` its pre-activation.
         b: erase gate, [B, T, H or HV, K] like g, dtype of q, in [0, 1], or [0, 2].
         w: write gate, [B, T, HV, V], dtype of q, usually in [0, 1].
         scale: of the output; K**-0.5 if None.

@@ -124,7 +124,7 @@ def _settle() -> Path:
     if reasons:
         warnings.warn(
             f"{private_dir()} is used where a folder cannot be written: {', '.join(reasons)}. To "
-            "keep what is compiled, set each variable to a folder that can",
+            "keep what is compiled, set each variable to a folder that can be written",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -28,7 +28,7 @@ from gdn2gen._store_format import (
 )
 from gdn2gen.config import Config
 from gdn2gen.device import Device
-from gdn2gen.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.errors import FileError, Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.files import check_replaceable, locked, replace_file
 from gdn2gen.plans import LEVELS, Level, plan_named
 
@@ -178,9 +178,11 @@ def write_tuned(path: Path, file: TunedFile) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> str:
+    if isinstance(error, FileError):  # says all of it
+        return str(error)
     return (
         f"{path} cannot be written ({error}); what was there is unchanged. Free some space, or "
-        "give a folder that you may write with GDN2GEN_TUNED_DIR"
+        "name a place that you may write (--out, --to, GDN2GEN_TUNED_DIR)"
     )
 
 
@@ -340,8 +342,5 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             held.enter_context(locked(lock))
         except OSError as error:
-            raise StoreError(
-                f"{lock} cannot be written ({error}); give a folder that you may write with "
-                "GDN2GEN_TUNED_DIR"
-            ) from error
+            raise StoreError(_unwritable(lock, error)) from error
         yield

@@ -490,6 +490,13 @@ def test_a_package_mixed_from_two_is_refused_at_import(tmp_path: Path) -> None:
     assert "ImportError: scan.py and __init__.py of one were generated for" in done.stderr
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """And not the hidden one beside it that is made first."""
+    with pytest.raises(FileError, match=r"^/proc/package cannot be written .*into /proc;") as it:
+        _generate_files.write_package(Path("/proc/package"), {"__init__.py": ""})
+    assert ".new" not in str(it.value)
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "made").write_text("mine")
     with pytest.raises(InputError, match="is not a folder"):

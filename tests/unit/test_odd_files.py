@@ -93,7 +93,12 @@ def test_an_entry_of_an_odd_level_is_named_and_kept(
         assert cli.main(["tuned", "diff", str(other), str(path)]) == 1
         assert cli.main(["explain", "--device", "H200"]) == 0
     assert odd in json.loads(path.read_text())["entries"], "a merge loses nothing"
-    assert "cannot read differ, too" in capsys.readouterr().out
+    assert "cannot read differ" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="level must be one of"):
+        assert cli.main(["tuned", "diff", str(other), str(path), "--json"]) == 1
+    said = capsys.readouterr()
+    assert "cannot read differ" in said.err
+    assert [json.loads(line)["old"] for line in said.out.splitlines()] == [None]
 
 
 LEDGER_LINES = [

@@ -174,13 +174,14 @@ def test_the_live_display_cuts_no_number() -> None:
         (["generate", "--stage", "scan", "--config", "BT=64 BT=32"], "BT is given twice"),
         (["generate", "--out", "x", "--language", "tilelang"], "--language tilelang"),
         (["verify", "--list", "--json", "x"], "takes no --json"),
+        (["verify", "--renew"], "looks at no entries (--tuned does), and takes no --renew"),
         (["verify", "--tuned", "--interpreter"], "takes no --interpreter"),
         (["verify", "--tuned", "--list"], "takes no --list"),
         (["verify", "--tuned", "bf16-*"], "'bf16-*'"),
         (["ledger", "--retest", "--json"], "takes no --json"),
         (["ledger", "--retest", "--device", "H200"], "takes no --device"),
         (["tune", "--only-failing", "--target", "H200"], "takes no --target"),
-        (["report", "--storage", "/no/such/file"], "there is no such file; it was not changed. Give a journal that `gdn2gen tune` wrote, or"),
+        (["report", "--storage", "/no/such/file"], "not changed. Give a journal that"),
         (["report", "--results", "/no/such/file"], "/no/such/file"),
         (["bench", "--shapes", ""], "no shape is named in ''"),
         (["tune", "--shapes", ""], "no shape is named in ''"),
@@ -301,7 +302,8 @@ def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
     words = ["explain", "--device", "RTX 4090", "--head-dim", "64,128", "--level", "fast", *gate]
     assert cli.main(words) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("tune ")]
-    command = line.split(maxsplit=1)[1]
+    where, _, command = line.partition(": ")
+    assert where == "tune      on NVIDIA GeForce RTX 4090"
     assert command.startswith("gdn2gen tune --head-dim 64,128 --shapes train4k ")
     args = cli.build_parser().parse_args(command.split()[1:])
     assert args.level == "fast"
