@@ -73,12 +73,17 @@ def test_pipelines_of_other_plans_and_problems_are_left_out(path: Path) -> None:
     assert not list(stored_pipelines(PROBLEM, ["lean"], SHAPES, path, named_device("A100")))
 
 
+def _base(plan: str, BT: int | None = None) -> Candidate:
+    """Where a search begins."""
+    return Candidate.default(PROBLEM, plan, BT)
+
+
 def test_a_final_has_the_pipeline_on_file_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = [
         Stored(tuple(shape.regime.key.items()), pipeline(number))
         for number, shape in enumerate(SHAPES)
     ]
-    search: Any = SimpleNamespace(problem=PROBLEM, trials={})
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={}, base=_base)
     finals = Finals(search, stored)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
     monkeypatch.setattr(finals, "_passes", lambda candidate: True)
@@ -93,7 +98,7 @@ def test_what_is_on_file_stands_in_a_final_however_little_time_there_is(
 ) -> None:
     """Beside the default and the pipeline that won for the level's other plan."""
     stored = [Stored(tuple(SHAPES[0].regime.key.items()), pipeline(0))]
-    search: Any = SimpleNamespace(problem=PROBLEM, trials={})
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={}, base=_base)
     finals = Finals(search, stored)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
     monkeypatch.setattr(finals, "_passes", lambda candidate: True)

@@ -200,6 +200,7 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     import os
 
     import gdn2gen
+    from gdn2gen._store_claims import CHECKED
     from gdn2gen.device import named_device
     from gdn2gen.dispatch import default_recipe
     from gdn2gen.problem import Problem, Regime
@@ -217,9 +218,10 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
         configs = {**recipe.configs, scan.stage: scan}
         digests = {stage: template_digest(config) for stage, config in configs.items()}
         times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
+        errors = dict.fromkeys(CHECKED, 1e-6)
         regime = Regime(tokens=20, sequences=1, heads=1)
         entry = Entry(
-            *(problem.key, regime.key, "fast", plan, configs, digests, times, {}, "measured")
+            *(problem.key, regime.key, "fast", plan, configs, digests, times, errors, "measured")
         )
         write_tuned(path, TunedFile(metadata_for(device, {}, "test", "2026"), (entry,)))
         gdn2gen.reload()
