@@ -7,7 +7,8 @@ in bf16 have the errors that they have on a GPU (o 3e-3, db 5e-3).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
+from threading import RLock
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,19 @@ import triton.language as tl
 from gdn2gen.errors import UnsupportedError
 
 _SIZE: Final = 16
+# The interpreter keeps the running program in globals: launches of two threads spoil each other.
+_ONE_AT_A_TIME: Final = RLock()
+
+
+def one_at_a_time(launch: Callable[..., None]) -> Callable[..., None]:
+    """`launch`, which waits while another thread interprets a kernel."""
+
+    @wraps(launch)
+    def waiting(*operands: Any, **scalars: Any) -> None:
+        with _ONE_AT_A_TIME:
+            launch(*operands, **scalars)
+
+    return waiting
 
 
 def mend_loops() -> None:
@@ -47,7 +61,9 @@ def teach_bf16() -> None:
     That serves every kernel of the process, and is nothing where the interpreter is right already.
     Raises UnsupportedError for a Triton that this does not mend.
     """
-    if not _is_taught():
+    with _ONE_AT_A_TIME:
+        taught = _is_taught()
+    if not taught:
         raise UnsupportedError(
             f"Triton {triton.__version__}'s interpreter computes with the bits of bf16, and "
             "gdn2gen knows no cure for this version: use float32 or float16, or a GPU"

@@ -96,8 +96,7 @@ class Runner:
             config = default_config(stage_name, problem, BT=config.size("BT"))
         module = build.load(render(problem, stage_name, config))
         if interpreted():
-            launch: Callable[..., None] = module.launch
-            return launch
+            return _interpreting(module.launch)
         if language_of(config) == "tilelang":
             compile_in_thread(module)
         return direct_launch(module)
@@ -106,7 +105,7 @@ class Runner:
         """What makes the tables of a packed batch, and what clears gradients of no sequence."""
         module = build.load(render_tables(self.problem, self.BT))
         if interpreted():
-            return module.launch, module.clear
+            return _interpreting(module.launch), _interpreting(module.clear)
         # one for each dtype of cu_seqlens: a direct launch is for the dtypes of its first one
         by_dtype = {x: direct_launch(module) for x in (torch.int32, torch.int64)}
 
@@ -284,6 +283,12 @@ class SizedRunner:
 @lru_cache(maxsize=512)  # of 22 KB
 def _sized(runner: Runner, call: Call) -> SizedRunner:
     return SizedRunner(runner, call)
+
+
+def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
+    from gdn2gen._interpreter import one_at_a_time  # imports Triton
+
+    return one_at_a_time(launch)
 
 
 def _only_triton(stage_name: str) -> bool:
