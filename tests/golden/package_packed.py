@@ -116,6 +116,7 @@ def chunk_gdn2(
     _refuse("lower_bound", lower_bound, None, "--gate sigmoid")
 
     for name, x in (("q", q), ("v", v), ("g", g)):
+        _check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, T, heads, dim], but got shape {tuple(x.shape)}")
     B, T, H, _ = q.shape
@@ -125,7 +126,7 @@ def chunk_gdn2(
             f"B and H must be positive, HV a multiple of H, and g of H or HV heads, "
             f"but got B={B}, H={H}, HV={HV} and {HG} heads of g"
         )
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
+    if not (q.is_cuda or (triton.knobs.runtime.interpret and q.device.type == "cpu")):
         raise ValueError(f"q must be on a GPU, but is on {q.device}; or set TRITON_INTERPRET=1")
     _check("q", q, (B, T, H, K), DTYPE, q.device)
     _check("k", k, (B, T, H, K), DTYPE, q.device)
@@ -138,12 +139,10 @@ def chunk_gdn2(
     _check_cu_seqlens(cu_seqlens, T, cu_seqlens_cpu)
     _check("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), cu_seqlens.dtype, q.device)
     given_cu_seqlens = cu_seqlens.contiguous()
-    if A_log is None:
-        raise ValueError("these kernels need A_log, but got None")
+    _check_tensor("A_log", A_log)
     A_log = _readable(A_log.float())
     _check("A_log", A_log, (HG,), torch.float32, q.device)
-    if dt_bias is None:
-        raise ValueError("these kernels need dt_bias, but got None")
+    _check_tensor("dt_bias", dt_bias)
     dt_bias = _readable(dt_bias.float().reshape(-1))
     _check("dt_bias", dt_bias, (HG * K,), torch.float32, q.device)
     dt_bias = dt_bias.view(HG, K)
@@ -216,7 +215,7 @@ class _ChunkGDN2(torch.autograd.Function):
         (
             q, k, v, g, b, w, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd,
             k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
-        ) = ctx.saved_tensors
+        ) = map(_readable, ctx.saved_tensors)  # hooks may have laid them out anew
         scale = ctx.scale
         do = _readable(do)
         with torch.cuda.device_of(q):
@@ -308,11 +307,13 @@ def _fold(grad, x):
 
 
 def _check_cu_seqlens(cu_seqlens, T, cpu):
+    _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [N+1] with N >= 1, but got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, but got {cu_seqlens.dtype}")
     if cpu is not None:
+        _check_tensor("cu_seqlens_cpu", cpu)
         _check("cu_seqlens_cpu", cpu, tuple(cu_seqlens.shape), cpu.dtype, torch.device("cpu"))
     elif not cu_seqlens.is_cuda:
         cpu = cu_seqlens
@@ -326,12 +327,26 @@ def _check_cu_seqlens(cu_seqlens, T, cpu):
 def _readable(x):
     """x, or a copy of what kernels cannot read: strides, lazy signs, no multiple of 16 bytes."""
     x = x.contiguous().resolve_neg()
-    if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+    if torch.compiler.is_compiling():
         return x
-    return x.clone()
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # inside of vmap, or a fake
+        raise ValueError(
+            "these kernels take tensors that lie in memory: torch.func's transforms, batched "
+            "gradients and tensors without data need gdn2gen.chunk_gdn2"
+        ) from None
+    # zeros that torch did not write down have no address either
+    return x if address % 16 == 0 and (address or x.numel() == 0) else x.clone()
+
+
+def _check_tensor(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, but got {type(x).__name__}")
 
 
 def _check(name, x, shape, dtype, device):
+    _check_tensor(name, x)
     if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"{name} must be {shape} {dtype} on {device}, "

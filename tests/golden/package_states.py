@@ -104,6 +104,8 @@ def chunk_gdn2(
     _refuse("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel, True, "--no-l2norm")
     _refuse("use_gate_in_kernel", use_gate_in_kernel, False, "--gate softplus")
     _refuse("state_v_first", state_v_first, False, "--with state_v_first")
+    if not isinstance(output_final_state, bool):
+        raise ValueError(f"output_final_state must be a bool, but got {output_final_state!r}")
     _refuse("A_log", A_log, None, "--with A_log and a --gate")
     _refuse("dt_bias", dt_bias, None, "--with dt_bias and a --gate")
     _refuse("cu_seqlens", cu_seqlens, None, "--with varlen")
@@ -111,6 +113,7 @@ def chunk_gdn2(
     _refuse("lower_bound", lower_bound, None, "--gate sigmoid")
 
     for name, x in (("q", q), ("v", v), ("g", g)):
+        _check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, T, heads, dim], but got shape {tuple(x.shape)}")
     B, T, H, _ = q.shape
@@ -120,7 +123,7 @@ def chunk_gdn2(
             f"B and H must be positive, HV a multiple of H, and g of H or HV heads, "
             f"but got B={B}, H={H}, HV={HV} and {HG} heads of g"
         )
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
+    if not (q.is_cuda or (triton.knobs.runtime.interpret and q.device.type == "cpu")):
         raise ValueError(f"q must be on a GPU, but is on {q.device}; or set TRITON_INTERPRET=1")
     _check("q", q, (B, T, H, K), DTYPE, q.device)
     _check("k", k, (B, T, H, K), DTYPE, q.device)
@@ -193,7 +196,7 @@ class _ChunkGDN2(torch.autograd.Function):
             raise RuntimeError("chunk_gdn2 is differentiable once: leave out create_graph=True")
         (
             q, k, v, g, b, w, q_rstd, k_rstd, A, Aqk, o, S_seg,
-        ) = ctx.saved_tensors
+        ) = map(_readable, ctx.saved_tensors)  # hooks may have laid them out anew
         scale = ctx.scale
         do, dht = _readable(do), _readable(dht)
         with torch.cuda.device_of(q):
@@ -292,12 +295,26 @@ def _fold(grad, x):
 def _readable(x):
     """x, or a copy of what kernels cannot read: strides, lazy signs, no multiple of 16 bytes."""
     x = x.contiguous().resolve_neg()
-    if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+    if torch.compiler.is_compiling():
         return x
-    return x.clone()
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # inside of vmap, or a fake
+        raise ValueError(
+            "these kernels take tensors that lie in memory: torch.func's transforms, batched "
+            "gradients and tensors without data need gdn2gen.chunk_gdn2"
+        ) from None
+    # zeros that torch did not write down have no address either
+    return x if address % 16 == 0 and (address or x.numel() == 0) else x.clone()
+
+
+def _check_tensor(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, but got {type(x).__name__}")
 
 
 def _check(name, x, shape, dtype, device):
+    _check_tensor(name, x)
     if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"{name} must be {shape} {dtype} on {device}, "

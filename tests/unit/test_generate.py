@@ -58,7 +58,7 @@ from __future__ import annotations
 {inspect.getsource(mend_loops)}
 mend_loops()
 """ + """
-import importlib, sys
+import contextlib, importlib, sys
 sys.modules["gdn2gen"] = None
 import torch
 
@@ -78,8 +78,18 @@ for package, calls in jobs:
                 for name, x in leaves.items()
             }
             call["gradients"] = {k: torch._neg_view(-x) for k, x in call["gradients"].items()}
+        function, hooks = module.chunk_gdn2, contextlib.nullcontext()
+        if call.get("hooked"):
+            # hooks that give back what was saved with strides
+            unpack = lambda x: torch.stack((x, x), -1)[..., 0]
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)
+        if call.get("mapped"):
+            plain, rest = module.chunk_gdn2, dict(leaves)
+            rest.pop("v")
+            function = lambda v, **_: torch.vmap(lambda v: plain(v=v, **rest))(v[None])
         try:
-            o, state = module.chunk_gdn2(**leaves)
+            with hooks:
+                o, state = function(**leaves)
         except (ValueError, TypeError) as error:
             answers.append((type(error).__name__, str(error)))
             continue
@@ -171,14 +181,23 @@ def test_each_direction_has_its_own_segments(scan: str) -> None:
     assert counts(**{scan: 112, "reverse_scan": 112}) == ["112", "112"]
 
 
-def test_lazily_negated_views_are_read_as_their_copies(tmp_path: Path) -> None:
-    problem = replace(FULL, varlen=False)
+@pytest.mark.parametrize("how", ["negative", "hooked"])
+def test_what_kernels_cannot_read_is_read_as_its_copy(how: str, tmp_path: Path) -> None:
+    """Lazily negated views; and what hooks on saved tensors lay out anew, tables among them."""
+    problem = replace(FULL, varlen=how == "hooked")
     generate_package(problem, tmp_path / "full", default_recipe(problem))
-    call = _call(problem, Shape("one", 1, 20, 1))
-    plain, negative = _run(tmp_path, [("full", [call, {**call, "negative": True}])])
-    assert {*plain} == {*negative}
+    call = _call(problem, Shape("one", 1, 20, 1, (0, 7, 20) if problem.varlen else None))
+    plain, other = _run(tmp_path, [("full", [call, {**call, how: True}])])
+    assert {*plain} == {*other}
     for name, x in plain.items():
-        assert torch.equal(x, negative[name]), name
+        assert torch.equal(x, other[name]), name
+
+
+def test_transforms_are_refused(tmp_path: Path) -> None:
+    generate_package(PLAIN, tmp_path / "plain", default_recipe(PLAIN))
+    call: dict[str, Any] = _call(PLAIN, Shape("one", 1, 20, 1))
+    ((kind, message),) = _run(tmp_path, [("plain", [{**call, "mapped": True}])])
+    assert kind == "ValueError" and "need gdn2gen.chunk_gdn2" in message
 
 
 def test_bf16_is_refused_in_the_interpreter(tmp_path: Path) -> None:
@@ -211,11 +230,16 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
         ({"k": good["k"][:, :7]}, "but got (2, 7, 1, 32)"),
         ({"g": good["g"].double()}, "g must be (2, 20, 1, 32) torch.float32"),
         ({"g": good["g"].repeat(1, 1, 3, 1)}, "3 heads of g"),
+        ({"q": None}, "q must be a tensor, but got NoneType"),
+        ({"k": [1.0]}, "k must be a tensor, but got list"),
+        ({name: x.to("meta") for name, x in good.items() if isinstance(x, torch.Tensor)}, "on meta"),
         ({"surprise": 1}, "surprise"),
     ]
     full: list[tuple[dict[str, Any], str]] = [
-        ({"A_log": None}, "need A_log"),
-        ({"dt_bias": None}, "need dt_bias"),
+        ({"A_log": None}, "A_log must be a tensor"),
+        ({"dt_bias": None}, "dt_bias must be a tensor"),
+        ({"output_final_state": "no"}, "output_final_state must be a bool"),
+        ({"cu_seqlens": [0, 20]}, "cu_seqlens must be a tensor, but got list"),
         ({"cu_seqlens": None}, "need cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 21])}, "rise from 0 to T=20, but got [0, 21]"),
         ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, "[0, 9, 5, 20]"),
