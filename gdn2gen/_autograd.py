@@ -6,7 +6,8 @@ rest together; at few heads and tokens the GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gdn2gen._lookup import NOTHING, agree, agree_while_compiling, find_runner
 from gdn2gen._torch_ops import backward_fake, backward_op, forward_fake, forward_op
 from gdn2gen.errors import UnsupportedError
 from gdn2gen.launch import SizedRunner
+from gdn2gen.problem import bound_of
 
 _TENSORS = len(NAMES)
 _OUTPUT_FINAL_STATE = 4
@@ -75,15 +77,22 @@ def _agree(
 ) -> str:
     """What forward and backward are to agree on; see `Agreement`."""
     *optional, cu_seqlens = tensors
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or _has_symbols(tensors)):
         return agree(request_of(optional, sequences_of(cu_seqlens), options), level)
     q, _, _, g, _, _, *others = optional
     assert q is not None and g is not None
     given = [x is not None for x in (*others, cu_seqlens)]
     device = torch.device(q.device.type, q.device.index)
     dtypes = q.dtype, g.dtype
-    text: str = agree_while_compiling(*head_dims, device, level, *dtypes, *given, *options[1:])
+    _, lower_bound, *flags = options
+    least = None if lower_bound is None else -float(bound_of(lower_bound))
+    text: str = agree_while_compiling(*head_dims, device, level, *dtypes, *given, least, *flags)
     return text
+
+
+def _has_symbols(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a tracer other than torch.compile has symbols for sizes, as make_fx may."""
+    return any(type(size) is not int for x in tensors if x is not None for size in x.shape)
 
 
 def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
@@ -111,30 +120,63 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
-        sized, tensors = ctx.sized, ctx.saved_tensors
-        inputs = len(sized.input_names)
-        given, o, saved = tensors[:inputs], tensors[inputs], tensors[inputs + 1 :]
-        named = dict(zip(sized.saved_names, saved, strict=True))
-        do = torch.zeros_like(o) if do is None else do
-        if not torch.is_grad_enabled():
-            return (None, None, *run_backward(sized, do, dht, named, o, given))
-        # create_graph=True: gradients that depend on the inputs, though nobody can say how
-        with torch.no_grad():
-            grads = run_backward(sized, do, dht, named, o, given)
-        sources = [x for x in (do, dht, *given) if x is not None]
-        return (None, None, *_Gradients.apply(len(grads), *grads, *sources))  # type: ignore[no-untyped-call]
+        return (None, None, *_once(partial(_gradients, ctx.sized), do, dht, *ctx.saved_tensors))
+
+
+def _gradients(
+    sized: SizedRunner, do: Tensor | None, dht: Tensor | None, *tensors: Tensor
+) -> list[Tensor]:
+    """Gradients of the inputs from what `_Function` saved."""
+    inputs = len(sized.input_names)
+    given, o, saved = tensors[:inputs], tensors[inputs], tensors[inputs + 1 :]
+    named = dict(zip(sized.saved_names, saved, strict=True))
+    do = torch.zeros_like(o) if do is None else do
+    return run_backward(sized, do, dht, named, o, given)
+
+
+def _once(gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None) -> Sequence[Tensor]:
+    """`gradients` of tensors, as a Function where a graph is made or many are asked for at once."""
+    _refuse_batches(tensors)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        found: tuple[Tensor, ...] = _Gradients.apply(gradients, *tensors)  # type: ignore[no-untyped-call]
+        return found
+    return gradients(*tensors)
+
+
+def _refuse_batches(arrived: tuple[Tensor | None, ...]) -> None:
+    """What autograd itself batches has no memory to read, and nothing here hears of it."""
+    is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # untyped in torch
+    if any([x is not None and is_batched(x) for x in arrived[:2]]):
+        raise UnsupportedError(
+            "gradients of chunk_gdn2 cannot be batched by is_grads_batched=True or vectorize=True; "
+            "use torch.func.jacrev, or torch.vmap around autograd.grad"
+        )
 
 
 class _Gradients(torch.autograd.Function):
-    """The first `count` tensors, which depend on all others in a way that has no derivative."""
+    """Gradients, which depend on all tensors in a way that has no derivative."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.detach() for x in tensors[:count])
+    def forward(
+        gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return tuple(gradients(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise UnsupportedError(f"{_DIFFERENTIABLE}, not twice")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(f"{_DIFFERENTIABLE}, not forwards")
 
 
 class _Transformed(torch.autograd.Function):
@@ -151,59 +193,16 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         options, agreement, *tensors = inputs
-        o, _, saved = output
-        ctx.mark_non_differentiable(saved)
-        ctx.options, ctx.agreement = options, agreement
-        ctx.save_for_backward(saved, o, *tensors)
+        ctx.mark_non_differentiable(output[2])
+        _save(ctx, (*tensors, *options, agreement), output)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dht: Tensor, _: Any) -> tuple[Any, ...]:
-        dht_asked = dht if ctx.options[_OUTPUT_FINAL_STATE] else None
-        tensors = ctx.saved_tensors[2:-1]
-        grads = iter(
-            _TransformedBackward.apply(  # type: ignore[no-untyped-call]
-                ctx.options, ctx.agreement, do, dht_asked, *ctx.saved_tensors
-            )
-        )
-        return (None, None, *[None if x is None else next(grads) for x in tensors], None)
+    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
+        return (None, None, *_tensor_gradients(ctx, do, dht))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         return _one_by_one(_Transformed, info.batch_size, in_dims, inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_DIFFERENTIABLE}, not forwards")
-
-
-class _TransformedBackward(torch.autograd.Function):
-    """The gradients, which have none themselves."""
-
-    @staticmethod
-    def forward(
-        options: tuple[Any, ...],
-        agreement: str,
-        do: Tensor,
-        dht: Tensor | None,
-        saved: Tensor,
-        o: Tensor,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        sequences = sequences_of(tensors[-1])
-        arguments = (do, dht, saved, o, *tensors, sequences, *options, agreement)
-        return tuple(gdn2_backward(*arguments))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_DIFFERENTIABLE}, not twice")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_TransformedBackward, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -218,11 +217,18 @@ def _one_by_one(
     def chosen(x: Any, dim: Any, i: int) -> Any:
         return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
 
+    if batch_size == 0:  # nothing to choose from: the shapes are those of zeros
+        inputs = tuple(
+            x.new_zeros(x.movedim(dim, 0).shape[1:]) if isinstance(x, Tensor) and dim is not None
+            else x
+            for x, dim in zip(inputs, in_dims, strict=True)
+        )
+        in_dims = (None,) * len(inputs)
     outputs = [
         function.apply(*[chosen(x, dim, i) for x, dim in zip(inputs, in_dims, strict=True)])
-        for i in range(batch_size)
+        for i in range(max(batch_size, 1))
     ]
-    stacked = tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+    stacked = tuple(torch.stack(column)[:batch_size] for column in zip(*outputs, strict=True))
     return stacked, (0,) * len(stacked)
 
 
@@ -232,20 +238,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, cu_seqlens = inputs[:_TENSORS]
     ctx.set_materialize_grads(False)
     ctx.options, ctx.agreement, ctx.sequences = options, agreement, sequences_of(cu_seqlens)
-    # the kernels read it once; the caller may write the next batch's into it
-    kept = cu_seqlens if agreement == NOTHING else None
+    # the caller may write the next batch's into it; the kernels read it once
+    kept = cu_seqlens.clone() if agreement == NOTHING and cu_seqlens is not None else None
     ctx.save_for_backward(saved, o, *tensors, kept)
 
 
 def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
+    return (*_tensor_gradients(ctx, do, dht), *[None] * (len(ctx.options) + 1))
+
+
+def _tensor_gradients(ctx: Any, do: Tensor | None, dht: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the tensors of `NAMES`, by the op, from what `_save` kept."""
     saved, o, *tensors = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
     dht = dht if ctx.options[_OUTPUT_FINAL_STATE] else None
     rest = (ctx.sequences, *ctx.options, ctx.agreement)
-    grads = iter(gdn2_backward(do, dht, saved, o, *tensors, *rest))
-    found = [None if x is None else next(grads) for x in tensors[:-1]]
-    return (*found, None, *[None] * (len(ctx.options) + 1))
+    arrived = do, dht, saved, o, *tensors
+    _refuse_batches(arrived)
+    if torch._C._are_functorch_transforms_active():  # of which an op knows nothing
+        found = _once(lambda *given: gdn2_backward(*given, *rest), *arrived)
+    else:
+        found = gdn2_backward(*arrived, *rest)
+    grads = iter(found)
+    return [*[None if x is None else next(grads) for x in tensors[:-1]], None]
 
 
 def _refuse_twice(ctx: Any, *_: Any) -> Any:

@@ -90,12 +90,13 @@ def run_backward(
     o: Tensor,
     given: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `given`."""
-    inputs = dict(zip(sized.input_names, readable(given), strict=True))
-    arrived = dict(zip(("do", "dht"), readable([do] if dht is None else [do, dht]), strict=False))
-    tensors = {**inputs, **saved, **arrived, "o": o}
+    """Gradients of `given`. Hooks on saved tensors may have laid any of them out anew."""
+    found = {**dict(zip(sized.input_names, given, strict=True)), **saved, "o": o, "do": do}
+    if dht is not None:
+        found["dht"] = dht
+    tensors = dict(zip(found, readable([*found.values()]), strict=True))
     grads = sized.backward(tensors)
-    return [_fold(grads[grad], name, inputs[name]) for name, grad in sized.gradient_names]
+    return [_fold(grads[grad], name, tensors[name]) for name, grad in sized.gradient_names]
 
 
 def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:

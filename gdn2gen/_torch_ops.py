@@ -12,6 +12,7 @@ from torch import Tensor
 from gdn2gen import reference
 from gdn2gen._kernels import request_of, run_backward, run_forward, sequences_of
 from gdn2gen._lookup import NOTHING, agreed_runner, make_request, saved_nbytes
+from gdn2gen._operands import readable
 
 
 def forward_op(
@@ -124,6 +125,7 @@ def backward_op(
     request = request_of(tensors, sequences, (scale, lower_bound, *flags))
     sized = agreed_runner(request, agreement)
     given = [x for x in tensors if x is not None]
+    (saved,) = readable([saved])
     return run_backward(sized, do, dht, sized.layout.split(saved), o, given)
 
 
@@ -168,8 +170,7 @@ def _reference(
     q, k, v, g, b, w, initial_state, A_log, dt_bias = tensors
     assert q is not None and k is not None and v is not None
     assert g is not None and b is not None and w is not None
-    # autocast would have it multiply in bf16
-    with torch.autocast("cpu", enabled=False):
+    with _without_autocast():
         return reference.chunk_gdn2(
             *(q, k, v, g, b, w),
             scale=scale,
@@ -184,6 +185,12 @@ def _reference(
         )
 
 
+def _without_autocast() -> torch.autocast:
+    """Autocast would have the reference multiply in bf16, and its gradients where they are taken.
+    """
+    return torch.autocast("cpu", enabled=False)
+
+
 def _reference_gradients(
     do: Tensor,
     dht: Tensor | None,
@@ -196,12 +203,16 @@ def _reference_gradients(
     for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView):
         keys = keys.remove(key)
     include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
+    guard = torch._C._ForceDispatchKeyGuard(include, keys)
+    with guard, torch.enable_grad(), _without_autocast():
         leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
         o, state = _reference(tuple(leaves), cu_seqlens, *options)  # type: ignore[arg-type]
         given = [x for x in leaves if x is not None]
-        arrived = (do, torch.zeros_like(state) if dht is None else dht)
-        grads = torch.autograd.grad((o, state), given, arrived, allow_unused=True)
+        results, arrived = [o], [do]
+        if dht is not None and state.requires_grad:  # not where no token or state was read
+            results.append(state)
+            arrived.append(dht)
+        grads = torch.autograd.grad(results, given, arrived, allow_unused=True)
     # no gradient may share memory with what arrived
     return [
         torch.zeros_like(x, memory_format=torch.contiguous_format)

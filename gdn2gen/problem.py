@@ -109,7 +109,13 @@ def check_lower_bound(lower_bound: float) -> None:
 
 
 def bound_of(lower_bound: float) -> int:
-    """`Problem.bound` of a gate's lower bound: the least whole number of nats that covers it."""
+    """`Problem.bound` of a gate's lower bound: the least whole number of nats that covers it.
+
+    Found by comparing: where `lower_bound` is a tracer's symbol, the result is a number for good.
+    """
+    for bound in range(1, int(-LEAST_BOUND) + 1):
+        if lower_bound >= -bound:
+            return bound
     return math.ceil(-float(lower_bound))
 
 

@@ -218,7 +218,12 @@ def _run(
         outputs, states = zip(*(form(part, entry) for part, entry in parts), strict=True)
         o, state = torch.cat(outputs, 2), torch.cat(states)
     o = o.transpose(1, 2).to(inputs[2].dtype)
-    return o.contiguous(), (state.mT if state_v_first else state).contiguous()
+    return _own(o), _own(state.mT if state_v_first else state)
+
+
+def _own(x: Tensor) -> Tensor:
+    """x row after row, and no view: of what an op returns, autograd lets no view be written to."""
+    return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor) -> None:
