@@ -232,7 +232,7 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
         ({"g": good["g"].repeat(1, 1, 3, 1)}, "3 heads of g"),
         ({"q": None}, "q must be a tensor, but got NoneType"),
         ({"k": [1.0]}, "k must be a tensor, but got list"),
-        ({name: x.to("meta") for name, x in good.items() if isinstance(x, torch.Tensor)}, "on meta"),
+        ({x: y.to("meta") for x, y in good.items() if isinstance(y, torch.Tensor)}, "on meta"),
         ({"surprise": 1}, "surprise"),
     ]
     full: list[tuple[dict[str, Any], str]] = [
