@@ -184,3 +184,23 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
         assert state is not None
         (found,) = torch.autograd.grad([o, state], [leaf], [grads["o"], grads["final_state"]])
         assert torch.equal(found, expected[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("layout", ["strided", "shifted"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_hooks_that_lay_out_anew_what_was_saved(level: str, layout: str) -> None:
+    """Launched by address, or through TMA: what a hook gives back is copied where it must be."""
+    problem = PROBLEMS["packed"]
+    inputs, grads = draw(problem, SMALL_PACKED, "layer")
+    expected = run_op(call_at(level), problem, inputs, grads)
+
+    def anew(x: Tensor) -> Tensor:
+        if layout == "strided":
+            return torch.stack((x, x), -1)[..., 0]
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    def hooked(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, anew):
+            return call_at(level)(**arguments)
+
+    assert not moved(expected, run_op(hooked, problem, inputs, grads))
