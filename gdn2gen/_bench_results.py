@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from gdn2gen._bench_sides import Errors, Side
 from gdn2gen._bench_time import Timing
 from gdn2gen.errors import StoreError
 from gdn2gen.files import check_replaceable, locked_folder, replace_file
-from gdn2gen.terminal import Sheet
+from gdn2gen.terminal import Sheet, command_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +39,7 @@ def rows_document(rows: Sequence[Row], *, command: str | None = None) -> dict[st
     stamp = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": dict(toolchain()),
-        "command": command or " ".join(["gdn2gen", *sys.argv[1:]]),
+        "command": command or command_line(),
     }
     return {
         "schema": RESULTS_SCHEMA,

@@ -8,9 +8,8 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from gdn2gen._cli_options import refuse, target_device
+from gdn2gen._cli_options import add_device, add_op, refuse, target_device
 from gdn2gen.errors import DeviceError, InputError, TunedFileWarning
-from gdn2gen.problem import OPS
 from gdn2gen.stages import STAGES
 from gdn2gen.terminal import Sheet, console
 
@@ -22,11 +21,9 @@ WHOLE: Final = "pipeline"
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="GPU whose ledger is shown (the present one; all there are without a GPU)",
+    add_op(parser)
+    add_device(
+        parser, "GPU whose ledger is shown (the present one; all there are without a GPU)"
     )
     parser.add_argument(
         "--stage",

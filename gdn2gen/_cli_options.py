@@ -29,7 +29,7 @@ def add_problem(
     With `several`, --head-dim takes any number of head dims, by default these.
     """
     group = parser.add_argument_group("problem")
-    group.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+    add_op(group)
     group.add_argument(
         "--head-dim",
         nargs="+" if several else None,
@@ -76,6 +76,17 @@ def problem_of(args: argparse.Namespace) -> Problem:
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     extras = getattr(args, "extras", None)
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
+
+
+def add_op(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+
+
+def add_device(
+    parser: argparse.ArgumentParser,
+    help_text: str = "GPU (the present one, or sm_90 without one)",
+) -> None:
+    parser.add_argument("--device", metavar="NAME", help=help_text)
 
 
 def add_lower_bound(parser: argparse._ActionsContainer, help_text: str) -> None:

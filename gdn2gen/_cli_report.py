@@ -9,10 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gdn2gen._cli_options import in_source_tree, present_or_target, some_path, some_text
+from gdn2gen._cli_options import (
+    add_device,
+    add_op,
+    in_source_tree,
+    present_or_target,
+    some_path,
+    some_text,
+)
 from gdn2gen.errors import StoreError, TunedFileWarning
 from gdn2gen.files import check_replaceable, replace_file
-from gdn2gen.problem import OPS
 from gdn2gen.terminal import Sheet, console
 
 if TYPE_CHECKING:
@@ -24,10 +30,8 @@ PAGE: Final = Path("gdn2gen-report.html")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
-    parser.add_argument(
-        "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
-    )
+    add_op(parser)
+    add_device(parser)
     parser.add_argument(
         "--storage",
         type=some_text,

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdn2gen._cli_options import present_or_target, say_where, some_path
+from gdn2gen._cli_options import (
+    add_device,
+    add_op,
+    present_or_target,
+    say_where,
+    some_path,
+)
 from gdn2gen._store_format import entry_to
 from gdn2gen.errors import StoreError
-from gdn2gen.problem import OPS
 from gdn2gen.terminal import Sheet, console
 
 if TYPE_CHECKING:
@@ -27,11 +32,11 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "write all that calls find for one GPU as one file",
         "gdn2gen tuned export --device H200 --to h200.json",
     )
-    export.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
+    add_op(export)
+    add_device(export)
     export.add_argument(
-        "--device", metavar="NAME", help="GPU (the present one, or sm_90 without one)"
+        "--to", type=some_path, metavar="FILE", help="the file to write (standard output)"
     )
-    export.add_argument("--to", type=some_path, metavar="FILE", help="(standard output)")
     export.set_defaults(run=export_tuned)
     take = _action(
         actions,
@@ -39,8 +44,8 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "merge a file into the folder that calls look at",
         "gdn2gen tuned import h200.json",
     )
-    take.add_argument("file", type=some_path)
-    take.add_argument("--op", choices=OPS, default="gdn2", help="(%(default)s)")
+    take.add_argument("file", type=some_path, metavar="FILE", help="what `tuned export` wrote")
+    add_op(take)
     take.add_argument(
         "--out",
         type=some_path,
@@ -54,14 +59,22 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "merge files of one GPU; the faster valid entry stays",
         "gdn2gen tuned merge mine.json theirs.json --to both.json",
     )
-    merge.add_argument("files", type=some_path, nargs="+", metavar="FILE")
-    merge.add_argument("--to", type=some_path, metavar="FILE", required=True)
+    merge.add_argument(
+        "files", type=some_path, nargs="+", metavar="FILE", help="tuned files of one GPU"
+    )
+    merge.add_argument(
+        "--to",
+        type=some_path,
+        metavar="FILE",
+        required=True,
+        help="the file to merge into; what it holds counts, too",
+    )
     merge.set_defaults(run=merge_tuned)
     compare = _action(
         actions, "diff", "show what two files differ in", "gdn2gen tuned diff old.json new.json"
     )
-    compare.add_argument("old", type=some_path)
-    compare.add_argument("new", type=some_path)
+    compare.add_argument("old", type=some_path, metavar="OLD", help="a tuned file")
+    compare.add_argument("new", type=some_path, metavar="NEW", help="another one")
     compare.add_argument(
         "--json", action="store_true", help="one JSON object per line, one for each difference"
     )

@@ -26,7 +26,7 @@ def load_file(path: Path) -> TunedFile:
 def device_on_file(name: str) -> Device | None:
     """The GPU of that name, by what a tuned file of it says; None if there is no such file."""
     for folder in (user_tuned_dir(), packaged_tuned_dir()):
-        for path in sorted(folder.glob("*/*.json")) if folder else ():
+        for path in sorted(folder.glob("*/*.json")):
             with suppress(StoreError):
                 file = store.load_tuned(path)
                 if file is not None and is_name_of(name, str(file.metadata["gpu"])):

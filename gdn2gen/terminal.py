@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ def status(where: Console) -> Iterator[Callable[[str], None]]:
 
     with where.status(Text()) as line:
         yield lambda words: line.update(Text(plain(words)))
+
+
+def command_line() -> str:
+    """The command that runs, as a shell takes it."""
+    return shlex.join(["gdn2gen", *sys.argv[1:]])
 
 
 def plain(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from gdn2gen import store
 from gdn2gen._store_format import entry_to
-from gdn2gen.bench import floor_bytes
 from gdn2gen.device import Device
+from gdn2gen.floor import floor_bytes
 from gdn2gen.plans import LEVELS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES, Shape, shape_of

@@ -7,7 +7,6 @@ size stays the default's: compiled resources and bytes say little about the chai
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -23,6 +22,7 @@ from gdn2gen.errors import TuneError
 from gdn2gen.plans import PLANS, PLANS_OF
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.terminal import command_line
 from gdn2gen.tune import outcome, space
 from gdn2gen.tune.backend import COMPILE_SECONDS
 from gdn2gen.tune.candidate import Candidate
@@ -119,9 +119,7 @@ def tune_without_gpu(
             f"no pipeline passed in Triton's interpreter: {ranking.skipped}; run "
             "`gdn2gen verify` to see which outputs are wrong"
         )
-    metadata = store.metadata_for(
-        device, toolchain(), command or " ".join(["gdn2gen", *sys.argv[1:]])
-    )
+    metadata = store.metadata_for(device, toolchain(), command or command_line())
     store.merge_entries(path, metadata, [predicted_entry(result) for result in results])
     return TuneReport(
         problem=problem,

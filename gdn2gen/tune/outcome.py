@@ -17,18 +17,6 @@ CRASHED: Final = "crashed"
 TIMEOUT: Final = "timeout"
 ERROR: Final = "error"
 CANCELLED: Final = "cancelled"
-STATUSES: Final = (
-    OK,
-    WRONG,
-    BUILD_ERROR,
-    RESOURCES,
-    OUT_OF_MEMORY,
-    CUDA_ERROR,
-    CRASHED,
-    TIMEOUT,
-    ERROR,
-    CANCELLED,
-)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ _ENOUGH = 8
 _CHUNK = re.compile("BT[0-9]{1,3}")
 
 
-
 class StageSearch:
     """The trials of one stage at one chunk size, from its latest study."""
 

@@ -8,7 +8,6 @@ the tuned file shape by shape, so a run that is cut short keeps what it decided.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from gdn2gen.paths import cache_dir
 from gdn2gen.plans import PLANS_OF, level_of
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
+from gdn2gen.terminal import command_line
 from gdn2gen.tune.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.finalists import Finals
@@ -96,7 +96,7 @@ def tune(
         # processes that join one study must not all draw the same configs
         seed=seed if storage is None else seed + os.getpid(),
     )
-    metadata = store.metadata_for(device, toolchain(), command or _command())
+    metadata = store.metadata_for(device, toolchain(), command or command_line())
     report = TuneReport(problem, device, path, [], ledger=context.ledger.path)
     names = ", ".join(shape.name for shape in shapes)
     context.progress.start(f"tuning {problem.op} on {device.name} at {names}", seconds)
@@ -267,5 +267,3 @@ def storage_path(op: str, device: Device) -> Path:
     return cache_dir() / "studies" / f"{op}-{device.slug}.journal"
 
 
-def _command() -> str:
-    return " ".join(["gdn2gen", *sys.argv[1:]])
