@@ -18,7 +18,7 @@ from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import SHAPES
 from gdn2gen.stages import STAGES
-from gdn2gen.store import load_tuned, write_tuned
+from gdn2gen.store import is_stale, load_tuned, write_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +27,17 @@ TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2"
 
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-h100-80gb-hbm3", "nvidia-h200"])
+def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
+    file = load_tuned(ROOT / "tuned/gdn2" / f"{gpu}.json")
+    assert file is not None
+    stale = any(map(is_stale, file.entries))
+    short = gpu.split("-")[1].upper()
+    assert (f"The {short}'s entries are of earlier templates" in README) == stale
+    assert "hold none yet" in README
+    assert not any(entry.needs_triton_alone for entry in file.entries)
 
 
 def test_first_two_commands() -> None:

@@ -297,6 +297,11 @@ def test_diff_and_report_as_json(tmp_path: Path, capsys: Any) -> None:
 # What to do next
 
 
+def test_the_command_on_file_is_as_a_shell_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "tune", "--target", "RTX 4090"])
+    assert terminal.command_line() == "gdn2gen tune --target 'RTX 4090'"
+
+
 def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
     gate = ["--gate", "sigmoid", "--lower-bound", "-2", "--no-l2norm", "--dtype", "fp16"]
     words = ["explain", "--device", "RTX 4090", "--head-dim", "64,128", "--level", "fast", *gate]
