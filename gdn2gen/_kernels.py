@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gdn2gen._lookup import Request, known_request
 from gdn2gen._operands import readable
-from gdn2gen.launch import GIVEN_SEQUENCES, SizedRunner
+from gdn2gen.launch import SizedRunner
+from gdn2gen.stages import GIVEN_SEQUENCES
 
 NAMES = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias", "cu_seqlens")
 """Tensors of a call, in the order of the op's arguments."""

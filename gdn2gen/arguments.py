@@ -33,7 +33,7 @@ class Dims:
     N: int
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """What of a tensor the checks look at."""
 
     shape: torch.Size
@@ -113,7 +113,7 @@ def _check_layouts(
     state_v_first: bool,
     *given: tuple[torch.Size, torch.dtype, torch.device, torch.layout] | None,
 ) -> Dims:
-    layouts = [None if x is None else Layout(*x) for x in given]
+    layouts = [None if x is None else TensorLayout(*x) for x in given]
     for name, x in zip((*_REQUIRED, *_OPTIONAL), layouts, strict=True):
         if x is not None:
             _check_dense(name, x.layout)
@@ -159,7 +159,7 @@ def _check_layouts(
 _known_dims = lru_cache(maxsize=1024)(_check_layouts)
 
 
-def _sequences(B: int, cu_seqlens: Layout | None, cu_seqlens_cpu: Layout | None) -> int:
+def _sequences(B: int, cu_seqlens: TensorLayout | None, cu_seqlens_cpu: TensorLayout | None) -> int:
     """N, of a batch or as `cu_seqlens` says; its values are checked elsewhere."""
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
@@ -241,7 +241,7 @@ def check_head_dims(size: int, name: str = "K") -> int:
     )
 
 
-def _check_dtypes(named: Mapping[str, Layout]) -> None:
+def _check_dtypes(named: Mapping[str, TensorLayout]) -> None:
     dtype = named["q"].dtype
     if dtype not in IO_DTYPES and dtype != torch.float64:
         raise InputError(f"q must be bfloat16, float16 or float32, but got {dtype}")
@@ -257,7 +257,7 @@ def _check_dtypes(named: Mapping[str, Layout]) -> None:
 
 
 def _check_optional(
-    dims: Dims, optional: Mapping[str, Layout | None], state_v_first: bool
+    dims: Dims, optional: Mapping[str, TensorLayout | None], state_v_first: bool
 ) -> None:
     initial_state, A_log, dt_bias = (optional[x] for x in ("initial_state", "A_log", "dt_bias"))
     if initial_state is not None:
@@ -285,7 +285,7 @@ def _check_optional(
         )
 
 
-def _check_devices(layouts: Mapping[str, Layout | None]) -> None:
+def _check_devices(layouts: Mapping[str, TensorLayout | None]) -> None:
     device = layouts["q"].device if layouts["q"] is not None else None
     for name, x in layouts.items():
         if x is not None and x.device != device:

@@ -17,12 +17,20 @@ from gdn2gen.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.plans import level_of
 from gdn2gen.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.render import environment, render, render_tables
-from gdn2gen.stages import OUTPUT, SEGMENT, STAGES, TABLES, Operand, Stage, has_operand
+from gdn2gen.stages import (
+    GIVEN_SEQUENCES,
+    GRADIENT_OF,
+    OUTPUT,
+    SEGMENT,
+    STAGES,
+    TABLES,
+    Operand,
+    Stage,
+    has_operand,
+)
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
-_GIVEN: Final = "given_cu_seqlens"
-_GRADIENTS: Final = {"initial_state": "dh0", "dt_bias": "ddt_bias"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     kept = _kept(problem, plan.forward, plan.backward)
     forward = _steps(problem, recipe, plan.forward, kept | {"o", "final_state"})
-    gradients = {name: _GRADIENTS.get(name, f"d{name}") for name in inputs if name != _GIVEN}
+    gradients = {name: GRADIENT_OF[name] for name in inputs if name != GIVEN_SEQUENCES}
     backward = _steps(problem, recipe, plan.backward, {*gradients.values()})
     if problem.varlen:
         forward, backward = _around(forward, backward)
@@ -119,7 +127,7 @@ def _inputs(problem: Problem) -> list[str]:
         "initial_state": problem.initial_state,
         "A_log": problem.has_A_log,
         "dt_bias": problem.has_dt_bias,
-        _GIVEN: problem.varlen,
+        GIVEN_SEQUENCES: problem.varlen,
     }
     return ["q", "k", "v", "g", "b", "w", *(name for name, given in flags.items() if given)]
 
@@ -173,7 +181,7 @@ def _around(forward: list[Step], backward: list[Step]) -> tuple[list[Step], list
             ("chunk_offsets", "q.new_empty(N + 1, dtype=torch.int32)"),
             ("chunk_table", "q.new_empty(NT, 2, dtype=torch.int32)"),
         ),
-        arguments=(_GIVEN, OUTPUT.name, *(x.name for x in TABLES), *_words("N NT T HV")),
+        arguments=(GIVEN_SEQUENCES, OUTPUT.name, *(x.name for x in TABLES), *_words("N NT T HV")),
         per_chunk=False,
         freed=(),
     )

@@ -22,27 +22,21 @@ from gdn2gen.nvrtc import has_compiler
 from gdn2gen.passes import Buffer, Pass, Step, in_place_of
 from gdn2gen.problem import Problem
 from gdn2gen.render import render, render_tables
-from gdn2gen.stages import OUTPUT, STAGES, TABLES, Operand, has_operand
+from gdn2gen.stages import (
+    GIVEN_SEQUENCES,
+    GRADIENT_OF,
+    OUTPUT,
+    STAGES,
+    TABLES,
+    Operand,
+    has_operand,
+)
 
 if TYPE_CHECKING:
     from gdn2gen.dispatch import Recipe
 
-# Inputs in the order of the op's arguments, and their gradients.
-GRADIENT_OF = {
-    "q": "dq",
-    "k": "dk",
-    "v": "dv",
-    "g": "dg",
-    "b": "db",
-    "w": "dw",
-    "initial_state": "dh0",
-    "A_log": "dA_log",
-    "dt_bias": "ddt_bias",
-}
 GRADIENTS = tuple(GRADIENT_OF.values())
 OUTPUTS = ("o", "final_state")
-# What a caller gives as cu_seqlens; the kernels read what is made of it.
-GIVEN_SEQUENCES = "given_cu_seqlens"
 
 
 class Runner:

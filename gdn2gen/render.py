@@ -170,7 +170,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     return Rendered(stage_name, source, template_digest(config))
 
 
-TABLES: Final = "triton/chunk_tables.py.jinja"
+TABLES_TEMPLATE: Final = "triton/chunk_tables.py.jinja"
 """What a packed batch needs beside its stages; not tuned."""
 # Two programs to a multiprocessor of an H200, to clear what no sequence covers.
 _SPREAD: Final = 264
@@ -178,9 +178,9 @@ _SPREAD: Final = 264
 
 def render_tables(problem: Problem, BT: int) -> Rendered:
     """The kernels that find the chunks of a packed batch, and clear what no sequence covers."""
-    digest = _digest(frozenset({TABLES}))
+    digest = _digest(frozenset({TABLES_TEMPLATE}))
     command = _wrapped_command([*_problem_words(problem), "--out DIR"])
-    text = environment().get_template(TABLES).render(
+    text = environment().get_template(TABLES_TEMPLATE).render(
         problem=problem,
         BT=BT,
         # the interpreter runs programs one after another, each for some 10 ms

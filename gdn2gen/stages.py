@@ -107,6 +107,20 @@ class Stage:
         return 2 * chunk * sizes["NT"] * sizes["HV"]
 
 
+# Inputs in the order of the op's arguments, and their gradients.
+GRADIENT_OF: Final = {
+    "q": "dq",
+    "k": "dk",
+    "v": "dv",
+    "g": "dg",
+    "b": "db",
+    "w": "dw",
+    "initial_state": "dh0",
+    "A_log": "dA_log",
+    "dt_bias": "ddt_bias",
+}
+# What a caller gives as cu_seqlens; the kernels read what is made of it.
+GIVEN_SEQUENCES: Final = "given_cu_seqlens"
 # Made from the cu_seqlens that was given, before the first stage of a forward.
 TABLES: Final = (
     Operand("cu_seqlens", "N+1", "int32", "varlen"),

@@ -29,7 +29,7 @@ from gdn2gen.inputs import REGIMES
 from gdn2gen.plans import PLANS
 from gdn2gen.problem import Problem
 from gdn2gen.shapes import Shape
-from gdn2gen.stages import STAGES
+from gdn2gen.stages import GIVEN_SEQUENCES, STAGES
 from gdn2gen.validity import why_invalid
 
 
@@ -256,7 +256,7 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     call = call_of(problem, shape, torch.device("cpu"))
     given = {**inputs}
     if packed:
-        given[launch.GIVEN_SEQUENCES] = given.pop("cu_seqlens")
+        given[GIVEN_SEQUENCES] = given.pop("cu_seqlens")
     names = [x.name for x in STAGES["prepare"].outputs]
     right = runner.sized_pass(("prepare",), problem, call, (*names, "chunk_table")).run(given)
     given |= {"chunk_table": right.pop("chunk_table")} if packed else {}

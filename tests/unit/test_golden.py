@@ -18,7 +18,7 @@ from gdn2gen.files import replace_file
 from gdn2gen.generate import package_source
 from gdn2gen.paths import templates_dir
 from gdn2gen.problem import Problem
-from gdn2gen.render import LANGUAGES, TABLES, context, render, render_tables, template_name
+from gdn2gen.render import LANGUAGES, TABLES_TEMPLATE, context, render, render_tables, template_name
 from gdn2gen.stages import STAGES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -243,4 +243,4 @@ def test_every_name_that_is_given_is_used(language: str) -> None:
 def test_every_template_belongs_to_a_stage(language: str) -> None:
     found = {f"{language}/{x.name}" for x in (templates_dir() / language).glob("*.py.jinja")}
     own = {name for s in _stages_in(language) for name in _templates(s, language)}
-    assert found == own | ({TABLES} if language == "triton" else set())
+    assert found == own | ({TABLES_TEMPLATE} if language == "triton" else set())
