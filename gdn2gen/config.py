@@ -175,8 +175,8 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Knob]]] = {
     # slices of 32 channels spill up to 664 bytes a thread (fp16, sm_120, Triton 3.8); of 16, 16
     "grad_key": {"BK": 16, "BV": 128, "num_warps": 2, "decay": "log", "chunks": 1},
 }
-# But there spills of up to 616 bytes in fp16 and 1144 in fp32 cost less than slices of 16: at train4k
-# on an H200 fp16 takes 1.12 ms instead of 1.48, fp32 4.03 instead of 6.92.
+# But there spills, of up to 616 bytes in fp16 and 1144 in fp32, cost less than slices of 16: on an
+# H200 at train4k fp16 takes 1.12 ms instead of 1.48, fp32 4.03 instead of 6.92.
 _WIDE_SLICES: Final = "sm_90"
 # Where products of 64 rows go to tensor memory, Triton 3.6 to 3.8 spill up to 888 bytes a thread in
 # the loops of scans with 64 rows of the state (3.9: 56); with 32 rows none of them more than 16.
