@@ -35,3 +35,13 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
     yield call
     worker.close()
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Calls a function of the test module's CHECKS, here or where kernels are interpreted."""
+    checks = request.module.CHECKS
+    if request.param == "reference":
+        return lambda name, *given: getattr(checks, name)(*given)
+    interpreter: Callable[..., Any] = request.getfixturevalue("interpreter")
+    return lambda name, *given: interpreter(f"{checks.__name__}:{name}", *given)

@@ -6,21 +6,13 @@ By the reference and by kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import surroundings_checks
 
 Check = Callable[..., Any]
-
-
-@pytest.fixture(params=["reference", "kernels"], name="run")
-def _run(request: pytest.FixtureRequest) -> Check:
-    """Calls a function of surroundings_checks, here or where kernels are interpreted."""
-    if request.param == "reference":
-        return lambda name, *given: getattr(surroundings_checks, name)(*given)
-    interpreter: Check = request.getfixturevalue("interpreter")
-    return lambda name, *given: interpreter(f"surroundings_checks:{name}", *given)
+CHECKS: Final = surroundings_checks
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["eager", "watched"])

@@ -7,21 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch_checks
 
 Check = Callable[..., Any]
-
-
-@pytest.fixture(params=["reference", "kernels"], name="run")
-def _run(request: pytest.FixtureRequest) -> Check:
-    """Calls a function of torch_checks, here or where kernels are interpreted."""
-    if request.param == "reference":
-        return lambda name, *given: getattr(torch_checks, name)(*given)
-    interpreter: Check = request.getfixturevalue("interpreter")
-    return lambda name, *given: interpreter(f"torch_checks:{name}", *given)
+CHECKS: Final = torch_checks
 
 
 @pytest.mark.parametrize("check", ["func_grad", "jacobian", "first_order_of_a_graph"])
