@@ -40,6 +40,8 @@ def hush_tilelang() -> None:
         log = logging.getLogger(tilelang.__name__)
         if log.level == logging.INFO:  # not what the user has set
             log.setLevel(logging.ERROR)
+            for handler in log.handlers:  # its kernel cache's own log has a level of its own
+                handler.setLevel(logging.ERROR)
 
 
 @cache

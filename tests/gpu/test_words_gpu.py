@@ -39,8 +39,9 @@ def said_by(*command: str, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
@@ -56,4 +57,4 @@ def test_a_first_call_is_silent(tmp_path: Path) -> None:
 def test_bench_says_what_it_measured_alone() -> None:
     said = said_by("-m", "gdn2gen", "bench", "--shapes", "1x256x2", "--head-dim", "64")
     assert "1x256x2" in said
-    assert [word for word in NOISE if word in said] == []
+    assert [line for line in said.splitlines() if any(word in line for word in NOISE)] == []

@@ -407,6 +407,10 @@ warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context!"
 hush_tilelang()
 logging.getLogger("tilelang.jit.kernel").info("TileLang begins to compile kernel")
 logging.getLogger("tilelang.jit.kernel").warning("of no use")
+import tilelang.cache.kernel_cache
+cache = logging.getLogger("tilelang.cache.kernel_cache")
+cache.setLevel(logging.DEBUG)  # as it does when it is first used
+cache.warning("consider using @tilelang.jit")
 logging.getLogger("tilelang.jit.kernel").error("a true error")
 """
     done = subprocess.run(
@@ -415,5 +419,5 @@ logging.getLogger("tilelang.jit.kernel").error("a true error")
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert "a true error" in said
-    for words in ("cuBLAS", "begins to compile", "of no use"):
+    for words in ("cuBLAS", "begins to compile", "of no use", "consider using"):
         assert (words in said) == (variable == "1"), words
