@@ -13,7 +13,7 @@ within the batch: a value outside of 0 .. T counts as 0 or T, one that falls as 
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, chunks of 32 tokens
 
-Template digest 46e8d34b5d000b54; made by
+Template digest 73e659f4155caff7; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --out DIR
 """
@@ -24,7 +24,7 @@ import triton.language as tl
 
 K, V = 64, 32
 BT = 32
-BC, BN = 16, 128  # chunks of a program, and sequences that it looks at together
+BC, BN = 16, 32  # chunks of a program, and sequences that it looks at together
 BW = 1024  # elements of a row that are cleared together
 # Programs at least: where a batch is mostly empty, a handful would clear it alone.
 SPREAD = 264
@@ -82,22 +82,22 @@ def chunk_tables_kernel(
         b_end = tl.load(given + o_n + 1, mask=m_n, other=0)
         b_start = tl.minimum(tl.maximum(b_start, 0), T).to(tl.int32)
         b_end = tl.minimum(tl.maximum(b_end, 0), T).to(tl.int32)
-        b_start = tl.maximum(tl.associative_scan(b_start, 0, larger), end)
-        b_end = tl.maximum(tl.associative_scan(b_end, 0, larger), b_start)
-        b_chunks = tl.where(m_n, (b_end - b_start + BT - 1) // BT, 0)
-        b_after = tl.cumsum(b_chunks, 0) + n_chunks
-        b_before = b_after - b_chunks
-        if i_p == 0:
-            tl.store(cu_seqlens + 1 + o_n, b_end, mask=m_n)
-            tl.store(chunk_offsets + 1 + o_n, b_after, mask=m_n)
         if i_p * BC < NT:
+            b_start = tl.maximum(tl.associative_scan(b_start, 0, larger), end)
+            b_end = tl.maximum(tl.associative_scan(b_end, 0, larger), b_start)
+            b_chunks = tl.where(m_n, (b_end - b_start + BT - 1) // BT, 0)
+            b_after = tl.cumsum(b_chunks, 0) + n_chunks
+            b_before = b_after - b_chunks
+            n_chunks = tl.max(b_after, 0)
+            if i_p == 0:
+                tl.store(cu_seqlens + 1 + o_n, b_end, mask=m_n)
+                tl.store(chunk_offsets + 1 + o_n, b_after, mask=m_n)
             # the last sequence that begins at or before a chunk has the largest of all three
             m_cn = m_n[None, :] & (b_before[None, :] <= o_c[:, None])
             b_first = tl.maximum(b_first, tl.max(tl.where(m_cn, b_start[None, :], 0), 1))
             b_last = tl.maximum(b_last, tl.max(tl.where(m_cn, b_end[None, :], 0), 1))
             b_offset = tl.maximum(b_offset, tl.max(tl.where(m_cn, b_before[None, :], 0), 1))
-        end = tl.max(b_end, 0)
-        n_chunks = tl.max(b_after, 0)
+        end = tl.maximum(end, tl.max(b_end, 0))
 
     b_token = tl.minimum(b_first + (o_c - b_offset) * BT, b_last)
     m_c = o_c < NT

@@ -31,7 +31,7 @@ slices, frame by frame.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 552711adef448b03; made by
+Template digest 403277a7b4688957; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4
@@ -286,7 +286,11 @@ def strong_decay_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     # one look at all chunks: where none is left to do, which is the rule, this is all
     i_all = tl.minimum(i_first + tl.arange(0, LOOKED_AT), NT - 1).to(tl.int64)
-    b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :]))
+    b_all = tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :])
+    # nothing was written of chunks without tokens, at the end of the table
+    b_rows = tl.load(chunk_table + i_all * 2 + 1)
+    b_all = tl.where(b_rows[:, None] > 0, b_all, 1.0)
+    b_least = tl.min(b_all)
     n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(LOOKED_AT, NT - i_first), 0)
     for i_n in range(n_left):
         i_c = i_first + i_n

@@ -33,7 +33,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest e17e1e92d9df29e7; made by
+Template digest 895dfb968b7f8a98; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -134,6 +134,7 @@ def program():
 
             i_k = i_x % (K // BK)
             i_first = i_x // (K // BK) * CHUNKS
+            n_own = tile.if_then_else(chunk_table[i_first, 1] > 0, CHUNKS, 0)
             i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
             o_k = i_k * BK
 
@@ -187,7 +188,7 @@ def program():
             for i, j in tile.Parallel(BT, BT):
                 s_later[i, j] = tile.if_then_else(i >= j, tile.cast(1, IO), tile.cast(0, IO))
             for i_n in tile.Pipelined(
-                tile.min(CHUNKS, n_chunks - i_first), num_stages=1
+                tile.min(n_own, n_chunks - i_first), num_stages=1
             ):
                 i_c = i_first + i_n
                 i_row = chunk_table[i_c, 0]
@@ -426,7 +427,11 @@ def strong_decay_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     # one look at all chunks: where none is left to do, which is the rule, this is all
     i_all = tl.minimum(i_first + tl.arange(0, LOOKED_AT), NT - 1).to(tl.int64)
-    b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :]))
+    b_all = tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_k[None, :])
+    # nothing was written of chunks without tokens, at the end of the table
+    b_rows = tl.load(chunk_table + i_all * 2 + 1)
+    b_all = tl.where(b_rows[:, None] > 0, b_all, 1.0)
+    b_least = tl.min(b_all)
     n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(LOOKED_AT, NT - i_first), 0)
     for i_n in range(n_left):
         i_c = i_first + i_n

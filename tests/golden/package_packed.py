@@ -64,7 +64,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    chunk_tables="f7427eebeffdd443",
+    chunk_tables="1125d1b785a6755e",
     grad_key="147769458219b561",
     grad_value="a68e2ebe90b8c42c",
     prepare="651b9150ec857215",

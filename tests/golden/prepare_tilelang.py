@@ -24,7 +24,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 5c7a9e1fa9e579a3; made by
+Template digest 29688b4fb80d1801; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -389,7 +389,8 @@ def later_frames_kernel(
     # one look at all chunks: where none is left to do, which is the rule, this is all
     i_all = tl.minimum(i_first + tl.arange(0, LOOKED_AT), NT - 1).to(tl.int64)
     o_all = tl.arange(0, K)
-    b_least = tl.min(tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_all[None, :]))
+    b_all = tl.load(gamma_C + (i_all * HV + i_h)[:, None] * K + o_all[None, :])
+    b_least = tl.min(b_all)
     n_left = tl.where(b_least < LEAST_GAMMA, tl.minimum(LOOKED_AT, NT - i_first), 0)
     for i_n in range(n_left):
         i_c = i_first + i_n
