@@ -180,8 +180,7 @@ class _Gradients(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """The ops for torch.func: its transforms ask for a Function that keeps `ctx` out of `forward`.
-    """
+    """The ops for torch.func, whose transforms want a Function without `ctx` in `forward`."""
 
     @staticmethod
     def forward(
@@ -219,7 +218,8 @@ def _one_by_one(
 
     if batch_size == 0:  # nothing to choose from: the shapes are those of zeros
         inputs = tuple(
-            x.new_zeros(x.movedim(dim, 0).shape[1:]) if isinstance(x, Tensor) and dim is not None
+            x.new_zeros(x.movedim(dim, 0).shape[1:])
+            if isinstance(x, Tensor) and dim is not None
             else x
             for x, dim in zip(inputs, in_dims, strict=True)
         )
@@ -281,9 +281,7 @@ def _define(
     for key in ("CUDA", "CPU"):
         _library.impl(name, kernels, key)
     torch.library.register_fake(f"gdn2gen::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"gdn2gen::{name}", backward, setup_context=save, lib=_library
-    )
+    torch.library.register_autograd(f"gdn2gen::{name}", backward, setup_context=save, lib=_library)
     return getattr(torch.ops.gdn2gen, name).default
 
 

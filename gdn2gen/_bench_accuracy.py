@@ -104,9 +104,7 @@ def run_op(
 ) -> dict[str, Tensor]:
     """One forward and backward of an op with the public signature: o, final_state, d<input>."""
     leaves = _leaves(inputs)
-    o, state = function(
-        **leaves, **op_flags(problem), output_final_state=problem.final_state
-    )
+    o, state = function(**leaves, **op_flags(problem), output_final_state=problem.final_state)
     return _results(o, state, leaves, gradients)
 
 

@@ -182,9 +182,7 @@ def _error_cell(found: Errors | None) -> str:
 
 def _stages_table(row: Row) -> Sheet:
     rates = ("MiB to move", "GB/s", "of a copy", "GFLOP", "TFLOP/s", "of a product")
-    table = Sheet(
-        f"{row.shape.name}, stage by stage", ("stage", "ms", *rates), words=("stage",)
-    )
+    table = Sheet(f"{row.shape.name}, stage by stage", ("stage", "ms", *rates), words=("stage",))
     for stage in row.stages:
         table.add(
             stage.stage,

@@ -152,9 +152,7 @@ def _print_stage(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_config(
-    stage: str, text: str, problem: Problem, arch: str | None = None
-) -> Config:
+def parse_config(stage: str, text: str, problem: Problem, arch: str | None = None) -> Config:
     """`BT=64 num_warps=8` as a Config of `stage`; knobs left out keep their defaults for `arch`."""
     knobs: dict[str, Knob] = {}
     for word in text.replace(",", " ").split():

@@ -22,9 +22,7 @@ WHOLE: Final = "pipeline"
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:
     add_op(parser)
-    add_device(
-        parser, "GPU whose ledger is shown (the present one; all there are without a GPU)"
-    )
+    add_device(parser, "GPU whose ledger is shown (the present one; all there are without a GPU)")
     parser.add_argument(
         "--stage",
         choices=(*STAGES, WHOLE),

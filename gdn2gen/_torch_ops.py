@@ -119,9 +119,7 @@ def backward_op(
     tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
     flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
     if agreement == NOTHING:
-        return _reference_gradients(
-            do, dht, tensors, cu_seqlens, scale, lower_bound, *flags
-        )
+        return _reference_gradients(do, dht, tensors, cu_seqlens, scale, lower_bound, *flags)
     request = request_of(tensors, sequences, (scale, lower_bound, *flags))
     sized = agreed_runner(request, agreement)
     given = [x for x in tensors if x is not None]
@@ -186,8 +184,7 @@ def _reference(
 
 
 def _without_autocast() -> torch.autocast:
-    """Autocast would have the reference multiply in bf16, and its gradients where they are taken.
-    """
+    """Autocast would have the reference multiply in bf16, and its gradients where taken."""
     return torch.autocast("cpu", enabled=False)
 
 

@@ -91,9 +91,7 @@ def _show(rendered: Rendered) -> Path:
     return path
 
 
-def compile_ahead(
-    problem: Problem, stage_name: str, config: Config, device: Device
-) -> Resources:
+def compile_ahead(problem: Problem, stage_name: str, config: Config, device: Device) -> Resources:
     """Compile one stage for `device` without launching it; needs no GPU.
 
     Args are specialised as `launch` specialises them, so that on the same GPU the result is found
@@ -153,13 +151,9 @@ def _compile_kernel(
     signature: dict[str, str] = {x.name: _TRITON_POINTER[x.dtype_in(problem)] for x in operands}
     scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
     signature |= {name: _TRITON_SCALAR.get(name, "i32") for name in scalars}
-    constants = {
-        name: getattr(module, name) for name in kernel.arg_names if name not in signature
-    }
+    constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands
-    }
+    aligned = {(kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands}
     compiled: Any = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),

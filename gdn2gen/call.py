@@ -64,9 +64,7 @@ class Call:
             "segment": segment,
         }
 
-    def sizes(
-        self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS
-    ) -> dict[str, int]:
+    def sizes(self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, int]:
         return {
             "B": self.B,
             "T": self.T,

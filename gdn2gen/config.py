@@ -110,9 +110,7 @@ class Config(Mapping[str, Knob]):
             raise ConfigError(f"unknown stage {stage!r}; known: {', '.join(DOMAINS)}")
         domain = DOMAINS[stage]
         if set(knobs) != set(domain):
-            raise ConfigError(
-                f"{stage} takes the knobs {sorted(domain)}, but got {sorted(knobs)}"
-            )
+            raise ConfigError(f"{stage} takes the knobs {sorted(domain)}, but got {sorted(knobs)}")
         for name, value in knobs.items():
             if value not in domain[name]:
                 raise ConfigError(

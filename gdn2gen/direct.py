@@ -77,8 +77,7 @@ class DirectKernel:
         )  # fmt: skip
 
     def _plain(self, arguments: tuple[Any, ...]) -> list[int | float] | None:
-        """Addresses of the tensors, and the scalars; None if Triton would compile another kernel.
-        """
+        """Addresses of tensors, and the scalars; None if Triton would compile another kernel."""
         if self._tensors is None:
             self._tensors = sum(not isinstance(x, int | float) for x in arguments)
         addresses = [x.data_ptr() for x in arguments[: self._tensors]]

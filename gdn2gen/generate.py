@@ -78,25 +78,29 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
     if problem.varlen:
         forward, backward = _around(forward, backward)
     made = [name for step in forward for name, _ in step.buffers]
-    text = environment().get_template(TEMPLATE).render(
-        problem=problem,
-        plan=plan,
-        modules=sorted({x.stage for x in (*forward, *backward)}),
-        BT=recipe.BT,
-        torch_dtype=TORCH_DTYPE[problem.dtype],
-        torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
-        command=_command(problem, recipe),
-        inputs=inputs,
-        scalars=scalars,
-        gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
-        saved=[name for name in (*inputs, *made) if name in kept],
-        forward=forward,
-        backward=backward,
-        lower_bound=_least_bound(problem, recipe),
-        wrapped=_wrapped,
-        SEGMENT=SEGMENT,
-        max_segments=recipe.saved_segments,
-        made_for={name: _made_for(x) for name, x in _sources(problem, recipe).items()},
+    text = (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            problem=problem,
+            plan=plan,
+            modules=sorted({x.stage for x in (*forward, *backward)}),
+            BT=recipe.BT,
+            torch_dtype=TORCH_DTYPE[problem.dtype],
+            torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
+            command=_command(problem, recipe),
+            inputs=inputs,
+            scalars=scalars,
+            gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
+            saved=[name for name in (*inputs, *made) if name in kept],
+            forward=forward,
+            backward=backward,
+            lower_bound=_least_bound(problem, recipe),
+            wrapped=_wrapped,
+            SEGMENT=SEGMENT,
+            max_segments=recipe.saved_segments,
+            made_for={name: _made_for(x) for name, x in _sources(problem, recipe).items()},
+        )
     )
     return text.rstrip() + "\n"
 
@@ -143,9 +147,7 @@ def _kept(problem: Problem, forward: Iterable[str], backward: Iterable[str]) -> 
     return needed
 
 
-def _steps(
-    problem: Problem, recipe: Recipe, names: tuple[str, ...], kept: set[str]
-) -> list[Step]:
+def _steps(problem: Problem, recipe: Recipe, names: tuple[str, ...], kept: set[str]) -> list[Step]:
     steps = []
     alive: dict[str, None] = {}
     for position, name in enumerate(names):

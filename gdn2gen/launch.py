@@ -239,8 +239,7 @@ class SizedRunner:
         return self._inference.run(tensors)
 
     def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of every input, from `do`, `dht` if it is given, the inputs and what was saved.
-        """
+        """Gradients of every input, from `do`, `dht` if given, the inputs and what was saved."""
         chosen = self._backward_with_dht if "dht" in tensors else self._backward
         return chosen.run(tensors)
 

@@ -180,13 +180,17 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
     """The kernels that find the chunks of a packed batch, and clear what no sequence covers."""
     digest = _digest(frozenset({TABLES_TEMPLATE}))
     command = _wrapped_command([*_problem_words(problem), "--out DIR"])
-    text = environment().get_template(TABLES_TEMPLATE).render(
-        problem=problem,
-        BT=BT,
-        # the interpreter runs programs one after another, each for some 10 ms
-        spread=1 if knobs.interpreted() else _SPREAD,
-        digest=digest,
-        regenerate=command,
+    text = (
+        environment()
+        .get_template(TABLES_TEMPLATE)
+        .render(
+            problem=problem,
+            BT=BT,
+            # the interpreter runs programs one after another, each for some 10 ms
+            spread=1 if knobs.interpreted() else _SPREAD,
+            digest=digest,
+            regenerate=command,
+        )
     )
     return Rendered("chunk_tables", _tidy(text), digest)
 

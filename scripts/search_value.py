@@ -78,9 +78,7 @@ def searched(
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.jsonl", device.name, {})
         storage = optuna.storages.InMemoryStorage()
-        trials = StageTrials(
-            PROBLEM, stage, BT, [shape], device, ledger, "replay", storage, seed
-        )
+        trials = StageTrials(PROBLEM, stage, BT, [shape], device, ledger, "replay", storage, seed)
         default = default_config(stage, PROBLEM, BT=BT)
         first = table.get(default)
         if first is not None:

@@ -33,8 +33,7 @@ class Candidate:
     def default(
         cls, problem: Problem, plan: str, BT: int | None = None, *, arch: str | None = None
     ) -> Candidate:
-        """Every stage at its default for `arch`, with chunks of BT tokens (None: the default size).
-        """
+        """Every stage at its default for `arch`, in chunks of BT tokens (None: the default)."""
         stages = plan_named(plan).stages
         configs = (default_config(x, problem, BT=BT, arch=arch) for x in stages)
         return cls(problem, plan, tuple(configs))

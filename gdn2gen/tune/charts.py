@@ -93,9 +93,7 @@ def progress(values: Sequence[float | None], width: int = 240, height: int = 150
     for number, value in enumerate(values):
         x = left + number * step
         if value is None:
-            parts.append(
-                f'<path class="refused" d="M{x - 2:.1f} {base - 2}l4 4m0 -4l-4 4"/>'
-            )
+            parts.append(f'<path class="refused" d="M{x - 2:.1f} {base - 2}l4 4m0 -4l-4 4"/>')
             continue
         y = base - (min(value, high) - low) * scale
         parts.append(
@@ -140,9 +138,7 @@ text { font: 11px sans-serif; fill: #777 } .grid { stroke: #9995 }
 </style>"""
 
 
-def _axis(
-    low: float, high: float, left: int, width: int, base: float, scale: float
-) -> list[str]:
+def _axis(low: float, high: float, left: int, width: int, base: float, scale: float) -> list[str]:
     parts = []
     for tick in _ticks(low, high):
         y = base - (tick - low) * scale
@@ -167,8 +163,7 @@ def _ticks(low: float, high: float, about: int = 3) -> list[float]:
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
     return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-        f"{escape(text)}</text>"
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 

@@ -63,9 +63,7 @@ def gate_full(candidate: Candidate) -> GateResult:
     )
 
 
-def time_stages(
-    candidate: Candidate, stages: tuple[str, ...], shape: Shape
-) -> dict[str, Timing]:
+def time_stages(candidate: Candidate, stages: tuple[str, ...], shape: Shape) -> dict[str, Timing]:
     """Time the named stages of a candidate, each alone on the pipeline's real operands."""
     inputs = _inputs(candidate.problem, shape)
     do = _output_gradients(candidate.problem, shape)["o"]

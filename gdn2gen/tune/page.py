@@ -74,9 +74,7 @@ class StageSearch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             try:
-                found = get_param_importances(
-                    self._study, evaluator=PedAnovaImportanceEvaluator()
-                )
+                found = get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator())
             except (RuntimeError, ValueError):
                 return {}  # every trial alike
         return {name: share for name, share in found.items() if share > 0.005}

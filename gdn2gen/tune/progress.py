@@ -109,9 +109,7 @@ class LiveProgress(Progress):
         from rich.live import Live
 
         super().start(title, budget_seconds)
-        self._live = Live(
-            get_renderable=self._render, console=self._console, refresh_per_second=4
-        )
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
         self._live.start()
 
     def trial(self, config: Config, status: str, detail: str) -> None:

@@ -134,9 +134,7 @@ def _renewed(
     errors: dict[str, float],
 ) -> Entry:
     def measured(timing: PipelineTiming) -> Measured:
-        return Measured(
-            candidate, timing.forward, timing.forward_backward, timing.peak_mib, errors
-        )
+        return Measured(candidate, timing.forward, timing.forward_backward, timing.peak_mib, errors)
 
     reference = None if default is None else measured(default)
     verdict = Verdict(shape, level_of(candidate.plan), measured(timed), reference, False)

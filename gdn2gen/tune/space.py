@@ -206,9 +206,7 @@ def suggest(trial: optuna.Trial, stage: str, problem: Problem, BT: int) -> Confi
     return Config.of(stage, knobs)
 
 
-def distributions(
-    stage: str, problem: Problem
-) -> dict[str, optuna.distributions.BaseDistribution]:
+def distributions(stage: str, problem: Problem) -> dict[str, optuna.distributions.BaseDistribution]:
     """The same space as `suggest` asks for, for trials that are filed without asking."""
     import optuna
 

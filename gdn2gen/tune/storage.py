@@ -165,9 +165,7 @@ def _read_only(file: Path) -> str:
     return f"file:{quote(str(file.resolve()))}?mode=ro"
 
 
-def open_study(
-    storage: optuna.storages.BaseStorage, name: str, seed: int
-) -> optuna.study.Study:
+def open_study(storage: optuna.storages.BaseStorage, name: str, seed: int) -> optuna.study.Study:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(

@@ -220,9 +220,7 @@ def _groups(
         yield replace(problem, varlen=True), packed, Window(clock, clock(), started + seconds)
 
 
-def check_arguments(
-    shapes: Sequence[Shape], levels: Sequence[str], budget_minutes: float
-) -> None:
+def check_arguments(shapes: Sequence[Shape], levels: Sequence[str], budget_minutes: float) -> None:
     """Raise TuneError unless there is something to tune, and time for it."""
     if not shapes:
         raise TuneError("no shape was given; name at least one, such as train4k or 4x4096x16")
@@ -265,5 +263,3 @@ def _versions() -> dict[str, str]:
 def storage_path(op: str, device: Device) -> Path:
     """Where the searches of a GPU lie unless a storage is named."""
     return cache_dir() / "studies" / f"{op}-{device.slug}.journal"
-
-

@@ -63,9 +63,7 @@ def better(verdicts: Sequence[Verdict]) -> Verdict:
     The first plan keeps less, and stays within 1% of the fastest.
     """
     fastest = min(x.winner.forward_backward.median for x in verdicts)
-    best = next(
-        x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE)
-    )
+    best = next(x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE))
     return replace(best, default=verdicts[0].default, in_triton=_in_triton(best, verdicts))
 
 
@@ -94,6 +92,4 @@ def is_decided(rounds: Sequence[Sequence[tuple[Timing, Timing]]]) -> bool:
     if len(times) < 2:
         return True
     fastest = times[0]
-    return all(
-        x.p20 > fastest.p80 or x.median <= fastest.median * (1 + TIE) for x in times[1:]
-    )
+    return all(x.p20 > fastest.p80 or x.median <= fastest.median * (1 + TIE) for x in times[1:])

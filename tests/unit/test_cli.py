@@ -431,9 +431,7 @@ def test_verify_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name.startswith("small-fp16-") for name in names)
 
 
-def test_verify_runs_in_the_interpreter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep" / "results.json"
     assert cli.main(["verify", "small-fp32-one-token", "--json", str(path)]) == 0
     shown = capsys.readouterr().out

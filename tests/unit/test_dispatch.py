@@ -204,9 +204,7 @@ def in_tilelang(monkeypatch):
     return configs
 
 
-def test_what_needs_triton_alone_serves_where_nothing_else_compiles(
-    user, in_tilelang, monkeypatch
-):
+def test_what_needs_triton_alone_serves_where_nothing_else_compiles(user, in_tilelang, monkeypatch):
     times = {"forward_ms": 0.5, "forward_backward_ms": 1.0}
     fast = make_entry(configs=in_tilelang, measured=times)
     file_in(user, fast, make_entry(mark=3))

@@ -328,6 +328,4 @@ def test_what_the_machine_lacks_is_no_fault_of_the_config(
         build.compile_ahead(PROBLEM, "scan", tilelang, named_device("sm_90"))
     monkeypatch.setattr(build, "_compile_triton", full)
     with pytest.raises(OSError, match="No space left"):
-        build.compile_ahead(
-            PROBLEM, "scan", default_config("scan", PROBLEM), named_device("sm_90")
-        )
+        build.compile_ahead(PROBLEM, "scan", default_config("scan", PROBLEM), named_device("sm_90"))

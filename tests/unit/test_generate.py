@@ -53,11 +53,13 @@ BOUNDED = replace(PLAIN, gate="sigmoid", l2norm=False, final_state=True)
 
 # Runs in a process that cannot import gdn2gen, in Triton's interpreter: for each (package, calls)
 # the outputs and gradients of each call, or what it raised. NumPy may be newer than Triton knows.
-_CHILD = f"""
+_CHILD = (
+    f"""
 from __future__ import annotations
 {inspect.getsource(mend_loops)}
 mend_loops()
-""" + """
+"""
+    + """
 import contextlib, importlib, sys
 sys.modules["gdn2gen"] = None
 import torch
@@ -105,11 +107,10 @@ for package, calls in jobs:
         answers.append(found)
 torch.save(answers, sys.argv[2])
 """
+)
 
 
-def _call(
-    problem: Problem, shape: Shape, **changes: Any
-) -> dict[str, dict[str, Any]]:
+def _call(problem: Problem, shape: Shape, **changes: Any) -> dict[str, dict[str, Any]]:
     arguments = inputs_of(problem, shape, "layer", 0, "cpu") | op_flags(problem)
     arguments |= {"output_final_state": problem.final_state, **changes}
     return {"arguments": arguments, "gradients": output_gradients(problem, shape, 0, "cpu")}
@@ -154,9 +155,7 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
     assert empty["dq"].shape == (2, 0, 1, 32)
     for name, (call,) in jobs[: len(answers)]:
         problem = made[name][0]
-        inputs = {
-            key: x for key, x in call["arguments"].items() if isinstance(x, torch.Tensor)
-        }
+        inputs = {key: x for key, x in call["arguments"].items() if isinstance(x, torch.Tensor)}
         exact = run_reference(problem, inputs, call["gradients"])
         assert {*answers[name]} == {*exact}
         errors = relative_errors(answers[name], exact)

@@ -82,9 +82,7 @@ def test_kernels_in_bf16(given: tuple[str | int, ...], worker: Worker) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("regime", ["layer", "sparse", "strong"])
-def test_later_frames_leave_the_first_one_alone(
-    regime: str, packed: bool, worker: Worker
-) -> None:
+def test_later_frames_leave_the_first_one_alone(regime: str, packed: bool, worker: Worker) -> None:
     """The Triton part of the TileLang prepare: forward outputs stay causal bit for bit."""
     outcome: Outcome[dict[str, float]] = worker.call(
         "kernel_cases:later_rows", regime, packed, timeout=120

@@ -42,6 +42,7 @@ SM_90 = named_device("sm_90")
 def _launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
     yield from recorded(monkeypatch, tmp_path)
 
+
 CALLS: dict[str, dict[str, Any]] = {
     "tokens": make(T=41),
     "batch": make(B=3),
@@ -290,9 +291,7 @@ def test_without_a_gradient_a_serial_scan_keeps_no_segments(launched, monkeypatc
     problem = Problem(K=32, V=64)
     recipe = default_recipe(problem)
     scan = recipe.configs["scan"].replace(segments="parallel", BV=32)
-    with torch.no_grad(), forced_recipe(
-        replace(recipe, configs={**recipe.configs, "scan": scan})
-    ):
+    with torch.no_grad(), forced_recipe(replace(recipe, configs={**recipe.configs, "scan": scan})):
         assert scan_launch(launched, **inputs)[:3] == ("scan", 25, 2)
 
 

@@ -17,9 +17,9 @@ VIEWS: dict[str, Callable[[], Tensor]] = {
     "strides": lambda: torch.arange(6.0).view(2, 3).T,
     "an expanded scalar": lambda: torch.ones(()).expand(3, 2),
     "a lazy sign": lambda: torch._neg_view(torch.arange(8.0)),
-    "the imaginary part of a conjugate": lambda: torch.view_as_complex(
-        torch.arange(8.0).view(4, 2)
-    ).conj().imag,
+    "the imaginary part of a conjugate": lambda: (
+        torch.view_as_complex(torch.arange(8.0).view(4, 2)).conj().imag
+    ),
     "zeros that are not written down": lambda: torch._efficientzerotensor((2, 3)),
 }
 

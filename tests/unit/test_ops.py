@@ -304,9 +304,7 @@ def test_half_precision_on_the_cpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 15, 64])
 def test_lengths_on_the_cpu(tokens: int) -> None:
     inputs = {name: x.requires_grad_() for name, x in make(T=tokens).items()}
-    o, state = gdn2gen.chunk_gdn2(
-        **inputs, use_qk_l2norm_in_kernel=True, output_final_state=True
-    )
+    o, state = gdn2gen.chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True, output_final_state=True)
     assert o.shape == (B, tokens, HV, V)
     assert state is not None and state.shape == (B, HV, K, V)
     if tokens:

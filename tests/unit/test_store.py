@@ -423,9 +423,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize(("changes", "words"), CLAIMS.values(), ids=CLAIMS)
-def test_what_cannot_be_true_is_refused_wherever_it_comes_in(
-    tmp_path, monkeypatch, changes, words
-):
+def test_what_cannot_be_true_is_refused_wherever_it_comes_in(tmp_path, monkeypatch, changes, words):
     """Merged, it would have taken the place of what was measured."""
     changes = dict(changes)
     device = dataclasses.replace(DEVICE, name=changes.pop("gpu", DEVICE.name))
@@ -520,9 +518,7 @@ def test_is_stale(monkeypatch):
     entry = make_entry()
     assert not is_stale(entry)
     assert is_stale(make_entry(templates={}))
-    monkeypatch.setattr(
-        render, "template_digest", lambda config: config.stage.replace("scan", "x")
-    )
+    monkeypatch.setattr(render, "template_digest", lambda config: config.stage.replace("scan", "x"))
     assert store.stale_stages(entry) == list(plan_named("lean").stages)
 
     def missing(config):

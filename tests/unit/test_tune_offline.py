@@ -35,9 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 
 class FakeCompilers:
-    def __init__(
-        self, passes=lambda candidate: True, builds=lambda config: True, stop_after=None
-    ):
+    def __init__(self, passes=lambda candidate: True, builds=lambda config: True, stop_after=None):
         self.slots = 2
         self._stop_after = stop_after
         self.now = 0.0

@@ -218,9 +218,7 @@ def test_a_killed_run_resumes_with_nothing_lost_but_the_trials_in_flight(tmp_pat
     assert done
     second = FakeBackend()
     run(second, tmp_path, minutes=6)
-    defaults = {
-        default_config(x.stage, PROBLEM, BT=x.size("BT")) for x in second.compiled
-    }
+    defaults = {default_config(x.stage, PROBLEM, BT=x.size("BT")) for x in second.compiled}
     searched = [x for x in _before_finals(second) if x not in defaults]
     assert not done & set(searched)
 

@@ -58,6 +58,7 @@ def test_selection() -> None:
 
 # The checks themselves, with an op on CPU tensors that can be made wrong
 
+
 @pytest.mark.parametrize("check", ["layer", "varlen", "grouped-gates", "causality", "empty"])
 def test_the_op_on_cpu_tensors_passes(check: str) -> None:
     result = run_case(BY_NAME[f"small-fp32-{check}"], "cpu")

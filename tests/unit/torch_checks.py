@@ -1,5 +1,4 @@
-"""Checks of the op within torch, by the reference or by kernels in the interpreter; see op_checks.
-"""
+"""Checks of the op within torch, by the reference or by interpreted kernels; see op_checks."""
 
 from __future__ import annotations
 
