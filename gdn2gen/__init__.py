@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "chunk_gdn2", "reload"]
 
 if TYPE_CHECKING:
-    from gdn2gen.dispatch import reload
-    from gdn2gen.ops import chunk_gdn2
+    from gdn2gen.ops.chunk import chunk_gdn2
+    from gdn2gen.store.dispatch import reload
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
-_HOMES = {"chunk_gdn2": "gdn2gen.ops", "reload": "gdn2gen.dispatch"}
+_HOMES = {"chunk_gdn2": "gdn2gen.ops.chunk", "reload": "gdn2gen.store.dispatch"}
 
 
 def __getattr__(name: str) -> Any:

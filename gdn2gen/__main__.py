@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from gdn2gen.cli import main
+from gdn2gen.cli.program import main
 
 sys.exit(main())

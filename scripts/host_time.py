@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from gdn2gen import chunk_gdn2
-from gdn2gen.inputs import make_inputs
-from gdn2gen.shapes import SHAPES
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.shapes import SHAPES
 
 Run = Callable[[], Any]
 CALLS: Final = 40

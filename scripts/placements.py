@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gdn2gen.config import CHUNKS, Config, Knob, default_config
-from gdn2gen.files import replace_file
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune.charts import Bar, bars
-from gdn2gen.validity import why_invalid
+from gdn2gen.base.files import replace_file
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import CHUNKS, Config, Knob, default_config
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.tune.views.charts import Bar, bars
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem(gate="sigmoid", bound=2, has_A_log=True)
@@ -64,9 +64,9 @@ def forms(stage: str, BT: int) -> Iterator[tuple[str, str, list[Config]]]:
 
 def measure() -> None:
     """Gate and time every form on the present GPU, and write the table with what was refused."""
-    from gdn2gen.device import present_device, toolchain
-    from gdn2gen.tune.backend import WorkerBackend, measure_config
-    from gdn2gen.tune.candidate import Candidate
+    from gdn2gen.base.device import present_device, toolchain
+    from gdn2gen.store.candidate import Candidate
+    from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
 
     device = present_device()
     rows: list[dict[str, Any]] = []

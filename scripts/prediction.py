@@ -16,14 +16,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from gdn2gen.build import Resources
-from gdn2gen.config import Config, Knob
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.predict import predicted_bytes
-from gdn2gen.tune.worker import CompilePool, compile_slots
+from gdn2gen.base.device import named_device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.worker import CompilePool, compile_slots
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.tune.offline.predict import predicted_bytes
 
 _SECONDS = 120.0
 
@@ -60,7 +60,7 @@ def compare(path: Path) -> None:
     groups: dict[tuple[str, int], list[tuple[Config, float, Future[Outcome[Resources]]]]] = {}
     try:
         for config, ms in timed(table):
-            target = "gdn2gen.build:compile_ahead"
+            target = "gdn2gen.codegen.build:compile_ahead"
             used = pool.submit(target, problem, config.stage, config, device, timeout=_SECONDS)
             groups.setdefault((config.stage, config.size("BT")), []).append((config, ms, used))
         for (stage, BT), rows in groups.items():

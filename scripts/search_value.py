@@ -23,15 +23,15 @@ from typing import Any, Final
 
 import optuna
 
-from gdn2gen.config import Config, default_config
-from gdn2gen.device import Device, named_device
-from gdn2gen.files import replace_file
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES, Shape
+from gdn2gen.base.device import Device, named_device
+from gdn2gen.base.files import replace_file
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES, Shape
+from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.tune import space
-from gdn2gen.tune.charts import lines
-from gdn2gen.tune.ledger import Ledger
-from gdn2gen.tune.trials import StageTrials
+from gdn2gen.tune.records.ledger import Ledger
+from gdn2gen.tune.search.trials import StageTrials
+from gdn2gen.tune.views.charts import lines
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem()
@@ -42,9 +42,9 @@ NEAR: Final = 1.03
 
 def measure(stage: str, BT: int, shape: Shape) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
-    from gdn2gen.device import present_device, toolchain
-    from gdn2gen.tune.backend import WorkerBackend, measure_config
-    from gdn2gen.tune.candidate import Candidate
+    from gdn2gen.base.device import present_device, toolchain
+    from gdn2gen.store.candidate import Candidate
+    from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
 
     device = present_device()
     backend, base = WorkerBackend(device), Candidate.default(PROBLEM, "lean", BT)

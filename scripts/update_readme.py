@@ -18,11 +18,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
-from gdn2gen._bench_results import read_results  # noqa: E402
-from gdn2gen.files import replace_file  # noqa: E402
-from gdn2gen.plans import LEVELS  # noqa: E402
-from gdn2gen.shapes import SHAPES  # noqa: E402
-from gdn2gen.store import Entry, load_tuned  # noqa: E402
+from gdn2gen.base.files import replace_file  # noqa: E402
+from gdn2gen.family.shapes import SHAPES  # noqa: E402
+from gdn2gen.kernels.plans import LEVELS  # noqa: E402
+from gdn2gen.measure.results import read_results  # noqa: E402
+from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "No results are committed yet."

@@ -62,7 +62,7 @@ def _measure(name: str, scratch: Path) -> dict[str, dict[str, Any]]:
 
 def _headers(scratch: Path) -> list[str]:
     """A folder that makes up for nvidia-cuda-cccl, if it is not installed and a toolkit has it."""
-    from gdn2gen.nvrtc import find_nvrtc
+    from gdn2gen.codegen.nvrtc import find_nvrtc
 
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
     if find_nvrtc() is not None:
@@ -91,17 +91,16 @@ def child(run: str, compiler: str) -> None:
     warnings.filterwarnings("error", message=".*written in TileLang")
     import torch
 
-    from gdn2gen import nvrtc
-    from gdn2gen._bench_accuracy import output_gradients
-    from gdn2gen.bench import inputs_of, run_op
-    from gdn2gen.device import present_device
-    from gdn2gen.dispatch import find_recipe
-    from gdn2gen.knobs import cuda_compiler
-    from gdn2gen.ops import chunk_gdn2
-    from gdn2gen.problem import Problem
-    from gdn2gen.shapes import SHAPES
-    from gdn2gen.tune.candidate import Candidate
-    from gdn2gen.tune.gpu_side import gate_full, time_pipeline
+    from gdn2gen.base.device import present_device
+    from gdn2gen.base.environment import cuda_compiler
+    from gdn2gen.codegen import nvrtc
+    from gdn2gen.family.problem import Problem
+    from gdn2gen.family.shapes import SHAPES
+    from gdn2gen.measure.accuracy import inputs_of, output_gradients, run_op
+    from gdn2gen.ops.chunk import chunk_gdn2
+    from gdn2gen.store.candidate import Candidate
+    from gdn2gen.store.dispatch import find_recipe
+    from gdn2gen.tune.gpu.jobs import gate_full, time_pipeline
 
     problem, shape = Problem(), SHAPES[SHAPE]
     print(f"{compiler}: nvcc {cuda_compiler()}, {nvrtc.find_nvrtc()}", file=sys.stderr)

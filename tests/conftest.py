@@ -54,12 +54,12 @@ def _skip_unless(
 
 
 def _has_gpu() -> bool:
-    from gdn2gen.device import has_gpu
+    from gdn2gen.base.device import has_gpu
 
     return has_gpu()
 
 
 def _has_compiler() -> bool:
-    from gdn2gen.nvrtc import has_compiler
+    from gdn2gen.codegen.nvrtc import has_compiler
 
     return has_compiler()

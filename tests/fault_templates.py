@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Final
 
 import gdn2gen
-from gdn2gen.config import Config, Knob, default_config
-from gdn2gen.device import Device
-from gdn2gen.paths import templates_dir
-from gdn2gen.problem import Problem
-from gdn2gen.tune.backend import WorkerBackend
-from gdn2gen.tune.worker import CompilePool, Worker, compile_slots
+from gdn2gen.base.device import Device
+from gdn2gen.base.paths import templates_dir
+from gdn2gen.base.worker import CompilePool, Worker, compile_slots
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.tune.gpu.backend import WorkerBackend
 
 TEMPLATE: Final = "triton/prepare.py.jinja"
 # Lines of the template, each there once, that a fault comes after.

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gdn2gen import reference
-from gdn2gen._bench_accuracy import DIFFERENTIABLE, op_flags
-from gdn2gen._verify_cases import Case
-from gdn2gen._verify_checks import case_inputs
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
+from gdn2gen.family import reference
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure.accuracy import DIFFERENTIABLE, op_flags
+from gdn2gen.measure.cases import Case
+from gdn2gen.measure.checks import case_inputs
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensors]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gdn2gen import store
-from gdn2gen.plans import level_of
-from gdn2gen.shapes import Shape
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.lines import COST, DEFAULT_COST, is_number
-from gdn2gen.tune.report import ShapeResult
-from gdn2gen.tune.verdicts import Measured, Verdict
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.plans import level_of
+from gdn2gen.store import tuned_files
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.search.verdicts import Measured, Verdict
+from gdn2gen.tune.views.lines import COST, DEFAULT_COST, is_number
+from gdn2gen.tune.views.report import ShapeResult
 
 NOTE: Final = (
     "predicted: compiled for the target, checked in fp32 in Triton's interpreter and ranked by "
@@ -36,7 +36,7 @@ def result_of(verdict: Verdict) -> ShapeResult:
     )
 
 
-def entries_of(verdict: Verdict) -> list[store.Entry]:
+def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
     """The winner's, and that of the best which needs Triton alone if the winner does not."""
     return [
         entry_for(
@@ -57,10 +57,10 @@ def entry_for(
     *,
     measured: Mapping[str, Any],
     gate: Mapping[str, Any],
-    provenance: store.Provenance,
-) -> store.Entry:
+    provenance: tuned_files.Provenance,
+) -> tuned_files.Entry:
     """A candidate as the entry of its plan's level at a shape."""
-    return store.Entry(
+    return tuned_files.Entry(
         problem_key=candidate.problem.key,
         regime_key=shape.regime.key,
         level=level_of(candidate.plan),
@@ -107,7 +107,7 @@ def predicted_of(
     )
 
 
-def predicted_entry(result: ShapeResult) -> store.Entry:
+def predicted_entry(result: ShapeResult) -> tuned_files.Entry:
     costs = {COST: result.predicted_bytes, DEFAULT_COST: result.default_predicted_bytes}
     return entry_for(
         result.candidate,

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from rich.console import Group
 
-from gdn2gen import store
-from gdn2gen.device import Device
-from gdn2gen.plans import level_of
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape, shape_of
-from gdn2gen.store import Entry
-from gdn2gen.terminal import Sheet
+from gdn2gen.base.device import Device
+from gdn2gen.base.terminal import Sheet
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape, shape_of
+from gdn2gen.kernels.plans import level_of
+from gdn2gen.store import tuned_files
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.store.tuned_files import Entry
 from gdn2gen.tune import space
-from gdn2gen.tune.backend import Backend
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.entries import problem_of, words_of
 from gdn2gen.tune.filing import entries_of
-from gdn2gen.tune.verdicts import Measured, Verdict
+from gdn2gen.tune.gpu.backend import Backend
+from gdn2gen.tune.records.entries import problem_of, words_of
+from gdn2gen.tune.search.verdicts import Measured, Verdict
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from gdn2gen.build import Resources
-    from gdn2gen.config import Config
-    from gdn2gen.tune.gpu_side import PipelineTiming
-    from gdn2gen.tune.outcome import Outcome
+    from gdn2gen.base.outcome import Outcome
+    from gdn2gen.codegen.build import Resources
+    from gdn2gen.kernels.config import Config
+    from gdn2gen.tune.gpu.jobs import PipelineTiming
 
     Compiled = dict[tuple[Problem, Config], Future[Outcome[Resources]]]
 
@@ -67,19 +67,19 @@ def recheck(
     5% more than the default now.
     """
     defaults: dict[tuple[Problem, str, str], PipelineTiming | None] = {}
-    chosen = [x for x in entries if not renew or store.stale_stages(x)]
+    chosen = [x for x in entries if not renew or tuned_files.stale_stages(x)]
     # queued before the first gate: the GPU would wait for each entry's compilers in turn
     compiled: Compiled = {}
     for entry in chosen:
         shape = shape_of(entry.regime)
-        if shape is not None and (renew or not store.stale_stages(entry)):
+        if shape is not None and (renew or not tuned_files.stale_stages(entry)):
             problem = problem_of(entry, shape)
             for config in Candidate.of(problem, entry.plan, entry.configs).configs:
                 if (problem, config) not in compiled:
                     compiled[problem, config] = backend.compile(problem, config)
     for entry in chosen:
         shape = shape_of(entry.regime)
-        stale = store.stale_stages(entry)
+        stale = tuned_files.stale_stages(entry)
         if stale and not renew:
             detail = f"other templates since: {', '.join(stale)}"
             yield Rechecked(entry, shape, "stale", detail)
@@ -97,7 +97,7 @@ def _recheck(
     compiled: Compiled,
     defaults: dict[tuple[Problem, str, str], PipelineTiming | None],
 ) -> Rechecked:
-    problem, stale = problem_of(entry, shape), bool(store.stale_stages(entry))
+    problem, stale = problem_of(entry, shape), bool(tuned_files.stale_stages(entry))
     candidate = Candidate.of(problem, entry.plan, entry.configs)
     failed = _why_not_built(candidate, compiled, device)
     if failed:
@@ -186,7 +186,7 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
     tables: dict[str, Sheet] = {}
     columns = ("shape", "level", "filed", "now", "default", "verdict")
     results = list(results)
-    second = store.seconds_of_pairs([x.entry for x in results])
+    second = tuned_files.seconds_of_pairs([x.entry for x in results])
     for x in results:
         problem = words_of(x.entry)
         if problem not in tables:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gdn2gen.device import Device
-from gdn2gen.tune import outcome, space
-from gdn2gen.tune.backend import Backend
-from gdn2gen.tune.ledger import PIPELINE, Ledger, Refusal
+from gdn2gen.base import outcome
+from gdn2gen.base.device import Device
+from gdn2gen.tune import space
+from gdn2gen.tune.gpu.backend import Backend
+from gdn2gen.tune.records.ledger import PIPELINE, Ledger, Refusal
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from gdn2gen.anchors import FROM_START
-from gdn2gen.build import Resources
-from gdn2gen.config import (
+from gdn2gen.base.device import Device
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.anchors import FROM_START
+from gdn2gen.kernels.config import (
     CHUNKS,
     DOMAINS,
     SHARED_KNOBS,
@@ -18,10 +20,8 @@ from gdn2gen.config import (
     default_config,
     language_of,
 )
-from gdn2gen.device import Device
-from gdn2gen.problem import Problem
-from gdn2gen.stages import DTYPE_BYTES, MAX_SEGMENTS
-from gdn2gen.validity import why_invalid
+from gdn2gen.kernels.stages import DTYPE_BYTES, MAX_SEGMENTS
+from gdn2gen.kernels.validity import why_invalid
 
 if TYPE_CHECKING:
     import optuna
@@ -232,7 +232,7 @@ def chunk_sizes(preferred: int) -> tuple[int, ...]:
 
 def stored_config(stage: str, knobs: Mapping[str, Knob]) -> Config | None:
     """A config read from a file, or None where its knobs are not ours any more."""
-    from gdn2gen.errors import ConfigError
+    from gdn2gen.base.errors import ConfigError
 
     try:
         return Config.of(stage, knobs)

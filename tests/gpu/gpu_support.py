@@ -14,20 +14,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gdn2gen import passes
-from gdn2gen._verify_cases import Case
-from gdn2gen._verify_checks import case_inputs, errors_in_range
-from gdn2gen.bench import run_op
-from gdn2gen.build import compile_ahead
-from gdn2gen.config import Config
-from gdn2gen.device import present_device
-from gdn2gen.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
-from gdn2gen.errors import BuildError
-from gdn2gen.ops import chunk_gdn2
-from gdn2gen.problem import Problem
-from gdn2gen.render import Rendered, render
-from gdn2gen.shapes import SHAPES, Shape
-from gdn2gen.tolerances import CANCELLING
+from gdn2gen.base.device import present_device
+from gdn2gen.base.errors import BuildError
+from gdn2gen.codegen.build import compile_ahead
+from gdn2gen.codegen.render import Rendered, render
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES, Shape
+from gdn2gen.family.tolerances import CANCELLING
+from gdn2gen.kernels.config import Config
+from gdn2gen.measure.accuracy import run_op
+from gdn2gen.measure.cases import Case
+from gdn2gen.measure.checks import case_inputs, errors_in_range
+from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.runtime import passes
+from gdn2gen.store.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
 
 DEVICE: Final = "cuda"
 TRAIN: Final = SHAPES["train4k"]

@@ -7,9 +7,9 @@ import torch
 from gpu_support import BY_64, LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
 from torch import Tensor
 
-from gdn2gen.bench import run_reference
-from gdn2gen.inputs import REGIMES
-from gdn2gen.shapes import Shape
+from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure.accuracy import run_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

@@ -20,17 +20,17 @@ import pytest
 from fault_templates import BrokenBackend, broken_package, dyadic_prepare, environment
 from optuna.trial import FrozenTrial, TrialState
 
-from gdn2gen import store
-from gdn2gen.config import Config, Knob
-from gdn2gen.device import present_device
-from gdn2gen.problem import Problem
-from gdn2gen.tune import outcome
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.ledger import read_ledger
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.storage import open_storage
-from gdn2gen.tune.study import open_ledger, storage_path
+from gdn2gen.base import outcome
+from gdn2gen.base.device import present_device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.store import tuned_files
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.records.ledger import read_ledger
+from gdn2gen.tune.records.storage import open_storage
+from gdn2gen.tune.run import open_ledger, storage_path
 
 pytestmark = pytest.mark.gpu
 
@@ -106,7 +106,7 @@ def test_a_hang_costs_one_trial(backend: BrokenBackend, monkeypatch: pytest.Monk
     check_sound(backend)
     started = time.monotonic()
     with monkeypatch.context() as shorter:
-        shorter.setattr("gdn2gen.tune.backend.GATE_SECONDS", HANG_SECONDS)
+        shorter.setattr("gdn2gen.tune.gpu.backend.GATE_SECONDS", HANG_SECONDS)
         failed = gate_of(backend, "hang")
     assert failed.status == outcome.TIMEOUT, failed.reason
     assert time.monotonic() - started < HANG_SECONDS + 20
@@ -172,9 +172,9 @@ def test_a_killed_tune_goes_on_where_it_was(
     assert met <= refused(ledger)
     prepared = [x for (study, _), x in after.items() if "/prepare/" in study]
     assert prepared and not {x.params["decay"] for x in prepared} & BROKEN_FORMS.keys()
-    file = store.load_tuned(store.tuned_path(package / "filed", "gdn2", device), device)
+    file = tuned_files.load_tuned(tuned_files.tuned_path(package / "filed", "gdn2", device), device)
     assert file is not None
-    assert file.entries and len(file.entries) == 1 + len(store.seconds_of_pairs(file.entries))
+    assert file.entries and len(file.entries) == 1 + len(tuned_files.seconds_of_pairs(file.entries))
     for entry in file.entries:
         assert entry.provenance == "measured"
         assert entry.configs["prepare"]["decay"] not in BROKEN_FORMS

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gdn2gen.device import present_device
-from gdn2gen.nvrtc import find_nvrtc
+from gdn2gen.base.device import present_device
+from gdn2gen.codegen.nvrtc import find_nvrtc
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,9 +23,9 @@ def watch(event, arguments):
     assert event != "subprocess.Popen" or "nvcc" not in os.path.basename(str(arguments[0]))
 sys.addaudithook(watch)
 warnings.filterwarnings("error", message=".*written in TileLang")
-from gdn2gen.problem import Problem
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.gpu_side import gate_quick
+from gdn2gen.family.problem import Problem
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.gpu.jobs import gate_quick
 candidate = Candidate.default(Problem(K=64, V=64), "lean")
 scan = candidate.by_stage["scan"].replace(language="tilelang")
 result = gate_quick(candidate.with_config(scan))

@@ -13,11 +13,11 @@ from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, poisoned, run, size
 from test_torch_gpu import other_stream
 from torch import Tensor
 
-from gdn2gen.bench import run_op
-from gdn2gen.device import present_device
-from gdn2gen.dispatch import find_recipe
-from gdn2gen.ops import chunk_gdn2
-from gdn2gen.problem import Problem
+from gdn2gen.base.device import present_device
+from gdn2gen.family.problem import Problem
+from gdn2gen.measure.accuracy import run_op
+from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -6,20 +6,21 @@ import pytest
 import torch
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen import bench, store
-from gdn2gen.bench import run_op
-from gdn2gen.config import default_config
-from gdn2gen.device import present_device
-from gdn2gen.dispatch import find_recipe
-from gdn2gen.ops import chunk_gdn2
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape, parse_shapes
-from gdn2gen.tolerances import limit_of
-from gdn2gen.tune import gate, tune
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.progress import Progress
-from gdn2gen.tune.worker import Worker
+from gdn2gen.base.device import present_device
+from gdn2gen.base.worker import Worker
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape, parse_shapes
+from gdn2gen.family.tolerances import limit_of
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.measure import gate, rows, timing
+from gdn2gen.measure.accuracy import run_op
+from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.store import tuned_files
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.store.dispatch import find_recipe
+from gdn2gen.tune import tune
+from gdn2gen.tune.views.progress import Progress
 
 pytestmark = pytest.mark.gpu
 
@@ -40,9 +41,9 @@ def test_a_one_minute_tune_files_an_entry_that_calls_find(tmp_path, monkeypatch)
     )
     assert [result.shape for result in report.results] == shapes
     assert report.trials.get("ok", 0) > 0
-    entries = store.load_tuned(report.path, device).entries
+    entries = tuned_files.load_tuned(report.path, device).entries
     for entry in entries:
-        assert entry.provenance == "measured" and not store.is_stale(entry)
+        assert entry.provenance == "measured" and not tuned_files.is_stale(entry)
         slower = entry.measured["default_forward_backward_ms"]
         assert entry.measured["forward_backward_ms"] <= slower * 1.02
         # correlated keys amplify all rounding, and have a bound of their own
@@ -176,20 +177,20 @@ def _by_chunk_in_tilelang(problem, plan="lean"):
 
 def test_timing_agrees_with_the_clock():
     cycles = int(2e6)
-    timing = bench.time_ms(lambda: torch.cuda._sleep(cycles), 5, 20)
-    assert timing.n >= 5
-    assert timing.p20 <= timing.median <= timing.p80
-    assert 0.2 < timing.median < 20
+    timed = timing.time_ms(lambda: torch.cuda._sleep(cycles), 5, 20)
+    assert timed.n >= 5
+    assert timed.p20 <= timed.median <= timed.p80
+    assert 0.2 < timed.median < 20
 
 
 def test_peak_memory_counts_what_a_run_allocates():
     base = torch.empty(2**20, device="cuda")
-    peak = bench.peak_mib(lambda: torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
+    peak = timing.peak_mib(lambda: torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
     assert peak >= 64 + base.numel() * 4 / 2**20
 
 
 def test_stages_are_timed_with_their_bytes():
     problem, (shape,) = Problem(K=64, V=64), parse_shapes("2x1024x8")
-    rows = bench.bench_stages(problem, shape)
-    assert {"prepare", "scan", "grad_key"} <= {row.stage for row in rows}
-    assert all(0 < row.gbps < 2 * bench.copy_gbps() for row in rows)
+    found = rows.bench_stages(problem, shape)
+    assert {"prepare", "scan", "grad_key"} <= {row.stage for row in found}
+    assert all(0 < row.gbps < 2 * timing.copy_gbps() for row in found)

@@ -18,13 +18,13 @@ from gpu_support import DEVICE, Tensors, compile_all, draw, kernels_of, moved, r
 from tilelang_configs import tilelang_by_chunk
 from torch import Tensor
 
-from gdn2gen import call
-from gdn2gen.bench import run_op
-from gdn2gen.config import Config, Knob, default_config
-from gdn2gen.dispatch import Recipe
-from gdn2gen.generate import generate_package
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.measure.accuracy import run_op
+from gdn2gen.runtime import call
+from gdn2gen.runtime.package import generate_package
+from gdn2gen.store.dispatch import Recipe
 
 pytestmark = pytest.mark.gpu
 

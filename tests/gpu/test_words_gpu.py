@@ -16,8 +16,8 @@ NOISE = ("TileLang", "INFO", "WARNING", "cuBLAS", "FP_FUSION")
 CALL = """
 import torch
 from gdn2gen import chunk_gdn2
-from gdn2gen.dispatch import default_recipe, forced_recipe
-from gdn2gen.problem import Problem
+from gdn2gen.store.dispatch import default_recipe, forced_recipe
+from gdn2gen.family.problem import Problem
 recipe = default_recipe(Problem(K=64, V=64))
 scan = recipe.configs["scan"].replace(language="tilelang")
 recipe.configs["scan"] = scan
@@ -46,7 +46,7 @@ def said_by(*command: str, **variables: str) -> str:
 
 
 def test_a_first_call_is_silent(tmp_path: Path) -> None:
-    from gdn2gen.device import present_device
+    from gdn2gen.base.device import present_device
 
     if present_device().arch != "sm_90":
         pytest.skip("TileLang's kernels are served on sm_90")

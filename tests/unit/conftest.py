@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.worker import Worker
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.worker import Worker
 
 HERE = Path(__file__).resolve().parent
 

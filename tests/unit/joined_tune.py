@@ -14,7 +14,7 @@ from typing import Any
 from test_tune_study import DEVICE, PROBLEM, SMALL, FakeBackend
 
 from gdn2gen.tune import tune
-from gdn2gen.tune.progress import Progress
+from gdn2gen.tune.views.progress import Progress
 
 
 class SlowBackend(FakeBackend):

@@ -16,21 +16,21 @@ from typing import Any, Final
 import not_finite
 from torch import Tensor
 
-from gdn2gen import call as calls
-from gdn2gen import launch, passes
-from gdn2gen._bench_accuracy import relative_errors, run_op, run_reference
-from gdn2gen._bench_time import call_of
-from gdn2gen._verify_cases import Case
-from gdn2gen._verify_checks import Result, case_inputs, run_case
-from gdn2gen.anchors import FROM_START
-from gdn2gen.config import DOMAINS, Config, default_config
-from gdn2gen.dispatch import Recipe, forced_recipe
-from gdn2gen.inputs import REGIMES
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
-from gdn2gen.stages import GIVEN_SEQUENCES, STAGES
-from gdn2gen.validity import why_invalid
+from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.anchors import FROM_START
+from gdn2gen.kernels.config import DOMAINS, Config, default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.stages import GIVEN_SEQUENCES, STAGES
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.measure.accuracy import relative_errors, run_op, run_reference
+from gdn2gen.measure.cases import Case
+from gdn2gen.measure.checks import Result, case_inputs, run_case
+from gdn2gen.measure.timing import call_of
+from gdn2gen.runtime import call as calls
+from gdn2gen.runtime import passes, runner
+from gdn2gen.store.dispatch import Recipe, forced_recipe
 
 
 @dataclass(frozen=True)
@@ -245,20 +245,20 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     """
     import torch
 
-    from gdn2gen.build import load
-    from gdn2gen.dispatch import default_recipe
-    from gdn2gen.render import render
+    from gdn2gen.codegen.build import load
+    from gdn2gen.codegen.render import render
+    from gdn2gen.store.dispatch import default_recipe
 
     problem = Problem(K=64, V=64, varlen=packed)
     shape = _shape(1, 70, 2, (0, 21, 21, 70) if packed else None)
     inputs, _ = case_inputs(Case("later", problem, shape, regime), "cpu")
-    runner = launch.Runner(default_recipe(problem))
+    loaded = runner.Runner(default_recipe(problem))
     call = call_of(problem, shape, torch.device("cpu"))
     given = {**inputs}
     if packed:
         given[GIVEN_SEQUENCES] = given.pop("cu_seqlens")
     names = [x.name for x in STAGES["prepare"].outputs]
-    right = runner.sized_pass(("prepare",), problem, call, (*names, "chunk_table")).run(given)
+    right = loaded.sized_pass(("prepare",), problem, call, (*names, "chunk_table")).run(given)
     given |= {"chunk_table": right.pop("chunk_table")} if packed else {}
 
     config = default_config("prepare", problem).replace(
@@ -266,14 +266,14 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
     )
     module = load(render(problem, "prepare", config))
     module.compiled = lambda: lambda *_: None
-    later = _out_of_frame(inputs["g"], given.get("chunk_table"), runner.BT)
+    later = _out_of_frame(inputs["g"], given.get("chunk_table"), loaded.BT)
     made = {name: x.clone() for name, x in right.items()}
     for name in ("A", "Aqk"):
         made[name] = torch.where(later[..., None], torch.nan, 7.0).expand(right[name].shape)
         made[name] = made[name].to(right[name].dtype).contiguous()
     operands = {x.name for x in STAGES["prepare"].operands(problem)}
     asked = {"n_chunks", *STAGES["prepare"].scalars}
-    scalars = {x: y for x, y in call.scalars(runner.BT).items() if x in asked}
+    scalars = {x: y for x, y in call.scalars(loaded.BT).items() if x in asked}
     module.launch(**{x: y for x, y in {**given, **made}.items() if x in operands}, **scalars)
     found = {"rows": float(later.sum())}
     found["moved"] = float(sum((made[x][~later] != 7.0).sum() for x in ("A", "Aqk")))
@@ -297,7 +297,7 @@ def _out_of_frame(g: Tensor, chunk_table: Tensor | None, BT: int) -> Tensor:
 
 def run_extreme(name: str, plan: str, knobs: tuple[tuple[str, int | str], ...]) -> dict[str, float]:
     """Relative errors of the outputs and gradients."""
-    from gdn2gen.ops import chunk_gdn2
+    from gdn2gen.ops.chunk import chunk_gdn2
 
     extreme = EXTREMES[name]
     case = KernelCase(Case(name, extreme.problem, _shape(1, 40, 1), "layer"), plan, knobs)
@@ -327,7 +327,7 @@ NOT_FINITE: Final[dict[str, tuple[Problem, str, tuple[tuple[str, int | str], ...
 
 def run_not_finite(name: str) -> list[str]:
     """What is wrong with where NaN comes out; segments are of one chunk."""
-    from gdn2gen.ops import chunk_gdn2
+    from gdn2gen.ops.chunk import chunk_gdn2
 
     problem, plan, knobs = NOT_FINITE[name]
     named = Case(name, problem, _shape(1, 40, 1))
@@ -351,7 +351,7 @@ def run_half_range(state: float, gradient: float, scale: float = 1.0) -> dict[st
     """
     import torch
 
-    from gdn2gen.ops import chunk_gdn2
+    from gdn2gen.ops.chunk import chunk_gdn2
 
     problem = replace(_STATES, dtype="fp16", gate_dtype="fp32")
     case = KernelCase(Case("half", problem, _shape(1, 70, 1), "zero"), "lean", (("BT", 32),))

@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gdn2gen import store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen._store_format import entry_to
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.plans import plan_named
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.render import template_digest
+from gdn2gen.base.device import named_device
+from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import plan_named
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.format import entry_to
 
 H200 = named_device("H200")
 
 
-def entry(tokens: int = 16384, **changes: Any) -> store.Entry:
+def entry(tokens: int = 16384, **changes: Any) -> tuned_files.Entry:
     problem = Problem()
     configs = {stage: default_config(stage, problem) for stage in plan_named("lean").stages}
-    return store.Entry(
+    return tuned_files.Entry(
         **{
             "problem_key": problem.key,
             "regime_key": Regime(tokens, 4, 16).key,
@@ -39,14 +39,14 @@ def entry(tokens: int = 16384, **changes: Any) -> store.Entry:
 
 def document(*entries: Any, **metadata: Any) -> str:
     """A tuned file whose entries and metadata may be anything."""
-    made = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune") | metadata
-    raw = [entry_to(x) if isinstance(x, store.Entry) else x for x in entries]
+    made = tuned_files.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune") | metadata
+    raw = [entry_to(x) if isinstance(x, tuned_files.Entry) else x for x in entries]
     kept = {name: x for name, x in made.items() if x is not ...}
     return json.dumps({"_metadata": kept, "entries": raw})
 
 
 def put(folder: Path, text: str) -> Path:
-    path = store.tuned_path(folder, "gdn2", H200)
+    path = tuned_files.tuned_path(folder, "gdn2", H200)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path

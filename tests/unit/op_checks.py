@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2gen import call, chunk_gdn2, reference
-from gdn2gen._bench_accuracy import relative_errors
-from gdn2gen._kernels import request_of, sequences_of
-from gdn2gen._lookup import agree
-from gdn2gen.dispatch import default_recipe, forced_recipe
-from gdn2gen.inputs import make_inputs
-from gdn2gen.problem import Problem
+from gdn2gen import chunk_gdn2
+from gdn2gen.family import reference
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.problem import Problem
+from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.runtime import call
+from gdn2gen.runtime._kernels import request_of, sequences_of
+from gdn2gen.runtime.lookup import agree
+from gdn2gen.store.dispatch import default_recipe, forced_recipe
 
 LIMIT = 1e-5
 INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias")
@@ -147,7 +149,7 @@ def inputs_are_untouched() -> str:
 
 def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
     """torch.library.opcheck of the forward op."""
-    from gdn2gen._autograd import gdn2_forward
+    from gdn2gen.runtime.autograd import gdn2_forward
 
     inputs = make(cu_seqlens=(0, 7, 20), B=1) if gated else make(T=17)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}

@@ -10,11 +10,12 @@ import torch
 from op_checks import make
 from torch import Tensor
 
-from gdn2gen import arguments, chunk_gdn2
-from gdn2gen._bench_accuracy import relative_errors
-from gdn2gen.build import load
-from gdn2gen.problem import Problem
-from gdn2gen.render import render_tables
+from gdn2gen import chunk_gdn2
+from gdn2gen.codegen.build import load
+from gdn2gen.codegen.render import render_tables
+from gdn2gen.family.problem import Problem
+from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.runtime import arguments
 
 BT = 32
 

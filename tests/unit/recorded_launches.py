@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn2gen import _lookup, arguments, chunk_gdn2, launch, ops, paths
-from gdn2gen.inputs import make_inputs
-from gdn2gen.problem import Problem
-from gdn2gen.stages import STAGES
+from gdn2gen import chunk_gdn2
+from gdn2gen.base import paths
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.ops import chunk
+from gdn2gen.runtime import arguments, lookup, runner
 
 HEADS = 4
 FLAGS: dict[str, Any] = {"use_qk_l2norm_in_kernel": True}
@@ -23,7 +26,7 @@ GATED: dict[str, Any] = {"use_gate_in_kernel": True, "A_log": torch.zeros(HEADS)
 class Launched(list[tuple[str, Any, dict[str, Tensor], dict[str, Any]]]):
     """Every launch: stage, config, operands by name (weakly held if asked), scalars."""
 
-    def launcher(self, runner: launch.Runner, problem: Problem, stage: str) -> Any:
+    def launcher(self, runner: runner.Runner, problem: Problem, stage: str) -> Any:
         names = [x.name for x in STAGES[stage].operands(problem)]
         config = runner.recipe.configs[stage]
 
@@ -51,8 +54,8 @@ def _ignore(*_: Tensor, **__: Any) -> None:
 
 def forget() -> None:
     for cached in (
-        *(_lookup.known_request, _lookup._found, _lookup._agreed, _lookup._runner),
-        *(launch._sized, arguments._known_dims),
+        *(lookup.known_request, lookup._found, lookup._agreed, lookup._runner),
+        *(runner._sized, arguments._known_dims),
     ):
         cached.cache_clear()
 
@@ -60,9 +63,9 @@ def forget() -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
     """A fixture's body: launches of this test, with no tuned files but those under `tmp_path`."""
     found = Launched()
-    monkeypatch.setattr(ops, "interpreted", lambda: True)
-    monkeypatch.setattr(launch.Runner, "launcher", lambda *given: found.launcher(*given))
-    monkeypatch.setattr(launch.Runner, "table_launchers", lambda _: (_ignore, _ignore))
+    monkeypatch.setattr(chunk, "interpreted", lambda: True)
+    monkeypatch.setattr(runner.Runner, "launcher", lambda *given: found.launcher(*given))
+    monkeypatch.setattr(runner.Runner, "table_launchers", lambda _: (_ignore, _ignore))
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
     (tmp_path / "user").mkdir(exist_ok=True)
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "user"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_checks import make, outputs
 
 from gdn2gen import chunk_gdn2
-from gdn2gen.errors import UnsupportedError
+from gdn2gen.base.errors import UnsupportedError
 
 PACKED = {"cu_seqlens": (0, 7, 20)}
 

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import pytest
 
-from gdn2gen import launch
-from gdn2gen.ahead import compile_in_thread
-from gdn2gen.config import default_config
-from gdn2gen.dispatch import Recipe, default_recipe
-from gdn2gen.knobs import cuda_compiler
-from gdn2gen.problem import Problem
+from gdn2gen.base.environment import cuda_compiler
+from gdn2gen.codegen.background import compile_in_thread
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import default_config
+from gdn2gen.runtime import runner
+from gdn2gen.store.dispatch import Recipe, default_recipe
 
 
 def _module(compiled: Any, name: str = "made-up") -> ModuleType:
@@ -71,7 +71,7 @@ def test_a_compiled_program_is_kept_and_runs_without_tilelang(
     load = f"""
 import sys
 from types import ModuleType
-from gdn2gen.programs import compiled_program
+from gdn2gen.codegen.programs import compiled_program
 module = ModuleType({_NAME!r})
 program = compiled_program(module, "compiled_fold", lambda: print("compiled anew"))
 print(type(program).__name__, "tilelang" in sys.modules)
@@ -89,11 +89,11 @@ _NAME: Final = "gdn2_scan_made_up"
 _COMPILE: Final = f"""
 from types import ModuleType
 import tilelang
-from gdn2gen import build
-from gdn2gen.config import default_config
-from gdn2gen.problem import Problem
-from gdn2gen.programs import compiled_program
-from gdn2gen.render import render
+from gdn2gen.codegen import build
+from gdn2gen.kernels.config import default_config
+from gdn2gen.family.problem import Problem
+from gdn2gen.codegen.programs import compiled_program
+from gdn2gen.codegen.render import render
 problem = Problem()
 module = build.load(
     render(problem, "scan", default_config("scan", problem).replace(language="tilelang"))
@@ -117,15 +117,15 @@ def test_the_backward_is_planned_where_a_gradient_is_wanted(
     """In the forward already, once, without a gradient of the final state."""
     asked: list[tuple[str, bool]] = []
 
-    def launcher(self: launch.Runner, problem: Problem, stage: str) -> Any:
+    def launcher(self: runner.Runner, problem: Problem, stage: str) -> Any:
         asked.append((stage, problem.final_state))
         return lambda **_: None
 
-    monkeypatch.setattr(launch.Runner, "launcher", launcher)
-    runner = launch.Runner(_with_tilelang(Problem(final_state=True)))
+    monkeypatch.setattr(runner.Runner, "launcher", launcher)
+    made = runner.Runner(_with_tilelang(Problem(final_state=True)))
     for _ in range(2):
-        runner.plan_backward()
-    backward = runner.recipe.plan.backward
+        made.plan_backward()
+    backward = made.recipe.plan.backward
     assert asked == [(stage, False) for stage in backward]
 
 
@@ -139,13 +139,13 @@ def test_without_a_compiler_the_default_in_triton_runs(
         rendered.append(config["language"])
         return None
 
-    monkeypatch.setattr(launch, "has_compiler", lambda: compiles)
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
-    monkeypatch.setattr(launch, "render", render)
-    monkeypatch.setattr(launch.build, "load", lambda _: _module(lambda: None))
-    monkeypatch.setattr(launch, "direct_launch", lambda _: lambda **_: None)
+    monkeypatch.setattr(runner, "has_compiler", lambda: compiles)
+    monkeypatch.setattr(runner, "interpreted", lambda: False)
+    monkeypatch.setattr(runner, "render", render)
+    monkeypatch.setattr(runner.build, "load", lambda _: _module(lambda: None))
+    monkeypatch.setattr(runner, "direct_launch", lambda _: lambda **_: None)
     problem = Problem()
-    launch.Runner(_with_tilelang(problem)).launcher(problem, "scan")
+    runner.Runner(_with_tilelang(problem)).launcher(problem, "scan")
     assert rendered == ["tilelang" if compiles else "triton"]
     assert ["neither nvcc" in str(x.message) for x in recwarn] == [True] * (not compiles)
 

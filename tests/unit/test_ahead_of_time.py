@@ -11,12 +11,12 @@ from typing import Final
 import pytest
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen.build import Resources, compile_ahead
-from gdn2gen.config import Config, Knob, default_config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.stages import STAGES
-from gdn2gen.tune.predict import blocks_per_sm
+from gdn2gen.base.device import named_device
+from gdn2gen.codegen.build import Resources, compile_ahead
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.tune.offline.predict import blocks_per_sm
 from gdn2gen.tune.space import why_hopeless, why_unfit
 
 ARCHES: Final = ("sm_80", "sm_90", "sm_100", "sm_120")

@@ -14,10 +14,11 @@ from recorded_launches import FLAGS, GATED, Launched, make, recorded, train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn2gen import chunk_gdn2, launch, passes
-from gdn2gen.passes import poison
-from gdn2gen.problem import Problem
-from gdn2gen.stages import STAGES
+from gdn2gen import chunk_gdn2
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime import passes, runner
+from gdn2gen.runtime.passes import poison
 
 
 @pytest.fixture(name="launched")
@@ -86,7 +87,7 @@ def test_tracers_still_see_the_op(launched: Launched) -> None:
 def test_nothing_is_kept_between_calls(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, weakref.ref[Tensor]] = {}
 
-    def launcher(self: launch.Runner, problem: Problem, stage: str) -> Any:
+    def launcher(self: runner.Runner, problem: Problem, stage: str) -> Any:
         names = [x.name for x in STAGES[stage].operands(problem)]
 
         def note(*tensors: Tensor, **_: Any) -> None:
@@ -94,7 +95,7 @@ def test_nothing_is_kept_between_calls(launched: Launched, monkeypatch: pytest.M
 
         return note
 
-    monkeypatch.setattr(launch.Runner, "launcher", launcher)
+    monkeypatch.setattr(runner.Runner, "launcher", launcher)
     given = {name: x.requires_grad_() for name, x in make().items()}
     o, _ = chunk_gdn2(**given, **FLAGS)
     gc.collect()

@@ -13,34 +13,36 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdn2gen import _bench_sides, bench
-from gdn2gen._bench_sides import Errors, Side
-from gdn2gen.bench import Row, StageRow, Timing
-from gdn2gen.device import named_device
-from gdn2gen.errors import DeviceError, StoreError, UnsupportedError
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.stages import STAGES
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import DeviceError, StoreError, UnsupportedError
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels import floor
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure import accuracy, results, sides, timing
+from gdn2gen.measure.rows import Row, StageRow
+from gdn2gen.measure.sides import Errors, Side
+from gdn2gen.measure.timing import Timing
 
 BF16 = Problem()
 
 
 def test_floor_bytes_are_those_of_the_notes():
-    assert bench.floor_bytes(BF16, backward=False) == 2048
-    assert bench.floor_bytes(BF16, backward=True) == 5888
+    assert floor.floor_bytes(BF16, backward=False) == 2048
+    assert floor.floor_bytes(BF16, backward=True) == 5888
     gated = Problem(gate="softplus", has_A_log=True, gate_dtype="bf16")
-    assert bench.floor_bytes(gated, backward=False) == 1792
+    assert floor.floor_bytes(gated, backward=False) == 1792
 
 
 def test_floor_ms_at_a_bandwidth():
-    assert bench.floor_ms(BF16, SHAPES["train4k"], False, 4300) == pytest.approx(0.1249, abs=1e-3)
-    assert bench.floor_ms(BF16, SHAPES["train4k"], True, 4300) == pytest.approx(0.359, abs=1e-3)
+    assert timing.floor_ms(BF16, SHAPES["train4k"], False, 4300) == pytest.approx(0.1249, abs=1e-3)
+    assert timing.floor_ms(BF16, SHAPES["train4k"], True, 4300) == pytest.approx(0.359, abs=1e-3)
 
 
 def test_every_stage_has_its_bytes_at_every_shape():
     for shape in SHAPES.values():
         problem = Problem(varlen=shape.cu_seqlens is not None)
-        sizes = bench.symbol_sizes(problem, shape, 64)
+        sizes = timing.symbol_sizes(problem, shape, 64)
         assert all(stage.nbytes(problem, sizes) > 0 for stage in STAGES.values())
 
 
@@ -53,7 +55,7 @@ def test_timing_of_samples():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
-@pytest.mark.parametrize("measure", [bench.time_ms, bench.peak_mib])
+@pytest.mark.parametrize("measure", [timing.time_ms, timing.peak_mib])
 def test_measuring_without_a_gpu_is_refused(measure):
     with pytest.raises(DeviceError, match="needs a GPU"):
         measure(lambda: None)
@@ -67,14 +69,14 @@ def test_relative_errors():
         "zero": torch.full((4,), 0.5),
         "nan": torch.tensor([1.0, float("nan")]),
     }
-    errors = bench.relative_errors(found, exact)
+    errors = accuracy.relative_errors(found, exact)
     assert errors["a"] == pytest.approx(0.01, rel=1e-4)
     assert errors["zero"] == pytest.approx(1.0)
     assert math.isinf(errors["nan"]) and math.isinf(errors["gone"])
 
 
 def test_fla_that_is_not_installed_is_named(monkeypatch):
-    from gdn2gen._bench_sides import fla_op
+    from gdn2gen.measure.sides import fla_op
 
     monkeypatch.setitem(sys.modules, "fla.ops.gdn2", None)
     with pytest.raises(UnsupportedError, match="flash-linear-attention"):
@@ -83,7 +85,7 @@ def test_fla_that_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])
 def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
-    from gdn2gen._bench_sides import fla_op
+    from gdn2gen.measure.sides import fla_op
 
     asked = {}
 
@@ -120,7 +122,7 @@ def row(name: str, ms: float = 0.7, fla: bool = True) -> Row:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr("gdn2gen.device.present_device", lambda: named_device("H200"))
+    monkeypatch.setattr("gdn2gen.base.device.present_device", lambda: named_device("H200"))
 
 
 def test_of_each_side_the_faster_of_two_turns_counts(monkeypatch):
@@ -140,14 +142,14 @@ def test_of_each_side_the_faster_of_two_turns_counts(monkeypatch):
         ms = [5.0, 9.0, 7.0, 8.0, 6.0, 4.0, 3.0, 8.5][turn]
         return Timing(ms, ms, ms, 10)
 
-    monkeypatch.setattr(_bench_sides, "time_ms", time_ms)
-    monkeypatch.setattr(_bench_sides, "peak_mib", lambda fn: 100.0)
-    monkeypatch.setattr(_bench_sides, "inputs_of", lambda *_: {})
-    monkeypatch.setattr(_bench_sides, "output_gradients", lambda *_: {})
-    monkeypatch.setattr(_bench_sides, "run_op", lambda function, *_: function())
+    monkeypatch.setattr(sides, "time_ms", time_ms)
+    monkeypatch.setattr(sides, "peak_mib", lambda fn: 100.0)
+    monkeypatch.setattr(sides, "inputs_of", lambda *_: {})
+    monkeypatch.setattr(sides, "output_gradients", lambda *_: {})
+    monkeypatch.setattr(sides, "run_op", lambda function, *_: function())
     errors = [{"o": Errors(4e-3, "layer")}, {"o": Errors(5e-3, "zero")}]
     functions = [op("ours"), op("FLA")]
-    ours, fla = _bench_sides.measure_in_turns(functions, errors, BF16, SHAPES["train4k"])
+    ours, fla = sides.measure_in_turns(functions, errors, BF16, SHAPES["train4k"])
     assert order == ["ours", "ours", "FLA", "FLA"] * 2
     assert (ours.forward.median, ours.forward_backward.median) == (5.0, 4.0)
     assert (fla.forward.median, fla.forward_backward.median) == (3.0, 8.0)
@@ -168,7 +170,7 @@ def test_the_table_shows_times_ratios_errors_and_stages():
 
     text = io.StringIO()
     rows = [row("train4k"), row("wide8k", fla=False)]
-    Console(file=text, width=200).print(bench.rows_table(rows))
+    Console(file=text, width=200).print(results.rows_table(rows))
     words = ("train4k", "wide8k", "0.700", "7.00e-03 (sparse)", "lean (default)")
     for word in (*words, "4000", "80%", "20.0", "200", "25%"):
         assert word in text.getvalue()
@@ -176,9 +178,9 @@ def test_the_table_shows_times_ratios_errors_and_stages():
 
 def test_results_merge_by_shape_and_problem(tmp_path, gpu):
     path = tmp_path / "results" / "nvidia-h200.json"
-    bench.save_results(path, [row("train4k", 0.9), row("wide8k")], command="first")
-    bench.save_results(path, [row("train4k", 0.5)], command="second")
-    document = bench.read_results(path)
+    results.save_results(path, [row("train4k", 0.9), row("wide8k")], command="first")
+    results.save_results(path, [row("train4k", 0.5)], command="second")
+    document = results.read_results(path)
     assert document["gpu"] == "NVIDIA H200"
     by_name = {x["shape"]["name"]: x for x in document["rows"]}
     assert by_name["train4k"]["ours"]["forward"]["median"] == 0.5
@@ -197,15 +199,15 @@ def test_results_of_another_gpu_or_kind_are_not_overwritten(tmp_path, gpu):
     ):
         path.write_text(text)
         with pytest.raises(StoreError, match=words):
-            bench.save_results(path, [row("train4k")])
+            results.save_results(path, [row("train4k")])
         with pytest.raises(StoreError, match=words):
-            bench.check_saveable(path, "NVIDIA H200")
+            results.check_saveable(path, "NVIDIA H200")
         assert path.read_text() == text
 
 
 def _save(folder, name):
     for _ in range(5):
-        bench.save_results(folder / "results.json", [row(name)], command="test")
+        results.save_results(folder / "results.json", [row(name)], command="test")
 
 
 def test_rows_that_two_processes_save_all_stay(tmp_path, gpu):
@@ -218,12 +220,12 @@ def test_rows_that_two_processes_save_all_stay(tmp_path, gpu):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    rows = bench.read_results(tmp_path / "results.json")["rows"]
+    rows = results.read_results(tmp_path / "results.json")["rows"]
     assert len(rows) == 4
     assert [x.name for x in tmp_path.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("module", ["gdn2gen.bench", "gdn2gen.tune", "gdn2gen.tune._serve"])
+@pytest.mark.parametrize("module", ["gdn2gen.measure.rows", "gdn2gen.tune", "gdn2gen.base._serve"])
 def test_imports_stay_light(module):
     code = f"import {module}, sys; sys.exit('optuna' in sys.modules or 'fla' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -231,7 +233,7 @@ def test_imports_stay_light(module):
 
 def test_operations_of_a_stage_are_those_of_its_products():
     """Of a scan five products a tile: three of 32 x 128 x 128 and two of 32 x 32 x 128."""
-    sizes = bench.symbol_sizes(BF16, SHAPES["train4k"], 32)
+    sizes = timing.symbol_sizes(BF16, SHAPES["train4k"], 32)
     tiles = 4 * 16 * 4096 // 32
     expected = 2 * tiles * (3 * 32 * 128 * 128 + 2 * 32 * 32 * 128)
     assert STAGES["scan"].flops(sizes) == STAGES["scan_states"].flops(sizes) == expected

@@ -14,22 +14,38 @@ import pytest
 import torch
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen import cli, paths, render, store
-from gdn2gen._bench_accuracy import lower_bound_of
-from gdn2gen._lookup import make_request
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.anchors import anchor_range, chunk_loss
-from gdn2gen.config import CHUNKS, Config, default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import Recipe, default_recipe, explain_recipe, find_recipe, forced_recipe
-from gdn2gen.errors import ConfigError, DispatchError, InputError, StoreError
-from gdn2gen.generate import package_source
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem, Regime, bound_of
-from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, read_tuned, tuned_path
+from gdn2gen.base import paths
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import ConfigError, DispatchError, InputError, StoreError
+from gdn2gen.cli import program
+from gdn2gen.codegen import render
+from gdn2gen.family.problem import Problem, Regime, bound_of
+from gdn2gen.kernels.anchors import anchor_range, chunk_loss
+from gdn2gen.kernels.config import CHUNKS, Config, default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.measure.accuracy import lower_bound_of
+from gdn2gen.runtime.lookup import make_request
+from gdn2gen.runtime.package import package_source
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.dispatch import (
+    Recipe,
+    default_recipe,
+    explain_recipe,
+    find_recipe,
+    forced_recipe,
+)
+from gdn2gen.store.tuned_files import (
+    Entry,
+    TunedFile,
+    merge_entries,
+    metadata_for,
+    read_tuned,
+    tuned_path,
+)
 from gdn2gen.tune import space
-from gdn2gen.tune.ledger import Ledger
-from gdn2gen.validity import why_invalid
+from gdn2gen.tune.records.ledger import Ledger
 
 H200 = named_device("H200")
 REGIME = Regime(16384, 4, 16)
@@ -140,7 +156,7 @@ def test_what_only_later_frames_need_is_gone(stage: str, language: str, varlen: 
     for x in tree.body:
         if isinstance(x, ast.Assign):
             defined |= {y.id for y in ast.walk(x) if isinstance(y, ast.Name)}
-    # read by `gdn2gen.build`
+    # read by `gdn2gen.codegen.build`
     defined -= {"tl", "PASSES"}
     names = [x for x in ast.walk(tree) if isinstance(x, ast.Name)]
     read = {x.id for x in names if isinstance(x.ctx, ast.Load)}
@@ -167,7 +183,7 @@ def test_the_command_in_a_kernel_regenerates_it(
     source = render.render(BOUND_2, stage, bounded(stage, BOUND_2)).source
     (command,) = re.findall(r"gdn2gen (generate [^\\\n]*(?:\\\n[^\\\n]*)*)", source)
     assert "--lower-bound -2" in command
-    assert cli.main(shlex.split(command.replace("\\\n", " "))) == 0
+    assert program.main(shlex.split(command.replace("\\\n", " "))) == 0
     assert capsys.readouterr().out == source
 
 
@@ -175,9 +191,9 @@ def test_a_lower_bound_on_the_command_line_needs_its_gate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["generate", "--stage", "prepare", "--lower-bound"]
-    assert cli.main([*words, "-2"]) != 0
+    assert program.main([*words, "-2"]) != 0
     assert "--lower-bound is of --gate sigmoid, but got --gate none" in capsys.readouterr().err
-    assert cli.main([*words, "-6", "--gate", "sigmoid"]) != 0
+    assert program.main([*words, "-6", "--gate", "sigmoid"]) != 0
     assert "-5 <= lower_bound < 0" in capsys.readouterr().err
 
 
@@ -244,7 +260,7 @@ def test_an_entry_under_a_bound_survives_the_file(tmp_path: Path) -> None:
     assert file is not None and not file.unread
     assert {x.key for x in file.entries} == {x.key for x in entries}
     assert entries[0] in file.entries and "bound=2" in entries[0].label
-    store.write_tuned(tmp_path / "again.json", file)
+    tuned_files.write_tuned(tmp_path / "again.json", file)
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
     # it replaces its own kind only
     file_in(tmp_path, entry_of(replace(SIGMOID, bound=1), one_frame=True))
@@ -268,7 +284,7 @@ def test_a_key_that_does_not_permit_its_configs_is_not_filed(
     entry = dataclasses.replace(entry, problem_key={**entry.problem_key, **changes})
     path = tmp_path / "x.json"
     with pytest.raises(StoreError, match=reason):
-        store.write_tuned(path, TunedFile(metadata_for(H200, {}, "test"), (entry,)))
+        tuned_files.write_tuned(path, TunedFile(metadata_for(H200, {}, "test"), (entry,)))
 
 
 def test_an_entry_under_a_bound_serves_that_bound_alone(user: Path) -> None:

@@ -18,15 +18,19 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import _cli_tune, cli, device, tune, verify
-from gdn2gen.config import default_config
-from gdn2gen.errors import ConfigError, DeviceError, InputError
-from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.shapes import SHAPES
+from gdn2gen import tune
+from gdn2gen.base import device
+from gdn2gen.base.errors import ConfigError, DeviceError, InputError
+from gdn2gen.cli import program
+from gdn2gen.cli import tune as cli_tune
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import default_config
+from gdn2gen.measure import suite
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = [command.name for command in cli.COMMANDS]
+NAMES = [command.name for command in program.COMMANDS]
 
 
 @pytest.fixture(autouse=True)
@@ -58,24 +62,24 @@ ACTIONS = [["tuned", name] for name in ("export", "import", "merge", "diff")]
 @pytest.mark.parametrize("words", [[], *([name] for name in NAMES), *ACTIONS], ids=" ".join)
 def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--help"])
+        program.main([*words, "--help"])
     assert ended.value.code == 0
     (example,) = re.findall(r"Example: (gdn2gen .*)", " ".join(capsys.readouterr().out.split()))
     if words:
-        cli.build_parser().parse_args(shlex.split(example)[1:])
+        program.build_parser().parse_args(shlex.split(example)[1:])
         assert example.startswith(" ".join(["gdn2gen", *words]))
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS, ids=NAMES)
-def test_example_is_understood(command: cli.Command) -> None:
-    program, name, *options = shlex.split(command.example)
-    assert (program, name) == ("gdn2gen", command.name)
-    assert cli.build_parser().parse_args([name, *options]).command == name
+@pytest.mark.parametrize("command", program.COMMANDS, ids=NAMES)
+def test_example_is_understood(command: program.Command) -> None:
+    called, name, *options = shlex.split(command.example)
+    assert (called, name) == ("gdn2gen", command.name)
+    assert program.build_parser().parse_args([name, *options]).command == name
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
+        program.main(["--version"])
     assert ended.value.code == 0
     assert re.fullmatch(r"gdn2gen \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
@@ -100,8 +104,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(words.split())
-    assert ended.value.code == cli.EXIT_USAGE
+        program.main(words.split())
+    assert ended.value.code == program.EXIT_USAGE
     assert "usage: gdn2gen" in capsys.readouterr().err
 
 
@@ -134,7 +138,7 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_bad_values_are_one_line_and_exit_2(
     words: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words.split()) == cli.EXIT_USAGE
+    assert program.main(words.split()) == program.EXIT_USAGE
     error = capsys.readouterr().err
     assert error.startswith(f"gdn2gen {words.split()[0]}: ")
     assert said in error
@@ -144,17 +148,17 @@ def test_bad_values_are_one_line_and_exit_2(
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDN2GEN_DEBUG", "1")
     with pytest.raises(InputError):
-        cli.main(["explain", "--shape", "train5k"])
+        program.main(["explain", "--shape", "train5k"])
 
 
 def test_files_that_cannot_be_written_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(verify, "verify", lambda *_, **__: [])
+    monkeypatch.setattr(suite, "verify", lambda *_, **__: [])
     path = tmp_path / "file" / "results.json"
     words = ["verify", "small-fp32-layer", "--interpreter", "--json", str(path)]
-    assert cli.main(words) == cli.EXIT_USAGE
+    assert program.main(words) == program.EXIT_USAGE
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
@@ -165,7 +169,7 @@ def test_bench_needs_a_gpu(
         raise DeviceError("no GPU is present")
 
     monkeypatch.setattr(device, "present_device", absent)
-    assert cli.main(["bench"]) == cli.EXIT_USAGE
+    assert program.main(["bench"]) == program.EXIT_USAGE
     assert "no GPU is present" in capsys.readouterr().err
 
 
@@ -174,7 +178,7 @@ def test_bench_needs_a_gpu(
 
 @pytest.mark.parametrize("name", ["H200", "sm_90", "rtx 4090", "sm_120"])
 def test_explain_for_a_named_device(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "--shape", "train4k", "--device", name]) == 0
+    assert program.main(["explain", "--shape", "train4k", "--device", name]) == 0
     shown = capsys.readouterr().out
     assert device.named_device(name).name in shown
     for word in ("plan", "lean", "prepare", "grad_key", "source", "why"):
@@ -183,7 +187,7 @@ def test_explain_for_a_named_device(name: str, capsys: pytest.CaptureFixture[str
 
 def test_explain_takes_several_shapes_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["explain", "--shape", "varlen8k,2x100x3", "--level", "fast", "--gate", "softplus"]
-    assert cli.main([*words, "--device", "sm_80"]) == 0
+    assert program.main([*words, "--device", "sm_80"]) == 0
     shown = capsys.readouterr().out
     assert "varlen8k on sm_80" in shown
     assert "2x100x3 on sm_80" in shown
@@ -193,7 +197,8 @@ def test_explain_takes_several_shapes_and_levels(capsys: pytest.CaptureFixture[s
 
 def test_explain_without_a_gpu_imports_no_tuner() -> None:
     program = (
-        "import sys; from gdn2gen.cli import main; code = main(['explain', '--device', 'H200']); "
+        "import sys; from gdn2gen.cli.program import main; "
+        "code = main(['explain', '--device', 'H200']); "
         "print(sorted({'optuna', 'tilelang'} & {*sys.modules})); sys.exit(code)"
     )
     done = subprocess.run(
@@ -219,7 +224,7 @@ def test_a_damaged_tuned_file_is_a_warning(tmp_path: Path) -> None:
 def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) -> None:
     problem = Problem(K=64, V=32, dtype="fp16")
     words = ["generate", "--stage", "scan", "--head-dim", "64,32", "--dtype", "fp16", "--config"]
-    assert cli.main([*words, "BT=32 num_warps=8"]) == 0
+    assert program.main([*words, "BT=32 num_warps=8"]) == 0
     config = default_config("scan", problem).replace(BT=32, num_warps=8)
     assert capsys.readouterr().out == render(problem, "scan", config).source
 
@@ -239,18 +244,18 @@ def test_the_command_in_a_kernel_regenerates_it(
     source = render(problem, "prepare", default_config("prepare", problem)).source
     (command,) = re.findall(r"gdn2gen (generate [^\\\n]*(?:\\\n[^\\\n]*)*)", source)
     command = command.replace("\\\n", " ")
-    assert cli.main(shlex.split(command)) == 0
+    assert program.main(shlex.split(command)) == 0
     assert capsys.readouterr().out == source
 
 
 def test_generate_reports_resources_for_a_target(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gdn2gen import build
+    from gdn2gen.codegen import build
 
     used = build.Resources(registers=97, spill_bytes=0, shared_bytes=4096, threads=128, seconds=1.5)
     monkeypatch.setattr(build, "compile_ahead", lambda *_: used)
-    assert cli.main(["generate", "--stage", "scan", "--target", "sm_80"]) == 0
+    assert program.main(["generate", "--stage", "scan", "--target", "sm_80"]) == 0
     assert "scan for sm_80: 97 registers" in capsys.readouterr().err
 
 
@@ -265,7 +270,7 @@ def test_a_reader_that_goes_is_no_error() -> None:
 
 
 def test_config_words() -> None:
-    from gdn2gen._cli_inspect import parse_config
+    from gdn2gen.cli.inspect import parse_config
 
     problem = Problem()
     expected = default_config("prepare", problem).replace(BT=32, solve="ieee")
@@ -304,14 +309,14 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> FakeTuner:
 def present(monkeypatch: pytest.MonkeyPatch) -> FakeTuner:
     fake, gpu = FakeTuner(), device.named_device("H200")
     monkeypatch.setattr(tune, "tune", fake, raising=False)
-    monkeypatch.setattr(_cli_tune, "present_or_target", lambda _: (gpu, True))
+    monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
     return fake
 
 
 def test_tune_on_a_gpu(present: FakeTuner, tmp_path: Path) -> None:
     words = "tune --head-dim 64,128 --shapes train4k,2x300x4 --dtype fp16 --gate sigmoid --level"
     options = ["both", "--budget", "7.5", "--out", str(tmp_path), "--storage", "sqlite:///x"]
-    assert cli.main([*words.split(), *options]) == 0
+    assert program.main([*words.split(), *options]) == 0
     asked = present.asked
     assert asked["problem"] == Problem(
         K=64, V=128, dtype="fp16", gate="sigmoid", has_A_log=True, has_dt_bias=True
@@ -326,7 +331,7 @@ def test_tune_on_a_gpu(present: FakeTuner, tmp_path: Path) -> None:
 
 def test_tune_for_a_bound(present: FakeTuner, tmp_path: Path) -> None:
     words = ["tune", "--head-dim", "64", "--gate", "sigmoid", "--lower-bound", "-2"]
-    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert program.main([*words, "--out", str(tmp_path)]) == 0
     assert present.asked["problem"] == Problem(
         K=64, V=64, gate="sigmoid", has_A_log=True, has_dt_bias=True, bound=2
     )
@@ -335,7 +340,7 @@ def test_tune_for_a_bound(present: FakeTuner, tmp_path: Path) -> None:
 def test_tune_with_no_further_word(
     present: FakeTuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["tune", "--out", str(tmp_path)]) == 0
+    assert program.main(["tune", "--out", str(tmp_path)]) == 0
     asked = present.all_asked
     assert [x["problem"] for x in asked] == [Problem(K=128, V=128), Problem(K=64, V=64)]
     assert [x["shapes"] for x in asked] == [list(SHAPES.values())] * 2
@@ -347,7 +352,7 @@ def test_tune_for_a_target(
     absent: FakeTuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["tune", "--target", "sm_120", "--level", "fast", "--out", str(tmp_path)]
-    assert cli.main(words) == 0
+    assert program.main(words) == 0
     assert absent.asked["device"] == device.named_device("sm_120")
     assert absent.asked["levels"] == ("fast",)
     shown = capsys.readouterr().out
@@ -359,20 +364,20 @@ def test_tune_for_a_target(
 def test_tune_writes_where_it_is_looked_for(
     absent: FakeTuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(["tune"]) == 0
+    assert program.main(["tune"]) == 0
     assert absent.asked["out_dir"] == ROOT / "tuned", "of the source tree"
-    monkeypatch.setattr(_cli_tune, "in_source_tree", lambda: False)
-    assert cli.main(["tune"]) == 0
+    monkeypatch.setattr(cli_tune, "in_source_tree", lambda: False)
+    assert program.main(["tune"]) == 0
     assert absent.asked["out_dir"] == tmp_path / "cache" / "tuned"
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "mine"))
-    assert cli.main(["tune"]) == 0
+    assert program.main(["tune"]) == 0
     assert absent.asked["out_dir"] == tmp_path / "mine"
 
 
 def test_quick_without_a_gpu_says_so(
     absent: FakeTuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["quick"]) == 0
+    assert program.main(["quick"]) == 0
     assert absent.asked["device"] == device.named_device("sm_90")
     assert absent.asked["budget_minutes"] == 3
     assert absent.asked["shapes"] == [SHAPES["train4k"]]
@@ -384,7 +389,7 @@ def test_quick_without_a_gpu_says_so(
 
 
 def test_quick_with_a_gpu(present: FakeTuner, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["quick", "--budget", "1"]) == 0
+    assert program.main(["quick", "--budget", "1"]) == 0
     assert present.asked["levels"] == ("lean",)
     assert present.asked["storage"] is None
     assert "Without a GPU" not in capsys.readouterr().out
@@ -397,7 +402,7 @@ def test_interrupt_says_that_the_study_resumes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "tune_without_gpu", interrupted, raising=False)
-    assert cli.main(["tune"]) == cli.EXIT_INTERRUPTED == 130
+    assert program.main(["tune"]) == program.EXIT_INTERRUPTED == 130
     assert "resumes the study" in capsys.readouterr().err
 
 
@@ -416,7 +421,7 @@ def test_interrupt_of_the_real_tuner(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=60)
-    assert process.returncode == cli.EXIT_INTERRUPTED, started + words
+    assert process.returncode == program.EXIT_INTERRUPTED, started + words
     assert "Traceback" not in words
     assert not [*tmp_path.rglob("*.json")]
 
@@ -425,7 +430,7 @@ def test_interrupt_of_the_real_tuner(tmp_path: Path) -> None:
 
 
 def test_verify_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", "--list", "small-fp16-*"]) == 0
+    assert program.main(["verify", "--list", "small-fp16-*"]) == 0
     names = capsys.readouterr().out.split()
     assert names
     assert all(name.startswith("small-fp16-") for name in names)
@@ -433,7 +438,7 @@ def test_verify_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep" / "results.json"
-    assert cli.main(["verify", "small-fp32-one-token", "--json", str(path)]) == 0
+    assert program.main(["verify", "small-fp32-one-token", "--json", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "interpreter" in shown
     assert "1 of 1 cases passed" in shown
@@ -445,10 +450,10 @@ def test_verify_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFi
 def test_verify_fails_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = verify.Result("small-fp32-layer", "accuracy", False, {"dq": 0.5}, 1e-4, "dq is off")
+    bad = suite.Result("small-fp32-layer", "accuracy", False, {"dq": 0.5}, 1e-4, "dq is off")
     good = replace(bad, passed=True, errors={"dq": 1e-6}, message="")
-    monkeypatch.setattr(verify, "verify", lambda *_, **__: [good, bad])
-    assert cli.main(["verify", "small-fp32-layer"]) == 1
+    monkeypatch.setattr(suite, "verify", lambda *_, **__: [good, bad])
+    assert program.main(["verify", "small-fp32-layer"]) == 1
     shown = capsys.readouterr().out
     assert "small-fp32-layer: dq is off" in shown
     assert "1 of 2 cases passed" in shown
@@ -457,7 +462,7 @@ def test_verify_fails_with_exit_code_1(
 def test_bench_asks_for_what_was_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gdn2gen import bench
+    from gdn2gen.measure import results, rows
 
     asked: dict[str, Any] = {}
 
@@ -468,15 +473,15 @@ def test_bench_asks_for_what_was_said(
 
     saved: list[Path] = []
     monkeypatch.setattr(device, "present_device", lambda: device.named_device("H200"))
-    monkeypatch.setattr(bench, "bench_shapes", fake)
-    monkeypatch.setattr(bench, "rows_table", lambda _: "the table")
-    monkeypatch.setattr(bench, "rows_document", lambda _: {"rows": []})
-    monkeypatch.setattr(bench, "save_results", lambda path, _: saved.append(path))
+    monkeypatch.setattr(rows, "bench_shapes", fake)
+    monkeypatch.setattr(results, "rows_table", lambda _: "the table")
+    monkeypatch.setattr(results, "rows_document", lambda _: {"rows": []})
+    monkeypatch.setattr(results, "save_results", lambda path, _: saved.append(path))
     monkeypatch.chdir(tmp_path)
     words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --level fast --stages"
     words += " --save --json"
     gate = ["--gate", "sigmoid", "--lower-bound", "-1.5"]
-    assert cli.main([*words.split(), str(tmp_path / "rows.json"), *gate]) == 0
+    assert program.main([*words.split(), str(tmp_path / "rows.json"), *gate]) == 0
     assert "the table" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": []}
     assert saved == [Path("docs/results/nvidia-h200.json")]

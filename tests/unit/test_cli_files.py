@@ -10,32 +10,33 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import cli, paths, sharing, store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.build import Resources
-from gdn2gen.config import Config, default_config
-from gdn2gen.device import known_device, named_device, slug_of
-from gdn2gen.dispatch import find_recipe
-from gdn2gen.plans import plan_named
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.render import template_digest
-from gdn2gen.tune import outcome
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.ledger import Ledger, read_ledger
-from gdn2gen.tune.outcome import Outcome
+from gdn2gen.base import outcome, paths
+from gdn2gen.base.device import known_device, named_device, slug_of
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.cli import program
+from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.plans import plan_named
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.store import sharing, tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.store.dispatch import find_recipe
+from gdn2gen.tune.records.ledger import Ledger, read_ledger
 from gdn2gen.tune.retest import retest, why_not_in_force
 
 H200 = named_device("H200")
 TOOLCHAIN = {"triton": "3.6.0", "torch": "2.11.0", "driver": "580"}
-METADATA = store.metadata_for(H200, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z")
+METADATA = tuned_files.metadata_for(H200, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z")
 
 
-def entry(tokens: int, ms: float, **knobs: Any) -> store.Entry:
+def entry(tokens: int, ms: float, **knobs: Any) -> tuned_files.Entry:
     problem = Problem()
     configs = {stage: default_config(stage, problem) for stage in plan_named("lean").stages}
     configs["scan"] = configs["scan"].replace(**knobs)
-    return store.Entry(
+    return tuned_files.Entry(
         problem_key=problem.key,
         regime_key=Regime(tokens, 4, 16).key,
         level="lean",
@@ -48,9 +49,9 @@ def entry(tokens: int, ms: float, **knobs: Any) -> store.Entry:
     )
 
 
-def write(path: Path, *entries: store.Entry, gpu: str = "NVIDIA H200") -> Path:
+def write(path: Path, *entries: tuned_files.Entry, gpu: str = "NVIDIA H200") -> Path:
     ordered = tuple(sorted(entries, key=lambda x: x.key))
-    store.write_tuned(path, store.TunedFile({**METADATA, "gpu": gpu}, ordered))
+    tuned_files.write_tuned(path, tuned_files.TunedFile({**METADATA, "gpu": gpu}, ordered))
     return path
 
 
@@ -61,35 +62,35 @@ def test_export_takes_what_calls_find(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sharing, "packaged_tuned_dir", lambda: packaged)
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: packaged)
     stale = replace(entry(4000, 1.0), templates={})
-    write(store.tuned_path(user, "gdn2", H200), entry(1000, 3.0), entry(2000, 1.0), stale)
+    write(tuned_files.tuned_path(user, "gdn2", H200), entry(1000, 3.0), entry(2000, 1.0), stale)
     others = [entry(1000, 2.0), entry(3000, 1.0), entry(4000, 2.0)]
-    write(store.tuned_path(packaged, "gdn2", H200), *others)
+    write(tuned_files.tuned_path(packaged, "gdn2", H200), *others)
     out = tmp_path / "all.json"
-    assert cli.main(["tuned", "export", "--device", "H200", "--to", str(out)]) == 0
+    assert program.main(["tuned", "export", "--device", "H200", "--to", str(out)]) == 0
     assert "4 entries" in capsys.readouterr().out
-    kept = store.load_tuned(out).entries
+    kept = tuned_files.load_tuned(out).entries
     times = {x.regime.tokens: x.measured["forward_backward_ms"] for x in kept}
     assert times == {1000: 3.0, 2000: 1.0, 3000: 1.0, 4000: 2.0}
     for tokens, folder in ((1000, user), (2000, user), (3000, packaged), (4000, packaged)):
         found = find_recipe(Problem(), Regime(tokens, 4, 16), H200)
         assert (found.source, Path(found.file).parents[1]) == ("exact", folder), tokens
-    assert cli.main(["tuned", "export", "--device", "H200"]) == 0
+    assert program.main(["tuned", "export", "--device", "H200"]) == 0
     assert json.loads(capsys.readouterr().out)["_metadata"]["gpu"] == "NVIDIA H200"
 
 
 def test_export_says_where_it_looked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
-    assert cli.main(["tuned", "export", "--device", "RTX 4090"]) == cli.EXIT_USAGE
+    assert program.main(["tuned", "export", "--device", "RTX 4090"]) == program.EXIT_USAGE
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_import_keeps_the_faster(tmp_path, capsys):
     source = write(tmp_path / "theirs.json", entry(1000, 2.0), entry(2000, 2.0))
-    own = write(store.tuned_path(tmp_path / "own", "gdn2", H200), entry(1000, 1.0))
-    assert cli.main(["tuned", "import", str(source), "--out", str(tmp_path / "own")]) == 0
+    own = write(tuned_files.tuned_path(tmp_path / "own", "gdn2", H200), entry(1000, 1.0))
+    assert program.main(["tuned", "import", str(source), "--out", str(tmp_path / "own")]) == 0
     said = capsys.readouterr().out
     assert "1 of 2 entries" in said and "GDN2GEN_TUNED_DIR" in said
-    times = [x.measured["forward_backward_ms"] for x in store.load_tuned(own).entries]
+    times = [x.measured["forward_backward_ms"] for x in tuned_files.load_tuned(own).entries]
     assert sorted(times) == [1.0, 2.0]
 
 
@@ -109,24 +110,24 @@ def test_a_gpu_that_no_table_lists_is_what_its_file_says(
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     metadata = {**METADATA, "gpu": gpu, "arch": arch, "sms": sms}
     source = tmp_path / "theirs.json"
-    store.write_tuned(source, store.TunedFile(metadata, (entry(65536, 1.0),)))
-    assert cli.main(["tuned", "import", str(source)]) == 0
+    tuned_files.write_tuned(source, tuned_files.TunedFile(metadata, (entry(65536, 1.0),)))
+    assert program.main(["tuned", "import", str(source)]) == 0
     for name in (gpu, slug_of(gpu)):
-        assert cli.main(["explain", "--device", name, "--shape", "4x16384x16"]) == 0
+        assert program.main(["explain", "--device", name, "--shape", "4x16384x16"]) == 0
         said = capsys.readouterr().out
         assert f"device    {gpu} ({arch}, {sms} SMs)" in said and "source    exact" in said
     out = tmp_path / "page.html"
-    assert cli.main(["report", "--device", gpu, "--out", str(out)]) == 0
+    assert program.main(["report", "--device", gpu, "--out", str(out)]) == 0
     assert gpu in out.read_text()
-    assert cli.main(["tuned", "export", "--device", gpu]) == 0
-    assert cli.main(["ledger", "--device", gpu]) == 0
-    assert cli.main(["explain", "--device", "H300"]) == cli.EXIT_USAGE
+    assert program.main(["tuned", "export", "--device", gpu]) == 0
+    assert program.main(["ledger", "--device", gpu]) == 0
+    assert program.main(["explain", "--device", "H300"]) == program.EXIT_USAGE
 
 
 def test_merge_says_what_is_stale(tmp_path, capsys):
     older = replace(entry(1000, 2.0), templates={})
     source = write(tmp_path / "a.json", older, entry(2000, 2.0))
-    assert cli.main(["tuned", "merge", str(source), "--to", str(tmp_path / "b.json")]) == 0
+    assert program.main(["tuned", "merge", str(source), "--to", str(tmp_path / "b.json")]) == 0
     assert "1 are of other templates" in capsys.readouterr().out
 
 
@@ -135,7 +136,10 @@ def test_a_file_that_cannot_be_read_changes_nothing(tmp_path, capsys, text):
     good = write(tmp_path / "good.json", entry(1000, 2.0))
     (tmp_path / "bad.json").write_text(text)
     files = [str(good), str(tmp_path / "bad.json")]
-    assert cli.main(["tuned", "merge", *files, "--to", str(tmp_path / "to.json")]) == cli.EXIT_USAGE
+    assert (
+        program.main(["tuned", "merge", *files, "--to", str(tmp_path / "to.json")])
+        == program.EXIT_USAGE
+    )
     assert "bad.json" in capsys.readouterr().err
     assert not (tmp_path / "to.json").exists()
 
@@ -144,15 +148,17 @@ def test_files_of_two_gpus_are_not_merged(tmp_path, capsys):
     files = [
         str(write(tmp_path / f"{gpu}.json", entry(1000, 2.0), gpu=gpu)) for gpu in ("one", "two")
     ]
-    assert cli.main(["tuned", "merge", *files, "--to", str(tmp_path / "to")]) == cli.EXIT_USAGE
+    assert (
+        program.main(["tuned", "merge", *files, "--to", str(tmp_path / "to")]) == program.EXIT_USAGE
+    )
     assert "one, two" in capsys.readouterr().err
 
 
 def test_diff(tmp_path, capsys):
     old = write(tmp_path / "old.json", entry(1000, 2.0), entry(2000, 1.0), entry(3000, 1.0))
     new = write(tmp_path / "new.json", entry(1000, 1.5, BV=32), entry(3000, 1.0), entry(4000, 1.0))
-    assert cli.main(["tuned", "diff", str(old), str(old)]) == 0
-    assert cli.main(["tuned", "diff", str(old), str(new)]) == 1
+    assert program.main(["tuned", "diff", str(old), str(old)]) == 0
+    assert program.main(["tuned", "diff", str(old), str(new)]) == 1
     found = {x.label.split("tokens=")[1].split()[0]: x for x in _diff(old, new)}
     assert {*found} == {"1000", "2000", "4000"}
     assert found["1000"].knobs == {"scan.BV": (64, 32)}
@@ -171,7 +177,7 @@ def _diff(old: Path, new: Path) -> list[sharing.Difference]:
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("gdn2gen.tune.study.toolchain", lambda: {**TOOLCHAIN, "python": "3.12"})
+    monkeypatch.setattr("gdn2gen.tune.run.toolchain", lambda: {**TOOLCHAIN, "python": "3.12"})
     path = tmp_path / "ledger/gdn2/nvidia-h200.jsonl"
     book = Ledger(path, H200.name, TOOLCHAIN)
     for number, reason in ((1, "resources: spills 900 bytes"), (2, "wrong result: dg is off")):
@@ -186,30 +192,30 @@ def refused(num_stages: int) -> Config:
 
 
 def test_ledger_lists_what_is_in_force(book, capsys):
-    assert cli.main(["ledger", "--device", "H200", "--json"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [x["config"]["num_stages"] for x in lines] == [1, 2]
     assert all(x["reproduce"].endswith(f"--retest {x['id']}") for x in lines)
     assert len({x["id"] for x in lines}) == 2
-    assert cli.main(["ledger", "--device", "H200", "--all", "--json"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--all", "--json"]) == 0
     gone = json.loads(capsys.readouterr().out.splitlines()[2])
     assert gone["not_in_force"] == "its templates changed"
 
 
 def test_ledger_filters(book, capsys):
-    assert cli.main(["ledger", "--device", "H200", "--reason", "spills"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--reason", "spills"]) == 0
     said = capsys.readouterr().out
     assert "grad_value" in said and "dg is off" not in said and "--retest" in said
-    assert cli.main(["ledger", "--device", "H200", "--stage", "scan"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--stage", "scan"]) == 0
     said = capsys.readouterr().out
     assert said == "no refusals of --stage scan in force (--all shows the rest)\n"
 
 
 def test_ledger_without_a_gpu_lists_all_there_are(book, capsys, monkeypatch):
-    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: False)
-    assert cli.main(["ledger"]) == 0
+    monkeypatch.setattr("gdn2gen.base.device.has_gpu", lambda: False)
+    assert program.main(["ledger"]) == 0
     assert "spills" in capsys.readouterr().out
-    assert cli.main(["ledger", "--retest"]) == cli.EXIT_USAGE
+    assert program.main(["ledger", "--retest"]) == program.EXIT_USAGE
     assert "no GPU" in capsys.readouterr().err
 
 

@@ -10,9 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdn2gen import device
-from gdn2gen.device import Device, has_gpu, known_device, named_device, present_device, toolchain
-from gdn2gen.errors import DeviceError
+from gdn2gen.base import device
+from gdn2gen.base.device import (
+    Device,
+    has_gpu,
+    known_device,
+    named_device,
+    present_device,
+    toolchain,
+)
+from gdn2gen.base.errors import DeviceError
 
 KIB = 1024
 
@@ -169,8 +176,8 @@ def test_driver_version_from_both_kinds_of_module(monkeypatch, tmp_path):
 
 def test_import_queries_no_gpu_and_imports_no_compiler():
     code = (
-        "import sys, gdn2gen.device, gdn2gen.store, gdn2gen.dispatch\n"
-        "gdn2gen.device.named_device('H200'); gdn2gen.device.toolchain()\n"
+        "import sys, gdn2gen.base.device, gdn2gen.store.tuned_files, gdn2gen.store.dispatch\n"
+        "gdn2gen.base.device.named_device('H200'); gdn2gen.base.device.toolchain()\n"
         "bad = {'triton', 'tilelang', 'optuna'} & set(sys.modules)\n"
         "assert not bad, bad\n"
         "import torch; assert not torch.cuda.is_initialized()\n"

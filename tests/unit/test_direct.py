@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gdn2gen.build import load
-from gdn2gen.config import default_config
-from gdn2gen.direct import DirectKernel, direct_launch
-from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.stages import STAGES
+from gdn2gen.codegen.build import load
+from gdn2gen.codegen.direct import DirectKernel, direct_launch
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.stages import STAGES
 
 X = torch.zeros(64)
 

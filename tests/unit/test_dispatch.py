@@ -11,22 +11,31 @@ import warnings
 import pytest
 import torch
 
-from gdn2gen import dispatch, paths, render
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import (
+from gdn2gen.base import paths
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import DispatchError, TunedFileWarning
+from gdn2gen.codegen import render
+from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import PLANS, plan_named
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.store import dispatch
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.dispatch import (
     Recipe,
     default_recipe,
     explain_recipe,
     find_recipe,
     forced_recipe,
 )
-from gdn2gen.errors import DispatchError, TunedFileWarning
-from gdn2gen.plans import PLANS, plan_named
-from gdn2gen.problem import HEAD_DIMS, Problem, Regime
-from gdn2gen.store import Entry, TunedFile, merge_entries, metadata_for, tuned_path, write_tuned
-from gdn2gen.validity import why_invalid
+from gdn2gen.store.tuned_files import (
+    Entry,
+    TunedFile,
+    merge_entries,
+    metadata_for,
+    tuned_path,
+    write_tuned,
+)
 
 H200 = named_device("H200")
 PROBLEM = Problem()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gdn2gen import cli
-from gdn2gen.device import named_device
-from gdn2gen.errors import FileError
-from gdn2gen.files import check_replaceable, locked, replace_file
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import FileError
+from gdn2gen.base.files import check_replaceable, locked, replace_file
+from gdn2gen.cli import program
 
 # In place of the root that tests may run as, who may write whatever its permissions.
 _NOBODY = 65534
@@ -119,7 +119,7 @@ def test_commands_write_with_the_umask(tmp_path: Path, capsys: pytest.CaptureFix
     made = {"report --device H200 --out": page, "tuned export --device H200 --to": exported}
     made["generate --head-dim 64 --target sm_90 --out"] = package
     for command, path in made.items():
-        assert cli.main([*command.split(), str(path)]) == 0
+        assert program.main([*command.split(), str(path)]) == 0
     capsys.readouterr()
     files = [page, exported, *package.iterdir()]
     assert {_mode(path) for path in files} == {0o640}
@@ -133,7 +133,7 @@ def test_commands_refuse_what_is_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert cli.main([*command.split(), str(tmp_path / "pipe")]) == 2
+    assert program.main([*command.split(), str(tmp_path / "pipe")]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'pipe'} is a FIFO" in said and "GDN2GEN_TUNED_DIR" not in said
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
@@ -160,7 +160,7 @@ def test_what_a_killed_process_left_goes_after_an_hour(tmp_path: Path) -> None:
     path = tmp_path / "file"
     program = f"""
 import os, signal
-from gdn2gen import files
+from gdn2gen.base import files
 files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 files.replace_file({str(path)!r}, "new")
 """
@@ -227,7 +227,7 @@ def test_another_user_who_may_read_a_lock_can_hold_it(tmp_path: Path) -> None:
     program = f"""
 import os
 from pathlib import Path
-from gdn2gen.files import locked
+from gdn2gen.base.files import locked
 os.setuid({_NOBODY})
 with locked(Path({str(lock)!r})):
     print("held")
@@ -259,9 +259,9 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     os.mkfifo("out")
     Path("docs/results").mkdir(parents=True)
     os.mkfifo("docs/results/nvidia-h200.json")
-    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: True)
-    monkeypatch.setattr("gdn2gen.device.present_device", lambda: named_device("H200"))
-    for work in ("bench.bench_shapes", "verify.verify", "sharing.on_file"):
+    monkeypatch.setattr("gdn2gen.base.device.has_gpu", lambda: True)
+    monkeypatch.setattr("gdn2gen.base.device.present_device", lambda: named_device("H200"))
+    for work in ("measure.rows.bench_shapes", "measure.suite.verify", "store.sharing.on_file"):
         monkeypatch.setattr(f"gdn2gen.{work}", never)
-    assert cli.main(command.split()) == 2
+    assert program.main(command.split()) == 2
     assert "is a FIFO" in capsys.readouterr().err

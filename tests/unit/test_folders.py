@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import build, folders, paths, programs
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import find_recipe
-from gdn2gen.errors import TunedFileWarning
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.render import Rendered, render
+from gdn2gen.base import folders, paths
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import TunedFileWarning
+from gdn2gen.codegen import build, programs
+from gdn2gen.codegen.render import Rendered, render
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import default_config
+from gdn2gen.store.dispatch import find_recipe
 
 PROBLEM = Problem()
 CACHES = ("GDN2GEN_CACHE_DIR", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR")
@@ -300,10 +301,10 @@ def test_a_folder_of_tuned_files_may_come_later(
 def test_a_kernel_compiles_without_a_home(tmp_path: Path) -> None:
     """As `tune` compiles, in a process of its own, whose Triton asks for its cache by itself."""
     program = """
-from gdn2gen.build import compile_ahead
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
+from gdn2gen.codegen.build import compile_ahead
+from gdn2gen.kernels.config import default_config
+from gdn2gen.base.device import named_device
+from gdn2gen.family.problem import Problem
 problem = Problem(K=32, V=32)
 config = default_config("sum_decay", problem)
 print(compile_ahead(problem, "sum_decay", config, named_device("sm_90")).registers)

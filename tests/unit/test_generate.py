@@ -17,23 +17,25 @@ from typing import Any
 import pytest
 import torch
 
-from gdn2gen import _generate_files, cli, device
-from gdn2gen._bench_accuracy import (
+from gdn2gen.base import device
+from gdn2gen.base.errors import FileError, InputError
+from gdn2gen.cli import program
+from gdn2gen.codegen.interpreter import mend_loops
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.measure.accuracy import (
     inputs_of,
     op_flags,
     output_gradients,
     relative_errors,
     run_reference,
 )
-from gdn2gen._interpreter import mend_loops
-from gdn2gen.config import default_config
-from gdn2gen.dispatch import Recipe, default_recipe
-from gdn2gen.errors import FileError, InputError
-from gdn2gen.generate import generate_package, package_source
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.shapes import Shape
+from gdn2gen.runtime import _package_files
+from gdn2gen.runtime.package import generate_package, package_source
+from gdn2gen.store.dispatch import Recipe, default_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Problem(K=32, V=32, dtype="fp32")
@@ -354,12 +356,12 @@ def test_edited_files_are_kept_without_force(tmp_path: Path, edit: str) -> None:
 
 def test_the_command_asks_for_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--head-dim", "64", "--target", "sm_90", "--out", str(tmp_path / "made")]
-    assert cli.main(command) == 0
+    assert program.main(command) == 0
     before = _bytes(tmp_path / "made")
     (tmp_path / "made/scan.py").write_text((tmp_path / "made/scan.py").read_text() + "# mine\n")
-    assert cli.main(command) == 2
+    assert program.main(command) == 2
     assert "(scan.py)" in capsys.readouterr().err
-    assert cli.main([*command, "--force"]) == 0
+    assert program.main([*command, "--force"]) == 0
     assert _bytes(tmp_path / "made") == before
 
 
@@ -367,11 +369,11 @@ def test_the_command_asks_for_force(tmp_path: Path, capsys: pytest.CaptureFixtur
 _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from gdn2gen import _generate_files
+from gdn2gen.runtime import _package_files
 
 texts, folder, at = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
 if sys.argv[4] == "False":
-    _generate_files._renamed_at_one_stroke = lambda *_: False
+    _package_files._renamed_at_one_stroke = lambda *_: False
 calls = 0
 
 def watch(owner, name):
@@ -386,9 +388,9 @@ def watch(owner, name):
 
 for owner, name in [(os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "open"),
                     (Path, "rename"), (Path, "mkdir"), (Path, "chmod"),
-                    (_generate_files, "_renamed_at_one_stroke")]:
+                    (_package_files, "_renamed_at_one_stroke")]:
     watch(owner, name)
-_generate_files.write_package(folder, texts)
+_package_files.write_package(folder, texts)
 """
 
 
@@ -437,14 +439,14 @@ def test_a_kill_between_two_renames_loses_nothing(
 
 
 def test_what_is_written_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, written = tmp_path / "made", _generate_files.replace_file
+    made, written = tmp_path / "made", _package_files.replace_file
     generate_package(PLAIN, made, default_recipe(PLAIN))
 
     def slow(path: Path, text: str) -> None:
         written(path, text)
         (made / "scan.py").write_text("mine")
 
-    monkeypatch.setattr(_generate_files, "replace_file", slow)
+    monkeypatch.setattr(_package_files, "replace_file", slow)
     with pytest.raises(FileError, match="written to while") as raised:
         generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
     (kept,) = [x for x in tmp_path.iterdir() if x.name.endswith(".kept")]
@@ -516,7 +518,7 @@ def test_a_package_mixed_from_two_is_refused_at_import(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """And not the hidden one beside it that is made first."""
     with pytest.raises(FileError, match=r"^/proc/package cannot be written .*into /proc;") as it:
-        _generate_files.write_package(Path("/proc/package"), {"__init__.py": ""})
+        _package_files.write_package(Path("/proc/package"), {"__init__.py": ""})
     assert ".new" not in str(it.value)
 
 
@@ -548,7 +550,7 @@ def test_the_command_writes_a_package_and_the_package_names_it(
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)
     given = "generate --head-dim 64,32 --dtype fp16 --no-l2norm --gate sigmoid --with varlen"
     given += " --shape 1x4096x8 --target sm_80 --level fast"
-    assert cli.main([*given.split(), "--out", str(tmp_path / "a")]) == 0
+    assert program.main([*given.split(), "--out", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "sum_decay.py" in shown
     assert "need torch and triton but not gdn2gen" in shown
@@ -556,6 +558,6 @@ def test_the_command_writes_a_package_and_the_package_names_it(
     (command,) = re.findall(r"made by\n    gdn2gen (generate (?:.*\\\n)*.*)", source)
     words = shlex.split(command.replace("\\\n", ""))
     again = [str(tmp_path / "b") if word == "DIR" else word for word in words]
-    assert cli.main(again) == 0
+    assert program.main(again) == 0
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()

@@ -12,14 +12,21 @@ import pytest
 from jinja2 import meta, nodes
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen.config import DOMAINS, Config, Knob, default_config
-from gdn2gen.dispatch import default_recipe
-from gdn2gen.files import replace_file
-from gdn2gen.generate import package_source
-from gdn2gen.paths import templates_dir
-from gdn2gen.problem import Problem
-from gdn2gen.render import LANGUAGES, TABLES_TEMPLATE, context, render, render_tables, template_name
-from gdn2gen.stages import STAGES
+from gdn2gen.base.files import replace_file
+from gdn2gen.base.paths import templates_dir
+from gdn2gen.codegen.render import (
+    LANGUAGES,
+    TABLES_TEMPLATE,
+    context,
+    render,
+    render_tables,
+    template_name,
+)
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import DOMAINS, Config, Knob, default_config
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime.package import package_source
+from gdn2gen.store.dispatch import default_recipe
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 _PACKED: Final = Problem(

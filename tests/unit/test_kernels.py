@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
 
-from gdn2gen._verify_checks import Result
-from gdn2gen.inputs import REGIMES
-from gdn2gen.plans import PLANS
-from gdn2gen.stages import STAGES
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.worker import Worker
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.worker import Worker
+from gdn2gen.family.inputs import REGIMES
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure.checks import Result
 
 HERE = Path(__file__).resolve().parent
 

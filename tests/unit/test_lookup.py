@@ -23,17 +23,20 @@ from recorded_launches import (
 from torch import Tensor
 
 import gdn2gen
-from gdn2gen import _lookup, call, chunk_gdn2, dispatch, launch, render
-from gdn2gen._kernels import NAMES, request_of
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import Recipe, default_recipe, forced_recipe
-from gdn2gen.errors import DispatchError, InputError, UnsupportedError
-from gdn2gen.layout import Layout
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.store import Entry, TunedFile, metadata_for, tuned_path, write_tuned
+from gdn2gen import chunk_gdn2
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import DispatchError, InputError, UnsupportedError
+from gdn2gen.codegen import render
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.runtime import call, lookup, runner
+from gdn2gen.runtime._kernels import NAMES, request_of
+from gdn2gen.runtime.layout import Layout
+from gdn2gen.store import dispatch
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.dispatch import Recipe, default_recipe, forced_recipe
+from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
 SM_90 = named_device("sm_90")
 
@@ -88,9 +91,9 @@ def test_a_call_after_another_is_launched_like_a_first_one(name: str, launched: 
 
 def test_calls_of_the_same_sizes_share_what_was_looked_up(launched: Launched) -> None:
     chunk_gdn2(**make(), **FLAGS)
-    before = [x.cache_info().misses for x in (_lookup.known_request, launch._sized)]
+    before = [x.cache_info().misses for x in (lookup.known_request, runner._sized)]
     chunk_gdn2(**make(), **FLAGS)
-    assert [x.cache_info().misses for x in (_lookup.known_request, launch._sized)] == before
+    assert [x.cache_info().misses for x in (lookup.known_request, runner._sized)] == before
 
 
 def test_a_bound_that_is_an_integer_is_a_float_in_the_kernels(launched: Launched) -> None:
@@ -107,7 +110,7 @@ def test_devices_are_told_apart(launched: Launched) -> None:
     x = inputs["q"]
     rest = (x.dtype, x.dtype, False, False, False, None, 1.0, None, *[False] * 4)
     requests = [
-        _lookup.known_request(
+        lookup.known_request(
             *(x.shape, x.shape, x.shape), *rest[:2], torch.device("cuda", index), *rest[2:]
         )
         for index in (0, 1, 0)
@@ -258,12 +261,12 @@ def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> Non
     inputs = make(B=2, T=1100)
     with forced_recipe(recipe):
         train(**inputs, **FLAGS)
-        runner = launch.Runner(recipe)
+        loaded = runner.Runner(recipe)
         tensors = tuple(inputs.get(name) for name in NAMES[:-1])
         given = request_of(tensors, None, (1.0, None, True, False, False, False)).call
-    sizes = given.sizes(problem, runner.BT, recipe.saved_segments)
+    sizes = given.sizes(problem, loaded.BT, recipe.saved_segments)
     made = {name: x for _, _, operands, _ in launched for name, x in operands.items()}
-    layout = Layout.of(runner.saved, problem, sizes)
+    layout = Layout.of(loaded.saved, problem, sizes)
     said = layout.split(torch.empty(layout.nbytes, dtype=torch.uint8))
     assert {*recipe.plan.saves} <= {*said}
     for name, x in said.items():
@@ -308,7 +311,7 @@ def test_without_a_gradient_no_states_are_kept(launched, monkeypatch) -> None:
             raise DispatchError("strict")
         return replace(recipe, source=tuned[level])
 
-    monkeypatch.setattr(_lookup, "find_recipe", find)
+    monkeypatch.setattr(lookup, "find_recipe", find)
     inputs = make() | {"disable_recompute": True}
     assert scan_launch(launched, **inputs)[0] == "scan"
     train(**inputs, **FLAGS)

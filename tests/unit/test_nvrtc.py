@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from gdn2gen import nvrtc
-from gdn2gen.errors import BuildError
-from gdn2gen.nvrtc import Nvrtc, find_nvrtc
+from gdn2gen.base.errors import BuildError
+from gdn2gen.codegen import nvrtc
+from gdn2gen.codegen.nvrtc import Nvrtc, find_nvrtc
 
 CU13 = ("cu13/lib/libnvrtc.so.13", "cu13/include/cuda_fp16.h")
 CU12 = ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include/cuda_fp16.h")
@@ -134,10 +134,10 @@ def watch(event, arguments):
     assert event != "subprocess.Popen" or "nvcc" not in os.path.basename(str(arguments[0]))
 sys.addaudithook(watch)
 from tilelang_configs import tilelang_by_chunk
-from gdn2gen.build import compile_ahead
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
+from gdn2gen.codegen.build import compile_ahead
+from gdn2gen.kernels.config import default_config
+from gdn2gen.base.device import named_device
+from gdn2gen.family.problem import Problem
 stage, problem = sys.argv[1], Problem()
 scan = default_config("scan", problem).replace(language="tilelang")
 config = scan if stage == "scan" else tilelang_by_chunk(stage, problem)

@@ -10,21 +10,22 @@ from typing import Any
 import pytest
 from odd_files import H200, document, entry, put
 
-from gdn2gen import cli, device
-from gdn2gen._store_format import entry_to
-from gdn2gen.config import default_config
-from gdn2gen.plans import plan_named
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.render import template_digest
-from gdn2gen.tune.ledger import Ledger
-from gdn2gen.tune.study import open_ledger
+from gdn2gen.base import device
+from gdn2gen.cli import program
+from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.plans import plan_named
+from gdn2gen.store.format import entry_to
+from gdn2gen.tune.records.ledger import Ledger
+from gdn2gen.tune.run import open_ledger
 
 
 @pytest.fixture(autouse=True)
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("gdn2gen.store.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
 
 
 ODD_METADATA: list[dict[str, Any]] = [
@@ -40,7 +41,7 @@ ODD_METADATA: list[dict[str, Any]] = [
 @pytest.mark.parametrize("metadata", ODD_METADATA, ids=str)
 def test_report_of_odd_metadata(metadata: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     put(tmp_path / "cache/tuned", document(entry(), **metadata))
-    assert cli.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
+    assert program.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
     assert "1.441" in capsys.readouterr().out
     assert "1.441" in (tmp_path / "x.html").read_text()
 
@@ -59,7 +60,7 @@ def test_report_of_odd_figures_names_them(
 ) -> None:
     put(tmp_path / "cache/tuned", document(entry(**changes)))
     with pytest.warns(UserWarning, match=re.escape(named)):
-        assert cli.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
+        assert program.main(["report", "--device", "H200", "--out", str(tmp_path / "x.html")]) == 0
     assert "1.441" in capsys.readouterr().out
 
 
@@ -69,13 +70,13 @@ def test_sizes_beyond_a_float_are_no_entry(name: str, size: int, tmp_path: Path)
     regime = Regime(16384, 4, 16).key | {name: size}
     put(tmp_path / "cache/tuned", document(entry(regime_key=regime)))
     with pytest.warns(UserWarning, match=rf"regime\.{name} must be"):
-        assert cli.main(["explain", "--device", "H200"]) == 0
+        assert program.main(["explain", "--device", "H200"]) == 0
 
 
 def test_processors_beyond_a_float_are_no_gpu(tmp_path: Path) -> None:
     put(tmp_path / "cache/tuned", document(entry(), sms=10**400))
     with pytest.warns(UserWarning, match=r"_metadata\.sms must be"):
-        assert cli.main(["explain", "--device", "H100 PCIe"]) == 0
+        assert program.main(["explain", "--device", "H100 PCIe"]) == 0
 
 
 @pytest.mark.parametrize("level", [[], {}, None, 5, "\ud800"], ids=str)
@@ -88,14 +89,14 @@ def test_an_entry_of_an_odd_level_is_named_and_kept(
     other.write_text(document(entry(2000)))
     out = str(tmp_path / "x.html")
     with pytest.warns(UserWarning, match="level must be one of"):
-        assert cli.main(["report", "--device", "H200", "--out", out]) == 0
-        assert cli.main(["tuned", "import", str(other)]) == 0
-        assert cli.main(["tuned", "diff", str(other), str(path)]) == 1
-        assert cli.main(["explain", "--device", "H200"]) == 0
+        assert program.main(["report", "--device", "H200", "--out", out]) == 0
+        assert program.main(["tuned", "import", str(other)]) == 0
+        assert program.main(["tuned", "diff", str(other), str(path)]) == 1
+        assert program.main(["explain", "--device", "H200"]) == 0
     assert odd in json.loads(path.read_text())["entries"], "a merge loses nothing"
     assert "cannot read differ" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="level must be one of"):
-        assert cli.main(["tuned", "diff", str(other), str(path), "--json"]) == 1
+        assert program.main(["tuned", "diff", str(other), str(path), "--json"]) == 1
     said = capsys.readouterr()
     assert "cannot read differ" in said.err
     assert [json.loads(line)["old"] for line in said.out.splitlines()] == [None]
@@ -118,10 +119,10 @@ def test_ledger_of_odd_lines(line: str, tmp_path: Path, capsys: Any) -> None:
     with book.path.open("a") as file:
         file.write(line + "\n")
     if line.startswith('{"cleared"'):
-        assert cli.main(["ledger", "--device", "H200"]) == 0
+        assert program.main(["ledger", "--device", "H200"]) == 0
     else:
         with pytest.warns(UserWarning, match="line 2 of the ledger"):
-            assert cli.main(["ledger", "--device", "H200", "--all"]) == 0
+            assert program.main(["ledger", "--device", "H200", "--all"]) == 0
     assert "a reason" in capsys.readouterr().out
     assert len(Ledger(book.path, H200.name, book.toolchain)._reasons) == 1
 
@@ -135,7 +136,7 @@ def test_a_refusal_of_an_odd_problem_or_config_is_listed(capsys: Any) -> None:
     ]
     book.path.parent.mkdir(parents=True)
     book.path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert cli.main(["ledger", "--device", "H200", "--all"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--all"]) == 0
     assert "2 stages" in capsys.readouterr().out.replace("1 stages", "2 stages")
 
 
@@ -161,7 +162,7 @@ def test_odd_rows_of_results_are_named(odd: Any, tmp_path: Path, capsys: Any) ->
     path = results(tmp_path, odd, row())
     words = ["report", "--device", "H200", "--results", str(path), "--out", str(tmp_path / "x")]
     with pytest.warns(UserWarning, match="row 0 of the results"):
-        assert cli.main(words) == 0
+        assert program.main(words) == 0
     assert "4.16x" in capsys.readouterr().out
 
 
@@ -180,7 +181,7 @@ def test_results_of_another_gpu_are_refused(
     put(tmp_path / "cache/tuned", document(entry()))
     path = results(tmp_path, row(), **changes)
     words = ["report", "--device", "H200", "--results", str(path), "--out", str(tmp_path / "x")]
-    assert cli.main(words) == cli.EXIT_USAGE
+    assert program.main(words) == program.EXIT_USAGE
     assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -189,11 +190,11 @@ def test_flas_time_at_another_level_is_labelled(tmp_path: Path, capsys: Any) -> 
     put(tmp_path / "cache/tuned", document(entry(level="fast", plan="fast", configs=_fast())))
     out = tmp_path / "x.html"
     words = ["report", "--device", "H200", "--results", str(results(tmp_path, row()))]
-    assert cli.main([*words, "--out", str(out)]) == 0
+    assert program.main([*words, "--out", str(out)]) == 0
     assert "4.16x (lean)" in capsys.readouterr().out
     assert "4.16x (lean)" in out.read_text() and "6.000 (lean)" in out.read_text()
     results(tmp_path, row(), row(level="fast", ms=5.0))
-    assert cli.main([*words, "--out", str(out)]) == 0
+    assert program.main([*words, "--out", str(out)]) == 0
     assert "3.47x" in (said := capsys.readouterr().out) and "(lean)" not in said
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn2gen._operands import ALIGNMENT, readable
+from gdn2gen.runtime._operands import ALIGNMENT, readable
 
 VIEWS: dict[str, Callable[[], Tensor]] = {
     "an odd offset": lambda: torch.arange(9.0)[1:],

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 import gdn2gen
-from gdn2gen import _autograd, ops, reference
-from gdn2gen.arguments import FLAGS
-from gdn2gen.errors import Gdn2genError, InputError, UnsupportedError
-from gdn2gen.inputs import make_inputs
-from gdn2gen.plans import PLANS
+from gdn2gen.base.errors import Gdn2genError, InputError, UnsupportedError
+from gdn2gen.family import reference
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.ops import chunk
+from gdn2gen.runtime import autograd
+from gdn2gen.runtime.arguments import FLAGS
 
 HERE = Path(__file__).resolve().parent
 B, T, H, HV, K, V = 2, 20, 2, 4, 32, 64
@@ -198,8 +200,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         raise AssertionError("bad input went through")
 
     chosen: str = request.param
-    monkeypatch.setattr(ops, "interpreted", lambda: chosen == "kernels")
-    monkeypatch.setattr(_autograd, "run", reached)
+    monkeypatch.setattr(chunk, "interpreted", lambda: chosen == "kernels")
+    monkeypatch.setattr(autograd, "run", reached)
     return chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,102 +17,79 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "gdn2gen"
 
-# From the ground up: a room imports only from rooms above its own line. A room is a module with
-# its private neighbours, or a folder.
-ROOMS = (
-    ("errors",),
-    ("knobs",),
-    ("folders",),
-    ("nvrtc",),
-    ("paths",),
-    ("files",),
-    ("terminal",),
-    ("problem",),
-    ("shapes",),
-    ("device",),
-    ("inputs",),
-    ("reference", "_reference_chunk"),
-    ("tolerances",),
-    ("stages",),
-    ("floor",),
-    ("plans",),
-    ("anchors",),
-    ("config",),
-    ("validity",),
-    ("render",),
-    ("build", "_interpreter"),
-    ("direct", "programs"),
-    ("ahead",),
-    ("store", "_store_claims", "_store_format", "_store_lookup"),
-    ("dispatch", "_dispatch_words"),
-    ("sharing",),
-    ("sequences",),
-    ("arguments",),
-    ("call",),
-    ("passes",),
-    ("layout",),
-    ("launch",),
-    ("ops", "_autograd", "_kernels", "_lookup", "_operands", "_torch_ops"),
-    ("generate", "_generate_files"),
-    ("bench", "_bench_accuracy", "_bench_results", "_bench_rows", "_bench_sides", "_bench_time"),
-    ("_verify_cases", "_verify_checks"),
-    ("tune",),
-    ("verify",),
-    (
-        "cli",
-        "_cli_inspect",
-        "_cli_ledger",
-        "_cli_measure",
-        "_cli_options",
-        "_cli_report",
-        "_cli_tune",
-        "_cli_tuned",
-    ),
-    ("__main__",),
-)
-ORDER = {name: line for line, room in enumerate(ROOMS) for name in room}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# From the ground up: a folder imports from itself and from those before it. Inside tune the parts
+# have their own order; the modules beside them stand where they are named.
+FOLDERS = (
+    "base", "family", "kernels", "codegen", "store", "runtime", "ops", "measure", "tune", "cli",
+)  # fmt: skip
+TUNE = (
+    "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
+)  # fmt: skip
+ORDER = {name: i for i, name in enumerate(FOLDERS)}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
-def _imports(node: ast.AST) -> Iterator[str]:
-    """Names of gdn2gen's modules that the code imports when it runs, in functions too."""
+def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Module, and a name out of it or "", of what is imported from gdn2gen, in functions too."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"line {node.lineno}: imports here are absolute"
-        if node.module == "gdn2gen":
-            yield from (alias.name for alias in node.names)
-        elif node.module and node.module.startswith("gdn2gen."):
-            yield node.module.split(".")[1]
+        if node.module and node.module.split(".")[0] == "gdn2gen":
+            yield from ((node.module, alias.name) for alias in node.names)
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
-        yield from (name.split(".")[1] for name in names if name.startswith("gdn2gen."))
+        yield from ((name, "") for name in names if name.startswith("gdn2gen."))
     for child in ast.iter_child_nodes(node):
         yield from _imports(child)
 
 
+def _imported(path: Path) -> list[tuple[str, ...]]:
+    """Parts of the dotted names of what a file imports from gdn2gen's folders."""
+    found = [(*module.split("."), name) for module, name in _imports(ast.parse(path.read_text()))]
+    return [tuple(filter(None, parts[1:])) for parts in found if parts[1:2] != ("__version__",)]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_upwards_only(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in ORDER, f"give {room} its place in ROOMS"
-    for name in _imports(ast.parse(path.read_text())):
-        if name == "__version__":
-            continue
-        assert name in ORDER, f"{path.name} imports {name}, which has no place in ROOMS"
-        assert ORDER[name] <= ORDER[room], f"{path.name} imports {name}, which lies below it"
+def test_imports_run_one_way(path: Path) -> None:
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    for there in _imported(path):
+        assert ORDER[there[0]] <= ORDER[here[0]], f"{'.'.join(there)} lies above {here[0]}"
+        if there[0] == here[0] == "tune" and here[1] != "__init__" and there[1] in TUNE:
+            assert TUNE.index(there[1]) <= TUNE.index(here[1]), f"{there[1]} lies above {here[1]}"
 
 
-def test_architecture_names_the_rooms_in_their_order() -> None:
-    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} == {*ORDER}
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_private_stays_in_its_folder(path: Path) -> None:
+    folder = path.relative_to(PACKAGE).parent.parts
+    for there in _imported(path):
+        private = [i for i, name in enumerate(there) if name.startswith("_")]
+        for i in private:
+            assert there[:i] == folder or there[: len(folder)] == folder, ".".join(there)
+
+
+def test_every_folder_says_what_it_holds() -> None:
+    folders = {path.parent for path in MODULES}
+    assert {path.relative_to(PACKAGE).parts[0] for path in folders} == {*FOLDERS}
+    for folder in folders:
+        face = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        named = set(re.findall(r"^ *(\w+) {2,}\S", face, flags=re.M))
+        public = {
+            path.stem for path in (*folder.glob("[a-z]*.py"), *folder.glob("[a-z]*/"))
+            if (path.suffix or (path / "__init__.py").exists())
+        }  # fmt: skip
+        assert named == public, f"the docstring of {folder.name} and what lies in it differ"
+
+
+def test_architecture_names_the_folders_in_their_order() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
-    table = text.partition("| room |")[2].partition("\n\n")[0]
-    named = [name for row in table.splitlines()[2:] for name in row.split("|")[1].split("`")[1::2]]
-    assert named == [name for room in ROOMS for name in room if not name.startswith("_")]
+    table = text.partition("| folder |")[2].partition("\n\n")[0]
+    named = [row.split("|")[1].strip(" `") for row in table.splitlines()[2:]]
+    assert named == [*FOLDERS]
 
 
 def test_ops_never_reach_the_tuner() -> None:
-    assert ORDER["ops"] < ORDER["tune"]
-    assert ORDER["dispatch"] < ORDER["tune"]
+    assert max(ORDER["ops"], ORDER["store"]) < ORDER["tune"]
 
 
 def _python(program: str) -> str:
@@ -141,7 +119,9 @@ print(seconds)
 def test_tests_see_nothing_of_the_users(tmp_path: Path) -> None:
     """Neither settings, nor what was tuned; and they leave nothing in the user's cache."""
     probe = tmp_path / "test_probe.py"
-    probe.write_text("from gdn2gen import paths\ndef test_it(): print(paths.user_tuned_dir())\n")
+    probe.write_text(
+        "from gdn2gen.base import paths\ndef test_it(): print(paths.user_tuned_dir())\n"
+    )
     mine = tmp_path / "mine"
     environment = os.environ | {"GDN2GEN_TUNED_DIR": str(mine), "GDN2GEN_CACHE_DIR": str(mine)}
     command = [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", str(probe)]
@@ -177,8 +157,9 @@ def test_wheel_holds_templates_and_tuned_files(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(site)!r})
-from gdn2gen import __version__, paths
-from gdn2gen.render import stage_digest
+from gdn2gen import __version__
+from gdn2gen.base import paths
+from gdn2gen.codegen.render import stage_digest
 assert str(paths.templates_dir()).startswith({str(site)!r}), paths.templates_dir()
 assert str(paths.packaged_tuned_dir()).startswith({str(site)!r}), paths.packaged_tuned_dir()
 print(__version__, stage_digest("scan"))
@@ -187,7 +168,7 @@ print(__version__, stage_digest("scan"))
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     from gdn2gen import __version__
-    from gdn2gen.render import stage_digest
+    from gdn2gen.codegen.render import stage_digest
 
     assert done.stdout.split() == [__version__, stage_digest("scan")]
     assert wheel.name.startswith(f"gdn2gen-{__version__}-")
@@ -199,6 +180,6 @@ def test_project_says_what_it_needs() -> None:
     languages = ("torch>=2.11", "triton>=3.6", "tilelang>=", "nvidia-cuda-cccl")
     for package in (*languages, "optuna", "jinja2", "rich"):
         assert package in needed
-    assert project["scripts"] == {"gdn2gen": "gdn2gen.cli:main"}
+    assert project["scripts"] == {"gdn2gen": "gdn2gen.cli.program:main"}
     assert project["requires-python"] == ">=3.11"
     assert {"pytest>=8.0", "pytest-xdist>=3.6"} <= {*project["optional-dependencies"]["test"]}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gdn2gen
-from gdn2gen.errors import InputError
-from gdn2gen.inputs import make_inputs
-from gdn2gen.sequences import check_cu_seqlens
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.runtime.sequences import check_cu_seqlens
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tilelang_configs import tilelang_by_chunk
 
-from gdn2gen import passes
-from gdn2gen.config import Config, default_config, language_of
-from gdn2gen.passes import Buffer
-from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.stages import STAGES
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime import passes
+from gdn2gen.runtime.passes import Buffer
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 0, 3), (0,), (1, 0, 4, 2), (3, 1, 1)])

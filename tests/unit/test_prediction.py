@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from script_module import load_script
 
-from gdn2gen.config import default_config
-from gdn2gen.problem import Problem
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import default_config
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import cli
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.stages import STAGES
-from gdn2gen.store import is_stale, load_tuned, write_tuned
+from gdn2gen.cli import program
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -75,7 +75,7 @@ def test_ci_also_runs_what_pip_resolves() -> None:
     assert "torch==" not in resolved and "|| true" not in script
     command = re.findall(r"^gdn2gen quick .*$", resolved, flags=re.M)
     assert len(command) == 1
-    cli.build_parser().parse_args(shlex.split(command[0])[1:])
+    program.build_parser().parse_args(shlex.split(command[0])[1:])
 
 
 def test_commands_of_the_readme_are_understood() -> None:
@@ -83,7 +83,7 @@ def test_commands_of_the_readme_are_understood() -> None:
     commands = [line for line in lines if line.startswith("gdn2gen ")]
     assert len(commands) >= 5
     for line in commands:
-        cli.build_parser().parse_args(shlex.split(line, comments=True)[1:])
+        program.build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_python_of_the_readme_is_the_public_api() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn2gen.errors import InputError
-from gdn2gen.inputs import REGIMES, make_inputs
-from gdn2gen.reference import activate_gate, chunk_gdn2, l2norm, recurrent_gdn2
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.inputs import REGIMES, make_inputs
+from gdn2gen.family.reference import activate_gate, chunk_gdn2, l2norm, recurrent_gdn2
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 FORMS = pytest.mark.parametrize("form", [recurrent_gdn2, chunk_gdn2])

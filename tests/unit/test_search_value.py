@@ -11,16 +11,17 @@ from xml.etree import ElementTree
 import pytest
 from script_module import load_script
 
-from gdn2gen.bench import Timing
-from gdn2gen.build import Resources
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import outcome, space
-from gdn2gen.tune.backend import measure_config
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.outcome import Outcome
+from gdn2gen.base import outcome
+from gdn2gen.base.device import named_device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune import space
+from gdn2gen.tune.gpu.backend import measure_config
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,18 @@ import warnings
 
 import pytest
 
-from gdn2gen import _store_format, cli, render, store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.config import LATER_KNOBS, default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import find_recipe
-from gdn2gen.errors import StoreError, TunedFileWarning
-from gdn2gen.paths import packaged_tuned_dir
-from gdn2gen.plans import plan_named
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.store import (
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import StoreError, TunedFileWarning
+from gdn2gen.base.paths import packaged_tuned_dir
+from gdn2gen.cli import program
+from gdn2gen.codegen import render
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.config import LATER_KNOBS, default_config
+from gdn2gen.kernels.plans import plan_named
+from gdn2gen.store import format, tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.dispatch import find_recipe
+from gdn2gen.store.tuned_files import (
     Entry,
     TunedFile,
     is_stale,
@@ -73,7 +75,7 @@ def test_round_trip(tmp_path):
     path = tmp_path / "gdn2" / "nvidia-h200.json"
     file = TunedFile(METADATA, (make_entry(1024), make_entry(2048, plan="fast", level="fast")))
     write_tuned(path, file)
-    assert path == store.tuned_path(tmp_path, "gdn2", DEVICE)
+    assert path == tuned_files.tuned_path(tmp_path, "gdn2", DEVICE)
     assert read_tuned(path, DEVICE) == file
     assert list(path.parent.iterdir()) == [path]
 
@@ -435,21 +437,21 @@ def test_what_cannot_be_true_is_refused_wherever_it_comes_in(tmp_path, monkeypat
     for write in (
         lambda: merge_entries(path, metadata, [lying]),
         lambda: write_tuned(path, TunedFile(metadata, (lying,))),
-        lambda: store.amend_entries(path, [(good, lying)]),
+        lambda: tuned_files.amend_entries(path, [(good, lying)]),
     ):
         with pytest.raises(StoreError) as raised:
             write()
         assert words in str(raised.value)
         assert path.read_bytes() == before
     theirs = tmp_path / "theirs.json"
-    theirs.write_text(_store_format.format_file(TunedFile(metadata, (lying,))))
+    theirs.write_text(format.format_file(TunedFile(metadata, (lying,))))
     with pytest.warns(TunedFileWarning) as warned:
-        assert cli.main(["tuned", "merge", str(theirs), "--to", str(path)]) == 0
+        assert program.main(["tuned", "merge", str(theirs), "--to", str(path)]) == 0
     assert words in str(warned[0].message) and "entry 0 of the tuned file" in str(warned[0].message)
     assert path.read_bytes() == before
     theirs.rename(path)  # by hand
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
-    monkeypatch.setattr("gdn2gen.paths.packaged_tuned_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("gdn2gen.base.paths.packaged_tuned_dir", lambda: tmp_path / "none")
     with pytest.warns(TunedFileWarning) as warned:
         recipe = find_recipe(Problem(), lying.regime, device)
     assert words in str(warned[0].message)
@@ -476,7 +478,7 @@ def test_what_is_packaged_is_believed():
     paths = sorted(packaged_tuned_dir().rglob("*.json"))
     assert paths
     for path in paths:
-        file = store.load_tuned(path)
+        file = tuned_files.load_tuned(path)
         assert file.entries and not file.unread
 
 
@@ -507,7 +509,7 @@ def test_what_needs_triton_alone_stays_beside_what_is_faster(
     for entry in pair[::order]:
         merge_entries(path, METADATA, [entry])
     assert read_tuned(path).entries == tuple(pair[x] for x in kept)
-    second = store.seconds_of_pairs(pair[x] for x in kept)
+    second = tuned_files.seconds_of_pairs(pair[x] for x in kept)
     assert second == ({alone.key} if len(kept) == 2 else set())
     merge_entries(path, METADATA, [make_entry(ms=1.75)])
     times = [x.measured["forward_backward_ms"] for x in read_tuned(path).entries]
@@ -519,7 +521,7 @@ def test_is_stale(monkeypatch):
     assert not is_stale(entry)
     assert is_stale(make_entry(templates={}))
     monkeypatch.setattr(render, "template_digest", lambda config: config.stage.replace("scan", "x"))
-    assert store.stale_stages(entry) == list(plan_named("lean").stages)
+    assert tuned_files.stale_stages(entry) == list(plan_named("lean").stages)
 
     def missing(config):
         raise FileNotFoundError(config.stage)

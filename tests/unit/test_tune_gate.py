@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gdn2gen import ops, reference
-from gdn2gen._bench_time import call_of
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
-from gdn2gen.tune import gate
-from gdn2gen.tune.candidate import Candidate
+from gdn2gen.family import reference
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure import gate
+from gdn2gen.measure.timing import call_of
+from gdn2gen.ops import chunk
+from gdn2gen.store.candidate import Candidate
 
 PROBLEM = Problem(K=32, V=64, dtype="fp32")
 SHAPES = (Shape("ragged", 1, 41, 2), Shape("even", 2, 32, 1))
@@ -34,12 +35,12 @@ def replace_op(monkeypatch, change):
         o, state = right(*args, **kwargs)
         return change(o), state
 
-    monkeypatch.setattr(ops, "chunk_gdn2", changed)
+    monkeypatch.setattr(chunk, "chunk_gdn2", changed)
 
 
 @pytest.fixture(autouse=True)
 def op(monkeypatch):
-    monkeypatch.setattr(ops, "chunk_gdn2", right)
+    monkeypatch.setattr(chunk, "chunk_gdn2", right)
 
 
 def test_the_reference_passes_with_every_output_named():

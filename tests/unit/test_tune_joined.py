@@ -18,16 +18,16 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from gdn2gen import store
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
+from gdn2gen.base.device import named_device
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.store import tuned_files
 from gdn2gen.tune import space
-from gdn2gen.tune import storage as tune_storage
-from gdn2gen.tune import trials as tune_trials
-from gdn2gen.tune.storage import open_storage
-from gdn2gen.tune.study import open_ledger
-from gdn2gen.tune.trials import StageTrials
+from gdn2gen.tune.records import storage as tune_storage
+from gdn2gen.tune.records.storage import open_storage
+from gdn2gen.tune.run import open_ledger
+from gdn2gen.tune.search import trials as tune_trials
+from gdn2gen.tune.search.trials import StageTrials
 
 HERE = Path(__file__).resolve().parent
 DEVICE = named_device("H200")
@@ -129,7 +129,7 @@ def test_a_study_behind_optunas_proxy(journal: str, monkeypatch: pytest.MonkeyPa
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     program = (
-        "import optuna; from gdn2gen.tune.storage import open_storage; "
+        "import optuna; from gdn2gen.tune.records.storage import open_storage; "
         f"optuna.storages.run_grpc_proxy_server(open_storage({journal!r}), port={port})"
     )
     server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parents[1])
@@ -191,12 +191,12 @@ def test_processes_join_one_study_and_survive_a_kill(
     # what one has timed the other does not time again, but for what both were at just then
     both = set(timed[0]) & set(timed[1])
     assert len(both) <= max(3, 0.2 * len(set(timed[0]) | set(timed[1])))
-    file = store.load_tuned(store.tuned_path(tmp_path / "tuned", "gdn2", DEVICE))
+    file = tuned_files.load_tuned(tuned_files.tuned_path(tmp_path / "tuned", "gdn2", DEVICE))
     assert file is not None
     for entry in file.entries:
-        assert entry.provenance == "measured" and not store.is_stale(entry)
+        assert entry.provenance == "measured" and not tuned_files.is_stale(entry)
     # one, and if it needs TileLang the best that does not beside it
-    assert len(file.entries) == 1 + len(store.seconds_of_pairs(file.entries))
+    assert len(file.entries) == 1 + len(tuned_files.seconds_of_pairs(file.entries))
     # the next run takes over what the killed one was at, and knows all that the others found
     done = len(trials(storage, TrialState.COMPLETE))
     left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)} - {None}

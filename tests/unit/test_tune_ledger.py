@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gdn2gen.config import default_config
-from gdn2gen.problem import Problem
-from gdn2gen.tune.ledger import Ledger, read_ledger
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import default_config
+from gdn2gen.tune.records.ledger import Ledger, read_ledger
 
 PROBLEM = Problem()
 CONFIG = default_config("scan", PROBLEM)

@@ -7,22 +7,24 @@ from concurrent.futures import Future
 
 import pytest
 
-from gdn2gen import cli, store
-from gdn2gen.build import Resources
-from gdn2gen.config import Config, default_config
-from gdn2gen.device import named_device
-from gdn2gen.errors import TuneError
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
-from gdn2gen.stages import STAGES
-from gdn2gen.terminal import console
-from gdn2gen.tune import outcome, tune_without_gpu
-from gdn2gen.tune.findings import Findings, findings_path
-from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.ledger import PIPELINE, read_ledger
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.progress import Progress
-from gdn2gen.tune.study import open_ledger
+from gdn2gen.base import outcome
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import TuneError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.terminal import console
+from gdn2gen.cli import program
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.store import tuned_files
+from gdn2gen.tune import tune_without_gpu
+from gdn2gen.tune.offline.findings import Findings, findings_path
+from gdn2gen.tune.records.ledger import PIPELINE, read_ledger
+from gdn2gen.tune.run import open_ledger
+from gdn2gen.tune.views.progress import Progress
 
 PROBLEM = Problem(K=64, V=64)
 DEVICE = named_device("sm_80")
@@ -96,7 +98,7 @@ def test_the_best_ranked_is_filed_as_predicted(tmp_path):
     backend = FakeCompilers()
     report = rank(backend, tmp_path, minutes=10.0)
     assert {x.get("language", "triton") for x in backend.compiled} == {"triton"}
-    (entry,) = store.load_tuned(report.path, DEVICE).entries
+    (entry,) = tuned_files.load_tuned(report.path, DEVICE).entries
     assert entry.provenance == "predicted"
     assert "forward_backward_ms" not in entry.measured
     assert entry.configs["grad_value"]["num_stages"] == 2
@@ -151,7 +153,7 @@ def test_what_a_later_run_ranks_better_takes_the_place(tmp_path):
     costs = []
     for _ in range(4):
         report = rank(FakeCompilers(), tmp_path, minutes=0.5)
-        (entry,) = store.load_tuned(report.path, DEVICE).entries
+        (entry,) = tuned_files.load_tuned(report.path, DEVICE).entries
         assert entry.configs == report.results[0].candidate.by_stage
         costs.append(entry.measured["predicted_bytes"])
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
@@ -178,7 +180,7 @@ def test_refusals_are_in_the_ledger_and_not_tried_again(tmp_path, capsys):
     rank(first, tmp_path, minutes=10.0)
     refused = [x for x in first.compiled if x["num_warps"] == 8]
     assert refused
-    assert cli.main(["ledger", "--device", "sm_80", "--json"]) == 0
+    assert program.main(["ledger", "--device", "sm_80", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     filed = {Config.of(x["stage"], x["config"]) for x in said}
     assert filed <= {*refused} and len(filed) >= len(refused) - 3, "up to three were in flight"
@@ -202,7 +204,7 @@ def test_findings_of_other_templates_or_tools_do_not_count(tmp_path, monkeypatch
     path = findings_path("gdn2", DEVICE)
     path.write_text(path.read_text() + '{"key": 5}\n[]\n{"passed": ["x"]}\ntorn')
     assert findings(tmp_path).compiled
-    monkeypatch.setattr("gdn2gen.tune.study.toolchain", lambda: {"triton": "99"})
+    monkeypatch.setattr("gdn2gen.tune.run.toolchain", lambda: {"triton": "99"})
     assert not findings(tmp_path).compiled
 
 
@@ -216,11 +218,11 @@ def test_it_says_what_it_expects_and_report_shows_it(tmp_path, capsys, monkeypat
     assert expects in said and "without --target" in said and "same command" not in said
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
     out = tmp_path / "page.html"
-    assert cli.main(["report", "--device", "sm_80", "--out", str(out)]) == 0
+    assert program.main(["report", "--device", "sm_80", "--out", str(out)]) == 0
     assert expects in capsys.readouterr().out
     assert "Ranked without a GPU" in out.read_text()
     assert f"<td>{result.expected:.2f}x</td>" in out.read_text()
-    assert cli.main(["report", "--device", "sm_80", "--json"]) == 0
+    assert program.main(["report", "--device", "sm_80", "--json"]) == 0
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert row["expected"] == pytest.approx(result.expected, rel=1e-3)
     assert row["tuned_ms"] is None and row["entry"]["provenance"] == "predicted"
@@ -241,5 +243,5 @@ def test_what_cannot_run_has_no_expectation(tmp_path):
     backend.compile = compile
     report = rank(backend, tmp_path, minutes=0.001)
     assert report.results[0].expected is None
-    (entry,) = store.load_tuned(report.path, DEVICE).entries
+    (entry,) = tuned_files.load_tuned(report.path, DEVICE).entries
     assert "predicted_bytes" not in entry.measured

@@ -8,20 +8,21 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gdn2gen import cli, store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import charts, page
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.charts import Bar
-from gdn2gen.tune.ledger import Ledger
-from gdn2gen.tune.lines import fla_times, lines
-from gdn2gen.tune.storage import open_storage
-from gdn2gen.tune.study import open_ledger, storage_path
-from gdn2gen.tune.trials import StageTrials
+from gdn2gen.base.device import named_device
+from gdn2gen.cli import program
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import default_config
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.records.ledger import Ledger
+from gdn2gen.tune.records.storage import open_storage
+from gdn2gen.tune.run import open_ledger, storage_path
+from gdn2gen.tune.search.trials import StageTrials
+from gdn2gen.tune.views import charts, page
+from gdn2gen.tune.views.charts import Bar
+from gdn2gen.tune.views.lines import fla_times, lines
 
 H200 = named_device("H200")
 SHAPE = SHAPES["train4k"]
@@ -31,7 +32,7 @@ SHAPE = SHAPES["train4k"]
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
-    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("gdn2gen.store.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
     return tmp_path
 
 
@@ -60,7 +61,7 @@ def file(tmp_path, templates=None):
         "default_forward_backward_ms": 2.5,
         "peak_mib": 1800.0,
     }
-    entry = store.Entry(
+    entry = tuned_files.Entry(
         problem_key=problem.key,
         regime_key=SHAPE.regime.key,
         level="lean",
@@ -71,8 +72,10 @@ def file(tmp_path, templates=None):
         gate={**dict.fromkeys(CHECKED, 4e-3), "db": 6e-3},
         provenance="measured",
     )
-    metadata = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")
-    store.merge_entries(store.tuned_path(tmp_path / "tuned", "gdn2", H200), metadata, [entry])
+    metadata = tuned_files.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")
+    tuned_files.merge_entries(
+        tuned_files.tuned_path(tmp_path / "tuned", "gdn2", H200), metadata, [entry]
+    )
 
 
 def test_the_page_says_what_is_on_file(folders, capsys):
@@ -82,7 +85,7 @@ def test_the_page_says_what_is_on_file(folders, capsys):
     search(ledger, "scan", 32, 12)
     search(ledger, "grad_key", 16, 10)
     out = folders / "deep/page.html"
-    assert cli.main(["report", "--device", "H200", "--out", str(out)]) == 0
+    assert program.main(["report", "--device", "H200", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "1.25x" in said and "1 entries, searches of 2 stages" in said
     text = out.read_text()
@@ -145,7 +148,9 @@ def test_what_a_search_tells(folders):
 
 def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
     file(folders, templates={})
-    (entry,) = store.load_tuned(store.tuned_path(tmp_path / "tuned", "gdn2", H200)).entries
+    (entry,) = tuned_files.load_tuned(
+        tuned_files.tuned_path(tmp_path / "tuned", "gdn2", H200)
+    ).entries
     row = {
         "shape": {"name": "train4k"},
         "problem": dict(Problem().key),
@@ -165,7 +170,7 @@ def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
 
 
 def test_nothing_on_file_is_an_error(folders, capsys):
-    assert cli.main(["report", "--device", "H200", "--out", str(folders / "x.html")]) == 2
+    assert program.main(["report", "--device", "H200", "--out", str(folders / "x.html")]) == 2
     assert "gdn2gen tune" in capsys.readouterr().err
     assert not (folders / "x.html").exists()
 

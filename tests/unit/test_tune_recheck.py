@@ -8,32 +8,33 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import cli, store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.bench import Timing
-from gdn2gen.build import Resources
-from gdn2gen.config import Config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.shapes import SHAPES, Shape, shape_of
-from gdn2gen.tune import outcome
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.entries import problem_of, words_of
-from gdn2gen.tune.gate import GateResult
-from gdn2gen.tune.gpu_side import PipelineTiming
-from gdn2gen.tune.outcome import Outcome
+from gdn2gen.base import outcome
+from gdn2gen.base.device import named_device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.cli import program
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.shapes import SHAPES, Shape, shape_of
+from gdn2gen.kernels.config import Config
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.gpu.jobs import PipelineTiming
 from gdn2gen.tune.recheck import recheck
+from gdn2gen.tune.records.entries import problem_of, words_of
 
 H200 = named_device("H200")
 
 
 def entry(
     shape: Shape = SHAPES["train4k"], ms: float = 2.0, problem: Problem | None = None, **knobs: Any
-) -> store.Entry:
+) -> tuned_files.Entry:
     problem = problem or Problem()
     candidate = Candidate.default(problem, "lean")
     candidate = candidate.with_config(candidate.by_stage["scan"].replace(**knobs))
-    return store.Entry(
+    return tuned_files.Entry(
         problem_key=problem.key,
         regime_key=shape.regime.key,
         level="lean",
@@ -95,7 +96,7 @@ class FakeBackend:
         (replace(entry(), templates={}), "stale", "prepare, scan"),
     ],
 )
-def test_verdicts(filed: store.Entry, status: str, said: str) -> None:
+def test_verdicts(filed: tuned_files.Entry, status: str, said: str) -> None:
     backend: Any = FakeBackend()
     (result,) = recheck([filed], backend, H200)
     assert (result.status, said in result.detail) == (status, True), result.detail
@@ -112,7 +113,7 @@ def test_verdicts(filed: store.Entry, status: str, said: str) -> None:
         (entry(BV=128), "failed"),
     ],
 )
-def test_a_stale_entry_is_renewed_if_it_passes(filed: store.Entry, status: str) -> None:
+def test_a_stale_entry_is_renewed_if_it_passes(filed: tuned_files.Entry, status: str) -> None:
     backend: Any = FakeBackend()
     stale = replace(filed, templates={})
     (result,) = recheck([stale], backend, H200, renew=True)
@@ -149,15 +150,15 @@ def test_shapes_and_problems_of_entries() -> None:
 @pytest.fixture
 def fake_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
-    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
-    for name in ("gdn2gen.device", "gdn2gen.tune.study"):
+    monkeypatch.setattr("gdn2gen.store.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    for name in ("gdn2gen.base.device", "gdn2gen.tune.run"):
         monkeypatch.setattr(f"{name}.present_device", lambda: H200)
-    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: True)
-    monkeypatch.setattr("gdn2gen.tune.backend.WorkerBackend", FakeBackend)
-    metadata = store.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")
+    monkeypatch.setattr("gdn2gen.base.device.has_gpu", lambda: True)
+    monkeypatch.setattr("gdn2gen.tune.gpu.backend.WorkerBackend", FakeBackend)
+    metadata = tuned_files.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")
 
-    def file(*entries: store.Entry) -> None:
-        store.merge_entries(store.tuned_path(tmp_path, "gdn2", H200), metadata, entries)
+    def file(*entries: tuned_files.Entry) -> None:
+        tuned_files.merge_entries(tuned_files.tuned_path(tmp_path, "gdn2", H200), metadata, entries)
 
     return file
 
@@ -165,40 +166,40 @@ def fake_gpu(tmp_path, monkeypatch):
 def test_verify_tuned(fake_gpu, capsys, tmp_path):
     fake_gpu(entry(), entry(SHAPES["wide8k"]))
     out = tmp_path / "out.json"
-    assert cli.main(["verify", "--tuned", "--json", str(out)]) == 0
+    assert program.main(["verify", "--tuned", "--json", str(out)]) == 0
     assert "2 of 2 entries hold" in capsys.readouterr().out
     assert '"holds"' in out.read_text()
     fake_gpu(entry(SHAPES["few8k"], BV=32))
-    assert cli.main(["verify", "--tuned"]) == 1
+    assert program.main(["verify", "--tuned"]) == 1
     said = capsys.readouterr().out
     assert "2 of 3 entries hold" in said and "--only-failing" in said
-    assert cli.main(["verify", "--tuned", "bf16-*"]) == cli.EXIT_USAGE
+    assert program.main(["verify", "--tuned", "bf16-*"]) == program.EXIT_USAGE
 
 
 def test_renewed_entries_are_filed(fake_gpu, capsys, tmp_path):
     stale = replace(entry(), templates={"scan": "0" * 16})
     fake_gpu(stale, entry(SHAPES["wide8k"]))
-    path = store.tuned_path(tmp_path, "gdn2", H200)
-    assert cli.main(["verify", "--tuned"]) == 1
+    path = tuned_files.tuned_path(tmp_path, "gdn2", H200)
+    assert program.main(["verify", "--tuned"]) == 1
     assert "1 of 2 entries hold" in capsys.readouterr().out
-    assert cli.main(["verify", "--tuned", "--renew"]) == 0
+    assert program.main(["verify", "--tuned", "--renew"]) == 0
     assert "renewed" in capsys.readouterr().out
-    file = store.load_tuned(path)
-    assert [store.stale_stages(x) for x in file.entries] == [[], []]
+    file = tuned_files.load_tuned(path)
+    assert [tuned_files.stale_stages(x) for x in file.entries] == [[], []]
     assert file.metadata["command"].endswith("gdn2gen verify --tuned --renew")
-    assert cli.main(["verify", "--renew"]) == cli.EXIT_USAGE
+    assert program.main(["verify", "--renew"]) == program.EXIT_USAGE
     assert "--tuned" in capsys.readouterr().err
 
 
 def test_only_failing_tunes_the_rest(fake_gpu, capsys, monkeypatch):
     fake_gpu(entry(), entry(SHAPES["wide8k"], BV=32))
     tuned: list[str] = []
-    monkeypatch.setattr("gdn2gen._cli_tune._search", lambda args, *_: tuned.append(args.shapes))
+    monkeypatch.setattr("gdn2gen.cli.tune._search", lambda args, *_: tuned.append(args.shapes))
     command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
-    assert cli.main([*command, "train4k,wide8k,long16k"]) == 0
+    assert program.main([*command, "train4k,wide8k,long16k"]) == 0
     assert tuned == ["wide8k,long16k"]
     assert "2 of 3 shapes to tune: wide8k, long16k" in capsys.readouterr().out
-    assert cli.main([*command, "train4k"]) == 0
+    assert program.main([*command, "train4k"]) == 0
     assert len(tuned) == 1 and "0 of 1" in capsys.readouterr().out
 
 
@@ -207,30 +208,30 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
     lying, wrong = entry(ms=1.0), entry(SHAPES["wide8k"], ms=1.0, BV=32)
     crashing, holding = entry(SHAPES["few8k"], ms=1.0, BV=128), entry(SHAPES["long16k"])
     fake_gpu(lying, wrong, crashing, holding)
-    path = store.tuned_path(tmp_path, "gdn2", H200)
+    path = tuned_files.tuned_path(tmp_path, "gdn2", H200)
     left: dict[str, Any] = {}
 
     def search(*_: Any) -> None:
-        left.update({shape_of(x.regime).name: x for x in store.load_tuned(path).entries})
+        left.update({shape_of(x.regime).name: x for x in tuned_files.load_tuned(path).entries})
         fake_gpu(entry(ms=1.9, num_stages=3), entry(SHAPES["few8k"], ms=2.0, num_stages=3))
 
-    monkeypatch.setattr("gdn2gen._cli_tune._search", search)
+    monkeypatch.setattr("gdn2gen.cli.tune._search", search)
     command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
-    assert cli.main([*command, "train4k,wide8k,few8k,long16k"]) == 0
+    assert program.main([*command, "train4k,wide8k,few8k,long16k"]) == 0
     assert "wrong results were taken out" in capsys.readouterr().out
     assert left == {
         "train4k": replace(lying, measured={"forward_backward_ms": 2.0}),
         "few8k": replace(crashing, measured={}, provenance="predicted"),
         "long16k": holding,
     }
-    now = {shape_of(x.regime).name: x for x in store.load_tuned(path).entries}
+    now = {shape_of(x.regime).name: x for x in tuned_files.load_tuned(path).entries}
     assert [now[name].configs["scan"]["num_stages"] for name in ("train4k", "few8k")] == [3, 3]
     assert now["long16k"] == holding
 
 
 def test_both_need_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr("gdn2gen.device.has_gpu", lambda: False)
-    assert cli.main(["verify", "--tuned"]) == cli.EXIT_USAGE
+    monkeypatch.setattr("gdn2gen.base.device.has_gpu", lambda: False)
+    assert program.main(["verify", "--tuned"]) == program.EXIT_USAGE
     assert "no GPU" in capsys.readouterr().err
-    assert cli.main(["tune", "--only-failing"]) == cli.EXIT_USAGE
+    assert program.main(["tune", "--only-failing"]) == program.EXIT_USAGE
     assert "present GPU" in capsys.readouterr().err

@@ -8,14 +8,15 @@ import random
 import optuna
 import pytest
 
-from gdn2gen.build import Resources
-from gdn2gen.config import DOMAINS, default_config
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.render import render
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import climb, space
-from gdn2gen.tune.predict import blocks_per_sm, predicted_bytes
+from gdn2gen.base.device import named_device
+from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import DOMAINS, default_config
+from gdn2gen.tune import space
+from gdn2gen.tune.offline.predict import blocks_per_sm, predicted_bytes
+from gdn2gen.tune.search import climb
 
 H200 = named_device("H200")
 SMALL = named_device("sm_89")

@@ -15,13 +15,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from gdn2gen import cli, store
-from gdn2gen.device import named_device
-from gdn2gen.errors import StoreError, TuneError
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import SHAPES
-from gdn2gen.tune import journal, storage, tune, tune_without_gpu
-from gdn2gen.tune.storage import open_storage, open_study, read_storage
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import StoreError, TuneError
+from gdn2gen.cli import program
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.store import tuned_files
+from gdn2gen.tune import tune, tune_without_gpu
+from gdn2gen.tune.records import journal, storage
+from gdn2gen.tune.records.storage import open_storage, open_study, read_storage
 
 H200 = named_device("H200")
 PHOTO = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
@@ -90,7 +92,7 @@ def test_report_never_truncates(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("photo.png").write_bytes(PHOTO)
-    assert cli.main(["report", "--device", "H200", "--storage", name]) == 2
+    assert program.main(["report", "--device", "H200", "--storage", name]) == 2
     assert "photo.png is not used" in capsys.readouterr().err
     assert Path("photo.png").read_bytes() == PHOTO
     assert os.listdir() == ["photo.png"]
@@ -101,7 +103,7 @@ def test_report_says_that_a_storage_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["report", "--device", "H200", "--storage", name]) == 2
+    assert program.main(["report", "--device", "H200", "--storage", name]) == 2
     assert "there is no such file" in capsys.readouterr().err
     assert os.listdir() == []
 
@@ -111,7 +113,7 @@ def test_a_proxy_that_does_not_answer_is_one_line(
 ) -> None:
     pytest.importorskip("grpc")
     monkeypatch.setattr(storage, "_PROXY_SECONDS", 0.3)
-    assert cli.main(["report", "--device", "H200", "--storage", "grpc://localhost:1"]) == 2
+    assert program.main(["report", "--device", "H200", "--storage", "grpc://localhost:1"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("gdn2gen report: the study storage grpc://localhost:1 cannot be opened")
     assert said.count("\n") == 1 and "file" not in said
@@ -216,7 +218,7 @@ def test_a_large_journal_is_pruned_to_its_latest_studies(
 
 _KILLED = """
 import os, signal, sys
-from gdn2gen.tune.storage import open_storage
+from gdn2gen.tune.records.storage import open_storage
 storage = open_storage(sys.argv[1])
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 storage.create_new_study([1], "one")
@@ -247,7 +249,7 @@ def test_waiting_for_a_killed_process_is_said(
 
 _JOINS = """
 import sys, time
-from gdn2gen.tune.storage import open_storage, open_study
+from gdn2gen.tune.records.storage import open_storage, open_study
 while time.time() < float(sys.argv[1]):
     pass
 open_study(open_storage(sys.argv[2]), "one", 0)
@@ -296,14 +298,14 @@ def _truncated(path: Path) -> str:
 
 
 def _of_another_gpu(path: Path) -> str:
-    metadata = store.metadata_for(named_device("H100"), {}, "test")
-    store.write_tuned(path, store.TunedFile(metadata, ()))
+    metadata = tuned_files.metadata_for(named_device("H100"), {}, "test")
+    tuned_files.write_tuned(path, tuned_files.TunedFile(metadata, ()))
     return "is of the GPU 'NVIDIA H100"
 
 
 @pytest.mark.parametrize("make", [_device, _fifo, _folder, _truncated, _of_another_gpu])
 def test_where_nothing_can_be_filed_nothing_is_searched(tmp_path: Path, make) -> None:
-    path = store.tuned_path(tmp_path, "gdn2", H200)
+    path = tuned_files.tuned_path(tmp_path, "gdn2", H200)
     path.parent.mkdir()
     with pytest.raises(StoreError, match=make(path)):
         _tune(tmp_path, backend=_Never())

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from gdn2gen import store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.device import named_device
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.finalists import Finals
-from gdn2gen.tune.stored import Stored, stored_pipelines
+from gdn2gen.base.device import named_device
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.records.stored import Stored, stored_pipelines
+from gdn2gen.tune.search.finalists import Finals
 
 H200 = named_device("H200")
 PROBLEM = Problem(K=64, V=64)
@@ -31,7 +31,7 @@ def pipeline(number: int, plan: str = "lean") -> Candidate:
 
 def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
     entries = [
-        store.Entry(
+        tuned_files.Entry(
             problem_key=PROBLEM.key,
             regime_key=shape.regime.key,
             level="lean",
@@ -44,13 +44,13 @@ def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
         )
         for number, shape in enumerate(shapes)
     ]
-    store.merge_entries(path, store.metadata_for(H200, {}, "a test"), entries)
+    tuned_files.merge_entries(path, tuned_files.metadata_for(H200, {}, "a test"), entries)
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: tmp_path)
-    return store.tuned_path(tmp_path, "gdn2", H200)
+    monkeypatch.setattr("gdn2gen.tune.records.stored.packaged_tuned_dir", lambda: tmp_path)
+    return tuned_files.tuned_path(tmp_path, "gdn2", H200)
 
 
 @pytest.mark.parametrize("changes", [{}, {"scan": "0" * 16}], ids=["fitting", "stale"])

@@ -14,29 +14,29 @@ from typing import ClassVar
 
 import pytest
 
-from gdn2gen import store
-from gdn2gen._store_claims import CHECKED
-from gdn2gen.bench import Timing
-from gdn2gen.build import Resources
-from gdn2gen.config import default_config, language_of
-from gdn2gen.device import has_gpu, named_device
-from gdn2gen.dispatch import default_recipe
-from gdn2gen.errors import DeviceError, TuneError
-from gdn2gen.plans import PLANS
-from gdn2gen.problem import Problem
-from gdn2gen.shapes import Shape
-from gdn2gen.tune import outcome
-from gdn2gen.tune.candidate import Candidate
+from gdn2gen.base import outcome
+from gdn2gen.base.device import has_gpu, named_device
+from gdn2gen.base.errors import DeviceError, TuneError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import default_config, language_of
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.measure.gate import GateResult, full_problem
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store import tuned_files
+from gdn2gen.store._claims import CHECKED
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.store.dispatch import default_recipe
 from gdn2gen.tune.filing import entries_of
-from gdn2gen.tune.finalists import Finals
-from gdn2gen.tune.gate import GateResult, full_problem
-from gdn2gen.tune.gpu_side import PipelineTiming
-from gdn2gen.tune.ledger import read_ledger
-from gdn2gen.tune.outcome import Outcome
-from gdn2gen.tune.progress import Progress
-from gdn2gen.tune.search import Search
-from gdn2gen.tune.study import tune
-from gdn2gen.tune.verdicts import Measured, Verdict, better, pick
+from gdn2gen.tune.gpu.jobs import PipelineTiming
+from gdn2gen.tune.records.ledger import read_ledger
+from gdn2gen.tune.run import tune
+from gdn2gen.tune.search.finalists import Finals
+from gdn2gen.tune.search.loop import Search
+from gdn2gen.tune.search.verdicts import Measured, Verdict, better, pick
+from gdn2gen.tune.views.progress import Progress
 
 DEVICE = named_device("H200")
 PROBLEM = Problem(K=64, V=64)
@@ -127,7 +127,9 @@ class FakeBackend:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("GDN2GEN_TUNED_DIR", raising=False)
-    monkeypatch.setattr("gdn2gen.tune.stored.packaged_tuned_dir", lambda: tmp_path / "packaged")
+    monkeypatch.setattr(
+        "gdn2gen.tune.records.stored.packaged_tuned_dir", lambda: tmp_path / "packaged"
+    )
 
 
 def run(backend, tmp_path, shapes=(SMALL,), minutes=3.0, levels=("lean",), **kwargs):
@@ -154,12 +156,12 @@ def test_the_best_configs_win_and_are_filed(tmp_path):
     report = run(backend, tmp_path, minutes=6)
     (result,) = report.results
     assert result.speedup > 1.2
-    file = store.load_tuned(report.path, DEVICE)
+    file = tuned_files.load_tuned(report.path, DEVICE)
     (entry,) = file.entries
     assert entry.provenance == "measured"
     assert entry.measured["default_forward_backward_ms"] > entry.measured["forward_backward_ms"]
     assert entry.gate == ERRORS
-    assert not store.is_stale(entry)
+    assert not tuned_files.is_stale(entry)
     assert backend.closed
 
 
@@ -515,7 +517,7 @@ def test_the_best_in_triton_is_filed_beside_the_best(tmp_path, tilelang):
         return 1.0 - 0.3 * (config["num_warps"] == 8)
 
     report = run(FakeBackend(speed=speed), tmp_path, levels=("lean",), minutes=8)
-    *others, alone = store.read_tuned(report.path).entries
+    *others, alone = tuned_files.read_tuned(report.path).entries
     assert alone.needs_triton_alone and len(others) == (tilelang < 1)
     assert not any(x.needs_triton_alone for x in others)
     measured = alone.measured
@@ -547,7 +549,7 @@ def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
     report = run(FakeBackend(speed=speed), tmp_path, levels=("fast",), minutes=8)
     (result,) = report.results
     assert (result.level, result.candidate.plan) == ("fast", "states")
-    (entry,) = store.read_tuned(report.path).entries
+    (entry,) = tuned_files.read_tuned(report.path).entries
     assert (entry.level, entry.plan) == ("fast", "states")
 
 
@@ -623,7 +625,7 @@ def test_tuning_without_a_gpu_is_refused_at_once(tmp_path):
 
 
 def test_importing_the_tuner_starts_nothing():
-    code = "import gdn2gen.tune.study, torch; assert not torch.cuda.is_initialized()"
+    code = "import gdn2gen.tune.run, torch; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

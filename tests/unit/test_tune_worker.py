@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from gdn2gen.tune import _serve, outcome
-from gdn2gen.tune.worker import CompilePool, Worker
+from gdn2gen.base import _serve, outcome
+from gdn2gen.base.worker import CompilePool, Worker
 
 
 @pytest.fixture
@@ -106,6 +106,6 @@ def test_exceptions_are_sorted_by_what_must_follow(error, status):
 
 
 def test_a_build_error_is_told_from_other_errors():
-    from gdn2gen.errors import BuildError
+    from gdn2gen.base.errors import BuildError
 
     assert _serve.classify(BuildError("does not compile")) == outcome.BUILD_ERROR

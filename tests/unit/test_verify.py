@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn2gen import ops, reference, verify
-from gdn2gen._verify_checks import errors_in_range
-from gdn2gen.errors import InputError
-from gdn2gen.inputs import REGIMES
-from gdn2gen.problem import DTYPES, GATES, HEAD_DIMS
-from gdn2gen.tolerances import over
-from gdn2gen.verify import CASES, Case, run_case
+from gdn2gen.base.errors import InputError
+from gdn2gen.family import reference
+from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.problem import DTYPES, GATES, HEAD_DIMS
+from gdn2gen.family.tolerances import over
+from gdn2gen.measure import suite
+from gdn2gen.measure.checks import errors_in_range
+from gdn2gen.measure.suite import CASES, Case, run_case
+from gdn2gen.ops import chunk
 
 BY_NAME = {case.name: case for case in CASES}
 SMALL = [case for case in CASES if case.interpreter]
@@ -46,14 +48,14 @@ def test_every_dtype_in_every_regime(cases: list[Case]) -> None:
 
 
 def test_selection() -> None:
-    chosen = verify.select_cases(["small-fp32-K*", "small-fp16-zero"], interpreter=True)
+    chosen = suite.select_cases(["small-fp32-K*", "small-fp16-zero"], interpreter=True)
     names = [case.name for case in chosen]
     assert "small-fp32-K32-V64" in names
     assert "small-fp16-zero" in names
     assert "small-fp32-layer" not in names
-    assert verify.select_cases([], interpreter=False) == LARGE
+    assert suite.select_cases([], interpreter=False) == LARGE
     with pytest.raises(InputError, match="bf16-layer"):
-        verify.select_cases(["nothing"], interpreter=False)
+        suite.select_cases(["nothing"], interpreter=False)
 
 
 # The checks themselves, with an op on CPU tensors that can be made wrong
@@ -90,7 +92,7 @@ def test_what_is_wrong_is_found(
         o, state = _right(**arguments)
         return change(o, arguments), state
 
-    monkeypatch.setattr(ops, "chunk_gdn2", wrong)
+    monkeypatch.setattr(chunk, "chunk_gdn2", wrong)
     result = run_case(BY_NAME[name], "cpu")
     assert not result.passed
     assert said in result.message
@@ -108,7 +110,7 @@ def test_a_gradient_that_sees_the_future_is_found(monkeypatch: pytest.MonkeyPatc
             (q,) = ctx.saved_tensors
             return grads[0] + 1e-6 * q.sum()
 
-    monkeypatch.setattr(ops, "chunk_gdn2", lambda q, **x: _right(q=Leak.apply(q), **x))
+    monkeypatch.setattr(chunk, "chunk_gdn2", lambda q, **x: _right(q=Leak.apply(q), **x))
     result = run_case(BY_NAME["small-fp32-causality"], "cpu")
     assert result.message == "token 21 moved earlier tokens of dq"
 
@@ -116,7 +118,7 @@ def test_a_gradient_that_sees_the_future_is_found(monkeypatch: pytest.MonkeyPatc
 def test_what_fp16_cannot_hold_is_no_error() -> None:
     exact: Mapping[str, Tensor] = {"db": torch.full((100,), 2e-9, dtype=torch.float64)}
     lost = {"db": torch.zeros(100)}
-    assert errors_in_range(lost, exact, "fp16")["db"] < verify.LIMITS["fp16"]
+    assert errors_in_range(lost, exact, "fp16")["db"] < suite.LIMITS["fp16"]
     assert errors_in_range(lost, exact, "bf16")["db"] == pytest.approx(1.0)
     large = {"db": exact["db"] * 1e6}
     assert errors_in_range(lost, large, "fp16")["db"] > 0.9
@@ -128,13 +130,13 @@ def test_what_fp16_cannot_hold_is_no_error() -> None:
 @pytest.mark.slow
 def test_the_interpreter_passes() -> None:
     seen: list[str] = []
-    results = verify.verify(interpreter=True, on_result=lambda result: seen.append(result.name))
+    results = suite.verify(interpreter=True, on_result=lambda result: seen.append(result.name))
     assert [f"{x.name}: {x.message}" for x in results if not x.passed] == []
     assert seen == [result.name for result in results] == [case.name for case in SMALL]
 
 
 def test_a_case_that_hangs_is_lost_alone() -> None:
-    first, second = verify.verify(
+    first, second = suite.verify(
         ["small-fp32-one-token", "small-fp32-empty"], interpreter=True, timeout_s=0.01
     )
     assert not first.passed

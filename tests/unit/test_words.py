@@ -17,17 +17,21 @@ import pytest
 from odd_files import H200, document, entry, put
 from rich.text import Text
 
-from gdn2gen import _cli_tune, cli, device, store, terminal, tune
-from gdn2gen.config import default_config
-from gdn2gen.device import named_device
-from gdn2gen.dispatch import default_recipe, find_recipe, tune_command
-from gdn2gen.problem import Problem, Regime
-from gdn2gen.render import template_digest
-from gdn2gen.shapes import SHAPES, parse_shapes
-from gdn2gen.tune.candidate import Candidate
-from gdn2gen.tune.progress import LiveProgress
-from gdn2gen.tune.report import ShapeResult, TuneReport
-from gdn2gen.tune.study import open_ledger
+from gdn2gen import tune
+from gdn2gen.base import device, terminal
+from gdn2gen.base.device import named_device
+from gdn2gen.cli import program
+from gdn2gen.cli import tune as cli_tune
+from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.shapes import SHAPES, parse_shapes
+from gdn2gen.kernels.config import default_config
+from gdn2gen.store import tuned_files
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.store.dispatch import default_recipe, find_recipe, tune_command
+from gdn2gen.tune.run import open_ledger
+from gdn2gen.tune.views.progress import LiveProgress
+from gdn2gen.tune.views.report import ShapeResult, TuneReport
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
@@ -37,7 +41,7 @@ MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("gdn2gen.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("gdn2gen.store.sharing.packaged_tuned_dir", lambda: tmp_path / "none")
     return tmp_path
 
 
@@ -53,7 +57,7 @@ def test_markup_in_a_refusal_is_shown_as_it_is(capsys: pytest.CaptureFixture[str
     book = open_ledger("gdn2", H200)
     config = default_config("scan", Problem())
     book.add(MARKUP, Problem(), config, template_digest(config))
-    assert cli.main(["ledger", "--device", "H200"]) == 0
+    assert program.main(["ledger", "--device", "H200"]) == 0
     said = capsys.readouterr().out
     for word in ("[/usr/lib/x.so]", "[/x]", "[red]one[/red]", ":smile:"):
         assert word in said, word
@@ -67,7 +71,7 @@ def test_markup_in_a_path_or_a_name_is_shown_as_it_is(
     for name, ms in (("a", 1.0), ("b", 2.0)):
         text = document(entry(measured={"forward_backward_ms": ms}), gpu="NVIDIA [/H200] \ud800")
         (folder / name).write_text(text)
-    assert cli.main(["tuned", "diff", str(folder / "a"), str(folder / "b")]) == 1
+    assert program.main(["tuned", "diff", str(folder / "a"), str(folder / "b")]) == 1
     assert "[/x]" in capsys.readouterr().out.replace("\n", "")
 
 
@@ -138,7 +142,7 @@ def test_commands_at_40_columns(command: str, monkeypatch: pytest.MonkeyPatch, c
     config = default_config("prepare", Problem())
     reason = "resources: spills 123456 bytes a thread"
     open_ledger("gdn2", H200).add(reason, Problem(), config, template_digest(config))
-    assert cli.main(command.split()) == 0
+    assert program.main(command.split()) == 0
     said = capsys.readouterr().out
     assert "…" not in said
     words = ["123456"] if "ledger" in command else ["BT=32", "num_stages=1", "maxnreg=0"]
@@ -189,7 +193,7 @@ def test_the_live_display_cuts_no_number() -> None:
     ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else "",
 )
 def test_options_that_do_nothing_are_refused(words: list[str], said: str, capsys: Any) -> None:
-    assert cli.main(words) == cli.EXIT_USAGE
+    assert program.main(words) == program.EXIT_USAGE
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
 
@@ -204,16 +208,16 @@ def test_options_that_do_nothing_are_refused(words: list[str], said: str, capsys
 def test_an_empty_value_is_refused(words: str, capsys: Any) -> None:
     """As of a shell's variable that is not set; it would be the present folder, or the default."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words.split(), ""])
-    assert ended.value.code == cli.EXIT_USAGE
+        program.main([*words.split(), ""])
+    assert ended.value.code == program.EXIT_USAGE
     assert "but got ''" in capsys.readouterr().err
 
 
 def test_ledger_knows_the_stages(capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["ledger", "--stage", "nope"])
+        program.main(["ledger", "--stage", "nope"])
     assert "reverse_scan" in capsys.readouterr().err
-    assert cli.main(["ledger", "--device", "H200", "--stage", "pipeline"]) == 0
+    assert program.main(["ledger", "--device", "H200", "--stage", "pipeline"]) == 0
 
 
 # Streams
@@ -227,7 +231,7 @@ def test_closed_and_full_streams(command: str, redirection: str) -> None:
         ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, check=False
     )
     full = "full" in redirection
-    assert done.returncode == (cli.EXIT_USAGE if full else 0), done.stderr
+    assert done.returncode == (program.EXIT_USAGE if full else 0), done.stderr
     assert ("No space left" in done.stderr) == full and "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
@@ -252,14 +256,14 @@ def test_a_broken_pipe_inside_is_an_error(monkeypatch: pytest.MonkeyPatch, capsy
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("a worker has gone")
 
-    monkeypatch.setattr("gdn2gen.dispatch.find_recipe", broken)
-    assert cli.main(["explain", "--device", "H200"]) == cli.EXIT_USAGE
+    monkeypatch.setattr("gdn2gen.store.dispatch.find_recipe", broken)
+    assert program.main(["explain", "--device", "H200"]) == program.EXIT_USAGE
     assert "a worker has gone" in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_spelled_out() -> None:
     done = run("explain", "--device", os.fsdecode(b"X\xff9"), capture_output=True)
-    assert done.returncode == cli.EXIT_USAGE and "Traceback" not in done.stderr
+    assert done.returncode == program.EXIT_USAGE and "Traceback" not in done.stderr
     assert "udcff" in done.stderr
 
 
@@ -268,7 +272,7 @@ def test_bytes_that_are_no_text_are_spelled_out() -> None:
 
 def test_explain_as_json(capsys: Any) -> None:
     words = ["explain", "--device", "H200", "--shape", "train4k,2x77x5", "--json"]
-    assert cli.main(words) == 0
+    assert program.main(words) == 0
     exact, near = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (exact["shape"], exact["source"], exact["tune"]) == ("train4k", "exact", None)
     assert exact["device"]["name"] == "NVIDIA H200"
@@ -282,12 +286,12 @@ def test_diff_and_report_as_json(tmp_path: Path, capsys: Any) -> None:
     new = tmp_path / "new.json"
     faster = entry(measured={"forward_backward_ms": 0.7205})
     new.write_text(document(faster, entry(1000)))
-    assert cli.main(["tuned", "diff", str(old), str(new), "--json"]) == 1
+    assert program.main(["tuned", "diff", str(old), str(new), "--json"]) == 1
     (found,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert found["ratio"] == pytest.approx(0.5) and found["new"]["level"] == "lean"
-    assert cli.main(["tuned", "diff", str(old), str(old), "--json"]) == 0
+    assert program.main(["tuned", "diff", str(old), str(old), "--json"]) == 0
     assert capsys.readouterr().out == ""
-    assert cli.main(["report", "--device", "H200", "--json"]) == 0
+    assert program.main(["report", "--device", "H200", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [x["tuned_ms"] for x in rows] == [1.441, 1.441]
     assert rows[0]["shape"] == "train4k" and rows[0]["device"] == "NVIDIA H200"
@@ -305,17 +309,17 @@ def test_the_command_on_file_is_as_a_shell_takes_it(monkeypatch: pytest.MonkeyPa
 def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
     gate = ["--gate", "sigmoid", "--lower-bound", "-2", "--no-l2norm", "--dtype", "fp16"]
     words = ["explain", "--device", "RTX 4090", "--head-dim", "64,128", "--level", "fast", *gate]
-    assert cli.main(words) == 0
+    assert program.main(words) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("tune ")]
     where, _, command = line.partition(": ")
     assert where == "tune      on NVIDIA GeForce RTX 4090"
     assert command.startswith("gdn2gen tune --head-dim 64,128 --shapes train4k ")
-    args = cli.build_parser().parse_args(command.split()[1:])
+    args = program.build_parser().parse_args(command.split()[1:])
     assert args.level == "fast"
     args.head_dim = args.head_dim[0]
-    from gdn2gen._cli_options import problem_of
+    from gdn2gen.cli.options import problem_of
 
-    given = cli.build_parser().parse_args(words)
+    given = program.build_parser().parse_args(words)
     assert problem_of(args).key == problem_of(given).key
 
 
@@ -334,16 +338,18 @@ def test_what_tune_files_calls_find(
     gpu = replace(H200, name="NVIDIA H999", slug="nvidia-h999")
 
     def search(*, problem: Any, shapes: Any, device: Any, out_dir: Path, **_: Any) -> Any:
-        metadata = store.metadata_for(device, {}, "gdn2gen tune")
-        store.merge_entries(store.tuned_path(out_dir, "gdn2", device), metadata, [entry()])
+        metadata = tuned_files.metadata_for(device, {}, "gdn2gen tune")
+        tuned_files.merge_entries(
+            tuned_files.tuned_path(out_dir, "gdn2", device), metadata, [entry()]
+        )
         return SimpleNamespace(problem=problem, device=device, results=[], table=lambda: "")
 
     monkeypatch.setattr(tune, "tune", search, raising=False)
-    monkeypatch.setattr(_cli_tune, "present_or_target", lambda _: (gpu, True))
-    monkeypatch.setattr(_cli_tune, "in_source_tree", lambda: False)
+    monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
+    monkeypatch.setattr(cli_tune, "in_source_tree", lambda: False)
     regime = SHAPES["train4k"].regime
     assert find_recipe(Problem(), regime, gpu).source != "exact"
-    assert cli.main(["tune", "--head-dim", "128", "--shapes", "train4k"]) == 0
+    assert program.main(["tune", "--head-dim", "128", "--shapes", "train4k"]) == 0
     assert "export" not in capsys.readouterr().out
     found = find_recipe(Problem(), regime, gpu)
     assert found.source == "exact" and found.file is not None
@@ -352,9 +358,9 @@ def test_what_tune_files_calls_find(
 
 def test_a_package_in_triton_alone(tmp_path: Path, capsys: Any) -> None:
     words = ["generate", "--target", "H200", "--out"]
-    assert cli.main([*words, str(tmp_path / "tuned")]) == 0
+    assert program.main([*words, str(tmp_path / "tuned")]) == 0
     assert "need torch, triton and tilelang" in capsys.readouterr().out
-    assert cli.main([*words, str(tmp_path / "triton"), "--language", "triton"]) == 0
+    assert program.main([*words, str(tmp_path / "triton"), "--language", "triton"]) == 0
     said = capsys.readouterr().out
     assert "which need torch and triton but not gdn2gen:" in said
     assert "Triton was asked for, so defaults stand in for" in said
@@ -363,15 +369,15 @@ def test_a_package_in_triton_alone(tmp_path: Path, capsys: Any) -> None:
     pattern = r"gdn2gen (generate --out (?:[^\\\n]*\\\n)*[^\n]*)"
     (command,) = re.findall(pattern, texts["__init__.py"])
     again = command.replace("\\\n", " ").replace("DIR", str(tmp_path / "again")).split()
-    assert cli.main(again) == 0
+    assert program.main(again) == 0
     assert {x.name: x.read_text() for x in (tmp_path / "again").glob("*.py")} == texts
 
 
 def test_a_stage_in_a_language(capsys: Any) -> None:
     words = ["generate", "--stage", "scan", "--config", "BT=64"]
-    assert cli.main([*words, "--language", "tilelang"]) == 0
+    assert program.main([*words, "--language", "tilelang"]) == 0
     assert "import tilelang" in capsys.readouterr().out
-    assert cli.main([*words, "--language", "triton"]) == 0
+    assert program.main([*words, "--language", "triton"]) == 0
     assert "import tilelang" not in capsys.readouterr().out
 
 
@@ -384,7 +390,7 @@ def test_dir_shows_what_there_is() -> None:
 
 
 def test_advice_without_a_gpu_exists(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert cli.main(["bench"]) == cli.EXIT_USAGE
+    assert program.main(["bench"]) == program.EXIT_USAGE
     error = capsys.readouterr().err
     assert "named_device" not in error
     for command in ("explain", "generate", "report"):
@@ -401,7 +407,7 @@ def test_advice_without_a_gpu_exists(monkeypatch: pytest.MonkeyPatch, capsys: An
 def test_libraries_are_silent_unless_asked(variable: str) -> None:
     program = """
 import logging, warnings, tilelang
-from gdn2gen.knobs import hush, hush_tilelang
+from gdn2gen.base.environment import hush, hush_tilelang
 hush()
 warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context!")
 hush_tilelang()

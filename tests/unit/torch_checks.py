@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gdn2gen import chunk_gdn2
-from gdn2gen.errors import UnsupportedError
-from gdn2gen.inputs import make_inputs
+from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.family.inputs import make_inputs
 
 
 def make(T: int = 20, H: int = 1, **changes: Any) -> dict[str, Any]:
@@ -199,12 +199,12 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     import os
 
     import gdn2gen
-    from gdn2gen._store_claims import CHECKED
-    from gdn2gen.device import named_device
-    from gdn2gen.dispatch import default_recipe
-    from gdn2gen.problem import Problem, Regime
-    from gdn2gen.render import template_digest
-    from gdn2gen.store import Entry, TunedFile, metadata_for, tuned_path, write_tuned
+    from gdn2gen.base.device import named_device
+    from gdn2gen.codegen.render import template_digest
+    from gdn2gen.family.problem import Problem, Regime
+    from gdn2gen.store._claims import CHECKED
+    from gdn2gen.store.dispatch import default_recipe
+    from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
     os.environ["GDN2GEN_TUNED_DIR"] = folder
     problem = Problem(K=32, V=32, dtype="fp32")

@@ -1,0 +1,188 @@
+"""`gdn2gen explain` and `gdn2gen generate`: look at recipes and at rendered kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.base.errors import ConfigError, InputError
+from gdn2gen.base.terminal import text_width
+from gdn2gen.cli.options import (
+    add_problem,
+    add_target,
+    present_or_target,
+    problem_of,
+    refuse,
+    some_path,
+)
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES, Shape, parse_shapes
+from gdn2gen.kernels.config import DOMAINS, Config, Knob, default_config, language_of
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.kernels.stages import STAGES
+
+SHAPE: Final = "train4k"
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    add_problem(parser, extras=True)
+    _add_regime(parser, several=True)
+    parser.add_argument(
+        "--device",
+        dest="target",
+        metavar="NAME",
+        help="GPU (H200, 'RTX 4090') or bare target (sm_90); the present GPU, or sm_90 without one",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="fail unless an exact entry is on file"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and shape")
+    parser.set_defaults(run=explain)
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Print which recipe a call would run at each shape, and why."""
+    from gdn2gen.store.dispatch import explain_recipe, find_recipe, recipe_document
+
+    problem, level = problem_of(args), args.level or LEVELS[0]
+    device, _ = present_or_target(args.target)
+    for shape in _shapes(args):
+        strict = True if args.strict else None
+        recipe = find_recipe(_at(problem, shape), shape.regime, device, level=level, strict=strict)
+        if args.json:
+            print(json.dumps({"shape": shape.name, **recipe_document(recipe)}))
+            continue
+        print(f"{shape.name} on {device.name}")
+        print(explain_recipe(recipe, text_width()))
+    return 0
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    add_problem(parser, extras=True)
+    _add_regime(parser)
+    add_target(
+        parser,
+        "GPU or bare target whose tuned configs are taken (the present GPU, or sm_90); with "
+        "--stage, also compile for it and report its resources on stderr",
+    )
+    parser.add_argument(
+        "--out", type=some_path, metavar="DIR", help="write a package to this folder"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also replace files of a package that were edited"
+    )
+    parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
+    parser.add_argument(
+        "--language",
+        choices=DOMAINS["scan"]["language"],
+        help="triton: a package that does not need TileLang, with Triton's default config for "
+        "stages that are tuned in TileLang; of --stage, the language of the kernel (what is tuned)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="'KNOB=VALUE ...'",
+        help="knobs of --stage, as in 'BT=64 num_warps=8'; the others stay at their defaults",
+    )
+    parser.set_defaults(run=generate)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Write a package of kernels, or print one kernel to stdout."""
+    if args.stage is not None:
+        refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level")
+        return _print_stage(args)
+    if args.config is not None:
+        raise InputError("--config describes one kernel and needs --stage")
+    if args.out is None:
+        raise InputError("give --out DIR for a package, or --stage NAME to print one kernel")
+    if args.language not in (None, "triton"):
+        raise InputError(
+            f"a package is as tuned or --language triton, but got --language {args.language}; "
+            "--stage NAME prints one kernel in it"
+        )
+    shapes = _shapes(args)
+    if len(shapes) != 1:
+        names = ", ".join(x.name for x in shapes)
+        raise InputError(f"a package is made for one shape, but got {names}")
+    from gdn2gen.runtime.package import generate_package
+    from gdn2gen.store.dispatch import explain_recipe, find_recipe, in_triton
+
+    problem = _at(problem_of(args), shapes[0])
+    device, _ = present_or_target(args.target)
+    level = args.level or LEVELS[0]
+    recipe = find_recipe(problem, shapes[0].regime, device, level=level)
+    if args.language == "triton":
+        recipe = in_triton(recipe)
+    files = generate_package(problem, args.out, recipe, force=args.force)
+    print(explain_recipe(recipe, text_width()))
+    needs, hint = "torch and triton", ""
+    if any(language_of(x) == "tilelang" for x in recipe.configs.values()):
+        needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"
+    print(f"wrote {len(files)} files, which need {needs} but not gdn2gen{hint}:")
+    for file in files:
+        print(f"  {file}")
+    return 0
+
+
+def _print_stage(args: argparse.Namespace) -> int:
+    from gdn2gen.codegen.render import render
+
+    problem = problem_of(args)
+    device = None if args.target is None else present_or_target(args.target)[0]
+    arch = None if device is None else device.arch
+    words = args.config or ""
+    if args.language is not None:
+        words = f"{words} language={args.language}"
+    config = parse_config(args.stage, words, problem, arch)
+    sys.stdout.write(render(problem, args.stage, config).source)
+    if device is not None:
+        from gdn2gen.codegen.build import compile_ahead
+
+        used = compile_ahead(problem, args.stage, config, device)
+        print(
+            f"{args.stage} for {device.arch}: {used.registers} registers, "
+            f"{used.spill_bytes} bytes spilled per thread, {used.shared_bytes} bytes of shared "
+            f"memory of {device.shared_bytes}, compiled in {used.seconds:.1f} s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def parse_config(stage: str, text: str, problem: Problem, arch: str | None = None) -> Config:
+    """`BT=64 num_warps=8` as a Config of `stage`; knobs left out keep their defaults for `arch`."""
+    knobs: dict[str, Knob] = {}
+    for word in text.replace(",", " ").split():
+        name, separator, value = word.partition("=")
+        if not separator or not value:
+            raise ConfigError(f"--config takes KNOB=VALUE words, but got {word!r}")
+        if name in knobs:
+            raise ConfigError(f"{name} is given twice: {knobs[name]} and {value}")
+        knobs[name] = int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
+    return Config.of(stage, {**default_config(stage, problem, arch=arch), **knobs})
+
+
+def _shapes(args: argparse.Namespace) -> list[Shape]:
+    return parse_shapes(SHAPE if args.shape is None else args.shape)
+
+
+def _at(problem: Problem, shape: Shape) -> Problem:
+    """`problem` for the calls at `shape`: packed if the shape is."""
+    return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
+
+
+def _add_regime(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    parser.add_argument(
+        "--shape",
+        metavar="LIST" if several else "NAME",
+        help=f"{'any' if several else 'one'} of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
+        f"{', comma-separated' if several else ''} ({SHAPE})",
+    )
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        help=f"lean saves memory, fast saves time ({LEVELS[0]})",
+    )

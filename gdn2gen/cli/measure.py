@@ -1,0 +1,249 @@
+"""`gdn2gen verify` and `gdn2gen bench`: is it right, and how fast is it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gdn2gen.base import terminal
+from gdn2gen.base.errors import DeviceError, InputError
+from gdn2gen.base.files import check_replaceable, replace_file
+from gdn2gen.cli.options import (
+    add_lower_bound,
+    add_shapes,
+    bound_option,
+    parse_head_dim,
+    refuse,
+    some_path,
+)
+from gdn2gen.family.problem import DTYPES, GATES
+from gdn2gen.family.shapes import SHAPES, parse_shapes
+from gdn2gen.kernels.plans import LEVELS
+
+if TYPE_CHECKING:
+    from gdn2gen.base.device import Device
+    from gdn2gen.measure.suite import Result
+    from gdn2gen.tune.recheck import Rechecked
+
+RESULTS_DIR: Final = Path("docs/results")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="names or shell patterns such as 'bf16-*' (all)"
+    )
+    parser.add_argument(
+        "--interpreter",
+        action="store_true",
+        help="in Triton's interpreter, at small sizes; also what is done without a GPU",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument(
+        "--tuned",
+        action="store_true",
+        help="check and time the tuned entries of this GPU again, instead of the accuracy suite",
+    )
+    parser.add_argument(
+        "--renew",
+        action="store_true",
+        help="with --tuned: check in full only entries whose templates changed since they were "
+        "filed, and file those that pass as they are now",
+    )
+    parser.add_argument(
+        "--json", type=some_path, metavar="FILE", help="also write the results here"
+    )
+    parser.set_defaults(run=verify)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
+    if args.tuned:
+        return _verify_tuned(args)
+    refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
+    from gdn2gen.base.device import has_gpu, present_device, toolchain
+    from gdn2gen.measure.suite import results_table, select_cases
+    from gdn2gen.measure.suite import verify as run_suite
+
+    interpreter = args.interpreter or not has_gpu()
+    if args.list:
+        refuse(args, "--list prints names and runs nothing", "json")
+        for case in select_cases(args.cases, interpreter=interpreter):
+            print(case.name)
+        return 0
+    _check_json(args.json)
+    where = "Triton's interpreter, small sizes" if interpreter else present_device().name
+    out = terminal.console()
+    out.print(f"Accuracy suite on {where}")
+    cases = select_cases(args.cases, interpreter=interpreter)
+    done = 0
+    with terminal.status(out) as say:
+
+        def show(result: Result) -> None:
+            nonlocal done
+            done += 1
+            say(f"{done} of {len(cases)} cases, last {result.name}")
+
+        results = run_suite(args.cases, interpreter=interpreter, on_result=show)
+    out.print(results_table(results))
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        out.print(terminal.plain(f"{result.name}: {result.message}"))
+    out.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
+    if args.json is not None:
+        document = {
+            "device": where,
+            "versions": dict(toolchain()),
+            "results": [asdict(result) for result in results],
+        }
+        _write_json(args.json, document)
+    return 1 if failed else 0
+
+
+def _verify_tuned(args: argparse.Namespace) -> int:
+    from gdn2gen.base.device import has_gpu, present_device
+    from gdn2gen.family.problem import OPS
+    from gdn2gen.store.sharing import on_file
+    from gdn2gen.tune.gpu.backend import WorkerBackend
+    from gdn2gen.tune.recheck import recheck, recheck_table
+
+    refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list")
+    if args.cases:
+        raise InputError(
+            f"--tuned checks every entry of this GPU, and takes no cases, but got "
+            f"{', '.join(map(repr, args.cases))}"
+        )
+    if not has_gpu():
+        raise DeviceError("--tuned times kernels, but torch sees no GPU here")
+    _check_json(args.json)
+    device, out = present_device(), terminal.console()
+    entries = [entry for op in OPS for entry in on_file(op, device).entries]
+    backend, results = WorkerBackend(device), []
+    try:
+        with terminal.status(out) as say:
+            for result in recheck(entries, backend, device, renew=args.renew):
+                results.append(result)
+                _file_renewed(result, device)
+                say(f"{len(results)} of {len(entries)} entries")
+    finally:
+        backend.close()
+    out.print(recheck_table(results))
+    failing = [x for x in results if not x.holds]
+    print(f"{len(results) - len(failing)} of {len(results)} entries hold")
+    if failing:
+        print("To mend the others: gdn2gen tune --only-failing --shapes ...")
+    if args.json is not None:
+        rows = [
+            {
+                "entry": x.entry.label,
+                "status": x.status,
+                "detail": x.detail,
+                "now_ms": x.now_ms,
+                "default_ms": x.default_ms,
+            }
+            for x in results
+        ]
+        _write_json(args.json, {"device": device.name, "entries": rows})
+    return 1 if failing else 0
+
+
+def _file_renewed(result: Rechecked, device: Device) -> None:
+    """At once, so that what was found is not lost with the rest."""
+    from gdn2gen.base.device import toolchain
+    from gdn2gen.cli.tune import own_folder
+    from gdn2gen.store import tuned_files
+
+    if result.renewed is not None:
+        path = tuned_files.tuned_path(own_folder(), str(result.entry.problem_key["op"]), device)
+        metadata = tuned_files.metadata_for(device, toolchain(), "gdn2gen verify --tuned --renew")
+        tuned_files.merge_entries(path, metadata, [result.renewed])
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, ",".join(SHAPES))
+    parser.add_argument("--head-dim", default="128", metavar="K[,V]", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
+    parser.add_argument("--gate", choices=GATES, default="none", help="(%(default)s)")
+    add_lower_bound(parser, "least decay a token with --gate sigmoid, in [-5, 0); whole nats (-5)")
+    parser.add_argument(
+        "--no-l2norm", dest="l2norm", action="store_false", help="q and k are not normalised"
+    )
+    parser.add_argument(
+        "--vs", choices=("fla",), help="measure flash-linear-attention in the same run"
+    )
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        default="lean",
+        help="lean, or fast as with disable_recompute=True, FLA likewise (%(default)s)",
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="also time stage by stage, beside the rates of a copy and of a large product",
+    )
+    parser.add_argument("--json", type=some_path, metavar="FILE", help="also write the rows here")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"merge the rows into {RESULTS_DIR}/<gpu>.json, from which the README's table is made",
+    )
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure on the present GPU and print the table."""
+    from gdn2gen.base.device import present_device
+    from gdn2gen.measure.results import check_saveable, rows_document, rows_table, save_results
+    from gdn2gen.measure.rows import Row, bench_shapes
+
+    shapes = parse_shapes(args.shapes)
+    K, V = parse_head_dim(args.head_dim)
+    device = present_device()
+    out = terminal.console()
+    path = RESULTS_DIR / f"{device.slug}.json"
+    if args.save:
+        check_saveable(path, device.name)
+    _check_json(args.json)
+    done: list[Row] = []
+    with terminal.status(out) as say:
+        say(f"measuring {shapes[0].name} on {device.name}")
+
+        def show(row: Row) -> None:
+            say(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
+            done.append(row)
+            if args.save:
+                save_results(path, done)  # at once: a run that is cut short keeps what it has
+
+        rows = bench_shapes(
+            shapes,
+            K,
+            V,
+            args.dtype,
+            vs_fla=args.vs == "fla",
+            gate=args.gate,
+            l2norm=args.l2norm,
+            bound=bound_option(args.gate, args.lower_bound),
+            stages=args.stages,
+            level=args.level,
+            on_row=show,
+        )
+    out.print(f"{device.name}, K={K} V={V} {args.dtype}, level {args.level}")
+    out.print(rows_table(rows))
+    if args.json is not None:
+        _write_json(args.json, rows_document(rows))
+    if args.save:
+        out.print(f"saved to {path}; now run scripts/update_readme.py")
+    return 0
+
+
+def _check_json(path: Path | None) -> None:
+    """Raise before anything is measured what would be raised when it is written."""
+    if path is not None:
+        check_replaceable(path)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(document, indent=1) + "\n")

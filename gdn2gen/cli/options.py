@@ -1,0 +1,229 @@
+"""Options that several commands share, and what they mean as problem, shapes, device and folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.problem import (
+    DTYPES,
+    GATES,
+    HEAD_DIMS,
+    OPS,
+    Problem,
+    bound_of,
+    check_lower_bound,
+)
+from gdn2gen.family.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from gdn2gen.base.device import Device
+
+DEFAULT_TARGET: Final = "sm_90"
+
+# Fields of Problem that only add an argument to the kernels.
+EXTRAS: Final = ("A_log", "dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
+_FIELDS: Final = {"A_log": "has_A_log", "dt_bias": "has_dt_bias"}
+
+
+def add_problem(
+    parser: argparse.ArgumentParser, *, extras: bool = False, several: tuple[str, ...] = ()
+) -> None:
+    """Add the options that make a Problem (see `problem_of`).
+
+    With `several`, --head-dim takes any number of head dims, by default these.
+    """
+    group = parser.add_argument_group("problem")
+    add_op(group)
+    group.add_argument(
+        "--head-dim",
+        nargs="+" if several else None,
+        default=list(several) if several else "128",
+        metavar="K[,V]",
+        help=f"key head dim, and value head dim if it differs; each one of "
+        f"{', '.join(map(str, HEAD_DIMS))} ({' '.join(several) or '128'}"
+        f"{', one after the other' if several else ''})",
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of q, k, v, b, w and o (%(default)s)"
+    )
+    group.add_argument("--gate-dtype", choices=DTYPES, default="fp32", help="of g (%(default)s)")
+    group.add_argument(
+        "--gate",
+        choices=GATES,
+        default="none",
+        help="none: g is the natural-log decay; else its activation in the kernels (%(default)s)",
+    )
+    add_lower_bound(
+        group,
+        "least decay a token with --gate sigmoid, in [-5, 0), in whole nats: kernels may then "
+        "count on it, and entries are filed for it (any)",
+    )
+    group.add_argument(
+        "--no-l2norm",
+        dest="l2norm",
+        action="store_false",
+        help="q and k are not normalised in the kernels",
+    )
+    if extras:
+        group.add_argument(
+            "--with",
+            dest="extras",
+            metavar="NAME,...",
+            help=f"arguments that the kernels take as well: {', '.join(EXTRAS)} "
+            f"(with a gate: A_log,dt_bias; else none)",
+        )
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The Problem that the options describe."""
+    K, V = parse_head_dim(args.head_dim)
+    problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
+    extras = getattr(args, "extras", None)
+    return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
+
+
+def add_op(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+
+
+def add_device(
+    parser: argparse.ArgumentParser,
+    help_text: str = "GPU (the present one, or sm_90 without one)",
+) -> None:
+    parser.add_argument("--device", metavar="NAME", help=help_text)
+
+
+def add_lower_bound(parser: argparse._ActionsContainer, help_text: str) -> None:
+    parser.add_argument("--lower-bound", type=float, metavar="NATS", help=help_text)
+
+
+def bound_option(gate: str, lower_bound: float | None) -> int:
+    """`Problem.bound` of the options --gate and --lower-bound; 0 where the latter is not given."""
+    if lower_bound is None:
+        return 0
+    if gate != "sigmoid":
+        raise InputError(f"--lower-bound is of --gate sigmoid, but got --gate {gate}")
+    check_lower_bound(lower_bound)
+    return bound_of(lower_bound)
+
+
+def with_extras(problem: Problem, gate: str, names: str | None, bound: int = 0) -> Problem:
+    """Add a gate, its bound in nats (0: any), and the optional arguments named.
+
+    By default those that a gated layer passes.
+    """
+    if names is None:
+        names = "" if gate == "none" else "A_log,dt_bias"
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in EXTRAS:
+            raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
+    flags: dict[str, Any] = {_FIELDS.get(name, name): True for name in chosen}
+    return dataclasses.replace(problem, gate=gate, bound=bound, **flags)
+
+
+def parse_head_dim(text: str) -> tuple[int, int]:
+    """`128` or `128,64` as (K, V)."""
+    words = text.split(",")
+    try:
+        sizes = [int(word) for word in words]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise InputError(f"--head-dim takes K or K,V such as 128 or 128,64, but got {text!r}")
+    return sizes[0], sizes[-1]
+
+
+def add_shapes(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--shapes",
+        default=default,
+        metavar="LIST",
+        help=f"comma-separated names ({', '.join(SHAPES)}) or sizes BxTxH such as 4x4096x16 "
+        f"(%(default)s)",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--budget",
+        type=minutes,
+        default=default,
+        metavar="MINUTES",
+        help="time to spend, over all shapes (%(default)s)",
+    )
+
+
+def some_text(text: str) -> str:
+    """A text that is not empty (argparse type): an empty variable of a shell is no wish."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"takes a name or a path, but got {text!r}")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """A path that is not empty (argparse type)."""
+    return Path(some_text(text))
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes (argparse type)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"takes a positive number of minutes, but got {text!r}")
+    return value
+
+
+def add_target(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--target", metavar="NAME", help=help_text)
+
+
+def present_or_target(target: str | None) -> tuple[Device, bool]:
+    """The device to work for, and whether it is the GPU in this machine.
+
+    A named target wins; without a name the present GPU, or `DEFAULT_TARGET` where there is none.
+    """
+    from gdn2gen.base.device import has_gpu, named_device, present_device
+
+    if target is not None:
+        return target_device(target), False
+    if has_gpu():
+        return present_device(), True
+    return named_device(DEFAULT_TARGET), False
+
+
+def target_device(name: str) -> Device:
+    """The device of that name: in the table of GPUs, or one that a tuned file says it is of."""
+    from gdn2gen.base.device import known_device, named_device
+    from gdn2gen.store.sharing import device_on_file
+
+    return known_device(name) or device_on_file(name) or named_device(name)
+
+
+def in_source_tree() -> bool:
+    """Whether gdn2gen runs from its source tree, so that `tuned/` there may be written."""
+    from gdn2gen.base.paths import packaged_tuned_dir
+
+    return (packaged_tuned_dir().parent / "pyproject.toml").is_file()
+
+
+def refuse(args: argparse.Namespace, because: str, *names: str) -> None:
+    """InputError if any of these options was given; their defaults are None or False."""
+    given = [f"--{x.replace('_', '-')}" for x in names if getattr(args, x) not in (None, False)]
+    if given:
+        raise InputError(f"{because}, and takes no {' or '.join(given)}")
+
+
+def say_where(folder: Path) -> None:
+    """Say how calls find what was filed in `folder`, unless they look there anyway."""
+    from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+
+    if folder not in (user_tuned_dir(), packaged_tuned_dir()):
+        print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")

@@ -1,0 +1,254 @@
+"""source -> file -> module -> compiled kernel and its resources; ahead of time for any target."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gdn2gen.base import environment
+from gdn2gen.base.environment import hush, hush_tilelang
+from gdn2gen.base.errors import BuildError
+from gdn2gen.base.files import replace_file
+from gdn2gen.base.paths import code_dir
+from gdn2gen.codegen.nvrtc import compiler_for, has_compiler
+from gdn2gen.codegen.render import Rendered, render
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.stages import STAGES
+
+if TYPE_CHECKING:
+    from gdn2gen.base.device import Device
+
+_TRITON_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int32": "*i32"}
+_TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
+# TileLang's barriers lie before the tiles, and push them to the next multiple of 1 KB. Not counted,
+# a prepare of 76,416 bytes passed for three programs to a multiprocessor of an H200: two were, and
+# it took 0.401 ms at long32k instead of 0.324.
+_BARRIERS_BYTES = 1024
+# Options of a Triton kernel in a TileLang module, as its `launch` passes them.
+_BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
+# Kernels whose options are not all the config's.
+_OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}, "later_frames_kernel": {"maxnreg": 128}}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers and bytes per thread, bytes and threads per block.
+
+    Of a TileLang kernel's threads some may only load.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    seconds: float
+
+
+@cache
+def load(rendered: Rendered) -> ModuleType:
+    """The rendered source as a module. What runs is what was rendered: nothing is read from disk.
+
+    The source is also written where tracebacks and profilers find it.
+    """
+    if environment.interpreted():
+        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16
+
+        mend_loops()
+        if "bfloat16" in rendered.source:
+            teach_bf16()
+    path = str(_show(rendered))
+    # Triton and TileLang read the source of their kernels back: without a time, it stays as it is
+    lines = rendered.source.splitlines(keepends=True)
+    linecache.cache[path] = (len(rendered.source), None, lines, path)
+    module = ModuleType(rendered.module_name)
+    module.__file__ = path
+    sys.modules[rendered.module_name] = module
+    hush()
+    try:
+        exec(compile(rendered.source, path, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        del sys.modules[rendered.module_name]
+        raise
+    return module
+
+
+def _show(rendered: Rendered) -> Path:
+    """Have a file say what was rendered, whatever it said before; a full disk costs no more."""
+    path = code_dir("kernels") / f"{rendered.module_name}.py"
+    with suppress(OSError):
+        if not path.is_file() or path.read_bytes() != rendered.source.encode():
+            replace_file(path, rendered.source, durable=False)
+    return path
+
+
+def compile_ahead(problem: Problem, stage_name: str, config: Config, device: Device) -> Resources:
+    """Compile one stage for `device` without launching it; needs no GPU.
+
+    Args are specialised as `launch` specialises them, so that on the same GPU the result is found
+    again in Triton's cache. Raises BuildError with the compiler's last words, and OSError where
+    the compiler could not be run or its files not be written.
+    """
+    started = time.monotonic()
+    module = load(render(problem, stage_name, config))
+    compile_module = _compile_tilelang if language_of(config) == "tilelang" else _compile_triton
+    try:
+        used = compile_module(module, problem, stage_name, config, device)
+    except OSError:
+        raise  # a full disk or a compiler that is gone: no fault of the config's
+    except Exception as error:
+        words = str(error).strip().splitlines()[-3:]
+        raise BuildError(
+            f"{stage_name} [{config}] does not compile for {device.arch}: {' / '.join(words)}"
+        ) from error
+    return Resources(*used, time.monotonic() - started)
+
+
+def _compile_triton(
+    module: ModuleType, problem: Problem, stage_name: str, config: Config, device: Device
+) -> tuple[int, int, int, int]:
+    """Registers and stack bytes per thread, shared bytes and threads per block.
+
+    Of the stage's own kernel, though all kernels of the module are compiled, and the largest of
+    them must fit into shared memory.
+    """
+    main = f"{stage_name}_kernel"
+    others = [x for x in vars(module) if x.endswith("_kernel") and x != main]
+    options = launch_options(config)
+    used = [
+        _compile_kernel(
+            module, name, problem, stage_name, options | _OWN_OPTIONS.get(name, {}), device
+        )
+        for name in (main, *others)
+    ]
+    return (*used[0][:2], max(shared for _, _, shared in used), 32 * options["num_warps"])
+
+
+def _compile_kernel(
+    module: ModuleType,
+    name: str,
+    problem: Problem,
+    stage_name: str,
+    options: dict[str, int],
+    device: Device,
+) -> tuple[int, int, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    stage = STAGES[stage_name]
+    kernel: Any = getattr(module, name)
+    operands = stage.operands(problem)
+    signature: dict[str, str] = {x.name: _TRITON_POINTER[x.dtype_in(problem)] for x in operands}
+    scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
+    signature |= {name: _TRITON_SCALAR.get(name, "i32") for name in scalars}
+    constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands}
+    compiled: Any = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
+        options=options,
+    )
+    return (*_register_use(compiled.asm["cubin"]), int(compiled.metadata.shared))
+
+
+def _compile_tilelang(
+    module: ModuleType, problem: Problem, stage_name: str, _config: Config, device: Device
+) -> tuple[int, int, int, int]:
+    """Registers and stack bytes per thread, shared bytes and threads per block.
+
+    Of the TileLang programs; the most that one of several takes. A Triton kernel that the module
+    has beside them is compiled, too. The binary is taken from TileLang's cache on its way there; a
+    kernel that was compiled before passes through no compiler, and reports zero registers and
+    stack.
+    """
+    if not has_compiler():
+        raise FileNotFoundError("neither nvcc nor NVRTC was found, to compile TileLang with")
+    import tilelang
+    from tilelang.cache.cuda_binary_cache import CUDABinaryCache
+
+    hush_tilelang()
+    used = [(0, 0, 0, 0)]
+    binaries: list[bytes] = []
+    save = CUDABinaryCache.save
+
+    def keep(key: str, kind: str, binary: bytes) -> Any:
+        binaries.append(bytes(binary))
+        return save(key, kind, binary)
+
+    CUDABinaryCache.save = keep
+    try:
+        # wgmma and the register hand-over between warp groups need the architecture's own target
+        arch = device.arch + ("a" if device.arch in ("sm_90", "sm_100") else "")
+        target = {"kind": "cuda", "arch": arch}
+        passes = getattr(module, "PASSES", None)
+        for name in [x for x in vars(module) if x.endswith("program")]:
+            with compiler_for():
+                program = getattr(module, name)()
+                kernel = tilelang.compile(program, target=target, pass_configs=passes)
+            source = kernel.get_kernel_source()
+            shared = _dynamic_shared_bytes(kernel.get_host_source())
+            if "mbarrier_mem" in source:
+                shared += _BARRIERS_BYTES
+            registers = _register_use(binaries.pop()) if binaries else (0, 0)
+            used.append((*registers, shared, _threads(source)))
+    finally:
+        CUDABinaryCache.save = save
+    for name in [x for x in vars(module) if x.endswith("_kernel")]:
+        options = _BESIDE_TILELANG | _OWN_OPTIONS.get(name, {})
+        _compile_kernel(module, name, problem, stage_name, options, device)
+    most = [max(column) for column in zip(*used, strict=True)]
+    return most[0], most[1], most[2], most[3]
+
+
+def _threads(source: str) -> int:
+    """Threads of a block, those that only load among them, as its CUDA source bounds them."""
+    found = re.search(r"__launch_bounds__\((\d+)", source)
+    if found is None:
+        raise BuildError("the CUDA source that TileLang wrote bounds no number of threads")
+    return int(found[1])
+
+
+def _dynamic_shared_bytes(host_source: str) -> int:
+    """The last integer argument of the generated launch is the dynamic shared memory, in bytes."""
+    found = re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\);", host_source)
+    return int(found[-1]) if found else 0
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """The compiler's options, as the stage's `launch` passes them."""
+    options = {name: config.size(name) for name in ("num_warps", "num_stages")}
+    if config.get("maxnreg"):
+        options["maxnreg"] = config.size("maxnreg")
+    return options
+
+
+def _register_use(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread, read from the cubin by Triton's own cuobjdump."""
+    import subprocess
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise BuildError(f"cuobjdump printed no resource usage: {text[-200:]}")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,141 @@
+"""Random inputs as a layer makes them, with gentle or hostile gates; for tuner, bench, tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn2gen.base.errors import InputError
+
+REGIMES: Final = (
+    "layer",
+    "zero",
+    "constant",
+    "strong",
+    "uniform",
+    "sparse",
+    "mixed",
+    "correlated",
+)
+"""Gate regimes; decay g in natural log.
+
+layer       -A softplus(0.5 normal + bias): A uniform in [1, 16] per head, bias per channel, the
+            inverse softplus of a step that is log-uniform in [0.001, 0.1]
+zero        0: nothing is ever forgotten
+constant    -5.95: about 15 tokens sum past the range of fp32's exponent (88 nats)
+strong      -20: 5 tokens do
+uniform     U(-20, 0)
+sparse      layer, and -300 (the channel is reset) in one element of 64
+mixed       each channel of each head follows one of the above, at random
+correlated  layer's decay / 16; keys with a mutual correlation of 0.9; erase gates in (1.9, 2)
+"""
+
+_CORRELATION: Final = 0.9
+_RESET: Final = -300.0
+_RESET_RATE: Final = 1 / 64
+
+
+def make_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    HV: int | None = None,
+    HG: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    gate_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    regime: str = "layer",
+    seed: int = 0,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    initial_state: bool = False,
+) -> dict[str, Tensor]:
+    """Draw the tensors of one call, on `device`; the same arguments there give the same bits.
+
+    q, k, v are normal, b and w sigmoids of normals, g one of `REGIMES`. Neither q nor k is
+    normalised: call with `use_qk_l2norm_in_kernel=True`, or the recurrence explodes.
+
+    Args:
+        B, T, H, K, V: sequences, tokens in each, heads of q and k, head dims.
+        HV: heads of v, w and the state; H if None.
+        HG: heads of g and b; HV if None.
+        dtype: of q, k, v, b, w.
+        gate_dtype: of g, which is made in float32, or in float64 if that is its dtype.
+        cu_seqlens: boundaries of N sequences packed in one (B = 1); N is B otherwise.
+        initial_state: also draw a state.
+
+    Returns:
+        q, k [B, T, H, K]; v, w [B, T, HV, V]; g, b [B, T, HG, K]; initial_state [N, HV, K, V]
+        (normal, float32) if asked for; cu_seqlens [N + 1] (int64) if given.
+    """
+    if regime not in REGIMES:
+        raise InputError(f"regime must be one of {REGIMES}, but got {regime!r}")
+    if cu_seqlens is not None and B != 1:
+        raise InputError(f"cu_seqlens needs a packed batch of B=1, but got B={B}")
+    HV = H if HV is None else HV
+    HG = HV if HG is None else HG
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=of, device=device, generator=rng)
+
+    tensors = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, HV, V)}
+    tensors["b"] = normal(B, T, HG, K).sigmoid_()
+    tensors["w"] = normal(B, T, HV, V).sigmoid_()
+    if regime == "correlated":
+        shared = normal(B, 1, H, K).mul_(math.sqrt(_CORRELATION))
+        tensors["k"].mul_(math.sqrt(1 - _CORRELATION)).add_(shared)
+        tensors["b"].mul_(0.1).add_(1.9)
+    wide = torch.promote_types(gate_dtype, torch.float32)
+    tensors["g"] = _decay(regime, (B, T, HG, K), rng, wide).to(gate_dtype)
+    ends = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, device=device).long()
+    if initial_state:
+        N = B if ends is None else len(ends) - 1
+        tensors["initial_state"] = normal(N, HV, K, V, of=torch.float32)
+    if ends is not None:
+        tensors["cu_seqlens"] = ends
+    return tensors
+
+
+def _decay(
+    regime: str, shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Decay g of `shape` [B, T, HG, K] in natural log, <= 0."""
+    if regime == "mixed":
+        return _mixed_decay(shape, rng, dtype)
+    g = torch.empty(shape, dtype=dtype, device=rng.device)
+    constants = {"zero": 0.0, "constant": -5.95, "strong": -20.0}
+    if regime in constants:
+        return g.fill_(constants[regime])
+    if regime == "uniform":
+        return g.uniform_(-20.0, 0.0, generator=rng)
+    *_, heads, dim = shape
+    A = g.new_empty(heads, 1).uniform_(1.0, 16.0, generator=rng)
+    step = g.new_empty(heads, dim).uniform_(math.log(1e-3), math.log(0.1), generator=rng).exp_()
+    bias = step + torch.log(-torch.expm1(-step))
+    g = F.softplus(g.normal_(generator=rng).mul_(0.5).add_(bias)).mul_(-A)
+    if regime == "sparse":
+        resets = torch.rand(shape, device=rng.device, generator=rng) < _RESET_RATE
+        g.masked_fill_(resets, _RESET)
+    if regime == "correlated":
+        g.div_(16.0)  # The inverse is at its worst where little is forgotten within a chunk.
+    return g
+
+
+def _mixed_decay(
+    shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Each channel of each head draws one of the plain regimes, and keeps it for all tokens."""
+    plain = ("layer", "zero", "constant", "strong", "uniform", "sparse")
+    choice = torch.randint(len(plain), shape[2:], device=rng.device, generator=rng)
+    g = torch.empty(shape, dtype=dtype, device=rng.device)
+    for i, regime in enumerate(plain):
+        torch.where(choice == i, _decay(regime, shape, rng, dtype), g, out=g)
+    return g

@@ -1,0 +1,140 @@
+"""Problem: what is compiled into a kernel. Regime: what is known only at run time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from gdn2gen.base.errors import InputError, UnsupportedError
+
+OPS: Final = ("gdn2",)
+DTYPES: Final = ("bf16", "fp16", "fp32")
+GATES: Final = ("none", "softplus", "sigmoid")
+# Fields of Problem that add arguments to the kernels and are not tuned for.
+OPTIONAL_FLAGS: Final = (
+    "has_A_log",
+    "has_dt_bias",
+    "varlen",
+    "initial_state",
+    "final_state",
+    "state_v_first",
+)
+# Nats: a gate's lower bound may be no lower.
+LEAST_BOUND: Final = -5.0
+# Verified on hardware; every other size is refused until a later issue verifies it.
+HEAD_DIMS: Final = (32, 64, 128)
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One recurrence with everything that is compiled in.
+
+    The first seven fields and `bound` move the speed and are what tuned entries are filed under
+    (`key`); the others only add or leave out arguments of the same kernels.
+    """
+
+    op: str = "gdn2"
+    K: int = 128
+    """Key head dim."""
+    V: int = 128
+    """Value head dim."""
+    dtype: str = "bf16"
+    """dtype of q, k, v, b, w and o."""
+    gate_dtype: str = "fp32"
+    """dtype of g."""
+    l2norm: bool = True
+    """q and k are normalised inside the kernels."""
+    gate: str = "none"
+    """`none`: g is the natural-log decay. `softplus`, `sigmoid`: g is its pre-activation."""
+    has_A_log: bool = False
+    has_dt_bias: bool = False
+    varlen: bool = False
+    """cu_seqlens given: B is 1 and holds N packed sequences."""
+    initial_state: bool = False
+    final_state: bool = False
+    state_v_first: bool = False
+    """Initial and final state are [N, H, V, K] instead of [N, H, K, V]."""
+    bound: int = 0
+    """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
+    `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
+
+    def __post_init__(self) -> None:
+        _one_of("op", self.op, OPS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("gate_dtype", self.gate_dtype, DTYPES)
+        _one_of("gate", self.gate, GATES)
+        for name, size in (("K", self.K), ("V", self.V)):
+            if size not in HEAD_DIMS:
+                raise UnsupportedError(
+                    f"head dim {name}={size} was not verified; use one of {HEAD_DIMS}"
+                )
+        if self.gate == "none" and (self.has_A_log or self.has_dt_bias):
+            raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
+        if self.gate == "softplus" and not self.has_A_log:
+            raise InputError("the softplus gate needs A_log, got None; or give lower_bound")
+        if self.bound not in range(int(-LEAST_BOUND) + 1):
+            raise InputError(f"bound must be 0 to {-LEAST_BOUND:.0f} nats, but got {self.bound}")
+        if self.bound and self.gate != "sigmoid":
+            raise InputError(
+                f"only the sigmoid gate has a bound, but got bound={self.bound} with "
+                f"gate={self.gate!r}; leave it out, or use gate='sigmoid'"
+            )
+
+    @property
+    def key(self) -> dict[str, str | int | bool]:
+        """Readable key of the tuned entry: only what moves the speed; `bound` where it is known."""
+        key: dict[str, str | int | bool] = {
+            "op": self.op,
+            "K": self.K,
+            "V": self.V,
+            "dtype": self.dtype,
+            "gate_dtype": self.gate_dtype,
+            "l2norm": self.l2norm,
+            "gate": self.gate,
+        }
+        return key | {"bound": self.bound} if self.bound else key
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Every field, for files; `bound` only where it is known, as in files older than it."""
+        fields = asdict(self)
+        return fields if self.bound else {x: y for x, y in fields.items() if x != "bound"}
+
+
+def check_lower_bound(lower_bound: float) -> None:
+    """Raises InputError unless -5 <= lower_bound < 0, in nats."""
+    if not LEAST_BOUND <= lower_bound < 0.0:
+        raise InputError(f"`-5 <= lower_bound < 0` must hold, but got {lower_bound}")
+
+
+def bound_of(lower_bound: float) -> int:
+    """`Problem.bound` of a gate's lower bound: the least whole number of nats that covers it.
+
+    Found by comparing: where `lower_bound` is a tracer's symbol, the result is a number for good.
+    """
+    for bound in range(1, int(-LEAST_BOUND) + 1):
+        if lower_bound >= -bound:
+            return bound
+    return math.ceil(-float(lower_bound))
+
+
+@dataclass(frozen=True, order=True)
+class Regime:
+    """Sizes known at run time; only these may be matched approximately."""
+
+    tokens: int
+    """Tokens over all sequences: B * T, or the T of a packed batch."""
+    sequences: int
+    """Independent sequences: B, or N of cu_seqlens."""
+    heads: int
+    """Value heads HV."""
+
+    @property
+    def key(self) -> dict[str, int]:
+        return {"tokens": self.tokens, "sequences": self.sequences, "heads": self.heads}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {allowed}, but got {value!r}")

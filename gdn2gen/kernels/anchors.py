@@ -1,0 +1,52 @@
+"""How far factors may lie from their anchor, and what a gate's bound says of a whole chunk."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from gdn2gen.family.problem import Problem
+
+# Placements of the decay whose pairs meet at the chunk's start.
+FROM_START: Final = ("anchored", "bounded")
+
+
+def anchor_range(problem: Problem, stage: str) -> int:
+    """How far in log2 factors may lie from their anchor, where fp32 ends at 2^-126 and 2^127.
+
+    prepare leaves 22 bits for the elements of q and k, whose smaller ones no sum would show;
+    grad_key 31 for gradients and their sums. Without the norm keys may be large, and with them all.
+    """
+    if not problem.l2norm:
+        return 64
+    return 104 if stage == "prepare" else 96
+
+
+def chunk_loss(problem: Problem, BT: int) -> int:
+    """Bits that a channel loses at most over BT tokens, rounded up: 2^-bits of it stays.
+
+    By the gate's bound; 0 where none is known.
+    """
+    return math.ceil(BT * problem.bound / math.log(2.0))
+
+
+def why_unbounded(problem: Problem, stage: str, BT: int) -> str | None:
+    """Why some chunk of BT tokens may leave the first frame of `stage`; None if none can."""
+    remedy = "use decay=anchored, which serves every decay"
+    if problem.gate != "sigmoid":
+        return (
+            f"the bounded placement needs a gate with a bound, gate=sigmoid, but got "
+            f"gate={problem.gate}: {remedy}"
+        )
+    if problem.bound == 0:
+        return (
+            "the bounded placement needs the gate's bound, but none is known (bound=0): give it "
+            f"(--lower-bound, in [-5, 0)), or {remedy}"
+        )
+    loss, limit = chunk_loss(problem, BT), anchor_range(problem, stage)
+    if loss > limit:
+        return (
+            f"{BT} tokens of at most {problem.bound} nats each may lose 2^-{loss}, but the bounded "
+            f"{stage} takes no more than 2^-{limit} a chunk: use a smaller BT, or {remedy}"
+        )
+    return None

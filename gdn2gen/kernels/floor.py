@@ -1,0 +1,43 @@
+"""The bytes that no implementation can avoid moving, and the least time that they take."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.stages import DTYPE_BYTES
+
+# What a cache may keep from one direction to the other, or hold back at the end, instead of moving
+# it: the largest L2 so far, a B200's.
+_CACHE_BYTES: Final = 126 * 2**20
+
+
+def floor_bytes(problem: Problem, backward: bool) -> int:
+    """Bytes per token and value head that no implementation can avoid moving.
+
+    Forward: read q, k, b (K), v, w (V), g (K, its own dtype); write o (V). With the backward:
+    read those six and dO again, write a gradient of each of the six.
+    """
+    inputs, output = _input_bytes(problem), _output_bytes(problem)
+    forward = inputs + output
+    return forward + (2 * inputs + output if backward else 0)
+
+
+def least_ms(problem: Problem, regime: Regime, backward: bool, gbps: float) -> float:
+    """Time below which no measurement can be true, with an L2 that is cold at the start, in ms.
+
+    Inputs (and dO) are read once, and of the rest a cache saves at most what it holds.
+    """
+    read = _input_bytes(problem) + (_output_bytes(problem) if backward else 0)
+    count = regime.tokens * regime.heads
+    saved = _CACHE_BYTES * (2 if backward else 1)
+    return max(read * count, floor_bytes(problem, backward) * count - saved) / gbps / 1e6
+
+
+def _input_bytes(problem: Problem) -> int:
+    io, gate = DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.gate_dtype]
+    return io * (3 * problem.K + 2 * problem.V) + gate * problem.K
+
+
+def _output_bytes(problem: Problem) -> int:
+    return DTYPE_BYTES[problem.dtype] * problem.V

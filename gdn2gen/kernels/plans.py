@@ -1,0 +1,77 @@
+"""Plan: the chain of stages, forward and back. Level: how much the forward may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from gdn2gen.base.errors import DispatchError
+
+Level = Literal["lean", "fast"]
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chain of stages, forward and backward, and what the forward keeps for the backward."""
+
+    name: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+    saves: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage once, in order of first use."""
+        return tuple(dict.fromkeys((*self.forward, *self.backward)))
+
+
+_FORWARD = ("prepare", "scan")
+_BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
+PLANS: Final = {
+    plan.name: plan
+    for plan in (
+        # 128 bytes per token and head kept (16 bits, BT = 32), and 64 of S_seg: triangular work is
+        # not redone.
+        Plan("lean", _FORWARD, ("reprepare", *_BACKWARD), ("A", "Aqk", "S_seg")),
+        # 784 bytes more: the factors stay, and only the scan is redone.
+        Plan(
+            "fast",
+            _FORWARD,
+            ("sum_decay", *_BACKWARD),
+            ("A", "Aqk", "S_seg", "Qg", "Y", "Ktail", "gamma_C"),
+        ),
+        # 1280 bytes more, less S_seg: nothing is redone, but for the sum of the decay.
+        Plan(
+            "states",
+            ("prepare", "scan_states"),
+            ("sum_decay", *_BACKWARD[1:]),
+            ("A", "Aqk", "Qg", "Y", "Ktail", "gamma_C", "h", "R"),
+        ),
+    )
+}
+# What a caller chooses: how much the forward may keep. The tuner ranks the plans of a level; the
+# first is the one without tuning.
+PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {"lean": ("lean",), "fast": ("fast", "states")}
+
+
+def level_of(plan_name: str) -> Level:
+    """The level that a plan serves."""
+    return next(level for level in LEVELS if plan_name in PLANS_OF[level])
+
+
+def is_optional(plan_name: str) -> bool:
+    """Whether another plan serves the same level without tuning."""
+    return PLANS_OF[level_of(plan_name)][0] != plan_name
+
+
+def keeps_least(plan: Plan) -> bool:
+    """Whether its forward runs the stages of the least level, and so writes nothing more."""
+    return plan.forward == PLANS[PLANS_OF[LEVELS[0]][0]].forward
+
+
+def plan_named(name: str) -> Plan:
+    if name not in PLANS:
+        raise DispatchError(f"unknown plan {name!r}; known: {', '.join(PLANS)}")
+    return PLANS[name]

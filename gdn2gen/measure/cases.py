@@ -1,0 +1,117 @@
+"""The cases of the accuracy suite: one list for `gdn2gen verify` and for the tests on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final
+
+from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.problem import HEAD_DIMS, Problem
+from gdn2gen.family.shapes import Shape
+
+CHECKS: Final = ("accuracy", "causality", "empty", "repeat")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, and what is asked of it."""
+
+    name: str
+    problem: Problem
+    shape: Shape
+    """Sizes; its H is the number of value heads HV."""
+    regime: str = "mixed"
+    """Gate regime of the inputs, see `inputs.REGIMES`."""
+    H: int | None = None
+    """Heads of q and k, where they are fewer than the value heads."""
+    HG: int | None = None
+    """Heads of g and b, where they are fewer than the value heads."""
+    check: str = "accuracy"
+    """One of CHECKS."""
+    interpreter: bool = False
+    """Small enough for Triton's interpreter."""
+
+
+def _shape(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:
+    return Shape(f"{B}x{T}x{H}", B, T, H, cu_seqlens)
+
+
+def _features(base: Case) -> Iterator[Case]:
+    """`base` once for every option of the op that changes what the kernels compute."""
+    problem, shape = base.problem, base.shape
+    T = shape.T
+    softplus = replace(problem, gate="softplus", has_A_log=True)
+    sigmoid = replace(problem, gate="sigmoid")
+    packed = (0, 0, T // 3, T // 3 + 1, T // 3 + 1, T)
+    changes: dict[str, Case] = {
+        "stateless": replace(
+            base, problem=replace(problem, initial_state=False, final_state=False)
+        ),
+        "no-l2norm": replace(base, problem=replace(problem, l2norm=False)),
+        "softplus": replace(base, problem=replace(softplus, has_dt_bias=True), regime="layer"),
+        "softplus-no-bias": replace(base, problem=softplus, regime="layer"),
+        "sigmoid": replace(
+            base, problem=replace(sigmoid, has_A_log=True, has_dt_bias=True), regime="layer"
+        ),
+        "sigmoid-no-A_log": replace(base, problem=sigmoid, regime="layer"),
+        "v-first": replace(base, problem=replace(problem, state_v_first=True)),
+        "varlen": replace(
+            base, problem=replace(problem, varlen=True), shape=_shape(1, T, shape.H, packed)
+        ),
+        "grouped": replace(base, shape=_shape(1, T, 4), H=2),
+        "grouped-gates": replace(base, shape=_shape(1, T, 4), H=2, HG=2),
+        "empty": replace(base, shape=_shape(1, 0, 1), check="empty"),
+        "one-token": replace(base, shape=_shape(1, 1, 1)),
+        "whole-chunks": replace(base, shape=_shape(1, 128, 1)),
+        "causality": replace(base, shape=_shape(1, 22, 1), check="causality"),
+        "causality-chunks": replace(base, check="causality"),
+        "repeat": replace(base, check="repeat"),
+    }
+    for name, case in changes.items():
+        yield replace(case, name=f"{base.name}-{name}")
+
+
+def _regimes(base: Case) -> Iterator[Case]:
+    for regime in REGIMES:
+        yield replace(base, name=f"{base.name}-{regime}", regime=regime)
+
+
+def _head_dims(base: Case) -> Iterator[Case]:
+    """Every pair of head dims; K != V shows a swapped transpose that square states hide."""
+    for K, V in product(HEAD_DIMS, repeat=2):
+        if (K, V) != (base.problem.K, base.problem.V):
+            problem = replace(base.problem, K=K, V=V)
+            yield replace(base, name=f"{base.name}-K{K}-V{V}", problem=problem)
+
+
+def _interpreter_cases() -> Iterator[Case]:
+    problem = Problem(K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
+    small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
+    yield from _regimes(small)
+    yield from _features(small)
+    yield from _head_dims(small)
+    half = replace(small, name="small-fp16", problem=replace(problem, dtype="fp16"))
+    yield from _regimes(half)
+    mixed = replace(half, name="small-fp16-K64-V32", problem=replace(half.problem, K=64))
+    yield from (mixed, replace(mixed, name=f"{mixed.name}-repeat", check="repeat"))
+    yield from _regimes(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
+
+
+def _gpu_cases() -> Iterator[Case]:
+    problem = Problem(initial_state=True, final_state=True)
+    base = Case("bf16", problem, _shape(2, 1000, 4))
+    yield from _regimes(base)
+    yield from _features(base)
+    yield from _head_dims(replace(base, shape=_shape(2, 300, 3)))
+    yield replace(base, name="bf16-gates-bf16", problem=replace(problem, gate_dtype="bf16"))
+    # 30 calls of at least 256 blocks each: fewer have hidden races.
+    yield replace(base, name="bf16-repeat-large", shape=_shape(2, 4096, 16), check="repeat")
+    for dtype in ("fp16", "fp32"):
+        other = replace(base, name=dtype, problem=replace(problem, dtype=dtype))
+        yield from _regimes(other)
+        yield from _head_dims(replace(other, shape=_shape(1, 300, 2)))
+
+
+CASES: Final = tuple((*_interpreter_cases(), *_gpu_cases()))

@@ -1,0 +1,184 @@
+"""Run one case of the accuracy suite: accuracy, causality or bitwise repetition."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.family.tolerances import LIMITS, limit_of, over
+from gdn2gen.measure.accuracy import (
+    inputs_of,
+    op_flags,
+    output_gradients,
+    relative_errors,
+    run_op,
+    run_reference,
+)
+from gdn2gen.measure.cases import Case
+
+# What a value below the range of a dtype may lose, however small it is: fp16's last subnormal.
+# Under a decay of -20 every gradient through the state lies there (exp(-20) = 2e-9).
+LOST: Final = {"bf16": 0.0, "fp16": 2.0**-24, "fp32": 0.0}
+# On a GPU; the interpreter is sequential, so twice is enough to see memory that was not written.
+REPEATS: Final = {"cuda": 30, "cpu": 2}
+_PER_TOKEN: Final = ("q", "k", "v", "g", "b", "w")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case. `message` says why it failed and is empty otherwise."""
+
+    name: str
+    check: str
+    passed: bool
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative error of every output and gradient (accuracy only)."""
+    limit: float = 0.0
+    message: str = ""
+    seconds: float = 0.0
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """Name and error of the least accurate output."""
+        return max(self.errors.items(), key=lambda item: item[1], default=None)
+
+
+def run_case(case: Case, device: str) -> Result:
+    """Run `case` with the public op on `device`; what the op raises passes through.
+
+    Buffers are filled with NaN before the kernels write them, so that what they leave out shows.
+    """
+    from gdn2gen.runtime import passes
+
+    started = time.perf_counter()
+    passes.poison(True)
+    try:
+        result = _CHECKS[case.check](case, device)
+    finally:
+        passes.poison(False)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def case_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of the op, and the gradients of its outputs."""
+    inputs = inputs_of(case.problem, case.shape, case.regime, 0, device)
+    if case.H is not None:
+        inputs |= {name: _first_heads(inputs[name], case.H) for name in ("q", "k")}
+    if case.HG is not None:
+        inputs |= {name: _first_heads(inputs[name], case.HG) for name in ("g", "b")}
+        if "A_log" in inputs:
+            inputs["A_log"] = inputs["A_log"][: case.HG].clone()
+        if "dt_bias" in inputs:
+            inputs["dt_bias"] = inputs["dt_bias"][: case.HG * case.problem.K].clone()
+    state = inputs.get("initial_state")
+    dims = (case.problem.V, case.problem.K)
+    if state is not None and case.problem.state_v_first and state.shape[-2:] != dims:
+        inputs["initial_state"] = state.mT.contiguous()
+    return inputs, output_gradients(case.problem, case.shape, 0, device)
+
+
+def _first_heads(x: Tensor, heads: int) -> Tensor:
+    return x[:, :, :heads].contiguous()
+
+
+def _run(
+    case: Case, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    from gdn2gen.ops.chunk import chunk_gdn2
+
+    return run_op(chunk_gdn2, case.problem, inputs, grads)
+
+
+def errors_in_range(
+    results: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str
+) -> dict[str, float]:
+    """`relative_errors`, less what `dtype` cannot represent.
+
+    The expected norm is widened so that LOST in every element counts as exactly LIMITS[dtype].
+    """
+    errors = relative_errors(results, expected)
+    lost = LOST[dtype] / LIMITS[dtype]
+    for name, exact in expected.items():
+        norm = exact.double().norm().item()
+        if norm > 0:
+            errors[name] *= norm / (norm + lost * math.sqrt(exact.numel()))
+    return errors
+
+
+def _check_accuracy(case: Case, device: str) -> Result:
+    inputs, grads = case_inputs(case, device)
+    exact = run_reference(case.problem, inputs, grads)
+    errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
+    limit = limit_of(case.problem.dtype, case.regime)
+    wrong = [f"{name} {error:.1e}" for name, error in over(errors, limit).items()]
+    message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
+    return Result(case.name, case.check, not wrong, errors, limit, message)
+
+
+def _check_causality(case: Case, device: str) -> Result:
+    """Change one token: outputs and gradients of the tokens before it must not move by a bit."""
+    token = max(case.shape.T - 1 - case.shape.T // 4, 0) if case.shape.T > 32 else case.shape.T - 1
+    inputs, grads = case_inputs(case, device)
+    grads["o"][:, token:] = 0
+    if "final_state" in grads:
+        grads["final_state"].zero_()
+    changed = {name: x.clone() for name, x in inputs.items()}
+    for name in _PER_TOKEN:
+        changed[name][:, token] = inputs[name][:, 0] * 0.5
+    changed["g"][:, token] -= 30
+    before, after = _run(case, inputs, grads), _run(case, changed, grads)
+    names = ("o", *(f"d{name}" for name in _PER_TOKEN))
+    moved = [x for x in names if not torch.equal(before[x][:, :token], after[x][:, :token])]
+    message = f"token {token} moved earlier tokens of {', '.join(moved)}" if moved else ""
+    return Result(case.name, case.check, not moved, message=message)
+
+
+def _check_empty(case: Case, device: str) -> Result:
+    """Without tokens the state passes through unchanged, and so does its gradient."""
+    from gdn2gen.ops.chunk import chunk_gdn2
+
+    inputs, grads = case_inputs(case, device)
+    leaves: dict[str, Any] = {name: x.requires_grad_() for name, x in inputs.items()}
+    o, state = chunk_gdn2(**leaves, **op_flags(case.problem), output_final_state=True)
+    assert state is not None
+    initial, dht = inputs["initial_state"], grads["final_state"]
+    (dh0,) = torch.autograd.grad([state], [initial], [dht])
+    right = {
+        "o": o.shape == inputs["v"].shape,
+        "final_state": torch.equal(state, initial),
+        "dinitial_state": torch.equal(dh0, dht),
+    }
+    bad = [name for name, fine in right.items() if not fine]
+    message = f"wrong without tokens: {', '.join(bad)}" if bad else ""
+    return Result(case.name, case.check, not bad, message=message)
+
+
+def _check_repeat(case: Case, device: str) -> Result:
+    """The same call gives the same bits."""
+    inputs, grads = case_inputs(case, device)
+    first = _run(case, inputs, grads)
+    bad = [name for name, x in first.items() if not math.isfinite(x.double().norm().item())]
+    if bad:
+        return Result(case.name, case.check, False, message=f"not finite: {', '.join(bad)}")
+    repeats = REPEATS[torch.device(device).type]
+    for repeat in range(1, repeats):
+        again = _run(case, inputs, grads)
+        moved = [name for name, x in first.items() if not torch.equal(x, again[name])]
+        if moved:
+            message = f"call {repeat + 1} of {repeats} differs in {', '.join(moved)}"
+            return Result(case.name, case.check, False, message=message)
+    return Result(case.name, case.check, passed=True)
+
+
+_CHECKS: Final = {
+    "accuracy": _check_accuracy,
+    "causality": _check_causality,
+    "empty": _check_empty,
+    "repeat": _check_repeat,
+}

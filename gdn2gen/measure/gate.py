@@ -1,0 +1,208 @@
+"""The accuracy gate: no config is timed before its outputs and gradients are right and repeat.
+
+Runs in the worker. Two sizes, since a race often shows at one and hides at the other: a few heads
+with a last chunk that is not full, and a grid of at least 256 blocks. Every buffer is filled with
+NaN first, so that what a kernel leaves out shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.family.tolerances import limit_of, over
+from gdn2gen.kernels.stages import SEGMENT
+from gdn2gen.store.candidate import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+QUICK_REGIMES: Final = ("layer", "sparse", "zero")
+QUICK_REPEATS: Final = 3
+# For finalists only: 30 identical calls have found races that 3 did not.
+FULL_REPEATS: Final = 30
+
+# T = 1100 leaves a partial last chunk at every chunk size, and makes two segments up to BT 32.
+# Under constant strong decay db is the last token's, whose error is one number a head: one draw of
+# 3 heads in 50 is off by more than 1e-2, one of 8 in 10000, and all heads together by 4.5e-3.
+RAGGED: Final = Shape("ragged", 1, 1100, 8)
+# 8 * 32 = 256 blocks even in a scan that takes a whole head per block.
+MANY_BLOCKS: Final = Shape("many-blocks", 8, 192, 32)
+# Of the parallel scans: the third segment's start is the first that takes a transition.
+SEGMENT_REGIMES: Final = ("layer", "zero")
+RAGGED_PACKED: Final = Shape("ragged", 1, 333, 3, (0, 0, 100, 101, 333))
+MANY_BLOCKS_PACKED: Final = Shape("many-blocks", 1, 1536, 32, tuple(range(0, 1537, 192)))
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Worst relative error of each output and gradient, and why the gate stays shut if it does."""
+
+    ok: bool
+    errors: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def gate_shapes(problem: Problem) -> tuple[Shape, Shape]:
+    """The two sizes of the gate; the second one has blocks enough for races to show."""
+    if problem.varlen:
+        return RAGGED_PACKED, MANY_BLOCKS_PACKED
+    return RAGGED, MANY_BLOCKS
+
+
+def segmented_shape(candidate: Candidate) -> Shape | None:
+    """For parallel scans, a size of four segments, the last one shorter; None for others."""
+    if not any(config.get("segments") == "parallel" for config in candidate.configs):
+        return None
+    return Shape("segments", 1, (3 * SEGMENT + 1) * candidate.BT + 8, 2)
+
+
+def full_problem(problem: Problem) -> Problem:
+    """`problem` with states in and out, so that their values and gradients are seen as well."""
+    return replace(problem, initial_state=True, final_state=True)
+
+
+def check(
+    candidate: Candidate,
+    *,
+    regimes: tuple[str, ...],
+    repeats: int,
+    shapes: tuple[Shape, Shape],
+    segmented: Shape | None = None,
+    device: str = "cuda",
+) -> GateResult:
+    """Hold a candidate against the fp64 reference, then against itself.
+
+    In every regime at each of `shapes`, and in two more at `segmented`.
+
+    Passes if every error is within the bound of the problem's dtype (`tolerances.limit_of`,
+    one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
+    kernels raise.
+    """
+    worst: dict[str, float] = {}
+    cases = [(shape, regime) for shape in shapes for regime in regimes]
+    if segmented is not None:
+        cases += [(segmented, regime) for regime in SEGMENT_REGIMES]
+    with _poisoned(), forced(candidate):
+        for shape, regime in cases:
+            limit = limit_of(candidate.problem.dtype, regime)
+            errors = _errors(candidate.problem, shape, regime, device)
+            worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
+            wrong = over(errors, limit)
+            if wrong:
+                return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
+        moved = _moved(candidate.problem, shapes[1], repeats, device)
+    if moved:
+        return GateResult(False, worst, moved)
+    return GateResult(True, worst)
+
+
+def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) -> str:
+    names = ", ".join(f"{name} is off by {error:.2e}" for name, error in wrong.items())
+    return f"{names} (bound {limit:.1e}; regime {regime}, {shape.B}x{shape.T}x{shape.H})"
+
+
+def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, float]:
+    from gdn2gen.measure.checks import errors_in_range
+
+    found = _run(problem, shape, regime, device)
+    return errors_in_range(found, exact(problem, shape, regime, device), problem.dtype)
+
+
+def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+    from gdn2gen.measure.accuracy import run_op
+    from gdn2gen.ops.chunk import chunk_gdn2
+
+    inputs, gradients = drawn(problem, shape, regime, device)
+    return run_op(chunk_gdn2, problem, inputs, gradients)
+
+
+@lru_cache(maxsize=32)
+def drawn(
+    problem: Problem, shape: Shape, regime: str, device: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and gradients of the outputs, kept: they are the same for every candidate."""
+    from gdn2gen.measure.accuracy import inputs_of, output_gradients
+
+    inputs = inputs_of(problem, shape, regime, 0, device)
+    return inputs, output_gradients(problem, shape, 0, device)
+
+
+@lru_cache(maxsize=32)
+def exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+    """The reference's answer, kept: it is the same for every candidate. In fp32 to save memory."""
+    from gdn2gen.measure.accuracy import run_reference
+
+    results = run_reference(problem, *drawn(problem, shape, regime, device))
+    return {name: x.float() for name, x in results.items()}
+
+
+def _moved(problem: Problem, shape: Shape, repeats: int, device: str) -> str:
+    """Say which results differ between identical calls; empty if none does."""
+    import torch
+
+    first = _run(problem, shape, "layer", device)
+    for repeat in range(1, repeats):
+        again = _run(problem, shape, "layer", device)
+        names = [name for name, x in first.items() if not torch.equal(x, again[name])]
+        if names:
+            bits = f"{', '.join(names)} changed between identical calls"
+            return f"not deterministic: {bits} (call {repeat + 1} of {repeats})"
+    finite = all(math.isfinite(x.double().norm().item()) for x in first.values())
+    return "" if finite else "a result is not finite"
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    from gdn2gen.runtime import passes
+
+    passes.poison(True)
+    try:
+        yield
+    finally:
+        passes.poison(False)
+
+
+@contextmanager
+def forced(candidate: Candidate) -> Iterator[None]:
+    """Inside, the public op runs `candidate`, backward included.
+
+    The backward stays on the calling thread: autograd's own threads do not see the forced recipe,
+    and would run the backward of another one.
+    """
+    import torch
+
+    from gdn2gen.store.dispatch import forced_recipe
+
+    with forced_recipe(candidate.recipe()), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+TINY: Final = (Shape("tiny", 1, 70, 1), Shape("two-heads", 1, 33, 2))
+TINY_PACKED: Final = (
+    Shape("tiny", 1, 70, 1, (0, 0, 21, 70)),
+    Shape("two-heads", 1, 33, 2, (0, 1, 33)),
+)
+
+
+def gate_interpreted(candidate: Candidate) -> GateResult:
+    """What can be checked without a GPU: the kernels in Triton's interpreter, in fp32.
+
+    Needs TRITON_INTERPRET=1 from the start of the process. In fp32, where a fault is larger than
+    what rounding leaves; that in 16 bits is not seen here, nor, one program after another, races.
+    """
+    problem = replace(candidate.problem, dtype="fp32", gate_dtype="fp32")
+    configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in candidate.configs)
+    exact_candidate = replace(candidate, problem=problem, configs=configs)
+    shapes = TINY_PACKED if problem.varlen else TINY
+    return check(
+        exact_candidate, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
+    )

@@ -1,0 +1,203 @@
+"""One row per shape: our times, FLA's, the floor's, memory, errors; and times stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gdn2gen.family.problem import Problem, bound_of
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
+from gdn2gen.measure.sides import Errors, Side, fla_op, measure_in_turns, our_op, worst_errors
+from gdn2gen.measure.timing import (
+    Timing,
+    call_of,
+    copy_gbps,
+    floor_ms,
+    product_tflops,
+    symbol_sizes,
+    time_ms,
+)
+
+if TYPE_CHECKING:
+    from gdn2gen.store.dispatch import Recipe
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage on its real operands: its time, least bytes to move and operations to do.
+
+    `copy_gbps` and `product_tflops` are what a plain copy and a large product of the problem's
+    dtype reach on the same GPU: no stage can be faster than the slower of both.
+    """
+
+    stage: str
+    timing: Timing
+    nbytes: int
+    flops: int
+    copy_gbps: float
+    product_tflops: float
+
+    @property
+    def gbps(self) -> float:
+        return self.nbytes / self.timing.median / 1e6
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.timing.median / 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything measured at one shape. `fla` is None where it was not asked for."""
+
+    shape: Shape
+    problem: Problem
+    level: str
+    """`lean` saves memory, `fast` (disable_recompute=True) saves time."""
+    recipe: str
+    ours: Side
+    fla: Side | None
+    floor_forward_ms: float
+    floor_forward_backward_ms: float
+    stages: list[StageRow] = field(default_factory=list)
+
+    @property
+    def ratio_to_fla(self) -> tuple[float, float] | None:
+        """FLA's time over ours, forward and forward+backward: above 1 we are faster."""
+        if self.fla is None:
+            return None
+        return (
+            self.fla.forward.median / self.ours.forward.median,
+            self.fla.forward_backward.median / self.ours.forward_backward.median,
+        )
+
+    @property
+    def ratio_to_floor(self) -> tuple[float, float]:
+        """Our time over the memory floor, forward and forward+backward: 1 is the limit."""
+        return (
+            self.ours.forward.median / self.floor_forward_ms,
+            self.ours.forward_backward.median / self.floor_forward_backward_ms,
+        )
+
+
+def bench_problem(
+    K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape, bound: int = 0
+) -> Problem:
+    """The problem that a benchmark call at `shape` runs: no states in or out.
+
+    `bound` in nats is that of the sigmoid gate; by default the one that `op_flags` gives it.
+    """
+    if gate == "sigmoid":
+        bound = bound or bound_of(LOWER_BOUND)
+    return Problem(
+        K=K,
+        V=V,
+        dtype=dtype,
+        l2norm=l2norm,
+        gate=gate,
+        gate_dtype="fp32" if gate == "none" else dtype,
+        has_A_log=gate != "none",
+        has_dt_bias=gate != "none",
+        varlen=shape.cu_seqlens is not None,
+        bound=bound,
+    )
+
+
+def bench_shapes(
+    shapes: Sequence[Shape],
+    K: int,
+    V: int,
+    dtype: str,
+    *,
+    vs_fla: bool,
+    gate: str,
+    l2norm: bool = True,
+    stages: bool = False,
+    level: str = "lean",
+    bound: int = 0,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Measure each shape on the present GPU; with `stages` also stage by stage.
+
+    `bound`: nats that a token loses at most with the sigmoid gate, 1 to 5; 0 for FLA's default.
+    Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError without a
+    GPU, and UnsupportedError when FLA is asked for and not installed.
+    """
+    gbps = copy_gbps()
+    functions = [our_op(level), *([fla_op(level)] if vs_fla else [])]
+    errors: dict[Problem, list[dict[str, Errors]]] = {}
+    rows = []
+    for shape in shapes:
+        problem = bench_problem(K, V, dtype, gate, l2norm, shape, bound)
+        dense = replace(problem, varlen=False)
+        if dense not in errors:
+            errors[dense] = [worst_errors(function, dense) for function in functions]
+        ours, *others = measure_in_turns(functions, errors[dense], problem, shape)
+        row = Row(
+            shape=shape,
+            problem=problem,
+            level=level,
+            recipe=_recipe_name(problem, shape, level),
+            ours=ours,
+            fla=others[0] if others else None,
+            floor_forward_ms=floor_ms(problem, shape, False, gbps),
+            floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
+            stages=bench_stages(problem, shape, level) if stages else [],
+        )
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return rows
+
+
+def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[StageRow]:
+    """Time each stage of the recipe that a call would run, on its real operands."""
+    from gdn2gen.store.dispatch import find_recipe
+
+    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    do = output_gradients(problem, shape, 0, "cuda")["o"]
+    rows = []
+    for name, call in stage_calls(recipe, shape, inputs, do):
+        BT = recipe.configs[name].size("BT")
+        stage, sizes = STAGES[name], symbol_sizes(problem, shape, BT)
+        ceilings = copy_gbps(), product_tflops(problem.dtype)
+        work = stage.nbytes(problem, sizes), stage.flops(sizes)
+        rows.append(StageRow(name, time_ms(call), *work, *ceilings))
+    return rows
+
+
+def stage_calls(
+    recipe: Recipe, shape: Shape, inputs: Mapping[str, Tensor], do: Tensor
+) -> list[tuple[str, Callable[[], None]]]:
+    """Run the recipe once, and return each stage as a callable that runs it again on its operands.
+
+    `inputs` as `inputs_of` makes them; `do` is the gradient of the output.
+    """
+    from gdn2gen.runtime import runner
+
+    problem = recipe.problem
+    call = call_of(problem, shape, do.device)
+    tensors = {**inputs, "do": do}
+    if "dt_bias" in tensors:
+        tensors["dt_bias"] = tensors["dt_bias"].reshape(shape.H, problem.K)
+    return runner.stage_calls(runner.Runner(recipe), call, tensors)
+
+
+def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:
+    """The plan, where its configs came from: a figure without it cannot be repeated."""
+    from gdn2gen.store.dispatch import find_recipe
+
+    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
+    return f"{recipe.plan.name} ({recipe.source})"
+
+
+def _present_device() -> Any:
+    from gdn2gen.base.device import present_device
+
+    return present_device()

@@ -1,0 +1,137 @@
+"""One implementation at one shape: its times, its peak memory, its errors; measured in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure.accuracy import (
+    OpFunction,
+    inputs_of,
+    op_flags,
+    output_gradients,
+    relative_errors,
+    run_op,
+    run_reference,
+)
+from gdn2gen.measure.timing import Timing, peak_mib, time_ms
+
+# Of each implementation the faster counts. At the first shape of a process FLA's forward waited
+# for its host: 1.55 ms at train4k (H200), and 1.05 at train2k, which has as many tokens.
+_TURNS: Final = 2
+
+# A reference in fp64 at a full shape would take longer than everything else together.
+ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
+ACCURACY_REGIMES: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst relative error of one output or gradient, and the gate regime it was found in."""
+
+    error: float
+    regime: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation at one shape: times in ms, peak memory of fwd+bwd in MiB, errors."""
+
+    forward: Timing
+    forward_backward: Timing
+    peak_mib: float
+    errors: dict[str, Errors]
+
+    def or_faster(self, other: Side) -> Side:
+        """The faster of two measurements of each time; errors are those of both."""
+        return replace(
+            self,
+            forward=min(self.forward, other.forward, key=lambda x: x.median),
+            forward_backward=min(
+                self.forward_backward, other.forward_backward, key=lambda x: x.median
+            ),
+            peak_mib=min(self.peak_mib, other.peak_mib),
+        )
+
+
+def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
+    """Worst error over ACCURACY_REGIMES, per output and gradient, at ACCURACY_SHAPE."""
+    problem = replace(problem, final_state=True)
+    worst: dict[str, Errors] = {}
+    for regime in ACCURACY_REGIMES:
+        inputs = inputs_of(problem, ACCURACY_SHAPE, regime, 0, "cuda")
+        gradients = output_gradients(problem, ACCURACY_SHAPE, 0, "cuda")
+        exact = run_reference(problem, inputs, gradients)
+        found = relative_errors(run_op(function, problem, inputs, gradients), exact)
+        for name, error in found.items():
+            if name not in worst or error > worst[name].error:
+                worst[name] = Errors(error, regime)
+    return worst
+
+
+def our_op(level: str) -> OpFunction:
+    """Our op, keeping as much of the forward as `level` lets it."""
+    from gdn2gen.ops import chunk
+
+    return partial(chunk.chunk_gdn2, disable_recompute=level == "fast")
+
+
+def fla_op(level: str) -> OpFunction:
+    """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
+
+    Raises UnsupportedError then.
+    """
+    try:
+        from fla.ops.gdn2 import chunk_gdn2
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the comparison needs flash-linear-attention with fla.ops.gdn2 ({error}); "
+            "run `pip install flash-linear-attention`, or leave `--vs fla` out"
+        ) from error
+
+    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # FLA takes a lower bound only together with its safe gate.
+        safe = arguments.get("lower_bound") is not None
+        fast = level == "fast"
+        o, state = chunk_gdn2(**arguments, safe_gate=safe, disable_recompute=fast)
+        return o, state
+
+    return call
+
+
+def measure_in_turns(
+    functions: Sequence[OpFunction],
+    errors: Sequence[dict[str, Errors]],
+    problem: Problem,
+    shape: Shape,
+) -> list[Side]:
+    """Time all `functions`, one after the other and once more, and keep the faster of each.
+
+    `errors`: of each function, to go with its times. Raises DeviceError without a GPU.
+    """
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    gradients = output_gradients(problem, shape, 0, "cuda")
+
+    def measure(function: OpFunction, found: dict[str, Errors]) -> Side:
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(**inputs, **op_flags(problem))[0]
+
+        def both() -> None:
+            run_op(function, problem, inputs, gradients)
+
+        return Side(time_ms(forward), time_ms(both), peak_mib(both), found)
+
+    sides = [measure(x, found) for x, found in zip(functions, errors, strict=True)]
+    for _ in range(_TURNS - 1):
+        again = [measure(x, found) for x, found in zip(functions, errors, strict=True)]
+        sides = [one.or_faster(other) for one, other in zip(sides, again, strict=True)]
+    return sides

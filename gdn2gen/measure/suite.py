@@ -1,0 +1,102 @@
+"""The accuracy suite, for the present GPU or Triton's interpreter.
+
+Cases run in a worker process, one after another: a fault, an abort or a hang fails the case that
+caused it, and a new worker goes on with the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Final
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.terminal import Sheet
+from gdn2gen.base.worker import Worker
+from gdn2gen.family.tolerances import LIMITS
+from gdn2gen.measure.cases import CASES, Case
+from gdn2gen.measure.checks import Result, run_case
+
+# A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
+TIMEOUT_S: Final = 600.0
+_RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
+
+
+def select_cases(patterns: Sequence[str], *, interpreter: bool) -> list[Case]:
+    """Cases for a GPU, or for the interpreter, whose names match one of the shell patterns.
+
+    No patterns select all. Raises InputError if nothing is selected.
+    """
+    cases = [case for case in CASES if case.interpreter == interpreter]
+    chosen = [
+        case
+        for case in cases
+        if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)
+    ]
+    if not chosen:
+        raise InputError(
+            f"no case matches {', '.join(map(repr, patterns))}; there are: "
+            f"{', '.join(case.name for case in cases)}"
+        )
+    return chosen
+
+
+def verify(
+    patterns: Sequence[str] = (),
+    *,
+    interpreter: bool,
+    on_result: Callable[[Result], None] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Result]:
+    """Run the cases that match `patterns`; raises InputError if none does.
+
+    `on_result` is given each result as it comes.
+    """
+    device = "cpu" if interpreter else "cuda"
+    cases = select_cases(patterns, interpreter=interpreter)
+    worker = Worker({"TRITON_INTERPRET": "1" if interpreter else "0"})
+    results: list[Result] = []
+    try:
+        for case in cases:
+            outcome: Outcome[Result] = worker.call(_RUN_CASE, case, device, timeout=timeout_s)
+            result = outcome.value
+            if result is None:
+                result = Result(case.name, case.check, passed=False, message=outcome.reason)
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    finally:
+        worker.close()
+    return results
+
+
+def results_table(results: Sequence[Result]) -> Sheet:
+    """One line per case: its check, its worst error beside the limit, and the verdict."""
+    from rich.text import Text
+
+    table = Sheet(
+        "Accuracy: relative error against the fp64 reference",
+        ("case", "check", "worst", "error", "limit", "s", "verdict"),
+        words=("case", "check", "worst", "verdict"),
+    )
+    for result in results:
+        worst = result.worst
+        name, error = ("", "") if worst is None else (worst[0], f"{worst[1]:.1e}")
+        limit = f"{result.limit:.1e}" if result.limit else ""
+        verdict = Text("ok") if result.passed else Text("FAILED", style="red")
+        seconds = f"{result.seconds:.1f}"
+        table.add(result.name, result.check, name, error, limit, seconds, verdict)
+    return table
+
+
+__all__ = [
+    "CASES",
+    "LIMITS",
+    "Case",
+    "Result",
+    "results_table",
+    "run_case",
+    "select_cases",
+    "verify",
+]

@@ -1,0 +1,12 @@
+"""One call: from checked arguments to launches; and packages that do the same alone.
+
+sequences  packed batches as the host knows them
+arguments  checks of a call; bad input never reaches a kernel
+call       sizes and scalars of a call, by symbols
+passes     workspace and launches of one direction
+layout     what a forward saves as one buffer, for tracers
+runner     a recipe with its kernels loaded
+lookup     what shapes, dtypes and flags of a call decide, looked up once
+autograd   the ops in torch.library, and autograd's own Function
+package    packages of kernels that need no gdn2gen
+"""

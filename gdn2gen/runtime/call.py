@@ -1,0 +1,84 @@
+"""Call: sizes and scalars of one call of an op, by the symbols of the stage contracts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.stages import MAX_SEGMENTS, SEGMENT
+from gdn2gen.runtime.sequences import count_chunks
+
+# Python's own would compare, and sizes may be symbols; untyped in torch.
+_max: Any = torch.sym_max
+_min: Any = torch.sym_min
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes and scalars of one call, by the symbols of the stage contracts."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    HG: int
+    N: int
+    scale: float
+    lower_bound: float | None
+    packed: bool
+    device: torch.device
+
+    def chunks(self, BT: int) -> int:
+        return count_chunks(self.T, self.N, BT, self.packed)
+
+    def segments(self, BT: int, max_segments: int = MAX_SEGMENTS) -> tuple[int, int]:
+        """Segments of a sequence, and chunks of a segment.
+
+        `max_segments` bounds those of all heads and sequences together. Sequences of a packed
+        batch are one segment each: their lengths are not known on the host.
+        """
+        if self.packed:
+            return 1, 2**24
+        chunks = _max(1, -(-self.T // BT))
+        most = _max(1, max_segments // _max(1, self.N * self.HV))
+        NS = _min(-(-chunks // SEGMENT), most)
+        length = -(-chunks // NS)
+        return -(-chunks // length), length
+
+    def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
+        """Every scalar that a stage may ask for, by name."""
+        NS, segment = self.segments(BT, max_segments)
+        return {
+            "n_sequences": self.N,
+            "n_chunks": self.chunks(BT),
+            "scale": self.scale,
+            "lower_bound": self.lower_bound or 0.0,
+            "T": self.T,
+            "H": self.H,
+            "HV": self.HV,
+            "HG": self.HG,
+            "NS": NS,
+            "segment": segment,
+        }
+
+    def sizes(self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, int]:
+        return {
+            "B": self.B,
+            "T": self.T,
+            "H": self.H,
+            "HV": self.HV,
+            "HG": self.HG,
+            "N": self.N,
+            "N+1": self.N + 1,
+            "NT": self.chunks(BT),
+            "NS": self.segments(BT, max_segments)[0],
+            "BT": BT,
+            "NB": BT // 16,
+            "K": problem.K,
+            "V": problem.V,
+            "2": 2,
+            "0": 0,
+        }

@@ -1,0 +1,255 @@
+"""What the shapes, dtypes and flags of a call decide, looked up once: its sizes and its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from gdn2gen.base.device import Device, has_gpu, named_device, present_device
+from gdn2gen.family.problem import Problem, Regime, bound_of
+from gdn2gen.kernels.plans import LEVELS, keeps_least
+from gdn2gen.runtime.arguments import IO_DTYPES
+from gdn2gen.runtime.call import Call
+from gdn2gen.runtime.layout import Layout
+from gdn2gen.runtime.runner import Runner, SizedRunner
+from gdn2gen.store import dispatch
+from gdn2gen.store.dispatch import Recipe, default_recipe, find_recipe, forced
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The problem of a call, and its sizes. Those that are looked up are equal if identical."""
+
+    problem: Problem
+    call: Call
+
+
+def make_problem(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    initial_state: bool,
+    A_log: bool,
+    dt_bias: bool,
+    packed: bool,
+    lower_bound: float | None,
+    l2norm: bool,
+    gate_in_kernel: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+) -> Problem:
+    """Of head dims, dtypes, what of the optional tensors is given, and the flags."""
+    gate = "none"
+    if gate_in_kernel:
+        gate = "softplus" if lower_bound is None else "sigmoid"
+    return Problem(
+        op="gdn2",
+        K=K,
+        V=V,
+        dtype=IO_DTYPES[dtype],
+        gate_dtype=IO_DTYPES[gate_dtype],
+        l2norm=l2norm,
+        gate=gate,
+        has_A_log=A_log,
+        has_dt_bias=dt_bias,
+        varlen=packed,
+        initial_state=initial_state,
+        final_state=output_final_state,
+        state_v_first=state_v_first,
+        bound=bound_of(lower_bound) if gate == "sigmoid" and lower_bound is not None else 0,
+    )
+
+
+def make_request(
+    q: torch.Size,
+    v: torch.Size,
+    g: torch.Size,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    device: torch.device,
+    initial_state: bool,
+    A_log: bool,
+    dt_bias: bool,
+    sequences: int | None,
+    scale: float | None,
+    lower_bound: float | None,
+    *flags: bool,
+) -> Request:
+    """Of shapes, dtypes, what of the optional tensors is given, and the flags (see `make_problem`).
+
+    `sequences` are those of a packed batch, else None.
+    """
+    B, T, H, K = q
+    packed = sequences is not None
+    # head dims are numbers: where they were symbols, they count as what they are for good
+    K, V = int(K), int(v[-1])
+    given = (initial_state, A_log, dt_bias, packed)
+    problem = make_problem(K, V, dtype, gate_dtype, *given, lower_bound, *flags)
+    call = Call(
+        B=B,
+        T=T,
+        H=H,
+        HV=v[2],
+        HG=g[2],
+        N=B if sequences is None else sequences,
+        scale=K**-0.5 if scale is None else scale,
+        lower_bound=lower_bound,
+        packed=packed,
+        device=device,
+    )
+    return Request(problem, call)
+
+
+known_request = lru_cache(maxsize=512)(make_request)
+"""`make_request` for sizes that are numbers; those of a graph being traced may be symbols."""
+
+
+def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRunner:
+    """The kernels of a request that was looked up, at its sizes; `gradient`: is one wanted?
+
+    Looked up in turn, by what else a recipe depends on: to find it took 17 us, and this takes 2.
+    """
+    return _found(request, level, gradient, dispatch.surroundings())
+
+
+@lru_cache(maxsize=512)
+def _found(
+    request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
+) -> SizedRunner:
+    recipe = _recipe_of(request, level)
+    if not gradient and not keeps_least(recipe.plan):
+        # no use to have a scan keep states; unless only what keeps them is tuned
+        leaner = _recipe_of(request, LEVELS[0], strict=False)
+        if leaner.source == recipe.source:
+            recipe = leaner
+    return _runner(recipe).at(request.call)
+
+
+def _recipe_of(request: Request, level: str, strict: bool | None = None) -> Recipe:
+    """`strict` as in `find_recipe`."""
+    call = request.call
+    regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
+    device = _device_of(call.device)
+    return find_recipe(request.problem, regime, device, level=level, strict=strict)
+
+
+# What a tracer sees: forward and backward are ops of their own, which share nothing but tensors and
+# a text. They must agree on what is saved, at sizes that the tracer does not know, and whatever is
+# tuned meanwhile.
+
+
+class Agreement(NamedTuple):
+    """What the ops of a traced call agree on: a recipe may change, but not what it saves."""
+
+    level: str
+    plan: str
+    BT: int
+    max_segments: int
+    """`Recipe.saved_segments`."""
+
+    @classmethod
+    def with_recipe(cls, level: str, recipe: Recipe) -> Agreement:
+        return cls(level, recipe.plan.name, recipe.BT, recipe.saved_segments)
+
+    def kept_by(self, recipe: Recipe) -> Recipe | None:
+        """`recipe` with as many segments as was agreed on, if that makes it save the same."""
+        own = Agreement.with_recipe(self.level, recipe)
+        if own == self:
+            return recipe
+        if own._replace(max_segments=self.max_segments) != self:
+            return None
+        return replace(recipe, agreed_segments=self.max_segments)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> Agreement:
+        level, plan, BT, max_segments = text.split()
+        return cls(level, plan, int(BT), int(max_segments))
+
+
+NOTHING: Final = "nothing"
+"""Agreed on where no kernels run: on CPU tensors, and those without data."""
+_FORCED: Final = "forced "
+_forced_recipes: dict[str, Recipe] = {}
+# What a length that is not known counts as: the tokens, sequences and heads of train4k.
+_USUAL: Final = Regime(tokens=16384, sequences=4, heads=16)
+
+
+def agree(request: Request, level: str) -> str:
+    """What the ops of a call agree on whose sizes are known."""
+    recipe = forced()
+    if recipe is None:
+        return str(Agreement.with_recipe(level, _recipe_of(request, level)))
+    configs = "; ".join(f"{stage} {config}" for stage, config in recipe.configs.items())
+    text = f"{_FORCED}{recipe.plan.name}: {configs}"
+    _forced_recipes[text] = recipe  # autograd's threads could not see it
+    return text
+
+
+def agree_while_compiling(K: int, V: int, device: torch.device, level: str, *options: Any) -> str:
+    """The same while torch.compile traces, for all sizes; `options` are those of `make_problem`."""
+    problem = make_problem(K, V, *options)
+    recipe = find_recipe(problem, _USUAL, _device_of(device), level=level, strict=False)
+    return str(Agreement.with_recipe(level, recipe))
+
+
+# What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.
+agree_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def agreed_runner(request: Request, agreement: str) -> SizedRunner:
+    """The best kernels that keep to what was agreed on, at the sizes of `request`."""
+    return _agreed(request, agreement, dispatch.surroundings())
+
+
+@lru_cache(maxsize=512)
+def _agreed(request: Request, text: str, _surroundings: tuple[Any, ...]) -> SizedRunner:
+    if text.startswith(_FORCED):
+        recipe = replace(_forced_recipes[text], problem=request.problem)
+        return _runner(recipe).at(request.call)
+    agreement = Agreement.parse(text)
+    usual = replace(request.call, B=_USUAL.sequences, N=_USUAL.sequences, HV=_USUAL.heads)
+    usual = replace(usual, T=_USUAL.tokens // _USUAL.sequences)
+    for call in (request.call, usual):
+        recipe = _recipe_of(replace(request, call=call), agreement.level)
+        keeping = agreement.kept_by(recipe)
+        if keeping is not None:
+            return _runner(keeping).at(request.call)
+    return _runner(_default_for(agreement, request.problem)).at(request.call)
+
+
+def _default_for(agreement: Agreement, problem: Problem) -> Recipe:
+    """Default configs that save what was agreed on; slower, but right."""
+    default = default_recipe(problem, agreement.plan, BT=agreement.BT)
+    recipe = agreement.kept_by(default)
+    assert recipe is not None
+    return recipe
+
+
+def saved_nbytes(request: Request, agreement: str) -> int:
+    """Bytes of what the forward saves; a formula where the sizes of the request are symbols."""
+    if agreement.startswith(_FORCED):
+        recipe = replace(_forced_recipes[agreement], problem=request.problem)
+    else:
+        recipe = _default_for(Agreement.parse(agreement), request.problem)
+    runner = _runner(recipe)
+    sizes = request.call.sizes(request.problem, runner.BT, recipe.saved_segments)
+    return Layout.of(runner.saved, request.problem, sizes).nbytes
+
+
+@lru_cache(maxsize=4096)
+def _runner(recipe: Recipe) -> Runner:
+    return Runner(recipe)
+
+
+def _device_of(device: torch.device) -> Device:
+    # the interpreter stands in for the GPU that the defaults were chosen on, and so do the shapes
+    # of a GPU's tensors where there is none
+    on_gpu = device.type == "cuda" and has_gpu()
+    return present_device(device.index) if on_gpu else named_device("sm_90")

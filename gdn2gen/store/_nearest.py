@@ -1,0 +1,210 @@
+"""Which stored entry is nearest to a problem, a regime and a GPU; `dispatch` makes a recipe."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from gdn2gen.base.device import Device, known_device
+from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.store import tuned_files
+from gdn2gen.store.tuned_files import Entry, TunedFile
+
+Tier = Literal["exact", "nearest", "transferred", "predicted"]
+TIERS: Final[tuple[Tier, ...]] = ("exact", "nearest", "transferred", "predicted")
+
+# They move the speed only a little: an entry that differs in these alone still serves.
+_MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
+
+
+class Query(NamedTuple):
+    """What a call asks for."""
+
+    problem: Problem
+    regime: Regime
+    device: Device
+    level: str
+    """What the forward may keep; `tuned_files.LEVELS`."""
+    triton_alone: bool = False
+    """Nothing but Triton can be compiled: entries that need no more come before all others."""
+
+
+class Candidate(NamedTuple):
+    """An entry that could serve, and how far it is from what was asked; the least is taken."""
+
+    tier: int
+    """Index into `TIERS`."""
+    minor: int
+    """How many minor keys of the problem differ."""
+    gpu_distance: float
+    distance: float
+    """Of the regimes."""
+    folder: int
+    """Index of the place."""
+    path: str
+    place: int
+    entry: Entry
+    gpu: str
+
+
+class Place(NamedTuple):
+    """One folder of tuned files, and the file of the GPU at hand in it."""
+
+    folder: str
+    own: str
+
+
+class Found(NamedTuple):
+    """What a look-up found: the entry to use, a better one that is stale, and what was ignored."""
+
+    best: Candidate | None
+    passed: Candidate | None
+    notes: tuple[str, ...]
+
+
+def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
+    """The least candidate whose templates are as they were; an earlier place wins a tie.
+
+    Files of other GPUs are read only if this GPU's hold nothing measured that fits.
+    """
+    if query.triton_alone:
+        found = _nearest(query, places)
+        if found.best is not None:
+            return found
+    return _nearest(query._replace(triton_alone=False), places)
+
+
+def _nearest(query: Query, places: Sequence[Place]) -> Found:
+    notes: list[str] = []
+    own = [(n, place.own) for n, place in enumerate(places)]
+    found = _candidates(own, query, notes, own=True)
+    best, passed = _first_fresh(found, query.problem)
+    if best is None or TIERS[best.tier] not in ("exact", "nearest"):
+        others = [
+            (n, path)
+            for n, place in enumerate(places)
+            for path in _files(place.folder, tuned_files.current_look())
+            if path != place.own
+        ]
+        found += _candidates(others, query, notes, own=False)
+        best, passed = _first_fresh(found, query.problem)
+    return Found(best, passed, tuple(notes))
+
+
+def _first_fresh(
+    found: list[Candidate], problem: Problem
+) -> tuple[Candidate | None, Candidate | None]:
+    """The least candidate that fits and is not stale, and the least one before it that is."""
+    passed = None
+    for candidate in sorted(found):
+        if not _fits(candidate.entry, problem):
+            continue
+        if not tuned_files.is_stale(candidate.entry):
+            return candidate, passed
+        passed = passed or candidate
+    return None, passed
+
+
+def _candidates(
+    files: Sequence[tuple[int, str]], query: Query, notes: list[str], *, own: bool
+) -> list[Candidate]:
+    """Every entry of `files` for this level and problem; what was ignored is told in `notes`."""
+    found = []
+    device, key = query.device, query.problem.key
+    for folder, path in files:
+        loaded = _load(path, tuned_files.current_look(), device if own else None, device.arch)
+        if isinstance(loaded, str):
+            notes.append(loaded)
+            continue
+        if loaded is None:
+            continue
+        gpu = str(loaded.metadata["gpu"])
+        gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
+        for place, entry in enumerate(loaded.entries):
+            minor = differing(key, entry)
+            if entry.level != query.level or minor is None:
+                continue
+            if query.triton_alone and not entry.needs_triton_alone:
+                continue
+            distance = _regime_distance(query.regime, entry.regime)
+            # an entry that was filed without a bound holds for every bound
+            exact = distance == 0 and not {*minor} - {"bound"}
+            tier = TIERS.index(_tier(entry, exact, own))
+            rank = (tier, len(minor), gpu_distance, distance, folder)
+            found.append(Candidate(*rank, path, place, entry, gpu))
+    return found
+
+
+def _tier(entry: Entry, exact: bool, own: bool) -> Tier:
+    if entry.provenance == "predicted":
+        return "predicted"
+    if entry.provenance == "transferred" or not own:
+        return "transferred"
+    return "exact" if exact else "nearest"
+
+
+@lru_cache(maxsize=64)
+def _files(folder: str, _look: int) -> tuple[str, ...]:
+    return tuple(str(path) for path in sorted(Path(folder).glob("*.json")))
+
+
+@lru_cache(maxsize=256)
+def _load(name: str, _look: int, device: Device | None, arch: str) -> TunedFile | str | None:
+    """The tuned file, None if there is none or it is of another arch, or why it was ignored.
+
+    With `device`, a file of another GPU is ignored. Warns once in each look.
+    """
+    path = Path(name)
+    try:
+        file = tuned_files.load_tuned(path, device)
+    except StoreError as error:
+        warnings.warn(str(error), TunedFileWarning, stacklevel=2)
+        return str(error)
+    if file is None or file.metadata["arch"] != arch:
+        return None
+    tuned_files.warn_unread(path, file)
+    return file
+
+
+def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
+    """Minor keys in which the entry's problem differs from `key`; None if a major one does.
+
+    An entry that was filed under a bound serves that bound alone: its kernels may count on it.
+    """
+    filed = entry.problem_key
+    if "bound" in filed and filed["bound"] != key.get("bound"):
+        return None
+    names = [name for name, value in key.items() if filed.get(name) != value]
+    return names if all(name in _MINOR_KEYS for name in names) else None
+
+
+def _fits(entry: Entry, problem: Problem) -> bool:
+    try:
+        tuned_files.check_configs(entry.plan, entry.configs, problem)
+    except Gdn2genError:
+        return False
+    return True
+
+
+def _regime_distance(a: Regime, b: Regime) -> float:
+    """Sum of |log2| of the ratios of tokens, sequences and heads; 0 for equal ones."""
+    pairs = ((a.tokens, b.tokens), (a.sequences, b.sequences), (a.heads, b.heads))
+    return sum(_log_ratio(x, y) if x != y else 0.0 for x, y in pairs)
+
+
+def _gpu_distance(device: Device, file: TunedFile) -> float:
+    """|log2| of the ratio of SMs, and of the bandwidths where both are known."""
+    other = known_device(str(file.metadata["gpu"]))
+    distance = _log_ratio(device.sms, file.metadata["sms"])
+    if device.memory_gbps and other is not None and other.memory_gbps:
+        distance += _log_ratio(device.memory_gbps, other.memory_gbps)
+    return distance
+
+
+def _log_ratio(x: float, y: float) -> float:
+    return abs(math.log2(max(x, 0.5) / max(y, 0.5)))

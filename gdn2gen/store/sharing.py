@@ -1,0 +1,114 @@
+"""Tuned files between machines: all that is on file for a GPU, and what two files differ in."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gdn2gen.base.device import Device, filed_device, is_name_of
+from gdn2gen.base.errors import StoreError
+from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.kernels.config import Knob
+from gdn2gen.store import tuned_files
+from gdn2gen.store.tuned_files import Entry, TunedFile
+
+
+def load_file(path: Path) -> TunedFile:
+    """The tuned file at `path`; StoreError if there is none or it cannot be used."""
+    file = tuned_files.load_tuned(path)
+    if file is None:
+        raise StoreError(f"there is no tuned file {path}")
+    tuned_files.warn_unread(path, file)
+    return file
+
+
+def device_on_file(name: str) -> Device | None:
+    """The GPU of that name, by what a tuned file of it says; None if there is no such file."""
+    for folder in (user_tuned_dir(), packaged_tuned_dir()):
+        for path in sorted(folder.glob("*/*.json")):
+            with suppress(StoreError):
+                file = tuned_files.load_tuned(path)
+                if file is not None and is_name_of(name, str(file.metadata["gpu"])):
+                    return device_of(file)
+    return None
+
+
+def device_of(file: TunedFile) -> Device:
+    """The GPU of a tuned file."""
+    metadata = file.metadata
+    return filed_device(str(metadata["gpu"]), str(metadata["arch"]), int(metadata["sms"]))
+
+
+def on_file(op: str, device: Device) -> TunedFile:
+    """What calls on `device` find: the user's entries, and packaged ones that they do not replace.
+
+    As in a call, a user's entry replaces a packaged one whatever their times, unless it is stale or
+    was not measured and the other was. Raises StoreError if there is nothing.
+    """
+    folders = (user_tuned_dir(), packaged_tuned_dir())
+    paths = [tuned_files.tuned_path(folder, op, device) for folder in folders]
+    found = [file for file in map(tuned_files.read_tuned, paths) if file is not None]
+    if not found:
+        looked = " and ".join(map(str, paths))
+        raise StoreError(f"nothing is tuned for {op} on {device.name}; looked at {looked}")
+    best: dict[tuple[str, ...], Entry] = {}
+    for entry in (entry for file in found for entry in file.entries):
+        rival = best.get(entry.key)
+        # stale or not, and provenance: not the times, which come after them
+        if rival is None or tuned_files.rank(entry)[:2] < tuned_files.rank(rival)[:2]:
+            best[entry.key] = entry
+    return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One problem, regime and level in two files; an entry is None where a file has none."""
+
+    old: Entry | None
+    new: Entry | None
+    knobs: dict[str, tuple[Knob | None, Knob | None]] = field(default_factory=dict)
+    """Changed knobs, as `stage.knob`: (old, new)."""
+
+    @property
+    def label(self) -> str:
+        entry = self.new or self.old
+        assert entry is not None
+        return entry.label
+
+    @property
+    def ratio(self) -> float | None:
+        """New forward+backward time over old; None unless both were measured."""
+        times = [
+            entry.measured.get("forward_backward_ms") if entry is not None else None
+            for entry in (self.old, self.new)
+        ]
+        return times[1] / times[0] if times[0] and times[1] else None
+
+
+def diff(old: TunedFile, new: TunedFile) -> list[Difference]:
+    """Every problem, regime and level that differs between two files, in order."""
+    before = {entry.key: entry for entry in old.entries}
+    after = {entry.key: entry for entry in new.entries}
+    found = []
+    for key in sorted({*before, *after}):
+        a, b = before.get(key), after.get(key)
+        if a != b:
+            found.append(Difference(a, b, _changed(a, b)))
+    return found
+
+
+def _changed(a: Entry | None, b: Entry | None) -> dict[str, tuple[Knob | None, Knob | None]]:
+    if a is None or b is None:
+        return {}
+    one, two = _knobs(a), _knobs(b)
+    names = sorted({*one, *two})
+    return {x: (one.get(x), two.get(x)) for x in names if one.get(x) != two.get(x)}
+
+
+def _knobs(entry: Entry) -> dict[str, Knob]:
+    return {
+        f"{stage}.{name}": value
+        for stage, config in entry.configs.items()
+        for name, value in config.items()
+    }

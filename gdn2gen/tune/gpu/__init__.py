@@ -1,0 +1,6 @@
+"""The worker that owns the GPU, and what it is asked.
+
+backend  what the search asks of compilers and of the GPU
+jobs     functions that the worker runs
+attempt  one config: resources, accuracy, times
+"""

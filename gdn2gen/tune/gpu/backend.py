@@ -1,0 +1,188 @@
+"""Backend: what the search asks of compilers and of the GPU; tests put a fake in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Lock
+from typing import Final, Protocol
+
+from gdn2gen.base.device import Device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.worker import CompilePool, Worker, compile_slots
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config
+from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.gpu.jobs import PipelineTiming
+from gdn2gen.tune.space import why_unfit
+from gdn2gen.tune.views.report import Phase
+
+# A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
+COMPILE_SECONDS: Final = 120.0
+# Includes importing torch and loading kernels. The first gate also computes the references.
+GATE_SECONDS: Final = 180.0
+TIME_SECONDS: Final = 90.0
+
+
+class Backend(Protocol):
+    """Compiles in parallel, runs on one GPU; failures come back as outcomes, never as raises."""
+
+    slots: int
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        """Queue the compile of one stage."""
+        ...
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        """Check accuracy and repetition; `full` as finalists are checked."""
+        ...
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        """Time single stages of a candidate, in ms."""
+        ...
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        """Time the whole candidate through the public op, in ms; its peak memory in MiB."""
+        ...
+
+    def close(self) -> None:
+        """End every process."""
+        ...
+
+
+class MeteredBackend:
+    """Another backend, for one thread at a time, and the seconds that its GPU spent in gates and
+    in timings.
+    """
+
+    def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
+        self._backend, self._clock = backend, clock
+        self.slots = backend.slots
+        self.gating = 0.0
+        self.timing = 0.0
+        self.phases: dict[str, Phase] = {}
+        self._gpu = Lock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards a phase."""
+        started, busy = self._clock(), self.gating + self.timing
+        try:
+            yield
+        finally:
+            phase = self.phases.setdefault(name, Phase())
+            phase.seconds += self._clock() - started
+            phase.busy += self.gating + self.timing - busy
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        return self._backend.compile(problem, config)
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.gate(candidate, full=full)
+            finally:
+                self.gating += self._clock() - started
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.time_stages(candidate, stages, shape)
+            finally:
+                self.timing += self._clock() - started
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        with self._gpu:
+            started = self._clock()
+            try:
+                return self._backend.time_pipeline(candidate, shape, with_peak=with_peak)
+            finally:
+                self.timing += self._clock() - started
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def measure_config(
+    backend: WorkerBackend,
+    compiled: Outcome[Resources],
+    base: Candidate,
+    config: Config,
+    shape: Shape,
+) -> tuple[float | None, str]:
+    """Median ms of a compiled config at `shape`, in `base` for its stage; or None, and why not.
+
+    What the search does with one trial, for tables of configs: nothing is filed.
+    """
+    if not compiled.ok:
+        return None, compiled.reason
+    unfit = why_unfit(compiled.get(), backend.device)
+    if unfit is not None:
+        return None, unfit
+    candidate = base.with_config(config)
+    checked = backend.gate(candidate, full=False)
+    if not (checked.ok and checked.get().ok):
+        return None, checked.get().reason if checked.ok else checked.reason
+    timed = backend.time_stages(candidate, (config.stage,), shape)
+    return (timed.get()[config.stage].median, "") if timed.ok else (None, timed.reason)
+
+
+class WorkerBackend:
+    """The real one: a pool of compilers, and one process that owns the present GPU."""
+
+    def __init__(self, device: Device, slots: int | None = None) -> None:
+        self.device = device
+        self.slots = slots or compile_slots()
+        self._pool = CompilePool(self.slots)
+        self._worker = Worker()
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        return self._pool.submit(
+            "gdn2gen.codegen.build:compile_ahead",
+            problem,
+            config.stage,
+            config,
+            self.device,
+            timeout=COMPILE_SECONDS,
+        )
+
+    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+        name = "gate_full" if full else "gate_quick"
+        return self._worker.call(f"gdn2gen.tune.gpu.jobs:{name}", candidate, timeout=GATE_SECONDS)
+
+    def time_stages(
+        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+    ) -> Outcome[dict[str, Timing]]:
+        return self._worker.call(
+            "gdn2gen.tune.gpu.jobs:time_stages", candidate, stages, shape, timeout=TIME_SECONDS
+        )
+
+    def time_pipeline(
+        self, candidate: Candidate, shape: Shape, *, with_peak: bool
+    ) -> Outcome[PipelineTiming]:
+        return self._worker.call(
+            "gdn2gen.tune.gpu.jobs:time_pipeline",
+            candidate,
+            shape,
+            with_peak,
+            timeout=TIME_SECONDS,
+        )
+
+    def close(self) -> None:
+        self._pool.close()
+        self._worker.close()

@@ -1,0 +1,87 @@
+"""What a search without a GPU has found out: on file as it happens, so that a later run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gdn2gen.base.device import Device
+from gdn2gen.base.errors import Gdn2genError
+from gdn2gen.base.paths import cache_dir
+from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.store.candidate import Candidate
+from gdn2gen.tune.records.ledger import Ledger, append_line
+
+
+def findings_path(op: str, device: Device) -> Path:
+    return cache_dir() / "studies" / f"{op}-{device.slug}.predicted.jsonl"
+
+
+class Findings:
+    """Compiled configs and checked pipelines of one problem on one target.
+
+    What was refused is in the ledger, where `gdn2gen ledger` and a later search find it. Both hold
+    as long as the toolchain and the templates are the same.
+    """
+
+    def __init__(self, path: Path, problem: Problem, ledger: Ledger) -> None:
+        self.path, self.problem, self.ledger = path, problem, ledger
+        self.compiled: dict[Config, Resources] = {}
+        self.passed: set[str] = set()
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, Gdn2genError):
+                continue  # torn, or of a version that wrote other lines: it is found out again
+
+    def why_refused(self, config: Config) -> str | None:
+        return self.ledger.why_refused(self.problem, config, template_digest(config))
+
+    def compiles(self, config: Config, resources: Resources) -> None:
+        self.compiled[config] = resources
+        key = self._key(template_digest(config))
+        knobs = {"stage": config.stage, "config": dict(config)}
+        append_line(self.path, {"key": key, **knobs, "resources": asdict(resources)})
+
+    def refuse(self, config: Config, reason: str) -> None:
+        self.ledger.add(reason, self.problem, config, template_digest(config))
+
+    def why_wrong(self, candidate: Candidate) -> str | None:
+        """Why a pipeline was refused before; see `has_passed` for the contrary."""
+        return self.ledger.why_pipeline_refused(*self._identity(candidate))
+
+    def has_passed(self, candidate: Candidate) -> bool:
+        return self._key(str(candidate), candidate.digest) in self.passed
+
+    def passes(self, candidate: Candidate) -> None:
+        key = self._key(str(candidate), candidate.digest)
+        self.passed.add(key)
+        append_line(self.path, {"passed": key, "pipeline": str(candidate)})
+
+    def is_wrong(self, candidate: Candidate, reason: str) -> None:
+        self.ledger.add_pipeline(reason, *self._identity(candidate))
+
+    def _take(self, document: dict[str, Any]) -> None:
+        if "passed" in document:
+            self.passed.add(document["passed"])
+            return
+        config = Config.of(document["stage"], document["config"])
+        fits = why_invalid(config, self.problem) is None
+        if fits and document["key"] == self._key(template_digest(config)):
+            self.compiled[config] = Resources(**document["resources"])
+
+    def _identity(self, candidate: Candidate) -> tuple[Problem, str, dict[str, Config], str]:
+        return self.problem, candidate.plan, candidate.by_stage, candidate.digest
+
+    def _key(self, *of: str) -> str:
+        """All that what was found depends on."""
+        content = [self.problem.document, self.ledger.toolchain, *of]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,8 @@
+"""What the tuner keeps on disk.
+
+journal  the journal file that studies lie in
+storage  where studies lie, and how one is opened
+ledger   configs that were refused, and why
+entries  entries of tuned files as the tuner sees them
+stored   pipelines on file, which a search begins with
+"""

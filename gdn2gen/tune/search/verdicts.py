@@ -1,0 +1,95 @@
+"""Of pipelines that were timed in turns: which one wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Final
+
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store.candidate import Candidate
+
+TIE: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finalist at one shape: times over all rounds (ms), peak memory (MiB), gate errors."""
+
+    candidate: Candidate
+    forward: Timing
+    forward_backward: Timing
+    peak_mib: float
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner at one shape and level; `default` is None if the default failed."""
+
+    shape: Shape
+    level: str
+    winner: Measured
+    default: Measured | None
+    tied: bool
+    """Others came within 1% of the best time."""
+    in_triton: Measured | None = None
+    """The best that needs Triton alone, if the winner does not: for machines with nothing else."""
+
+
+def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
+    """The winner, and whether others tied with the fastest.
+
+    Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
+    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then the
+    default wins, then what differs from it in the fewest knobs.
+    """
+    fastest = min(x.forward_backward.median for x in measured)
+    tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
+    forward = min(x.forward.median for x in tied)
+    best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
+
+    def simplicity(x: Measured) -> tuple[int, float]:
+        return x.candidate.distance(default), x.forward_backward.median
+
+    return min(best, key=simplicity), len(tied) > 1
+
+
+def better(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict of a level from those of its plans, beside the default of the first.
+
+    The first plan keeps less, and stays within 1% of the fastest.
+    """
+    fastest = min(x.winner.forward_backward.median for x in verdicts)
+    best = next(x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE))
+    return replace(best, default=verdicts[0].default, in_triton=_in_triton(best, verdicts))
+
+
+def _in_triton(best: Verdict, verdicts: Sequence[Verdict]) -> Measured | None:
+    if best.winner.candidate.needs_triton_alone:
+        return None
+    found = [x.in_triton or x.winner for x in verdicts]
+    alone = [x for x in found if x.candidate.needs_triton_alone]
+    return min(alone, key=lambda x: x.forward_backward.median, default=None)
+
+
+def combine(rounds: Sequence[Timing]) -> Timing:
+    """One timing over several rounds: median of medians, widest percentiles' medians, all runs."""
+    return replace(
+        rounds[0],
+        median=median(x.median for x in rounds),
+        p20=median(x.p20 for x in rounds),
+        p80=median(x.p80 for x in rounds),
+        n=sum(x.n for x in rounds),
+    )
+
+
+def is_decided(rounds: Sequence[Sequence[tuple[Timing, Timing]]]) -> bool:
+    """Whether the fastest is apart from every other: by its interval, or tied within 1%."""
+    times = sorted((combine([x for _, x in one]) for one in rounds), key=lambda x: x.median)
+    if len(times) < 2:
+        return True
+    fastest = times[0]
+    return all(x.p20 > fastest.p80 or x.median <= fastest.median * (1 + TIE) for x in times[1:])

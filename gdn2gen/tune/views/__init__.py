@@ -1,0 +1,8 @@
+"""What a reader sees of a search.
+
+charts    small charts as inline SVG
+lines     what is on file for a GPU, line by line
+page      one self-contained page
+progress  what is shown while the tuner works
+report    what a run found, tried and refused
+"""
