@@ -179,6 +179,16 @@ def poisoned() -> Iterator[None]:
         passes.poison(False)
 
 
+@contextmanager
+def other_stream() -> Iterator[None]:
+    """A stream of its own that starts after, and is waited for by, the current one."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def free_memory() -> None:
     """Give back what earlier tests left in torch's cache."""
     gc.collect()

@@ -1,6 +1,6 @@
 """Every fault costs its trial alone: templates broken on purpose, real workers, a real GPU.
 
-The same with a fake device: test_tune_worker.py, test_tune_study.py and test_tune_joined.py.
+The same with a fake device: test_worker.py, test_study.py and test_joined.py.
 """
 
 from __future__ import annotations

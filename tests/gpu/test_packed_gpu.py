@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, poisoned, run, sized
-from test_torch_gpu import other_stream
+from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, other_stream, poisoned, run, sized
 from torch import Tensor
 
 from gdn2gen.base.device import present_device

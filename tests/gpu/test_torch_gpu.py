@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from gpu_support import (
     Tensors,
     draw,
     moved,
+    other_stream,
     recipe_of,
     run,
     sized,
@@ -60,16 +60,6 @@ def test_disable_recompute_keeps_more() -> None:
         kept[level] = torch.cuda.memory_allocated(DEVICE) - before
         del o
     assert kept["fast"] > 2 * kept["lean"]
-
-
-@contextmanager
-def other_stream() -> Iterator[None]:
-    """A stream of its own that starts after, and is waited for by, the current one."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 @pytest.mark.parametrize("name", ["bf16", "packed", "softplus"])

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from source_tree import ROOT
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 NOISE = ("TileLang", "INFO", "WARNING", "cuBLAS", "FP_FUSION")
 CALL = """
 import torch

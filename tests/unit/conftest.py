@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from source_tree import python_path
 
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import Worker
 
-HERE = Path(__file__).resolve().parent
-
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Calls `module:function` of this folder where kernels run in Triton's interpreter."""
-    paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Calls `module:function` of tests/support where kernels run in Triton's interpreter."""
     worker = Worker(
         {
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": python_path(),
             "GDN2GEN_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
             "OMP_NUM_THREADS": "1",
         }

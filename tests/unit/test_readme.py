@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from source_tree import ROOT
 
 from gdn2gen.cli import program
 from gdn2gen.family.problem import Problem
@@ -20,7 +21,6 @@ from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2"
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from odd_files import H200, document, entry, put
 from rich.text import Text
+from source_tree import ROOT
 
 from gdn2gen import tune
 from gdn2gen.base import device, terminal
@@ -33,7 +34,6 @@ from gdn2gen.tune.run import open_ledger
 from gdn2gen.tune.views.progress import LiveProgress
 from gdn2gen.tune.views.report import ShapeResult, TuneReport
 
-ROOT = Path(__file__).resolve().parents[2]
 MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
 
 

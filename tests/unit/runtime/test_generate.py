@@ -37,7 +37,6 @@ from gdn2gen.runtime import _package_files
 from gdn2gen.runtime.package import generate_package, package_source
 from gdn2gen.store.dispatch import Recipe, default_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Problem(K=32, V=32, dtype="fp32")
 FULL = Problem(
     K=32,

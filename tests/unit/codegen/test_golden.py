@@ -10,6 +10,7 @@ from typing import Final
 import jinja2
 import pytest
 from jinja2 import meta, nodes
+from source_tree import ROOT
 from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.base.files import replace_file
@@ -28,7 +29,7 @@ from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.package import package_source
 from gdn2gen.store.dispatch import default_recipe
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = ROOT / "tests/golden"
 _PACKED: Final = Problem(
     K=64, V=32, dtype="fp16", gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True
 )

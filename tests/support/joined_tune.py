@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from test_tune_study import DEVICE, PROBLEM, SMALL, FakeBackend
+from fake_tuning import DEVICE, PROBLEM, SMALL, FakeBackend
 
 from gdn2gen.tune import tune
 from gdn2gen.tune.views.progress import Progress

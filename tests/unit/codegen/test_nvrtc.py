@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from source_tree import python_path
 
 from gdn2gen.base.errors import BuildError
 from gdn2gen.codegen import nvrtc
@@ -115,12 +116,11 @@ def test_what_nvrtc_says_is_in_the_error() -> None:
 def test_a_kernel_compiles_without_nvcc(stage: str, registers: int, tmp_path: Path) -> None:
     """With as many registers as by nvcc, none of them spilled."""
     caches = {x: str(tmp_path) for x in ("TILELANG_CACHE_DIR", "GDN2GEN_CACHE_DIR")}
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         **caches,
         "CUDA_HOME": "/nonexistent",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(),
     }
     command = [sys.executable, "-c", _COMPILE, stage]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from source_tree import ROOT
 
 from gdn2gen import tune
 from gdn2gen.base import device
@@ -29,7 +30,6 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.measure import suite
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = [command.name for command in program.COMMANDS]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from source_tree import ROOT, SUPPORT, python_path
 
 from gdn2gen.base.device import named_device
 from gdn2gen.family.problem import Problem
@@ -29,7 +30,6 @@ from gdn2gen.tune.run import open_ledger
 from gdn2gen.tune.search import trials as tune_trials
 from gdn2gen.tune.search.trials import StageTrials
 
-HERE = Path(__file__).resolve().parent
 DEVICE = named_device("H200")
 # run time in seconds, and trials after which one is killed: a server takes 0.3 s for a trial; on a
 # journal one process alone on two busy cores ends some 40 in 4 s
@@ -90,10 +90,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def start(storage: str, folder: Path, seconds: float) -> subprocess.Popen[str]:
     environment = {**os.environ, "GDN2GEN_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("GDN2GEN_TUNED_DIR", None)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    command = [sys.executable, "-W", "ignore", str(HERE / "joined_tune.py")]
+    environment["PYTHONPATH"] = python_path()
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "joined_tune.py")]
     return subprocess.Popen(
         [*command, storage, str(folder / "tuned"), str(seconds)],
         env=environment,
@@ -132,7 +130,7 @@ def test_a_study_behind_optunas_proxy(journal: str, monkeypatch: pytest.MonkeyPa
         "import optuna; from gdn2gen.tune.records.storage import open_storage; "
         f"optuna.storages.run_grpc_proxy_server(open_storage({journal!r}), port={port})"
     )
-    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parents[1])
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)

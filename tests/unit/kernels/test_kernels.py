@@ -6,12 +6,11 @@ their own (`kernel_cases.run`), which serves all tests of this file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
+from source_tree import python_path
 
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import Worker
@@ -20,8 +19,6 @@ from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.checks import Result
 
-HERE = Path(__file__).resolve().parent
-
 # Measured: db up to 6.1e-3; correlated keys amplify all rounding (2.3e-2). The rest is below 5e-3.
 BF16_LIMITS = {"db": 8e-3}
 BF16_CORRELATED = dict.fromkeys(("o", "final_state", "dq", "dk", "dv", "dg", "db", "dw"), 3e-2)
@@ -29,12 +26,10 @@ BF16_CORRELATED = dict.fromkeys(("o", "final_state", "dq", "dk", "dv", "dg", "db
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    own = (str(HERE.parents[1]), str(HERE.parent), str(HERE))
-    paths = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
     worker = Worker(
         {
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": python_path(),
             "GDN2GEN_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
             "OMP_NUM_THREADS": "1",
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import op_checks
@@ -20,7 +19,6 @@ from gdn2gen.ops import chunk
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import FLAGS
 
-HERE = Path(__file__).resolve().parent
 B, T, H, HV, K, V = 2, 20, 2, 4, 32, 64
 
 
