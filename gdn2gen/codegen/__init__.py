@@ -2,7 +2,7 @@
 
 render       template to source; the only user of jinja2
 build        source to module to compiled kernel, ahead of time for any target
-interpreter  Triton's interpreter, mended and taught bf16
+interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 programs     TileLang's compiled programs kept, and run without TileLang

@@ -61,9 +61,10 @@ def load(rendered: Rendered) -> ModuleType:
     The source is also written where tracebacks and profilers find it.
     """
     if environment.interpreted():
-        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16
+        from gdn2gen.codegen.interpreter import hasten, mend_loops, teach_bf16
 
         mend_loops()
+        hasten()
         if "bfloat16" in rendered.source:
             teach_bf16()
     path = str(_show(rendered))

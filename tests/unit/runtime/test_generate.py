@@ -20,7 +20,7 @@ import torch
 from gdn2gen.base import device
 from gdn2gen.base.errors import FileError, InputError
 from gdn2gen.cli import program
-from gdn2gen.codegen.interpreter import mend_loops
+from gdn2gen.codegen.interpreter import hasten, mend_loops
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -59,6 +59,8 @@ _CHILD = (
 from __future__ import annotations
 {inspect.getsource(mend_loops)}
 mend_loops()
+{inspect.getsource(hasten)}
+hasten()
 """
     + """
 import contextlib, importlib, sys
