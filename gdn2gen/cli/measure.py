@@ -19,7 +19,8 @@ from gdn2gen.cli.options import (
     refuse,
     some_path,
 )
-from gdn2gen.family.problem import DTYPES, GATES
+from gdn2gen.family.problem import DTYPES
+from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.shapes import SHAPES, parse_shapes
 from gdn2gen.kernels.plans import LEVELS
 
@@ -104,7 +105,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
-    from gdn2gen.family.problem import OPS
+    from gdn2gen.family.registry import OPS
     from gdn2gen.store.sharing import on_file
     from gdn2gen.tune.gpu.backend import WorkerBackend
     from gdn2gen.tune.recheck import recheck, recheck_table

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.problem import (
     DTYPES,
-    GATES,
     HEAD_DIMS,
-    OPS,
     Problem,
     bound_of,
     check_lower_bound,
 )
+from gdn2gen.family.recurrence import GATES
+from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 
 def add_op(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--op", choices=OPS, default="gdn2", help="which recurrence (%(default)s)")
+    parser.add_argument("--op", choices=OPS, default=OPS[0], help="which recurrence (%(default)s)")
 
 
 def add_device(

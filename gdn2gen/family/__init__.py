@@ -1,5 +1,8 @@
-"""What is computed: problems, sizes, inputs, and the reference that is the only truth.
+"""What is computed: recurrences, problems, sizes, inputs, and the reference, the only truth.
 
+recurrence  Recurrence: a member of the family, declared once
+gdn2        the members, one module each
+registry    the members by name
 problem     Problem (compiled in) and Regime (known at run time)
 shapes      the named shapes that tuning and benchmarks speak of
 inputs      random inputs with gentle or hostile gates

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.family.registry import OPS, recurrence_named
 
-OPS: Final = ("gdn2",)
 DTYPES: Final = ("bf16", "fp16", "fp32")
-GATES: Final = ("none", "softplus", "sigmoid")
 # Fields of Problem that add arguments to the kernels and are not tuned for.
 OPTIONAL_FLAGS: Final = (
     "has_A_log",
@@ -34,7 +33,8 @@ class Problem:
     (`key`); the others only add or leave out arguments of the same kernels.
     """
 
-    op: str = "gdn2"
+    op: str = OPS[0]
+    """The recurrence, one of `registry.OPS`."""
     K: int = 128
     """Key head dim."""
     V: int = 128
@@ -63,7 +63,7 @@ class Problem:
         _one_of("op", self.op, OPS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("gate_dtype", self.gate_dtype, DTYPES)
-        _one_of("gate", self.gate, GATES)
+        _one_of("gate", self.gate, recurrence_named(self.op).activations)
         for name, size in (("K", self.K), ("V", self.V)):
             if size not in HEAD_DIMS:
                 raise UnsupportedError(
@@ -84,16 +84,7 @@ class Problem:
     @property
     def key(self) -> dict[str, str | int | bool]:
         """Readable key of the tuned entry: only what moves the speed; `bound` where it is known."""
-        key: dict[str, str | int | bool] = {
-            "op": self.op,
-            "K": self.K,
-            "V": self.V,
-            "dtype": self.dtype,
-            "gate_dtype": self.gate_dtype,
-            "l2norm": self.l2norm,
-            "gate": self.gate,
-        }
-        return key | {"bound": self.bound} if self.bound else key
+        return {x: y for x, y in self.document.items() if x not in OPTIONAL_FLAGS}
 
     @property
     def document(self) -> dict[str, Any]:

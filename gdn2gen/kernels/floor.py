@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Final
 
 from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.stages import DTYPE_BYTES
 
 # What a cache may keep from one direction to the other, or hold back at the end, instead of moving
@@ -15,8 +17,8 @@ _CACHE_BYTES: Final = 126 * 2**20
 def floor_bytes(problem: Problem, backward: bool) -> int:
     """Bytes per token and value head that no implementation can avoid moving.
 
-    Forward: read q, k, b (K), v, w (V), g (K, its own dtype); write o (V). With the backward:
-    read those six and dO again, write a gradient of each of the six.
+    Forward: read the inputs of a token, write o. With the backward: read them and dO again, write a
+    gradient of each.
     """
     inputs, output = _input_bytes(problem), _output_bytes(problem)
     forward = inputs + output
@@ -35,8 +37,13 @@ def least_ms(problem: Problem, regime: Regime, backward: bool, gbps: float) -> f
 
 
 def _input_bytes(problem: Problem) -> int:
-    io, gate = DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.gate_dtype]
-    return io * (3 * problem.K + 2 * problem.V) + gate * problem.K
+    """Of what every call takes of a token, for one value head."""
+    width = {"K": problem.K, "V": problem.V}
+    dtypes = {"io": problem.dtype, "gate": problem.gate_dtype}
+    return sum(
+        prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE_BYTES[dtypes[x.dtype]]
+        for x in recurrence_named(problem.op).required
+    )
 
 
 def _output_bytes(problem: Problem) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
+from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.problem import Problem
 
 # Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
@@ -108,17 +109,7 @@ class Stage:
 
 
 # Inputs in the order of the op's arguments, and their gradients.
-GRADIENT_OF: Final = {
-    "q": "dq",
-    "k": "dk",
-    "v": "dv",
-    "g": "dg",
-    "b": "db",
-    "w": "dw",
-    "initial_state": "dh0",
-    "A_log": "dA_log",
-    "dt_bias": "ddt_bias",
-}
+GRADIENT_OF: Final = GDN2.gradients
 # What a caller gives as cu_seqlens; the kernels read what is made of it.
 GIVEN_SEQUENCES: Final = "given_cu_seqlens"
 # Made from the cu_seqlens that was given, before the first stage of a forward.

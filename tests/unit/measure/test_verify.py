@@ -12,7 +12,8 @@ from torch import Tensor
 from gdn2gen.base.errors import InputError
 from gdn2gen.family import reference
 from gdn2gen.family.inputs import REGIMES
-from gdn2gen.family.problem import DTYPES, GATES, HEAD_DIMS
+from gdn2gen.family.problem import DTYPES, HEAD_DIMS
+from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.tolerances import over
 from gdn2gen.measure import suite
 from gdn2gen.measure.checks import errors_in_range

@@ -1,0 +1,50 @@
+"""Gated DeltaNet-2: decay and erase factor per channel of K, write factor per channel of V."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gdn2gen.family.recurrence import (
+    BIAS,
+    GATES,
+    KEY,
+    QUERY,
+    RATE,
+    SEQUENCES,
+    STATE,
+    VALUE,
+    Decay,
+    Input,
+    Public,
+    Recurrence,
+)
+
+GDN2: Final = Recurrence(
+    name="gdn2",
+    title="Gated DeltaNet-2",
+    source="arXiv 2605.22791",
+    inputs=(
+        QUERY,
+        KEY,
+        VALUE,
+        Input(
+            "g",
+            "B T HG K",
+            "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its "
+            "pre-activation",
+            "gate",
+            draw="decay",
+        ),
+        Input("b", "B T HG K", "erase gate in [0, 1], or [0, 2]", draw="unit"),
+        Input("w", "B T HV V", "write gate, usually in [0, 1]", draw="unit"),
+        STATE,
+        RATE,
+        BIAS,
+        SEQUENCES,
+    ),
+    decay=Decay("g", GATES),
+    erase="b",
+    write="w",
+    public=Public(chunk="chunk_gdn2", fla="fla.ops.gdn2"),
+    plans=("lean", "fast", "states"),
+)

@@ -1,0 +1,173 @@
+"""Recurrence: a member of the family, declared once; what callers and tools say of it follows.
+
+Every member is a form of
+
+    S_t = (I - k_t (e_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (u_t * v_t)^T
+    o_t = scale * S_t^T q_t
+
+and says which of its inputs are the decay g, the erase factor e and the write factor u. Dims say
+whether an input has a number for each channel or one for each head.
+
+Symbols of dims: B sequences of T tokens (or 1 of all tokens, where N sequences are packed), H heads
+of q and k, HV of v (a multiple of H), HG of the decay (H or HV), head dims K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that a call takes."""
+
+    name: str
+    dims: str
+    """By symbol; where states are V first, the last two of a state change places."""
+    what: str
+    """What it is, and its range, for docstrings."""
+    dtype: str = "io"
+    """Its role. `io`: the dtype of q. `gate`: bf16, fp16 or fp32. `parameter`: the same, and fp32
+    in the kernels. `state`: fp32. `index`: int32 or int64."""
+    when: str = ""
+    """The field of `Problem` that says that it is given; empty for what every call takes."""
+    draw: str = "normal"
+    """How random ones are made, see `inputs`: `normal`; `unit`, in (0, 1); `decay`; and of a gate's
+    parameters `rate` and `bias`."""
+    gradient: str = ""
+    """What kernels call its gradient; d<name> if empty."""
+    slack: float = 1.0
+    """Times as far off as others its gradient may be."""
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return tuple(self.dims.split())
+
+    @property
+    def per_token(self) -> bool:
+        return "T" in self.symbols
+
+    @property
+    def differentiable(self) -> bool:
+        return self.dtype != "index"
+
+
+@dataclass(frozen=True)
+class Decay:
+    """What a state is multiplied by before a token."""
+
+    input: str
+    activations: tuple[str, ...] = ("none",)
+    """What kernels can make of its input, see `Problem.gate`."""
+
+
+@dataclass(frozen=True)
+class Public:
+    """Names that callers know."""
+
+    chunk: str
+    """The op over whole sequences: here, in the reference, and in flash-linear-attention."""
+    fla: str
+    """The module of flash-linear-attention that has it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """A member of the family. There is one object of each: they are equal if identical."""
+
+    name: str
+    """As in `Problem.op`, and on the command line."""
+    title: str
+    source: str
+    """Where it was published."""
+    inputs: tuple[Input, ...]
+    """Every tensor of a call, in the order of the public op."""
+    decay: Decay | None
+    erase: str | None
+    """The input that erases; None where nothing does."""
+    write: str | None
+    """The input that v is multiplied by; None where v is written as it is. If it is the one that
+    erases too, the two are tied, and its gradient is the sum of both."""
+    public: Public
+    plans: tuple[str, ...] = ()
+    """Those that serve it. Without any it has a reference, but no op, and no command offers it."""
+
+    def __post_init__(self) -> None:
+        known = {x.name for x in self.inputs}
+        roles = {self.decay.input if self.decay else None, self.erase, self.write} - {None}
+        if not roles <= known:
+            raise ValueError(f"{self.name} has no inputs {sorted(map(str, roles - known))}")
+
+    @cached_property
+    def named(self) -> Mapping[str, Input]:
+        return {x.name: x for x in self.inputs}
+
+    @cached_property
+    def required(self) -> tuple[Input, ...]:
+        """What every call takes; these come first."""
+        return tuple(x for x in self.inputs if not x.when)
+
+    @cached_property
+    def optional(self) -> tuple[Input, ...]:
+        return tuple(x for x in self.inputs if x.when)
+
+    @cached_property
+    def differentiable(self) -> tuple[Input, ...]:
+        return tuple(x for x in self.inputs if x.differentiable)
+
+    @cached_property
+    def gradients(self) -> Mapping[str, str]:
+        """What kernels call the gradient of each input, in order."""
+        return {x.name: x.gradient or f"d{x.name}" for x in self.differentiable}
+
+    @cached_property
+    def sized_by(self) -> tuple[int, ...]:
+        """Places of the inputs whose shapes say what symbols stand for: the first use of each."""
+        bound: set[str] = set()
+        places = []
+        for place, x in enumerate(self.required):
+            if not bound.issuperset(x.symbols):
+                places.append(place)
+                bound.update(x.symbols)
+        return tuple(places)
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        return self.decay.activations if self.decay else ("none",)
+
+    def per(self, name: str | None) -> str:
+        """`channel` or `head`: what an input has one number for."""
+        return "channel" if name and {"K", "V"} & {*self.named[name].symbols} else "head"
+
+
+# What members share.
+QUERY: Final = Input("q", "B T H K", "queries")
+KEY: Final = Input("k", "B T H K", "keys")
+VALUE: Final = Input("v", "B T HV V", "values")
+STATE: Final = Input(
+    "initial_state", "N HV K V", "one for each sequence; zero if None", "state",
+    when="initial_state", gradient="dh0",
+)  # fmt: skip
+# One number for a head, a sum over all tokens and channels. Under a sigmoid gate its terms have
+# either sign: what rounding one score leaves goes alike into all channels, 0.7e-2 to 1.2e-2 of the
+# root of the terms' squares by the bf16 interpreter, and 1.4e-2 to 2.1e-2 of the sum was seen on an
+# H200.
+RATE: Final = Input(
+    "A_log", "HG", "optional with `lower_bound`", "parameter",
+    when="has_A_log", draw="rate", slack=3.0,
+)  # fmt: skip
+BIAS: Final = Input(
+    "dt_bias", "HG K", "optional; its dims may come as one", "parameter",
+    when="has_dt_bias", draw="bias",
+)  # fmt: skip
+SEQUENCES: Final = Input(
+    "cu_seqlens", "N+1",
+    "rising from 0 to T: packed sequences; wants B = 1. On a GPU only the kernels read it: other "
+    "lengths may be written to it between replays of a CUDA graph. What they hold is taken within "
+    "0 .. T and rising; o and gradients of tokens that no sequence covers are zero",
+    "index", when="varlen",
+)  # fmt: skip
+GATES: Final = ("none", "softplus", "sigmoid")
