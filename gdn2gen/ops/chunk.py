@@ -6,13 +6,14 @@ own tests work anywhere; under TRITON_INTERPRET=1 they run the kernels in Triton
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     check_arguments,
@@ -21,6 +22,9 @@ from gdn2gen.runtime.arguments import (
     check_head_dims,
     is_watched,
 )
+from gdn2gen.runtime.signature import Options
+
+_GDN2: Final = autograd.op_of(GDN2)
 
 
 def chunk_gdn2(
@@ -120,8 +124,9 @@ def chunk_gdn2(
             None if cu_seqlens is None else cu_seqlens.contiguous(),
         )
     o, final_state = autograd.run(
+        _GDN2,
         tensors,
-        (
+        Options(
             None if scale is None else float(scale),
             float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
             use_qk_l2norm_in_kernel,

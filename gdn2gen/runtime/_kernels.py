@@ -11,33 +11,29 @@ from gdn2gen.kernels.stages import GIVEN_SEQUENCES
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SizedRunner
-
-NAMES = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias", "cu_seqlens")
-"""Tensors of a call, in the order of the op's arguments."""
+from gdn2gen.runtime.signature import Signature
 
 
 def request_of(
+    signature: Signature,
     tensors: Sequence[Tensor | None],
     sequences: int | None,
-    options: tuple[Any, ...],
+    options: Sequence[Any],
     make: Any = known_request,
 ) -> Request:
-    """What a call asks for, with the tensors of `NAMES` but cu_seqlens.
+    """What a call asks for, with its tensors but for cu_seqlens.
 
-    `sequences` are those of a packed batch; `options` are the last arguments of `make`.
+    `sequences` are those of a packed batch; `options` are `Options`.
     """
-    q, _, v, g, _, _, initial_state, A_log, dt_bias = tensors
-    assert q is not None and v is not None and g is not None
+    q, gate = tensors[0], tensors[signature.gate]
+    assert q is not None and gate is not None
     request: Request = make(
-        q.shape,
-        v.shape,
-        g.shape,
+        signature.op,
+        tuple([tensors[place].shape for place in signature.sized_by]),  # type: ignore[union-attr]
         q.dtype,
-        g.dtype,
+        gate.dtype,
         q.device,
-        initial_state is not None,
-        A_log is not None,
-        dt_bias is not None,
+        tuple([x is not None for x in tensors[signature.required :]]),
         sequences,
         *options,
     )
@@ -57,7 +53,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """o, the final state if asked for, and what the backward wants saved, in `into` if given.
 
-    `given` are the tensors of `NAMES` that are given, but cu_seqlens.
+    `given` are the tensors that are given, but for cu_seqlens, in order.
     """
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):

@@ -1,10 +1,13 @@
-"""What the torch ops under the public ones compute, and the fakes that tracers see instead.
+"""What the torch ops of a recurrence compute, and the fakes that tracers see instead.
 
 What a forward saves is one buffer of bytes, in a layout that both ops know from what they agreed on
-(`_lookup.Agreement`), whose size is a formula of the sizes of the call.
+(`lookup.Agreement`), whose size is a formula of the sizes of the call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,174 +16,91 @@ from gdn2gen.family import reference
 from gdn2gen.runtime._kernels import request_of, run_backward, run_forward, sequences_of
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import NOTHING, agreed_runner, make_request, saved_nbytes
+from gdn2gen.runtime.signature import Options, Signature
 
 
-def forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
-    agreement: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_op(signature: Signature, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty if not asked for), and what the backward wants saved."""
-    tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
-    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
-    if agreement == NOTHING:
-        o, state = _reference(tensors, cu_seqlens, scale, lower_bound, *flags)
-        saved = q.new_empty(0, dtype=torch.uint8)
-        return o, state if output_final_state else state.new_empty(0), saved
-    request = request_of(tensors, sequences_of(cu_seqlens), (scale, lower_bound, *flags))
-    sized = agreed_runner(request, agreement)
-    saved = q.new_empty(sized.layout.nbytes, dtype=torch.uint8)
+    tensors, cu_seqlens, options, agreement = signature.split(arguments)
     given = [x for x in tensors if x is not None]
+    like = given[0]
+    if agreement == NOTHING:
+        o, state = _reference(signature, tensors, cu_seqlens, options)
+        saved = like.new_empty(0, dtype=torch.uint8)
+        return o, state if options.output_final_state else state.new_empty(0), saved
+    request = request_of(signature, tensors, sequences_of(cu_seqlens), options)
+    sized = agreed_runner(request, agreement)
+    saved = like.new_empty(sized.layout.nbytes, dtype=torch.uint8)
     o, final_state, _ = run_forward(sized, given, cu_seqlens, sized.layout.split(saved))
     if final_state is None:
-        final_state = q.new_empty(0, dtype=torch.float32)
+        final_state = like.new_empty(0, dtype=torch.float32)
     return o, final_state, saved
 
 
-def forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
-    agreement: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
-    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
+def forward_fake(signature: Signature, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, cu_seqlens, options, agreement = signature.split(arguments)
     sequences = sequences_of(cu_seqlens)
+    named = dict(zip(signature.names, tensors, strict=False))
+    q, v = named["q"], named["v"]
+    assert q is not None and v is not None
     o = v.new_empty(v.shape)
     double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     shape: tuple[int, ...] = (0,)
-    if output_final_state:
-        inner = (v.shape[-1], q.shape[-1]) if state_v_first else (q.shape[-1], v.shape[-1])
-        shape = (q.shape[0] if sequences is None else sequences, v.shape[2], *inner)
+    if options.output_final_state:
+        inner = q.shape[-1], v.shape[-1]
+        N = q.shape[0] if sequences is None else sequences
+        shape = (N, v.shape[2], *(inner[::-1] if options.state_v_first else inner))
     final_state = q.new_empty(shape, dtype=torch.float64 if double else torch.float32)
     nbytes = 0
     if agreement != NOTHING:
         # not looked up: sizes may be symbols
-        request = request_of(tensors, sequences, (scale, lower_bound, *flags), make_request)
+        request = request_of(signature, tensors, sequences, options, make_request)
         nbytes = saved_nbytes(request, agreement)
     return o, final_state, q.new_empty(nbytes, dtype=torch.uint8)
 
 
-def backward_op(
-    do: Tensor,
-    dht: Tensor | None,
-    saved: Tensor,
-    o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sequences: int | None,
-    scale: float | None,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
-    agreement: str,
-) -> list[Tensor]:
-    """Gradients of q, k, v, g, b, w, and of what is given of initial_state, A_log, dt_bias.
+_ARRIVED = 4
+"""do, dht, what was saved, and o come before the tensors of the forward, and after them how many
+sequences are packed. Where kernels run, that stands for cu_seqlens: what they read was saved."""
 
-    Where kernels run, `sequences` stands for cu_seqlens: what they read of it was saved.
-    """
-    tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
-    flags = (l2norm, gate_in_kernel, output_final_state, state_v_first)
+
+def backward_op(signature: Signature, *arguments: Any) -> list[Tensor]:
+    """Gradients of all tensors that are given, but for cu_seqlens."""
+    do, dht, saved, o = arguments[:_ARRIVED]
+    end = _ARRIVED + len(signature.names)
+    tensors, cu_seqlens, options, agreement = signature.split(
+        (*arguments[_ARRIVED:end], *arguments[end + 1 :])
+    )
     if agreement == NOTHING:
-        return _reference_gradients(do, dht, tensors, cu_seqlens, scale, lower_bound, *flags)
-    request = request_of(tensors, sequences, (scale, lower_bound, *flags))
-    sized = agreed_runner(request, agreement)
+        return _reference_gradients(signature, do, dht, tensors, cu_seqlens, options)
+    sized = agreed_runner(request_of(signature, tensors, arguments[end], options), agreement)
     given = [x for x in tensors if x is not None]
     (saved,) = readable([saved])
     return run_backward(sized, do, dht, sized.layout.split(saved), o, given)
 
 
-def backward_fake(
-    do: Tensor,
-    dht: Tensor | None,
-    saved: Tensor,
-    o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sequences: int | None,
-    scale: float | None,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
-    agreement: str,
-) -> list[Tensor]:
-    given = (q, k, v, g, b, w, initial_state, A_log, dt_bias)
-    return [x.new_empty(x.shape) for x in given if x is not None]
+def backward_fake(signature: Signature, *arguments: Any) -> list[Tensor]:
+    tensors = arguments[_ARRIVED : _ARRIVED + len(signature.names) - 1]
+    return [x.new_empty(x.shape) for x in tensors if x is not None]
 
 
 def _reference(
-    tensors: tuple[Tensor | None, ...],
+    signature: Signature,
+    tensors: Sequence[Tensor | None],
     cu_seqlens: Tensor | None,
-    scale: float | None,
-    lower_bound: float | None,
-    l2norm: bool,
-    gate_in_kernel: bool,
-    output_final_state: bool,
-    state_v_first: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, g, b, w, initial_state, A_log, dt_bias = tensors
-    assert q is not None and k is not None and v is not None
-    assert g is not None and b is not None and w is not None
+    function = getattr(reference, signature.public)
     with _without_autocast():
-        return reference.chunk_gdn2(
-            *(q, k, v, g, b, w),
-            scale=scale,
-            initial_state=initial_state,
-            use_qk_l2norm_in_kernel=l2norm,
-            use_gate_in_kernel=gate_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            cu_seqlens=cu_seqlens,
-            state_v_first=state_v_first,
+        found: tuple[Tensor, Tensor] = function(
+            **dict(zip(signature.names, (*tensors, cu_seqlens), strict=True)),
+            scale=options.scale,
+            use_qk_l2norm_in_kernel=options.l2norm,
+            use_gate_in_kernel=options.gate_in_kernel,
+            lower_bound=options.lower_bound,
+            state_v_first=options.state_v_first,
         )
+    return found
 
 
 def _without_autocast() -> torch.autocast:
@@ -189,11 +109,12 @@ def _without_autocast() -> torch.autocast:
 
 
 def _reference_gradients(
+    signature: Signature,
     do: Tensor,
     dht: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
+    tensors: Sequence[Tensor | None],
     cu_seqlens: Tensor | None,
-    *options: float | bool | None,
+    options: Options,
 ) -> list[Tensor]:
     """By autograd, which the dispatcher has turned off where an op computes."""
     keys = torch._C._dispatch_tls_local_exclude_set()
@@ -203,7 +124,7 @@ def _reference_gradients(
     guard = torch._C._ForceDispatchKeyGuard(include, keys)
     with guard, torch.enable_grad(), _without_autocast():
         leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-        o, state = _reference(tuple(leaves), cu_seqlens, *options)  # type: ignore[arg-type]
+        o, state = _reference(signature, leaves, cu_seqlens, options)
         given = [x for x in leaves if x is not None]
         results, arrived = [o], [do]
         if dht is not None and state.requires_grad:  # not where no token or state was read

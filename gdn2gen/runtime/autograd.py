@@ -1,4 +1,5 @@
-"""The ops in torch.library, and the same with autograd's own Function where no tracer looks on.
+"""A recurrence's ops in torch.library, and the same with autograd's own Function for calls that no
+tracer looks on.
 
 torch.library's wrappers cost 0.35 ms of a forward and backward on the host, as much as all the
 rest together; at few heads and tokens the GPU would wait for it.
@@ -7,6 +8,7 @@ rest together; at few heads and tokens the GPU would wait for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.problem import bound_of
+from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.runtime._kernels import (
-    NAMES,
     request_of,
     run_backward,
     run_forward,
@@ -26,19 +28,22 @@ from gdn2gen.runtime._kernels import (
 from gdn2gen.runtime._library import backward_fake, backward_op, forward_fake, forward_op
 from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner
 from gdn2gen.runtime.runner import SizedRunner
+from gdn2gen.runtime.signature import Options, Signature, signature_of
 
-_TENSORS = len(NAMES)
-_OUTPUT_FINAL_STATE = 4
-"""Its place among the options that follow them."""
-_DIFFERENTIABLE = (
-    "outputs of chunk_gdn2 can be differentiated once, backwards (autograd.grad, backward, "
-    "torch.func.grad, vjp, jacrev)"
-)
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """The two ops that torch knows of a recurrence."""
+
+    signature: Signature
+    forward: Any
+    backward: Any
 
 
 def run(
+    op: Op,
     tensors: tuple[Tensor | None, ...],
-    options: tuple[Any, ...],
+    options: Options,
     level: str,
     head_dims: tuple[int, int],
     *,
@@ -47,22 +52,24 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state (empty or None if not asked for), differentiable once.
 
-    `tensors` and `options` are the arguments of `forward_op`. `by_kernels`: else the reference
+    `tensors` and `options` are the arguments of the forward op. `by_kernels`: else the reference
     computes, or nothing does; `watched`: something wants to see the ops themselves.
     """
     if torch.autograd.forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
+        _refuse_tangents(op.signature, tensors)
     if watched or not by_kernels:
-        agreement = _agree(tensors, options, level, head_dims) if by_kernels else NOTHING
+        signature = op.signature
+        agreement = _agree(signature, tensors, options, level, head_dims) if by_kernels else NOTHING
         if torch._C._are_functorch_transforms_active():
-            o, final_state, _ = _Transformed.apply(options, agreement, *tensors)  # type: ignore[no-untyped-call]
+            o, final_state, _ = _Transformed.apply(op, options, agreement, *tensors)  # type: ignore[no-untyped-call]
         else:
-            o, final_state, _ = gdn2_forward(*tensors, *options, agreement)
+            o, final_state, _ = op.forward(*tensors, *options, agreement)
         return o, final_state
     *optional, cu_seqlens = tensors
     given = [x for x in optional if x is not None]
     gradient = torch.is_grad_enabled() and any([x.requires_grad for x in given])
-    sized = find_runner(request_of(optional, sequences_of(cu_seqlens), options), level, gradient)
+    request = request_of(op.signature, optional, sequences_of(cu_seqlens), options)
+    sized = find_runner(request, level, gradient)
     if not gradient:
         return run_inference(sized, given, cu_seqlens)
     o, final_state = _Function.apply(sized, cu_seqlens, *given)  # type: ignore[no-untyped-call]
@@ -70,23 +77,26 @@ def run(
 
 
 def _agree(
+    signature: Signature,
     tensors: tuple[Tensor | None, ...],
-    options: tuple[Any, ...],
+    options: Options,
     level: str,
     head_dims: tuple[int, int],
 ) -> str:
     """What forward and backward are to agree on; see `Agreement`."""
     *optional, cu_seqlens = tensors
     if not (torch.compiler.is_compiling() or _has_symbols(tensors)):
-        return agree(request_of(optional, sequences_of(cu_seqlens), options), level)
-    q, _, _, g, _, _, *others = optional
-    assert q is not None and g is not None
-    given = [x is not None for x in (*others, cu_seqlens)]
+        return agree(request_of(signature, optional, sequences_of(cu_seqlens), options), level)
+    q, gate = tensors[0], tensors[signature.gate]
+    assert q is not None and gate is not None
+    given = tuple([x is not None for x in tensors[signature.required :]])
     device = torch.device(q.device.type, q.device.index)
-    dtypes = q.dtype, g.dtype
     _, lower_bound, *flags = options
     least = None if lower_bound is None else -float(bound_of(lower_bound))
-    text: str = agree_while_compiling(*head_dims, device, level, *dtypes, *given, least, *flags)
+    dtypes = q.dtype, gate.dtype
+    text: str = agree_while_compiling(
+        device, level, signature.op, *head_dims, *dtypes, given, least, *flags
+    )
     return text
 
 
@@ -95,11 +105,19 @@ def _has_symbols(tensors: Sequence[Tensor | None]) -> bool:
     return any(type(size) is not int for x in tensors if x is not None for size in x.shape)
 
 
-def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+def _refuse_tangents(signature: Signature, tensors: tuple[Tensor | None, ...]) -> None:
     unpack_dual: Any = torch.autograd.forward_ad.unpack_dual  # untyped in torch
-    for name, x in zip(NAMES, tensors, strict=True):
+    for name, x in zip(signature.names, tensors, strict=True):
         if x is not None and unpack_dual(x).tangent is not None:
-            raise UnsupportedError(f"{name} has a tangent, but {_DIFFERENTIABLE}, not forwards")
+            message = f"{name} has a tangent, but {_differentiable(signature.op)}, not forwards"
+            raise UnsupportedError(message)
+
+
+def _differentiable(op: str) -> str:
+    return (
+        f"outputs of {signature_of(op).public} can be differentiated once, backwards "
+        "(autograd.grad, backward, torch.func.grad, vjp, jacrev)"
+    )
 
 
 class _Function(torch.autograd.Function):
@@ -120,7 +138,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
-        return (None, None, *_once(partial(_gradients, ctx.sized), do, dht, *ctx.saved_tensors))
+        op, gradients = ctx.sized.runner.problem.op, partial(_gradients, ctx.sized)
+        return (None, None, *_once(op, gradients, do, dht, *ctx.saved_tensors))
 
 
 def _gradients(
@@ -134,22 +153,24 @@ def _gradients(
     return run_backward(sized, do, dht, named, o, given)
 
 
-def _once(gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None) -> Sequence[Tensor]:
+def _once(
+    op: str, gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
+) -> Sequence[Tensor]:
     """`gradients` of tensors, as a Function where a graph is made or many are asked for at once."""
-    _refuse_batches(tensors)
+    _refuse_batches(op, tensors)
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        found: tuple[Tensor, ...] = _Gradients.apply(gradients, *tensors)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Gradients.apply(op, gradients, *tensors)  # type: ignore[no-untyped-call]
         return found
     return gradients(*tensors)
 
 
-def _refuse_batches(arrived: tuple[Tensor | None, ...]) -> None:
+def _refuse_batches(op: str, arrived: tuple[Tensor | None, ...]) -> None:
     """What autograd itself batches has no memory to read, and nothing here hears of it."""
     is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # untyped in torch
     if any([x is not None and is_batched(x) for x in arrived[:2]]):
         raise UnsupportedError(
-            "gradients of chunk_gdn2 cannot be batched by is_grads_batched=True or vectorize=True; "
-            "use torch.func.jacrev, or torch.vmap around autograd.grad"
+            f"gradients of {signature_of(op).public} cannot be batched by is_grads_batched=True or "
+            "vectorize=True; use torch.func.jacrev, or torch.vmap around autograd.grad"
         )
 
 
@@ -158,17 +179,17 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
+        op: str, gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         return tuple(gradients(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_DIFFERENTIABLE}, not twice")
+        raise UnsupportedError(f"{_differentiable(ctx.op)}, not twice")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -176,7 +197,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_DIFFERENTIABLE}, not forwards")
+        raise UnsupportedError(f"{_differentiable(ctx.op)}, not forwards")
 
 
 class _Transformed(torch.autograd.Function):
@@ -184,20 +205,20 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        options: tuple[Any, ...], agreement: str, *tensors: Tensor | None
+        op: Op, options: Options, agreement: str, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor] = gdn2_forward(*tensors, *options, agreement)
+        outputs: tuple[Tensor, Tensor, Tensor] = op.forward(*tensors, *options, agreement)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        options, agreement, *tensors = inputs
+        ctx.op, options, agreement, *tensors = inputs
         ctx.mark_non_differentiable(output[2])
-        _save(ctx, (*tensors, *options, agreement), output)
+        _save(ctx, tensors, options, agreement, output)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return (None, None, *_tensor_gradients(ctx, do, dht))
+        return (None, None, None, *_tensor_gradients(ctx.op, ctx, do, dht))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -205,7 +226,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_DIFFERENTIABLE}, not forwards")
+        raise UnsupportedError(f"{_differentiable(ctx.op.signature.op)}, not forwards")
 
 
 def _one_by_one(
@@ -232,10 +253,15 @@ def _one_by_one(
     return stacked, (0,) * len(stacked)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(
+    ctx: Any,
+    tensors: Sequence[Tensor | None],
+    options: Options,
+    agreement: str,
+    output: tuple[Any, ...],
+) -> None:
     o, _, saved = output
-    *options, agreement = inputs[_TENSORS:]
-    *tensors, cu_seqlens = inputs[:_TENSORS]
+    *tensors, cu_seqlens = tensors
     ctx.set_materialize_grads(False)
     ctx.options, ctx.agreement, ctx.sequences = options, agreement, sequences_of(cu_seqlens)
     # the caller may write the next batch's into it; the kernels read it once
@@ -243,29 +269,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(saved, o, *tensors, kept)
 
 
-def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
-    return (*_tensor_gradients(ctx, do, dht), *[None] * (len(ctx.options) + 1))
-
-
-def _tensor_gradients(ctx: Any, do: Tensor | None, dht: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the tensors of `NAMES`, by the op, from what `_save` kept."""
+def _tensor_gradients(
+    op: Op, ctx: Any, do: Tensor | None, dht: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of the tensors of a call, by the op, from what `_save` kept."""
     saved, o, *tensors = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    dht = dht if ctx.options[_OUTPUT_FINAL_STATE] else None
+    dht = dht if ctx.options.output_final_state else None
     rest = (ctx.sequences, *ctx.options, ctx.agreement)
     arrived = do, dht, saved, o, *tensors
-    _refuse_batches(arrived)
+    _refuse_batches(op.signature.op, arrived)
     if torch._C._are_functorch_transforms_active():  # of which an op knows nothing
-        found = _once(lambda *given: gdn2_backward(*given, *rest), *arrived)
+        found = _once(op.signature.op, lambda *given: op.backward(*given, *rest), *arrived)
     else:
-        found = gdn2_backward(*arrived, *rest)
+        found = op.backward(*arrived, *rest)
     grads = iter(found)
     return [*[None if x is None else next(grads) for x in tensors[:-1]], None]
-
-
-def _refuse_twice(ctx: Any, *_: Any) -> Any:
-    raise UnsupportedError(f"{_DIFFERENTIABLE}, not twice")
 
 
 # torch.library.custom_op would do all this in one call, but imports torch._dynamo on the first
@@ -274,16 +294,34 @@ _Library: Any = torch.library.Library  # untyped in torch
 _library = _Library("gdn2gen", "DEF")
 
 
-def _define(
-    name: str, kernels: Callable[..., Any], fake: Callable[..., Any], backward: Any, save: Any
-) -> Any:
-    _library.define(name + torch.library.infer_schema(kernels, mutates_args=()))
-    for key in ("CUDA", "CPU"):
-        _library.impl(name, kernels, key)
-    torch.library.register_fake(f"gdn2gen::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"gdn2gen::{name}", backward, setup_context=save, lib=_library)
-    return getattr(torch.ops.gdn2gen, name).default
+def op_of(recurrence: Recurrence) -> Op:
+    """Make the ops known to torch: once for each recurrence."""
+    signature = signature_of(recurrence.name)
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        tensors, cu_seqlens, options, agreement = signature.split(inputs)
+        _save(ctx, (*tensors, cu_seqlens), options, agreement, output)
 
-gdn2_forward = _define("gdn2_forward", forward_op, forward_fake, _backward, _save)
-gdn2_backward = _define("gdn2_backward", backward_op, backward_fake, _refuse_twice, None)
+    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
+        return (*_tensor_gradients(op, ctx, do, dht), *[None] * (len(ctx.options) + 1))
+
+    def refuse_twice(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(f"{_differentiable(signature.op)}, not twice")
+
+    def define(name: str, schema: str, kernels: Any, fake: Any, *differentiation: Any) -> Any:
+        _library.define(name + schema)
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, partial(kernels, signature), key)
+        full_name = f"gdn2gen::{name}"
+        torch.library.register_fake(full_name, partial(fake, signature), lib=_library)
+        backward, setup = differentiation
+        torch.library.register_autograd(full_name, backward, setup_context=setup, lib=_library)
+        return getattr(torch.ops.gdn2gen, name).default
+
+    names = f"{signature.op}_forward", f"{signature.op}_backward"
+    op = Op(
+        signature,
+        define(names[0], signature.forward_schema, forward_op, forward_fake, backward, save),
+        define(names[1], signature.backward_schema, backward_op, backward_fake, refuse_twice, None),
+    )
+    return op

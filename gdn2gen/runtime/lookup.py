@@ -15,6 +15,7 @@ from gdn2gen.runtime.arguments import IO_DTYPES
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.runner import Runner, SizedRunner
+from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch
 from gdn2gen.store.dispatch import Recipe, default_recipe, find_recipe, forced
 
@@ -28,74 +29,66 @@ class Request:
 
 
 def make_problem(
+    op: str,
     K: int,
     V: int,
     dtype: torch.dtype,
     gate_dtype: torch.dtype,
-    initial_state: bool,
-    A_log: bool,
-    dt_bias: bool,
-    packed: bool,
+    given: tuple[bool, ...],
     lower_bound: float | None,
     l2norm: bool,
     gate_in_kernel: bool,
     output_final_state: bool,
     state_v_first: bool,
 ) -> Problem:
-    """Of head dims, dtypes, what of the optional tensors is given, and the flags."""
+    """Of head dims, dtypes, which of the optional tensors are `given`, and the flags."""
     gate = "none"
     if gate_in_kernel:
         gate = "softplus" if lower_bound is None else "sigmoid"
     return Problem(
-        op="gdn2",
+        op=op,
         K=K,
         V=V,
         dtype=IO_DTYPES[dtype],
         gate_dtype=IO_DTYPES[gate_dtype],
         l2norm=l2norm,
         gate=gate,
-        has_A_log=A_log,
-        has_dt_bias=dt_bias,
-        varlen=packed,
-        initial_state=initial_state,
         final_state=output_final_state,
         state_v_first=state_v_first,
         bound=bound_of(lower_bound) if gate == "sigmoid" and lower_bound is not None else 0,
+        **dict(zip(signature_of(op).conditions, given, strict=True)),
     )
 
 
 def make_request(
-    q: torch.Size,
-    v: torch.Size,
-    g: torch.Size,
+    op: str,
+    shapes: tuple[torch.Size, ...],
     dtype: torch.dtype,
     gate_dtype: torch.dtype,
     device: torch.device,
-    initial_state: bool,
-    A_log: bool,
-    dt_bias: bool,
+    given: tuple[bool, ...],
     sequences: int | None,
     scale: float | None,
     lower_bound: float | None,
     *flags: bool,
 ) -> Request:
-    """Of shapes, dtypes, what of the optional tensors is given, and the flags (see `make_problem`).
+    """Of the shapes that say all sizes, dtypes, which optional tensors but cu_seqlens are `given`,
+    and the flags (see `make_problem`).
 
     `sequences` are those of a packed batch, else None.
     """
-    B, T, H, K = q
+    sizes = signature_of(op).bind(shapes)
     packed = sequences is not None
     # head dims are numbers: where they were symbols, they count as what they are for good
-    K, V = int(K), int(v[-1])
-    given = (initial_state, A_log, dt_bias, packed)
-    problem = make_problem(K, V, dtype, gate_dtype, *given, lower_bound, *flags)
+    K, V = int(sizes["K"]), int(sizes["V"])
+    problem = make_problem(op, K, V, dtype, gate_dtype, (*given, packed), lower_bound, *flags)
     call = Call(
-        B=B,
-        T=T,
-        H=H,
-        HV=v[2],
-        HG=g[2],
-        N=B if sequences is None else sequences,
+        B=sizes["B"],
+        T=sizes["T"],
+        H=sizes["H"],
+        HV=sizes["HV"],
+        HG=sizes["HG"],
+        N=sizes["B"] if sequences is None else sequences,
         scale=K**-0.5 if scale is None else scale,
         lower_bound=lower_bound,
         packed=packed,
@@ -192,9 +185,9 @@ def agree(request: Request, level: str) -> str:
     return text
 
 
-def agree_while_compiling(K: int, V: int, device: torch.device, level: str, *options: Any) -> str:
+def agree_while_compiling(device: torch.device, level: str, *options: Any) -> str:
     """The same while torch.compile traces, for all sizes; `options` are those of `make_problem`."""
-    problem = make_problem(K, V, *options)
+    problem = make_problem(*options)
     recipe = find_recipe(problem, _USUAL, _device_of(device), level=level, strict=False)
     return str(Agreement.with_recipe(level, recipe))
 

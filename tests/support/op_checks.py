@@ -149,7 +149,7 @@ def inputs_are_untouched() -> str:
 
 def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
     """torch.library.opcheck of the forward op."""
-    from gdn2gen.runtime.autograd import gdn2_forward
+    from gdn2gen.ops.chunk import _GDN2
 
     inputs = make(cu_seqlens=(0, 7, 20), B=1) if gated else make(T=17)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}
@@ -157,12 +157,12 @@ def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
     leaves = [given[name].requires_grad_() if name in given else None for name in INPUTS]
     arguments = (*leaves, inputs.get("cu_seqlens"))
     flags = (None, None, True, gated, True, False)
-    request = request_of(arguments[:-1], sequences_of(arguments[-1]), flags)
+    request = request_of(_GDN2.signature, arguments[:-1], sequences_of(arguments[-1]), flags)
     arguments = (*arguments, *flags, agree(request, level))
     # what lies between the tensors in the buffer of what is saved is then not left to chance
     torch.use_deterministic_algorithms(True)
     try:
-        return torch.library.opcheck(gdn2_forward, arguments, test_utils=tests)
+        return torch.library.opcheck(_GDN2.forward, arguments, test_utils=tests)
     finally:
         torch.use_deterministic_algorithms(False)
 

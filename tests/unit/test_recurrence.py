@@ -13,6 +13,7 @@ from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime.signature import signature_of
 
 MEMBERS = [*RECURRENCES.values()]
 OPERANDS = {x.name: x for stage in STAGES.values() for x in (*stage.inputs, *stage.outputs)}
@@ -67,3 +68,21 @@ def test_roles_are_of_inputs() -> None:
 def test_what_follows() -> None:
     assert [GDN2.inputs[place].name for place in GDN2.sized_by] == ["q", "v", "g"]
     assert [GDN2.per(x) for x in ("g", "b", "w", "A_log")] == ["channel"] * 3 + ["head"]
+
+
+def test_schemas_follow_from_the_declaration() -> None:
+    """As graphs that were exported before know them."""
+    tensors = (
+        "Tensor q, Tensor k, Tensor v, Tensor g, Tensor b, Tensor w, Tensor? initial_state, "
+        "Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens"
+    )
+    options = (
+        "float? scale, float? lower_bound, bool l2norm, bool gate_in_kernel, "
+        "bool output_final_state, bool state_v_first, str agreement"
+    )
+    signature = signature_of("gdn2")
+    assert signature.forward_schema == f"({tensors}, {options}) -> (Tensor, Tensor, Tensor)"
+    arrived = "Tensor do, Tensor? dht, Tensor saved, Tensor o"
+    assert signature.backward_schema == (
+        f"({arrived}, {tensors}, SymInt? sequences, {options}) -> Tensor[]"
+    )

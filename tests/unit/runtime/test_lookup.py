@@ -31,8 +31,9 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.runtime import call, lookup, runner
-from gdn2gen.runtime._kernels import NAMES, request_of
+from gdn2gen.runtime._kernels import request_of
 from gdn2gen.runtime.layout import Layout
+from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.store.dispatch import Recipe, default_recipe, forced_recipe
@@ -108,12 +109,10 @@ def test_devices_are_told_apart(launched: Launched) -> None:
     with pytest.raises(InputError, match="k must be on cpu like q, but is on meta"):
         chunk_gdn2(**inputs | {"k": inputs["k"].to("meta")}, **FLAGS)
     x = inputs["q"]
-    rest = (x.dtype, x.dtype, False, False, False, None, 1.0, None, *[False] * 4)
+    what = ("gdn2", (x.shape,) * 3, x.dtype, x.dtype)
+    rest = ((False, False, False), None, 1.0, None, *[False] * 4)
     requests = [
-        lookup.known_request(
-            *(x.shape, x.shape, x.shape), *rest[:2], torch.device("cuda", index), *rest[2:]
-        )
-        for index in (0, 1, 0)
+        lookup.known_request(*what, torch.device("cuda", index), *rest) for index in (0, 1, 0)
     ]
     assert [x.call.device.index for x in requests] == [0, 1, 0]
     assert requests[0] is requests[2]
@@ -262,8 +261,9 @@ def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> Non
     with forced_recipe(recipe):
         train(**inputs, **FLAGS)
         loaded = runner.Runner(recipe)
-        tensors = tuple(inputs.get(name) for name in NAMES[:-1])
-        given = request_of(tensors, None, (1.0, None, True, False, False, False)).call
+        signature = signature_of("gdn2")
+        tensors = tuple(inputs.get(name) for name in signature.names[:-1])
+        given = request_of(signature, tensors, None, (1.0, None, True, False, False, False)).call
     sizes = given.sizes(problem, loaded.BT, recipe.saved_segments)
     made = {name: x for _, _, operands, _ in launched for name, x in operands.items()}
     layout = Layout.of(loaded.saved, problem, sizes)
