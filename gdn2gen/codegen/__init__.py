@@ -1,6 +1,8 @@
 """From a problem and a config to text, a module, a compiled kernel.
 
-render       template to source; the only user of jinja2
+templates    Jinja's environment, and digests of what a template says
+context      what templates are given
+render       template to source
 build        source to module to compiled kernel, ahead of time for any target
 interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit

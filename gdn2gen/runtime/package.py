@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gdn2gen.codegen.render import render, render_tables, templates
+from gdn2gen.codegen.render import render, render_tables
+from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.plans import level_of

@@ -64,14 +64,14 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    chunk_tables="1125d1b785a6755e",
-    grad_key="147769458219b561",
-    grad_value="a68e2ebe90b8c42c",
-    prepare="651b9150ec857215",
-    rescan="cfce3c5217384074",
-    reverse_scan="cc37dbfaeeb64c5c",
-    scan="2ed7d205d8126796",
-    sum_decay="5310d8dc6d40a4e3",
+    chunk_tables="9b3567065398973a",
+    grad_key="8be36250844e0649",
+    grad_value="c1ba5e7598c138fc",
+    prepare="70288511a0f5e7bb",
+    rescan="08648d2fee4aca8d",
+    reverse_scan="2879f63ea38efbb3",
+    scan="51e26fe81072b0b9",
+    sum_decay="3061086066805873",
 )
 
 

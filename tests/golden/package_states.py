@@ -63,13 +63,13 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="d486a6b3ff5ab85b",
-    grad_value="b359ec0cda0b165e",
-    prepare="8a7b0663ca53acc0",
-    reprepare="daba3d3ed46c442b",
-    rescan="880cb6f2047cd814",
-    reverse_scan="9f458ea0ccf76e97",
-    scan="8e817bc12e3c7a6a",
+    grad_key="86d82855d0772c20",
+    grad_value="157f6276a8e750af",
+    prepare="2023c41c221b2502",
+    reprepare="b4bdc9da330ec8db",
+    rescan="6e172b9c6f28b38d",
+    reverse_scan="5bd685a7051250b6",
+    scan="f82a6a78e5044cd6",
 )
 
 

@@ -15,10 +15,10 @@ from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import templates_dir
+from gdn2gen.codegen.context import context
 from gdn2gen.codegen.render import (
     LANGUAGES,
     TABLES_TEMPLATE,
-    context,
     render,
     render_tables,
     template_name,
@@ -219,7 +219,7 @@ def _config(stage: str, language: str) -> Config:
 
 
 def _given(stage: str, language: str) -> set[str]:
-    return {*context(Problem(), STAGES[stage], _config(stage, language))}
+    return {*context(Problem(), STAGES[stage], _config(stage, language)), "digest", "regenerate"}
 
 
 def _templates(stage: str, language: str) -> set[str]:

@@ -1,0 +1,88 @@
+"""What templates are given: the problem, the config, and what follows from both.
+
+Templates decide structure alone; what takes more than a comparison is worked out here.
+"""
+
+from __future__ import annotations
+
+from gdn2gen.base import environment
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.anchors import anchor_range, chunk_loss
+from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.stages import Stage
+
+_TILE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
+_TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+
+
+def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
+    """Everything that a template may refer to, beside `digest` and `regenerate`."""
+    common = {
+        "problem": problem,
+        "stage": stage,
+        "config": config,
+        "operands": [x.name for x in stage.operands(problem)],
+        # of a forward scan, beside the state: "o", "h" (with R), or both
+        "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
+    }
+    if language_of(config) == "tilelang":
+        return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
+    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
+
+
+def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
+    """For Triton kernels, which modules in either language may hold."""
+    levels = []
+    size = config.size("BT")
+    while size > 1:
+        levels.append(size)
+        size //= 2
+    return {
+        "levels": levels,
+        "solve": _solve_precision(str(config.get("solve", "ieee"))),
+        # of products of states, which are in fp32
+        "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
+        "io_dtype": _TRITON_DTYPE[problem.dtype],
+        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
+        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
+        "anchor_range": anchor_range(problem, config.stage),
+        "chunk_loss": chunk_loss(problem, config.size("BT")),
+        # grad_key's scratch for the cumulative decay is then the buffer of dg
+        "shares_dg": problem.gate_dtype == "fp32",
+    }
+
+
+def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
+    sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
+    tensors = []
+    for operand in stage.operands(problem):
+        if operand.is_idle(config):
+            continue
+        dims = [sizes.get(symbol, symbol) for symbol in operand.dims.split()]
+        if problem.state_v_first and dims[-2:] == ["K", "V"]:
+            dims[-2:] = ["V", "K"]
+        tensors.append((operand.name, dims, _TILE_DTYPE[operand.dtype_in(problem)]))
+    symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
+    return {
+        "tensors": tensors,
+        "symbols": [x for x in symbols if x not in ("K", "V", "BT") and not x.isdigit()],
+        "sequences": "(N1 - 1)" if problem.varlen else "B",
+        "tile_dtype": _TILE_DTYPE[problem.dtype],
+        "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
+    }
+
+
+def _operand_dtype(problem: Problem) -> str:
+    """dtype of the operands of the score products.
+
+    With l2norm in the kernel |q|, |k| <= 1 and every decay factor is <= 1, so fp16 cannot overflow
+    and carries 3 more bits than bf16.
+    """
+    if problem.dtype == "bf16" and problem.l2norm:
+        return "tl.float16"
+    return _TRITON_DTYPE[problem.dtype]
+
+
+def _solve_precision(solve: str) -> str:
+    # Triton's interpreter multiplies exactly, and knows no bf16x3
+    return "ieee" if solve == "bf16x3" and environment.interpreted() else solve

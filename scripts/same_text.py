@@ -1,0 +1,232 @@
+"""Whether templates still make the kernels that they made at a git revision; digests renewed if so.
+
+    python scripts/same_text.py           # against HEAD
+    python scripts/same_text.py main      # against another revision
+    python scripts/same_text.py --renew   # and file the new digests where the old ones are filed
+
+For whoever moves or mends templates. Every form of every stage, and every config on file, is
+rendered for many problems from both trees. Texts may differ in docstrings and comments, and name
+another digest; where anything else differs, the script says so, renews nothing of it and exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ.get("SAME_TEXT_TREE", str(ROOT)))
+
+from gdn2gen.base.errors import Gdn2genError  # noqa: E402
+from gdn2gen.base.files import replace_file  # noqa: E402
+from gdn2gen.codegen.render import render, render_tables  # noqa: E402
+from gdn2gen.family.problem import Problem  # noqa: E402
+from gdn2gen.kernels.config import DOMAINS, LATER_KNOBS, Config, Knob, default_config  # noqa: E402
+from gdn2gen.kernels.validity import why_invalid  # noqa: E402
+
+TABLES: Final = "chunk_tables"
+# Beside the plain problem: everything that templates ask about it.
+FLAGS: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {"varlen": True, "gate_dtype": "bf16"},
+    {"initial_state": True, "final_state": True},
+    {"final_state": True, "state_v_first": True, "varlen": True, "l2norm": False},
+    {"gate": "softplus", "has_A_log": True, "has_dt_bias": True},
+    {"gate": "softplus", "has_A_log": True, "varlen": True, "initial_state": True},
+    {"gate": "sigmoid", "has_A_log": True, "bound": 2},
+    {"gate": "sigmoid", "has_dt_bias": True, "varlen": True, "bound": 1},
+)
+# Knobs that choose between pieces of a template; the others are numbers in it.
+_FORMS: Final = ("language", "decay", "solve", "segments", "BT", "chunks", "maxnreg")
+_TILES: Final[tuple[dict[str, Knob], ...]] = (
+    {},
+    {"num_warps": 1, "BK": 32, "BV": 32},
+    {"num_warps": 4, "BK": 64, "BV": 64},
+    {"num_warps": 4, "BK": 64, "BV": 128},
+    {"num_warps": 4, "BK": 128, "BV": 128},
+)
+
+Case = dict[str, Any]
+
+
+def cases() -> Iterator[Case]:
+    """What is rendered: a stage, a problem, and knobs (or, of the tables, a chunk size)."""
+    seen = set()
+    for problem, stage, knobs in (*_filed(), *_formed()):
+        if stage != TABLES:
+            config = Config.of(stage, knobs)
+            if why_invalid(config, problem) is not None:
+                continue
+        case = {"stage": stage, "problem": asdict(problem), "knobs": knobs}
+        words = json.dumps(case, sort_keys=True)
+        if words not in seen:
+            seen.add(words)
+            yield case
+
+
+def _filed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
+    for path in sorted((ROOT / "tuned").glob("*/*.json")):
+        for entry in json.loads(path.read_text())["entries"]:
+            for stage, knobs in entry["configs"].items():
+                known = {**LATER_KNOBS.get(stage, {}), **knobs}
+                if set(known) == set(DOMAINS.get(stage, ())):
+                    for flags in FLAGS:
+                        yield Problem(**{**entry["problem"], **flags}), stage, known
+
+
+def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
+    sizes: tuple[dict[str, Any], ...] = ({}, {"dtype": "fp16"}, {"dtype": "fp32", "K": 64, "V": 64})
+    for size, flags in product(sizes, FLAGS):
+        problem = Problem(**{**size, **flags})
+        yield problem, TABLES, {"BT": 32}
+        for stage, domain in DOMAINS.items():
+            chosen = [x for x in _FORMS if x in domain]
+            values = [domain[x][:2] if x == "maxnreg" else domain[x] for x in chosen]
+            for form in product(*values, (1, 2)):
+                config = _with_tiles(
+                    problem, stage, dict(zip((*chosen, "num_stages"), form, strict=True))
+                )
+                if config is not None:
+                    yield problem, stage, dict(config)
+
+
+def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config | None:
+    """A config of this form, if any is valid."""
+    default = {**default_config(stage, problem), **form}
+    for tiles in _TILES:
+        known = default | {x: y for x, y in tiles.items() if y in DOMAINS[stage].get(x, ())}
+        config = Config.of(stage, known)
+        if why_invalid(config, problem) is None:
+            return config
+    return None
+
+
+def render_all(given: list[Case]) -> list[list[str]]:
+    """Digest and source of each case; an error's words in their place."""
+    found = []
+    for case in given:
+        problem, knobs = Problem(**case["problem"]), case["knobs"]
+        try:
+            if case["stage"] == TABLES:
+                made = render_tables(problem, knobs["BT"])
+            else:
+                made = render(problem, case["stage"], Config.of(case["stage"], knobs))
+        except Gdn2genError as error:
+            found.append(["", str(error)])
+        else:
+            found.append([made.digest, made.source])
+    return found
+
+
+def rendered_at(revision: str, given: list[Case]) -> list[list[str]]:
+    """The same by the code and the templates of a git revision."""
+    files = subprocess.run(
+        ["git", "archive", revision, "gdn2gen", "templates"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=BytesIO(files)) as archive:
+            archive.extractall(folder, filter="data")
+        made = subprocess.run(
+            [sys.executable, __file__, "--list"],
+            input=json.dumps(given),
+            env={**os.environ, "SAME_TEXT_TREE": folder, "PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if made.returncode:
+        raise SystemExit(f"the kernels of {revision} cannot be made:\n{made.stderr.strip()}")
+    found: list[list[str]] = json.loads(made.stdout)
+    return found
+
+
+def code_of(source: str) -> str:
+    """A module without its docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def compared(old: list[str], new: list[str]) -> str:
+    """`same`, `words` where only docstrings and comments differ, or else the lines that do."""
+    if new[1].replace(new[0] or "-", "") == old[1].replace(old[0] or "-", ""):
+        return "same"
+    if not (old[0] and new[0]):
+        return f"- {old[1][:200]}\n+ {new[1][:200]}"
+    before, after = code_of(old[1]).splitlines(), code_of(new[1]).splitlines()
+    lines = difflib.unified_diff(before, after, lineterm="", n=0)
+    return "\n".join([*lines][2:14]) or "words"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("revision", nargs="?", default="HEAD")
+    parser.add_argument("--renew", action="store_true", help="renew digests under tuned/")
+    parser.add_argument("--list", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.list:
+        json.dump(render_all(json.load(sys.stdin)), sys.stdout)
+        return 0
+    given = [*cases()]
+    old, new = rendered_at(args.revision, given), render_all(given)
+    counts: Counter[str] = Counter()
+    renewed: dict[str, str] = {}
+    changed: dict[str, str] = {}
+    for case, before, after in zip(given, old, new, strict=True):
+        result = compared(before, after)
+        counts[result if result in ("same", "words") else "other"] += 1
+        if result in ("same", "words"):
+            renewed[before[0]] = after[0]
+        else:
+            changed.setdefault(before[0], f"{case['stage']} {_label(case)}\n{result}")
+    print(
+        f"{len(given)} kernels: {counts['same']} the same, {counts['words']} but for docstrings "
+        f"and comments, {counts['other']} changed since {args.revision}"
+    )
+    for text in changed.values():
+        print(f"\n{text}")
+    if args.renew:
+        _renew({x: y for x, y in renewed.items() if x not in changed and x != y})
+    return bool(changed)
+
+
+def _label(case: Case) -> str:
+    problem = case["problem"]
+    usual = asdict(Problem())
+    told = [f"{x}={y}" for x, y in problem.items() if y != usual[x]]
+    return " ".join([*told, *(f"{x}={y}" for x, y in case["knobs"].items())])
+
+
+def _renew(renewed: dict[str, str]) -> None:
+    """Put the new digests where the old ones are filed; entries that were stale stay so."""
+    for path in sorted((ROOT / "tuned").glob("*/*.json")):
+        text = old = path.read_text()
+        for before, after in renewed.items():
+            text = text.replace(f'"{before}"', f'"{after}"')
+        if text != old:
+            replace_file(path, text)
+            print(f"{path.relative_to(ROOT)}: digests renewed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
