@@ -21,7 +21,7 @@ def _data(name: str) -> Path:
 
 
 def templates_dir() -> Path:
-    """Folder of the Jinja templates: `<language>/<stage>.py.jinja`."""
+    """Folder of the Jinja templates: `<language>/stages/<stage>.py.jinja`, and what they share."""
     return _data("templates")
 
 

@@ -45,7 +45,7 @@ def template_name(stage: Stage, config: Config) -> str:
     """The template that serves the config's language and form."""
     values = {_FORM_OF.get(str(x), x) for x in config.values()}
     form = next((x for x in FORMS if x in values), "")
-    return f"{language_of(config)}/{stage.template}{form and '_' + form}.py.jinja"
+    return f"{language_of(config)}/stages/{stage.template}{form and '_' + form}.py.jinja"
 
 
 def template_digest(config: Config) -> str:
@@ -57,7 +57,7 @@ def stage_digest(stage_name: str) -> str:
     """The same of all templates that may serve a stage, in any language and form."""
     template = STAGES[stage_name].template
     forms = ("", *(f"_{form}" for form in FORMS))
-    names = {f"{language}/{template}{form}.py.jinja" for language in LANGUAGES for form in forms}
+    names = [f"{x}/stages/{template}{form}.py.jinja" for x in LANGUAGES for form in forms]
     return text_digest(name for name in names if (templates_dir() / name).exists())
 
 
@@ -92,7 +92,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     return Rendered(stage_name, source, template_digest(config))
 
 
-TABLES_TEMPLATE: Final = "triton/chunk_tables.py.jinja"
+TABLES_TEMPLATE: Final = "triton/stages/chunk_tables.py.jinja"
 """What a packed batch needs beside its stages; not tuned."""
 # Two programs to a multiprocessor of an H200, to clear what no sequence covers.
 _SPREAD: Final = 264

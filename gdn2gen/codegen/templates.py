@@ -102,6 +102,8 @@ def _parsed(name: str) -> _File:
             found.setdefault(x.target.name, []).append(x)
     defined = {key: x[0] for key, x in found.items() if len(x) == 1}
     imports = {x.target: _imported(name, x) for x in tree.find_all(nodes.Import)}
+    if clash := sorted({*found} & {*imports}):
+        raise TemplateError(f"{name}: {clash} are both aliases of imports and defined")
     own = {key: (name, key) for key in defined}
     apart = {id(x) for x in defined.values()}
     body = [x for x in tree.body if id(x) not in apart and not isinstance(x, nodes.Import)]

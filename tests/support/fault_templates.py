@@ -20,7 +20,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, Knob, default_config
 from gdn2gen.tune.gpu.backend import WorkerBackend
 
-TEMPLATE: Final = "triton/prepare.py.jinja"
+TEMPLATE: Final = "triton/stages/prepare.py.jinja"
 # Lines of the template, each there once, that a fault comes after.
 _IN_KERNEL: Final = "    i_tile = tl.program_id(0).to(tl.int64)\n"
 _IN_LAUNCH: Final = '    """Launch one program per chunk and value head on the current stream."""\n'

@@ -117,6 +117,12 @@ def test_a_macro_that_is_not_there(digest: Digest) -> None:
         digest(MAIN.replace("lib.head", "lib.foot"))
 
 
+def test_an_alias_that_is_defined_too(digest: Digest) -> None:
+    """Where Jinja would take the one that comes last."""
+    with pytest.raises(TemplateError, match=r"main\.jinja: \['lib'\] are both"):
+        digest(MAIN + "{% macro lib() %}{% endmacro %}")
+
+
 def test_a_template_that_is_not_there_is_an_oserror() -> None:
     """So that entries of it are stale, rather than an error."""
     with pytest.raises(OSError, match="nowhere"):
@@ -135,5 +141,5 @@ def test_rendering_leaves_the_digest(stage: str) -> None:
 
 
 def test_the_order_of_templates_does_not_count() -> None:
-    names = [TABLES_TEMPLATE, "triton/scan.py.jinja"]
+    names = [TABLES_TEMPLATE, "triton/stages/scan.py.jinja"]
     assert text_digest(names) == text_digest(reversed(names)) != text_digest(names[:1])

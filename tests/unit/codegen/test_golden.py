@@ -249,6 +249,7 @@ def test_every_name_that_is_given_is_used(language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_template_belongs_to_a_stage(language: str) -> None:
-    found = {f"{language}/{x.name}" for x in (templates_dir() / language).glob("*.py.jinja")}
+    folder = templates_dir() / language / "stages"
+    found = {f"{language}/stages/{x.name}" for x in folder.iterdir()}
     own = {name for s in _stages_in(language) for name in _templates(s, language)}
     assert found == own | ({TABLES_TEMPLATE} if language == "triton" else set())
