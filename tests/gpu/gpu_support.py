@@ -61,6 +61,7 @@ _BOUNDS: Final = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 3e-5}
 _AMPLIFIED: Final = {"correlated": 3.0}
 
 Tensors = dict[str, Tensor]
+Kernels = list[tuple[Problem, str, Config]]
 
 
 def recipe_of(name: str, level: str) -> Recipe:
@@ -76,7 +77,7 @@ def recipe_of(name: str, level: str) -> Recipe:
     return find_recipe(problem, TRAIN.regime, present_device(), level=level, strict=False)
 
 
-def every_kernel() -> list[tuple[Problem, str, Config]]:
+def every_kernel() -> Kernels:
     """(problem, stage, config) of every kernel that the tests run, each source once."""
     wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
     wanted += [("bf16", level) for level in DEFAULTS]
@@ -84,7 +85,7 @@ def every_kernel() -> list[tuple[Problem, str, Config]]:
     return kernels_of(recipe_of(*one) for one in wanted)
 
 
-def kernels_of(recipes: Iterable[Recipe]) -> list[tuple[Problem, str, Config]]:
+def kernels_of(recipes: Iterable[Recipe]) -> Kernels:
     """(problem, stage, config) of every kernel of the recipes, each source once."""
     kernels: dict[Rendered, tuple[Problem, str, Config]] = {}
     for recipe in recipes:
@@ -95,7 +96,7 @@ def kernels_of(recipes: Iterable[Recipe]) -> list[tuple[Problem, str, Config]]:
     return list(kernels.values())
 
 
-def compile_all(kernels: list[tuple[Problem, str, Config]]) -> None:
+def compile_all(kernels: Kernels) -> None:
     """Fill the compilers' caches on all cores: one by one, 100 kernels would take minutes.
 
     One that does not compile is left to the tests that launch it.

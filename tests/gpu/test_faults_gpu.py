@@ -32,7 +32,8 @@ from gdn2gen.tune.records.ledger import read_ledger
 from gdn2gen.tune.records.storage import open_storage
 from gdn2gen.tune.run import open_ledger, storage_path
 
-pytestmark = pytest.mark.gpu
+# beside a kernel that hangs, others get the GPU by turns, and late
+pytestmark = [pytest.mark.gpu, pytest.mark.gpu_alone]
 
 PROBLEM: Final = Problem(K=64, V=64)
 SOUND: Final = Candidate.default(PROBLEM, "lean")

@@ -15,6 +15,7 @@ from gdn2gen.store.dispatch import Recipe, forced_recipe
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.gpu_alone,
     pytest.mark.usefixtures("kernels", "whole_memory"),
 ]
 

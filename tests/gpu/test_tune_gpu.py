@@ -25,6 +25,7 @@ from gdn2gen.tune.views.progress import Progress
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.gpu_alone
 def test_a_one_minute_tune_files_an_entry_that_calls_find(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
@@ -175,6 +176,7 @@ def _by_chunk_in_tilelang(problem, plan="lean"):
     return candidate
 
 
+@pytest.mark.gpu_alone
 def test_timing_agrees_with_the_clock():
     cycles = int(2e6)
     timed = timing.time_ms(lambda: torch.cuda._sleep(cycles), 5, 20)
@@ -183,12 +185,14 @@ def test_timing_agrees_with_the_clock():
     assert 0.2 < timed.median < 20
 
 
+@pytest.mark.gpu_alone
 def test_peak_memory_counts_what_a_run_allocates():
     base = torch.empty(2**20, device="cuda")
     peak = timing.peak_mib(lambda: torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
     assert peak >= 64 + base.numel() * 4 / 2**20
 
 
+@pytest.mark.gpu_alone
 def test_stages_are_timed_with_their_bytes():
     problem, (shape,) = Problem(K=64, V=64), parse_shapes("2x1024x8")
     found = rows.bench_stages(problem, shape)

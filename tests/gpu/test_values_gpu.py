@@ -14,7 +14,7 @@ from typing import Final
 import not_finite
 import pytest
 import torch
-from gpu_support import DEVICE, Tensors, compile_all, draw, kernels_of, moved, run, sized
+from gpu_support import DEVICE, Kernels, Tensors, draw, kernels_of, moved, run, sized
 from tilelang_configs import tilelang_by_chunk
 from torch import Tensor
 
@@ -83,8 +83,8 @@ RECIPES: Final = _recipes()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    compile_all(kernels_of(RECIPES.values()))
+def compiled(compile_once: Callable[[str, Kernels], None]) -> None:
+    compile_once("values", kernels_of(RECIPES.values()))
 
 
 @pytest.mark.parametrize("name", RECIPES)

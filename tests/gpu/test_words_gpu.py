@@ -54,6 +54,7 @@ def test_a_first_call_is_silent(tmp_path: Path) -> None:
     assert said_by("-c", CALL, **fresh) == ""
 
 
+@pytest.mark.gpu_alone
 def test_bench_says_what_it_measured_alone() -> None:
     said = said_by("-m", "gdn2gen", "bench", "--shapes", "1x256x2", "--head-dim", "64")
     assert "1x256x2" in said
