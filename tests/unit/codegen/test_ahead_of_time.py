@@ -195,7 +195,6 @@ def test_tilelang_by_chunk_compiles_without_spills(
 
 
 @pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
-@pytest.mark.resolved
 @pytest.mark.tilelang
 def test_tilelang_by_chunk_compiles_for_sm_80(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
