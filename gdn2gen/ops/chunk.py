@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import interpreted
-from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.gdn2 import GDN2
-from gdn2gen.runtime import autograd
-from gdn2gen.runtime.arguments import (
-    check_arguments,
-    check_flags,
-    check_gate,
-    check_head_dims,
-    is_watched,
-)
-from gdn2gen.runtime.signature import Options
+from gdn2gen.ops._call import call
+from gdn2gen.runtime.autograd import op_of
 
-_GDN2: Final = autograd.op_of(GDN2)
+_GDN2: Final = op_of(GDN2)
 
 
 def chunk_gdn2(
@@ -93,7 +83,12 @@ def chunk_gdn2(
         InputError: a wrong rank, shape, dtype, device or value, before any launch.
         UnsupportedError: head dims or options that were not verified.
     """
-    check_flags(
+    return call(
+        _GDN2,
+        (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens),
+        cu_seqlens_cpu,
+        scale,
+        lower_bound,
         output_final_state,
         use_qk_l2norm_in_kernel,
         use_gate_in_kernel,
@@ -102,56 +97,6 @@ def chunk_gdn2(
         return_intermediate_states,
         state_v_first,
     )
-    check_gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias)
-    if return_intermediate_states:
-        raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
-    tensors: tuple[Tensor | None, ...]
-    tensors = (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens)
-    watched = is_watched(tensors)
-    dims = check_arguments(tensors, cu_seqlens_cpu, state_v_first, known=not watched)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, float | int)):
-        raise InputError(f"scale must be a number, but got {type(scale).__name__}")
-    by_kernels = _by_kernels(q.device)
-    head_dims = dims.K, dims.V
-    if by_kernels:
-        head_dims = check_head_dims(dims.K), check_head_dims(dims.V, "V")
-        _check_single({"q": q, "g": g, "initial_state": initial_state})
-        tensors = (
-            *[x.contiguous() for x in (q, k, v, g, b, w)],
-            None if initial_state is None else initial_state.contiguous(),
-            None if A_log is None else A_log.float().contiguous(),
-            None if dt_bias is None else dt_bias.float().reshape(dims.HG, dims.K).contiguous(),
-            None if cu_seqlens is None else cu_seqlens.contiguous(),
-        )
-    o, final_state = autograd.run(
-        _GDN2,
-        tensors,
-        Options(
-            None if scale is None else float(scale),
-            float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel,
-            output_final_state,
-            state_v_first,
-        ),
-        "fast" if disable_recompute else "lean",
-        head_dims,
-        by_kernels=by_kernels,
-        watched=watched,
-    )
-    return o, final_state if output_final_state else None
-
-
-def _by_kernels(device: torch.device) -> bool:
-    """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
-    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
-
-
-def _check_single(tensors: dict[str, Tensor | None]) -> None:
-    """The reference takes float64; the kernels do not."""
-    for name, x in tensors.items():
-        if x is not None and x.dtype == torch.float64:
-            raise InputError(f"{name} must be float32 or narrower, but got {x.dtype}; cast it")
 
 
 __all__: list[Any] = ["chunk_gdn2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from types import NoneType
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.problem import HEAD_DIMS, check_lower_bound
 from gdn2gen.runtime.sequences import check_cu_seqlens
+from gdn2gen.runtime.signature import Signature
 
 IO_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of one call: batch, tokens, heads of q and k, of v and w, of g and b, head dims, N."""
+    """Sizes of one call, by the symbols of `family.recurrence`."""
 
     B: int
     T: int
@@ -42,8 +44,7 @@ class TensorLayout(NamedTuple):
     layout: torch.layout
 
 
-_REQUIRED = ("q", "k", "v", "g", "b", "w")
-_OPTIONAL = ("initial_state", "A_log", "dt_bias", "cu_seqlens", "cu_seqlens_cpu")
+_COPY = "cu_seqlens_cpu"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType})
 
 
@@ -62,6 +63,7 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def check_arguments(
+    signature: Signature,
     tensors: tuple[Tensor | None, ...],
     cu_seqlens_cpu: Tensor | None,
     state_v_first: bool,
@@ -70,30 +72,30 @@ def check_arguments(
 ) -> Dims:
     """Check ranks, shapes, dtypes, devices and cu_seqlens; return the sizes. Raises InputError.
 
-    `tensors` are q, k, v, g, b, w, initial_state, A_log, dt_bias and cu_seqlens. With `known`, for
-    tensors that nobody watches, only the values of cu_seqlens are looked at where all the rest
-    passed before.
+    `tensors` are those of `signature`. With `known`, for tensors that nobody watches, only the
+    values of cu_seqlens are looked at where all the rest passed before.
     """
     given = (*tensors, cu_seqlens_cpu)
     if not known or cu_seqlens_cpu is not None:
-        _check_types(given)
+        _check_types(signature, given)
     try:
         layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
     except RuntimeError:  # what is nested has no shape
-        for name, x in zip((*_REQUIRED, *_OPTIONAL), given, strict=True):
+        for name, x in zip((*signature.names, _COPY), given, strict=True):
             _check_dense(name, torch.jagged if x is not None and x.is_nested else torch.strided)
         raise
-    dims = (_known_dims if known else _check_layouts)(state_v_first, *layouts)
+    dims = (_known_dims if known else _check_layouts)(signature, state_v_first, *layouts)
     cu_seqlens = tensors[-1]
     if cu_seqlens is not None and known:
         check_cu_seqlens(cu_seqlens, dims.T, cu_seqlens_cpu)
     return dims
 
 
-def _check_types(given: tuple[object, ...]) -> None:
-    for name, x in zip((*_REQUIRED, *_OPTIONAL), given, strict=True):
+def _check_types(signature: Signature, given: tuple[object, ...]) -> None:
+    for name, x in zip((*signature.names, _COPY), given, strict=True):
         if not (x is None or isinstance(x, Tensor)):
-            wanted = "a tensor" if name in _REQUIRED else "a tensor or None"
+            required = name in signature.names[: signature.required]
+            wanted = "a tensor" if required else "a tensor or None"
             raise InputError(f"{name} must be {wanted}, but got {type(x).__name__}")
 
 
@@ -110,53 +112,63 @@ def _check_dense(name: str, layout: torch.layout) -> None:
 
 
 def _check_layouts(
+    signature: Signature,
     state_v_first: bool,
     *given: tuple[torch.Size, torch.dtype, torch.device, torch.layout] | None,
 ) -> Dims:
     layouts = [None if x is None else TensorLayout(*x) for x in given]
-    for name, x in zip((*_REQUIRED, *_OPTIONAL), layouts, strict=True):
+    for name, x in zip((*signature.names, _COPY), layouts, strict=True):
         if x is not None:
             _check_dense(name, x.layout)
-    optional = dict(zip(_OPTIONAL, layouts[len(_REQUIRED) :], strict=True))
-    named = {}
-    for name, x in zip(_REQUIRED, layouts, strict=False):
-        if x is None:
-            raise InputError(f"{name} must be a tensor, but got NoneType")
-        named[name] = x
-        if len(x.shape) != 4:
-            raise InputError(
-                f"{name} must be [B, T, heads, dim] with 4 dimensions, "
-                f"but got shape {tuple(x.shape)}"
-            )
-    cu_seqlens, cu_seqlens_cpu = optional["cu_seqlens"], optional.pop("cu_seqlens_cpu")
-    _check_devices({**named, **optional})
-    B, T, H, K = named["q"].shape
-    HV, V = named["v"].shape[2:]
-    HG = named["g"].shape[2]
+    *tensors, copy = layouts
+    required = [
+        _check_rank(name, dims, x)
+        for name, dims, x in zip(signature.names, signature.dims, tensors, strict=True)
+        if name in signature.names[: signature.required]
+    ]
+    _check_devices(dict(zip(signature.names, tensors, strict=True)))
+    sizes = signature.bind([required[place].shape for place in signature.sized_by])
+    _check_heads(signature, sizes)
+    for name, dims, x in zip(signature.names, signature.dims, required, strict=False):
+        shape = tuple([sizes[symbol] for symbol in dims])
+        if tuple(x.shape) != shape:
+            raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
+    _check_dtypes(signature, required)
+    sizes["N"] = _sequences(sizes["B"], tensors[-1], copy)
+    for place in range(signature.required, len(tensors)):
+        x = tensors[place]
+        if x is not None:
+            _check_optional(signature, place, x, sizes, state_v_first)
+    return Dims(**sizes)
+
+
+_known_dims = lru_cache(maxsize=1024)(_check_layouts)
+
+
+def _check_rank(name: str, dims: tuple[str, ...], x: TensorLayout | None) -> TensorLayout:
+    if x is None:
+        raise InputError(f"{name} must be a tensor, but got NoneType")
+    if len(x.shape) != len(dims):
+        words = ", ".join(_WORDS.get(symbol, symbol) for symbol in dims)
+        raise InputError(
+            f"{name} must be [{words}] with {len(dims)} dimensions, but got shape {tuple(x.shape)}"
+        )
+    return x
+
+
+_WORDS = {"H": "heads", "HV": "heads", "HG": "heads", "K": "dim", "V": "dim"}
+
+
+def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
+    """Head dims, and how the numbers of heads go together."""
+    K, V, H, HV, HG = (sizes[symbol] for symbol in ("K", "V", "H", "HV", "HG"))
     if K == 0 or V == 0:
         raise InputError(f"head dims must be at least 1, but got K={K}, V={V}")
     if H == 0 or HV % H != 0:
         raise InputError(f"value heads must be a multiple of q's heads, but got HV={HV}, H={H}")
     if HG not in (H, HV):
-        raise InputError(f"g must have H={H} or HV={HV} heads, but got {HG}")
-    expected = {
-        "k": (B, T, H, K),
-        "v": (B, T, HV, V),
-        "g": (B, T, HG, K),
-        "b": (B, T, HG, K),
-        "w": (B, T, HV, V),
-    }
-    for name, shape in expected.items():
-        if tuple(named[name].shape) != shape:
-            raise InputError(f"{name} must be {shape}, but got {tuple(named[name].shape)}")
-    _check_dtypes(named)
-    N = _sequences(B, cu_seqlens, cu_seqlens_cpu)
-    dims = Dims(B, T, H, HV, HG, K, V, N)
-    _check_optional(dims, optional, state_v_first)
-    return dims
-
-
-_known_dims = lru_cache(maxsize=1024)(_check_layouts)
+        name = signature.names[signature.gate]
+        raise InputError(f"{name} must have H={H} or HV={HV} heads, but got {HG}")
 
 
 def _sequences(B: int, cu_seqlens: TensorLayout | None, cu_seqlens_cpu: TensorLayout | None) -> int:
@@ -184,8 +196,8 @@ def check_gate(
     use_gate_in_kernel: bool,
     safe_gate: bool,
     lower_bound: float | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
 ) -> None:
     """Check that the gate's options fit together. Raises InputError."""
     number = isinstance(lower_bound, int | float) and not isinstance(lower_bound, bool)
@@ -241,52 +253,51 @@ def check_head_dims(size: int, name: str = "K") -> int:
     )
 
 
-def _check_dtypes(named: Mapping[str, TensorLayout]) -> None:
-    dtype = named["q"].dtype
-    if dtype not in IO_DTYPES and dtype != torch.float64:
-        raise InputError(f"q must be bfloat16, float16 or float32, but got {dtype}")
-    for name in ("k", "v", "b", "w"):
-        if named[name].dtype != dtype:
+def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:
+    first = signature.names[0]
+    dtype = required[0].dtype
+    for name, role, x in zip(signature.names, signature.roles, required, strict=False):
+        if name == first or role != "io":
+            _check_dtype(name, x)
+        elif x.dtype != dtype:
             raise InputError(
-                f"{name} must have the dtype of q, {dtype}, but got {named[name].dtype}; "
-                f"cast it with .to(q.dtype)"
+                f"{name} must have the dtype of {first}, {dtype}, but got {x.dtype}; "
+                f"cast it with .to({first}.dtype)"
             )
-    g = named["g"].dtype
-    if g not in IO_DTYPES and g != torch.float64:
-        raise InputError(f"g must be bfloat16, float16 or float32, but got {g}")
+
+
+def _check_dtype(name: str, x: TensorLayout) -> None:
+    if x.dtype not in IO_DTYPES and x.dtype != torch.float64:
+        raise InputError(f"{name} must be bfloat16, float16 or float32, but got {x.dtype}")
 
 
 def _check_optional(
-    dims: Dims, optional: Mapping[str, TensorLayout | None], state_v_first: bool
+    signature: Signature, place: int, x: TensorLayout, sizes: Mapping[str, int], state_v_first: bool
 ) -> None:
-    initial_state, A_log, dt_bias = (optional[x] for x in ("initial_state", "A_log", "dt_bias"))
-    if initial_state is not None:
-        inner = (dims.V, dims.K) if state_v_first else (dims.K, dims.V)
-        shape = (dims.N, dims.HV, *inner)
-        if tuple(initial_state.shape) != shape:
+    name, role, found = signature.names[place], signature.roles[place], tuple(x.shape)
+    if role == "index":  # see _sequences
+        return
+    shape = tuple([sizes[symbol] for symbol in signature.dims[place]])
+    if role == "state":
+        if state_v_first:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if found != shape:
             raise InputError(
-                f"initial_state must be {shape} (N sequences; state_v_first={state_v_first}), "
-                f"but got {tuple(initial_state.shape)}"
+                f"{name} must be {shape} (N sequences; state_v_first={state_v_first}), "
+                f"but got {found}"
             )
-        if initial_state.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"initial_state must be float32, but got {initial_state.dtype}")
-    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if x is not None and x.dtype not in IO_DTYPES and x.dtype != torch.float64:
-            raise InputError(f"{name} must be bfloat16, float16 or float32, but got {x.dtype}")
-    if A_log is not None and tuple(A_log.shape) != (dims.HG,):
-        raise InputError(f"A_log must be [{dims.HG}], but got {tuple(A_log.shape)}")
-    if dt_bias is not None and tuple(dt_bias.shape) not in (
-        (dims.HG * dims.K,),
-        (dims.HG, dims.K),
-    ):
-        raise InputError(
-            f"dt_bias must be [{dims.HG * dims.K}] or [{dims.HG}, {dims.K}], "
-            f"but got {tuple(dt_bias.shape)}"
-        )
+        if x.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"{name} must be float32, but got {x.dtype}")
+        return
+    _check_dtype(name, x)
+    if found not in (shape, (prod(shape),)):
+        whole = f"[{', '.join(map(str, shape))}]"
+        wanted = whole if len(shape) == 1 else f"[{prod(shape)}] or {whole}"
+        raise InputError(f"{name} must be {wanted}, but got {found}")
 
 
 def _check_devices(layouts: Mapping[str, TensorLayout | None]) -> None:
-    device = layouts["q"].device if layouts["q"] is not None else None
-    for name, x in layouts.items():
-        if x is not None and x.device != device:
-            raise InputError(f"{name} must be on {device} like q, but is on {x.device}")
+    (first, device), *others = ((name, x.device) for name, x in layouts.items() if x is not None)
+    for name, other in others:
+        if other != device:
+            raise InputError(f"{name} must be on {device} like {first}, but is on {other}")

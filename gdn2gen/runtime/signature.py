@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from gdn2gen.family.recurrence import Input
 from gdn2gen.family.registry import recurrence_named
 
 
@@ -38,14 +37,20 @@ class Signature:
     op: str
     public: str
     """What callers call it."""
-    inputs: tuple[Input, ...]
     names: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    roles: tuple[str, ...]
+    """See `Input.dtype`."""
     required: int
     """How many every call gives; they come first."""
     gate: int
     """The place of the one whose dtype is `Problem.gate_dtype`."""
     sized_by: tuple[int, ...]
     """Places of those whose shapes say what symbols stand for."""
+    parameters: tuple[int, ...]
+    """Places of the gate's."""
+    states: tuple[int, ...]
+    """Places of the states."""
     conditions: tuple[str, ...]
     """The fields of `Problem` that say which of the others are given."""
 
@@ -56,7 +61,7 @@ class Signature:
         """
         sizes: dict[str, int] = {}
         for place, shape in zip(self.sized_by, shapes, strict=True):
-            for symbol, size in zip(self.inputs[place].symbols, shape, strict=True):
+            for symbol, size in zip(self.dims[place], shape, strict=True):
                 sizes.setdefault(symbol, size)
         sizes.setdefault("HG", sizes["HV"])
         return sizes
@@ -72,29 +77,39 @@ class Signature:
 
     @property
     def forward_schema(self) -> str:
-        tensors = ", ".join(f"Tensor{'?' if x.when else ''} {x.name}" for x in self.inputs)
-        return f"({tensors}, {_OPTIONS}, str agreement) -> (Tensor, Tensor, Tensor)"
+        return f"({self._tensors}, {_OPTIONS}, str agreement) -> (Tensor, Tensor, Tensor)"
 
     @property
     def backward_schema(self) -> str:
-        tensors = ", ".join(f"Tensor{'?' if x.when else ''} {x.name}" for x in self.inputs)
         arrived = "Tensor do, Tensor? dht, Tensor saved, Tensor o"
         rest = f"SymInt? sequences, {_OPTIONS}, str agreement"
-        return f"({arrived}, {tensors}, {rest}) -> Tensor[]"
+        return f"({arrived}, {self._tensors}, {rest}) -> Tensor[]"
+
+    @property
+    def _tensors(self) -> str:
+        optional = ("",) * self.required + ("?",) * (len(self.names) - self.required)
+        return ", ".join(f"Tensor{x} {name}" for x, name in zip(optional, self.names, strict=True))
 
 
 @cache
 def signature_of(op: str) -> Signature:
     """Of the recurrence of that name."""
     recurrence = recurrence_named(op)
-    gates = [place for place, x in enumerate(recurrence.required) if x.dtype == "gate"]
+    roles = tuple(x.dtype for x in recurrence.inputs)
+
+    def places(role: str) -> tuple[int, ...]:
+        return tuple(place for place, x in enumerate(roles) if x == role)
+
     return Signature(
         op=op,
         public=recurrence.public.chunk,
-        inputs=recurrence.inputs,
         names=tuple(x.name for x in recurrence.inputs),
+        dims=tuple(x.symbols for x in recurrence.inputs),
+        roles=roles,
         required=len(recurrence.required),
-        gate=gates[0] if gates else 0,
+        gate=(*places("gate"), 0)[0],
         sized_by=recurrence.sized_by,
+        parameters=places("parameter"),
+        states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
     )

@@ -15,7 +15,7 @@ from gdn2gen.base import paths
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.ops import chunk
+from gdn2gen.ops import _call
 from gdn2gen.runtime import arguments, lookup, runner
 
 HEADS = 4
@@ -63,7 +63,7 @@ def forget() -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
     """A fixture's body: launches of this test, with no tuned files but those under `tmp_path`."""
     found = Launched()
-    monkeypatch.setattr(chunk, "interpreted", lambda: True)
+    monkeypatch.setattr(_call, "interpreted", lambda: True)
     monkeypatch.setattr(runner.Runner, "launcher", lambda *given: found.launcher(*given))
     monkeypatch.setattr(runner.Runner, "table_launchers", lambda _: (_ignore, _ignore))
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")

@@ -15,7 +15,7 @@ from gdn2gen.base.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.family import reference
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.kernels.plans import PLANS
-from gdn2gen.ops import chunk
+from gdn2gen.ops import _call
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import FLAGS
 
@@ -198,7 +198,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         raise AssertionError("bad input went through")
 
     chosen: str = request.param
-    monkeypatch.setattr(chunk, "interpreted", lambda: chosen == "kernels")
+    monkeypatch.setattr(_call, "interpreted", lambda: chosen == "kernels")
     monkeypatch.setattr(autograd, "run", reached)
     return chosen
 

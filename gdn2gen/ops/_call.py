@@ -1,0 +1,88 @@
+"""What every public op does with its arguments: checks, then one call of the recurrence's ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.environment import interpreted
+from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.runtime import autograd
+from gdn2gen.runtime.arguments import (
+    Dims,
+    check_arguments,
+    check_flags,
+    check_gate,
+    check_head_dims,
+    is_watched,
+)
+from gdn2gen.runtime.signature import Options, Signature
+
+
+def call(
+    op: autograd.Op,
+    tensors: tuple[Tensor | None, ...],
+    cu_seqlens_cpu: Tensor | None,
+    scale: Any,
+    lower_bound: Any,
+    *flags: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o, and the final state or None. `tensors` are those of the signature, `flags` of `FLAGS`."""
+    check_flags(*flags)
+    final_state, l2norm, gate_in_kernel, safe_gate, fast, intermediate, state_v_first = flags
+    signature = op.signature
+    parameters = [tensors[place] for place in signature.parameters]
+    check_gate(gate_in_kernel, safe_gate, lower_bound, *parameters)
+    if intermediate:
+        raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
+    watched = is_watched(tensors)
+    dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, float | int)):
+        raise InputError(f"scale must be a number, but got {type(scale).__name__}")
+    assert tensors[0] is not None
+    by_kernels = _by_kernels(tensors[0].device)
+    head_dims = dims.K, dims.V
+    if by_kernels:
+        head_dims = check_head_dims(dims.K), check_head_dims(dims.V, "V")
+        tensors = _as_kernels_take(signature, tensors, dims)
+    options = Options(
+        None if scale is None else float(scale),
+        float(lower_bound) if gate_in_kernel and lower_bound is not None else None,
+        l2norm,
+        gate_in_kernel,
+        final_state,
+        state_v_first,
+    )
+    level = "fast" if fast else "lean"
+    o, state = autograd.run(
+        op, tensors, options, level, head_dims, by_kernels=by_kernels, watched=watched
+    )
+    return o, state if final_state else None
+
+
+def _by_kernels(device: torch.device) -> bool:
+    """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
+    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
+
+
+def _as_kernels_take(
+    signature: Signature, tensors: tuple[Tensor | None, ...], dims: Dims
+) -> tuple[Tensor | None, ...]:
+    """Row after row, and parameters in fp32 with all their dims; float64 only the reference takes.
+
+    Raises InputError for that.
+    """
+    for place in (0, signature.gate, *signature.states):
+        x = tensors[place]
+        if x is not None and x.dtype == torch.float64:
+            name = signature.names[place]
+            raise InputError(f"{name} must be float32 or narrower, but got {x.dtype}; cast it")
+    found = [None if x is None else x.contiguous() for x in tensors]
+    for place in signature.parameters:
+        x = found[place]
+        if x is not None:
+            shape = [getattr(dims, symbol) for symbol in signature.dims[place]]
+            found[place] = x.float().reshape(shape)
+    return tuple(found)
