@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from gdn2gen.kernels.stages import GIVEN_SEQUENCES
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.kernels.stages import GIVEN_SEQUENCES, STAGES
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SizedRunner
@@ -93,16 +96,48 @@ def run_backward(
         found["dht"] = dht
     tensors = dict(zip(found, readable([*found.values()]), strict=True))
     grads = sized.backward(tensors)
-    return [_fold(grads[grad], name, tensors[name]) for name, grad in sized.gradient_names]
+    folds = _folds(sized.runner.problem.op)
+    return [folds[name](grads[grad], tensors[name]) for name, grad in sized.gradient_names]
 
 
-def _fold(grad: Tensor, name: str, x: Tensor) -> Tensor:
-    """Sum a kernel's gradient per value head, or per chunk, to the shape of its input."""
-    if grad.shape == x.shape:
-        return grad
-    if name == "A_log":
-        return grad.sum((0, 2)).view(x.shape[0], -1).sum(1)
-    if name == "dt_bias":
-        return grad.sum(0).view(x.shape[0], -1, x.shape[1]).sum(1)
-    B, T, heads, dim = x.shape
-    return grad.view(B, T, heads, grad.shape[2] // heads, dim).float().sum(3).to(x.dtype)
+@dataclass(frozen=True)
+class _Fold:
+    """How a kernel's gradient becomes that of its input, which may lack dims and heads of it."""
+
+    lacking: tuple[int, ...]
+    """Dims that the input does not have, such as chunks."""
+    heads: int
+    """The dim of heads in what is left: several value heads may read one of the input."""
+
+    @classmethod
+    def of(cls, gradient: str, dims: Sequence[str]) -> _Fold:
+        """`gradient` as a stage's output is called; `dims` of the input, by symbol."""
+        (found,) = {
+            x.dims for stage in STAGES.values() for x in stage.outputs if x.name == gradient
+        }
+        places = enumerate(found.split())
+        lacking = tuple(i for i, x in places if x not in dims and x != "HV")
+        (heads,) = (i for i, x in enumerate(dims) if x in ("H", "HV", "HG"))
+        return cls(lacking, heads)
+
+    def __call__(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Summed to the shape of x, in its dtype."""
+        if grad.shape == x.shape:
+            return grad
+        if self.lacking:
+            grad = grad.sum(self.lacking)
+        if grad.shape != x.shape:
+            # no -1 in its place: without tokens it could be anything
+            readers = grad.shape[self.heads] // x.shape[self.heads]
+            before, after = x.shape[: self.heads + 1], x.shape[self.heads + 1 :]
+            grad = grad.view(*before, readers, *after).float().sum(self.heads + 1)
+        return grad.to(x.dtype)
+
+
+@cache
+def _folds(op: str) -> Mapping[str, _Fold]:
+    """Of every input that has a gradient."""
+    recurrence = recurrence_named(op)
+    return {
+        x.name: _Fold.of(recurrence.gradients[x.name], x.symbols) for x in recurrence.differentiable
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import torch
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.gdn2 import GDN2
@@ -13,6 +14,7 @@ from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime._kernels import _folds
 from gdn2gen.runtime.signature import signature_of
 
 MEMBERS = [*RECURRENCES.values()]
@@ -86,3 +88,26 @@ def test_schemas_follow_from_the_declaration() -> None:
     assert signature.backward_schema == (
         f"({arrived}, {tensors}, SymInt? sequences, {options}) -> Tensor[]"
     )
+
+
+SIZES = {"B": 2, "T": 5, "H": 2, "HV": 6, "HG": 3, "K": 4, "V": 8, "N": 2, "NT": 4}
+HEADS = ("H", "HV", "HG")
+LETTERS = {"B": "b", "T": "t", "K": "k", "V": "v", "N": "n", "NT": "c", **dict.fromkeys(HEADS, "h")}
+
+
+@pytest.mark.parametrize("name", GDN2.gradients)
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_a_gradient_is_summed_to_the_shape_of_its_input(name: str, tokens: int) -> None:
+    """Over the value heads that read one of the input, and over what the input has none of."""
+    sizes = SIZES | {"T": tokens}
+    of_input, of_kernel = GDN2.named[name].symbols, OPERANDS[GDN2.gradients[name]].dims.split()
+    grad = torch.randn([sizes[x] for x in of_kernel])
+    x = torch.empty([sizes[x] for x in of_input], dtype=torch.bfloat16)
+    heads = next(sizes[x] for x in of_input if x in HEADS)
+    grouped = grad.double().unflatten(of_kernel.index("HV"), (heads, sizes["HV"] // heads))
+    before = "".join(LETTERS[x] + "r" * (x == "HV") for x in of_kernel)
+    after = "".join(LETTERS[x] for x in of_input)
+    found = _folds("gdn2")[name](grad, x)
+    assert found.shape == x.shape
+    expected = torch.einsum(f"{before}->{after}", grouped)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
