@@ -7,7 +7,7 @@ rest together; at few heads and tokens the GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,12 @@ from torch import Tensor
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.problem import bound_of
 from gdn2gen.family.recurrence import Recurrence
+from gdn2gen.runtime._derivatives import (
+    differentiable,
+    gradients_once,
+    one_by_one,
+    refuse_batches,
+)
 from gdn2gen.runtime._kernels import (
     request_of,
     run_backward,
@@ -109,15 +115,8 @@ def _refuse_tangents(signature: Signature, tensors: tuple[Tensor | None, ...]) -
     unpack_dual: Any = torch.autograd.forward_ad.unpack_dual  # untyped in torch
     for name, x in zip(signature.names, tensors, strict=True):
         if x is not None and unpack_dual(x).tangent is not None:
-            message = f"{name} has a tangent, but {_differentiable(signature.op)}, not forwards"
+            message = f"{name} has a tangent, but {differentiable(signature.op)}, not forwards"
             raise UnsupportedError(message)
-
-
-def _differentiable(op: str) -> str:
-    return (
-        f"outputs of {signature_of(op).public} can be differentiated once, backwards "
-        "(autograd.grad, backward, torch.func.grad, vjp, jacrev)"
-    )
 
 
 class _Function(torch.autograd.Function):
@@ -139,7 +138,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
         op, gradients = ctx.sized.runner.problem.op, partial(_gradients, ctx.sized)
-        return (None, None, *_once(op, gradients, do, dht, *ctx.saved_tensors))
+        return (None, None, *gradients_once(op, gradients, do, dht, *ctx.saved_tensors))
 
 
 def _gradients(
@@ -151,53 +150,6 @@ def _gradients(
     named = dict(zip(sized.saved_names, saved, strict=True))
     do = torch.zeros_like(o) if do is None else do
     return run_backward(sized, do, dht, named, o, given)
-
-
-def _once(
-    op: str, gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
-) -> Sequence[Tensor]:
-    """`gradients` of tensors, as a Function where a graph is made or many are asked for at once."""
-    _refuse_batches(op, tensors)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        found: tuple[Tensor, ...] = _Gradients.apply(op, gradients, *tensors)  # type: ignore[no-untyped-call]
-        return found
-    return gradients(*tensors)
-
-
-def _refuse_batches(op: str, arrived: tuple[Tensor | None, ...]) -> None:
-    """What autograd itself batches has no memory to read, and nothing here hears of it."""
-    is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # untyped in torch
-    if any([x is not None and is_batched(x) for x in arrived[:2]]):
-        raise UnsupportedError(
-            f"gradients of {signature_of(op).public} cannot be batched by is_grads_batched=True or "
-            "vectorize=True; use torch.func.jacrev, or torch.vmap around autograd.grad"
-        )
-
-
-class _Gradients(torch.autograd.Function):
-    """Gradients, which depend on all tensors in a way that has no derivative."""
-
-    @staticmethod
-    def forward(
-        op: str, gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return tuple(gradients(*tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_differentiable(ctx.op)}, not twice")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_differentiable(ctx.op)}, not forwards")
 
 
 class _Transformed(torch.autograd.Function):
@@ -213,7 +165,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, options, agreement, *tensors = inputs
-        ctx.mark_non_differentiable(output[2])
+        ctx.mark_nondifferentiable(output[2])
         _save(ctx, tensors, options, agreement, output)
 
     @staticmethod
@@ -222,35 +174,11 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Transformed, info.batch_size, in_dims, inputs)
+        return one_by_one(_Transformed, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_differentiable(ctx.op.signature.op)}, not forwards")
-
-
-def _one_by_one(
-    function: Any, batch_size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """vmap as a loop: its dim may be any, and B is taken where sequences are packed."""
-
-    def chosen(x: Any, dim: Any, i: int) -> Any:
-        return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
-
-    if batch_size == 0:  # nothing to choose from: the shapes are those of zeros
-        inputs = tuple(
-            x.new_zeros(x.movedim(dim, 0).shape[1:])
-            if isinstance(x, Tensor) and dim is not None
-            else x
-            for x, dim in zip(inputs, in_dims, strict=True)
-        )
-        in_dims = (None,) * len(inputs)
-    outputs = [
-        function.apply(*[chosen(x, dim, i) for x, dim in zip(inputs, in_dims, strict=True)])
-        for i in range(max(batch_size, 1))
-    ]
-    stacked = tuple(torch.stack(column)[:batch_size] for column in zip(*outputs, strict=True))
-    return stacked, (0,) * len(stacked)
+        raise UnsupportedError(f"{differentiable(ctx.op.signature.op)}, not forwards")
 
 
 def _save(
@@ -279,9 +207,9 @@ def _tensor_gradients(
     dht = dht if ctx.options.output_final_state else None
     rest = (ctx.sequences, *ctx.options, ctx.agreement)
     arrived = do, dht, saved, o, *tensors
-    _refuse_batches(op.signature.op, arrived)
+    refuse_batches(op.signature.op, arrived)
     if torch._C._are_functorch_transforms_active():  # of which an op knows nothing
-        found = _once(op.signature.op, lambda *given: op.backward(*given, *rest), *arrived)
+        found = gradients_once(op.signature.op, lambda *given: op.backward(*given, *rest), *arrived)
     else:
         found = op.backward(*arrived, *rest)
     grads = iter(found)
@@ -306,7 +234,7 @@ def op_of(recurrence: Recurrence) -> Op:
         return (*_tensor_gradients(op, ctx, do, dht), *[None] * (len(ctx.options) + 1))
 
     def refuse_twice(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(f"{_differentiable(signature.op)}, not twice")
+        raise UnsupportedError(f"{differentiable(signature.op)}, not twice")
 
     def define(name: str, schema: str, kernels: Any, fake: Any, *differentiation: Any) -> Any:
         _library.define(name + schema)
