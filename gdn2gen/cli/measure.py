@@ -13,6 +13,7 @@ from gdn2gen.base.errors import DeviceError, InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.cli.options import (
     add_lower_bound,
+    add_op,
     add_shapes,
     bound_option,
     parse_head_dim,
@@ -163,6 +164,7 @@ def _file_renewed(result: Rechecked, device: Device) -> None:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
+    add_op(parser)
     add_shapes(parser, ",".join(SHAPES))
     parser.add_argument("--head-dim", default="128", metavar="K[,V]", help="(%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
@@ -219,6 +221,7 @@ def bench(args: argparse.Namespace) -> int:
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
 
         rows = bench_shapes(
+            args.op,
             shapes,
             K,
             V,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.registry import OPS, recurrence_named
 
 REGIMES: Final = (
     "layer",
@@ -47,6 +48,7 @@ def make_inputs(
     K: int,
     V: int,
     *,
+    op: str = OPS[0],
     HV: int | None = None,
     HG: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -59,21 +61,22 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Draw the tensors of one call, on `device`; the same arguments there give the same bits.
 
-    q, k, v are normal, b and w sigmoids of normals, g one of `REGIMES`. Neither q nor k is
-    normalised: call with `use_qk_l2norm_in_kernel=True`, or the recurrence explodes.
+    What a recurrence declares of each input (`Input.draw`), the decay as one of `REGIMES`. Neither
+    q nor k is normalised: call with `use_qk_l2norm_in_kernel=True`, or the recurrence explodes.
 
     Args:
+        op: the recurrence.
         B, T, H, K, V: sequences, tokens in each, heads of q and k, head dims.
         HV: heads of v, w and the state; H if None.
-        HG: heads of g and b; HV if None.
-        dtype: of q, k, v, b, w.
-        gate_dtype: of g, which is made in float32, or in float64 if that is its dtype.
+        HG: heads of the decay; HV if None.
+        dtype: of all but the decay.
+        gate_dtype: of the decay, which is made in float32, or in float64 if that is its dtype.
         cu_seqlens: boundaries of N sequences packed in one (B = 1); N is B otherwise.
         initial_state: also draw a state.
 
     Returns:
-        q, k [B, T, H, K]; v, w [B, T, HV, V]; g, b [B, T, HG, K]; initial_state [N, HV, K, V]
-        (normal, float32) if asked for; cu_seqlens [N + 1] (int64) if given.
+        The inputs that every call takes, in the dims that the recurrence declares; initial_state
+        [N, HV, K, V] (normal, float32) if asked for; cu_seqlens [N + 1] (int64) if given.
     """
     if regime not in REGIMES:
         raise InputError(f"regime must be one of {REGIMES}, but got {regime!r}")
@@ -81,20 +84,30 @@ def make_inputs(
         raise InputError(f"cu_seqlens needs a packed batch of B=1, but got B={B}")
     HV = H if HV is None else HV
     HG = HV if HG is None else HG
+    recurrence = recurrence_named(op)
+    sizes = {"B": B, "T": T, "H": H, "HV": HV, "HG": HG, "K": K, "V": V}
+    shapes = {x.name: tuple(sizes[y] for y in x.symbols) for x in recurrence.required}
     rng = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=of, device=device, generator=rng)
 
-    tensors = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, HV, V)}
-    tensors["b"] = normal(B, T, HG, K).sigmoid_()
-    tensors["w"] = normal(B, T, HV, V).sigmoid_()
+    plain = {x.name: x.draw for x in recurrence.required if x.draw != "decay"}
+    tensors = {name: normal(*shapes[name]) for name in plain}
+    for name, draw in plain.items():
+        if draw == "unit":
+            tensors[name].sigmoid_()
     if regime == "correlated":
         shared = normal(B, 1, H, K).mul_(math.sqrt(_CORRELATION))
         tensors["k"].mul_(math.sqrt(1 - _CORRELATION)).add_(shared)
-        tensors["b"].mul_(0.1).add_(1.9)
-    wide = torch.promote_types(gate_dtype, torch.float32)
-    tensors["g"] = _decay(regime, (B, T, HG, K), rng, wide).to(gate_dtype)
+        if recurrence.erase is not None:
+            tensors[recurrence.erase].mul_(0.1).add_(1.9)
+    if recurrence.decay is not None:
+        name = recurrence.decay.input
+        *rows, dim = shapes[name] if recurrence.per(name) == "channel" else (*shapes[name], 1)
+        wide = torch.promote_types(gate_dtype, torch.float32)
+        decay = _decay(regime, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
+        tensors[name] = decay.view(shapes[name])
     ends = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, device=device).long()
     if initial_state:
         N = B if ends is None else len(ends) - 1

@@ -10,34 +10,38 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 
 OpFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-DIFFERENTIABLE: Final = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
-ERROR_NAMES: Final = ("o", "final_state", *(f"d{name}" for name in DIFFERENTIABLE))
 TORCH_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A bound on the decay per token where a problem with the sigmoid gate has none: FLA's own default.
 LOWER_BOUND: Final = -5.0
+# Of a gate's parameters, as in a freshly initialised layer; and where `strong` is asked for under a
+# bound, which they take most tokens close to.
+_USUAL: Final = {"rate": (1.0, 16.0), "bias": (-7.0, -2.0)}
+_STRONG: Final = {"rate": (1.0, 1.3), "bias": (0.0, 1.0)}
 
 
 def inputs_of(
     problem: Problem, shape: Shape, regime: str, seed: int, device: str
 ) -> dict[str, Tensor]:
-    """Inputs of one call of `problem`: q, k, v, g, b, w and what its flags ask for.
+    """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 
-    With a gate in the kernel `g` is a pre-activation, for which regimes mean little; it is then
-    normal, and A_log and dt_bias span the ranges of a freshly initialised layer. But for a bound on
-    the decay, `strong` takes most tokens close to it.
+    With a gate in the kernel the decay's input is a pre-activation, for which regimes mean little;
+    it is then normal.
     """
     from gdn2gen.family.inputs import make_inputs
 
+    recurrence = recurrence_named(problem.op)
     inputs = make_inputs(
         shape.B,
         shape.T,
         shape.H,
         problem.K,
         problem.V,
+        op=problem.op,
         dtype=TORCH_DTYPES[problem.dtype],
         gate_dtype=TORCH_DTYPES[problem.gate_dtype],
         device=device,
@@ -48,21 +52,26 @@ def inputs_of(
     )
     if problem.initial_state and problem.state_v_first:
         inputs["initial_state"] = inputs["initial_state"].mT.contiguous()
-    if problem.gate != "none":
+    if problem.gate != "none" and recurrence.decay is not None:
         generator = torch.Generator(device).manual_seed(seed + 1)
-        inputs["g"] = torch.empty_like(inputs["g"]).normal_(generator=generator)
-        rates, biases = (1.0, 16.0), (-7.0, -2.0)
-        if problem.bound and regime == "strong":
-            inputs["g"].mul_(0.5).add_(3.0)
-            rates, biases = (1.0, 1.3), (0.0, 1.0)
-        heads = inputs["g"].shape[2]
-        if problem.has_A_log:
-            decay = torch.empty(heads, device=device).uniform_(*rates, generator=generator)
-            inputs["A_log"] = decay.log()
-        if problem.has_dt_bias:
-            bias = torch.empty(heads * problem.K, device=device)
-            inputs["dt_bias"] = bias.uniform_(*biases, generator=generator)
+        g = torch.empty_like(inputs[recurrence.decay.input]).normal_(generator=generator)
+        strong = problem.bound and regime == "strong"
+        inputs[recurrence.decay.input] = g.mul_(0.5).add_(3.0) if strong else g
+        sizes = {"HG": shape.H, "K": problem.K}
+        for x in recurrence.optional:
+            if x.dtype == "parameter" and getattr(problem, x.when):
+                drawn = torch.empty(math.prod(sizes[y] for y in x.symbols), device=device)
+                drawn.uniform_(*(_STRONG if strong else _USUAL)[x.draw], generator=generator)
+                inputs[x.name] = drawn.log() if x.draw == "rate" else drawn
     return inputs
+
+
+def public_op(op: str) -> OpFunction:
+    """Our op of a recurrence over whole sequences."""
+    from gdn2gen.ops import chunk
+
+    function: OpFunction = getattr(chunk, recurrence_named(op).public.chunk)
+    return function
 
 
 def op_flags(problem: Problem) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def run_op(
     gradients: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """One forward and backward of an op with the public signature: o, final_state, d<input>."""
-    leaves = _leaves(inputs)
+    leaves = _leaves(problem, inputs)
     o, state = function(**leaves, **op_flags(problem), output_final_state=problem.final_state)
     return _results(o, state, leaves, gradients)
 
@@ -114,9 +123,9 @@ def run_reference(
     """The same as `run_op`, from the chunk form of the reference in fp64."""
     from gdn2gen.family import reference
 
-    leaves = _leaves({name: _double(x) for name, x in inputs.items()})
+    leaves = _leaves(problem, {name: _double(x) for name, x in inputs.items()})
     arguments: dict[str, Any] = {**leaves, **op_flags(problem), "compute_dtype": torch.float64}
-    o, state = reference.chunk_gdn2(**arguments)
+    o, state = getattr(reference, recurrence_named(problem.op).public.chunk)(**arguments)
     exact = {name: _double(x) for name, x in gradients.items()}
     return _results(o, state if problem.final_state else None, leaves, exact)
 
@@ -140,10 +149,12 @@ def relative_errors(
     return errors
 
 
-def _leaves(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _leaves(problem: Problem, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` in the order of the op's arguments; those with a gradient want one."""
     return {
-        name: x.detach().requires_grad_() if name in DIFFERENTIABLE else x
-        for name, x in inputs.items()
+        x.name: inputs[x.name].detach().requires_grad_(x.differentiable)
+        for x in recurrence_named(problem.op).inputs
+        if x.name in inputs
     }
 
 
@@ -164,7 +175,7 @@ def _results(
         if "final_state" in gradients:
             outputs.append(state)
             seeds.append(gradients["final_state"].to(state.dtype))
-    names = [name for name in DIFFERENTIABLE if name in leaves]
-    found = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
-    results.update({f"d{name}": x for name, x in zip(names, found, strict=True)})
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(outputs, [*wanted.values()], seeds)
+    results.update({f"d{name}": x for name, x in zip(wanted, found, strict=True)})
     return results

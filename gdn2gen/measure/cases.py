@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Final
+from typing import Any, Final
 
 from gdn2gen.family.inputs import REGIMES
 from gdn2gen.family.problem import HEAD_DIMS, Problem
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 
 CHECKS: Final = ("accuracy", "causality", "empty", "repeat")
@@ -27,7 +28,7 @@ class Case:
     H: int | None = None
     """Heads of q and k, where they are fewer than the value heads."""
     HG: int | None = None
-    """Heads of g and b, where they are fewer than the value heads."""
+    """Heads of the decay, where they are fewer than the value heads."""
     check: str = "accuracy"
     """One of CHECKS."""
     interpreter: bool = False
@@ -38,24 +39,33 @@ def _shape(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) ->
     return Shape(f"{B}x{T}x{H}", B, T, H, cu_seqlens)
 
 
+def _gates(base: Case) -> dict[str, Case]:
+    """`base` with every activation of the decay that its recurrence has kernels for."""
+    activations = recurrence_named(base.problem.op).activations
+    found: dict[str, dict[str, Any]] = {
+        "softplus": {"gate": "softplus", "has_A_log": True, "has_dt_bias": True},
+        "softplus-no-bias": {"gate": "softplus", "has_A_log": True},
+        "sigmoid": {"gate": "sigmoid", "has_A_log": True, "has_dt_bias": True},
+        "sigmoid-no-A_log": {"gate": "sigmoid"},
+    }
+    return {
+        name: replace(base, problem=replace(base.problem, **fields), regime="layer")
+        for name, fields in found.items()
+        if fields["gate"] in activations
+    }
+
+
 def _features(base: Case) -> Iterator[Case]:
     """`base` once for every option of the op that changes what the kernels compute."""
     problem, shape = base.problem, base.shape
     T = shape.T
-    softplus = replace(problem, gate="softplus", has_A_log=True)
-    sigmoid = replace(problem, gate="sigmoid")
     packed = (0, 0, T // 3, T // 3 + 1, T // 3 + 1, T)
     changes: dict[str, Case] = {
         "stateless": replace(
             base, problem=replace(problem, initial_state=False, final_state=False)
         ),
         "no-l2norm": replace(base, problem=replace(problem, l2norm=False)),
-        "softplus": replace(base, problem=replace(softplus, has_dt_bias=True), regime="layer"),
-        "softplus-no-bias": replace(base, problem=softplus, regime="layer"),
-        "sigmoid": replace(
-            base, problem=replace(sigmoid, has_A_log=True, has_dt_bias=True), regime="layer"
-        ),
-        "sigmoid-no-A_log": replace(base, problem=sigmoid, regime="layer"),
+        **_gates(base),
         "v-first": replace(base, problem=replace(problem, state_v_first=True)),
         "varlen": replace(
             base, problem=replace(problem, varlen=True), shape=_shape(1, T, shape.H, packed)
@@ -86,8 +96,8 @@ def _head_dims(base: Case) -> Iterator[Case]:
             yield replace(base, name=f"{base.name}-K{K}-V{V}", problem=problem)
 
 
-def _interpreter_cases() -> Iterator[Case]:
-    problem = Problem(K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
+def _interpreter_cases(op: str) -> Iterator[Case]:
+    problem = Problem(op=op, K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
     small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
     yield from _regimes(small)
     yield from _features(small)
@@ -99,8 +109,8 @@ def _interpreter_cases() -> Iterator[Case]:
     yield from _regimes(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
 
 
-def _gpu_cases() -> Iterator[Case]:
-    problem = Problem(initial_state=True, final_state=True)
+def _gpu_cases(op: str) -> Iterator[Case]:
+    problem = Problem(op=op, initial_state=True, final_state=True)
     base = Case("bf16", problem, _shape(2, 1000, 4))
     yield from _regimes(base)
     yield from _features(base)
@@ -114,4 +124,10 @@ def _gpu_cases() -> Iterator[Case]:
         yield from _head_dims(replace(other, shape=_shape(1, 300, 2)))
 
 
-CASES: Final = tuple((*_interpreter_cases(), *_gpu_cases()))
+def _named(op: str) -> Iterator[Case]:
+    """The cases of a recurrence; after the first, names begin with it."""
+    for case in (*_interpreter_cases(op), *_gpu_cases(op)):
+        yield case if op == OPS[0] else replace(case, name=f"{op}-{case.name}")
+
+
+CASES: Final = tuple(case for op in OPS for case in _named(op))

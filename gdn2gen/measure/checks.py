@@ -11,11 +11,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.tolerances import LIMITS, limit_of, over
 from gdn2gen.measure.accuracy import (
     inputs_of,
     op_flags,
     output_gradients,
+    public_op,
     relative_errors,
     run_op,
     run_reference,
@@ -27,7 +29,6 @@ from gdn2gen.measure.cases import Case
 LOST: Final = {"bf16": 0.0, "fp16": 2.0**-24, "fp32": 0.0}
 # On a GPU; the interpreter is sequential, so twice is enough to see memory that was not written.
 REPEATS: Final = {"cuda": 30, "cpu": 2}
-_PER_TOKEN: Final = ("q", "k", "v", "g", "b", "w")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,12 @@ def run_case(case: Case, device: str) -> Result:
 def case_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs of the op, and the gradients of its outputs."""
     inputs = inputs_of(case.problem, case.shape, case.regime, 0, device)
-    if case.H is not None:
-        inputs |= {name: _first_heads(inputs[name], case.H) for name in ("q", "k")}
-    if case.HG is not None:
-        inputs |= {name: _first_heads(inputs[name], case.HG) for name in ("g", "b")}
-        if "A_log" in inputs:
-            inputs["A_log"] = inputs["A_log"][: case.HG].clone()
-        if "dt_bias" in inputs:
-            inputs["dt_bias"] = inputs["dt_bias"][: case.HG * case.problem.K].clone()
+    fewer = {"H": case.H, "HG": case.HG}
+    for x in recurrence_named(case.problem.op).inputs:
+        for place, symbol in enumerate(x.symbols):
+            heads = fewer.get(symbol)
+            if heads is not None and x.name in inputs:
+                inputs[x.name] = _first_heads(inputs[x.name], place, heads, case.shape.H)
     state = inputs.get("initial_state")
     dims = (case.problem.V, case.problem.K)
     if state is not None and case.problem.state_v_first and state.shape[-2:] != dims:
@@ -83,16 +82,15 @@ def case_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, T
     return inputs, output_gradients(case.problem, case.shape, 0, device)
 
 
-def _first_heads(x: Tensor, heads: int) -> Tensor:
-    return x[:, :, :heads].contiguous()
+def _first_heads(x: Tensor, place: int, heads: int, of: int) -> Tensor:
+    """The dim at `place` may hold others behind it, as that of dt_bias does."""
+    return x.narrow(place, 0, x.shape[place] // of * heads).contiguous()
 
 
 def _run(
     case: Case, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    from gdn2gen.ops.chunk import chunk_gdn2
-
-    return run_op(chunk_gdn2, case.problem, inputs, grads)
+    return run_op(public_op(case.problem.op), case.problem, inputs, grads)
 
 
 def errors_in_range(
@@ -116,7 +114,7 @@ def _check_accuracy(case: Case, device: str) -> Result:
     exact = run_reference(case.problem, inputs, grads)
     errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
     limit = limit_of(case.problem.dtype, case.regime)
-    wrong = [f"{name} {error:.1e}" for name, error in over(errors, limit).items()]
+    wrong = [f"{name} {error:.1e}" for name, error in over(errors, limit, case.problem.op).items()]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
     return Result(case.name, case.check, not wrong, errors, limit, message)
 
@@ -129,11 +127,13 @@ def _check_causality(case: Case, device: str) -> Result:
     if "final_state" in grads:
         grads["final_state"].zero_()
     changed = {name: x.clone() for name, x in inputs.items()}
-    for name in _PER_TOKEN:
-        changed[name][:, token] = inputs[name][:, 0] * 0.5
-    changed["g"][:, token] -= 30
+    recurrence = recurrence_named(case.problem.op)
+    for x in recurrence.required:
+        changed[x.name][:, token] = inputs[x.name][:, 0] * 0.5
+    if recurrence.decay is not None:
+        changed[recurrence.decay.input][:, token] -= 30
     before, after = _run(case, inputs, grads), _run(case, changed, grads)
-    names = ("o", *(f"d{name}" for name in _PER_TOKEN))
+    names = ("o", *(f"d{x.name}" for x in recurrence.required))
     moved = [x for x in names if not torch.equal(before[x][:, :token], after[x][:, :token])]
     message = f"token {token} moved earlier tokens of {', '.join(moved)}" if moved else ""
     return Result(case.name, case.check, not moved, message=message)
@@ -141,11 +141,10 @@ def _check_causality(case: Case, device: str) -> Result:
 
 def _check_empty(case: Case, device: str) -> Result:
     """Without tokens the state passes through unchanged, and so does its gradient."""
-    from gdn2gen.ops.chunk import chunk_gdn2
-
     inputs, grads = case_inputs(case, device)
     leaves: dict[str, Any] = {name: x.requires_grad_() for name, x in inputs.items()}
-    o, state = chunk_gdn2(**leaves, **op_flags(case.problem), output_final_state=True)
+    function = public_op(case.problem.op)
+    o, state = function(**leaves, **op_flags(case.problem), output_final_state=True)
     assert state is not None
     initial, dht = inputs["initial_state"], grads["final_state"]
     (dh0,) = torch.autograd.grad([state], [initial], [dht])

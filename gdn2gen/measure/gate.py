@@ -96,7 +96,7 @@ def check(
             limit = limit_of(candidate.problem.dtype, regime)
             errors = _errors(candidate.problem, shape, regime, device)
             worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
-            wrong = over(errors, limit)
+            wrong = over(errors, limit, candidate.problem.op)
             if wrong:
                 return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
         moved = _moved(candidate.problem, shapes[1], repeats, device)
@@ -118,11 +118,10 @@ def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[st
 
 
 def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
-    from gdn2gen.measure.accuracy import run_op
-    from gdn2gen.ops.chunk import chunk_gdn2
+    from gdn2gen.measure.accuracy import public_op, run_op
 
     inputs, gradients = drawn(problem, shape, regime, device)
-    return run_op(chunk_gdn2, problem, inputs, gradients)
+    return run_op(public_op(problem.op), problem, inputs, gradients)
 
 
 @lru_cache(maxsize=32)

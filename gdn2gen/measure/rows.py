@@ -86,7 +86,7 @@ class Row:
 
 
 def bench_problem(
-    K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape, bound: int = 0
+    op: str, K: int, V: int, dtype: str, gate: str, l2norm: bool, shape: Shape, bound: int = 0
 ) -> Problem:
     """The problem that a benchmark call at `shape` runs: no states in or out.
 
@@ -95,6 +95,7 @@ def bench_problem(
     if gate == "sigmoid":
         bound = bound or bound_of(LOWER_BOUND)
     return Problem(
+        op=op,
         K=K,
         V=V,
         dtype=dtype,
@@ -109,6 +110,7 @@ def bench_problem(
 
 
 def bench_shapes(
+    op: str,
     shapes: Sequence[Shape],
     K: int,
     V: int,
@@ -129,11 +131,11 @@ def bench_shapes(
     GPU, and UnsupportedError when FLA is asked for and not installed.
     """
     gbps = copy_gbps()
-    functions = [our_op(level), *([fla_op(level)] if vs_fla else [])]
+    functions = [our_op(op, level), *([fla_op(op, level)] if vs_fla else [])]
     errors: dict[Problem, list[dict[str, Errors]]] = {}
     rows = []
     for shape in shapes:
-        problem = bench_problem(K, V, dtype, gate, l2norm, shape, bound)
+        problem = bench_problem(op, K, V, dtype, gate, l2norm, shape, bound)
         dense = replace(problem, varlen=False)
         if dense not in errors:
             errors[dense] = [worst_errors(function, dense) for function in functions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import (
     OpFunction,
     inputs_of,
     op_flags,
     output_gradients,
+    public_op,
     relative_errors,
     run_op,
     run_reference,
@@ -77,23 +80,22 @@ def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
     return worst
 
 
-def our_op(level: str) -> OpFunction:
-    """Our op, keeping as much of the forward as `level` lets it."""
-    from gdn2gen.ops import chunk
-
-    return partial(chunk.chunk_gdn2, disable_recompute=level == "fast")
+def our_op(op: str, level: str) -> OpFunction:
+    """Our op of a recurrence, keeping as much of the forward as `level` lets it."""
+    return partial(public_op(op), disable_recompute=level == "fast")
 
 
-def fla_op(level: str) -> OpFunction:
+def fla_op(op: str, level: str) -> OpFunction:
     """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
 
     Raises UnsupportedError then.
     """
+    public = recurrence_named(op).public
     try:
-        from fla.ops.gdn2 import chunk_gdn2
-    except ImportError as error:
+        function = getattr(import_module(public.fla), public.chunk)
+    except (ImportError, AttributeError) as error:
         raise UnsupportedError(
-            f"the comparison needs flash-linear-attention with fla.ops.gdn2 ({error}); "
+            f"the comparison needs flash-linear-attention with {public.fla} ({error}); "
             "run `pip install flash-linear-attention`, or leave `--vs fla` out"
         ) from error
 
@@ -101,7 +103,7 @@ def fla_op(level: str) -> OpFunction:
         # FLA takes a lower bound only together with its safe gate.
         safe = arguments.get("lower_bound") is not None
         fast = level == "fast"
-        o, state = chunk_gdn2(**arguments, safe_gate=safe, disable_recompute=fast)
+        o, state = function(**arguments, safe_gate=safe, disable_recompute=fast)
         return o, state
 
     return call

@@ -70,7 +70,7 @@ def _check_errors(problem: Problem, errors: Mapping[str, Any]) -> None:
     if missing:
         raise StoreError(f"gate must list the errors that were found, but lacks those of {missing}")
     bad = {name: x for name, x in errors.items() if not (_is_number(x) and 0 <= x < math.inf)}
-    bad = bad or over(errors, widest_limit(problem.dtype))
+    bad = bad or over(errors, widest_limit(problem.dtype), problem.op)
     if bad:
         found = ", ".join(f"{name} {x!r}" for name, x in bad.items())
         raise StoreError(

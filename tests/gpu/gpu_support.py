@@ -20,7 +20,7 @@ from gdn2gen.codegen.build import compile_ahead
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape
-from gdn2gen.family.tolerances import CANCELLING
+from gdn2gen.family.tolerances import slack_of
 from gdn2gen.kernels.config import Config
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.measure.cases import Case
@@ -145,7 +145,8 @@ def off(
     """Error of each result that is above the bound; empty if all is well."""
     bound = slack * _BOUNDS[problem.dtype] * _AMPLIFIED.get(regime, 1.0)
     errors = errors_in_range(results, exact, problem.dtype)
-    bounds = {name: bound * CANCELLING.get(name, 1.0) for name in errors}
+    slacks = slack_of(problem.op)
+    bounds = {name: bound * slacks.get(name, 1.0) for name in errors}
     return {
         name: f"{error:.1e} > {bounds[name]:.1e}"
         for name, error in errors.items()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import reference
+from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.measure.accuracy import DIFFERENTIABLE, op_flags
+from gdn2gen.measure.accuracy import op_flags
 from gdn2gen.measure.cases import Case
 from gdn2gen.measure.checks import case_inputs
 
@@ -138,7 +139,7 @@ def _recurrence(
     problem: Problem, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]
 ) -> Tensors:
     leaves: dict[str, Any] = {
-        name: x.double().requires_grad_() if name in DIFFERENTIABLE else x
+        name: x.double().requires_grad_() if name in GDN2.gradients else x
         for name, x in inputs.items()
     }
     o, state = reference.recurrent_gdn2(**leaves, **op_flags(problem), compute_dtype=torch.float64)
@@ -147,6 +148,6 @@ def _recurrence(
     if problem.final_state:
         outputs, seeds = [o, state], [*seeds, grads["final_state"].double()]
         results["final_state"] = state.detach()
-    names = [name for name in DIFFERENTIABLE if name in leaves]
+    names = [name for name in GDN2.gradients if name in leaves]
     found = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
     return results | {f"d{name}": x for name, x in zip(names, found, strict=True)}

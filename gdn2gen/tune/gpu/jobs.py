@@ -84,19 +84,19 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
     """
     import torch
 
-    from gdn2gen.measure.accuracy import op_flags
-    from gdn2gen.ops.chunk import chunk_gdn2
+    from gdn2gen.measure.accuracy import op_flags, public_op
 
     problem = candidate.problem
+    op = public_op(problem.op)
     inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
     arguments: dict[str, Any] = {**inputs, **op_flags(problem)}
 
     def forward() -> None:
         with torch.no_grad():
-            chunk_gdn2(**arguments)
+            op(**arguments)
 
     def both() -> None:
-        run_op(chunk_gdn2, problem, inputs, gradients)
+        run_op(op, problem, inputs, gradients)
 
     with gate.forced(candidate):
         # before the graphs, whose own pools would be counted

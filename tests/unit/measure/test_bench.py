@@ -80,7 +80,7 @@ def test_fla_that_is_not_installed_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fla.ops.gdn2", None)
     with pytest.raises(UnsupportedError, match="flash-linear-attention"):
-        fla_op("lean")
+        fla_op("gdn2", "lean")
 
 
 @pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])
@@ -94,7 +94,7 @@ def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
         return torch.zeros(1), None
 
     monkeypatch.setitem(sys.modules, "fla.ops.gdn2", SimpleNamespace(chunk_gdn2=chunk_gdn2))
-    fla_op(level)(lower_bound=-2.0)
+    fla_op("gdn2", level)(lower_bound=-2.0)
     assert asked == {"lower_bound": -2.0, "safe_gate": True, "disable_recompute": keeps}
 
 

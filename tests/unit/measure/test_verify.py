@@ -147,5 +147,5 @@ def test_a_case_that_hangs_is_lost_alone() -> None:
 
 def test_a_sum_that_cancels_may_be_further_off_and_nan_never_passes() -> None:
     errors = {"o": 0.9e-2, "dq": 1.1e-2, "dA_log": 2.9e-2, "dk": float("nan")}
-    assert over(errors, 1e-2).keys() == {"dq", "dk"}
-    assert over({"dA_log": 3.1e-2}, 1e-2) == {"dA_log": 3.1e-2}
+    assert over(errors, 1e-2, "gdn2").keys() == {"dq", "dk"}
+    assert over({"dA_log": 3.1e-2}, 1e-2, "gdn2") == {"dA_log": 3.1e-2}
