@@ -1,6 +1,7 @@
-"""Write the README's results; with --check only say if they differ.
+"""Write the README's tables; with --check only say if they differ.
 
-Of each GPU, bench's tables from docs/results/<gpu>.json, and the times on file in tuned/.
+The ops, as the family declares them. Of each GPU, bench's tables from docs/results/<gpu>.json, and
+the times on file in tuned/.
 
 Usage: python scripts/update_readme.py [--check]
 """
@@ -19,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen.base.files import replace_file  # noqa: E402
+from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
 from gdn2gen.family.shapes import SHAPES  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS  # noqa: E402
 from gdn2gen.measure.results import read_results  # noqa: E402
 from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "No results are committed yet."
 Row = dict[str, Any]
 
@@ -46,12 +47,31 @@ def main() -> int:
 
 
 def updated(readme: str, root: Path) -> str:
-    """The README with the text between the markers made anew."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
+    """The README with the text between its markers made anew."""
     files = sorted((root / "docs/results").glob("*.json"))
     parts = [section(read_results(file), on_file(root, file.name)) for file in files]
-    return f"{before}{BEGIN}\n{(chr(10) * 2).join(parts) or NOTHING}\n{END}{after}"
+    tables = {"ops": "\n".join(ops()), "results": "\n\n".join(parts) or NOTHING}
+    for name, text in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in readme:
+            before, rest = readme.split(begin)
+            _, after = rest.split(end)
+            readme = f"{before}{begin}\n{text}\n{end}{after}"
+    return readme
+
+
+def ops() -> Iterator[str]:
+    """The members of the family that have kernels."""
+    yield line(["op", "", "S_t =", "a token's tensors", "was in"])
+    yield "|---|---|---|---|---|"
+    for name in OPS:
+        member = recurrence_named(name)
+        dims: dict[str, list[str]] = {}
+        for x in member.required:
+            dims.setdefault(", ".join(x.symbols), []).append(x.name)
+        tensors = "; ".join(f"{', '.join(names)} [{shape}]" for shape, names in dims.items())
+        op, title = f"`{member.public.chunk}`", f"{member.title} ({member.source})"
+        yield line([op, title, f"`{member.update}`", tensors, f"`{member.public.fla}`"])
 
 
 def section(document: dict[str, Any], stored: Iterable[str]) -> str:

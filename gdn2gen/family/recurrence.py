@@ -138,9 +138,19 @@ class Recurrence:
     def activations(self) -> tuple[str, ...]:
         return self.decay.activations if self.decay else ("none",)
 
-    def per(self, name: str | None) -> str:
+    @property
+    def update(self) -> str:
+        """S_t, in the names of its inputs."""
+        g, e, u = self.decay and self.decay.input, self.erase, self.write
+        decays = {"channel": f"Diag(exp {g}_t) ", "head": f"exp({g}_t) "}
+        erases = {"channel": f"(I - k_t ({e}_t * k_t)^T) ", "head": f"(I - {e}_t k_t k_t^T) "}
+        writes = {"channel": f"k_t ({u}_t * v_t)^T", "head": f"{u}_t k_t v_t^T"}
+        kept = f"{erases[self.per(e)] if e else ''}{decays[self.per(g)] if g else ''}S_{{t-1}}"
+        return f"{kept} + {writes[self.per(u)] if u else 'k_t v_t^T'}"
+
+    def per(self, name: str) -> str:
         """`channel` or `head`: what an input has one number for."""
-        return "channel" if name and {"K", "V"} & {*self.named[name].symbols} else "head"
+        return "channel" if {"K", "V"} & {*self.named[name].symbols} else "head"
 
 
 # What members share.

@@ -16,6 +16,7 @@ from source_tree import ROOT
 
 from gdn2gen.cli import program
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
@@ -128,6 +129,18 @@ def _update(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_results_are_up_to_date() -> None:
     done = _update(ROOT, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ops_are_those_of_the_family(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- ops:begin -->\nold\n<!-- ops:end -->\nafter\n")
+    assert _update(tmp_path).returncode == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text and text.endswith("\n<!-- ops:end -->\nafter\n")
+    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| `chunk_")]
+    assert len(rows) == len(OPS)
+    for op, row in zip(OPS, rows, strict=True):
+        member = recurrence_named(op)
+        assert member.public.chunk in row[0] and f"`{member.update}`" == row[2]
 
 
 def _side(milliseconds: float) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def test_roles_are_of_inputs() -> None:
 
 def test_what_follows() -> None:
     assert [GDN2.inputs[place].name for place in GDN2.sized_by] == ["q", "v", "g"]
+    assert GDN2.update == ("(I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T")
     assert [GDN2.per(x) for x in ("g", "b", "w", "A_log")] == ["channel"] * 3 + ["head"]
 
 

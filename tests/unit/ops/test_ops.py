@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -231,6 +233,16 @@ def test_odd_input_is_refused(name: str, path: str) -> None:
 def test_a_state_in_double_is_refused_by_the_kernels(path: str) -> None:
     with pytest.raises(InputError, match="initial_state"):
         gdn2gen.chunk_gdn2(**make(), initial_state=torch.zeros(B, HV, K, V).double())
+
+
+def test_the_docstring_says_what_every_argument_is() -> None:
+    text = inspect.getdoc(gdn2gen.chunk_gdn2) or ""
+    assert text.startswith("Gated DeltaNet-2 over whole sequences")
+    _, arguments = text.split("Args:\n")
+    found = re.findall(r"^    (\w+): \S", arguments.split("\nReturns:")[0], flags=re.M)
+    assert found == [*inspect.signature(gdn2gen.chunk_gdn2).parameters]
+    assert "    b: [B, T, HG, K] like q: erase gate in [0, 1], or [0, 2].\n" in text
+    assert max(map(len, text.splitlines())) <= 96
 
 
 def test_an_unknown_keyword_is_a_type_error() -> None:
