@@ -9,7 +9,8 @@ from gdn2gen.base import environment
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.stages import Stage
+from gdn2gen.kernels.glossary import what
+from gdn2gen.kernels.stages import Operand, Stage
 
 _TILE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
 _TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
@@ -22,6 +23,7 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "stage": stage,
         "config": config,
         "operands": [x.name for x in stage.operands(problem)],
+        "glossary": _glossary(problem, stage, config),
         # of a forward scan, beside the state: "o", "h" (with R), or both
         "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
     }
@@ -47,8 +49,6 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),
-        # grad_key's scratch for the cumulative decay is then the buffer of dg
-        "shares_dg": problem.gate_dtype == "fp32",
     }
 
 
@@ -58,9 +58,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
     for operand in stage.operands(problem):
         if operand.is_idle(config):
             continue
-        dims = [sizes.get(symbol, symbol) for symbol in operand.dims.split()]
-        if problem.state_v_first and dims[-2:] == ["K", "V"]:
-            dims[-2:] = ["V", "K"]
+        dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
         tensors.append((operand.name, dims, _TILE_DTYPE[operand.dtype_in(problem)]))
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
     return {
@@ -70,6 +68,29 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         "tile_dtype": _TILE_DTYPE[problem.dtype],
         "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
     }
+
+
+def _dims(problem: Problem, operand: Operand) -> list[str]:
+    """Of the tensor as it lies in memory; the states of a caller may be transposed."""
+    dims = operand.dims.split()
+    if problem.state_v_first and dims[-2:] == ["K", "V"]:
+        dims[-2:] = ["V", "K"]
+    return dims
+
+
+def _glossary(problem: Problem, stage: Stage, config: Config) -> list[str]:
+    """A line for each operand: its symbol, shape, dtype and meaning."""
+    rows = [
+        (
+            x.name,
+            f"[{', '.join(_dims(problem, x))}]",
+            x.dtype_in(problem),
+            "of other forms, not used" if x.is_idle(config) else what(x.name, stage.name, problem),
+        )
+        for x in stage.operands(problem)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, (*widths[:3], 0))) for row in rows]
 
 
 def _operand_dtype(problem: Problem) -> str:

@@ -12,21 +12,37 @@ then through the scores, where a pair (i, j) met in the middle m of its dyadic b
 
 and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
-    h, dh     [NT, HV, V, K]       state at each chunk's start, gradient of it at its end
-    R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
-    G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    do        [B, T, HV, V]        gradient of o
-    dAqk_diagonal  [NT, HV, BT] fp32   <dO, R>, a token with itself
-    dq, dk, dg, db  [B, T, HV, K]  per value head
-    q_rstd, k_rstd, q_dot, k_dot  [NT, HV, BT] fp32   1 / norm; <q, dq>, <k, dk>
-    dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
+    q              [B, T, H, K]      fp16   queries; normalised in the kernel
+    k              [B, T, H, K]      fp16   keys; normalised in the kernel
+    g              [B, T, HG, K]     fp32   pre-activation of the log decay
+    b              [B, T, HG, K]     fp16   erase gate
+    A_log          [HG]              fp32   log of the decay's rate
+    dt_bias        [HG, K]           fp32   added to g before its activation
+    q_rstd         [NT, HV, BT]      fp32   1 / norm of q
+    k_rstd         [NT, HV, BT]      fp32   1 / norm of k
+    G              [B, T, HV, K]     fp32   decay since the chunk's start, log2; dg takes its place
+    gamma_C        [NT, HV, K]       fp32   decay of the whole chunk
+    h              [NT, HV, V, K]    fp16   state at the chunk's start, transposed
+    R              [NT, HV, BT, V]   fp16   what each token adds to the state
+    dh             [NT, HV, V, K]    fp16   gradient of the state at the chunk's end, transposed
+    dX             [NT, HV, BT, V]   fp16   gradient of X = w v - E S, where R = A X
+    dT             [NT, HV, BT, BT]  fp16   gradient of T, strict lower triangle
+    dAqk           [NT, HV, BT, BT]  fp16   gradient of Aqk, strict lower triangle
+    dAqk_diagonal  [NT, HV, BT]      fp32   gradient of Aqk's diagonal: <do, R>
+    do             [B, T, HV, V]     fp16   gradient of o
+    q_dot          [NT, HV, BT]      fp32   <q, dq> of the normalised q
+    k_dot          [NT, HV, BT]      fp32   <k, dk> of the normalised k
+    chunk_table    [NT, 2]           int32  first token and number of tokens of each chunk
+    dq             [B, T, HV, K]     fp16   gradient of q, per value head
+    dk             [B, T, HV, K]     fp16   gradient of k, per value head
+    dg             [B, T, HV, K]     fp32   gradient of g, per value head
+    db             [B, T, HV, K]     fp16   gradient of b, per value head
+    dA_log         [NT, HV, K]       fp32   gradient of A_log: sums over the chunk's tokens
+    ddt_bias       [NT, HV, K]       fp32   gradient of dt_bias: sums over the chunk's tokens
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=16 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
-Template digest ecedb89d1bb6c80b; made by
+Template digest 6e3f4560447d44fe; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=16,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2

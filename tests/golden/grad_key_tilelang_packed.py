@@ -19,21 +19,37 @@ only the state's products read are filled again while the rest of a chunk is wor
 every channel of the slice keeps at least 2^-96 over the chunk; what does not is left to
 strong_decay_kernel, in Triton.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
-    h, dh     [NT, HV, V, K]       state at each chunk's start, gradient of it at its end
-    R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
-    G         [B, T, HV, K] fp32   cumulative decay in log2; dg takes its place
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    do        [B, T, HV, V]        gradient of o
-    dAqk_diagonal  [NT, HV, BT] fp32   <dO, R>, a token with itself
-    dq, dk, dg, db  [B, T, HV, K]  per value head
-    q_rstd, k_rstd, q_dot, k_dot  [NT, HV, BT] fp32   1 / norm; <q, dq>, <k, dk>
-    dA_log, ddt_bias  [NT, HV, K] fp32              sums over the chunk's tokens
+    q              [B, T, H, K]      bf16   queries; normalised in the kernel
+    k              [B, T, H, K]      bf16   keys; normalised in the kernel
+    g              [B, T, HG, K]     fp32   pre-activation of the log decay
+    b              [B, T, HG, K]     bf16   erase gate
+    A_log          [HG]              fp32   log of the decay's rate
+    dt_bias        [HG, K]           fp32   added to g before its activation
+    q_rstd         [NT, HV, BT]      fp32   1 / norm of q
+    k_rstd         [NT, HV, BT]      fp32   1 / norm of k
+    G              [B, T, HV, K]     fp32   decay since the chunk's start, log2; dg takes its place
+    gamma_C        [NT, HV, K]       fp32   decay of the whole chunk
+    h              [NT, HV, V, K]    bf16   state at the chunk's start, transposed
+    R              [NT, HV, BT, V]   bf16   what each token adds to the state
+    dh             [NT, HV, V, K]    bf16   gradient of the state at the chunk's end, transposed
+    dX             [NT, HV, BT, V]   bf16   gradient of X = w v - E S, where R = A X
+    dT             [NT, HV, BT, BT]  bf16   gradient of T, strict lower triangle
+    dAqk           [NT, HV, BT, BT]  bf16   gradient of Aqk, strict lower triangle
+    dAqk_diagonal  [NT, HV, BT]      fp32   gradient of Aqk's diagonal: <do, R>
+    do             [B, T, HV, V]     bf16   gradient of o
+    q_dot          [NT, HV, BT]      fp32   <q, dq> of the normalised q
+    k_dot          [NT, HV, BT]      fp32   <k, dk> of the normalised k
+    chunk_table    [NT, 2]           int32  first token and number of tokens of each chunk
+    dq             [B, T, HV, K]     bf16   gradient of q, per value head
+    dk             [B, T, HV, K]     bf16   gradient of k, per value head
+    dg             [B, T, HV, K]     fp32   gradient of g, per value head
+    db             [B, T, HV, K]     bf16   gradient of b, per value head
+    dA_log         [NT, HV, K]       fp32   gradient of A_log: sums over the chunk's tokens
+    ddt_bias       [NT, HV, K]       fp32   gradient of dt_bias: sums over the chunk's tokens
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest f3825283f52a6473; made by
+Template digest b818cc5a99e03e69; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

@@ -7,16 +7,24 @@
 One program per CHUNKS chunks and value head. The compiler gives the loads to a warp group of its own,
 and every tile a barrier of its own.
 
-    v, w      [B, T, HV, V]        do, o     [B, T, HV, V]
-    R, dX     [NT, HV, BT, V]      dT, dAqk  [NT, HV, BT, BT]
-    dX_rest   [NT, HV, BT, V]      what rounding dX to 16 bits left
-    dAqk_diagonal  [NT, HV, BT] fp32  <dO, R>, a token with itself
-    dv, dw    [B, T, HV, V]
-    q_dot, k_dot  [NT, HV, BT] fp32  the two inner products above, of the normalised q and k
+    v              [B, T, HV, V]     bf16  values
+    w              [B, T, HV, V]     bf16  write gate
+    R              [NT, HV, BT, V]   bf16  what each token adds to the state
+    dX             [NT, HV, BT, V]   bf16  gradient of X = w v - E S, where R = A X
+    dX_rest        [NT, HV, BT, V]   bf16  what rounding dX to 16 bits left
+    do             [B, T, HV, V]     bf16  gradient of o
+    o              [B, T, HV, V]     bf16  output
+    dT             [NT, HV, BT, BT]  bf16  gradient of T, strict lower triangle
+    dAqk           [NT, HV, BT, BT]  bf16  gradient of Aqk, strict lower triangle
+    dAqk_diagonal  [NT, HV, BT]      fp32  gradient of Aqk's diagonal: <do, R>
+    dv             [B, T, HV, V]     bf16  gradient of v
+    dw             [B, T, HV, V]     bf16  gradient of w
+    q_dot          [NT, HV, BT]      fp32  <q, dq> of the normalised q
+    k_dot          [NT, HV, BT]      fp32  <k, dk> of the normalised k
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest d570a1d9df03ba0b; made by
+Template digest ea17be2e92a6f570; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_value --config \
       BT=32,BV=128,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4

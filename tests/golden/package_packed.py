@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="9b3567065398973a",
-    grad_key="8be36250844e0649",
-    grad_value="c1ba5e7598c138fc",
-    prepare="70288511a0f5e7bb",
-    rescan="08648d2fee4aca8d",
-    reverse_scan="2879f63ea38efbb3",
-    scan="51e26fe81072b0b9",
-    sum_decay="3061086066805873",
+    grad_key="17a5890fb973af3e",
+    grad_value="b7de0855002098e2",
+    prepare="32a42242d7d2eb03",
+    rescan="39e797aa5a21c791",
+    reverse_scan="13431069f6b82e45",
+    scan="e9834989a9196c43",
+    sum_decay="6a3b8603b23300b9",
 )
 
 

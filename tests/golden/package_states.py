@@ -63,13 +63,13 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="86d82855d0772c20",
-    grad_value="157f6276a8e750af",
-    prepare="2023c41c221b2502",
-    reprepare="b4bdc9da330ec8db",
-    rescan="6e172b9c6f28b38d",
-    reverse_scan="5bd685a7051250b6",
-    scan="f82a6a78e5044cd6",
+    grad_key="3fe02f918e4aadac",
+    grad_value="62ebb0676d26f44b",
+    prepare="d7c88c7d20bd0ae4",
+    reprepare="783cc9d52b3965a1",
+    rescan="90f152bc15d1c28c",
+    reverse_scan="2b080318f801f96d",
+    scan="8ca09980c2402bc9",
 )
 
 

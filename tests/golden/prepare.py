@@ -12,17 +12,23 @@ gamma is never divided by: a pair (i, j) meets in the middle m of the smallest d
 holds both, as exp(G_i - G_m) exp(G_m - G_j), both factors at most 1. Every token keeps the decay
 from the start of its block (prefix) and to its end (suffix) while blocks double.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        log decay, erase gate
-    A, Aqk    [NT, HV, BT, BT]
-    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    gamma_B   [NT, HV, NB, K] fp32  scratch: decay of each sub-block
-    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
+    q        [B, T, H, K]      bf16  queries; normalised in the kernel
+    k        [B, T, H, K]      bf16  keys; normalised in the kernel
+    g        [B, T, HG, K]     fp32  log decay
+    b        [B, T, HG, K]     bf16  erase gate
+    q_rstd   [NT, HV, BT]      fp32  1 / norm of q
+    k_rstd   [NT, HV, BT]      fp32  1 / norm of k
+    A        [NT, HV, BT, BT]  bf16  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]  bf16  decayed scores, lower triangle
+    Qg       [NT, HV, BT, K]   bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
+    gamma_B  [NT, HV, NB, K]   fp32  scratch: decay of each sub-block
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=32 BT=64 chunks=1 decay=tree language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest fe99c4ed78bd617d; made by
+Template digest 739e1d09f0c32a33; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=32,BT=64,chunks=1,decay=tree,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32

@@ -11,17 +11,26 @@ A pair (i, j) meets at the chunk's start, as exp(G_i) exp(-G_j). The gate's boun
 enough: a token keeps at least exp(-2), so that no channel loses more than 2^-93 over a chunk, and one
 product serves all pairs.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        pre-activation of the decay, erase gate
-    A, Aqk    [NT, HV, BT, BT]
-    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    gamma_B   scratch of other placements, not used
-    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
+    q            [B, T, H, K]      bf16   queries; normalised in the kernel
+    k            [B, T, H, K]      bf16   keys; normalised in the kernel
+    g            [B, T, HG, K]     fp32   pre-activation of the log decay
+    b            [B, T, HG, K]     bf16   erase gate
+    A_log        [HG]              fp32   log of the decay's rate
+    dt_bias      [HG, K]           fp32   added to g before its activation
+    chunk_table  [NT, 2]           int32  first token and number of tokens of each chunk
+    q_rstd       [NT, HV, BT]      fp32   1 / norm of q
+    k_rstd       [NT, HV, BT]      fp32   1 / norm of k
+    A            [NT, HV, BT, BT]  bf16   inverse of I + T, lower triangle
+    Aqk          [NT, HV, BT, BT]  bf16   decayed scores, lower triangle
+    Qg           [NT, HV, BT, K]   bf16   queries, scaled and decayed from the chunk's start
+    Y            [NT, HV, BT, K]   bf16   erasing keys through the inverse, -A E
+    Ktail        [NT, HV, BT, K]   bf16   keys, decayed to the chunk's end
+    gamma_C      [NT, HV, K]       fp32   decay of the whole chunk
+    gamma_B      [NT, HV, NB, K]   fp32   of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, sigmoid gate, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=bounded language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
-Template digest 2d169786c8f04f19; made by
+Template digest 4c53959349c1afae; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate sigmoid \
       --lower-bound -2 --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=bounded,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=tf32

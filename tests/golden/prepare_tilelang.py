@@ -14,17 +14,23 @@ place of E. The compiler gives the loads to a warp group of its own.
 Rows in which no channel has lost more than 2^-104 since the chunk's start are exact;
 later_frames_kernel, in Triton, writes the others.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        log decay, erase gate
-    A, Aqk    [NT, HV, BT, BT]
-    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    gamma_B   scratch of other placements, not used
-    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
+    q        [B, T, H, K]      bf16  queries; normalised in the kernel
+    k        [B, T, H, K]      bf16  keys; normalised in the kernel
+    g        [B, T, HG, K]     fp32  log decay
+    b        [B, T, HG, K]     bf16  erase gate
+    q_rstd   [NT, HV, BT]      fp32  1 / norm of q
+    k_rstd   [NT, HV, BT]      fp32  1 / norm of k
+    A        [NT, HV, BT, BT]  bf16  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]  bf16  decayed scores, lower triangle
+    Qg       [NT, HV, BT, K]   bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
+    gamma_B  [NT, HV, NB, K]   fp32  of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest ea6e05dcc4f2c0ef; made by
+Template digest 46d6c824bab95080; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves

@@ -7,17 +7,22 @@ One program per CHUNKS chunks and value head. A thread has two channels and a pa
 that the decay is summed over the tokens in registers. The compiler gives the loads to a warp group of
 its own.
 
-    q, k      [B, T, H, K]         queries, keys; normalised here
-    g, b      [B, T, HG, K]        log decay, erase gate
-    q_rstd, k_rstd  [NT, HV, BT] fp32  1 / norm
-    A         [NT, HV, BT, BT]     triangular inverse
-    Qg, Y, Ktail  [NT, HV, BT, K]  whole tiles, zero on padding
-    gamma_C   [NT, HV, K] fp32     decay of a whole chunk
-    G         [B, T, HV, K] fp32   cumulative decay in log2, within the chunk
+    q        [B, T, H, K]      bf16  queries; normalised in the kernel
+    k        [B, T, H, K]      bf16  keys; normalised in the kernel
+    g        [B, T, HG, K]     fp32  log decay
+    b        [B, T, HG, K]     bf16  erase gate
+    q_rstd   [NT, HV, BT]      fp32  1 / norm of q
+    k_rstd   [NT, HV, BT]      fp32  1 / norm of k
+    A        [NT, HV, BT, BT]  bf16  inverse of I + T, lower triangle
+    G        [B, T, HV, K]     fp32  decay since the chunk's start, log2
+    Qg       [NT, HV, BT, K]   bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest ad258e779c0f53b0; made by
+Template digest acc347b122df83f8; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reprepare --config \
       BK=128,BT=32,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4

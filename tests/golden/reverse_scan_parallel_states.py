@@ -13,20 +13,23 @@ with the gradient of the state held transposed, dS^T [BV, K].
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
     dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
 
-    Qg, Y, Ktail  [NT, HV, BT, K]   queries, erasing keys through A, keys to the chunk's end
-    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
-    A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
-    do            [B, T, HV, V]     gradient of o
-    dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
-    dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
-    dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last
-    dht           [N, HV, K, V] fp32  gradient of the final state
-    dh0           [N, HV, K, V] fp32  gradient of the initial state
+    Qg       [NT, HV, BT, K]    fp32  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]    fp32  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]    fp32  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]        fp32  decay of the whole chunk
+    A        [NT, HV, BT, BT]   fp32  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]   fp32  decayed scores, lower triangle
+    do       [B, T, HV, V]      fp32  gradient of o
+    dht      [N, HV, K, V]      fp32  gradient of final_state
+    dh       [NT, HV, V, K]     fp32  gradient of the state at the chunk's end, transposed
+    dX       [NT, HV, BT, V]    fp32  gradient of X = w v - E S, where R = A X
+    dS_seg   [N, HV, NS, V, K]  fp32  scratch: gradient of the state at the segment's end
+    M_seg    [N, HV, NS, K, K]  fp32  scratch: transition of all segments but first and last
+    dh0      [N, HV, K, V]      fp32  gradient of initial_state
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 357af1ecb21a1d17; made by
+Template digest 334dee7e85831299; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel

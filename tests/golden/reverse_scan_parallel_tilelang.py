@@ -14,19 +14,22 @@ warp group of its own, which fills 2 stages of shared memory ahead of the produc
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
     dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
 
-    Qg, Y, Ktail  [NT, HV, BT, K]   queries, erasing keys through A, keys to the chunk's end
-    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
-    A, Aqk        [NT, HV, BT, BT]  triangular inverse, decayed scores
-    do            [B, T, HV, V]     gradient of o
-    dh            [NT, HV, V, K]    gradient of the state at the end of each chunk, transposed
-    dX            [NT, HV, BT, V]   gradient of X = w v - E S, where R = A X
-    dX_rest       [NT, HV, BT, V]   what rounding dX to 16 bits leaves
-    dS_seg        [N, HV, NS, V, K] fp32  gradient at the end of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last
+    Qg       [NT, HV, BT, K]    bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]    bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]    bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]        fp32  decay of the whole chunk
+    A        [NT, HV, BT, BT]   bf16  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
+    do       [B, T, HV, V]      bf16  gradient of o
+    dh       [NT, HV, V, K]     bf16  gradient of the state at the chunk's end, transposed
+    dX       [NT, HV, BT, V]    bf16  gradient of X = w v - E S, where R = A X
+    dX_rest  [NT, HV, BT, V]    bf16  what rounding dX to 16 bits left
+    dS_seg   [N, HV, NS, V, K]  fp32  scratch: gradient of the state at the segment's end
+    M_seg    [N, HV, NS, K, K]  fp32  scratch: transition of all segments but first and last
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest b68197646b75e453; made by
+Template digest c18e63127e86de48; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

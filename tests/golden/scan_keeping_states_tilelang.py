@@ -9,19 +9,23 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
     O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
-    v, w          [B, T, HV, V]     values, write gate
-    Qg            [NT, HV, BT, K]   decayed, scaled queries
-    Y, Ktail      [NT, HV, BT, K]   erasing keys through A, keys to the chunk's end
-    A             [NT, HV, BT, BT]  triangular inverse
-    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
-    Aqk           [NT, HV, BT, BT]  decayed scores
-    o             [B, T, HV, V]
-    h             [NT, HV, V, K]    state at the start of each chunk, transposed
-    R             [NT, HV, BT, V]   what each token adds to the state
+    v        [B, T, HV, V]      bf16  values
+    w        [B, T, HV, V]      bf16  write gate
+    Qg       [NT, HV, BT, K]    bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]    bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]    bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]        fp32  decay of the whole chunk
+    A        [NT, HV, BT, BT]   bf16  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
+    o        [B, T, HV, V]      bf16  output
+    h        [NT, HV, V, K]     bf16  state at the chunk's start, transposed
+    R        [NT, HV, BT, V]    bf16  what each token adds to the state
+    S_seg    [N, HV, NS, V, K]  fp32  of other forms, not used
+    M_seg    [N, HV, NS, K, K]  fp32  of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest c13a21970e5dfbff; made by
+Template digest 32763335bfc99a3e; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan_states --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

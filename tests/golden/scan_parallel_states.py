@@ -16,21 +16,23 @@ never leaves the registers.
     O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
-    v, w          [B, T, HV, V]     values, write gate
-    Qg            [NT, HV, BT, K]   decayed, scaled queries
-    Y, Ktail      [NT, HV, BT, K]   erasing keys through A, keys to the chunk's end
-    A             [NT, HV, BT, BT]  triangular inverse
-    gamma_C       [NT, HV, K] fp32  decay of a whole chunk
-    Aqk           [NT, HV, BT, BT]  decayed scores
-    o             [B, T, HV, V]
-    S_seg         [N, HV, NS, V, K] fp32  state at the start of each segment, transposed
-    M_seg         [N, HV, NS, K, K] fp32  transition of each segment but the first and last, transposed
-    initial_state [N, HV, K, V] fp32
-    final_state   [N, HV, K, V] fp32
+    v              [B, T, HV, V]      fp32  values
+    w              [B, T, HV, V]      fp32  write gate
+    Qg             [NT, HV, BT, K]    fp32  queries, scaled and decayed from the chunk's start
+    Y              [NT, HV, BT, K]    fp32  erasing keys through the inverse, -A E
+    Ktail          [NT, HV, BT, K]    fp32  keys, decayed to the chunk's end
+    gamma_C        [NT, HV, K]        fp32  decay of the whole chunk
+    A              [NT, HV, BT, BT]   fp32  inverse of I + T, lower triangle
+    Aqk            [NT, HV, BT, BT]   fp32  decayed scores, lower triangle
+    initial_state  [N, HV, K, V]      fp32  state before the first token
+    o              [B, T, HV, V]      fp32  output
+    S_seg          [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
+    M_seg          [N, HV, NS, K, K]  fp32  scratch: transition of all segments but first and last
+    final_state    [N, HV, K, V]      fp32  state after the last token
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 5f11bfcac97d0601; made by
+Template digest fe5f0ad0f496983f; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel

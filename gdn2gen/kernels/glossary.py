@@ -1,0 +1,75 @@
+"""What each operand of a stage is, in a line, for the glossaries in the docstrings of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gdn2gen.family.problem import Problem
+
+WORDS: Final[Mapping[str, str]] = {
+    # the caller's
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "g": "log decay",
+    "b": "erase gate",
+    "w": "write gate",
+    "A_log": "log of the decay's rate",
+    "dt_bias": "added to g before its activation",
+    "initial_state": "state before the first token",
+    "final_state": "state after the last token",
+    "o": "output",
+    # of a packed batch
+    "cu_seqlens": "first token of each sequence",
+    "chunk_offsets": "first chunk of each sequence",
+    "chunk_table": "first token and number of tokens of each chunk",
+    # of a chunk
+    "q_rstd": "1 / norm of q",
+    "k_rstd": "1 / norm of k",
+    "A": "inverse of I + T, lower triangle",
+    "Aqk": "decayed scores, lower triangle",
+    "Qg": "queries, scaled and decayed from the chunk's start",
+    "Y": "erasing keys through the inverse, -A E",
+    "Ktail": "keys, decayed to the chunk's end",
+    "gamma_C": "decay of the whole chunk",
+    "gamma_B": "scratch: decay of each sub-block",
+    "G": "decay since the chunk's start, log2",
+    "h": "state at the chunk's start, transposed",
+    "R": "what each token adds to the state",
+    # of a segment
+    "S_seg": "state at the segment's start, transposed",
+    "M_seg": "scratch: transition of all segments but first and last",
+    "dS_seg": "scratch: gradient of the state at the segment's end",
+    # gradients
+    "do": "gradient of o",
+    "dht": "gradient of final_state",
+    "dh0": "gradient of initial_state",
+    "dh": "gradient of the state at the chunk's end, transposed",
+    "dX": "gradient of X = w v - E S, where R = A X",
+    "dX_rest": "what rounding dX to 16 bits left",
+    "dT": "gradient of T, strict lower triangle",
+    "dAqk": "gradient of Aqk, strict lower triangle",
+    "dAqk_diagonal": "gradient of Aqk's diagonal: <do, R>",
+    "q_dot": "<q, dq> of the normalised q",
+    "k_dot": "<k, dk> of the normalised k",
+    "dv": "gradient of v",
+    "dw": "gradient of w",
+    "dq": "gradient of q, per value head",
+    "dk": "gradient of k, per value head",
+    "dg": "gradient of g, per value head",
+    "db": "gradient of b, per value head",
+    "dA_log": "gradient of A_log: sums over the chunk's tokens",
+    "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
+}
+
+
+def what(name: str, stage: str, problem: Problem) -> str:
+    """What the operand of this name is in a stage's kernels of `problem`."""
+    if name == "g" and problem.gate != "none":
+        return "pre-activation of the log decay"
+    if name in ("q", "k") and problem.l2norm:
+        return f"{WORDS[name]}; normalised in the kernel"
+    if (name, stage, problem.gate_dtype) == ("G", "grad_key", "fp32"):
+        return f"{WORDS[name]}; dg takes its place"
+    return WORDS[name]

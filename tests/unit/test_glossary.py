@@ -1,0 +1,56 @@
+"""The words for operands, and the glossaries that kernels have of them."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.glossary import WORDS
+from gdn2gen.kernels.stages import STAGES
+
+PLAIN = Problem()
+FULL = Problem(
+    gate="softplus",
+    has_A_log=True,
+    has_dt_bias=True,
+    varlen=True,
+    initial_state=True,
+    final_state=True,
+    state_v_first=True,
+)
+
+
+def glossary(problem: Problem, stage: str) -> dict[str, str]:
+    """Lines of a kernel's docstring by the symbols that they begin with."""
+    text = ast.get_docstring(
+        ast.parse(render(problem, stage, default_config(stage, problem)).source)
+    )
+    assert text is not None
+    names = {x.name for x in STAGES[stage].operands(problem)}
+    lines = [x for x in text.splitlines() if x.split() and x.split()[0] in names and "  [" in x]
+    assert all(len(x) <= 100 for x in lines), max(lines, key=len)
+    return {x.split()[0]: x for x in lines}
+
+
+def test_there_are_words_for_operands_and_no_others() -> None:
+    assert {*WORDS} == {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
+
+
+@pytest.mark.parametrize("problem", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem) -> None:
+    names = [x.name for x in STAGES[stage].operands(problem)]
+    assert [*glossary(problem, stage)] == names
+
+
+def test_what_lines_say() -> None:
+    plain, full = glossary(PLAIN, "scan"), glossary(FULL, "scan")
+    assert "[NT, HV, K]" in plain["gamma_C"] and "fp32" in plain["gamma_C"]
+    assert plain["M_seg"].endswith("of other forms, not used")
+    assert "[N, HV, V, K]" in full["initial_state"]  # as the caller's tensor lies in memory
+    assert glossary(FULL, "prepare")["g"].endswith("pre-activation of the log decay")
+    assert glossary(PLAIN, "grad_key")["G"].endswith("dg takes its place")
