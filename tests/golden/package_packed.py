@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="9b3567065398973a",
-    grad_key="17a5890fb973af3e",
-    grad_value="b7de0855002098e2",
-    prepare="32a42242d7d2eb03",
-    rescan="39e797aa5a21c791",
+    grad_key="ee9a602cb4de0fed",
+    grad_value="62fd8b2ea62d5896",
+    prepare="d92fb98cbb2255c9",
+    rescan="13709f94eb3b4d02",
     reverse_scan="13431069f6b82e45",
-    scan="e9834989a9196c43",
-    sum_decay="6a3b8603b23300b9",
+    scan="3e1ead86be113a4d",
+    sum_decay="e3f48fae2fe83013",
 )
 
 

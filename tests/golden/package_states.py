@@ -63,13 +63,13 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="3fe02f918e4aadac",
-    grad_value="62ebb0676d26f44b",
-    prepare="d7c88c7d20bd0ae4",
-    reprepare="783cc9d52b3965a1",
-    rescan="90f152bc15d1c28c",
+    grad_key="374231f847302c10",
+    grad_value="c98b920be1e4a0d4",
+    prepare="a2f5039cf102882a",
+    reprepare="89bfc37179be6618",
+    rescan="54f03cc89607bb66",
     reverse_scan="2b080318f801f96d",
-    scan="8ca09980c2402bc9",
+    scan="5bb4863b4da4d4da",
 )
 
 
