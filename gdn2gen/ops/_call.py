@@ -18,7 +18,7 @@ from gdn2gen.runtime.arguments import (
     check_head_dims,
     is_watched,
 )
-from gdn2gen.runtime.signature import Options, Signature
+from gdn2gen.runtime.signature import Signature
 
 
 def call(
@@ -47,7 +47,7 @@ def call(
     if by_kernels:
         head_dims = check_head_dims(dims.K), check_head_dims(dims.V, "V")
         tensors = _as_kernels_take(signature, tensors, dims)
-    options = Options(
+    options = (
         None if scale is None else float(scale),
         float(lower_bound) if gate_in_kernel and lower_bound is not None else None,
         l2norm,
@@ -57,7 +57,7 @@ def call(
     )
     level = "fast" if fast else "lean"
     o, state = autograd.run(
-        op, tensors, options, level, head_dims, by_kernels=by_kernels, watched=watched
+        op, tensors, options, level, dims, head_dims, by_kernels=by_kernels, watched=watched
     )
     return o, state if final_state else None
 
@@ -83,6 +83,8 @@ def _as_kernels_take(
     for place in signature.parameters:
         x = found[place]
         if x is not None:
-            shape = [getattr(dims, symbol) for symbol in signature.dims[place]]
-            found[place] = x.float().reshape(shape)
+            x, symbols = x.float(), signature.dims[place]
+            if len(x.shape) < len(symbols):
+                x = x.view([getattr(dims, symbol) for symbol in symbols])
+            found[place] = x
     return tuple(found)

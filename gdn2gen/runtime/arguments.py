@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from gdn2gen.runtime.signature import Signature
 IO_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dims:
-    """Sizes of one call, by the symbols of `family.recurrence`."""
+    """Sizes of one call, by the symbols of `family.recurrence`; the same object for the same ones,
+    which is quicker to look up by than all that they are of."""
 
     B: int
     T: int
@@ -33,6 +34,8 @@ class Dims:
     K: int
     V: int
     N: int
+    key: tuple[Any, ...]
+    """What `lookup.make_request` takes before the options."""
 
 
 class TensorLayout(NamedTuple):
@@ -134,12 +137,17 @@ def _check_layouts(
         if tuple(x.shape) != shape:
             raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
     _check_dtypes(signature, required)
-    sizes["N"] = _sequences(sizes["B"], tensors[-1], copy)
+    sequences = _sequences(tensors[-1], sizes["B"], copy)
+    sizes["N"] = sizes["B"] if sequences is None else sequences
     for place in range(signature.required, len(tensors)):
         x = tensors[place]
         if x is not None:
             _check_optional(signature, place, x, sizes, state_v_first)
-    return Dims(**sizes)
+    shapes = tuple([required[place].shape for place in signature.sized_by])
+    dtypes = required[0].dtype, required[signature.gate].dtype
+    others = tuple([x is not None for x in tensors[signature.required : -1]])
+    key = (signature.op, shapes, *dtypes, required[0].device, others, sequences)
+    return Dims(**sizes, key=key)
 
 
 _known_dims = lru_cache(maxsize=1024)(_check_layouts)
@@ -171,12 +179,14 @@ def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
         raise InputError(f"{name} must have H={H} or HV={HV} heads, but got {HG}")
 
 
-def _sequences(B: int, cu_seqlens: TensorLayout | None, cu_seqlens_cpu: TensorLayout | None) -> int:
-    """N, of a batch or as `cu_seqlens` says; its values are checked elsewhere."""
+def _sequences(
+    cu_seqlens: TensorLayout | None, B: int, cu_seqlens_cpu: TensorLayout | None
+) -> int | None:
+    """How many are packed, as `cu_seqlens` says; its values are checked elsewhere."""
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
             raise InputError("cu_seqlens_cpu was given without cu_seqlens")
-        return B
+        return None
     if B != 1:
         raise InputError(f"cu_seqlens wants B=1, but q has B={B}: flatten the batch into one row")
     shape, cpu = tuple(cu_seqlens.shape), cu_seqlens_cpu

@@ -32,7 +32,8 @@ from gdn2gen.runtime._kernels import (
     sequences_of,
 )
 from gdn2gen.runtime._library import backward_fake, backward_op, forward_fake, forward_op
-from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner
+from gdn2gen.runtime.arguments import Dims
+from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner, request_at
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.signature import Options, Signature, signature_of
 
@@ -49,8 +50,9 @@ class Op:
 def run(
     op: Op,
     tensors: tuple[Tensor | None, ...],
-    options: Options,
+    options: tuple[Any, ...],
     level: str,
+    dims: Dims,
     head_dims: tuple[int, int],
     *,
     by_kernels: bool,
@@ -58,8 +60,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state (empty or None if not asked for), differentiable once.
 
-    `tensors` and `options` are the arguments of the forward op. `by_kernels`: else the reference
-    computes, or nothing does; `watched`: something wants to see the ops themselves.
+    `tensors` and `options` (`Options`, or as many in a tuple, which is quicker to make) are the
+    arguments of the forward op. `by_kernels`: else the reference computes, or nothing does;
+    `watched`: something wants to see the ops themselves.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(op.signature, tensors)
@@ -74,8 +77,7 @@ def run(
     *optional, cu_seqlens = tensors
     given = [x for x in optional if x is not None]
     gradient = torch.is_grad_enabled() and any([x.requires_grad for x in given])
-    request = request_of(op.signature, optional, sequences_of(cu_seqlens), options)
-    sized = find_runner(request, level, gradient)
+    sized = find_runner(request_at(dims, *options), level, gradient)
     if not gradient:
         return run_inference(sized, given, cu_seqlens)
     o, final_state = _Function.apply(sized, cu_seqlens, *given)  # type: ignore[no-untyped-call]
@@ -85,7 +87,7 @@ def run(
 def _agree(
     signature: Signature,
     tensors: tuple[Tensor | None, ...],
-    options: Options,
+    options: tuple[Any, ...],
     level: str,
     head_dims: tuple[int, int],
 ) -> str:
@@ -157,7 +159,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        op: Op, options: Options, agreement: str, *tensors: Tensor | None
+        op: Op, options: tuple[Any, ...], agreement: str, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor, Tensor] = op.forward(*tensors, *options, agreement)
         return outputs
@@ -166,7 +168,7 @@ class _Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, options, agreement, *tensors = inputs
         ctx.mark_nondifferentiable(output[2])
-        _save(ctx, tensors, options, agreement, output)
+        _save(ctx, tensors, Options(*options), agreement, output)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.plans import LEVELS, keeps_least
-from gdn2gen.runtime.arguments import IO_DTYPES
+from gdn2gen.runtime.arguments import IO_DTYPES, Dims
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.runner import Runner, SizedRunner
@@ -99,6 +99,12 @@ def make_request(
 
 known_request = lru_cache(maxsize=512)(make_request)
 """`make_request` for sizes that are numbers; those of a graph being traced may be symbols."""
+
+
+@lru_cache(maxsize=512)
+def request_at(dims: Dims, *options: Any) -> Request:
+    """The request of a call that was checked; `options` are `Options`."""
+    return known_request(*dims.key, *options)
 
 
 def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRunner:
