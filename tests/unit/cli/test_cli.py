@@ -466,8 +466,8 @@ def test_bench_asks_for_what_was_said(
 
     asked: dict[str, Any] = {}
 
-    def fake(shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
-        asked.update(shapes=shapes, K=K, V=V, dtype=dtype, **options)
+    def fake(op: str, shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
+        asked.update(op=op, shapes=shapes, K=K, V=V, dtype=dtype, **options)
         options["on_row"](SimpleNamespace(shape=shapes[0]))
         return []
 
@@ -487,6 +487,7 @@ def test_bench_asks_for_what_was_said(
     assert saved == [Path("docs/results/nvidia-h200.json")]
     del asked["on_row"]
     assert asked == {
+        "op": "gdn2",
         "shapes": [SHAPES["wide8k"]],
         "K": 64,
         "V": 128,
