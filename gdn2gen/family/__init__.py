@@ -1,7 +1,8 @@
 """What is computed: recurrences, problems, sizes, inputs, and the reference, the only truth.
 
 recurrence  Recurrence: a member of the family, declared once
-gdn2        the members, one module each
+gdn2        Gated DeltaNet-2
+kda         Kimi Delta Attention, which has no kernels yet
 registry    the members by name
 problem     Problem (compiled in) and Regime (known at run time)
 shapes      the named shapes that tuning and benchmarks speak of

@@ -6,6 +6,7 @@ from typing import Final
 
 from gdn2gen.family.recurrence import (
     BIAS,
+    CHANNEL_DECAY,
     GATES,
     KEY,
     QUERY,
@@ -27,14 +28,7 @@ GDN2: Final = Recurrence(
         QUERY,
         KEY,
         VALUE,
-        Input(
-            "g",
-            "B T HG K",
-            "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its "
-            "pre-activation",
-            "gate",
-            draw="decay",
-        ),
+        CHANNEL_DECAY,
         Input("b", "B T HG K", "erase gate in [0, 1], or [0, 2]", draw="unit"),
         Input("w", "B T HV V", "write gate, usually in [0, 1]", draw="unit"),
         STATE,

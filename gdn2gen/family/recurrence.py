@@ -157,6 +157,11 @@ class Recurrence:
 QUERY: Final = Input("q", "B T H K", "queries")
 KEY: Final = Input("k", "B T H K", "keys")
 VALUE: Final = Input("v", "B T HV V", "values")
+CHANNEL_DECAY: Final = Input(
+    "g", "B T HG K",
+    "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its pre-activation",
+    "gate", draw="decay",
+)  # fmt: skip
 STATE: Final = Input(
     "initial_state", "N HV K V", "one for each sequence; zero if None", "state",
     when="initial_state", gradient="dh0",

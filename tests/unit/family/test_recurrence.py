@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family import reference
 from gdn2gen.family.gdn2 import GDN2
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.kda import KDA
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
@@ -71,6 +74,45 @@ def test_what_follows() -> None:
     assert [GDN2.inputs[place].name for place in GDN2.sized_by] == ["q", "v", "g"]
     assert GDN2.update == ("(I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T")
     assert [GDN2.per(x) for x in ("g", "b", "w", "A_log")] == ["channel"] * 3 + ["head"]
+
+
+def _kda_by_token(**x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its own definition, in fp64: S = (I - beta k k^T) Diag(exp g) S + beta k v^T; o = q S / 2."""
+    q, k, v, g, beta = (x[name].double() for name in ("q", "k", "v", "g", "beta"))
+    readers = v.shape[2] // q.shape[2]
+    q, k = (y.repeat_interleave(readers, 2) for y in (q, k))
+    state = q.new_zeros(*q.shape[:1], q.shape[2], q.shape[3], v.shape[3])
+    outputs = []
+    for t in range(q.shape[1]):
+        b = beta[:, t, :, None, None]
+        state = g[:, t, :, :, None].exp() * state
+        kept = torch.eye(k.shape[3]) - b * k[:, t, :, :, None] * k[:, t, :, None, :]
+        state = kept @ state + b * k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, None] @ state).squeeze(-2) / 2)
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("regime", ["layer", "strong", "sparse"])
+def test_kda_is_gdn2_of_one_factor(regime: str) -> None:
+    """A member that no command offers is drawn as it is declared, and is a case of the general."""
+    x = make_inputs(2, 20, 2, 4, 8, op="kda", HV=4, dtype=torch.float64, regime=regime)
+    assert {name: y.shape for name, y in x.items()}["beta"] == (2, 20, 4)
+    x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
+    o, state = _kda_by_token(**x)
+    beta = x.pop("beta")[..., None]
+    for form in (reference.recurrent_gdn2, reference.chunk_gdn2):
+        factors = {"b": beta.expand(2, 20, 4, 4), "w": beta.expand(2, 20, 4, 8)}
+        found = form(**x, **factors, scale=0.5)
+        torch.testing.assert_close(found, (o, state), rtol=1e-12, atol=1e-12)
+
+
+def test_kda_is_declared_and_not_offered() -> None:
+    assert KDA.name in RECURRENCES and KDA.name not in OPS
+    assert KDA.erase == KDA.write == "beta" and KDA.per("beta") == "head"
+    assert KDA.update == "(I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T"
+    with pytest.raises(InputError, match=r"op must be one of \('gdn2',\), but got 'kda'"):
+        Problem(op="kda")
+    assert "Tensor g, Tensor beta, Tensor? initial_state" in signature_of("kda").forward_schema
 
 
 def test_schemas_follow_from_the_declaration() -> None:

@@ -1,0 +1,42 @@
+"""Kimi Delta Attention: decay per channel of K; one factor per head, which erases and writes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gdn2gen.family.recurrence import (
+    BIAS,
+    CHANNEL_DECAY,
+    GATES,
+    KEY,
+    QUERY,
+    RATE,
+    SEQUENCES,
+    STATE,
+    VALUE,
+    Decay,
+    Input,
+    Public,
+    Recurrence,
+)
+
+KDA: Final = Recurrence(
+    name="kda",
+    title="Kimi Delta Attention",
+    source="arXiv 2510.26692",
+    inputs=(
+        QUERY,
+        KEY,
+        VALUE,
+        CHANNEL_DECAY,
+        Input("beta", "B T HV", "what is erased and written, in [0, 1], or [0, 2]", draw="unit"),
+        STATE,
+        RATE,
+        BIAS,
+        SEQUENCES,
+    ),
+    decay=Decay("g", GATES),
+    erase="beta",
+    write="beta",
+    public=Public(chunk="chunk_kda", fla="fla.ops.kda"),
+)
