@@ -1,7 +1,7 @@
 """One call: from checked arguments to launches; and packages that do the same alone.
 
 sequences  packed batches as the host knows them
-signature  how the ops of a recurrence take their arguments
+signature  how the ops of a recurrence take their arguments, made of its declaration
 arguments  checks of a call; bad input never reaches a kernel
 call       sizes and scalars of a call, by symbols
 passes     workspace and launches of one direction
