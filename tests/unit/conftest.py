@@ -12,9 +12,9 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import Worker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Calls `module:function` of tests/support where kernels run in Triton's interpreter."""
+    """Calls `module:function` of tests/support, in one process where kernels are interpreted."""
     worker = Worker(
         {
             "TRITON_INTERPRET": "1",
@@ -25,7 +25,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     )
 
     def call(name: str, *args: Any) -> Any:
-        outcome: Outcome[Any] = worker.call(name, *args, timeout=120)
+        outcome: Outcome[Any] = worker.call(name, *args, timeout=300)
         assert outcome.ok, outcome.reason
         return outcome.get()
 

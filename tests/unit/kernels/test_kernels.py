@@ -1,19 +1,17 @@
 """Every template in Triton's interpreter against the fp64 reference: outputs and all gradients.
 
-The interpreter must be asked for before triton is imported, so the cases run in one process of
-their own (`kernel_cases.run`), which serves all tests of this file.
+The interpreter must be asked for before triton is imported, so the cases run in a process of their
+own, the fixture `interpreter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
-from source_tree import python_path
 
-from gdn2gen.base.outcome import Outcome
-from gdn2gen.base.worker import Worker
 from gdn2gen.family.inputs import REGIMES
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
@@ -24,25 +22,9 @@ BF16_LIMITS = {"db": 8e-3}
 BF16_CORRELATED = dict.fromkeys(("o", "final_state", "dq", "dk", "dv", "dg", "db", "dw"), 3e-2)
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    worker = Worker(
-        {
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": python_path(),
-            "GDN2GEN_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-            "OMP_NUM_THREADS": "1",
-        }
-    )
-    yield worker
-    worker.close()
-
-
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
-def test_kernels(case: KernelCase, worker: Worker) -> None:
-    outcome: Outcome[Result] = worker.call("kernel_cases:run", case.name, timeout=120)
-    assert outcome.ok, outcome.reason
-    result = outcome.get()
+def test_kernels(case: KernelCase, interpreter: Callable[..., Any]) -> None:
+    result: Result = interpreter("kernel_cases:run", case.name)
     assert result.passed, result.message
     over = {name: error for name, error in result.errors.items() if not error <= case.limit}
     assert not over, f"above {case.limit}"
@@ -64,11 +46,9 @@ def test_kernels(case: KernelCase, worker: Worker) -> None:
     ],
     ids=lambda given: "-".join(map(str, given)),
 )
-def test_kernels_in_bf16(given: tuple[str | int, ...], worker: Worker) -> None:
+def test_kernels_in_bf16(given: tuple[str | int, ...], interpreter: Callable[..., Any]) -> None:
     """What rounding does to every output and gradient, by an interpreter that knows bf16."""
-    outcome: Outcome[Result] = worker.call("kernel_cases:run_bf16", *given, timeout=120)
-    assert outcome.ok, outcome.reason
-    errors = outcome.get().errors
+    errors = interpreter("kernel_cases:run_bf16", *given).errors
     assert {"o", "dq", "dk", "dv", "dg", "db", "dw"} <= {*errors}
     limits = BF16_CORRELATED if given[0] == "correlated" else BF16_LIMITS
     over = {name: error for name, error in errors.items() if not error <= limits.get(name, 6e-3)}
@@ -77,13 +57,11 @@ def test_kernels_in_bf16(given: tuple[str | int, ...], worker: Worker) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("regime", ["layer", "sparse", "strong"])
-def test_later_frames_leave_the_first_one_alone(regime: str, packed: bool, worker: Worker) -> None:
+def test_later_frames_leave_the_first_one_alone(
+    regime: str, packed: bool, interpreter: Callable[..., Any]
+) -> None:
     """The Triton part of the TileLang prepare: forward outputs stay causal bit for bit."""
-    outcome: Outcome[dict[str, float]] = worker.call(
-        "kernel_cases:later_rows", regime, packed, timeout=120
-    )
-    assert outcome.ok, outcome.reason
-    found = outcome.get()
+    found = interpreter("kernel_cases:later_rows", regime, packed)
     assert found["moved"] == 0
     assert (found["rows"] > 0) == (regime != "layer")
     if found["rows"]:
@@ -102,34 +80,28 @@ def test_later_frames_leave_the_first_one_alone(regime: str, packed: bool, worke
 )
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_values(
-    name: str, plan: str, knobs: tuple[tuple[str, int | str], ...], worker: Worker
+    name: str, plan: str, knobs: tuple[tuple[str, int | str], ...], interpreter: Callable[..., Any]
 ) -> None:
-    outcome: Outcome[dict[str, float]] = worker.call(
-        "kernel_cases:run_extreme", name, plan, knobs, timeout=120
-    )
-    assert outcome.ok, outcome.reason
+    errors = interpreter("kernel_cases:run_extreme", name, plan, knobs)
     # anchored factors come from differences of G, which has 24 bits: dg 1.1e-5 where G is -1000
     limit = EXTREMES[name].limit * (2.0 if dict(knobs)["decay"] == "anchored" else 1.0)
-    over = {output: error for output, error in outcome.get().items() if not error <= limit}
+    over = {output: error for output, error in errors.items() if not error <= limit}
     assert not over, f"above {limit}"
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_bounded_chunks_that_lose_all_they_can(plan: str, worker: Worker) -> None:
+def test_bounded_chunks_that_lose_all_they_can(plan: str, interpreter: Callable[..., Any]) -> None:
     """2^-92.3 in every other channel, with pairs that met as far from the anchor."""
-    outcome: Outcome[dict[str, float]] = worker.call(
-        "kernel_cases:run_extreme", "at-the-bound", plan, (("BT", 32), BOUNDED), timeout=120
-    )
-    assert outcome.ok, outcome.reason
-    over = {output: error for output, error in outcome.get().items() if not error <= 1e-5}
+    errors = interpreter("kernel_cases:run_extreme", "at-the-bound", plan, (("BT", 32), BOUNDED))
+    over = {output: error for output, error in errors.items() if not error <= 1e-5}
     assert not over
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)
-def test_nan_comes_out_and_goes_no_further_than_its_chunk(name: str, worker: Worker) -> None:
-    outcome: Outcome[list[str]] = worker.call("kernel_cases:run_not_finite", name, timeout=300)
-    assert outcome.ok, outcome.reason
-    assert not outcome.get()
+def test_nan_comes_out_and_goes_no_further_than_its_chunk(
+    name: str, interpreter: Callable[..., Any]
+) -> None:
+    assert not interpreter("kernel_cases:run_not_finite", name)
 
 
 HALF = 1.5e-3
@@ -140,24 +112,19 @@ HALF = 1.5e-3
     [(65000.0, 1.0, 1.0), (1.0, 2.0**-10, 1.0), (131072.0, 2.0**-25, 2.0**15)],
     ids=["largest", "least", "scaled"],
 )
-def test_the_range_of_fp16(state: float, gradient: float, scale: float, worker: Worker) -> None:
+def test_the_range_of_fp16(
+    state: float, gradient: float, scale: float, interpreter: Callable[..., Any]
+) -> None:
     """As the op's docstring has it; states and o are linear in v and the initial state."""
-    outcome: Outcome[dict[str, float]] = worker.call(
-        "kernel_cases:run_half_range", state, gradient, scale, timeout=120
-    )
-    assert outcome.ok, outcome.reason
-    found = outcome.get()
+    found = interpreter("kernel_cases:run_half_range", state, gradient, scale)
     assert max(found[name] for name in ("o", "final_state", "dinitial_state")) < HALF, found
 
 
-def test_states_beyond_fp16_show(worker: Worker) -> None:
+def test_states_beyond_fp16_show(interpreter: Callable[..., Any]) -> None:
     """Nothing comes out finite and wrong."""
-    outcome: Outcome[dict[str, float]] = worker.call(
-        "kernel_cases:run_half_range", 131072.0, 1.0, timeout=120
-    )
-    assert outcome.ok, outcome.reason
-    assert outcome.get()["finite"] < 1
-    assert outcome.get()["moved"] < HALF
+    found = interpreter("kernel_cases:run_half_range", 131072.0, 1.0)
+    assert found["finite"] < 1
+    assert found["moved"] < HALF
 
 
 def test_the_list_leaves_nothing_out() -> None:
