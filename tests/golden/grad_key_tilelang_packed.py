@@ -49,7 +49,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 63666dfc5676b612; made by
+Template digest b8a130353997ee9b; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -194,8 +194,10 @@ def program():
             b_k = tile.alloc_fragment([BK, BT], "float32")
             b_q = tile.alloc_fragment([BK, BT], "float32")
             b_b = tile.alloc_fragment([BK, BT], "float32")
+            # in turn the decay G, products to be summed, dG, and what dA_log is the sum of
             b_dG = tile.alloc_fragment([BK, BT], "float32")
             b_dg = tile.alloc_fragment([BK, BT], "float32")
+            # factors of pairs, rounded as products take them, then the first bits of dG and the next
             b_first = tile.alloc_fragment([BK, BT], IO)
             b_next = tile.alloc_fragment([BK, BT], IO)
             b_dA_sum = tile.alloc_fragment([BK], "float32")
@@ -304,6 +306,7 @@ def program():
                     b_dk[i, j] += s_diagonal[j] * b_q[i, j] + b_de[i, j] * b_b[i, j]
                     s_dq[j, i] = s_q_rstd[j] * (scale * b_dq[i, j] - b_q[i, j] * (s_q_dot[j] / scale))
                     s_dk[j, i] = s_k_rstd[j] * (b_dk[i, j] - b_k[i, j] * s_k_dot[j])
+
                 # the sum over each token and all later ones as a product with ones, of the first 8
                 # bits and of the next 8
                 tile.clear(b_dg)

@@ -67,7 +67,7 @@ _check_made_for_this(
     chunk_tables="9b3567065398973a",
     grad_key="ee9a602cb4de0fed",
     grad_value="62fd8b2ea62d5896",
-    prepare="d92fb98cbb2255c9",
+    prepare="f2dbdc71aeba9f9b",
     rescan="13709f94eb3b4d02",
     reverse_scan="13431069f6b82e45",
     scan="3e1ead86be113a4d",

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 _check_made_for_this(
     grad_key="374231f847302c10",
     grad_value="c98b920be1e4a0d4",
-    prepare="a2f5039cf102882a",
+    prepare="6666285764268390",
     reprepare="89bfc37179be6618",
     rescan="54f03cc89607bb66",
     reverse_scan="2b080318f801f96d",

@@ -28,7 +28,7 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=32 BT=64 chunks=1 decay=tree language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest 68f94e225a62753a; made by
+Template digest dcdd3d1fa46c4755; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=32,BT=64,chunks=1,decay=tree,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32
@@ -307,7 +307,6 @@ def prepare_kernel(
         p_first = tl.zeros([BC, 1], tl.int32) + o_k[None, :]
         b_after = tl.zeros([BC, 1], tl.float32) + b_after
         tl.store(gamma_C + p_first, b_after, mask=(o_c == 0)[:, None])
-
     # the inverse by sub-blocks: A_ij = -A_ii (sum over j <= k < i of T_ik A_kj)
     p_score = o_c[:, None] * BT + o_c[None, :]
     b_zero = tl.zeros([BC, BC], tl.bfloat16)
