@@ -22,7 +22,8 @@ from gdn2gen.base.worker import CompilePool, compile_slots
 from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
-from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.tune.offline.predict import predicted_bytes
 
 _SECONDS = 120.0

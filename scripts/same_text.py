@@ -26,7 +26,7 @@ from dataclasses import asdict
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -36,8 +36,12 @@ from gdn2gen.base.errors import Gdn2genError  # noqa: E402
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.codegen.render import render, render_tables  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
-from gdn2gen.kernels.config import DOMAINS, LATER_KNOBS, Config, Knob, default_config  # noqa: E402
+from gdn2gen.kernels.config import Config, default_config  # noqa: E402
+from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
+
+if TYPE_CHECKING:
+    from gdn2gen.kernels.limits import Knob
 
 TABLES: Final = "chunk_tables"
 # Beside the plain problem: everything that templates ask about it.
@@ -83,8 +87,10 @@ def _filed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
     for path in sorted((ROOT / "tuned").glob("*/*.json")):
         for entry in json.loads(path.read_text())["entries"]:
             for stage, knobs in entry["configs"].items():
-                known = {**LATER_KNOBS.get(stage, {}), **knobs}
-                if set(known) == set(DOMAINS.get(stage, ())):
+                if stage not in STAGES:
+                    continue
+                known = {**STAGES[stage].later, **knobs}
+                if set(known) == set(STAGES[stage].domains):
                     for flags in FLAGS:
                         yield Problem(**{**entry["problem"], **flags}), stage, known
 
@@ -94,7 +100,8 @@ def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
     for size, flags in product(sizes, FLAGS):
         problem = Problem(**{**size, **flags})
         yield problem, TABLES, {"BT": 32}
-        for stage, domain in DOMAINS.items():
+        for stage in STAGES:
+            domain = STAGES[stage].domains
             chosen = [x for x in _FORMS if x in domain]
             values = [domain[x][:2] if x == "maxnreg" else domain[x] for x in chosen]
             for form in product(*values, (1, 2)):
@@ -109,7 +116,7 @@ def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config |
     """A config of this form, if any is valid."""
     default = {**default_config(stage, problem), **form}
     for tiles in _TILES:
-        known = default | {x: y for x, y in tiles.items() if y in DOMAINS[stage].get(x, ())}
+        known = default | {x: y for x, y in tiles.items() if y in STAGES[stage].domains.get(x, ())}
         config = Config.of(stage, known)
         if why_invalid(config, problem) is None:
             return config

@@ -84,8 +84,8 @@ def searched(
         if first is not None:
             trials.record(default, {shape.name: first})
             yield first
-        for form in space.forms(stage, PROBLEM, device, BT):
-            trials.suggest_first(form)
+        for start in space.starts(stage, PROBLEM, device, BT):
+            trials.suggest_first(start)
         while (proposal := trials.propose()) is not None:
             ms = table.get(proposal.config)
             if ms is None:

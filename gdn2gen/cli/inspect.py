@@ -21,7 +21,9 @@ from gdn2gen.cli.options import (
 )
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape, parse_shapes
-from gdn2gen.kernels.config import DOMAINS, Config, Knob, default_config, language_of
+from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.languages import LANGUAGES
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.kernels.stages import STAGES
 
@@ -78,7 +80,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(
         "--language",
-        choices=DOMAINS["scan"]["language"],
+        choices=tuple(LANGUAGES),
         help="triton: a package that does not need TileLang, with Triton's default config for "
         "stages that are tuned in TileLang; of --stage, the language of the kernel (what is tuned)",
     )

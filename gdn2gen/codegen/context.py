@@ -10,7 +10,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
-from gdn2gen.kernels.stages import Operand, Stage
+from gdn2gen.kernels.stage import Operand, Stage
 
 _TILE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
 _TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
@@ -56,7 +56,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
     sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
     tensors = []
     for operand in stage.operands(problem):
-        if operand.is_idle(config):
+        if not config.form.uses(operand):
             continue
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
         tensors.append((operand.name, dims, _TILE_DTYPE[operand.dtype_in(problem)]))
@@ -88,7 +88,9 @@ def _glossary(problem: Problem, stage: Stage, config: Config) -> list[str]:
             x.name,
             f"[{', '.join(_dims(problem, x))}]",
             x.dtype_in(problem),
-            "of other forms, not used" if x.is_idle(config) else what(x.name, stage.name, problem),
+            what(x.name, stage.name, problem)
+            if config.form.uses(x)
+            else "of other forms, not used",
         )
         for x in stage.operands(problem)
     ]

@@ -12,19 +12,13 @@ import jinja2
 
 from gdn2gen.base import environment
 from gdn2gen.base.errors import ConfigError, TemplateError
-from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
-from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.stages import STAGES, Stage
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.stage import Form, Stage
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
-
-LANGUAGES = ("triton", "tilelang")
-# Values of knobs that have templates of their own, beside the stage's first one.
-FORMS = ("anchored", "parallel")
-# Values that leave out some of another one's template.
-_FORM_OF = {"bounded": "anchored"}
 
 
 @dataclass(frozen=True)
@@ -41,24 +35,19 @@ class Rendered:
         return f"gdn2_{self.stage}_{content}"
 
 
-def template_name(stage: Stage, config: Config) -> str:
-    """The template that serves the config's language and form."""
-    values = {_FORM_OF.get(str(x), x) for x in config.values()}
-    form = next((x for x in FORMS if x in values), "")
-    return f"{language_of(config)}/stages/{stage.template}{form and '_' + form}.py.jinja"
+def template_name(form: Form) -> str:
+    """The template of a form, from the folder of all templates."""
+    return f"{form.language}/stages/{form.template}.py.jinja"
 
 
 def template_digest(config: Config) -> str:
     """Digest of what the template that serves `config` says: 16 hex digits."""
-    return text_digest([template_name(STAGES[config.stage], config)])
+    return text_digest([template_name(config.form)])
 
 
 def stage_digest(stage_name: str) -> str:
-    """The same of all templates that may serve a stage, in any language and form."""
-    template = STAGES[stage_name].template
-    forms = ("", *(f"_{form}" for form in FORMS))
-    names = [f"{x}/stages/{template}{form}.py.jinja" for x in LANGUAGES for form in forms]
-    return text_digest(name for name in names if (templates_dir() / name).exists())
+    """The same of all templates that serve a stage, in any language and form."""
+    return text_digest({template_name(form) for form in STAGES[stage_name].forms})
 
 
 def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
@@ -69,7 +58,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     reason = why_invalid(config, problem)
     if reason is not None:
         raise ConfigError(f"{stage_name} [{config}] cannot serve this problem: {reason}")
-    name = template_name(stage, config)
+    name = template_name(config.form)
     try:
         text = (
             templates()

@@ -1,10 +1,17 @@
-"""How it is computed, without source text and without torch: stages, plans, configs.
+"""How it is computed, without source text and without torch: stages, their forms, plans, configs.
 
-stages    each stage's contract: operands, bytes, operations
-glossary  what each operand is, in words
-floor     bytes and time that no kernel can do without
-plans     chains of stages, and the levels that they serve
-anchors   how far factors may lie from their anchor
-config    knobs, domains, defaults
-validity  which configs can serve a problem
+limits      where a kernel is to run, and what its knobs may be there
+languages   what every kernel of a language is limited to
+stage       what a stage's contract and its forms are declared in
+operands    what stages read of the op's inputs, and hand to each other
+glossary    what each operand is, in words
+anchors     how far factors may lie from their anchor
+prepare     prepare, reprepare, sum_decay: contracts and forms
+scans       scan, scan_states, rescan, reverse_scan
+gradients   grad_value, grad_key
+stages      every stage by its name
+config      one set of knobs of a stage; the one without tuning
+validity    which configs can serve a problem
+floor       bytes and time that no kernel can do without
+plans       chains of stages, and the levels that they serve
 """

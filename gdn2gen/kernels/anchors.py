@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.limits import Limit, Place
+from gdn2gen.kernels.stage import Form
 
-# Placements of the decay whose pairs meet at the chunk's start.
-FROM_START: Final = ("anchored", "bounded")
+# Of forms whose pairs meet at the chunk's start.
+REACH: Final = Limit(
+    "dtype",
+    ("bf16", "fp32"),
+    "{form} factors reach 2^96, which fp16 cannot hold: use a dyadic placement",
+)
+
+
+def bounded(anchored: Form, stage: str) -> Form:
+    """The same without the later anchors: where a gate's bound keeps every chunk in one frame."""
+    return replace(anchored, name="bounded", leads=None, refuses=lambda x: why_unbounded(x, stage))
 
 
 def anchor_range(problem: Problem, stage: str) -> int:
@@ -30,8 +42,9 @@ def chunk_loss(problem: Problem, BT: int) -> int:
     return math.ceil(BT * problem.bound / math.log(2.0))
 
 
-def why_unbounded(problem: Problem, stage: str, BT: int) -> str | None:
-    """Why some chunk of BT tokens may leave the first frame of `stage`; None if none can."""
+def why_unbounded(place: Place, stage: str) -> str | None:
+    """Why some chunk may leave the first frame of `stage`; None if none can."""
+    problem, BT = place.problem, place.BT
     remedy = "use decay=anchored, which serves every decay"
     if problem.gate != "sigmoid":
         return (

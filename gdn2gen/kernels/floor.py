@@ -7,7 +7,7 @@ from typing import Final
 
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.kernels.stages import DTYPE_BYTES
+from gdn2gen.kernels.stage import DTYPE_BYTES
 
 # What a cache may keep from one direction to the other, or hold back at the end, instead of moving
 # it: the largest L2 so far, a B200's.

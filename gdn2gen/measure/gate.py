@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over
-from gdn2gen.kernels.stages import SEGMENT
+from gdn2gen.kernels.scans import SEGMENT
 from gdn2gen.store.candidate import Candidate
 
 if TYPE_CHECKING:

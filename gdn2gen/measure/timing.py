@@ -20,7 +20,7 @@ from gdn2gen.base.errors import DeviceError
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.floor import floor_bytes
-from gdn2gen.kernels.stages import MAX_SEGMENTS
+from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.measure.accuracy import TORCH_DTYPES, lower_bound_of
 
 if TYPE_CHECKING:

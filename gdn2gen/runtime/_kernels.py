@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.kernels.stages import GIVEN_SEQUENCES, STAGES
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SizedRunner

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.stages import MAX_SEGMENTS, SEGMENT
+from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.runtime.sequences import count_chunks
 
 # Python's own would compare, and sizes may be symbols; untyped in torch.

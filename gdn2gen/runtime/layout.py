@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.stages import Operand
+from gdn2gen.kernels.stage import Operand
 from gdn2gen.runtime.passes import Buffer
 
 # Bytes: what loads of whole tiles ask of an address, and then some.

@@ -14,18 +14,11 @@ from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
 from gdn2gen.kernels.plans import level_of
-from gdn2gen.kernels.stages import (
-    GIVEN_SEQUENCES,
-    GRADIENT_OF,
-    OUTPUT,
-    SEGMENT,
-    STAGES,
-    TABLES,
-    Operand,
-    Stage,
-    has_operand,
-)
+from gdn2gen.kernels.scans import SEGMENT
+from gdn2gen.kernels.stage import Operand, Stage, has_operand
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._package_files import write_package
 from gdn2gen.runtime.passes import SUMMED, TORCH_DTYPE, in_place_of
 from gdn2gen.store.dispatch import Recipe
@@ -208,7 +201,7 @@ def _allocation(operand: Operand, problem: Problem, config: Config) -> str:
     reused = in_place_of(operand, problem)
     if reused is not None:
         return reused
-    dims = ["0"] if operand.is_idle(config) else operand.dims.split()
+    dims = operand.dims.split() if config.form.uses(operand) else ["0"]
     if problem.state_v_first and operand.name in ("final_state", "dh0"):
         dims[-2:] = dims[:-3:-1]
     kind = "new_zeros" if operand.name in SUMMED else "new_empty"

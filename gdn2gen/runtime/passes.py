@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.stages import STAGES, Operand
+from gdn2gen.kernels.stage import Operand
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.call import Call
 
 TORCH_DTYPE = {

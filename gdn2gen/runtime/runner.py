@@ -19,15 +19,9 @@ from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
-from gdn2gen.kernels.stages import (
-    GIVEN_SEQUENCES,
-    GRADIENT_OF,
-    OUTPUT,
-    STAGES,
-    TABLES,
-    Operand,
-    has_operand,
-)
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
+from gdn2gen.kernels.stage import Operand, has_operand
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.passes import Buffer, Pass, Step, in_place_of
@@ -211,7 +205,7 @@ class Runner:
 
     def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
         buffer = Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
-        return replace(buffer, idle=x.is_idle(config))
+        return replace(buffer, idle=not config.form.uses(x))
 
 
 class SizedRunner:

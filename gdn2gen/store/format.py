@@ -9,8 +9,9 @@ from typing import Any, Final, Literal, NoReturn, get_args
 
 from gdn2gen.base.errors import Gdn2genError, StoreError
 from gdn2gen.family.problem import Problem, Regime
-from gdn2gen.kernels.config import DOMAINS, LATER_KNOBS, SHARED_KNOBS, Config
+from gdn2gen.kernels.config import SHARED_KNOBS, Config
 from gdn2gen.kernels.plans import LEVELS, PLANS, Level, plan_named
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store._claims import check_claims
 
@@ -190,9 +191,9 @@ def check_entry(entry: Entry, gpu: str) -> None:
         if not 0 <= size < _LARGEST:
             raise StoreError(f"regime.{name} must be 0 or more and below 2^63, but is {size}")
     check_configs(entry.plan, entry.configs, problem)
-    unknown = sorted(set(entry.templates) - set(DOMAINS))
+    unknown = sorted(set(entry.templates) - set(STAGES))
     if unknown:
-        raise StoreError(f"templates name the unknown stages {unknown}; known: {list(DOMAINS)}")
+        raise StoreError(f"templates name the unknown stages {unknown}; known: {list(STAGES)}")
     check_claims(entry.provenance, problem, entry.regime, entry.measured, entry.gate, gpu)
 
 
@@ -284,7 +285,8 @@ def _config_from(stage: str, knobs: Any) -> Config:
     for name, value in knobs.items():
         if type(value) not in (int, str):
             raise StoreError(f"{stage}.{name} must be an integer or a text, but is {value!r}")
-    return Config.of(stage, {**LATER_KNOBS.get(stage, {}), **knobs})
+    later = STAGES[stage].later if stage in STAGES else {}
+    return Config.of(stage, {**later, **knobs})
 
 
 def _check_types(

@@ -9,7 +9,7 @@ from pathlib import Path
 from gdn2gen.base.device import Device, filed_device, is_name_of
 from gdn2gen.base.errors import StoreError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.kernels.config import Knob
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry, TunedFile
 

@@ -24,7 +24,8 @@ from gdn2gen.base import outcome
 from gdn2gen.base.device import present_device
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
 from gdn2gen.store.candidate import Candidate

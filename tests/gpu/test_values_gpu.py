@@ -19,7 +19,8 @@ from tilelang_configs import tilelang_by_chunk
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.runtime import call

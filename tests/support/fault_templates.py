@@ -17,7 +17,8 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.paths import templates_dir
 from gdn2gen.base.worker import CompilePool, Worker, compile_slots
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.tune.gpu.backend import WorkerBackend
 
 TEMPLATE: Final = "triton/stages/prepare.py.jinja"

@@ -20,10 +20,10 @@ from torch import Tensor
 from gdn2gen.family.inputs import REGIMES
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.anchors import FROM_START
-from gdn2gen.kernels.config import DOMAINS, Config, default_config
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.plans import PLANS
-from gdn2gen.kernels.stages import GIVEN_SEQUENCES, STAGES
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import relative_errors, run_op, run_reference
 from gdn2gen.measure.cases import Case
@@ -69,9 +69,9 @@ class KernelCase:
         for stage in PLANS[self.plan].stages:
             config = default_config(stage, problem)
             for name, value in self.knobs:
-                if value in DOMAINS[stage].get(name, ()):
+                if value in STAGES[stage].domains.get(name, ()):
                     given = config.replace(**{name: value})
-                    if name == "decay" and value in FROM_START and stage == "grad_key":
+                    if name == "decay" and value in ("anchored", "bounded") and stage == "grad_key":
                         given = given.replace(BV=problem.V, chunks=4)
                     config = config if why_invalid(given, problem) else given
             configs[stage] = config

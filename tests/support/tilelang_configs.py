@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
 
 
 def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 4) -> Config:

@@ -56,7 +56,7 @@ def predicted_bytes(
         return float("inf")
     BT, slots = config.size("BT"), blocks * device.sms
     sizes = symbol_sizes(problem, shape, BT, config.max_segments)
-    if STAGES[config.stage].template in ("scan", "reverse_scan"):
+    if STAGES[config.stage].is_chain:
         return _bytes_of_scan(problem, config, sizes, shape, resources, slots)
     programs = sizes["NT"] * shape.H
     moved = float(STAGES[config.stage].nbytes(problem, sizes))

@@ -14,7 +14,8 @@ from typing import Any, Final
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.store.candidate import Candidate
 

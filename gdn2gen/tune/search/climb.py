@@ -8,7 +8,8 @@ from typing import Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.stage import Form
 from gdn2gen.tune import space
 
 # Forms this much slower than the best are searched further; others are left to the sampler.
@@ -31,9 +32,9 @@ def next_to_best(
     """
     ranked = sorted(means, key=lambda config: means[config])
     ranked = [x for x in ranked if means[x] <= _NEAR_BEST * means[ranked[0]]]
-    best: dict[tuple[Knob | None, ...], Config] = {}
+    best: dict[Form, Config] = {}
     for config in ranked:
-        best.setdefault(space.form_of(config), config)
+        best.setdefault(config.form, config)
     # once all of these were seen: next to the others, one after the other
     for group in ([*best.values()], *([config] for config in ranked)):
         unseen = [

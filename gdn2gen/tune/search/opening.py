@@ -162,8 +162,8 @@ class Opening:
             search.default_ms[BT, stage] = geometric_mean(list(kept.values()))
             opened[stage].record(search.default(stage, BT), kept)
             search.show_best(opened[stage])
-            for form in space.forms(stage, search.problem, search.context.device, BT):
-                opened[stage].suggest_first(form)
+            for start in space.starts(stage, search.problem, search.context.device, BT):
+                opened[stage].suggest_first(start)
         for config in search.seeds:
             if config["BT"] == BT and config.stage in opened:
                 opened[config.stage].suggest_first(config)

@@ -14,7 +14,8 @@ from tilelang_configs import tilelang_by_chunk
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, Knob, default_config
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tune.offline.predict import blocks_per_sm
 from gdn2gen.tune.space import why_hopeless, why_unfit

@@ -17,14 +17,16 @@ from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.render import (
-    LANGUAGES,
     TABLES_TEMPLATE,
     render,
     render_tables,
     template_name,
 )
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import DOMAINS, Config, Knob, default_config
+from gdn2gen.kernels.config import Config, default_config, default_of
+from gdn2gen.kernels.languages import LANGUAGES
+from gdn2gen.kernels.limits import Knob, Place
+from gdn2gen.kernels.stage import Form
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.package import package_source
 from gdn2gen.store.dispatch import default_recipe
@@ -85,7 +87,8 @@ def _scan() -> str:
 
 def _reverse_scan_tilelang() -> str:
     problem = Problem(varlen=True, initial_state=True, final_state=True)
-    return render(problem, "reverse_scan", _config("reverse_scan", "tilelang")).source
+    config = default_config("reverse_scan", problem).replace(language="tilelang")
+    return render(problem, "reverse_scan", config).source
 
 
 def _prepare_tilelang() -> str:
@@ -94,7 +97,8 @@ def _prepare_tilelang() -> str:
 
 
 def _scan_tilelang() -> str:
-    return render(Problem(), "scan", _config("scan", "tilelang")).source
+    config = default_config("scan", Problem()).replace(language="tilelang")
+    return render(Problem(), "scan", config).source
 
 
 def _prepare_at_once_tilelang() -> str:
@@ -201,21 +205,12 @@ def _wanted(template: str) -> set[str]:
     return wanted
 
 
-def _configs(stage: str, language: str) -> list[Config]:
-    """One config for each template of the stage in `language`."""
-    config = default_config(stage, Problem())
-    if "language" in config:
-        config = config.replace(language=language)
-    others: dict[str, Knob] = {}
-    if "decay" in config and language == "triton":
-        others = {"decay": "log", **(_ONE_WARP if stage == "prepare" else {"chunks": 1})}
-    elif "segments" in config:
-        others = {"segments": "parallel"}
-    return [config, config.replace(**others)] if others else [config]
+def _forms(stage: str, language: str) -> list[Form]:
+    return [x for x in STAGES[stage].forms if x.language == language]
 
 
 def _config(stage: str, language: str) -> Config:
-    return _configs(stage, language)[0]
+    return default_of(stage, _forms(stage, language)[0], Place(Problem(), 32))
 
 
 def _given(stage: str, language: str) -> set[str]:
@@ -223,11 +218,11 @@ def _given(stage: str, language: str) -> set[str]:
 
 
 def _templates(stage: str, language: str) -> set[str]:
-    return {template_name(STAGES[stage], x) for x in _configs(stage, language)}
+    return {template_name(x) for x in _forms(stage, language)}
 
 
 def _stages_in(language: str) -> list[str]:
-    return [x for x in STAGES if language in DOMAINS[x].get("language", ("triton",))]
+    return [x for x in STAGES if _forms(x, language)]
 
 
 KERNELS: Final = [(language, stage) for language in LANGUAGES for stage in _stages_in(language)]

@@ -21,8 +21,9 @@ from gdn2gen.cli import program
 from gdn2gen.codegen import render
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
-from gdn2gen.kernels.config import CHUNKS, Config, default_config
+from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.stage import CHUNKS
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import lower_bound_of
 from gdn2gen.runtime.lookup import make_request
@@ -333,7 +334,7 @@ def test_the_ledger_keeps_refusals_from_before_there_were_bounds(tmp_path: Path)
 @pytest.mark.parametrize("stage", STAGES)
 def test_searched_only_where_a_bound_is_known(stage: str) -> None:
     for problem, expected in ((Problem(), False), (SIGMOID, False), (BOUND_2, True)):
-        forms = {x["decay"] for x in space.forms(stage, problem, H200, 32)}
+        forms = {x["decay"] for x in space.starts(stage, problem, H200, 32)}
         assert ("bounded" in forms) == expected
         asked = space.distributions(stage, problem)["decay"]
         assert ("bounded" in asked.choices) == expected  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
-from gdn2gen.kernels.config import DOMAINS, default_config
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tune import space
 from gdn2gen.tune.offline.predict import blocks_per_sm, predicted_bytes
 from gdn2gen.tune.search import climb
@@ -23,7 +24,7 @@ SMALL = named_device("sm_89")
 PROBLEM = Problem()
 
 
-@pytest.mark.parametrize("stage", DOMAINS)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("K", [32, 128])
 def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
     problem = Problem(K=K, V=K)
@@ -36,7 +37,7 @@ def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
         assert set(parameters) == set(space.distributions(stage, problem))
 
 
-@pytest.mark.parametrize("stage", DOMAINS)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("K", [32, 64, 128])
 def test_the_default_is_in_the_space(stage, K):
     problem = Problem(K=K, V=K)
@@ -53,7 +54,7 @@ def test_a_scan_that_cannot_fit_is_hopeless_only_where_it_cannot():
 
 
 def test_every_form_of_a_kernel_is_tried_first_near_the_default():
-    forms = space.forms("grad_key", PROBLEM, H200, 32)
+    forms = space.starts("grad_key", PROBLEM, H200, 32)
     kinds = {(config["language"], config["decay"]) for config in forms}
     assert {("triton", "log"), ("triton", "anchored"), ("tilelang", "anchored")} <= kinds
     assert len(kinds) == len(forms)
@@ -65,16 +66,16 @@ def test_every_form_of_a_kernel_is_tried_first_near_the_default():
     (tilelang,) = (x for x in forms if x["language"] == "tilelang")
     assert (tilelang["chunks"], tilelang["maxnreg"]) == (16, 128)
     for K, BT, maxnreg, solve in ((64, 32, 64, "halves"), (128, 32, 80, "halves")):
-        prepare = space.forms("prepare", Problem(K=K), H200, BT)[-1]
+        prepare = space.starts("prepare", Problem(K=K), H200, BT)[-1]
         assert (prepare["language"], prepare["maxnreg"]) == ("tilelang", maxnreg)
         assert prepare["solve"] == solve
-    wide = space.forms("prepare", Problem(K=64), H200, 64)[-1]
+    wide = space.starts("prepare", Problem(K=64), H200, 64)[-1]
     assert (wide["maxnreg"], wide["solve"]) in ((0, "ieee"), (128, "ieee"))
-    first, other = space.forms("sum_decay", PROBLEM, H200, 32)
+    first, other = space.starts("sum_decay", PROBLEM, H200, 32)
     assert first == default_config("sum_decay", PROBLEM, BT=32)
     assert other["language"] == "tilelang"
-    assert space.forms("sum_decay", PROBLEM, named_device("RTX 5090"), 32) == [first]
-    for form in space.forms("prepare", PROBLEM, named_device("A100"), 32):
+    assert space.starts("sum_decay", PROBLEM, named_device("RTX 5090"), 32) == [first]
+    for form in space.starts("prepare", PROBLEM, named_device("A100"), 32):
         assert form["language"] == "triton" or (form["maxnreg"], form["num_stages"]) == (0, 1)
 
 
@@ -175,7 +176,7 @@ def test_segments_are_the_parallel_scans_alone_and_no_kernel_of_their_own():
     parallel = serial.replace(segments="parallel")
     sources = {
         render(problem, "scan", parallel.replace(max_segments=x)).source
-        for x in DOMAINS["scan"]["max_segments"]
+        for x in STAGES["scan"].domains["max_segments"]
     }
     assert len(sources) == 1
 

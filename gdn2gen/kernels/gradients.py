@@ -1,0 +1,205 @@
+"""Stages that make the inputs' gradients, chunk by chunk: grad_value and grad_key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.operands import (
+    CHUNK_SCALARS,
+    CHUNK_TABLE,
+    DH,
+    DO,
+    DX,
+    DX_REST,
+    GAMMA_C,
+    GATE,
+    OUTPUT,
+    QKGB,
+    RSTD,
+    VW,
+    G,
+    H,
+    R,
+)
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+_LOADS_AHEAD: Final = (1, 2, 3)
+_FP32: Final = {"dtype": ("fp32",)}
+_SCORE_GRADS: Final = (
+    Operand("dT", "NT HV BT BT"),
+    Operand("dAqk", "NT HV BT BT"),
+    Operand("dAqk_diagonal", "NT HV BT", "fp32"),
+)
+_DOTS: Final = (
+    Operand("q_dot", "NT HV BT", "fp32", "l2norm"),
+    Operand("k_dot", "NT HV BT", "fp32", "l2norm"),
+)
+
+GRAD_VALUE: Final = Stage(
+    name="grad_value",
+    inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
+    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V"), *_DOTS),
+    scalars=("T", "HV"),
+    products=("BT BT V", "BT BT V"),  # dT, dAqk
+    forms=(
+        Form(
+            "slices",
+            "triton",
+            "grad_value",
+            knobs={
+                "chunks": (1,),
+                "BV": (32, 64, 128),
+                "num_warps": (2, 4, 8),
+                "num_stages": _LOADS_AHEAD,
+                "maxnreg": (0, 80, 96, 128, 168, 208),
+            },
+            defaults=(Setting({"BV": 64, "num_warps": 4}), Setting({"BV": 32}, _FP32)),
+            leads={},
+        ),
+        Form(
+            "whole",
+            "tilelang",
+            "grad_value",
+            knobs={
+                "chunks": (1, 4, 16),
+                "BV": (32, 64, 128),
+                "num_warps": (4,),
+                "num_stages": _LOADS_AHEAD,
+                "maxnreg": (0, 80, 128),
+            },
+            defaults=(Setting({"maxnreg": 80}),),
+            limits=(Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),),
+            whole=("BV",),
+        ),
+    ),
+    later={"language": "triton", "chunks": 1},
+)
+
+# grad_key. On an H200 slices of 32 channels, which spill up to 616 bytes in fp16 and 1144 in fp32,
+# cost less than slices of 16: at train4k fp16 takes 1.12 ms instead of 1.48, fp32 4.03 instead of
+# 6.92.
+_WIDE_SLICES: Final = Setting({"BK": 32, "num_warps": 2}, {"arch": ("sm_90",), "BT": (16, 32)})
+# Pairs meet in the middle of dyadic blocks.
+_LOG: Final = Form(
+    "log",
+    "triton",
+    "grad_key",
+    knobs={
+        "chunks": (1,),
+        "BK": (16, 32, 64, 128),
+        "BV": (32, 64, 128),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": _LOADS_AHEAD,
+        "maxnreg": (0, 96, 128, 168, 208),
+    },
+    defaults=(
+        # slices of 32 spill up to 664 bytes a thread (fp16, sm_120, Triton 3.8); of 16, 16
+        Setting({"BK": 16, "BV": 128, "num_warps": 2}),
+        # two warps spill up to 448 bytes in fp32, and 1 KB in chunks of 64; four 136 and 248
+        Setting({"BV": 32, "num_warps": 4}, _FP32),
+        Setting({"num_warps": 4}, {"BT": (64,)}),
+        _WIDE_SLICES,
+    ),
+    leads={},
+)
+# Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
+_ANCHORED: Final = Form(
+    "anchored",
+    "triton",
+    "grad_key_anchored",
+    knobs={**_LOG.knobs, "chunks": (1, 4, 16)},
+    defaults=(
+        Setting({"BK": 64, "num_warps": 4, "num_stages": 2, "chunks": 4}),
+        # like log: its loads ahead take 250 KB of shared memory in chunks of 64 tokens
+        Setting({"BK": 16, "num_stages": 1, "chunks": 1}, {"BT": (64,)}),
+        Setting({"BK": 16, "num_stages": 1, "chunks": 1}, _FP32),
+        replace(_WIDE_SLICES, where={**_WIDE_SLICES.where, **_FP32}),
+    ),
+    leads={"dtype": ("bf16",), "BT": (16, 32)},
+    limits=(
+        REACH,
+        # Seen nine times on an H200, and never with other sizes; not understood. Products of 64
+        # rows go by wgmma there, and that of BK by BK, S dS, does not.
+        Limit(
+            "BK",
+            (64, 128),
+            "Triton 3.6 compiles slices of fewer channels to a kernel that reads past its memory",
+            {"BT": (64,), "arch": ("sm_90",)},
+        ),
+    ),
+    whole=("BV",),
+    ahead=(
+        *(Operand(name, "V BK") for name in ("h", "dh")),
+        *(Operand(name, "BT V") for name in ("R", "dX", "do")),
+        *(Operand(name, "BT BK") for name in ("q", "k", "b")),
+        Operand("G", "BT BK", "fp32"),
+    ),
+)
+# A warp group takes 64 channels.
+_ANCHORED_TILELANG: Final = Form(
+    "anchored",
+    "tilelang",
+    "grad_key_anchored",
+    knobs={
+        "chunks": (1, 4, 16),
+        "BK": (64,),
+        "BV": (32, 64, 128),
+        "num_warps": (4,),
+        "num_stages": _LOADS_AHEAD,
+        "maxnreg": (0, 128),
+    },
+    defaults=(Setting({"chunks": 16, "maxnreg": 128}),),
+    limits=(
+        REACH,
+        # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
+        Limit(
+            "num_stages",
+            (1,),
+            "a token's sums are 64 bytes in chunks of 16: of several stages, every second is off",
+            {"BT": (16,)},
+        ),
+    ),
+    whole=("BV",),
+)
+
+GRAD_KEY: Final = Stage(
+    name="grad_key",
+    inputs=(
+        *QKGB,
+        *GATE,
+        *RSTD,
+        G,
+        GAMMA_C,
+        H,
+        R,
+        DH,
+        DX,
+        *_SCORE_GRADS,
+        DO,
+        *_DOTS,
+        *CHUNK_TABLE,
+    ),
+    outputs=(
+        Operand("dq", "B T HV K"),
+        Operand("dk", "B T HV K"),
+        Operand("dg", "B T HV K", "gate"),
+        Operand("db", "B T HV K"),
+        Operand("dA_log", "NT HV K", "fp32", "A_log"),
+        Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
+    ),
+    scalars=CHUNK_SCALARS,
+    # of the state for q, e and k; of pairs for q, e, and twice for k
+    products=(*("BT K V",) * 3, *("BT K BT",) * 4),
+    selector="decay",
+    forms=(
+        _LOG,
+        _ANCHORED,
+        bounded(_ANCHORED, "grad_key"),
+        _ANCHORED_TILELANG,
+        bounded(_ANCHORED_TILELANG, "grad_key"),
+    ),
+    later={"language": "triton"},
+)

@@ -1,0 +1,51 @@
+"""Where a kernel is to run, and what its knobs may be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gdn2gen.family.problem import Problem
+
+Knob = int | str
+Domain = tuple[Knob, ...]
+# What `BT`, `arch` and fields of the problem may be, by their names.
+Where = Mapping[str, tuple[object, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a kernel is to run: all that a form's limits and defaults may depend on."""
+
+    problem: Problem
+    BT: int
+    arch: str | None = None
+    """As in `sm_90`; None where it is not known: then nothing that depends on it is refused."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in ("BT", "arch") or hasattr(self.problem, name)
+
+    def __getitem__(self, name: str) -> object:
+        """`BT`, `arch`, or a field of the problem."""
+        return getattr(self if name in ("BT", "arch") else self.problem, name)
+
+    def is_in(self, where: Where) -> bool:
+        return all(self[name] in values for name, values in where.items())
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What `name`, a knob or what a `Place` knows, may only be where all of `where` holds."""
+
+    name: str
+    values: tuple[object, ...]
+    why: str
+    where: Where = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Values of knobs, where all of `where` holds."""
+
+    knobs: Mapping[str, Knob]
+    where: Where = field(default_factory=dict)

@@ -1,0 +1,166 @@
+"""Stages that make a chunk's factors from q, k, g and b: prepare, reprepare and sum_decay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.operands import (
+    CHUNK_SCALARS,
+    CHUNK_TABLE,
+    DECAY,
+    FACTORS,
+    GATE,
+    QKGB,
+    RSTD,
+    SCORES,
+    A,
+    G,
+)
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+_MAKE_Y: Final = "BT K BT"
+_FP32: Final = {"dtype": ("fp32",)}
+_LOADS_AHEAD: Final = (1, 2, 3)
+
+# A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
+_EXACT_SOLVE: Final = Setting({"solve": "tf32x3"}, {"dtype": ("fp16", "fp32")})
+
+# Pairs meet in the middle of dyadic blocks, by products of factors. It reads back what it wrote,
+# and 64 channels at a time would spill 2 KB a thread.
+_TREE: Final = Form(
+    "tree",
+    "triton",
+    "prepare",
+    knobs={
+        "chunks": (1,),
+        "BK": (32,),
+        "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
+        "num_warps": (1,),
+        "num_stages": _LOADS_AHEAD,
+        "maxnreg": (0, 80, 128, 168, 208),  # 64 spill
+    },
+    defaults=(_EXACT_SOLVE,),
+    leads={},
+    scratch=("gamma_B",),
+)
+# Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
+_ANCHORED: Final = Form(
+    "anchored",
+    "triton",
+    "prepare_anchored",
+    knobs={**_TREE.knobs, "BK": (32, 64, 128), "num_warps": (1, 2, 4)},
+    defaults=(
+        _EXACT_SOLVE,
+        Setting({"BK": 64, "num_warps": 2}),
+        Setting({"BK": 32, "num_warps": 1}, _FP32),
+    ),
+    leads={"dtype": ("bf16",)},
+    limits=(REACH,),
+)
+# A warp group takes all channels. From the config nearest to Triton's default, one program to a
+# multiprocessor, a search from an empty store left prepare in Triton: train4k 1.60 ms on an H200,
+# where 1.46 was known.
+_ANCHORED_TILELANG: Final = Form(
+    "anchored",
+    "tilelang",
+    "prepare_anchored",
+    knobs={
+        "chunks": (1, 2, 4, 8, 16),
+        "BK": (32, 64, 128),
+        # by substitution in fp32, all at once or that of either half
+        "solve": ("ieee", "halves"),
+        "num_warps": (4,),
+        "num_stages": _LOADS_AHEAD,
+        # one program to a multiprocessor, four, three or two: where their shared memory allows them
+        "maxnreg": (0, 64, 80, 128),
+    },
+    defaults=(
+        Setting({"chunks": 4, "solve": "halves", "maxnreg": 80}),
+        Setting({"maxnreg": 64}, {"K": (32, 64)}),
+    ),
+    limits=(
+        REACH,
+        Limit("solve", ("ieee",), "halves give two columns to a thread", {"BT": (16, 64)}),
+        Limit("maxnreg", (0, 80, 128), "four do not fit", {"K": (128,)}),
+        Limit("maxnreg", (0, 128), "a thread holds the norms of 64 tokens", {"BT": (64,)}),
+    ),
+    whole=("BK",),
+)
+
+PREPARE: Final = Stage(
+    name="prepare",
+    inputs=(*QKGB, *GATE, *CHUNK_TABLE),
+    outputs=(*RSTD, *SCORES, *FACTORS, Operand("gamma_B", "NT HV NB K", "fp32", scratch=True)),
+    scalars=CHUNK_SCALARS,
+    products=("BT BT K", "BT BT K", "BT BT BT", _MAKE_Y),  # T, Aqk, inverse, Y
+    selector="decay",
+    forms=(
+        replace(_TREE, name="log", leads=None),  # the same by exponentials of sums
+        _TREE,
+        _ANCHORED,
+        bounded(_ANCHORED, "prepare"),
+        _ANCHORED_TILELANG,
+        bounded(_ANCHORED_TILELANG, "prepare"),
+    ),
+    later={"language": "triton", "chunks": 1},
+)
+
+# Of reprepare, and of sum_decay as far as they are the same.
+_SLICES: Final = Form(
+    "slices",
+    "triton",
+    "reprepare",
+    knobs={
+        "chunks": (1,),
+        "BK": (32, 64, 128),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": (1,),  # it has no loop
+        "maxnreg": (0, 64, 80, 96, 128),
+    },
+    defaults=(Setting({"BK": 64, "num_warps": 2}), Setting({"BK": 32}, _FP32)),
+    leads={},
+)
+_WHOLE: Final = Form(
+    "whole",
+    "tilelang",
+    "reprepare",
+    knobs={
+        "chunks": (1, 4, 16),
+        "BK": (32, 64, 128),
+        "num_warps": (4,),
+        "num_stages": _LOADS_AHEAD,
+        "maxnreg": (0, 80, 128),
+    },
+    defaults=(Setting({"chunks": 4, "maxnreg": 80}),),
+    limits=(Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),),
+    whole=("BK",),
+)
+
+REPREPARE: Final = Stage(
+    name="reprepare",
+    inputs=(*QKGB, *GATE, *CHUNK_TABLE, *RSTD, A),
+    outputs=(G, *FACTORS),
+    scalars=CHUNK_SCALARS,
+    products=(_MAKE_Y,),
+    forms=(_SLICES, _WHOLE),
+    later={"language": "triton", "chunks": 1},
+)
+
+SUM_DECAY: Final = Stage(
+    name="sum_decay",
+    inputs=(DECAY, *GATE, *CHUNK_TABLE),
+    outputs=(G,),
+    scalars=CHUNK_SCALARS,
+    forms=(
+        replace(_SLICES, knobs={**_SLICES.knobs, "num_warps": (1, 2, 4), "maxnreg": (0,)}),
+        replace(
+            _WHOLE,
+            knobs={**_WHOLE.knobs, "maxnreg": (0,)},
+            defaults=(Setting({"chunks": 4}),),
+        ),
+    ),
+    later={"language": "triton", "chunks": 1},
+)

@@ -1,0 +1,165 @@
+"""Stages that go from chunk to chunk: scan, scan_states, rescan and reverse_scan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.operands import (
+    DH,
+    DO,
+    DX,
+    DX_REST,
+    FACTORS,
+    INITIAL,
+    OUTPUT,
+    S_SEG,
+    SCORES,
+    SEQUENCES,
+    VW,
+    A,
+    H,
+    R,
+)
+from gdn2gen.kernels.stage import TILES, Form, Operand, Stage
+
+# Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
+SEGMENT: Final = 32
+# Segments of all heads and sequences at most, unless the scan's knob says otherwise. Two programs
+# each (slices of V) are two to a multiprocessor of an H200: at long32k 8 segments a head instead of
+# 32 take the parallel scans from 0.73 and 0.85 ms to 0.59 and 0.70.
+MAX_SEGMENTS: Final = 132
+
+_SCALARS: Final = ("T", "HV", "NS", "segment")
+_FINAL: Final = Operand("final_state", "N HV K V", "fp32", "final_state")
+# Of the parallel forms: from a segment's start to its end; gradients at its end.
+_M_SEG: Final = Operand("M_seg", "N HV NS K K", "fp32", scratch=True)
+_DS_SEG: Final = Operand("dS_seg", "N HV NS V K", "fp32", scratch=True)
+# R = A w v + Y S, then the state from R; o from the state and from R
+_CARRY: Final = ("BT V BT", "BT V K", "K V BT")
+_MAKE_O: Final = ("BT V K", "BT V BT")
+
+# One chain per sequence. Measured on an H200 at train4k, then kept small enough for GPUs with 99 KB
+# of shared memory: at BT = 64 the scans alone need 114 KB.
+_SERIAL: Final = Form(
+    "serial",
+    "triton",
+    "scan",
+    knobs={"BV": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4)},
+    defaults=(
+        Setting({"BV": 64, "num_warps": 4, "num_stages": 2}),
+        # Where products of 64 rows go to tensor memory, Triton 3.6 to 3.8 spill up to 888 bytes a
+        # thread in the loops (3.9: 56); with 32 rows none of them more than 16.
+        Setting({"BV": 32}, {"arch": ("sm_100", "sm_101", "sm_103")}),
+        # Products take three passes, and their operands the registers: 32 rows spill.
+        Setting({"BV": 16, "num_stages": 1}, {"dtype": ("fp32",)}),
+    ),
+    leads={},
+)
+# A warp group has 64 rows of the state.
+_SERIAL_TILELANG: Final = Form(
+    "serial",
+    "tilelang",
+    "scan",
+    knobs={"BV": (64,), "num_warps": (4,), "num_stages": (1, 2, 3, 4)},
+    defaults=(Setting({"num_stages": 3}),),
+)
+_SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
+
+
+def _with_segments(serial: Form) -> tuple[Form, Form]:
+    """The form, and beside it its parallel one: every segment's transition first, then all at once.
+
+    They share knobs, so that configs of either have the same.
+    """
+    one = replace(
+        serial,
+        knobs={**serial.knobs, "max_segments": (64, 112, MAX_SEGMENTS)},
+        defaults=(*serial.defaults, Setting({"max_segments": MAX_SEGMENTS})),
+        limits=(Limit("max_segments", (MAX_SEGMENTS,), "only the parallel scans have segments"),),
+    )
+    parallel = replace(
+        one,
+        name="parallel",
+        template=f"{serial.template}_parallel",
+        leads=None,
+        limits=(Limit("varlen", (False,), "packed sequences are one segment each"),),
+        # BV are also rows of the transition
+        tiles=(*TILES, ("BV", "K")),
+        scratch=("S_seg", "M_seg", "dS_seg"),
+    )
+    return one, parallel
+
+
+def _forms(*serial: Form, template: str = "scan", ahead: tuple[Operand, ...]) -> tuple[Form, ...]:
+    """Both forms of each, those of a language together."""
+    given = (replace(x, template=template, ahead=ahead) for x in serial)
+    return tuple(form for x in given for form in _with_segments(x))
+
+
+_AHEAD: Final = tuple(
+    Operand(name, dims)
+    for dims, names in (("BT K", ("Y", "Ktail", "Qg")), ("BT BT", ("A", "Aqk")))
+    for name in names
+)
+_FORMS: Final = _forms(*_SERIAL_FORMS, ahead=_AHEAD)
+
+SCAN: Final = Stage(
+    name="scan",
+    inputs=(*VW, *FACTORS, *SCORES, *INITIAL, *SEQUENCES),
+    outputs=(OUTPUT, S_SEG, _M_SEG, _FINAL),
+    scalars=_SCALARS,
+    count="n_sequences",
+    products=(*_CARRY, *_MAKE_O),
+    selector="segments",
+    forms=_FORMS,
+    later={"max_segments": MAX_SEGMENTS},
+)
+
+SCAN_STATES: Final = Stage(
+    name="scan_states",
+    inputs=SCAN.inputs,
+    outputs=(OUTPUT, H, R, replace(S_SEG, scratch=True), _M_SEG, _FINAL),
+    scalars=_SCALARS,
+    count="n_sequences",
+    products=SCAN.products,
+    selector="segments",
+    forms=_FORMS,
+)
+
+RESCAN: Final = Stage(
+    name="rescan",
+    inputs=(*VW, *FACTORS[1:], A, S_SEG, *SEQUENCES),
+    outputs=(H, R),
+    scalars=_SCALARS,
+    count="n_sequences",
+    products=_CARRY,
+    forms=tuple(replace(x, ahead=(_AHEAD[0], _AHEAD[1], _AHEAD[3])) for x in _SERIAL_FORMS),
+)
+
+REVERSE_SCAN: Final = Stage(
+    name="reverse_scan",
+    inputs=(
+        *FACTORS,
+        *SCORES,
+        DO,
+        Operand("dht", "N HV K V", "fp32", "final_state"),
+        *SEQUENCES,
+    ),
+    outputs=(
+        DH,
+        DX,
+        DX_REST,
+        _DS_SEG,
+        _M_SEG,
+        Operand("dh0", "N HV K V", "fp32", "initial_state"),
+    ),
+    scalars=_SCALARS,
+    count="n_sequences",
+    # dR from dO and from dS; dS from dO and from dR; dX
+    products=("BT V BT", "BT V K", "K V BT", "K V BT", "BT V BT"),
+    selector="segments",
+    forms=_forms(*_SERIAL_FORMS, template="reverse_scan", ahead=(*_AHEAD, Operand("do", "BT BV"))),
+    later={"max_segments": MAX_SEGMENTS},
+)

@@ -1,0 +1,240 @@
+"""Stage: a kernel's contract, and its forms: the kernels that keep it, each with its own knobs.
+
+Symbols in `dims` (the same as in the templates' glossaries):
+
+    B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
+    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
+    K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+    NB sub-blocks of a chunk, 16 tokens each
+    NS segments of a sequence, of equal length (see `Call.segments`)
+
+Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Final
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
+from gdn2gen.kernels.limits import Domain, Knob, Limit, Place, Setting, Where
+
+# Chunk sizes. BT is shared by all stages of a plan: it is the unit of the workspace between them.
+CHUNKS: Final = (16, 32, 64)
+
+DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor of a stage: name in the kernel, dims by symbol, dtype or its role.
+
+    dtype `io` is the problem's dtype, `gate` the dtype of g, `fp32` and `int32` themselves.
+    `when` names the condition under which the kernel has this argument (see `has_operand`).
+    `scratch` is what kernels of one form hand to each other: empty but for forms that name it.
+    """
+
+    name: str
+    dims: str
+    dtype: str = "io"
+    when: str = "always"
+    scratch: bool = False
+
+    def dtype_in(self, problem: Problem) -> str:
+        return {"io": problem.dtype, "gate": problem.gate_dtype}.get(self.dtype, self.dtype)
+
+    def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
+        """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
+        elements = prod(sizes[symbol] for symbol in self.dims.split())
+        return elements * DTYPE_BYTES[self.dtype_in(problem)]
+
+
+def has_operand(operand: Operand, problem: Problem) -> bool:
+    """Whether the kernels of `problem` take this operand."""
+    conditions = {
+        "always": True,
+        "rounded": problem.dtype != "fp32",
+        "l2norm": problem.l2norm,
+        "gate": problem.gate != "none",
+        "A_log": problem.has_A_log,
+        "dt_bias": problem.has_dt_bias,
+        "varlen": problem.varlen,
+        "initial_state": problem.initial_state,
+        "final_state": problem.final_state,
+    }
+    return conditions[operand.when]
+
+
+# Tiles, and the head dims that they are slices of: none is larger.
+TILES: Final = (("BK", "K"), ("BV", "V"))
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One of the kernels that keep a stage's contract: a template with knobs of its own.
+
+    A config is of the form that its `language` and the stage's `selector` name.
+    """
+
+    name: str
+    """The value of the stage's selector; without one, what it is called."""
+    language: str
+    template: str
+    """Its name among those of the language."""
+    knobs: Mapping[str, Domain]
+    """What each knob may be. Every combination is a kernel, within the limits."""
+    defaults: tuple[Setting, ...] = ()
+    """Where a search of it starts, and a call without tuning: later ones win; a knob without any is
+    the first of its domain."""
+    leads: Where | None = None
+    """Where the stage's default is of this form, if of none after it; {} is everywhere."""
+    limits: tuple[Limit, ...] = ()
+    tiles: tuple[tuple[str, str], ...] = TILES
+    """Tiles, and the head dims that they may not exceed."""
+    whole: tuple[str, ...] = ()
+    """Tiles that are all of their head dim."""
+    refuses: Callable[[Place], str | None] | None = None
+    """Why it cannot run there, where no limit can say it."""
+    ahead: tuple[Operand, ...] = ()
+    """Tiles that its loop loads `num_stages - 1` times ahead."""
+    scratch: tuple[str, ...] = ()
+    """Scratch that it makes use of."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {LANGUAGE_NAMES[self.language]}"
+
+    def uses(self, operand: Operand) -> bool:
+        return not operand.scratch or operand.name in self.scratch
+
+    def serves(self, place: Place) -> bool:
+        """Whether any of its kernels can run there, as far as that is not up to knobs."""
+        limits = (x for x in self.limits_at(place) if x.name not in self.knobs)
+        if any(place[x.name] not in x.values for x in limits):
+            return False
+        return self.refuses is None or self.refuses(place) is None
+
+    def domains(self, place: Place) -> dict[str, Domain]:
+        """What each knob may be there, in the order of `knobs`; may be empty."""
+        found = dict(self.knobs)
+        for tile, dim in self.tiles:
+            if tile in found:
+                size, whole = place[dim], tile in self.whole
+                assert isinstance(size, int)
+                found[tile] = tuple(
+                    x for x in found[tile] if x == size or (int(x) < size and not whole)
+                )
+        for limit in self.limits_at(place):
+            if limit.name in found:
+                found[limit.name] = tuple(x for x in found[limit.name] if x in limit.values)
+        return found
+
+    def limits_at(self, place: Place) -> list[Limit]:
+        """What holds there: the language's, as far as it has such knobs, and its own."""
+        given = (*LANGUAGES[self.language], *self.limits)
+        return [
+            x for x in given if (x.name in self.knobs or x.name in place) and place.is_in(x.where)
+        ]
+
+    def default(self, place: Place) -> dict[str, Knob]:
+        """Its knobs without tuning; where it cannot run, values that it does not take."""
+        found = {name: values[0] for name, values in self.knobs.items()}
+        for setting in self.defaults:
+            if place.is_in(setting.where):
+                found |= setting.knobs
+        for tile, dim in TILES:
+            if tile in found:
+                size = place[dim]
+                assert isinstance(size, int)
+                found[tile] = size if tile in self.whole else min(int(found[tile]), size)
+        return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stage:
+    """A kernel's contract: what it reads and what it writes; and the forms that keep it."""
+
+    name: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    scalars: tuple[str, ...]
+    count: str = "n_chunks"
+    """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
+    from chunk to chunk."""
+    products: tuple[str, ...] = ()
+    """Matrix products of a chunk and head, each as rows, columns and what is summed over. Scores
+    count as one product each, as where one anchor serves a chunk, and so does the inverse."""
+    forms: tuple[Form, ...]
+    selector: str | None = None
+    """The knob whose value is the form's name."""
+    later: Mapping[str, Knob] = field(default_factory=dict)
+    """Knobs that came after entries had been filed, and what configs without them mean."""
+
+    def operands(self, problem: Problem) -> list[Operand]:
+        """Inputs, then outputs, in the order of the kernel's arguments."""
+        return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
+
+    def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
+        """Least bytes to move: every operand but scratch, read or written once."""
+        return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
+
+    def flops(self, sizes: Mapping[str, int]) -> int:
+        """Operations of its products, two for each multiplication; scans count as serial ones."""
+        chunk = sum(prod(sizes[symbol] for symbol in one.split()) for one in self.products)
+        return 2 * chunk * sizes["NT"] * sizes["HV"]
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether its programs go from chunk to chunk."""
+        return self.count == "n_sequences"
+
+    def selecting(self, form: Form) -> dict[str, Knob]:
+        """The knobs that tell a form of this stage from the others."""
+        found: dict[str, Knob] = {"language": form.language}
+        return found | ({self.selector: form.name} if self.selector else {})
+
+    def form_of(self, knobs: Mapping[str, Knob]) -> Form | None:
+        """The form that the knobs select, or None where there is none."""
+        return self._by_selection.get(tuple(knobs[name] for name in self._selectors))
+
+    def why_no_form(self, knobs: Mapping[str, Knob]) -> str:
+        """Says that `form_of` found none."""
+        given = " ".join(f"{name}={knobs[name]}" for name in self._selectors)
+        known = ", ".join(
+            " ".join(f"{name}={x}" for name, x in self.selecting(form).items())
+            for form in self.forms
+        )
+        return f"{self.name} has no form with {given}; use one of {known}"
+
+    def default_form(self, place: Place) -> Form:
+        """The form of the config without tuning."""
+        leading = [x for x in self.forms if x.leads is not None and place.is_in(x.leads)]
+        return leading[-1]
+
+    @cached_property
+    def domains(self) -> dict[str, Domain]:
+        """Knobs of its configs, and what each may be in some form."""
+        found: dict[str, dict[Knob, None]] = {"BT": dict.fromkeys(CHUNKS)}
+        for form in self.forms:
+            for name, values in self._all_of(form).items():
+                found.setdefault(name, {}).update(dict.fromkeys(values))
+        return {name: _in_order(tuple(values)) for name, values in found.items()}
+
+    def _all_of(self, form: Form) -> dict[str, Domain]:
+        return {name: (x,) for name, x in self.selecting(form).items()} | {**form.knobs}
+
+    @cached_property
+    def _selectors(self) -> tuple[str, ...]:
+        return tuple(self.selecting(self.forms[0]))
+
+    @cached_property
+    def _by_selection(self) -> dict[tuple[Knob, ...], Form]:
+        return {tuple(self.selecting(x).values()): x for x in self.forms}
+
+
+def _in_order(values: Domain) -> Domain:
+    return tuple(sorted(values)) if all(isinstance(x, int) for x in values) else values

@@ -1,0 +1,114 @@
+"""Forms: one for every config, no combination that is refused, and the same configs as ever."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from math import prod
+
+import pytest
+
+from gdn2gen.base.device import named_device
+from gdn2gen.base.paths import templates_dir
+from gdn2gen.codegen.render import template_name
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, default_config, default_of
+from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.validity import valid_configs, why_invalid
+from gdn2gen.tune import space
+
+PROBLEMS = (
+    Problem(),
+    Problem(K=64, V=32, dtype="fp16"),
+    Problem(K=32, V=64, dtype="fp32"),
+    Problem(gate="sigmoid", bound=2),
+    Problem(varlen=True),
+)
+ARCHS = ("sm_90", "sm_80", "sm_120")
+# Configs worth compiling, over all of these and every chunk size, and a digest of them. Another
+# form, or another value of a knob, changes what a stage has here.
+WORTH = {
+    "prepare": (25545, "2fdd97b6e815"),
+    "reprepare": (2448, "d9ff5fb56bf5"),
+    "sum_decay": (444, "bf152e6bb9bf"),
+    "scan": (5430, "87c51554e52a"),
+    "scan_states": (5430, "87c51554e52a"),
+    "rescan": (1845, "e26332f8cdf4"),
+    "reverse_scan": (5376, "135f1df76db8"),
+    "grad_value": (6072, "245575cc52c6"),
+    "grad_key": (44403, "71a2b97453b7"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_configs_are_worth_compiling(stage: str) -> None:
+    lines = [
+        f"{problem.document} {arch} {config}"
+        for problem, arch, BT in itertools.product(PROBLEMS, ARCHS, (16, 32, 64))
+        for config in sorted(map(str, space.valid_configs(stage, problem, named_device(arch), BT)))
+    ]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    assert (len(lines), digest) == WORTH[stage]
+
+
+def test_no_product_of_knobs_is_made_to_be_refused() -> None:
+    """But for 60 of grad_key that no block's shared memory holds: 49,398 products are possible."""
+    place, device = Place(Problem(), 32, "sm_90"), named_device("H200")
+    made = {x: len([*valid_configs(x, place)]) for x in STAGES}
+    worth = {x: len([*space.valid_configs(x, Problem(), device, 32)]) for x in STAGES}
+    assert (sum(made.values()), sum(worth.values())) == (3178, 3118)
+    assert {x for x in STAGES if made[x] != worth[x]} == {"grad_key"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("problem", PROBLEMS[1:4], ids=lambda x: x.dtype)
+def test_forms_take_what_validity_takes(stage: str, problem: Problem) -> None:
+    """Every combination of the stage's knobs, with BT=16 on a GPU of the Ampere generation."""
+    place = Place(problem, 16, "sm_80")
+    domains = {**STAGES[stage].domains, "BT": (place.BT,)}
+    configs = (
+        Config(stage, tuple(sorted(zip(domains, values, strict=True))))
+        for values in itertools.product(*domains.values())
+    )
+    taken = {x for x in configs if why_invalid(x, problem, place.arch) is None}
+    found = [*valid_configs(stage, place)]
+    assert {*found} == taken and len(found) == len(taken)
+    assert len(taken) < prod(map(len, domains.values()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_form_starts_within_its_own_knobs(stage: str) -> None:
+    for problem, arch, form in itertools.product(PROBLEMS, (None, *ARCHS), STAGES[stage].forms):
+        place = Place(problem, 32, arch)
+        config = default_of(stage, form, place)
+        assert config.form is form
+        if form is STAGES[stage].default_form(place):
+            assert config == default_config(stage, problem, arch=arch)
+            assert why_invalid(config, problem, arch) is None
+
+
+def test_every_form_has_its_template() -> None:
+    for stage in STAGES.values():
+        for form in stage.forms:
+            assert (templates_dir() / template_name(form)).is_file()
+
+
+def test_a_config_of_no_form_is_refused_with_those_that_there_are() -> None:
+    config = default_config("prepare", Problem()).replace(language="tilelang", decay="log")
+    reason = why_invalid(config, Problem())
+    assert reason is not None and "language=tilelang decay=log" in reason
+    assert "language=tilelang decay=anchored" in reason
+
+
+def test_refusals_say_what_was_given_what_is_taken_and_why() -> None:
+    config = default_config("prepare", Problem()).replace(language="tilelang")
+    assert why_invalid(config, Problem()) == (
+        "the anchored TileLang prepare takes num_warps of 4, not 2: a warp group computes"
+    )
+    whole = config.replace(num_warps=4, solve="ieee")
+    assert why_invalid(whole, Problem()) == (
+        "the anchored TileLang prepare takes all of K=128 at once, not BK=64"
+    )
+    reason = why_invalid(whole.replace(BK=128), Problem(dtype="fp32"))
+    assert reason is not None and "dtype of bf16, fp16, not fp32" in reason
