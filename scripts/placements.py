@@ -20,8 +20,7 @@ from gdn2gen.base.files import replace_file
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.limits import Knob
-from gdn2gen.kernels.stage import CHUNKS
+from gdn2gen.kernels.limits import CHUNKS, Knob
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tune.views.charts import Bar, bars
 

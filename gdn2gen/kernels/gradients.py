@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.kernels.anchors import REACH, bounded
-from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -26,8 +26,6 @@ from gdn2gen.kernels.operands import (
 )
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
-_LOADS_AHEAD: Final = (1, 2, 3)
-_FP32: Final = {"dtype": ("fp32",)}
 _SCORE_GRADS: Final = (
     Operand("dT", "NT HV BT BT"),
     Operand("dAqk", "NT HV BT BT"),
@@ -53,10 +51,10 @@ GRAD_VALUE: Final = Stage(
                 "chunks": (1,),
                 "BV": (32, 64, 128),
                 "num_warps": (2, 4, 8),
-                "num_stages": _LOADS_AHEAD,
+                "num_stages": LOADS_AHEAD,
                 "maxnreg": (0, 80, 96, 128, 168, 208),
             },
-            defaults=(Setting({"BV": 64, "num_warps": 4}), Setting({"BV": 32}, _FP32)),
+            defaults=(Setting({"BV": 64, "num_warps": 4}), Setting({"BV": 32}, FP32)),
             leads={},
         ),
         Form(
@@ -67,7 +65,7 @@ GRAD_VALUE: Final = Stage(
                 "chunks": (1, 4, 16),
                 "BV": (32, 64, 128),
                 "num_warps": (4,),
-                "num_stages": _LOADS_AHEAD,
+                "num_stages": LOADS_AHEAD,
                 "maxnreg": (0, 80, 128),
             },
             defaults=(Setting({"maxnreg": 80}),),
@@ -92,14 +90,14 @@ _LOG: Final = Form(
         "BK": (16, 32, 64, 128),
         "BV": (32, 64, 128),
         "num_warps": (1, 2, 4, 8),
-        "num_stages": _LOADS_AHEAD,
+        "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 96, 128, 168, 208),
     },
     defaults=(
         # slices of 32 spill up to 664 bytes a thread (fp16, sm_120, Triton 3.8); of 16, 16
         Setting({"BK": 16, "BV": 128, "num_warps": 2}),
         # two warps spill up to 448 bytes in fp32, and 1 KB in chunks of 64; four 136 and 248
-        Setting({"BV": 32, "num_warps": 4}, _FP32),
+        Setting({"BV": 32, "num_warps": 4}, FP32),
         Setting({"num_warps": 4}, {"BT": (64,)}),
         _WIDE_SLICES,
     ),
@@ -115,8 +113,8 @@ _ANCHORED: Final = Form(
         Setting({"BK": 64, "num_warps": 4, "num_stages": 2, "chunks": 4}),
         # like log: its loads ahead take 250 KB of shared memory in chunks of 64 tokens
         Setting({"BK": 16, "num_stages": 1, "chunks": 1}, {"BT": (64,)}),
-        Setting({"BK": 16, "num_stages": 1, "chunks": 1}, _FP32),
-        replace(_WIDE_SLICES, where={**_WIDE_SLICES.where, **_FP32}),
+        Setting({"BK": 16, "num_stages": 1, "chunks": 1}, FP32),
+        replace(_WIDE_SLICES, where={**_WIDE_SLICES.where, **FP32}),
     ),
     leads={"dtype": ("bf16",), "BT": (16, 32)},
     limits=(
@@ -148,7 +146,7 @@ _ANCHORED_TILELANG: Final = Form(
         "BK": (64,),
         "BV": (32, 64, 128),
         "num_warps": (4,),
-        "num_stages": _LOADS_AHEAD,
+        "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 128),
     },
     defaults=(Setting({"chunks": 16, "maxnreg": 128}),),

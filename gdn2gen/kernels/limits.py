@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from gdn2gen.family.problem import Problem
 
@@ -11,6 +12,12 @@ Knob = int | str
 Domain = tuple[Knob, ...]
 # What `BT`, `arch` and fields of the problem may be, by their names.
 Where = Mapping[str, tuple[object, ...]]
+
+# Chunk sizes. BT is shared by all stages of a plan: it is the unit of the workspace between them.
+CHUNKS: Final = (16, 32, 64)
+# `num_stages` of loops that need not be fed as far ahead as the scans.
+LOADS_AHEAD: Final = (1, 2, 3)
+FP32: Final[Where] = {"dtype": ("fp32",)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.kernels.anchors import REACH, bounded
-from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -22,8 +22,6 @@ from gdn2gen.kernels.operands import (
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
 _MAKE_Y: Final = "BT K BT"
-_FP32: Final = {"dtype": ("fp32",)}
-_LOADS_AHEAD: Final = (1, 2, 3)
 
 # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
 _EXACT_SOLVE: Final = Setting({"solve": "tf32x3"}, {"dtype": ("fp16", "fp32")})
@@ -39,7 +37,7 @@ _TREE: Final = Form(
         "BK": (32,),
         "solve": ("tf32", "tf32x3", "bf16x3", "ieee"),
         "num_warps": (1,),
-        "num_stages": _LOADS_AHEAD,
+        "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 80, 128, 168, 208),  # 64 spill
     },
     defaults=(_EXACT_SOLVE,),
@@ -55,7 +53,7 @@ _ANCHORED: Final = Form(
     defaults=(
         _EXACT_SOLVE,
         Setting({"BK": 64, "num_warps": 2}),
-        Setting({"BK": 32, "num_warps": 1}, _FP32),
+        Setting({"BK": 32, "num_warps": 1}, FP32),
     ),
     leads={"dtype": ("bf16",)},
     limits=(REACH,),
@@ -73,7 +71,7 @@ _ANCHORED_TILELANG: Final = Form(
         # by substitution in fp32, all at once or that of either half
         "solve": ("ieee", "halves"),
         "num_warps": (4,),
-        "num_stages": _LOADS_AHEAD,
+        "num_stages": LOADS_AHEAD,
         # one program to a multiprocessor, four, three or two: where their shared memory allows them
         "maxnreg": (0, 64, 80, 128),
     },
@@ -120,7 +118,7 @@ _SLICES: Final = Form(
         "num_stages": (1,),  # it has no loop
         "maxnreg": (0, 64, 80, 96, 128),
     },
-    defaults=(Setting({"BK": 64, "num_warps": 2}), Setting({"BK": 32}, _FP32)),
+    defaults=(Setting({"BK": 64, "num_warps": 2}), Setting({"BK": 32}, FP32)),
     leads={},
 )
 _WHOLE: Final = Form(
@@ -131,7 +129,7 @@ _WHOLE: Final = Form(
         "chunks": (1, 4, 16),
         "BK": (32, 64, 128),
         "num_warps": (4,),
-        "num_stages": _LOADS_AHEAD,
+        "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 80, 128),
     },
     defaults=(Setting({"chunks": 4, "maxnreg": 80}),),

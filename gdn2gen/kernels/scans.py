@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.limits import Limit, Setting
+from gdn2gen.kernels.limits import FP32, Limit, Setting
 from gdn2gen.kernels.operands import (
     DH,
     DO,
@@ -53,7 +53,7 @@ _SERIAL: Final = Form(
         # thread in the loops (3.9: 56); with 32 rows none of them more than 16.
         Setting({"BV": 32}, {"arch": ("sm_100", "sm_101", "sm_103")}),
         # Products take three passes, and their operands the registers: 32 rows spill.
-        Setting({"BV": 16, "num_stages": 1}, {"dtype": ("fp32",)}),
+        Setting({"BV": 16, "num_stages": 1}, FP32),
     ),
     leads={},
 )

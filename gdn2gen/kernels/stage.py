@@ -13,7 +13,7 @@ Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -21,10 +21,7 @@ from typing import Final
 
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
-from gdn2gen.kernels.limits import Domain, Knob, Limit, Place, Setting, Where
-
-# Chunk sizes. BT is shared by all stages of a plan: it is the unit of the workspace between them.
-CHUNKS: Final = (16, 32, 64)
+from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, Where
 
 DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
 
@@ -112,11 +109,13 @@ class Form:
         return not operand.scratch or operand.name in self.scratch
 
     def serves(self, place: Place) -> bool:
-        """Whether any of its kernels can run there, as far as that is not up to knobs."""
+        """Whether it has any kernel there."""
         limits = (x for x in self.limits_at(place) if x.name not in self.knobs)
         if any(place[x.name] not in x.values for x in limits):
             return False
-        return self.refuses is None or self.refuses(place) is None
+        if self.refuses is not None and self.refuses(place) is not None:
+            return False
+        return all(self.domains(place).values())
 
     def domains(self, place: Place) -> dict[str, Domain]:
         """What each knob may be there, in the order of `knobs`; may be empty."""
@@ -218,14 +217,20 @@ class Stage:
     @cached_property
     def domains(self) -> dict[str, Domain]:
         """Knobs of its configs, and what each may be in some form."""
-        found: dict[str, dict[Knob, None]] = {"BT": dict.fromkeys(CHUNKS)}
-        for form in self.forms:
-            for name, values in self._all_of(form).items():
+        return {"BT": CHUNKS, **self._united((form, form.knobs) for form in self.forms)}
+
+    def domains_at(self, place: Place) -> dict[str, Domain]:
+        """The same of the forms that serve there, as far as they take it there."""
+        serving = (form for form in self.forms if form.serves(place))
+        return {"BT": (place.BT,), **self._united((x, x.domains(place)) for x in serving)}
+
+    def _united(self, given: Iterable[tuple[Form, Mapping[str, Domain]]]) -> dict[str, Domain]:
+        found: dict[str, dict[Knob, None]] = {}
+        for form, domains in given:
+            selecting = {name: (x,) for name, x in self.selecting(form).items()}
+            for name, values in {**selecting, **domains}.items():
                 found.setdefault(name, {}).update(dict.fromkeys(values))
         return {name: _in_order(tuple(values)) for name, values in found.items()}
-
-    def _all_of(self, form: Form) -> dict[str, Domain]:
-        return {name: (x,) for name, x in self.selecting(form).items()} | {**form.knobs}
 
     @cached_property
     def _selectors(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.limits import Place
 from gdn2gen.tune import space
 from gdn2gen.tune.records.ledger import Ledger
 from gdn2gen.tune.records.storage import is_gone, open_study, owner
@@ -57,6 +58,7 @@ class StageTrials:
         seed: int = 0,
     ) -> None:
         self.problem, self.stage, self.BT, self.digest = problem, stage, BT, digest
+        self._place = Place(problem, BT, device.arch)
         self.shapes, self.device, self.ledger = tuple(shapes), device, ledger
         self.times: dict[Config, dict[str, float]] = {}
         self.refused: dict[Config, str] = {}
@@ -114,7 +116,7 @@ class StageTrials:
 
     def suggest_first(self, config: Config) -> None:
         """Have `config` tried before anything else, if it is in the space and not known yet."""
-        parameters = space.parameters(config, self.problem)
+        parameters = space.parameters(config, self._place)
         known = config in self.times or config in self.refused
         if parameters is not None and config["BT"] == self.BT and not known:
             self._study.enqueue_trial(parameters, skip_if_exists=True)
@@ -123,12 +125,12 @@ class StageTrials:
         """File a measurement that was not proposed: the default's."""
         new = config not in self.times
         self.times[config] = dict(times)
-        parameters = space.parameters(config, self.problem)
+        parameters = space.parameters(config, self._place)
         if new and parameters is not None:
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=parameters,
-                    distributions=space.distributions(self.stage, self.problem),
+                    distributions=space.distributions(self.stage, self._place),
                     value=geometric_mean(list(times.values())),
                     user_attrs={"times": dict(times)},
                 )
@@ -194,7 +196,7 @@ class StageTrials:
         trial = self._study.ask()
         # at once: a trial that nobody owns is taken for one of a process that ended
         trial.set_user_attr("owner", owner())
-        config = space.suggest(trial, self.stage, self.problem, self.BT)
+        config = space.suggest(trial, self.stage, self._place)
         if self._is_seen(config):
             self._study.tell(trial, state=TrialState.FAIL)
             return None
@@ -221,7 +223,7 @@ class StageTrials:
         )
 
     def _enqueue(self, config: Config) -> None:
-        parameters = space.parameters(config, self.problem)
+        parameters = space.parameters(config, self._place)
         assert parameters is not None, f"{self.stage} [{config}] is not in its own space"
         self._study.enqueue_trial(parameters)
 
@@ -253,7 +255,7 @@ class StageTrials:
             self._study.tell(number, state=TrialState.FAIL)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return  # another process was faster
-        parameters = None if again is None else space.parameters(again, self.problem)
+        parameters = None if again is None else space.parameters(again, self._place)
         if parameters is not None:
             self._study.enqueue_trial(parameters)
 
@@ -285,7 +287,7 @@ class StageTrials:
             self.ledger.toolchain,
             self.digest,
             # Optuna wants one domain per knob and study.
-            space.own_knobs(self.stage),
+            space.asked(self.stage, self._place),
         ]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         parts = (self.problem.op, self.device.slug, self.stage, f"BT{self.BT}", digest)

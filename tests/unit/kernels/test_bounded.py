@@ -22,8 +22,8 @@ from gdn2gen.codegen import render
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import CHUNKS, Place
 from gdn2gen.kernels.plans import PLANS
-from gdn2gen.kernels.stage import CHUNKS
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import lower_bound_of
 from gdn2gen.runtime.lookup import make_request
@@ -336,9 +336,9 @@ def test_searched_only_where_a_bound_is_known(stage: str) -> None:
     for problem, expected in ((Problem(), False), (SIGMOID, False), (BOUND_2, True)):
         forms = {x["decay"] for x in space.starts(stage, problem, H200, 32)}
         assert ("bounded" in forms) == expected
-        asked = space.distributions(stage, problem)["decay"]
+        asked = space.distributions(stage, Place(problem, 32, "sm_90"))["decay"]
         assert ("bounded" in asked.choices) == expected  # type: ignore[attr-defined]
-    assert space.parameters(bounded(stage, SIGMOID), SIGMOID) is None
+    assert space.parameters(bounded(stage, SIGMOID), Place(SIGMOID, 32, "sm_90")) is None
     for BT, expected in ((32, {"triton", "tilelang"}), (64, set())):
         valid = space.valid_configs(stage, BOUND_2, H200, BT)
         assert {x["language"] for x in valid if x["decay"] == "bounded"} == expected

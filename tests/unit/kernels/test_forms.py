@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from math import prod
 
 import pytest
 
@@ -74,7 +73,6 @@ def test_forms_take_what_validity_takes(stage: str, problem: Problem) -> None:
     taken = {x for x in configs if why_invalid(x, problem, place.arch) is None}
     found = [*valid_configs(stage, place)]
     assert {*found} == taken and len(found) == len(taken)
-    assert len(taken) < prod(map(len, domains.values()))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,6 +14,7 @@ from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tune import space
 from gdn2gen.tune.offline.predict import blocks_per_sm, predicted_bytes
@@ -28,13 +29,14 @@ PROBLEM = Problem()
 @pytest.mark.parametrize("K", [32, 128])
 def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
     problem = Problem(K=K, V=K)
+    place = Place(problem, 64, "sm_90")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
-        config = space.suggest(study.ask(), stage, problem, 64)
+        config = space.suggest(study.ask(), stage, place)
         assert config["BT"] == 64
         assert config.get("BK", 0) <= K and config.get("BV", 0) <= K
-        parameters = space.parameters(config, problem)
-        assert set(parameters) == set(space.distributions(stage, problem))
+        parameters = space.parameters(config, place)
+        assert set(parameters) == set(space.distributions(stage, place))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -42,7 +44,7 @@ def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
 def test_the_default_is_in_the_space(stage, K):
     problem = Problem(K=K, V=K)
     config = default_config(stage, problem)
-    assert space.parameters(config, problem) is not None
+    assert space.parameters(config, Place(problem, config.size("BT"), "sm_90")) is not None
     assert config in set(space.valid_configs(stage, problem, H200, config.size("BT")))
 
 
