@@ -55,7 +55,7 @@ _ANCHORED: Final = Form(
         Setting({"BK": 64, "num_warps": 2}),
         Setting({"BK": 32, "num_warps": 1}, FP32),
     ),
-    leads={"dtype": ("bf16",)},
+    leads={"dtype": ("bf16",)},  # whose exponents reach as far as those of fp32
     limits=(REACH,),
 )
 # A warp group takes all channels. From the config nearest to Triton's default, one program to a

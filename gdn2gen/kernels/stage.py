@@ -101,6 +101,14 @@ class Form:
     scratch: tuple[str, ...] = ()
     """Scratch that it makes use of."""
 
+    def __post_init__(self) -> None:
+        for name, value in (x for setting in self.defaults for x in setting.knobs.items()):
+            if value not in self.knobs.get(name, ()):
+                raise ValueError(
+                    f"{self.title}: {name}={value} is a default, but may only be one of "
+                    f"{self.knobs.get(name, ())}"
+                )
+
     @property
     def title(self) -> str:
         return f"{self.name} {LANGUAGE_NAMES[self.language]}"
@@ -172,6 +180,11 @@ class Stage:
     """The knob whose value is the form's name."""
     later: Mapping[str, Knob] = field(default_factory=dict)
     """Knobs that came after entries had been filed, and what configs without them mean."""
+
+    def __post_init__(self) -> None:
+        names = {frozenset(x.knobs) for x in self.forms}
+        if len(names) != 1:
+            raise ValueError(f"forms of {self.name} have different knobs: {[*map(sorted, names)]}")
 
     def operands(self, problem: Problem) -> list[Operand]:
         """Inputs, then outputs, in the order of the kernel's arguments."""

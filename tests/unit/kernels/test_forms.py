@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.render import template_name
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
-from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.limits import Place, Setting
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import valid_configs, why_invalid
 from gdn2gen.tune import space
@@ -90,6 +91,15 @@ def test_every_form_has_its_template() -> None:
     for stage in STAGES.values():
         for form in stage.forms:
             assert (templates_dir() / template_name(form)).is_file()
+
+
+def test_a_form_that_is_declared_wrong_is_refused_at_once() -> None:
+    stage = STAGES["sum_decay"]
+    form = stage.forms[0]
+    with pytest.raises(ValueError, match=r"num_warps=3 is a default, but may only be one of \(1,"):
+        replace(form, defaults=(Setting({"num_warps": 3}),))
+    with pytest.raises(ValueError, match="forms of sum_decay have different knobs"):
+        replace(stage, forms=(form, replace(form, knobs={**form.knobs, "more": (1,)})))
 
 
 def test_a_config_of_no_form_is_refused_with_those_that_there_are() -> None:
