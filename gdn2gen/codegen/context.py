@@ -65,8 +65,8 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         "tensors": tensors,
         "symbols": [x for x in symbols if x not in ("K", "V", "BT") and not x.isdigit()],
         "sequences": "(N1 - 1)" if problem.varlen else "B",
-        # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has none,
-        # configs have one stage of loads, and each is waited for.
+        # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
+        # none, configs have one stage of loads, and each is waited for.
         "overlaps": config.size("num_stages") > 1,
         "tile_dtype": _TILE_DTYPE[problem.dtype],
         "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
