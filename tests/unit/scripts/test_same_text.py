@@ -1,0 +1,39 @@
+"""The script that says whether templates still make the same kernels."""
+
+from __future__ import annotations
+
+import pytest
+from script_module import load_script
+
+from gdn2gen.base.paths import templates_dir
+from gdn2gen.codegen.render import template_name
+from gdn2gen.kernels.config import Config
+
+same_text = load_script("same_text")
+OLD = ["0" * 16, f'"""Digest {"0" * 16}."""\nx = 1\n']
+
+
+@pytest.mark.parametrize(
+    ("source", "result"),
+    [
+        (f'"""Digest {"1" * 16}."""\nx = 1\n', "same"),
+        ('"""Other words."""\n\nx = 1  # a comment\n', "words"),
+        (f'"""Digest {"1" * 16}."""\nx = 2\n', "-x = 1\n+x = 2"),
+    ],
+)
+def test_what_differs(source: str, result: str) -> None:
+    assert same_text.compared(OLD, ["1" * 16, source]).endswith(result)
+
+
+def test_every_template_is_rendered() -> None:
+    found = {
+        template_name(Config.of(x["stage"], x["knobs"]).form)
+        for x in same_text.cases()
+        if x["stage"] != same_text.TABLES
+    }
+    stages = {
+        f"{folder}/stages/{path.name}"
+        for folder in ("triton", "tilelang")
+        for path in (templates_dir() / folder / "stages").iterdir()
+    }
+    assert found == stages - {"triton/stages/chunk_tables.py.jinja"}
