@@ -167,7 +167,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, options, agreement, *tensors = inputs
-        ctx.mark_nondifferentiable(output[2])
+        ctx.mark_non_differentiable(output[2])
         _save(ctx, tensors, Options(*options), agreement, output)
 
     @staticmethod
