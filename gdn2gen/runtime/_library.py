@@ -25,9 +25,10 @@ def forward_op(signature: Signature, *arguments: Any) -> tuple[Tensor, Tensor, T
     given = [x for x in tensors if x is not None]
     like = given[0]
     if agreement == NOTHING:
-        o, state = _reference(signature, tensors, cu_seqlens, options)
+        named = Options(*options)
+        o, state = _reference(signature, tensors, cu_seqlens, named)
         saved = like.new_empty(0, dtype=torch.uint8)
-        return o, state if options.output_final_state else state.new_empty(0), saved
+        return o, state if named.output_final_state else state.new_empty(0), saved
     request = request_of(signature, tensors, sequences_of(cu_seqlens), options)
     sized = agreed_runner(request, agreement)
     saved = like.new_empty(sized.layout.nbytes, dtype=torch.uint8)
@@ -46,10 +47,11 @@ def forward_fake(signature: Signature, *arguments: Any) -> tuple[Tensor, Tensor,
     o = v.new_empty(v.shape)
     double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     shape: tuple[int, ...] = (0,)
-    if options.output_final_state:
+    flags = Options(*options)
+    if flags.output_final_state:
         inner = q.shape[-1], v.shape[-1]
         N = q.shape[0] if sequences is None else sequences
-        shape = (N, v.shape[2], *(inner[::-1] if options.state_v_first else inner))
+        shape = (N, v.shape[2], *(inner[::-1] if flags.state_v_first else inner))
     final_state = q.new_empty(shape, dtype=torch.float64 if double else torch.float32)
     nbytes = 0
     if agreement != NOTHING:
@@ -72,7 +74,7 @@ def backward_op(signature: Signature, *arguments: Any) -> list[Tensor]:
         (*arguments[_ARRIVED:end], *arguments[end + 1 :])
     )
     if agreement == NOTHING:
-        return _reference_gradients(signature, do, dht, tensors, cu_seqlens, options)
+        return _reference_gradients(signature, do, dht, tensors, cu_seqlens, Options(*options))
     sized = agreed_runner(request_of(signature, tensors, arguments[end], options), agreement)
     given = [x for x in tensors if x is not None]
     (saved,) = readable([saved])

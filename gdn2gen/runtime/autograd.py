@@ -230,7 +230,7 @@ def op_of(recurrence: Recurrence) -> Op:
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         tensors, cu_seqlens, options, agreement = signature.split(inputs)
-        _save(ctx, (*tensors, cu_seqlens), options, agreement, output)
+        _save(ctx, (*tensors, cu_seqlens), Options(*options), agreement, output)
 
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (*_tensor_gradients(op, ctx, do, dht), *[None] * (len(ctx.options) + 1))

@@ -68,12 +68,10 @@ class Signature:
 
     def split(
         self, arguments: Sequence[Any]
-    ) -> tuple[list[Tensor | None], Tensor | None, Options, str]:
+    ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Any], str]:
         """The tensors, cu_seqlens, the options and the agreement of the forward op."""
         count = len(self.names)
-        *tensors, cu_seqlens = arguments[:count]
-        *options, agreement = arguments[count:]
-        return tensors, cu_seqlens, Options(*options), agreement
+        return arguments[: count - 1], arguments[count - 1], arguments[count:-1], arguments[-1]
 
     @property
     def forward_schema(self) -> str:
