@@ -66,7 +66,7 @@ def forms(stage: str, BT: int) -> Iterator[tuple[str, str, list[Config]]]:
 def measure() -> None:
     """Gate and time every form on the present GPU, and write the table with what was refused."""
     from gdn2gen.base.device import present_device, toolchain
-    from gdn2gen.store.candidate import Candidate
+    from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
 
     device = present_device()
@@ -81,7 +81,7 @@ def measure() -> None:
     compiles = {x: backend.compile(PROBLEM, x) for *_, configs in asked for x in configs}
     try:
         for stage, BT, placement, language, configs in asked:
-            base = Candidate.default(PROBLEM, "lean", BT)
+            base = Recipe.default(PROBLEM, "lean", BT)
             shape = SHAPES["train4k"]
             for config in configs:
                 ms, reason = measure_config(backend, compiles[config].result(), base, config, shape)

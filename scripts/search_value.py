@@ -43,11 +43,11 @@ NEAR: Final = 1.03
 def measure(stage: str, BT: int, shape: Shape) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
     from gdn2gen.base.device import present_device, toolchain
-    from gdn2gen.store.candidate import Candidate
+    from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
 
     device = present_device()
-    backend, base = WorkerBackend(device), Candidate.default(PROBLEM, "lean", BT)
+    backend, base = WorkerBackend(device), Recipe.default(PROBLEM, "lean", BT)
     configs = list(space.valid_configs(stage, PROBLEM, device, BT))
     compiles = [backend.compile(PROBLEM, config) for config in configs]
     rows: list[dict[str, Any]] = []

@@ -98,17 +98,15 @@ def child(run: str, compiler: str) -> None:
     from gdn2gen.family.shapes import SHAPES
     from gdn2gen.measure.accuracy import inputs_of, output_gradients, run_op
     from gdn2gen.ops.chunk import chunk_gdn2
-    from gdn2gen.store.candidate import Candidate
     from gdn2gen.store.dispatch import find_recipe
-    from gdn2gen.tune.gpu.jobs import gate_full, time_pipeline
+    from gdn2gen.tune.gpu.jobs import gate_full, time_recipe
 
     problem, shape = Problem(), SHAPES[SHAPE]
     print(f"{compiler}: nvcc {cuda_compiler()}, {nvrtc.find_nvrtc()}", file=sys.stderr)
     assert (cuda_compiler() is None) == (compiler == "NVRTC")
-    recipe = find_recipe(problem, shape.regime, present_device(), strict=False)
-    languages = {stage: recipe.configs[stage]["language"] for stage in recipe.plan.stages}
-    assert "tilelang" in languages.values(), f"no stage is in TileLang: {recipe.why}"
-    candidate = Candidate.of(problem, recipe.plan.name, recipe.configs)
+    found = find_recipe(problem, shape.regime, present_device(), strict=False)
+    languages = {config.stage: config["language"] for config in found.recipe.configs}
+    assert "tilelang" in languages.values(), f"no stage is in TileLang: {found.why}"
     inputs, gradients = (
         inputs_of(problem, shape, "layer", 0, "cuda"),
         output_gradients(problem, shape, 0, "cuda"),
@@ -120,20 +118,20 @@ def child(run: str, compiler: str) -> None:
     seconds = time.monotonic() - begun
     gate = "not run"
     if run == "cold" and compiler == "NVRTC":
-        result = gate_full(candidate)
+        result = gate_full(found.recipe)
         gate = "passed" if result.ok else f"failed: {result.reason}"
         print({name: f"{error:.1e}" for name, error in result.errors.items()}, file=sys.stderr)
-    timed = time_pipeline(candidate, shape, False)
-    found = {
+    timed = time_recipe(found.recipe, shape, False)
+    figures = {
         f"{run}_s": round(seconds, 2),
         "forward_ms": round(timed.forward.median, 4),
         "forward_backward_ms": round(timed.forward_backward.median, 4),
-        "source": recipe.source,
+        "source": found.source,
         "languages": languages,
         "started": sorted(set(started)),
         "gate": gate,
     }
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

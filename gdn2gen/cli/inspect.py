@@ -54,12 +54,12 @@ def explain(args: argparse.Namespace) -> int:
     device, _ = present_or_target(args.target)
     for shape in _shapes(args):
         strict = True if args.strict else None
-        recipe = find_recipe(_at(problem, shape), shape.regime, device, level=level, strict=strict)
+        found = find_recipe(_at(problem, shape), shape.regime, device, level=level, strict=strict)
         if args.json:
-            print(json.dumps({"shape": shape.name, **recipe_document(recipe)}))
+            print(json.dumps({"shape": shape.name, **recipe_document(found)}))
             continue
         print(f"{shape.name} on {device.name}")
-        print(explain_recipe(recipe, text_width()))
+        print(explain_recipe(found, text_width()))
     return 0
 
 
@@ -111,18 +111,18 @@ def generate(args: argparse.Namespace) -> int:
         names = ", ".join(x.name for x in shapes)
         raise InputError(f"a package is made for one shape, but got {names}")
     from gdn2gen.runtime.package import generate_package
-    from gdn2gen.store.dispatch import explain_recipe, find_recipe, in_triton
+    from gdn2gen.store.dispatch import explain_recipe, find_recipe, generate_command, in_triton
 
     problem = _at(problem_of(args), shapes[0])
     device, _ = present_or_target(args.target)
     level = args.level or LEVELS[0]
-    recipe = find_recipe(problem, shapes[0].regime, device, level=level)
+    found = find_recipe(problem, shapes[0].regime, device, level=level)
     if args.language == "triton":
-        recipe = in_triton(recipe)
-    files = generate_package(problem, args.out, recipe, force=args.force)
-    print(explain_recipe(recipe, text_width()))
+        found = in_triton(found)
+    files = generate_package(found.recipe, args.out, generate_command(found), force=args.force)
+    print(explain_recipe(found, text_width()))
     needs, hint = "torch and triton", ""
-    if any(language_of(x) == "tilelang" for x in recipe.configs.values()):
+    if any(language_of(x) == "tilelang" for x in found.recipe.configs):
         needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"
     print(f"wrote {len(files)} files, which need {needs} but not gdn2gen{hint}:")
     for file in files:

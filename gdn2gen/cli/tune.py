@@ -146,9 +146,9 @@ def quick(args: argparse.Namespace) -> int:
 
     report = _search(args, user_tuned_dir(), ("lean",), None)
     for result in report.results:
-        recipe = find_recipe(report.problem, result.shape.regime, report.device)
+        found = find_recipe(report.problem, result.shape.regime, report.device)
         print(f"\nWhat a call at {result.shape.name} runs now:")
-        print(explain_recipe(recipe, text_width()))
+        print(explain_recipe(found, text_width()))
     return 0
 
 

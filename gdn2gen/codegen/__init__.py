@@ -3,6 +3,7 @@
 templates    Jinja's environment, and digests of what a template says
 context      what templates are given
 render       template to source
+digests      of the templates that a recipe is made from
 build        source to module to compiled kernel, ahead of time for any target
 interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit

@@ -14,4 +14,5 @@ config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem
 floor       bytes and time that no kernel can do without
 plans       chains of stages, and the levels that they serve
+recipe      Recipe: problem, plan, configs
 """

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
-from gdn2gen.store.candidate import Candidate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,11 +58,11 @@ def gate_shapes(problem: Problem) -> tuple[Shape, Shape]:
     return RAGGED, MANY_BLOCKS
 
 
-def segmented_shape(candidate: Candidate) -> Shape | None:
+def segmented_shape(recipe: Recipe) -> Shape | None:
     """For parallel scans, a size of four segments, the last one shorter; None for others."""
-    if not any(config.get("segments") == "parallel" for config in candidate.configs):
+    if not any(config.get("segments") == "parallel" for config in recipe.configs):
         return None
-    return Shape("segments", 1, (3 * SEGMENT + 1) * candidate.BT + 8, 2)
+    return Shape("segments", 1, (3 * SEGMENT + 1) * recipe.BT + 8, 2)
 
 
 def full_problem(problem: Problem) -> Problem:
@@ -71,7 +71,7 @@ def full_problem(problem: Problem) -> Problem:
 
 
 def check(
-    candidate: Candidate,
+    recipe: Recipe,
     *,
     regimes: tuple[str, ...],
     repeats: int,
@@ -79,7 +79,7 @@ def check(
     segmented: Shape | None = None,
     device: str = "cuda",
 ) -> GateResult:
-    """Hold a candidate against the fp64 reference, then against itself.
+    """Hold a recipe against the fp64 reference, then against itself.
 
     In every regime at each of `shapes`, and in two more at `segmented`.
 
@@ -91,15 +91,15 @@ def check(
     cases = [(shape, regime) for shape in shapes for regime in regimes]
     if segmented is not None:
         cases += [(segmented, regime) for regime in SEGMENT_REGIMES]
-    with _poisoned(), forced(candidate):
+    with _poisoned(), forced(recipe):
         for shape, regime in cases:
-            limit = limit_of(candidate.problem.dtype, regime)
-            errors = _errors(candidate.problem, shape, regime, device)
+            limit = limit_of(recipe.problem.dtype, regime)
+            errors = _errors(recipe.problem, shape, regime, device)
             worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
-            wrong = over(errors, limit, candidate.problem.op)
+            wrong = over(errors, limit, recipe.problem.op)
             if wrong:
                 return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
-        moved = _moved(candidate.problem, shapes[1], repeats, device)
+        moved = _moved(recipe.problem, shapes[1], repeats, device)
     if moved:
         return GateResult(False, worst, moved)
     return GateResult(True, worst)
@@ -128,7 +128,7 @@ def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, 
 def drawn(
     problem: Problem, shape: Shape, regime: str, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs and gradients of the outputs, kept: they are the same for every candidate."""
+    """Inputs and gradients of the outputs, kept: they are the same for every recipe."""
     from gdn2gen.measure.accuracy import inputs_of, output_gradients
 
     inputs = inputs_of(problem, shape, regime, 0, device)
@@ -137,7 +137,7 @@ def drawn(
 
 @lru_cache(maxsize=32)
 def exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
-    """The reference's answer, kept: it is the same for every candidate. In fp32 to save memory."""
+    """The reference's answer, kept: it is the same for every recipe. In fp32 to save memory."""
     from gdn2gen.measure.accuracy import run_reference
 
     results = run_reference(problem, *drawn(problem, shape, regime, device))
@@ -171,8 +171,8 @@ def _poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def forced(candidate: Candidate) -> Iterator[None]:
-    """Inside, the public op runs `candidate`, backward included.
+def forced(recipe: Recipe) -> Iterator[None]:
+    """Inside, the public op runs `recipe`, backward included.
 
     The backward stays on the calling thread: autograd's own threads do not see the forced recipe,
     and would run the backward of another one.
@@ -181,7 +181,7 @@ def forced(candidate: Candidate) -> Iterator[None]:
 
     from gdn2gen.store.dispatch import forced_recipe
 
-    with forced_recipe(candidate.recipe()), torch.autograd.set_multithreading_enabled(False):
+    with forced_recipe(recipe), torch.autograd.set_multithreading_enabled(False):
         yield
 
 
@@ -192,16 +192,14 @@ TINY_PACKED: Final = (
 )
 
 
-def gate_interpreted(candidate: Candidate) -> GateResult:
+def gate_interpreted(recipe: Recipe) -> GateResult:
     """What can be checked without a GPU: the kernels in Triton's interpreter, in fp32.
 
     Needs TRITON_INTERPRET=1 from the start of the process. In fp32, where a fault is larger than
     what rounding leaves; that in 16 bits is not seen here, nor, one program after another, races.
     """
-    problem = replace(candidate.problem, dtype="fp32", gate_dtype="fp32")
-    configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in candidate.configs)
-    exact_candidate = replace(candidate, problem=problem, configs=configs)
+    problem = replace(recipe.problem, dtype="fp32", gate_dtype="fp32")
+    configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in recipe.configs)
     shapes = TINY_PACKED if problem.varlen else TINY
-    return check(
-        exact_candidate, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
-    )
+    exact_recipe = replace(recipe, problem=problem, configs=configs)
+    return check(exact_recipe, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem, bound_of
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
 from gdn2gen.measure.sides import Errors, Side, fla_op, measure_in_turns, our_op, worst_errors
@@ -22,9 +23,6 @@ from gdn2gen.measure.timing import (
     symbol_sizes,
     time_ms,
 )
-
-if TYPE_CHECKING:
-    from gdn2gen.store.dispatch import Recipe
 
 
 @dataclass(frozen=True)
@@ -161,12 +159,12 @@ def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[St
     """Time each stage of the recipe that a call would run, on its real operands."""
     from gdn2gen.store.dispatch import find_recipe
 
-    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
+    recipe = find_recipe(problem, shape.regime, _present_device(), level=level).recipe
     inputs = inputs_of(problem, shape, "layer", 0, "cuda")
     do = output_gradients(problem, shape, 0, "cuda")["o"]
     rows = []
     for name, call in stage_calls(recipe, shape, inputs, do):
-        BT = recipe.configs[name].size("BT")
+        BT = recipe[name].size("BT")
         stage, sizes = STAGES[name], symbol_sizes(problem, shape, BT)
         ceilings = copy_gbps(), product_tflops(problem.dtype)
         work = stage.nbytes(problem, sizes), stage.flops(sizes)
@@ -195,8 +193,8 @@ def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:
     """The plan, where its configs came from: a figure without it cannot be repeated."""
     from gdn2gen.store.dispatch import find_recipe
 
-    recipe = find_recipe(problem, shape.regime, _present_device(), level=level)
-    return f"{recipe.plan.name} ({recipe.source})"
+    found = find_recipe(problem, shape.regime, _present_device(), level=level)
+    return f"{found.recipe.plan.name} ({found.source})"
 
 
 def _present_device() -> Any:

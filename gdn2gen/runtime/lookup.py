@@ -11,13 +11,13 @@ import torch
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.plans import LEVELS, keeps_least
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime.arguments import IO_DTYPES, Dims
 from gdn2gen.runtime.call import Call
-from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.runner import Runner, SizedRunner
 from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch
-from gdn2gen.store.dispatch import Recipe, default_recipe, find_recipe, forced
+from gdn2gen.store.dispatch import Found, find_recipe, forced
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +119,16 @@ def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRun
 def _found(
     request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
 ) -> SizedRunner:
-    recipe = _recipe_of(request, level)
-    if not gradient and not keeps_least(recipe.plan):
+    found = _find(request, level)
+    if not gradient and not keeps_least(found.recipe.plan):
         # no use to have a scan keep states; unless only what keeps them is tuned
-        leaner = _recipe_of(request, LEVELS[0], strict=False)
-        if leaner.source == recipe.source:
-            recipe = leaner
-    return _runner(recipe).at(request.call)
+        leaner = _find(request, LEVELS[0], strict=False)
+        if leaner.source == found.source:
+            found = leaner
+    return _runner(found).at(request.call)
 
 
-def _recipe_of(request: Request, level: str, strict: bool | None = None) -> Recipe:
+def _find(request: Request, level: str, strict: bool | None = None) -> Found:
     """`strict` as in `find_recipe`."""
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
@@ -148,20 +148,21 @@ class Agreement(NamedTuple):
     plan: str
     BT: int
     max_segments: int
-    """`Recipe.saved_segments`."""
+    """`Found.saved_segments`."""
 
     @classmethod
-    def with_recipe(cls, level: str, recipe: Recipe) -> Agreement:
-        return cls(level, recipe.plan.name, recipe.BT, recipe.saved_segments)
+    def on(cls, level: str, found: Found) -> Agreement:
+        recipe = found.recipe
+        return cls(level, recipe.plan.name, recipe.BT, found.saved_segments)
 
-    def kept_by(self, recipe: Recipe) -> Recipe | None:
-        """`recipe` with as many segments as was agreed on, if that makes it save the same."""
-        own = Agreement.with_recipe(self.level, recipe)
+    def kept_by(self, found: Found) -> Found | None:
+        """The same with as many segments as was agreed on, if that makes it save the same."""
+        own = Agreement.on(self.level, found)
         if own == self:
-            return recipe
+            return found
         if own._replace(max_segments=self.max_segments) != self:
             return None
-        return replace(recipe, agreed_segments=self.max_segments)
+        return replace(found, agreed_segments=self.max_segments)
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -182,20 +183,19 @@ _USUAL: Final = Regime(tokens=16384, sequences=4, heads=16)
 
 def agree(request: Request, level: str) -> str:
     """What the ops of a call agree on whose sizes are known."""
-    recipe = forced()
-    if recipe is None:
-        return str(Agreement.with_recipe(level, _recipe_of(request, level)))
-    configs = "; ".join(f"{stage} {config}" for stage, config in recipe.configs.items())
-    text = f"{_FORCED}{recipe.plan.name}: {configs}"
-    _forced_recipes[text] = recipe  # autograd's threads could not see it
+    found = forced()
+    if found is None:
+        return str(Agreement.on(level, _find(request, level)))
+    text = f"{_FORCED}{found.recipe}"
+    _forced_recipes[text] = found.recipe  # autograd's threads could not see it
     return text
 
 
 def agree_while_compiling(device: torch.device, level: str, *options: Any) -> str:
     """The same while torch.compile traces, for all sizes; `options` are those of `make_problem`."""
     problem = make_problem(*options)
-    recipe = find_recipe(problem, _USUAL, _device_of(device), level=level, strict=False)
-    return str(Agreement.with_recipe(level, recipe))
+    found = find_recipe(problem, _USUAL, _device_of(device), level=level, strict=False)
+    return str(Agreement.on(level, found))
 
 
 # What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.
@@ -210,41 +210,42 @@ def agreed_runner(request: Request, agreement: str) -> SizedRunner:
 @lru_cache(maxsize=512)
 def _agreed(request: Request, text: str, _surroundings: tuple[Any, ...]) -> SizedRunner:
     if text.startswith(_FORCED):
-        recipe = replace(_forced_recipes[text], problem=request.problem)
-        return _runner(recipe).at(request.call)
+        return _runner(_forced(text, request.problem)).at(request.call)
     agreement = Agreement.parse(text)
     usual = replace(request.call, B=_USUAL.sequences, N=_USUAL.sequences, HV=_USUAL.heads)
     usual = replace(usual, T=_USUAL.tokens // _USUAL.sequences)
     for call in (request.call, usual):
-        recipe = _recipe_of(replace(request, call=call), agreement.level)
-        keeping = agreement.kept_by(recipe)
+        keeping = agreement.kept_by(_find(replace(request, call=call), agreement.level))
         if keeping is not None:
             return _runner(keeping).at(request.call)
     return _runner(_default_for(agreement, request.problem)).at(request.call)
 
 
-def _default_for(agreement: Agreement, problem: Problem) -> Recipe:
+def _forced(text: str, problem: Problem) -> Found:
+    """What was forced when the ops agreed on it, in so many words."""
+    return Found(replace(_forced_recipes[text], problem=problem), "forced", "it was agreed on")
+
+
+def _default_for(agreement: Agreement, problem: Problem) -> Found:
     """Default configs that save what was agreed on; slower, but right."""
-    default = default_recipe(problem, agreement.plan, BT=agreement.BT)
-    recipe = agreement.kept_by(default)
-    assert recipe is not None
-    return recipe
+    recipe = Recipe.default(problem, agreement.plan, agreement.BT)
+    found = agreement.kept_by(Found(recipe, "default", "it keeps to what was agreed on"))
+    assert found is not None
+    return found
 
 
 def saved_nbytes(request: Request, agreement: str) -> int:
     """Bytes of what the forward saves; a formula where the sizes of the request are symbols."""
     if agreement.startswith(_FORCED):
-        recipe = replace(_forced_recipes[agreement], problem=request.problem)
+        found = _forced(agreement, request.problem)
     else:
-        recipe = _default_for(Agreement.parse(agreement), request.problem)
-    runner = _runner(recipe)
-    sizes = request.call.sizes(request.problem, runner.BT, recipe.saved_segments)
-    return Layout.of(runner.saved, request.problem, sizes).nbytes
+        found = _default_for(Agreement.parse(agreement), request.problem)
+    return _runner(found).layout_at(request.call).nbytes
 
 
 @lru_cache(maxsize=4096)
-def _runner(recipe: Recipe) -> Runner:
-    return Runner(recipe)
+def _runner(found: Found) -> Runner:
+    return Runner(found.recipe, found.agreed_segments)
 
 
 def _device_of(device: torch.device) -> Device:

@@ -12,19 +12,19 @@ from typing import Final
 
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
-from gdn2gen.family.problem import LEAST_BOUND, OPTIONAL_FLAGS, Problem
+from gdn2gen.family.problem import LEAST_BOUND, Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
-from gdn2gen.kernels.plans import level_of
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
 from gdn2gen.kernels.stage import Operand, Stage, has_operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._package_files import write_package
 from gdn2gen.runtime.passes import SUMMED, TORCH_DTYPE, in_place_of
-from gdn2gen.store.dispatch import Recipe
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
+_GENERATE: Final = "gdn2gen generate "
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,29 @@ class Step:
 
 
 def generate_package(
-    problem: Problem, out_dir: str | Path, recipe: Recipe, *, force: bool = False
+    recipe: Recipe, out_dir: str | Path, command: str, *, force: bool = False
 ) -> list[Path]:
     """Write one file per stage of the recipe's plan, and an `__init__.py` with `chunk_gdn2`.
 
-    The same arguments give the same bytes. An earlier package in `out_dir` is replaced as one: who
-    looks sees the old or the new one. Raises InputError if the folder holds anything else, or
-    (without `force`) files that were edited since they were generated.
+    `command` is what makes the package again. The same arguments give the same bytes. An earlier
+    package in `out_dir` is replaced as one: who looks sees the old or the new one. Raises
+    InputError if the folder holds anything else, or (without `force`) files that were edited since
+    they were generated.
     """
-    texts = {f"{name}.py": source for name, source in _sources(problem, recipe).items()}
-    texts["__init__.py"] = package_source(problem, recipe)
+    texts = {f"{name}.py": source for name, source in _sources(recipe).items()}
+    texts["__init__.py"] = package_source(recipe, command)
     return write_package(Path(out_dir), texts, force=force)
 
 
-def package_source(problem: Problem, recipe: Recipe) -> str:
+def package_source(recipe: Recipe, command: str) -> str:
     """The `__init__.py` of a package."""
-    plan = recipe.plan
+    problem, plan = recipe.problem, recipe.plan
     inputs = _inputs(problem)
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     kept = _kept(problem, plan.forward, plan.backward)
-    forward = _steps(problem, recipe, plan.forward, kept | {"o", "final_state"})
+    forward = _steps(recipe, plan.forward, kept | {"o", "final_state"})
     gradients = {name: GRADIENT_OF[name] for name in inputs if name != GIVEN_SEQUENCES}
-    backward = _steps(problem, recipe, plan.backward, {*gradients.values()})
+    backward = _steps(recipe, plan.backward, {*gradients.values()})
     if problem.varlen:
         forward, backward = _around(forward, backward)
     made = [name for step in forward for name, _ in step.buffers]
@@ -82,26 +83,27 @@ def package_source(problem: Problem, recipe: Recipe) -> str:
             BT=recipe.BT,
             torch_dtype=TORCH_DTYPE[problem.dtype],
             torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
-            command=_command(problem, recipe),
+            command=_wrapped_command(command),
             inputs=inputs,
             scalars=scalars,
             gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
             saved=[name for name in (*inputs, *made) if name in kept],
             forward=forward,
             backward=backward,
-            lower_bound=_least_bound(problem, recipe),
+            lower_bound=_least_bound(recipe),
             wrapped=_wrapped,
             SEGMENT=SEGMENT,
             max_segments=recipe.saved_segments,
-            made_for={name: _made_for(x) for name, x in _sources(problem, recipe).items()},
+            made_for={name: _made_for(x) for name, x in _sources(recipe).items()},
         )
     )
     return text.rstrip() + "\n"
 
 
-def _sources(problem: Problem, recipe: Recipe) -> dict[str, str]:
+def _sources(recipe: Recipe) -> dict[str, str]:
     """Of the modules beside `__init__.py`, by name."""
-    found = {x: render(problem, x, recipe.configs[x]).source for x in recipe.plan.stages}
+    problem = recipe.problem
+    found = {x.stage: render(problem, x.stage, x).source for x in recipe.configs}
     if problem.varlen:
         found["chunk_tables"] = render_tables(problem, recipe.BT).source
     return found
@@ -113,10 +115,10 @@ def _made_for(source: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def _least_bound(problem: Problem, recipe: Recipe) -> int:
+def _least_bound(recipe: Recipe) -> int:
     """Nats; kernels that count on the gate's bound must be given none below it."""
-    counted_on = any(x.get("decay") == "bounded" for x in recipe.configs.values())
-    return -problem.bound if counted_on else int(LEAST_BOUND)
+    counted_on = any(x.get("decay") == "bounded" for x in recipe.configs)
+    return -recipe.problem.bound if counted_on else int(LEAST_BOUND)
 
 
 def _inputs(problem: Problem) -> list[str]:
@@ -141,12 +143,12 @@ def _kept(problem: Problem, forward: Iterable[str], backward: Iterable[str]) -> 
     return needed
 
 
-def _steps(problem: Problem, recipe: Recipe, names: tuple[str, ...], kept: set[str]) -> list[Step]:
-    steps = []
+def _steps(recipe: Recipe, names: tuple[str, ...], kept: set[str]) -> list[Step]:
+    problem, steps = recipe.problem, []
     alive: dict[str, None] = {}
     for position, name in enumerate(names):
         stage = STAGES[name]
-        config = recipe.configs[name]
+        config = recipe[name]
         outputs = [x for x in stage.outputs if has_operand(x, problem)]
         alive |= dict.fromkeys(x.name for x in outputs)
         later = {x.name for other in names[position + 1 :] for x in STAGES[other].inputs}
@@ -238,27 +240,11 @@ def _wrapped(words: Iterable[str], indent: int = 0) -> str:
     return "\n".join(" " * indent + line for line in lines) + ","
 
 
-def _command(problem: Problem, recipe: Recipe) -> str:
-    """The command that makes the package, as far as the recipe tells."""
-    words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
-    words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
-    words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
-    words += ["--lower-bound", str(-problem.bound)] if problem.bound else []
-    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
-    words.append(f"--with={','.join(given)}")
-    regime, device = recipe.regime, recipe.device
-    if regime is not None and regime.tokens % regime.sequences == 0:
-        tokens = regime.tokens // regime.sequences
-        words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
-    if device is not None:
-        words += ["--target", device.slug]
-    words += ["--level", level_of(recipe.plan.name)]
-    words += [] if recipe.language is None else ["--language", recipe.language]
+def _wrapped_command(command: str) -> str:
     # a backslash ends every line but the last, for the shell as for the docstring
-    lines = textwrap.wrap(
-        " ".join(words), _LINE - 25, break_long_words=False, break_on_hyphens=False
-    )
-    return "gdn2gen generate " + " \\\n        ".join(lines)
+    program, words = command[: len(_GENERATE)], command[len(_GENERATE) :]
+    lines = textwrap.wrap(words, _LINE - 25, break_long_words=False, break_on_hyphens=False)
+    return program + " \\\n        ".join(lines)
 
 
 __all__ = ["generate_package", "package_source"]

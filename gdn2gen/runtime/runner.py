@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +20,26 @@ from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Operand, has_operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.passes import Buffer, Pass, Step, in_place_of
 
-if TYPE_CHECKING:
-    from gdn2gen.store.dispatch import Recipe
-
 GRADIENTS = tuple(GRADIENT_OF.values())
 OUTPUTS = ("o", "final_state")
 
 
 class Runner:
-    """A recipe with its kernels loaded; `at` the sizes of a call it runs either direction."""
+    """A recipe with its kernels loaded; `at` the sizes of a call it runs either direction.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `agreed_segments`, if given, are those that the forward saves, whatever the recipe says.
+    """
+
+    def __init__(self, recipe: Recipe, agreed_segments: int | None = None) -> None:
         self.recipe = recipe
+        self._agreed_segments = agreed_segments
         self.problem = recipe.problem
         self.backward_planned = False
         self._steps_of: dict[tuple[Any, ...], tuple[Step, ...]] = {}
@@ -73,13 +75,24 @@ class Runner:
     def kept_of_forward(self) -> tuple[str, ...]:
         return (*OUTPUTS, *(x.name for x in self.saved))
 
+    def max_segments(self, stage: str) -> int:
+        """`Recipe.max_segments`, or what was agreed on where that depends on what is saved."""
+        if self._agreed_segments is not None and stage in ("rescan", self.recipe.plan.forward[-1]):
+            return self._agreed_segments
+        return self.recipe.max_segments(stage)
+
     def at(self, call: Call) -> SizedRunner:
         """The same for all calls of these sizes."""
         return _sized(self, call)
 
+    def layout_at(self, call: Call) -> Layout:
+        """Of what the forward saves, as one buffer; formulas where sizes are symbols."""
+        segments = self.max_segments(self.recipe.plan.forward[-1])
+        return Layout.of(self.saved, self.problem, call.sizes(self.problem, self.BT, segments))
+
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         """The launch function of a stage, rendered and loaded."""
-        config = self.recipe.configs[stage_name]
+        config = self.recipe[stage_name]
         if language_of(config) != "triton" and _only_triton(stage_name):
             config = default_config(stage_name, problem, BT=config.size("BT"))
         module = build.load(render(problem, stage_name, config))
@@ -131,7 +144,7 @@ class Runner:
         """
         forward = self.recipe.plan.forward
         steps = self._steps(forward, self.problem, self.kept_of_forward, True)
-        parallel = {x for x in forward if self.recipe.configs[x].get("segments") == "parallel"}
+        parallel = {x for x in forward if self.recipe[x].get("segments") == "parallel"}
         whole = tuple(x if x.name in parallel else replace(x, max_segments=1) for x in steps)
         return Pass(whole, OUTPUTS, call, self.problem, self.BT)
 
@@ -162,7 +175,7 @@ class Runner:
             needed = {x.name for later in stage_names[position + 1 :] for x in STAGES[later].inputs}
             freed = alive - needed - {*keep, *(clear.tensors if clear else ())}
             alive -= freed
-            config = self.recipe.configs[name]
+            config = self.recipe[name]
             steps.append(
                 Step(
                     name,
@@ -172,7 +185,7 @@ class Runner:
                     count=stage.count,
                     buffers=tuple(self._buffer(x, problem, config, in_place) for x in outputs),
                     freed=tuple(freed),
-                    max_segments=self.recipe.max_segments(name),
+                    max_segments=self.max_segments(name),
                 )
             )
         return (*steps, clear) if clear else tuple(steps)
@@ -240,9 +253,7 @@ class SizedRunner:
     @cached_property
     def layout(self) -> Layout:
         """Of what the forward saves, as one buffer."""
-        recipe, problem = self.runner.recipe, self.runner.problem
-        sizes = self.call.sizes(problem, self.runner.BT, recipe.saved_segments)
-        return Layout.of(self.runner.saved, problem, sizes)
+        return self.runner.layout_at(self.call)
 
     @cached_property
     def _forward(self) -> Pass:

@@ -2,7 +2,6 @@
 
 format       what a tuned file says, as text and as dataclasses
 tuned_files  tuned/<op>/<gpu>.json: read, merged under a lock, replaced at one stroke
-candidate    a whole pipeline in a form that crosses process borders
-dispatch     (problem, regime, device) to Recipe, and why
+dispatch     (problem, regime, device) to a recipe, and why
 sharing      tuned files between machines
 """

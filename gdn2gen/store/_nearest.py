@@ -34,7 +34,7 @@ class Query(NamedTuple):
     """Nothing but Triton can be compiled: entries that need no more come before all others."""
 
 
-class Candidate(NamedTuple):
+class Match(NamedTuple):
     """An entry that could serve, and how far it is from what was asked; the least is taken."""
 
     tier: int
@@ -59,16 +59,16 @@ class Place(NamedTuple):
     own: str
 
 
-class Found(NamedTuple):
+class Nearest(NamedTuple):
     """What a look-up found: the entry to use, a better one that is stale, and what was ignored."""
 
-    best: Candidate | None
-    passed: Candidate | None
+    best: Match | None
+    passed: Match | None
     notes: tuple[str, ...]
 
 
-def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
-    """The least candidate whose templates are as they were; an earlier place wins a tie.
+def nearest_entry(query: Query, places: Sequence[Place]) -> Nearest:
+    """The least match whose templates are as they were; an earlier place wins a tie.
 
     Files of other GPUs are read only if this GPU's hold nothing measured that fits.
     """
@@ -79,10 +79,10 @@ def nearest_entry(query: Query, places: Sequence[Place]) -> Found:
     return _nearest(query._replace(triton_alone=False), places)
 
 
-def _nearest(query: Query, places: Sequence[Place]) -> Found:
+def _nearest(query: Query, places: Sequence[Place]) -> Nearest:
     notes: list[str] = []
     own = [(n, place.own) for n, place in enumerate(places)]
-    found = _candidates(own, query, notes, own=True)
+    found = _matches(own, query, notes, own=True)
     best, passed = _first_fresh(found, query.problem)
     if best is None or TIERS[best.tier] not in ("exact", "nearest"):
         others = [
@@ -91,28 +91,26 @@ def _nearest(query: Query, places: Sequence[Place]) -> Found:
             for path in _files(place.folder, tuned_files.current_look())
             if path != place.own
         ]
-        found += _candidates(others, query, notes, own=False)
+        found += _matches(others, query, notes, own=False)
         best, passed = _first_fresh(found, query.problem)
-    return Found(best, passed, tuple(notes))
+    return Nearest(best, passed, tuple(notes))
 
 
-def _first_fresh(
-    found: list[Candidate], problem: Problem
-) -> tuple[Candidate | None, Candidate | None]:
-    """The least candidate that fits and is not stale, and the least one before it that is."""
+def _first_fresh(found: list[Match], problem: Problem) -> tuple[Match | None, Match | None]:
+    """The least match that fits and is not stale, and the least one before it that is."""
     passed = None
-    for candidate in sorted(found):
-        if not _fits(candidate.entry, problem):
+    for match in sorted(found):
+        if not _fits(match.entry, problem):
             continue
-        if not tuned_files.is_stale(candidate.entry):
-            return candidate, passed
-        passed = passed or candidate
+        if not tuned_files.is_stale(match.entry):
+            return match, passed
+        passed = passed or match
     return None, passed
 
 
-def _candidates(
+def _matches(
     files: Sequence[tuple[int, str]], query: Query, notes: list[str], *, own: bool
-) -> list[Candidate]:
+) -> list[Match]:
     """Every entry of `files` for this level and problem; what was ignored is told in `notes`."""
     found = []
     device, key = query.device, query.problem.key
@@ -136,7 +134,7 @@ def _candidates(
             exact = distance == 0 and not {*minor} - {"bound"}
             tier = TIERS.index(_tier(entry, exact, own))
             rank = (tier, len(minor), gpu_distance, distance, folder)
-            found.append(Candidate(*rank, path, place, entry, gpu))
+            found.append(Match(*rank, path, place, entry, gpu))
     return found
 
 

@@ -7,25 +7,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.shapes import SHAPES, shape_of
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import level_of
 
 if TYPE_CHECKING:
-    from gdn2gen.store.dispatch import Recipe
+    from gdn2gen.store.dispatch import Found
 
 
-def tune_command(recipe: Recipe) -> str | None:
+def tune_command(found: Found) -> str | None:
     """The command that would file an exact entry for the call, on its GPU; None if it has one.
 
     A packed batch whose tokens are no multiple of its sequences has no name on the command line:
     the packed shape that has one is close to it.
     """
-    if recipe.source in ("exact", "forced") or recipe.regime is None:
+    if found.source in ("exact", "forced") or found.regime is None:
         return None
-    problem, plain = recipe.problem, Problem()
-    shape = shape_of(recipe.regime) or next(x for x in SHAPES.values() if x.cu_seqlens)
+    problem, plain = found.recipe.problem, Problem()
+    shape = shape_of(found.regime) or next(x for x in SHAPES.values() if x.cu_seqlens)
     K, V = problem.K, problem.V
     words = [f"gdn2gen tune --head-dim {K if K == V else f'{K},{V}'} --shapes {shape.name}"]
     words += [
@@ -35,57 +34,76 @@ def tune_command(recipe: Recipe) -> str | None:
     ]
     words += [f"--lower-bound -{problem.bound}"] if problem.bound else []
     words += [] if problem.l2norm else ["--no-l2norm"]
-    return " ".join([*words, f"--level {level_of(recipe.plan.name)}"])
+    return " ".join([*words, f"--level {found.recipe.level}"])
 
 
-def recipe_document(recipe: Recipe) -> dict[str, Any]:
+def generate_command(found: Found) -> str:
+    """The command that makes a package of the recipe, as far as is known how it was found."""
+    problem, regime = found.recipe.problem, found.regime
+    words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
+    words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
+    words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
+    words += ["--lower-bound", str(-problem.bound)] if problem.bound else []
+    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
+    words.append(f"--with={','.join(given)}")
+    if regime is not None and regime.tokens % regime.sequences == 0:
+        tokens = regime.tokens // regime.sequences
+        words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
+    if found.device is not None:
+        words += ["--target", found.device.slug]
+    words += ["--level", found.recipe.level]
+    words += [] if found.language is None else ["--language", found.language]
+    return " ".join(["gdn2gen generate", *words])
+
+
+def recipe_document(found: Found) -> dict[str, Any]:
     """What `explain_recipe` says, for a program that reads it."""
-    regime, device = recipe.regime, recipe.device
+    recipe, regime, device = found.recipe, found.regime, found.device
     return {
         "problem": recipe.problem.document,
         "regime": None if regime is None else regime.key,
         "device": None if device is None else asdict(device),
-        "level": level_of(recipe.plan.name),
+        "level": recipe.level,
         "plan": recipe.plan.name,
-        "configs": {stage: dict(recipe.configs[stage]) for stage in recipe.plan.stages},
-        "source": recipe.source,
-        "stale": recipe.stale,
-        "file": recipe.file,
-        "why": recipe.why,
-        "tune": tune_command(recipe),
+        "configs": {config.stage: dict(config) for config in recipe.configs},
+        "source": found.source,
+        "stale": found.stale,
+        "file": found.file,
+        "why": found.why,
+        "tune": tune_command(found),
     }
 
 
-def explain_recipe(recipe: Recipe, width: int = 100) -> str:
+def explain_recipe(found: Found, width: int = 100) -> str:
     """Several lines for a reader: what was asked, what runs, where it came from and why.
 
     And, unless an exact entry runs, the command that tunes one. Configs are folded at `width`.
     """
     flags = ("has_A_log", "has_dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
-    given = [name for name in flags if getattr(recipe.problem, name)]
-    plan, device = recipe.plan, recipe.device
+    recipe, device = found.recipe, found.device
+    given, plan = [name for name in flags if getattr(recipe.problem, name)], recipe.plan
     lines = [f"problem   {words_of(recipe.problem)}{' + ' + ', '.join(given) if given else ''}"]
-    if recipe.regime is not None:
-        lines.append(f"regime    {words_of_key(recipe.regime.key)}")
+    if found.regime is not None:
+        lines.append(f"regime    {words_of_key(found.regime.key)}")
     if device is not None:
         lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
     lines.append(f"plan      {plan.name}")
     for title, stages in (("forward", plan.forward), ("backward", plan.backward)):
         lines.append(f"  {title}")
-        lines += [_config_line(stage, recipe.configs[stage], width) for stage in stages]
-    lines.append(f"source    {recipe.source}{' (a better entry is stale)' if recipe.stale else ''}")
-    if recipe.file is not None:
-        lines.append(f"file      {recipe.file}")
-    lines.append(f"why       {recipe.why}")
-    command = tune_command(recipe)
+        lines += [_config_line(recipe[stage], width) for stage in stages]
+    lines.append(f"source    {found.source}{' (a better entry is stale)' if found.stale else ''}")
+    if found.file is not None:
+        lines.append(f"file      {found.file}")
+    lines.append(f"why       {found.why}")
+    command = tune_command(found)
     if command is not None:
         where = "" if device is None else f"on {device.name}: "
         lines.append(f"tune      {where}{command}")
     return "\n".join(lines)
 
 
-def _config_line(stage: str, config: Config, width: int) -> str:
-    text = f"    {stage:<13} {config}"
+def _config_line(config: Config, width: int) -> str:
+    text = f"    {config.stage:<13} {config}"
     indent = " " * min(18, width // 4)
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False)
 

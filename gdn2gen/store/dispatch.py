@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,12 +21,13 @@ from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
-from gdn2gen.kernels.config import Config, default_config, language_of
-from gdn2gen.kernels.plans import Plan, plan_named
+from gdn2gen.kernels.config import default_config, language_of
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store._nearest import TIERS, Candidate, Place, Query, differing, nearest_entry
+from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
 from gdn2gen.store._words import (
     explain_recipe,
+    generate_command,
     recipe_document,
     tune_command,
     words_of,
@@ -34,13 +35,13 @@ from gdn2gen.store._words import (
 )
 
 __all__ = [
-    "Recipe",
+    "Found",
     "Source",
-    "default_recipe",
     "explain_recipe",
     "find_recipe",
     "forced",
     "forced_recipe",
+    "generate_command",
     "in_triton",
     "recipe_document",
     "reload",
@@ -52,15 +53,13 @@ Source = Literal["exact", "nearest", "transferred", "predicted", "default", "for
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A plan with a config for each stage, and where they came from.
+class Found:
+    """The recipe of a call, where it came from and why.
 
-    Two recipes are equal if they run the same kernels, wherever they came from.
+    Two are equal if they run the same kernels and save the same.
     """
 
-    problem: Problem
-    plan: Plan
-    configs: Mapping[str, Config] = field(hash=False)
+    recipe: Recipe
     source: Source = field(compare=False)
     why: str = field(compare=False)
     stale: bool = field(default=False, compare=False)
@@ -75,20 +74,10 @@ class Recipe:
     """The only language that was asked for, if one was."""
 
     @property
-    def BT(self) -> int:
-        """Tokens of a chunk, in all stages."""
-        return self.configs[self.plan.forward[0]].size("BT")
-
-    def max_segments(self, stage: str) -> int:
-        """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
-        if self.agreed_segments is not None and stage in ("rescan", self.plan.forward[-1]):
-            return self.agreed_segments
-        return self.configs["scan" if stage == "rescan" else stage].max_segments
-
-    @property
     def saved_segments(self) -> int:
-        """`max_segments` of the forward's scan, which what it saves depends on."""
-        return self.max_segments(self.plan.forward[-1])
+        """`Recipe.saved_segments`, or what was agreed on."""
+        agreed = self.agreed_segments
+        return self.recipe.saved_segments if agreed is None else agreed
 
 
 def find_recipe(
@@ -98,7 +87,7 @@ def find_recipe(
     *,
     level: str = "lean",
     strict: bool | None = None,
-) -> Recipe:
+) -> Found:
     """The recipe for a call, the first that there is of:
 
     1. exact: a measured entry of this problem, regime, level and GPU;
@@ -110,27 +99,27 @@ def find_recipe(
 
     The tuned files are read once in a process (see `tuned_files.current_look`). Where a GPU is in
     use and nothing can compile TileLang, entries that need Triton alone come before others. Entries
-    whose templates changed since are passed over (`Recipe.stale`). Inside `forced_recipe` the
+    whose templates changed since are passed over (`Found.stale`). Inside `forced_recipe` the
     forced one is returned. `device` is by default the present GPU, the only case where one is
     queried.
     `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
     """
     forced = _FORCED.get()
     if forced is not None:
-        return forced if forced.problem == problem else _forced_for(forced, problem)
+        return forced if forced.recipe.problem == problem else _forced_for(forced, problem)
     if device is None:
         device = present_device()
     places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
     query = Query(problem, regime, device, level, _only_triton_compiles())
-    recipe = _look_up(query, places, tuned_files.current_look())
-    if recipe.source != "exact" and (_strict_from_env() if strict is None else strict):
+    found = _look_up(query, places, tuned_files.current_look())
+    if found.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
-            f"strict mode wants an exact entry, but the best is {recipe.source!r}: {recipe.why}. "
-            f"Run `{tune_command(recipe)}` on this GPU, or leave strict mode (GDN2GEN_STRICT, "
+            f"strict mode wants an exact entry, but the best is {found.source!r}: {found.why}. "
+            f"Run `{tune_command(found)}` on this GPU, or leave strict mode (GDN2GEN_STRICT, "
             "--strict)\n"
-            f"{explain_recipe(recipe)}"
+            f"{explain_recipe(found)}"
         )
-    return recipe
+    return found
 
 
 def _only_triton_compiles() -> bool:
@@ -160,58 +149,51 @@ def reload() -> None:
     tuned_files.look_anew()
 
 
-def default_recipe(
-    problem: Problem, plan_name: str = "lean", *, BT: int | None = None, arch: str | None = None
-) -> Recipe:
-    """The default configs of a plan: valid for every problem and device, and meant for `arch`."""
-    plan = plan_named(plan_name)
-    configs = {stage: default_config(stage, problem, BT=BT, arch=arch) for stage in plan.stages}
-    return Recipe(problem, plan, configs, "default", "the default was asked for")
-
-
-def in_triton(recipe: Recipe) -> Recipe:
-    """The recipe with Triton's default config, at its chunk size, for every stage in TileLang."""
-    problem = recipe.problem
-    instead = {
-        stage: default_config(stage, problem, BT=config.size("BT"))
-        for stage, config in recipe.configs.items()
+def in_triton(found: Found) -> Found:
+    """The same with Triton's default config, at its chunk size, for every stage in TileLang."""
+    recipe = found.recipe
+    instead = [
+        default_config(config.stage, recipe.problem, BT=config.size("BT"))
+        for config in recipe.configs
         if language_of(config) != "triton"
-    }
-    why = recipe.why
+    ]
+    why = found.why
     if instead:
-        why += f"; Triton was asked for, so defaults stand in for {', '.join(instead)} in TileLang"
-    return replace(recipe, configs={**recipe.configs, **instead}, why=why, language="triton")
+        stages = ", ".join(config.stage for config in instead)
+        why += f"; Triton was asked for, so defaults stand in for {stages} in TileLang"
+    return replace(found, recipe=recipe.with_config(*instead), why=why, language="triton")
 
 
-_FORCED: ContextVar[Recipe | None] = ContextVar("forced_recipe", default=None)
+_FORCED: ContextVar[Found | None] = ContextVar("forced_recipe", default=None)
 
 
 @contextmanager
 def forced_recipe(recipe: Recipe) -> Iterator[Recipe]:
-    """Inside, `find_recipe` returns `recipe`, also in strict mode; for a problem with other flags,
+    """Inside, `find_recipe` finds `recipe`, also in strict mode; for a problem with other flags,
     the same plan and configs. Holds in this context only: a new thread does not see it.
     """
-    token = _FORCED.set(recipe)
+    token = _FORCED.set(Found(recipe, "forced", "it was forced"))
     try:
         yield recipe
     finally:
         _FORCED.reset(token)
 
 
-def forced() -> Recipe | None:
-    """The recipe of the innermost `forced_recipe`, or None."""
+def forced() -> Found | None:
+    """What the innermost `forced_recipe` forces, or None."""
     return _FORCED.get()
 
 
-def _forced_for(forced: Recipe, problem: Problem) -> Recipe:
+def _forced_for(forced: Found, problem: Problem) -> Found:
+    recipe = forced.recipe
     try:
-        tuned_files.check_configs(forced.plan.name, forced.configs, problem)
+        tuned_files.check_configs(recipe.plan.name, recipe.by_stage, problem)
     except Gdn2genError as error:
         raise DispatchError(
-            f"the forced recipe is for {words_of(forced.problem)}, and does not fit the call's "
+            f"the forced recipe is for {words_of(recipe.problem)}, and does not fit the call's "
             f"{words_of(problem)}: {error}"
         ) from error
-    return replace(forced, problem=problem)
+    return replace(forced, recipe=replace(recipe, problem=problem))
 
 
 def _strict_from_env() -> bool:
@@ -227,37 +209,40 @@ def _places(op: str, slug: str, user: Path, packaged: Path) -> tuple[Place, ...]
 
 
 @lru_cache(maxsize=4096)
-def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Recipe:
+def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
     """`find_recipe` without its overrides; remembered until the files are looked at anew."""
     if query.level not in tuned_files.LEVELS:
         raise DispatchError(f"level must be one of {tuned_files.LEVELS}, but got {query.level!r}")
     best, passed, notes = nearest_entry(query, places)
     if best is None:
-        made = default_recipe(query.problem, query.level, arch=query.device.arch)
+        recipe = Recipe.default(query.problem, query.level, arch=query.device.arch)
+        source: Source = "default"
+        file = None
         looked = " and ".join(place.own for place in places)
         why = (
             f"nothing that fits is tuned for {words_of(query.problem)} on {query.device.name}; "
             f"looked at {looked}, and at those of other {query.device.arch} GPUs beside"
         )
     else:
-        entry = best.entry
-        plan, source = plan_named(entry.plan), TIERS[best.tier]
-        made = Recipe(query.problem, plan, entry.configs, source, "", file=best.path)
+        recipe = best.entry.recipe_for(query.problem)
+        source, file = TIERS[best.tier], best.path
         why = _why(best, query)
     if passed is not None:
         notes = (*notes, _why_not(passed))
     if query.triton_alone and best is not None:
         notes = (*notes, _why_triton(best.entry))
-    return replace(
-        made,
-        why="; ".join((why, *notes)),
+    return Found(
+        recipe,
+        source,
+        "; ".join((why, *notes)),
         stale=passed is not None,
+        file=file,
         regime=query.regime,
         device=query.device,
     )
 
 
-def _why(best: Candidate, query: Query) -> str:
+def _why(best: Match, query: Query) -> str:
     entry, key = best.entry, query.problem.key
     words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
     if best.distance:
@@ -281,7 +266,7 @@ def _why_triton(entry: tuned_files.Entry) -> str:
     return f"{why}, and no entry needs Triton alone: {stages} run Triton's default configs"
 
 
-def _why_not(passed: Candidate) -> str:
+def _why_not(passed: Match) -> str:
     stages = ", ".join(tuned_files.stale_stages(passed.entry))
     return (
         f"passed over the stale entry [{passed.entry.label}] of {passed.path}, for the templates "

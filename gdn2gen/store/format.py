@@ -11,6 +11,7 @@ from gdn2gen.base.errors import Gdn2genError, StoreError
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import SHARED_KNOBS, Config
 from gdn2gen.kernels.plans import LEVELS, PLANS, Level, plan_named
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store._claims import check_claims
@@ -84,6 +85,10 @@ class Entry:
     def key(self) -> tuple[str, ...]:
         """What a file holds one entry for: problem, regime, level, and whether Triton is enough."""
         return _key(self.problem_key, self.regime_key, self.level, self.configs)
+
+    def recipe_for(self, problem: Problem) -> Recipe:
+        """The plan and configs, for a problem that they serve."""
+        return Recipe.of(problem, self.plan, self.configs)
 
     @property
     def needs_triton_alone(self) -> bool:

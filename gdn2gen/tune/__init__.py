@@ -1,4 +1,4 @@
-"""The tuner: candidates, compiled, checked and timed on a GPU or ranked without one, and filed.
+"""The tuner: recipes, compiled, checked and timed on a GPU or ranked without one, and filed.
 
     space     the configs that are worth a trial
     records   studies, refusals and entries on file

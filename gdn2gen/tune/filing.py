@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.plans import level_of
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune.search.verdicts import Measured, Verdict
 from gdn2gen.tune.views.lines import COST, DEFAULT_COST, is_number
 from gdn2gen.tune.views.report import ShapeResult
@@ -25,7 +25,7 @@ def result_of(verdict: Verdict) -> ShapeResult:
     return ShapeResult(
         shape=verdict.shape,
         level=verdict.level,
-        candidate=winner.candidate,
+        recipe=winner.recipe,
         forward_ms=winner.forward.median,
         forward_backward_ms=winner.forward_backward.median,
         default_forward_backward_ms=default.forward_backward.median if default else None,
@@ -40,7 +40,7 @@ def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
     """The winner's, and that of the best which needs Triton alone if the winner does not."""
     return [
         entry_for(
-            x.candidate,
+            x.recipe,
             verdict.shape,
             measured=_measured(x, verdict.default),
             gate={name: float(f"{error:.3g}") for name, error in x.errors.items()},
@@ -52,21 +52,21 @@ def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
 
 
 def entry_for(
-    candidate: Candidate,
+    recipe: Recipe,
     shape: Shape,
     *,
     measured: Mapping[str, Any],
     gate: Mapping[str, Any],
     provenance: tuned_files.Provenance,
 ) -> tuned_files.Entry:
-    """A candidate as the entry of its plan's level at a shape."""
+    """A recipe as the entry of its plan's level at a shape."""
     return tuned_files.Entry(
-        problem_key=candidate.problem.key,
+        problem_key=recipe.problem.key,
         regime_key=shape.regime.key,
-        level=level_of(candidate.plan),
-        plan=candidate.plan,
-        configs=candidate.by_stage,
-        templates=candidate.templates,
+        level=recipe.level,
+        plan=recipe.plan.name,
+        configs=recipe.by_stage,
+        templates=templates_of(recipe),
         measured=measured,
         gate=gate,
         provenance=provenance,
@@ -88,13 +88,13 @@ def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:
 
 
 def predicted_of(
-    candidate: Candidate, shape: Shape, level: str, cost: float, default_cost: float
+    recipe: Recipe, shape: Shape, level: str, cost: float, default_cost: float
 ) -> ShapeResult:
-    """A pipeline that was ranked without a GPU, by its cost and the default's."""
+    """A recipe that was ranked without a GPU, by its cost and the default's."""
     return ShapeResult(
         shape=shape,
         level=level,
-        candidate=candidate,
+        recipe=recipe,
         forward_ms=None,
         forward_backward_ms=None,
         default_forward_backward_ms=None,
@@ -110,7 +110,7 @@ def predicted_of(
 def predicted_entry(result: ShapeResult) -> tuned_files.Entry:
     costs = {COST: result.predicted_bytes, DEFAULT_COST: result.default_predicted_bytes}
     return entry_for(
-        result.candidate,
+        result.recipe,
         result.shape,
         measured={name: round(x) for name, x in costs.items() if is_number(x)},
         gate={"checked": "interpreter, fp32"},

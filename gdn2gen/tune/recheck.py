@@ -12,9 +12,8 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape, shape_of
-from gdn2gen.kernels.plans import level_of
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.store.tuned_files import Entry
 from gdn2gen.tune import space
 from gdn2gen.tune.filing import entries_of
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from gdn2gen.base.outcome import Outcome
     from gdn2gen.codegen.build import Resources
     from gdn2gen.kernels.config import Config
-    from gdn2gen.tune.gpu.jobs import PipelineTiming
+    from gdn2gen.tune.gpu.jobs import RecipeTiming
 
     Compiled = dict[tuple[Problem, Config], Future[Outcome[Resources]]]
 
@@ -60,13 +59,13 @@ class Rechecked:
 def recheck(
     entries: Iterable[Entry], backend: Backend, device: Device, *, renew: bool = False
 ) -> Iterator[Rechecked]:
-    """Gate each entry's pipeline, and time it beside the default.
+    """Gate each entry's recipe, and time it beside the default.
 
     An entry of other templates is stale, and not run; with `renew` only such entries are, through
     the gate of finalists. One that passes is slower if it takes 5% more than when it was filed, or
     5% more than the default now.
     """
-    defaults: dict[tuple[Problem, str, str], PipelineTiming | None] = {}
+    defaults: dict[tuple[Problem, str, str], RecipeTiming | None] = {}
     chosen = [x for x in entries if not renew or tuned_files.stale_stages(x)]
     # queued before the first gate: the GPU would wait for each entry's compilers in turn
     compiled: Compiled = {}
@@ -74,7 +73,7 @@ def recheck(
         shape = shape_of(entry.regime)
         if shape is not None and (renew or not tuned_files.stale_stages(entry)):
             problem = problem_of(entry, shape)
-            for config in Candidate.of(problem, entry.plan, entry.configs).configs:
+            for config in entry.recipe_for(problem).configs:
                 if (problem, config) not in compiled:
                     compiled[problem, config] = backend.compile(problem, config)
     for entry in chosen:
@@ -95,26 +94,26 @@ def _recheck(
     backend: Backend,
     device: Device,
     compiled: Compiled,
-    defaults: dict[tuple[Problem, str, str], PipelineTiming | None],
+    defaults: dict[tuple[Problem, str, str], RecipeTiming | None],
 ) -> Rechecked:
     problem, stale = problem_of(entry, shape), bool(tuned_files.stale_stages(entry))
-    candidate = Candidate.of(problem, entry.plan, entry.configs)
-    failed = _why_not_built(candidate, compiled, device)
+    recipe = entry.recipe_for(problem)
+    failed = _why_not_built(recipe, compiled, device)
     if failed:
         return Rechecked(entry, shape, "failed", failed)
-    checked = backend.gate(candidate, full=stale)
+    checked = backend.gate(recipe, full=stale)
     if not checked.ok:
         return Rechecked(entry, shape, "failed", checked.reason)
     if not checked.get().ok:
         return Rechecked(entry, shape, "wrong", checked.get().reason)
-    timed = backend.time_pipeline(candidate, shape, with_peak=stale)
+    timed = backend.time_recipe(recipe, shape, with_peak=stale)
     if not timed.ok:
         return Rechecked(entry, shape, "failed", timed.reason)
     now = timed.get().forward_backward.median
     key = (problem, entry.plan, shape.name)
     if key not in defaults:
-        pipeline = Candidate.default(problem, entry.plan, arch=device.arch)
-        timed_default = backend.time_pipeline(pipeline, shape, with_peak=False)
+        usual = Recipe.default(problem, entry.plan, arch=device.arch)
+        timed_default = backend.time_recipe(usual, shape, with_peak=False)
         defaults[key] = timed_default.get() if timed_default.ok else None
     default = defaults[key]
     default_ms = default.forward_backward.median if default else None
@@ -122,29 +121,29 @@ def _recheck(
     status: Status = "slower" if detail else "renewed" if stale else "holds"
     renewed = None
     if status == "renewed":
-        renewed = _renewed(candidate, shape, timed.get(), default, checked.get().errors)
+        renewed = _renewed(recipe, shape, timed.get(), default, checked.get().errors)
     return Rechecked(entry, shape, status, detail, now, default_ms, renewed)
 
 
 def _renewed(
-    candidate: Candidate,
+    recipe: Recipe,
     shape: Shape,
-    timed: PipelineTiming,
-    default: PipelineTiming | None,
+    timed: RecipeTiming,
+    default: RecipeTiming | None,
     errors: dict[str, float],
 ) -> Entry:
-    def measured(timing: PipelineTiming) -> Measured:
-        return Measured(candidate, timing.forward, timing.forward_backward, timing.peak_mib, errors)
+    def measured(timing: RecipeTiming) -> Measured:
+        return Measured(recipe, timing.forward, timing.forward_backward, timing.peak_mib, errors)
 
     reference = None if default is None else measured(default)
-    verdict = Verdict(shape, level_of(candidate.plan), measured(timed), reference, False)
+    verdict = Verdict(shape, recipe.level, measured(timed), reference, False)
     (entry,) = entries_of(verdict)
     return entry
 
 
-def _why_not_built(candidate: Candidate, compiled: Compiled, device: Device) -> str:
-    for config in candidate.configs:
-        outcome = compiled[candidate.problem, config].result()
+def _why_not_built(recipe: Recipe, compiled: Compiled, device: Device) -> str:
+    for config in recipe.configs:
+        outcome = compiled[recipe.problem, config].result()
         if not outcome.ok:
             return f"{config.stage}: {outcome.reason}"
         unfit = space.why_unfit(outcome.get(), device)

@@ -60,19 +60,19 @@ def _try(refusal: Refusal, backend: Backend, device: Device) -> str:
     """Why the refusal stands, or nothing."""
     if refusal.present_digest is None:
         return "its knobs or stages are gone, so there is nothing to try"
-    candidate = refusal.candidate
+    recipe = refusal.recipe
     whole = refusal.stage == PIPELINE
-    for config in candidate.configs if whole else [candidate.by_stage[refusal.stage]]:
-        hopeless = space.why_hopeless(config, candidate.problem, device)
+    for config in recipe.configs if whole else [recipe[refusal.stage]]:
+        hopeless = space.why_hopeless(config, recipe.problem, device)
         if hopeless is not None:
             return hopeless
-        compiled = backend.compile(candidate.problem, config).result()
+        compiled = backend.compile(recipe.problem, config).result()
         if not compiled.ok:
             return compiled.reason
         unfit = space.why_unfit(compiled.get(), device)
         if unfit is not None:
             return f"{outcome.RESOURCES}: {unfit}"
-    checked = backend.gate(candidate, full=whole)
+    checked = backend.gate(recipe, full=whole)
     if not checked.ok:
         return checked.reason
     gate = checked.get()

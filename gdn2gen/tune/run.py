@@ -27,7 +27,7 @@ from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.gpu.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.records.ledger import Ledger, read_ledger
 from gdn2gen.tune.records.storage import open_storage
-from gdn2gen.tune.records.stored import stored_pipelines
+from gdn2gen.tune.records.stored import stored_recipes
 from gdn2gen.tune.search.finalists import Finals
 from gdn2gen.tune.search.loop import Context, Errand, Search, Window
 from gdn2gen.tune.search.verdicts import Verdict, better
@@ -154,8 +154,8 @@ class _Run:
         with self.context.backend.phase("defaults"):
             self.search.measure_defaults()
         wanted, device = self.search.shapes, self.context.device
-        stored = list(stored_pipelines(self.problem, self.plans, wanted, self.path, device))
-        self.search.seed([config for x in stored for config in x.candidate.configs])
+        stored = list(stored_recipes(self.problem, self.plans, wanted, self.path, device))
+        self.search.seed([config for x in stored for config in x.recipe.configs])
         self.search.seed(handed)
         finals = Finals(self.search, stored)
         errands = [

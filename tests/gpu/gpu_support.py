@@ -22,12 +22,13 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.family.tolerances import slack_of
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.measure.cases import Case
 from gdn2gen.measure.checks import case_inputs, errors_in_range
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.runtime import passes
-from gdn2gen.store.dispatch import Recipe, default_recipe, find_recipe, forced_recipe
+from gdn2gen.store.dispatch import find_recipe, forced_recipe
 
 DEVICE: Final = "cuda"
 TRAIN: Final = SHAPES["train4k"]
@@ -71,10 +72,11 @@ def recipe_of(name: str, level: str) -> Recipe:
     """
     problem = PROBLEMS[name]
     if level == BY_64:
-        return default_recipe(problem, BT=64)
+        return Recipe.default(problem, BT=64)
     if level in DEFAULTS:
-        return default_recipe(problem, level.removeprefix("default "))
-    return find_recipe(problem, TRAIN.regime, present_device(), level=level, strict=False)
+        return Recipe.default(problem, level.removeprefix("default "))
+    device = present_device()
+    return find_recipe(problem, TRAIN.regime, device, level=level, strict=False).recipe
 
 
 def every_kernel() -> Kernels:
@@ -89,10 +91,9 @@ def kernels_of(recipes: Iterable[Recipe]) -> Kernels:
     """(problem, stage, config) of every kernel of the recipes, each source once."""
     kernels: dict[Rendered, tuple[Problem, str, Config]] = {}
     for recipe in recipes:
-        for stage, config in recipe.configs.items():
-            if stage in recipe.plan.stages:
-                source = render(recipe.problem, stage, config)
-                kernels.setdefault(source, (recipe.problem, stage, config))
+        for config in recipe.configs:
+            source = render(recipe.problem, config.stage, config)
+            kernels.setdefault(source, (recipe.problem, config.stage, config))
     return list(kernels.values())
 
 

@@ -28,10 +28,11 @@ from gpu_support import (
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import relative_errors, run_reference
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.runtime.passes import Pass
-from gdn2gen.store.dispatch import Recipe, forced_recipe
+from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

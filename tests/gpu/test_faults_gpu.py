@@ -26,9 +26,9 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune.records.ledger import read_ledger
 from gdn2gen.tune.records.storage import open_storage
 from gdn2gen.tune.run import open_ledger, storage_path
@@ -37,7 +37,7 @@ from gdn2gen.tune.run import open_ledger, storage_path
 pytestmark = [pytest.mark.gpu, pytest.mark.gpu_alone]
 
 PROBLEM: Final = Problem(K=64, V=64)
-SOUND: Final = Candidate.default(PROBLEM, "lean")
+SOUND: Final = Recipe.default(PROBLEM, "lean")
 # maxnreg of a dyadic prepare -> what is wrong with it
 FAULTS: Final[dict[Knob, str]] = {
     80: "illegal access",

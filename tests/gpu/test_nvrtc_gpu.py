@@ -24,11 +24,11 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 warnings.filterwarnings("error", message=".*written in TileLang")
 from gdn2gen.family.problem import Problem
-from gdn2gen.store.candidate import Candidate
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.tune.gpu.jobs import gate_quick
-candidate = Candidate.default(Problem(K=64, V=64), "lean")
-scan = candidate.by_stage["scan"].replace(language="tilelang")
-result = gate_quick(candidate.with_config(scan))
+recipe = Recipe.default(Problem(K=64, V=64), "lean")
+scan = recipe["scan"].replace(language="tilelang")
+result = gate_quick(recipe.with_config(scan))
 print(result.ok, result.reason)
 """
 

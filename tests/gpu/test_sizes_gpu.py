@@ -10,8 +10,9 @@ import torch
 from gpu_support import DEVICE, PROBLEMS, draw, moved, recipe_of, run, sized
 from torch import Tensor
 
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.ops.chunk import chunk_gdn2
-from gdn2gen.store.dispatch import Recipe, forced_recipe
+from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [
     pytest.mark.gpu,

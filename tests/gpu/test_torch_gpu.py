@@ -22,9 +22,10 @@ from gpu_support import (
 )
 from torch import Tensor
 
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.ops.chunk import chunk_gdn2
-from gdn2gen.store.dispatch import Recipe, forced_recipe
+from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

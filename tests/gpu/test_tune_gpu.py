@@ -13,11 +13,11 @@ from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.family.tolerances import limit_of
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure import gate, rows, timing
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tune import tune
 from gdn2gen.tune.views.progress import Progress
@@ -64,9 +64,9 @@ def test_a_cuda_error_costs_the_worker_not_the_caller():
 
 def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     """The backward must run the forced recipe, too: its saved tensors depend on the chunk size."""
-    candidate = Candidate.default(Problem(K=64, V=64), "lean", BT=32)
-    shapes = gate.gate_shapes(candidate.problem)
-    result = gate.check(candidate, regimes=("layer",), repeats=3, shapes=shapes)
+    recipe = Recipe.default(Problem(K=64, V=64), "lean", BT=32)
+    shapes = gate.gate_shapes(recipe.problem)
+    result = gate.check(recipe, regimes=("layer",), repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -74,12 +74,12 @@ def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_scans_in_tilelang_pass_the_gate(packed, plan):
     problem = gate.full_problem(Problem(varlen=packed))
-    candidate = Candidate.default(problem, plan, BT=64)
+    recipe = Recipe.default(problem, plan, BT=64)
     for stage in [x for x in PLANS[plan].stages if "scan" in x]:
         config = default_config(stage, problem, BT=64).replace(language="tilelang")
-        candidate = candidate.with_config(config)
+        recipe = recipe.with_config(config)
     shapes = gate.gate_shapes(problem)
-    result = gate.check(candidate, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
+    result = gate.check(recipe, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -98,15 +98,15 @@ def test_scans_in_tilelang_pass_the_gate(packed, plan):
 def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
     """Two segments, and five with a last one of two chunks, of which one has eight tokens."""
     full = gate.full_problem(problem)
-    candidate = Candidate.default(full, plan, BT=32)
+    recipe = Recipe.default(full, plan, BT=32)
     for stage in ("scan" if plan == "lean" else "scan_states", "reverse_scan"):
         config = default_config(stage, full, BT=32).replace(
             language="tilelang", segments="parallel", num_stages=num_stages
         )
-        candidate = candidate.with_config(config)
+        recipe = recipe.with_config(config)
     shapes = (gate.RAGGED, Shape("five-segments", 2, 33 * 4 * 32 + 40, 3))
     regimes = ("layer", "sparse", "strong", "zero")
-    result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
+    result = gate.check(recipe, regimes=regimes, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -130,12 +130,12 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
     Both ways to invert, by turns.
     """
     full = gate.full_problem(problem)
-    candidate = _by_chunk_in_tilelang(full, plan)
+    recipe = _by_chunk_in_tilelang(full, plan)
     if plan != "lean":
-        candidate = candidate.with_config(candidate.by_stage["prepare"].replace(solve="ieee"))
+        recipe = recipe.with_config(recipe["prepare"].replace(solve="ieee"))
     shapes = gate.gate_shapes(full)
     regimes = ("layer", "sparse", "strong", "mixed", "zero")
-    result = gate.check(candidate, regimes=regimes, repeats=10, shapes=shapes)
+    result = gate.check(recipe, regimes=regimes, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -145,14 +145,14 @@ def test_bounded_placement_passes_the_gate(language, changes):
     """Decays close to the gate's bound, the largest that chunks of 32 tokens take."""
     gated = {"gate": "sigmoid", "bound": 2, "has_A_log": True, "has_dt_bias": True}
     full = gate.full_problem(Problem(**gated, **changes))
-    candidate = Candidate.default(full, "lean", BT=32)
+    recipe = Recipe.default(full, "lean", BT=32)
     if language == "tilelang":
-        candidate = _by_chunk_in_tilelang(full)
-    for config in candidate.configs:
+        recipe = _by_chunk_in_tilelang(full)
+    for config in recipe.configs:
         if "decay" in config:
-            candidate = candidate.with_config(config.replace(decay="bounded"))
+            recipe = recipe.with_config(config.replace(decay="bounded"))
     shapes = gate.gate_shapes(full)
-    result = gate.check(candidate, regimes=("layer", "strong"), repeats=10, shapes=shapes)
+    result = gate.check(recipe, regimes=("layer", "strong"), repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -169,11 +169,11 @@ def test_forward_in_tilelang_is_causal_bit_for_bit():
 
 
 def _by_chunk_in_tilelang(problem, plan="lean"):
-    candidate = Candidate.default(problem, plan, BT=32)
-    for stage in candidate.by_stage:
+    recipe = Recipe.default(problem, plan, BT=32)
+    for stage in recipe.by_stage:
         if "scan" not in stage:
-            candidate = candidate.with_config(tilelang_by_chunk(stage, problem))
-    return candidate
+            recipe = recipe.with_config(tilelang_by_chunk(stage, problem))
+    return recipe
 
 
 @pytest.mark.gpu_alone

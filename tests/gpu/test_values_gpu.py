@@ -22,10 +22,10 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.runtime import call
 from gdn2gen.runtime.package import generate_package
-from gdn2gen.store.dispatch import Recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +58,7 @@ def _config(stage: str, problem: Problem, language: str, knobs: dict[str, Knob])
 
 def _recipe(problem: Problem, language: str, plan: str = "lean", **knobs: Knob) -> Recipe:
     configs = {x: _config(x, problem, language, knobs) for x in PLANS[plan].stages}
-    return Recipe(problem, PLANS[plan], configs, "forced", "a test asked for it")
+    return Recipe.of(problem, plan, configs)
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -138,7 +138,7 @@ def test_views_are_read_as_their_copies_are(name: str, how: View) -> None:
 
 def test_packages_copy_views_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = RECIPES["tilelang"]
-    generate_package(recipe.problem, tmp_path / "values_in_tilelang", recipe)
+    generate_package(recipe, tmp_path / "values_in_tilelang", "gdn2gen generate")
     monkeypatch.syspath_prepend(tmp_path)
     package = importlib.import_module("values_in_tilelang")
     inputs, grads = draw(recipe.problem, sized(2, 300, 2))

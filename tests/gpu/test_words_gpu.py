@@ -16,11 +16,12 @@ NOISE = ("TileLang", "INFO", "WARNING", "cuBLAS", "FP_FUSION")
 CALL = """
 import torch
 from gdn2gen import chunk_gdn2
-from gdn2gen.store.dispatch import default_recipe, forced_recipe
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.store.dispatch import forced_recipe
 from gdn2gen.family.problem import Problem
-recipe = default_recipe(Problem(K=64, V=64))
-scan = recipe.configs["scan"].replace(language="tilelang")
-recipe.configs["scan"] = scan
+recipe = Recipe.default(Problem(K=64, V=64))
+scan = recipe["scan"].replace(language="tilelang")
+recipe = recipe.with_config(scan)
 inputs = [torch.randn(1, 200, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
 inputs[3] = -inputs[3].float().abs()
 for x in inputs:

@@ -14,7 +14,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.tune.gpu.jobs import PipelineTiming
+from gdn2gen.tune.gpu.jobs import RecipeTiming
 
 DEVICE = named_device("H200")
 PROBLEM = Problem(K=64, V=64)
@@ -58,10 +58,10 @@ class FakeBackend:
             future.set_result(Outcome(outcome.OK, Resources(128, 0, 50_000, 128, 1.0)))
         return future
 
-    def gate(self, candidate, *, full):
+    def gate(self, recipe, *, full):
         self.now += 0.2
-        self.gated.append((candidate, full))
-        accidents = {self._verdict(config) for config in candidate.configs}
+        self.gated.append((recipe, full))
+        accidents = {self._verdict(config) for config in recipe.configs}
         if "crash" in accidents:
             return Outcome(outcome.CRASHED, detail="signal 6: Assertion failed")
         if "hang" in accidents:
@@ -71,20 +71,20 @@ class FakeBackend:
             return Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off by 4e-01"))
         return Outcome(outcome.OK, GateResult(True, dict(ERRORS)))
 
-    def time_stages(self, candidate, stages, shape):
+    def time_stages(self, recipe, stages, shape):
         self.now += 0.1
-        by_stage = candidate.by_stage
+        by_stage = recipe.by_stage
         if any(self._verdict(by_stage[x]) == "memory" for x in stages):
             return Outcome(outcome.OUT_OF_MEMORY, detail="tried to allocate 1 TiB")
-        self.timed.append((candidate, stages, shape.name))
+        self.timed.append((recipe, stages, shape.name))
         times = {x: self._timing(self._speed(by_stage[x], shape)) for x in stages}
         return Outcome(outcome.OK, times)
 
-    def time_pipeline(self, candidate, shape, *, with_peak):
+    def time_recipe(self, recipe, shape, *, with_peak):
         self.now += 0.3
-        total = sum(self._speed(config, shape) for config in candidate.configs)
+        total = sum(self._speed(config, shape) for config in recipe.configs)
         timing = self._timing(total)
-        return Outcome(outcome.OK, PipelineTiming(timing, timing, 100.0 if with_peak else 0.0))
+        return Outcome(outcome.OK, RecipeTiming(timing, timing, 100.0 if with_peak else 0.0))
 
     def close(self):
         self.closed = True

@@ -20,9 +20,9 @@ from gdn2gen.tune.views.progress import Progress
 class SlowBackend(FakeBackend):
     """Writes down what it times, and takes a while over it."""
 
-    def time_stages(self, candidate: Any, stages: Any, shape: Any) -> Any:
+    def time_stages(self, recipe: Any, stages: Any, shape: Any) -> Any:
         time.sleep(0.02)
-        return super().time_stages(candidate, stages, shape)
+        return super().time_stages(recipe, stages, shape)
 
     def clock(self) -> float:
         return time.monotonic()

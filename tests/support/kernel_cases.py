@@ -23,6 +23,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import relative_errors, run_op, run_reference
@@ -31,7 +32,7 @@ from gdn2gen.measure.checks import Result, case_inputs, run_case
 from gdn2gen.measure.timing import call_of
 from gdn2gen.runtime import call as calls
 from gdn2gen.runtime import passes, runner
-from gdn2gen.store.dispatch import Recipe, forced_recipe
+from gdn2gen.store.dispatch import forced_recipe
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class KernelCase:
                         given = given.replace(BV=problem.V, chunks=4)
                     config = config if why_invalid(given, problem) else given
             configs[stage] = config
-        return Recipe(problem, PLANS[self.plan], configs, "forced", "a test asked for it")
+        return Recipe.of(problem, self.plan, configs)
 
 
 def run(name: str) -> Result:
@@ -260,12 +261,12 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
 
     from gdn2gen.codegen.build import load
     from gdn2gen.codegen.render import render
-    from gdn2gen.store.dispatch import default_recipe
+    from gdn2gen.kernels.recipe import Recipe
 
     problem = Problem(K=64, V=64, varlen=packed)
     shape = _shape(1, 70, 2, (0, 21, 21, 70) if packed else None)
     inputs, _ = case_inputs(Case("later", problem, shape, regime), "cpu")
-    loaded = runner.Runner(default_recipe(problem))
+    loaded = runner.Runner(Recipe.default(problem))
     call = call_of(problem, shape, torch.device("cpu"))
     given = {**inputs}
     if packed:

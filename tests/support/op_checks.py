@@ -16,11 +16,12 @@ from gdn2gen import chunk_gdn2
 from gdn2gen.family import reference
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.runtime import call
 from gdn2gen.runtime._kernels import request_of, sequences_of
 from gdn2gen.runtime.lookup import agree
-from gdn2gen.store.dispatch import default_recipe, forced_recipe
+from gdn2gen.store.dispatch import forced_recipe
 
 LIMIT = 1e-5
 INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias")
@@ -233,7 +234,7 @@ def without_gradient(plan: str) -> list[str]:
     problem = Problem(K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
     arguments = {**make(T=150), "use_qk_l2norm_in_kernel": True}
     try:
-        with forced_recipe(default_recipe(problem, plan)):
+        with forced_recipe(Recipe.default(problem, plan)):
             kept = _run(chunk_gdn2, arguments, "both", INPUTS)
             o, state = chunk_gdn2(**arguments, output_final_state=True)
     finally:

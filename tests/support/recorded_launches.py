@@ -28,7 +28,7 @@ class Launched(list[tuple[str, Any, dict[str, Tensor], dict[str, Any]]]):
 
     def launcher(self, runner: runner.Runner, problem: Problem, stage: str) -> Any:
         names = [x.name for x in STAGES[stage].operands(problem)]
-        config = runner.recipe.configs[stage]
+        config = runner.recipe[stage]
 
         def record(*tensors: Tensor, **scalars: Any) -> None:
             self.append((stage, config, dict(zip(names, tensors, strict=True)), scalars))

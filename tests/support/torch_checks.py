@@ -202,8 +202,8 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     from gdn2gen.base.device import named_device
     from gdn2gen.codegen.render import template_digest
     from gdn2gen.family.problem import Problem, Regime
+    from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.store._claims import CHECKED
-    from gdn2gen.store.dispatch import default_recipe
     from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
     os.environ["GDN2GEN_TUNED_DIR"] = folder
@@ -212,9 +212,9 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     path = tuned_path(Path(folder), "gdn2", device)
 
     def land(plan: str, BT: int, **segments: Any) -> None:
-        recipe = default_recipe(problem, plan, BT=BT)
-        scan = recipe.configs[recipe.plan.forward[-1]].replace(**segments)
-        configs = {**recipe.configs, scan.stage: scan}
+        recipe = Recipe.default(problem, plan, BT=BT)
+        scan = recipe[recipe.plan.forward[-1]].replace(**segments)
+        configs = recipe.with_config(scan).by_stage
         digests = {stage: template_digest(config) for stage, config in configs.items()}
         times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
         errors = dict.fromkeys(CHECKED, 1e-6)

@@ -27,9 +27,9 @@ from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.shapes import SHAPES, parse_shapes
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
-from gdn2gen.store.dispatch import default_recipe, find_recipe, tune_command
+from gdn2gen.store.dispatch import Found, find_recipe, tune_command
 from gdn2gen.tune.run import open_ledger
 from gdn2gen.tune.views.progress import LiveProgress
 from gdn2gen.tune.views.report import ShapeResult, TuneReport
@@ -100,11 +100,11 @@ def shown(what: Any, width: int) -> str:
 
 
 def report_of(shape: str = "train4k") -> TuneReport:
-    candidate = Candidate.default(Problem(), "lean")
+    recipe = Recipe.default(Problem(), "lean")
     result = ShapeResult(
         shape=SHAPES[shape],
         level="lean",
-        candidate=candidate,
+        recipe=recipe,
         forward_ms=0.30712,
         forward_backward_ms=1.44123,
         default_forward_backward_ms=12345.67891,
@@ -324,10 +324,10 @@ def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
 
 
 def test_what_is_exact_or_forced_needs_no_command() -> None:
-    assert tune_command(default_recipe(Problem())) is None
-    recipe = find_recipe(Problem(), SHAPES["train4k"].regime, H200)
-    assert (recipe.source, tune_command(recipe)) == ("exact", None)
-    packed = replace(recipe, source="default", regime=Regime(61, 3, 2))
+    assert tune_command(Found(Recipe.default(Problem()), "default", "")) is None
+    found = find_recipe(Problem(), SHAPES["train4k"].regime, H200)
+    assert (found.source, tune_command(found)) == ("exact", None)
+    packed = replace(found, source="default", regime=Regime(61, 3, 2))
     assert parse_shapes((tune_command(packed) or "").split()[5]) == [SHAPES["varlen8k"]]
 
 

@@ -11,7 +11,7 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
-from gdn2gen.store.candidate import Candidate
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.tune import space
 from gdn2gen.tune.gpu.backend import Backend
 
@@ -20,10 +20,10 @@ Times = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A config to try in its pipeline."""
+    """A config to try, in a recipe."""
 
     config: Config
-    candidate: Candidate
+    recipe: Recipe
     """The config among others, whose times are known."""
     known: Mapping[str, Times] = field(default_factory=dict)
     """Times without this config, by shape, of other stages whose time it changes."""
@@ -55,7 +55,7 @@ def attempt(
     unfit = space.why_unfit(compiled.get(), device)
     if unfit is not None:
         return Result(outcome.RESOURCES, f"{outcome.RESOURCES}: {unfit}")
-    checked = backend.gate(it.candidate, full=False)
+    checked = backend.gate(it.recipe, full=False)
     if not checked.ok:
         return Result(checked.status, checked.reason, ran=True)
     gate = checked.get()
@@ -65,7 +65,7 @@ def attempt(
     times: dict[str, float] = {}
     stages = (it.config.stage, *it.known)
     for shape in shapes:
-        timed = backend.time_stages(it.candidate, stages, shape)
+        timed = backend.time_stages(it.recipe, stages, shape)
         if not timed.ok:
             return Result(timed.status, timed.reason, ran=True)
         found = {stage: timing.median for stage, timing in timed.get().items()}

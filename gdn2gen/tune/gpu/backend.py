@@ -15,10 +15,10 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
-from gdn2gen.store.candidate import Candidate
-from gdn2gen.tune.gpu.jobs import PipelineTiming
+from gdn2gen.tune.gpu.jobs import RecipeTiming
 from gdn2gen.tune.space import why_unfit
 from gdn2gen.tune.views.report import Phase
 
@@ -38,20 +38,20 @@ class Backend(Protocol):
         """Queue the compile of one stage."""
         ...
 
-    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
         """Check accuracy and repetition; `full` as finalists are checked."""
         ...
 
     def time_stages(
-        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+        self, recipe: Recipe, stages: tuple[str, ...], shape: Shape
     ) -> Outcome[dict[str, Timing]]:
-        """Time single stages of a candidate, in ms."""
+        """Time single stages of a recipe, in ms."""
         ...
 
-    def time_pipeline(
-        self, candidate: Candidate, shape: Shape, *, with_peak: bool
-    ) -> Outcome[PipelineTiming]:
-        """Time the whole candidate through the public op, in ms; its peak memory in MiB."""
+    def time_recipe(
+        self, recipe: Recipe, shape: Shape, *, with_peak: bool
+    ) -> Outcome[RecipeTiming]:
+        """Time the whole recipe through the public op, in ms; its peak memory in MiB."""
         ...
 
     def close(self) -> None:
@@ -86,31 +86,31 @@ class MeteredBackend:
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         return self._backend.compile(problem, config)
 
-    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
         with self._gpu:
             started = self._clock()
             try:
-                return self._backend.gate(candidate, full=full)
+                return self._backend.gate(recipe, full=full)
             finally:
                 self.gating += self._clock() - started
 
     def time_stages(
-        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+        self, recipe: Recipe, stages: tuple[str, ...], shape: Shape
     ) -> Outcome[dict[str, Timing]]:
         with self._gpu:
             started = self._clock()
             try:
-                return self._backend.time_stages(candidate, stages, shape)
+                return self._backend.time_stages(recipe, stages, shape)
             finally:
                 self.timing += self._clock() - started
 
-    def time_pipeline(
-        self, candidate: Candidate, shape: Shape, *, with_peak: bool
-    ) -> Outcome[PipelineTiming]:
+    def time_recipe(
+        self, recipe: Recipe, shape: Shape, *, with_peak: bool
+    ) -> Outcome[RecipeTiming]:
         with self._gpu:
             started = self._clock()
             try:
-                return self._backend.time_pipeline(candidate, shape, with_peak=with_peak)
+                return self._backend.time_recipe(recipe, shape, with_peak=with_peak)
             finally:
                 self.timing += self._clock() - started
 
@@ -121,7 +121,7 @@ class MeteredBackend:
 def measure_config(
     backend: WorkerBackend,
     compiled: Outcome[Resources],
-    base: Candidate,
+    base: Recipe,
     config: Config,
     shape: Shape,
 ) -> tuple[float | None, str]:
@@ -134,11 +134,11 @@ def measure_config(
     unfit = why_unfit(compiled.get(), backend.device)
     if unfit is not None:
         return None, unfit
-    candidate = base.with_config(config)
-    checked = backend.gate(candidate, full=False)
+    recipe = base.with_config(config)
+    checked = backend.gate(recipe, full=False)
     if not (checked.ok and checked.get().ok):
         return None, checked.get().reason if checked.ok else checked.reason
-    timed = backend.time_stages(candidate, (config.stage,), shape)
+    timed = backend.time_stages(recipe, (config.stage,), shape)
     return (timed.get()[config.stage].median, "") if timed.ok else (None, timed.reason)
 
 
@@ -161,23 +161,23 @@ class WorkerBackend:
             timeout=COMPILE_SECONDS,
         )
 
-    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
         name = "gate_full" if full else "gate_quick"
-        return self._worker.call(f"gdn2gen.tune.gpu.jobs:{name}", candidate, timeout=GATE_SECONDS)
+        return self._worker.call(f"gdn2gen.tune.gpu.jobs:{name}", recipe, timeout=GATE_SECONDS)
 
     def time_stages(
-        self, candidate: Candidate, stages: tuple[str, ...], shape: Shape
+        self, recipe: Recipe, stages: tuple[str, ...], shape: Shape
     ) -> Outcome[dict[str, Timing]]:
         return self._worker.call(
-            "gdn2gen.tune.gpu.jobs:time_stages", candidate, stages, shape, timeout=TIME_SECONDS
+            "gdn2gen.tune.gpu.jobs:time_stages", recipe, stages, shape, timeout=TIME_SECONDS
         )
 
-    def time_pipeline(
-        self, candidate: Candidate, shape: Shape, *, with_peak: bool
-    ) -> Outcome[PipelineTiming]:
+    def time_recipe(
+        self, recipe: Recipe, shape: Shape, *, with_peak: bool
+    ) -> Outcome[RecipeTiming]:
         return self._worker.call(
-            "gdn2gen.tune.gpu.jobs:time_pipeline",
-            candidate,
+            "gdn2gen.tune.gpu.jobs:time_recipe",
+            recipe,
             shape,
             with_peak,
             timeout=TIME_SECONDS,

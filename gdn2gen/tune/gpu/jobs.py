@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure import gate
 from gdn2gen.measure.accuracy import inputs_of, run_op
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.rows import stage_calls
 from gdn2gen.measure.timing import Timing, peak_mib, time_ms
-from gdn2gen.store.candidate import Candidate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gdn2gen.family.problem import Problem
 
-# Stages take 0.05 to 1 ms: this is 20 runs and more, and a candidate costs less than its compile.
+# Stages take 0.05 to 1 ms: this is 20 runs and more, and a recipe costs less than its compile.
 _STAGE_REP_MS: Final = 20.0
 _STAGE_WARMUP_MS: Final = 5.0
 _ROUND_REP_MS: Final = 60.0
@@ -30,30 +30,30 @@ _KEEP_FREE: Final = 0.5
 
 
 @dataclass(frozen=True)
-class PipelineTiming:
-    """Forward alone and forward+backward of one candidate at one shape, and its peak memory."""
+class RecipeTiming:
+    """Forward alone and forward+backward of one recipe at one shape, and its peak memory."""
 
     forward: Timing
     forward_backward: Timing
     peak_mib: float
 
 
-def gate_quick(candidate: Candidate) -> GateResult:
-    """The gate that every candidate passes before it is timed."""
+def gate_quick(recipe: Recipe) -> GateResult:
+    """The gate that every recipe passes before it is timed."""
     return gate.check(
-        candidate,
+        recipe,
         regimes=gate.QUICK_REGIMES,
         repeats=gate.QUICK_REPEATS,
-        shapes=gate.gate_shapes(candidate.problem),
-        segmented=gate.segmented_shape(candidate),
+        shapes=gate.gate_shapes(recipe.problem),
+        segmented=gate.segmented_shape(recipe),
     )
 
 
-def gate_full(candidate: Candidate) -> GateResult:
+def gate_full(recipe: Recipe) -> GateResult:
     """The gate for finalists: every regime, states in and out, and many repeats."""
     from gdn2gen.family.inputs import REGIMES
 
-    full = candidate.for_problem(gate.full_problem(candidate.problem))
+    full = replace(recipe, problem=gate.full_problem(recipe.problem))
     shapes = gate.gate_shapes(full.problem)
     return gate.check(
         full,
@@ -64,11 +64,11 @@ def gate_full(candidate: Candidate) -> GateResult:
     )
 
 
-def time_stages(candidate: Candidate, stages: tuple[str, ...], shape: Shape) -> dict[str, Timing]:
-    """Time the named stages of a candidate, each alone on the pipeline's real operands."""
-    inputs = _inputs(candidate.problem, shape)
-    do = _output_gradients(candidate.problem, shape)["o"]
-    calls = stage_calls(candidate.recipe(), shape, inputs, do)
+def time_stages(recipe: Recipe, stages: tuple[str, ...], shape: Shape) -> dict[str, Timing]:
+    """Time the named stages of a recipe, each alone on the operands that the others make."""
+    inputs = _inputs(recipe.problem, shape)
+    do = _output_gradients(recipe.problem, shape)["o"]
+    calls = stage_calls(recipe, shape, inputs, do)
     return {
         name: time_ms(call, _STAGE_WARMUP_MS, _STAGE_REP_MS)
         for name, call in calls
@@ -76,8 +76,8 @@ def time_stages(candidate: Candidate, stages: tuple[str, ...], shape: Shape) -> 
     }
 
 
-def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> PipelineTiming:
-    """Time a whole candidate through the public op; the peak is 0 unless asked for.
+def time_recipe(recipe: Recipe, shape: Shape, with_peak: bool) -> RecipeTiming:
+    """Time a whole recipe through the public op; the peak is 0 unless asked for.
 
     Each pass is timed as one CUDA graph: the GPU's time, not that of a host which may be slower at
     issuing than the GPU is at working (two candidates at few heads would tie at the host's pace).
@@ -86,7 +86,7 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
 
     from gdn2gen.measure.accuracy import op_flags, public_op
 
-    problem = candidate.problem
+    problem = recipe.problem
     op = public_op(problem.op)
     inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
     arguments: dict[str, Any] = {**inputs, **op_flags(problem)}
@@ -98,10 +98,10 @@ def time_pipeline(candidate: Candidate, shape: Shape, with_peak: bool) -> Pipeli
     def both() -> None:
         run_op(op, problem, inputs, gradients)
 
-    with gate.forced(candidate):
+    with gate.forced(recipe):
         # before the graphs, whose own pools would be counted
         peak = peak_mib(both) - _others_mib(inputs, gradients) if with_peak else 0.0
-        return PipelineTiming(_time_graph(forward), _time_graph(both), peak)
+        return RecipeTiming(_time_graph(forward), _time_graph(both), peak)
 
 
 def _time_graph(run: Callable[[], None]) -> Timing:

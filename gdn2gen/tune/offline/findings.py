@@ -12,11 +12,12 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.base.paths import cache_dir
 from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune.records.ledger import Ledger, append_line
 
 
@@ -25,7 +26,7 @@ def findings_path(op: str, device: Device) -> Path:
 
 
 class Findings:
-    """Compiled configs and checked pipelines of one problem on one target.
+    """Compiled configs and checked recipes of one problem on one target.
 
     What was refused is in the ledger, where `gdn2gen ledger` and a later search find it. Both hold
     as long as the toolchain and the templates are the same.
@@ -54,20 +55,20 @@ class Findings:
     def refuse(self, config: Config, reason: str) -> None:
         self.ledger.add(reason, self.problem, config, template_digest(config))
 
-    def why_wrong(self, candidate: Candidate) -> str | None:
-        """Why a pipeline was refused before; see `has_passed` for the contrary."""
-        return self.ledger.why_pipeline_refused(*self._identity(candidate))
+    def why_wrong(self, recipe: Recipe) -> str | None:
+        """Why a recipe was refused before; see `has_passed` for the contrary."""
+        return self.ledger.why_recipe_refused(recipe, digest_of(recipe))
 
-    def has_passed(self, candidate: Candidate) -> bool:
-        return self._key(str(candidate), candidate.digest) in self.passed
+    def has_passed(self, recipe: Recipe) -> bool:
+        return self._key(str(recipe), digest_of(recipe)) in self.passed
 
-    def passes(self, candidate: Candidate) -> None:
-        key = self._key(str(candidate), candidate.digest)
+    def passes(self, recipe: Recipe) -> None:
+        key = self._key(str(recipe), digest_of(recipe))
         self.passed.add(key)
-        append_line(self.path, {"passed": key, "pipeline": str(candidate)})
+        append_line(self.path, {"passed": key, "pipeline": str(recipe)})
 
-    def is_wrong(self, candidate: Candidate, reason: str) -> None:
-        self.ledger.add_pipeline(reason, *self._identity(candidate))
+    def is_wrong(self, recipe: Recipe, reason: str) -> None:
+        self.ledger.add_recipe(reason, recipe, digest_of(recipe))
 
     def _take(self, document: dict[str, Any]) -> None:
         if "passed" in document:
@@ -77,9 +78,6 @@ class Findings:
         fits = why_invalid(config, self.problem) is None
         if fits and document["key"] == self._key(template_digest(config)):
             self.compiled[config] = Resources(**document["resources"])
-
-    def _identity(self, candidate: Candidate) -> tuple[Problem, str, dict[str, Config], str]:
-        return self.problem, candidate.plan, candidate.by_stage, candidate.digest
 
     def _key(self, *of: str) -> str:
         """All that what was found depends on."""

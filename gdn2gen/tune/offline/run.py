@@ -25,9 +25,9 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.plans import PLANS, PLANS_OF
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune import space
 from gdn2gen.tune.filing import predicted_entry, predicted_of
 from gdn2gen.tune.gpu.backend import COMPILE_SECONDS
@@ -49,7 +49,7 @@ class OfflineBackend(Protocol):
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]: ...
 
-    def interpret(self, candidate: Candidate) -> Outcome[GateResult]: ...
+    def interpret(self, recipe: Recipe) -> Outcome[GateResult]: ...
 
     def close(self) -> None: ...
 
@@ -66,9 +66,9 @@ class ProcessBackend:
         target, arguments = "gdn2gen.codegen.build:compile_ahead", (problem, config.stage, config)
         return self._pool.submit(target, *arguments, self.device, timeout=COMPILE_SECONDS)
 
-    def interpret(self, candidate: Candidate) -> Outcome[GateResult]:
+    def interpret(self, recipe: Recipe) -> Outcome[GateResult]:
         target = "gdn2gen.measure.gate:gate_interpreted"
-        return self._interpreter.call(target, candidate, timeout=_INTERPRETER_SECONDS)
+        return self._interpreter.call(target, recipe, timeout=_INTERPRETER_SECONDS)
 
     def close(self) -> None:
         self._pool.close()
@@ -93,7 +93,7 @@ def tune_without_gpu(
 
     The default of every stage is compiled whatever the budget. A later run of the same problem
     goes on where this one ended, or was killed. Raises TuneError if a default does not compile for
-    the target, or if no pipeline passes in the interpreter.
+    the target, or if no recipe passes in the interpreter.
     """
     check_arguments(shapes, levels, budget_minutes)
     path = tuned_files.tuned_path(out_dir, problem.op, device)
@@ -117,7 +117,7 @@ def tune_without_gpu(
         progress.close()
     if not results:
         raise TuneError(
-            f"no pipeline passed in Triton's interpreter: {ranking.skipped}; run "
+            f"no recipe passed in Triton's interpreter: {ranking.skipped}; run "
             "`gdn2gen verify` to see which outputs are wrong"
         )
     metadata = tuned_files.metadata_for(device, toolchain(), command or command_line())
@@ -135,7 +135,7 @@ def tune_without_gpu(
 
 
 class _Ranking:
-    """Compiled candidates of every stage, and the pipelines made of the best."""
+    """Compiled configs of every stage, and the recipes made of the best."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Ranking:
         self.stages = tuple(dict.fromkeys(x for plan in plans for x in plan.stages))
         self.compiled = findings.compiled
         self.skipped: dict[str, str] = {}
-        self._checked: dict[Candidate, str | None] = {}
+        self._checked: dict[Recipe, str | None] = {}
         self._random = random.Random(seed)
 
     def compile(self, window: Window) -> None:
@@ -182,14 +182,14 @@ class _Ranking:
             future.cancel()
 
     def results(self, shape: Shape) -> Iterator[ShapeResult]:
-        """The best pipeline of each level that passes in the interpreter."""
+        """The best recipe of each level that passes in the interpreter."""
         for level in self.levels:
-            for number, candidate in enumerate(self._pipelines(level, shape)):
-                reason = self._why_wrong(candidate)
+            for number, recipe in enumerate(self._recipes(level, shape)):
+                reason = self._why_wrong(recipe)
                 if reason is None:
-                    default = self._default_pipeline(level)
-                    costs = self._cost(candidate, shape), self._cost(default, shape)
-                    yield predicted_of(candidate, shape, level, *costs)
+                    default = self._default_recipe(level)
+                    costs = self._cost(recipe, shape), self._cost(default, shape)
+                    yield predicted_of(recipe, shape, level, *costs)
                     break
                 which = "default" if number else "best ranked"
                 self.skipped[f"{shape.name} {level}, {which}"] = reason
@@ -236,52 +236,52 @@ class _Ranking:
     def _default(self, stage: str) -> Config:
         return default_config(stage, self.problem, arch=self.device.arch)
 
-    def _default_pipeline(self, level: str) -> Candidate:
-        return Candidate.default(self.problem, PLANS_OF[level][0], arch=self.device.arch)
+    def _default_recipe(self, level: str) -> Recipe:
+        return Recipe.default(self.problem, PLANS_OF[level][0], arch=self.device.arch)
 
-    def _pipelines(self, level: str, shape: Shape) -> Iterator[Candidate]:
+    def _recipes(self, level: str, shape: Shape) -> Iterator[Recipe]:
         """Of the level's plans the one of least predicted cost, each of the stages with the least;
         then the default, which is kept at equal cost.
         """
         best = [self._least(plan, shape) for plan in PLANS_OF[level]]
-        least = min(best, key=lambda candidate: self._cost(candidate, shape))
-        yield from dict.fromkeys((least, self._default_pipeline(level)))
+        least = min(best, key=lambda recipe: self._cost(recipe, shape))
+        yield from dict.fromkeys((least, self._default_recipe(level)))
 
-    def _least(self, plan: str, shape: Shape) -> Candidate:
+    def _least(self, plan: str, shape: Shape) -> Recipe:
         configs: dict[str, Config] = {}
         for stage in PLANS[plan].stages:
             first = self._default(stage)
             alike = [x for x in self.compiled if (x.stage, x["BT"]) == (stage, first["BT"])]
             found = [first, *alike]
             configs[stage] = min(found, key=lambda x: self._stage_cost(x, shape))
-        return Candidate.of(self.problem, plan, configs)
+        return Recipe.of(self.problem, plan, configs)
 
     def _stage_cost(self, config: Config, shape: Shape) -> float:
         resources = self.compiled[config]
         return predicted_bytes(self.problem, config, shape, resources, self.device)
 
-    def _cost(self, candidate: Candidate, shape: Shape) -> float:
-        return sum(self._stage_cost(config, shape) for config in candidate.configs)
+    def _cost(self, recipe: Recipe, shape: Shape) -> float:
+        return sum(self._stage_cost(config, shape) for config in recipe.configs)
 
-    def _why_wrong(self, candidate: Candidate) -> str | None:
-        if candidate not in self._checked:
-            self._checked[candidate] = self._check(candidate)
-        return self._checked[candidate]
+    def _why_wrong(self, recipe: Recipe) -> str | None:
+        if recipe not in self._checked:
+            self._checked[recipe] = self._check(recipe)
+        return self._checked[recipe]
 
-    def _check(self, candidate: Candidate) -> str | None:
-        if self.findings.has_passed(candidate):
+    def _check(self, recipe: Recipe) -> str | None:
+        if self.findings.has_passed(recipe):
             return None
-        before = self.findings.why_wrong(candidate)
+        before = self.findings.why_wrong(recipe)
         if before is not None:
             return before
-        self.progress.phase(f"check in the interpreter, BT={candidate.BT}")
-        checked = self.backend.interpret(candidate)
+        self.progress.phase(f"check in the interpreter, BT={recipe.BT}")
+        checked = self.backend.interpret(recipe)
         if not checked.ok:
             return checked.reason
         gate = checked.get()
         if gate.ok:
-            self.findings.passes(candidate)
+            self.findings.passes(recipe)
             return None
         reason = f"{outcome.WRONG}: {gate.reason} (in Triton's interpreter)"
-        self.findings.is_wrong(candidate, reason)
+        self.findings.is_wrong(recipe, reason)
         return reason

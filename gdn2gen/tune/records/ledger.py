@@ -6,28 +6,30 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen.base.errors import Gdn2genError
+from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
-from gdn2gen.store.candidate import Candidate
+from gdn2gen.kernels.recipe import Recipe
 
-PIPELINE = "pipeline"
+PIPELINE: Final = "pipeline"
+"""What stands for the stage where a whole recipe was refused."""
 
 
 @dataclass(frozen=True)
 class Refusal:
     """One refused config with its reason and all that it depends on.
 
-    `stage` is `pipeline` for a whole recipe; `configs` then holds every stage's, else the pipeline
-    in which the stage failed: with problem and digests it is the reproducer.
+    `stage` is `pipeline` for a whole recipe; `configs` then holds every stage's, else those of the
+    recipe in which the stage failed: with problem and digests it is the reproducer.
     """
 
     reason: str
@@ -66,20 +68,20 @@ class Refusal:
         try:
             if self.stage != PIPELINE:
                 return template_digest(Config.of(self.stage, self.config))
-            return self.candidate.digest
+            return digest_of(self.recipe)
         except (Gdn2genError, KeyError, TypeError, AttributeError):
             return None
 
     @property
-    def candidate(self) -> Candidate:
-        """The whole pipeline; a stage that was refused by itself among the others' defaults."""
+    def recipe(self) -> Recipe:
+        """The whole recipe; a stage that was refused by itself among the others' defaults."""
         problem = Problem(**self.problem)
         if self.configs:
             configs = {name: Config.of(name, knobs) for name, knobs in self.configs.items()}
-            return Candidate.of(problem, self.plan, configs)
+            return Recipe.of(problem, self.plan, configs)
         config = Config.of(self.stage, self.config)
         plan = next(name for name, plan in PLANS.items() if self.stage in plan.stages)
-        return Candidate.default(problem, plan, config.size("BT")).with_config(config)
+        return Recipe.default(problem, plan, config.size("BT")).with_config(config)
 
 
 class Ledger:
@@ -98,11 +100,9 @@ class Ledger:
         """Why this config of a stage was refused under this GPU, toolchain and template."""
         return self._reasons.get(self._refusal("", problem, config, digest).key)
 
-    def why_pipeline_refused(
-        self, problem: Problem, plan: str, configs: Mapping[str, Config], digest: str
-    ) -> str | None:
+    def why_recipe_refused(self, recipe: Recipe, digest: str) -> str | None:
         """Why a whole recipe was refused under this GPU, toolchain and templates."""
-        return self._reasons.get(self._pipeline("", problem, plan, configs, digest).key)
+        return self._reasons.get(self._refusal_of("", recipe, digest).key)
 
     def add(
         self,
@@ -112,34 +112,24 @@ class Ledger:
         digest: str,
         *,
         errors: Mapping[str, float] | None = None,
-        plan: str = "",
-        configs: Mapping[str, Config] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        """File a refused config of one stage, with the pipeline it failed in."""
-        base = self._refusal(reason, problem, config, digest)
-        self._append(
-            Refusal(
-                **{
-                    **asdict(base),
-                    "errors": dict(errors or {}),
-                    "plan": plan,
-                    "configs": {name: dict(x) for name, x in (configs or {}).items()},
-                }
-            )
-        )
+        """File a refused config of one stage, with the recipe it failed in."""
+        found = replace(self._refusal(reason, problem, config, digest), errors=dict(errors or {}))
+        if recipe is not None:
+            found = replace(found, plan=recipe.plan.name, configs=_knobs(recipe))
+        self._append(found)
 
-    def add_pipeline(
+    def add_recipe(
         self,
         reason: str,
-        problem: Problem,
-        plan: str,
-        configs: Mapping[str, Config],
+        recipe: Recipe,
         digest: str,
         errors: Mapping[str, float] | None = None,
     ) -> None:
         """File a recipe whose stages pass alone but fail together."""
-        base = self._pipeline(reason, problem, plan, configs, digest)
-        self._append(Refusal(**{**asdict(base), "errors": dict(errors or {})}))
+        found = self._refusal_of(reason, recipe, digest)
+        self._append(replace(found, errors=dict(errors or {})))
 
     def clear(self, refusal: Refusal) -> None:
         """Take a refusal back, so that its config is tried again."""
@@ -157,24 +147,17 @@ class Ledger:
             digest=digest,
         )
 
-    def _pipeline(
-        self,
-        reason: str,
-        problem: Problem,
-        plan: str,
-        configs: Mapping[str, Config],
-        digest: str,
-    ) -> Refusal:
+    def _refusal_of(self, reason: str, recipe: Recipe, digest: str) -> Refusal:
         return Refusal(
             reason=reason,
             stage=PIPELINE,
             config={},
-            problem=problem.document,
+            problem=recipe.problem.document,
             gpu=self.gpu,
             toolchain=self.toolchain,
             digest=digest,
-            plan=plan,
-            configs={name: dict(x) for name, x in configs.items()},
+            plan=recipe.plan.name,
+            configs=_knobs(recipe),
         )
 
     def _append(self, refusal: Refusal) -> None:
@@ -185,6 +168,10 @@ class Ledger:
 
     def _write(self, document: Mapping[str, Any]) -> None:
         append_line(self.path, document)
+
+
+def _knobs(recipe: Recipe) -> dict[str, dict[str, Knob]]:
+    return {config.stage: dict(config) for config in recipe.configs}
 
 
 def append_line(path: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pipelines on file, which a search begins with and which stand in its finals."""
+"""Recipes on file, which a search begins with and which stand in its finals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
 
 # Beside those of the searched shapes themselves. Of four in all, which were of train4k and wide8k,
 # none was of long32k: tuned anew, its forward took 0.846 ms on an H200 where 0.805 was on file.
@@ -23,16 +23,16 @@ _OTHERS: Final = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """A pipeline on file, and the sizes that it was tuned for."""
+    """A recipe on file, and the sizes that it was tuned for."""
 
     regime: tuple[tuple[str, int], ...]
-    candidate: Candidate
+    recipe: Recipe
 
     def is_for(self, shape: Shape, plan: str) -> bool:
-        return self.candidate.plan == plan and dict(self.regime) == shape.regime.key
+        return self.recipe.plan.name == plan and dict(self.regime) == shape.regime.key
 
 
-def stored_pipelines(
+def stored_recipes(
     problem: Problem, plans: Sequence[str], shapes: Sequence[Shape], path: Path, device: Device
 ) -> Iterator[Stored]:
     """Those for this problem and architecture: of the shapes first, then of regimes near them.
@@ -52,8 +52,7 @@ def stored_pipelines(
         by_gap = sorted(zip(gaps, entries, strict=True), key=itemgetter(0))
         most = sum(gap == 0 for gap in gaps) + _OTHERS
         for _, entry in by_gap[:most]:
-            candidate = Candidate.of(problem, entry.plan, entry.configs)
-            yield Stored(tuple(entry.regime_key.items()), candidate)
+            yield Stored(tuple(entry.regime_key.items()), entry.recipe_for(problem))
 
 
 def _files(path: Path, op: str) -> list[Path]:

@@ -1,9 +1,9 @@
-"""Which config next, and which pipeline wins.
+"""Which config next, and which recipe wins.
 
 climb      proposals next to what was best so far
 trials     the Optuna study of one stage at one chunk size
 opening    each chunk size's default, before its trials
-loop       candidates of all stages compiled, gated and timed as they come
-finalists  whole pipelines, gated in full and timed in turns
-verdicts   which pipeline wins
+loop       configs of all stages compiled, gated and timed as they come
+finalists  whole recipes, gated in full and timed in turns
+verdicts   which recipe wins
 """

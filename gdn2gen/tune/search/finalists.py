@@ -1,8 +1,8 @@
-"""Finalists: whole pipelines of the best stages, gated in full and timed in turns at each shape.
+"""Finalists: recipes of the best stages, gated in full and timed in turns at each shape.
 
 The winner of a search is often noise, so the default and the best few run interleaved, forward and
 backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
-default, else to the candidate that differs from it in the fewest knobs.
+default, else to the recipe that differs from it in the fewest knobs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Final
 from gdn2gen.base import outcome
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import digest_of
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.plans import PLANS, PLANS_OF, level_of
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult, full_problem
 from gdn2gen.measure.timing import Timing
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune.records.stored import Stored
 from gdn2gen.tune.search.loop import Search, Window
 from gdn2gen.tune.search.verdicts import TIE, Measured, Verdict, combine, is_decided, pick
@@ -28,7 +29,7 @@ from gdn2gen.tune.search.verdicts import TIE, Measured, Verdict, combine, is_dec
 _MOST: Final = 6
 _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 12
-# A runner-up this close by its own time may well be the better one in the pipeline.
+# A runner-up this close by its own time may well be the better one in the whole.
 _CLOSE: Final = 0.05
 # Runners-up that compile ahead.
 _LIKELY_CLOSE: Final = 2
@@ -44,9 +45,9 @@ class Finals:
     def __init__(self, search: Search, stored: Sequence[Stored] = ()) -> None:
         self._search = search
         self._stored = list(stored)
-        self._gates: dict[Candidate, GateResult] = {}
+        self._gates: dict[Recipe, GateResult] = {}
         self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
-        self._won: dict[Shape, Candidate] = {}
+        self._won: dict[Shape, Recipe] = {}
         """Who won at each shape for the plan that was first: its stages have proved themselves."""
         self._seconds: list[float] = []
         """What each verdict so far took for each of its finalists."""
@@ -68,7 +69,7 @@ class Finals:
     def is_behind(self, shape: Shape, plan: str) -> bool:
         """Whether a plan need not be decided.
 
-        By its stages it is slower than its level's first, and no pipeline of it is on file.
+        By its stages it is slower than its level's first, and no recipe of it is on file.
         """
         if self._on_file(shape, plan):
             return False
@@ -86,11 +87,11 @@ class Finals:
         if not measured:
             return None  # `why_none` says more.
         self._seconds.append((window.clock() - started) / len(finalists))
-        default = next((x for x in measured if x.candidate == self._default(plan)), None)
+        default = next((x for x in measured if x.recipe == self._default(plan)), None)
         winner, tied = pick(measured, self._default(plan))
-        alone = [x for x in measured if x.candidate.needs_triton_alone]
+        alone = [x for x in measured if x.recipe.needs_triton_alone]
         in_triton = pick(alone, self._default(plan))[0] if alone else None
-        self._won.setdefault(shape, winner.candidate)
+        self._won.setdefault(shape, winner.recipe)
         label = f"{shape.name} {plan} forward+backward"
         default_ms = default.forward_backward.median if default else None
         progress.best_so_far(label, winner.forward_backward.median, default_ms)
@@ -101,7 +102,7 @@ class Finals:
         gate = self._gates.get(self._default(plan))
         if gate is None or gate.ok:
             return "every finalist failed while it was timed"
-        return f"no pipeline passed the full gate; the default: {gate.reason}"
+        return f"no recipe passed the full gate; the default: {gate.reason}"
 
     def _affordable(self, window: Window) -> int:
         """Finalists that the time left is enough for, by what earlier ones took; two at least,
@@ -112,12 +113,12 @@ class Finals:
         left = window.end - window.clock()
         return max(2, min(_MOST, int(left / max(mean(self._seconds), 1e-9))))
 
-    def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Candidate]:
+    def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Recipe]:
         """The default, what is on file and the best in Triton, then the best by the sum of their
         stages; all pass the gate.
         """
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
-        best: list[Candidate] = []
+        best: list[Recipe] = []
         for BT in sizes[: most - 1]:
             sum_ms = self._sum_ms(shape, plan, BT)
             if best and sum_ms > _FAR * self._sum_ms(shape, plan, best[0].BT):
@@ -134,24 +135,24 @@ class Finals:
         self._warm(unique)
         return [x for x in unique if self._passes(x)]
 
-    def _on_file(self, shape: Shape, plan: str) -> list[Candidate]:
-        """The pipelines on file for this shape, two at most, whatever time is left.
+    def _on_file(self, shape: Shape, plan: str) -> list[Recipe]:
+        """The recipes on file for this shape, two at most, whatever time is left.
 
         Without, a search of 37 s over nine stages ended at 0.665 ms (head dim 64, train2k, fast)
         where 0.615 was on file.
         """
-        found = [x.candidate for x in self._stored if x.is_for(shape, plan)]
+        found = [x.recipe for x in self._stored if x.is_for(shape, plan)]
         alone = [x for x in found if x.needs_triton_alone]
         others = [x for x in found if not x.needs_triton_alone]
         return [*list(dict.fromkeys(others))[:2], *alone[:1]]
 
-    def _in_triton(self, shape: Shape, plan: str) -> list[Candidate]:
+    def _in_triton(self, shape: Shape, plan: str) -> list[Recipe]:
         """The best by the sum of its stages of those that need Triton alone."""
         sums = {BT: self._sum_ms(shape, plan, BT, "triton") for BT in self._search.trials}
         best = self._best(shape, plan, min(sums, key=sums.__getitem__), "triton") if sums else None
         return [best] if best else []
 
-    def _carried(self, shape: Shape, plan: str) -> list[Candidate]:
+    def _carried(self, shape: Shape, plan: str) -> list[Recipe]:
         """What won for the plan that was first, completed by this plan's best.
 
         Where the time is enough for one finalist beside the default, a winner from what was on file
@@ -165,9 +166,9 @@ class Finals:
         # a winner from what was on file may have chunks that were not searched
         found = self._best(shape, plan, won.BT) if won.BT in self._search.trials else None
         best = found or self._search.base(plan, won.BT)
-        return [Candidate.of(problem, plan, {**best.by_stage, **won.by_stage})]
+        return [Recipe.of(problem, plan, {**best.by_stage, **won.by_stage})]
 
-    def _default(self, plan: str) -> Candidate:
+    def _default(self, plan: str) -> Recipe:
         return self._search.base(plan)
 
     def _sum_ms(self, shape: Shape, plan: str, BT: int, language: str = "") -> float:
@@ -188,37 +189,37 @@ class Finals:
         sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
         return min(sums, default=float("inf"))
 
-    def _best(self, shape: Shape, plan: str, BT: int, language: str = "") -> Candidate | None:
+    def _best(self, shape: Shape, plan: str, BT: int, language: str = "") -> Recipe | None:
         ranked = {x: self._ranked(x, shape, BT, language) for x in PLANS[plan].stages}
         if not all(ranked.values()):
             return None
         configs = {stage: found[0][0] for stage, found in ranked.items()}
-        return Candidate.of(self._search.problem, plan, configs)
+        return Recipe.of(self._search.problem, plan, configs)
 
-    def _best_passing(self, shape: Shape, plan: str, BT: int) -> Candidate | None:
+    def _best_passing(self, shape: Shape, plan: str, BT: int) -> Recipe | None:
         """Best composition that passes in full; a stage that is to blame is replaced."""
         for _ in range(_MAX_REPAIRS):
-            candidate = self._best(shape, plan, BT)
-            if candidate is None or self._passes(candidate):
-                return candidate
-            if not self._withdraw_guilty(candidate):
+            recipe = self._best(shape, plan, BT)
+            if recipe is None or self._passes(recipe):
+                return recipe
+            if not self._withdraw_guilty(recipe):
                 return None
         return None
 
-    def _withdraw_guilty(self, candidate: Candidate) -> bool:
+    def _withdraw_guilty(self, recipe: Recipe) -> bool:
         """Find which stage alone fails the full gate, and drop its config from the trials."""
-        base = self._search.base(candidate.plan, candidate.BT)
+        base = self._search.base(recipe.plan.name, recipe.BT)
         found = False
-        for config in candidate.configs:
+        for config in recipe.configs:
             alone = base.with_config(config)
             if alone != base and not self._passes(alone):
-                trials = self._search.trials[candidate.BT][config.stage]
+                trials = self._search.trials[recipe.BT][config.stage]
                 trials.withdraw(config, self._gates[alone].reason)
                 found = True
         return found
 
-    def _runners_up(self, shape: Shape, plan: str, BT: int) -> list[Candidate]:
-        """The best pipeline with one close second in place of a stage's first."""
+    def _runners_up(self, shape: Shape, plan: str, BT: int) -> list[Recipe]:
+        """The best recipe with one close second in place of a stage's first."""
         best = self._best(shape, plan, BT)
         if best is None:
             return []
@@ -229,41 +230,41 @@ class Finals:
                 found.append((ranked[0][1], best.with_config(ranked[1][0])))
         return [x for _, x in sorted(found, key=lambda pair: -pair[0])]
 
-    def _passes(self, candidate: Candidate) -> bool:
-        """The full gate, once per candidate; a failure is filed in the ledger."""
-        if candidate not in self._gates:
-            self._gates[candidate] = self._gate(candidate)
-        return self._gates[candidate].ok
+    def _passes(self, recipe: Recipe) -> bool:
+        """The full gate, once per recipe; a failure is filed in the ledger."""
+        if recipe not in self._gates:
+            self._gates[recipe] = self._gate(recipe)
+        return self._gates[recipe].ok
 
-    def _gate(self, candidate: Candidate) -> GateResult:
+    def _gate(self, recipe: Recipe) -> GateResult:
         context = self._search.context
-        identity = (candidate.problem, candidate.plan, candidate.by_stage, candidate.digest)
-        refused = context.ledger.why_pipeline_refused(*identity)
-        if refused is not None and candidate != self._default(candidate.plan):
+        digest = digest_of(recipe)
+        refused = context.ledger.why_recipe_refused(recipe, digest)
+        if refused is not None and recipe != self._default(recipe.plan.name):
             return GateResult(False, {}, refused)
-        self._warm([candidate])
-        checked = context.backend.gate(candidate, full=True)
+        self._warm([recipe])
+        checked = context.backend.gate(recipe, full=True)
         result = checked.get() if checked.ok else GateResult(False, {}, checked.reason)
         if not result.ok and checked.status not in (outcome.ERROR, outcome.CANCELLED):
-            context.ledger.add_pipeline(result.reason, *identity, result.errors)
+            context.ledger.add_recipe(result.reason, recipe, digest, result.errors)
         return result
 
-    def _warm(self, candidates: Sequence[Candidate]) -> None:
+    def _warm(self, recipes: Sequence[Recipe]) -> None:
         """Compile for the full gate in parallel; what fails there, the gate itself reports."""
-        wait(self._compile(candidates))
+        wait(self._compile(recipes))
 
-    def _compile(self, candidates: Sequence[Candidate]) -> list[Future[Outcome[Resources]]]:
-        configs = dict.fromkeys(config for candidate in candidates for config in candidate.configs)
+    def _compile(self, recipes: Sequence[Recipe]) -> list[Future[Outcome[Resources]]]:
+        configs = dict.fromkeys(config for recipe in recipes for config in recipe.configs)
         full = full_problem(self._search.problem)
         for config in configs:
             if config not in self._compiles:
                 self._compiles[config] = self._search.context.backend.compile(full, config)
         return [self._compiles[config] for config in configs]
 
-    def _known(self, shape: Shape, plan: str) -> list[Candidate]:
+    def _known(self, shape: Shape, plan: str) -> list[Recipe]:
         return [self._default(plan), *self._on_file(shape, plan)]
 
-    def _likely(self, shape: Shape, plan: str) -> list[Candidate]:
+    def _likely(self, shape: Shape, plan: str) -> list[Recipe]:
         """What `choose` will look at, if all of it passes the gate."""
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best = [self._best(shape, plan, BT) for BT in sizes[:1]]
@@ -272,34 +273,32 @@ class Finals:
         known += self._carried(shape, plan)
         return [*known, *(x for x in best if x is not None), *close]
 
-    def _measure(
-        self, finalists: Sequence[Candidate], shape: Shape, window: Window
-    ) -> list[Measured]:
+    def _measure(self, finalists: Sequence[Recipe], shape: Shape, window: Window) -> list[Measured]:
         """Time in turns: three rounds, then until decided, out of rounds or out of time."""
-        rounds: dict[Candidate, list[tuple[Timing, Timing]]] = {x: [] for x in finalists}
-        peaks: dict[Candidate, float] = {}
+        rounds: dict[Recipe, list[tuple[Timing, Timing]]] = {x: [] for x in finalists}
+        peaks: dict[Recipe, float] = {}
         for number in range(_MAX_ROUNDS):
-            for candidate in list(rounds):
-                timed = self._search.context.backend.time_pipeline(
-                    candidate, shape, with_peak=number == 0
+            for recipe in list(rounds):
+                timed = self._search.context.backend.time_recipe(
+                    recipe, shape, with_peak=number == 0
                 )
                 if not timed.ok:
-                    del rounds[candidate]
+                    del rounds[recipe]
                     self._search.context.progress.phase(f"a finalist fell out: {timed.reason}")
                     continue
                 found = timed.get()
-                peaks.setdefault(candidate, found.peak_mib)
-                rounds[candidate].append((found.forward, found.forward_backward))
+                peaks.setdefault(recipe, found.peak_mib)
+                rounds[recipe].append((found.forward, found.forward_backward))
             over = window.used >= 1
             if number + 1 >= _MIN_ROUNDS and (over or is_decided(list(rounds.values()))):
                 break
         return [
             Measured(
-                candidate,
+                recipe,
                 combine([forward for forward, _ in timings]),
                 combine([both for _, both in timings]),
-                peaks[candidate],
-                self._gates[candidate].errors,
+                peaks[recipe],
+                self._gates[recipe].errors,
             )
-            for candidate, timings in rounds.items()
+            for recipe, timings in rounds.items()
         ]

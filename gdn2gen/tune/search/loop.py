@@ -1,6 +1,6 @@
-"""Search: compile candidates of all stages in parallel, gate and time them as they come.
+"""Search: compile configs of all stages in parallel, gate and time them as they come.
 
-Compiling dominates (seconds against milliseconds), so every compiled candidate is timed at all
+Compiling dominates (seconds against milliseconds), so every compiled config is timed at all
 shapes, and the compilers are kept busy over all stages and chunk sizes at once. The stage that has
 most to win, at the chunk size that does best, gets the most trials.
 """
@@ -18,12 +18,13 @@ from gdn2gen.base import outcome
 from gdn2gen.base.device import Device
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.plans import PLANS, is_optional
-from gdn2gen.store.candidate import Candidate
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.tune import space
 from gdn2gen.tune.gpu.attempt import Attempt, Result, Times, attempt
 from gdn2gen.tune.gpu.backend import MeteredBackend
@@ -93,9 +94,9 @@ class Search:
         self.seeds: list[Config] = []
         self._opening = Opening(self)
 
-    def base(self, plan: str, BT: int | None = None) -> Candidate:
+    def base(self, plan: str, BT: int | None = None) -> Recipe:
         """The plan with every stage at its default, for chunks of BT tokens."""
-        return Candidate.default(self.problem, plan, BT, arch=self.context.device.arch)
+        return Recipe.default(self.problem, plan, BT, arch=self.context.device.arch)
 
     def default(self, stage: str, BT: int | None = None) -> Config:
         """Where the search of a stage begins."""
@@ -114,7 +115,7 @@ class Search:
                 trials.suggest_first(config)
 
     def run(self, window: Window, errands: Sequence[Errand] = ()) -> None:
-        """Try candidates until the window ends or nothing is left to try.
+        """Try configs until the window ends or nothing is left to try.
 
         A thread has the GPU try one after the other while this one asks the sampler for more: with
         both in one, an H200 waited for 23 to 45% of a search. `errands` are in order of time.
@@ -210,12 +211,12 @@ class Search:
 
     def _attempt(self, config: Config) -> Attempt:
         """The config in its plan's defaults; a stage whose time it moves at its best so far."""
-        candidate = self.base(self._plan_with(config.stage), config.size("BT"))
+        recipe = self.base(self._plan_with(config.stage), config.size("BT"))
         known = {}
         for stage in space.stages_moved(config):
-            best, known[stage] = self.trials[candidate.BT][stage].best()
-            candidate = candidate.with_config(best)
-        return Attempt(config, candidate.with_config(config), known)
+            best, known[stage] = self.trials[recipe.BT][stage].best()
+            recipe = recipe.with_config(best)
+        return Attempt(config, recipe.with_config(config), known)
 
     def _try(self, asked: _Asked, compiled: Outcome[Resources]) -> Result:
         backend, device = self.context.backend, self.context.device
@@ -238,15 +239,15 @@ class Search:
             trials.abandon(proposal, again=False)
         else:
             trials.refuse(proposal, result.reason)
-            candidate = asked.attempt.candidate if result.ran else None
-            self.file(proposal.config, result.reason, candidate, result.errors)
+            recipe = asked.attempt.recipe if result.ran else None
+            self.file(proposal.config, result.reason, recipe, result.errors)
         self.context.progress.trial(proposal.config, result.status, result.reason)
 
     def file(
         self,
         config: Config,
         reason: str,
-        candidate: Candidate | None = None,
+        recipe: Recipe | None = None,
         errors: Times | None = None,
     ) -> None:
         self.context.ledger.add(
@@ -255,15 +256,11 @@ class Search:
             config,
             template_digest(config),
             errors=errors,
-            plan=candidate.plan if candidate else "",
-            configs=candidate.by_stage if candidate else None,
+            recipe=recipe,
         )
 
-    def file_pipeline(self, candidate: Candidate, reason: str) -> None:
-        digest = candidate.digest
-        self.context.ledger.add_pipeline(
-            reason, candidate.problem, candidate.plan, candidate.by_stage, digest
-        )
+    def file_recipe(self, recipe: Recipe, reason: str) -> None:
+        self.context.ledger.add_recipe(reason, recipe, digest_of(recipe))
 
     def _plan_with(self, stage: str) -> str:
         return next(plan for plan in self.plans if stage in PLANS[plan].stages)

@@ -135,7 +135,7 @@ class Opening:
             return None
         reason = checked.get().reason if checked.ok else checked.reason
         if checked.status not in (outcome.ERROR, outcome.CANCELLED):
-            search.file_pipeline(base, reason)
+            search.file_recipe(base, reason)
         return f"the default of plan {plan} fails the gate: {reason}"
 
     def _time(

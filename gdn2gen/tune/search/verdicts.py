@@ -1,4 +1,4 @@
-"""Of pipelines that were timed in turns: which one wins."""
+"""Of recipes that were timed in turns: which one wins."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from statistics import median
 from typing import Final
 
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.timing import Timing
-from gdn2gen.store.candidate import Candidate
 
 TIE: Final = 0.01
 
@@ -18,7 +18,7 @@ TIE: Final = 0.01
 class Measured:
     """A finalist at one shape: times over all rounds (ms), peak memory (MiB), gate errors."""
 
-    candidate: Candidate
+    recipe: Recipe
     forward: Timing
     forward_backward: Timing
     peak_mib: float
@@ -39,7 +39,7 @@ class Verdict:
     """The best that needs Triton alone, if the winner does not: for machines with nothing else."""
 
 
-def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bool]:
+def pick(measured: Sequence[Measured], default: Recipe) -> tuple[Measured, bool]:
     """The winner, and whether others tied with the fastest.
 
     Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
@@ -52,7 +52,7 @@ def pick(measured: Sequence[Measured], default: Candidate) -> tuple[Measured, bo
     best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
 
     def simplicity(x: Measured) -> tuple[int, float]:
-        return x.candidate.distance(default), x.forward_backward.median
+        return x.recipe.distance(default), x.forward_backward.median
 
     return min(best, key=simplicity), len(tied) > 1
 
@@ -68,10 +68,10 @@ def better(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _in_triton(best: Verdict, verdicts: Sequence[Verdict]) -> Measured | None:
-    if best.winner.candidate.needs_triton_alone:
+    if best.winner.recipe.needs_triton_alone:
         return None
     found = [x.in_triton or x.winner for x in verdicts]
-    alone = [x for x in found if x.candidate.needs_triton_alone]
+    alone = [x for x in found if x.recipe.needs_triton_alone]
     return min(alone, key=lambda x: x.forward_backward.median, default=None)
 
 

@@ -12,7 +12,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.terminal import Sheet, plain
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.store.candidate import Candidate
+from gdn2gen.kernels.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +24,7 @@ class ShapeResult:
 
     shape: Shape
     level: str
-    candidate: Candidate
+    recipe: Recipe
     forward_ms: float | None
     forward_backward_ms: float | None
     default_forward_backward_ms: float | None
@@ -104,7 +104,7 @@ class TuneReport:
                 "predicted" if result.note else _ms(result.forward_backward_ms),
                 _gain(result),
                 "-" if worst is None else f"{worst[0]} {worst[1]:.1e}",
-                str(result.candidate.BT),
+                str(result.recipe.BT),
             )
         more = (f"{words}; more time goes on from there" for words in self.left_to_try)
         lines = [self._tried(), *more, *(f"left out {x}: {why}" for x, why in self.skipped.items())]

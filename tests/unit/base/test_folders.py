@@ -281,8 +281,8 @@ def test_a_folder_of_tuned_files_that_cannot_be_read(
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.warns(TunedFileWarning, match="no tuned files are read from") as said:
         for tokens in (1000, 16384):
-            recipe = find_recipe(PROBLEM, Regime(tokens, 4, 16), named_device("H200"))
-            assert [*recipe.configs] == [*recipe.plan.stages]
+            found = find_recipe(PROBLEM, Regime(tokens, 4, 16), named_device("H200"))
+            assert [x.stage for x in found.recipe.configs] == [*found.recipe.plan.stages]
     assert len(said) == 1, [str(x.message) for x in said]
 
 

@@ -15,14 +15,15 @@ from gdn2gen.base.device import known_device, named_device, slug_of
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.cli import program
 from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.plans import plan_named
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import sharing, tuned_files
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tune.records.ledger import Ledger, read_ledger
 from gdn2gen.tune.retest import retest, why_not_in_force
@@ -233,23 +234,23 @@ class FakeBackend:
     slots = 1
 
     def __init__(self) -> None:
-        self.gated: list[tuple[Candidate, bool]] = []
+        self.gated: list[tuple[Recipe, bool]] = []
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         future: Future[Outcome[Resources]] = Future()
         future.set_result(Outcome(outcome.OK, Resources(100, 0, 1000, 128, 1.0)))
         return future
 
-    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
-        self.gated.append((candidate, full))
-        wrong = candidate.by_stage["grad_value"]["num_stages"] == 2
+    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
+        self.gated.append((recipe, full))
+        wrong = recipe["grad_value"]["num_stages"] == 2
         result = GateResult(False, {"dg": 0.4}, "dg is off") if wrong else GateResult(True)
         return Outcome(outcome.OK, result)
 
 
 def test_retest_clears_what_passes(book):
-    whole = Candidate.default(Problem(), "lean")
-    book.add_pipeline("wrong together", Problem(), "lean", whole.by_stage, whole.digest)
+    whole = Recipe.default(Problem(), "lean")
+    book.add_recipe("wrong together", whole, digest_of(whole))
     backend: Any = FakeBackend()
     results = list(retest(read_ledger(book.path), book, backend, H200))
     assert [x.passed for x in results] == [True, False, True, True]

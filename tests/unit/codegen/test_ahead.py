@@ -14,9 +14,8 @@ import pytest
 from gdn2gen.base.environment import cuda_compiler
 from gdn2gen.codegen.background import compile_in_thread
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import runner
-from gdn2gen.store.dispatch import Recipe, default_recipe
 
 
 def _module(compiled: Any, name: str = "made-up") -> ModuleType:
@@ -171,8 +170,6 @@ def test_nvcc_is_looked_for_where_it_may_be(
 
 
 def _with_tilelang(problem: Problem) -> Recipe:
-    recipe = default_recipe(problem)
-    configs = {**recipe.configs}
-    for stage in ("scan", "rescan"):
-        configs[stage] = default_config(stage, problem).replace(language="tilelang")
-    return Recipe(problem, recipe.plan, configs, "forced", "a test asked for it")
+    recipe = Recipe.default(problem)
+    scans = (recipe[stage].replace(language="tilelang") for stage in ("scan", "rescan"))
+    return recipe.with_config(*scans)

@@ -26,10 +26,11 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob, Place
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Form
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.package import package_source
-from gdn2gen.store.dispatch import default_recipe
+from gdn2gen.store.dispatch import Found, generate_command
 
 GOLDEN = ROOT / "tests/golden"
 _PACKED: Final = Problem(
@@ -134,12 +135,16 @@ def _scan_states_tilelang() -> str:
     return render(Problem(), "scan_states", config).source
 
 
+def _package_of(recipe: Recipe) -> str:
+    return package_source(recipe, generate_command(Found(recipe, "default", "")))
+
+
 def _package() -> str:
-    return package_source(_STATES, default_recipe(_STATES))
+    return _package_of(Recipe.default(_STATES))
 
 
 def _package_packed() -> str:
-    return package_source(_PACKED, default_recipe(_PACKED, "fast"))
+    return _package_of(Recipe.default(_PACKED, "fast"))
 
 
 OUTPUTS: Final = {

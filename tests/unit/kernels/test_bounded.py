@@ -19,11 +19,13 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError, DispatchError, InputError, StoreError
 from gdn2gen.cli import program
 from gdn2gen.codegen import render
+from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import CHUNKS, Place
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import lower_bound_of
 from gdn2gen.runtime.lookup import make_request
@@ -31,11 +33,11 @@ from gdn2gen.runtime.package import package_source
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.store.dispatch import (
-    Recipe,
-    default_recipe,
+    Found,
     explain_recipe,
     find_recipe,
     forced_recipe,
+    generate_command,
 )
 from gdn2gen.store.tuned_files import (
     Entry,
@@ -199,19 +201,23 @@ def test_a_lower_bound_on_the_command_line_needs_its_gate(
 
 
 def recipe_of(problem: Problem, *, one_frame: bool = True) -> Recipe:
-    recipe = default_recipe(problem)
+    recipe = Recipe.default(problem)
     if not one_frame:
         return recipe
-    return replace(recipe, configs={**recipe.configs, **{x: bounded(x, problem) for x in STAGES}})
+    return recipe.with_config(*(bounded(x, problem) for x in STAGES))
+
+
+def _package(recipe: Recipe) -> str:
+    return package_source(recipe, generate_command(Found(recipe, "default", "")))
 
 
 def test_a_package_refuses_calls_below_the_bound_of_its_kernels() -> None:
-    source = package_source(BOUND_2, recipe_of(BOUND_2))
+    source = _package(recipe_of(BOUND_2))
     assert "not -2.0 <= lower_bound < 0.0" in source
     assert "lower_bound in [-2, 0)" in source
     assert "--lower-bound -2" in " ".join(source.split())
     for problem in (SIGMOID, BOUND_2):
-        source = package_source(problem, recipe_of(problem, one_frame=False))
+        source = _package(recipe_of(problem, one_frame=False))
         assert "not -5.0 <= lower_bound < 0.0" in source
 
 
@@ -233,8 +239,8 @@ def entry_of(problem: Problem, *, one_frame: bool) -> Entry:
         regime_key=REGIME.key,
         level="lean",
         plan="lean",
-        configs=recipe.configs,
-        templates={x: render.template_digest(y) for x, y in recipe.configs.items()},
+        configs=recipe.by_stage,
+        templates=templates_of(recipe),
         measured={"forward_ms": 1.0, "forward_backward_ms": 2.0},
         gate=dict.fromkeys(CHECKED, 4e-3),
         provenance="measured",
@@ -290,9 +296,9 @@ def test_a_key_that_does_not_permit_its_configs_is_not_filed(
 
 def test_an_entry_under_a_bound_serves_that_bound_alone(user: Path) -> None:
     file_in(user, entry_of(BOUND_2, one_frame=True))
-    recipe = find_recipe(BOUND_2, REGIME, H200, strict=True)
-    assert recipe.source == "exact"
-    assert {recipe.configs[x]["decay"] for x in STAGES} == {"bounded"}
+    found = find_recipe(BOUND_2, REGIME, H200, strict=True)
+    assert found.source == "exact"
+    assert {found.recipe[x]["decay"] for x in STAGES} == {"bounded"}
     others = [replace(SIGMOID, bound=x) for x in (1, 3, 4, 5)]
     for problem in (*others, SIGMOID, Problem()):
         assert find_recipe(problem, REGIME, H200).source == "default", problem
@@ -300,12 +306,12 @@ def test_an_entry_under_a_bound_serves_that_bound_alone(user: Path) -> None:
 
 def test_an_entry_without_a_bound_serves_every_bound(user: Path) -> None:
     file_in(user, entry_of(SIGMOID, one_frame=False))
-    recipe = find_recipe(BOUND_2, REGIME, H200, strict=True)
-    assert recipe.source == "exact"
-    assert "the call has bound=2, which moves the speed only a little" in explain_recipe(recipe)
+    found = find_recipe(BOUND_2, REGIME, H200, strict=True)
+    assert found.source == "exact"
+    assert "the call has bound=2, which moves the speed only a little" in explain_recipe(found)
     file_in(user, entry_of(BOUND_2, one_frame=True))
-    assert find_recipe(BOUND_2, REGIME, H200).configs["prepare"]["decay"] == "bounded"
-    assert find_recipe(SIGMOID, REGIME, H200).configs["prepare"]["decay"] == "anchored"
+    assert find_recipe(BOUND_2, REGIME, H200).recipe["prepare"]["decay"] == "bounded"
+    assert find_recipe(SIGMOID, REGIME, H200).recipe["prepare"]["decay"] == "anchored"
     # of another gate, it is the nearest, as before
     assert find_recipe(Problem(), REGIME, H200).source == "nearest"
 
@@ -313,7 +319,7 @@ def test_an_entry_without_a_bound_serves_every_bound(user: Path) -> None:
 def test_a_forced_recipe_is_refused_by_a_call_with_a_lower_bound() -> None:
     with forced_recipe(recipe_of(BOUND_2)):
         problem = replace(BOUND_2, bound=1)
-        assert find_recipe(problem, REGIME, H200).configs["prepare"]["decay"] == "bounded"
+        assert find_recipe(problem, REGIME, H200).recipe["prepare"]["decay"] == "bounded"
         for problem in (replace(SIGMOID, bound=3), SIGMOID, Problem()):
             with pytest.raises(DispatchError, match="the bounded"):
                 find_recipe(problem, REGIME, H200)

@@ -130,7 +130,7 @@ def test_states_beyond_fp16_show(interpreter: Callable[..., Any]) -> None:
 def test_the_list_leaves_nothing_out() -> None:
     """Every stage, every value of the knobs that change its code, every option and regime."""
     assert len({case.name for case in CASES}) == len(CASES)
-    configs = [x for case in CASES for x in case.recipe.configs.values()]
+    configs = [x for case in CASES for x in case.recipe.configs]
     assert {x.stage for x in configs} == {*STAGES}
     assert {case.plan for case in CASES} == {*PLANS}
     for stage in STAGES:
@@ -144,7 +144,7 @@ def test_the_list_leaves_nothing_out() -> None:
     for case in CASES:
         if BOUNDED in case.knobs:
             stages = ("prepare", "grad_key")
-            assert {case.recipe.configs[x]["decay"] for x in stages} == {"bounded"}, case.name
+            assert {case.recipe[x]["decay"] for x in stages} == {"bounded"}, case.name
     assert {x["segments"] for x in configs if "segments" in x} == {"serial", "parallel"}
     for plan in PLANS:
         problems = [case.case.problem for case in CASES if case.plan == plan]

@@ -8,10 +8,10 @@ import torch
 from gdn2gen.family import reference
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure import gate
 from gdn2gen.measure.timing import call_of
 from gdn2gen.ops import chunk
-from gdn2gen.store.candidate import Candidate
 
 PROBLEM = Problem(K=32, V=64, dtype="fp32")
 SHAPES = (Shape("ragged", 1, 41, 2), Shape("even", 2, 32, 1))
@@ -24,9 +24,9 @@ def right(*args, output_final_state, **kwargs):
 
 
 def check(problem=PROBLEM, shapes=SHAPES, repeats=3):
-    candidate = Candidate.default(problem, "lean")
+    recipe = Recipe.default(problem, "lean")
     return gate.check(
-        candidate, regimes=("layer", "sparse"), repeats=repeats, shapes=shapes, device="cpu"
+        recipe, regimes=("layer", "sparse"), repeats=repeats, shapes=shapes, device="cpu"
     )
 
 
@@ -113,22 +113,22 @@ def test_the_second_size_has_blocks_enough_for_races():
 
 def test_parallel_scans_are_gated_where_a_transition_is_taken(monkeypatch):
     """What is wrong only past the first two segments is seen at the size made for it."""
-    default = Candidate.default(PROBLEM, "lean", 16)
+    default = Recipe.default(PROBLEM, "lean", 16)
     assert gate.segmented_shape(default) is None
     scan = default.by_stage["scan"].replace(segments="parallel", BV=16, max_segments=64)
-    candidate = default.with_config(scan)
-    shape = gate.segmented_shape(candidate)
+    recipe = default.with_config(scan)
+    shape = gate.segmented_shape(recipe)
     call = call_of(PROBLEM, shape, torch.device("cpu"))
-    NS, segment = call.segments(candidate.BT, scan.size("max_segments"))
-    assert NS == 4 and 0 < -(-shape.T // candidate.BT) - (NS - 1) * segment < segment
-    start = 2 * segment * candidate.BT
+    NS, segment = call.segments(recipe.BT, scan.size("max_segments"))
+    assert NS == 4 and 0 < -(-shape.T // recipe.BT) - (NS - 1) * segment < segment
+    start = 2 * segment * recipe.BT
 
     def wrong(o):
         return torch.cat([o[:, :start], o[:, start:] * 1.01], 1)
 
     replace_op(monkeypatch, wrong)
     found = gate.check(
-        candidate,
+        recipe,
         regimes=("layer",),
         repeats=1,
         shapes=SHAPES,

@@ -26,6 +26,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import (
     inputs_of,
     op_flags,
@@ -35,7 +36,7 @@ from gdn2gen.measure.accuracy import (
 )
 from gdn2gen.runtime import _package_files
 from gdn2gen.runtime.package import generate_package, package_source
-from gdn2gen.store.dispatch import Recipe, default_recipe
+from gdn2gen.store.dispatch import Found, generate_command
 
 PLAIN = Problem(K=32, V=32, dtype="fp32")
 FULL = Problem(
@@ -136,6 +137,14 @@ def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, Any]]]]]) 
     return answers
 
 
+def command_of(recipe: Recipe) -> str:
+    return generate_command(Found(recipe, "default", ""))
+
+
+def generated(folder: str | Path, recipe: Recipe, *, force: bool = False) -> list[Path]:
+    return generate_package(recipe, folder, command_of(recipe), force=force)
+
+
 @pytest.mark.resolved
 def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
     packed = Shape("packed", 1, 70, 1, (0, 0, 40, 41, 70))
@@ -148,7 +157,7 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         "empty": (replace(PLAIN, initial_state=True, final_state=True), "lean", Shape("", 2, 0, 1)),
     }
     for name, (problem, plan, _) in made.items():
-        generate_package(problem, tmp_path / name, default_recipe(problem, plan))
+        generated(tmp_path / name, Recipe.default(problem, plan))
     jobs = [(name, [_call(problem, shape)]) for name, (problem, _, shape) in made.items()]
     answers = dict(zip(made, _run(tmp_path, jobs), strict=True))
     empty = answers.pop("empty")
@@ -169,14 +178,14 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scan", ["scan", "scan_states"])
 def test_each_direction_has_its_own_segments(scan: str) -> None:
-    recipe = default_recipe(PLAIN, "lean" if scan == "scan" else "states")
+    recipe = Recipe.default(PLAIN, "lean" if scan == "scan" else "states")
 
     def counts(**max_segments: int) -> list[str]:
-        chosen = {
-            stage: recipe.configs[stage].replace(segments="parallel", BV=16, max_segments=x)
+        chosen = [
+            recipe[stage].replace(segments="parallel", BV=16, max_segments=x)
             for stage, x in max_segments.items()
-        }
-        source = package_source(PLAIN, replace(recipe, configs={**recipe.configs, **chosen}))
+        ]
+        source = package_source(recipe.with_config(*chosen), "gdn2gen generate")
         return re.findall(r"_segments\(T, N \* HV, (\d+)\)", source)
 
     assert counts(**{scan: 112, "reverse_scan": 64}) == ["112", "112", "64"]
@@ -187,7 +196,7 @@ def test_each_direction_has_its_own_segments(scan: str) -> None:
 def test_what_kernels_cannot_read_is_read_as_its_copy(how: str, tmp_path: Path) -> None:
     """Lazily negated views; and what hooks on saved tensors lay out anew, tables among them."""
     problem = replace(FULL, varlen=how == "hooked")
-    generate_package(problem, tmp_path / "full", default_recipe(problem))
+    generated(tmp_path / "full", Recipe.default(problem))
     call = _call(problem, Shape("one", 1, 20, 1, (0, 7, 20) if problem.varlen else None))
     plain, other = _run(tmp_path, [("full", [call, {**call, how: True}])])
     assert {*plain} == {*other}
@@ -196,7 +205,7 @@ def test_what_kernels_cannot_read_is_read_as_its_copy(how: str, tmp_path: Path) 
 
 
 def test_transforms_are_refused(tmp_path: Path) -> None:
-    generate_package(PLAIN, tmp_path / "plain", default_recipe(PLAIN))
+    generated(tmp_path / "plain", Recipe.default(PLAIN))
     call: dict[str, Any] = _call(PLAIN, Shape("one", 1, 20, 1))
     ((kind, message),) = _run(tmp_path, [("plain", [{**call, "mapped": True}])])
     assert kind == "ValueError" and "need gdn2gen.chunk_gdn2" in message
@@ -205,15 +214,15 @@ def test_transforms_are_refused(tmp_path: Path) -> None:
 def test_bf16_is_refused_in_the_interpreter(tmp_path: Path) -> None:
     """Which would compute with its bits; gdn2gen teaches it bf16, and a package stands alone."""
     problem = replace(PLAIN, dtype="bf16")
-    generate_package(problem, tmp_path / "brain", default_recipe(problem))
+    generated(tmp_path / "brain", Recipe.default(problem))
     ((kind, message),) = _run(tmp_path, [("brain", [_call(problem, Shape("one", 1, 20, 1))])])
     assert kind == "ValueError"
     assert "interpreter" in message and "--dtype fp32" in message
 
 
 def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
-    generate_package(PLAIN, tmp_path / "plain", default_recipe(PLAIN))
-    generate_package(FULL, tmp_path / "full", default_recipe(FULL))
+    generated(tmp_path / "plain", Recipe.default(PLAIN))
+    generated(tmp_path / "full", Recipe.default(FULL))
     shape, packed = Shape("two", 2, 20, 1), Shape("packed", 1, 20, 1, (0, 5, 20))
     good = _call(PLAIN, shape)["arguments"]
     plain: list[tuple[dict[str, Any], str]] = [
@@ -264,15 +273,15 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> None:
-    recipe = default_recipe(FULL, plan)
-    first = generate_package(FULL, tmp_path / "a", recipe)
-    second = generate_package(FULL, tmp_path / "b", recipe)
+    recipe = Recipe.default(FULL, plan)
+    first = generated(tmp_path / "a", recipe)
+    second = generated(tmp_path / "b", recipe)
     assert [path.name for path in first] == sorted(
         ["__init__.py", "chunk_tables.py", *(f"{stage}.py" for stage in PLANS[plan].stages)]
     )
     assert [x.read_bytes() for x in first] == [x.read_bytes() for x in second]
     for stage in PLANS[plan].stages:
-        source = render(FULL, stage, recipe.configs[stage]).source
+        source = render(FULL, stage, recipe[stage]).source
         *lines, last = (tmp_path / "a" / f"{stage}.py").read_text().splitlines(keepends=True)
         assert "".join(lines) == source
         assert re.fullmatch("# as generated: the digest of all above is [0-9a-f]{16}\n", last)
@@ -280,7 +289,7 @@ def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("problem", [PLAIN, FULL, BOUNDED, Problem()], ids=str)
 def test_the_package_is_clean(problem: Problem, tmp_path: Path) -> None:
-    generate_package(problem, tmp_path / "made", default_recipe(problem))
+    generated(tmp_path / "made", Recipe.default(problem))
     rules = ["--isolated", "--line-length=100", "--select=E,F,I,B,UP,SIM,RUF"]
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", *rules, str(tmp_path / "made/__init__.py")],
@@ -293,15 +302,15 @@ def test_the_package_is_clean(problem: Problem, tmp_path: Path) -> None:
 
 def test_an_earlier_package_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    generate_package(PLAIN, folder, default_recipe(PLAIN, "fast"))
+    generated(folder, Recipe.default(PLAIN, "fast"))
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__/scan.cpython-313.pyc").write_bytes(b"")
     (folder / ".scan.py.a1b2c3d4").write_text("# what a kill left before")
-    files = generate_package(PLAIN, folder, default_recipe(PLAIN, "lean"))
+    files = generated(folder, Recipe.default(PLAIN, "lean"))
     assert {*folder.iterdir()} == {*files}
     assert [x.name for x in tmp_path.iterdir()] == ["made"]
     found = folder.stat()
-    generate_package(PLAIN, folder, default_recipe(PLAIN, "lean"))  # nothing to do
+    generated(folder, Recipe.default(PLAIN, "lean"))  # nothing to do
     assert folder.stat().st_ino == found.st_ino
 
 
@@ -314,7 +323,7 @@ def test_files_of_others_are_never_overwritten(name: str, tmp_path: Path) -> Non
     else:
         (folder / name).write_text("mine")
     with pytest.raises(InputError, match=rf"{name}.*choose a new or empty folder"):
-        generate_package(PLAIN, folder, default_recipe(PLAIN))
+        generated(folder, Recipe.default(PLAIN))
     assert [x.name for x in folder.iterdir()] == [name]
 
 
@@ -323,19 +332,19 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_of_others_survive_force(tmp_path: Path) -> None:
-    generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN))
+    generated(tmp_path / "made", Recipe.default(PLAIN))
     (tmp_path / "made/notes.txt").write_text("mine")
     (tmp_path / "made/__pycache__").mkdir()
     (tmp_path / "made/__pycache__/notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"did not write \(__pycache__, notes.txt\)"):
-        generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN, "fast"), force=True)
+        generated(tmp_path / "made", Recipe.default(PLAIN, "fast"), force=True)
     assert (tmp_path / "made/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("edit", ["comment", "last line", "no last line"])
 def test_edited_files_are_kept_without_force(tmp_path: Path, edit: str) -> None:
     folder = tmp_path / "made"
-    generate_package(PLAIN, folder, default_recipe(PLAIN))
+    generated(folder, Recipe.default(PLAIN))
     scan = folder / "scan.py"
     text = scan.read_text()
     edits = {
@@ -348,10 +357,10 @@ def test_edited_files_are_kept_without_force(tmp_path: Path, edit: str) -> None:
     before = _bytes(folder)
     for plan in ("lean", "fast"):
         with pytest.raises(InputError, match=r"edited.*\(scan.py\).*--force"):
-            generate_package(PLAIN, folder, default_recipe(PLAIN, plan))
+            generated(folder, Recipe.default(PLAIN, plan))
         assert _bytes(folder) == before
-    generate_package(PLAIN, folder, default_recipe(PLAIN, "fast"), force=True)
-    generate_package(PLAIN, tmp_path / "new", default_recipe(PLAIN, "fast"))
+    generated(folder, Recipe.default(PLAIN, "fast"), force=True)
+    generated(tmp_path / "new", Recipe.default(PLAIN, "fast"))
     assert _bytes(folder) == _bytes(tmp_path / "new")
 
 
@@ -398,14 +407,13 @@ _package_files.write_package(folder, texts)
 @pytest.mark.parametrize("one_stroke", [True, False])
 def test_a_kill_leaves_the_old_package_or_the_new_one(tmp_path: Path, one_stroke: bool) -> None:
     made, new, texts = tmp_path / "here/made", tmp_path / "new", tmp_path / "texts"
-    fast = default_recipe(PLAIN, "fast")
-    sources = {x: render(PLAIN, x, fast.configs[x]).source for x in fast.plan.stages}
-    sources = {f"{x}.py": text for x, text in sources.items()}
-    sources["__init__.py"] = package_source(PLAIN, fast)
+    fast = Recipe.default(PLAIN, "fast")
+    sources = {f"{x.stage}.py": render(PLAIN, x.stage, x).source for x in fast.configs}
+    sources["__init__.py"] = package_source(fast, command_of(fast))
     texts.write_text(json.dumps(sources))
     made.parent.mkdir()
-    generate_package(PLAIN, new, fast)
-    generate_package(PLAIN, made, default_recipe(PLAIN))
+    generated(new, fast)
+    generated(made, Recipe.default(PLAIN))
     old, wanted = _bytes(made), _bytes(new)
     seen, returncode, at = set(), -9, 0
     while returncode:
@@ -416,7 +424,7 @@ def test_a_kill_leaves_the_old_package_or_the_new_one(tmp_path: Path, one_stroke
         if made.exists() or one_stroke:
             assert _bytes(made) in (old, wanted)
             seen.add(_bytes(made) == wanted)
-        generate_package(PLAIN, made, default_recipe(PLAIN))  # what was left is in nobody's way
+        generated(made, Recipe.default(PLAIN))  # what was left is in nobody's way
         assert _bytes(made) == old
         assert [x.name for x in made.parent.iterdir()] == ["made"]
     assert seen == {True, False}
@@ -427,21 +435,21 @@ def test_a_kill_between_two_renames_loses_nothing(
 ) -> None:
     """Where two folders cannot change places, the old one is put back by the next run."""
     made = tmp_path / "made"
-    generate_package(PLAIN, made, default_recipe(PLAIN))
+    generated(made, Recipe.default(PLAIN))
     old = _bytes(made)
     made.rename(tmp_path / f".made.{'0' * 16}.old")
     (tmp_path / f".made.{'1' * 16}.new").mkdir()
     (tmp_path / ".made.old").mkdir()  # a user's
     (tmp_path / f".made.{'0' * 16}.old/scan.py").write_text("# mine")
     with pytest.raises(InputError, match=r"scan\.py"):
-        generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+        generated(made, Recipe.default(PLAIN, "fast"))
     assert _bytes(made) == old | {"scan.py": b"# mine"}
     assert sorted(x.name for x in tmp_path.iterdir()) == [".made.old", "made"]
 
 
 def test_what_is_written_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, written = tmp_path / "made", _package_files.replace_file
-    generate_package(PLAIN, made, default_recipe(PLAIN))
+    generated(made, Recipe.default(PLAIN))
 
     def slow(path: Path, text: str) -> None:
         written(path, text)
@@ -449,7 +457,7 @@ def test_what_is_written_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(_package_files, "replace_file", slow)
     with pytest.raises(FileError, match="written to while") as raised:
-        generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+        generated(made, Recipe.default(PLAIN, "fast"))
     (kept,) = [x for x in tmp_path.iterdir() if x.name.endswith(".kept")]
     assert str(kept) in str(raised.value)
     assert (kept / "scan.py").read_text() == "mine"
@@ -458,17 +466,17 @@ def test_what_is_written_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.M
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
-    files = generate_package(PLAIN, tmp_path / "link", default_recipe(PLAIN))
+    files = generated(tmp_path / "link", Recipe.default(PLAIN))
     assert os.readlink(tmp_path / "link") == "there"
     assert {x.name for x in files} == {x.name for x in (tmp_path / "there").iterdir()}
 
 
 def test_permissions_stay(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    generate_package(PLAIN, made, default_recipe(PLAIN))
+    generated(made, Recipe.default(PLAIN))
     made.chmod(0o750)
     (made / "scan.py").chmod(0o600)
-    generate_package(PLAIN, made, default_recipe(PLAIN, "fast"))
+    generated(made, Recipe.default(PLAIN, "fast"))
     assert made.stat().st_mode & 0o777 == 0o750
     assert (made / "scan.py").stat().st_mode & 0o777 == 0o600
     assert (made / "sum_decay.py").stat().st_mode & 0o077 == 0o044 & ~_umask()
@@ -487,18 +495,17 @@ def test_the_folder_that_a_shell_is_in_is_not_replaced(
     for folder, given in ((tmp_path / "made", "."), (tmp_path / "made/deeper", "..")):
         monkeypatch.chdir(folder)
         with pytest.raises(FileError, match="is the folder that this runs in"):
-            generate_package(PLAIN, given, default_recipe(PLAIN))
+            generated(given, Recipe.default(PLAIN))
     with pytest.raises(FileError, match="is a mount point"):
-        generate_package(PLAIN, "/proc", default_recipe(PLAIN))
+        generated("/proc", Recipe.default(PLAIN))
 
 
 def test_a_package_mixed_from_two_is_refused_at_import(tmp_path: Path) -> None:
     """It ran, and wrote past the end of its buffers."""
-    short = default_recipe(PLAIN)
-    configs = {stage: x.replace(BT=16) for stage, x in short.configs.items()}
-    assert short.configs["scan"].size("BT") != 16
-    generate_package(PLAIN, tmp_path / "one", short)
-    generate_package(PLAIN, tmp_path / "two", replace(short, configs=configs))
+    short = Recipe.default(PLAIN)
+    assert short.BT != 16
+    generated(tmp_path / "one", short)
+    generated(tmp_path / "two", Recipe.default(PLAIN, BT=16))
     for name in ("one", "two"):
         shutil.copytree(tmp_path / name, tmp_path / f"all_of_{name}")
     shutil.copy(tmp_path / "two/scan.py", tmp_path / "one/scan.py")
@@ -526,17 +533,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "made").write_text("mine")
     with pytest.raises(InputError, match="is not a folder"):
-        generate_package(PLAIN, tmp_path / "made", default_recipe(PLAIN))
+        generated(tmp_path / "made", Recipe.default(PLAIN))
     assert (tmp_path / "made").read_text() == "mine"
 
 
 def test_a_config_that_does_not_fit_leaves_the_folder_alone(tmp_path: Path) -> None:
-    recipe = default_recipe(PLAIN)
-    configs = {**recipe.configs, "grad_key": default_config("grad_key", Problem())}
+    recipe = Recipe.default(PLAIN)
+    wide = recipe.with_config(default_config("grad_key", Problem()))
     with pytest.raises(ValueError, match="exceeds"):
-        generate_package(
-            PLAIN, tmp_path / "made", Recipe(PLAIN, recipe.plan, configs, "forced", "test")
-        )
+        generated(tmp_path / "made", wide)
     assert not (tmp_path / "made").exists()
 
 

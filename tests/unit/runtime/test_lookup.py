@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,14 @@ from gdn2gen.codegen import render
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import call, lookup, runner
 from gdn2gen.runtime._kernels import request_of
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.dispatch import Recipe, default_recipe, forced_recipe
+from gdn2gen.store.dispatch import Found, forced_recipe
 from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
 SM_90 = named_device("sm_90")
@@ -143,8 +143,8 @@ REGIME = Regime(tokens=80, sequences=2, heads=HEADS)
 def tune(folder: Path, num_stages: int) -> None:
     """File an entry for `make()`, told by the num_stages of its scan."""
     problem = Problem(K=32, V=64)
-    recipe = default_recipe(problem)
-    configs = {**recipe.configs, "scan": recipe.configs["scan"].replace(num_stages=num_stages)}
+    recipe = Recipe.default(problem)
+    configs = recipe.with_config(recipe["scan"].replace(num_stages=num_stages)).by_stage
     digests = {stage: render.template_digest(config) for stage, config in configs.items()}
     times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
     errors = dict.fromkeys(CHECKED, 4e-3)
@@ -197,9 +197,8 @@ def test_the_environment_is_asked_in_every_call(
 
 
 def forced(num_stages: int) -> Recipe:
-    recipe = default_recipe(Problem(K=32, V=64))
-    scan = recipe.configs["scan"].replace(num_stages=num_stages)
-    return Recipe(recipe.problem, recipe.plan, {**recipe.configs, "scan": scan}, "forced", "a test")
+    recipe = Recipe.default(Problem(K=32, V=64))
+    return recipe.with_config(recipe["scan"].replace(num_stages=num_stages))
 
 
 def test_the_forced_recipe_is_the_innermost_one(launched: Launched) -> None:
@@ -214,7 +213,7 @@ def test_the_forced_recipe_is_the_innermost_one(launched: Launched) -> None:
 
 def test_the_backward_runs_what_the_forward_found(launched: Launched, tmp_path: Path) -> None:
     """On autograd's thread, after the forced recipe is gone and another one is on file."""
-    recipe = default_recipe(Problem(K=32, V=64), "fast")
+    recipe = Recipe.default(Problem(K=32, V=64), "fast")
     inputs = {name: x.requires_grad_() for name, x in make().items()}
     with forced_recipe(recipe):
         o, _ = chunk_gdn2(**inputs, **FLAGS)
@@ -226,18 +225,13 @@ def test_the_backward_runs_what_the_forward_found(launched: Launched, tmp_path: 
 def test_each_direction_has_the_segments_of_its_own_scan(launched, monkeypatch) -> None:
     monkeypatch.setattr(call, "SEGMENT", 1)
     problem = Problem(K=32, V=64)
-    recipe = default_recipe(problem)
+    recipe = Recipe.default(problem)
     chosen = {"scan": 64, "reverse_scan": 112}
-    configs = {
-        **recipe.configs,
-        **{
-            stage: recipe.configs[stage].replace(
-                segments="parallel", BV=32, max_segments=max_segments
-            )
-            for stage, max_segments in chosen.items()
-        },
-    }
-    with forced_recipe(replace(recipe, configs=configs)):
+    configs = (
+        recipe[stage].replace(segments="parallel", BV=32, max_segments=max_segments)
+        for stage, max_segments in chosen.items()
+    )
+    with forced_recipe(recipe.with_config(*configs)):
         train(**make(B=1, T=50 * 32), **FLAGS)
     scans = {name: (numbers, given) for name, _, given, numbers in launched if "NS" in numbers}
     # 16 and 28 segments of 4 heads would be 4 and 2 chunks long, of 50
@@ -256,7 +250,7 @@ def test_each_direction_has_the_segments_of_its_own_scan(launched, monkeypatch) 
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_is_saved_is_as_the_fake_says(plan: str, launched: Launched) -> None:
     problem = Problem(K=32, V=64)
-    recipe = default_recipe(problem, plan)
+    recipe = Recipe.default(problem, plan)
     inputs = make(B=2, T=1100)
     with forced_recipe(recipe):
         train(**inputs, **FLAGS)
@@ -292,24 +286,24 @@ def test_without_a_gradient_a_serial_scan_keeps_no_segments(launched, monkeypatc
         leaves = {name: x.requires_grad_() for name, x in inputs.items()}
         assert scan_launch(launched, **leaves)[:3] == ("scan", 1, 50)
     problem = Problem(K=32, V=64)
-    recipe = default_recipe(problem)
-    scan = recipe.configs["scan"].replace(segments="parallel", BV=32)
-    with torch.no_grad(), forced_recipe(replace(recipe, configs={**recipe.configs, "scan": scan})):
+    recipe = Recipe.default(problem)
+    scan = recipe["scan"].replace(segments="parallel", BV=32)
+    with torch.no_grad(), forced_recipe(recipe.with_config(scan)):
         assert scan_launch(launched, **inputs)[:3] == ("scan", 25, 2)
 
 
 def test_without_a_gradient_no_states_are_kept(launched, monkeypatch) -> None:
     """Unless nothing but the plan that keeps them is tuned."""
-    states = default_recipe(Problem(K=32, V=64), "states")
+    states = Recipe.default(Problem(K=32, V=64), "states")
     tuned = {"lean": "exact", "fast": "exact"}
 
-    def find(problem: Problem, *_: Any, level: str, strict: bool | None) -> Recipe:
+    def find(problem: Problem, *_: Any, level: str, strict: bool | None) -> Found:
         if dispatch.forced() is not None:
-            return states
-        recipe = default_recipe(problem, "lean" if level == "lean" else "states")
+            return Found(states, "forced", "")
+        recipe = Recipe.default(problem, "lean" if level == "lean" else "states")
         if strict is not False and tuned[level] != "exact":
             raise DispatchError("strict")
-        return replace(recipe, source=tuned[level])
+        return Found(recipe, tuned[level], "")
 
     monkeypatch.setattr(lookup, "find_recipe", find)
     inputs = make() | {"disable_recompute": True}

@@ -17,9 +17,9 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune import space
 from gdn2gen.tune.gpu.backend import measure_config
 
@@ -71,8 +71,8 @@ class Backend:
     device = named_device("H200")
 
     def __init__(self, gate: Outcome[GateResult], timed: Outcome[dict[str, Timing]]) -> None:
-        self.gate = lambda candidate, full: gate
-        self.time_stages = lambda candidate, stages, shape: timed
+        self.gate = lambda recipe, full: gate
+        self.time_stages = lambda recipe, stages, shape: timed
 
 
 def test_a_config_is_measured_or_refused_with_the_reason() -> None:
@@ -82,7 +82,7 @@ def test_a_config_is_measured_or_refused_with_the_reason() -> None:
     wrong = Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off"))
     timed = Outcome(outcome.OK, {"scan": Timing(2.0, 1.9, 2.1, 20)})
     died: Outcome[Any] = Outcome(outcome.CRASHED, detail="signal 6")
-    base = Candidate.default(Problem(), "lean", 32)
+    base = Recipe.default(Problem(), "lean", 32)
     config = base.by_stage["scan"]
     for compiled, gate, times, ms, said in (
         (fits, right, timed, 2.0, ""),

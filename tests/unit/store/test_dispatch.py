@@ -18,16 +18,11 @@ from gdn2gen.codegen import render
 from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS, plan_named
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import dispatch
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.dispatch import (
-    Recipe,
-    default_recipe,
-    explain_recipe,
-    find_recipe,
-    forced_recipe,
-)
+from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, forced_recipe
 from gdn2gen.store.tuned_files import (
     Entry,
     TunedFile,
@@ -93,8 +88,8 @@ def file_in(folder, *entries, device=H200):
     return path
 
 
-def mark_of(recipe):
-    return recipe.configs["scan"]["num_stages"]
+def mark_of(found):
+    return found.recipe["scan"]["num_stages"]
 
 
 def find(problem=PROBLEM, regime=REGIME, device=H200, **options):
@@ -107,33 +102,32 @@ def test_default_is_valid_for_every_problem(plan, dtype):
     for K in HEAD_DIMS:
         for V in HEAD_DIMS:
             problem = Problem(K=K, V=V, dtype=dtype)
-            recipe = default_recipe(problem, plan)
-            assert recipe.source == "default"
-            assert set(recipe.configs) == set(recipe.plan.stages)
-            assert all(why_invalid(x, problem) is None for x in recipe.configs.values())
+            recipe = Recipe.default(problem, plan)
+            assert [x.stage for x in recipe.configs] == [*recipe.plan.stages]
+            assert all(why_invalid(x, problem) is None for x in recipe.configs)
     with pytest.raises(DispatchError, match=r"unknown plan 'clever'"):
-        default_recipe(PROBLEM, "clever")
+        Recipe.default(PROBLEM, "clever")
 
 
 def test_nothing_tuned_gives_the_default(user, packaged):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        recipe = find()
+        found = find()
         fast = find(level="fast")
-    assert recipe == default_recipe(PROBLEM)
-    assert recipe.source == "default"
-    assert (recipe.file, recipe.stale) == (None, False)
+    assert found.recipe == Recipe.default(PROBLEM)
+    assert found.source == "default"
+    assert (found.file, found.stale) == (None, False)
     for part in (str(user), str(packaged), "NVIDIA H200", "K=128"):
-        assert part in recipe.why
-    assert fast.plan is plan_named("fast")
+        assert part in found.why
+    assert fast.recipe.plan is plan_named("fast")
 
 
 def test_the_default_is_meant_for_the_architecture():
     """Three Tritons spill up to 888 bytes in scans of 64 rows where those go to tensor memory."""
     blackwell = find(device=named_device("B200"))
     assert blackwell.source == "default"
-    assert blackwell.configs == default_recipe(PROBLEM, arch="sm_100").configs
-    moved = {name for name, x in find().configs.items() if x != blackwell.configs[name]}
+    assert blackwell.recipe == Recipe.default(PROBLEM, arch="sm_100")
+    moved = {x.stage for x in find().recipe.configs if x != blackwell.recipe[x.stage]}
     assert moved == {"scan", "rescan", "reverse_scan"}
 
 
@@ -141,9 +135,9 @@ def test_exact_before_all(user, packaged):
     near = Regime(16384, 4, 32)
     file_in(user, make_entry(near, mark=2))
     path = file_in(packaged, make_entry(mark=3), make_entry(near, mark=1))
-    recipe = find()
-    assert (recipe.source, mark_of(recipe), recipe.file) == ("exact", 3, str(path))
-    assert (recipe.regime, recipe.device) == (REGIME, H200)
+    found = find()
+    assert (found.source, mark_of(found), found.file) == ("exact", 3, str(path))
+    assert (found.regime, found.device) == (REGIME, H200)
 
 
 def test_user_before_packaged(user, packaged, monkeypatch):
@@ -158,16 +152,16 @@ def test_user_before_packaged(user, packaged, monkeypatch):
 def test_flags_that_only_add_arguments_are_exact(user):
     file_in(user, make_entry())
     problem = Problem(varlen=True, initial_state=True, final_state=True, state_v_first=True)
-    recipe = find(problem)
-    assert (recipe.source, recipe.problem) == ("exact", problem)
+    found = find(problem)
+    assert (found.source, found.recipe.problem) == ("exact", problem)
 
 
 def test_nearest_regime(user, packaged):
     path = file_in(user, make_entry(Regime(1024, 1, 16), mark=1), make_entry(mark=2))
-    recipe = find(regime=Regime(12000, 3, 16))
-    assert (recipe.source, mark_of(recipe), recipe.file) == ("nearest", 2, str(path))
-    assert "tokens=16384" in recipe.why
-    assert "nearest to tokens=12000 sequences=3 heads=16" in recipe.why
+    found = find(regime=Regime(12000, 3, 16))
+    assert (found.source, mark_of(found), found.file) == ("nearest", 2, str(path))
+    assert "tokens=16384" in found.why
+    assert "nearest to tokens=12000 sequences=3 heads=16" in found.why
     assert mark_of(find(regime=Regime(1025, 1, 16))) == 1
     # nearer in the package than in the user's folder
     file_in(packaged, make_entry(Regime(12000, 4, 16), mark=3))
@@ -194,14 +188,14 @@ def test_minor_flags_serve_after_the_same_flags(user):
     plain = Problem(l2norm=False, gate_dtype="bf16")
     sigmoid = Problem(gate="sigmoid")
     file_in(user, make_entry(problem=plain, mark=1), make_entry(problem=sigmoid, mark=2))
-    recipe = find()
-    assert (recipe.source, mark_of(recipe)) == ("nearest", 2)
-    assert "the call has gate=none, which moves the speed only a little" in recipe.why
+    found = find()
+    assert (found.source, mark_of(found)) == ("nearest", 2)
+    assert "the call has gate=none, which moves the speed only a little" in found.why
     file_in(user, make_entry(problem=sigmoid, mark=2), make_entry(far, mark=3))
     assert mark_of(find()) == 3
     softplus = find(Problem(gate="softplus", has_A_log=True))
     assert softplus.source == "nearest"
-    assert softplus.problem.has_A_log
+    assert softplus.recipe.problem.has_A_log
 
 
 @pytest.fixture
@@ -217,18 +211,18 @@ def test_what_needs_triton_alone_serves_where_nothing_else_compiles(user, in_til
     times = {"forward_ms": 0.5, "forward_backward_ms": 1.0}
     fast = make_entry(configs=in_tilelang, measured=times)
     file_in(user, fast, make_entry(mark=3))
-    assert find().configs["scan"] == in_tilelang["scan"]
+    assert find().recipe["scan"] == in_tilelang["scan"]
     monkeypatch.setattr(dispatch, "_only_triton_compiles", lambda: True)
-    recipe = find()
-    assert (recipe.source, mark_of(recipe)) == ("exact", 3)
-    assert "neither nvcc nor NVRTC was found" in explain_recipe(recipe)
+    found = find()
+    assert (found.source, mark_of(found)) == ("exact", 3)
+    assert "neither nvcc nor NVRTC was found" in explain_recipe(found)
     # one for another size, too, rather than defaults in place of the stages in TileLang
     file_in(user, fast, make_entry(Regime(16384, 4, 32), mark=1))
     assert (find().source, mark_of(find())) == ("nearest", 1)
     file_in(user, fast)
-    recipe = find()
-    assert recipe.source == "exact"
-    assert "no entry needs Triton alone: scan, rescan run Triton's default" in recipe.why
+    found = find()
+    assert found.source == "exact"
+    assert "no entry needs Triton alone: scan, rescan run Triton's default" in found.why
 
 
 @pytest.mark.parametrize("initialized", [False, True])
@@ -251,10 +245,10 @@ def test_transferred_from_the_nearest_gpu_of_the_arch(user, packaged):
     file_in(user, make_entry(mark=1), device=named_device("H100 PCIe"))
     file_in(packaged, make_entry(mark=2), device=named_device("H100"))
     file_in(packaged, make_entry(mark=3), device=named_device("B200"))
-    recipe = find()
-    assert (recipe.source, mark_of(recipe)) == ("transferred", 2)
-    assert "NVIDIA H100 80GB HBM3" in recipe.why
-    assert "nothing was measured on NVIDIA H200 itself" in recipe.why
+    found = find()
+    assert (found.source, mark_of(found)) == ("transferred", 2)
+    assert "NVIDIA H100 80GB HBM3" in found.why
+    assert "nothing was measured on NVIDIA H200 itself" in found.why
     assert mark_of(find(device=named_device("sm_100"))) == 3
     assert find(device=named_device("A100")).source == "default"
     # anything measured on the GPU itself comes first, even with other flags
@@ -291,11 +285,11 @@ def test_strict_refuses_all_but_exact(user, monkeypatch):
 def test_stale_entries_are_passed_over(user):
     stale = make_entry(templates={**make_entry().templates, "scan": "older"})
     path = file_in(user, stale)
-    recipe = find()
-    assert (recipe.source, recipe.stale) == ("default", True)
-    assert f"passed over the stale entry [{stale.label}] of {path}" in recipe.why
-    assert "templates of scan changed" in recipe.why
-    assert "stale" in explain_recipe(recipe)
+    found = find()
+    assert (found.source, found.stale) == ("default", True)
+    assert f"passed over the stale entry [{stale.label}] of {path}" in found.why
+    assert "templates of scan changed" in found.why
+    assert "stale" in explain_recipe(found)
     with pytest.raises(DispatchError, match="stale"):
         find(strict=True)
     file_in(user, stale, make_entry(Regime(1, 1, 1), mark=2))
@@ -317,12 +311,12 @@ def test_an_unusable_file_gives_a_warning_and_the_default(user, spoil, reason):
     path.write_text(spoil(path.read_text()))
     before = path.read_bytes()
     with pytest.warns(TunedFileWarning) as caught:
-        recipe = find()
+        found = find()
     assert len(caught) == 1
-    for text in (str(caught[0].message), recipe.why):
+    for text in (str(caught[0].message), found.why):
         assert str(path) in text
         assert reason in text
-    assert recipe == default_recipe(PROBLEM)
+    assert found.recipe == Recipe.default(PROBLEM)
     assert path.read_bytes() == before
     # once for each state of the file, not once for each call
     with warnings.catch_warnings():
@@ -335,9 +329,9 @@ def test_an_unusable_file_of_the_user_leaves_the_packaged_one(user, packaged):
     path = file_in(user, make_entry(mark=3))
     path.write_text("{")
     with pytest.warns(TunedFileWarning):
-        recipe = find()
-    assert (recipe.source, mark_of(recipe)) == ("exact", 2)
-    assert str(path) in recipe.why
+        found = find()
+    assert (found.source, mark_of(found)) == ("exact", 2)
+    assert str(path) in found.why
 
 
 def test_a_broken_file_of_another_gpu_is_not_read_in_vain(user):
@@ -354,8 +348,8 @@ def test_entries_that_cannot_be_used_are_named(user):
     path = file_in(user, make_entry(Regime(1, 1, 1), mark=2), make_entry(mark=4))
     path.write_text(path.read_text().replace('"num_stages": 4', '"num_stages": 40'))
     with pytest.warns(TunedFileWarning, match=r"entry 1 .* is skipped: scan.num_stages"):
-        recipe = find()
-    assert (recipe.source, mark_of(recipe)) == ("nearest", 2)
+        found = find()
+    assert (found.source, mark_of(found)) == ("nearest", 2)
 
 
 def test_a_file_is_read_once_until_this_process_writes_or_asks(user):
@@ -387,17 +381,17 @@ def test_the_hot_path_takes_microseconds(user):
 
 def test_forced(user, monkeypatch):
     file_in(user, make_entry())
-    forced = dataclasses.replace(default_recipe(PROBLEM, "fast"), source="forced", why="a trial")
+    forced = Recipe.default(PROBLEM, "fast")
     monkeypatch.setenv("GDN2GEN_STRICT", "1")
     seen = []
     with forced_recipe(forced) as given:
         assert given is forced
-        assert find() is forced
-        with forced_recipe(default_recipe(PROBLEM)):
-            assert find().plan.name == "lean"
-        assert find() is forced
+        assert find().recipe is forced
+        with forced_recipe(Recipe.default(PROBLEM)):
+            assert find().recipe.plan.name == "lean"
+        assert find().recipe is forced
         other = find(Problem(final_state=True))
-        assert other == dataclasses.replace(forced, problem=Problem(final_state=True))
+        assert other.recipe == dataclasses.replace(forced, problem=Problem(final_state=True))
         assert other.source == "forced"
         thread = threading.Thread(target=lambda: seen.append(find()))
         thread.start()
@@ -410,11 +404,8 @@ def test_forced(user, monkeypatch):
 
 
 def test_forced_recipe_that_does_not_fit(user):
-    configs = {
-        stage: config.replace(BV=128) if stage == "scan" else config
-        for stage, config in default_recipe(PROBLEM).configs.items()
-    }
-    forced = dataclasses.replace(default_recipe(PROBLEM), configs=configs)
+    default = Recipe.default(PROBLEM)
+    forced = default.with_config(default["scan"].replace(BV=128))
     with forced_recipe(forced), pytest.raises(DispatchError, match=r"V=128 .*V=64 .*BV=128"):
         find(Problem(V=64))
 
@@ -425,7 +416,7 @@ def test_recipes_that_run_the_same_are_equal(user):
     assert near.why != exact.why
     assert near == exact
     assert hash(near) == hash(exact)
-    assert near != default_recipe(PROBLEM)
+    assert near != Recipe.default(PROBLEM)
     copied = pickle.loads(pickle.dumps(exact))
     assert copied == exact
     assert copied.why == exact.why
@@ -447,11 +438,12 @@ def test_explain(user):
     ):
         assert part in text
     assert max(map(len, text.splitlines()[:-2])) <= 100
-    assert "regime" not in explain_recipe(default_recipe(PROBLEM))
+    assert "regime" not in explain_recipe(Found(Recipe.default(PROBLEM), "default", ""))
 
 
-def test_recipe_is_frozen():
-    recipe = default_recipe(PROBLEM)
-    assert isinstance(recipe, Recipe)
+def test_recipe_is_frozen_and_crosses_process_borders():
+    recipe = Recipe.default(PROBLEM)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.why = "because"
+        recipe.configs = ()
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert {recipe: 1}[Recipe.of(PROBLEM, "lean", recipe.by_stage)] == 1

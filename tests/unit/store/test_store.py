@@ -455,9 +455,9 @@ def test_what_cannot_be_true_is_refused_wherever_it_comes_in(tmp_path, monkeypat
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
     monkeypatch.setattr("gdn2gen.base.paths.packaged_tuned_dir", lambda: tmp_path / "none")
     with pytest.warns(TunedFileWarning) as warned:
-        recipe = find_recipe(Problem(), lying.regime, device)
+        found = find_recipe(Problem(), lying.regime, device)
     assert words in str(warned[0].message)
-    assert recipe.source == "default"
+    assert found.source == "default"
 
 
 def test_what_can_be_true_is_believed(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.tune.records.ledger import Ledger, read_ledger
 
 PROBLEM = Problem()
@@ -62,11 +63,11 @@ def test_the_same_refusal_is_filed_once(path):
     assert len(lines) == 1 and json.loads(lines[0])["reason"] == "first"
 
 
-def test_pipelines_are_kept_apart_from_stages(path):
+def test_recipes_are_kept_apart_from_stages(path):
     ledger = Ledger(path, "GPU", TOOLS)
-    configs = {"scan": CONFIG}
-    ledger.add_pipeline("together", PROBLEM, "lean", configs, "d1")
+    recipe = Recipe.default(PROBLEM)
+    ledger.add_recipe("together", recipe, "d1")
     assert ledger.why_refused(PROBLEM, CONFIG, "d1") is None
     again = Ledger(path, "GPU", TOOLS)
-    assert again.why_pipeline_refused(PROBLEM, "lean", configs, "d1") == "together"
-    assert again.why_pipeline_refused(PROBLEM, "fast", configs, "d1") is None
+    assert again.why_recipe_refused(recipe, "d1") == "together"
+    assert again.why_recipe_refused(Recipe.default(PROBLEM, "fast"), "d1") is None

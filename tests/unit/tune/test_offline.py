@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 
 class FakeCompilers:
-    def __init__(self, passes=lambda candidate: True, builds=lambda config: True, stop_after=None):
+    def __init__(self, passes=lambda recipe: True, builds=lambda config: True, stop_after=None):
         self.slots = 2
         self._stop_after = stop_after
         self.now = 0.0
@@ -61,9 +61,9 @@ class FakeCompilers:
         future.set_result(Outcome(outcome.OK, resources))
         return future
 
-    def interpret(self, candidate):
-        self.checked.append(candidate)
-        passed = self._passes(candidate)
+    def interpret(self, recipe):
+        self.checked.append(recipe)
+        passed = self._passes(recipe)
         return Outcome(outcome.OK, GateResult(passed, {}, "" if passed else "o is off"))
 
     def close(self):
@@ -86,7 +86,7 @@ def rank(backend, tmp_path, minutes=3.0, device=DEVICE):
 
 def test_the_default_is_that_of_the_target(tmp_path):
     """Of the target's own default, the scans' halves of V, both the ranking and the check begin."""
-    backend = FakeCompilers(passes=lambda candidate: candidate.by_stage["scan"] == scan)
+    backend = FakeCompilers(passes=lambda recipe: recipe["scan"] == scan)
     scan = default_config("scan", PROBLEM, arch="sm_100")
     assert scan["BV"] == 32 != default_config("scan", PROBLEM)["BV"]
     rank(backend, tmp_path, device=named_device("sm_100"))
@@ -111,7 +111,7 @@ def test_the_best_ranked_is_filed_as_predicted(tmp_path):
 def test_defaults_are_compiled_whatever_the_budget(tmp_path):
     backend = FakeCompilers()
     report = rank(backend, tmp_path, minutes=0.001)
-    configs = report.results[0].candidate.configs
+    configs = report.results[0].recipe.configs
     assert {default_config(x.stage, PROBLEM) for x in configs} <= set(backend.compiled)
 
 
@@ -120,14 +120,14 @@ def test_the_default_stands_in_where_the_best_ranked_is_wrong(tmp_path):
         passes=lambda x: all(one == default_config(one.stage, PROBLEM) for one in x.configs)
     )
     report = rank(backend, tmp_path)
-    configs = report.results[0].candidate.configs
+    configs = report.results[0].recipe.configs
     assert all(config == default_config(config.stage, PROBLEM) for config in configs)
     assert any("o is off" in reason for reason in report.skipped.values())
 
 
 def test_nothing_is_filed_where_nothing_passes(tmp_path):
     with pytest.raises(TuneError, match="o is off"):
-        rank(FakeCompilers(passes=lambda candidate: False), tmp_path)
+        rank(FakeCompilers(passes=lambda recipe: False), tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -154,7 +154,7 @@ def test_what_a_later_run_ranks_better_takes_the_place(tmp_path):
     for _ in range(4):
         report = rank(FakeCompilers(), tmp_path, minutes=0.5)
         (entry,) = tuned_files.load_tuned(report.path, DEVICE).entries
-        assert entry.configs == report.results[0].candidate.by_stage
+        assert entry.configs == report.results[0].recipe.by_stage
         costs.append(entry.measured["predicted_bytes"])
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
 

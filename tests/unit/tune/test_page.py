@@ -10,12 +10,13 @@ import pytest
 
 from gdn2gen.base.device import named_device
 from gdn2gen.cli import program
+from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.candidate import Candidate
 from gdn2gen.tune.records.ledger import Ledger
 from gdn2gen.tune.records.storage import open_storage
 from gdn2gen.tune.run import open_ledger, storage_path
@@ -54,7 +55,7 @@ def search(ledger: Ledger, stage: str, BT: int, trials: int, digest: str = "d") 
 
 def file(tmp_path, templates=None):
     problem = Problem()
-    candidate = Candidate.default(problem, "lean")
+    recipe = Recipe.default(problem, "lean")
     measured = {
         "forward_ms": 0.5,
         "forward_backward_ms": 2.0,
@@ -66,8 +67,8 @@ def file(tmp_path, templates=None):
         regime_key=SHAPE.regime.key,
         level="lean",
         plan="lean",
-        configs=candidate.by_stage,
-        templates=candidate.templates if templates is None else templates,
+        configs=recipe.by_stage,
+        templates=templates_of(recipe) if templates is None else templates,
         measured=measured,
         gate={**dict.fromkeys(CHECKED, 4e-3), "db": 6e-3},
         provenance="measured",
@@ -81,7 +82,7 @@ def file(tmp_path, templates=None):
 def test_the_page_says_what_is_on_file(folders, capsys):
     file(folders)
     ledger = open_ledger("gdn2", H200)
-    ledger.add_pipeline("wrong result: dg <b>", Problem(), "lean", {}, "d")
+    ledger.add_recipe("wrong result: dg <b>", Recipe.default(Problem()), "d")
     search(ledger, "scan", 32, 12)
     search(ledger, "grad_key", 16, 10)
     out = folders / "deep/page.html"

@@ -13,15 +13,16 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.cli import program
 from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.shapes import SHAPES, Shape, shape_of
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.candidate import Candidate
-from gdn2gen.tune.gpu.jobs import PipelineTiming
+from gdn2gen.tune.gpu.jobs import RecipeTiming
 from gdn2gen.tune.recheck import recheck
 from gdn2gen.tune.records.entries import problem_of, words_of
 
@@ -32,15 +33,15 @@ def entry(
     shape: Shape = SHAPES["train4k"], ms: float = 2.0, problem: Problem | None = None, **knobs: Any
 ) -> tuned_files.Entry:
     problem = problem or Problem()
-    candidate = Candidate.default(problem, "lean")
-    candidate = candidate.with_config(candidate.by_stage["scan"].replace(**knobs))
+    recipe = Recipe.default(problem, "lean")
+    recipe = recipe.with_config(recipe["scan"].replace(**knobs))
     return tuned_files.Entry(
         problem_key=problem.key,
         regime_key=shape.regime.key,
         level="lean",
         plan="lean",
-        configs=candidate.by_stage,
-        templates=candidate.templates,
+        configs=recipe.by_stage,
+        templates=templates_of(recipe),
         measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
         gate=dict.fromkeys(CHECKED, 4e-3),
         provenance="measured",
@@ -63,21 +64,21 @@ class FakeBackend:
         future.set_result(Outcome(outcome.OK, Resources(100, spilled, 1000, 128, 1.0)))
         return future
 
-    def gate(self, candidate: Candidate, *, full: bool) -> Outcome[GateResult]:
+    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
         self.gated_in_full.append(full)
-        BV = candidate.by_stage["scan"]["BV"]
+        BV = recipe["scan"]["BV"]
         if BV == 128:
             return Outcome(outcome.CRASHED, detail="signal 6")
         wrong = GateResult(False, {"o": 0.5}, "o is off by 5e-01")
         right = GateResult(True, dict.fromkeys(CHECKED, 3e-3))
         return Outcome(outcome.OK, wrong if BV == 32 else right)
 
-    def time_pipeline(
-        self, candidate: Candidate, shape: Shape, *, with_peak: bool
-    ) -> Outcome[PipelineTiming]:
+    def time_recipe(
+        self, recipe: Recipe, shape: Shape, *, with_peak: bool
+    ) -> Outcome[RecipeTiming]:
         self.timed.append(shape.name)
-        timing = Timing(*[2.0 if candidate.by_stage["scan"]["num_warps"] == 4 else 3.0] * 3, 10)
-        return Outcome(outcome.OK, PipelineTiming(timing, timing, 0.0))
+        timing = Timing(*[2.0 if recipe["scan"]["num_warps"] == 4 else 3.0] * 3, 10)
+        return Outcome(outcome.OK, RecipeTiming(timing, timing, 0.0))
 
     def close(self) -> None:
         self.closed = True

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from gdn2gen.base.device import named_device
+from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
-from gdn2gen.store.candidate import Candidate
-from gdn2gen.tune.records.stored import Stored, stored_pipelines
+from gdn2gen.tune.records.stored import Stored, stored_recipes
 from gdn2gen.tune.search.finalists import Finals
 
 H200 = named_device("H200")
@@ -22,11 +23,11 @@ PROBLEM = Problem(K=64, V=64)
 SHAPES = [Shape(f"heads{heads}", 1, 1024, heads) for heads in (1, 2, 4, 8, 16, 32, 64, 128)]
 
 
-def pipeline(number: int, plan: str = "lean") -> Candidate:
+def numbered(number: int, plan: str = "lean") -> Recipe:
     """Told from others, and from the default, by its scan."""
-    base = Candidate.default(PROBLEM, plan)
+    base = Recipe.default(PROBLEM, plan)
     knobs = {"BV": (16, 32, 64)[number % 3], "num_stages": 1 + number // 3, "num_warps": 8}
-    return base.with_config(base.by_stage["scan"].replace(**knobs))
+    return base.with_config(base["scan"].replace(**knobs))
 
 
 def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
@@ -36,8 +37,8 @@ def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
             regime_key=shape.regime.key,
             level="lean",
             plan="lean",
-            configs=pipeline(number).by_stage,
-            templates=pipeline(number).templates | changes,
+            configs=numbered(number).by_stage,
+            templates=templates_of(numbered(number)) | changes,
             measured={"forward_ms": 0.5, "forward_backward_ms": 2.0},
             gate=dict.fromkeys(CHECKED, 4e-3),
             provenance="measured",
@@ -54,65 +55,65 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scan": "0" * 16}], ids=["fitting", "stale"])
-def test_pipelines_of_all_searched_shapes_come_first(path: Path, changes: dict[str, str]) -> None:
+def test_recipes_of_all_searched_shapes_come_first(path: Path, changes: dict[str, str]) -> None:
     file_at(path, SHAPES, **changes)
     wanted = [SHAPES[7], SHAPES[0], SHAPES[6], SHAPES[1], SHAPES[4]]
-    found = list(stored_pipelines(PROBLEM, ["lean"], wanted, path, H200))
+    found = list(stored_recipes(PROBLEM, ["lean"], wanted, path, H200))
     exact, others = found[:5], found[5:]
     assert {dict(x.regime)["heads"] for x in exact} == {shape.H for shape in wanted}
     assert {dict(x.regime)["heads"] for x in others} == {4, 8, 32}  # four at most
     for x in found:
         number = [shape.H for shape in SHAPES].index(dict(x.regime)["heads"])
-        assert x.candidate == pipeline(number)
+        assert x.recipe == numbered(number)
 
 
-def test_pipelines_of_other_plans_and_problems_are_left_out(path: Path) -> None:
+def test_recipes_of_other_plans_and_problems_are_left_out(path: Path) -> None:
     file_at(path, SHAPES[:2])
-    assert not list(stored_pipelines(PROBLEM, ["fast", "states"], SHAPES, path, H200))
-    assert not list(stored_pipelines(Problem(), ["lean"], SHAPES, path, H200))
-    assert not list(stored_pipelines(PROBLEM, ["lean"], SHAPES, path, named_device("A100")))
+    assert not list(stored_recipes(PROBLEM, ["fast", "states"], SHAPES, path, H200))
+    assert not list(stored_recipes(Problem(), ["lean"], SHAPES, path, H200))
+    assert not list(stored_recipes(PROBLEM, ["lean"], SHAPES, path, named_device("A100")))
 
 
-def _base(plan: str, BT: int | None = None) -> Candidate:
+def _base(plan: str, BT: int | None = None) -> Recipe:
     """Where a search begins."""
-    return Candidate.default(PROBLEM, plan, BT)
+    return Recipe.default(PROBLEM, plan, BT)
 
 
-def test_a_final_has_the_pipeline_on_file_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_final_has_the_recipe_on_file_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = [
-        Stored(tuple(shape.regime.key.items()), pipeline(number))
+        Stored(tuple(shape.regime.key.items()), numbered(number))
         for number, shape in enumerate(SHAPES)
     ]
     search: Any = SimpleNamespace(problem=PROBLEM, trials={}, base=_base)
     finals = Finals(search, stored)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
-    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
+    monkeypatch.setattr(finals, "_passes", lambda recipe: True)
     for number in (0, 5, 7):
         chosen = finals.choose(SHAPES[number], "lean")
-        assert chosen == [Candidate.default(PROBLEM, "lean"), pipeline(number)]
-    assert finals.choose(SHAPES[5], "fast") == [Candidate.default(PROBLEM, "fast")]
+        assert chosen == [Recipe.default(PROBLEM, "lean"), numbered(number)]
+    assert finals.choose(SHAPES[5], "fast") == [Recipe.default(PROBLEM, "fast")]
 
 
 def test_what_is_on_file_stands_in_a_final_however_little_time_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside the default and the pipeline that won for the level's other plan."""
-    stored = [Stored(tuple(SHAPES[0].regime.key.items()), pipeline(0))]
+    """Beside the default and the recipe that won for the level's other plan."""
+    stored = [Stored(tuple(SHAPES[0].regime.key.items()), numbered(0))]
     search: Any = SimpleNamespace(problem=PROBLEM, trials={}, base=_base)
     finals = Finals(search, stored)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
-    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
-    monkeypatch.setattr(finals, "_carried", lambda shape, plan: [pipeline(1), pipeline(2)])
-    default = Candidate.default(PROBLEM, "lean")
-    assert finals.choose(SHAPES[0], "lean", 2) == [default, pipeline(0), pipeline(1)]
-    assert finals.choose(SHAPES[1], "lean", 2) == [default, pipeline(1)]
+    monkeypatch.setattr(finals, "_passes", lambda recipe: True)
+    monkeypatch.setattr(finals, "_carried", lambda shape, plan: [numbered(1), numbered(2)])
+    default = Recipe.default(PROBLEM, "lean")
+    assert finals.choose(SHAPES[0], "lean", 2) == [default, numbered(0), numbered(1)]
+    assert finals.choose(SHAPES[1], "lean", 2) == [default, numbered(1)]
 
 
 def test_a_plan_that_is_on_file_is_decided_though_its_stages_look_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By few trials: else a stale entry would give way to the level's slower plan."""
-    on_file = Candidate.default(PROBLEM, "states")
+    on_file = Recipe.default(PROBLEM, "states")
     stored = [Stored(tuple(SHAPES[0].regime.key.items()), on_file)]
     search: Any = SimpleNamespace(problem=PROBLEM, trials={})
     finals = Finals(search, stored)

@@ -22,11 +22,10 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import full_problem
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
-from gdn2gen.store.candidate import Candidate
-from gdn2gen.store.dispatch import default_recipe
 from gdn2gen.tune.filing import entries_of
 from gdn2gen.tune.records.ledger import read_ledger
 from gdn2gen.tune.run import tune
@@ -84,9 +83,9 @@ def test_the_default_is_always_evaluated_even_if_the_ledger_refuses_it(tmp_path)
     assert "BT=64" in report.skipped
     second = FakeBackend()
     run(second, tmp_path)
-    default = Candidate.default(PROBLEM, "lean")
-    assert any(candidate == default for candidate, _ in second.gated)
-    assert any(candidate == default for candidate, _, _ in second.timed)
+    default = Recipe.default(PROBLEM, "lean")
+    assert any(recipe == default for recipe, _ in second.gated)
+    assert any(recipe == default for recipe, _, _ in second.timed)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +105,9 @@ def test_each_accident_is_survived_and_goes_to_the_ledger(tmp_path, accident, st
     assert report.trials[status] > 0
     assert any(reason.startswith(status) for reason in ledger_reasons(report))
     (result,) = report.results
-    assert all(config["num_warps"] != 8 for config in result.candidate.configs)
+    assert all(config["num_warps"] != 8 for config in result.recipe.configs)
     if accident in ("no build", "spills"):
-        gated = [config for candidate, _ in backend.gated for config in candidate.configs]
+        gated = [config for recipe, _ in backend.gated for config in recipe.configs]
         assert all(config["num_warps"] != 8 for config in gated)
 
 
@@ -140,8 +139,8 @@ def test_a_killed_run_resumes_with_nothing_lost_but_the_trials_in_flight(tmp_pat
 
 def _single_stage(backend):
     return [
-        (candidate, shape, candidate.by_stage[stages[0]])
-        for candidate, stages, shape in backend.timed
+        (recipe, shape, recipe.by_stage[stages[0]])
+        for recipe, stages, shape in backend.timed
         if len(stages) == 1
     ]
 
@@ -162,9 +161,9 @@ def test_the_budget_is_kept_where_finals_are_slow(tmp_path):
     """As on an H200: 1 s for each full gate and 0.9 s for three rounds, six finalists at first."""
 
     class Slow(FakeBackend):
-        def gate(self, candidate, *, full):
+        def gate(self, recipe, *, full):
             self.now += 0.8 * full
-            return super().gate(candidate, full=full)
+            return super().gate(recipe, full=full)
 
     backend = Slow()
     shapes = (SMALL, LARGE, Shape("third", 1, 512, 2), Shape("fourth", 1, 1024, 2))
@@ -184,7 +183,7 @@ def test_a_compiled_candidate_is_timed_at_all_shapes_and_gated_once(tmp_path):
     backend = FakeBackend(speed=lambda config, shape: 1.0 + 0.02 * config["num_warps"])
     run(backend, tmp_path, shapes=(SMALL, LARGE))
     assert set(_shapes_timed(backend).values()) == {("small", "large")}
-    quick = [candidate for candidate, full in backend.gated if not full]
+    quick = [recipe for recipe, full in backend.gated if not full]
     assert len(quick) == len(set(quick))
 
 
@@ -221,7 +220,7 @@ def test_packed_shapes_are_tuned_apart_and_seeded_from_the_others(tmp_path):
     backend = FakeBackend()
     report = run(backend, tmp_path, shapes=(SMALL, PACKED), minutes=8)
     packed = next(result for result in report.results if result.shape == PACKED)
-    assert packed.candidate.problem.varlen
+    assert packed.recipe.problem.varlen
     assert packed.speedup > 1.1
 
 
@@ -233,7 +232,7 @@ def test_a_config_that_fails_only_the_full_gate_is_replaced(tmp_path):
     report = run(FakeBackend(verdict), tmp_path, minutes=10)
     (result,) = report.results
     assert result.speedup > 1.1
-    assert verdict(result.candidate.by_stage["scan"]) is None
+    assert verdict(result.recipe["scan"]) is None
 
 
 def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
@@ -256,9 +255,9 @@ def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
 
     backend = Slow()
     run(backend, tmp_path, minutes=4)
-    sizes = [candidate.BT for candidate, _, _ in backend.timed]
+    sizes = [recipe.BT for recipe, _, _ in backend.timed]
     assert sizes.index(64) > 5, "nothing was timed before the slow defaults"
-    default = Candidate.default(PROBLEM, "lean", 64)
+    default = Recipe.default(PROBLEM, "lean", 64)
     singles = [x for x, stages, _ in backend.timed if len(stages) == 1 and x.BT == 64]
     assert any(x != default for x in singles), "chunks of 64 were never searched"
 
@@ -275,7 +274,7 @@ def test_what_the_finals_measure_in_any_case_compiles_during_the_search(tmp_path
     backend = Watching()
     run(backend, tmp_path)
     tried = len(_before_finals(backend))
-    default = Candidate.default(PROBLEM, "lean").configs
+    default = Recipe.default(PROBLEM, "lean").configs
     assert all(backend.tried_before[config] < tried - 5 for config in default)
 
 
@@ -283,11 +282,11 @@ def test_the_sampler_is_asked_while_the_gpu_tries(tmp_path):
     class Watching(FakeBackend):
         grew: ClassVar[list] = []
 
-        def time_stages(self, candidate, stages, shape):
+        def time_stages(self, recipe, stages, shape):
             before = len(self.compiled)
             time.sleep(0.02 * (len(stages) == 1))
             self.grew.append(len(self.compiled) > before)
-            return super().time_stages(candidate, stages, shape)
+            return super().time_stages(recipe, stages, shape)
 
     backend = Watching()
     run(backend, tmp_path)
@@ -298,9 +297,9 @@ def test_a_scan_is_ranked_with_what_its_segments_cost_the_rescan(tmp_path):
     """One that is faster alone and makes rescan slower by more is not chosen."""
 
     class Coupled(FakeBackend):
-        def time_stages(self, candidate, stages, shape):
-            timed = super().time_stages(candidate, stages, shape)
-            segments = candidate.by_stage["scan"]["max_segments"]
+        def time_stages(self, recipe, stages, shape):
+            timed = super().time_stages(recipe, stages, shape)
+            segments = recipe["scan"]["max_segments"]
             if not timed.ok or "rescan" not in stages or segments == 132:
                 return timed
             slower = timed.get() | {"rescan": self._timing(timed.get()["rescan"].median + 0.5)}
@@ -311,9 +310,9 @@ def test_a_scan_is_ranked_with_what_its_segments_cost_the_rescan(tmp_path):
         return 1.0 - 0.2 * parallel - 0.1 * (config.get("max_segments", 132) != 132)
 
     report = run(Coupled(speed=speed), tmp_path, minutes=12)
-    scan = report.results[0].candidate.by_stage["scan"]
+    scan = report.results[0].recipe["scan"]
     assert (scan["segments"], scan["max_segments"]) == ("parallel", 132)
-    assert report.results[0].candidate.by_stage["reverse_scan"]["max_segments"] != 132
+    assert report.results[0].recipe["reverse_scan"]["max_segments"] != 132
 
 
 def test_no_working_default_is_an_error_that_says_why(tmp_path):
@@ -323,10 +322,10 @@ def test_no_working_default_is_an_error_that_says_why(tmp_path):
 
 def test_a_shape_that_does_not_fit_is_left_out(tmp_path):
     class Small(FakeBackend):
-        def time_stages(self, candidate, stages, shape):
+        def time_stages(self, recipe, stages, shape):
             if shape is LARGE:
                 return Outcome(outcome.OUT_OF_MEMORY, detail="tried to allocate 1 TiB")
-            return super().time_stages(candidate, stages, shape)
+            return super().time_stages(recipe, stages, shape)
 
     report = run(Small(), tmp_path, shapes=(LARGE, SMALL))
     assert [result.shape for result in report.results] == [SMALL]
@@ -347,15 +346,15 @@ def test_bad_arguments_are_refused(tmp_path, arguments, words):
         run(FakeBackend(), tmp_path, **arguments)
 
 
-def _measured(candidate, ms, forward_ms=0.5):
+def _measured(recipe, ms, forward_ms=0.5):
     forward, both = Timing(forward_ms, forward_ms, forward_ms, 10), Timing(ms, ms, ms, 10)
-    return Measured(candidate, forward, both, 0.0, {})
+    return Measured(recipe, forward, both, 0.0, {})
 
 
 def test_the_search_begins_at_the_default_of_the_architecture():
     context = SimpleNamespace(device=named_device("B200"))
     search = Search(context, PROBLEM, [SMALL], ["lean"])
-    configs = default_recipe(PROBLEM, arch="sm_100").configs
+    configs = Recipe.default(PROBLEM, arch="sm_100").by_stage
     assert search.base("lean").by_stage == configs
     assert {stage: search.default(stage) for stage in search.stages} == configs
 
@@ -364,20 +363,20 @@ def test_the_second_plan_is_tried_with_what_won_for_the_first(monkeypatch):
     """In whatever time there is: the default and one more are measured at least."""
     found = SimpleNamespace(ranked=lambda shape: [])
     trials = {32: dict.fromkeys(PLANS["fast"].stages, found)}
-    base = partial(Candidate.default, PROBLEM)
+    base = partial(Recipe.default, PROBLEM)
     search = SimpleNamespace(problem=PROBLEM, trials=trials, base=base)
     finals = Finals(search)
     monkeypatch.setattr(finals, "_warm", lambda candidates: None)
-    monkeypatch.setattr(finals, "_passes", lambda candidate: True)
-    default = Candidate.default(PROBLEM, "lean", 32)
+    monkeypatch.setattr(finals, "_passes", lambda recipe: True)
+    default = Recipe.default(PROBLEM, "lean", 32)
     won = default.with_config(default.by_stage["scan"].replace(num_stages=3))
     finals._won[SMALL] = won
     first, second = finals.choose(SMALL, "fast", 2)
-    assert first == Candidate.default(PROBLEM, "fast")
-    assert (second.plan, second.by_stage["scan"]) == ("fast", won.by_stage["scan"])
-    assert [x.plan for x in finals.choose(LARGE, "fast", 2)] == ["fast"]
+    assert first == Recipe.default(PROBLEM, "fast")
+    assert (second.plan.name, second["scan"]) == ("fast", won["scan"])
+    assert [x.plan.name for x in finals.choose(LARGE, "fast", 2)] == ["fast"]
     # from what was on file, in chunks that were not searched
-    finals._won[LARGE] = Candidate.default(PROBLEM, "lean", 16)
+    finals._won[LARGE] = Recipe.default(PROBLEM, "lean", 16)
     assert [x.BT for x in finals.choose(LARGE, "fast", 2)] == [first.BT, 16]
 
 
@@ -393,30 +392,30 @@ def test_what_the_next_verdict_may_want_compiles_while_this_one_is_measured(tmp_
                 self.events.append(config)
             return super().compile(problem, config)
 
-        def time_pipeline(self, candidate, shape, *, with_peak):
+        def time_recipe(self, recipe, shape, *, with_peak):
             self.events.append(shape.name)
-            return super().time_pipeline(candidate, shape, with_peak=with_peak)
+            return super().time_recipe(recipe, shape, with_peak=with_peak)
 
     def speed(config, shape):
         return 1.0 + 0.3 * (config["num_warps"] != best[shape.name])
 
     backend = Logged(speed=speed)
     report = run(backend, tmp_path, shapes=(SMALL, LARGE), minutes=10)
-    first, second = ({*x.candidate.configs} for x in report.results)
+    first, second = ({*x.recipe.configs} for x in report.results)
     last = max(n for n, event in enumerate(backend.events) if event == SMALL.name)
     assert second - first and second <= {*backend.events[:last]}
 
 
 @pytest.mark.parametrize(("states_ms", "plan"), [(0.9, "states"), (0.995, "fast"), (1.2, "fast")])
 def test_of_a_levels_plans_the_fastest_wins_or_what_keeps_less(states_ms, plan):
-    fast, states = (Candidate.default(PROBLEM, x) for x in ("fast", "states"))
+    fast, states = (Recipe.default(PROBLEM, x) for x in ("fast", "states"))
     default = _measured(fast, 2.0)
     verdicts = [
         Verdict(SMALL, "fast", _measured(fast, 1.0), default, False),
         Verdict(SMALL, "fast", _measured(states, states_ms), _measured(states, 1.9), False),
     ]
     best = better(verdicts)
-    assert best.winner.candidate.plan == plan
+    assert best.winner.recipe.plan.name == plan
     assert best.default == default
 
 
@@ -439,7 +438,7 @@ def test_the_best_in_triton_is_filed_beside_the_best(tmp_path, tilelang):
 
 @pytest.mark.parametrize(("fast_ms", "states_ms"), [(1.8, 1.9), (1.9, 1.8), (1.9, None)])
 def test_of_a_levels_plans_the_fastest_in_triton_is_kept(fast_ms, states_ms):
-    fast, states = (Candidate.default(PROBLEM, x) for x in ("fast", "states"))
+    fast, states = (Recipe.default(PROBLEM, x) for x in ("fast", "states"))
     mixed = fast.with_config(fast.by_stage["rescan"].replace(language="tilelang"))
     default = _measured(fast, 2.0)
     in_triton = states_ms and _measured(states, states_ms)
@@ -461,7 +460,7 @@ def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
 
     report = run(FakeBackend(speed=speed), tmp_path, levels=("fast",), minutes=8)
     (result,) = report.results
-    assert (result.level, result.candidate.plan) == ("fast", "states")
+    assert (result.level, result.recipe.plan.name) == ("fast", "states")
     (entry,) = tuned_files.read_tuned(report.path).entries
     assert (entry.level, entry.plan) == ("fast", "states")
 
@@ -471,7 +470,7 @@ def test_a_plan_beside_its_levels_first_is_left_out_where_its_default_fails(tmp_
         return {"scan_states": "no build"}.get(config.stage)
 
     report = run(FakeBackend(verdict), tmp_path, levels=("lean", "fast"), minutes=6)
-    assert [x.candidate.plan for x in report.results] == ["lean", "fast"]
+    assert [x.recipe.plan.name for x in report.results] == ["lean", "fast"]
     assert "ptxas died" in report.skipped["plan states, BT=32"]
     (words,) = report.left_to_try
     assert "scan_states" not in words
@@ -481,41 +480,41 @@ def test_a_plan_that_is_behind_by_its_stages_is_not_decided(tmp_path):
     class Watching(FakeBackend):
         plans: ClassVar[set] = set()
 
-        def time_pipeline(self, candidate, shape, *, with_peak):
-            self.plans.add(candidate.plan)
-            return super().time_pipeline(candidate, shape, with_peak=with_peak)
+        def time_recipe(self, recipe, shape, *, with_peak):
+            self.plans.add(recipe.plan.name)
+            return super().time_recipe(recipe, shape, with_peak=with_peak)
 
     def speed(config, shape):
         return 9.0 if config.stage == "scan_states" else 1.0
 
     backend = Watching(speed=speed)
     report = run(backend, tmp_path, levels=("fast",), minutes=8)
-    assert backend.plans == {"fast"} == {x.candidate.plan for x in report.results}
+    assert backend.plans == {"fast"} == {x.recipe.plan.name for x in report.results}
 
 
 def test_a_tie_goes_to_the_default():
-    default = Candidate.default(PROBLEM, "lean")
+    default = Recipe.default(PROBLEM, "lean")
     other = default.with_config(default.by_stage["scan"].replace(num_warps=8))
     winner, tied = pick([_measured(default, 1.009), _measured(other, 1.0)], default)
-    assert tied and winner.candidate == default
+    assert tied and winner.recipe == default
     winner, tied = pick([_measured(default, 1.02), _measured(other, 1.0)], default)
-    assert not tied and winner.candidate == other
+    assert not tied and winner.recipe == other
 
 
 def test_a_tie_of_whole_passes_goes_to_the_faster_forward():
-    default = Candidate.default(PROBLEM, "lean")
+    default = Recipe.default(PROBLEM, "lean")
     other = default.with_config(default.by_stage["scan"].replace(num_warps=8))
     measured = [_measured(default, 2.0, 0.51), _measured(other, 2.01, 0.44)]
     winner, tied = pick(measured, default)
-    assert tied and winner.candidate == other
+    assert tied and winner.recipe == other
 
 
 def test_a_tie_without_the_default_goes_to_the_simpler():
-    default = Candidate.default(PROBLEM, "lean")
+    default = Recipe.default(PROBLEM, "lean")
     simple = default.with_config(default.by_stage["scan"].replace(num_warps=8))
     complex_ = simple.with_config(simple.by_stage["rescan"].replace(num_warps=8))
     measured = [_measured(default, 2.0), _measured(complex_, 1.0), _measured(simple, 1.005)]
-    assert pick(measured, default)[0].candidate == simple
+    assert pick(measured, default)[0].recipe == simple
 
 
 def test_a_journal_with_a_torn_last_line_still_opens(tmp_path):

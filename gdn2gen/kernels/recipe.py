@@ -1,0 +1,91 @@
+"""Recipe: how a problem is solved, whole: its plan, and a config for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.plans import Level, Plan, level_of, plan_named
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A problem, a plan, and one config for each of its stages: `recipe["scan"]`.
+
+    Crosses process borders; equal recipes run the same kernels, wherever they came from.
+    """
+
+    problem: Problem
+    plan: Plan
+    configs: tuple[Config, ...]
+    """In the order of the plan's stages."""
+
+    @classmethod
+    def of(cls, problem: Problem, plan: str, configs: Mapping[str, Config]) -> Recipe:
+        """Take the configs of the plan's stages out of `configs` (KeyError if one is missing)."""
+        chain = plan_named(plan)
+        return cls(problem, chain, tuple(configs[stage] for stage in chain.stages))
+
+    @classmethod
+    def default(
+        cls,
+        problem: Problem,
+        plan: str = "lean",
+        BT: int | None = None,
+        *,
+        arch: str | None = None,
+    ) -> Recipe:
+        """Every stage at its default: valid for every problem and device, and meant for `arch`.
+
+        In chunks of BT tokens (None: the default).
+        """
+        chain = plan_named(plan)
+        configs = (default_config(x, problem, BT=BT, arch=arch) for x in chain.stages)
+        return cls(problem, chain, tuple(configs))
+
+    def __getitem__(self, stage: str) -> Config:
+        """The config of a stage; KeyError if the plan has no such stage."""
+        return self.by_stage[stage]
+
+    @property
+    def by_stage(self) -> dict[str, Config]:
+        return {config.stage: config for config in self.configs}
+
+    @property
+    def level(self) -> Level:
+        """What the plan lets the forward keep."""
+        return level_of(self.plan.name)
+
+    @property
+    def BT(self) -> int:
+        """Tokens of a chunk, in all stages."""
+        return self.configs[0].size("BT")
+
+    @property
+    def needs_triton_alone(self) -> bool:
+        """Whether no stage is in another language, which not every machine can compile."""
+        return all(language_of(config) == "triton" for config in self.configs)
+
+    def max_segments(self, stage: str) -> int:
+        """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
+        return self["scan" if stage == "rescan" else stage].max_segments
+
+    @property
+    def saved_segments(self) -> int:
+        """`max_segments` of the forward's scan, which what it saves depends on."""
+        return self.max_segments(self.plan.forward[-1])
+
+    def with_config(self, *configs: Config) -> Recipe:
+        """The same with the configs of their stages exchanged."""
+        changed = {config.stage: config for config in configs}
+        return Recipe.of(self.problem, self.plan.name, {**self.by_stage, **changed})
+
+    def distance(self, other: Recipe) -> int:
+        """Number of knobs in which two recipes of one plan differ."""
+        pairs = zip(self.configs, other.configs, strict=True)
+        return sum(a[name] != b[name] for a, b in pairs for name in a)
+
+    def __str__(self) -> str:
+        return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
