@@ -1,6 +1,7 @@
 """What the rest stands on: nothing here knows of kernels or of linear attention.
 
 errors       every exception; a message carries the values and the remedy
+dtypes       the dtypes of tensors, and what others call them
 environment  what the environment says about how kernels run
 folders      what folders can be written to, and which hold only code of this user's
 paths        where templates, tuned files and generated sources live

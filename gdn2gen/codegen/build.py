@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base import environment
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.base.environment import hush, hush_tilelang
 from gdn2gen.base.errors import BuildError
 from gdn2gen.base.files import replace_file
@@ -28,8 +29,8 @@ from gdn2gen.kernels.stages import STAGES
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
 
-_TRITON_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int32": "*i32"}
-_TRITON_SCALAR = {"scale": "fp32", "lower_bound": "fp32"}
+# The other scalars are sizes.
+_SCALAR_DTYPES = {"scale": "fp32", "lower_bound": "fp32"}
 # TileLang's barriers lie before the tiles, and push them to the next multiple of 1 KB. Not counted,
 # a prepare of 76,416 bytes passed for three programs to a multiprocessor of an H200: two were, and
 # it took 0.401 ms at long32k instead of 0.324.
@@ -149,9 +150,9 @@ def _compile_kernel(
     stage = STAGES[stage_name]
     kernel: Any = getattr(module, name)
     operands = stage.operands(problem)
-    signature: dict[str, str] = {x.name: _TRITON_POINTER[x.dtype_in(problem)] for x in operands}
+    signature = {x.name: f"*{DTYPE[x.dtype_in(problem)].triton_name}" for x in operands}
     scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
-    signature |= {name: _TRITON_SCALAR.get(name, "i32") for name in scalars}
+    signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
     constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands}

@@ -6,14 +6,12 @@ Templates decide structure alone; what takes more than a comparison is worked ou
 from __future__ import annotations
 
 from gdn2gen.base import environment
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.stage import Operand, Stage
-
-_TILE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
-_TRITON_DTYPE = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 
 def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
@@ -44,8 +42,8 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "solve": _solve_precision(str(config.get("solve", "ieee"))),
         # of products of states, which are in fp32
         "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
-        "io_dtype": _TRITON_DTYPE[problem.dtype],
-        "gate_dtype": _TRITON_DTYPE[problem.gate_dtype],
+        "io_dtype": _in_triton(problem.dtype),
+        "gate_dtype": _in_triton(problem.gate_dtype),
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),
@@ -59,7 +57,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         if not config.form.uses(operand):
             continue
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
-        tensors.append((operand.name, dims, _TILE_DTYPE[operand.dtype_in(problem)]))
+        tensors.append((operand.name, dims, DTYPE[operand.dtype_in(problem)].full_name))
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
     return {
         "tensors": tensors,
@@ -68,8 +66,8 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
         # none, configs have one stage of loads, and each is waited for.
         "overlaps": config.size("num_stages") > 1,
-        "tile_dtype": _TILE_DTYPE[problem.dtype],
-        "gate_tile_dtype": _TILE_DTYPE[problem.gate_dtype],
+        "tile_dtype": DTYPE[problem.dtype].full_name,
+        "gate_tile_dtype": DTYPE[problem.gate_dtype].full_name,
     }
 
 
@@ -106,9 +104,13 @@ def _operand_dtype(problem: Problem) -> str:
     """
     if problem.dtype == "bf16" and problem.l2norm:
         return "tl.float16"
-    return _TRITON_DTYPE[problem.dtype]
+    return _in_triton(problem.dtype)
 
 
 def _solve_precision(solve: str) -> str:
     # Triton's interpreter multiplies exactly, and knows no bf16x3
     return "ieee" if solve == "bf16x3" and environment.interpreted() else solve
+
+
+def _in_triton(dtype: str) -> str:
+    return f"tl.{DTYPE[dtype].full_name}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import prod
 from typing import Final
 
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.kernels.stage import DTYPE_BYTES
 
 # What a cache may keep from one direction to the other, or hold back at the end, instead of moving
 # it: the largest L2 so far, a B200's.
@@ -41,10 +41,10 @@ def _input_bytes(problem: Problem) -> int:
     width = {"K": problem.K, "V": problem.V}
     dtypes = {"io": problem.dtype, "gate": problem.gate_dtype}
     return sum(
-        prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE_BYTES[dtypes[x.dtype]]
+        prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE[dtypes[x.dtype]].nbytes
         for x in recurrence_named(problem.op).required
     )
 
 
 def _output_bytes(problem: Problem) -> int:
-    return DTYPE_BYTES[problem.dtype] * problem.V
+    return DTYPE[problem.dtype].nbytes * problem.V

@@ -19,11 +19,10 @@ from functools import cached_property
 from math import prod
 from typing import Final
 
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, Where
-
-DTYPE_BYTES: Final = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Operand:
     def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
         """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
         elements = prod(sizes[symbol] for symbol in self.dims.split())
-        return elements * DTYPE_BYTES[self.dtype_in(problem)]
+        return elements * DTYPE[self.dtype_in(problem)].nbytes
 
 
 def has_operand(operand: Operand, problem: Problem) -> bool:

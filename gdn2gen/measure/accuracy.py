@@ -12,10 +12,10 @@ from torch import Tensor
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
+from gdn2gen.runtime.dtypes import TORCH_DTYPE
 
 OpFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-TORCH_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A bound on the decay per token where a problem with the sigmoid gate has none: FLA's own default.
 LOWER_BOUND: Final = -5.0
 # Of a gate's parameters, as in a freshly initialised layer; and where `strong` is asked for under a
@@ -42,8 +42,8 @@ def inputs_of(
         problem.K,
         problem.V,
         op=problem.op,
-        dtype=TORCH_DTYPES[problem.dtype],
-        gate_dtype=TORCH_DTYPES[problem.gate_dtype],
+        dtype=TORCH_DTYPE[problem.dtype],
+        gate_dtype=TORCH_DTYPE[problem.gate_dtype],
         device=device,
         regime=regime,
         seed=seed,
@@ -96,7 +96,7 @@ def output_gradients(problem: Problem, shape: Shape, seed: int, device: str) -> 
     generator = torch.Generator(device).manual_seed(seed + 2)
     size = (shape.B, shape.T, shape.H, problem.V)
     do = torch.empty(size, device=device).normal_(generator=generator)
-    gradients = {"o": do.to(TORCH_DTYPES[problem.dtype])}
+    gradients = {"o": do.to(TORCH_DTYPE[problem.dtype])}
     if problem.final_state:
         state = (shape.regime.sequences, shape.H, problem.K, problem.V)
         if problem.state_v_first:

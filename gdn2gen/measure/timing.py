@@ -21,7 +21,8 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.floor import floor_bytes
 from gdn2gen.kernels.scans import MAX_SEGMENTS
-from gdn2gen.measure.accuracy import TORCH_DTYPES, lower_bound_of
+from gdn2gen.measure.accuracy import lower_bound_of
+from gdn2gen.runtime.dtypes import TORCH_DTYPE
 
 if TYPE_CHECKING:
     from gdn2gen.runtime.call import Call
@@ -115,7 +116,7 @@ def product_tflops(dtype: str) -> float:
     per process and dtype; the ceiling of a stage's products. dtype: bf16, fp16 or fp32.
     """
     _require_gpu("measuring the rate of matrix products")
-    size, kind = 8192, TORCH_DTYPES[dtype]
+    size, kind = 8192, TORCH_DTYPE[dtype]
     left, right = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -1,5 +1,6 @@
 """One call: from checked arguments to launches; and packages that do the same alone.
 
+dtypes     torch's dtypes by the names of problems
 sequences  packed batches as the host knows them
 signature  how the ops of a recurrence take their arguments, made of its declaration
 arguments  checks of a call; bad input never reaches a kernel

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.family.problem import HEAD_DIMS, check_lower_bound
+from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_lower_bound
+from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
 
-IO_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+IO_DTYPES = {TORCH_DTYPE[name]: name for name in DTYPES}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, Problem
@@ -20,7 +21,7 @@ from gdn2gen.kernels.scans import SEGMENT
 from gdn2gen.kernels.stage import Operand, Stage, has_operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._package_files import write_package
-from gdn2gen.runtime.passes import SUMMED, TORCH_DTYPE, in_place_of
+from gdn2gen.runtime.passes import SUMMED, in_place_of
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
@@ -81,8 +82,8 @@ def package_source(recipe: Recipe, command: str) -> str:
             plan=plan,
             modules=sorted({x.stage for x in (*forward, *backward)}),
             BT=recipe.BT,
-            torch_dtype=TORCH_DTYPE[problem.dtype],
-            torch_gate_dtype=TORCH_DTYPE[problem.gate_dtype],
+            torch_dtype=_in_torch(problem.dtype),
+            torch_gate_dtype=_in_torch(problem.gate_dtype),
             command=_wrapped_command(command),
             inputs=inputs,
             scalars=scalars,
@@ -208,8 +209,12 @@ def _allocation(operand: Operand, problem: Problem, config: Config) -> str:
         dims[-2:] = dims[:-3:-1]
     kind = "new_zeros" if operand.name in SUMMED else "new_empty"
     dtype = operand.dtype_in(problem)
-    words = [*dims, *([] if dtype == problem.dtype else [f"dtype={TORCH_DTYPE[dtype]}"])]
+    words = [*dims, *([] if dtype == problem.dtype else [f"dtype={_in_torch(dtype)}"])]
     return f"q.{kind}({', '.join(words)})"
+
+
+def _in_torch(dtype: str) -> str:
+    return f"torch.{DTYPE[dtype].full_name}"
 
 
 def _arguments(stage: Stage, problem: Problem) -> tuple[str, ...]:

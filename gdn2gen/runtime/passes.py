@@ -19,13 +19,8 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.call import Call
+from gdn2gen.runtime.dtypes import TORCH_DTYPE
 
-TORCH_DTYPE = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
-}
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 SUMMED = ("dA_log", "ddt_bias")
 
