@@ -110,7 +110,7 @@ def generate(args: argparse.Namespace) -> int:
     if len(shapes) != 1:
         names = ", ".join(x.name for x in shapes)
         raise InputError(f"a package is made for one shape, but got {names}")
-    from gdn2gen.runtime.package import generate_package
+    from gdn2gen.codegen.package import generate_package
     from gdn2gen.store.dispatch import explain_recipe, find_recipe, generate_command, in_triton
 
     problem = _at(problem_of(args), shapes[0])

@@ -9,5 +9,6 @@ interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 programs     TileLang's compiled programs kept, and run without TileLang
+package      packages of kernels that need no gdn2gen
 background   programs of a pass compiled by threads
 """

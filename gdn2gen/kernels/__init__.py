@@ -15,4 +15,5 @@ validity    which configs can serve a problem
 floor       bytes and time that no kernel can do without
 plans       chains of stages, and the levels that they serve
 recipe      Recipe: problem, plan, configs
+schedule    a recipe's launches in order, and when their buffers live
 """

@@ -14,12 +14,14 @@ LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 
 @dataclass(frozen=True)
 class Plan:
-    """A chain of stages, forward and backward, and what the forward keeps for the backward."""
+    """A chain of stages, forward and backward.
+
+    The forward keeps what the backward reads and does not make (`schedule.saved_by`).
+    """
 
     name: str
     forward: tuple[str, ...]
     backward: tuple[str, ...]
-    saves: tuple[str, ...]
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -34,21 +36,11 @@ PLANS: Final = {
     for plan in (
         # 128 bytes per token and head kept (16 bits, BT = 32), and 64 of S_seg: triangular work is
         # not redone.
-        Plan("lean", _FORWARD, ("reprepare", *_BACKWARD), ("A", "Aqk", "S_seg")),
+        Plan("lean", _FORWARD, ("reprepare", *_BACKWARD)),
         # 784 bytes more: the factors stay, and only the scan is redone.
-        Plan(
-            "fast",
-            _FORWARD,
-            ("sum_decay", *_BACKWARD),
-            ("A", "Aqk", "S_seg", "Qg", "Y", "Ktail", "gamma_C"),
-        ),
+        Plan("fast", _FORWARD, ("sum_decay", *_BACKWARD)),
         # 1280 bytes more, less S_seg: nothing is redone, but for the sum of the decay.
-        Plan(
-            "states",
-            ("prepare", "scan_states"),
-            ("sum_decay", *_BACKWARD[1:]),
-            ("A", "Aqk", "Qg", "Y", "Ktail", "gamma_C", "h", "R"),
-        ),
+        Plan("states", ("prepare", "scan_states"), ("sum_decay", *_BACKWARD[1:])),
     )
 }
 # What a caller chooses: how much the forward may keep. The tuner ranks the plans of a level; the

@@ -1,4 +1,4 @@
-"""One call: from checked arguments to launches; and packages that do the same alone.
+"""One call: from checked arguments to launches.
 
 dtypes     torch's dtypes by the names of problems
 sequences  packed batches as the host knows them
@@ -10,5 +10,4 @@ layout     what a forward saves as one buffer, for tracers
 runner     a recipe with its kernels loaded
 lookup     what shapes, dtypes and flags of a call decide, looked up once
 autograd   the ops in torch.library, and autograd's own Function
-package    packages of kernels that need no gdn2gen
 """

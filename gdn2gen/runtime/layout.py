@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.schedule import Buffer
 from gdn2gen.kernels.stage import Operand
-from gdn2gen.runtime.passes import Buffer
+from gdn2gen.runtime.dtypes import TORCH_DTYPE
 
 # Bytes: what loads of whole tiles ask of an address, and then some.
 _ALIGNMENT: Final = 128
@@ -36,9 +37,9 @@ class Layout:
         pieces = {}
         for operand in operands:
             buffer = Buffer.of(operand, problem)
-            shape = buffer.shape(sizes)
-            nbytes = prod(shape) * buffer.dtype.itemsize
-            pieces[operand.name] = (end, nbytes, buffer.dtype, shape)
+            shape, dtype = buffer.shape(sizes), TORCH_DTYPE[buffer.dtype]
+            nbytes = prod(shape) * dtype.itemsize
+            pieces[operand.name] = (end, nbytes, dtype, shape)
             end = end + -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(end, pieces)
 

@@ -1,4 +1,4 @@
-"""Pass: the stages of one direction, first by symbols, then with every size of a call filled in.
+"""Pass: the launches of one direction, with every size of a call filled in.
 
 What a call's sizes decide (shapes, strides, scalars, whether there is anything to do) is worked out
 once for all calls of the same sizes: in every call it took a fifth of the time on the host.
@@ -7,22 +7,18 @@ once for all calls of the same sizes: in every call it took a fifth of the time 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.stage import Operand
+from gdn2gen.kernels.schedule import Buffer, Step
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
-
-# Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
-SUMMED = ("dA_log", "ddt_bias")
 
 _NOTHING_GIVEN: Mapping[str, Tensor] = {}
 
@@ -35,54 +31,32 @@ def poison(enabled: bool) -> None:
     _poisoned = enabled
 
 
-def in_place_of(operand: Operand, problem: Problem) -> str | None:
-    """The buffer that this output takes the place of, if it does.
+class Loaded(NamedTuple):
+    """A step of the schedule, and what launches it."""
 
-    A program of grad_key reads its part of G before it writes the same part of dg.
-    """
-    return "G" if operand.name == "dg" and problem.gate_dtype == "fp32" else None
+    step: Step
+    launch: Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """One output of a stage: the buffer whose place it takes, or its dims by symbol and dtype."""
+def allocator(
+    buffer: Buffer, sizes: Mapping[str, int], device: torch.device
+) -> Callable[[], Tensor]:
+    """What makes the buffer at these sizes, on the current device if that is a GPU."""
+    dtype = TORCH_DTYPE[buffer.dtype]
+    if buffer.idle:
+        return partial(_nothing, dtype, device)
+    shape = buffer.shape(sizes)
+    if buffer.zeroed:
+        return partial(torch.zeros, shape, dtype=dtype, device=device)
+    if device.type == "cuda" and _empty_on_gpu is not None:
+        return partial(_empty_on_gpu, shape, _strides(shape), dtype)
+    return partial(torch.empty, shape, dtype=dtype, device=device)
 
-    name: str
-    takes: str | None
-    symbols: tuple[str, ...]
-    dtype: torch.dtype
-    idle: bool = False
-    """Scratch that the stage's config makes no use of."""
 
-    @classmethod
-    def of(cls, operand: Operand, problem: Problem, takes: str | None = None) -> Buffer:
-        symbols = operand.dims.split()
-        if problem.state_v_first and operand.name in ("final_state", "dh0"):
-            symbols[-2:] = symbols[:-3:-1]
-        return cls(operand.name, takes, tuple(symbols), TORCH_DTYPE[operand.dtype_in(problem)])
-
-    @property
-    def zeroed(self) -> bool:
-        return self.name in SUMMED
-
-    @property
-    def poisonable(self) -> bool:
-        """Whether kernels have to write all of it, and NaN would show what they left out."""
-        return not (self.takes or self.zeroed) and self.dtype.is_floating_point
-
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple([sizes[symbol] for symbol in self.symbols])
-
-    def allocator(self, sizes: Mapping[str, int], device: torch.device) -> Callable[[], Tensor]:
-        """What makes one at these sizes, on the current device if that is a GPU."""
-        if self.idle:
-            return partial(_nothing, self.dtype, device)
-        shape = self.shape(sizes)
-        if self.zeroed:
-            return partial(torch.zeros, shape, dtype=self.dtype, device=device)
-        if device.type == "cuda" and _empty_on_gpu is not None:
-            return partial(_empty_on_gpu, shape, _strides(shape), self.dtype)
-        return partial(torch.empty, shape, dtype=self.dtype, device=device)
+def _poisonable(buffer: Buffer) -> bool:
+    """Whether kernels have to write all of it, and NaN would show what they left out."""
+    in_place = buffer.takes is not None
+    return not (in_place or buffer.zeroed) and TORCH_DTYPE[buffer.dtype].is_floating_point
 
 
 # What the code that torch.compile makes allocates with: on the current device, and from tuples.
@@ -105,32 +79,20 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One stage of a pass: what is allocated, launched with which arguments, and freed."""
-
-    name: str
-    launch: Callable[..., None]
-    tensors: tuple[str, ...]
-    """Operands in the order of the kernel's arguments."""
-    scalars: tuple[str, ...]
-    count: str
-    """The scalar that counts its programs."""
-    buffers: tuple[Buffer, ...]
-    freed: tuple[str, ...]
-    max_segments: int
-    """Of all heads and sequences together, as it was chosen for the stage's scan."""
-
-
 class Pass:
     """The steps of one direction at the sizes of one call, to be run any number of times."""
 
     def __init__(
-        self, steps: tuple[Step, ...], keep: tuple[str, ...], call: Call, problem: Problem, BT: int
+        self,
+        steps: tuple[Loaded, ...],
+        keep: tuple[str, ...],
+        call: Call,
+        problem: Problem,
+        BT: int,
     ) -> None:
         self._device = call.device
-        self._steps = tuple(_SizedStep(step, call, problem, BT) for step in steps)
-        known = {name for step in steps for name in step.tensors}
+        self._steps = tuple(_SizedStep(x, call, problem, BT) for x in steps)
+        known = {name for x in steps for name in x.step.tensors}
         self._keep = tuple(name for name in keep if name in known)
 
     def run(
@@ -168,14 +130,15 @@ class Pass:
 class _SizedStep:
     """A step with its sizes filled in."""
 
-    def __init__(self, step: Step, call: Call, problem: Problem, BT: int) -> None:
+    def __init__(self, loaded: Loaded, call: Call, problem: Problem, BT: int) -> None:
+        step = loaded.step
         sizes = call.sizes(problem, BT, step.max_segments)
         scalars = call.scalars(BT, step.max_segments)
         made = [x for x in step.buffers if x.takes is None]
-        self.name, self.launch, self.freed = step.name, step.launch, step.freed
-        self.allocated = tuple((x.name, x.allocator(sizes, call.device)) for x in made)
+        self.name, self.launch, self.freed = step.module, loaded.launch, step.freed
+        self.allocated = tuple((x.name, allocator(x, sizes, call.device)) for x in made)
         self.taken = tuple((x.name, x.takes) for x in step.buffers if x.takes is not None)
-        self.poisonable = tuple(x.name for x in step.buffers if x.poisonable)
+        self.poisonable = tuple(x.name for x in step.buffers if _poisonable(x))
         self.operands: Callable[[Mapping[str, Tensor]], Any] = itemgetter(*step.tensors)
         self.scalars = {name: scalars[name] for name in step.scalars}
         self.has_programs = scalars[step.count] * call.HV > 0

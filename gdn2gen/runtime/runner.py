@@ -1,34 +1,24 @@
-"""Run a recipe: load its kernels, and have its stages launched in order, forward and backward."""
+"""Run a recipe: its kernels loaded, its stages launched in order, forward and backward."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import interpreted
-from gdn2gen.codegen import build
-from gdn2gen.codegen.background import compile_in_thread
-from gdn2gen.codegen.direct import direct_launch
-from gdn2gen.codegen.nvrtc import has_compiler
-from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, default_config, language_of
-from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.kernels.stage import Operand, has_operand
+from gdn2gen.kernels.schedule import GRADIENTS, OUTPUTS, Step, inputs_of, saved_by, schedule
+from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime._loading import stage_launcher, table_launchers
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
-from gdn2gen.runtime.passes import Buffer, Pass, Step, in_place_of
-
-GRADIENTS = tuple(GRADIENT_OF.values())
-OUTPUTS = ("o", "final_state")
+from gdn2gen.runtime.passes import Loaded, Pass
 
 
 class Runner:
@@ -42,7 +32,7 @@ class Runner:
         self._agreed_segments = agreed_segments
         self.problem = recipe.problem
         self.backward_planned = False
-        self._steps_of: dict[tuple[Any, ...], tuple[Step, ...]] = {}
+        self._steps_of: dict[tuple[Any, ...], tuple[Loaded, ...]] = {}
 
     @cached_property
     def BT(self) -> int:
@@ -55,21 +45,12 @@ class Runner:
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Those that are given, in the order of the op's arguments, but for cu_seqlens."""
-        optional = {
-            "initial_state": self.problem.initial_state,
-            "A_log": self.problem.has_A_log,
-            "dt_bias": self.problem.has_dt_bias,
-        }
-        return tuple(name for name in GRADIENT_OF if optional.get(name, True))
+        return inputs_of(self.problem)
 
     @cached_property
     def saved(self) -> tuple[Operand, ...]:
         """What the forward saves for the backward, in order."""
-        plan = self.recipe.plan
-        made = {x.name: x for name in plan.forward for x in STAGES[name].outputs}
-        wanted = {*plan.saves, "q_rstd", "k_rstd"}
-        found = [x for x in made.values() if x.name in wanted]
-        return tuple(x for x in (*found, *TABLES) if has_operand(x, self.problem))
+        return saved_by(self.recipe)
 
     @cached_property
     def kept_of_forward(self) -> tuple[str, ...]:
@@ -91,29 +72,12 @@ class Runner:
         return Layout.of(self.saved, self.problem, call.sizes(self.problem, self.BT, segments))
 
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
-        """The launch function of a stage, rendered and loaded."""
-        config = self.recipe[stage_name]
-        if language_of(config) != "triton" and _only_triton(stage_name):
-            config = default_config(stage_name, problem, BT=config.size("BT"))
-        module = build.load(render(problem, stage_name, config))
-        if interpreted():
-            return _interpreting(module.launch)
-        if language_of(config) == "tilelang":
-            compile_in_thread(module)
-        return direct_launch(module)
+        """The launch function of a stage."""
+        return stage_launcher(problem, self.recipe[stage_name])
 
     def table_launchers(self) -> tuple[Callable[..., None], Callable[..., None]]:
-        """What makes the tables of a packed batch, and what clears gradients of no sequence."""
-        module = build.load(render_tables(self.problem, self.BT))
-        if interpreted():
-            return _interpreting(module.launch), _interpreting(module.clear)
-        # one for each dtype of cu_seqlens: a direct launch is for the dtypes of its first one
-        by_dtype = {x: direct_launch(module) for x in (torch.int32, torch.int64)}
-
-        def launch(given: Tensor, *others: Tensor, **scalars: int) -> None:
-            by_dtype[given.dtype](given, *others, **scalars)
-
-        return launch, direct_launch(module, "clear")
+        """Those of what a packed batch needs around the stages."""
+        return table_launchers(self.problem, self.BT)
 
     def plan_backward(self) -> None:
         """Render and load the backward now: what threads compile for it is then ready in time.
@@ -145,10 +109,13 @@ class Runner:
         forward = self.recipe.plan.forward
         steps = self._steps(forward, self.problem, self.kept_of_forward, True)
         parallel = {x for x in forward if self.recipe[x].get("segments") == "parallel"}
-        whole = tuple(x if x.name in parallel else replace(x, max_segments=1) for x in steps)
+        whole = tuple(
+            x if x.step.module in parallel else x._replace(step=replace(x.step, max_segments=1))
+            for x in steps
+        )
         return Pass(whole, OUTPUTS, call, self.problem, self.BT)
 
-    def _steps(self, *key: Any) -> tuple[Step, ...]:
+    def _steps(self, *key: Any) -> tuple[Loaded, ...]:
         """`_make_steps`, looked up by one key: they load kernels."""
         if key not in self._steps_of:
             self._steps_of[key] = self._make_steps(*key)
@@ -156,69 +123,21 @@ class Runner:
 
     def _make_steps(
         self, stage_names: tuple[str, ...], problem: Problem, keep: tuple[str, ...], in_place: bool
-    ) -> tuple[Step, ...]:
-        steps = []
-        alive: set[str] = set()
-        first_made: set[str] = set()
-        plan = self.recipe.plan
-        if problem.varlen and stage_names[0] == plan.forward[0]:
-            steps.append(self._tables_step(problem))
-            first_made = {x.name for x in steps[0].buffers}
-        whole = stage_names[-1] == plan.backward[-1]
-        clear = self._clear_step() if problem.varlen and whole else None
-        for position, name in enumerate(stage_names):
-            stage = STAGES[name]
-            operands = stage.operands(problem)
-            written = {x.name for x in stage.outputs} - first_made
-            outputs = [x for x in operands if x.name in written]
-            alive |= {x.name for x in operands}
-            needed = {x.name for later in stage_names[position + 1 :] for x in STAGES[later].inputs}
-            freed = alive - needed - {*keep, *(clear.tensors if clear else ())}
-            alive -= freed
-            config = self.recipe[name]
-            steps.append(
-                Step(
-                    name,
-                    self.launcher(problem, name),
-                    tensors=tuple(x.name for x in operands),
-                    scalars=(stage.count, *stage.scalars),
-                    count=stage.count,
-                    buffers=tuple(self._buffer(x, problem, config, in_place) for x in outputs),
-                    freed=tuple(freed),
-                    max_segments=self.max_segments(name),
-                )
-            )
-        return (*steps, clear) if clear else tuple(steps)
+    ) -> tuple[Loaded, ...]:
+        recipe = replace(self.recipe, problem=problem)
+        steps = schedule(recipe, stage_names, keep, in_place=in_place)
+        return tuple(Loaded(self._agreed(step), self._launcher(step, problem)) for step in steps)
 
-    def _tables_step(self, problem: Problem) -> Step:
-        """The tables of a packed batch; and o, which is cleared where no sequence lies."""
-        made = (OUTPUT, *TABLES)
-        return Step(
-            "chunk_tables",
-            self.table_launchers()[0],
-            tensors=(GIVEN_SEQUENCES, *(x.name for x in made)),
-            scalars=("n_sequences", "n_chunks", "T", "HV"),
-            count="n_chunks",
-            buffers=tuple(Buffer.of(x, problem) for x in made),
-            freed=(GIVEN_SEQUENCES,),
-            max_segments=1,
-        )
+    def _agreed(self, step: Step) -> Step:
+        if step.module not in STAGES:
+            return step
+        return replace(step, max_segments=self.max_segments(step.module))
 
-    def _clear_step(self) -> Step:
-        return Step(
-            "clear",
-            self.table_launchers()[1],
-            tensors=("cu_seqlens", *GRADIENTS[:6]),
-            scalars=("n_sequences", "T", "HV"),
-            count="n_sequences",
-            buffers=(),
-            freed=(),
-            max_segments=1,
-        )
-
-    def _buffer(self, x: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
-        buffer = Buffer.of(x, problem, in_place_of(x, problem) if in_place else None)
-        return replace(buffer, idle=not config.form.uses(x))
+    def _launcher(self, step: Step, problem: Problem) -> Callable[..., None]:
+        if step.module in STAGES:
+            return self.launcher(problem, step.module)
+        launch, clear = self.table_launchers()
+        return clear if step.function == "clear" else launch
 
 
 class SizedRunner:
@@ -281,29 +200,6 @@ class SizedRunner:
 @lru_cache(maxsize=512)  # of 22 KB
 def _sized(runner: Runner, call: Call) -> SizedRunner:
     return SizedRunner(runner, call)
-
-
-def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
-    from gdn2gen.codegen.interpreter import one_at_a_time  # imports Triton
-
-    return one_at_a_time(launch)
-
-
-def _only_triton(stage_name: str) -> bool:
-    """Whether other languages cannot be compiled here; says so where that costs time."""
-    if interpreted():
-        return True  # Triton's interpreter stands in for a GPU, and interprets nothing else
-    if has_compiler():
-        return False
-    warnings.warn(
-        f"the tuned {stage_name} is written in TileLang, and there is nothing to compile it with, "
-        "neither nvcc (in CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda) nor NVRTC with its "
-        "headers: the slower default in Triton runs instead. To have NVRTC: pip install "
-        "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return True
 
 
 def stage_calls(

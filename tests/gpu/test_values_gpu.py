@@ -18,6 +18,7 @@ from gpu_support import DEVICE, Kernels, Tensors, draw, kernels_of, moved, run, 
 from tilelang_configs import tilelang_by_chunk
 from torch import Tensor
 
+from gdn2gen.codegen.package import generate_package
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
@@ -25,7 +26,6 @@ from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.runtime import call
-from gdn2gen.runtime.package import generate_package
 
 pytestmark = pytest.mark.gpu
 

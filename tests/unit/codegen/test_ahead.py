@@ -15,7 +15,7 @@ from gdn2gen.base.environment import cuda_compiler
 from gdn2gen.codegen.background import compile_in_thread
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.runtime import runner
+from gdn2gen.runtime import _loading, runner
 
 
 def _module(compiled: Any, name: str = "made-up") -> ModuleType:
@@ -138,11 +138,11 @@ def test_without_a_compiler_the_default_in_triton_runs(
         rendered.append(config["language"])
         return None
 
-    monkeypatch.setattr(runner, "has_compiler", lambda: compiles)
-    monkeypatch.setattr(runner, "interpreted", lambda: False)
-    monkeypatch.setattr(runner, "render", render)
-    monkeypatch.setattr(runner.build, "load", lambda _: _module(lambda: None))
-    monkeypatch.setattr(runner, "direct_launch", lambda _: lambda **_: None)
+    monkeypatch.setattr(_loading, "has_compiler", lambda: compiles)
+    monkeypatch.setattr(_loading, "interpreted", lambda: False)
+    monkeypatch.setattr(_loading, "render", render)
+    monkeypatch.setattr(_loading.build, "load", lambda _: _module(lambda: None))
+    monkeypatch.setattr(_loading, "direct_launch", lambda _: lambda **_: None)
     problem = Problem()
     runner.Runner(_with_tilelang(problem)).launcher(problem, "scan")
     assert rendered == ["tilelang" if compiles else "triton"]

@@ -16,6 +16,7 @@ from tilelang_configs import tilelang_by_chunk
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.context import context
+from gdn2gen.codegen.package import package_source
 from gdn2gen.codegen.render import (
     TABLES_TEMPLATE,
     render,
@@ -29,7 +30,6 @@ from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Form
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.runtime.package import package_source
 from gdn2gen.store.dispatch import Found, generate_command
 
 GOLDEN = ROOT / "tests/golden"

@@ -20,6 +20,7 @@ from gdn2gen.base.errors import ConfigError, DispatchError, InputError, StoreErr
 from gdn2gen.cli import program
 from gdn2gen.codegen import render
 from gdn2gen.codegen.digests import templates_of
+from gdn2gen.codegen.package import package_source
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, default_config
@@ -29,7 +30,6 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import lower_bound_of
 from gdn2gen.runtime.lookup import make_request
-from gdn2gen.runtime.package import package_source
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.store.dispatch import (

@@ -13,9 +13,10 @@ from tilelang_configs import tilelang_by_chunk
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.schedule import Buffer
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime import passes
-from gdn2gen.runtime.passes import Buffer
+from gdn2gen.runtime.passes import allocator
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 0, 3), (0,), (1, 0, 4, 2), (3, 1, 1)])
@@ -29,14 +30,14 @@ def test_strides_are_those_of_torch(shape: tuple[int, ...]) -> None:
 def test_buffers_on_a_gpu_skip_the_dispatcher_where_torch_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    buffer = Buffer("x", None, ("N", "V"), torch.bfloat16)
+    buffer = Buffer("x", ("N", "V"), "bf16")
     sizes, device = {"N": 3, "V": 4}, torch.device("cuda", 1)
     quick = object()
     monkeypatch.setattr(passes, "_empty_on_gpu", lambda *given: (quick, given))
-    assert buffer.allocator(sizes, device)() == (quick, ((3, 4), (4, 1), torch.bfloat16))
-    assert buffer.allocator(sizes, torch.device("cpu"))().shape == (3, 4)
+    assert allocator(buffer, sizes, device)() == (quick, ((3, 4), (4, 1), torch.bfloat16))
+    assert allocator(buffer, sizes, torch.device("cpu"))().shape == (3, 4)
     monkeypatch.setattr(passes, "_empty_on_gpu", None)
-    plain = buffer.allocator(sizes, device)
+    plain = allocator(buffer, sizes, device)
     assert isinstance(plain, partial) and plain.func is torch.empty
     assert plain.keywords == {"dtype": torch.bfloat16, "device": device}
 

@@ -20,7 +20,9 @@ import torch
 from gdn2gen.base import device
 from gdn2gen.base.errors import FileError, InputError
 from gdn2gen.cli import program
+from gdn2gen.codegen import _package_files
 from gdn2gen.codegen.interpreter import hasten, mend_loops
+from gdn2gen.codegen.package import generate_package, package_source
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -34,8 +36,6 @@ from gdn2gen.measure.accuracy import (
     relative_errors,
     run_reference,
 )
-from gdn2gen.runtime import _package_files
-from gdn2gen.runtime.package import generate_package, package_source
 from gdn2gen.store.dispatch import Found, generate_command
 
 PLAIN = Problem(K=32, V=32, dtype="fp32")
@@ -379,7 +379,7 @@ def test_the_command_asks_for_force(tmp_path: Path, capsys: pytest.CaptureFixtur
 _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from gdn2gen.runtime import _package_files
+from gdn2gen.codegen import _package_files
 
 texts, folder, at = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
 if sys.argv[4] == "False":

@@ -1,0 +1,171 @@
+"""Schedule: the launches of one direction in order, and when their buffers live. By symbols.
+
+Who runs a recipe fills in the sizes of a call; who writes a package of it writes the same down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stage import Operand, has_operand
+from gdn2gen.kernels.stages import STAGES
+
+GRADIENTS: Final = tuple(GRADIENT_OF.values())
+OUTPUTS: Final = ("o", "final_state")
+# Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
+SUMMED: Final = ("dA_log", "ddt_bias")
+_STATES: Final = ("final_state", "dh0")
+_TABLES: Final = "chunk_tables"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One output of a launch: its dims by symbol and dtype, or the buffer whose place it takes."""
+
+    name: str
+    symbols: tuple[str, ...]
+    dtype: str
+    """By the name that problems use."""
+    takes: str | None = None
+    idle: bool = False
+    """Scratch that the stage's config makes no use of: it is empty."""
+
+    @classmethod
+    def of(cls, operand: Operand, problem: Problem) -> Buffer:
+        symbols = operand.dims.split()
+        if problem.state_v_first and operand.name in _STATES:
+            symbols[-2:] = symbols[:-3:-1]
+        return cls(operand.name, tuple(symbols), operand.dtype_in(problem))
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether it has to hold zeros where no kernel writes."""
+        return self.name in SUMMED
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple([sizes[symbol] for symbol in self.symbols])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: what is allocated before it, its arguments, and what is freed after it."""
+
+    module: str
+    """The stage, or `chunk_tables` for what a packed batch needs around them."""
+    tensors: tuple[str, ...]
+    """In the order of the kernel's arguments."""
+    scalars: tuple[str, ...]
+    count: str
+    """The scalar that counts its programs, beside heads and slices."""
+    buffers: tuple[Buffer, ...]
+    freed: tuple[str, ...] = ()
+    """Of the buffers up to here, those that nothing needs any more."""
+    max_segments: int = 1
+    """Of all heads and sequences together, as it was chosen for the stage's scan."""
+    function: str = "launch"
+
+
+def inputs_of(problem: Problem) -> tuple[str, ...]:
+    """Tensors that a caller gives, in the order of the op's arguments, but for cu_seqlens."""
+    optional = {
+        "initial_state": problem.initial_state,
+        "A_log": problem.has_A_log,
+        "dt_bias": problem.has_dt_bias,
+    }
+    return tuple(name for name in GRADIENT_OF if optional.get(name, True))
+
+
+def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
+    """Operands that a chain of stages reads and does not make itself."""
+    read: set[str] = set()
+    made: set[str] = set()
+    for name in stages:
+        read |= {x.name for x in STAGES[name].inputs if has_operand(x, problem)} - made
+        made |= {x.name for x in STAGES[name].outputs}
+    return read
+
+
+def saved_by(recipe: Recipe) -> tuple[Operand, ...]:
+    """What the forward makes and the backward reads, but for the output, in order."""
+    problem, plan = recipe.problem, recipe.plan
+    wanted = read_by(problem, plan.backward) - {*OUTPUTS}
+    made = {x.name: x for name in plan.forward for x in STAGES[name].outputs}
+    return tuple(x for x in (*made.values(), *TABLES) if x.name in wanted)
+
+
+def schedule(
+    recipe: Recipe,
+    stages: tuple[str, ...],
+    keep: Collection[str],
+    *,
+    in_place: bool = True,
+) -> tuple[Step, ...]:
+    """The launches of `stages`, and of what a packed batch needs around them.
+
+    A buffer is freed after the last launch that reads it, but for those named in `keep` and those
+    that are left at the end. `in_place`: outputs may take the place of what is read before them.
+    """
+    problem, plan = recipe.problem, recipe.plan
+    steps = [_tables(problem)] if problem.varlen and stages[0] == plan.forward[0] else []
+    before = {x.name for step in steps for x in step.buffers}
+    alive = dict.fromkeys(x.name for step in steps for x in step.buffers)
+    last = [_clear()] if problem.varlen and stages[-1] == plan.backward[-1] else []
+    kept = {*keep, *(name for step in last for name in step.tensors)}
+    for position, name in enumerate(stages):
+        stage = STAGES[name]
+        made = [x for x in stage.outputs if has_operand(x, problem) and x.name not in before]
+        alive |= dict.fromkeys(x.name for x in made)
+        rest = stages[position + 1 :]
+        needed = {x.name for later in rest for x in STAGES[later].inputs} | kept
+        freed = [x for x in alive if x not in needed] if rest else []
+        alive = {x: None for x in alive if x not in freed}
+        config = recipe[name]
+        steps.append(
+            Step(
+                name,
+                tensors=tuple(x.name for x in stage.operands(problem)),
+                scalars=(stage.count, *stage.scalars),
+                count=stage.count,
+                buffers=tuple(_buffer(x, problem, config, in_place) for x in made),
+                freed=tuple(freed),
+                max_segments=recipe.max_segments(name),
+            )
+        )
+    return (*steps, *last)
+
+
+def _tables(problem: Problem) -> Step:
+    """The tables of a packed batch; and o, which is cleared where no sequence lies."""
+    made = (OUTPUT, *TABLES)
+    return Step(
+        _TABLES,
+        tensors=(GIVEN_SEQUENCES, *(x.name for x in made)),
+        scalars=("n_sequences", "n_chunks", "T", "HV"),
+        count="n_chunks",
+        buffers=tuple(Buffer.of(x, problem) for x in made),
+    )
+
+
+def _clear() -> Step:
+    """Gradients are cleared where no sequence lies."""
+    return Step(
+        _TABLES,
+        tensors=("cu_seqlens", *GRADIENTS[:6]),
+        scalars=("n_sequences", "T", "HV"),
+        count="n_sequences",
+        buffers=(),
+        function="clear",
+    )
+
+
+def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
+    # a program of grad_key reads its part of G before it writes the same part of dg
+    shares = in_place and operand.name == "dg" and problem.gate_dtype == "fp32"
+    buffer = Buffer.of(operand, problem)
+    return replace(buffer, takes="G" if shares else None, idle=not config.form.uses(operand))

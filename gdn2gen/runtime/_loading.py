@@ -1,0 +1,68 @@
+"""Kernels loaded: launch functions of stages, and of what a packed batch needs around them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.environment import interpreted
+from gdn2gen.codegen import build
+from gdn2gen.codegen.background import compile_in_thread
+from gdn2gen.codegen.direct import direct_launch
+from gdn2gen.codegen.nvrtc import has_compiler
+from gdn2gen.codegen.render import render, render_tables
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, default_config, language_of
+
+
+def stage_launcher(problem: Problem, config: Config) -> Callable[..., None]:
+    """The launch function of a stage, rendered and loaded."""
+    stage = config.stage
+    if language_of(config) != "triton" and _only_triton(stage):
+        config = default_config(stage, problem, BT=config.size("BT"))
+    module = build.load(render(problem, stage, config))
+    if interpreted():
+        return _interpreting(module.launch)
+    if language_of(config) == "tilelang":
+        compile_in_thread(module)
+    return direct_launch(module)
+
+
+def table_launchers(problem: Problem, BT: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What makes the tables of a packed batch, and what clears gradients of no sequence."""
+    module = build.load(render_tables(problem, BT))
+    if interpreted():
+        return _interpreting(module.launch), _interpreting(module.clear)
+    # one for each dtype of cu_seqlens: a direct launch is for the dtypes of its first one
+    by_dtype = {x: direct_launch(module) for x in (torch.int32, torch.int64)}
+
+    def launch(given: Tensor, *others: Tensor, **scalars: int) -> None:
+        by_dtype[given.dtype](given, *others, **scalars)
+
+    return launch, direct_launch(module, "clear")
+
+
+def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
+    from gdn2gen.codegen.interpreter import one_at_a_time  # imports Triton
+
+    return one_at_a_time(launch)
+
+
+def _only_triton(stage_name: str) -> bool:
+    """Whether other languages cannot be compiled here; says so where that costs time."""
+    if interpreted():
+        return True  # Triton's interpreter stands in for a GPU, and interprets nothing else
+    if has_compiler():
+        return False
+    warnings.warn(
+        f"the tuned {stage_name} is written in TileLang, and there is nothing to compile it with, "
+        "neither nvcc (in CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda) nor NVRTC with its "
+        "headers: the slower default in Triton runs instead. To have NVRTC: pip install "
+        "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True
