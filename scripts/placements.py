@@ -67,7 +67,8 @@ def measure() -> None:
     """Gate and time every form on the present GPU, and write the table with what was refused."""
     from gdn2gen.base.device import present_device, toolchain
     from gdn2gen.kernels.recipe import Recipe
-    from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
+    from gdn2gen.tune.gpu.attempt import measure_config
+    from gdn2gen.tune.gpu.backend import WorkerBackend
 
     device = present_device()
     rows: list[dict[str, Any]] = []

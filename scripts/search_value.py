@@ -44,7 +44,8 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
     from gdn2gen.base.device import present_device, toolchain
     from gdn2gen.kernels.recipe import Recipe
-    from gdn2gen.tune.gpu.backend import WorkerBackend, measure_config
+    from gdn2gen.tune.gpu.attempt import measure_config
+    from gdn2gen.tune.gpu.backend import WorkerBackend
 
     device = present_device()
     backend, base = WorkerBackend(device), Recipe.default(PROBLEM, "lean", BT)

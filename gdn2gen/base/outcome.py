@@ -31,6 +31,13 @@ class Outcome(Generic[Value]):
     def ok(self) -> bool:
         return self.status == OK
 
+    @property
+    def lasts(self) -> bool:
+        """Whether the same request would fare the same: this program was neither stopped nor at
+        fault.
+        """
+        return self.status not in (ERROR, CANCELLED)
+
     def get(self) -> Value:
         """The value of an outcome that is ok."""
         assert self.value is not None, f"no value: {self.reason}"

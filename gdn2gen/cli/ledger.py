@@ -71,7 +71,7 @@ def _none(args: argparse.Namespace) -> str:
 
 def _books(op: str, name: str | None) -> list[Ledger]:
     from gdn2gen.base.device import has_gpu, is_name_of, present_device
-    from gdn2gen.tune.run import ledgers, open_ledger
+    from gdn2gen.tune.records.places import ledgers, open_ledger
 
     if name is not None:
         named = [x for x in ledgers(op) if is_name_of(name, x.gpu)]
@@ -112,8 +112,8 @@ def _print(shown: list[tuple[Refusal, str]]) -> None:
 def _retest(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
     from gdn2gen.tune.gpu.backend import WorkerBackend
+    from gdn2gen.tune.records.places import open_ledger
     from gdn2gen.tune.retest import retest
-    from gdn2gen.tune.run import open_ledger
 
     if not has_gpu():
         raise DeviceError("--retest runs the refused kernels, but torch sees no GPU here")

@@ -59,8 +59,8 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
     from gdn2gen.tune.records.ledger import read_lines
+    from gdn2gen.tune.records.places import open_ledger, storage_path
     from gdn2gen.tune.records.storage import read_storage
-    from gdn2gen.tune.run import open_ledger, storage_path
     from gdn2gen.tune.views import page
     from gdn2gen.tune.views.lines import fla_times, lines
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from rich.console import Group
 
+from gdn2gen.base import outcome
 from gdn2gen.base.device import Device
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.family.problem import Problem
@@ -15,8 +16,8 @@ from gdn2gen.family.shapes import Shape, shape_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry
-from gdn2gen.tune import space
 from gdn2gen.tune.filing import entries_of
+from gdn2gen.tune.gpu.attempt import try_recipe
 from gdn2gen.tune.gpu.backend import Backend
 from gdn2gen.tune.records.entries import problem_of, words_of
 from gdn2gen.tune.search.verdicts import Measured, Verdict
@@ -98,14 +99,12 @@ def _recheck(
 ) -> Rechecked:
     problem, stale = problem_of(entry, shape), bool(tuned_files.stale_stages(entry))
     recipe = entry.recipe_for(problem)
-    failed = _why_not_built(recipe, compiled, device)
-    if failed:
-        return Rechecked(entry, shape, "failed", failed)
-    checked = backend.gate(recipe, full=stale)
-    if not checked.ok:
-        return Rechecked(entry, shape, "failed", checked.reason)
-    if not checked.get().ok:
-        return Rechecked(entry, shape, "wrong", checked.get().reason)
+    compiles = {config: compiled[problem, config] for config in recipe.configs}
+    tried = try_recipe(recipe, compiles, backend, device, full=stale)
+    if tried.status == outcome.WRONG:
+        return Rechecked(entry, shape, "wrong", tried.detail)
+    if not tried.ok:
+        return Rechecked(entry, shape, "failed", tried.reason)
     timed = backend.time_recipe(recipe, shape, with_peak=stale)
     if not timed.ok:
         return Rechecked(entry, shape, "failed", timed.reason)
@@ -121,7 +120,7 @@ def _recheck(
     status: Status = "slower" if detail else "renewed" if stale else "holds"
     renewed = None
     if status == "renewed":
-        renewed = _renewed(recipe, shape, timed.get(), default, checked.get().errors)
+        renewed = _renewed(recipe, shape, timed.get(), default, tried.get().errors)
     return Rechecked(entry, shape, status, detail, now, default_ms, renewed)
 
 
@@ -139,17 +138,6 @@ def _renewed(
     verdict = Verdict(shape, recipe.level, measured(timed), reference, False)
     (entry,) = entries_of(verdict)
     return entry
-
-
-def _why_not_built(recipe: Recipe, compiled: Compiled, device: Device) -> str:
-    for config in recipe.configs:
-        outcome = compiled[recipe.problem, config].result()
-        if not outcome.ok:
-            return f"{config.stage}: {outcome.reason}"
-        unfit = space.why_unfit(outcome.get(), device)
-        if unfit is not None:
-            return f"{config.stage}: {unfit}"
-    return ""
 
 
 def _why_slower(entry: Entry, now: float, default: float | None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gdn2gen.base import outcome
 from gdn2gen.base.device import Device
 from gdn2gen.tune import space
+from gdn2gen.tune.gpu.attempt import try_recipe
 from gdn2gen.tune.gpu.backend import Backend
 from gdn2gen.tune.records.ledger import PIPELINE, Ledger, Refusal
 
@@ -62,18 +62,11 @@ def _try(refusal: Refusal, backend: Backend, device: Device) -> str:
         return "its knobs or stages are gone, so there is nothing to try"
     recipe = refusal.recipe
     whole = refusal.stage == PIPELINE
-    for config in recipe.configs if whole else [recipe[refusal.stage]]:
+    configs = recipe.configs if whole else (recipe[refusal.stage],)
+    for config in configs:
         hopeless = space.why_hopeless(config, recipe.problem, device)
         if hopeless is not None:
             return hopeless
-        compiled = backend.compile(recipe.problem, config).result()
-        if not compiled.ok:
-            return compiled.reason
-        unfit = space.why_unfit(compiled.get(), device)
-        if unfit is not None:
-            return f"{outcome.RESOURCES}: {unfit}"
-    checked = backend.gate(recipe, full=whole)
-    if not checked.ok:
-        return checked.reason
-    gate = checked.get()
-    return "" if gate.ok else f"{outcome.WRONG}: {gate.reason}"
+    compiles = {config: backend.compile(recipe.problem, config) for config in configs}
+    tried = try_recipe(recipe, compiles, backend, device, full=whole)
+    return "" if tried.ok else tried.reason

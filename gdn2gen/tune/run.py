@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.device import Device, present_device, toolchain
 from gdn2gen.base.errors import TuneError
-from gdn2gen.base.paths import cache_dir
 from gdn2gen.base.terminal import command_line
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -25,7 +24,7 @@ from gdn2gen.kernels.plans import PLANS_OF, level_of
 from gdn2gen.store import tuned_files
 from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.gpu.backend import Backend, MeteredBackend, WorkerBackend
-from gdn2gen.tune.records.ledger import Ledger, read_ledger
+from gdn2gen.tune.records.places import open_ledger, storage_path
 from gdn2gen.tune.records.storage import open_storage
 from gdn2gen.tune.records.stored import stored_recipes
 from gdn2gen.tune.search.finalists import Finals
@@ -238,28 +237,3 @@ def _check_present(device: Device) -> None:
             f"tuning runs on the present GPU, {present.name}, but {device.name} was asked for; "
             "use tune_without_gpu for a target that is not here"
         )
-
-
-def open_ledger(op: str, device: Device) -> Ledger:
-    """The ledger of this GPU under the present toolchain."""
-    path = cache_dir() / "ledger" / op / f"{device.slug}.jsonl"
-    return Ledger(path, device.name, _versions())
-
-
-def ledgers(op: str) -> list[Ledger]:
-    """The ledgers of all GPUs that were tuned for here, under the present toolchain."""
-    found = []
-    for path in sorted((cache_dir() / "ledger" / op).glob("*.jsonl")):
-        gpus = {refusal.gpu for refusal in read_ledger(path)}
-        found += [Ledger(path, gpu, _versions()) for gpu in sorted(gpus)]
-    return found
-
-
-def _versions() -> dict[str, str]:
-    """The toolchain, without Python's own version, which changes no kernel."""
-    return {name: version for name, version in toolchain().items() if name != "python"}
-
-
-def storage_path(op: str, device: Device) -> Path:
-    """Where the searches of a GPU lie unless a storage is named."""
-    return cache_dir() / "studies" / f"{op}-{device.slug}.journal"

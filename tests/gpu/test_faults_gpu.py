@@ -30,8 +30,8 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune.records.ledger import read_ledger
+from gdn2gen.tune.records.places import open_ledger, storage_path
 from gdn2gen.tune.records.storage import open_storage
-from gdn2gen.tune.run import open_ledger, storage_path
 
 # beside a kernel that hangs, others get the GPU by turns, and late
 pytestmark = [pytest.mark.gpu, pytest.mark.gpu_alone]

@@ -30,7 +30,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store.dispatch import Found, find_recipe, tune_command
-from gdn2gen.tune.run import open_ledger
+from gdn2gen.tune.records.places import open_ledger
 from gdn2gen.tune.views.progress import LiveProgress
 from gdn2gen.tune.views.report import ShapeResult, TuneReport
 

@@ -2,5 +2,5 @@
 
 backend  what the search asks of compilers and of the GPU
 jobs     functions that the worker runs
-attempt  one config: resources, accuracy, times
+attempt  one config or recipe: resources, accuracy, times
 """

@@ -1,8 +1,9 @@
-"""One attempt: a compiled config's resources, the accuracy gate, then its times at every shape."""
+"""One attempt: what was compiled fits, its results are right, then its times at every shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from gdn2gen.base import outcome
@@ -12,10 +13,12 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.gate import GateResult
 from gdn2gen.tune import space
-from gdn2gen.tune.gpu.backend import Backend
+from gdn2gen.tune.gpu.backend import Backend, WorkerBackend
 
 Times = Mapping[str, float]
+Compiles = Mapping[Config, Future[Outcome[Resources]]]
 
 
 @dataclass(frozen=True)
@@ -41,27 +44,48 @@ class Result:
     """Whether the GPU saw it."""
 
 
+def fitting(compiled: Outcome[Resources], device: Device) -> Outcome[Resources]:
+    """What a compile came to; one that the device cannot hold failed for its resources."""
+    if not compiled.ok:
+        return compiled
+    unfit = space.why_unfit(compiled.get(), device)
+    return compiled if unfit is None else Outcome(outcome.RESOURCES, detail=unfit)
+
+
+def right(gated: Outcome[GateResult]) -> Outcome[GateResult]:
+    """What a gate came to; results that are off failed as wrong, and keep their errors."""
+    if not gated.ok or gated.get().ok:
+        return gated
+    return Outcome(outcome.WRONG, gated.get(), gated.get().reason)
+
+
+def try_recipe(
+    recipe: Recipe, compiles: Compiles, backend: Backend, device: Device, *, full: bool
+) -> Outcome[GateResult]:
+    """Wait for the compiles, look whether they fit, and gate the recipe."""
+    for config, future in compiles.items():
+        built = fitting(future.result(), device)
+        if not built.ok:
+            return Outcome(built.status, detail=f"{config.stage}: {built.detail}")
+    return right(backend.gate(recipe, full=full))
+
+
 def attempt(
     it: Attempt,
     compiled: Outcome[Resources],
     shapes: Sequence[Shape],
     backend: Backend,
     device: Device,
-    is_hopeless: Callable[[Times], bool],
+    is_hopeless: Callable[[Times], bool] = lambda _: False,
 ) -> Result:
     """Try a config. Times stop at the first shape after which it `is_hopeless`."""
-    if not compiled.ok:
-        return Result(compiled.status, compiled.reason)
-    unfit = space.why_unfit(compiled.get(), device)
-    if unfit is not None:
-        return Result(outcome.RESOURCES, f"{outcome.RESOURCES}: {unfit}")
-    checked = backend.gate(it.recipe, full=False)
-    if not checked.ok:
-        return Result(checked.status, checked.reason, ran=True)
-    gate = checked.get()
-    if not gate.ok:
-        reason = f"{outcome.WRONG}: {gate.reason}"
-        return Result(outcome.WRONG, reason, errors=gate.errors, ran=True)
+    built = fitting(compiled, device)
+    if not built.ok:
+        return Result(built.status, built.reason)
+    gated = right(backend.gate(it.recipe, full=False))
+    if not gated.ok:
+        errors = None if gated.value is None else gated.value.errors
+        return Result(gated.status, gated.reason, errors=errors, ran=True)
     times: dict[str, float] = {}
     stages = (it.config.stage, *it.known)
     for shape in shapes:
@@ -75,3 +99,19 @@ def attempt(
         if is_hopeless(times):
             break
     return Result(outcome.OK, times=times, ran=True)
+
+
+def measure_config(
+    backend: WorkerBackend,
+    compiled: Outcome[Resources],
+    base: Recipe,
+    config: Config,
+    shape: Shape,
+) -> tuple[float | None, str]:
+    """Median ms of a compiled config at `shape`, in `base` for its stage; or None, and why not.
+
+    What the search does with one trial, for tables of configs: nothing is filed.
+    """
+    it = Attempt(config, base.with_config(config))
+    result = attempt(it, compiled, [shape], backend, backend.device)
+    return result.times.get(shape.name), result.reason

@@ -19,7 +19,6 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune.gpu.jobs import RecipeTiming
-from gdn2gen.tune.space import why_unfit
 from gdn2gen.tune.views.report import Phase
 
 # A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
@@ -116,30 +115,6 @@ class MeteredBackend:
 
     def close(self) -> None:
         self._backend.close()
-
-
-def measure_config(
-    backend: WorkerBackend,
-    compiled: Outcome[Resources],
-    base: Recipe,
-    config: Config,
-    shape: Shape,
-) -> tuple[float | None, str]:
-    """Median ms of a compiled config at `shape`, in `base` for its stage; or None, and why not.
-
-    What the search does with one trial, for tables of configs: nothing is filed.
-    """
-    if not compiled.ok:
-        return None, compiled.reason
-    unfit = why_unfit(compiled.get(), backend.device)
-    if unfit is not None:
-        return None, unfit
-    recipe = base.with_config(config)
-    checked = backend.gate(recipe, full=False)
-    if not (checked.ok and checked.get().ok):
-        return None, checked.get().reason if checked.ok else checked.reason
-    timed = backend.time_stages(recipe, (config.stage,), shape)
-    return (timed.get()[config.stage].median, "") if timed.ok else (None, timed.reason)
 
 
 class WorkerBackend:

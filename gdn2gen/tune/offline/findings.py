@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gdn2gen.base.device import Device
 from gdn2gen.base.errors import Gdn2genError
-from gdn2gen.base.paths import cache_dir
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
@@ -19,10 +17,6 @@ from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tune.records.ledger import Ledger, append_line
-
-
-def findings_path(op: str, device: Device) -> Path:
-    return cache_dir() / "studies" / f"{op}-{device.slug}.predicted.jsonl"
 
 
 class Findings:

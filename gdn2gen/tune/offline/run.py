@@ -30,10 +30,12 @@ from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune import space
 from gdn2gen.tune.filing import predicted_entry, predicted_of
+from gdn2gen.tune.gpu.attempt import fitting, right
 from gdn2gen.tune.gpu.backend import COMPILE_SECONDS
-from gdn2gen.tune.offline.findings import Findings, findings_path
+from gdn2gen.tune.offline.findings import Findings
 from gdn2gen.tune.offline.predict import predicted_bytes
-from gdn2gen.tune.run import check_arguments, open_ledger
+from gdn2gen.tune.records.places import findings_path, open_ledger
+from gdn2gen.tune.run import check_arguments
 from gdn2gen.tune.search.loop import Window
 from gdn2gen.tune.views.progress import Progress, console_progress
 from gdn2gen.tune.views.report import ShapeResult, TuneReport
@@ -220,18 +222,14 @@ class _Ranking:
                 f"the default {config.stage} [{config}] does not compile for {self.device.name}: "
                 f"{compiled.reason}"
             )
-        status, detail = compiled.status, compiled.reason
-        if compiled.ok:
-            resources = compiled.get()
-            unfit = space.why_unfit(resources, self.device)
-            status = outcome.OK if unfit is None or needed else outcome.RESOURCES
-            detail = unfit or f"{resources.registers} registers"
-            if status == outcome.OK:
-                self.findings.compiles(config, resources)
-        if status not in (outcome.OK, outcome.ERROR, outcome.CANCELLED):
-            reason = compiled.reason if not compiled.ok else f"{status}: {detail}"
-            self.findings.refuse(config, reason)
-        self.progress.trial(config, status, detail)
+        built = fitting(compiled, self.device)
+        kept = built.ok or needed
+        if kept:
+            self.findings.compiles(config, compiled.get())
+        elif built.lasts:
+            self.findings.refuse(config, built.reason)
+        detail = f"{built.get().registers} registers" if built.ok else built.reason
+        self.progress.trial(config, outcome.OK if kept else built.status, detail)
 
     def _default(self, stage: str) -> Config:
         return default_config(stage, self.problem, arch=self.device.arch)
@@ -275,13 +273,12 @@ class _Ranking:
         if before is not None:
             return before
         self.progress.phase(f"check in the interpreter, BT={recipe.BT}")
-        checked = self.backend.interpret(recipe)
-        if not checked.ok:
-            return checked.reason
-        gate = checked.get()
-        if gate.ok:
+        gated = right(self.backend.interpret(recipe))
+        if gated.ok:
             self.findings.passes(recipe)
             return None
-        reason = f"{outcome.WRONG}: {gate.reason} (in Triton's interpreter)"
+        if gated.status != outcome.WRONG:
+            return gated.reason
+        reason = f"{gated.reason} (in Triton's interpreter)"
         self.findings.is_wrong(recipe, reason)
         return reason

@@ -1,5 +1,6 @@
 """What the tuner keeps on disk.
 
+places   where the records of a GPU lie
 journal  the journal file that studies lie in
 storage  where studies lie, and how one is opened
 ledger   configs that were refused, and why

@@ -12,7 +12,6 @@ from concurrent.futures import Future, wait
 from statistics import mean
 from typing import Final
 
-from gdn2gen.base import outcome
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.digests import digest_of
@@ -22,6 +21,7 @@ from gdn2gen.kernels.plans import PLANS, PLANS_OF, level_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult, full_problem
 from gdn2gen.measure.timing import Timing
+from gdn2gen.tune.gpu.attempt import right
 from gdn2gen.tune.records.stored import Stored
 from gdn2gen.tune.search.loop import Search, Window
 from gdn2gen.tune.search.verdicts import TIE, Measured, Verdict, combine, is_decided, pick
@@ -243,9 +243,9 @@ class Finals:
         if refused is not None and recipe != self._default(recipe.plan.name):
             return GateResult(False, {}, refused)
         self._warm([recipe])
-        checked = context.backend.gate(recipe, full=True)
-        result = checked.get() if checked.ok else GateResult(False, {}, checked.reason)
-        if not result.ok and checked.status not in (outcome.ERROR, outcome.CANCELLED):
+        gated = right(context.backend.gate(recipe, full=True))
+        result = gated.value or GateResult(False, {}, gated.reason)
+        if not gated.ok and gated.lasts:
             context.ledger.add_recipe(result.reason, recipe, digest, result.errors)
         return result
 

@@ -16,6 +16,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.plans import PLANS, is_optional
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune import space
+from gdn2gen.tune.gpu.attempt import right
 from gdn2gen.tune.search.trials import StageTrials
 
 if TYPE_CHECKING:
@@ -126,17 +127,16 @@ class Opening:
         for stage in PLANS[plan].stages:
             compiled = compiles[stage].result()
             if not compiled.ok:
-                if compiled.status not in (outcome.ERROR, outcome.CANCELLED):
+                if compiled.lasts:
                     search.file(search.default(stage, BT), compiled.reason)
                 return f"the default {stage} does not compile: {compiled.reason}"
         base = search.base(plan, BT)
-        checked = search.context.backend.gate(base, full=False)
-        if checked.ok and checked.get().ok:
+        gated = right(search.context.backend.gate(base, full=False))
+        if gated.ok:
             return None
-        reason = checked.get().reason if checked.ok else checked.reason
-        if checked.status not in (outcome.ERROR, outcome.CANCELLED):
-            search.file_recipe(base, reason)
-        return f"the default of plan {plan} fails the gate: {reason}"
+        if gated.lasts:
+            search.file_recipe(base, gated.reason)
+        return f"the default of plan {plan} fails the gate: {gated.reason}"
 
     def _time(
         self, plans: Sequence[str], BT: int, shape: Shape, times: dict[str, dict[str, float]]

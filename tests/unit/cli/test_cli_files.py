@@ -178,7 +178,8 @@ def _diff(old: Path, new: Path) -> list[sharing.Difference]:
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("gdn2gen.tune.run.toolchain", lambda: {**TOOLCHAIN, "python": "3.12"})
+    now = {**TOOLCHAIN, "python": "3.12"}
+    monkeypatch.setattr("gdn2gen.tune.records.places.toolchain", lambda: now)
     path = tmp_path / "ledger/gdn2/nvidia-h200.jsonl"
     book = Ledger(path, H200.name, TOOLCHAIN)
     for number, reason in ((1, "resources: spills 900 bytes"), (2, "wrong result: dg is off")):

@@ -21,7 +21,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune import space
-from gdn2gen.tune.gpu.backend import measure_config
+from gdn2gen.tune.gpu.attempt import measure_config
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.store import tuned_files
 from gdn2gen.tune import space
 from gdn2gen.tune.records import storage as tune_storage
+from gdn2gen.tune.records.places import open_ledger
 from gdn2gen.tune.records.storage import open_storage
-from gdn2gen.tune.run import open_ledger
 from gdn2gen.tune.search import trials as tune_trials
 from gdn2gen.tune.search.trials import StageTrials
 

@@ -21,9 +21,9 @@ from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.gate import GateResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune import tune_without_gpu
-from gdn2gen.tune.offline.findings import Findings, findings_path
+from gdn2gen.tune.offline.findings import Findings
 from gdn2gen.tune.records.ledger import PIPELINE, read_ledger
-from gdn2gen.tune.run import open_ledger
+from gdn2gen.tune.records.places import findings_path, open_ledger
 from gdn2gen.tune.views.progress import Progress
 
 PROBLEM = Problem(K=64, V=64)
@@ -204,7 +204,7 @@ def test_findings_of_other_templates_or_tools_do_not_count(tmp_path, monkeypatch
     path = findings_path("gdn2", DEVICE)
     path.write_text(path.read_text() + '{"key": 5}\n[]\n{"passed": ["x"]}\ntorn')
     assert findings(tmp_path).compiled
-    monkeypatch.setattr("gdn2gen.tune.run.toolchain", lambda: {"triton": "99"})
+    monkeypatch.setattr("gdn2gen.tune.records.places.toolchain", lambda: {"triton": "99"})
     assert not findings(tmp_path).compiled
 
 

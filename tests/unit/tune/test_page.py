@@ -18,8 +18,8 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.tune.records.ledger import Ledger
+from gdn2gen.tune.records.places import open_ledger, storage_path
 from gdn2gen.tune.records.storage import open_storage
-from gdn2gen.tune.run import open_ledger, storage_path
 from gdn2gen.tune.search.trials import StageTrials
 from gdn2gen.tune.views import charts, page
 from gdn2gen.tune.views.charts import Bar
