@@ -4,7 +4,7 @@
     python scripts/placements.py plot FILE  # writes FILE as .svg beside it
 
 At train4k with a sigmoid gate of at most 2 nats a token, which every placement serves. The best of
-a few hand-picked configs stands for a form; each passes the tuner's accuracy gate before it is
+a few hand-picked configs stands for a form; each passes the tuner's accuracy check before it is
 timed.
 """
 

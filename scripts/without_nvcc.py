@@ -4,7 +4,7 @@
 
 Each compiler serves two processes with caches of their own: the first compiles everything, the
 second finds it. NVRTC's see no toolkit (CUDA_HOME leads nowhere), must neither start nvcc nor fall
-back on Triton, and pass the tuner's full gate. Where the headers of nvidia-cuda-cccl are not
+back on Triton, and pass the tuner's full check. Where the headers of nvidia-cuda-cccl are not
 installed, the toolkit's serve. Takes about three minutes.
 """
 
@@ -33,10 +33,10 @@ def main() -> int:
         cells = [x["cold" if key == "cold_s" else "warm"][key] for x in found.values()]
         print(f"{key:40}" + "".join(f"{cell:10.4f}" for cell in cells))
     for name, x in found.items():
-        print(f"{name}: compilers started: {x['cold']['started']}; gate: {x['cold']['gate']}")
+        print(f"{name}: compilers started: {x['cold']['started']}; check: {x['cold']['check']}")
     print("languages:", found["NVRTC"]["cold"]["languages"])
     started = [word for x in found["NVRTC"].values() for word in x["started"] if word == "nvcc"]
-    return 1 if started or found["NVRTC"]["cold"]["gate"] != "passed" else 0
+    return 1 if started or found["NVRTC"]["cold"]["check"] != "passed" else 0
 
 
 def _measure(name: str, scratch: Path) -> dict[str, dict[str, Any]]:
@@ -79,7 +79,7 @@ def _headers(scratch: Path) -> list[str]:
 
 
 def child(run: str, compiler: str) -> None:
-    """One process: the first step, the gate, times. Prints what it found as JSON."""
+    """One process: the first step, the check, times. Prints what it found as JSON."""
     started: list[str] = []
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -99,7 +99,7 @@ def child(run: str, compiler: str) -> None:
     from gdn2gen.measure.accuracy import inputs_of, output_gradients, run_op
     from gdn2gen.ops.chunk import chunk_gdn2
     from gdn2gen.store.dispatch import find_recipe
-    from gdn2gen.tune.gpu.jobs import gate_full, time_recipe
+    from gdn2gen.tune.gpu.jobs import check_full, time_recipe
 
     problem, shape = Problem(), SHAPES[SHAPE]
     print(f"{compiler}: nvcc {cuda_compiler()}, {nvrtc.find_nvrtc()}", file=sys.stderr)
@@ -116,10 +116,10 @@ def child(run: str, compiler: str) -> None:
     run_op(chunk_gdn2, problem, inputs, gradients)
     torch.cuda.synchronize()
     seconds = time.monotonic() - begun
-    gate = "not run"
+    check = "not run"
     if run == "cold" and compiler == "NVRTC":
-        result = gate_full(found.recipe)
-        gate = "passed" if result.ok else f"failed: {result.reason}"
+        result = check_full(found.recipe)
+        check = "passed" if result.ok else f"failed: {result.reason}"
         print({name: f"{error:.1e}" for name, error in result.errors.items()}, file=sys.stderr)
     timed = time_recipe(found.recipe, shape, False)
     figures = {
@@ -129,7 +129,7 @@ def child(run: str, compiler: str) -> None:
         "source": found.source,
         "languages": languages,
         "started": sorted(set(started)),
-        "gate": gate,
+        "check": check,
     }
     print(json.dumps(figures))
 

@@ -48,7 +48,7 @@ COMMANDS: Final = (
         "tune",
         tune.add_tune,
         "search for the fastest valid configs of this GPU",
-        "Search for the fastest configs that pass the accuracy gate, and file them per GPU: with "
+        "Search for the fastest configs that pass the accuracy check, and file them per GPU: with "
         "no further word the standard shapes at head dims 128 and 64. A study "
         "that was stopped resumes when the same command is given again.",
         "gdn2gen tune --head-dim 128 --shapes train4k,wide8k --budget 20",

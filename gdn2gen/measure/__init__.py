@@ -7,6 +7,6 @@ rows      one row of a benchmark per shape, and stage by stage
 results   a table, and a file of results per GPU
 cases     the cases of the accuracy suite
 checks    one case run: accuracy, causality, repetition
-gate      no config is timed before its results are right and repeat
+check     no config is timed before its results are right and repeat
 suite     the accuracy suite, for the GPU or the interpreter
 """

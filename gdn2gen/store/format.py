@@ -74,7 +74,7 @@ class Entry:
     measured: Mapping[str, Any]
     """Milliseconds (`forward_ms`, `forward_backward_ms`, `default_ms`), spread, peak_mib, n."""
     gate: Mapping[str, Any]
-    """Errors that the accuracy gate found, by output."""
+    """Errors that the check found, by output."""
     provenance: Provenance
 
     @property

@@ -60,15 +60,15 @@ class Rechecked:
 def recheck(
     entries: Iterable[Entry], backend: Backend, device: Device, *, renew: bool = False
 ) -> Iterator[Rechecked]:
-    """Gate each entry's recipe, and time it beside the default.
+    """Check each entry's recipe, and time it beside the default.
 
     An entry of other templates is stale, and not run; with `renew` only such entries are, through
-    the gate of finalists. One that passes is slower if it takes 5% more than when it was filed, or
+    the check of finalists. One that passes is slower if it takes 5% more than when it was filed, or
     5% more than the default now.
     """
     defaults: dict[tuple[Problem, str, str], RecipeTiming | None] = {}
     chosen = [x for x in entries if not renew or tuned_files.stale_stages(x)]
-    # queued before the first gate: the GPU would wait for each entry's compilers in turn
+    # queued before the first check: the GPU would wait for each entry's compilers in turn
     compiled: Compiled = {}
     for entry in chosen:
         shape = shape_of(entry.regime)

@@ -44,7 +44,7 @@ def why_not_in_force(refusal: Refusal, ledger: Ledger) -> str:
 def retest(
     refusals: Sequence[Refusal], ledger: Ledger, backend: Backend, device: Device
 ) -> Iterator[Retested]:
-    """Compile, look at the resources, and gate each refusal as the search does.
+    """Compile, look at the resources, and check each refusal as the search does.
 
     What passes is cleared from the ledger at once. A trial that could not be made for reasons of
     its own (out of memory, an error of this program) leaves the refusal as it is.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import optuna
 
 # Of a group's time, for its finalists: at least a quarter, and at most half, in between what they
-# take: compiling for states in and out, the full gate, three rounds of some. On an H200 14 verdicts
-# took 98 s, half of which the GPU waited for kernels that are compiled ahead now.
+# take: compiling for states in and out, the full check, three rounds of some. On an H200 14
+# verdicts took 98 s, half of which the GPU waited for kernels that are compiled ahead now.
 _FINALS_PART: Final = (0.25, 0.5)
 _VERDICT_SECONDS: Final = 6.0
 # The first verdict of a group makes the references, too, and waits for what still compiles: of a
@@ -119,7 +119,7 @@ def tune(
         report,
         trials=dict(context.progress.counts),
         seconds=clock() - started,
-        gate_seconds=metered.gating,
+        check_seconds=metered.checking,
         timing_seconds=metered.timing,
         phases=metered.phases,
     )

@@ -27,7 +27,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune.records.ledger import read_ledger
 from gdn2gen.tune.records.places import open_ledger, storage_path
@@ -47,9 +47,9 @@ FAULTS: Final[dict[Knob, str]] = {
 }
 # Forms of prepare that a search tries first, so that it meets both faults within a minute.
 BROKEN_FORMS: Final[dict[Knob, str]] = {"log": "illegal access", "tree": "abort in the compiler"}
-# The worker is warm and the kernels are compiled: a gate takes a second, and the hang a minute.
+# The worker is warm and the kernels are compiled: a check takes a second, and the hang a minute.
 HANG_SECONDS: Final = 15.0
-# A gate with the hang is in its kernel by then.
+# A check with the hang is in its kernel by then.
 UNDER_WAY_SECONDS: Final = 5.0
 
 
@@ -72,13 +72,13 @@ def broken(fault: str) -> Config:
     return dyadic_prepare(PROBLEM, maxnreg=maxnreg)
 
 
-def gate_of(backend: BrokenBackend, fault: str) -> Outcome[GateResult]:
-    return backend.gate(SOUND.with_config(broken(fault)), full=False)
+def check_of(backend: BrokenBackend, fault: str) -> Outcome[CheckResult]:
+    return backend.check(SOUND.with_config(broken(fault)), full=False)
 
 
 def check_sound(backend: BrokenBackend) -> None:
-    """A trial without a fault passes; before a fault, so that its gate finds a warm worker."""
-    checked = backend.gate(SOUND, full=False)
+    """A trial without a fault passes; before a fault, so that its check finds a warm worker."""
+    checked = backend.check(SOUND, full=False)
     assert checked.ok, checked.reason
     assert checked.get().ok, checked.get().reason
 
@@ -87,7 +87,7 @@ def test_an_illegal_access_costs_one_trial(backend: BrokenBackend) -> None:
     """The process goes with it, for nothing runs any more in its context."""
     check_sound(backend)
     starts = backend.worker.starts
-    failed = gate_of(backend, "illegal access")
+    failed = check_of(backend, "illegal access")
     assert failed.status == outcome.CUDA_ERROR, failed.reason
     assert "illegal memory access" in failed.reason
     check_sound(backend)
@@ -97,7 +97,7 @@ def test_an_illegal_access_costs_one_trial(backend: BrokenBackend) -> None:
 def test_memory_that_is_not_there_costs_one_trial_and_no_process(backend: BrokenBackend) -> None:
     check_sound(backend)
     starts = backend.worker.starts
-    failed = gate_of(backend, "out of memory")
+    failed = check_of(backend, "out of memory")
     assert failed.status == outcome.OUT_OF_MEMORY, failed.reason
     check_sound(backend)
     assert backend.worker.starts == starts
@@ -109,20 +109,20 @@ def test_a_hang_costs_one_trial(backend: BrokenBackend, monkeypatch: pytest.Monk
     started = time.monotonic()
     with monkeypatch.context() as shorter:
         shorter.setattr("gdn2gen.tune.gpu.backend.GATE_SECONDS", HANG_SECONDS)
-        failed = gate_of(backend, "hang")
+        failed = check_of(backend, "hang")
     assert failed.status == outcome.TIMEOUT, failed.reason
     assert time.monotonic() - started < HANG_SECONDS + 20
     check_sound(backend)
 
 
 def test_a_killed_worker_costs_one_trial(backend: BrokenBackend) -> None:
-    """kill -9 in the middle of a gate: of the one that hangs, which is sure to be under way."""
+    """kill -9 in the middle of a check: of the one that hangs, which is sure to be under way."""
     check_sound(backend)
     process = backend.worker._process
     assert process is not None
     killer = threading.Timer(UNDER_WAY_SECONDS, process.kill)
     killer.start()
-    failed = gate_of(backend, "hang")
+    failed = check_of(backend, "hang")
     killer.join()
     assert failed.status == outcome.CRASHED, failed.reason
     assert "signal 9" in failed.reason

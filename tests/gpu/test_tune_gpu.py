@@ -14,7 +14,7 @@ from gdn2gen.family.tolerances import limit_of
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure import gate, rows, timing
+from gdn2gen.measure import check, rows, timing
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.store import tuned_files
@@ -65,21 +65,21 @@ def test_a_cuda_error_costs_the_worker_not_the_caller():
 def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     """The backward must run the forced recipe, too: its saved tensors depend on the chunk size."""
     recipe = Recipe.default(Problem(K=64, V=64), "lean", BT=32)
-    shapes = gate.gate_shapes(recipe.problem)
-    result = gate.check(recipe, regimes=("layer",), repeats=3, shapes=shapes)
+    shapes = check.check_shapes(recipe.problem)
+    result = check.check_recipe(recipe, regimes=("layer",), repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
 @pytest.mark.parametrize("plan", ["lean", "states"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_scans_in_tilelang_pass_the_gate(packed, plan):
-    problem = gate.full_problem(Problem(varlen=packed))
+    problem = check.full_problem(Problem(varlen=packed))
     recipe = Recipe.default(problem, plan, BT=64)
     for stage in [x for x in PLANS[plan].stages if "scan" in x]:
         config = default_config(stage, problem, BT=64).replace(language="tilelang")
         recipe = recipe.with_config(config)
-    shapes = gate.gate_shapes(problem)
-    result = gate.check(recipe, regimes=gate.QUICK_REGIMES, repeats=3, shapes=shapes)
+    shapes = check.check_shapes(problem)
+    result = check.check_recipe(recipe, regimes=check.QUICK_REGIMES, repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -97,16 +97,16 @@ def test_scans_in_tilelang_pass_the_gate(packed, plan):
 )
 def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
     """Two segments, and five with a last one of two chunks, of which one has eight tokens."""
-    full = gate.full_problem(problem)
+    full = check.full_problem(problem)
     recipe = Recipe.default(full, plan, BT=32)
     for stage in ("scan" if plan == "lean" else "scan_states", "reverse_scan"):
         config = default_config(stage, full, BT=32).replace(
             language="tilelang", segments="parallel", num_stages=num_stages
         )
         recipe = recipe.with_config(config)
-    shapes = (gate.RAGGED, Shape("five-segments", 2, 33 * 4 * 32 + 40, 3))
+    shapes = (check.RAGGED, Shape("five-segments", 2, 33 * 4 * 32 + 40, 3))
     regimes = ("layer", "sparse", "strong", "zero")
-    result = gate.check(recipe, regimes=regimes, repeats=10, shapes=shapes)
+    result = check.check_recipe(recipe, regimes=regimes, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -129,13 +129,13 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
 
     Both ways to invert, by turns.
     """
-    full = gate.full_problem(problem)
+    full = check.full_problem(problem)
     recipe = _by_chunk_in_tilelang(full, plan)
     if plan != "lean":
         recipe = recipe.with_config(recipe["prepare"].replace(solve="ieee"))
-    shapes = gate.gate_shapes(full)
+    shapes = check.check_shapes(full)
     regimes = ("layer", "sparse", "strong", "mixed", "zero")
-    result = gate.check(recipe, regimes=regimes, repeats=10, shapes=shapes)
+    result = check.check_recipe(recipe, regimes=regimes, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -144,25 +144,25 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
 def test_bounded_placement_passes_the_gate(language, changes):
     """Decays close to the gate's bound, the largest that chunks of 32 tokens take."""
     gated = {"gate": "sigmoid", "bound": 2, "has_A_log": True, "has_dt_bias": True}
-    full = gate.full_problem(Problem(**gated, **changes))
+    full = check.full_problem(Problem(**gated, **changes))
     recipe = Recipe.default(full, "lean", BT=32)
     if language == "tilelang":
         recipe = _by_chunk_in_tilelang(full)
     for config in recipe.configs:
         if "decay" in config:
             recipe = recipe.with_config(config.replace(decay="bounded"))
-    shapes = gate.gate_shapes(full)
-    result = gate.check(recipe, regimes=("layer", "strong"), repeats=10, shapes=shapes)
+    shapes = check.check_shapes(full)
+    result = check.check_recipe(recipe, regimes=("layer", "strong"), repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
 def test_forward_in_tilelang_is_causal_bit_for_bit():
     """One token's decay takes its chunk out of the first frame; tokens before it must not move."""
-    problem, token = gate.full_problem(Problem()), 700
-    inputs, gradients = gate.drawn(problem, gate.RAGGED, "layer", "cuda")
+    problem, token = check.full_problem(Problem()), 700
+    inputs, gradients = check.drawn(problem, check.RAGGED, "layer", "cuda")
     changed = {name: x.clone() for name, x in inputs.items()}
     changed["g"][:, token] -= 300.0
-    with gate.forced(_by_chunk_in_tilelang(problem)):
+    with check.forced(_by_chunk_in_tilelang(problem)):
         before, after = (run_op(chunk_gdn2, problem, x, gradients)["o"] for x in (inputs, changed))
     assert torch.equal(before[:, :token], after[:, :token])
     assert not torch.equal(before[:, token:], after[:, token:])

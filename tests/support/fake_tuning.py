@@ -11,7 +11,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.tune.gpu.jobs import RecipeTiming
@@ -34,7 +34,7 @@ class FakeBackend:
     def __init__(self, verdict=None, speed=None, kill_after=None):
         self.slots = 2
         self.now = 0.0
-        self.compiled, self.gated, self.timed = [], [], []
+        self.compiled, self.checked, self.timed = [], [], []
         self.closed = False
         self._verdict = verdict or (lambda config: None)
         self._speed = speed or self._by_knobs
@@ -58,9 +58,9 @@ class FakeBackend:
             future.set_result(Outcome(outcome.OK, Resources(128, 0, 50_000, 128, 1.0)))
         return future
 
-    def gate(self, recipe, *, full):
+    def check(self, recipe, *, full):
         self.now += 0.2
-        self.gated.append((recipe, full))
+        self.checked.append((recipe, full))
         accidents = {self._verdict(config) for config in recipe.configs}
         if "crash" in accidents:
             return Outcome(outcome.CRASHED, detail="signal 6: Assertion failed")
@@ -68,8 +68,8 @@ class FakeBackend:
             self.now += 5
             return Outcome(outcome.TIMEOUT, detail="no answer within 5 s")
         if "wrong" in accidents or (full and "wrong in full" in accidents):
-            return Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off by 4e-01"))
-        return Outcome(outcome.OK, GateResult(True, dict(ERRORS)))
+            return Outcome(outcome.OK, CheckResult(False, {"dg": 0.4}, "dg is off by 4e-01"))
+        return Outcome(outcome.OK, CheckResult(True, dict(ERRORS)))
 
     def time_stages(self, recipe, stages, shape):
         self.now += 0.1

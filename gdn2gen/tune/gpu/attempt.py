@@ -13,7 +13,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.tune import space
 from gdn2gen.tune.gpu.backend import Backend, WorkerBackend
 
@@ -52,22 +52,22 @@ def fitting(compiled: Outcome[Resources], device: Device) -> Outcome[Resources]:
     return compiled if unfit is None else Outcome(outcome.RESOURCES, detail=unfit)
 
 
-def right(gated: Outcome[GateResult]) -> Outcome[GateResult]:
-    """What a gate came to; results that are off failed as wrong, and keep their errors."""
-    if not gated.ok or gated.get().ok:
-        return gated
-    return Outcome(outcome.WRONG, gated.get(), gated.get().reason)
+def right(checked: Outcome[CheckResult]) -> Outcome[CheckResult]:
+    """What a check came to; results that are off failed as wrong, and keep their errors."""
+    if not checked.ok or checked.get().ok:
+        return checked
+    return Outcome(outcome.WRONG, checked.get(), checked.get().reason)
 
 
 def try_recipe(
     recipe: Recipe, compiles: Compiles, backend: Backend, device: Device, *, full: bool
-) -> Outcome[GateResult]:
-    """Wait for the compiles, look whether they fit, and gate the recipe."""
+) -> Outcome[CheckResult]:
+    """Wait for the compiles, look whether they fit, and check the recipe."""
     for config, future in compiles.items():
         built = fitting(future.result(), device)
         if not built.ok:
             return Outcome(built.status, detail=f"{config.stage}: {built.detail}")
-    return right(backend.gate(recipe, full=full))
+    return right(backend.check(recipe, full=full))
 
 
 def attempt(
@@ -82,10 +82,10 @@ def attempt(
     built = fitting(compiled, device)
     if not built.ok:
         return Result(built.status, built.reason)
-    gated = right(backend.gate(it.recipe, full=False))
-    if not gated.ok:
-        errors = None if gated.value is None else gated.value.errors
-        return Result(gated.status, gated.reason, errors=errors, ran=True)
+    checked = right(backend.check(it.recipe, full=False))
+    if not checked.ok:
+        errors = None if checked.value is None else checked.value.errors
+        return Result(checked.status, checked.reason, errors=errors, ran=True)
     times: dict[str, float] = {}
     stages = (it.config.stage, *it.known)
     for shape in shapes:

@@ -16,14 +16,14 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune.gpu.jobs import RecipeTiming
 from gdn2gen.tune.views.report import Phase
 
 # A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
 COMPILE_SECONDS: Final = 120.0
-# Includes importing torch and loading kernels. The first gate also computes the references.
+# Includes importing torch and loading kernels. The first check also computes the references.
 GATE_SECONDS: Final = 180.0
 TIME_SECONDS: Final = 90.0
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
         """Queue the compile of one stage."""
         ...
 
-    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
         """Check accuracy and repetition; `full` as finalists are checked."""
         ...
 
@@ -59,14 +59,14 @@ class Backend(Protocol):
 
 
 class MeteredBackend:
-    """Another backend, for one thread at a time, and the seconds that its GPU spent in gates and
+    """Another backend, for one thread at a time, and the seconds that its GPU spent in checks and
     in timings.
     """
 
     def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
         self._backend, self._clock = backend, clock
         self.slots = backend.slots
-        self.gating = 0.0
+        self.checking = 0.0
         self.timing = 0.0
         self.phases: dict[str, Phase] = {}
         self._gpu = Lock()
@@ -74,24 +74,24 @@ class MeteredBackend:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what happens inside towards a phase."""
-        started, busy = self._clock(), self.gating + self.timing
+        started, busy = self._clock(), self.checking + self.timing
         try:
             yield
         finally:
             phase = self.phases.setdefault(name, Phase())
             phase.seconds += self._clock() - started
-            phase.busy += self.gating + self.timing - busy
+            phase.busy += self.checking + self.timing - busy
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         return self._backend.compile(problem, config)
 
-    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
         with self._gpu:
             started = self._clock()
             try:
-                return self._backend.gate(recipe, full=full)
+                return self._backend.check(recipe, full=full)
             finally:
-                self.gating += self._clock() - started
+                self.checking += self._clock() - started
 
     def time_stages(
         self, recipe: Recipe, stages: tuple[str, ...], shape: Shape
@@ -136,8 +136,8 @@ class WorkerBackend:
             timeout=COMPILE_SECONDS,
         )
 
-    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
-        name = "gate_full" if full else "gate_quick"
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
+        name = "check_full" if full else "check_quick"
         return self._worker.call(f"gdn2gen.tune.gpu.jobs:{name}", recipe, timeout=GATE_SECONDS)
 
     def time_stages(

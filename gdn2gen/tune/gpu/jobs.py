@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure import gate
+from gdn2gen.measure import check
 from gdn2gen.measure.accuracy import inputs_of, run_op
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.rows import stage_calls
 from gdn2gen.measure.timing import Timing, peak_mib, time_ms
 
@@ -38,29 +38,29 @@ class RecipeTiming:
     peak_mib: float
 
 
-def gate_quick(recipe: Recipe) -> GateResult:
-    """The gate that every recipe passes before it is timed."""
-    return gate.check(
+def check_quick(recipe: Recipe) -> CheckResult:
+    """The check that every recipe passes before it is timed."""
+    return check.check_recipe(
         recipe,
-        regimes=gate.QUICK_REGIMES,
-        repeats=gate.QUICK_REPEATS,
-        shapes=gate.gate_shapes(recipe.problem),
-        segmented=gate.segmented_shape(recipe),
+        regimes=check.QUICK_REGIMES,
+        repeats=check.QUICK_REPEATS,
+        shapes=check.check_shapes(recipe.problem),
+        segmented=check.segmented_shape(recipe),
     )
 
 
-def gate_full(recipe: Recipe) -> GateResult:
-    """The gate for finalists: every regime, states in and out, and many repeats."""
+def check_full(recipe: Recipe) -> CheckResult:
+    """The check for finalists: every regime, states in and out, and many repeats."""
     from gdn2gen.family.inputs import REGIMES
 
-    full = replace(recipe, problem=gate.full_problem(recipe.problem))
-    shapes = gate.gate_shapes(full.problem)
-    return gate.check(
+    full = replace(recipe, problem=check.full_problem(recipe.problem))
+    shapes = check.check_shapes(full.problem)
+    return check.check_recipe(
         full,
         regimes=REGIMES,
-        repeats=gate.FULL_REPEATS,
+        repeats=check.FULL_REPEATS,
         shapes=shapes,
-        segmented=gate.segmented_shape(full),
+        segmented=check.segmented_shape(full),
     )
 
 
@@ -98,7 +98,7 @@ def time_recipe(recipe: Recipe, shape: Shape, with_peak: bool) -> RecipeTiming:
     def both() -> None:
         run_op(op, problem, inputs, gradients)
 
-    with gate.forced(recipe):
+    with check.forced(recipe):
         # before the graphs, whose own pools would be counted
         peak = peak_mib(both) - _others_mib(inputs, gradients) if with_peak else 0.0
         return RecipeTiming(_time_graph(forward), _time_graph(both), peak)
@@ -141,7 +141,7 @@ def _output_gradients(problem: Problem, shape: Shape) -> dict[str, Tensor]:
 
 
 def _others_mib(*own: Mapping[str, Tensor]) -> float:
-    """What lies in the GPU's memory beside a call's own tensors, in MiB: references of the gate,
+    """What lies in the GPU's memory beside a call's own tensors, in MiB: references of the check,
     inputs of other shapes. To drop them for a measurement meant to make them anew after it.
     """
     import torch
@@ -156,6 +156,6 @@ def _free() -> None:
 
     _cached_inputs.cache_clear()
     _output_gradients.cache_clear()
-    gate.exact.cache_clear()
-    gate.drawn.cache_clear()
+    check.exact.cache_clear()
+    check.drawn.cache_clear()
     torch.cuda.empty_cache()

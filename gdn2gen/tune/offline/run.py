@@ -26,7 +26,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.plans import PLANS, PLANS_OF
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune import space
 from gdn2gen.tune.filing import predicted_entry, predicted_of
@@ -51,7 +51,7 @@ class OfflineBackend(Protocol):
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]: ...
 
-    def interpret(self, recipe: Recipe) -> Outcome[GateResult]: ...
+    def interpret(self, recipe: Recipe) -> Outcome[CheckResult]: ...
 
     def close(self) -> None: ...
 
@@ -68,8 +68,8 @@ class ProcessBackend:
         target, arguments = "gdn2gen.codegen.build:compile_ahead", (problem, config.stage, config)
         return self._pool.submit(target, *arguments, self.device, timeout=COMPILE_SECONDS)
 
-    def interpret(self, recipe: Recipe) -> Outcome[GateResult]:
-        target = "gdn2gen.measure.gate:gate_interpreted"
+    def interpret(self, recipe: Recipe) -> Outcome[CheckResult]:
+        target = "gdn2gen.measure.check:check_interpreted"
         return self._interpreter.call(target, recipe, timeout=_INTERPRETER_SECONDS)
 
     def close(self) -> None:
@@ -273,12 +273,12 @@ class _Ranking:
         if before is not None:
             return before
         self.progress.phase(f"check in the interpreter, BT={recipe.BT}")
-        gated = right(self.backend.interpret(recipe))
-        if gated.ok:
+        checked = right(self.backend.interpret(recipe))
+        if checked.ok:
             self.findings.passes(recipe)
             return None
-        if gated.status != outcome.WRONG:
-            return gated.reason
-        reason = f"{gated.reason} (in Triton's interpreter)"
+        if checked.status != outcome.WRONG:
+            return checked.reason
+        reason = f"{checked.reason} (in Triton's interpreter)"
         self.findings.is_wrong(recipe, reason)
         return reason

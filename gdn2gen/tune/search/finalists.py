@@ -1,4 +1,4 @@
-"""Finalists: recipes of the best stages, gated in full and timed in turns at each shape.
+"""Finalists: recipes of the best stages, checked in full and timed in turns at each shape.
 
 The winner of a search is often noise, so the default and the best few run interleaved, forward and
 backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
@@ -19,7 +19,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.plans import PLANS, PLANS_OF, level_of
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult, full_problem
+from gdn2gen.measure.check import CheckResult, full_problem
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune.gpu.attempt import right
 from gdn2gen.tune.records.stored import Stored
@@ -45,7 +45,7 @@ class Finals:
     def __init__(self, search: Search, stored: Sequence[Stored] = ()) -> None:
         self._search = search
         self._stored = list(stored)
-        self._gates: dict[Recipe, GateResult] = {}
+        self._checks: dict[Recipe, CheckResult] = {}
         self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
         self._won: dict[Shape, Recipe] = {}
         """Who won at each shape for the plan that was first: its stages have proved themselves."""
@@ -55,7 +55,7 @@ class Finals:
     def compile_known(self, turns: Sequence[tuple[Shape, str]]) -> None:
         """Queue the compile of what verdicts to come measure in any case, and do not wait for it.
 
-        Kernels of the full gate have states in and out, and nothing of the search serves for them:
+        Kernels of the full check have states in and out, and nothing of the search serves for them:
         the GPU waited for their compile at every verdict.
         """
         for shape, plan in turns:
@@ -77,9 +77,9 @@ class Finals:
         return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
-        """Winner at one shape, or None if nothing passed the full gate."""
+        """Winner at one shape, or None if nothing passed the full check."""
         progress = self._search.context.progress
-        progress.phase(f"finalists at {shape.name}, plan {plan}: gate in full")
+        progress.phase(f"finalists at {shape.name}, plan {plan}: check in full")
         started = window.clock()
         finalists = self.choose(shape, plan, self._affordable(window))
         progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
@@ -99,10 +99,10 @@ class Finals:
 
     def why_none(self, plan: str) -> str:
         """Why there is no verdict: what the default failed at."""
-        gate = self._gates.get(self._default(plan))
-        if gate is None or gate.ok:
+        found = self._checks.get(self._default(plan))
+        if found is None or found.ok:
             return "every finalist failed while it was timed"
-        return f"no recipe passed the full gate; the default: {gate.reason}"
+        return f"no recipe passed the full check; the default: {found.reason}"
 
     def _affordable(self, window: Window) -> int:
         """Finalists that the time left is enough for, by what earlier ones took; two at least,
@@ -115,7 +115,7 @@ class Finals:
 
     def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Recipe]:
         """The default, what is on file and the best in Triton, then the best by the sum of their
-        stages; all pass the gate.
+        stages; all pass the check.
         """
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best: list[Recipe] = []
@@ -207,14 +207,14 @@ class Finals:
         return None
 
     def _withdraw_guilty(self, recipe: Recipe) -> bool:
-        """Find which stage alone fails the full gate, and drop its config from the trials."""
+        """Find which stage alone fails the full check, and drop its config from the trials."""
         base = self._search.base(recipe.plan.name, recipe.BT)
         found = False
         for config in recipe.configs:
             alone = base.with_config(config)
             if alone != base and not self._passes(alone):
                 trials = self._search.trials[recipe.BT][config.stage]
-                trials.withdraw(config, self._gates[alone].reason)
+                trials.withdraw(config, self._checks[alone].reason)
                 found = True
         return found
 
@@ -231,26 +231,26 @@ class Finals:
         return [x for _, x in sorted(found, key=lambda pair: -pair[0])]
 
     def _passes(self, recipe: Recipe) -> bool:
-        """The full gate, once per recipe; a failure is filed in the ledger."""
-        if recipe not in self._gates:
-            self._gates[recipe] = self._gate(recipe)
-        return self._gates[recipe].ok
+        """The full check, once per recipe; a failure is filed in the ledger."""
+        if recipe not in self._checks:
+            self._checks[recipe] = self._check(recipe)
+        return self._checks[recipe].ok
 
-    def _gate(self, recipe: Recipe) -> GateResult:
+    def _check(self, recipe: Recipe) -> CheckResult:
         context = self._search.context
         digest = digest_of(recipe)
         refused = context.ledger.why_recipe_refused(recipe, digest)
         if refused is not None and recipe != self._default(recipe.plan.name):
-            return GateResult(False, {}, refused)
+            return CheckResult(False, {}, refused)
         self._warm([recipe])
-        gated = right(context.backend.gate(recipe, full=True))
-        result = gated.value or GateResult(False, {}, gated.reason)
-        if not gated.ok and gated.lasts:
+        checked = right(context.backend.check(recipe, full=True))
+        result = checked.value or CheckResult(False, {}, checked.reason)
+        if not checked.ok and checked.lasts:
             context.ledger.add_recipe(result.reason, recipe, digest, result.errors)
         return result
 
     def _warm(self, recipes: Sequence[Recipe]) -> None:
-        """Compile for the full gate in parallel; what fails there, the gate itself reports."""
+        """Compile for the full check in parallel; what fails there, the check itself reports."""
         wait(self._compile(recipes))
 
     def _compile(self, recipes: Sequence[Recipe]) -> list[Future[Outcome[Resources]]]:
@@ -265,7 +265,7 @@ class Finals:
         return [self._default(plan), *self._on_file(shape, plan)]
 
     def _likely(self, shape: Shape, plan: str) -> list[Recipe]:
-        """What `choose` will look at, if all of it passes the gate."""
+        """What `choose` will look at, if all of it passes the check."""
         sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
         best = [self._best(shape, plan, BT) for BT in sizes[:1]]
         close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
@@ -298,7 +298,7 @@ class Finals:
                 combine([forward for forward, _ in timings]),
                 combine([both for _, both in timings]),
                 peaks[recipe],
-                self._gates[recipe].errors,
+                self._checks[recipe].errors,
             )
             for recipe, timings in rounds.items()
         ]

@@ -1,4 +1,4 @@
-"""Search: compile configs of all stages in parallel, gate and time them as they come.
+"""Search: compile configs of all stages in parallel, check and time them as they come.
 
 Compiling dominates (seconds against milliseconds), so every compiled config is timed at all
 shapes, and the compilers are kept busy over all stages and chunk sizes at once. The stage that has

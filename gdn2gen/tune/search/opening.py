@@ -1,4 +1,4 @@
-"""Chunk sizes of a search: before its trials open, each one's default is compiled, gated, timed."""
+"""Chunk sizes of a search: before its trials open, its default is compiled, checked and timed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Opening:
 
     def _open_next(self) -> None:
         BT = next(iter(self._waiting))
-        self._search.context.progress.phase(f"default configs, BT={BT}: compile, gate, time")
+        self._search.context.progress.phase(f"default configs, BT={BT}: compile, check, time")
         reason = self._measure(BT, self._waiting.pop(BT))
         if reason is not None:
             self._search.skipped[f"BT={BT}"] = reason
@@ -122,7 +122,7 @@ class Opening:
         return None
 
     def _why_fails(self, plan: str, BT: int, compiles: Compiles) -> str | None:
-        """Why a plan's default does not compile or pass the gate, filed in the ledger; or None."""
+        """Why a plan's default does not compile or pass the check, filed in the ledger; or None."""
         search = self._search
         for stage in PLANS[plan].stages:
             compiled = compiles[stage].result()
@@ -131,12 +131,12 @@ class Opening:
                     search.file(search.default(stage, BT), compiled.reason)
                 return f"the default {stage} does not compile: {compiled.reason}"
         base = search.base(plan, BT)
-        gated = right(search.context.backend.gate(base, full=False))
-        if gated.ok:
+        checked = right(search.context.backend.check(base, full=False))
+        if checked.ok:
             return None
-        if gated.lasts:
-            search.file_recipe(base, gated.reason)
-        return f"the default of plan {plan} fails the gate: {gated.reason}"
+        if checked.lasts:
+            search.file_recipe(base, checked.reason)
+        return f"the default of plan {plan} fails the check: {checked.reason}"
 
     def _time(
         self, plans: Sequence[str], BT: int, shape: Shape, times: dict[str, dict[str, float]]

@@ -160,7 +160,7 @@ class StageTrials:
         self._study.tell(proposal.trial, state=TrialState.PRUNED)
 
     def withdraw(self, config: Config, reason: str) -> None:
-        """Drop a config that passed before and failed the full gate."""
+        """Drop a config that passed before and failed the full check."""
         self.times.pop(config, None)
         self.refused[config] = reason
 

@@ -16,7 +16,7 @@ TIE: Final = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """A finalist at one shape: times over all rounds (ms), peak memory (MiB), gate errors."""
+    """A finalist at one shape: times over all rounds (ms), peak memory (MiB), errors."""
 
     recipe: Recipe
     forward: Timing

@@ -78,7 +78,7 @@ class TuneReport:
     left_to_try: list[str] = field(default_factory=list)
     """For each group of shapes, how much of the space was tried: what more time would buy."""
     seconds: float = 0.0
-    gate_seconds: float = 0.0
+    check_seconds: float = 0.0
     """Of these, the GPU (and the host before it) checked accuracy."""
     timing_seconds: float = 0.0
     """Of these, the GPU (and the host before it) took times."""
@@ -118,16 +118,16 @@ class TuneReport:
         return f"{tried}{where}; filed in {self.path}"
 
     def _busy(self) -> str:
-        if not self.seconds or not self.gate_seconds + self.timing_seconds:
+        if not self.seconds or not self.check_seconds + self.timing_seconds:
             return ""
-        gates, times = (x / self.seconds for x in (self.gate_seconds, self.timing_seconds))
+        checks, times = (x / self.seconds for x in (self.check_seconds, self.timing_seconds))
         words = ", ".join(
             f"{x.busy / x.seconds:.0%} of {x.seconds:.0f} s for {name}"
             for name, x in self.phases.items()
             if x.seconds
         )
         return (
-            f"; {gates:.0%} of the time in accuracy gates, {times:.0%} in timings"
+            f"; {checks:.0%} of the time in accuracy checks, {times:.0%} in timings"
             f"{f' (together {words})' if words else ''}"
         )
 

@@ -21,7 +21,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.plans import plan_named
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import sharing, tuned_files
 from gdn2gen.store._claims import CHECKED
 from gdn2gen.store.dispatch import find_recipe
@@ -230,22 +230,22 @@ def test_another_toolchain_is_named(book):
 
 
 class FakeBackend:
-    """Compiles everything; the gate refuses configs of two stages."""
+    """Compiles everything; the check refuses loads two ahead."""
 
     slots = 1
 
     def __init__(self) -> None:
-        self.gated: list[tuple[Recipe, bool]] = []
+        self.checked: list[tuple[Recipe, bool]] = []
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
         future: Future[Outcome[Resources]] = Future()
         future.set_result(Outcome(outcome.OK, Resources(100, 0, 1000, 128, 1.0)))
         return future
 
-    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
-        self.gated.append((recipe, full))
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
+        self.checked.append((recipe, full))
         wrong = recipe["grad_value"]["num_stages"] == 2
-        result = GateResult(False, {"dg": 0.4}, "dg is off") if wrong else GateResult(True)
+        result = CheckResult(False, {"dg": 0.4}, "dg is off") if wrong else CheckResult(True)
         return Outcome(outcome.OK, result)
 
 
@@ -256,7 +256,7 @@ def test_retest_clears_what_passes(book):
     results = list(retest(read_ledger(book.path), book, backend, H200))
     assert [x.passed for x in results] == [True, False, True, True]
     assert results[1].reason == "wrong result: dg is off"
-    assert [full for _, full in backend.gated] == [False, False, False, True]
+    assert [full for _, full in backend.checked] == [False, False, False, True]
     left = read_ledger(book.path)
     assert [x.config["num_stages"] for x in left] == [2]
     config = refused(1)

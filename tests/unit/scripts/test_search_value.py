@@ -18,7 +18,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tune import space
 from gdn2gen.tune.gpu.attempt import measure_config
@@ -70,16 +70,16 @@ class Backend:
 
     device = named_device("H200")
 
-    def __init__(self, gate: Outcome[GateResult], timed: Outcome[dict[str, Timing]]) -> None:
-        self.gate = lambda recipe, full: gate
+    def __init__(self, gate: Outcome[CheckResult], timed: Outcome[dict[str, Timing]]) -> None:
+        self.check = lambda recipe, full: gate
         self.time_stages = lambda recipe, stages, shape: timed
 
 
 def test_a_config_is_measured_or_refused_with_the_reason() -> None:
     fits = Outcome(outcome.OK, Resources(100, 0, 1000, 128, 1.0))
     spills = Outcome(outcome.OK, Resources(255, 9999, 1000, 128, 1.0))
-    right = Outcome(outcome.OK, GateResult(True))
-    wrong = Outcome(outcome.OK, GateResult(False, {"dg": 0.4}, "dg is off"))
+    right = Outcome(outcome.OK, CheckResult(True))
+    wrong = Outcome(outcome.OK, CheckResult(False, {"dg": 0.4}, "dg is off"))
     timed = Outcome(outcome.OK, {"scan": Timing(2.0, 1.9, 2.1, 20)})
     died: Outcome[Any] = Outcome(outcome.CRASHED, detail="signal 6")
     base = Recipe.default(Problem(), "lean", 32)

@@ -18,7 +18,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
 from gdn2gen.tune import tune_without_gpu
 from gdn2gen.tune.offline.findings import Findings
@@ -64,7 +64,7 @@ class FakeCompilers:
     def interpret(self, recipe):
         self.checked.append(recipe)
         passed = self._passes(recipe)
-        return Outcome(outcome.OK, GateResult(passed, {}, "" if passed else "o is off"))
+        return Outcome(outcome.OK, CheckResult(passed, {}, "" if passed else "o is off"))
 
     def close(self):
         self.closed = True

@@ -18,7 +18,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.shapes import SHAPES, Shape, shape_of
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import GateResult
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import CHECKED
@@ -64,13 +64,13 @@ class FakeBackend:
         future.set_result(Outcome(outcome.OK, Resources(100, spilled, 1000, 128, 1.0)))
         return future
 
-    def gate(self, recipe: Recipe, *, full: bool) -> Outcome[GateResult]:
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
         self.gated_in_full.append(full)
         BV = recipe["scan"]["BV"]
         if BV == 128:
             return Outcome(outcome.CRASHED, detail="signal 6")
-        wrong = GateResult(False, {"o": 0.5}, "o is off by 5e-01")
-        right = GateResult(True, dict.fromkeys(CHECKED, 3e-3))
+        wrong = CheckResult(False, {"o": 0.5}, "o is off by 5e-01")
+        right = CheckResult(True, dict.fromkeys(CHECKED, 3e-3))
         return Outcome(outcome.OK, wrong if BV == 32 else right)
 
     def time_recipe(

@@ -23,7 +23,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.gate import full_problem
+from gdn2gen.measure.check import full_problem
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.tune.filing import entries_of
@@ -84,7 +84,7 @@ def test_the_default_is_always_evaluated_even_if_the_ledger_refuses_it(tmp_path)
     second = FakeBackend()
     run(second, tmp_path)
     default = Recipe.default(PROBLEM, "lean")
-    assert any(recipe == default for recipe, _ in second.gated)
+    assert any(recipe == default for recipe, _ in second.checked)
     assert any(recipe == default for recipe, _, _ in second.timed)
 
 
@@ -107,7 +107,7 @@ def test_each_accident_is_survived_and_goes_to_the_ledger(tmp_path, accident, st
     (result,) = report.results
     assert all(config["num_warps"] != 8 for config in result.recipe.configs)
     if accident in ("no build", "spills"):
-        gated = [config for recipe, _ in backend.gated for config in recipe.configs]
+        gated = [config for recipe, _ in backend.checked for config in recipe.configs]
         assert all(config["num_warps"] != 8 for config in gated)
 
 
@@ -158,12 +158,12 @@ def test_the_budget_is_kept(tmp_path):
 
 
 def test_the_budget_is_kept_where_finals_are_slow(tmp_path):
-    """As on an H200: 1 s for each full gate and 0.9 s for three rounds, six finalists at first."""
+    """As on an H200: 1 s for each full check and 0.9 s for three rounds, six finalists at first."""
 
     class Slow(FakeBackend):
-        def gate(self, recipe, *, full):
+        def check(self, recipe, *, full):
             self.now += 0.8 * full
-            return super().gate(recipe, full=full)
+            return super().check(recipe, full=full)
 
     backend = Slow()
     shapes = (SMALL, LARGE, Shape("third", 1, 512, 2), Shape("fourth", 1, 1024, 2))
@@ -183,7 +183,7 @@ def test_a_compiled_candidate_is_timed_at_all_shapes_and_gated_once(tmp_path):
     backend = FakeBackend(speed=lambda config, shape: 1.0 + 0.02 * config["num_warps"])
     run(backend, tmp_path, shapes=(SMALL, LARGE))
     assert set(_shapes_timed(backend).values()) == {("small", "large")}
-    quick = [recipe for recipe, full in backend.gated if not full]
+    quick = [recipe for recipe, full in backend.checked if not full]
     assert len(quick) == len(set(quick))
 
 
@@ -243,7 +243,7 @@ def test_the_search_begins_while_other_chunk_sizes_compile(tmp_path):
 
         def compile(self, problem, config):
             future = super().compile(problem, config)
-            first = not self.gated and config == default_config(config.stage, PROBLEM, BT=64)
+            first = not self.checked and config == default_config(config.stage, PROBLEM, BT=64)
             if first:
                 self.late.append((future.result(), waiting := Future()))
                 return waiting
@@ -388,7 +388,7 @@ def test_what_the_next_verdict_may_want_compiles_while_this_one_is_measured(tmp_
         events: ClassVar[list] = []
 
         def compile(self, problem, config):
-            if problem.initial_state:  # as the full gate has it
+            if problem.initial_state:  # as the full check has it
                 self.events.append(config)
             return super().compile(problem, config)
 
@@ -546,17 +546,17 @@ def test_the_report_says_how_long_the_gpu_was_at_work(tmp_path):
 
     backend = FakeBackend()
     report = run(backend, tmp_path)
-    # 0.2 s a gate, 0.1 s a stage, 0.3 s a pipeline; a compile is not the GPU's
-    assert report.gate_seconds == pytest.approx(0.2 * len(backend.gated))
-    assert 0.1 * len(backend.timed) < report.timing_seconds < report.seconds - report.gate_seconds
+    # 0.2 s a check, 0.1 s a stage, 0.3 s a recipe; a compile is not the GPU's
+    assert report.check_seconds == pytest.approx(0.2 * len(backend.checked))
+    assert 0.1 * len(backend.timed) < report.timing_seconds < report.seconds - report.check_seconds
     assert {*report.phases} == {"defaults", "search", "finals"}
     assert sum(x.seconds for x in report.phases.values()) == pytest.approx(report.seconds, rel=0.1)
     busy = sum(x.busy for x in report.phases.values())
-    assert busy == pytest.approx(report.gate_seconds + report.timing_seconds)
+    assert busy == pytest.approx(report.check_seconds + report.timing_seconds)
     console = Console(width=400)
     with console.capture() as said:
         console.print(report.table())
-    assert "% of the time in accuracy gates" in said.get()
+    assert "% of the time in accuracy checks" in said.get()
     (words,) = report.left_to_try
     found = re.findall(r"(\w+) \(\d+% of a pass\) (\d+) of (\d+)", words)
     counts = {stage: (int(tried), int(worth)) for stage, tried, worth in found}

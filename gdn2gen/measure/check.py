@@ -1,4 +1,4 @@
-"""The accuracy gate: no config is timed before its outputs and gradients are right and repeat.
+"""The check: no config is timed before its outputs and gradients are right and repeat.
 
 Runs in the worker. Two sizes, since a race often shows at one and hides at the other: a few heads
 with a last chunk that is not full, and a grid of at least 256 blocks. Every buffer is filled with
@@ -43,16 +43,16 @@ MANY_BLOCKS_PACKED: Final = Shape("many-blocks", 1, 1536, 32, tuple(range(0, 153
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """Worst relative error of each output and gradient, and why the gate stays shut if it does."""
+class CheckResult:
+    """Worst relative error of each output and gradient, and why it is refused if it is."""
 
     ok: bool
     errors: dict[str, float] = field(default_factory=dict)
     reason: str = ""
 
 
-def gate_shapes(problem: Problem) -> tuple[Shape, Shape]:
-    """The two sizes of the gate; the second one has blocks enough for races to show."""
+def check_shapes(problem: Problem) -> tuple[Shape, Shape]:
+    """The two sizes of the check; the second one has blocks enough for races to show."""
     if problem.varlen:
         return RAGGED_PACKED, MANY_BLOCKS_PACKED
     return RAGGED, MANY_BLOCKS
@@ -70,7 +70,7 @@ def full_problem(problem: Problem) -> Problem:
     return replace(problem, initial_state=True, final_state=True)
 
 
-def check(
+def check_recipe(
     recipe: Recipe,
     *,
     regimes: tuple[str, ...],
@@ -78,7 +78,7 @@ def check(
     shapes: tuple[Shape, Shape],
     segmented: Shape | None = None,
     device: str = "cuda",
-) -> GateResult:
+) -> CheckResult:
     """Hold a recipe against the fp64 reference, then against itself.
 
     In every regime at each of `shapes`, and in two more at `segmented`.
@@ -98,11 +98,11 @@ def check(
             worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
             wrong = over(errors, limit, recipe.problem.op)
             if wrong:
-                return GateResult(False, worst, _wrong(wrong, limit, regime, shape))
+                return CheckResult(False, worst, _wrong(wrong, limit, regime, shape))
         moved = _moved(recipe.problem, shapes[1], repeats, device)
     if moved:
-        return GateResult(False, worst, moved)
-    return GateResult(True, worst)
+        return CheckResult(False, worst, moved)
+    return CheckResult(True, worst)
 
 
 def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) -> str:
@@ -192,7 +192,7 @@ TINY_PACKED: Final = (
 )
 
 
-def gate_interpreted(recipe: Recipe) -> GateResult:
+def check_interpreted(recipe: Recipe) -> CheckResult:
     """What can be checked without a GPU: the kernels in Triton's interpreter, in fp32.
 
     Needs TRITON_INTERPRET=1 from the start of the process. In fp32, where a fault is larger than
@@ -202,4 +202,6 @@ def gate_interpreted(recipe: Recipe) -> GateResult:
     configs = tuple(x.replace(solve="ieee") if "solve" in x else x for x in recipe.configs)
     shapes = TINY_PACKED if problem.varlen else TINY
     exact_recipe = replace(recipe, problem=problem, configs=configs)
-    return check(exact_recipe, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu")
+    return check_recipe(
+        exact_recipe, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
+    )
