@@ -6,7 +6,7 @@ kda         Kimi Delta Attention, which has no kernels yet
 registry    the members by name
 problem     Problem (compiled in) and Regime (known at run time)
 shapes      the named shapes that tuning and benchmarks speak of
-inputs      random inputs with gentle or hostile gates
+inputs      random inputs whose decay is gentle or hostile
 reference   the recurrence in fp64, and its chunk form
 tolerances  how far from exact a kernel may be
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.registry import OPS, recurrence_named
 
-REGIMES: Final = (
+PATTERNS: Final = (
     "layer",
     "zero",
     "constant",
@@ -23,7 +23,7 @@ REGIMES: Final = (
     "mixed",
     "correlated",
 )
-"""Gate regimes; decay g in natural log.
+"""Patterns: how the inputs decay, g in natural log.
 
 layer       -A softplus(0.5 normal + bias): A uniform in [1, 16] per head, bias per channel, the
             inverse softplus of a step that is log-uniform in [0.001, 0.1]
@@ -54,14 +54,14 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     gate_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    regime: str = "layer",
+    pattern: str = "layer",
     seed: int = 0,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     initial_state: bool = False,
 ) -> dict[str, Tensor]:
     """Draw the tensors of one call, on `device`; the same arguments there give the same bits.
 
-    What a recurrence declares of each input (`Input.draw`), the decay as one of `REGIMES`. Neither
+    What a recurrence declares of each input (`Input.draw`), the decay as one of `PATTERNS`. Neither
     q nor k is normalised: call with `use_qk_l2norm_in_kernel=True`, or the recurrence explodes.
 
     Args:
@@ -78,8 +78,8 @@ def make_inputs(
         The inputs that every call takes, in the dims that the recurrence declares; initial_state
         [N, HV, K, V] (normal, float32) if asked for; cu_seqlens [N + 1] (int64) if given.
     """
-    if regime not in REGIMES:
-        raise InputError(f"regime must be one of {REGIMES}, but got {regime!r}")
+    if pattern not in PATTERNS:
+        raise InputError(f"pattern must be one of {PATTERNS}, but got {pattern!r}")
     if cu_seqlens is not None and B != 1:
         raise InputError(f"cu_seqlens needs a packed batch of B=1, but got B={B}")
     HV = H if HV is None else HV
@@ -97,7 +97,7 @@ def make_inputs(
     for name, draw in plain.items():
         if draw == "unit":
             tensors[name].sigmoid_()
-    if regime == "correlated":
+    if pattern == "correlated":
         shared = normal(B, 1, H, K).mul_(math.sqrt(_CORRELATION))
         tensors["k"].mul_(math.sqrt(1 - _CORRELATION)).add_(shared)
         if recurrence.erase is not None:
@@ -106,7 +106,7 @@ def make_inputs(
         name = recurrence.decay.input
         *rows, dim = shapes[name] if recurrence.per(name) == "channel" else (*shapes[name], 1)
         wide = torch.promote_types(gate_dtype, torch.float32)
-        decay = _decay(regime, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
+        decay = _decay(pattern, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
         tensors[name] = decay.view(shapes[name])
     ends = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, device=device).long()
     if initial_state:
@@ -118,26 +118,26 @@ def make_inputs(
 
 
 def _decay(
-    regime: str, shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
+    pattern: str, shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
     """Decay g of `shape` [B, T, HG, K] in natural log, <= 0."""
-    if regime == "mixed":
+    if pattern == "mixed":
         return _mixed_decay(shape, rng, dtype)
     g = torch.empty(shape, dtype=dtype, device=rng.device)
     constants = {"zero": 0.0, "constant": -5.95, "strong": -20.0}
-    if regime in constants:
-        return g.fill_(constants[regime])
-    if regime == "uniform":
+    if pattern in constants:
+        return g.fill_(constants[pattern])
+    if pattern == "uniform":
         return g.uniform_(-20.0, 0.0, generator=rng)
     *_, heads, dim = shape
     A = g.new_empty(heads, 1).uniform_(1.0, 16.0, generator=rng)
     step = g.new_empty(heads, dim).uniform_(math.log(1e-3), math.log(0.1), generator=rng).exp_()
     bias = step + torch.log(-torch.expm1(-step))
     g = F.softplus(g.normal_(generator=rng).mul_(0.5).add_(bias)).mul_(-A)
-    if regime == "sparse":
+    if pattern == "sparse":
         resets = torch.rand(shape, device=rng.device, generator=rng) < _RESET_RATE
         g.masked_fill_(resets, _RESET)
-    if regime == "correlated":
+    if pattern == "correlated":
         g.div_(16.0)  # The inverse is at its worst where little is forgotten within a chunk.
     return g
 
@@ -145,10 +145,10 @@ def _decay(
 def _mixed_decay(
     shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """Each channel of each head draws one of the plain regimes, and keeps it for all tokens."""
+    """Each channel of each head draws one of the plain patterns, and keeps it for all tokens."""
     plain = ("layer", "zero", "constant", "strong", "uniform", "sparse")
     choice = torch.randint(len(plain), shape[2:], device=rng.device, generator=rng)
     g = torch.empty(shape, dtype=dtype, device=rng.device)
-    for i, regime in enumerate(plain):
-        torch.where(choice == i, _decay(regime, shape, rng, dtype), g, out=g)
+    for i, pattern in enumerate(plain):
+        torch.where(choice == i, _decay(pattern, shape, rng, dtype), g, out=g)
     return g

@@ -11,13 +11,13 @@ from gdn2gen.family.registry import recurrence_named
 # have, by dtype of its inputs. Worst found on an H200: see docs/results.
 LIMITS: Final = {"bf16": 1e-2, "fp16": 4e-3, "fp32": 1e-4}
 # Keys correlated at 0.9 with b near 2 make I + T ill-conditioned: what 16 bits round off in T and A
-# comes back amplified. Measured 2.6 times the other regimes' worst here, 3.5 in a peer.
+# comes back amplified. Measured 2.6 times the other patterns' worst here, 3.5 in a peer.
 _AMPLIFIED: Final = {"correlated": 3.0}
 
 
-def limit_of(dtype: str, regime: str) -> float:
-    """Relative error that outputs and gradients may have in a regime of `inputs.REGIMES`."""
-    return LIMITS[dtype] * _AMPLIFIED.get(regime, 1.0)
+def limit_of(dtype: str, pattern: str) -> float:
+    """Relative error that outputs and gradients may have in a pattern of `inputs.PATTERNS`."""
+    return LIMITS[dtype] * _AMPLIFIED.get(pattern, 1.0)
 
 
 def slack_of(op: str) -> dict[str, float]:
@@ -32,5 +32,5 @@ def over(errors: Mapping[str, float], limit: float, op: str) -> dict[str, float]
 
 
 def widest_limit(dtype: str) -> float:
-    """What `limit_of` allows in the regime where it allows most."""
+    """What `limit_of` allows in the pattern where it allows most."""
     return LIMITS[dtype] * max(1.0, *_AMPLIFIED.values())

@@ -25,11 +25,11 @@ _STRONG: Final = {"rate": (1.0, 1.3), "bias": (0.0, 1.0)}
 
 
 def inputs_of(
-    problem: Problem, shape: Shape, regime: str, seed: int, device: str
+    problem: Problem, shape: Shape, pattern: str, seed: int, device: str
 ) -> dict[str, Tensor]:
     """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 
-    With a gate in the kernel the decay's input is a pre-activation, for which regimes mean little;
+    With a gate in the kernel the decay's input is a pre-activation, for which patterns mean little;
     it is then normal.
     """
     from gdn2gen.family.inputs import make_inputs
@@ -45,7 +45,7 @@ def inputs_of(
         dtype=TORCH_DTYPE[problem.dtype],
         gate_dtype=TORCH_DTYPE[problem.gate_dtype],
         device=device,
-        regime=regime,
+        pattern=pattern,
         seed=seed,
         cu_seqlens=shape.cu_seqlens,
         initial_state=problem.initial_state,
@@ -55,7 +55,7 @@ def inputs_of(
     if problem.gate != "none" and recurrence.decay is not None:
         generator = torch.Generator(device).manual_seed(seed + 1)
         g = torch.empty_like(inputs[recurrence.decay.input]).normal_(generator=generator)
-        strong = problem.bound and regime == "strong"
+        strong = problem.bound and pattern == "strong"
         inputs[recurrence.decay.input] = g.mul_(0.5).add_(3.0) if strong else g
         sizes = {"HG": shape.H, "K": problem.K}
         for x in recurrence.optional:

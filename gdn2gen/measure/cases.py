@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
 
-from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import HEAD_DIMS, Problem
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
@@ -23,8 +23,8 @@ class Case:
     problem: Problem
     shape: Shape
     """Sizes; its H is the number of value heads HV."""
-    regime: str = "mixed"
-    """Gate regime of the inputs, see `inputs.REGIMES`."""
+    pattern: str = "mixed"
+    """How the inputs decay, see `inputs.PATTERNS`."""
     H: int | None = None
     """Heads of q and k, where they are fewer than the value heads."""
     HG: int | None = None
@@ -49,7 +49,7 @@ def _gates(base: Case) -> dict[str, Case]:
         "sigmoid-no-A_log": {"gate": "sigmoid"},
     }
     return {
-        name: replace(base, problem=replace(base.problem, **fields), regime="layer")
+        name: replace(base, problem=replace(base.problem, **fields), pattern="layer")
         for name, fields in found.items()
         if fields["gate"] in activations
     }
@@ -83,9 +83,9 @@ def _features(base: Case) -> Iterator[Case]:
         yield replace(case, name=f"{base.name}-{name}")
 
 
-def _regimes(base: Case) -> Iterator[Case]:
-    for regime in REGIMES:
-        yield replace(base, name=f"{base.name}-{regime}", regime=regime)
+def _patterns(base: Case) -> Iterator[Case]:
+    for pattern in PATTERNS:
+        yield replace(base, name=f"{base.name}-{pattern}", pattern=pattern)
 
 
 def _head_dims(base: Case) -> Iterator[Case]:
@@ -99,20 +99,20 @@ def _head_dims(base: Case) -> Iterator[Case]:
 def _interpreter_cases(op: str) -> Iterator[Case]:
     problem = Problem(op=op, K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
     small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
-    yield from _regimes(small)
+    yield from _patterns(small)
     yield from _features(small)
     yield from _head_dims(small)
     half = replace(small, name="small-fp16", problem=replace(problem, dtype="fp16"))
-    yield from _regimes(half)
+    yield from _patterns(half)
     mixed = replace(half, name="small-fp16-K64-V32", problem=replace(half.problem, K=64))
     yield from (mixed, replace(mixed, name=f"{mixed.name}-repeat", check="repeat"))
-    yield from _regimes(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
+    yield from _patterns(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
 
 
 def _gpu_cases(op: str) -> Iterator[Case]:
     problem = Problem(op=op, initial_state=True, final_state=True)
     base = Case("bf16", problem, _shape(2, 1000, 4))
-    yield from _regimes(base)
+    yield from _patterns(base)
     yield from _features(base)
     yield from _head_dims(replace(base, shape=_shape(2, 300, 3)))
     yield replace(base, name="bf16-gates-bf16", problem=replace(problem, gate_dtype="bf16"))
@@ -120,7 +120,7 @@ def _gpu_cases(op: str) -> Iterator[Case]:
     yield replace(base, name="bf16-repeat-large", shape=_shape(2, 4096, 16), check="repeat")
     for dtype in ("fp16", "fp32"):
         other = replace(base, name=dtype, problem=replace(problem, dtype=dtype))
-        yield from _regimes(other)
+        yield from _patterns(other)
         yield from _head_dims(replace(other, shape=_shape(1, 300, 2)))
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-QUICK_REGIMES: Final = ("layer", "sparse", "zero")
+QUICK_PATTERNS: Final = ("layer", "sparse", "zero")
 QUICK_REPEATS: Final = 3
 # For finalists only: 30 identical calls have found races that 3 did not.
 FULL_REPEATS: Final = 30
@@ -37,7 +37,7 @@ RAGGED: Final = Shape("ragged", 1, 1100, 8)
 # 8 * 32 = 256 blocks even in a scan that takes a whole head per block.
 MANY_BLOCKS: Final = Shape("many-blocks", 8, 192, 32)
 # Of the parallel scans: the third segment's start is the first that takes a transition.
-SEGMENT_REGIMES: Final = ("layer", "zero")
+SEGMENT_PATTERNS: Final = ("layer", "zero")
 RAGGED_PACKED: Final = Shape("ragged", 1, 333, 3, (0, 0, 100, 101, 333))
 MANY_BLOCKS_PACKED: Final = Shape("many-blocks", 1, 1536, 32, tuple(range(0, 1537, 192)))
 
@@ -73,7 +73,7 @@ def full_problem(problem: Problem) -> Problem:
 def check_recipe(
     recipe: Recipe,
     *,
-    regimes: tuple[str, ...],
+    patterns: tuple[str, ...],
     repeats: int,
     shapes: tuple[Shape, Shape],
     segmented: Shape | None = None,
@@ -81,66 +81,66 @@ def check_recipe(
 ) -> CheckResult:
     """Hold a recipe against the fp64 reference, then against itself.
 
-    In every regime at each of `shapes`, and in two more at `segmented`.
+    In every pattern at each of `shapes`, and in two more at `segmented`.
 
     Passes if every error is within the bound of the problem's dtype (`tolerances.limit_of`,
     one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
     kernels raise.
     """
     worst: dict[str, float] = {}
-    cases = [(shape, regime) for shape in shapes for regime in regimes]
+    cases = [(shape, pattern) for shape in shapes for pattern in patterns]
     if segmented is not None:
-        cases += [(segmented, regime) for regime in SEGMENT_REGIMES]
+        cases += [(segmented, pattern) for pattern in SEGMENT_PATTERNS]
     with _poisoned(), forced(recipe):
-        for shape, regime in cases:
-            limit = limit_of(recipe.problem.dtype, regime)
-            errors = _errors(recipe.problem, shape, regime, device)
+        for shape, pattern in cases:
+            limit = limit_of(recipe.problem.dtype, pattern)
+            errors = _errors(recipe.problem, shape, pattern, device)
             worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
             wrong = over(errors, limit, recipe.problem.op)
             if wrong:
-                return CheckResult(False, worst, _wrong(wrong, limit, regime, shape))
+                return CheckResult(False, worst, _wrong(wrong, limit, pattern, shape))
         moved = _moved(recipe.problem, shapes[1], repeats, device)
     if moved:
         return CheckResult(False, worst, moved)
     return CheckResult(True, worst)
 
 
-def _wrong(wrong: Mapping[str, float], limit: float, regime: str, shape: Shape) -> str:
+def _wrong(wrong: Mapping[str, float], limit: float, pattern: str, shape: Shape) -> str:
     names = ", ".join(f"{name} is off by {error:.2e}" for name, error in wrong.items())
-    return f"{names} (bound {limit:.1e}; regime {regime}, {shape.B}x{shape.T}x{shape.H})"
+    return f"{names} (bound {limit:.1e}; pattern {pattern}, {shape.B}x{shape.T}x{shape.H})"
 
 
-def _errors(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, float]:
+def _errors(problem: Problem, shape: Shape, pattern: str, device: str) -> dict[str, float]:
     from gdn2gen.measure.checks import errors_in_range
 
-    found = _run(problem, shape, regime, device)
-    return errors_in_range(found, exact(problem, shape, regime, device), problem.dtype)
+    found = _run(problem, shape, pattern, device)
+    return errors_in_range(found, exact(problem, shape, pattern, device), problem.dtype)
 
 
-def _run(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+def _run(problem: Problem, shape: Shape, pattern: str, device: str) -> dict[str, Tensor]:
     from gdn2gen.measure.accuracy import public_op, run_op
 
-    inputs, gradients = drawn(problem, shape, regime, device)
+    inputs, gradients = drawn(problem, shape, pattern, device)
     return run_op(public_op(problem.op), problem, inputs, gradients)
 
 
 @lru_cache(maxsize=32)
 def drawn(
-    problem: Problem, shape: Shape, regime: str, device: str
+    problem: Problem, shape: Shape, pattern: str, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and gradients of the outputs, kept: they are the same for every recipe."""
     from gdn2gen.measure.accuracy import inputs_of, output_gradients
 
-    inputs = inputs_of(problem, shape, regime, 0, device)
+    inputs = inputs_of(problem, shape, pattern, 0, device)
     return inputs, output_gradients(problem, shape, 0, device)
 
 
 @lru_cache(maxsize=32)
-def exact(problem: Problem, shape: Shape, regime: str, device: str) -> dict[str, Tensor]:
+def exact(problem: Problem, shape: Shape, pattern: str, device: str) -> dict[str, Tensor]:
     """The reference's answer, kept: it is the same for every recipe. In fp32 to save memory."""
     from gdn2gen.measure.accuracy import run_reference
 
-    results = run_reference(problem, *drawn(problem, shape, regime, device))
+    results = run_reference(problem, *drawn(problem, shape, pattern, device))
     return {name: x.float() for name, x in results.items()}
 
 
@@ -203,5 +203,5 @@ def check_interpreted(recipe: Recipe) -> CheckResult:
     shapes = TINY_PACKED if problem.varlen else TINY
     exact_recipe = replace(recipe, problem=problem, configs=configs)
     return check_recipe(
-        exact_recipe, regimes=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
+        exact_recipe, patterns=("layer", "sparse"), repeats=1, shapes=shapes, device="cpu"
     )

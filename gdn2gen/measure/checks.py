@@ -68,7 +68,7 @@ def run_case(case: Case, device: str) -> Result:
 
 def case_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs of the op, and the gradients of its outputs."""
-    inputs = inputs_of(case.problem, case.shape, case.regime, 0, device)
+    inputs = inputs_of(case.problem, case.shape, case.pattern, 0, device)
     fewer = {"H": case.H, "HG": case.HG}
     for x in recurrence_named(case.problem.op).inputs:
         for place, symbol in enumerate(x.symbols):
@@ -113,7 +113,7 @@ def _check_accuracy(case: Case, device: str) -> Result:
     inputs, grads = case_inputs(case, device)
     exact = run_reference(case.problem, inputs, grads)
     errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
-    limit = limit_of(case.problem.dtype, case.regime)
+    limit = limit_of(case.problem.dtype, case.pattern)
     wrong = [f"{name} {error:.1e}" for name, error in over(errors, limit, case.problem.op).items()]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
     return Result(case.name, case.check, not wrong, errors, limit, message)

@@ -168,7 +168,7 @@ def _errors_table(rows: Sequence[Row]) -> Sheet:
             if side is not None and all(side.errors != seen.errors for seen in sides):
                 labels.append(label)
                 sides.append(side)
-    title = "Worst relative error against fp64, and the gate regime it was found in"
+    title = "Worst relative error against fp64, and the pattern of decay it was found in"
     table = Sheet(title, ("output", *labels), words=("output",))
     names = dict.fromkeys(name for side in sides for name in side.errors)
     for name in names:

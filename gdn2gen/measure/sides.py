@@ -33,15 +33,16 @@ _TURNS: Final = 2
 
 # A reference in fp64 at a full shape would take longer than everything else together.
 ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
-ACCURACY_REGIMES: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
+ACCURACY_PATTERNS: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Worst relative error of one output or gradient, and the gate regime it was found in."""
+    """Worst relative error of one output or gradient, and the pattern of decay it was found in."""
 
     error: float
     regime: str
+    """The pattern; files of results call it by this name."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ class Side:
 
 
 def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
-    """Worst error over ACCURACY_REGIMES, per output and gradient, at ACCURACY_SHAPE."""
+    """Worst error over ACCURACY_PATTERNS, per output and gradient, at ACCURACY_SHAPE."""
     problem = replace(problem, final_state=True)
     worst: dict[str, Errors] = {}
-    for regime in ACCURACY_REGIMES:
-        inputs = inputs_of(problem, ACCURACY_SHAPE, regime, 0, "cuda")
+    for pattern in ACCURACY_PATTERNS:
+        inputs = inputs_of(problem, ACCURACY_SHAPE, pattern, 0, "cuda")
         gradients = output_gradients(problem, ACCURACY_SHAPE, 0, "cuda")
         exact = run_reference(problem, inputs, gradients)
         found = relative_errors(run_op(function, problem, inputs, gradients), exact)
         for name, error in found.items():
             if name not in worst or error > worst[name].error:
-                worst[name] = Errors(error, regime)
+                worst[name] = Errors(error, pattern)
     return worst
 
 

@@ -120,13 +120,13 @@ def sized(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> 
 def draw(
     problem: Problem,
     shape: Shape,
-    regime: str = "mixed",
+    pattern: str = "mixed",
     *,
     H: int | None = None,
     HG: int | None = None,
 ) -> tuple[Tensors, Tensors]:
     """Inputs of the op, and the gradients of its outputs. H, HG: fewer heads of q, k and g, b."""
-    return case_inputs(Case("drawn", problem, shape, regime, H=H, HG=HG), DEVICE)
+    return case_inputs(Case("drawn", problem, shape, pattern, H=H, HG=HG), DEVICE)
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensors:
@@ -139,12 +139,12 @@ def off(
     results: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
     problem: Problem,
-    regime: str = "mixed",
+    pattern: str = "mixed",
     *,
     slack: float = 1.0,
 ) -> dict[str, str]:
     """Error of each result that is above the bound; empty if all is well."""
-    bound = slack * _BOUNDS[problem.dtype] * _AMPLIFIED.get(regime, 1.0)
+    bound = slack * _BOUNDS[problem.dtype] * _AMPLIFIED.get(pattern, 1.0)
     errors = errors_in_range(results, exact, problem.dtype)
     slacks = slack_of(problem.op)
     bounds = {name: bound * slacks.get(name, 1.0) for name in errors}

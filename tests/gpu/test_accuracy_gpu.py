@@ -7,7 +7,7 @@ import torch
 from gpu_support import BY_64, LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
 from torch import Tensor
 
-from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import run_reference
 
@@ -22,23 +22,23 @@ DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
 
 
 def check(
-    name: str, shape: Shape, regime: str, *, H: int | None = None, HG: int | None = None
+    name: str, shape: Shape, pattern: str, *, H: int | None = None, HG: int | None = None
 ) -> None:
     """Hold both levels of a problem against one run of the reference."""
     problem = PROBLEMS[name]
-    inputs, grads = draw(problem, shape, regime, H=H, HG=HG)
+    inputs, grads = draw(problem, shape, pattern, H=H, HG=HG)
     exact = run_reference(problem, inputs, grads)
     for level in LEVELS:
         with poisoned():
             results = run(recipe_of(name, level), inputs, grads)
         assert results.keys() == exact.keys()
-        assert not off(results, exact, problem, regime), level
+        assert not off(results, exact, problem, pattern), level
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
-def test_every_gate_regime(name: str, regime: str) -> None:
-    check(name, LONG, regime)
+def test_every_pattern(name: str, pattern: str) -> None:
+    check(name, LONG, pattern)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
@@ -68,9 +68,9 @@ def test_grouped_value_heads(name: str, HG: int) -> None:
     check(name, GROUPED, "layer", H=2, HG=HG)
 
 
-@pytest.mark.parametrize("regime", ["layer", "mixed"])
-def test_packed_documents(regime: str) -> None:
-    check("packed", DOCUMENTS, regime)
+@pytest.mark.parametrize("pattern", ["layer", "mixed"])
+def test_packed_documents(pattern: str) -> None:
+    check("packed", DOCUMENTS, pattern)
 
 
 @pytest.mark.parametrize("T", [1, 16, 64, 65])

@@ -85,7 +85,7 @@ def heads_of(tensors: Tensors, heads: slice) -> Tensors:
 
 @pytest.mark.parametrize("decay", [-5.9, -6.0, -20.0])
 def test_case_4_strong_decay(decay: float) -> None:
-    """At -20 dg is some 1e-9 and still has its bits; U(-20, 0) and resets are gate regimes."""
+    """At -20 dg is some 1e-9 and still has its bits; U(-20, 0) and resets are patterns."""
     problem = PROBLEMS["bf16"]
     inputs, grads = draw(problem, STEEP, "constant")
     inputs["g"] = torch.full_like(inputs["g"], decay)

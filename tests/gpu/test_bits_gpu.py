@@ -133,13 +133,13 @@ def test_packed_is_one_sequence_at_a_time(alone: str, level: str) -> None:
         assert not moved(run(recipe, one, seeds), expected), f"document {n}: {start} to {end}"
 
 
-@pytest.mark.parametrize("regime", ["layer", "mixed"])
+@pytest.mark.parametrize("pattern", ["layer", "mixed"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_nothing_is_left_unwritten(name: str, level: str, regime: str) -> None:
+def test_nothing_is_left_unwritten(name: str, level: str, pattern: str) -> None:
     """With NaN in every buffer beforehand, the bits are those of a call without."""
     recipe = recipe_of(name, level)
-    inputs, grads = draw(recipe.problem, shape_for(name, RAGGED, RAGGED_DOCUMENTS), regime)
+    inputs, grads = draw(recipe.problem, shape_for(name, RAGGED, RAGGED_DOCUMENTS), pattern)
     clean = run(recipe, inputs, grads)
     with poisoned():
         poisonous = run(recipe, inputs, grads)

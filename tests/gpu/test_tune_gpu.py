@@ -66,7 +66,7 @@ def test_a_candidate_that_is_forced_runs_forward_and_backward(monkeypatch):
     """The backward must run the forced recipe, too: its saved tensors depend on the chunk size."""
     recipe = Recipe.default(Problem(K=64, V=64), "lean", BT=32)
     shapes = check.check_shapes(recipe.problem)
-    result = check.check_recipe(recipe, regimes=("layer",), repeats=3, shapes=shapes)
+    result = check.check_recipe(recipe, patterns=("layer",), repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -79,7 +79,7 @@ def test_scans_in_tilelang_pass_the_gate(packed, plan):
         config = default_config(stage, problem, BT=64).replace(language="tilelang")
         recipe = recipe.with_config(config)
     shapes = check.check_shapes(problem)
-    result = check.check_recipe(recipe, regimes=check.QUICK_REGIMES, repeats=3, shapes=shapes)
+    result = check.check_recipe(recipe, patterns=check.QUICK_PATTERNS, repeats=3, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -105,8 +105,8 @@ def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
         )
         recipe = recipe.with_config(config)
     shapes = (check.RAGGED, Shape("five-segments", 2, 33 * 4 * 32 + 40, 3))
-    regimes = ("layer", "sparse", "strong", "zero")
-    result = check.check_recipe(recipe, regimes=regimes, repeats=10, shapes=shapes)
+    patterns = ("layer", "sparse", "strong", "zero")
+    result = check.check_recipe(recipe, patterns=patterns, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -125,7 +125,7 @@ def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
     ids=["plain", "packed", "softplus", "sigmoid-packed", "packed-states"],
 )
 def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
-    """Strong decay, which a Triton kernel beside some of them takes over, among the regimes.
+    """Strong decay, which a Triton kernel beside some of them takes over, among the patterns.
 
     Both ways to invert, by turns.
     """
@@ -134,8 +134,8 @@ def test_stages_by_chunk_in_tilelang_pass_the_gate(problem, plan):
     if plan != "lean":
         recipe = recipe.with_config(recipe["prepare"].replace(solve="ieee"))
     shapes = check.check_shapes(full)
-    regimes = ("layer", "sparse", "strong", "mixed", "zero")
-    result = check.check_recipe(recipe, regimes=regimes, repeats=10, shapes=shapes)
+    patterns = ("layer", "sparse", "strong", "mixed", "zero")
+    result = check.check_recipe(recipe, patterns=patterns, repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 
@@ -152,7 +152,7 @@ def test_bounded_placement_passes_the_gate(language, changes):
         if "decay" in config:
             recipe = recipe.with_config(config.replace(decay="bounded"))
     shapes = check.check_shapes(full)
-    result = check.check_recipe(recipe, regimes=("layer", "strong"), repeats=10, shapes=shapes)
+    result = check.check_recipe(recipe, patterns=("layer", "strong"), repeats=10, shapes=shapes)
     assert result.ok, result.reason
 
 

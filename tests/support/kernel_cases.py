@@ -1,4 +1,4 @@
-"""Cases for every template in Triton's interpreter, over plans, knobs, flags and regimes.
+"""Cases for every template in Triton's interpreter, over plans, knobs, flags and patterns.
 
 `gdn2gen verify` runs every option with the default configs; these run the options again with
 configs off the default. `run` needs TRITON_INTERPRET=1 before triton is imported, so the tests call
@@ -17,7 +17,7 @@ from typing import Any, Final
 import not_finite
 from torch import Tensor
 
-from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
@@ -56,7 +56,7 @@ class KernelCase:
         """Relative error (norm of the difference over norm of the reference) that it may have."""
         if self.case.problem.dtype == "fp16":
             # worst found: correlated 2.2e-3, else 8.7e-4
-            return 6e-3 if self.case.regime == "correlated" else 3e-3
+            return 6e-3 if self.case.pattern == "correlated" else 3e-3
         if not self.case.problem.l2norm:
             return 3e-5  # 9.7e-6: the recurrence explodes where keys are not normalised
         if self.case.problem.has_A_log:
@@ -115,7 +115,7 @@ BOUNDED: Final = ("decay", "bounded")
 
 
 def _cases() -> Iterator[KernelCase]:
-    """The knobs on one problem; then options, sizes and regimes, each with the next knobs."""
+    """The knobs on one problem; then options, sizes and patterns, each with the next knobs."""
     knobs = itertools.cycle(_KNOBS)
 
     def with_next(case: Case) -> KernelCase:
@@ -176,7 +176,7 @@ def _cases() -> Iterator[KernelCase]:
         yield with_next(Case(name, problem, _shape(2, 0, 1), check="empty"))
     yield with_next(Case("T0-grouped", _STATES, _shape(2, 0, 4), H=2, check="empty"))
 
-    for regime in REGIMES:
+    for pattern in PATTERNS:
         for plan, BT, decay in (
             ("lean", 64, "log"),
             ("fast", 16, "tree"),
@@ -184,10 +184,10 @@ def _cases() -> Iterator[KernelCase]:
             ("lean", 32, "anchored"),
             ("fast", 64, "anchored"),
         ):
-            case = Case(regime, _STATES, _shape(1, 70, 1), regime=regime)
+            case = Case(pattern, _STATES, _shape(1, 70, 1), pattern=pattern)
             yield KernelCase(case, plan, (("BT", BT), ("decay", decay)))
-        half = replace(wide, dtype="fp16", gate_dtype="fp16" if regime == "layer" else "fp32")
-        yield with_next(Case(f"fp16-{regime}", half, _shape(1, 70, 1), regime=regime))
+        half = replace(wide, dtype="fp16", gate_dtype="fp16" if pattern == "layer" else "fp32")
+        yield with_next(Case(f"fp16-{pattern}", half, _shape(1, 70, 1), pattern=pattern))
 
     for plan, chosen in _KNOBS:
         case = Case("causality", _STATES, _shape(1, 22, 1), check="causality")
@@ -203,7 +203,7 @@ def _bounded_cases() -> Iterator[KernelCase]:
     sigmoid = replace(_STATES, gate="sigmoid", bound=2)
 
     def case(name: str, problem: Problem, plan: str, BT: int, **changes: Any) -> KernelCase:
-        made = Case(f"bounded-{name}", problem, _shape(1, 70, 1), regime="strong")
+        made = Case(f"bounded-{name}", problem, _shape(1, 70, 1), pattern="strong")
         return KernelCase(replace(made, **changes), plan, (("BT", BT), BOUNDED))
 
     gated = replace(sigmoid, has_A_log=True, has_dt_bias=True)
@@ -220,7 +220,7 @@ def _bounded_cases() -> Iterator[KernelCase]:
     yield case("no-l2norm-16", replace(sigmoid, l2norm=False), "lean", 16)
     yield case("no-l2norm-32", replace(sigmoid, l2norm=False, bound=1), "fast", 32)
     yield case("grouped", gated, "lean", 32, shape=_shape(2, 20, 4), H=2, HG=2)
-    yield case("layer", gated, "fast", 32, regime="layer")
+    yield case("layer", gated, "fast", 32, pattern="layer")
 
 
 CASES: Final = tuple(_cases())
@@ -228,17 +228,17 @@ BY_NAME: Final = {case.name: case for case in CASES}
 
 
 def run_bf16(
-    regime: str, plan: str, BT: int, gate: str = "none", bound: int = 0, decay: str = ""
+    pattern: str, plan: str, BT: int, gate: str = "none", bound: int = 0, decay: str = ""
 ) -> Result:
     """The accuracy suite's check in bf16; the test holds its errors to bounds of their own."""
     problem = Problem(K=64, V=64, gate=gate, bound=bound)
     knobs = (("BT", BT), *((("decay", decay),) if decay else ()))
-    case = Case("bf16", problem, _shape(1, 70, 4), regime=regime)
+    case = Case("bf16", problem, _shape(1, 70, 4), pattern=pattern)
     with forced_recipe(KernelCase(case, plan, knobs).recipe):
         return run_case(case, "cpu")
 
 
-# Values that no regime draws
+# Values that no pattern draws
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Extreme:
     limit: float = 1e-5
 
 
-def later_rows(regime: str, packed: bool) -> dict[str, float]:
+def later_rows(pattern: str, packed: bool) -> dict[str, float]:
     """What later_frames_kernel, the Triton part of the TileLang prepare, makes of A and Aqk.
 
     They are given as the Triton prepare makes them, with NaN where some channel is out of the first
@@ -265,7 +265,7 @@ def later_rows(regime: str, packed: bool) -> dict[str, float]:
 
     problem = Problem(K=64, V=64, varlen=packed)
     shape = _shape(1, 70, 2, (0, 21, 21, 70) if packed else None)
-    inputs, _ = case_inputs(Case("later", problem, shape, regime), "cpu")
+    inputs, _ = case_inputs(Case("later", problem, shape, pattern), "cpu")
     loaded = runner.Runner(Recipe.default(problem))
     call = call_of(problem, shape, torch.device("cpu"))
     given = {**inputs}

@@ -42,7 +42,7 @@ def check_quick(recipe: Recipe) -> CheckResult:
     """The check that every recipe passes before it is timed."""
     return check.check_recipe(
         recipe,
-        regimes=check.QUICK_REGIMES,
+        patterns=check.QUICK_PATTERNS,
         repeats=check.QUICK_REPEATS,
         shapes=check.check_shapes(recipe.problem),
         segmented=check.segmented_shape(recipe),
@@ -50,14 +50,14 @@ def check_quick(recipe: Recipe) -> CheckResult:
 
 
 def check_full(recipe: Recipe) -> CheckResult:
-    """The check for finalists: every regime, states in and out, and many repeats."""
-    from gdn2gen.family.inputs import REGIMES
+    """The check for finalists: every pattern, states in and out, and many repeats."""
+    from gdn2gen.family.inputs import PATTERNS
 
     full = replace(recipe, problem=check.full_problem(recipe.problem))
     shapes = check.check_shapes(full.problem)
     return check.check_recipe(
         full,
-        regimes=REGIMES,
+        patterns=PATTERNS,
         repeats=check.FULL_REPEATS,
         shapes=shapes,
         segmented=check.segmented_shape(full),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.family.inputs import REGIMES, make_inputs
+from gdn2gen.family.inputs import PATTERNS, make_inputs
 from gdn2gen.family.reference import activate_gate, chunk_gdn2, l2norm, recurrent_gdn2
 
 Form = Callable[..., tuple[Tensor, Tensor]]
@@ -76,9 +76,9 @@ def equation(
 
 
 @FORMS
-@pytest.mark.parametrize("regime", REGIMES)
-def test_equation(form: Form, regime: str) -> None:
-    x = draw(2, 21, 2, 8, 12, regime=regime, initial_state=True)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_equation(form: Form, pattern: str) -> None:
+    x = draw(2, 21, 2, 8, 12, pattern=pattern, initial_state=True)
     x["q"], x["k"] = l2norm(x["q"]), l2norm(x["k"])
     o, state = form(**x, scale=0.3)
     for n in range(2):
@@ -116,23 +116,23 @@ def test_tied_gates_are_kda(form: Form) -> None:
 
 
 @cache
-def hostile(regime: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def hostile(pattern: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and the recurrence's results: 77 tokens end within a chunk of any size."""
-    x = draw(2, 77, 2, 24, 40, regime=regime, initial_state=True)
+    x = draw(2, 77, 2, 24, 40, pattern=pattern, initial_state=True)
     return x, run(recurrent_gdn2, x)
 
 
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_chunk_form_is_the_recurrence(regime: str, chunk_size: int) -> None:
-    x, wanted = hostile(regime)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_chunk_form_is_the_recurrence(pattern: str, chunk_size: int) -> None:
+    x, wanted = hostile(pattern)
     assert_close(run(chunk_gdn2, x, chunk_size=chunk_size), wanted)
 
 
-@pytest.mark.parametrize("regime", ["strong", "sparse", "mixed"])
-def test_small_decay_gradients_are_exact_too(regime: str) -> None:
+@pytest.mark.parametrize("pattern", ["strong", "sparse", "mixed"])
+def test_small_decay_gradients_are_exact_too(pattern: str) -> None:
     """dg of a channel that decays by exp(-20) drowns in the norm of all, so channel by channel."""
-    x, wanted = hostile(regime)
+    x, wanted = hostile(pattern)
     found = run(chunk_gdn2, x)["dg"]
     error = (found - wanted["dg"]).norm(dim=(0, 1)) / wanted["dg"].norm(dim=(0, 1))
     assert error.max().item() < 1e-12
@@ -140,7 +140,7 @@ def test_small_decay_gradients_are_exact_too(regime: str) -> None:
 
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_full_resets(chunk_size: int) -> None:
-    x = draw(1, 70, 2, 8, 12, regime="sparse", initial_state=True)
+    x = draw(1, 70, 2, 8, 12, pattern="sparse", initial_state=True)
     x["g"] = x["g"].masked_fill(x["g"] == -300, -math.inf)
     x["g"][:, 40] = -math.inf
     wanted, found = run(recurrent_gdn2, x), run(chunk_gdn2, x, chunk_size=chunk_size)
@@ -150,7 +150,7 @@ def test_full_resets(chunk_size: int) -> None:
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 130])
 def test_lengths(T: int) -> None:
-    x = draw(1, T, 2, 8, 12, regime="mixed", initial_state=True)
+    x = draw(1, T, 2, 8, 12, pattern="mixed", initial_state=True)
     wanted = run(recurrent_gdn2, x)
     assert_close(run(chunk_gdn2, x, chunk_size=16), wanted)
     assert_close(run(chunk_gdn2, x), wanted)
@@ -272,7 +272,7 @@ def test_activate_gate_formulas() -> None:
 @FORMS
 def test_causality(form: Form) -> None:
     """The last of 22 tokens moves nothing before it, bit for bit, forward and backward."""
-    x = draw(1, 22, 2, 16, 24, regime="mixed")
+    x = draw(1, 22, 2, 16, 24, pattern="mixed")
     moved = {name: y.clone() for name, y in x.items()}
     moved["g"][:, 21] -= 3.0
     for name in "qkvbw":
@@ -332,10 +332,10 @@ def test_dtypes(
     assert (found["o"] - exact["o"]).norm() <= 4 * rounding * exact["o"].norm()
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_float32_is_near(regime: str) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_float32_is_near(pattern: str) -> None:
     """Single precision loses no more than its rounding; 4e-6 where the inverse amplifies it."""
-    x, wanted = hostile(regime)
+    x, wanted = hostile(pattern)
     found = run(chunk_gdn2, {name: y.float() for name, y in x.items()})
     assert_close(found, {name: y.float() for name, y in wanted.items()}, tolerance=2e-5)
 
@@ -382,16 +382,16 @@ def test_bad_chunks_and_batches() -> None:
         chunk_gdn2(**x, chunk_size=48)
     with pytest.raises(InputError, match="B=1, but got B=2"):
         chunk_gdn2(**x, cu_seqlens=torch.tensor([0, 9]))
-    with pytest.raises(InputError, match="regime must be one of"):
-        make_inputs(1, 9, 2, 8, 12, regime="gentle")
+    with pytest.raises(InputError, match="pattern must be one of"):
+        make_inputs(1, 9, 2, 8, 12, pattern="gentle")
     with pytest.raises(InputError, match="B=1, but got B=2"):
         make_inputs(2, 9, 2, 8, 12, cu_seqlens=[0, 9])
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_make_inputs(regime: str) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_make_inputs(pattern: str) -> None:
     sizes = (1, 50, 2, 16, 24)
-    options: dict[str, Any] = {"regime": regime, "dtype": torch.bfloat16, "HV": 4}
+    options: dict[str, Any] = {"pattern": pattern, "dtype": torch.bfloat16, "HV": 4}
     options.update(cu_seqlens=(0, 20, 50), initial_state=True)
     x, again = make_inputs(*sizes, **options), make_inputs(*sizes, **options)
     other = make_inputs(*sizes, **options, seed=1)
@@ -413,9 +413,9 @@ def test_make_inputs(regime: str) -> None:
     assert x["g"].max() <= 0
 
 
-def test_regimes_are_what_they_say() -> None:
-    def decay(regime: str) -> Tensor:
-        return make_inputs(2, 500, 4, 32, 8, regime=regime)["g"]
+def test_patterns_are_what_they_say() -> None:
+    def decay(pattern: str) -> Tensor:
+        return make_inputs(2, 500, 4, 32, 8, pattern=pattern)["g"]
 
     assert decay("zero").eq(0).all()
     assert decay("constant").eq(-5.95).all()
@@ -427,7 +427,7 @@ def test_regimes_are_what_they_say() -> None:
     zeros = decay("mixed").eq(0).all(1)
     assert zeros.any() and not zeros.all()
 
-    x = make_inputs(1, 200, 2, 64, 8, regime="correlated", dtype=torch.float64)
+    x = make_inputs(1, 200, 2, 64, 8, pattern="correlated", dtype=torch.float64)
     assert x["b"].min() > 1.9 and x["b"].max() <= 2
     unit = l2norm(x["k"])[0, :, 0]
     assert (unit @ unit.T).mean().item() == pytest.approx(0.9, abs=0.05)

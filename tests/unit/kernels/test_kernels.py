@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
 
-from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.checks import Result
@@ -34,7 +34,7 @@ def test_kernels(case: KernelCase, interpreter: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [(regime, "lean", 32) for regime in REGIMES]
+    [(pattern, "lean", 32) for pattern in PATTERNS]
     + [("mixed", "fast", 32), ("mixed", "lean", 64), ("mixed", "fast", 16)]
     + [
         ("strong", "lean", 32, "sigmoid", 2, "bounded"),
@@ -56,14 +56,14 @@ def test_kernels_in_bf16(given: tuple[str | int, ...], interpreter: Callable[...
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("regime", ["layer", "sparse", "strong"])
+@pytest.mark.parametrize("pattern", ["layer", "sparse", "strong"])
 def test_later_frames_leave_the_first_one_alone(
-    regime: str, packed: bool, interpreter: Callable[..., Any]
+    pattern: str, packed: bool, interpreter: Callable[..., Any]
 ) -> None:
     """The Triton part of the TileLang prepare: forward outputs stay causal bit for bit."""
-    found = interpreter("kernel_cases:later_rows", regime, packed)
+    found = interpreter("kernel_cases:later_rows", pattern, packed)
     assert found["moved"] == 0
-    assert (found["rows"] > 0) == (regime != "layer")
+    assert (found["rows"] > 0) == (pattern != "layer")
     if found["rows"]:
         # other anchors round other factors to 8 bits
         assert found["A"] < 1e-2 and found["Aqk"] < 1e-2
@@ -128,7 +128,7 @@ def test_states_beyond_fp16_show(interpreter: Callable[..., Any]) -> None:
 
 
 def test_the_list_leaves_nothing_out() -> None:
-    """Every stage, every value of the knobs that change its code, every option and regime."""
+    """Every stage, every value of the knobs that change its code, every option and pattern."""
     assert len({case.name for case in CASES}) == len(CASES)
     configs = [x for case in CASES for x in case.recipe.configs]
     assert {x.stage for x in configs} == {*STAGES}
@@ -151,6 +151,6 @@ def test_the_list_leaves_nothing_out() -> None:
         assert {x.gate for x in problems} == {"none", "softplus", "sigmoid"}
         for flag in ("varlen", "initial_state", "final_state", "state_v_first", "has_dt_bias"):
             assert {getattr(x, flag) for x in problems} == {True, False}
-    assert {case.case.regime for case in CASES} == {*REGIMES}
+    assert {case.case.pattern for case in CASES} == {*PATTERNS}
     assert {case.case.problem.dtype for case in CASES} == {"fp32", "fp16"}
     assert {0, 1, 15, 70} <= {case.case.shape.T for case in CASES}

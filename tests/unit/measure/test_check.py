@@ -26,7 +26,7 @@ def right(*args, output_final_state, **kwargs):
 def checked(problem=PROBLEM, shapes=SHAPES, repeats=3):
     recipe = Recipe.default(problem, "lean")
     return check.check_recipe(
-        recipe, regimes=("layer", "sparse"), repeats=repeats, shapes=shapes, device="cpu"
+        recipe, patterns=("layer", "sparse"), repeats=repeats, shapes=shapes, device="cpu"
     )
 
 
@@ -58,7 +58,7 @@ def test_packed_batches_and_gates_in_the_kernel_pass():
     assert result.ok and {"dA_log", "ddt_bias"} <= set(result.errors)
 
 
-def test_a_wrong_output_is_named_with_error_regime_and_size(monkeypatch):
+def test_a_wrong_output_is_named_with_error_pattern_and_size(monkeypatch):
     replace_op(monkeypatch, lambda o: o * 1.05)
     result = checked()
     assert not result.ok
@@ -129,7 +129,7 @@ def test_parallel_scans_are_gated_where_a_transition_is_taken(monkeypatch):
     replace_op(monkeypatch, wrong)
     found = check.check_recipe(
         recipe,
-        regimes=("layer",),
+        patterns=("layer",),
         repeats=1,
         shapes=SHAPES,
         segmented=shape,

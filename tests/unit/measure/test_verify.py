@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family import reference
-from gdn2gen.family.inputs import REGIMES
+from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import DTYPES, HEAD_DIMS
 from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.tolerances import over
@@ -31,7 +31,7 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["interpreter", "gpu"])
 def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
-    assert {case.regime for case in cases} == {*REGIMES}
+    assert {case.pattern for case in cases} == {*PATTERNS}
     dims = {(case.problem.K, case.problem.V) for case in cases}
     assert dims == {(K, V) for K in HEAD_DIMS for V in HEAD_DIMS}
     assert {case.problem.gate for case in cases} == {*GATES}
@@ -43,9 +43,9 @@ def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["interpreter", "gpu"])
-def test_every_dtype_in_every_regime(cases: list[Case]) -> None:
-    found = {(case.problem.dtype, case.regime) for case in cases}
-    assert found == {(dtype, regime) for dtype in DTYPES for regime in REGIMES}
+def test_every_dtype_in_every_pattern(cases: list[Case]) -> None:
+    found = {(case.problem.dtype, case.pattern) for case in cases}
+    assert found == {(dtype, pattern) for dtype in DTYPES for pattern in PATTERNS}
 
 
 def test_selection() -> None:
