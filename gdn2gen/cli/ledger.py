@@ -16,7 +16,7 @@ from gdn2gen.kernels.stages import STAGES
 if TYPE_CHECKING:
     from gdn2gen.tune.records.ledger import Ledger, Refusal
 
-# what the ledger files whole recipes under, see `tune.ledger`
+# what the ledger files whole recipes under, see `tune.records.ledger`
 WHOLE: Final = "pipeline"
 
 

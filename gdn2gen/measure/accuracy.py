@@ -1,4 +1,4 @@
-"""Errors of outputs and gradients against the fp64 reference, for the benchmark and the gate."""
+"""Errors of outputs and gradients against the fp64 reference, for the benchmark and the check."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _line(entry: Entry, device: Device, times: Mapping[tuple[str, str, str], flo
 def _oddities(entry: Entry) -> Iterator[str]:
     """What of an entry's figures is none: to be zero is not odd for a spread.
 
-    Times and errors that are none were refused when the file was read (`_store_claims`).
+    Times and errors that are none were refused when the file was read (`store._claims`).
     """
     for name, value in entry.measured.items():
         if not is_number(value) and value != 0:

@@ -92,10 +92,10 @@ def _kda_by_token(**x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(outputs, 1), state
 
 
-@pytest.mark.parametrize("regime", ["layer", "strong", "sparse"])
-def test_kda_is_gdn2_of_one_factor(regime: str) -> None:
+@pytest.mark.parametrize("pattern", ["layer", "strong", "sparse"])
+def test_kda_is_gdn2_of_one_factor(pattern: str) -> None:
     """A member that no command offers is drawn as it is declared, and is a case of the general."""
-    x = make_inputs(2, 20, 2, 4, 8, op="kda", HV=4, dtype=torch.float64, regime=regime)
+    x = make_inputs(2, 20, 2, 4, 8, op="kda", HV=4, dtype=torch.float64, pattern=pattern)
     assert {name: y.shape for name, y in x.items()}["beta"] == (2, 20, 4)
     x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
     o, state = _kda_by_token(**x)
