@@ -15,15 +15,15 @@ from gdn2gen.codegen._package_files import write_package
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, Problem
-from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
 from gdn2gen.kernels.schedule import (
-    GRADIENTS,
     OUTPUTS,
     Buffer,
     Step,
-    inputs_of,
+    given_inputs,
+    gradients_of,
     read_by,
     schedule,
 )
@@ -51,12 +51,13 @@ def generate_package(
 def package_source(recipe: Recipe, command: str) -> str:
     """The `__init__.py` of a package."""
     problem, plan = recipe.problem, recipe.plan
-    inputs = [*inputs_of(problem), *([GIVEN_SEQUENCES] if problem.varlen else [])]
+    inputs = [*given_inputs(problem), *([GIVEN_SEQUENCES] if problem.varlen else [])]
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
     # of some inputs the backward needs the sizes and dtypes, if nothing else
     kept = {"q", "k", "v", "g", "b"} | read_by(problem, plan.backward)
     forward = schedule(recipe, plan.forward, kept | {*OUTPUTS})
-    backward = schedule(recipe, plan.backward, GRADIENTS)
+    gradients = gradients_of(problem)
+    backward = schedule(recipe, plan.backward, tuple(gradients.values()))
     made = [x.name for step in forward for x in step.buffers]
     text = (
         templates()
@@ -71,7 +72,7 @@ def package_source(recipe: Recipe, command: str) -> str:
             command=_wrapped_command(command),
             inputs=inputs,
             scalars=scalars,
-            gradients=[_folded(GRADIENT_OF.get(name), name) for name in (*inputs, *scalars)],
+            gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
             saved=[name for name in (*inputs, *made) if name in kept],
             forward=forward,
             backward=backward,

@@ -25,6 +25,7 @@ from gdn2gen.kernels.validity import why_invalid
 class Rendered:
     """Source of one stage, and the digest of the template that it came from."""
 
+    op: str
     stage: str
     source: str
     digest: str
@@ -32,7 +33,7 @@ class Rendered:
     @property
     def module_name(self) -> str:
         content = hashlib.sha256(self.source.encode()).hexdigest()[:12]
-        return f"gdn2_{self.stage}_{content}"
+        return f"{self.op}_{self.stage}_{content}"
 
 
 def template_name(form: Form) -> str:
@@ -78,7 +79,7 @@ def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
         raise TemplateError(
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
         ) from error
-    return Rendered(stage_name, source, template_digest(config))
+    return Rendered(problem.op, stage_name, source, template_digest(config))
 
 
 TABLES_TEMPLATE: Final = "triton/stages/chunk_tables.py.jinja"
@@ -103,7 +104,7 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
             regenerate=command,
         )
     )
-    return Rendered("chunk_tables", _tidy(text), digest)
+    return Rendered(problem.op, "chunk_tables", _tidy(text), digest)
 
 
 def _tidy(text: str) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.kernels.stage import Operand
 
-# Inputs in the order of the op's arguments, and their gradients.
-GRADIENT_OF: Final = GDN2.gradients
 # What a caller gives as cu_seqlens; the kernels read what is made of it.
 GIVEN_SEQUENCES: Final = "given_cu_seqlens"
 # Made from the cu_seqlens that was given, before the first stage of a forward.

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF, OUTPUT, TABLES
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES, OUTPUT, TABLES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Operand, has_operand
 from gdn2gen.kernels.stages import STAGES
 
-GRADIENTS: Final = tuple(GRADIENT_OF.values())
 OUTPUTS: Final = ("o", "final_state")
 # Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
 SUMMED: Final = ("dA_log", "ddt_bias")
@@ -71,14 +71,15 @@ class Step:
     function: str = "launch"
 
 
-def inputs_of(problem: Problem) -> tuple[str, ...]:
+def given_inputs(problem: Problem) -> tuple[str, ...]:
     """Tensors that a caller gives, in the order of the op's arguments, but for cu_seqlens."""
-    optional = {
-        "initial_state": problem.initial_state,
-        "A_log": problem.has_A_log,
-        "dt_bias": problem.has_dt_bias,
-    }
-    return tuple(name for name in GRADIENT_OF if optional.get(name, True))
+    inputs = recurrence_named(problem.op).differentiable
+    return tuple(x.name for x in inputs if not x.when or getattr(problem, x.when))
+
+
+def gradients_of(problem: Problem) -> Mapping[str, str]:
+    """What the kernels call the gradient of each input that a problem of this op may have."""
+    return recurrence_named(problem.op).gradients
 
 
 def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
@@ -115,7 +116,7 @@ def schedule(
     steps = [_tables(problem)] if problem.varlen and stages[0] == plan.forward[0] else []
     before = {x.name for step in steps for x in step.buffers}
     alive = dict.fromkeys(x.name for step in steps for x in step.buffers)
-    last = [_clear()] if problem.varlen and stages[-1] == plan.backward[-1] else []
+    last = [_clear(problem)] if problem.varlen and stages[-1] == plan.backward[-1] else []
     kept = {*keep, *(name for step in last for name in step.tensors)}
     for position, name in enumerate(stages):
         stage = STAGES[name]
@@ -152,11 +153,15 @@ def _tables(problem: Problem) -> Step:
     )
 
 
-def _clear() -> Step:
-    """Gradients are cleared where no sequence lies."""
+def _clear(problem: Problem) -> Step:
+    """Gradients of tokens are cleared where no sequence lies."""
+    gradients = gradients_of(problem)
     return Step(
         _TABLES,
-        tensors=("cu_seqlens", *GRADIENTS[:6]),
+        tensors=(
+            "cu_seqlens",
+            *(gradients[x.name] for x in recurrence_named(problem.op).required),
+        ),
         scalars=("n_sequences", "T", "HV"),
         count="n_sequences",
         buffers=(),

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.operands import GIVEN_SEQUENCES, GRADIENT_OF
+from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.kernels.schedule import GRADIENTS, OUTPUTS, Step, inputs_of, saved_by, schedule
+from gdn2gen.kernels.schedule import OUTPUTS, Step, given_inputs, gradients_of, saved_by, schedule
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._loading import stage_launcher, table_launchers
@@ -45,7 +45,12 @@ class Runner:
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Those that are given, in the order of the op's arguments, but for cu_seqlens."""
-        return inputs_of(self.problem)
+        return given_inputs(self.problem)
+
+    @cached_property
+    def gradients(self) -> tuple[str, ...]:
+        """What the backward makes, by the kernels' names."""
+        return tuple(gradients_of(self.problem).values())
 
     @cached_property
     def saved(self) -> tuple[Operand, ...]:
@@ -86,7 +91,7 @@ class Runner:
         """
         if not self.backward_planned:
             self.backward_planned = True
-            self._steps(self.recipe.plan.backward, self.without_final_state, GRADIENTS, True)
+            self._steps(self.recipe.plan.backward, self.without_final_state, self.gradients, True)
 
     def sized_pass(
         self,
@@ -148,7 +153,8 @@ class SizedRunner:
         self.call = call
         self.input_names = runner.inputs
         self.saved_names = tuple(x.name for x in runner.saved)
-        self.gradient_names = tuple((name, GRADIENT_OF[name]) for name in runner.inputs)
+        gradients = gradients_of(runner.problem)
+        self.gradient_names = tuple((name, gradients[name]) for name in runner.inputs)
 
     def forward(
         self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
@@ -194,7 +200,7 @@ class SizedRunner:
 
     def _backward_of(self, problem: Problem) -> Pass:
         stages = self.runner.recipe.plan.backward
-        return self.runner.sized_pass(stages, problem, self.call, GRADIENTS)
+        return self.runner.sized_pass(stages, problem, self.call, self.runner.gradients)
 
 
 @lru_cache(maxsize=512)  # of 22 KB

@@ -14,11 +14,10 @@ from typing import Any, Final
 from gdn2gen.base.device import known_device
 from gdn2gen.base.errors import StoreError
 from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.tolerances import over, widest_limit
 from gdn2gen.kernels.floor import least_ms
 
-# Of these the tuner always files the error; others depend on the problem.
-CHECKED: Final = ("o", "dq", "dk", "dv", "dg", "db", "dw")
 _TIMES: Final = ("forward_ms", "forward_backward_ms")
 # Memory may be clocked higher than its data sheet says; of a GPU that is not listed nothing is
 # known but that it is no faster than this, four times a B200.
@@ -65,8 +64,13 @@ def _check_times(problem: Problem, regime: Regime, measured: Mapping[str, Any], 
             )
 
 
+def always_checked(op: str) -> tuple[str, ...]:
+    """What the tuner always files the error of; whether of more depends on the problem."""
+    return ("o", *(f"d{x.name}" for x in recurrence_named(op).required))
+
+
 def _check_errors(problem: Problem, errors: Mapping[str, Any]) -> None:
-    missing = [name for name in CHECKED if name not in errors]
+    missing = [name for name in always_checked(problem.op) if name not in errors]
     if missing:
         raise StoreError(f"gate must list the errors that were found, but lacks those of {missing}")
     bad = {name: x for name, x in errors.items() if not (_is_number(x) and 0 <= x < math.inf)}

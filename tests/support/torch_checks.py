@@ -203,7 +203,7 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
     from gdn2gen.codegen.render import template_digest
     from gdn2gen.family.problem import Problem, Regime
     from gdn2gen.kernels.recipe import Recipe
-    from gdn2gen.store._claims import CHECKED
+    from gdn2gen.store._claims import always_checked
     from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
     os.environ["GDN2GEN_TUNED_DIR"] = folder
@@ -217,7 +217,7 @@ def recipe_changes_before_the_backward(how: str, folder: str) -> str:
         configs = recipe.with_config(scan).by_stage
         digests = {stage: template_digest(config) for stage, config in configs.items()}
         times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
-        errors = dict.fromkeys(CHECKED, 1e-6)
+        errors = dict.fromkeys(always_checked("gdn2"), 1e-6)
         regime = Regime(tokens=20, sequences=1, heads=1)
         entry = Entry(
             *(problem.key, regime.key, "fast", plan, configs, digests, times, errors, "measured")

@@ -31,7 +31,7 @@ from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import lower_bound_of
 from gdn2gen.runtime.lookup import make_request
 from gdn2gen.store import tuned_files
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import (
     Found,
     explain_recipe,
@@ -242,7 +242,7 @@ def entry_of(problem: Problem, *, one_frame: bool) -> Entry:
         configs=recipe.by_stage,
         templates=templates_of(recipe),
         measured={"forward_ms": 1.0, "forward_backward_ms": 2.0},
-        gate=dict.fromkeys(CHECKED, 4e-3),
+        gate=dict.fromkeys(always_checked("gdn2"), 4e-3),
         provenance="measured",
     )
 

@@ -21,7 +21,7 @@ from gdn2gen.kernels.plans import PLANS, plan_named
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import dispatch
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, forced_recipe
 from gdn2gen.store.tuned_files import (
     Entry,
@@ -76,7 +76,7 @@ def make_entry(regime=REGIME, *, mark=4, problem=PROBLEM, plan="lean", **changes
         configs=configs,
         templates={stage: f"d-{stage}" for stage in stages},
         measured={"forward_ms": 1.0, "forward_backward_ms": 2.0},
-        gate=dict.fromkeys(CHECKED, 1e-5),
+        gate=dict.fromkeys(always_checked("gdn2"), 1e-5),
         provenance="measured",
     )
     return dataclasses.replace(entry, **changes)

@@ -21,7 +21,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import plan_named
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.store import format, tuned_files
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.store.tuned_files import (
     Entry,
@@ -34,6 +34,7 @@ from gdn2gen.store.tuned_files import (
     write_tuned,
 )
 
+CHECKED = always_checked("gdn2")
 DEVICE = named_device("H200")
 TOOLCHAIN = {"triton": "3.6.0", "torch": "2.11.0", "driver": "570.86.15"}
 METADATA = metadata_for(DEVICE, TOOLCHAIN, "gdn2gen tune", "2026-01-02T03:04:05Z")
@@ -416,11 +417,26 @@ CLAIMS = {
     "default below": ({"measured": {"forward_backward_ms": 2.0, "default_ms": 1e-3}}, "default_ms"),
     "text": ({"measured": {"forward_backward_ms": "2.5"}}, "milliseconds above 0, but is '2.5'"),
     "no errors": ({"gate": {}}, "lacks those of ['o', 'dq', 'dk', 'dv', 'dg', 'db', 'dw']"),
-    "one error left out": ({"gate": dict.fromkeys(CHECKED[:-1], 1e-3)}, "lacks those of ['dw']"),
-    "above the bound": ({"gate": dict.fromkeys(CHECKED, 1e-3) | {"o": 5.0}}, "has o 5.0"),
-    "just above": ({"gate": dict.fromkeys(CHECKED, 1e-3) | {"dg": 0.0301}}, "at most 0.03 for"),
-    "below zero": ({"gate": dict.fromkeys(CHECKED, 1e-3) | {"o": -1e-3}}, "has o -0.001"),
-    "no number": ({"gate": dict.fromkeys(CHECKED, 1e-3) | {"dq": "0"}}, "has dq '0'"),
+    "one error left out": (
+        {"gate": dict.fromkeys(CHECKED[:-1], 1e-3)},
+        "lacks those of ['dw']",
+    ),
+    "above the bound": (
+        {"gate": dict.fromkeys(CHECKED, 1e-3) | {"o": 5.0}},
+        "has o 5.0",
+    ),
+    "just above": (
+        {"gate": dict.fromkeys(CHECKED, 1e-3) | {"dg": 0.0301}},
+        "at most 0.03 for",
+    ),
+    "below zero": (
+        {"gate": dict.fromkeys(CHECKED, 1e-3) | {"o": -1e-3}},
+        "has o -0.001",
+    ),
+    "no number": (
+        {"gate": dict.fromkeys(CHECKED, 1e-3) | {"dq": "0"}},
+        "has dq '0'",
+    ),
     "timed, yet predicted": ({"provenance": "predicted"}, "predicted, so nothing was timed"),
     "unlisted GPU": ({"ms": 0.01, "gpu": "NVIDIA X1"}, "NVIDIA X1 takes"),
 }

@@ -16,7 +16,7 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.tune.records.ledger import Ledger
 from gdn2gen.tune.records.places import open_ledger, storage_path
 from gdn2gen.tune.records.storage import open_storage
@@ -70,7 +70,7 @@ def file(tmp_path, templates=None):
         configs=recipe.by_stage,
         templates=templates_of(recipe) if templates is None else templates,
         measured=measured,
-        gate={**dict.fromkeys(CHECKED, 4e-3), "db": 6e-3},
+        gate={**dict.fromkeys(always_checked("gdn2"), 4e-3), "db": 6e-3},
         provenance="measured",
     )
     metadata = tuned_files.metadata_for(H200, {"triton": "3.6.0"}, "gdn2gen tune")

@@ -21,7 +21,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.tune.gpu.jobs import RecipeTiming
 from gdn2gen.tune.recheck import recheck
 from gdn2gen.tune.records.entries import problem_of, words_of
@@ -43,7 +43,7 @@ def entry(
         configs=recipe.by_stage,
         templates=templates_of(recipe),
         measured={"forward_ms": ms / 4, "forward_backward_ms": ms},
-        gate=dict.fromkeys(CHECKED, 4e-3),
+        gate=dict.fromkeys(always_checked("gdn2"), 4e-3),
         provenance="measured",
     )
 
@@ -70,7 +70,7 @@ class FakeBackend:
         if BV == 128:
             return Outcome(outcome.CRASHED, detail="signal 6")
         wrong = CheckResult(False, {"o": 0.5}, "o is off by 5e-01")
-        right = CheckResult(True, dict.fromkeys(CHECKED, 3e-3))
+        right = CheckResult(True, dict.fromkeys(always_checked("gdn2"), 3e-3))
         return Outcome(outcome.OK, wrong if BV == 32 else right)
 
     def time_recipe(
@@ -125,7 +125,7 @@ def test_a_stale_entry_is_renewed_if_it_passes(filed: tuned_files.Entry, status:
         assert result.renewed.configs == stale.configs
         assert result.renewed.templates == entry().templates
         assert result.renewed.measured["forward_backward_ms"] == 2.0
-        assert result.renewed.gate == dict.fromkeys(CHECKED, 3e-3)
+        assert result.renewed.gate == dict.fromkeys(always_checked("gdn2"), 3e-3)
 
 
 def test_the_default_is_timed_once_for_each_shape() -> None:

@@ -14,7 +14,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
-from gdn2gen.store._claims import CHECKED
+from gdn2gen.store._claims import always_checked
 from gdn2gen.tune.records.stored import Stored, stored_recipes
 from gdn2gen.tune.search.finalists import Finals
 
@@ -40,7 +40,7 @@ def file_at(path: Path, shapes: list[Shape], **changes: Any) -> None:
             configs=numbered(number).by_stage,
             templates=templates_of(numbered(number)) | changes,
             measured={"forward_ms": 0.5, "forward_backward_ms": 2.0},
-            gate=dict.fromkeys(CHECKED, 4e-3),
+            gate=dict.fromkeys(always_checked("gdn2"), 4e-3),
             provenance="measured",
         )
         for number, shape in enumerate(shapes)
