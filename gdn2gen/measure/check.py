@@ -111,7 +111,7 @@ def _wrong(wrong: Mapping[str, float], limit: float, pattern: str, shape: Shape)
 
 
 def _errors(problem: Problem, shape: Shape, pattern: str, device: str) -> dict[str, float]:
-    from gdn2gen.measure.checks import errors_in_range
+    from gdn2gen.measure.case_runs import errors_in_range
 
     found = _run(problem, shape, pattern, device)
     return errors_in_range(found, exact(problem, shape, pattern, device), problem.dtype)

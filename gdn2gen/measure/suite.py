@@ -15,8 +15,8 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
 from gdn2gen.family.tolerances import LIMITS
+from gdn2gen.measure.case_runs import Result, run_case
 from gdn2gen.measure.cases import CASES, Case
-from gdn2gen.measure.checks import Result, run_case
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0

@@ -24,8 +24,8 @@ from gdn2gen.family.tolerances import slack_of
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_op
+from gdn2gen.measure.case_runs import case_inputs, errors_in_range
 from gdn2gen.measure.cases import Case
-from gdn2gen.measure.checks import case_inputs, errors_in_range
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.runtime import passes
 from gdn2gen.store.dispatch import find_recipe, forced_recipe

@@ -25,8 +25,8 @@ from gpu_support import (
 from gdn2gen import chunk_gdn2
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import op_flags
+from gdn2gen.measure.case_runs import run_case
 from gdn2gen.measure.cases import Case
-from gdn2gen.measure.checks import run_case
 from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]

@@ -27,8 +27,8 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import relative_errors, run_op, run_reference
+from gdn2gen.measure.case_runs import Result, case_inputs, run_case
 from gdn2gen.measure.cases import Case
-from gdn2gen.measure.checks import Result, case_inputs, run_case
 from gdn2gen.measure.timing import call_of
 from gdn2gen.runtime import call as calls
 from gdn2gen.runtime import passes, runner

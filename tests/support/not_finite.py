@@ -18,8 +18,8 @@ from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import op_flags
+from gdn2gen.measure.case_runs import case_inputs
 from gdn2gen.measure.cases import Case
-from gdn2gen.measure.checks import case_inputs
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensors]

@@ -15,7 +15,7 @@ from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.checks import Result
+from gdn2gen.measure.case_runs import Result
 
 # Measured: db up to 6.1e-3; correlated keys amplify all rounding (2.3e-2). The rest is below 5e-3.
 BF16_LIMITS = {"db": 8e-3}

@@ -16,7 +16,7 @@ from gdn2gen.family.problem import DTYPES, HEAD_DIMS
 from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.tolerances import over
 from gdn2gen.measure import suite
-from gdn2gen.measure.checks import errors_in_range
+from gdn2gen.measure.case_runs import errors_in_range
 from gdn2gen.measure.suite import CASES, Case, run_case
 from gdn2gen.ops import chunk
 
