@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="9b3567065398973a",
-    grad_key="ee9a602cb4de0fed",
-    grad_value="62fd8b2ea62d5896",
-    prepare="f2dbdc71aeba9f9b",
+    grad_key="26327ac4d847017b",
+    grad_value="efae8c1e6c3bc09f",
+    prepare="6b46f7673b578bf4",
     rescan="13709f94eb3b4d02",
     reverse_scan="13431069f6b82e45",
     scan="3e1ead86be113a4d",
-    sum_decay="e3f48fae2fe83013",
+    sum_decay="cff4ea29ce50510d",
 )
 
 

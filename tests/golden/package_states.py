@@ -63,10 +63,10 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="374231f847302c10",
-    grad_value="c98b920be1e4a0d4",
-    prepare="6666285764268390",
-    reprepare="89bfc37179be6618",
+    grad_key="411730e52e55eef3",
+    grad_value="2f78d729c6f7464c",
+    prepare="5d9da51a6e566ca8",
+    reprepare="9f11faaa31a23e9c",
     rescan="54f03cc89607bb66",
     reverse_scan="2b080318f801f96d",
     scan="5bb4863b4da4d4da",
