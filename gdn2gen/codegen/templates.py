@@ -94,6 +94,11 @@ def _parsed(name: str) -> _File:
     except FileNotFoundError as error:
         raise jinja2.TemplateNotFound(name) from error
     tree = templates().parse(text, name, str(path))
+    for other in tree.find_all((nodes.FromImport, nodes.Include, nodes.Extends)):
+        raise TemplateError(
+            f"{name}, line {other.lineno}: digests do not follow {type(other).__name__}; "
+            "import the template by an alias"
+        )
     found: dict[str, list[nodes.Node]] = {}
     for x in tree.body:
         if isinstance(x, nodes.Macro):

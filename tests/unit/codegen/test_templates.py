@@ -123,6 +123,19 @@ def test_an_alias_that_is_defined_too(digest: Digest) -> None:
         digest(MAIN + "{% macro lib() %}{% endmacro %}")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{% include "lib.jinja" %}',
+        '{% from "lib.jinja" import head %}',
+        '{% extends "lib.jinja" %}',
+    ],
+)
+def test_what_digests_do_not_follow_is_refused(digest: Digest, line: str) -> None:
+    with pytest.raises(TemplateError, match="import the template by an alias"):
+        digest(f"{line}\n{MAIN}")
+
+
 def test_a_template_that_is_not_there_is_an_oserror() -> None:
     """So that entries of it are stale, rather than an error."""
     with pytest.raises(OSError, match="nowhere"):
