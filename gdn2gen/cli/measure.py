@@ -27,7 +27,7 @@ from gdn2gen.kernels.plans import LEVELS
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
-    from gdn2gen.measure.suite import Result
+    from gdn2gen.measure.case_runs import Result
     from gdn2gen.tune.recheck import Rechecked
 
 RESULTS_DIR: Final = Path("docs/results")

@@ -98,8 +98,7 @@ def make_inputs(
         if draw == "unit":
             tensors[name].sigmoid_()
     if pattern == "correlated":
-        shared = normal(B, 1, H, K).mul_(math.sqrt(_CORRELATION))
-        tensors["k"].mul_(math.sqrt(1 - _CORRELATION)).add_(shared)
+        _correlate(tensors["k"], normal(B, 1, H, K))
         if recurrence.erase is not None:
             tensors[recurrence.erase].mul_(0.1).add_(1.9)
     if recurrence.decay is not None:
@@ -115,6 +114,12 @@ def make_inputs(
     if ends is not None:
         tensors["cu_seqlens"] = ends
     return tensors
+
+
+def _correlate(keys: Tensor, shared: Tensor) -> None:
+    """Give all keys of a head a part in common."""
+    shared.mul_(math.sqrt(_CORRELATION))
+    keys.mul_(math.sqrt(1 - _CORRELATION)).add_(shared)
 
 
 def _decay(

@@ -47,10 +47,6 @@ class Input:
         return tuple(self.dims.split())
 
     @property
-    def per_token(self) -> bool:
-        return "T" in self.symbols
-
-    @property
     def differentiable(self) -> bool:
         return self.dtype != "index"
 

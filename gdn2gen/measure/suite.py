@@ -14,7 +14,6 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
-from gdn2gen.family.tolerances import LIMITS
 from gdn2gen.measure.case_runs import Result, run_case
 from gdn2gen.measure.cases import CASES, Case
 
@@ -88,15 +87,3 @@ def results_table(results: Sequence[Result]) -> Sheet:
         seconds = f"{result.seconds:.1f}"
         table.add(result.name, result.check, name, error, limit, seconds, verdict)
     return table
-
-
-__all__ = [
-    "CASES",
-    "LIMITS",
-    "Case",
-    "Result",
-    "results_table",
-    "run_case",
-    "select_cases",
-    "verify",
-]

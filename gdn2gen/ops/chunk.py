@@ -6,7 +6,7 @@ own tests work anywhere; under TRITON_INTERPRET=1 they run the kernels in Triton
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -56,6 +56,3 @@ def chunk_gdn2(
         return_intermediate_states,
         state_v_first,
     )
-
-
-__all__: list[Any] = ["chunk_gdn2"]

@@ -29,6 +29,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.measure import suite
+from gdn2gen.measure.case_runs import Result
 
 NAMES = [command.name for command in program.COMMANDS]
 
@@ -450,7 +451,7 @@ def test_verify_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFi
 def test_verify_fails_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = suite.Result("small-fp32-layer", "accuracy", False, {"dq": 0.5}, 1e-4, "dq is off")
+    bad = Result("small-fp32-layer", "accuracy", False, {"dq": 0.5}, 1e-4, "dq is off")
     good = replace(bad, passed=True, errors={"dq": 1e-6}, message="")
     monkeypatch.setattr(suite, "verify", lambda *_, **__: [good, bad])
     assert program.main(["verify", "small-fp32-layer"]) == 1

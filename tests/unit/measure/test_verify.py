@@ -14,10 +14,10 @@ from gdn2gen.family import reference
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import DTYPES, HEAD_DIMS
 from gdn2gen.family.recurrence import GATES
-from gdn2gen.family.tolerances import over
+from gdn2gen.family.tolerances import LIMITS, over
 from gdn2gen.measure import suite
-from gdn2gen.measure.case_runs import errors_in_range
-from gdn2gen.measure.suite import CASES, Case, run_case
+from gdn2gen.measure.case_runs import errors_in_range, run_case
+from gdn2gen.measure.cases import CASES, Case
 from gdn2gen.ops import chunk
 
 BY_NAME = {case.name: case for case in CASES}
@@ -119,7 +119,7 @@ def test_a_gradient_that_sees_the_future_is_found(monkeypatch: pytest.MonkeyPatc
 def test_what_fp16_cannot_hold_is_no_error() -> None:
     exact: Mapping[str, Tensor] = {"db": torch.full((100,), 2e-9, dtype=torch.float64)}
     lost = {"db": torch.zeros(100)}
-    assert errors_in_range(lost, exact, "fp16")["db"] < suite.LIMITS["fp16"]
+    assert errors_in_range(lost, exact, "fp16")["db"] < LIMITS["fp16"]
     assert errors_in_range(lost, exact, "bf16")["db"] == pytest.approx(1.0)
     large = {"db": exact["db"] * 1e6}
     assert errors_in_range(lost, large, "fp16")["db"] > 0.9
