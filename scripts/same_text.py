@@ -76,7 +76,7 @@ def cases() -> Iterator[Case]:
             config = Config.of(stage, knobs)
             if why_invalid(config, problem) is not None:
                 continue
-        case = {"stage": stage, "problem": asdict(problem), "knobs": knobs}
+        case = {"stage": stage, "problem": problem.document, "knobs": knobs}
         words = json.dumps(case, sort_keys=True)
         if words not in seen:
             seen.add(words)

@@ -39,4 +39,5 @@ KDA: Final = Recurrence(
     erase="beta",
     write="beta",
     public=Public(chunk="chunk_kda", fla="fla.ops.kda"),
+    plans=("lean", "fast", "states"),
 )

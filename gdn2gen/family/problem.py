@@ -14,11 +14,15 @@ DTYPES: Final = ("bf16", "fp16", "fp32")
 OPTIONAL_FLAGS: Final = (
     "has_A_log",
     "has_dt_bias",
+    "beta_sigmoid",
+    "neg_eigval",
     "varlen",
     "initial_state",
     "final_state",
     "state_v_first",
 )
+# Fields that came after files had been written; those say nothing of them where they are not set.
+_LATER: Final = ("beta_sigmoid", "neg_eigval", "bound")
 # Nats: a gate's lower bound may be no lower.
 LEAST_BOUND: Final = -5.0
 # Verified on hardware; every other size is refused until a later issue verifies it.
@@ -40,7 +44,7 @@ class Problem:
     V: int = 128
     """Value head dim."""
     dtype: str = "bf16"
-    """dtype of q, k, v, b, w and o."""
+    """dtype of q, k, v, o, and of what erases and writes."""
     gate_dtype: str = "fp32"
     """dtype of g."""
     l2norm: bool = True
@@ -55,6 +59,10 @@ class Problem:
     final_state: bool = False
     state_v_first: bool = False
     """Initial and final state are [N, H, V, K] instead of [N, H, K, V]."""
+    beta_sigmoid: bool = False
+    """beta is given before its sigmoid, which is taken inside the kernels."""
+    neg_eigval: bool = False
+    """That sigmoid counts twice: beta is in (0, 2), and eigenvalues may be negative."""
     bound: int = 0
     """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
     `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
@@ -73,6 +81,10 @@ class Problem:
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
         if self.gate == "softplus" and not self.has_A_log:
             raise InputError("the softplus gate needs A_log, got None; or give lower_bound")
+        if self.beta_sigmoid and not recurrence_named(self.op).tied:
+            raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
+        if self.neg_eigval and not self.beta_sigmoid:
+            raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
         if self.bound not in range(int(-LEAST_BOUND) + 1):
             raise InputError(f"bound must be 0 to {-LEAST_BOUND:.0f} nats, but got {self.bound}")
         if self.bound and self.gate != "sigmoid":
@@ -88,9 +100,8 @@ class Problem:
 
     @property
     def document(self) -> dict[str, Any]:
-        """Every field, for files; `bound` only where it is known, as in files older than it."""
-        fields = asdict(self)
-        return fields if self.bound else {x: y for x, y in fields.items() if x != "bound"}
+        """Every field, for files; later ones only where they are set."""
+        return {x: y for x, y in asdict(self).items() if y or x not in _LATER}
 
 
 def check_lower_bound(lower_bound: float) -> None:

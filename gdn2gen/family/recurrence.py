@@ -131,6 +131,12 @@ class Recurrence:
         return tuple(places)
 
     @property
+    def tied(self) -> bool:
+        """Whether one number a head erases and writes: then kernels take it as a factor of the key
+        that is written, and erase by the key as it is."""
+        return self.erase is not None and self.erase == self.write
+
+    @property
     def activations(self) -> tuple[str, ...]:
         return self.decay.activations if self.decay else ("none",)
 

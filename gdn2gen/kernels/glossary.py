@@ -15,6 +15,7 @@ WORDS: Final[Mapping[str, str]] = {
     "g": "log decay",
     "b": "erase gate",
     "w": "write gate",
+    "beta": "factor of what is erased and written",
     "A_log": "log of the decay's rate",
     "dt_bias": "added to g before its activation",
     "initial_state": "state before the first token",
@@ -27,6 +28,7 @@ WORDS: Final[Mapping[str, str]] = {
     # of a chunk
     "q_rstd": "1 / norm of q",
     "k_rstd": "1 / norm of k",
+    "k_beta": "beta, after its activation",
     "A": "inverse of I + T, lower triangle",
     "Aqk": "decayed scores, lower triangle",
     "Qg": "queries, scaled and decayed from the chunk's start",
@@ -59,6 +61,7 @@ WORDS: Final[Mapping[str, str]] = {
     "dk": "gradient of k, per value head",
     "dg": "gradient of g, per value head",
     "db": "gradient of b, per value head",
+    "dbeta": "gradient of beta: sums over a slice of channels",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",
     "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
 }

@@ -16,6 +16,7 @@ from gdn2gen.kernels.operands import (
     DX_REST,
     GAMMA_C,
     GATE,
+    K_BETA,
     OUTPUT,
     QKGB,
     RSTD,
@@ -39,7 +40,7 @@ _DOTS: Final = (
 GRAD_VALUE: Final = Stage(
     name="grad_value",
     inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
-    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V"), *_DOTS),
+    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V", when="w"), *_DOTS),
     scalars=("T", "HV"),
     products=("BT BT V", "BT BT V"),  # dT, dAqk
     forms=(
@@ -132,7 +133,8 @@ _ANCHORED: Final = Form(
     ahead=(
         *(Operand(name, "V BK") for name in ("h", "dh")),
         *(Operand(name, "BT V") for name in ("R", "dX", "do")),
-        *(Operand(name, "BT BK") for name in ("q", "k", "b")),
+        *(Operand(name, "BT BK") for name in ("q", "k")),
+        Operand("b", "BT BK", when="b"),
         Operand("G", "BT BK", "fp32"),
     ),
 )
@@ -169,6 +171,7 @@ GRAD_KEY: Final = Stage(
         *QKGB,
         *GATE,
         *RSTD,
+        K_BETA,
         G,
         GAMMA_C,
         H,
@@ -184,7 +187,8 @@ GRAD_KEY: Final = Stage(
         Operand("dq", "B T HV K"),
         Operand("dk", "B T HV K"),
         Operand("dg", "B T HV K", "gate"),
-        Operand("db", "B T HV K"),
+        Operand("db", "B T HV K", when="b"),
+        Operand("dbeta", "B T HV NK", "fp32", "beta"),
         Operand("dA_log", "NT HV K", "fp32", "A_log"),
         Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
     ),

@@ -23,13 +23,14 @@ QKGB: Final = (
     Operand("q", "B T H K"),
     Operand("k", "B T H K"),
     DECAY,
-    Operand("b", "B T HG K"),
+    Operand("b", "B T HG K", when="b"),
 )
+BETA: Final = Operand("beta", "B T HV", when="beta")
 GATE: Final = (
     Operand("A_log", "HG", "fp32", "A_log"),
     Operand("dt_bias", "HG K", "fp32", "dt_bias"),
 )
-VW: Final = (Operand("v", "B T HV V"), Operand("w", "B T HV V"))
+VW: Final = (Operand("v", "B T HV V"), Operand("w", "B T HV V", when="w"))
 INITIAL: Final = (Operand("initial_state", "N HV K V", "fp32", "initial_state"),)
 OUTPUT: Final = Operand("o", "B T HV V")
 DO: Final = Operand("do", "B T HV V")
@@ -41,6 +42,7 @@ RSTD: Final = (
     Operand("q_rstd", "NT HV BT", "fp32", "l2norm"),
     Operand("k_rstd", "NT HV BT", "fp32", "l2norm"),
 )
+K_BETA: Final = Operand("k_beta", "NT HV BT", "fp32", "beta")
 A: Final = Operand("A", "NT HV BT BT")
 SCORES: Final = (A, Operand("Aqk", "NT HV BT BT"))
 GAMMA_C: Final = Operand("gamma_C", "NT HV K", "fp32")
@@ -58,5 +60,5 @@ R: Final = Operand("R", "NT HV BT V")
 DH: Final = Operand("dh", "NT HV V K")
 DX: Final = Operand("dX", "NT HV BT V")
 # dv and dw are dX times an input, and would show what 16 bits of dX round off.
-DX_REST: Final = replace(DX, name="dX_rest", when="rounded")
+DX_REST: Final = replace(DX, name="dX_rest", when="w, rounded")
 S_SEG: Final = Operand("S_seg", "N HV NS V K", "fp32")

@@ -1,4 +1,4 @@
-"""Stages that make a chunk's factors from q, k, g and b: prepare, reprepare and sum_decay."""
+"""Stages that make a chunk's factors from q, k, g and what erases: prepare, reprepare and sum_decay."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Final
 from gdn2gen.kernels.anchors import REACH, bounded
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
+    BETA,
     CHUNK_SCALARS,
     CHUNK_TABLE,
     DECAY,
     FACTORS,
     GATE,
+    K_BETA,
     QKGB,
     RSTD,
     SCORES,
@@ -90,8 +92,14 @@ _ANCHORED_TILELANG: Final = Form(
 
 PREPARE: Final = Stage(
     name="prepare",
-    inputs=(*QKGB, *GATE, *CHUNK_TABLE),
-    outputs=(*RSTD, *SCORES, *FACTORS, Operand("gamma_B", "NT HV NB K", "fp32", scratch=True)),
+    inputs=(*QKGB, BETA, *GATE, *CHUNK_TABLE),
+    outputs=(
+        *RSTD,
+        K_BETA,
+        *SCORES,
+        *FACTORS,
+        Operand("gamma_B", "NT HV NB K", "fp32", scratch=True),
+    ),
     scalars=CHUNK_SCALARS,
     products=("BT BT K", "BT BT K", "BT BT BT", _MAKE_Y),  # T, Aqk, inverse, Y
     selector="decay",
@@ -139,7 +147,7 @@ _WHOLE: Final = Form(
 
 REPREPARE: Final = Stage(
     name="reprepare",
-    inputs=(*QKGB, *GATE, *CHUNK_TABLE, *RSTD, A),
+    inputs=(*QKGB, *GATE, *CHUNK_TABLE, *RSTD, K_BETA, A),
     outputs=(G, *FACTORS),
     scalars=CHUNK_SCALARS,
     products=(_MAKE_Y,),

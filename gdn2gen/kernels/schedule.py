@@ -49,7 +49,7 @@ class Buffer:
         return self.name in SUMMED
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple([sizes[symbol] for symbol in self.symbols])
+        return tuple([int(x) if x.isdigit() else sizes[x] for x in self.symbols])
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,8 @@ def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) 
     # a program of grad_key reads its part of G before it writes the same part of dg
     shares = in_place and operand.name == "dg" and problem.gate_dtype == "fp32"
     buffer = Buffer.of(operand, problem)
+    if "NK" in buffer.symbols:
+        slices = str(problem.K // config.size("BK"))
+        symbols = tuple(slices if x == "NK" else x for x in buffer.symbols)
+        buffer = replace(buffer, symbols=symbols)
     return replace(buffer, takes="G" if shares else None, idle=not config.form.uses(operand))

@@ -5,6 +5,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
+    NK slices of K, as many as a config makes programs of them
     NB sub-blocks of a chunk, 16 tokens each
     NS segments of a sequence, of equal length (see `Call.segments`)
 
@@ -21,6 +22,7 @@ from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, Where
 
@@ -51,9 +53,13 @@ class Operand:
 
 def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
+    inputs = recurrence_named(problem.op).named
     conditions = {
         "always": True,
-        "rounded": problem.dtype != "fp32",
+        "b": "b" in inputs,
+        "w": "w" in inputs,
+        "w, rounded": "w" in inputs and problem.dtype != "fp32",
+        "beta": "beta" in inputs,
         "l2norm": problem.l2norm,
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,

@@ -79,6 +79,6 @@ class Call:
             "NB": BT // 16,
             "K": problem.K,
             "V": problem.V,
+            "NK": 1,  # of who has no config, at least
             "2": 2,
-            "0": 0,
         }

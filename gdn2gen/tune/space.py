@@ -12,7 +12,7 @@ from gdn2gen.kernels import validity
 from gdn2gen.kernels.config import SHARED_KNOBS, Config, default_of
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
-from gdn2gen.kernels.stage import Form
+from gdn2gen.kernels.stage import Form, has_operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 
@@ -64,7 +64,9 @@ def least_shared_bytes(config: Config, problem: Problem) -> int:
         return 0
     knobs = {name: x for name, x in config.items() if isinstance(x, int)}
     sizes = {"K": problem.K, "V": problem.V, **knobs}
-    return (config.size("num_stages") - 1) * sum(x.nbytes(problem, sizes) for x in ahead)
+    return (config.size("num_stages") - 1) * sum(
+        x.nbytes(problem, sizes) for x in ahead if has_operand(x, problem)
+    )
 
 
 def why_unfit(resources: Resources, device: Device) -> str | None:
