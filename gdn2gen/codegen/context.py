@@ -8,6 +8,7 @@ from __future__ import annotations
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
@@ -22,6 +23,8 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "config": config,
         "operands": [x.name for x in stage.operands(problem)],
         "glossary": _glossary(problem, stage, config),
+        # one number a head erases and writes: see `Recurrence.tied`
+        "tied": recurrence_named(problem.op).tied,
         # of a forward scan, beside the state: "o", "h" (with R), or both
         "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
     }

@@ -1,4 +1,4 @@
-"""Stages that make a chunk's factors from q, k, g and what erases: prepare, reprepare and sum_decay."""
+"""Stages that make a chunk's factors of q, k, g and b or beta: prepare, reprepare, sum_decay."""
 
 from __future__ import annotations
 
