@@ -54,7 +54,7 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
 
 
 def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
-    sizes = {"N+1": "N1"} if problem.varlen else {"N": "B"}
+    sizes = {"NK": "K // BK", **({"N+1": "N1"} if problem.varlen else {"N": "B"})}
     tensors = []
     for operand in stage.operands(problem):
         if not config.form.uses(operand):
@@ -64,7 +64,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
     return {
         "tensors": tensors,
-        "symbols": [x for x in symbols if x not in ("K", "V", "BT") and not x.isdigit()],
+        "symbols": [x for x in symbols if x.isidentifier() and x not in ("K", "V", "BT")],
         "sequences": "(N1 - 1)" if problem.varlen else "B",
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
         # none, configs have one stage of loads, and each is waited for.

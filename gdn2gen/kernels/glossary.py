@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 
 WORDS: Final[Mapping[str, str]] = {
     # the caller's
@@ -67,8 +68,18 @@ WORDS: Final[Mapping[str, str]] = {
 }
 
 
+# The same where the factors are tied.
+_TIED: Final[Mapping[str, str]] = {
+    "Ktail": "keys that are written, beta k, decayed to the chunk's end",
+    "R": "what each token's written key adds to the state",
+    "dX": "gradient of X = v - E S, where R = A X",
+}
+
+
 def what(name: str, stage: str, problem: Problem) -> str:
     """What the operand of this name is in a stage's kernels of `problem`."""
+    if name in _TIED and recurrence_named(problem.op).tied:
+        return _TIED[name]
     if name == "g" and problem.gate != "none":
         return "pre-activation of the log decay"
     if name in ("q", "k") and problem.l2norm:
