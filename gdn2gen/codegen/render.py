@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,9 @@ from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.stage import Form, Stage
+from gdn2gen.kernels.operands import OUTPUT
+from gdn2gen.kernels.schedule import cleared_of
+from gdn2gen.kernels.stage import Form, Operand, Stage
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 
@@ -91,6 +94,7 @@ _SPREAD: Final = 264
 def render_tables(problem: Problem, BT: int) -> Rendered:
     """The kernels that find the chunks of a packed batch, and clear what no sequence covers."""
     digest = text_digest([TABLES_TEMPLATE])
+    cleared = cleared_of(problem)
     command = _wrapped_command([*_problem_words(problem), "--out DIR"])
     text = (
         templates()
@@ -98,6 +102,10 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
         .render(
             problem=problem,
             BT=BT,
+            cleared=cleared,
+            # whose dims say how many slices of K there are, where any gradient is a sum over them
+            sliced=next((x.name for x in cleared if "NK" in x.dims.split()), None),
+            glossary=_cleared_words(cleared),
             # the interpreter runs programs one after another, each for some 10 ms
             spread=1 if environment.interpreted() else _SPREAD,
             digest=digest,
@@ -105,6 +113,24 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
         )
     )
     return Rendered(problem.op, "chunk_tables", _tidy(text), digest)
+
+
+def _cleared_words(gradients: Iterable[Operand]) -> list[str]:
+    """Lines on the output and the gradients, those of the same dims in one."""
+    rows: dict[str, list[str]] = {}
+    for x in sorted(gradients, key=lambda x: x.dims):
+        rows.setdefault(x.dims, []).append(x.name)
+    found = []
+    for dims, names in rows.items():
+        words = "gradients" if len(names) > 1 else "a gradient"
+        if dims == OUTPUT.dims:
+            names = [OUTPUT.name, *names]
+            words = f"the output, and {words}"
+        if "NK" in dims.split():
+            words += "; of each slice of K its part of the sum"
+        shape = f"[{', '.join(['1', *dims.split()[1:]])}]"
+        found.append(f"{', '.join(names):<17}{shape:<17}{words}")
+    return found
 
 
 def _tidy(text: str) -> str:

@@ -82,6 +82,14 @@ def gradients_of(problem: Problem) -> Mapping[str, str]:
     return recurrence_named(problem.op).gradients
 
 
+def cleared_of(problem: Problem) -> tuple[Operand, ...]:
+    """Gradients of what every call gives, in order: a packed batch's are cleared where no sequence
+    lies."""
+    made = {x.name: x for stage in STAGES.values() for x in stage.outputs}
+    gradients = gradients_of(problem)
+    return tuple(made[gradients[x.name]] for x in recurrence_named(problem.op).required)
+
+
 def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
     """Operands that a chain of stages reads and does not make itself."""
     read: set[str] = set()
@@ -155,13 +163,9 @@ def _tables(problem: Problem) -> Step:
 
 def _clear(problem: Problem) -> Step:
     """Gradients of tokens are cleared where no sequence lies."""
-    gradients = gradients_of(problem)
     return Step(
         _TABLES,
-        tensors=(
-            "cu_seqlens",
-            *(gradients[x.name] for x in recurrence_named(problem.op).required),
-        ),
+        tensors=("cu_seqlens", *(x.name for x in cleared_of(problem))),
         scalars=("n_sequences", "T", "HV"),
         count="n_sequences",
         buffers=(),

@@ -169,6 +169,7 @@ OUTPUTS: Final = {
     "prepare_at_once_tilelang.py": _prepare_at_once_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
+    "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "package_states.py": _package,
     "package_packed.py": _package_packed,
 }
