@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import hashlib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._package_arguments import of_recurrence
 from gdn2gen.codegen._package_files import write_package
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, Problem
+from gdn2gen.family.recurrence import Recurrence
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
@@ -27,6 +30,7 @@ from gdn2gen.kernels.schedule import (
     read_by,
     schedule,
 )
+from gdn2gen.kernels.stages import STAGES
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
@@ -36,7 +40,7 @@ _GENERATE: Final = "gdn2gen generate "
 def generate_package(
     recipe: Recipe, out_dir: str | Path, command: str, *, force: bool = False
 ) -> list[Path]:
-    """Write one file per stage of the recipe's plan, and an `__init__.py` with `chunk_gdn2`.
+    """Write one file per stage of the recipe's plan, and an `__init__.py` with the op.
 
     `command` is what makes the package again. The same arguments give the same bytes. An earlier
     package in `out_dir` is replaced as one: who looks sees the old or the new one. Raises
@@ -51,10 +55,11 @@ def generate_package(
 def package_source(recipe: Recipe, command: str) -> str:
     """The `__init__.py` of a package."""
     problem, plan = recipe.problem, recipe.plan
+    recurrence = recurrence_named(problem.op)
+    folded = _folded(recurrence)
     inputs = [*given_inputs(problem), *([GIVEN_SEQUENCES] if problem.varlen else [])]
     scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
-    # of some inputs the backward needs the sizes and dtypes, if nothing else
-    kept = {"q", "k", "v", "g", "b"} | read_by(problem, plan.backward)
+    kept = _shapes_read(recurrence, folded) | read_by(problem, plan.backward)
     forward = schedule(recipe, plan.forward, kept | {*OUTPUTS})
     gradients = gradients_of(problem)
     backward = schedule(recipe, plan.backward, tuple(gradients.values()))
@@ -65,6 +70,7 @@ def package_source(recipe: Recipe, command: str) -> str:
         .render(
             problem=problem,
             plan=plan,
+            **of_recurrence(recurrence, problem),
             modules=sorted({x.module for x in (*forward, *backward)}),
             BT=recipe.BT,
             torch_dtype=_in_torch(problem.dtype),
@@ -72,7 +78,7 @@ def package_source(recipe: Recipe, command: str) -> str:
             command=_wrapped_command(command),
             inputs=inputs,
             scalars=scalars,
-            gradients=[_folded(gradients.get(name), name) for name in (*inputs, *scalars)],
+            gradients=[folded.get(name, "None") for name in (*inputs, *scalars)],
             saved=[name for name in (*inputs, *made) if name in kept],
             forward=forward,
             backward=backward,
@@ -131,16 +137,28 @@ def _arguments(step: Step, problem: Problem) -> tuple[str, ...]:
     return (*step.tensors, *(f"{name}={values.get(name, name)}" for name in step.scalars))
 
 
-def _folded(gradient: str | None, name: str) -> str:
-    """The gradient of an input from the kernels', which is per value head, or per chunk."""
-    folds = {
-        None: "None",
-        "dA_log": "dA_log.sum((0, 2)).view(HG, -1).sum(1)",
-        "ddt_bias": "ddt_bias.sum(0).view(HG, -1, K).sum(1)",
-    }
-    if name in ("q", "k", "g", "b"):
-        return f"_fold({gradient}, {name})"
-    return folds.get(gradient, str(gradient))
+def _folded(recurrence: Recurrence) -> dict[str, str]:
+    """The gradient of each input from the kernels', which is per value head, or in parts."""
+    made = {x.name: x.dims.split() for stage in STAGES.values() for x in stage.outputs}
+    found = {}
+    for x in recurrence.differentiable:
+        gradient = recurrence.gradients[x.name]
+        dims = made[gradient]
+        parts = [i for i, symbol in enumerate(dims) if symbol not in ("HV", *x.symbols)]
+        places = str(parts[0] if len(parts) == 1 else tuple(parts))
+        whole = f"{gradient}.sum({places})" if parts else gradient
+        if x.dtype == "parameter":
+            heads, *rest = x.symbols
+            found[x.name] = f"{whole}.view({', '.join([heads, '-1', *rest])}).sum(1)"
+        else:
+            found[x.name] = whole if dims == [*x.symbols] else f"_fold({whole}, {x.name})"
+    return found
+
+
+def _shapes_read(recurrence: Recurrence, folded: Mapping[str, str]) -> set[str]:
+    """Inputs of which the backward needs sizes and dtypes, if nothing else."""
+    sized = {recurrence.inputs[place].name for place in recurrence.sized_by}
+    return sized | {name for name, words in folded.items() if words.startswith("_fold(")}
 
 
 def _wrapped(words: Iterable[str], indent: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Gated DeltaNet-2 over whole sequences, in chunks, for one problem; needs only torch and triton.
+"""Gated DeltaNet-2 over whole sequences, for one problem; needs only torch and triton.
 
 Per head, with the state S in R^{K x V} and elementwise `*` (arXiv 2605.22791):
 
@@ -96,8 +96,12 @@ def chunk_gdn2(
 ):
     """Return o [B, T, HV, V] and the final state (None unless asked for); differentiable.
 
-    q, k: [B, T, H, K], normalised in the kernels. v, w: [B, T, HV, V], HV a multiple of H.
-    g: [B, T, H or HV, K]; b: erase gate, shaped like g.
+    q: [B, T, H, K], queries; normalised in the kernel.
+    k: [B, T, H, K], keys; normalised in the kernel.
+    v: [B, T, HV, V], values; HV is a multiple of H.
+    g: [B, T, H or HV, K], pre-activation of the log decay.
+    b: [B, T, H or HV, K], erase gate.
+    w: [B, T, HV, V], write gate.
     decay = -exp(A_log) * softplus(g + dt_bias) in natural log.
     A_log: [heads of g].
     dt_bias: [heads of g * K] or [heads of g, K].
@@ -148,13 +152,13 @@ def chunk_gdn2(
     dt_bias = dt_bias.view(HG, K)
     scale = K**-0.5 if scale is None else float(scale)
     q, k, v, g, b, w = (_readable(x) for x in (q, k, v, g, b, w))
-    o = _ChunkGDN2.apply(
+    o = _Function.apply(
         q, k, v, g, b, w, A_log, dt_bias, given_cu_seqlens, scale,
     )
     return o, None
 
 
-class _ChunkGDN2(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -299,9 +303,9 @@ class _ChunkGDN2(torch.autograd.Function):
 
 
 def _fold(grad, x):
-    """Sum a gradient per value head to the heads of its input."""
+    """Sum a gradient per value head to the heads of its input, in its dtype."""
     if grad.shape == x.shape:
-        return grad
+        return grad.to(x.dtype)
     heads = x.shape[2]
     return grad.unflatten(2, (heads, grad.shape[2] // heads)).float().sum(3).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Gated DeltaNet-2 over whole sequences, in chunks, for one problem; needs only torch and triton.
+"""Gated DeltaNet-2 over whole sequences, for one problem; needs only torch and triton.
 
 Per head, with the state S in R^{K x V} and elementwise `*` (arXiv 2605.22791):
 
@@ -94,8 +94,12 @@ def chunk_gdn2(
 ):
     """Return o [B, T, HV, V] and the final state (None unless asked for); differentiable.
 
-    q, k: [B, T, H, K], normalised in the kernels. v, w: [B, T, HV, V], HV a multiple of H.
-    g: [B, T, H or HV, K], decay in natural log, <= 0. b: erase gate, shaped like g.
+    q: [B, T, H, K], queries; normalised in the kernel.
+    k: [B, T, H, K], keys; normalised in the kernel.
+    v: [B, T, HV, V], values; HV is a multiple of H.
+    g: [B, T, H or HV, K], log decay, <= 0.
+    b: [B, T, H or HV, K], erase gate.
+    w: [B, T, HV, V], write gate.
     scale: of the output; K**-0.5 if None.
     initial_state: [N, HV, K, V] float32; zero if None.
 
@@ -104,13 +108,13 @@ def chunk_gdn2(
     _refuse("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel, True, "--no-l2norm")
     _refuse("use_gate_in_kernel", use_gate_in_kernel, False, "--gate softplus")
     _refuse("state_v_first", state_v_first, False, "--with state_v_first")
-    if not isinstance(output_final_state, bool):
-        raise ValueError(f"output_final_state must be a bool, but got {output_final_state!r}")
     _refuse("A_log", A_log, None, "--with A_log and a --gate")
     _refuse("dt_bias", dt_bias, None, "--with dt_bias and a --gate")
     _refuse("cu_seqlens", cu_seqlens, None, "--with varlen")
     _refuse("cu_seqlens_cpu", cu_seqlens_cpu, None, "--with varlen")
     _refuse("lower_bound", lower_bound, None, "--gate sigmoid")
+    if not isinstance(output_final_state, bool):
+        raise ValueError(f"output_final_state must be a bool, but got {output_final_state!r}")
 
     for name, x in (("q", q), ("v", v), ("g", g)):
         _check_tensor(name, x)
@@ -138,13 +142,13 @@ def chunk_gdn2(
     initial_state = _readable(initial_state)
     scale = K**-0.5 if scale is None else float(scale)
     q, k, v, g, b, w = (_readable(x) for x in (q, k, v, g, b, w))
-    o, final_state = _ChunkGDN2.apply(
+    o, final_state = _Function.apply(
         q, k, v, g, b, w, initial_state, scale,
     )
     return o, final_state if output_final_state else None
 
 
-class _ChunkGDN2(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -285,9 +289,9 @@ def _segments(T, heads, most):
 
 
 def _fold(grad, x):
-    """Sum a gradient per value head to the heads of its input."""
+    """Sum a gradient per value head to the heads of its input, in its dtype."""
     if grad.shape == x.shape:
-        return grad
+        return grad.to(x.dtype)
     heads = x.shape[2]
     return grad.unflatten(2, (heads, grad.shape[2] // heads)).float().sum(3).to(x.dtype)
 
