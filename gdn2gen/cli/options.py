@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.problem import (
     DTYPES,
+    EXTRAS,
     HEAD_DIMS,
     Problem,
     bound_of,
     check_lower_bound,
+    gate_parameters,
 )
 from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.registry import OPS
@@ -23,10 +25,6 @@ if TYPE_CHECKING:
     from gdn2gen.base.device import Device
 
 DEFAULT_TARGET: Final = "sm_90"
-
-# Fields of Problem that only add an argument to the kernels.
-EXTRAS: Final = ("A_log", "dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
-_FIELDS: Final = {"A_log": "has_A_log", "dt_bias": "has_dt_bias"}
 
 
 def add_problem(
@@ -48,7 +46,10 @@ def add_problem(
         f"{', one after the other' if several else ''})",
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, default="bf16", help="of q, k, v, b, w and o (%(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="of q, k, v, o, and of what erases and writes (%(default)s)",
     )
     group.add_argument("--gate-dtype", choices=DTYPES, default="fp32", help="of g (%(default)s)")
     group.add_argument(
@@ -74,7 +75,7 @@ def add_problem(
             dest="extras",
             metavar="NAME,...",
             help=f"arguments that the kernels take as well: {', '.join(EXTRAS)} "
-            f"(with a gate: A_log,dt_bias; else none)",
+            f"(with a gate its parameters; else none)",
         )
 
 
@@ -116,13 +117,11 @@ def with_extras(problem: Problem, gate: str, names: str | None, bound: int = 0) 
 
     By default those that a gated layer passes.
     """
-    if names is None:
-        names = "" if gate == "none" else "A_log,dt_bias"
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
+    flags: dict[str, Any] = gate_parameters(problem.op, gate) if names is None else {}
+    for name in (x.strip() for x in (names or "").split(",") if x.strip()):
         if name not in EXTRAS:
             raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
-    flags: dict[str, Any] = {_FIELDS.get(name, name): True for name in chosen}
+        flags[EXTRAS[name]] = True
     return dataclasses.replace(problem, gate=gate, bound=bound, **flags)
 
 

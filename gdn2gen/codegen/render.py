@@ -15,7 +15,7 @@ from gdn2gen.base import environment
 from gdn2gen.base.errors import ConfigError, TemplateError
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
-from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
+from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.schedule import cleared_of
@@ -156,8 +156,7 @@ def _problem_words(problem: Problem, bound: int = 0) -> list[str]:
         words.append("--no-l2norm")
     if bound:
         words.append(f"--lower-bound -{bound}")
-    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
-    return [*words, f"--with={','.join(given)}"]
+    return [*words, f"--with={','.join(problem.extras)}"]
 
 
 def _wrapped_command(words: list[str]) -> str:

@@ -21,6 +21,8 @@ OPTIONAL_FLAGS: Final = (
     "final_state",
     "state_v_first",
 )
+# What the commands call them, as in --with.
+EXTRAS: Final = {x.removeprefix("has_"): x for x in OPTIONAL_FLAGS}
 # Fields that came after files had been written; those say nothing of them where they are not set.
 _LATER: Final = ("beta_sigmoid", "neg_eigval", "bound")
 # Nats: a gate's lower bound may be no lower.
@@ -99,9 +101,20 @@ class Problem:
         return {x: y for x, y in self.document.items() if x not in OPTIONAL_FLAGS}
 
     @property
+    def extras(self) -> tuple[str, ...]:
+        """Names in `EXTRAS` of the optional arguments that it has."""
+        return tuple(name for name, field in EXTRAS.items() if getattr(self, field))
+
+    @property
     def document(self) -> dict[str, Any]:
         """Every field, for files; later ones only where they are set."""
         return {x: y for x, y in asdict(self).items() if y or x not in _LATER}
+
+
+def gate_parameters(op: str, gate: str) -> dict[str, bool]:
+    """Fields of Problem for the parameters that a layer gives a gate: all that there are."""
+    parameters = (x for x in recurrence_named(op).optional if x.dtype == "parameter")
+    return {x.when: gate != "none" for x in parameters}
 
 
 def check_lower_bound(lower_bound: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn2gen.family.problem import Problem, bound_of
+from gdn2gen.family.problem import Problem, bound_of, gate_parameters
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
@@ -100,10 +100,9 @@ def bench_problem(
         l2norm=l2norm,
         gate=gate,
         gate_dtype="fp32" if gate == "none" else dtype,
-        has_A_log=gate != "none",
-        has_dt_bias=gate != "none",
         varlen=shape.cu_seqlens is not None,
         bound=bound,
+        **gate_parameters(op, gate),
     )
 
 

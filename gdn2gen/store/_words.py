@@ -44,8 +44,7 @@ def generate_command(found: Found) -> str:
     words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
     words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
     words += ["--lower-bound", str(-problem.bound)] if problem.bound else []
-    given = [x.removeprefix("has_") for x in OPTIONAL_FLAGS if getattr(problem, x)]
-    words.append(f"--with={','.join(given)}")
+    words.append(f"--with={','.join(problem.extras)}")
     if regime is not None and regime.tokens % regime.sequences == 0:
         tokens = regime.tokens // regime.sequences
         words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
@@ -79,9 +78,8 @@ def explain_recipe(found: Found, width: int = 100) -> str:
 
     And, unless an exact entry runs, the command that tunes one. Configs are folded at `width`.
     """
-    flags = ("has_A_log", "has_dt_bias", "varlen", "initial_state", "final_state", "state_v_first")
     recipe, device = found.recipe, found.device
-    given, plan = [name for name in flags if getattr(recipe.problem, name)], recipe.plan
+    given, plan = [name for name in OPTIONAL_FLAGS if getattr(recipe.problem, name)], recipe.plan
     lines = [f"problem   {words_of(recipe.problem)}{' + ' + ', '.join(given) if given else ''}"]
     if found.regime is not None:
         lines.append(f"regime    {words_of_key(found.regime.key)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args
 
 from gdn2gen.base.errors import Gdn2genError, StoreError
-from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.problem import Problem, Regime, gate_parameters
 from gdn2gen.kernels.config import SHARED_KNOBS, Config
 from gdn2gen.kernels.plans import LEVELS, PLANS, Level, plan_named
 from gdn2gen.kernels.recipe import Recipe
@@ -189,7 +189,8 @@ def check_entry(entry: Entry, gpu: str) -> None:
         given = getattr(entry, name)
         if given not in known:
             raise StoreError(f"{name} must be one of {known}, but is {given!r}")
-    problem = Problem(**key, has_A_log=key["gate"] == "softplus")  # type: ignore[arg-type]
+    flags = gate_parameters(str(key["op"]), str(key["gate"]))
+    problem = Problem(**key, **flags)  # type: ignore[arg-type]
     if problem.key != key:
         raise StoreError(f"problem.bound must be left out where it is not known, but is in {key}")
     for name, size in entry.regime_key.items():
