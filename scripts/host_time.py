@@ -1,6 +1,6 @@
 """What a call costs the host, and what a packed batch costs beside a plain one, on a GPU.
 
-    python scripts/host_time.py
+    python scripts/host_time.py [--op kda]
 
 Host time is that of calls at 64 tokens and 4 heads, which the GPU never holds back; the least of
 six runs. GPU time is that of CUDA graphs, the median of `triton.testing.do_bench`: a packed batch
@@ -10,6 +10,7 @@ versions compare if they are of one host, taken in turns.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,33 +19,37 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from gdn2gen import chunk_gdn2
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
+from gdn2gen.measure.accuracy import public_op
 
 Run = Callable[[], Any]
 CALLS: Final = 40
 EQUAL: Final = tuple(range(0, 16384 + 1, 4096))
 
 
-def directions(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None) -> tuple[Run, Run]:
+def directions(
+    op: str, B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None
+) -> tuple[Run, Run]:
     """A forward without gradients, and a forward with a backward, at K = V = 128 in bf16."""
     inputs: dict[str, Any] = {
         name: x.requires_grad_() if x.is_floating_point() else x
         for name, x in make_inputs(
-            B, T, H, 128, 128, dtype=torch.bfloat16, device="cuda", cu_seqlens=cu_seqlens
+            B, T, H, 128, 128, op=op, dtype=torch.bfloat16, device="cuda", cu_seqlens=cu_seqlens
         ).items()
     }
+    function = public_op(op)
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True)[0]
+            return function(**inputs, use_qk_l2norm_in_kernel=True)[0]
 
     do = torch.randn_like(forward())
 
     def both() -> tuple[Tensor, ...]:
-        o, _ = chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True)
+        o, _ = function(**inputs, use_qk_l2norm_in_kernel=True)
         return torch.autograd.grad(o, leaves, do)
 
     return forward, both
@@ -78,14 +83,17 @@ def graph_ms(run: Run) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--op", choices=OPS, default=OPS[0], help="(%(default)s)")
+    op = parser.parse_args().op
     for name, lengths in (("batch", None), ("packed", (0, 20, 64))):
-        forward, both = (host_us(x) for x in directions(1, 64, 4, lengths))
+        forward, both = (host_us(x) for x in directions(op, 1, 64, 4, lengths))
         print(f"host  {name:14} {forward:8.1f} us forward {both:8.1f} us forward+backward")
     shapes = {name: SHAPES[name] for name in ("train4k", "varlen8k", "few8k")}
     cases = {name: (x.B, x.T, x.H, x.cu_seqlens) for name, x in shapes.items()}
     cases["train4k packed"] = (1, 16384, 16, EQUAL)
     for name, sizes in cases.items():
-        forward, both = (graph_ms(x) for x in directions(*sizes))
+        forward, both = (graph_ms(x) for x in directions(op, *sizes))
         print(f"graph {name:14} {forward:8.4f} ms forward {both:8.4f} ms forward+backward")
 
 

@@ -126,14 +126,19 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
             yield line([side, *cells])
 
 
-def problem_of(row: Row) -> tuple[int, int, str]:
+def problem_of(row: Row) -> tuple[int, int, int, str]:
     """Rows of one problem and level share a block, large heads first; packing is in the shape."""
     problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
     return _order(problem, LEVELS.index(row["level"]))
 
 
-def _order(problem: Row, level: int = 0) -> tuple[int, int, str]:
-    return -problem["K"], -problem["V"], json.dumps([level, problem], sort_keys=True)
+def _order(problem: Row, level: int = 0) -> tuple[int, int, int, str]:
+    return (
+        OPS.index(problem["op"]),
+        -problem["K"],
+        -problem["V"],
+        json.dumps([level, problem], sort_keys=True),
+    )
 
 
 def _place(shape: dict[str, Any]) -> tuple[int, str]:
@@ -166,7 +171,8 @@ def runs(rows: list[Row]) -> Iterator[str]:
 
 
 def problem_words(problem: Row) -> str:
-    words = f"K={problem['K']}, V={problem['V']}, {problem['dtype']}, g {problem['gate_dtype']}"
+    words = "" if problem["op"] == OPS[0] else f"{problem['op']}, "
+    words += f"K={problem['K']}, V={problem['V']}, {problem['dtype']}, g {problem['gate_dtype']}"
     words += ", l2norm in the kernels" if problem["l2norm"] else ""
     return words + (f", {problem['gate']} gate" if problem["gate"] != "none" else "")
 
