@@ -106,8 +106,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
-    from gdn2gen.family.registry import OPS
-    from gdn2gen.store.sharing import on_file
+    from gdn2gen.store.sharing import all_on_file
     from gdn2gen.tune.gpu.backend import WorkerBackend
     from gdn2gen.tune.recheck import recheck, recheck_table
 
@@ -121,7 +120,7 @@ def _verify_tuned(args: argparse.Namespace) -> int:
         raise DeviceError("--tuned times kernels, but torch sees no GPU here")
     _check_json(args.json)
     device, out = present_device(), terminal.console()
-    entries = [entry for op in OPS for entry in on_file(op, device).entries]
+    entries = all_on_file(device)
     backend, results = WorkerBackend(device), []
     try:
         with terminal.status(out) as say:

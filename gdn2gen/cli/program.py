@@ -113,7 +113,7 @@ COMMANDS: Final = (
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gdn2gen",
-        description="Kernels for Gated DeltaNet-2, generated from templates and tuned per GPU.",
+        description="Kernels for gated linear attention, made from templates and tuned per GPU.",
         epilog="Example: gdn2gen quick. `gdn2gen COMMAND --help` explains each command.",
     )
     parser.add_argument("--version", action="version", version=f"gdn2gen {__version__}")

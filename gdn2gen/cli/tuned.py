@@ -105,7 +105,13 @@ def import_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.store.sharing import device_of, load_file
     from gdn2gen.store.tuned_files import tuned_path
 
-    device = device_of(load_file(args.file))
+    file = load_file(args.file)
+    device, others = device_of(file), _ops(file) - {args.op}
+    if others:
+        raise StoreError(
+            f"{args.file} holds entries of {', '.join(sorted(others))}, and those of {args.op} "
+            "were to be imported; give the --op that it is of"
+        )
     folder = args.out or user_tuned_dir()
     _merge(tuned_path(folder, args.op, device), [args.file])
     say_where(folder)
@@ -130,12 +136,22 @@ def _merge(path: Path, sources: list[Path]) -> None:
             f"a tuned file is of one GPU, but these are of {', '.join(sorted(gpus))}; merge those "
             "of each GPU by themselves"
         )
+    ops = set().union(*(_ops(file) for _, file in files))
+    if len(ops) > 1:
+        raise StoreError(
+            f"a tuned file is of one op, but these are of {', '.join(sorted(ops))}; merge those of "
+            "each op by themselves"
+        )
     for source, file in files:
         merged = tuned_files.merge_entries(path, file.metadata, file.entries)
         taken = sum(entry in merged.entries for entry in file.entries)
         stale = sum(map(tuned_files.is_stale, file.entries))
         note = f"; {stale} are of other templates, and calls pass over them" if stale else ""
         print(f"{source}: {taken} of {len(file.entries)} entries are now in {path}{note}")
+
+
+def _ops(file: TunedFile) -> set[str]:
+    return {str(entry.problem_key["op"]) for entry in file.entries}
 
 
 def diff_tuned(args: argparse.Namespace) -> int:

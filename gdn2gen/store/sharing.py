@@ -9,6 +9,7 @@ from pathlib import Path
 from gdn2gen.base.device import Device, filed_device, is_name_of
 from gdn2gen.base.errors import StoreError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry, TunedFile
@@ -46,8 +47,7 @@ def on_file(op: str, device: Device) -> TunedFile:
     As in a call, a user's entry replaces a packaged one whatever their times, unless it is stale or
     was not measured and the other was. Raises StoreError if there is nothing.
     """
-    folders = (user_tuned_dir(), packaged_tuned_dir())
-    paths = [tuned_files.tuned_path(folder, op, device) for folder in folders]
+    paths = _paths(op, device)
     found = [file for file in map(tuned_files.read_tuned, paths) if file is not None]
     if not found:
         looked = " and ".join(map(str, paths))
@@ -59,6 +59,17 @@ def on_file(op: str, device: Device) -> TunedFile:
         if rival is None or tuned_files.rank(entry)[:2] < tuned_files.rank(rival)[:2]:
             best[entry.key] = entry
     return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
+
+
+def all_on_file(device: Device) -> list[Entry]:
+    """The same of every op, in order. Raises StoreError if nothing is tuned for any."""
+    tuned = [op for op in OPS if any(path.exists() for path in _paths(op, device))]
+    return [entry for op in tuned or OPS for entry in on_file(op, device).entries]
+
+
+def _paths(op: str, device: Device) -> list[Path]:
+    folders = (user_tuned_dir(), packaged_tuned_dir())
+    return [tuned_files.tuned_path(folder, op, device) for folder in folders]
 
 
 @dataclass(frozen=True)

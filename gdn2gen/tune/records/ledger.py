@@ -15,6 +15,7 @@ from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
@@ -60,7 +61,7 @@ class Refusal:
     @property
     def command(self) -> str:
         """The command that tries it again, on the same GPU."""
-        return f"gdn2gen ledger --op {self.problem.get('op', 'gdn2')} --retest {self.id}"
+        return f"gdn2gen ledger --op {self.problem.get('op', OPS[0])} --retest {self.id}"
 
     @property
     def present_digest(self) -> str | None:

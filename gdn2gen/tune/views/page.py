@@ -157,8 +157,8 @@ def page(
     """The page as HTML. Raises TuneError if there is nothing to show."""
     if not found and not stages:
         raise TuneError(
-            f"nothing is tuned for {device.name}, and no search is on file: run `gdn2gen tune` "
-            "first, or name the GPU and the storage of a search"
+            f"nothing of this op is tuned for {device.name}, and no search is on file: run "
+            "`gdn2gen tune` first, or name the op, the GPU and the storage of a search"
         )
     timed = [x for x in found if x.tuned_ms is not None]
     environment = jinja2.Environment(
