@@ -68,13 +68,13 @@ def _compiled(problem: Problem) -> dict[str, tuple[object, str]]:
         ),
         "use_gate_in_kernel": (gated, "--gate none" if gated else "--gate softplus"),
     }
-    for argument, flag in (
-        ("use_beta_sigmoid_in_kernel", "beta_sigmoid"),
-        ("allow_neg_eigval", "neg_eigval"),
-        ("state_v_first", "state_v_first"),
+    for argument, flag, extras in (
+        ("use_beta_sigmoid_in_kernel", "beta_sigmoid", "beta_sigmoid"),
+        ("allow_neg_eigval", "neg_eigval", "beta_sigmoid,neg_eigval"),
+        ("state_v_first", "state_v_first", "state_v_first"),
     ):
         given = getattr(problem, flag)
-        found[argument] = (given, f"{'no ' if given else ''}--with {flag}")
+        found[argument] = (given, f"no --with {flag}" if given else f"--with {extras}")
     return found
 
 

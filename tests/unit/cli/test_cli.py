@@ -122,6 +122,9 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --strict --shape 3x77x5", "strict"),
         ("explain --with sauce", "'sauce'"),
         ("explain --with dt_bias", "use_gate_in_kernel"),
+        ("explain --with beta_sigmoid", "gdn2 has no beta"),
+        ("explain --op kda --with neg_eigval", "needs use_beta_sigmoid_in_kernel"),
+        ("tuned export --op kda --device L4", "nothing is tuned for kda on NVIDIA L4"),
         ("tune --shapes ,", "no shape is named in ','"),
         ("tune --target sm_1", "sm_1"),
         ("tune --storage sqlite:///x.db", "--storage"),
@@ -236,8 +239,9 @@ def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) 
         Problem(K=64, V=128),
         Problem(gate="softplus", has_A_log=True, has_dt_bias=True, l2norm=False),
         Problem(gate="sigmoid", gate_dtype="bf16", varlen=True, initial_state=True),
+        Problem("kda", beta_sigmoid=True, neg_eigval=True, final_state=True),
     ],
-    ids=["plain", "softplus", "sigmoid"],
+    ids=["plain", "softplus", "sigmoid", "kda"],
 )
 def test_the_command_in_a_kernel_regenerates_it(
     problem: Problem, capsys: pytest.CaptureFixture[str]

@@ -155,6 +155,24 @@ def test_files_of_two_gpus_are_not_merged(tmp_path, capsys):
     assert "one, two" in capsys.readouterr().err
 
 
+def test_files_of_two_ops_are_not_merged(tmp_path, capsys):
+    """Nor is one imported where calls of its op do not look."""
+    own = entry(1000, 2.0)
+    key = {**own.problem_key, "op": "kda"}
+    errors = dict.fromkeys(always_checked("kda"), 4e-3)
+    other = write(tmp_path / "kda.json", replace(own, problem_key=key, gate=errors))
+    one, out = write(tmp_path / "gdn2.json", own), tmp_path / "out"
+    for words, said in (
+        (["merge", str(one), str(other), "--to", str(out / "to.json")], "of gdn2, kda"),
+        (["import", str(other), "--out", str(out)], "holds entries of kda"),
+    ):
+        assert program.main(["tuned", *words]) == program.EXIT_USAGE
+        assert said in capsys.readouterr().err
+    assert not out.exists()
+    assert program.main(["tuned", "import", str(other), "--op", "kda", "--out", str(out)]) == 0
+    assert (out / "kda/nvidia-h200.json").is_file()
+
+
 def test_diff(tmp_path, capsys):
     old = write(tmp_path / "old.json", entry(1000, 2.0), entry(2000, 1.0), entry(3000, 1.0))
     new = write(tmp_path / "new.json", entry(1000, 1.5, BV=32), entry(3000, 1.0), entry(4000, 1.0))

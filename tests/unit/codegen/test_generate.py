@@ -52,6 +52,8 @@ FULL = Problem(
     state_v_first=True,
 )
 BOUNDED = replace(PLAIN, gate="sigmoid", l2norm=False, final_state=True)
+TIED = Problem("kda", K=64, V=32, dtype="fp32", initial_state=True)
+TIED_FULL = replace(FULL, op="kda", K=64, beta_sigmoid=True, neg_eigval=True)
 
 # Runs in a process that cannot import gdn2gen, in Triton's interpreter: for each (package, calls)
 # the outputs and gradients of each call, or what it raised. NumPy may be newer than Triton knows.
@@ -84,13 +86,14 @@ for package, calls in jobs:
                 for name, x in leaves.items()
             }
             call["gradients"] = {k: torch._neg_view(-x) for k, x in call["gradients"].items()}
-        function, hooks = module.chunk_gdn2, contextlib.nullcontext()
+        (name,) = module.__all__
+        function, hooks = getattr(module, name), contextlib.nullcontext()
         if call.get("hooked"):
             # hooks that give back what was saved with strides
             unpack = lambda x: torch.stack((x, x), -1)[..., 0]
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)
         if call.get("mapped"):
-            plain, rest = module.chunk_gdn2, dict(leaves)
+            plain, rest = function, dict(leaves)
             rest.pop("v")
             function = lambda v, **_: torch.vmap(lambda v: plain(v=v, **rest))(v[None])
         try:
@@ -154,6 +157,9 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         "full_lean": (FULL, "lean", packed),
         "full_states": (FULL, "states", packed),
         "bounded": (BOUNDED, "fast", Shape("one", 1, 33, 1)),
+        "tied": (TIED, "lean", Shape("two", 2, 40, 1)),
+        "tied_full": (TIED_FULL, "fast", packed),
+        "tied_sigmoid": (replace(TIED, beta_sigmoid=True), "states", Shape("one", 1, 20, 2)),
         "empty": (replace(PLAIN, initial_state=True, final_state=True), "lean", Shape("", 2, 0, 1)),
     }
     for name, (problem, plan, _) in made.items():
@@ -223,6 +229,7 @@ def test_bf16_is_refused_in_the_interpreter(tmp_path: Path) -> None:
 def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
     generated(tmp_path / "plain", Recipe.default(PLAIN))
     generated(tmp_path / "full", Recipe.default(FULL))
+    generated(tmp_path / "tied", Recipe.default(TIED))
     shape, packed = Shape("two", 2, 20, 1), Shape("packed", 1, 20, 1, (0, 5, 20))
     good = _call(PLAIN, shape)["arguments"]
     plain: list[tuple[dict[str, Any], str]] = [
@@ -259,12 +266,20 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
         ({"initial_state": torch.zeros(2, 1, 32, 64)}, "initial_state must be (2, 1, 64, 32)"),
         ({"dt_bias": torch.zeros(33)}, "dt_bias must be (32,)"),
     ]
+    tied: list[tuple[dict[str, Any], str]] = [
+        ({"use_beta_sigmoid_in_kernel": True}, "with --with beta_sigmoid"),
+        ({"allow_neg_eigval": True}, "with --with beta_sigmoid,neg_eigval"),
+        ({"beta": None}, "beta must be a tensor, but got NoneType"),
+        ({"beta": torch.ones(2, 20, 1, 1)}, "beta must be (2, 20, 1) torch.float32"),
+        ({"w": good["w"], "surprise": 1}, "unexpected keyword argument 'w'"),
+    ]
     jobs = [
         ("plain", [_call(PLAIN, shape, **changes) for changes, _ in plain]),
         ("full", [_call(FULL, packed, **changes) for changes, _ in full]),
+        ("tied", [_call(TIED, shape, **changes) for changes, _ in tied]),
     ]
     answers = _run(tmp_path, jobs)
-    for (changes, said), answer in zip((*plain, *full), answers, strict=True):
+    for (changes, said), answer in zip((*plain, *full, *tied), answers, strict=True):
         assert isinstance(answer, tuple), f"{[*changes]} was not refused"
         kind, message = answer
         assert kind == ("TypeError" if "surprise" in changes else "ValueError"), message
@@ -287,7 +302,7 @@ def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> No
         assert re.fullmatch("# as generated: the digest of all above is [0-9a-f]{16}\n", last)
 
 
-@pytest.mark.parametrize("problem", [PLAIN, FULL, BOUNDED, Problem()], ids=str)
+@pytest.mark.parametrize("problem", [PLAIN, FULL, BOUNDED, Problem(), TIED, TIED_FULL], ids=str)
 def test_the_package_is_clean(problem: Problem, tmp_path: Path) -> None:
     generated(tmp_path / "made", Recipe.default(problem))
     rules = ["--isolated", "--line-length=100", "--select=E,F,I,B,UP,SIM,RUF"]

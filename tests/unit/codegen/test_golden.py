@@ -172,6 +172,7 @@ OUTPUTS: Final = {
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "package_states.py": _package,
     "package_packed.py": _package_packed,
+    "package_kda.py": lambda: _package_of(Recipe.default(replace(_PACKED, op="kda"), "fast")),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 
 import pytest
 
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.stages import STAGES
@@ -40,9 +42,11 @@ def test_there_are_words_for_operands_and_no_others() -> None:
     assert {*WORDS} == {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("problem", [PLAIN, FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem) -> None:
+def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem, op: str) -> None:
+    problem = replace(problem, op=op)
     names = [x.name for x in STAGES[stage].operands(problem)]
     assert [*glossary(problem, stage)] == names
 

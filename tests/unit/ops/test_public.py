@@ -1,0 +1,17 @@
+"""What a recurrence declares of its public op, beside the op itself."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.measure.accuracy import public_op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_are_declared_in_their_order(op: str) -> None:
+    member = recurrence_named(op)
+    names = (*(x.name for x in member.required), *member.public.arguments)
+    assert tuple(inspect.signature(public_op(op)).parameters) == names
