@@ -171,7 +171,7 @@ def _wrapped_command(command: str) -> str:
     # a backslash ends every line but the last, for the shell as for the docstring
     program, words = command[: len(_GENERATE)], command[len(_GENERATE) :]
     lines = textwrap.wrap(words, _LINE - 25, break_long_words=False, break_on_hyphens=False)
-    return program + " \\\n        ".join(lines)
+    return program + " \\\n      ".join(lines)
 
 
 __all__ = ["generate_package", "package_source"]

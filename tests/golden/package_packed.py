@@ -20,7 +20,7 @@ Plan:    fast
 Each stage is a module beside this one, which says what it computes and with which config. All were
 made by
     gdn2gen generate --out DIR --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate \
-        softplus --with=A_log,dt_bias,varlen --level fast
+      softplus --with=A_log,dt_bias,varlen --level fast
 """
 
 import hashlib
@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="992af17702fb31ee",
-    grad_key="26327ac4d847017b",
-    grad_value="efae8c1e6c3bc09f",
-    prepare="6b46f7673b578bf4",
-    rescan="13709f94eb3b4d02",
+    grad_key="f1018a2e35b51d60",
+    grad_value="1317f7562adb1f36",
+    prepare="ccc3d11064f9a001",
+    rescan="8041f568f0e779c9",
     reverse_scan="13431069f6b82e45",
-    scan="3e1ead86be113a4d",
-    sum_decay="cff4ea29ce50510d",
+    scan="01142ea1a25a0dce",
+    sum_decay="291b4e938c1a40aa",
 )
 
 
