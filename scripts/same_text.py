@@ -36,6 +36,7 @@ from gdn2gen.base.errors import Gdn2genError  # noqa: E402
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.codegen.render import render, render_tables  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
+from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
 from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
@@ -54,6 +55,11 @@ FLAGS: Final[tuple[dict[str, Any], ...]] = (
     {"gate": "softplus", "has_A_log": True, "varlen": True, "initial_state": True},
     {"gate": "sigmoid", "has_A_log": True, "bound": 2},
     {"gate": "sigmoid", "has_dt_bias": True, "varlen": True, "bound": 1},
+)
+# And what they ask about one whose erase and write factors are tied.
+TIED_FLAGS: Final[tuple[dict[str, Any], ...]] = (
+    {"beta_sigmoid": True, "varlen": True},
+    {"beta_sigmoid": True, "neg_eigval": True},
 )
 # Knobs that choose between pieces of a template; the others are numbers in it.
 _FORMS: Final = ("language", "decay", "solve", "segments", "BT", "chunks", "maxnreg")
@@ -91,14 +97,15 @@ def _filed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
                     continue
                 known = {**STAGES[stage].later, **knobs}
                 if set(known) == set(STAGES[stage].domains):
-                    for flags in FLAGS:
+                    for flags in _flags(entry["problem"]["op"]):
                         yield Problem(**{**entry["problem"], **flags}), stage, known
 
 
 def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
     sizes: tuple[dict[str, Any], ...] = ({}, {"dtype": "fp16"}, {"dtype": "fp32", "K": 64, "V": 64})
-    for size, flags in product(sizes, FLAGS):
-        problem = Problem(**{**size, **flags})
+    given = [(op, flags) for op in OPS for flags in _flags(op)]
+    for size, (op, flags) in product(sizes, given):
+        problem = Problem(**{"op": op, **size, **flags})
         yield problem, TABLES, {"BT": 32}
         for stage in STAGES:
             domain = STAGES[stage].domains
@@ -110,6 +117,10 @@ def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
                 )
                 if config is not None:
                     yield problem, stage, dict(config)
+
+
+def _flags(op: str) -> tuple[dict[str, Any], ...]:
+    return (*FLAGS, *TIED_FLAGS) if recurrence_named(op).tied else FLAGS
 
 
 def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config | None:
@@ -127,13 +138,14 @@ def render_all(given: list[Case]) -> list[list[str]]:
     """Digest and source of each case; an error's words in their place."""
     found = []
     for case in given:
-        problem, knobs = Problem(**case["problem"]), case["knobs"]
+        knobs = case["knobs"]
         try:
+            problem = Problem(**case["problem"])
             if case["stage"] == TABLES:
                 made = render_tables(problem, knobs["BT"])
             else:
                 made = render(problem, case["stage"], Config.of(case["stage"], knobs))
-        except Gdn2genError as error:
+        except (Gdn2genError, TypeError) as error:  # a field that an earlier Problem has not
             found.append(["", str(error)])
         else:
             found.append([made.digest, made.source])
@@ -175,10 +187,12 @@ def code_of(source: str) -> str:
 
 
 def compared(old: list[str], new: list[str]) -> str:
-    """`same`, `words` where only docstrings and comments differ, or else the lines that do."""
+    """`same`, `words` (docstrings and comments), `new` (none before), or the lines that differ."""
     if new[1].replace(new[0] or "-", "") == old[1].replace(old[0] or "-", ""):
         return "same"
-    if not (old[0] and new[0]):
+    if new[0] and not old[0]:
+        return "new"
+    if not new[0]:
         return f"- {old[1][:200]}\n+ {new[1][:200]}"
     before, after = code_of(old[1]).splitlines(), code_of(new[1]).splitlines()
     lines = difflib.unified_diff(before, after, lineterm="", n=0)
@@ -201,14 +215,14 @@ def main() -> int:
     changed: dict[str, str] = {}
     for case, before, after in zip(given, old, new, strict=True):
         result = compared(before, after)
-        counts[result if result in ("same", "words") else "other"] += 1
+        counts[result if result in ("same", "words", "new") else "other"] += 1
         if result in ("same", "words"):
             renewed[before[0]] = after[0]
-        else:
+        elif result != "new":
             changed.setdefault(before[0], f"{case['stage']} {_label(case)}\n{result}")
     print(
         f"{len(given)} kernels: {counts['same']} the same, {counts['words']} but for docstrings "
-        f"and comments, {counts['other']} changed since {args.revision}"
+        f"and comments, {counts['new']} new, {counts['other']} changed since {args.revision}"
     )
     for text in changed.values():
         print(f"\n{text}")

@@ -25,6 +25,11 @@ def test_what_differs(source: str, result: str) -> None:
     assert same_text.compared(OLD, ["1" * 16, source]).endswith(result)
 
 
+def test_what_could_not_be_made_before_is_new() -> None:
+    assert same_text.compared(["", "op must be one of ..."], OLD) == "new"
+    assert same_text.compared(OLD, ["", "cannot serve"]).endswith("+ cannot serve")
+
+
 def test_every_template_is_rendered() -> None:
     found = {
         template_name(Config.of(x["stage"], x["knobs"]).form)
