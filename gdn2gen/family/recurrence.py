@@ -68,7 +68,7 @@ class Public:
     """The op over whole sequences: here, in the reference, and in flash-linear-attention."""
     fla: str
     """The module of flash-linear-attention that has it."""
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
     """Those of the op after the tensors that every call takes, in order. Packages of kernels take
     the same, but for those that choose between kernels."""
 
