@@ -70,7 +70,7 @@ WORDS: Final[Mapping[str, str]] = {
 
 # The same where the factors are tied.
 _TIED: Final[Mapping[str, str]] = {
-    "Ktail": "keys that are written, beta k, decayed to the chunk's end",
+    "Ktail": "beta times the keys, decayed to the chunk's end",
     "R": "what each token's written key adds to the state",
     "dX": "gradient of X = v - E S, where R = A X",
 }

@@ -67,10 +67,10 @@ _check_made_for_this(
     chunk_tables="8c4e327275b179dd",
     grad_key="5363f97ccc6f62f4",
     grad_value="5848613d5fe17530",
-    prepare="65570ec890dd5b77",
-    rescan="d83d40b3dc48846e",
-    reverse_scan="6d835f6357370960",
-    scan="1cc06f96a1f70dfe",
+    prepare="34a199f9d37fb05f",
+    rescan="fc855bea691233cf",
+    reverse_scan="de4afdb6c2d28e7a",
+    scan="4d2acd6e9ec69256",
     sum_decay="7c6551935c6e7c48",
 )
 
