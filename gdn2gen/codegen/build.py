@@ -38,7 +38,12 @@ _BARRIERS_BYTES = 1024
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 _BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
-_OWN_OPTIONS = {"merge_kernel": {"num_warps": 8}, "later_frames_kernel": {"maxnreg": 128}}
+_OWN_OPTIONS = {
+    "merge_kernel": {"num_warps": 8},
+    "later_frames_kernel": {"maxnreg": 128},
+    "activate_beta_kernel": {"num_warps": 1},
+    "fold_beta_kernel": {"num_warps": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def _compile_kernel(
 
     stage = STAGES[stage_name]
     kernel: Any = getattr(module, name)
-    operands = stage.operands(problem)
+    operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     signature = {x.name: f"*{DTYPE[x.dtype_in(problem)].triton_name}" for x in operands}
     scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
     signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}

@@ -62,7 +62,8 @@ WORDS: Final[Mapping[str, str]] = {
     "dk": "gradient of k, per value head",
     "dg": "gradient of g, per value head",
     "db": "gradient of b, per value head",
-    "dbeta": "gradient of beta: sums over a slice of channels",
+    "dbeta_part": "gradient of k_beta: sums over a slice of channels",
+    "dbeta": "gradient of beta",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",
     "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
 }
