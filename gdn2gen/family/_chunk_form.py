@@ -1,4 +1,4 @@
-"""The chunk form behind `family.reference.chunk_gdn2`; symbols and equations stand there."""
+"""The chunk form behind `family.reference.chunk`; symbols and equations stand there."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Tokens(NamedTuple):
     k: Tensor
     """[N, HV, T, K]."""
     z: Tensor
-    """[N, HV, T, V], w * v."""
+    """[N, HV, T, V], v times what is written of it."""
     decay: Tensor
-    """[N, HV, T, K], natural log."""
+    """[N, HV, T, K or 1], natural log."""
     erase: Tensor
-    """[N, HV, T, K]."""
+    """[N, HV, T, K or 1]."""
 
     def split(self, sizes: int | list[int]) -> list[Tokens]:
         """Cut along T. `torch.split` and not slices: its backward writes every token once."""
@@ -89,7 +89,7 @@ def _decayed_scores(rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:
     Args:
         rows: [..., C, K], C a power of two; leading dims may exceed those of the others.
         columns: [C, K] after its leading dims.
-        decay: [C, K] after its leading dims, natural log.
+        decay: [C, K or 1] after its leading dims, natural log.
 
     Returns:
         [..., C, C], strictly lower triangular.

@@ -31,7 +31,8 @@ zero        0: nothing is ever forgotten
 constant    -5.95: about 15 tokens sum past the range of fp32's exponent (88 nats)
 strong      -20: 5 tokens do
 uniform     U(-20, 0)
-sparse      layer, and -300 (the channel is reset) in one element of 64
+sparse      layer, and -300 (the channel is reset) in one element of 64; what both erases and writes
+            is 0 in one element of 8
 mixed       each channel of each head follows one of the above, at random
 correlated  layer's decay / 16; keys with a mutual correlation of 0.9; erase gates in (1.9, 2)
 """
@@ -39,6 +40,7 @@ correlated  layer's decay / 16; keys with a mutual correlation of 0.9; erase gat
 _CORRELATION: Final = 0.9
 _RESET: Final = -300.0
 _RESET_RATE: Final = 1 / 64
+_SKIPPED_RATE: Final = 1 / 8
 
 
 def make_inputs(
@@ -107,6 +109,10 @@ def make_inputs(
         wide = torch.promote_types(gate_dtype, torch.float32)
         decay = _decay(pattern, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
         tensors[name] = decay.view(shapes[name])
+    if pattern == "sparse" and recurrence.erase is not None and recurrence.tied:
+        factor = tensors[recurrence.erase]
+        skipped = torch.rand(factor.shape, device=device, generator=rng) < _SKIPPED_RATE
+        factor.masked_fill_(skipped, 0.0)
     ends = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, device=device).long()
     if initial_state:
         N = B if ends is None else len(ends) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from gdn2gen.family.recurrence import (
+    BETA,
     BIAS,
     CHANNEL_DECAY,
     GATES,
@@ -15,7 +16,6 @@ from gdn2gen.family.recurrence import (
     STATE,
     VALUE,
     Decay,
-    Input,
     Public,
     Recurrence,
 )
@@ -29,7 +29,7 @@ KDA: Final = Recurrence(
         KEY,
         VALUE,
         CHANNEL_DECAY,
-        Input("beta", "B T HV", "what is erased and written, in [0, 1], or [0, 2]", draw="unit"),
+        BETA,
         STATE,
         RATE,
         BIAS,

@@ -167,6 +167,12 @@ CHANNEL_DECAY: Final = Input(
     "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its pre-activation",
     "gate", draw="decay",
 )  # fmt: skip
+BETA: Final = Input(
+    "beta", "B T HV",
+    "what is erased and written, in [0, 1], or [0, 2]; with `use_beta_sigmoid_in_kernel` its "
+    "pre-activation",
+    draw="unit",
+)  # fmt: skip
 STATE: Final = Input(
     "initial_state", "N HV K V", "one for each sequence; zero if None", "state",
     when="initial_state", gradient="dh0",

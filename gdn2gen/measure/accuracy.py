@@ -30,7 +30,7 @@ def inputs_of(
     """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 
     With a gate in the kernel the decay's input is a pre-activation, for which patterns mean little;
-    it is then normal.
+    it is then normal, and so is beta with its sigmoid there.
     """
     from gdn2gen.family.inputs import make_inputs
 
@@ -63,6 +63,9 @@ def inputs_of(
                 drawn = torch.empty(math.prod(sizes[y] for y in x.symbols), device=device)
                 drawn.uniform_(*(_STRONG if strong else _USUAL)[x.draw], generator=generator)
                 inputs[x.name] = drawn.log() if x.draw == "rate" else drawn
+    if problem.beta_sigmoid and recurrence.erase is not None:
+        generator = torch.Generator(device).manual_seed(seed + 3)
+        inputs[recurrence.erase].normal_(generator=generator)
     return inputs
 
 
@@ -75,13 +78,17 @@ def public_op(op: str) -> OpFunction:
 
 
 def op_flags(problem: Problem) -> dict[str, Any]:
-    """The keywords that make the public op run `problem`."""
-    return {
+    """The keywords that make the public op run `problem`; only those that the op takes."""
+    flags = {
         "use_qk_l2norm_in_kernel": problem.l2norm,
         "use_gate_in_kernel": problem.gate != "none",
         "lower_bound": lower_bound_of(problem),
         "state_v_first": problem.state_v_first,
     }
+    if recurrence_named(problem.op).tied:
+        flags["use_beta_sigmoid_in_kernel"] = problem.beta_sigmoid
+        flags["allow_neg_eigval"] = problem.neg_eigval
+    return flags
 
 
 def lower_bound_of(problem: Problem) -> float | None:
@@ -124,8 +131,9 @@ def run_reference(
     from gdn2gen.family import reference
 
     leaves = _leaves(problem, {name: _double(x) for name, x in inputs.items()})
-    arguments: dict[str, Any] = {**leaves, **op_flags(problem), "compute_dtype": torch.float64}
-    o, state = getattr(reference, recurrence_named(problem.op).public.chunk)(**arguments)
+    recurrence = recurrence_named(problem.op)
+    flags = op_flags(problem)
+    o, state = reference.chunk(recurrence, leaves, **flags, compute_dtype=torch.float64)
     exact = {name: _double(x) for name, x in gradients.items()}
     return _results(o, state if problem.final_state else None, leaves, exact)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import reference
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.runtime._kernels import request_of, run_backward, run_forward, sequences_of
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import NOTHING, agreed_runner, make_request, saved_nbytes
@@ -92,17 +93,18 @@ def _reference(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    function = getattr(reference, signature.public)
     with _without_autocast():
-        found: tuple[Tensor, Tensor] = function(
-            **dict(zip(signature.names, (*tensors, cu_seqlens), strict=True)),
+        return reference.chunk(
+            recurrence_named(signature.op),
+            dict(zip(signature.names, (*tensors, cu_seqlens), strict=True)),
             scale=options.scale,
             use_qk_l2norm_in_kernel=options.l2norm,
             use_gate_in_kernel=options.gate_in_kernel,
             lower_bound=options.lower_bound,
+            use_beta_sigmoid_in_kernel=options.beta_sigmoid,
+            allow_neg_eigval=options.neg_eigval,
             state_v_first=options.state_v_first,
         )
-    return found
 
 
 def _without_autocast() -> torch.autocast:

@@ -60,9 +60,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state (empty or None if not asked for), differentiable once.
 
-    `tensors` and `options` (`Options`, or as many in a tuple, which is quicker to make) are the
-    arguments of the forward op. `by_kernels`: else the reference computes, or nothing does;
-    `watched`: something wants to see the ops themselves.
+    `tensors` and `options` (those of `Options` that it takes) are the arguments of the forward op.
+    `by_kernels`: else the reference computes, or nothing does; `watched`: something wants to see
+    the ops themselves.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(op.signature, tensors)
@@ -168,7 +168,7 @@ class _Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, options, agreement, *tensors = inputs
         ctx.mark_non_differentiable(output[2])
-        _save(ctx, tensors, Options(*options), agreement, output)
+        _save(ctx, tensors, options, agreement, output)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ class _Transformed(torch.autograd.Function):
 def _save(
     ctx: Any,
     tensors: Sequence[Tensor | None],
-    options: Options,
+    options: Sequence[Any],
     agreement: str,
     output: tuple[Any, ...],
 ) -> None:
@@ -206,7 +206,7 @@ def _tensor_gradients(
     saved, o, *tensors = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    dht = dht if ctx.options.output_final_state else None
+    dht = dht if Options(*ctx.options).output_final_state else None
     rest = (ctx.sequences, *ctx.options, ctx.agreement)
     arrived = do, dht, saved, o, *tensors
     refuse_batches(op.signature.op, arrived)
@@ -230,7 +230,7 @@ def op_of(recurrence: Recurrence) -> Op:
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         tensors, cu_seqlens, options, agreement = signature.split(inputs)
-        _save(ctx, (*tensors, cu_seqlens), Options(*options), agreement, output)
+        _save(ctx, (*tensors, cu_seqlens), options, agreement, output)
 
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (*_tensor_gradients(op, ctx, do, dht), *[None] * (len(ctx.options) + 1))

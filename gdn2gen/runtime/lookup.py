@@ -40,6 +40,8 @@ def make_problem(
     gate_in_kernel: bool,
     output_final_state: bool,
     state_v_first: bool,
+    beta_sigmoid: bool = False,
+    neg_eigval: bool = False,
 ) -> Problem:
     """Of head dims, dtypes, which of the optional tensors are `given`, and the flags."""
     gate = "none"
@@ -55,6 +57,8 @@ def make_problem(
         gate=gate,
         final_state=output_final_state,
         state_v_first=state_v_first,
+        beta_sigmoid=beta_sigmoid,
+        neg_eigval=neg_eigval,
         bound=bound_of(lower_bound) if gate == "sigmoid" and lower_bound is not None else 0,
         **dict(zip(signature_of(op).conditions, given, strict=True)),
     )

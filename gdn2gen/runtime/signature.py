@@ -16,7 +16,8 @@ from gdn2gen.family.registry import recurrence_named
 
 
 class Options(NamedTuple):
-    """What every op takes after its tensors."""
+    """What ops take after their tensors. Those with a default are of beta, and only of ops that
+    have one (`Signature.flags`)."""
 
     scale: float | None
     lower_bound: float | None
@@ -24,10 +25,21 @@ class Options(NamedTuple):
     gate_in_kernel: bool
     output_final_state: bool
     state_v_first: bool
+    beta_sigmoid: bool = False
+    neg_eigval: bool = False
 
 
 _SCHEMA_OF = {float | None: "float?", bool: "bool"}
-_OPTIONS = ", ".join(f"{_SCHEMA_OF[x]} {name}" for name, x in get_type_hints(Options).items())
+_TYPES = get_type_hints(Options)
+# What callers call the flags among them.
+_FLAGS = {
+    "l2norm": "use_qk_l2norm_in_kernel",
+    "gate_in_kernel": "use_gate_in_kernel",
+    "output_final_state": "output_final_state",
+    "state_v_first": "state_v_first",
+    "beta_sigmoid": "use_beta_sigmoid_in_kernel",
+    "neg_eigval": "allow_neg_eigval",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +65,8 @@ class Signature:
     """Places of the states."""
     conditions: tuple[str, ...]
     """The fields of `Problem` that say which of the others are given."""
+    flags: tuple[str, ...]
+    """Flags of the public op that its ops take as `Options`, after the two numbers."""
 
     def bind(self, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
         """What symbols stand for, by the shapes of the tensors in `sized_by`: the first use counts.
@@ -75,13 +89,18 @@ class Signature:
 
     @property
     def forward_schema(self) -> str:
-        return f"({self._tensors}, {_OPTIONS}, str agreement) -> (Tensor, Tensor, Tensor)"
+        return f"({self._tensors}, {self._options}, str agreement) -> (Tensor, Tensor, Tensor)"
 
     @property
     def backward_schema(self) -> str:
         arrived = "Tensor do, Tensor? dht, Tensor saved, Tensor o"
-        rest = f"SymInt? sequences, {_OPTIONS}, str agreement"
+        rest = f"SymInt? sequences, {self._options}, str agreement"
         return f"({arrived}, {self._tensors}, {rest}) -> Tensor[]"
+
+    @property
+    def _options(self) -> str:
+        names = [x for x in Options._fields if _FLAGS.get(x) in (None, *self.flags)]
+        return ", ".join(f"{_SCHEMA_OF[_TYPES[x]]} {x}" for x in names)
 
     @property
     def _tensors(self) -> str:
@@ -110,4 +129,9 @@ def signature_of(op: str) -> Signature:
         parameters=places("parameter"),
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
+        flags=tuple(
+            flag
+            for name, flag in _FLAGS.items()
+            if recurrence.tied or name not in Options._field_defaults
+        ),
     )

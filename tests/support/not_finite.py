@@ -142,7 +142,8 @@ def _recurrence(
         name: x.double().requires_grad_() if name in GDN2.gradients else x
         for name, x in inputs.items()
     }
-    o, state = reference.recurrent_gdn2(**leaves, **op_flags(problem), compute_dtype=torch.float64)
+    flags = op_flags(problem)
+    o, state = reference.recurrent(GDN2, leaves, **flags, compute_dtype=torch.float64)
     outputs, seeds = [o], [grads["o"].double()]
     results = {"o": o.detach()}
     if problem.final_state:

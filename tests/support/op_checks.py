@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from reference_op import ReferenceOp
 from torch import Tensor
 
 from gdn2gen import chunk_gdn2
-from gdn2gen.family import reference
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
@@ -46,7 +46,7 @@ def compare(
 
 
 def _reference(*, output_final_state: bool, **arguments: Any) -> tuple[Tensor, Tensor]:
-    return reference.chunk_gdn2(**arguments)
+    return ReferenceOp("gdn2")(**arguments)
 
 
 def _run(

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.family import reference
 from gdn2gen.family.gdn2 import GDN2
-from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.kda import KDA
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
@@ -47,13 +45,15 @@ def test_a_declaration_holds_together(member: Recurrence) -> None:
     assert (member.name in OPS) == bool(member.plans)
 
 
-def test_inputs_are_what_kernels_read() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_what_kernels_read(op: str) -> None:
     """One after the other in the stages' contracts, of the same dims."""
-    for x in GDN2.differentiable:
+    member = recurrence_named(op)
+    for x in member.differentiable:
         operand = OPERANDS[x.name]
         assert operand.dims == x.dims
         assert operand.dtype in (x.dtype, "fp32")
-        assert GDN2.gradients[x.name] in OPERANDS
+        assert member.gradients[x.name] in OPERANDS
 
 
 def test_roles_are_of_inputs() -> None:
@@ -76,43 +76,14 @@ def test_what_follows() -> None:
     assert [GDN2.per(x) for x in ("g", "b", "w", "A_log")] == ["channel"] * 3 + ["head"]
 
 
-def _kda_by_token(**x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its own definition, in fp64: S = (I - beta k k^T) Diag(exp g) S + beta k v^T; o = q S / 2."""
-    q, k, v, g, beta = (x[name].double() for name in ("q", "k", "v", "g", "beta"))
-    readers = v.shape[2] // q.shape[2]
-    q, k = (y.repeat_interleave(readers, 2) for y in (q, k))
-    state = q.new_zeros(*q.shape[:1], q.shape[2], q.shape[3], v.shape[3])
-    outputs = []
-    for t in range(q.shape[1]):
-        b = beta[:, t, :, None, None]
-        state = g[:, t, :, :, None].exp() * state
-        kept = torch.eye(k.shape[3]) - b * k[:, t, :, :, None] * k[:, t, :, None, :]
-        state = kept @ state + b * k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append((q[:, t, :, None] @ state).squeeze(-2) / 2)
-    return torch.stack(outputs, 1), state
-
-
-@pytest.mark.parametrize("pattern", ["layer", "strong", "sparse"])
-def test_kda_is_gdn2_of_one_factor(pattern: str) -> None:
-    """A member that no command offers is drawn as it is declared, and is a case of the general."""
-    x = make_inputs(2, 20, 2, 4, 8, op="kda", HV=4, dtype=torch.float64, pattern=pattern)
-    assert {name: y.shape for name, y in x.items()}["beta"] == (2, 20, 4)
-    x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
-    o, state = _kda_by_token(**x)
-    beta = x.pop("beta")[..., None]
-    for form in (reference.recurrent_gdn2, reference.chunk_gdn2):
-        factors = {"b": beta.expand(2, 20, 4, 4), "w": beta.expand(2, 20, 4, 8)}
-        found = form(**x, **factors, scale=0.5)
-        torch.testing.assert_close(found, (o, state), rtol=1e-12, atol=1e-12)
-
-
-def test_kda_is_declared_and_not_offered() -> None:
-    assert KDA.name in RECURRENCES and KDA.name not in OPS
+def test_what_follows_of_a_tied_one() -> None:
     assert KDA.erase == KDA.write == "beta" and KDA.per("beta") == "head"
+    assert KDA.tied and not GDN2.tied
     assert KDA.update == "(I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T"
-    with pytest.raises(InputError, match=r"op must be one of \('gdn2',\), but got 'kda'"):
-        Problem(op="kda")
-    assert "Tensor g, Tensor beta, Tensor? initial_state" in signature_of("kda").forward_schema
+    with pytest.raises(InputError, match="gdn2 has no beta whose sigmoid"):
+        Problem(beta_sigmoid=True)
+    with pytest.raises(InputError, match="allow_neg_eigval=True needs use_beta_sigmoid_in_kernel"):
+        Problem(op="kda", neg_eigval=True)
 
 
 def test_schemas_follow_from_the_declaration() -> None:
@@ -131,26 +102,33 @@ def test_schemas_follow_from_the_declaration() -> None:
     assert signature.backward_schema == (
         f"({arrived}, {tensors}, SymInt? sequences, {options}) -> Tensor[]"
     )
+    kda = signature_of("kda").forward_schema
+    assert "Tensor g, Tensor beta, Tensor? initial_state" in kda
+    assert "bool state_v_first, bool beta_sigmoid, bool neg_eigval, str agreement" in kda
 
 
-SIZES = {"B": 2, "T": 5, "H": 2, "HV": 6, "HG": 3, "K": 4, "V": 8, "N": 2, "NT": 4}
+SIZES = {"B": 2, "T": 5, "H": 2, "HV": 6, "HG": 3, "K": 4, "V": 8, "N": 2, "NT": 4, "NK": 3}
 HEADS = ("H", "HV", "HG")
-LETTERS = {"B": "b", "T": "t", "K": "k", "V": "v", "N": "n", "NT": "c", **dict.fromkeys(HEADS, "h")}
+PLAIN = {"B": "b", "T": "t", "K": "k", "V": "v", "N": "n", "NT": "c", "NK": "s"}
+LETTERS = {**PLAIN, **dict.fromkeys(HEADS, "h")}
 
 
-@pytest.mark.parametrize("name", GDN2.gradients)
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in OPS for name in recurrence_named(op).gradients]
+)
 @pytest.mark.parametrize("tokens", [5, 0])
-def test_a_gradient_is_summed_to_the_shape_of_its_input(name: str, tokens: int) -> None:
+def test_a_gradient_is_summed_to_the_shape_of_its_input(op: str, name: str, tokens: int) -> None:
     """Over the value heads that read one of the input, and over what the input has none of."""
     sizes = SIZES | {"T": tokens}
-    of_input, of_kernel = GDN2.named[name].symbols, OPERANDS[GDN2.gradients[name]].dims.split()
+    member = recurrence_named(op)
+    of_input, of_kernel = member.named[name].symbols, OPERANDS[member.gradients[name]].dims.split()
     grad = torch.randn([sizes[x] for x in of_kernel])
     x = torch.empty([sizes[x] for x in of_input], dtype=torch.bfloat16)
     heads = next(sizes[x] for x in of_input if x in HEADS)
     grouped = grad.double().unflatten(of_kernel.index("HV"), (heads, sizes["HV"] // heads))
     before = "".join(LETTERS[x] + "r" * (x == "HV") for x in of_kernel)
     after = "".join(LETTERS[x] for x in of_input)
-    found = _folds("gdn2")[name](grad, x)
+    found = _folds(op)[name](grad, x)
     assert found.shape == x.shape
     expected = torch.einsum(f"{before}->{after}", grouped)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)

@@ -10,14 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from reference_op import ReferenceOp
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family import reference
+from gdn2gen.family.activations import activate_gate, l2norm
 from gdn2gen.family.inputs import PATTERNS, make_inputs
-from gdn2gen.family.reference import activate_gate, chunk_gdn2, l2norm, recurrent_gdn2
+from gdn2gen.family.registry import RECURRENCES
 
 Form = Callable[..., tuple[Tensor, Tensor]]
-FORMS = pytest.mark.parametrize("form", [recurrent_gdn2, chunk_gdn2])
+RECURRENT = {op: ReferenceOp(op, reference.recurrent) for op in RECURRENCES}
+CHUNK = {op: ReferenceOp(op) for op in RECURRENCES}
+OF_ANY = pytest.mark.parametrize("form", [*RECURRENT.values(), *CHUNK.values()], ids=str)
+recurrent_gdn2, chunk_gdn2 = RECURRENT["gdn2"], CHUNK["gdn2"]
+FORMS = pytest.mark.parametrize("form", [recurrent_gdn2, chunk_gdn2], ids=str)
+MEMBERS = pytest.mark.parametrize("op", RECURRENCES)
 # fp64 rounds at 1e-16; the largest error found is 7e-15, with correlated keys and b near 2.
 TOLERANCE = 1e-12
 
@@ -103,30 +111,73 @@ def kda_outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Ten
     return o
 
 
-@FORMS
-def test_tied_gates_are_kda(form: Form) -> None:
-    x = draw(2, 37, 2, 8, 12)
-    beta = x["b"][..., :1]
-    x.update(b=beta.expand_as(x["b"]), w=beta.expand_as(x["w"]))
+KDA_FORMS = pytest.mark.parametrize("form", [RECURRENT["kda"], CHUNK["kda"]], ids=str)
+
+
+@KDA_FORMS
+def test_kda_is_what_it_is_elsewhere(form: Form) -> None:
+    x = draw(2, 37, 2, 8, 12, op="kda")
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (x["q"], x["k"]))
     o, _ = form(**x, use_qk_l2norm_in_kernel=True)
-    torch.testing.assert_close(
-        o, kda_outputs(q, k, x["v"], x["g"], beta[..., 0]), rtol=1e-12, atol=1e-13
-    )
+    wanted = kda_outputs(q, k, x["v"], x["g"], x["beta"])
+    torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-13)
+
+
+def spread(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """KDA by the recurrence of GDN-2: beta in every channel, to erase and to write."""
+    beta, v = arguments.pop("beta")[..., None], arguments["v"]
+    b = beta.expand(*v.shape[:3], arguments["k"].shape[-1])
+    return recurrent_gdn2(**arguments, b=b, w=beta.expand_as(v))
+
+
+@KDA_FORMS
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_kda_is_gdn2_of_one_factor(form: Form, pattern: str) -> None:
+    x = draw(2, 37, 2, 8, 12, HV=4, op="kda", pattern=pattern, initial_state=True)
+    assert x["beta"].shape == (2, 37, 4)
+    assert_close(run(form, x), run(spread, x))
+
+
+@KDA_FORMS
+def test_a_beta_of_zero_passes_the_state_on(form: Form) -> None:
+    """But for its decay; and beta has a gradient there."""
+    x = draw(1, 21, 2, 8, 12, op="kda", pattern="layer", initial_state=True)
+    x["beta"][:, 3:] = 0.0
+    found = run(form, x)
+    first = {name: y[:, :3] for name, y in x.items() if name != "initial_state"}
+    state = run(form, first | {"initial_state": x["initial_state"]})["state"]
+    kept = x["g"][:, 3:].sum(1).exp()[..., None] * state
+    torch.testing.assert_close(found["state"], kept, rtol=1e-12, atol=1e-13)
+    assert (found["dbeta"][:, 3:] != 0).all()
+    assert (found["dv"][:, 3:] == 0).all()
+
+
+@KDA_FORMS
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_sigmoid_of_beta(form: Form, twice: bool) -> None:
+    x = draw(2, 37, 2, 8, 12, op="kda", initial_state=True)
+    x["beta"] = torch.randn(x["beta"].shape, generator=torch.Generator().manual_seed(3)).double()
+
+    def before(beta: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        return spread(beta=(2 if twice else 1) / (1 + torch.exp(-beta)), **rest)
+
+    options = {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": twice}
+    assert_close(run(form, x, **options), run(before, x))
 
 
 @cache
-def hostile(pattern: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def hostile(pattern: str, op: str = "gdn2") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and the recurrence's results: 77 tokens end within a chunk of any size."""
-    x = draw(2, 77, 2, 24, 40, pattern=pattern, initial_state=True)
-    return x, run(recurrent_gdn2, x)
+    x = draw(2, 77, 2, 24, 40, op=op, pattern=pattern, initial_state=True)
+    return x, run(RECURRENT[op], x)
 
 
+@MEMBERS
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_chunk_form_is_the_recurrence(pattern: str, chunk_size: int) -> None:
-    x, wanted = hostile(pattern)
-    assert_close(run(chunk_gdn2, x, chunk_size=chunk_size), wanted)
+def test_chunk_form_is_the_recurrence(pattern: str, chunk_size: int, op: str) -> None:
+    x, wanted = hostile(pattern, op)
+    assert_close(run(CHUNK[op], x, chunk_size=chunk_size), wanted)
 
 
 @pytest.mark.parametrize("pattern", ["strong", "sparse", "mixed"])
@@ -156,10 +207,10 @@ def test_lengths(T: int) -> None:
     assert_close(run(chunk_gdn2, x), wanted)
 
 
-@FORMS
+@OF_ANY
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 0]])
-def test_no_tokens(form: Form, cu_seqlens: list[int] | None) -> None:
-    x = draw(1, 0, 2, 8, 12, HV=4, cu_seqlens=cu_seqlens, initial_state=True)
+def test_no_tokens(form: ReferenceOp, cu_seqlens: list[int] | None) -> None:
+    x = draw(1, 0, 2, 8, 12, op=form.op, HV=4, cu_seqlens=cu_seqlens, initial_state=True)
     found = run(form, x)
     assert found["o"].shape == (1, 0, 4, 12)
     assert torch.equal(found["state"], x["initial_state"])
@@ -168,16 +219,16 @@ def test_no_tokens(form: Form, cu_seqlens: list[int] | None) -> None:
     assert torch.equal(form(**x)[1], torch.zeros(1, 4, 8, 12).double())
 
 
-@FORMS
-def test_packed_sequences(form: Form) -> None:
+@OF_ANY
+def test_packed_sequences(form: ReferenceOp) -> None:
     """Each of the packed sequences, empty ones included, is what it is on its own."""
     ends = [0, 0, 17, 17, 80, 81, 81]
-    x = draw(1, 81, 2, 8, 12, HV=4, cu_seqlens=ends, initial_state=True)
+    x = draw(1, 81, 2, 8, 12, op=form.op, HV=4, cu_seqlens=ends, initial_state=True)
     packed = run(form, x)
     do, ds = random_like(packed["o"]), random_like(packed["state"])
     for n, (start, end) in enumerate(pairwise(ends)):
         tokens, entry = slice(start, end), slice(n, n + 1)
-        own = {name: x[name][:, tokens] for name in "qkvgbw"}
+        own = {y.name: x[y.name][:, tokens] for y in form.recurrence.required}
         own["initial_state"] = x["initial_state"][entry]
         alone = run(form, own, (do[:, tokens], ds[entry]))
         states = ("state", "dinitial_state")
@@ -193,13 +244,13 @@ def test_packed_sequences(form: Form) -> None:
             assert torch.equal(packed["dinitial_state"][entry], ds[entry])
 
 
-@FORMS
+@OF_ANY
 @pytest.mark.parametrize("gate_heads", [2, 6])
-def test_grouped_value_heads(form: Form, gate_heads: int) -> None:
-    x = draw(2, 37, 2, 8, 12, HV=6, HG=gate_heads, initial_state=True)
+def test_grouped_value_heads(form: ReferenceOp, gate_heads: int) -> None:
+    x = draw(2, 37, 2, 8, 12, op=form.op, HV=6, HG=gate_heads, initial_state=True)
 
     def repeated(**inputs: Any) -> tuple[Tensor, Tensor]:
-        for name in "qkgb":
+        for name in [y.name for y in form.recurrence.required]:
             heads = inputs[name].shape[2]
             inputs[name] = inputs[name][:, :, [i // (6 // heads) for i in range(6)]]
         return form(**inputs)
@@ -269,14 +320,14 @@ def test_activate_gate_formulas() -> None:
             assert plain[0, 0, h, d].item() == pytest.approx(-5 / (1 + math.exp(-x)), 1e-14)
 
 
-@FORMS
-def test_causality(form: Form) -> None:
+@OF_ANY
+def test_causality(form: ReferenceOp) -> None:
     """The last of 22 tokens moves nothing before it, bit for bit, forward and backward."""
-    x = draw(1, 22, 2, 16, 24, pattern="mixed")
+    x = draw(1, 22, 2, 16, 24, op=form.op, pattern="mixed")
     moved = {name: y.clone() for name, y in x.items()}
+    for y in moved.values():
+        y[:, 21] *= 0.5
     moved["g"][:, 21] -= 3.0
-    for name in "qkvbw":
-        moved[name][:, 21] *= 0.5
     results = []
     for inputs in (x, moved):
         leaves = {name: y.requires_grad_() for name, y in inputs.items()}
@@ -288,17 +339,18 @@ def test_causality(form: Form) -> None:
     assert not torch.equal(results[0][0][:, 21], results[1][0][:, 21])
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
+@OF_ANY
 @pytest.mark.parametrize("gate", GATES)
-def test_gradcheck(gate: str, chunk_size: int | None) -> None:
-    x = draw(1, 7, 1, 3, 2, HV=2, initial_state=True)
+def test_gradcheck(gate: str, form: ReferenceOp) -> None:
+    x = draw(1, 7, 1, 3, 2, op=form.op, HV=2, initial_state=True)
     x["A_log"], x["dt_bias"] = torch.tensor([0.2, 0.7]).double(), torch.full((6,), -0.5).double()
     names, leaves = list(x), [y.requires_grad_() for y in x.values()]
     options: dict[str, Any] = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True}
     options.update(GATES[gate])
-    if chunk_size is not None:
-        options["chunk_size"] = chunk_size
-    form: Form = recurrent_gdn2 if chunk_size is None else chunk_gdn2
+    if form in CHUNK.values():
+        options["chunk_size"] = 4
+    if form.recurrence.tied:
+        options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return form(**dict(zip(names, tensors, strict=True)), **options)
@@ -368,12 +420,35 @@ def test_float32_is_near(pattern: str) -> None:
             r"dt_bias must be \[32\] or \[4, 8\]",
         ),
         ({"compute_dtype": torch.bfloat16}, "must be torch.float32 or torch.float64"),
+        ({"use_beta_sigmoid_in_kernel": True}, "gdn2 has no beta whose sigmoid could be taken"),
+        ({"w": None}, r"gdn2 takes \['q', .*missing or unknown: \['w'\]"),
     ],
 )
 def test_bad_input(form: Form, change: dict[str, Any], message: str) -> None:
     x: dict[str, Any] = make_inputs(1, 9, 2, 8, 12, HV=4)
     with pytest.raises(InputError, match=message):
         form(**{**x, **change})
+
+
+@KDA_FORMS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": torch.zeros(1, 9, 2)}, r"beta must be \[1, 9, 4\], but got \[1, 9, 2\]"),
+        ({"beta": torch.zeros(1, 9, 4, 1)}, r"beta must be .*, but got \[1, 9, 4, 1\]"),
+        ({"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
+    ],
+)
+def test_a_bad_beta(form: Form, change: dict[str, Any], message: str) -> None:
+    x: dict[str, Any] = make_inputs(1, 9, 2, 8, 12, op="kda", HV=4)
+    with pytest.raises(InputError, match=message):
+        form(**{**x, **change})
+
+
+def test_what_a_recurrence_lacks_is_refused() -> None:
+    x = make_inputs(1, 9, 2, 8, 12, op="kda")
+    with pytest.raises(InputError, match=r"kda takes .*missing or unknown: \['w'\]"):
+        reference.chunk(RECURRENCES["kda"], x | {"w": x["v"]})
 
 
 def test_bad_chunks_and_batches() -> None:
@@ -432,16 +507,23 @@ def test_patterns_are_what_they_say() -> None:
     unit = l2norm(x["k"])[0, :, 0]
     assert (unit @ unit.T).mean().item() == pytest.approx(0.9, abs=0.05)
 
+    beta = make_inputs(1, 500, 4, 8, 8, op="kda", pattern="correlated")["beta"]
+    assert beta.min() > 1.9 and beta.max() <= 2
+    beta = make_inputs(1, 500, 4, 8, 8, op="kda", pattern="sparse")["beta"]
+    assert beta.eq(0).float().mean().item() == pytest.approx(1 / 8, rel=0.1)
+
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["q", "k", "v", "g", "b", "w"])
-def test_what_is_not_finite_reaches_no_earlier_token(name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, x.name) for op, y in RECURRENCES.items() for x in y.required]
+)
+def test_what_is_not_finite_reaches_no_earlier_token(op: str, name: str, value: float) -> None:
     """As in the recurrence, also in its own chunk: nothing is multiplied by a masked zero."""
-    x = draw(1, 40, 2, 8, 12, initial_state=True)
-    clean, _ = chunk_gdn2(**x, use_qk_l2norm_in_kernel=True)
-    x[name][0, 21, 0, 3] = -value if name == "g" else value
-    o, state = chunk_gdn2(**x, use_qk_l2norm_in_kernel=True)
-    right, right_state = recurrent_gdn2(**x, use_qk_l2norm_in_kernel=True)
+    x = draw(1, 40, 2, 8, 12, op=op, initial_state=True)
+    clean, _ = CHUNK[op](**x, use_qk_l2norm_in_kernel=True)
+    x[name][0, 21, 0].view(-1)[-1:] = -value if name == "g" else value
+    o, state = CHUNK[op](**x, use_qk_l2norm_in_kernel=True)
+    right, right_state = RECURRENT[op](**x, use_qk_l2norm_in_kernel=True)
     assert torch.equal(o[:, :21], clean[:, :21])
     assert torch.equal(o[:, :, 1], clean[:, :, 1])
     assert torch.equal(o.isfinite(), right.isfinite())

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from reference_op import ReferenceOp
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.family import reference
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import DTYPES, HEAD_DIMS
 from gdn2gen.family.recurrence import GATES
@@ -70,7 +70,7 @@ def test_the_op_on_cpu_tensors_passes(check: str) -> None:
 
 def _right(*, output_final_state: bool, **arguments: Any) -> tuple[Tensor, Tensor | None]:
     """The op as the suite calls it, from the reference."""
-    o, state = reference.chunk_gdn2(**arguments)
+    o, state = ReferenceOp("gdn2")(**arguments)
     return o, state if output_final_state else None
 
 
