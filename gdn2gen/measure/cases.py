@@ -55,6 +55,17 @@ def _gates(base: Case) -> dict[str, Case]:
     }
 
 
+def _betas(base: Case) -> dict[str, Case]:
+    """`base` with what its recurrence takes of beta inside its kernels."""
+    if not recurrence_named(base.problem.op).tied:
+        return {}
+    once = replace(base.problem, beta_sigmoid=True)
+    return {
+        "beta-sigmoid": replace(base, problem=once),
+        "neg-eigval": replace(base, problem=replace(once, neg_eigval=True)),
+    }
+
+
 def _features(base: Case) -> Iterator[Case]:
     """`base` once for every option of the op that changes what the kernels compute."""
     problem, shape = base.problem, base.shape
@@ -66,6 +77,7 @@ def _features(base: Case) -> Iterator[Case]:
         ),
         "no-l2norm": replace(base, problem=replace(problem, l2norm=False)),
         **_gates(base),
+        **_betas(base),
         "v-first": replace(base, problem=replace(problem, state_v_first=True)),
         "varlen": replace(
             base, problem=replace(problem, varlen=True), shape=_shape(1, T, shape.H, packed)

@@ -13,6 +13,7 @@ from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
     check_arguments,
+    check_beta,
     check_flags,
     check_gate,
     check_head_dims,
@@ -24,18 +25,36 @@ from gdn2gen.runtime.signature import Signature
 def call(
     op: autograd.Op,
     tensors: tuple[Tensor | None, ...],
-    cu_seqlens_cpu: Tensor | None,
+    *,
     scale: Any,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool,
     lower_bound: Any,
-    *flags: bool,
+    disable_recompute: bool,
+    return_intermediate_states: bool,
+    state_v_first: bool,
+    cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """o, and the final state or None. `tensors` are those of the signature, `flags` of `FLAGS`."""
-    check_flags(*flags)
-    final_state, l2norm, gate_in_kernel, safe_gate, fast, intermediate, state_v_first = flags
+    """o, and the final state or None. `tensors` are those of the signature; the others are called
+    as by callers, and those with a default not every op has."""
+    known = (
+        use_qk_l2norm_in_kernel,
+        use_gate_in_kernel,
+        output_final_state,
+        state_v_first,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )
+    check_flags(*known, safe_gate, disable_recompute, return_intermediate_states)
     signature = op.signature
     parameters = [tensors[place] for place in signature.parameters]
-    check_gate(gate_in_kernel, safe_gate, lower_bound, *parameters)
-    if intermediate:
+    check_gate(use_gate_in_kernel, safe_gate, lower_bound, *parameters)
+    check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    if return_intermediate_states:
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
     watched = is_watched(tensors)
     dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)
@@ -49,17 +68,14 @@ def call(
         tensors = _as_kernels_take(signature, tensors, dims)
     options = (
         None if scale is None else float(scale),
-        float(lower_bound) if gate_in_kernel and lower_bound is not None else None,
-        l2norm,
-        gate_in_kernel,
-        final_state,
-        state_v_first,
-    )
-    level = "fast" if fast else "lean"
+        float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
+        *known,
+    )[: signature.options]
+    level = "fast" if disable_recompute else "lean"
     o, state = autograd.run(
         op, tensors, options, level, dims, head_dims, by_kernels=by_kernels, watched=watched
     )
-    return o, state if final_state else None
+    return o, state if output_final_state else None
 
 
 def _by_kernels(device: torch.device) -> bool:

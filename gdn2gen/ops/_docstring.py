@@ -25,6 +25,8 @@ _OPTIONS: Final = {
     "use_qk_l2norm_in_kernel": "normalise q and k by x / sqrt(sum(x^2) + 1e-6).",
     "use_gate_in_kernel": "decay = -exp(A_log) * softplus({g.input} + dt_bias), or with "
     "`lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({g.input} + dt_bias)).",
+    "use_beta_sigmoid_in_kernel": "what erases and writes is sigmoid({beta}).",
+    "allow_neg_eigval": "it is twice that; needs `use_beta_sigmoid_in_kernel`.",
     "cu_seqlens_cpu": "cu_seqlens' copy on the host, which is checked if it is given.",
     "safe_gate": "the decay is bounded; needs `lower_bound` where the gate is in the kernel.",
     "lower_bound": "least decay, in [-5, 0).",
@@ -64,7 +66,8 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield from ("", "Args:")
     for name in names:
         x = recurrence.named.get(name)
-        text = f"{name}: {_OPTIONS[name].format(g=recurrence.decay) if x is None else _tensor(x)}"
+        known = {"g": recurrence.decay, "beta": recurrence.erase}
+        text = f"{name}: {_OPTIONS[name].format(**known) if x is None else _tensor(x)}"
         yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
     yield from ("", "Returns:")
     yield "    o [B, T, HV, V] in the dtype of v, and the final state (float32) or None."

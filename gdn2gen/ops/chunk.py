@@ -11,11 +11,13 @@ from typing import Final
 from torch import Tensor
 
 from gdn2gen.family.gdn2 import GDN2
+from gdn2gen.family.kda import KDA
 from gdn2gen.ops._call import call
 from gdn2gen.ops._docstring import documented
 from gdn2gen.runtime.autograd import op_of
 
 _GDN2: Final = op_of(GDN2)
+_KDA: Final = op_of(KDA)
 
 
 @documented(GDN2)
@@ -45,14 +47,57 @@ def chunk_gdn2(
     return call(
         _GDN2,
         (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens),
-        cu_seqlens_cpu,
-        scale,
-        lower_bound,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel,
-        safe_gate,
-        disable_recompute,
-        return_intermediate_states,
-        state_v_first,
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        safe_gate=safe_gate,
+        lower_bound=lower_bound,
+        disable_recompute=disable_recompute,
+        return_intermediate_states=return_intermediate_states,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+@documented(KDA)
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention over whole sequences, in chunks (arXiv 2510.26692)."""
+    return call(
+        _KDA,
+        (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        safe_gate=safe_gate,
+        lower_bound=lower_bound,
+        disable_recompute=disable_recompute,
+        return_intermediate_states=return_intermediate_states,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
     )

@@ -228,15 +228,24 @@ def check_gate(
         raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
 
 
+def check_beta(sigmoid: bool, neg_eigval: bool) -> None:
+    """Raises InputError where eigenvalues may be negative by a sigmoid that is not taken here."""
+    if neg_eigval and not sigmoid:
+        raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
+
+
 FLAGS = (
-    "output_final_state",
     "use_qk_l2norm_in_kernel",
     "use_gate_in_kernel",
+    "output_final_state",
+    "state_v_first",
+    "use_beta_sigmoid_in_kernel",
+    "allow_neg_eigval",
     "safe_gate",
     "disable_recompute",
     "return_intermediate_states",
-    "state_v_first",
 )
+"""Flags of the public ops: those of `Options`, in their order, then the others."""
 
 
 def check_flags(*given: object) -> None:

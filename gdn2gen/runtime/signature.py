@@ -16,8 +16,8 @@ from gdn2gen.family.registry import recurrence_named
 
 
 class Options(NamedTuple):
-    """What ops take after their tensors. Those with a default are of beta, and only of ops that
-    have one (`Signature.flags`)."""
+    """What ops take after their tensors. Those with a default are of beta, and left out by ops that
+    have none (`Signature.options`)."""
 
     scale: float | None
     lower_bound: float | None
@@ -30,16 +30,7 @@ class Options(NamedTuple):
 
 
 _SCHEMA_OF = {float | None: "float?", bool: "bool"}
-_TYPES = get_type_hints(Options)
-# What callers call the flags among them.
-_FLAGS = {
-    "l2norm": "use_qk_l2norm_in_kernel",
-    "gate_in_kernel": "use_gate_in_kernel",
-    "output_final_state": "output_final_state",
-    "state_v_first": "state_v_first",
-    "beta_sigmoid": "use_beta_sigmoid_in_kernel",
-    "neg_eigval": "allow_neg_eigval",
-}
+_OPTIONS = tuple(f"{_SCHEMA_OF[x]} {name}" for name, x in get_type_hints(Options).items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +56,8 @@ class Signature:
     """Places of the states."""
     conditions: tuple[str, ...]
     """The fields of `Problem` that say which of the others are given."""
-    flags: tuple[str, ...]
-    """Flags of the public op that its ops take as `Options`, after the two numbers."""
+    options: int
+    """How many of `Options` its ops take."""
 
     def bind(self, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
         """What symbols stand for, by the shapes of the tensors in `sized_by`: the first use counts.
@@ -99,8 +90,7 @@ class Signature:
 
     @property
     def _options(self) -> str:
-        names = [x for x in Options._fields if _FLAGS.get(x) in (None, *self.flags)]
-        return ", ".join(f"{_SCHEMA_OF[_TYPES[x]]} {x}" for x in names)
+        return ", ".join(_OPTIONS[: self.options])
 
     @property
     def _tensors(self) -> str:
@@ -129,9 +119,5 @@ def signature_of(op: str) -> Signature:
         parameters=places("parameter"),
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
-        flags=tuple(
-            flag
-            for name, flag in _FLAGS.items()
-            if recurrence.tied or name not in Options._field_defaults
-        ),
+        options=len(_OPTIONS) - (0 if recurrence.tied else len(Options._field_defaults)),
     )

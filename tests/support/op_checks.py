@@ -13,47 +13,62 @@ import torch
 from reference_op import ReferenceOp
 from torch import Tensor
 
-from gdn2gen import chunk_gdn2
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.measure.accuracy import public_op, relative_errors
+from gdn2gen.ops import chunk
 from gdn2gen.runtime import call
 from gdn2gen.runtime._kernels import request_of, sequences_of
-from gdn2gen.runtime.lookup import agree
+from gdn2gen.runtime.autograd import Op
+from gdn2gen.runtime.lookup import NOTHING, agree
 from gdn2gen.store.dispatch import forced_recipe
 
 LIMIT = 1e-5
-INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state", "A_log", "dt_bias")
 
 
-def make(**changes: Any) -> dict[str, Any]:
+def activated(op: str) -> dict[str, bool]:
+    """The flags by which kernels activate all that they can of the op's inputs."""
+    flags = dict.fromkeys(("use_gate_in_kernel", "use_qk_l2norm_in_kernel"), True)
+    if recurrence_named(op).tied:
+        flags |= dict.fromkeys(("use_beta_sigmoid_in_kernel", "allow_neg_eigval"), True)
+    return flags
+
+
+def make(op: str = "gdn2", **changes: Any) -> dict[str, Any]:
     """Inputs of B=2, T=20, H=2, K=32, V=64 with an initial state, unless told otherwise."""
     sizes = {"B": 2, "T": 20, "H": 2, "K": 32, "V": 64, "initial_state": True} | changes
-    return {**make_inputs(**sizes)}
+    return {**make_inputs(op=op, **sizes)}
 
 
 def compare(
-    arguments: Mapping[str, Any], outputs: str = "both", wanted: tuple[str, ...] = INPUTS
+    op: str, arguments: Mapping[str, Any], outputs: str = "both", wanted: tuple[str, ...] = ()
 ) -> dict[str, float]:
-    """Relative errors of outputs and gradients against fp64, for the loss that `outputs` names."""
-    results = _run(chunk_gdn2, arguments, outputs, wanted)
+    """Relative errors of outputs and gradients against fp64, for the loss that `outputs` names;
+    gradients of all inputs if none is `wanted`."""
+    results = _run(public_op(op), arguments, outputs, wanted)
     exact = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
     }
-    return relative_errors(results, _run(_reference, exact, outputs, wanted))
 
+    def reference(*, output_final_state: bool, **given: Any) -> tuple[Tensor, Tensor]:
+        return ReferenceOp(op)(**given)
 
-def _reference(*, output_final_state: bool, **arguments: Any) -> tuple[Tensor, Tensor]:
-    return ReferenceOp("gdn2")(**arguments)
+    return relative_errors(results, _run(reference, exact, outputs, wanted))
 
 
 def _run(
-    function: Any, arguments: Mapping[str, Any], outputs: str, wanted: tuple[str, ...]
+    function: Any,
+    arguments: Mapping[str, Any],
+    outputs: str = "both",
+    wanted: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     leaves = {
-        name: x.detach().requires_grad_() if name in wanted and isinstance(x, Tensor) else x
+        name: x.detach().requires_grad_()
+        if isinstance(x, Tensor) and x.is_floating_point() and (not wanted or name in wanted)
+        else x
         for name, x in arguments.items()
     }
     o, state = function(**leaves, output_final_state=True)
@@ -89,41 +104,40 @@ def _strided(x: Tensor, how: str) -> Tensor:
 LAYOUTS = ("heads-first", "padded", "every-other")
 
 
-def strided_inputs(how: str) -> dict[str, float]:
+def strided_inputs(op: str, how: str) -> dict[str, float]:
     """Strided inputs, an expanded state and gate parameters from a larger tensor."""
-    inputs = make()
-    for name in ("q", "k", "v", "g", "b", "w"):
+    inputs = make(op)
+    for name in [x.name for x in recurrence_named(op).required]:
         inputs[name] = _strided(inputs[name], how)
         assert not inputs[name].is_contiguous()
     inputs["initial_state"] = inputs["initial_state"][:1].mT.contiguous().mT.expand(2, -1, -1, -1)
     inputs["A_log"] = torch.linspace(0, 1, 4)[::2]
     inputs["dt_bias"] = torch.linspace(0, 1, 64).view(32, 2).T
     assert not (inputs["A_log"].is_contiguous() or inputs["dt_bias"].is_contiguous())
-    flags = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True}
-    return compare(inputs | flags)
+    return compare(op, inputs | activated(op))
 
 
-def one_output(outputs: str) -> dict[str, float]:
+def one_output(op: str, outputs: str) -> dict[str, float]:
     """A loss of one output alone; the other's gradient is undefined."""
-    return compare(make() | {"use_qk_l2norm_in_kernel": True}, outputs)
+    return compare(op, make(op) | {"use_qk_l2norm_in_kernel": True}, outputs)
 
 
-def some_gradients(name: str) -> dict[str, float]:
+def some_gradients(op: str, name: str) -> dict[str, float]:
     """Only one input requires a gradient."""
-    return compare(make() | {"use_qk_l2norm_in_kernel": True}, wanted=(name,))
+    return compare(op, make(op) | {"use_qk_l2norm_in_kernel": True}, wanted=(name,))
 
 
-def no_tokens(packed: bool) -> dict[str, float]:
+def no_tokens(op: str, packed: bool) -> dict[str, float]:
     shape: dict[str, Any] = {"B": 1, "cu_seqlens": (0, 0, 0)} if packed else {}
-    return compare(make(T=0, **shape) | {"use_qk_l2norm_in_kernel": True})
+    return compare(op, make(op, T=0, **shape) | {"use_qk_l2norm_in_kernel": True})
 
 
-def low_precision_parameters() -> str:
+def low_precision_parameters(op: str) -> str:
     """A_log and dt_bias of a model in bfloat16: gradients in their own dtype and shape."""
-    inputs = make()
+    inputs = make(op)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
     leaves: dict[str, Any] = {name: x.bfloat16().requires_grad_() for name, x in parameters.items()}
-    o, _ = chunk_gdn2(**inputs, **leaves, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True)
+    o, _ = public_op(op)(**inputs, **leaves, **activated(op))
     torch.autograd.backward(o.sum())
     for x in leaves.values():
         assert x.grad is not None
@@ -132,49 +146,53 @@ def low_precision_parameters() -> str:
     return "done"
 
 
-def changed_cu_seqlens() -> dict[str, float]:
+def changed_cu_seqlens(op: str) -> dict[str, float]:
     """The tables made from cu_seqlens follow it when it is written to."""
-    inputs: dict[str, Any] = make(B=1, cu_seqlens=(0, 7, 20)) | {"use_qk_l2norm_in_kernel": True}
-    compare(inputs)
+    inputs = make(op, B=1, cu_seqlens=(0, 7, 20)) | {"use_qk_l2norm_in_kernel": True}
+    compare(op, inputs)
     inputs["cu_seqlens"][1] = 15
-    return compare(inputs)
+    return compare(op, inputs)
 
 
-def inputs_are_untouched() -> str:
-    inputs = make() | {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
+def inputs_are_untouched(op: str) -> str:
+    inputs = make(op) | {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
     before = {name: x.clone() for name, x in inputs.items()}
-    compare(inputs | {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True})
+    compare(op, inputs | activated(op))
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
     return "done"
 
 
-def opcheck(tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
-    """torch.library.opcheck of the forward op."""
-    from gdn2gen.ops.chunk import _GDN2
-
-    inputs = make(cu_seqlens=(0, 7, 20), B=1) if gated else make(T=17)
+def opcheck(op: str, tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
+    """torch.library.opcheck of the forward op; by the reference at the level `NOTHING`."""
+    inputs = make(op, cu_seqlens=(0, 7, 20), B=1) if gated else make(op, T=17)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}
     given = inputs | parameters
-    leaves = [given[name].requires_grad_() if name in given else None for name in INPUTS]
+    ops: Op = getattr(chunk, f"_{op.upper()}")
+    signature = ops.signature
+    leaves = [given[x].requires_grad_() if x in given else None for x in signature.names[:-1]]
     arguments = (*leaves, inputs.get("cu_seqlens"))
-    flags = (None, None, True, gated, True, False)
-    request = request_of(_GDN2.signature, arguments[:-1], sequences_of(arguments[-1]), flags)
-    arguments = (*arguments, *flags, agree(request, level))
+    # of beta come last, as in `Options`
+    flags = (None, None, True, gated, True, False, gated, gated)[: signature.options]
+    agreement = level
+    if level != NOTHING:
+        request = request_of(signature, leaves, sequences_of(arguments[-1]), flags)
+        agreement = agree(request, level)
+    arguments = (*arguments, *flags, agreement)
     # what lies between the tensors in the buffer of what is saved is then not left to chance
     torch.use_deterministic_algorithms(True)
     try:
-        return torch.library.opcheck(_GDN2.forward, arguments, test_utils=tests)
+        return torch.library.opcheck(ops.forward, arguments, test_utils=tests)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def fakes_agree(level: str, gated: bool) -> str:
+def fakes_agree(op: str, level: str, gated: bool) -> str:
     """Shapes, dtypes and strides of the real outputs, as the fake says, also of the backward."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    inputs: dict[str, Any] = make(HV=4, HG=2) if not gated else make(HV=4, HG=4)
+    inputs: dict[str, Any] = make(op, HV=4, HG=2) if not gated else make(op, HV=4, HG=4)
     parameters = {"A_log": torch.zeros(4), "dt_bias": torch.ones(128)} if gated else {}
-    flags = {"use_gate_in_kernel": gated, "use_qk_l2norm_in_kernel": True}
+    flags = activated(op) if gated else {"use_qk_l2norm_in_kernel": True}
     arguments: dict[str, Any] = {**inputs, **parameters, **flags}
     arguments["disable_recompute"] = level == "fast"
     arguments["output_final_state"] = True
@@ -184,7 +202,7 @@ def fakes_agree(level: str, gated: bool) -> str:
             name: x.detach().requires_grad_() if isinstance(x, Tensor) else x
             for name, x in given.items()
         }
-        o, state = chunk_gdn2(**leaves)
+        o, state = public_op(op)(**leaves)
         assert state is not None
         wanted = [x for x in leaves.values() if isinstance(x, Tensor)]
         return [o, state, *torch.autograd.grad(o.sum() + state.sum(), wanted)]
@@ -202,41 +220,40 @@ def fakes_agree(level: str, gated: bool) -> str:
     return "done"
 
 
-def compiled(gated: bool) -> str:
+def compiled(op: str, gated: bool) -> str:
     """torch.compile without graph breaks, over the kernels: the same bits as without."""
-    inputs: dict[str, Any] = make()
+    inputs: dict[str, Any] = make(op)
     if gated:
-        inputs |= {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
-        inputs["use_gate_in_kernel"] = True
+        inputs |= {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)} | activated(op)
     arguments = {**inputs, "use_qk_l2norm_in_kernel": True}
-    step = torch.compile(chunk_gdn2, backend="aot_eager", fullgraph=True)
-    expected = _run(chunk_gdn2, arguments, "both", INPUTS)
-    results = _run(step, arguments, "both", INPUTS)
+    step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
+    expected = _run(public_op(op), arguments)
+    results = _run(step, arguments)
     moved = [name for name, x in expected.items() if not torch.equal(x, results[name])]
     assert not moved, moved
     return "done"
 
 
-def compiled_at_other_lengths() -> str:
+def compiled_at_other_lengths(op: str) -> str:
     """torch.compile marks T dynamic when it meets a second one."""
-    step = torch.compile(chunk_gdn2, backend="aot_eager", fullgraph=True)
+    step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
     for T in (20, 33, 47):
-        arguments = {**make(T=T), "use_qk_l2norm_in_kernel": True}
-        expected = _run(chunk_gdn2, arguments, "both", INPUTS)
-        results = _run(step, arguments, "both", INPUTS)
+        arguments = {**make(op, T=T), "use_qk_l2norm_in_kernel": True}
+        expected = _run(public_op(op), arguments)
+        results = _run(step, arguments)
         assert all(torch.equal(x, results[name]) for name, x in expected.items())
     return "done"
 
 
-def without_gradient(plan: str) -> list[str]:
+def without_gradient(op: str, plan: str) -> list[str]:
     """Outputs that are not the same bits where no gradient is wanted, over five segments."""
     segment, call.SEGMENT = call.SEGMENT, 1
-    problem = Problem(K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
-    arguments = {**make(T=150), "use_qk_l2norm_in_kernel": True}
+    problem = Problem(op=op, K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
+    arguments = {**make(op, T=150), "use_qk_l2norm_in_kernel": True}
     try:
         with forced_recipe(Recipe.default(problem, plan)):
-            kept = _run(chunk_gdn2, arguments, "both", INPUTS)
-            o, state = chunk_gdn2(**arguments, output_final_state=True)
+            kept = _run(public_op(op), arguments)
+            o, state = public_op(op)(**arguments, output_final_state=True)
     finally:
         call.SEGMENT = segment
     found = {"o": o, "final_state": state}

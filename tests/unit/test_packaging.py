@@ -106,7 +106,7 @@ def test_import_is_quick_and_touches_no_gpu() -> None:
 import sys, time, torch
 started = time.process_time()
 import gdn2gen
-gdn2gen.chunk_gdn2
+gdn2gen.chunk_gdn2, gdn2gen.chunk_kda
 seconds = time.process_time() - started
 assert not torch.cuda.is_initialized()
 assert not {"optuna", "tilelang", "jinja2.sandbox", "rich"} & {*sys.modules}, sys.modules.keys()

@@ -384,7 +384,7 @@ def test_a_stage_in_a_language(capsys: Any) -> None:
 def test_dir_shows_what_there_is() -> None:
     import gdn2gen
 
-    assert {"chunk_gdn2", "__version__"} <= {*dir(gdn2gen)}
+    assert {"chunk_gdn2", "chunk_kda", "__version__"} <= {*dir(gdn2gen)}
     for name in dir(gdn2gen):
         getattr(gdn2gen, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -16,7 +17,8 @@ import torch
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DeviceError, StoreError, UnsupportedError
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.shapes import SHAPES
+from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.kernels import floor
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure import accuracy, results, sides, timing
@@ -75,12 +77,39 @@ def test_relative_errors():
     assert math.isinf(errors["nan"]) and math.isinf(errors["gone"])
 
 
-def test_fla_that_is_not_installed_is_named(monkeypatch):
+@pytest.mark.parametrize("op", OPS)
+def test_fla_that_is_not_installed_is_named(monkeypatch, op):
     from gdn2gen.measure.sides import fla_op
 
-    monkeypatch.setitem(sys.modules, "fla.ops.gdn2", None)
-    with pytest.raises(UnsupportedError, match="flash-linear-attention"):
-        fla_op("gdn2", "lean")
+    monkeypatch.setitem(sys.modules, f"fla.ops.{op}", None)
+    with pytest.raises(UnsupportedError, match=f"flash-linear-attention with fla.ops.{op}"):
+        fla_op(op, "lean")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_sides_are_given_the_same_and_only_what_they_take(monkeypatch, op):
+    """FLA's ops swallow keywords that they do not know."""
+    asked = {}
+
+    def fla(**arguments):
+        asked.update(arguments)
+        return torch.zeros(1), None
+
+    chunk = recurrence_named(op).public.chunk
+    monkeypatch.setitem(sys.modules, f"fla.ops.{op}", SimpleNamespace(**{chunk: fla}))
+    problem = Problem(op=op, gate="softplus", has_A_log=True)
+    inputs = accuracy.inputs_of(problem, Shape("tiny", 1, 5, 2), "layer", 0, "cpu")
+    sides.fla_op(op, "lean")(**inputs, **accuracy.op_flags(problem))
+    assert {*asked} <= {*inspect.signature(accuracy.public_op(op)).parameters}
+    of_beta = {"use_beta_sigmoid_in_kernel", "allow_neg_eigval"}
+    assert of_beta & {*asked} == (of_beta if recurrence_named(op).tied else set())
+
+
+def test_a_beta_before_its_sigmoid_has_either_sign():
+    problem = Problem(op="kda", beta_sigmoid=True)
+    shape = Shape("tiny", 1, 50, 2)
+    beta = accuracy.inputs_of(problem, shape, "correlated", 0, "cpu")["beta"]
+    assert beta.dtype == torch.bfloat16 and beta.min() < -0.5 and beta.max() > 0.5
 
 
 @pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])

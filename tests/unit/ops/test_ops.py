@@ -16,17 +16,29 @@ from torch import Tensor
 import gdn2gen
 from gdn2gen.base.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _call
 from gdn2gen.runtime import autograd
-from gdn2gen.runtime.arguments import FLAGS
+from gdn2gen.runtime.lookup import NOTHING
 
 B, T, H, HV, K, V = 2, 20, 2, 4, 32, 64
 
 
-def make(**changes: Any) -> dict[str, Any]:
+def make(op: str = "gdn2", **changes: Any) -> dict[str, Any]:
     sizes = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V} | changes
-    return make_inputs(**sizes)
+    return make_inputs(op=op, **sizes)
+
+
+def row(x: dict[str, Any]) -> dict[str, Any]:
+    """The first sequence alone."""
+    return {name: y[:1] for name, y in x.items()}
+
+
+def flags_of(op: str) -> list[str]:
+    parameters = inspect.signature(public_op(op)).parameters
+    return [name for name, x in parameters.items() if x.annotation == "bool"]
 
 
 def meta(x: Tensor) -> Tensor:
@@ -43,20 +55,15 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     # rank
     "rank-q": (lambda x: {"q": x["q"][0]}, r"q must be \[B, T, heads, dim\].*\(20, 2, 32\)"),
     "rank-g": (lambda x: {"g": x["g"][..., 0]}, r"g must be .* \(2, 20, 4\)"),
-    "rank-w": (lambda x: {"w": x["w"][None]}, r"w must be .* \(1, 2, 20, 4, 64\)"),
     "type-q": (lambda x: {"q": x["q"].tolist()}, "q must be a tensor, but got list"),
-    "type-b": (lambda x: {"b": None}, "b must be a tensor, but got NoneType"),
     # shape
     "shape-k": (lambda x: {"k": x["k"][:, 1:]}, r"k must be \(2, 20, 2, 32\).*\(2, 19, 2, 32\)"),
     "shape-v": (lambda x: {"v": x["v"][:1]}, r"v must be \(2, 20, 4, 64\).*\(1, 20, 4, 64\)"),
-    "shape-w": (lambda x: {"w": x["w"][..., :1]}, r"w must be .*\(2, 20, 4, 1\)"),
-    "shape-b": (lambda x: {"b": x["b"][:, :, :1]}, r"b must be .*\(2, 20, 1, 32\)"),
     "heads-g": (lambda x: {"g": x["g"][:, :, :3]}, "g must have H=2 or HV=4 heads, but got 3"),
     "heads-v": (lambda x: {"v": x["v"][:, :, :3]}, "HV=3, H=2"),
     "heads-none": (lambda x: {"q": x["q"][:, :, :0]}, "H=0"),
     # dtype
     "dtype-k": (lambda x: {"k": x["k"].half()}, r"k must have the dtype of q.*float16.*\.to\("),
-    "dtype-w": (lambda x: {"w": x["w"].bfloat16()}, "w must have the dtype of q.*bfloat16"),
     "dtype-q": (lambda x: {"q": x["q"].int()}, "q must be bfloat16.*torch.int32"),
     "dtype-g": (lambda x: {"g": x["g"].int()}, "g must be bfloat16.*torch.int32"),
     "dtype-fp8": (
@@ -82,7 +89,7 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     ),
     # layout
     "layout-sparse": (lambda x: {"k": x["k"].to_sparse()}, r"k must .*sparse_coo.*\.to_dense\("),
-    "layout-mkldnn": (lambda x: {"w": x["w"].to_mkldnn()}, r"w must .*mkldnn.*\.to_dense\("),
+    "layout-mkldnn": (lambda x: {"v": x["v"].to_mkldnn()}, r"v must .*mkldnn.*\.to_dense\("),
     "layout-nested": (
         lambda x: {"q": torch.nested.nested_tensor([*x["q"]])},
         "q must be a dense tensor, but is nested.*cu_seqlens",
@@ -92,7 +99,7 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
         "g must be a dense tensor, but is nested.*cu_seqlens",
     ),
     "layout-cu_seqlens": (
-        lambda x: {n: y[:1] for n, y in x.items()} | {"cu_seqlens": CU.to_sparse()},
+        lambda x: row(x) | {"cu_seqlens": CU.to_sparse()},
         "cu_seqlens must be a dense tensor",
     ),
     # device
@@ -116,35 +123,35 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
         r"initial_state must be \(2, 4, 64, 32\).*state_v_first=True",
     ),
     "state-packed": (
-        lambda x: make(B=1) | {"cu_seqlens": CU, "initial_state": torch.zeros(1, HV, K, V)},
+        lambda x: row(x) | {"cu_seqlens": CU, "initial_state": torch.zeros(1, HV, K, V)},
         r"initial_state must be \(2, 4, 32, 64\)",
     ),
     # packed sequences
     "packed-B": (lambda x: {"cu_seqlens": CU}, "cu_seqlens wants B=1, but q has B=2: flatten"),
     "packed-falls": (
-        lambda x: make(B=1) | {"cu_seqlens": torch.tensor([0, 9, 5, T])},
+        lambda x: row(x) | {"cu_seqlens": torch.tensor([0, 9, 5, T])},
         r"cu_seqlens must not fall, but cu_seqlens\[1\]=9 and cu_seqlens\[2\]=5",
     ),
     "packed-start": (
-        lambda x: make(B=1) | {"cu_seqlens": torch.tensor([1, T])},
+        lambda x: row(x) | {"cu_seqlens": torch.tensor([1, T])},
         "start at 0 and end at T=20, but starts at 1",
     ),
     "packed-end": (
-        lambda x: make(B=1) | {"cu_seqlens": torch.tensor([0, T + 1])},
+        lambda x: row(x) | {"cu_seqlens": torch.tensor([0, T + 1])},
         "end at T=20, but .* ends at 21",
     ),
-    "packed-rank": (lambda x: make(B=1) | {"cu_seqlens": CU[None]}, r"\[N\+1\].*\(1, 3\)"),
-    "packed-none": (lambda x: make(B=1) | {"cu_seqlens": CU[:1]}, r"N >= 1.*\(1,\)"),
+    "packed-rank": (lambda x: row(x) | {"cu_seqlens": CU[None]}, r"\[N\+1\].*\(1, 3\)"),
+    "packed-none": (lambda x: row(x) | {"cu_seqlens": CU[:1]}, r"N >= 1.*\(1,\)"),
     "packed-dtype": (
-        lambda x: make(B=1) | {"cu_seqlens": CU.float()},
+        lambda x: row(x) | {"cu_seqlens": CU.float()},
         "cu_seqlens must be int32 or int64, but got torch.float32",
     ),
     "packed-copy": (
-        lambda x: make(B=1) | {"cu_seqlens": CU, "cu_seqlens_cpu": CU[:2]},
+        lambda x: row(x) | {"cu_seqlens": CU, "cu_seqlens_cpu": CU[:2]},
         r"cu_seqlens_cpu must be a copy.*\(3,\).*\(2,\)",
     ),
     "packed-copy-values": (
-        lambda x: make(B=1) | {"cu_seqlens": CU.clone(), "cu_seqlens_cpu": CU + 1},
+        lambda x: row(x) | {"cu_seqlens": CU.clone(), "cu_seqlens_cpu": CU + 1},
         r"must be a copy of cu_seqlens, \[0, 5, 20\], but got \[1, 6, 21\]",
     ),
     "packed-copy-alone": (lambda x: {"cu_seqlens_cpu": CU}, "without cu_seqlens"),
@@ -168,26 +175,45 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     "scale": (lambda x: {"scale": "1"}, "scale must be a number, but got str"),
     "scale-bool": (lambda x: {"scale": True}, "scale must be a number, but got bool"),
     "gate-bound-bool": (lambda x: GATED | {"lower_bound": True}, "lower_bound must be a number"),
-    **{
-        f"flag-{name}": (lambda x, name=name: {name: "no"}, f"{name} must be True or False.*'no'")
-        for name in FLAGS
-    },
     "flag-none": (lambda x: {"state_v_first": None}, "state_v_first must be .*got None"),
     "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
 }
 # Refused by the kernels only: the reference takes any head dim, and float64.
-KERNELS_REFUSE: Final[dict[str, tuple[Change, str]]] = {
-    "K": (lambda x: make(K=48), "K=48 was not verified.*32, 64, 128"),
-    "V": (lambda x: make(V=256), "V=256 was not verified"),
-    "double": (lambda x: make(dtype=torch.float64), "q must be .*float64"),
-    "double-g": (lambda x: make(gate_dtype=torch.float64), "g must be .*float64"),
+OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
+    "gdn2": {
+        "rank-w": (lambda x: {"w": x["w"][None]}, r"w must be .* \(1, 2, 20, 4, 64\)"),
+        "type-b": (lambda x: {"b": None}, "b must be a tensor, but got NoneType"),
+        "shape-w": (lambda x: {"w": x["w"][..., :1]}, r"w must be .*\(2, 20, 4, 1\)"),
+        "shape-b": (lambda x: {"b": x["b"][:, :, :1]}, r"b must be .*\(2, 20, 1, 32\)"),
+        "dtype-w": (lambda x: {"w": x["w"].bfloat16()}, "w must have the dtype of q.*bfloat16"),
+    },
+    "kda": {
+        "rank-beta": (
+            lambda x: {"beta": x["beta"][..., None]},
+            r"beta must be \[B, T, heads\] .* \(2, 20, 4, 1\)",
+        ),
+        "type-beta": (lambda x: {"beta": 1.0}, "beta must be a tensor, but got float"),
+        "shape-beta": (
+            lambda x: {"beta": x["beta"][:, :, :2]},
+            r"beta must be \(2, 20, 4\), but got \(2, 20, 2\)",
+        ),
+        "dtype-beta": (lambda x: {"beta": x["beta"].half()}, "beta must have the dtype of q"),
+        "device-beta": (lambda x: {"beta": meta(x["beta"])}, "beta must be on cpu like q"),
+        "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
+    },
+}
+KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
+    "K": ({"K": 48}, "K=48 was not verified.*32, 64, 128"),
+    "V": ({"V": 256}, "V=256 was not verified"),
+    "double": ({"dtype": torch.float64}, "q must be .*float64"),
+    "double-g": ({"gate_dtype": torch.float64}, "g must be .*float64"),
 }
 ODD: Final[dict[str, tuple[Change, str]]] = {
-    "type-cu_seqlens": (lambda x: make(B=1) | {"cu_seqlens": [0, T]}, "cu_seqlens"),
+    "type-cu_seqlens": (lambda x: row(x) | {"cu_seqlens": [0, T]}, "cu_seqlens"),
     "type-state": (lambda x: {"initial_state": [0.0]}, "initial_state"),
     "type-A_log": (lambda x: {"use_gate_in_kernel": True, "A_log": 1.0}, "A_log"),
     "type-bound": (lambda x: GATED | {"lower_bound": "-5"}, "lower_bound"),
-    "device-cu_seqlens": (lambda x: make(B=1) | {"cu_seqlens": meta(CU)}, "cu_seqlens must be on"),
+    "device-cu_seqlens": (lambda x: row(x) | {"cu_seqlens": meta(CU)}, "cu_seqlens must be on"),
     "dims-none": (lambda x: {n: x[n][..., :0] for n in x}, "K=0"),
 }
 
@@ -205,49 +231,71 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return chosen
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_refused(name: str, path: str) -> None:
-    change, said = REFUSED[name]
-    inputs = make()
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op in OPS for name in (*REFUSED, *OF_ONE[op])],
+)
+def test_bad_input_is_refused(op: str, name: str, path: str) -> None:
+    change, said = (REFUSED | OF_ONE[op])[name]
+    inputs = make(op)
     with pytest.raises((InputError, UnsupportedError), match=said):
-        gdn2gen.chunk_gdn2(**inputs | change(inputs))
+        public_op(op)(**inputs | change(inputs))
+
+
+@pytest.mark.parametrize(("op", "flag"), [(op, flag) for op in OPS for flag in flags_of(op)])
+def test_a_flag_that_is_no_bool_is_refused(op: str, flag: str, path: str) -> None:
+    with pytest.raises(InputError, match=f"{flag} must be True or False.*'no'"):
+        public_op(op)(**make(op) | {flag: "no"})
 
 
 @pytest.mark.parametrize("name", KERNELS_REFUSE)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_what_the_kernels_do_not_serve_is_refused(name: str, path: str) -> None:
-    change, said = KERNELS_REFUSE[name]
+def test_what_the_kernels_do_not_serve_is_refused(op: str, name: str, path: str) -> None:
+    changes, said = KERNELS_REFUSE[name]
     with pytest.raises(Gdn2genError, match=said):
-        gdn2gen.chunk_gdn2(**change({}))
+        public_op(op)(**make(op, **changes))
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_input_is_refused(name: str, path: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_odd_input_is_refused(op: str, name: str, path: str) -> None:
     change, said = ODD[name]
-    inputs = make()
+    inputs = make(op)
     with pytest.raises(InputError, match=said):
-        gdn2gen.chunk_gdn2(**inputs | change(inputs))
+        public_op(op)(**inputs | change(inputs))
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_a_state_in_double_is_refused_by_the_kernels(path: str) -> None:
+def test_a_state_in_double_is_refused_by_the_kernels(op: str, path: str) -> None:
     with pytest.raises(InputError, match="initial_state"):
-        gdn2gen.chunk_gdn2(**make(), initial_state=torch.zeros(B, HV, K, V).double())
+        public_op(op)(**make(op), initial_state=torch.zeros(B, HV, K, V).double())
 
 
-def test_the_docstring_says_what_every_argument_is() -> None:
-    text = inspect.getdoc(gdn2gen.chunk_gdn2) or ""
-    assert text.startswith("Gated DeltaNet-2 over whole sequences")
+SAID: Final = {
+    "gdn2": "    b: [B, T, HG, K] like q: erase gate in [0, 1], or [0, 2].\n",
+    "kda": "    allow_neg_eigval: it is twice that; needs `use_beta_sigmoid_in_kernel`.\n",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_docstring_says_what_every_argument_is(op: str) -> None:
+    function = public_op(op)
+    assert function is getattr(gdn2gen, recurrence_named(op).public.chunk)
+    text = inspect.getdoc(function) or ""
+    assert text.startswith(f"{recurrence_named(op).title} over whole sequences")
     _, arguments = text.split("Args:\n")
     found = re.findall(r"^    (\w+): \S", arguments.split("\nReturns:")[0], flags=re.M)
-    assert found == [*inspect.signature(gdn2gen.chunk_gdn2).parameters]
-    assert "    b: [B, T, HG, K] like q: erase gate in [0, 1], or [0, 2].\n" in text
+    assert found == [*inspect.signature(function).parameters]
+    assert SAID[op] in text
     assert max(map(len, text.splitlines())) <= 96
 
 
-def test_an_unknown_keyword_is_a_type_error() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_keyword_is_a_type_error(op: str) -> None:
     with pytest.raises(TypeError, match="use_l2norm"):
-        gdn2gen.chunk_gdn2(**make() | {"use_l2norm": True})
+        public_op(op)(**make(op) | {"use_l2norm": True})
 
 
 def test_errors_of_ours_are_value_errors() -> None:
@@ -276,27 +324,38 @@ FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FLAGS)
+OF_BETA: Final[dict[str, dict[str, Any]]] = {
+    "beta-sigmoid": {"use_beta_sigmoid_in_kernel": True},
+    "neg-eigval": {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, x) for op in OPS for x in (*FLAGS, *(OF_BETA if recurrence_named(op).tied else ()))],
+)
 @pytest.mark.resolved
-def test_the_cpu_path_is_the_reference(name: str) -> None:
-    flags = FLAGS[name]
-    inputs = make()
-    o, state = gdn2gen.chunk_gdn2(**inputs, **flags, output_final_state=True)
+def test_the_cpu_path_is_the_reference(op: str, name: str) -> None:
+    flags = (FLAGS | OF_BETA)[name]
+    inputs = make(op)
+    o, state = public_op(op)(**inputs, **flags, output_final_state=True)
     known = {x: flags[x] for x in flags if x not in ("safe_gate", "disable_recompute")}
-    expected, last = ReferenceOp("gdn2")(**inputs, **known)
+    expected, last = ReferenceOp(op)(**inputs, **known)
     assert state is not None and state.dtype == torch.float32
     assert torch.equal(o, expected)
     assert torch.equal(state, last)
-    assert gdn2gen.chunk_gdn2(**inputs, **flags)[1] is None
+    assert public_op(op)(**inputs, **flags)[1] is None
 
 
-def test_gradients_on_the_cpu() -> None:
-    inputs = make(dtype=torch.float64, gate_dtype=torch.float64, T=3, K=2, V=3, H=1, HV=2, B=1)
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_on_the_cpu(op: str) -> None:
+    sizes = {"T": 3, "K": 2, "V": 3, "H": 1, "HV": 2, "B": 1}
+    inputs = make(op, dtype=torch.float64, gate_dtype=torch.float64, **sizes)
     names = [*inputs]
 
     def call(*tensors: Tensor) -> Tensor:
         arguments: dict[str, Any] = dict(zip(names, tensors, strict=True))
-        o, state = gdn2gen.chunk_gdn2(**arguments, output_final_state=True)
+        o, state = public_op(op)(**arguments, output_final_state=True)
         assert state is not None
         return torch.cat((o.flatten(), state.flatten()))
 
@@ -304,19 +363,34 @@ def test_gradients_on_the_cpu() -> None:
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_by_torch_func(op: str) -> None:
+    flags = op_checks.activated(op) | {"lower_bound": -3.0}
+    leaves = {name: x.requires_grad_() for name, x in make(op).items()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return public_op(op)(**given, **flags)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(leaves), [*leaves.values()])
+    found = torch.func.grad(loss)({name: x.detach() for name, x in leaves.items()})
+    assert all(torch.equal(x, y) for x, y in zip(found.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_on_the_cpu(dtype: torch.dtype) -> None:
-    o, state = gdn2gen.chunk_gdn2(
-        **make(dtype=dtype), use_qk_l2norm_in_kernel=True, output_final_state=True
+def test_half_precision_on_the_cpu(op: str, dtype: torch.dtype) -> None:
+    o, state = public_op(op)(
+        **make(op, dtype=dtype), use_qk_l2norm_in_kernel=True, output_final_state=True
     )
     assert o.dtype == dtype and o.isfinite().all()
     assert state is not None and state.dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("tokens", [0, 1, 15, 64])
-def test_lengths_on_the_cpu(tokens: int) -> None:
-    inputs = {name: x.requires_grad_() for name, x in make(T=tokens).items()}
-    o, state = gdn2gen.chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True, output_final_state=True)
+def test_lengths_on_the_cpu(op: str, tokens: int) -> None:
+    inputs = {name: x.requires_grad_() for name, x in make(op, T=tokens).items()}
+    o, state = public_op(op)(**inputs, use_qk_l2norm_in_kernel=True, output_final_state=True)
     assert o.shape == (B, tokens, HV, V)
     assert state is not None and state.shape == (B, HV, K, V)
     if tokens:
@@ -324,24 +398,45 @@ def test_lengths_on_the_cpu(tokens: int) -> None:
         assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.resolved
-def test_torch_compile_on_the_cpu() -> None:
-    step = torch.compile(gdn2gen.chunk_gdn2, backend="eager", fullgraph=True)
+def test_torch_compile_on_the_cpu(op: str) -> None:
+    step = torch.compile(public_op(op), backend="eager", fullgraph=True)
     for tokens in (20, 33):
-        inputs = {name: x.requires_grad_() for name, x in make(T=tokens).items()}
-        expected, _ = gdn2gen.chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True)
+        inputs = {name: x.requires_grad_() for name, x in make(op, T=tokens).items()}
+        expected, _ = public_op(op)(**inputs, use_qk_l2norm_in_kernel=True)
         o, _ = step(**inputs, use_qk_l2norm_in_kernel=True)
         torch.testing.assert_close(o, expected)
         grads = torch.autograd.grad(o.sum(), [*inputs.values()])
         assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("how", op_checks.LAYOUTS)
-def test_strided_inputs_on_the_cpu(how: str) -> None:
-    assert max(op_checks.strided_inputs(how).values()) < op_checks.LIMIT
+def test_strided_inputs_on_the_cpu(op: str, how: str) -> None:
+    assert max(op_checks.strided_inputs(op, how).values()) < op_checks.LIMIT
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.resolved
+def test_opcheck_on_the_cpu(op: str, gated: bool) -> None:
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    found = op_checks.opcheck(op, (*tests, "test_aot_dispatch_dynamic"), gated, NOTHING)
+    assert {*found.values()} == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.resolved
+def test_fakes_agree_with_the_reference(op: str, gated: bool) -> None:
+    op_checks.fakes_agree(op, "lean", gated)
 
 
 # The op over the kernels, in the interpreter
+
+
+BY_KERNELS: Final = pytest.mark.parametrize("op", OPS)
 
 
 def _accurate(errors: dict[str, float]) -> None:
@@ -349,67 +444,81 @@ def _accurate(errors: dict[str, float]) -> None:
     assert not over
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("how", op_checks.LAYOUTS)
-def test_strided_inputs(how: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("op_checks:strided_inputs", how))
+def test_strided_inputs(op: str, how: str, interpreter: Callable[..., Any]) -> None:
+    _accurate(interpreter("op_checks:strided_inputs", op, how))
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("output", ["o", "final_state"])
-def test_a_loss_of_one_output(output: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("op_checks:one_output", output))
+def test_a_loss_of_one_output(op: str, output: str, interpreter: Callable[..., Any]) -> None:
+    _accurate(interpreter("op_checks:one_output", op, output))
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("name", ["q", "v", "g", "initial_state"])
-def test_a_gradient_of_one_input(name: str, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("op_checks:some_gradients", name))
+def test_a_gradient_of_one_input(op: str, name: str, interpreter: Callable[..., Any]) -> None:
+    _accurate(interpreter("op_checks:some_gradients", op, name))
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_call_that_wants_no_gradient_gives_the_same_bits(
-    plan: str, interpreter: Callable[..., Any]
+    op: str, plan: str, interpreter: Callable[..., Any]
 ) -> None:
-    assert interpreter("op_checks:without_gradient", plan) == []
+    assert interpreter("op_checks:without_gradient", op, plan) == []
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_no_tokens(packed: bool, interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("op_checks:no_tokens", packed))
+def test_no_tokens(op: str, packed: bool, interpreter: Callable[..., Any]) -> None:
+    _accurate(interpreter("op_checks:no_tokens", op, packed))
 
 
-def test_cu_seqlens_that_is_written_to(interpreter: Callable[..., Any]) -> None:
-    _accurate(interpreter("op_checks:changed_cu_seqlens"))
+@BY_KERNELS
+def test_cu_seqlens_that_is_written_to(op: str, interpreter: Callable[..., Any]) -> None:
+    _accurate(interpreter("op_checks:changed_cu_seqlens", op))
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("check", ["low_precision_parameters", "inputs_are_untouched"])
-def test_autograd(check: str, interpreter: Callable[..., Any]) -> None:
-    interpreter(f"op_checks:{check}")
+def test_autograd(op: str, check: str, interpreter: Callable[..., Any]) -> None:
+    interpreter(f"op_checks:{check}", op)
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("level", ["lean", "fast"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.resolved
-def test_opcheck(gated: bool, level: str, interpreter: Callable[..., Any]) -> None:
+def test_opcheck(op: str, gated: bool, level: str, interpreter: Callable[..., Any]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    found = interpreter("op_checks:opcheck", tests, gated, level)
+    found = interpreter("op_checks:opcheck", op, tests, gated, level)
     assert found == dict.fromkeys(tests, "SUCCESS")
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("level", ["lean", "fast"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_fakes_agree_with_kernels(level: str, gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("op_checks:fakes_agree", level, gated)
+def test_fakes_agree_with_kernels(
+    op: str, level: str, gated: bool, interpreter: Callable[..., Any]
+) -> None:
+    interpreter("op_checks:fakes_agree", op, level, gated)
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.resolved
-def test_torch_compile(gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("op_checks:compiled", gated)
+def test_torch_compile(op: str, gated: bool, interpreter: Callable[..., Any]) -> None:
+    interpreter("op_checks:compiled", op, gated)
 
 
-def test_torch_compile_at_other_lengths(interpreter: Callable[..., Any]) -> None:
-    interpreter("op_checks:compiled_at_other_lengths")
+@BY_KERNELS
+def test_torch_compile_at_other_lengths(op: str, interpreter: Callable[..., Any]) -> None:
+    interpreter("op_checks:compiled_at_other_lengths", op)
 
 
+@BY_KERNELS
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_opcheck_with_dynamic_sizes(gated: bool, interpreter: Callable[..., Any]) -> None:
-    interpreter("op_checks:opcheck", ("test_aot_dispatch_dynamic",), gated, "lean")
+def test_opcheck_with_dynamic_sizes(op: str, gated: bool, interpreter: Callable[..., Any]) -> None:
+    interpreter("op_checks:opcheck", op, ("test_aot_dispatch_dynamic",), gated, "lean")

@@ -118,6 +118,16 @@ def test_devices_are_told_apart(launched: Launched) -> None:
     assert requests[0] is requests[2]
 
 
+def test_a_problem_has_what_its_op_takes_of_beta() -> None:
+    drawn = make(op="kda")
+    signature = signature_of("kda")
+    tensors = tuple(drawn.get(name) for name in signature.names[:-1])
+    for of_beta in ((False, False), (True, False), (True, True)):
+        flags = (None, None, True, False, False, False, *of_beta)
+        problem = request_of(signature, tensors, None, flags).problem
+        assert (problem.op, problem.beta_sigmoid, problem.neg_eigval) == ("kda", *of_beta)
+
+
 def test_what_is_refused_is_refused_again(launched: Launched) -> None:
     right = make()
     for _ in range(2):
