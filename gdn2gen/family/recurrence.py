@@ -65,7 +65,7 @@ class Public:
     """Names that callers know."""
 
     chunk: str
-    """The op over whole sequences: here, in the reference, and in flash-linear-attention."""
+    """The op over whole sequences, here and in flash-linear-attention."""
     fla: str
     """The module of flash-linear-attention that has it."""
     arguments: tuple[str, ...] = ()
