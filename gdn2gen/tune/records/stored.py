@@ -12,6 +12,7 @@ from typing import Final
 from gdn2gen.base.device import Device
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
@@ -37,7 +38,8 @@ def stored_recipes(
 ) -> Iterator[Stored]:
     """Those for this problem and architecture: of the shapes first, then of regimes near them.
 
-    From `path`, then from the folders that calls look into; files of this GPU before others. Stale
+    From `path`, then from the folders that calls look into; files of this GPU before others, and
+    of this member of the family before others, whose kernels are of the same templates. Stale
     entries count, too: their configs are still likely to be good.
     """
     for file in _files(path, problem.op):
@@ -46,7 +48,7 @@ def stored_recipes(
             tuned = tuned_files.read_tuned(file)
         if tuned is None or tuned.metadata["arch"] != device.arch:
             continue
-        ours = [x for x in tuned.entries if dict(x.problem_key) == problem.key]
+        ours = [x for x in tuned.entries if {**x.problem_key, "op": problem.op} == problem.key]
         entries = [x for x in ours if x.plan in plans]
         gaps = [min(_gap(entry, shape) for shape in shapes) for entry in entries]
         by_gap = sorted(zip(gaps, entries, strict=True), key=itemgetter(0))
@@ -58,9 +60,10 @@ def stored_recipes(
 def _files(path: Path, op: str) -> list[Path]:
     folders = [path.parent.parent, user_tuned_dir(), packaged_tuned_dir()]
     files = [path]
-    for folder in dict.fromkeys(folders):
-        found = sorted((folder / op).glob("*.json"))
-        files += sorted(found, key=lambda file: file.name != path.name)
+    for member in dict.fromkeys((op, *OPS)):
+        for folder in dict.fromkeys(folders):
+            found = sorted((folder / member).glob("*.json"))
+            files += sorted(found, key=lambda file: file.name != path.name)
     return list(dict.fromkeys(files))
 
 

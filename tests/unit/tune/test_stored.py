@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,3 +122,16 @@ def test_a_plan_that_is_on_file_is_decided_though_its_stages_look_slow(
     monkeypatch.setattr(finals, "_least_sum", lambda shape, plan: sums[plan])
     assert not finals.is_behind(SHAPES[0], "states")
     assert finals.is_behind(SHAPES[1], "states")
+
+
+def test_another_member_lends_its_recipes_after_ones_own(path: Path) -> None:
+    """Their kernels are of the same templates, and so what is fast is nearly the same."""
+    file_at(path, SHAPES[:2])
+    kda = replace(PROBLEM, op="kda")
+    own = tuned_files.tuned_path(path.parent.parent, "kda", H200)
+    lent = [*stored_recipes(kda, ["lean"], SHAPES[:2], own, H200)]
+    assert [x.recipe for x in lent] == [
+        Recipe.of(kda, "lean", numbered(x).by_stage) for x in (0, 1)
+    ]
+    other = replace(kda, K=128)
+    assert not [*stored_recipes(other, ["lean"], SHAPES[:2], own, H200)]
