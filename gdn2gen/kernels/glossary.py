@@ -62,6 +62,7 @@ WORDS: Final[Mapping[str, str]] = {
     "dk": "gradient of k, per value head",
     "dg": "gradient of g, per value head",
     "db": "gradient of b, per value head",
+    "beta_dot": "<R, dX>, which is k_beta times its gradient",
     "dbeta_part": "gradient of k_beta: sums over a slice of channels",
     "dbeta": "gradient of beta",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",

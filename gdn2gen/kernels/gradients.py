@@ -32,6 +32,7 @@ _SCORE_GRADS: Final = (
     Operand("dAqk", "NT HV BT BT"),
     Operand("dAqk_diagonal", "NT HV BT", "fp32"),
 )
+_BETA_DOT: Final = Operand("beta_dot", "NT HV BT", "fp32", "beta")
 _DOTS: Final = (
     Operand("q_dot", "NT HV BT", "fp32", "l2norm"),
     Operand("k_dot", "NT HV BT", "fp32", "l2norm"),
@@ -40,7 +41,7 @@ _DOTS: Final = (
 GRAD_VALUE: Final = Stage(
     name="grad_value",
     inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
-    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V", when="w"), *_DOTS),
+    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V", when="w"), _BETA_DOT, *_DOTS),
     scalars=("T", "HV"),
     products=("BT BT V", "BT BT V"),  # dT, dAqk
     forms=(
@@ -180,6 +181,7 @@ GRAD_KEY: Final = Stage(
         DX,
         *_SCORE_GRADS,
         DO,
+        _BETA_DOT,
         *_DOTS,
         *CHUNK_TABLE,
     ),
