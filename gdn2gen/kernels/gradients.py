@@ -41,7 +41,13 @@ _DOTS: Final = (
 GRAD_VALUE: Final = Stage(
     name="grad_value",
     inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
-    outputs=(*_SCORE_GRADS, Operand("dv", "B T HV V"), Operand("dw", "B T HV V", when="w"), _BETA_DOT, *_DOTS),
+    outputs=(
+        *_SCORE_GRADS,
+        Operand("dv", "B T HV V"),
+        Operand("dw", "B T HV V", when="w"),
+        _BETA_DOT,
+        *_DOTS,
+    ),
     scalars=("T", "HV"),
     products=("BT BT V", "BT BT V"),  # dT, dAqk
     forms=(
