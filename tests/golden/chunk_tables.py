@@ -13,7 +13,7 @@ within the batch: a value outside of 0 .. T counts as 0 or T, one that falls as 
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, chunks of 32 tokens
 
-Template digest 9b66514eb5fb7311; made by
+Template digest f162680710b25696; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --out DIR
 """

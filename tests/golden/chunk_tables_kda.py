@@ -8,13 +8,13 @@ within the batch: a value outside of 0 .. T counts as 0 or T, one that falls as 
     cu_seqlens       [N+1] int32      the same, rising within 0 .. T
     chunk_offsets    [N+1] int32      the first chunk of each sequence
     chunk_table      [NT, 2] int32    first token and tokens of each chunk; 0 tokens past the last
+    dbeta            [1, T, HV]       a gradient
     dq, dk, dg       [1, T, HV, K]    gradients
-    dbeta            [1, T, HV, NK]   a gradient; of each slice of K its part of the sum
     o, dv            [1, T, HV, V]    the output, and a gradient
 
 Problem: kda K=64 V=32 fp16, g fp32, chunks of 32 tokens
 
-Template digest 9b66514eb5fb7311; made by
+Template digest f162680710b25696; made by
     gdn2gen generate --op kda --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --out DIR
 """
@@ -107,7 +107,7 @@ def chunk_tables_kernel(
     clear_rows(o, start, end, T, HV * V, BW)
 
 
-@triton.jit(do_not_specialize=["N", "T", "HV", "NK"])
+@triton.jit(do_not_specialize=["N", "T", "HV"])
 def clear_kernel(
     cu_seqlens,
     dq,
@@ -118,7 +118,6 @@ def clear_kernel(
     N,
     T,
     HV,
-    NK,
     K: tl.constexpr,
     V: tl.constexpr,
     BW: tl.constexpr,
@@ -129,7 +128,7 @@ def clear_kernel(
     clear_rows(dk, start, end, T, HV * K, BW)
     clear_rows(dv, start, end, T, HV * V, BW)
     clear_rows(dg, start, end, T, HV * K, BW)
-    clear_rows(dbeta, start, end, T, HV * NK, BW)
+    clear_rows(dbeta, start, end, T, HV, BW)
 
 
 def launch(given, o, cu_seqlens, chunk_offsets, chunk_table, *, n_sequences, n_chunks, T, HV):
@@ -145,6 +144,6 @@ def launch(given, o, cu_seqlens, chunk_offsets, chunk_table, *, n_sequences, n_c
 def clear(cu_seqlens, dq, dk, dv, dg, dbeta, *, n_sequences, T, HV):
     """Zeros in the gradients of tokens of no sequence; `cu_seqlens` as `launch` made it."""
     clear_kernel[SPREAD,](
-        cu_seqlens, dq, dk, dv, dg, dbeta, n_sequences, T, HV, dbeta.shape[3],
+        cu_seqlens, dq, dk, dv, dg, dbeta, n_sequences, T, HV,
         K=K, V=V, BW=BW, num_warps=4,
     )  # fmt: skip

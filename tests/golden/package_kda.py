@@ -64,9 +64,9 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    chunk_tables="8c4e327275b179dd",
-    grad_key="5363f97ccc6f62f4",
-    grad_value="5848613d5fe17530",
+    chunk_tables="305ad06913aa402a",
+    grad_key="79df1f9131f4e30d",
+    grad_value="c6eceea6e1a7a683",
     prepare="34a199f9d37fb05f",
     rescan="fc855bea691233cf",
     reverse_scan="de4afdb6c2d28e7a",
@@ -209,8 +209,8 @@ class _Function(torch.autograd.Function):
             )
 
         ctx.save_for_backward(
-            q, k, v, g, beta, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd,
-            k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
+            q, k, v, g, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd, k_rstd,
+            k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
         )
         ctx.scale = scale
         return o
@@ -220,8 +220,8 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("chunk_kda is differentiable once: leave out create_graph=True")
         (
-            q, k, v, g, beta, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd,
-            k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
+            q, k, v, g, A_log, dt_bias, o, cu_seqlens, chunk_offsets, chunk_table, q_rstd, k_rstd,
+            k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, S_seg,
         ) = map(_readable, ctx.saved_tensors)  # hooks may have laid them out anew
         scale = ctx.scale
         do = _readable(do)
@@ -263,10 +263,11 @@ class _Function(torch.autograd.Function):
             dAqk = q.new_empty(NT, HV, BT, BT)
             dAqk_diagonal = q.new_empty(NT, HV, BT, dtype=torch.float32)
             dv = q.new_empty(B, T, HV, V)
+            beta_dot = q.new_empty(NT, HV, BT, dtype=torch.float32)
             q_dot = q.new_empty(NT, HV, BT, dtype=torch.float32)
             k_dot = q.new_empty(NT, HV, BT, dtype=torch.float32)
             grad_value.launch(
-                v, R, dX, do, o, chunk_table, dT, dAqk, dAqk_diagonal, dv, q_dot, k_dot,
+                v, R, dX, do, o, chunk_table, dT, dAqk, dAqk_diagonal, dv, beta_dot, q_dot, k_dot,
                 n_chunks=NT, T=T, HV=HV,
             )
 
@@ -274,13 +275,15 @@ class _Function(torch.autograd.Function):
             dq = q.new_empty(B, T, HV, K)
             dk = q.new_empty(B, T, HV, K)
             dg = G  # each part of G is read before dg is written there
-            dbeta = q.new_empty(B, T, HV, 4, dtype=torch.float32)
+            dbeta_part = q.new_empty(NT, HV, 4, BT, dtype=torch.float32)
+            dbeta = q.new_empty(B, T, HV)
             dA_log = q.new_zeros(NT, HV, K, dtype=torch.float32)
             ddt_bias = q.new_zeros(NT, HV, K, dtype=torch.float32)
             grad_key.launch(
                 q, k, g, A_log, dt_bias, q_rstd, k_rstd, k_beta, G, gamma_C, h, R, dh, dX, dT,
-                dAqk, dAqk_diagonal, do, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta, dA_log,
-                ddt_bias, n_chunks=NT, scale=scale, lower_bound=0.0, T=T, H=H, HV=HV, HG=HG,
+                dAqk, dAqk_diagonal, do, beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg,
+                dbeta_part, dbeta, dA_log, ddt_bias, n_chunks=NT, scale=scale, lower_bound=0.0,
+                T=T, H=H, HV=HV, HG=HG,
             )
 
             # clear: zeros for tokens of no sequence
@@ -293,7 +296,7 @@ class _Function(torch.autograd.Function):
             _fold(dk, k),
             dv,
             _fold(dg, g),
-            _fold(dbeta.sum(3), beta),
+            dbeta,
             dA_log.sum((0, 2)).view(HG, -1).sum(1),
             ddt_bias.sum(0).view(HG, -1, K).sum(1),
             None,

@@ -64,9 +64,9 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    chunk_tables="992af17702fb31ee",
-    grad_key="f1018a2e35b51d60",
-    grad_value="1317f7562adb1f36",
+    chunk_tables="c0c6ab53b78cb5b2",
+    grad_key="ad02e1a986cd1e80",
+    grad_value="fb6831bbce64ec67",
     prepare="ccc3d11064f9a001",
     rescan="8041f568f0e779c9",
     reverse_scan="13431069f6b82e45",

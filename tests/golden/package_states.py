@@ -63,8 +63,8 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="3a4c801ed3a3ef6f",
-    grad_value="9c982995ce8f6e3e",
+    grad_key="f1c7eb2bf8ad593c",
+    grad_value="d3a738b73e0c8c69",
     prepare="152f5307a12de5c1",
     reprepare="b6df33e41d16835e",
     rescan="03ce4c82ec96e20c",
