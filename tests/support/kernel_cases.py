@@ -26,7 +26,7 @@ from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
-from gdn2gen.measure.accuracy import relative_errors, run_op, run_reference
+from gdn2gen.measure.accuracy import public_op, relative_errors, run_op, run_reference
 from gdn2gen.measure.case_runs import Result, case_inputs, run_case
 from gdn2gen.measure.cases import Case
 from gdn2gen.measure.timing import call_of
@@ -336,20 +336,25 @@ NOT_FINITE: Final[dict[str, tuple[Problem, str, tuple[tuple[str, int | str], ...
     ),
     "parallel": (_STATES, "fast", (("decay", "tree"), ("BV", 32), ("segments", "parallel"))),
     "packed": (replace(_STATES, varlen=True), "lean", (("decay", "anchored"),)),
+    "kda-log": (replace(_STATES, op="kda"), "lean", (("decay", "log"),)),
+    "kda-packed": (
+        replace(_STATES, op="kda", varlen=True, beta_sigmoid=True, neg_eigval=True),
+        "fast",
+        (("decay", "anchored"),),
+    ),
 }
 
 
 def run_not_finite(name: str) -> list[str]:
     """What is wrong with where NaN comes out; segments are of one chunk."""
-    from gdn2gen.ops.chunk import chunk_gdn2
-
     problem, plan, knobs = NOT_FINITE[name]
     named = Case(name, problem, _shape(1, 40, 1))
     recipe = KernelCase(named, plan, (("BT", 16), *knobs)).recipe
     chosen = [x for x in not_finite.spots(problem) if x.name not in ("q", "k", "b", "w")]
+    op = public_op(problem.op)
     with forced_recipe(recipe), _segments_of(1):
         return not_finite.faults(
-            problem, 16, lambda *given: run_op(chunk_gdn2, problem, *given), "cpu", chosen
+            problem, 16, lambda *given: run_op(op, problem, *given), "cpu", chosen
         )
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import reference
-from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import op_flags
 from gdn2gen.measure.case_runs import case_inputs
@@ -81,13 +81,16 @@ class Spot:
             x.view(-1)[3] = self.value
         else:
             rows = slice(None) if self.part == "head" else token
-            x[0, rows, 0, 3 if self.part == "value" else slice(None)] = self.value
+            channel = 3 if self.part == "value" else slice(None)
+            x[(0, rows, 0, channel)[: x.ndim]] = self.value  # of beta, a head is one value
         return {**tensors, self.name: x}
 
 
 def spots(problem: Problem) -> Iterator[Spot]:
     """NaN in every tensor, and infinities in those that may have none."""
-    per_token = ("q", "k", "v", "g", "b", "w")
+    recurrence = recurrence_named(problem.op)
+    per_token = [x.name for x in recurrence.required]
+    decay = recurrence.decay and recurrence.decay.input
     flags = {
         "initial_state": problem.initial_state,
         "final_state": problem.final_state,
@@ -96,8 +99,9 @@ def spots(problem: Problem) -> Iterator[Spot]:
     }
     for name in (*per_token, "o", *(name for name, given in flags.items() if given)):
         yield Spot(name)
-    yield from (Spot("g", part="token"), Spot("g", part="head"))
-    yield from (Spot(name, value=float("inf")) for name in per_token if name != "g")
+    if decay:
+        yield from (Spot(decay, part="token"), Spot(decay, part="head"))
+    yield from (Spot(name, value=float("inf")) for name in per_token if name != decay)
 
 
 def faults(
@@ -130,7 +134,7 @@ def _compare(x: Tensor, clean: Tensor, right: Tensor, layout: Layout, spot: Spot
     if math.isnan(spot.value) and moved.any():
         return f"{int(moved.sum())} are finite, but moved"
     spread = right.isfinite() & ~x.isfinite()
-    if x.ndim == 4 and x.shape[1] == layout.shape.T:
+    if x.ndim >= 3 and x.shape[1] == layout.shape.T:
         spread[:, layout.chunk(spot), 0] = False
     return f"spread to {int(spread.sum())} that do not depend on it" if spread.any() else ""
 
@@ -138,17 +142,18 @@ def _compare(x: Tensor, clean: Tensor, right: Tensor, layout: Layout, spot: Spot
 def _recurrence(
     problem: Problem, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]
 ) -> Tensors:
+    recurrence = recurrence_named(problem.op)
     leaves: dict[str, Any] = {
-        name: x.double().requires_grad_() if name in GDN2.gradients else x
+        name: x.double().requires_grad_() if name in recurrence.gradients else x
         for name, x in inputs.items()
     }
     flags = op_flags(problem)
-    o, state = reference.recurrent(GDN2, leaves, **flags, compute_dtype=torch.float64)
+    o, state = reference.recurrent(recurrence, leaves, **flags, compute_dtype=torch.float64)
     outputs, seeds = [o], [grads["o"].double()]
     results = {"o": o.detach()}
     if problem.final_state:
         outputs, seeds = [o, state], [*seeds, grads["final_state"].double()]
         results["final_state"] = state.detach()
-    names = [name for name in GDN2.gradients if name in leaves]
+    names = [name for name in recurrence.gradients if name in leaves]
     found = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
     return results | {f"d{name}": x for name, x in zip(names, found, strict=True)}
