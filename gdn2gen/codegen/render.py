@@ -103,8 +103,6 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
             problem=problem,
             BT=BT,
             cleared=cleared,
-            # whose dims say how many slices of K there are, where any gradient is a sum over them
-            sliced=next((x.name for x in cleared if "NK" in x.dims.split()), None),
             glossary=_cleared_words(cleared),
             # the interpreter runs programs one after another, each for some 10 ms
             spread=1 if environment.interpreted() else _SPREAD,
@@ -126,8 +124,6 @@ def _cleared_words(gradients: Iterable[Operand]) -> list[str]:
         if dims == OUTPUT.dims:
             names = [OUTPUT.name, *names]
             words = f"the output, and {words}"
-        if "NK" in dims.split():
-            words += "; of each slice of K its part of the sum"
         shape = f"[{', '.join(['1', *dims.split()[1:]])}]"
         found.append(f"{', '.join(names):<17}{shape:<17}{words}")
     return found
