@@ -37,6 +37,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help="names or shell patterns such as 'bf16-*' (all)"
     )
+    add_op(parser, any_of_them=True)
     parser.add_argument(
         "--interpreter",
         action="store_true",
@@ -72,14 +73,14 @@ def verify(args: argparse.Namespace) -> int:
     interpreter = args.interpreter or not has_gpu()
     if args.list:
         refuse(args, "--list prints names and runs nothing", "json")
-        for case in select_cases(args.cases, interpreter=interpreter):
+        for case in select_cases(args.cases, interpreter=interpreter, op=args.op):
             print(case.name)
         return 0
     _check_json(args.json)
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
-    cases = select_cases(args.cases, interpreter=interpreter)
+    cases = select_cases(args.cases, interpreter=interpreter, op=args.op)
     done = 0
     with terminal.status(out) as say:
 
@@ -88,7 +89,7 @@ def verify(args: argparse.Namespace) -> int:
             done += 1
             say(f"{done} of {len(cases)} cases, last {result.name}")
 
-        results = run_suite(args.cases, interpreter=interpreter, on_result=show)
+        results = run_suite(args.cases, interpreter=interpreter, op=args.op, on_result=show)
     out.print(results_table(results))
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -106,7 +107,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
-    from gdn2gen.store.sharing import all_on_file
+    from gdn2gen.store.sharing import all_on_file, on_file
     from gdn2gen.tune.gpu.backend import WorkerBackend
     from gdn2gen.tune.recheck import recheck, recheck_table
 
@@ -120,7 +121,7 @@ def _verify_tuned(args: argparse.Namespace) -> int:
         raise DeviceError("--tuned times kernels, but torch sees no GPU here")
     _check_json(args.json)
     device, out = present_device(), terminal.console()
-    entries = all_on_file(device)
+    entries = all_on_file(device) if args.op is None else [*on_file(args.op, device).entries]
     backend, results = WorkerBackend(device), []
     try:
         with terminal.status(out) as say:

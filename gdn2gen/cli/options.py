@@ -87,8 +87,10 @@ def problem_of(args: argparse.Namespace) -> Problem:
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
 
 
-def add_op(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--op", choices=OPS, default=OPS[0], help="which recurrence (%(default)s)")
+def add_op(parser: argparse._ActionsContainer, *, any_of_them: bool = False) -> None:
+    """--op, by default the first; None for `any_of_them`."""
+    default, said = (None, "all") if any_of_them else (OPS[0], "%(default)s")
+    parser.add_argument("--op", choices=OPS, default=default, help=f"which recurrence ({said})")
 
 
 def add_device(

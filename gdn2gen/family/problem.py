@@ -86,7 +86,10 @@ class Problem:
         if self.beta_sigmoid and not recurrence_named(self.op).tied:
             raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
         if self.neg_eigval and not self.beta_sigmoid:
-            raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
+            raise InputError(
+                "neg_eigval (allow_neg_eigval=True) needs beta_sigmoid "
+                "(use_beta_sigmoid_in_kernel=True)"
+            )
         if self.bound not in range(int(-LEAST_BOUND) + 1):
             raise InputError(f"bound must be 0 to {-LEAST_BOUND:.0f} nats, but got {self.bound}")
         if self.bound and self.gate != "sigmoid":

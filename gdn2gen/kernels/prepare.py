@@ -141,7 +141,10 @@ _WHOLE: Final = Form(
         "maxnreg": (0, 80, 128),
     },
     defaults=(Setting({"chunks": 4, "maxnreg": 80}),),
-    limits=(Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),),
+    limits=(
+        Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),
+        Limit("maxnreg", (0, 128), "ptxas aborts", {"BT": (64,), "K": (128,)}),
+    ),
     whole=("BK",),
 )
 

@@ -22,12 +22,17 @@ TIMEOUT_S: Final = 600.0
 _RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
 
 
-def select_cases(patterns: Sequence[str], *, interpreter: bool) -> list[Case]:
+def select_cases(
+    patterns: Sequence[str], *, interpreter: bool, op: str | None = None
+) -> list[Case]:
     """Cases for a GPU, or for the interpreter, whose names match one of the shell patterns.
 
-    No patterns select all. Raises InputError if nothing is selected.
+    No patterns select all, no `op` those of all recurrences. Raises InputError if nothing is
+    selected.
     """
-    cases = [case for case in CASES if case.interpreter == interpreter]
+    cases = [
+        case for case in CASES if case.interpreter == interpreter and op in (None, case.problem.op)
+    ]
     chosen = [
         case
         for case in cases
@@ -45,15 +50,16 @@ def verify(
     patterns: Sequence[str] = (),
     *,
     interpreter: bool,
+    op: str | None = None,
     on_result: Callable[[Result], None] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Result]:
-    """Run the cases that match `patterns`; raises InputError if none does.
+    """Run the cases that `select_cases` selects; raises InputError if there is none.
 
     `on_result` is given each result as it comes.
     """
     device = "cpu" if interpreter else "cuda"
-    cases = select_cases(patterns, interpreter=interpreter)
+    cases = select_cases(patterns, interpreter=interpreter, op=op)
     worker = Worker({"TRITON_INTERPRET": "1" if interpreter else "0"})
     results: list[Result] = []
     try:

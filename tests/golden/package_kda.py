@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="79df1f9131f4e30d",
+    grad_key="94ae3471bb3a49b5",
     grad_value="c6eceea6e1a7a683",
     prepare="34a199f9d37fb05f",
     rescan="fc855bea691233cf",

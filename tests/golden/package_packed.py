@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="ad02e1a986cd1e80",
+    grad_key="591da20f6148023f",
     grad_value="fb6831bbce64ec67",
     prepare="ccc3d11064f9a001",
     rescan="8041f568f0e779c9",

@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="f1c7eb2bf8ad593c",
+    grad_key="3a76c426c3b4e38e",
     grad_value="d3a738b73e0c8c69",
     prepare="152f5307a12de5c1",
     reprepare="b6df33e41d16835e",
