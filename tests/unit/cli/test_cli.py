@@ -123,7 +123,7 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --with sauce", "'sauce'"),
         ("explain --with dt_bias", "use_gate_in_kernel"),
         ("explain --with beta_sigmoid", "gdn2 has no beta"),
-        ("explain --op kda --with neg_eigval", "needs use_beta_sigmoid_in_kernel"),
+        ("explain --op kda --with neg_eigval", "needs beta_sigmoid"),
         ("tuned export --op kda --device L4", "nothing is tuned for kda on NVIDIA L4"),
         ("tune --shapes ,", "no shape is named in ','"),
         ("tune --target sm_1", "sm_1"),
