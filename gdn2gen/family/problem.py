@@ -46,7 +46,7 @@ class Problem:
     V: int = 128
     """Value head dim."""
     dtype: str = "bf16"
-    """dtype of q, k, v, o, and of what erases and writes."""
+    """dtype of q, k, v, o, and of the factors that erase and write."""
     gate_dtype: str = "fp32"
     """dtype of g."""
     l2norm: bool = True

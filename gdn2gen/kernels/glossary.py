@@ -16,7 +16,7 @@ WORDS: Final[Mapping[str, str]] = {
     "g": "log decay",
     "b": "erase gate",
     "w": "write gate",
-    "beta": "factor of what is erased and written",
+    "beta": "factor of what a token erases and writes",
     "A_log": "log of the decay's rate",
     "dt_bias": "added to g before its activation",
     "initial_state": "state before the first token",
@@ -73,7 +73,7 @@ WORDS: Final[Mapping[str, str]] = {
 # The same where the factors are tied.
 _TIED: Final[Mapping[str, str]] = {
     "Ktail": "beta times the keys, decayed to the chunk's end",
-    "R": "what each token's written key adds to the state",
+    "R": "u: a token adds (beta k) u^T to the state",
     "dX": "gradient of X = v - E S, where R = A X",
 }
 

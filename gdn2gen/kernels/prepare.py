@@ -143,7 +143,7 @@ _WHOLE: Final = Form(
     defaults=(Setting({"chunks": 4, "maxnreg": 80}),),
     limits=(
         Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),
-        Limit("maxnreg", (0, 128), "ptxas aborts", {"BT": (64,), "K": (128,)}),
+        Limit("maxnreg", (0, 128), "ptxas 13.0 aborts", {"BT": (64,), "K": (128,)}),
     ),
     whole=("BK",),
 )

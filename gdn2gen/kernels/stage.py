@@ -3,7 +3,7 @@
 Symbols in `dims` (the same as in the templates' glossaries):
 
     B batch          T tokens of a sequence (all tokens of a packed batch: B = 1)
-    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV)
+    H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV); beta has HV
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
     NK slices of K, as many as a config makes programs of them
     NB sub-blocks of a chunk, 16 tokens each

@@ -79,6 +79,6 @@ class Call:
             "NB": BT // 16,
             "K": problem.K,
             "V": problem.V,
-            "NK": 1,  # of who has no config, at least
+            "NK": 1,  # at least: how many slices of K there are, a stage's config says
             "2": 2,
         }
