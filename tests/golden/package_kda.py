@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="94ae3471bb3a49b5",
-    grad_value="c6eceea6e1a7a683",
-    prepare="34a199f9d37fb05f",
-    rescan="fc855bea691233cf",
+    grad_key="23a78e4015c1752a",
+    grad_value="cd68828f67f61f62",
+    prepare="245a4baea0cbfa1e",
+    rescan="4e36be1fe336b572",
     reverse_scan="de4afdb6c2d28e7a",
     scan="4d2acd6e9ec69256",
-    sum_decay="7c6551935c6e7c48",
+    sum_decay="43fba88751ca7f9d",
 )
 
 
@@ -101,7 +101,7 @@ def chunk_kda(
     k: [B, T, H, K], keys; normalised in the kernel.
     v: [B, T, HV, V], values; HV is a multiple of H.
     g: [B, T, H or HV, K], pre-activation of the log decay.
-    beta: [B, T, HV], factor of what is erased and written.
+    beta: [B, T, HV], factor of what a token erases and writes.
     decay = -exp(A_log) * softplus(g + dt_bias) in natural log.
     A_log: [heads of g].
     dt_bias: [heads of g * K] or [heads of g, K].

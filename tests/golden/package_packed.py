@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="591da20f6148023f",
+    grad_key="5da9ae70f7f05312",
     grad_value="fb6831bbce64ec67",
     prepare="ccc3d11064f9a001",
     rescan="8041f568f0e779c9",
     reverse_scan="13431069f6b82e45",
     scan="01142ea1a25a0dce",
-    sum_decay="291b4e938c1a40aa",
+    sum_decay="91a60eb35d67c1ef",
 )
 
 

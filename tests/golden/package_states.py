@@ -63,10 +63,10 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="3a76c426c3b4e38e",
+    grad_key="46b2d4ff5ea8e723",
     grad_value="d3a738b73e0c8c69",
     prepare="152f5307a12de5c1",
-    reprepare="b6df33e41d16835e",
+    reprepare="ebe98608303fa0bd",
     rescan="03ce4c82ec96e20c",
     reverse_scan="2b080318f801f96d",
     scan="51b0be4a50344147",

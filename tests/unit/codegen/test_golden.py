@@ -120,6 +120,19 @@ def _grad_key_tilelang() -> str:
     return render(problem, "grad_key", tilelang_by_chunk("grad_key", problem)).source
 
 
+# beta before its sigmoid, in (0, 2)
+_TIED: Final = Problem(op="kda", beta_sigmoid=True, neg_eigval=True)
+
+
+def _tied(stage: str) -> str:
+    problem = replace(_TIED, varlen=True)
+    return render(problem, stage, default_config(stage, problem)).source
+
+
+def _tied_tilelang(stage: str) -> str:
+    return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
+
+
 def _parallel(stage: str) -> str:
     config = default_config(stage, _STATES, BT=16).replace(segments="parallel")
     return render(_STATES, stage, config).source
@@ -168,6 +181,11 @@ OUTPUTS: Final = {
     "reprepare_tilelang.py": _reprepare_tilelang,
     "prepare_at_once_tilelang.py": _prepare_at_once_tilelang,
     "grad_key_tilelang_packed.py": _grad_key_tilelang,
+    "prepare_kda_packed.py": partial(_tied, "prepare"),
+    "grad_key_kda_packed.py": partial(_tied, "grad_key"),
+    "prepare_kda_tilelang.py": partial(_tied_tilelang, "prepare"),
+    "grad_value_kda_tilelang.py": partial(_tied_tilelang, "grad_value"),
+    "grad_key_kda_tilelang.py": partial(_tied_tilelang, "grad_key"),
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "package_states.py": _package,
