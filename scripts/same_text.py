@@ -61,6 +61,8 @@ TIED_FLAGS: Final[tuple[dict[str, Any], ...]] = (
     {"beta_sigmoid": True, "varlen": True},
     {"beta_sigmoid": True, "neg_eigval": True},
 )
+# And of one whose beta may be wider than q, where that is.
+WIDE_FLAGS: Final[tuple[dict[str, Any], ...]] = ({"beta_fp32": True, "varlen": True},)
 # Knobs that choose between pieces of a template; the others are numbers in it.
 _FORMS: Final = ("language", "decay", "solve", "segments", "BT", "chunks", "maxnreg")
 _TILES: Final[tuple[dict[str, Knob], ...]] = (
@@ -97,15 +99,14 @@ def _filed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
                     continue
                 known = {**STAGES[stage].later, **knobs}
                 if set(known) == set(STAGES[stage].domains):
-                    for flags in _flags(entry["problem"]["op"]):
+                    for flags in _flags(entry["problem"]):
                         yield Problem(**{**entry["problem"], **flags}), stage, known
 
 
 def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
     sizes: tuple[dict[str, Any], ...] = ({}, {"dtype": "fp16"}, {"dtype": "fp32", "K": 64, "V": 64})
-    given = [(op, flags) for op in OPS for flags in _flags(op)]
-    for size, (op, flags) in product(sizes, given):
-        problem = Problem(**{"op": op, **size, **flags})
+    plain: list[dict[str, Any]] = [{"op": op, **size} for size, op in product(sizes, OPS)]
+    for problem in (Problem(**{**x, **flags}) for x in plain for flags in _flags(x)):
         yield problem, TABLES, {"BT": 32}
         for stage in STAGES:
             domain = STAGES[stage].domains
@@ -119,8 +120,11 @@ def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
                     yield problem, stage, dict(config)
 
 
-def _flags(op: str) -> tuple[dict[str, Any], ...]:
-    return (*FLAGS, *TIED_FLAGS) if recurrence_named(op).tied else FLAGS
+def _flags(problem: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    recurrence = recurrence_named(problem["op"])
+    wide = recurrence.has_factor and problem.get("dtype") != "fp32"
+    tied = TIED_FLAGS if recurrence.tied else ()
+    return (*FLAGS, *tied, *(WIDE_FLAGS if wide else ()))
 
 
 def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config | None:

@@ -37,6 +37,7 @@ def of_recurrence(recurrence: Recurrence, problem: Problem) -> dict[str, Any]:
         "defaults": _defaults(recurrence, problem),
         "refused": _refused(recurrence, problem),
         "described": lambda x: _described(x, recurrence, problem),
+        "dtype_words": lambda x: _dtype_words(x, problem),
         "heads_words": _heads_words(recurrence),
         "sized": {dims: x for dims in _RANKS if (x := _pairs(sized, len(dims)))},
         "bound": f"{', '.join(heads)} = {', '.join(map(str, heads.values()))}",
@@ -124,6 +125,13 @@ def _described(x: Input, recurrence: Recurrence, problem: Problem) -> str:
     if x.name == "v":
         words += "; HV is a multiple of H"
     return f"{x.name}: [{dims}], {words}."
+
+
+def _dtype_words(x: Input, problem: Problem) -> str:
+    """What an input that every call takes has to be of."""
+    if x.dtype == "factor" and problem.beta_fp32:
+        return "torch.float32"
+    return "GATE_DTYPE" if x.dtype == "gate" else "DTYPE"
 
 
 def _heads_words(recurrence: Recurrence) -> str:

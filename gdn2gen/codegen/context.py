@@ -47,6 +47,7 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
         "io_dtype": _in_triton(problem.dtype),
         "gate_dtype": _in_triton(problem.gate_dtype),
+        "factor_dtype": _in_triton(problem.dtype_of("factor")),
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),

@@ -55,6 +55,7 @@ def make_inputs(
     HG: int | None = None,
     dtype: torch.dtype = torch.float32,
     gate_dtype: torch.dtype = torch.float32,
+    factor_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     pattern: str = "layer",
     seed: int = 0,
@@ -73,6 +74,7 @@ def make_inputs(
         HG: heads of the decay; HV if None.
         dtype: of all but the decay.
         gate_dtype: of the decay, which is made in float32, or in float64 if that is its dtype.
+        factor_dtype: of what has the role `factor` (`Input.dtype`); dtype if None.
         cu_seqlens: boundaries of N sequences packed in one (B = 1); N is B otherwise.
         initial_state: also draw a state.
 
@@ -95,7 +97,12 @@ def make_inputs(
         return torch.randn(shape, dtype=of, device=device, generator=rng)
 
     plain = {x.name: x.draw for x in recurrence.required if x.draw != "decay"}
-    tensors = {name: normal(*shapes[name]) for name in plain}
+    dtypes = {"factor": dtype if factor_dtype is None else factor_dtype}
+    tensors = {
+        x.name: normal(*shapes[x.name], of=dtypes.get(x.dtype, dtype))
+        for x in recurrence.required
+        if x.name in plain
+    }
     for name, draw in plain.items():
         if draw == "unit":
             tensors[name].sigmoid_()

@@ -16,6 +16,7 @@ OPTIONAL_FLAGS: Final = (
     "has_dt_bias",
     "beta_sigmoid",
     "neg_eigval",
+    "beta_fp32",
     "varlen",
     "initial_state",
     "final_state",
@@ -24,7 +25,7 @@ OPTIONAL_FLAGS: Final = (
 # What the commands call them, as in --with.
 EXTRAS: Final = {x.removeprefix("has_"): x for x in OPTIONAL_FLAGS}
 # Fields that came after files had been written; those say nothing of them where they are not set.
-_LATER: Final = ("beta_sigmoid", "neg_eigval", "bound")
+_LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound")
 # Nats: a gate's lower bound may be no lower.
 LEAST_BOUND: Final = -5.0
 # Verified on hardware; every other size is refused until a later issue verifies it.
@@ -46,7 +47,7 @@ class Problem:
     V: int = 128
     """Value head dim."""
     dtype: str = "bf16"
-    """dtype of q, k, v, o, and of the factors that erase and write."""
+    """dtype of q, k, v, o, and of the factors that erase and write, but for `beta_fp32`."""
     gate_dtype: str = "fp32"
     """dtype of g."""
     l2norm: bool = True
@@ -65,6 +66,8 @@ class Problem:
     """beta is given before its sigmoid, which is taken inside the kernels."""
     neg_eigval: bool = False
     """That sigmoid counts twice: beta is in (0, 2), and eigenvalues may be negative."""
+    beta_fp32: bool = False
+    """beta and its gradient are fp32 beside a narrower q; False where q is fp32 itself."""
     bound: int = 0
     """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
     `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
@@ -90,6 +93,12 @@ class Problem:
                 "neg_eigval (allow_neg_eigval=True) needs beta_sigmoid "
                 "(use_beta_sigmoid_in_kernel=True)"
             )
+        if self.beta_fp32 and not recurrence_named(self.op).has_factor:
+            raise InputError(f"{self.op} has no beta that could be fp32 beside a narrower q")
+        if self.beta_fp32 and self.dtype == "fp32":
+            raise InputError(
+                "beta_fp32 is of a beta beside a bf16 or fp16 q, but got dtype='fp32'; leave it out"
+            )
         if self.bound not in range(int(-LEAST_BOUND) + 1):
             raise InputError(f"bound must be 0 to {-LEAST_BOUND:.0f} nats, but got {self.bound}")
         if self.bound and self.gate != "sigmoid":
@@ -102,6 +111,12 @@ class Problem:
     def key(self) -> dict[str, str | int | bool]:
         """Readable key of the tuned entry: only what moves the speed; `bound` where it is known."""
         return {x: y for x, y in self.document.items() if x not in OPTIONAL_FLAGS}
+
+    def dtype_of(self, role: str) -> str:
+        """By the role of an input or of what kernels hand on, which may be a dtype itself."""
+        factor = "fp32" if self.beta_fp32 else self.dtype
+        roles = {"io": self.dtype, "gate": self.gate_dtype, "factor": factor}
+        return roles.get(role, role)
 
     @property
     def extras(self) -> tuple[str, ...]:

@@ -30,8 +30,8 @@ class Input:
     what: str
     """What it is, and its range, for docstrings."""
     dtype: str = "io"
-    """Its role. `io`: the dtype of q. `gate`: bf16, fp16 or fp32. `parameter`: the same, and fp32
-    in the kernels. `state`: fp32. `index`: int32 or int64."""
+    """Its role. `io`: the dtype of q. `factor`: the same, or fp32. `gate`: bf16, fp16 or fp32.
+    `parameter`: those, and fp32 in the kernels. `state`: fp32. `index`: int32 or int64."""
     when: str = ""
     """The field of `Problem` that says that it is given; empty for what every call takes."""
     draw: str = "normal"
@@ -140,6 +140,11 @@ class Recurrence:
         return self.erase is not None and self.erase == self.write
 
     @property
+    def has_factor(self) -> bool:
+        """Whether it takes one that may be fp32 beside a narrower q."""
+        return any(x.dtype == "factor" for x in self.inputs)
+
+    @property
     def activations(self) -> tuple[str, ...]:
         return self.decay.activations if self.decay else ("none",)
 
@@ -171,7 +176,7 @@ BETA: Final = Input(
     "beta", "B T HV",
     "what is erased and written, in [0, 1], or [0, 2]; with `use_beta_sigmoid_in_kernel` its "
     "pre-activation",
-    draw="unit",
+    "factor", draw="unit",
 )  # fmt: skip
 STATE: Final = Input(
     "initial_state", "N HV K V", "one for each sequence; zero if None", "state",

@@ -39,9 +39,8 @@ def least_ms(problem: Problem, regime: Regime, backward: bool, gbps: float) -> f
 def _input_bytes(problem: Problem) -> int:
     """Of what every call takes of a token, for one value head."""
     width = {"K": problem.K, "V": problem.V}
-    dtypes = {"io": problem.dtype, "gate": problem.gate_dtype}
     return sum(
-        prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE[dtypes[x.dtype]].nbytes
+        prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE[problem.dtype_of(x.dtype)].nbytes
         for x in recurrence_named(problem.op).required
     )
 

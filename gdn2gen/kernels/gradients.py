@@ -197,7 +197,7 @@ GRAD_KEY: Final = Stage(
         Operand("dg", "B T HV K", "gate"),
         Operand("db", "B T HV K", when="b"),
         Operand("dbeta_part", "NT HV NK BT", "fp32", "beta"),
-        Operand("dbeta", "B T HV", when="beta"),
+        Operand("dbeta", "B T HV", "factor", "beta"),
         Operand("dA_log", "NT HV K", "fp32", "A_log"),
         Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
     ),

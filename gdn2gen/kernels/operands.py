@@ -25,7 +25,7 @@ QKGB: Final = (
     DECAY,
     Operand("b", "B T HG K", when="b"),
 )
-BETA: Final = Operand("beta", "B T HV", when="beta")
+BETA: Final = Operand("beta", "B T HV", "factor", "beta")
 GATE: Final = (
     Operand("A_log", "HG", "fp32", "A_log"),
     Operand("dt_bias", "HG K", "fp32", "dt_bias"),

@@ -31,7 +31,8 @@ from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, 
 class Operand:
     """One tensor of a stage: name in the kernel, dims by symbol, dtype or its role.
 
-    dtype `io` is the problem's dtype, `gate` the dtype of g, `fp32` and `int32` themselves.
+    dtype `io` is the problem's dtype, `gate` the dtype of g, `factor` that of beta, `fp32` and
+    `int32` themselves.
     `when` names the condition under which the kernel has this argument (see `has_operand`).
     `scratch` is what kernels of one form hand to each other: empty but for forms that name it.
     """
@@ -43,7 +44,7 @@ class Operand:
     scratch: bool = False
 
     def dtype_in(self, problem: Problem) -> str:
-        return {"io": problem.dtype, "gate": problem.gate_dtype}.get(self.dtype, self.dtype)
+        return problem.dtype_of(self.dtype)
 
     def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
         """Bytes of the whole tensor, for the given value of each symbol in `dims`."""

@@ -44,6 +44,7 @@ def inputs_of(
         op=problem.op,
         dtype=TORCH_DTYPE[problem.dtype],
         gate_dtype=TORCH_DTYPE[problem.gate_dtype],
+        factor_dtype=TORCH_DTYPE[problem.dtype_of("factor")],
         device=device,
         pattern=pattern,
         seed=seed,

@@ -66,6 +66,13 @@ def _betas(base: Case) -> dict[str, Case]:
     }
 
 
+def _wide_beta(base: Case) -> Iterator[Case]:
+    """`base` with beta in fp32, where its recurrence has one."""
+    if recurrence_named(base.problem.op).has_factor:
+        problem = replace(base.problem, beta_fp32=True)
+        yield replace(base, name=f"{base.name}-beta-fp32", problem=problem)
+
+
 def _features(base: Case) -> Iterator[Case]:
     """`base` once for every option of the op that changes what the kernels compute."""
     problem, shape = base.problem, base.shape
@@ -118,7 +125,8 @@ def _interpreter_cases(op: str) -> Iterator[Case]:
     yield from _patterns(half)
     mixed = replace(half, name="small-fp16-K64-V32", problem=replace(half.problem, K=64))
     yield from (mixed, replace(mixed, name=f"{mixed.name}-repeat", check="repeat"))
-    yield from _patterns(replace(small, name="small-bf16", problem=replace(problem, dtype="bf16")))
+    narrow = replace(small, name="small-bf16", problem=replace(problem, dtype="bf16"))
+    yield from (*_patterns(narrow), *_wide_beta(narrow))
 
 
 def _gpu_cases(op: str) -> Iterator[Case]:
@@ -128,6 +136,7 @@ def _gpu_cases(op: str) -> Iterator[Case]:
     yield from _features(base)
     yield from _head_dims(replace(base, shape=_shape(2, 300, 3)))
     yield replace(base, name="bf16-gates-bf16", problem=replace(problem, gate_dtype="bf16"))
+    yield from _wide_beta(base)
     # 30 calls of at least 256 blocks each: fewer have hidden races.
     yield replace(base, name="bf16-repeat-large", shape=_shape(2, 4096, 16), check="repeat")
     for dtype in ("fp16", "fp32"):

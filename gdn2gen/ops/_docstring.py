@@ -13,6 +13,7 @@ from gdn2gen.family.recurrence import Input, Recurrence
 _F = TypeVar("_F", bound=Callable[..., object])
 _ANY_OF: Final = "bfloat16, float16 or float32"
 _DTYPES: Final = {
+    "factor": "like q, or float32",
     "gate": _ANY_OF,
     "parameter": _ANY_OF,
     "state": "float32",

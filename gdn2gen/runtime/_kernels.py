@@ -29,13 +29,12 @@ def request_of(
 
     `sequences` are those of a packed batch; `options` are `Options`.
     """
-    q, gate = tensors[0], tensors[signature.gate]
-    assert q is not None and gate is not None
+    q = tensors[0]
+    assert q is not None
     request: Request = make(
         signature.op,
         tuple([tensors[place].shape for place in signature.sized_by]),  # type: ignore[union-attr]
-        q.dtype,
-        gate.dtype,
+        tuple([tensors[place].dtype for place in signature.typed_by]),  # type: ignore[union-attr]
         q.device,
         tuple([x is not None for x in tensors[signature.required :]]),
         sequences,

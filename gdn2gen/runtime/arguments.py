@@ -145,9 +145,9 @@ def _check_layouts(
         if x is not None:
             _check_optional(signature, place, x, sizes, state_v_first)
     shapes = tuple([required[place].shape for place in signature.sized_by])
-    dtypes = required[0].dtype, required[signature.gate].dtype
+    dtypes = tuple([required[place].dtype for place in signature.typed_by])
     others = tuple([x is not None for x in tensors[signature.required : -1]])
-    key = (signature.op, shapes, *dtypes, required[0].device, others, sequences)
+    key = (signature.op, shapes, dtypes, required[0].device, others, sequences)
     return Dims(**sizes, key=key)
 
 
@@ -277,12 +277,15 @@ def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:
     first = signature.names[0]
     dtype = required[0].dtype
     for name, role, x in zip(signature.names, signature.roles, required, strict=False):
-        if name == first or role != "io":
+        if name == first or role not in ("io", "factor"):
             _check_dtype(name, x)
-        elif x.dtype != dtype:
+        elif x.dtype != dtype and not (role == "factor" and x.dtype == torch.float32):
+            wide, cast = "", f".to({first}.dtype)"
+            if role == "factor" and dtype != torch.float32:
+                wide, cast = " or torch.float32,", f"{cast} or .float()"
             raise InputError(
-                f"{name} must have the dtype of {first}, {dtype}, but got {x.dtype}; "
-                f"cast it with .to({first}.dtype)"
+                f"{name} must have the dtype of {first}, {dtype},{wide} but got {x.dtype}; "
+                f"cast it with {cast}"
             )
 
 

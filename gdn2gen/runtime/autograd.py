@@ -95,15 +95,15 @@ def _agree(
     *optional, cu_seqlens = tensors
     if not (torch.compiler.is_compiling() or _has_symbols(tensors)):
         return agree(request_of(signature, optional, sequences_of(cu_seqlens), options), level)
-    q, gate = tensors[0], tensors[signature.gate]
-    assert q is not None and gate is not None
+    q = tensors[0]
+    assert q is not None
     given = tuple([x is not None for x in tensors[signature.required :]])
     device = torch.device(q.device.type, q.device.index)
     _, lower_bound, *flags = options
     least = None if lower_bound is None else -float(bound_of(lower_bound))
-    dtypes = q.dtype, gate.dtype
+    dtypes = tuple([tensors[place].dtype for place in signature.typed_by])  # type: ignore[union-attr]
     text: str = agree_while_compiling(
-        device, level, signature.op, *head_dims, *dtypes, given, least, *flags
+        device, level, signature.op, *head_dims, dtypes, given, least, *flags
     )
     return text
 

@@ -32,8 +32,7 @@ def make_problem(
     op: str,
     K: int,
     V: int,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
     given: tuple[bool, ...],
     lower_bound: float | None,
     l2norm: bool,
@@ -43,7 +42,9 @@ def make_problem(
     beta_sigmoid: bool = False,
     neg_eigval: bool = False,
 ) -> Problem:
-    """Of head dims, dtypes, which of the optional tensors are `given`, and the flags."""
+    """Of head dims, the dtypes of `Signature.typed_by`, which of the optional tensors are `given`,
+    and the flags."""
+    dtype, gate_dtype, factor_dtype = (IO_DTYPES[x] for x in dtypes)
     gate = "none"
     if gate_in_kernel:
         gate = "softplus" if lower_bound is None else "sigmoid"
@@ -51,14 +52,15 @@ def make_problem(
         op=op,
         K=K,
         V=V,
-        dtype=IO_DTYPES[dtype],
-        gate_dtype=IO_DTYPES[gate_dtype],
+        dtype=dtype,
+        gate_dtype=gate_dtype,
         l2norm=l2norm,
         gate=gate,
         final_state=output_final_state,
         state_v_first=state_v_first,
         beta_sigmoid=beta_sigmoid,
         neg_eigval=neg_eigval,
+        beta_fp32=factor_dtype != dtype,
         bound=bound_of(lower_bound) if gate == "sigmoid" and lower_bound is not None else 0,
         **dict(zip(signature_of(op).conditions, given, strict=True)),
     )
@@ -67,8 +69,7 @@ def make_problem(
 def make_request(
     op: str,
     shapes: tuple[torch.Size, ...],
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
     device: torch.device,
     given: tuple[bool, ...],
     sequences: int | None,
@@ -85,7 +86,7 @@ def make_request(
     packed = sequences is not None
     # head dims are numbers: where they were symbols, they count as what they are for good
     K, V = int(sizes["K"]), int(sizes["V"])
-    problem = make_problem(op, K, V, dtype, gate_dtype, (*given, packed), lower_bound, *flags)
+    problem = make_problem(op, K, V, dtypes, (*given, packed), lower_bound, *flags)
     call = Call(
         B=sizes["B"],
         T=sizes["T"],

@@ -47,7 +47,10 @@ class Signature:
     required: int
     """How many every call gives; they come first."""
     gate: int
-    """The place of the one whose dtype is `Problem.gate_dtype`."""
+    """The place of the one that decays: its role is `gate`."""
+    typed_by: tuple[int, ...]
+    """Places of those whose dtypes are compiled in: of `io`, `gate` and `factor`; q's where it has
+    none of a role."""
     sized_by: tuple[int, ...]
     """Places of those whose shapes say what symbols stand for."""
     parameters: tuple[int, ...]
@@ -107,6 +110,7 @@ def signature_of(op: str) -> Signature:
     def places(role: str) -> tuple[int, ...]:
         return tuple(place for place, x in enumerate(roles) if x == role)
 
+    gate, factor = ((*places(role), 0)[0] for role in ("gate", "factor"))
     return Signature(
         op=op,
         public=recurrence.public.chunk,
@@ -114,7 +118,8 @@ def signature_of(op: str) -> Signature:
         dims=tuple(x.symbols for x in recurrence.inputs),
         roles=roles,
         required=len(recurrence.required),
-        gate=(*places("gate"), 0)[0],
+        gate=gate,
+        typed_by=(0, gate, factor),
         sized_by=recurrence.sized_by,
         parameters=places("parameter"),
         states=places("state"),

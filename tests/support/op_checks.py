@@ -162,9 +162,24 @@ def inputs_are_untouched(op: str) -> str:
     return "done"
 
 
-def opcheck(op: str, tests: tuple[str, ...], gated: bool, level: str) -> dict[str, str]:
+WIDE_BETA = {"dtype": torch.bfloat16, "factor_dtype": torch.float32}
+
+
+def wide_beta(op: str, flags: Mapping[str, bool]) -> dict[str, float]:
+    """beta in fp32 beside a q in bf16; its gradient is in fp32 too."""
+    arguments = make(op, **WIDE_BETA) | {"use_qk_l2norm_in_kernel": True, **flags}
+    found = _run(public_op(op), arguments)
+    assert found["dbeta"].dtype == torch.float32 and found["dk"].dtype == torch.bfloat16
+    assert (found["dbeta"] != found["dbeta"].bfloat16()).any()
+    return compare(op, arguments)
+
+
+def opcheck(
+    op: str, tests: tuple[str, ...], gated: bool, level: str, wide: bool = False
+) -> dict[str, str]:
     """torch.library.opcheck of the forward op; by the reference at the level `NOTHING`."""
-    inputs = make(op, cu_seqlens=(0, 7, 20), B=1) if gated else make(op, T=17)
+    dtypes = WIDE_BETA if wide else {}
+    inputs = make(op, cu_seqlens=(0, 7, 20), B=1, **dtypes) if gated else make(op, T=17, **dtypes)
     parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}
     given = inputs | parameters
     ops: Op = getattr(chunk, f"_{op.upper()}")
@@ -220,9 +235,9 @@ def fakes_agree(op: str, level: str, gated: bool) -> str:
     return "done"
 
 
-def compiled(op: str, gated: bool) -> str:
+def compiled(op: str, gated: bool, wide: bool = False) -> str:
     """torch.compile without graph breaks, over the kernels: the same bits as without."""
-    inputs: dict[str, Any] = make(op)
+    inputs: dict[str, Any] = make(op, **(WIDE_BETA if wide else {}))
     if gated:
         inputs |= {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)} | activated(op)
     arguments = {**inputs, "use_qk_l2norm_in_kernel": True}

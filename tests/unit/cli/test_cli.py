@@ -124,6 +124,8 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --with dt_bias", "use_gate_in_kernel"),
         ("explain --with beta_sigmoid", "gdn2 has no beta"),
         ("explain --op kda --with neg_eigval", "needs beta_sigmoid"),
+        ("explain --with beta_fp32", "gdn2 has no beta that could be fp32"),
+        ("explain --op kda --dtype fp32 --with beta_fp32", "dtype='fp32'; leave it out"),
         ("tuned export --op kda --device L4", "nothing is tuned for kda on NVIDIA L4"),
         ("tune --shapes ,", "no shape is named in ','"),
         ("tune --target sm_1", "sm_1"),
@@ -240,8 +242,9 @@ def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) 
         Problem(gate="softplus", has_A_log=True, has_dt_bias=True, l2norm=False),
         Problem(gate="sigmoid", gate_dtype="bf16", varlen=True, initial_state=True),
         Problem("kda", beta_sigmoid=True, neg_eigval=True, final_state=True),
+        Problem("kda", beta_fp32=True, varlen=True),
     ],
-    ids=["plain", "softplus", "sigmoid", "kda"],
+    ids=["plain", "softplus", "sigmoid", "kda", "kda-beta-fp32"],
 )
 def test_the_command_in_a_kernel_regenerates_it(
     problem: Problem, capsys: pytest.CaptureFixture[str]

@@ -38,8 +38,9 @@ def test_a_declaration_holds_together(member: Recurrence) -> None:
     assert names[-1] == "cu_seqlens" and not member.inputs[-1].differentiable
     known = {x.name for x in fields(Problem)}
     assert {x.when for x in member.optional} <= known & {*OPTIONAL_FLAGS}
-    assert {x.dtype for x in member.inputs} <= {"io", "gate", "parameter", "state", "index"}
-    assert {x.dtype for x in member.required} <= {"io", "gate"}
+    of_tokens = {"io", "factor", "gate"}
+    assert {x.dtype for x in member.inputs} <= of_tokens | {"parameter", "state", "index"}
+    assert {x.dtype for x in member.required} <= of_tokens
     assert {*member.activations} <= {*GATES}
     assert {*member.plans} <= {*PLANS}
     assert (member.name in OPS) == bool(member.plans)
@@ -84,6 +85,16 @@ def test_what_follows_of_a_tied_one() -> None:
         Problem(beta_sigmoid=True)
     with pytest.raises(InputError, match=r"neg_eigval .* needs beta_sigmoid"):
         Problem(op="kda", neg_eigval=True)
+
+
+def test_a_wide_beta_is_of_a_narrower_q() -> None:
+    assert Problem("kda", beta_fp32=True).dtype_of("factor") == "fp32"
+    assert Problem("kda", dtype="fp16").dtype_of("factor") == "fp16"
+    assert "beta_fp32" not in Problem("kda").document
+    with pytest.raises(InputError, match="gdn2 has no beta that could be fp32"):
+        Problem(beta_fp32=True)
+    with pytest.raises(InputError, match="beside a bf16 or fp16 q, but got dtype='fp32'"):
+        Problem("kda", dtype="fp32", beta_fp32=True)
 
 
 def test_schemas_follow_from_the_declaration() -> None:

@@ -75,8 +75,9 @@ def test_a_lower_bound_is_covered_by_whole_nats(lower_bound: float, nats: int) -
     sizes = torch.Size((1, 64, 2, 128))
     for in_kernel, expected in ((True, nats), (False, 0)):
         request = make_request(
-            *("gdn2", (sizes,) * 3, torch.bfloat16, torch.float32, torch.device("cpu")),
-            *((False, False, False), None, 1.0, lower_bound, True, in_kernel, False, False),
+            *("gdn2", (sizes,) * 3, (torch.bfloat16, torch.float32, torch.bfloat16)),
+            *(torch.device("cpu"), (False, False, False), None, 1.0),
+            *(lower_bound, True, in_kernel, False, False),
         )
         assert request.problem.bound == expected
         assert request.call.lower_bound == lower_bound

@@ -106,10 +106,11 @@ def test_both_sides_are_given_the_same_and_only_what_they_take(monkeypatch, op):
 
 
 def test_a_beta_before_its_sigmoid_has_either_sign():
-    problem = Problem(op="kda", beta_sigmoid=True)
     shape = Shape("tiny", 1, 50, 2)
-    beta = accuracy.inputs_of(problem, shape, "correlated", 0, "cpu")["beta"]
-    assert beta.dtype == torch.bfloat16 and beta.min() < -0.5 and beta.max() > 0.5
+    for wide, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        problem = Problem(op="kda", beta_sigmoid=True, beta_fp32=wide)
+        beta = accuracy.inputs_of(problem, shape, "correlated", 0, "cpu")["beta"]
+        assert beta.dtype == dtype and beta.min() < -0.5 and beta.max() > 0.5
 
 
 @pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])

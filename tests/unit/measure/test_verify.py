@@ -36,7 +36,7 @@ def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
     assert dims == {(K, V) for K in HEAD_DIMS for V in HEAD_DIMS}
     assert {case.problem.gate for case in cases} == {*GATES}
     given = ("varlen", "initial_state", "state_v_first", "has_dt_bias")
-    for name in (*given, "l2norm", "beta_sigmoid", "neg_eigval"):
+    for name in (*given, "l2norm", "beta_sigmoid", "neg_eigval", "beta_fp32"):
         assert {getattr(case.problem, name) for case in cases} == {True, False}
     assert {case.check for case in cases} == {"accuracy", "causality", "empty", "repeat"}
     assert any(case.shape.T % 64 for case in cases)

@@ -198,6 +198,14 @@ OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
             r"beta must be \(2, 20, 4\), but got \(2, 20, 2\)",
         ),
         "dtype-beta": (lambda x: {"beta": x["beta"].half()}, "beta must have the dtype of q"),
+        "dtype-beta-narrow": (
+            lambda x: {n: y.bfloat16() for n, y in x.items()} | {"beta": x["beta"].half()},
+            r"q, torch.bfloat16, or torch.float32, but got torch.float16; .*q.dtype\) or .float\(",
+        ),
+        "dtype-beta-double": (
+            lambda x: {"beta": x["beta"].double()},
+            "beta must have the dtype of q, torch.float32, but got torch.float64",
+        ),
         "device-beta": (lambda x: {"beta": meta(x["beta"])}, "beta must be on cpu like q"),
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
@@ -275,7 +283,7 @@ def test_a_state_in_double_is_refused_by_the_kernels(op: str, path: str) -> None
 
 SAID: Final = {
     "gdn2": "    b: [B, T, HG, K] like q: erase gate in [0, 1], or [0, 2].\n",
-    "kda": "    allow_neg_eigval: it is twice that; needs `use_beta_sigmoid_in_kernel`.\n",
+    "kda": "    beta: [B, T, HV] like q, or float32: what is erased and written, in [0, 1], or",
 }
 
 
@@ -324,6 +332,7 @@ FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+WITH_BETA: Final = tuple(op for op in OPS if recurrence_named(op).has_factor)
 OF_BETA: Final[dict[str, dict[str, Any]]] = {
     "beta-sigmoid": {"use_beta_sigmoid_in_kernel": True},
     "neg-eigval": {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True},
@@ -386,6 +395,14 @@ def test_half_precision_on_the_cpu(op: str, dtype: torch.dtype) -> None:
     assert state is not None and state.dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", WITH_BETA)
+@pytest.mark.parametrize("name", OF_BETA)
+def test_a_wide_beta_on_the_cpu(op: str, name: str) -> None:
+    errors = op_checks.wide_beta(op, OF_BETA[name])
+    assert errors.pop("dbeta") < 1e-4
+    assert max(errors.values()) < 4e-3
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("tokens", [0, 1, 15, 64])
 def test_lengths_on_the_cpu(op: str, tokens: int) -> None:
@@ -423,6 +440,14 @@ def test_strided_inputs_on_the_cpu(op: str, how: str) -> None:
 def test_opcheck_on_the_cpu(op: str, gated: bool) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     found = op_checks.opcheck(op, (*tests, "test_aot_dispatch_dynamic"), gated, NOTHING)
+    assert {*found.values()} == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", WITH_BETA)
+@pytest.mark.resolved
+def test_opcheck_of_a_wide_beta_on_the_cpu(op: str) -> None:
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    found = op_checks.opcheck(op, (*tests, "test_aot_dispatch_dynamic"), True, NOTHING, True)
     assert {*found.values()} == {"SUCCESS"}
 
 
@@ -522,3 +547,27 @@ def test_torch_compile_at_other_lengths(op: str, interpreter: Callable[..., Any]
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_opcheck_with_dynamic_sizes(op: str, gated: bool, interpreter: Callable[..., Any]) -> None:
     interpreter("op_checks:opcheck", op, ("test_aot_dispatch_dynamic",), gated, "lean")
+
+
+# beta in fp32 beside a narrower q
+
+
+@pytest.mark.parametrize("op", WITH_BETA)
+@pytest.mark.parametrize("name", OF_BETA)
+def test_a_wide_beta(op: str, name: str, interpreter: Callable[..., Any]) -> None:
+    errors = interpreter("op_checks:wide_beta", op, OF_BETA[name])
+    assert max(errors.values()) < 8e-3
+
+
+@pytest.mark.parametrize("op", WITH_BETA)
+@pytest.mark.resolved
+def test_opcheck_of_a_wide_beta(op: str, interpreter: Callable[..., Any]) -> None:
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    found = interpreter("op_checks:opcheck", op, tests, True, "lean", True)
+    assert found == dict.fromkeys(tests, "SUCCESS")
+
+
+@pytest.mark.parametrize("op", WITH_BETA)
+@pytest.mark.resolved
+def test_torch_compile_of_a_wide_beta(op: str, interpreter: Callable[..., Any]) -> None:
+    interpreter("op_checks:compiled", op, True, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_devices_are_told_apart(launched: Launched) -> None:
     with pytest.raises(InputError, match="k must be on cpu like q, but is on meta"):
         chunk_gdn2(**inputs | {"k": inputs["k"].to("meta")}, **FLAGS)
     x = inputs["q"]
-    what = ("gdn2", (x.shape,) * 3, x.dtype, x.dtype)
+    what = ("gdn2", (x.shape,) * 3, (x.dtype,) * 3)
     rest = ((False, False, False), None, 1.0, None, *[False] * 4)
     requests = [
         lookup.known_request(*what, torch.device("cuda", index), *rest) for index in (0, 1, 0)
@@ -126,6 +127,18 @@ def test_a_problem_has_what_its_op_takes_of_beta() -> None:
         flags = (None, None, True, False, False, False, *of_beta)
         problem = request_of(signature, tensors, None, flags).problem
         assert (problem.op, problem.beta_sigmoid, problem.neg_eigval) == ("kda", *of_beta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_problem_says_whether_its_beta_is_wider_than_q(dtype: torch.dtype) -> None:
+    signature = signature_of("kda")
+    flags = (None, None, True, False, False, False, False, False)
+    for factor_dtype in (None, torch.float32):
+        drawn = make(op="kda", dtype=dtype, factor_dtype=factor_dtype)
+        tensors = tuple(drawn.get(name) for name in signature.names[:-1])
+        problem = request_of(signature, tensors, None, flags).problem
+        assert problem.beta_fp32 == (drawn["beta"].dtype != dtype)
+        assert problem.key == replace(problem, beta_fp32=False).key
 
 
 def test_what_is_refused_is_refused_again(launched: Launched) -> None:
