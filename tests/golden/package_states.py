@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="46b2d4ff5ea8e723",
+    grad_key="6db2cf02f22af16a",
     grad_value="d3a738b73e0c8c69",
     prepare="152f5307a12de5c1",
     reprepare="ebe98608303fa0bd",
