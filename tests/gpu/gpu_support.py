@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from tilelang_configs import tilelang_recipe
 from torch import Tensor
 
 from gdn2gen.base.device import present_device
@@ -23,10 +24,9 @@ from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.family.tolerances import slack_of
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.accuracy import run_op
+from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.measure.case_runs import case_inputs, errors_in_range
 from gdn2gen.measure.cases import Case
-from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.runtime import passes
 from gdn2gen.store.dispatch import find_recipe, forced_recipe
 
@@ -34,6 +34,7 @@ DEVICE: Final = "cuda"
 TRAIN: Final = SHAPES["train4k"]
 
 _STATES: Final = Problem(initial_state=True, final_state=True)
+_KDA: Final = replace(_STATES, op="kda")
 # Few, since each is some ten kernels to compile; K != V wherever the size is free, which shows a
 # swapped transpose that square states hide.
 PROBLEMS: Final[dict[str, Problem]] = {
@@ -48,9 +49,26 @@ PROBLEMS: Final[dict[str, Problem]] = {
     "gate-bf16": replace(_STATES, V=32, gate_dtype="bf16"),
     "fp16-K64-V32": replace(_STATES, K=64, V=32, dtype="fp16"),
     "fp32-K32-V64": replace(_STATES, K=32, V=64, dtype="fp32"),
+    "kda": _KDA,
+    "kda-packed": replace(_KDA, varlen=True),
+    "kda-K64": replace(
+        _KDA, K=64, V=64, gate="softplus", has_A_log=True, has_dt_bias=True, beta_sigmoid=True
+    ),
+    "kda-fp16-K32-V64": replace(
+        _KDA, K=32, V=64, dtype="fp16", beta_sigmoid=True, neg_eigval=True, beta_fp32=True
+    ),
 }
 LEVELS: Final = ("lean", "fast")
 DEFAULTS: Final = ("default lean", "default fast", "default states")
+# Plans whose stages are all in TileLang: what is tuned may hold few of them, the defaults none.
+TILELANG: Final = ("tilelang lean", "tilelang states")
+# Of a second member, whose kernels are of the same templates, fewer than of the first.
+_FEWER: Final[dict[str, tuple[str, ...]]] = {
+    "kda": (*LEVELS, "default states", *TILELANG),
+    "kda-packed": ("lean", "tilelang fast"),
+    "kda-K64": ("lean", "tilelang fast"),
+    "kda-fp16-K32-V64": ("fast",),
+}
 # Where the tuner opens its search of the largest chunks.
 BY_64: Final = "default lean by 64"
 
@@ -73,15 +91,28 @@ def recipe_of(name: str, level: str) -> Recipe:
     problem = PROBLEMS[name]
     if level == BY_64:
         return Recipe.default(problem, BT=64)
-    if level in DEFAULTS:
-        return Recipe.default(problem, level.removeprefix("default "))
+    which, _, plan = level.rpartition(" ")
+    if which == "default":
+        return Recipe.default(problem, plan)
+    if which == "tilelang":
+        return tilelang_recipe(problem, plan)
     device = present_device()
     return find_recipe(problem, TRAIN.regime, device, level=level, strict=False).recipe
 
 
+def levels_of(name: str) -> tuple[str, ...]:
+    """Those at which tests run a problem."""
+    return _FEWER.get(name, LEVELS)
+
+
+def at_levels(*names: str) -> list[tuple[str, str]]:
+    """Each problem at each of its levels."""
+    return [(name, level) for name in names for level in levels_of(name)]
+
+
 def every_kernel() -> Kernels:
     """(problem, stage, config) of every kernel that the tests run, each source once."""
-    wanted = [(name, level) for name in PROBLEMS for level in LEVELS]
+    wanted = at_levels(*PROBLEMS)
     wanted += [("bf16", level) for level in DEFAULTS]
     wanted += [(name, BY_64) for name in ("bf16", "fp16")]
     return kernels_of(recipe_of(*one) for one in wanted)
@@ -125,14 +156,15 @@ def draw(
     H: int | None = None,
     HG: int | None = None,
 ) -> tuple[Tensors, Tensors]:
-    """Inputs of the op, and the gradients of its outputs. H, HG: fewer heads of q, k and g, b."""
+    """Inputs of the op, and the gradients of its outputs. H, HG: fewer heads of q and k, and of the
+    decay and what has its heads."""
     return case_inputs(Case("drawn", problem, shape, pattern, H=H, HG=HG), DEVICE)
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensors:
     """One forward and backward of the public op with the kernels of `recipe`."""
     with forced_recipe(recipe):
-        return run_op(chunk_gdn2, recipe.problem, inputs, grads)
+        return run_op(public_op(recipe.problem.op), recipe.problem, inputs, grads)
 
 
 def off(

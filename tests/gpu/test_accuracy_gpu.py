@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import BY_64, LEVELS, PROBLEMS, draw, off, poisoned, recipe_of, run, sized
+from gpu_support import BY_64, PROBLEMS, draw, levels_of, off, poisoned, recipe_of, run, sized
 from torch import Tensor
 
 from gdn2gen.family.inputs import PATTERNS
@@ -24,11 +24,11 @@ DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
 def check(
     name: str, shape: Shape, pattern: str, *, H: int | None = None, HG: int | None = None
 ) -> None:
-    """Hold both levels of a problem against one run of the reference."""
+    """Hold the levels of a problem against one run of the reference."""
     problem = PROBLEMS[name]
     inputs, grads = draw(problem, shape, pattern, H=H, HG=HG)
     exact = run_reference(problem, inputs, grads)
-    for level in LEVELS:
+    for level in levels_of(name):
         with poisoned():
             results = run(recipe_of(name, level), inputs, grads)
         assert results.keys() == exact.keys()
@@ -36,7 +36,7 @@ def check(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda"])
 def test_every_pattern(name: str, pattern: str) -> None:
     check(name, LONG, pattern)
 
@@ -51,51 +51,68 @@ def test_defaults_of_the_largest_chunks(name: str) -> None:
     assert not off(results, exact, problem)
 
 
-@pytest.mark.parametrize("name", ["v-first", "gate-bf16", "fp16-K64-V32", "fp32-K32-V64"])
+@pytest.mark.parametrize(
+    "name", ["v-first", "gate-bf16", "fp16-K64-V32", "fp32-K32-V64", "kda-fp16-K32-V64"]
+)
 def test_head_dims_that_differ(name: str) -> None:
     check(name, WIDE, "mixed")
 
 
-@pytest.mark.parametrize("name", ["softplus", "sigmoid"])
+@pytest.mark.parametrize("name", ["softplus", "sigmoid", "kda-K64"])
 def test_gates_in_the_kernel(name: str) -> None:
     check(name, WIDE, "layer")
 
 
 @pytest.mark.parametrize("HG", [2, 8])
-@pytest.mark.parametrize("name", ["bf16", "softplus"])
+@pytest.mark.parametrize("name", ["bf16", "softplus", "kda"])
 def test_grouped_value_heads(name: str, HG: int) -> None:
     """Two heads of q and k serve eight value heads; their gradients are sums over groups."""
     check(name, GROUPED, "layer", H=2, HG=HG)
 
 
+@pytest.mark.parametrize(("HV", "H"), [(17, 1), (20, 4)])
+@pytest.mark.parametrize("name", ["kda", "kda-K64"])
+def test_value_heads_that_no_program_of_sixteen_is_full_of(name: str, HV: int, H: int) -> None:
+    """What turns beta about takes 16 heads at a time."""
+    check(name, sized(2, 333, HV), "layer", H=H)
+
+
 @pytest.mark.parametrize("pattern", ["layer", "mixed"])
-def test_packed_documents(pattern: str) -> None:
-    check("packed", DOCUMENTS, pattern)
+@pytest.mark.parametrize("name", ["packed", "kda-packed"])
+def test_packed_documents(name: str, pattern: str) -> None:
+    check(name, DOCUMENTS, pattern)
 
 
 @pytest.mark.parametrize("T", [1, 16, 64, 65])
-def test_few_tokens(T: int) -> None:
-    check("bf16", sized(3, T, 2), "mixed")
+@pytest.mark.parametrize("name", ["bf16", "kda"])
+def test_few_tokens(name: str, T: int) -> None:
+    check(name, sized(3, T, 2), "mixed")
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize(
+    ("name", "level"), [("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang lean")]
+)
+def test_no_tokens(name: str, level: str) -> None:
     """The state and its gradient pass through."""
-    inputs, grads = draw(PROBLEMS["bf16"], sized(2, 0, 4))
-    results = run(recipe_of("bf16", "lean"), inputs, grads)
+    inputs, grads = draw(PROBLEMS[name], sized(2, 0, 4))
+    results = run(recipe_of(name, level), inputs, grads)
     assert results["o"].shape == inputs["v"].shape
     assert torch.equal(results["final_state"], inputs["initial_state"])
     assert torch.equal(results["dinitial_state"], grads["final_state"])
 
 
-def test_resets_to_the_last_bit() -> None:
+@pytest.mark.parametrize(
+    ("name", "level"), [("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang states")]
+)
+def test_resets_to_the_last_bit(name: str, level: str) -> None:
     """g = -inf forgets a channel: as -300 does, and without a NaN in any gradient."""
-    problem = PROBLEMS["bf16"]
+    problem = PROBLEMS[name]
     inputs, grads = draw(problem, sized(1, 1003, 4), "sparse")
     inputs["g"] = inputs["g"].masked_fill(inputs["g"] <= -300, -torch.inf)
     assert inputs["g"].isinf().any()
     exact = run_reference(problem, inputs, grads)
     with poisoned():
-        results = run(recipe_of("bf16", "lean"), inputs, grads)
+        results = run(recipe_of(name, level), inputs, grads)
     assert not off(results, exact, problem)
 
 

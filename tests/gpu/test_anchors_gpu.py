@@ -13,10 +13,11 @@ import torch
 from gpu_support import (
     DEFAULTS,
     DEVICE,
-    LEVELS,
     PROBLEMS,
     Tensors,
+    at_levels,
     draw,
+    levels_of,
     moved,
     off,
     poisoned,
@@ -28,9 +29,9 @@ from gpu_support import (
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.accuracy import relative_errors, run_reference
-from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.measure.accuracy import public_op, relative_errors, run_reference
 from gdn2gen.runtime.passes import Pass
 from gdn2gen.store.dispatch import forced_recipe
 
@@ -44,22 +45,25 @@ STEEP = sized(1, 1003, 4)
 PIECES, PIECE = 4, 8192
 
 
-def test_case_1_every_gradient_of_every_recipe() -> None:
+@pytest.mark.parametrize(("name", "count"), [("bf16", 9), ("kda", 8)])
+def test_case_1_every_gradient_of_every_recipe(name: str, count: int) -> None:
     """Tuned and default configs, both levels, at a size that fills the GPU."""
-    problem = PROBLEMS["bf16"]
+    problem = PROBLEMS[name]
     inputs, grads = draw(problem, LARGE, "layer")
     exact = run_reference(problem, inputs, grads)
-    for level in (*LEVELS, *DEFAULTS):
+    for level in dict.fromkeys((*levels_of(name), *DEFAULTS)):
         with poisoned():
-            results = run(recipe_of("bf16", level), inputs, grads)
-        assert len(results) == 9
+            results = run(recipe_of(name, level), inputs, grads)
+        assert len(results) == count
         assert not off(results, exact, problem, "layer"), level
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_case_3_nothing_is_ever_forgotten(level: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "level"), [*at_levels("bf16"), ("kda", "lean"), ("kda", "tilelang states")]
+)
+def test_case_3_nothing_is_ever_forgotten(name: str, level: str) -> None:
     """g = 0: dg is right, as much so in the last quarter of the tokens as in the first."""
-    recipe = recipe_of("bf16", level)
+    recipe = recipe_of(name, level)
     problem = recipe.problem
     inputs, grads = draw(problem, FLAT, "zero")
     assert not inputs["g"].any()
@@ -84,28 +88,29 @@ def heads_of(tensors: Tensors, heads: slice) -> Tensors:
 
 
 @pytest.mark.parametrize("decay", [-5.9, -6.0, -20.0])
-def test_case_4_strong_decay(decay: float) -> None:
+@pytest.mark.parametrize("name", ["bf16", "kda"])
+def test_case_4_strong_decay(name: str, decay: float) -> None:
     """At -20 dg is some 1e-9 and still has its bits; U(-20, 0) and resets are patterns."""
-    problem = PROBLEMS["bf16"]
+    problem = PROBLEMS[name]
     inputs, grads = draw(problem, STEEP, "constant")
     inputs["g"] = torch.full_like(inputs["g"], decay)
     exact = run_reference(problem, inputs, grads)
     assert exact["dg"].norm() > 0
-    for level in LEVELS:
+    for level in levels_of(name):
         with poisoned():
-            results = run(recipe_of("bf16", level), inputs, grads)
+            results = run(recipe_of(name, level), inputs, grads)
         assert not off(results, exact, problem, "constant"), level
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_case_9_at_once_or_in_pieces(level: str) -> None:
+@pytest.mark.parametrize(("name", "level"), [*at_levels("bf16"), ("kda", "lean")])
+def test_case_9_at_once_or_in_pieces(name: str, level: str) -> None:
     """The state is carried in fp32, within a call and between calls: the same bits either way.
 
     The lean backward makes the factors again, in another kernel than the forward's. Its states
     within a call follow from those, while a piece starts from the forward's: the last bits of what
     depends on the states may differ (and nothing more: a flipped bit in 1 of 256 is 4e-3 / 16).
     """
-    recipe = recipe_of("bf16", level)
+    recipe = recipe_of(name, level)
     inputs, grads = draw(recipe.problem, sized(1, PIECES * PIECE, 4), "layer")
     at_once = run(recipe, inputs, grads)
     in_pieces = run_in_pieces(recipe, inputs, grads)
@@ -124,7 +129,7 @@ def run_in_pieces(recipe: Recipe, inputs: Tensors, grads: Tensors) -> Tensors:
     with forced_recipe(recipe):
         for start in range(0, PIECES * PIECE, PIECE):
             piece: dict[str, Any] = tokens_of(leaves, start, start + PIECE)
-            o, state = chunk_gdn2(
+            o, state = public_op(recipe.problem.op)(
                 **piece,
                 initial_state=state,
                 output_final_state=True,
@@ -139,35 +144,48 @@ def run_in_pieces(recipe: Recipe, inputs: Tensors, grads: Tensors) -> Tensors:
     return {"o": whole.detach(), "final_state": state.detach(), **results}
 
 
-def bad_calls() -> dict[str, Tensors]:
+def bad_calls(right: Tensors) -> dict[str, Tensors]:
     """Case 10 and its like: what is wrong with a call, and the tensors that are."""
-    right = make_inputs(2, 64, 4, 128, 128, dtype=torch.bfloat16, device=DEVICE)
-    g, b = right["g"], right["b"]
-    return {
+    g = right["g"]
+    found = {
         "a decay per head": {"g": g[..., 0]},
         "a decay without its batch": {"g": g[0]},
         "a decay per head, kept in its dim": {"g": g[..., :1]},
-        "an erase gate per head": {"b": b[..., 0]},
-        "a write gate of the key head dim": {"w": right["w"][..., :64]},
-        "gates of other heads": {"g": g[:, :, :3], "b": b[:, :, :3]},
+        "a decay of other heads": {"g": g[:, :, :3]},
         "a decay on the CPU": {"g": g.cpu()},
         "a value of another dtype": {"v": right["v"].float()},
         "a state on the CPU": {"initial_state": torch.zeros(2, 4, 128, 128)},
     }
+    if "b" in right:
+        b, w = right["b"], right["w"]
+        found |= {
+            "an erase gate per head": {"b": b[..., 0]},
+            "a write gate of the key head dim": {"w": w[..., :64]},
+            "gates of other heads": {"g": g[:, :, :3], "b": b[:, :, :3]},
+        }
+    if "beta" in right:
+        beta = right["beta"]
+        found |= {
+            "a beta per channel": {"beta": beta[..., None]},
+            "a beta of other heads": {"beta": beta[:, :, :3]},
+            "a beta of a third dtype": {"beta": beta.half()},
+            "a beta on the CPU": {"beta": beta.cpu()},
+        }
+    return found
 
 
+@pytest.mark.parametrize("op", OPS)
 def test_case_10_a_gate_of_the_wrong_rank_launches_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def launched(*_: object, **__: object) -> None:
         raise AssertionError("a kernel was about to be launched")
 
     monkeypatch.setattr(Pass, "run", launched)
-    right = make_inputs(2, 64, 4, 128, 128, dtype=torch.bfloat16, device=DEVICE)
-    for what, wrong in bad_calls().items():
-        call: dict[str, Any] = right | wrong
+    right = make_inputs(2, 64, 4, 128, 128, op=op, dtype=torch.bfloat16, device=DEVICE)
+    for what, wrong in bad_calls(right).items():
         with pytest.raises(InputError):
-            chunk_gdn2(**call)
+            public_op(op)(**right | wrong)
             pytest.fail(f"{what} was taken")
     with pytest.raises(AssertionError, match="about to be launched"):
-        chunk_gdn2(**right)  # type: ignore[arg-type]
+        public_op(op)(**right)

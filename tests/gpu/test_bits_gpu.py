@@ -12,6 +12,7 @@ from gpu_support import (
     DEVICE,
     LEVELS,
     PROBLEMS,
+    at_levels,
     draw,
     moved,
     poisoned,
@@ -22,9 +23,9 @@ from gpu_support import (
     tokens_of,
 )
 
-from gdn2gen import chunk_gdn2
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
-from gdn2gen.measure.accuracy import op_flags
+from gdn2gen.measure.accuracy import op_flags, public_op
 from gdn2gen.measure.case_runs import run_case
 from gdn2gen.measure.cases import Case
 from gdn2gen.store.dispatch import forced_recipe
@@ -41,14 +42,15 @@ DOCUMENTS = (0, 0, 1, 64, 128, 128, 193, 225, 1000, 2011, 2011)
 FEW_HEADS = 3
 RAGGED = sized(2, 333, 3)
 RAGGED_DOCUMENTS = sized(1, 333, 3, (0, 0, 100, 101, 333))
+# Every recipe of one problem of each op.
+RECIPES = [*(("bf16", level) for level in (*LEVELS, *DEFAULTS)), *at_levels("kda")]
 
 
 def shape_for(name: str, dense: Shape, packed: Shape) -> Shape:
     return packed if PROBLEMS[name].varlen else dense
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "level"), at_levels(*PROBLEMS))
 def test_thirty_calls_agree(name: str, level: str) -> None:
     check_repeats(name, level)
 
@@ -58,14 +60,16 @@ def test_thirty_calls_of_the_default_agree(level: str) -> None:
     check_repeats("bf16", level)
 
 
-@pytest.mark.parametrize("level", (*LEVELS, *DEFAULTS))
-def test_a_call_that_wants_no_gradient_gives_the_same_bits(level: str) -> None:
+@pytest.mark.parametrize(("name", "level"), RECIPES)
+def test_a_call_that_wants_no_gradient_gives_the_same_bits(name: str, level: str) -> None:
     """Its serial scan goes through three segments as one."""
-    recipe = recipe_of("bf16", level)
+    recipe = recipe_of(name, level)
     inputs, grads = draw(recipe.problem, sized(2, 2200, FEW_HEADS))
     kept = run(recipe, inputs, grads)
     with forced_recipe(recipe), torch.no_grad():
-        o, state = chunk_gdn2(**inputs, **op_flags(recipe.problem), output_final_state=True)
+        op = public_op(recipe.problem.op)
+        o, state = op(**inputs, **op_flags(recipe.problem), output_final_state=True)
+    assert state is not None
     assert not moved({"o": o, "final_state": state}, {x: kept[x] for x in ("o", "final_state")})
 
 
@@ -78,21 +82,21 @@ def check_repeats(name: str, level: str) -> None:
         assert not moved(first, run(recipe, inputs, grads)), f"call {call}"
 
 
-@pytest.mark.parametrize("level", (*LEVELS, *DEFAULTS))
+@pytest.mark.parametrize(("name", "level"), RECIPES)
 @pytest.mark.parametrize("T", [22, 300])
-def test_the_future_is_not_seen(T: int, level: str) -> None:
+def test_the_future_is_not_seen(T: int, name: str, level: str) -> None:
     """Case 5: change token 21 of 22 (or one within a chunk); all before it must not move."""
-    recipe = recipe_of("bf16", level)
+    recipe = recipe_of(name, level)
     case = Case("causality", recipe.problem, sized(2, T, 4), check="causality")
     with forced_recipe(recipe):
         result = run_case(case, DEVICE)
     assert result.passed, result.message
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_documents_do_not_see_each_other(level: str) -> None:
+@pytest.mark.parametrize(("name", "level"), at_levels("packed", "kda-packed"))
+def test_documents_do_not_see_each_other(name: str, level: str) -> None:
     """Change one document throughout, gradients of its outputs included: no other may move."""
-    recipe = recipe_of("packed", level)
+    recipe = recipe_of(name, level)
     shape = sized(1, DOCUMENTS[-1], FEW_HEADS, DOCUMENTS)
     inputs, grads = draw(recipe.problem, shape)
     n = DOCUMENTS.index(225)
@@ -106,21 +110,24 @@ def test_documents_do_not_see_each_other(level: str) -> None:
     after = run(recipe, {x: other[x] for x in inputs}, {x: other[x] for x in grads})
     for first, last in ((0, start), (end, DOCUMENTS[-1])):
         assert not moved(tokens_of(before, first, last), tokens_of(after, first, last))
-    assert len(moved(tokens_of(before, start, end), tokens_of(after, start, end))) == 7
+    # o, and a gradient of each input
+    expected = 1 + len(recurrence_named(recipe.problem.op).required)
+    assert len(moved(tokens_of(before, start, end), tokens_of(after, start, end))) == expected
     for m in set(range(len(DOCUMENTS) - 1)) - {n}:
         assert not moved(states_of(before, m), states_of(after, m)), m
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("name", "level"), at_levels("packed", "kda-packed"))
 @pytest.mark.parametrize("alone", ["packed", "dense"])
-def test_packed_is_one_sequence_at_a_time(alone: str, level: str) -> None:
+def test_packed_is_one_sequence_at_a_time(alone: str, name: str, level: str) -> None:
     """Bit for bit, and not to rounding: chunks start with their document either way.
 
     Against a packed batch of one document, which runs the same binary; and against a dense call,
     whose kernels differ in the addresses only.
     """
-    packed = recipe_of("packed", level)
-    recipe = packed if alone == "packed" else replace(packed, problem=PROBLEMS["bf16"])
+    packed = recipe_of(name, level)
+    dense = replace(packed, problem=replace(packed.problem, varlen=False))
+    recipe = packed if alone == "packed" else dense
     shape = sized(1, DOCUMENTS[-1], FEW_HEADS, DOCUMENTS)
     inputs, grads = draw(packed.problem, shape)
     together = run(packed, inputs, grads)
@@ -134,8 +141,7 @@ def test_packed_is_one_sequence_at_a_time(alone: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["layer", "mixed"])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "level"), at_levels(*PROBLEMS))
 def test_nothing_is_left_unwritten(name: str, level: str, pattern: str) -> None:
     """With NaN in every buffer beforehand, the bits are those of a call without."""
     recipe = recipe_of(name, level)
@@ -146,9 +152,10 @@ def test_nothing_is_left_unwritten(name: str, level: str, pattern: str) -> None:
     assert not moved(clean, poisonous)
 
 
-def test_a_batch_row_is_what_it_is_alone() -> None:
+@pytest.mark.parametrize("name", ["bf16", "kda"])
+def test_a_batch_row_is_what_it_is_alone(name: str) -> None:
     """Results do not depend on what else is in the batch."""
-    recipe = recipe_of("bf16", "lean")
+    recipe = recipe_of(name, "lean")
     inputs, grads = draw(recipe.problem, sized(5, 333, 4))
     together = run(recipe, inputs, grads)
     for n in range(5):

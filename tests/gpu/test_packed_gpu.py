@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, other_stream, poisoned, run, sized
+from tilelang_configs import tilelang_recipe
 from torch import Tensor
 
 from gdn2gen.base.device import present_device
 from gdn2gen.family.problem import Problem
-from gdn2gen.measure.accuracy import run_op
-from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.measure.accuracy import OpFunction, op_flags, public_op, run_op
 from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +26,7 @@ PROBLEMS = {
     f"K{size}": Problem(K=size, V=size, varlen=True, initial_state=True, final_state=True)
     for size in (64, 128)
 }
+PROBLEMS["kda-K64"] = replace(PROBLEMS["K64"], op="kda", beta_sigmoid=True, beta_fp32=True)
 
 
 @pytest.fixture(params=PROBLEMS, name="problem")
@@ -41,8 +42,8 @@ def lengths(*given: int) -> Tensor:
     return torch.tensor(given, device=DEVICE)
 
 
-def train(problem: Problem, inputs: Tensors, grads: Tensors, call: Any = chunk_gdn2) -> Tensors:
-    return run_op(call, problem, inputs, grads)
+def train(problem: Problem, inputs: Tensors, grads: Tensors, call: Any = None) -> Tensors:
+    return run_op(call or public_op(problem.op), problem, inputs, grads)
 
 
 def fresh(problem: Problem, inputs: Tensors, grads: Tensors, given: tuple[int, ...]) -> Tensors:
@@ -121,8 +122,13 @@ WILD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("problem", "tilelang"),
+    [*((x, False) for x in PROBLEMS), ("kda-K64", True)],
+    indirect=["problem"],
+)
 @pytest.mark.parametrize("name", WILD)
-def test_whatever_cu_seqlens_holds(name: str, problem: Problem) -> None:
+def test_whatever_cu_seqlens_holds(name: str, problem: Problem, tilelang: bool) -> None:
     """As if it held what lies within the batch; the rest is zero, also over buffers of NaN."""
     inputs, grads = batch(problem)
     right: list[int] = []
@@ -130,6 +136,8 @@ def test_whatever_cu_seqlens_holds(name: str, problem: Problem) -> None:
         right.append(max(min(max(x, 0), T), *right[-1:], 0))
     start, end = right[0], right[-1]
     recipe = find_recipe(problem, TRAIN.regime, present_device(), strict=False).recipe
+    if tilelang:
+        recipe = tilelang_recipe(problem, "fast")
     with poisoned():
         found = run(recipe, inputs | {"cu_seqlens": lengths(*WILD[name])}, grads)
         expected = run(recipe, inputs | {"cu_seqlens": lengths(*right)}, grads)
@@ -139,7 +147,7 @@ def test_whatever_cu_seqlens_holds(name: str, problem: Problem) -> None:
             assert not x[:, :start].any() and not x[:, end:].any(), key
         assert x.isfinite().all(), key
     cut = {
-        key: x[:, start:end].contiguous() if "state" not in key and x.dim() == 4 else x
+        key: x if "state" in key or key == "cu_seqlens" else x[:, start:end].contiguous()
         for key, x in inputs.items()
     }
     cut["cu_seqlens"] = lengths(*(x - start for x in right))
@@ -153,22 +161,28 @@ def test_whatever_cu_seqlens_holds(name: str, problem: Problem) -> None:
 
 def test_inference_mode(problem: Problem) -> None:
     inputs, _ = batch(problem)
-    expected, _ = chunk_gdn2(**inputs, use_qk_l2norm_in_kernel=True)
+    op, flags = public_op(problem.op), op_flags(problem)
+    expected, _ = op(**inputs, **flags)
     with torch.inference_mode():
         given: Any = {name: x.clone() for name, x in inputs.items()}
-        o, _ = chunk_gdn2(**given, use_qk_l2norm_in_kernel=True)
+        o, _ = op(**given, **flags)
     assert torch.equal(o, expected)
 
 
 # torch.compile
 
 
-def block(**arguments: Any) -> tuple[Tensor, Tensor | None]:
-    o, state = chunk_gdn2(**(arguments | {"v": arguments["v"] * 2}))
-    return o * 0.5, state
+def block_of(problem: Problem) -> OpFunction:
+    op = public_op(problem.op)
+
+    def block(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        o, state = op(**(arguments | {"v": arguments["v"] * 2}))
+        return o * 0.5, state
+
+    return block
 
 
-def compiled(**options: Any) -> Callable[..., Any]:
+def compiled(block: OpFunction, **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     return torch.compile(block, fullgraph=True, **options)
@@ -184,7 +198,8 @@ def near(expected: Tensors, found: Tensors) -> list[str]:
 
 
 def test_compiled_lengths_within_the_batch(problem: Problem) -> None:
-    step = compiled()
+    block = block_of(problem)
+    step = compiled(block)
     inputs, grads = batch(problem)
     for given in (*LENGTHS, *WILD.values()):
         expected = train(problem, inputs | {"cu_seqlens": lengths(*given)}, grads, block)
@@ -197,7 +212,8 @@ def test_compiled_lengths_within_the_batch(problem: Problem) -> None:
 def test_one_graph_serves_all_lengths(level: str, problem: Problem) -> None:
     plain = replace(problem, varlen=False)
     keeps = {"disable_recompute": level == "fast"}
-    step = partial(compiled(dynamic=True), **keeps)
+    block = block_of(problem)
+    step = partial(compiled(block, dynamic=True), **keeps)
     for tokens in (100, 333, 64, 1000, 4096, 70, 129, 200, 31, 500):
         inputs, grads = draw(plain, sized(2, tokens, 4))
         expected = train(plain, inputs, grads, partial(block, **keeps))
@@ -208,7 +224,8 @@ def test_one_graph_serves_all_lengths(level: str, problem: Problem) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_reduce_overhead(packed: bool, problem: Problem) -> None:
     chosen = replace(problem, varlen=packed)
-    step = compiled(mode="reduce-overhead")
+    block = block_of(problem)
+    step = compiled(block, mode="reduce-overhead")
     inputs, grads = draw(chosen, sized(1, T, 4, LENGTHS[0] if packed else None))
     for given in (LENGTHS[0], *LENGTHS):
         if packed:

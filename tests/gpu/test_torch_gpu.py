@@ -13,6 +13,7 @@ from gpu_support import (
     PROBLEMS,
     TRAIN,
     Tensors,
+    at_levels,
     draw,
     moved,
     other_stream,
@@ -23,8 +24,7 @@ from gpu_support import (
 from torch import Tensor
 
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.measure.accuracy import run_op
-from gdn2gen.ops.chunk import chunk_gdn2
+from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
@@ -33,11 +33,11 @@ SMALL = sized(2, 333, 4)
 SMALL_PACKED = sized(1, 333, 4, (0, 0, 100, 101, 333))
 
 
-def call_at(level: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def call_at(level: str, op: str = "gdn2") -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The public op with the argument that asks for `level`."""
 
     def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
-        return chunk_gdn2(**arguments, disable_recompute=level == "fast")
+        return public_op(op)(**arguments, disable_recompute=level == "fast")
 
     return call
 
@@ -63,7 +63,7 @@ def test_disable_recompute_keeps_more() -> None:
     assert kept["fast"] > 2 * kept["lean"]
 
 
-@pytest.mark.parametrize("name", ["bf16", "packed", "softplus"])
+@pytest.mark.parametrize("name", ["bf16", "packed", "softplus", "kda-packed"])
 def test_another_stream(name: str) -> None:
     recipe = recipe_of(name, "lean")
     shape = SMALL_PACKED if recipe.problem.varlen else SMALL
@@ -78,8 +78,9 @@ def test_another_stream(name: str) -> None:
     assert not moved(expected, results)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["bf16", "packed", "softplus"])
+@pytest.mark.parametrize(
+    ("name", "level"), at_levels("bf16", "packed", "softplus", "kda-packed", "kda-K64")
+)
 def test_a_cuda_graph_replays_the_same_bits(name: str, level: str) -> None:
     """Captured once with a forward and a backward, then replayed on other inputs."""
     recipe = recipe_of(name, level)
@@ -117,14 +118,16 @@ def new_values(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_takes_the_whole_graph(backend: str) -> None:
+@pytest.mark.parametrize("name", ["stateless", "kda"])
+def test_torch_compile_takes_the_whole_graph(name: str, backend: str) -> None:
     """No graph break in or around the op; outputs and gradients are those of eager mode."""
+    problem = PROBLEMS[name]
+    op = public_op(problem.op)
 
     def block(**arguments: Any) -> tuple[Tensor, Tensor | None]:
-        o, state = chunk_gdn2(**(arguments | {"v": arguments["v"] * 2}))
+        o, state = op(**(arguments | {"v": arguments["v"] * 2}))
         return o * 0.5, state
 
-    problem = PROBLEMS["stateless"]
     inputs, grads = draw(problem, TRAIN, "layer")
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -132,8 +135,9 @@ def test_torch_compile_takes_the_whole_graph(backend: str) -> None:
     assert not moved(expected, run_op(compiled, problem, inputs, grads))
 
 
-def test_autocast_leaves_the_op_alone() -> None:
-    problem, recipe = PROBLEMS["bf16"], recipe_of("bf16", "lean")
+@pytest.mark.parametrize(("name", "level"), [("bf16", "lean"), ("kda-fp16-K32-V64", "fast")])
+def test_autocast_leaves_the_op_alone(name: str, level: str) -> None:
+    problem, recipe = PROBLEMS[name], recipe_of(name, level)
     inputs, grads = draw(problem, SMALL)
     expected = run(recipe, inputs, grads)
     with torch.autocast("cuda", torch.bfloat16):
@@ -141,6 +145,7 @@ def test_autocast_leaves_the_op_alone() -> None:
     assert not moved(expected, results)
     assert results["final_state"].dtype == torch.float32
     assert results["dg"].dtype == torch.float32
+    assert all(results[f"d{x}"].dtype == y.dtype for x, y in inputs.items())
 
 
 def test_a_projection_under_autocast_feeds_the_op() -> None:
@@ -152,7 +157,8 @@ def test_a_projection_under_autocast_feeds_the_op() -> None:
     with torch.autocast("cuda", torch.bfloat16), forced_recipe(recipe):
         projected = torch.nn.functional.linear(hidden, weight).view(2, 333, 4, 128)
         call: dict[str, Any] = inputs | {"q": projected, "v": projected}
-        o, state = chunk_gdn2(**call, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        op = public_op(recipe.problem.op)
+        o, state = op(**call, use_qk_l2norm_in_kernel=True, output_final_state=True)
     assert o.dtype == torch.bfloat16
     assert state is not None
     (found,) = torch.autograd.grad([o, state], [weight], [grads["o"], grads["final_state"]])
@@ -160,16 +166,20 @@ def test_a_projection_under_autocast_feeds_the_op() -> None:
     assert found.isfinite().all() and found.any()
 
 
-def test_only_what_is_asked_for_has_a_gradient() -> None:
+@pytest.mark.parametrize(
+    ("which", "names"), [("bf16", ("q", "g", "initial_state")), ("kda", ("k", "beta"))]
+)
+def test_only_what_is_asked_for_has_a_gradient(which: str, names: tuple[str, ...]) -> None:
     """With one leaf among constants its gradient is that of a call with all leaves."""
-    problem, recipe = PROBLEMS["bf16"], recipe_of("bf16", "lean")
+    problem, recipe = PROBLEMS[which], recipe_of(which, "lean")
+    op = public_op(problem.op)
     inputs, grads = draw(problem, SMALL)
     expected = run(recipe, inputs, grads)
     call: dict[str, Any] = dict(inputs)
-    for name in ("q", "g", "initial_state"):
+    for name in names:
         leaf = inputs[name].clone().requires_grad_()
         with forced_recipe(recipe):
-            o, state = chunk_gdn2(
+            o, state = op(
                 **(call | {name: leaf}), use_qk_l2norm_in_kernel=True, output_final_state=True
             )
         assert state is not None
@@ -179,11 +189,13 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
 
 @pytest.mark.parametrize("layout", ["strided", "shifted"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_hooks_that_lay_out_anew_what_was_saved(level: str, layout: str) -> None:
+@pytest.mark.parametrize("name", ["packed", "kda-packed"])
+def test_hooks_that_lay_out_anew_what_was_saved(name: str, level: str, layout: str) -> None:
     """Launched by address, or through TMA: what a hook gives back is copied where it must be."""
-    problem = PROBLEMS["packed"]
+    problem = PROBLEMS[name]
     inputs, grads = draw(problem, SMALL_PACKED, "layer")
-    expected = run_op(call_at(level), problem, inputs, grads)
+    call = call_at(level, problem.op)
+    expected = run_op(call, problem, inputs, grads)
 
     def anew(x: Tensor) -> Tensor:
         if layout == "strided":
@@ -192,6 +204,6 @@ def test_hooks_that_lay_out_anew_what_was_saved(level: str, layout: str) -> None
 
     def hooked(**arguments: Any) -> tuple[Tensor, Tensor | None]:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, anew):
-            return call_at(level)(**arguments)
+            return call(**arguments)
 
     assert not moved(expected, run_op(hooked, problem, inputs, grads))

@@ -15,7 +15,7 @@ import not_finite
 import pytest
 import torch
 from gpu_support import DEVICE, Kernels, Tensors, draw, kernels_of, moved, run, sized
-from tilelang_configs import tilelang_by_chunk
+from tilelang_configs import tilelang_config
 from torch import Tensor
 
 from gdn2gen.codegen.package import generate_package
@@ -34,19 +34,16 @@ _STATES: Final = Problem(K=64, V=64, initial_state=True, final_state=True)
 _WIDE: Final = replace(_STATES, K=128, V=128)
 _SOFTPLUS: Final = replace(_STATES, gate="softplus", has_A_log=True, has_dt_bias=True)
 _BOUNDED: Final = replace(_SOFTPLUS, gate="sigmoid", bound=2)
-_BY_CHUNK: Final = ("prepare", "reprepare", "sum_decay", "grad_value", "grad_key")
+_KDA: Final = replace(_STATES, op="kda")
+_KDA_PACKED: Final = replace(
+    _SOFTPLUS, op="kda", varlen=True, beta_sigmoid=True, neg_eigval=True, beta_fp32=True
+)
 _DYADIC: Final = ("log", "tree")
 
 
 def _config(stage: str, problem: Problem, language: str, knobs: dict[str, Knob]) -> Config:
-    config = default_config(stage, problem, BT=BT)
-    if language == "tilelang":
-        by_chunk = stage in _BY_CHUNK
-        config = (
-            tilelang_by_chunk(stage, problem, BT)
-            if by_chunk
-            else config.replace(language=language, BV=64, num_warps=4, num_stages=2)
-        )
+    made = tilelang_config if language == "tilelang" else default_config
+    config = made(stage, problem, BT=BT)
     given = {name: value for name, value in knobs.items() if name in config}
     if knobs.get("decay") in _DYADIC:
         given |= {"BK": 32, "num_warps": 1} if stage == "prepare" else {"chunks": 1}
@@ -74,7 +71,13 @@ def _recipes() -> dict[str, Recipe]:
                 replace(_SOFTPLUS, varlen=True), language, "states"
             ),
             f"{language}-parallel": _recipe(_STATES, language, "fast", segments="parallel"),
+            f"kda-{language}": _recipe(_KDA, language),
+            f"kda-{language}-K128": _recipe(replace(_WIDE, op="kda"), language, "fast"),
+            f"kda-{language}-packed-softplus": _recipe(_KDA_PACKED, language, "states"),
         }
+    made["kda-tilelang-bounded"] = _recipe(
+        replace(_BOUNDED, op="kda"), "tilelang", "fast", decay="bounded"
+    )
     made["triton-log"] = _recipe(_STATES, "triton", decay="log")
     made["triton-tree"] = _recipe(_SOFTPLUS, "triton", "fast", decay="tree")
     return made
@@ -118,7 +121,11 @@ def _lazily_negative(x: Tensor, _: int) -> Tensor:
 
 @pytest.mark.parametrize("how", [_off_by, _lazily_negative])
 @pytest.mark.parametrize(
-    "name", ["triton", "tilelang", "tilelang-K128", "tilelang-softplus", "tilelang-packed"]
+    "name",
+    [
+        *("triton", "tilelang", "tilelang-K128", "tilelang-softplus", "tilelang-packed"),
+        *("kda-triton", "kda-tilelang-K128", "kda-tilelang-packed-softplus"),
+    ],
 )
 def test_views_are_read_as_their_copies_are(name: str, how: View) -> None:
     """Each tensor that a kernel reads, alone and all together."""
@@ -136,16 +143,22 @@ def test_views_are_read_as_their_copies_are(name: str, how: View) -> None:
         assert not moved(right, run(recipe, *changed)), elements
 
 
-def test_packages_copy_views_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = RECIPES["tilelang"]
-    generate_package(recipe, tmp_path / "values_in_tilelang", "gdn2gen generate")
+@pytest.mark.parametrize("name", ["tilelang", "kda-tilelang"])
+def test_packages_copy_views_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPES[name]
+    module = f"values_in_{name.replace('-', '_')}"
+    generate_package(recipe, tmp_path / module, "gdn2gen generate")
     monkeypatch.syspath_prepend(tmp_path)
-    package = importlib.import_module("values_in_tilelang")
+    package = importlib.import_module(module)
+    (public,) = package.__all__
+    op = getattr(package, public)
     inputs, grads = draw(recipe.problem, sized(2, 300, 2))
-    right = run_op(package.chunk_gdn2, recipe.problem, inputs, grads)
+    right = run_op(op, recipe.problem, inputs, grads)
     for how in (_off_by, _lazily_negative):
         changed = _changed(inputs, grads, [*inputs, *grads], how)
-        assert not moved(right, run_op(package.chunk_gdn2, recipe.problem, *changed)), how
+        assert not moved(right, run_op(op, recipe.problem, *changed)), how
 
 
 def _changed(
