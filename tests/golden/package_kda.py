@@ -67,7 +67,7 @@ _check_made_for_this(
     chunk_tables="305ad06913aa402a",
     grad_key="113af05165e0ec65",
     grad_value="cd68828f67f61f62",
-    prepare="245a4baea0cbfa1e",
+    prepare="1d641139c602a76a",
     rescan="4e36be1fe336b572",
     reverse_scan="de4afdb6c2d28e7a",
     scan="4d2acd6e9ec69256",

@@ -67,7 +67,7 @@ _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
     grad_key="8fb4b70c19820d61",
     grad_value="fb6831bbce64ec67",
-    prepare="ccc3d11064f9a001",
+    prepare="94672e47dd7f2eb6",
     rescan="8041f568f0e779c9",
     reverse_scan="13431069f6b82e45",
     scan="01142ea1a25a0dce",

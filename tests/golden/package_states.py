@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 _check_made_for_this(
     grad_key="6db2cf02f22af16a",
     grad_value="d3a738b73e0c8c69",
-    prepare="152f5307a12de5c1",
+    prepare="b3283c463b5029f2",
     reprepare="ebe98608303fa0bd",
     rescan="03ce4c82ec96e20c",
     reverse_scan="2b080318f801f96d",

@@ -32,7 +32,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest e93499a8f08944dd; made by
+Template digest c3faf9ebaa6e78d7; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -497,7 +497,7 @@ def activate_beta_kernel(
     b_beta = tl.load(beta + p_beta, mask=m_th, other=0.0).to(tl.float32)
     b_beta = tl.where(m_th, 2.0 / (1.0 + tl.exp(-b_beta)), 0.0)
     p_tile = i_tile[None, :] * BT + o_t[:, None]
-    tl.store(k_beta + p_tile, b_beta, mask=(o_h < HV)[None, :] & (o_t < BT)[:, None])
+    tl.store(k_beta + p_tile, b_beta, mask=(o_h < HV)[None, :])
 
 
 def launch(
