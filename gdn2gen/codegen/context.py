@@ -68,8 +68,8 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         "symbols": [x for x in symbols if x.isidentifier() and x not in ("K", "V", "BT")],
         "sequences": "(N1 - 1)" if problem.varlen else "B",
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
-        # none, configs have one stage of loads, and each is waited for.
-        "overlaps": config.size("num_stages") > 1,
+        # none, configs have one stage of loads and no register hand-over, and each is waited for.
+        "overlaps": config.size("num_stages") > 1 or config.get("maxnreg", 0) != 0,
         "tile_dtype": DTYPE[problem.dtype].full_name,
         "gate_tile_dtype": DTYPE[problem.gate_dtype].full_name,
     }
