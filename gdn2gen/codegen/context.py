@@ -21,7 +21,7 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "problem": problem,
         "stage": stage,
         "config": config,
-        "operands": [x.name for x in stage.operands(problem)],
+        "operands": [x.name for x in config.operands(problem)],
         "glossary": _glossary(problem, stage, config),
         # one number a head erases and writes: see `Recurrence.tied`
         "tied": recurrence_named(problem.op).tied,
@@ -57,9 +57,7 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
 def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
     sizes = {"NK": "K // BK", **({"N+1": "N1"} if problem.varlen else {"N": "B"})}
     tensors = []
-    for operand in stage.operands(problem):
-        if not config.form.uses(operand):
-            continue
+    for operand in config.operands(problem):
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
         tensors.append((operand.name, dims, DTYPE[operand.dtype_in(problem)].full_name))
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
@@ -90,11 +88,9 @@ def _glossary(problem: Problem, stage: Stage, config: Config) -> list[str]:
             x.name,
             f"[{', '.join(_dims(problem, x))}]",
             x.dtype_in(problem),
-            what(x.name, stage.name, problem)
-            if config.form.uses(x)
-            else "of other forms, not used",
+            what(x.name, stage.name, problem),
         )
-        for x in stage.operands(problem)
+        for x in config.operands(problem)
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, (*widths[:3], 0))) for row in rows]

@@ -119,7 +119,7 @@ def _allocation(buffer: Buffer, problem: Problem) -> str:
     """The expression that allocates a buffer, from its dims: `q.new_empty(NT, HV, BT, K)`."""
     if buffer.takes is not None:
         return buffer.takes
-    dims = [x.replace("+", " + ") for x in (("0",) if buffer.idle else buffer.symbols)]
+    dims = [x.replace("+", " + ") for x in buffer.symbols]
     kind = "new_zeros" if buffer.zeroed else "new_empty"
     dtype = [] if buffer.dtype == problem.dtype else [f"dtype={_in_torch(buffer.dtype)}"]
     return f"q.{kind}({', '.join([*dims, *dtype])})"

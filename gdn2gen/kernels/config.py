@@ -10,7 +10,7 @@ from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
-from gdn2gen.kernels.stage import Form
+from gdn2gen.kernels.stage import Form, Operand
 from gdn2gen.kernels.stages import STAGES
 
 # The same for all stages of a plan.
@@ -70,6 +70,11 @@ class Config(Mapping[str, Knob]):
         if form is None:
             raise ConfigError(stage.why_no_form(self))
         return form
+
+    def operands(self, problem: Problem) -> list[Operand]:
+        """Arguments of its kernel, in order: its stage's, but for scratch of other forms."""
+        form = self.form
+        return [x for x in STAGES[self.stage].operands(problem) if form.uses(x)]
 
     @property
     def max_segments(self) -> int:

@@ -33,8 +33,6 @@ class Buffer:
     dtype: str
     """By the name that problems use."""
     takes: str | None = None
-    idle: bool = False
-    """Scratch that the stage's config makes no use of: it is empty."""
 
     @classmethod
     def of(cls, operand: Operand, problem: Problem) -> Buffer:
@@ -128,17 +126,18 @@ def schedule(
     kept = {*keep, *(name for step in last for name in step.tensors)}
     for position, name in enumerate(stages):
         stage = STAGES[name]
-        made = [x for x in stage.outputs if has_operand(x, problem) and x.name not in before]
+        config = recipe[name]
+        operands = config.operands(problem)
+        made = [x for x in operands if x in stage.outputs and x.name not in before]
         alive |= dict.fromkeys(x.name for x in made)
         rest = stages[position + 1 :]
         needed = {x.name for later in rest for x in STAGES[later].inputs} | kept
         freed = [x for x in alive if x not in needed] if rest else []
         alive = {x: None for x in alive if x not in freed}
-        config = recipe[name]
         steps.append(
             Step(
                 name,
-                tensors=tuple(x.name for x in stage.operands(problem)),
+                tensors=tuple(x.name for x in operands),
                 scalars=(stage.count, *stage.scalars),
                 count=stage.count,
                 buffers=tuple(_buffer(x, problem, config, in_place) for x in made),
@@ -181,4 +180,4 @@ def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) 
         slices = str(problem.K // config.size("BK"))
         symbols = tuple(slices if x == "NK" else x for x in buffer.symbols)
         buffer = replace(buffer, symbols=symbols)
-    return replace(buffer, takes="G" if shares else None, idle=not config.form.uses(operand))
+    return replace(buffer, takes="G" if shares else None)

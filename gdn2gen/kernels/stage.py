@@ -34,7 +34,7 @@ class Operand:
     dtype `io` is the problem's dtype, `gate` the dtype of g, `factor` that of beta, `fp32` and
     `int32` themselves.
     `when` names the condition under which the kernel has this argument (see `has_operand`).
-    `scratch` is what kernels of one form hand to each other: empty but for forms that name it.
+    `scratch` is what kernels of one form hand to each other: an argument of those that name it.
     """
 
     name: str
@@ -193,7 +193,7 @@ class Stage:
             raise ValueError(f"forms of {self.name} have different knobs: {[*map(sorted, names)]}")
 
     def operands(self, problem: Problem) -> list[Operand]:
-        """Inputs, then outputs, in the order of the kernel's arguments."""
+        """Inputs, then outputs, in the order of the kernels' arguments: any form's."""
         return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
 
     def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:

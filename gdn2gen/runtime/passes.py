@@ -7,7 +7,7 @@ once for all calls of the same sizes: in every call it took a fifth of the time 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -43,8 +43,6 @@ def allocator(
 ) -> Callable[[], Tensor]:
     """What makes the buffer at these sizes, on the current device if that is a GPU."""
     dtype = TORCH_DTYPE[buffer.dtype]
-    if buffer.idle:
-        return partial(_nothing, dtype, device)
     shape = buffer.shape(sizes)
     if buffer.zeroed:
         return partial(torch.zeros, shape, dtype=dtype, device=device)
@@ -71,12 +69,6 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in shape[:0:-1]:
         strides.append(strides[-1] * max(size, 1))
     return tuple(strides[::-1])
-
-
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for scratch that a config makes no use of; nobody writes to it."""
-    return torch.empty(0, dtype=dtype, device=device)
 
 
 class Pass:

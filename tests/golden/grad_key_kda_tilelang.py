@@ -49,7 +49,7 @@ strong_decay_kernel, in Triton.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 52cf528076ba898d; made by
+Template digest 35af2bd883d4eb7e; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -150,7 +150,6 @@ def program():
             s_dk = tile.alloc_shared([BT, BK], IO)
             # rows so long that what a warp writes of their transpose lies in banks of its own
             s_products = tile.alloc_shared([BT, BK + 4], "float32")
-            s_dbeta = tile.alloc_shared([BT], "float32")
             s_dg = tile.alloc_shared([BT, BK], GATE)
 
             b_dq = tile.alloc_fragment([BK, BT], "float32")
@@ -264,6 +263,9 @@ def program():
                     b_dG[i, j] -= tile.if_then_else(
                         j < n_rows - 1, tile.cast(b_first[i, j], "float32") * b_dk[i, j], 0.0
                     )
+                # what the last chunk stores from these tiles is on its way meanwhile
+                tile.tma_store_wait(0)
+                tile.sync_threads()
                 # b_q holds scale q, and b_dq the gradient of q over scale
                 for i, j in tile.Parallel(BK, BT):
                     b_dq[i, j] *= b_row[i, j]
@@ -298,13 +300,15 @@ def program():
                 for i, j in tile.Parallel(BT, BK):
                     b_products[i, j] = s_products[i, j]
                 tile.reduce_sum(b_products, b_dbeta, dim=1)
-                tile.copy(b_dbeta, s_dbeta)
 
                 if b_least[0] >= LEAST:
-                    tile.copy(s_dq, dq[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
-                    tile.copy(s_dk, dk[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
-                    tile.copy(s_dg, dg[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
-                    tile.copy(s_dbeta, dbeta_part[i_c, i_h, i_k, :])
+                    tile.tma_copy(s_dq, dq[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    tile.tma_copy(s_dk, dk[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    tile.tma_copy(s_dg, dg[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    for j in tile.Parallel(BT):
+                        dbeta_part[i_c, i_h, i_k, j] = b_dbeta[j]
+
+            tile.tma_store_wait(0)
 
     return grad_key
 

@@ -24,7 +24,7 @@ and every tile a barrier of its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest b319214a21b1f5bf; made by
+Template digest 574ac0e3304aed19; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_value --config \
       BT=32,BV=128,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4
@@ -120,6 +120,9 @@ def program():
                         dAqk_diagonal[i_c, i_h, i] = b_dAqk[i, j]
                 for i, j in tile.Parallel(BT, V):
                     b_dX[i, j] = tile.cast(s_dX[i, j], "float32") + tile.cast(s_dX_rest[i, j], "float32")
+                # what the last chunk stores from these tiles is on its way meanwhile
+                tile.tma_store_wait(0)
+                tile.sync_threads()
                 for i, j in tile.Parallel(BT, V):
                     s_dv[i, j] = b_dX[i, j] * tile.cast(s_w[i, j], "float32")
                     s_dw[i, j] = b_dX[i, j] * tile.cast(s_v[i, j], "float32")
@@ -144,8 +147,9 @@ def program():
                 hold[0] = tile.cast(s_do[0, 0], "float32")
                 hold[0] = tile.cast(s_o[0, 0], "float32")
 
-                tile.copy(s_dv, dv[i_b, i_row : i_row + BT, i_h, :])
-                tile.copy(s_dw, dw[i_b, i_row : i_row + BT, i_h, :])
+                tile.tma_copy(s_dv, dv[i_b, i_row : i_row + BT, i_h, :])
+                tile.tma_copy(s_dw, dw[i_b, i_row : i_row + BT, i_h, :])
+            tile.tma_store_wait(0)
 
     return grad_value
 

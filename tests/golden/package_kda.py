@@ -69,8 +69,8 @@ _check_made_for_this(
     grad_value="cd68828f67f61f62",
     prepare="1d641139c602a76a",
     rescan="4e36be1fe336b572",
-    reverse_scan="de4afdb6c2d28e7a",
-    scan="4d2acd6e9ec69256",
+    reverse_scan="696576dd4a7efc58",
+    scan="d981f42ea257e392",
     sum_decay="43fba88751ca7f9d",
 )
 
@@ -202,9 +202,8 @@ class _Function(torch.autograd.Function):
 
             # scan
             S_seg = q.new_empty(N, HV, NS, V, K, dtype=torch.float32)
-            M_seg = q.new_empty(0, dtype=torch.float32)
             scan.launch(
-                v, Qg, Y, Ktail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg, M_seg,
+                v, Qg, Y, Ktail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg,
                 n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
@@ -250,13 +249,10 @@ class _Function(torch.autograd.Function):
             # reverse_scan
             dh = q.new_empty(NT, HV, V, K)
             dX = q.new_empty(NT, HV, BT, V)
-            dS_seg = q.new_empty(0, dtype=torch.float32)
-            M_seg = q.new_empty(0, dtype=torch.float32)
             reverse_scan.launch(
-                Qg, Y, Ktail, gamma_C, A, Aqk, do, cu_seqlens, chunk_offsets, dh, dX, dS_seg,
-                M_seg, n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
+                Qg, Y, Ktail, gamma_C, A, Aqk, do, cu_seqlens, chunk_offsets, dh, dX,
+                n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
-            del dS_seg, M_seg
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)

@@ -69,8 +69,8 @@ _check_made_for_this(
     grad_value="fb6831bbce64ec67",
     prepare="94672e47dd7f2eb6",
     rescan="8041f568f0e779c9",
-    reverse_scan="13431069f6b82e45",
-    scan="01142ea1a25a0dce",
+    reverse_scan="1f385ff34a0e19ff",
+    scan="2894987bb3864f1c",
     sum_decay="91a60eb35d67c1ef",
 )
 
@@ -199,9 +199,8 @@ class _Function(torch.autograd.Function):
 
             # scan
             S_seg = q.new_empty(N, HV, NS, V, K, dtype=torch.float32)
-            M_seg = q.new_empty(0, dtype=torch.float32)
             scan.launch(
-                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg, M_seg,
+                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg,
                 n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
@@ -248,13 +247,10 @@ class _Function(torch.autograd.Function):
             dh = q.new_empty(NT, HV, V, K)
             dX = q.new_empty(NT, HV, BT, V)
             dX_rest = q.new_empty(NT, HV, BT, V)
-            dS_seg = q.new_empty(0, dtype=torch.float32)
-            M_seg = q.new_empty(0, dtype=torch.float32)
             reverse_scan.launch(
                 Qg, Y, Ktail, gamma_C, A, Aqk, do, cu_seqlens, chunk_offsets, dh, dX, dX_rest,
-                dS_seg, M_seg, n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
+                n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
-            del dS_seg, M_seg
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)

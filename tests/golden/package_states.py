@@ -68,8 +68,8 @@ _check_made_for_this(
     prepare="b3283c463b5029f2",
     reprepare="ebe98608303fa0bd",
     rescan="03ce4c82ec96e20c",
-    reverse_scan="2b080318f801f96d",
-    scan="51b0be4a50344147",
+    reverse_scan="c691134abc104711",
+    scan="44759fc097d3ff28",
 )
 
 
@@ -181,10 +181,9 @@ class _Function(torch.autograd.Function):
             # scan
             o = q.new_empty(B, T, HV, V)
             S_seg = q.new_empty(N, HV, NS, V, K)
-            M_seg = q.new_empty(0)
             final_state = q.new_empty(N, HV, K, V)
             scan.launch(
-                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state,
+                v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state,
                 n_sequences=N, T=T, HV=HV, NS=NS, segment=segment,
             )
 
@@ -233,14 +232,12 @@ class _Function(torch.autograd.Function):
             # reverse_scan
             dh = q.new_empty(NT, HV, V, K)
             dX = q.new_empty(NT, HV, BT, V)
-            dS_seg = q.new_empty(0)
-            M_seg = q.new_empty(0)
             dh0 = q.new_empty(N, HV, K, V)
             reverse_scan.launch(
-                Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dS_seg, M_seg, dh0, n_sequences=N,
-                T=T, HV=HV, NS=NS, segment=segment,
+                Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, dh, dX, dh0, n_sequences=N, T=T, HV=HV,
+                NS=NS, segment=segment,
             )
-            del Qg, Y, Ktail, dS_seg, M_seg
+            del Qg, Y, Ktail
 
             # grad_value
             dT = q.new_empty(NT, HV, BT, BT)

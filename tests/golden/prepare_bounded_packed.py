@@ -26,7 +26,6 @@ product serves all pairs.
     Y            [NT, HV, BT, K]   bf16   erasing keys through the inverse, -A E
     Ktail        [NT, HV, BT, K]   bf16   keys, decayed to the chunk's end
     gamma_C      [NT, HV, K]       fp32   decay of the whole chunk
-    gamma_B      [NT, HV, NB, K]   fp32   of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, sigmoid gate, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=bounded language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
@@ -93,7 +92,6 @@ def prepare_kernel(
     Y,
     Ktail,
     gamma_C,
-    gamma_B,
     scale,
     lower_bound,
     T,
@@ -193,13 +191,13 @@ def prepare_kernel(
 
 
 def launch(
-    q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C,
-    gamma_B, *, scale, lower_bound, n_chunks, T, H, HV, HG
+    q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, *,
+    scale, lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch one program per chunk and value head on the current stream."""
     prepare_kernel[(n_chunks * HV,)](
         q, k, g, b, A_log, dt_bias, chunk_table, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C,
-        gamma_B, scale, lower_bound, T, H, HV, HG,
+        scale, lower_bound, T, H, HV, HG,
         K=K, BT=BT, BK=BK,
         num_warps=2, num_stages=1,
     )

@@ -28,11 +28,10 @@ that no channel loses more than 2^-93 over a chunk.
     Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
     Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
     gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
-    gamma_B  [NT, HV, NB, K]   fp32  of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, sigmoid gate
 Config:  BK=128 BT=32 chunks=4 decay=bounded language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest c3faf9ebaa6e78d7; made by
+Template digest 061c2ad973586644; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate sigmoid \
       --lower-bound -2 --with=A_log,dt_bias --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=bounded,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -156,6 +155,8 @@ def program():
                     if i + BT == j:
                         s_self[i] = b_norms[i, j] * scale
 
+                # what the last chunk stores from s_keys is on its way meanwhile
+                tile.tma_store_wait(0)
                 # two channels and PART tokens a thread
                 rate = tile.exp(A_log[i_hg])
                 for i in tile.unroll(PART):
@@ -283,10 +284,11 @@ def program():
                 tile.copy(b_Y, s_rows[0:BT, :])
                 tile.sync_threads()
                 tile.copy(s_rows[0:BT, :], Y[i_c, i_h, :, :], disable_tma=True)
-                tile.copy(s_keys, Ktail[i_c, i_h, :, :])
+                tile.tma_copy(s_keys, Ktail[i_c, i_h, :, :])
                 # the threads store these sooner than one that waits for TMA would
                 tile.copy(s_Aqk, Aqk[i_c, i_h, :, :], disable_tma=True)
                 tile.copy(s_A, A[i_c, i_h, :, :], disable_tma=True)
+            tile.tma_store_wait(0)
 
     return prepare
 
@@ -300,8 +302,8 @@ def compiled():
 
 
 def launch(
-    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *,
-    scale, lower_bound, n_chunks, T, H, HV, HG
+    q, k, g, b, A_log, dt_bias, q_rstd, k_rstd, A, Aqk, Qg, Y, Ktail, gamma_C, *, scale,
+    lower_bound, n_chunks, T, H, HV, HG
 ):
     """Launch one program per CHUNKS chunks and value head on the current stream."""
     if T == 0:  # no tile that TMA could load

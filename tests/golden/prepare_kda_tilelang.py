@@ -28,11 +28,10 @@ later_frames_kernel, in Triton, writes the others.
     Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
     Ktail    [NT, HV, BT, K]   bf16  beta times the keys, decayed to the chunk's end
     gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
-    gamma_B  [NT, HV, NB, K]   fp32  of other forms, not used
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest c3faf9ebaa6e78d7; made by
+Template digest 061c2ad973586644; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -168,6 +167,8 @@ def program():
                     if i + BT == j:
                         s_self[i] = b_norms[i, j] * scale
 
+                # what the last chunk stores from s_keys is on its way meanwhile
+                tile.tma_store_wait(0)
                 # two channels and PART tokens a thread
                 for i in tile.unroll(PART):
                     for c in tile.vectorized(2):
@@ -295,10 +296,11 @@ def program():
                 tile.copy(b_Y, s_rows[0:BT, :])
                 tile.sync_threads()
                 tile.copy(s_rows[0:BT, :], Y[i_c, i_h, :, :], disable_tma=True)
-                tile.copy(s_keys, Ktail[i_c, i_h, :, :])
+                tile.tma_copy(s_keys, Ktail[i_c, i_h, :, :])
                 # the threads store these sooner than one that waits for TMA would
                 tile.copy(s_Aqk, Aqk[i_c, i_h, :, :], disable_tma=True)
                 tile.copy(s_A, A[i_c, i_h, :, :], disable_tma=True)
+            tile.tma_store_wait(0)
 
     return prepare
 
@@ -379,7 +381,6 @@ def later_frames_kernel(
     Y,
     Ktail,
     gamma_C,
-    gamma_B,
     scale,
     lower_bound,
     T,
@@ -501,8 +502,8 @@ def activate_beta_kernel(
 
 
 def launch(
-    q, k, g, beta, q_rstd, k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, *, scale,
-    lower_bound, n_chunks, T, H, HV, HG
+    q, k, g, beta, q_rstd, k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, *, scale, lower_bound,
+    n_chunks, T, H, HV, HG
 ):
     """Launch all kernels on the current stream."""
     if T == 0:  # no tile that TMA could load
@@ -514,7 +515,7 @@ def launch(
         q, k, g, beta, q_rstd, k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, scale, lower_bound
     )
     later_frames_kernel[(-(-n_chunks // LOOKED_AT) * HV,)](
-        q, k, g, beta, q_rstd, k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, gamma_B, scale,
+        q, k, g, beta, q_rstd, k_rstd, k_beta, A, Aqk, Qg, Y, Ktail, gamma_C, scale,
         lower_bound, T, H, HV, HG,
         NT=n_chunks, K=K, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
         num_warps=4, num_stages=1, maxnreg=128,

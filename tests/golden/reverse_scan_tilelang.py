@@ -7,22 +7,20 @@ which fills 2 stages of shared memory ahead of the products.
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
     dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
 
-    Qg             [NT, HV, BT, K]    bf16   queries, scaled and decayed from the chunk's start
-    Y              [NT, HV, BT, K]    bf16   erasing keys through the inverse, -A E
-    Ktail          [NT, HV, BT, K]    bf16   keys, decayed to the chunk's end
-    gamma_C        [NT, HV, K]        fp32   decay of the whole chunk
-    A              [NT, HV, BT, BT]   bf16   inverse of I + T, lower triangle
-    Aqk            [NT, HV, BT, BT]   bf16   decayed scores, lower triangle
-    do             [B, T, HV, V]      bf16   gradient of o
-    dht            [N, HV, K, V]      fp32   gradient of final_state
-    cu_seqlens     [N+1]              int32  first token of each sequence
-    chunk_offsets  [N+1]              int32  first chunk of each sequence
-    dh             [NT, HV, V, K]     bf16   gradient of the state at the chunk's end, transposed
-    dX             [NT, HV, BT, V]    bf16   gradient of X = w v - E S, where R = A X
-    dX_rest        [NT, HV, BT, V]    bf16   what rounding dX to 16 bits left
-    dS_seg         [N, HV, NS, V, K]  fp32   of other forms, not used
-    M_seg          [N, HV, NS, K, K]  fp32   of other forms, not used
-    dh0            [N, HV, K, V]      fp32   gradient of initial_state
+    Qg             [NT, HV, BT, K]   bf16   queries, scaled and decayed from the chunk's start
+    Y              [NT, HV, BT, K]   bf16   erasing keys through the inverse, -A E
+    Ktail          [NT, HV, BT, K]   bf16   keys, decayed to the chunk's end
+    gamma_C        [NT, HV, K]       fp32   decay of the whole chunk
+    A              [NT, HV, BT, BT]  bf16   inverse of I + T, lower triangle
+    Aqk            [NT, HV, BT, BT]  bf16   decayed scores, lower triangle
+    do             [B, T, HV, V]     bf16   gradient of o
+    dht            [N, HV, K, V]     fp32   gradient of final_state
+    cu_seqlens     [N+1]             int32  first token of each sequence
+    chunk_offsets  [N+1]             int32  first chunk of each sequence
+    dh             [NT, HV, V, K]    bf16   gradient of the state at the chunk's end, transposed
+    dX             [NT, HV, BT, V]   bf16   gradient of X = w v - E S, where R = A X
+    dX_rest        [NT, HV, BT, V]   bf16   what rounding dX to 16 bits left
+    dh0            [N, HV, K, V]     fp32   gradient of initial_state
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
@@ -177,8 +175,8 @@ def compiled():
 
 
 def launch(
-    Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dS_seg,
-    M_seg, dh0, *, n_sequences, T, HV, NS, segment
+    Qg, Y, Ktail, gamma_C, A, Aqk, do, dht, cu_seqlens, chunk_offsets, dh, dX, dX_rest, dh0, *,
+    n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     if T == 0:  # no tile that TMA could load

@@ -9,19 +9,17 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
     O^T = S^T Qg^T + R^T Aqk^T
     S^T <- S^T Diag(gamma_C) + R^T Ktail
 
-    v        [B, T, HV, V]      bf16  values
-    w        [B, T, HV, V]      bf16  write gate
-    Qg       [NT, HV, BT, K]    bf16  queries, scaled and decayed from the chunk's start
-    Y        [NT, HV, BT, K]    bf16  erasing keys through the inverse, -A E
-    Ktail    [NT, HV, BT, K]    bf16  keys, decayed to the chunk's end
-    gamma_C  [NT, HV, K]        fp32  decay of the whole chunk
-    A        [NT, HV, BT, BT]   bf16  inverse of I + T, lower triangle
-    Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
-    o        [B, T, HV, V]      bf16  output
-    h        [NT, HV, V, K]     bf16  state at the chunk's start, transposed
-    R        [NT, HV, BT, V]    bf16  what each token adds to the state
-    S_seg    [N, HV, NS, V, K]  fp32  of other forms, not used
-    M_seg    [N, HV, NS, K, K]  fp32  of other forms, not used
+    v        [B, T, HV, V]     bf16  values
+    w        [B, T, HV, V]     bf16  write gate
+    Qg       [NT, HV, BT, K]   bf16  queries, scaled and decayed from the chunk's start
+    Y        [NT, HV, BT, K]   bf16  erasing keys through the inverse, -A E
+    Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
+    A        [NT, HV, BT, BT]  bf16  inverse of I + T, lower triangle
+    Aqk      [NT, HV, BT, BT]  bf16  decayed scores, lower triangle
+    o        [B, T, HV, V]     bf16  output
+    h        [NT, HV, V, K]    bf16  state at the chunk's start, transposed
+    R        [NT, HV, BT, V]   bf16  what each token adds to the state
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
@@ -173,8 +171,7 @@ def compiled():
 
 
 def launch(
-    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, h, R, S_seg, M_seg, *, n_sequences, T, HV, NS,
-    segment
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, h, R, *, n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     if T == 0:  # no tile that TMA could load

@@ -19,7 +19,6 @@ segment of chunks it is written out, for the backward to start from.
     initial_state  [N, HV, K, V]      fp32  state before the first token
     o              [B, T, HV, V]      fp32  output
     S_seg          [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
-    M_seg          [N, HV, NS, K, K]  fp32  of other forms, not used
     final_state    [N, HV, K, V]      fp32  state after the last token
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
@@ -51,7 +50,6 @@ def scan_kernel(
     initial_state,
     o,
     S_seg,
-    M_seg,
     final_state,
     T,
     HV,
@@ -115,13 +113,13 @@ def scan_kernel(
 
 
 def launch(
-    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, *,
-    n_sequences, T, HV, NS, segment
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, *, n_sequences,
+    T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     scan_kernel[(n_sequences * HV * (V // BV),)](
-        v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, M_seg, final_state, T, HV,
-        NS, segment,
+        v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, T, HV, NS,
+        segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=1,
     )

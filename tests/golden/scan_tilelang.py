@@ -19,7 +19,6 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
     Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
     o        [B, T, HV, V]      bf16  output
     S_seg    [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
-    M_seg    [N, HV, NS, K, K]  fp32  of other forms, not used
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
@@ -165,7 +164,7 @@ def compiled():
 
 
 def launch(
-    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, S_seg, M_seg, *, n_sequences, T, HV, NS, segment
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, o, S_seg, *, n_sequences, T, HV, NS, segment
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     if T == 0:  # no tile that TMA could load

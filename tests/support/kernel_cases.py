@@ -285,7 +285,7 @@ def later_rows(pattern: str, packed: bool) -> dict[str, float]:
     for name in ("A", "Aqk"):
         made[name] = torch.where(later[..., None], torch.nan, 7.0).expand(right[name].shape)
         made[name] = made[name].to(right[name].dtype).contiguous()
-    operands = {x.name for x in STAGES["prepare"].operands(problem)}
+    operands = {x.name for x in config.operands(problem)}
     asked = {"n_chunks", *STAGES["prepare"].scalars}
     scalars = {x: y for x, y in call.scalars(loaded.BT).items() if x in asked}
     module.launch(**{x: y for x, y in {**given, **made}.items() if x in operands}, **scalars)

@@ -14,7 +14,6 @@ from gdn2gen import chunk_gdn2
 from gdn2gen.base import paths
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.stages import STAGES
 from gdn2gen.ops import _call
 from gdn2gen.runtime import arguments, lookup, runner
 
@@ -27,8 +26,8 @@ class Launched(list[tuple[str, Any, dict[str, Tensor], dict[str, Any]]]):
     """Every launch: stage, config, operands by name (weakly held if asked), scalars."""
 
     def launcher(self, runner: runner.Runner, problem: Problem, stage: str) -> Any:
-        names = [x.name for x in STAGES[stage].operands(problem)]
         config = runner.recipe[stage]
+        names = [x.name for x in config.operands(problem)]
 
         def record(*tensors: Tensor, **scalars: Any) -> None:
             self.append((stage, config, dict(zip(names, tensors, strict=True)), scalars))

@@ -89,7 +89,7 @@ def test_nothing_is_kept_between_calls(launched: Launched, monkeypatch: pytest.M
     made: dict[str, weakref.ref[Tensor]] = {}
 
     def launcher(self: runner.Runner, problem: Problem, stage: str) -> Any:
-        names = [x.name for x in STAGES[stage].operands(problem)]
+        names = [x.name for x in self.recipe[stage].operands(problem)]
 
         def note(*tensors: Tensor, **_: Any) -> None:
             made.update(zip(names, map(weakref.ref, tensors), strict=True))
