@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="113af05165e0ec65",
+    grad_key="9c3c15e6c8f6fb56",
     grad_value="cd68828f67f61f62",
     prepare="1d641139c602a76a",
     rescan="4e36be1fe336b572",

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="8fb4b70c19820d61",
+    grad_key="0ee1920e6ebe8f44",
     grad_value="fb6831bbce64ec67",
     prepare="94672e47dd7f2eb6",
     rescan="8041f568f0e779c9",

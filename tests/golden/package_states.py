@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="6db2cf02f22af16a",
+    grad_key="61ab21df073e3ee1",
     grad_value="d3a738b73e0c8c69",
     prepare="b3283c463b5029f2",
     reprepare="ebe98608303fa0bd",
