@@ -9,11 +9,22 @@ import warnings
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+# Of GDN2GEN_UNVERIFIED in processes that verify, which need not be warned.
+VERIFYING: Final = "verify"
+
+
+def unverified() -> str | None:
+    """Whether head dims may run that the accuracy suite has not passed on a GPU: None if not."""
+    value = os.environ.get("GDN2GEN_UNVERIFIED", "0")
+    return None if value in ("", "0") else value
 
 
 def verbose() -> bool:

@@ -5,6 +5,8 @@ Templates decide structure alone; what takes more than a comparison is worked ou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.problem import Problem
@@ -12,7 +14,51 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
+from gdn2gen.kernels.slices import NARROWEST as MERGED_ROWS
+from gdn2gen.kernels.slices import slices_of
 from gdn2gen.kernels.stage import Operand, Stage
+
+
+@dataclass(frozen=True)
+class DimSlice:
+    """A slice of a head dim, as a template names what it has of it."""
+
+    n: str
+    """Ends the names of its variables: "" where it is the only one, else its number."""
+    start: int
+    width: str
+    """As kernels write it: the head dim's name where the slice is all of it."""
+    o: str
+    """The variable of its offsets."""
+    inside: str
+    """Which of them are within the head dim, over a row of tiles; "" where all are."""
+    dim: str
+
+    @property
+    def columns(self) -> str:
+        return f"({self.inside})[None, :]" if self.inside else ""
+
+    @property
+    def rows(self) -> str:
+        return f"({self.inside})[:, None]" if self.inside else ""
+
+    def reach(self, count: str) -> str:
+        """The mask of a row of a tensor that there is where `count` is not 0."""
+        count = f"tl.minimum({count}, 1)" if self.inside else count
+        return f"{self.o} < {self.dim} * {count}"
+
+
+def dim_slices(dim: str, size: int) -> list[DimSlice]:
+    """Of the head dim called `dim`; offsets are o_k0, o_k1, or o_k where one slice is enough."""
+    found = slices_of(size)
+    whole = len(found) == 1 and found[0].width == size
+    named = []
+    for number, x in enumerate(found):
+        n = str(number) if len(found) > 1 else ""
+        o = f"o_{dim.lower()}{n}"
+        inside = f"{o} < {dim}" if x.start + x.width > size else ""
+        named.append(DimSlice(n, x.start, dim if whole else str(x.width), o, inside, dim))
+    return named
 
 
 def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
@@ -35,6 +81,7 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
     """For Triton kernels, which modules in either language may hold."""
+    k_slices = dim_slices("K", problem.K)
     levels = []
     size = config.size("BT")
     while size > 1:
@@ -42,6 +89,12 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         size //= 2
     return {
         "levels": levels,
+        # of programs, or loops, that take all channels at once
+        "k_slices": k_slices,
+        "v_slices": dim_slices("V", problem.V),
+        "sliced": lambda name: [f"{name}{x.n}" for x in k_slices],
+        **_tiles(problem, config),
+        "folded": _folded(problem, config),
         "solve": _solve_precision(str(config.get("solve", "ieee"))),
         # of products of states, which are in fp32
         "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),
@@ -51,6 +104,40 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),
+    }
+
+
+def _tiles(problem: Problem, config: Config) -> dict[str, str]:
+    """Tiles of a head dim that programs or loops take one at a time: how many of BK and of BV, and
+    what of the last one is within the head dim, of rows and of columns, too; "" where all is."""
+    found = {}
+    for dim, tile in (("K", "BK"), ("V", "BV")):
+        x = dim.lower()
+        partial = tile in config and getattr(problem, dim) % config.size(tile) != 0
+        found[f"n_{x}"] = f"({dim} // {tile} + 1)" if partial else f"({dim} // {tile})"
+        found[f"{x}_columns"] = f"(o_{x} < {dim})[None, :]" if partial else ""
+    found["k_inside"] = found["k_columns"].removesuffix("[None, :]").strip("()")
+    found["v_rows"] = found["v_columns"].replace("None, :", ":, None")
+    return found
+
+
+def _folded(problem: Problem, config: Config) -> dict[str, str]:
+    """Of the parallel scans: how many programs take the rows of values, those of the transition
+    between a segment's ends, and both; the first row of the transition; and what is within it."""
+    BV = config.get("BV")
+    V_left, K_left = (x % BV if isinstance(BV, int) else 0 for x in (problem.V, problem.K))
+    values = "(V // BV + 1)" if V_left else "V // BV"
+    transition = "(K // BV + 1)" if K_left else "K // BV"
+    first = f"{values} * BV" if V_left else "V"
+    return {
+        "of_values": values,
+        "of_transition": transition,
+        "both": f"({values} + {transition})" if V_left or K_left else "(V + K) // BV",
+        "divisor": f"({values} + {transition})" if V_left or K_left else "((V + K) // BV)",
+        "first": first,
+        "rows": f"(o_v - {first} < K)[:, None]" if K_left else "",
+        # and those of merge_kernel, BM rows of values each
+        "merged": "(V // BM + 1)" if problem.V % MERGED_ROWS else "(V // BM)",
     }
 
 

@@ -28,7 +28,14 @@ EXTRAS: Final = {x.removeprefix("has_"): x for x in OPTIONAL_FLAGS}
 _LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound")
 # Nats: a gate's lower bound may be no lower.
 LEAST_BOUND: Final = -5.0
-# Verified on hardware; every other size is refused until a later issue verifies it.
+# What kernels are made for: rows of 16 bytes and more, and a state that a multiprocessor can hold.
+DIMS: Final = {"K": range(16, 257, 8), "V": range(16, 513, 8)}
+_PADDING: Final = {
+    "K": "pad q, k and what their channels decay and erase by with zeros to {wider} channels, "
+    "and pass scale={size}**-0.5",
+    "V": "pad v, and w if there is one, with zeros to {wider} channels, and take o[..., :{size}]",
+}
+# Those that the accuracy suite has passed on a GPU.
 HEAD_DIMS: Final = (32, 64, 128)
 
 
@@ -78,10 +85,7 @@ class Problem:
         _one_of("gate_dtype", self.gate_dtype, DTYPES)
         _one_of("gate", self.gate, recurrence_named(self.op).activations)
         for name, size in (("K", self.K), ("V", self.V)):
-            if size not in HEAD_DIMS:
-                raise UnsupportedError(
-                    f"head dim {name}={size} was not verified; use one of {HEAD_DIMS}"
-                )
+            check_head_dim(name, size)
         if self.gate == "none" and (self.has_A_log or self.has_dt_bias):
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
         if self.gate == "softplus" and not self.has_A_log:
@@ -127,6 +131,22 @@ class Problem:
     def document(self) -> dict[str, Any]:
         """Every field, for files; later ones only where they are set."""
         return {x: y for x, y in asdict(self).items() if y or x not in _LATER}
+
+
+def check_head_dim(name: str, size: int) -> None:
+    """Raises UnsupportedError for a head dim, called K or V, that kernels are not made for."""
+    dims = DIMS[name]
+    if size in dims:
+        return
+    nearest = sorted(sorted(dims, key=lambda x: abs(x - size))[: 2 if size > dims.start else 1])
+    nearest = [x for x in nearest if abs(x - size) < dims.step] or nearest[-1:]
+    remedy = f"use {' or '.join(map(str, nearest))}"
+    if nearest[-1] > size:
+        remedy += f": {_PADDING[name].format(size=size, wider=nearest[-1])}"
+    raise UnsupportedError(
+        f"head dim {name}={size} has no kernels, which are made for multiples of {dims.step} from "
+        f"{dims.start} to {dims.stop - 1}; {remedy}"
+    )
 
 
 def gate_parameters(op: str, gate: str) -> dict[str, bool]:

@@ -1,6 +1,7 @@
 """How it is computed, without source text and without torch: stages, their forms, plans, configs.
 
 limits      where a kernel is to run, and what its knobs may be there
+slices      a head dim in slices whose widths are powers of two
 languages   what every kernel of a language is limited to
 stage       what a stage's contract and its forms are declared in
 operands    what stages read of the op's inputs, and hand to each other

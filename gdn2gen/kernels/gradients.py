@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.kernels.anchors import REACH, bounded
-from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
+from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -119,6 +119,8 @@ _ANCHORED: Final = Form(
     knobs={**_LOG.knobs, "chunks": (1, 4, 16)},
     defaults=(
         Setting({"BK": 64, "num_warps": 4, "num_stages": 2, "chunks": 4}),
+        # two slices of values, loaded ahead, take 147 KB of shared memory
+        Setting({"num_stages": 1}, {"V": WIDE}),
         # like log: its loads ahead take 250 KB of shared memory in chunks of 64 tokens
         Setting({"BK": 16, "num_stages": 1, "chunks": 1}, {"BT": (64,)}),
         Setting({"BK": 16, "num_stages": 1, "chunks": 1}, FP32),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,13 +11,15 @@ from gdn2gen.family.problem import Problem
 Knob = int | str
 Domain = tuple[Knob, ...]
 # What `BT`, `arch` and fields of the problem may be, by their names.
-Where = Mapping[str, tuple[object, ...]]
+Where = Mapping[str, Container[object]]
 
 # Chunk sizes. BT is shared by all stages of a plan: it is the unit of the workspace between them.
 CHUNKS: Final = (16, 32, 64)
 # `num_stages` of loops that need not be fed as far ahead as the scans.
 LOADS_AHEAD: Final = (1, 2, 3)
 FP32: Final[Where] = {"dtype": ("fp32",)}
+# Head dims whose tiles take twice the registers and shared memory of those of 128.
+WIDE: Final = range(128 + 1, 512 + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.kernels.anchors import REACH, bounded
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
@@ -23,6 +24,8 @@ from gdn2gen.kernels.operands import (
 )
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
+# Members whose erase and write gate is one number a head, which prepare loads as a tile of its own.
+_TIED: Final = tuple(op for op in OPS if recurrence_named(op).tied)
 _MAKE_Y: Final = "BT K BT"
 
 # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
@@ -83,6 +86,13 @@ _ANCHORED_TILELANG: Final = Form(
     ),
     limits=(
         REACH,
+        # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
+        Limit(
+            "num_stages",
+            (1,),
+            "a chunk's betas are 64 bytes in chunks of 16: of several stages, every second is off",
+            {"BT": (16,), "op": _TIED},
+        ),
         Limit("solve", ("ieee",), "halves give two columns to a thread", {"BT": (16, 64)}),
         Limit("maxnreg", (0, 80, 128), "four do not fit", {"K": (128,)}),
         Limit("maxnreg", (0, 128), "a thread holds the norms of 64 tokens", {"BT": (64,)}),

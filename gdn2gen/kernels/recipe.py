@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import Level, Plan, level_of, plan_named
+from gdn2gen.kernels.validity import why_invalid
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Recipe:
         changed = {config.stage: config for config in configs}
         return Recipe.of(self.problem, self.plan.name, {**self.by_stage, **changed})
 
+    def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
+        """The same for other head dims: tiles no wider than these need, and the default config of
+        a stage whose form has no kernels for them."""
+        return Recipe(problem, self.plan, tuple(_fitted(x, problem, arch) for x in self.configs))
+
     def distance(self, other: Recipe) -> int:
         """Number of knobs in which two recipes of one plan differ."""
         pairs = zip(self.configs, other.configs, strict=True)
@@ -89,3 +96,16 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
+
+
+def _fitted(config: Config, problem: Problem, arch: str | None) -> Config:
+    place, form = Place(problem, config.size("BT"), arch), config.form
+    tiles = {}
+    for tile, dim in form.tiles:
+        if tile in config:
+            widest = form.widest(tile, place[dim])
+            tiles[tile] = widest if tile in form.whole else min(config.size(tile), widest)
+    found = config.replace(**tiles)
+    if why_invalid(found, problem, arch) is None:
+        return found
+    return default_config(config.stage, problem, BT=place.BT, arch=arch)

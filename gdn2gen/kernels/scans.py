@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.limits import FP32, Limit, Setting
+from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     DH,
     DO,
@@ -52,6 +52,8 @@ _SERIAL: Final = Form(
         # Where products of 64 rows go to tensor memory, Triton 3.6 to 3.8 spill up to 888 bytes a
         # thread in the loops (3.9: 56); with 32 rows none of them more than 16.
         Setting({"BV": 32}, {"arch": ("sm_100", "sm_101", "sm_103")}),
+        # The state of 64 rows takes all registers: it would spill 136 to 264 bytes a thread.
+        Setting({"BV": 32}, {"K": WIDE}),
         # Products take three passes, and their operands the registers: 32 rows spill.
         Setting({"BV": 16, "num_stages": 1}, FP32),
     ),

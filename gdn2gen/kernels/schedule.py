@@ -177,7 +177,7 @@ def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) 
     shares = in_place and operand.name == "dg" and problem.gate_dtype == "fp32"
     buffer = Buffer.of(operand, problem)
     if "NK" in buffer.symbols:
-        slices = str(problem.K // config.size("BK"))
+        slices = str(-(-problem.K // config.size("BK")))
         symbols = tuple(slices if x == "NK" else x for x in buffer.symbols)
         buffer = replace(buffer, symbols=symbols)
     return replace(buffer, takes="G" if shares else None)

@@ -25,6 +25,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, Where
+from gdn2gen.kernels.slices import covering
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
     return conditions[operand.when]
 
 
-# Tiles, and the head dims that they are slices of: none is larger.
+# Tiles, and the head dims that they are slices of.
 TILES: Final = (("BK", "K"), ("BV", "V"))
 
 
@@ -98,9 +99,9 @@ class Form:
     """Where the stage's default is of this form, if of none after it; {} is everywhere."""
     limits: tuple[Limit, ...] = ()
     tiles: tuple[tuple[str, str], ...] = TILES
-    """Tiles, and the head dims that they may not exceed."""
+    """Tiles, and the head dims that they need not be wider than."""
     whole: tuple[str, ...] = ()
-    """Tiles that are all of their head dim."""
+    """Tiles that are as wide as they may be."""
     refuses: Callable[[Place], str | None] | None = None
     """Why it cannot run there, where no limit can say it."""
     ahead: tuple[Operand, ...] = ()
@@ -137,10 +138,9 @@ class Form:
         found = dict(self.knobs)
         for tile, dim in self.tiles:
             if tile in found:
-                size, whole = place[dim], tile in self.whole
-                assert isinstance(size, int)
+                widest, whole = self.widest(tile, place[dim]), tile in self.whole
                 found[tile] = tuple(
-                    x for x in found[tile] if x == size or (int(x) < size and not whole)
+                    x for x in found[tile] if x == widest or (int(x) < widest and not whole)
                 )
         for limit in self.limits_at(place):
             if limit.name in found:
@@ -162,10 +162,14 @@ class Form:
                 found |= setting.knobs
         for tile, dim in TILES:
             if tile in found:
-                size = place[dim]
-                assert isinstance(size, int)
-                found[tile] = size if tile in self.whole else min(int(found[tile]), size)
+                widest = self.widest(tile, place[dim])
+                found[tile] = widest if tile in self.whole else min(int(found[tile]), widest)
         return found
+
+    def widest(self, tile: str, size: object) -> int:
+        """What a tile may be at most, for a head dim: it covers it, or is its knob's largest."""
+        assert isinstance(size, int)
+        return min(covering(size), max(map(int, self.knobs[tile])))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

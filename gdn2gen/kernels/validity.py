@@ -9,6 +9,7 @@ from typing import Final
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form
 from gdn2gen.kernels.stages import STAGES
 
@@ -26,7 +27,7 @@ def why_invalid(config: Config, problem: Problem, arch: str | None = None) -> st
         return STAGES[config.stage].why_no_form(config)
     for tile, dim in form.tiles:
         size = getattr(problem, dim)
-        if tile in config and config.size(tile) > size:
+        if tile in config and config.size(tile) > covering(size):
             return f"{tile}={config[tile]} exceeds the {_HEADS[dim]} head dim {dim}={size}"
     reason = _why_off_limits(config, form, place)
     if reason is None and form.refuses is not None:
@@ -60,8 +61,10 @@ def _why_off_limits(config: Config, form: Form, place: Place) -> str | None:
         if config[name] not in values:
             return f"{which} takes {_one_of(name, values)}, not {config[name]}"
     for tile, dim in form.tiles:
-        if tile in form.whole and config[tile] != place[dim]:
-            return f"{which} takes all of {dim}={place[dim]} at once, not {tile}={config[tile]}"
+        widest = form.widest(tile, place[dim]) if tile in form.whole else config.get(tile)
+        if config.get(tile) != widest:
+            size = place[dim]
+            return f"{which} takes {dim}={size} in tiles of {widest}, not {tile}={config[tile]}"
     return None
 
 

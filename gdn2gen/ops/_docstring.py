@@ -61,7 +61,8 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     dims = ", ".join(map(str, HEAD_DIMS))
     yield from textwrap.wrap(
         "B sequences of T tokens. H heads of q and k; HV of v, a multiple of H: value head i reads "
-        f"q, k of head i // (HV / H). HG is H or HV. K and V are each one of {dims}. {_FLOAT16}",
+        f"q, k of head i // (HV / H). HG is H or HV. K and V are each one of {dims}; with "
+        f"GDN2GEN_UNVERIFIED=1 any multiple of 8 from 16, K to 256 and V to 512. {_FLOAT16}",
         _WIDTH,
     )
     yield from ("", "Args:")

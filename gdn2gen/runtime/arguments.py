@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from types import NoneType
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gdn2gen.base import environment
 from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_lower_bound
+from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_head_dim, check_lower_bound
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
+from gdn2gen.store.dispatch import forced
 
 IO_DTYPES = {TORCH_DTYPE[name]: name for name in DTYPES}
 
@@ -260,16 +263,34 @@ _BOOL = frozenset({bool})
 
 
 def check_head_dims(size: int, name: str = "K") -> int:
-    """One that kernels were verified with, as a number, which a tracer's symbol then is for good.
+    """As a number, which a tracer's symbol then is for good.
 
-    Raises UnsupportedError for all others.
+    Raises UnsupportedError for sizes that kernels are not made for; and for those that they were
+    not verified with on a GPU, unless GDN2GEN_UNVERIFIED=1 or the recipe is forced.
     """
     for known in HEAD_DIMS:
         if size == known:
             return known
-    raise UnsupportedError(
-        f"head dim {name}={size} was not verified on a GPU; use one of {HEAD_DIMS}, "
-        f"or pad with zeros"
+    size = int(size)
+    check_head_dim(name, size)
+    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
+    if allowed is None:
+        raise UnsupportedError(
+            f"head dim {name}={size} was not verified on a GPU, as {HEAD_DIMS} were: set "
+            f"GDN2GEN_UNVERIFIED=1 to use it; `gdn2gen verify --head-dim {size}` compares its "
+            "kernels with the fp64 reference"
+        )
+    if allowed != environment.VERIFYING:
+        _warn_unverified(name, size)
+    return size
+
+
+@cache
+def _warn_unverified(name: str, size: int) -> None:
+    """Once for each size."""
+    warnings.warn(
+        f"head dim {name}={size} was not verified on a GPU, and GDN2GEN_UNVERIFIED=1 uses it",
+        stacklevel=2,
     )
 
 

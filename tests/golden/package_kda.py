@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="9c3c15e6c8f6fb56",
-    grad_value="cd68828f67f61f62",
-    prepare="1d641139c602a76a",
-    rescan="4e36be1fe336b572",
-    reverse_scan="696576dd4a7efc58",
-    scan="d981f42ea257e392",
-    sum_decay="43fba88751ca7f9d",
+    grad_key="11f9f9a78c8e71c2",
+    grad_value="a483823ea804fbf8",
+    prepare="beab6a6986e7c444",
+    rescan="9b1975e832f84135",
+    reverse_scan="052867ae69a9b1ae",
+    scan="60bdf01b2eb177b6",
+    sum_decay="8106501397daeeab",
 )
 
 

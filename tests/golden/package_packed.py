@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="0ee1920e6ebe8f44",
-    grad_value="fb6831bbce64ec67",
-    prepare="94672e47dd7f2eb6",
-    rescan="8041f568f0e779c9",
-    reverse_scan="1f385ff34a0e19ff",
-    scan="2894987bb3864f1c",
-    sum_decay="91a60eb35d67c1ef",
+    grad_key="bd0d5552900cc7a8",
+    grad_value="ccf2884b8bf7555d",
+    prepare="3101e8c8a7187bbd",
+    rescan="c3d3f4bc781226c9",
+    reverse_scan="97d799036ab62cd6",
+    scan="faa8acc4663fb0b1",
+    sum_decay="70c8728ed636087a",
 )
 
 

@@ -63,13 +63,13 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="61ab21df073e3ee1",
-    grad_value="d3a738b73e0c8c69",
-    prepare="b3283c463b5029f2",
-    reprepare="ebe98608303fa0bd",
-    rescan="03ce4c82ec96e20c",
-    reverse_scan="c691134abc104711",
-    scan="44759fc097d3ff28",
+    grad_key="ae0511f9ef042d25",
+    grad_value="d3556aa4f22adb07",
+    prepare="d20df56001b42a71",
+    reprepare="bb2fc91ca30235f1",
+    rescan="d322a9dd2804f35b",
+    reverse_scan="58de33ec06105b92",
+    scan="03cc705f162fd4eb",
 )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from typing import Any, Final
 import not_finite
 from torch import Tensor
 
+from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -24,6 +27,7 @@ from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import public_op, relative_errors, run_op, run_reference
@@ -73,7 +77,7 @@ class KernelCase:
                 if value in STAGES[stage].domains.get(name, ()):
                     given = config.replace(**{name: value})
                     if name == "decay" and value in ("anchored", "bounded") and stage == "grad_key":
-                        given = given.replace(BV=problem.V, chunks=4)
+                        given = given.replace(BV=min(covering(problem.V), 128), chunks=4)
                     config = config if why_invalid(given, problem) else given
             configs[stage] = config
         return Recipe.of(problem, self.plan, configs)
@@ -168,6 +172,7 @@ def _cases() -> Iterator[KernelCase]:
         yield with_next(Case(f"{name}-gates", problem, _shape(2, 20, 4), H=2, HG=2))
     for K, V in ((32, 64), (64, 32), (32, 128), (128, 32), (64, 128), (128, 64)):
         yield with_next(Case(f"K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 33, 1)))
+    yield from _size_cases()
     for T in (1, 15, 16, 64):
         for _ in range(2):
             yield with_next(Case(f"T{T}", _STATES, _shape(2, T, 1)))
@@ -196,6 +201,25 @@ def _cases() -> Iterator[KernelCase]:
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
     yield with_next(replace(chunks, check="causality"))
     yield with_next(replace(chunks, name="repeat", check="repeat"))
+
+
+# No powers of two: one slice and a part of one, two, two and a part, the largest.
+_SIZES: Final = ((16, 24), (40, 72), (48, 16), (80, 112), (96, 96), (104, 40), (200, 16), (16, 344))
+
+
+def _size_cases() -> Iterator[KernelCase]:
+    """Sizes that tiles are not as wide as: what lies past them is NaN, or another head's."""
+    knobs = itertools.cycle(_KNOBS)
+    for K, V in _SIZES:
+        problem = replace(_STATES, K=K, V=V)
+        gated = replace(problem, gate="softplus", has_A_log=True, has_dt_bias=True)
+        for name, given in (("", problem), ("-gated", replace(gated, state_v_first=True))):
+            case = Case(f"K{K}-V{V}{name}", given, _shape(1, 35, 2), pattern="mixed")
+            plan, chosen = next(knobs)
+            yield KernelCase(case, plan, chosen)
+    for K, V in ((40, 24), (96, 40)):
+        long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 212, 2))
+        yield KernelCase(long, "fast", (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
 
 
 def _bounded_cases() -> Iterator[KernelCase]:
@@ -444,3 +468,32 @@ EXTREMES: Final = {
     "gate-bf16": Extreme(replace(_STATES, gate_dtype="bf16"), _unchanged, 4e-3),
     "gate-fp16": Extreme(replace(_STATES, gate_dtype="fp16"), _unchanged, 4e-4),
 }
+
+
+def unverified_call(value: str) -> tuple[str, list[str]]:
+    """What a call of head dims that were not verified ends in with GDN2GEN_UNVERIFIED, and twice
+    gives of warnings."""
+    problem = replace(_STATES, K=48, V=40)
+    case = Case("unverified", problem, _shape(1, 20, 1))
+    inputs, _ = case_inputs(case, "cpu")
+    with warnings.catch_warnings(record=True) as caught, _environment(value):
+        warnings.simplefilter("always")
+        try:
+            for _ in range(2):
+                o, _ = public_op(problem.op)(**inputs, use_qk_l2norm_in_kernel=True)
+        except UnsupportedError as error:
+            return str(error), []
+    messages = [str(x.message) for x in caught if "head dim" in str(x.message)]
+    return f"finite {bool(o.isfinite().all())}", messages
+
+
+@contextmanager
+def _environment(unverified: str) -> Iterator[None]:
+    before = os.environ.pop("GDN2GEN_UNVERIFIED", None)
+    os.environ["GDN2GEN_UNVERIFIED"] = unverified
+    try:
+        yield
+    finally:
+        del os.environ["GDN2GEN_UNVERIFIED"]
+        if before is not None:
+            os.environ["GDN2GEN_UNVERIFIED"] = before

@@ -77,7 +77,7 @@ def _bytes_of_scan(
     stage, BV = STAGES[config.stage], config.size("BV")
     inputs = [x for x in stage.operands(problem) if x in stage.inputs]
     wide = sum(x.nbytes(problem, sizes) for x in inputs if x.dims.split()[-1] != "V")
-    slices = problem.V // BV
+    slices = -(-problem.V // BV)
     moved = stage.nbytes(problem, sizes) + _REREAD * (slices - 1) * wide
     heads, NS = sizes["N"] * shape.H, sizes["NS"]
     chunks = -(-_longest(shape) // config.size("BT"))
@@ -86,7 +86,8 @@ def _bytes_of_scan(
     segments = NS if parallel or config.stage == "rescan" else 1
     phases = [heads * slices * segments]
     if parallel and NS > 1:
-        folded = (problem.V + problem.K) // BV * (NS - 1) - problem.K // BV
+        transition = -(-problem.K // BV)
+        folded = (slices + transition) * (NS - 1) - transition
         phases.append(heads * folded)
         read = sum(x.nbytes(problem, sizes) for x in inputs)
         moved += read * (NS - 1) / NS + _REREAD * max(0.0, folded / NS - 1) * wide

@@ -116,7 +116,18 @@ def test_refusals_say_what_was_given_what_is_taken_and_why() -> None:
     )
     whole = config.replace(num_warps=4, solve="ieee")
     assert why_invalid(whole, Problem()) == (
-        "the anchored TileLang prepare takes all of K=128 at once, not BK=64"
+        "the anchored TileLang prepare takes K=128 in tiles of 128, not BK=64"
     )
     reason = why_invalid(whole.replace(BK=128), Problem(dtype="fp32"))
     assert reason is not None and "dtype of bf16, fp16, not fp32" in reason
+
+
+def test_a_tile_of_64_bytes_has_one_stage() -> None:
+    """TMA writes to multiples of 128 bytes, and a chunk of 16 betas in fp32 is half of that."""
+    form = next(x for x in STAGES["prepare"].forms if x.language == "tilelang")
+    config = default_of("prepare", form, Place(Problem(op="kda"), 16))
+    ahead = config.replace(num_stages=3, solve="ieee")
+    reason = why_invalid(ahead, Problem(op="kda"))
+    assert reason is not None and "num_stages of 1, not 3: a chunk's betas are 64 bytes" in reason
+    assert why_invalid(ahead, Problem()) is None  # which loads no such tile
+    assert why_invalid(ahead.replace(BT=32), Problem(op="kda")) is None

@@ -303,7 +303,7 @@ def change(raw, *place, value):
         (("plan",), "clever", "plan must be one of"),
         (("level",), "huge", "level must be one of"),
         (("provenance",), "rumour", "provenance must be one of"),
-        (("problem", "K"), 48, "head dim K=48"),
+        (("problem", "K"), 50, "head dim K=50"),
         (("problem", "l2norm"), 1, "problem.l2norm must be of bool"),
         (("regime", "tokens"), "many", "regime.tokens must be of int"),
         (("regime", "tokens"), -1, "must be 0 or more"),
