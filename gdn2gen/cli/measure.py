@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base import terminal
+from gdn2gen.base.environment import VERIFYING
 from gdn2gen.base.errors import DeviceError, InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.cli.options import (
@@ -38,6 +40,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         "cases", nargs="*", metavar="CASE", help="names or shell patterns such as 'bf16-*' (all)"
     )
     add_op(parser, any_of_them=True)
+    parser.add_argument(
+        "--head-dim",
+        metavar="K[,V]",
+        help="the suite of this pair alone, which need not have been verified (what there is for "
+        "each of the verified ones)",
+    )
     parser.add_argument(
         "--interpreter",
         action="store_true",
@@ -71,16 +79,17 @@ def verify(args: argparse.Namespace) -> int:
     from gdn2gen.measure.suite import verify as run_suite
 
     interpreter = args.interpreter or not has_gpu()
+    dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
     if args.list:
         refuse(args, "--list prints names and runs nothing", "json")
-        for case in select_cases(args.cases, interpreter=interpreter, op=args.op):
+        for case in select_cases(args.cases, interpreter=interpreter, op=args.op, head_dim=dims):
             print(case.name)
         return 0
     _check_json(args.json)
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
-    cases = select_cases(args.cases, interpreter=interpreter, op=args.op)
+    cases = select_cases(args.cases, interpreter=interpreter, op=args.op, head_dim=dims)
     done = 0
     with terminal.status(out) as say:
 
@@ -89,7 +98,9 @@ def verify(args: argparse.Namespace) -> int:
             done += 1
             say(f"{done} of {len(cases)} cases, last {result.name}")
 
-        results = run_suite(args.cases, interpreter=interpreter, op=args.op, on_result=show)
+        results = run_suite(
+            args.cases, interpreter=interpreter, op=args.op, head_dim=dims, on_result=show
+        )
     out.print(results_table(results))
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -111,7 +122,7 @@ def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.tune.gpu.backend import WorkerBackend
     from gdn2gen.tune.recheck import recheck, recheck_table
 
-    refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list")
+    refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list", "head_dim")
     if args.cases:
         raise InputError(
             f"--tuned checks every entry of this GPU, and takes no cases, but got "
@@ -204,6 +215,7 @@ def bench(args: argparse.Namespace) -> int:
 
     shapes = parse_shapes(args.shapes)
     K, V = parse_head_dim(args.head_dim)
+    os.environ["GDN2GEN_UNVERIFIED"] = VERIFYING
     device = present_device()
     out = terminal.console()
     path = RESULTS_DIR / f"{device.slug}.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
@@ -145,10 +145,31 @@ def _gpu_cases(op: str) -> Iterator[Case]:
         yield from _head_dims(replace(other, shape=_shape(1, 300, 2)))
 
 
-def _named(op: str) -> Iterator[Case]:
-    """The cases of a recurrence; after the first, names begin with it."""
-    for case in (*_interpreter_cases(op), *_gpu_cases(op)):
+def _named(op: str, cases: Iterable[Case]) -> Iterator[Case]:
+    """Cases of a recurrence; after the first, names begin with it."""
+    for case in cases:
         yield case if op == OPS[0] else replace(case, name=f"{op}-{case.name}")
 
 
-CASES: Final = tuple(case for op in OPS for case in _named(op))
+CASES: Final = tuple(
+    case for op in OPS for case in _named(op, (*_interpreter_cases(op), *_gpu_cases(op)))
+)
+
+
+def cases_of(K: int, V: int) -> tuple[Case, ...]:
+    """The suite of one pair of head dims: every pattern in bf16, options, the other dtypes."""
+    return tuple(case for op in OPS for case in _named(op, _sized_cases(op, K, V)))
+
+
+def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
+    problem = Problem(op=op, K=K, V=V, initial_state=True, final_state=True)
+    for base in (
+        Case(f"K{K}-V{V}-bf16", problem, _shape(1, 301, 3)),
+        Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, 1), interpreter=True),
+    ):
+        yield from _patterns(base)
+        for dtype in ("fp16", "fp32"):
+            name = base.name.replace("bf16", dtype)
+            other = replace(base, name=name, problem=replace(problem, dtype=dtype))
+            yield from _patterns(other)
+            yield from (x for x in _features(other) if dtype == "fp32" or x.check == "repeat")

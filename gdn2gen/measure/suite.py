@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
+from gdn2gen.base.environment import VERIFYING
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
 from gdn2gen.measure.case_runs import Result, run_case
-from gdn2gen.measure.cases import CASES, Case
+from gdn2gen.measure.cases import CASES, Case, cases_of
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0
@@ -23,15 +24,20 @@ _RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
 
 
 def select_cases(
-    patterns: Sequence[str], *, interpreter: bool, op: str | None = None
+    patterns: Sequence[str],
+    *,
+    interpreter: bool,
+    op: str | None = None,
+    head_dim: tuple[int, int] | None = None,
 ) -> list[Case]:
     """Cases for a GPU, or for the interpreter, whose names match one of the shell patterns.
 
-    No patterns select all, no `op` those of all recurrences. Raises InputError if nothing is
-    selected.
+    No patterns select all, no `op` those of all recurrences; those of K and V `head_dim`, or the
+    suite's. Raises InputError if nothing is selected.
     """
+    given = CASES if head_dim is None else cases_of(*head_dim)
     cases = [
-        case for case in CASES if case.interpreter == interpreter and op in (None, case.problem.op)
+        case for case in given if case.interpreter == interpreter and op in (None, case.problem.op)
     ]
     chosen = [
         case
@@ -51,6 +57,7 @@ def verify(
     *,
     interpreter: bool,
     op: str | None = None,
+    head_dim: tuple[int, int] | None = None,
     on_result: Callable[[Result], None] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Result]:
@@ -59,8 +66,9 @@ def verify(
     `on_result` is given each result as it comes.
     """
     device = "cpu" if interpreter else "cuda"
-    cases = select_cases(patterns, interpreter=interpreter, op=op)
-    worker = Worker({"TRITON_INTERPRET": "1" if interpreter else "0"})
+    cases = select_cases(patterns, interpreter=interpreter, op=op, head_dim=head_dim)
+    interpret = "1" if interpreter else "0"
+    worker = Worker({"TRITON_INTERPRET": interpret, "GDN2GEN_UNVERIFIED": VERIFYING})
     results: list[Result] = []
     try:
         for case in cases:

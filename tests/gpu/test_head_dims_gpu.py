@@ -1,0 +1,112 @@
+"""Conformance of every head dim: outputs and gradients against fp64, buffers poisoned.
+
+Each test compiles kernels of its own: `pytest -n 10` takes as many minutes as tens of sizes a core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import pytest
+import torch
+from gpu_support import draw, moved, off, poisoned, run, sized
+
+from gdn2gen.family.problem import DIMS, Problem
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure.accuracy import run_reference
+
+pytestmark = pytest.mark.gpu
+
+SHAPE: Final = sized(1, 333, 4)
+PACKED: Final = sized(1, 333, 4, (0, 0, 100, 101, 333))
+# 100 chunks of 16 tokens: segments that run side by side start from one another
+LONG: Final = sized(1, 1600, 2)
+PAIRS: Final = (
+    *((64, 128), (128, 64), (96, 192), (192, 96), (128, 256), (256, 512), (80, 112), (48, 16)),
+    *((16, 512), (256, 16), (104, 40), (24, 344)),
+)
+SQUARES: Final = tuple((size, size) for size in DIMS["K"])
+SOME: Final = (
+    (16, 16),
+    (40, 40),
+    (80, 112),
+    (96, 96),
+    (96, 192),
+    (160, 160),
+    (192, 96),
+    (256, 256),
+)
+
+
+def problem_of(op: str, size: tuple[int, int], **fields: object) -> Problem:
+    given = {"initial_state": True, "final_state": True, **fields}
+    return Problem(op=op, K=size[0], V=size[1], **given)  # type: ignore[arg-type]
+
+
+def check(recipe: Recipe, *patterns: str, shape: object = SHAPE) -> None:
+    for pattern in patterns:
+        inputs, grads = draw(recipe.problem, shape, pattern)  # type: ignore[arg-type]
+        exact = run_reference(recipe.problem, inputs, grads)
+        with poisoned():
+            results = run(recipe, inputs, grads)
+        assert results.keys() == exact.keys()
+        assert not off(results, exact, recipe.problem, pattern), pattern
+
+
+def named(sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
+    return {"argvalues": sizes, "ids": [f"K{K}-V{V}" for K, V in sizes]}
+
+
+@pytest.mark.parametrize("size", **named(SQUARES + PAIRS))
+def test_every_size_in_bf16(size: tuple[int, int]) -> None:
+    recipe = Recipe.default(problem_of("gdn2", size))
+    check(recipe, "layer", "strong", "mixed", "zero")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("size", **named(SOME))
+def test_the_other_dtypes(size: tuple[int, int], dtype: str) -> None:
+    check(Recipe.default(problem_of("gdn2", size, dtype=dtype), "fast"), "layer", "mixed")
+
+
+@pytest.mark.parametrize("size", **named(SOME))
+def test_a_second_member(size: tuple[int, int]) -> None:
+    check(Recipe.default(problem_of("kda", size), "states"), "layer", "strong")
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(SOME))
+def test_gates_packed_batches_and_transposed_states(size: tuple[int, int], op: str) -> None:
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    problem = problem_of(op, size, varlen=True, state_v_first=True, **gates)
+    check(Recipe.default(problem), "layer", shape=PACKED)
+
+
+@pytest.mark.parametrize("size", **named(SOME))
+def test_segments_side_by_side(size: tuple[int, int]) -> None:
+    recipe = Recipe.default(problem_of("gdn2", size), "fast", 16)
+    chains = [x for x in recipe.configs if STAGES[x.stage].selector == "segments"]
+    check(recipe.with_config(*(x.replace(segments="parallel") for x in chains)), "zero", shape=LONG)
+
+
+def test_what_lies_behind_a_tensor_is_neither_read_nor_written() -> None:
+    """Inputs and gradients in the middle of NaN; a head's channels past its own are the next's."""
+    problem = replace(problem_of("gdn2", (40, 72)), final_state=False, initial_state=False)
+    recipe = Recipe.default(problem)
+    inputs, grads = draw(problem, SHAPE)
+
+    def embedded(x: torch.Tensor) -> torch.Tensor:
+        room = torch.full((x.numel() + 512,), float("nan"), dtype=x.dtype, device=x.device)
+        room[256:-256] = x.flatten()
+        return room[256:-256].view(x.shape)
+
+    expected = run(recipe, inputs, grads)
+    inside = {name: embedded(x) for name, x in inputs.items()}
+    with poisoned():
+        found = run(recipe, inside, {name: embedded(x) for name, x in grads.items()})
+    assert not moved(expected, found)
