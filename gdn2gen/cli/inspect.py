@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.base.errors import ConfigError, InputError
-from gdn2gen.base.terminal import text_width
+from gdn2gen.base.terminal import console, status, text_width
 from gdn2gen.cli.options import (
     add_problem,
     add_target,
+    minutes,
     present_or_target,
     problem_of,
     refuse,
@@ -77,6 +78,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="also replace files of a package that were edited"
     )
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const=5.0,
+        type=minutes,
+        metavar="MINUTES",
+        help="tune the problem at the shape first, on the present GPU (%(const)s)",
+    )
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(
         "--language",
@@ -95,7 +104,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
     if args.stage is not None:
-        refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level")
+        refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level", "tune")
         return _print_stage(args)
     if args.config is not None:
         raise InputError("--config describes one kernel and needs --stage")
@@ -110,17 +119,33 @@ def generate(args: argparse.Namespace) -> int:
     if len(shapes) != 1:
         names = ", ".join(x.name for x in shapes)
         raise InputError(f"a package is made for one shape, but got {names}")
-    from gdn2gen.codegen.package import generate_package
-    from gdn2gen.store.dispatch import explain_recipe, find_recipe, generate_command, in_triton
+    from gdn2gen.cli.tune import own_folder, search
+    from gdn2gen.store.dispatch import explain_recipe, reload
+    from gdn2gen.tune import packages
 
     problem = _at(problem_of(args), shapes[0])
-    device, _ = present_or_target(args.target)
     level = args.level or LEVELS[0]
-    found = find_recipe(problem, shapes[0].regime, device, level=level)
-    if args.language == "triton":
-        found = in_triton(found)
-    files = generate_package(found.recipe, args.out, generate_command(found), force=args.force)
+    if args.tune is not None:
+        args.budget, args.shapes = args.tune, shapes[0].name
+        search(args, own_folder(), (level,))
+        reload()
+    device, present = present_or_target(args.target)
+    with status(console()) as say:
+        package = packages.make(
+            problem,
+            shapes[0],
+            device,
+            args.out,
+            present=present,
+            level=level,
+            language=args.language,
+            force=args.force,
+            say=say,
+        )
+    found, files = package.found, package.files
     print(explain_recipe(found, text_width()))
+    if package.proof is not None:
+        print(package.proof.words)
     needs, hint = "torch and triton", ""
     if any(language_of(x) == "tilelang" for x in found.recipe.configs):
         needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"

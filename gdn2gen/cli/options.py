@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.problem import (
+    DIMS,
     DTYPES,
     EXTRAS,
-    HEAD_DIMS,
     Problem,
     bound_of,
     check_lower_bound,
@@ -41,10 +41,14 @@ def add_problem(
         nargs="+" if several else None,
         default=list(several) if several else "128",
         metavar="K[,V]",
-        help=f"key head dim, and value head dim if it differs; each one of "
-        f"{', '.join(map(str, HEAD_DIMS))} ({' '.join(several) or '128'}"
-        f"{', one after the other' if several else ''})",
+        help=f"key head dim, and value head dim if it differs: multiples of {DIMS['K'].step} from "
+        f"{DIMS['K'].start} to {DIMS['K'].stop - 1}, and to {DIMS['V'].stop - 1} "
+        f"({' '.join(several) or '128'}{', one after the other' if several else ''})",
     )
+    if not several:
+        group.add_argument(
+            "--value-dim", type=int, metavar="V", help="value head dim (what --head-dim says)"
+        )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -81,7 +85,7 @@ def add_problem(
 
 def problem_of(args: argparse.Namespace) -> Problem:
     """The Problem that the options describe."""
-    K, V = parse_head_dim(args.head_dim)
+    K, V = parse_head_dim(args.head_dim, getattr(args, "value_dim", None))
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     extras = getattr(args, "extras", None)
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
@@ -127,8 +131,8 @@ def with_extras(problem: Problem, gate: str, names: str | None, bound: int = 0) 
     return dataclasses.replace(problem, gate=gate, bound=bound, **flags)
 
 
-def parse_head_dim(text: str) -> tuple[int, int]:
-    """`128` or `128,64` as (K, V)."""
+def parse_head_dim(text: str, value_dim: int | None = None) -> tuple[int, int]:
+    """`128` or `128,64` as (K, V); V may also be said by an option of its own."""
     words = text.split(",")
     try:
         sizes = [int(word) for word in words]
@@ -136,7 +140,11 @@ def parse_head_dim(text: str) -> tuple[int, int]:
         sizes = []
     if len(sizes) not in (1, 2):
         raise InputError(f"--head-dim takes K or K,V such as 128 or 128,64, but got {text!r}")
-    return sizes[0], sizes[-1]
+    if value_dim is None:
+        return sizes[0], sizes[-1]
+    if len(sizes) == 2 and sizes[1] != value_dim:
+        raise InputError(f"--head-dim {text} and --value-dim {value_dim} say two values of V")
+    return sizes[0], value_dim
 
 
 def add_shapes(parser: argparse.ArgumentParser, default: str) -> None:

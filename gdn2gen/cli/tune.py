@@ -82,7 +82,7 @@ def tune(args: argparse.Namespace) -> int:
             print(f"head dim {dim} ({number + 1} of {len(dims)}), {args.budget:.1f} minutes")
         if args.only_failing and not _leave_failing(args, folder):
             continue
-        _search(args, folder, _LEVELS[args.level], args.storage)
+        search(args, folder, _LEVELS[args.level], args.storage)
     return 0
 
 
@@ -144,7 +144,7 @@ def quick(args: argparse.Namespace) -> int:
     """The whole path once, in minutes; entries go to the user's folder, never to the package."""
     from gdn2gen.store.dispatch import explain_recipe, find_recipe
 
-    report = _search(args, user_tuned_dir(), ("lean",), None)
+    report = search(args, user_tuned_dir(), ("lean",))
     for result in report.results:
         found = find_recipe(report.problem, result.shape.regime, report.device)
         print(f"\nWhat a call at {result.shape.name} runs now:")
@@ -152,8 +152,8 @@ def quick(args: argparse.Namespace) -> int:
     return 0
 
 
-def _search(
-    args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None
+def search(
+    args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None = None
 ) -> TuneReport:
     """Search on the present GPU, or do what can be done without one; print the report."""
     problem, shapes = problem_of(args), parse_shapes(args.shapes)

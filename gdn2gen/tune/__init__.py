@@ -10,6 +10,7 @@
     retest    refused configs, tried again
     run       search the present GPU, and file the best
     offline   what can be done without a GPU
+    packages  packages of kernels that have not run yet
 
 Imported when first used, so that `import gdn2gen.tune` loads no optuna.
 """

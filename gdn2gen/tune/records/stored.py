@@ -16,6 +16,7 @@ from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
+from gdn2gen.store.sizes import dims_apart
 
 # Beside those of the searched shapes themselves. Of four in all, which were of train4k and wide8k,
 # none was of long32k: tuned anew, its forward took 0.846 ms on an H200 where 0.805 was on file.
@@ -39,7 +40,8 @@ def stored_recipes(
     """Those for this problem and architecture: of the shapes first, then of regimes near them.
 
     From `path`, then from the folders that calls look into; files of this GPU before others, and
-    of this member of the family before others, whose kernels are of the same templates. Stale
+    of this member of the family before others, whose kernels are of the same templates. Where a
+    file has none of the problem's head dims, those of the nearest ones, with tiles that fit. Stale
     entries count, too: their configs are still likely to be good.
     """
     for file in _files(path, problem.op):
@@ -48,13 +50,23 @@ def stored_recipes(
             tuned = tuned_files.read_tuned(file)
         if tuned is None or tuned.metadata["arch"] != device.arch:
             continue
-        ours = [x for x in tuned.entries if {**x.problem_key, "op": problem.op} == problem.key]
-        entries = [x for x in ours if x.plan in plans]
+        entries = _nearest_dims(problem, [x for x in tuned.entries if x.plan in plans])
         gaps = [min(_gap(entry, shape) for shape in shapes) for entry in entries]
         by_gap = sorted(zip(gaps, entries, strict=True), key=itemgetter(0))
         most = sum(gap == 0 for gap in gaps) + _OTHERS
         for _, entry in by_gap[:most]:
-            yield Stored(tuple(entry.regime_key.items()), entry.recipe_for(problem))
+            recipe = entry.recipe_for(problem).fitted(problem, device.arch)
+            yield Stored(tuple(entry.regime_key.items()), recipe)
+
+
+def _nearest_dims(
+    problem: Problem, entries: Sequence[tuned_files.Entry]
+) -> list[tuned_files.Entry]:
+    """Of any member of the family, and of the head dims nearest to the problem's that there are."""
+    loose = {"op": problem.op, "K": problem.K, "V": problem.V}
+    ours = [x for x in entries if {**x.problem_key, **loose} == problem.key]
+    apart = [dims_apart(problem, x) for x in ours]
+    return [x for x, gap in zip(ours, apart, strict=True) if gap == min(apart)]
 
 
 def _files(path: Path, op: str) -> list[Path]:

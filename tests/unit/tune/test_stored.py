@@ -13,7 +13,9 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.tune.records.stored import Stored, stored_recipes
@@ -71,7 +73,7 @@ def test_recipes_of_all_searched_shapes_come_first(path: Path, changes: dict[str
 def test_recipes_of_other_plans_and_problems_are_left_out(path: Path) -> None:
     file_at(path, SHAPES[:2])
     assert not list(stored_recipes(PROBLEM, ["fast", "states"], SHAPES, path, H200))
-    assert not list(stored_recipes(Problem(), ["lean"], SHAPES, path, H200))
+    assert not list(stored_recipes(replace(PROBLEM, dtype="fp16"), ["lean"], SHAPES, path, H200))
     assert not list(stored_recipes(PROBLEM, ["lean"], SHAPES, path, named_device("A100")))
 
 
@@ -133,5 +135,46 @@ def test_another_member_lends_its_recipes_after_ones_own(path: Path) -> None:
     assert [x.recipe for x in lent] == [
         Recipe.of(kda, "lean", numbered(x).by_stage) for x in (0, 1)
     ]
-    other = replace(kda, K=128)
-    assert not [*stored_recipes(other, ["lean"], SHAPES[:2], own, H200)]
+
+
+def test_the_nearest_head_dims_lend_their_recipes_with_tiles_that_fit(path: Path) -> None:
+    """Only these, and those of the problem's own alone where there are any."""
+    file_at(path, SHAPES[2:4])
+    wide = Recipe.default(Problem(K=256, V=256), "lean", 16)
+    shape = SHAPES[0]
+    entry = tuned_files.Entry(
+        problem_key=wide.problem.key,
+        regime_key=shape.regime.key,
+        level="lean",
+        plan="lean",
+        configs=wide.by_stage,
+        templates=templates_of(wide),
+        measured={"forward_ms": 0.5, "forward_backward_ms": 2.0},
+        gate=dict.fromkeys(always_checked("gdn2"), 4e-3),
+        provenance="measured",
+    )
+    tuned_files.merge_entries(path, tuned_files.metadata_for(H200, {}, "a test"), [entry])
+
+    def lent(problem: Problem) -> list[Recipe]:
+        return [x.recipe for x in stored_recipes(problem, ["lean"], [shape], path, H200)]
+
+    assert lent(PROBLEM) == [numbered(0), numbered(1)]
+    small = replace(PROBLEM, K=48, V=40)
+    assert lent(small) == [numbered(x).fitted(small, "sm_90") for x in (0, 1)]
+    assert all(why_invalid(config, small) is None for x in lent(small) for config in x.configs)
+    near = replace(PROBLEM, K=192, V=192)
+    (found,) = lent(near)
+    assert found.BT == 16 and found["scan"] == wide["scan"]
+
+
+def test_a_stage_whose_form_does_not_serve_a_size_takes_its_default() -> None:
+    tuned = Recipe.default(PROBLEM)
+    tuned = tuned.with_config(
+        tuned["scan"].replace(language="tilelang", num_stages=4),
+        tuned["grad_key"].replace(BK=64, num_stages=3),
+    )
+    odd = replace(PROBLEM, K=40, V=24)
+    found = tuned.fitted(odd)
+    assert found["scan"] == default_config("scan", odd)
+    assert found["grad_key"] == tuned["grad_key"].replace(BV=32)
+    assert tuned.fitted(PROBLEM) == tuned

@@ -1,0 +1,64 @@
+"""Head dims that were never tuned: the recipe of the nearest ones on file, with tiles that fit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from gdn2gen.base.device import Device
+from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.store import dispatch, tuned_files
+from gdn2gen.store._words import words_of
+from gdn2gen.store.dispatch import Found
+from gdn2gen.store.tuned_files import Entry
+
+
+def dims_apart(problem: Problem, entry: Entry) -> float:
+    """How far the head dims of an entry are: the sum of |log2| of the ratios of K and of V."""
+    return _apart(problem, *_dims(entry))
+
+
+def find_recipe_of_any_size(
+    problem: Problem, regime: Regime, device: Device, **options: Any
+) -> Found:
+    """`dispatch.find_recipe`; where that has only a default, what it finds for the nearest head
+    dims on file, as `transferred`: never timed at these, and not compiled yet.
+
+    A call takes no such recipe by itself: what compiles at one head dim may not at another.
+    """
+    found = dispatch.find_recipe(problem, regime, device, **options)
+    if found.source != "default":
+        return found
+    for K, V in sorted(set(_dims_on_file(problem.op)), key=lambda x: _apart(problem, *x)):
+        near = dispatch.find_recipe(replace(problem, K=K, V=V), regime, device, **options)
+        if near.source != "default":
+            return replace(
+                near,
+                recipe=near.recipe.fitted(problem, device.arch),
+                source="transferred",
+                why=f"nothing is tuned for {words_of(problem)}: of the nearest head dims, K={K} "
+                f"V={V}, with tiles that fit, and not timed at these; there {near.why}",
+            )
+    return found
+
+
+def _dims_on_file(op: str) -> Iterator[tuple[int, int]]:
+    """Of every GPU, of which `find_recipe` takes the one at hand or one like it."""
+    for folder in (user_tuned_dir(), packaged_tuned_dir()):
+        for path in sorted((folder / op).glob("*.json")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # `find_recipe` says what could not be read
+                file = tuned_files.read_tuned(path)
+            yield from map(_dims, () if file is None else file.entries)
+
+
+def _dims(entry: Entry) -> tuple[int, int]:
+    return int(entry.problem_key["K"]), int(entry.problem_key["V"])
+
+
+def _apart(problem: Problem, K: int, V: int) -> float:
+    return abs(math.log2(problem.K / K)) + abs(math.log2(problem.V / V))
