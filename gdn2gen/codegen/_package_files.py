@@ -25,7 +25,9 @@ from gdn2gen.base.files import locked_folder, replace_file, sync_folder
 
 # Every generated file says which command made it.
 _MARK: Final = "made by\n    gdn2gen generate "
-_DIGEST: Final = "# as generated: the digest of all above is "
+_DIGEST: Final = "as generated: the digest of all above is "
+# How a comment begins and ends, by what a file is.
+_COMMENTS: Final = {".py": ("# ", ""), ".md": ("<!-- ", " -->")}
 # What a package's files were called on their way, before packages were replaced as one.
 _TEMPORARY: Final = re.compile(r"\.\w+\.py\.\w{8}")
 _AT_FDCWD: Final = -100
@@ -41,7 +43,7 @@ def write_package(folder: Path, texts: Mapping[str, str], *, force: bool = False
     always, both by InputError; FileError where the folder cannot be replaced as one.
     """
     target = Path(os.path.realpath(folder))
-    signed = {name: _signed(text) for name, text in texts.items()}
+    signed = {name: _signed(name, text) for name, text in texts.items()}
     _check_place(folder, target)
     with locked_folder(target.parent):
         _clear_left(target)
@@ -51,8 +53,17 @@ def write_package(folder: Path, texts: Mapping[str, str], *, force: bool = False
     return [folder / name for name in sorted(texts)]
 
 
-def _signed(text: str) -> str:
-    return f"{text}{_DIGEST}{_digest(text)}\n"
+def check_folder(folder: Path, *, force: bool = False) -> None:
+    """Raise what `write_package` would raise for what lies there, before there is anything to
+    write."""
+    target = Path(os.path.realpath(folder))
+    _check_place(folder, target)
+    _checked(folder, target, force)
+
+
+def _signed(name: str, text: str) -> str:
+    start, end = _COMMENTS[Path(name).suffix]
+    return f"{text}{start}{_DIGEST}{_digest(text)}{end}\n"
 
 
 def _digest(text: str) -> str:
@@ -64,11 +75,12 @@ def _kind_of(path: Path) -> Kind:
         return "foreign"
     if _TEMPORARY.fullmatch(path.name):
         return "generated"
-    if path.suffix != ".py":
+    if path.suffix not in _COMMENTS:
         return "foreign"
     text = path.read_text(errors="replace")
-    body, found, digest = text.rpartition(_DIGEST)
-    if found and digest == f"{_digest(body)}\n":
+    start, end = _COMMENTS[path.suffix]
+    body, found, digest = text.rpartition(f"{start}{_DIGEST}")
+    if found and digest == f"{_digest(body)}{end}\n":
         return "generated"
     return "edited" if found or _MARK in text else "foreign"
 

@@ -12,12 +12,13 @@ from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._package_arguments import of_recurrence
-from gdn2gen.codegen._package_files import write_package
+from gdn2gen.codegen._package_files import check_folder, write_package
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
 from gdn2gen.family.problem import LEAST_BOUND, Problem
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
+from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
@@ -32,23 +33,28 @@ from gdn2gen.kernels.schedule import (
 )
 from gdn2gen.kernels.stages import STAGES
 
+__all__ = ["check_folder", "generate_package", "package_source"]
+
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
 _GENERATE: Final = "gdn2gen generate "
 
 
 def generate_package(
-    recipe: Recipe, out_dir: str | Path, command: str, *, force: bool = False
+    recipe: Recipe, out_dir: str | Path, command: str, *, origin: str = "", force: bool = False
 ) -> list[Path]:
-    """Write one file per stage of the recipe's plan, and an `__init__.py` with the op.
+    """Write one file per stage of the recipe's plan, an `__init__.py` with the op, its test and a
+    README.
 
-    `command` is what makes the package again. The same arguments give the same bytes. An earlier
-    package in `out_dir` is replaced as one: who looks sees the old or the new one. Raises
-    InputError if the folder holds anything else, or (without `force`) files that were edited since
-    they were generated.
+    `command` is what makes the package again, `origin` where its configs are from. The same
+    arguments give the same bytes. An earlier package in `out_dir` is replaced as one: who looks
+    sees the old or the new one. Raises InputError if the folder holds anything else, or (without
+    `force`) files that were edited since they were generated.
     """
     texts = {f"{name}.py": source for name, source in _sources(recipe).items()}
     texts["__init__.py"] = package_source(recipe, command)
+    texts["test_kernels.py"] = _beside(recipe, "test_kernels.py", command, origin)
+    texts["README.md"] = _beside(recipe, "README.md", command, origin)
     return write_package(Path(out_dir), texts, force=force)
 
 
@@ -89,6 +95,27 @@ def package_source(recipe: Recipe, command: str) -> str:
             SEGMENT=SEGMENT,
             max_segments=recipe.saved_segments,
             made_for={name: _made_for(x) for name, x in _sources(recipe).items()},
+        )
+    )
+    return text.rstrip() + "\n"
+
+
+def _beside(recipe: Recipe, name: str, command: str, origin: str) -> str:
+    """A file of the package that is no kernel's: from the template of its name."""
+    problem = recipe.problem
+    recurrence = recurrence_named(problem.op)
+    languages = dict.fromkeys(language_of(x) for x in recipe.configs)
+    text = (
+        templates()
+        .get_template(f"package/{name}.jinja")
+        .render(
+            problem=problem,
+            recurrence=recurrence,
+            name=recurrence.public.chunk,
+            tied=recurrence.tied,
+            languages=" and ".join(["triton", *(x for x in languages if x != "triton")]),
+            command=_wrapped_command(command),
+            origin=textwrap.fill(origin or "not said", _LINE, subsequent_indent="    "),
         )
     )
     return text.rstrip() + "\n"

@@ -300,7 +300,8 @@ def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> No
     first = generated(tmp_path / "a", recipe)
     second = generated(tmp_path / "b", recipe)
     assert [path.name for path in first] == sorted(
-        ["__init__.py", "chunk_tables.py", *(f"{stage}.py" for stage in PLANS[plan].stages)]
+        ["README.md", "__init__.py", "chunk_tables.py", "test_kernels.py"]
+        + [f"{stage}.py" for stage in PLANS[plan].stages]
     )
     assert [x.read_bytes() for x in first] == [x.read_bytes() for x in second]
     for stage in PLANS[plan].stages:
@@ -315,14 +316,52 @@ def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> No
 )
 def test_the_package_is_clean(problem: Problem, tmp_path: Path) -> None:
     generated(tmp_path / "made", Recipe.default(problem))
+    files = [str(tmp_path / "made" / name) for name in ("__init__.py", "test_kernels.py")]
     rules = ["--isolated", "--line-length=100", "--select=E,F,I,B,UP,SIM,RUF"]
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", *rules, str(tmp_path / "made/__init__.py")],
+        [sys.executable, "-m", "ruff", "check", *rules, *files],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+_ODD = Problem(K=40, V=24, dtype="fp32", initial_state=True, final_state=True)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(_ODD, l2norm=False, gate="sigmoid", has_A_log=True, varlen=True),
+        replace(TIED_FULL, K=24, V=40, beta_sigmoid=True, neg_eigval=True),
+    ],
+    ids=["sigmoid-packed", "kda"],
+)
+def test_a_package_brings_its_own_test(problem: Problem, tmp_path: Path) -> None:
+    """Which passes where the kernels are right."""
+    generated(tmp_path / "made", Recipe.default(problem))
+    done = _own_test(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"o", "dq", "dk", "dv", "dg"} <= {x.split()[0] for x in done.stdout.splitlines()}
+
+
+def test_a_packages_own_test_fails_where_a_kernel_is_wrong(tmp_path: Path) -> None:
+    generated(tmp_path / "made", Recipe.default(replace(_ODD, initial_state=False)))
+    scan = tmp_path / "made/scan.py"
+    wrong = scan.read_text().replace("b_S1 = tl.dot(b_Rd,", "b_S1 = 1.01 * tl.dot(b_Rd,")
+    assert wrong != scan.read_text()
+    scan.write_text(wrong)
+    done = _own_test(tmp_path)
+    assert done.returncode == 1 and "AssertionError: off by more than" in done.stderr
+    assert "WRONG" in done.stdout
+
+
+def _own_test(folder: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    env.pop("PYTHONPATH", None)
+    words = [sys.executable, "-W", "ignore", "-m", "made.test_kernels"]
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def test_an_earlier_package_is_replaced(tmp_path: Path) -> None:
