@@ -84,7 +84,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         const=5.0,
         type=minutes,
         metavar="MINUTES",
-        help="tune the problem at the shape first, on the present GPU (%(const)s)",
+        help="tune the problem at the shape first, as `gdn2gen tune` would (%(const)s): timed on "
+        "the present GPU or ranked for the target, and filed",
     )
     parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
     parser.add_argument(

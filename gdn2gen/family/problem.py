@@ -31,9 +31,10 @@ LEAST_BOUND: Final = -5.0
 # What kernels are made for: rows of 16 bytes and more, and a state that a multiprocessor can hold.
 DIMS: Final = {"K": range(16, 257, 8), "V": range(16, 513, 8)}
 _PADDING: Final = {
-    "K": "pad q, k and what their channels decay and erase by with zeros to {wider} channels, "
-    "and pass scale={size}**-0.5",
-    "V": "pad v, and w if there is one, with zeros to {wider} channels, and take o[..., :{size}]",
+    "K": "pad q, k, what their channels decay and erase by, and states with zeros to {wider} "
+    "channels, and pass scale={size}**-0.5",
+    "V": "pad v, w if there is one, and states with zeros to {wider} channels, and take "
+    "o[..., :{size}]",
 }
 # Those that the accuracy suite has passed on a GPU.
 HEAD_DIMS: Final = (32, 64, 128)
@@ -141,7 +142,9 @@ def check_head_dim(name: str, size: int) -> None:
     nearest = sorted(sorted(dims, key=lambda x: abs(x - size))[: 2 if size > dims.start else 1])
     nearest = [x for x in nearest if abs(x - size) < dims.step] or nearest[-1:]
     remedy = f"use {' or '.join(map(str, nearest))}"
-    if nearest[-1] > size:
+    if size >= dims.stop or size <= 0:
+        remedy = f"it may be {dims.start} at least and {dims.stop - 1} at most"
+    elif nearest[-1] > size:
         remedy += f": {_PADDING[name].format(size=size, wider=nearest[-1])}"
     raise UnsupportedError(
         f"head dim {name}={size} has no kernels, which are made for multiples of {dims.step} from "

@@ -100,11 +100,11 @@ class Recipe:
 
 def _fitted(config: Config, problem: Problem, arch: str | None) -> Config:
     place, form = Place(problem, config.size("BT"), arch), config.form
-    tiles = {}
+    tiles = {tile: config.size(tile) for tile, _ in form.tiles if tile in config}
     for tile, dim in form.tiles:
-        if tile in config:
+        if tile in tiles:
             widest = form.widest(tile, place[dim])
-            tiles[tile] = widest if tile in form.whole else min(config.size(tile), widest)
+            tiles[tile] = widest if tile in form.whole else min(tiles[tile], widest)
     found = config.replace(**tiles)
     if why_invalid(found, problem, arch) is None:
         return found

@@ -160,7 +160,7 @@ class Form:
         for setting in self.defaults:
             if place.is_in(setting.where):
                 found |= setting.knobs
-        for tile, dim in TILES:
+        for tile, dim in self.tiles:
             if tile in found:
                 widest = self.widest(tile, place[dim])
                 found[tile] = widest if tile in self.whole else min(int(found[tile]), widest)

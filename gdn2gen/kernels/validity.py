@@ -28,7 +28,10 @@ def why_invalid(config: Config, problem: Problem, arch: str | None = None) -> st
     for tile, dim in form.tiles:
         size = getattr(problem, dim)
         if tile in config and config.size(tile) > covering(size):
-            return f"{tile}={config[tile]} exceeds the {_HEADS[dim]} head dim {dim}={size}"
+            return (
+                f"{tile}={config[tile]} exceeds the {covering(size)} that cover the {_HEADS[dim]} "
+                f"head dim {dim}={size}"
+            )
     reason = _why_off_limits(config, form, place)
     if reason is None and form.refuses is not None:
         reason = form.refuses(place)

@@ -167,9 +167,12 @@ def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
         Case(f"K{K}-V{V}-bf16", problem, _shape(1, 301, 3)),
         Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, 1), interpreter=True),
     ):
-        yield from _patterns(base)
+        yield from (*_patterns(base), *_features(base))
         for dtype in ("fp16", "fp32"):
             name = base.name.replace("bf16", dtype)
             other = replace(base, name=name, problem=replace(problem, dtype=dtype))
             yield from _patterns(other)
             yield from (x for x in _features(other) if dtype == "fp32" or x.check == "repeat")
+        # two segments of a sequence, in chunks of 32
+        if not base.interpreter:
+            yield replace(base, name=f"{base.name}-segments", shape=_shape(1, 1100, 2))

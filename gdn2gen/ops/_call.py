@@ -64,7 +64,7 @@ def call(
     by_kernels = _by_kernels(tensors[0].device)
     head_dims = dims.K, dims.V
     if by_kernels:
-        head_dims = check_head_dims(dims.K), check_head_dims(dims.V, "V")
+        head_dims = check_head_dims(dims.K, dims.V)
         tensors = _as_kernels_take(signature, tensors, dims)
     options = (
         None if scale is None else float(scale),

@@ -262,36 +262,41 @@ def check_flags(*given: object) -> None:
 _BOOL = frozenset({bool})
 
 
-def check_head_dims(size: int, name: str = "K") -> int:
-    """As a number, which a tracer's symbol then is for good.
+def check_head_dims(K: int, V: int) -> tuple[int, int]:
+    """As numbers, which a tracer's symbols then are for good.
 
-    Raises UnsupportedError for sizes that kernels are not made for; and for those that they were
-    not verified with on a GPU, unless GDN2GEN_UNVERIFIED=1 or the recipe is forced.
+    Raises UnsupportedError for head dims that kernels are not made for; and for those that they
+    were not verified with on a GPU, unless GDN2GEN_UNVERIFIED=1 or the recipe is forced.
     """
+    dims = _known(K), _known(V)
+    if dims[0] in HEAD_DIMS and dims[1] in HEAD_DIMS:
+        return dims
+    check_head_dim("K", dims[0])
+    check_head_dim("V", dims[1])
+    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
+    said = f"head dims K={dims[0]}, V={dims[1]} were not verified on a GPU"
+    if allowed is None:
+        raise UnsupportedError(
+            f"{said}, as those of {HEAD_DIMS} were: set GDN2GEN_UNVERIFIED=1 to use them; "
+            f"`gdn2gen verify --head-dim {dims[0]},{dims[1]}` compares their kernels with the fp64 "
+            "reference, and `gdn2gen generate` makes a package of kernels that passed"
+        )
+    if allowed != environment.VERIFYING:
+        _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
+    return dims
+
+
+def _known(size: int) -> int:
+    """Found by comparing with the usual ones first, which a tracer need not be asked for."""
     for known in HEAD_DIMS:
         if size == known:
             return known
-    size = int(size)
-    check_head_dim(name, size)
-    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
-    if allowed is None:
-        raise UnsupportedError(
-            f"head dim {name}={size} was not verified on a GPU, as {HEAD_DIMS} were: set "
-            f"GDN2GEN_UNVERIFIED=1 to use it; `gdn2gen verify --head-dim {size}` compares its "
-            "kernels with the fp64 reference"
-        )
-    if allowed != environment.VERIFYING:
-        _warn_unverified(name, size)
-    return size
+    return int(size)
 
 
 @cache
-def _warn_unverified(name: str, size: int) -> None:
-    """Once for each size."""
-    warnings.warn(
-        f"head dim {name}={size} was not verified on a GPU, and GDN2GEN_UNVERIFIED=1 uses it",
-        stacklevel=2,
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:

@@ -7,17 +7,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gdn2gen.base.device import Device, has_gpu, named_device, present_device
-from gdn2gen.base.errors import BuildError, TuneError
+from gdn2gen.base.device import Device, has_gpu, known_device, named_device, present_device
+from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
-from gdn2gen.codegen.package import generate_package
-from gdn2gen.family.problem import HEAD_DIMS, Problem
+from gdn2gen.codegen.package import check_folder, generate_package
+from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import Found, generate_command, in_triton
-from gdn2gen.store.sizes import find_recipe_of_any_size
+from gdn2gen.store.sharing import device_on_file
+from gdn2gen.store.sizes import find_recipe_of_any_size, verified
 from gdn2gen.tune.gpu.attempt import fitting, right
 from gdn2gen.tune.gpu.backend import WorkerBackend
 from gdn2gen.tune.offline.run import ProcessBackend
@@ -55,8 +56,7 @@ class Proof:
 def is_proven(found: Found) -> bool:
     """Whether its kernels have run at these head dims: what is on file has, and so have the
     defaults of verified ones."""
-    dims = found.recipe.problem.K, found.recipe.problem.V
-    return found.source in ("exact", "nearest") or all(x in HEAD_DIMS for x in dims)
+    return found.source in ("exact", "nearest") or verified(found.recipe.problem)
 
 
 def prove(
@@ -177,12 +177,19 @@ def generate(
     UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
     and InputError for a folder that holds anything but an earlier package.
     """
-    (wanted,) = parse_shapes(shape)
+    shapes = parse_shapes(shape)
+    if len(shapes) != 1:
+        raise InputError(f"a package is made for one shape, but got {shape!r}")
+    if language not in (None, "triton"):
+        raise InputError(f"a package is as tuned or language='triton', but got {language!r}")
+    wanted = shapes[0]
     V = head_dim if value_dim is None else value_dim
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
     present = target is None and has_gpu()
-    device = present_device() if present else named_device(target or "sm_90")
+    name = target or "sm_90"
+    device = known_device(name) or device_on_file(name) or named_device(name)
+    device = present_device() if present else device
     return make(
         problem,
         wanted,
@@ -209,11 +216,16 @@ def make(
     say: Callable[[str], None],
 ) -> Package:
     """Find the recipe, prove it unless its kernels ran at these head dims, write the package."""
+    check_folder(Path(out_dir), force=force)
     found = find_recipe_of_any_size(problem, shape.regime, device, level=level)
     found = in_triton(found) if language == "triton" else found
     proof = None
     if not is_proven(found):
         proof = prove(found.recipe, device, present=present, say=say)
         found = proven(found, proof)
-    files = generate_package(found.recipe, out_dir, generate_command(found), force=force)
+    command, origin = (
+        generate_command(found),
+        f"{found.source}: {found.why.partition('; looked at')[0]}",
+    )
+    files = generate_package(found.recipe, out_dir, command, origin=origin, force=force)
     return Package(files, found, proof)

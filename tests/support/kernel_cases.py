@@ -217,6 +217,12 @@ def _size_cases() -> Iterator[KernelCase]:
             case = Case(f"K{K}-V{V}{name}", given, _shape(1, 35, 2), pattern="mixed")
             plan, chosen = next(knobs)
             yield KernelCase(case, plan, chosen)
+    # beta's gradient in slices, the last of which is a part; and one frame a chunk
+    tied = replace(_STATES, op="kda", K=104, V=40, beta_sigmoid=True)
+    yield KernelCase(Case("kda-K104-V40", tied, _shape(1, 35, 2)), "lean", (("BK", 32),))
+    bounded = replace(_STATES, K=72, V=24, gate="sigmoid", bound=2)
+    odd = Case("bounded-K72-V24", bounded, _shape(1, 70, 1), pattern="strong")
+    yield KernelCase(odd, "fast", (("BT", 32), BOUNDED))
     for K, V in ((40, 24), (96, 40)):
         long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 212, 2))
         yield KernelCase(long, "fast", (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)

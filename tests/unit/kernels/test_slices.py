@@ -44,8 +44,9 @@ def test_sizes_that_two_slices_make_have_no_rest() -> None:
         ((100, 64), r"K=100 .*of 8 from 16 to 256; use 96 or 104: .*to 104 .*scale=100\*\*-0.5"),
         ((64, 100), r"V=100 .*from 16 to 512; use 96 or 104: pad v.* to 104 .*o\[..., :100\]"),
         ((8, 64), "K=8 .*use 16: pad"),
-        ((264, 64), "K=264 .*use 256$"),
-        ((64, 520), "V=520 .*use 512$"),
+        ((264, 64), "K=264 .*it may be 16 at least and 256 at most$"),
+        ((0, 64), "K=0 .*it may be 16 at least and 256 at most$"),
+        ((64, 520), "V=520 .*it may be 16 at least and 512 at most$"),
     ],
 )
 def test_other_sizes_are_refused_with_what_to_do(size: tuple[int, int], said: str) -> None:
@@ -58,9 +59,9 @@ def test_sizes_that_were_not_verified_run_only_where_that_is_wanted(
 ) -> None:
     for value in ("", "0"):
         outcome, warned = interpreter("kernel_cases:unverified_call", value)
-        assert "K=48 was not verified on a GPU" in outcome and not warned
-        assert "GDN2GEN_UNVERIFIED=1" in outcome and "gdn2gen verify --head-dim 48" in outcome
+        assert "K=48, V=40 were not verified on a GPU" in outcome and not warned
+        assert "GDN2GEN_UNVERIFIED=1" in outcome and "verify --head-dim 48,40" in outcome
     assert interpreter("kernel_cases:unverified_call", "verify") == ("finite True", [])
     outcome, warned = interpreter("kernel_cases:unverified_call", "1")
     assert outcome == "finite True"
-    assert [x.split(" was")[0] for x in warned] == ["head dim K=48", "head dim V=40"]  # once each
+    assert [x.split(" were")[0] for x in warned] == ["head dims K=48, V=40"]  # once

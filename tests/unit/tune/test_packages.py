@@ -12,7 +12,7 @@ import pytest
 import gdn2gen
 from gdn2gen.base import outcome
 from gdn2gen.base.device import named_device
-from gdn2gen.base.errors import BuildError, TuneError, UnsupportedError
+from gdn2gen.base.errors import BuildError, InputError, TuneError, UnsupportedError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.cli import program
 from gdn2gen.codegen.build import Resources
@@ -72,8 +72,9 @@ def test_the_nearest_head_dims_give_their_recipe_as_transferred() -> None:
     assert not packages.is_proven(found)
     tuned = find_recipe_of_any_size(Problem(), regime, H200)
     assert tuned.source == "exact" and packages.is_proven(tuned)
-    mixed = find_recipe_of_any_size(replace(ODD, K=64, V=128), regime, H200)
-    assert mixed.source == "transferred"
+    # sizes that were verified run what a call does
+    known = find_recipe_of_any_size(replace(ODD, K=64, V=128), regime, H200)
+    assert known.source == "default" and packages.is_proven(known)
     nothing = find_recipe_of_any_size(ODD, regime, named_device("sm_80"))
     assert nothing.source == "default" and not packages.is_proven(nothing)
 
@@ -139,6 +140,25 @@ def test_one_that_ran_before_is_written_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="use 96 or 104"):
         gdn2gen.generate(tmp_path / "other", head_dim=100)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"language": "tilelang"}, "language='triton'"), ({"shape": "train4k,few8k"}, "one shape")],
+)
+def test_what_no_package_is_made_for(given: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        gdn2gen.generate(tmp_path / "x", **given)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_others_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(packages, "prove", lambda *_, **__: pytest.fail("it was compiled"))
+    with pytest.raises(InputError, match=r"did not write \(notes.txt\)"):
+        gdn2gen.generate(tmp_path, head_dim=96)
+    assert [x.name for x in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_two_ways_to_say_v_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

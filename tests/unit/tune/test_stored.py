@@ -13,8 +13,10 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.config import default_config, default_of
+from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import always_checked
@@ -178,3 +180,15 @@ def test_a_stage_whose_form_does_not_serve_a_size_takes_its_default() -> None:
     assert found["scan"] == default_config("scan", odd)
     assert found["grad_key"] == tuned["grad_key"].replace(BV=32)
     assert tuned.fitted(PROBLEM) == tuned
+
+
+def test_a_tile_of_two_head_dims_fits_both() -> None:
+    """Rows of a parallel scan's program are of values, and of the transition."""
+    scan = next(x for x in STAGES["scan"].forms if (x.language, x.name) == ("triton", "parallel"))
+    wide = default_of("scan", scan, Place(PROBLEM, 32)).replace(BV=64)
+    tuned = Recipe.default(PROBLEM).with_config(wide)
+    for size in ((64, 32), (24, 96)):
+        problem = replace(PROBLEM, K=size[0], V=size[1])
+        assert tuned.fitted(problem)["scan"] == wide.replace(BV=32)
+        default = default_of("scan", scan, Place(problem, 32))
+        assert default["BV"] == 32 and why_invalid(default, problem) is None
