@@ -33,7 +33,7 @@ from gdn2gen.kernels.schedule import (
 )
 from gdn2gen.kernels.stages import STAGES
 
-__all__ = ["check_folder", "generate_package", "package_source"]
+__all__ = ["check_folder", "generate_package", "package_source", "package_texts"]
 
 TEMPLATE: Final = "package/__init__.py.jinja"
 _LINE: Final = 100
@@ -51,11 +51,15 @@ def generate_package(
     sees the old or the new one. Raises InputError if the folder holds anything else, or (without
     `force`) files that were edited since they were generated.
     """
+    return write_package(Path(out_dir), package_texts(recipe, command, origin), force=force)
+
+
+def package_texts(recipe: Recipe, command: str, origin: str = "") -> dict[str, str]:
+    """The files of a package by name; see `generate_package`."""
     texts = {f"{name}.py": source for name, source in _sources(recipe).items()}
     texts["__init__.py"] = package_source(recipe, command)
-    texts["test_kernels.py"] = _beside(recipe, "test_kernels.py", command, origin)
-    texts["README.md"] = _beside(recipe, "README.md", command, origin)
-    return write_package(Path(out_dir), texts, force=force)
+    beside = ("test_kernels.py", "README.md")
+    return texts | {name: _beside(recipe, name, command, origin) for name in beside}
 
 
 def package_source(recipe: Recipe, command: str) -> str:

@@ -209,14 +209,15 @@ _SIZES: Final = ((16, 24), (40, 72), (48, 16), (80, 112), (96, 96), (104, 40), (
 
 def _size_cases() -> Iterator[KernelCase]:
     """Sizes that tiles are not as wide as: what lies past them is NaN, or another head's."""
-    knobs = itertools.cycle(_KNOBS)
-    for K, V in _SIZES:
+    for (K, V), gated, (plan, chosen) in zip(
+        _SIZES, itertools.cycle((False, True)), itertools.cycle(_KNOBS), strict=False
+    ):
         problem = replace(_STATES, K=K, V=V)
-        gated = replace(problem, gate="softplus", has_A_log=True, has_dt_bias=True)
-        for name, given in (("", problem), ("-gated", replace(gated, state_v_first=True))):
-            case = Case(f"K{K}-V{V}{name}", given, _shape(1, 35, 2), pattern="mixed")
-            plan, chosen = next(knobs)
-            yield KernelCase(case, plan, chosen)
+        if gated:
+            gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+            problem = replace(problem, state_v_first=True, **gates)
+        case = Case(f"K{K}-V{V}", problem, _shape(1, 35, 2), pattern="mixed")
+        yield KernelCase(case, plan, chosen)
     # beta's gradient in slices, the last of which is a part; and one frame a chunk
     tied = replace(_STATES, op="kda", K=104, V=40, beta_sigmoid=True)
     yield KernelCase(Case("kda-K104-V40", tied, _shape(1, 35, 2)), "lean", (("BK", 32),))

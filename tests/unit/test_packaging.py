@@ -24,6 +24,7 @@ FOLDERS = (
 )  # fmt: skip
 TUNE = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
+    "packages",
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(FOLDERS)}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

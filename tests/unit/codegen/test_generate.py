@@ -22,7 +22,7 @@ from gdn2gen.base.errors import FileError, InputError
 from gdn2gen.cli import program
 from gdn2gen.codegen import _package_files
 from gdn2gen.codegen.interpreter import hasten, mend_loops
-from gdn2gen.codegen.package import generate_package, package_source
+from gdn2gen.codegen.package import generate_package, package_source, package_texts
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -472,9 +472,7 @@ _package_files.write_package(folder, texts)
 def test_a_kill_leaves_the_old_package_or_the_new_one(tmp_path: Path, one_stroke: bool) -> None:
     made, new, texts = tmp_path / "here/made", tmp_path / "new", tmp_path / "texts"
     fast = Recipe.default(PLAIN, "fast")
-    sources = {f"{x.stage}.py": render(PLAIN, x.stage, x).source for x in fast.configs}
-    sources["__init__.py"] = package_source(fast, command_of(fast))
-    texts.write_text(json.dumps(sources))
+    texts.write_text(json.dumps(package_texts(fast, command_of(fast))))
     made.parent.mkdir()
     generated(new, fast)
     generated(made, Recipe.default(PLAIN))

@@ -195,7 +195,7 @@ def test_renewed_entries_are_filed(fake_gpu, capsys, tmp_path):
 def test_only_failing_tunes_the_rest(fake_gpu, capsys, monkeypatch):
     fake_gpu(entry(), entry(SHAPES["wide8k"], BV=32))
     tuned: list[str] = []
-    monkeypatch.setattr("gdn2gen.cli.tune._search", lambda args, *_: tuned.append(args.shapes))
+    monkeypatch.setattr("gdn2gen.cli.tune.search", lambda args, *_: tuned.append(args.shapes))
     command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
     assert program.main([*command, "train4k,wide8k,long16k"]) == 0
     assert tuned == ["wide8k,long16k"]
@@ -216,7 +216,7 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
         left.update({shape_of(x.regime).name: x for x in tuned_files.load_tuned(path).entries})
         fake_gpu(entry(ms=1.9, num_stages=3), entry(SHAPES["few8k"], ms=2.0, num_stages=3))
 
-    monkeypatch.setattr("gdn2gen.cli.tune._search", search)
+    monkeypatch.setattr("gdn2gen.cli.tune.search", search)
     command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
     assert program.main([*command, "train4k,wide8k,few8k,long16k"]) == 0
     assert "wrong results were taken out" in capsys.readouterr().out
