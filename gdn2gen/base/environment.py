@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,20 @@ def unverified() -> str | None:
     """Whether head dims may run that the accuracy suite has not passed on a GPU: None if not."""
     value = os.environ.get("GDN2GEN_UNVERIFIED", "0")
     return None if value in ("", "0") else value
+
+
+@contextmanager
+def verifying() -> Iterator[None]:
+    """Inside, head dims run that were not verified, in this process and those that it starts."""
+    before = os.environ.get("GDN2GEN_UNVERIFIED")
+    os.environ["GDN2GEN_UNVERIFIED"] = VERIFYING
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GDN2GEN_UNVERIFIED"]
+        else:
+            os.environ["GDN2GEN_UNVERIFIED"] = before
 
 
 def verbose() -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base import terminal
-from gdn2gen.base.environment import VERIFYING
+from gdn2gen.base.environment import verifying
 from gdn2gen.base.errors import DeviceError, InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.cli.options import (
@@ -215,7 +214,6 @@ def bench(args: argparse.Namespace) -> int:
 
     shapes = parse_shapes(args.shapes)
     K, V = parse_head_dim(args.head_dim)
-    os.environ["GDN2GEN_UNVERIFIED"] = VERIFYING
     device = present_device()
     out = terminal.console()
     path = RESULTS_DIR / f"{device.slug}.json"
@@ -223,7 +221,7 @@ def bench(args: argparse.Namespace) -> int:
         check_saveable(path, device.name)
     _check_json(args.json)
     done: list[Row] = []
-    with terminal.status(out) as say:
+    with terminal.status(out) as say, verifying():
         say(f"measuring {shapes[0].name} on {device.name}")
 
         def show(row: Row) -> None:

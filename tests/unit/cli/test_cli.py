@@ -20,7 +20,7 @@ import pytest
 from source_tree import ROOT
 
 from gdn2gen import tune
-from gdn2gen.base import device
+from gdn2gen.base import device, environment
 from gdn2gen.base.errors import ConfigError, DeviceError, InputError
 from gdn2gen.cli import program
 from gdn2gen.cli import tune as cli_tune
@@ -476,6 +476,7 @@ def test_bench_asks_for_what_was_said(
 
     def fake(op: str, shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
         asked.update(op=op, shapes=shapes, K=K, V=V, dtype=dtype, **options)
+        assert environment.unverified() == environment.VERIFYING
         options["on_row"](SimpleNamespace(shape=shapes[0]))
         return []
 
@@ -493,6 +494,7 @@ def test_bench_asks_for_what_was_said(
     assert "the table" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": []}
     assert saved == [Path("docs/results/nvidia-h200.json")]
+    assert environment.unverified() is None  # only while it measures
     del asked["on_row"]
     assert asked == {
         "op": "gdn2",
