@@ -210,10 +210,9 @@ def present_or_target(target: str | None) -> tuple[Device, bool]:
 
 def target_device(name: str) -> Device:
     """The device of that name: in the table of GPUs, or one that a tuned file says it is of."""
-    from gdn2gen.base.device import known_device, named_device
-    from gdn2gen.store.sharing import device_on_file
+    from gdn2gen.store.sharing import device_called
 
-    return known_device(name) or device_on_file(name) or named_device(name)
+    return device_called(name)
 
 
 def in_source_tree() -> bool:

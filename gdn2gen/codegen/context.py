@@ -6,6 +6,7 @@ Templates decide structure alone; what takes more than a comparison is worked ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
@@ -14,9 +15,11 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
-from gdn2gen.kernels.slices import NARROWEST as MERGED_ROWS
 from gdn2gen.kernels.slices import slices_of
 from gdn2gen.kernels.stage import Operand, Stage
+
+# BM of merge_kernel: the rows of values that a program takes.
+_MERGED_ROWS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _folded(problem: Problem, config: Config) -> dict[str, str]:
         "first": first,
         "rows": f"(o_v - {first} < K)[:, None]" if K_left else "",
         # and those of merge_kernel, BM rows of values each
-        "merged": "(V // BM + 1)" if problem.V % MERGED_ROWS else "(V // BM)",
+        "merged": "(V // BM + 1)" if problem.V % _MERGED_ROWS else "(V // BM)",
     }
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gdn2gen.base.device import Device, filed_device, is_name_of
+from gdn2gen.base.device import Device, filed_device, is_name_of, known_device, named_device
 from gdn2gen.base.errors import StoreError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.registry import OPS
@@ -33,6 +33,11 @@ def device_on_file(name: str) -> Device | None:
                 if file is not None and is_name_of(name, str(file.metadata["gpu"])):
                     return device_of(file)
     return None
+
+
+def device_called(name: str) -> Device:
+    """The device of that name: in the table of GPUs, or one that a tuned file says it is of."""
+    return known_device(name) or device_on_file(name) or named_device(name)
 
 
 def device_of(file: TunedFile) -> Device:

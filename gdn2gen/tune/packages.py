@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gdn2gen.base.device import Device, has_gpu, known_device, named_device, present_device
+from gdn2gen.base.device import Device, has_gpu, present_device
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
@@ -17,7 +17,7 @@ from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import Found, generate_command, in_triton
-from gdn2gen.store.sharing import device_on_file
+from gdn2gen.store.sharing import device_called
 from gdn2gen.store.sizes import find_recipe_of_any_size, verified
 from gdn2gen.tune.gpu.attempt import fitting, right
 from gdn2gen.tune.gpu.backend import WorkerBackend
@@ -187,9 +187,7 @@ def generate(
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
     present = target is None and has_gpu()
-    name = target or "sm_90"
-    device = known_device(name) or device_on_file(name) or named_device(name)
-    device = present_device() if present else device
+    device = present_device() if present else device_called(target or "sm_90")
     return make(
         problem,
         wanted,
@@ -223,9 +221,8 @@ def make(
     if not is_proven(found):
         proof = prove(found.recipe, device, present=present, say=say)
         found = proven(found, proof)
-    command, origin = (
-        generate_command(found),
-        f"{found.source}: {found.why.partition('; looked at')[0]}",
-    )
+    command = generate_command(found)
+    # less the folders of this machine
+    origin = f"{found.source}: {found.why.partition('; looked at')[0]}"
     files = generate_package(found.recipe, out_dir, command, origin=origin, force=force)
     return Package(files, found, proof)
