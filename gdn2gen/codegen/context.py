@@ -15,7 +15,7 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
-from gdn2gen.kernels.slices import slices_of
+from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import Operand, Stage
 
 # BM of merge_kernel: the rows of values that a program takes.
@@ -95,6 +95,8 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         # of programs, or loops, that take all channels at once
         "k_slices": k_slices,
         "v_slices": dim_slices("V", problem.V),
+        # a range of at least all channels
+        "k_covered": "K" if covering(problem.K) == problem.K else str(covering(problem.K)),
         "sliced": lambda name: [f"{name}{x.n}" for x in k_slices],
         **_tiles(problem, config),
         "folded": _folded(problem, config),
@@ -145,7 +147,10 @@ def _folded(problem: Problem, config: Config) -> dict[str, str]:
 
 
 def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
-    sizes = {"NK": "K // BK", **({"N+1": "N1"} if problem.varlen else {"N": "B"})}
+    sizes = {
+        "NK": _tiles(problem, config)["n_k"].strip("()"),
+        **({"N+1": "N1"} if problem.varlen else {"N": "B"}),
+    }
     tensors = []
     for operand in config.operands(problem):
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
@@ -158,6 +163,8 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
         # none, configs have one stage of loads and no register hand-over, and each is waited for.
         "overlaps": config.size("num_stages") > 1 or config.get("maxnreg", 0) != 0,
+        # the widest power of two that values come in slices of
+        "v_width": problem.V & -problem.V,
         "tile_dtype": DTYPE[problem.dtype].full_name,
         "gate_tile_dtype": DTYPE[problem.gate_dtype].full_name,
     }

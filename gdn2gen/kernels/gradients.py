@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
@@ -37,6 +38,14 @@ _DOTS: Final = (
     Operand("q_dot", "NT HV BT", "fp32", "l2norm"),
     Operand("k_dot", "NT HV BT", "fp32", "l2norm"),
 )
+
+_OVER_192: Final = tuple(x for x in TILED_DIMS["V"] if x > 192)
+
+
+def _up_to(most: int) -> tuple[int, ...]:
+    """Values of V that TileLang's tiles of them fit with."""
+    return tuple(x for x in TILED_DIMS["V"] if x <= most)
+
 
 GRAD_VALUE: Final = Stage(
     name="grad_value",
@@ -71,14 +80,27 @@ GRAD_VALUE: Final = Stage(
             "grad_value",
             knobs={
                 "chunks": (1, 4, 16),
-                "BV": (32, 64, 128),
+                "BV": TILED_DIMS["V"],
                 "num_warps": (4,),
                 "num_stages": LOADS_AHEAD,
                 "maxnreg": (0, 80, 128),
             },
-            defaults=(Setting({"maxnreg": 80}),),
-            limits=(Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),),
+            defaults=(
+                Setting({"maxnreg": 80}),
+                Setting({"maxnreg": 128}, {"V": (160, 192)}),
+                Setting({"maxnreg": 0}, {"V": _OVER_192}),
+                Setting({"maxnreg": 0}, {"V": WIDE, "BT": (64,)}),
+            ),
+            limits=(
+                Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),
+                Limit("V", _up_to(384), "of more its nine tiles exceed 227 KB", {"BT": (32,)}),
+                Limit("V", _up_to(192), "of more its nine tiles exceed 227 KB", {"BT": (64,)}),
+                Limit("maxnreg", (0, 128), "three do not fit", {"V": (160, 192)}),
+                Limit("maxnreg", (0,), "two do not fit", {"V": _OVER_192}),
+                Limit("maxnreg", (0,), "two do not fit", {"V": (160, 192), "BT": (64,)}),
+            ),
             whole=("BV",),
+            exact=True,
         ),
     ),
     later={"language": "triton", "chunks": 1},
@@ -155,14 +177,20 @@ _ANCHORED_TILELANG: Final = Form(
     knobs={
         "chunks": (1, 4, 16),
         "BK": (64,),
-        "BV": (32, 64, 128),
+        "BV": TILED_DIMS["V"],
         "num_warps": (4,),
         "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 128),
     },
-    defaults=(Setting({"chunks": 16, "maxnreg": 128}),),
+    defaults=(
+        Setting({"chunks": 16, "maxnreg": 128}),
+        Setting({"maxnreg": 0}, {"V": WIDE}),
+    ),
     limits=(
         REACH,
+        Limit("V", _up_to(384), "of more its tiles exceed 227 KB", {"BT": (32,)}),
+        Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"V": WIDE, "BT": (32,)}),
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
         Limit(
             "num_stages",
@@ -172,6 +200,7 @@ _ANCHORED_TILELANG: Final = Form(
         ),
     ),
     whole=("BV",),
+    exact=True,
 )
 
 GRAD_KEY: Final = Stage(

@@ -8,25 +8,30 @@ from typing import Final
 from gdn2gen.kernels.limits import Limit
 
 LANGUAGE_NAMES: Final = {"triton": "Triton", "tilelang": "TileLang"}
-# Head dims that one tile is as wide as.
-WHOLE_DIMS: Final = (32, 64, 128)
-_TILES: Final = "its tiles are as wide as the head dim, in powers of two"
+# Head dims whose rows TMA loads and stores, and products take, as they are.
+TILED_DIMS: Final = {"K": tuple(range(32, 257, 32)), "V": tuple(range(32, 513, 32))}
+_TILED: Final = "TMA writes to multiples of 128 bytes, which 32 channels of gamma_C are"
 _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
+_ON_AMPERE: Final = {"arch": _AMPERE}
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
     "triton": (),
     "tilelang": (
         Limit("dtype", ("bf16", "fp16"), "its products have 16-bit operands"),
         Limit("num_warps", (4,), "a warp group computes"),
-        Limit("K", WHOLE_DIMS, _TILES),
-        Limit("V", WHOLE_DIMS, _TILES),
+        Limit("K", TILED_DIMS["K"], _TILED),
+        Limit("V", TILED_DIMS["V"], "its tiles in registers are at least 32 values wide"),
+        *(
+            Limit(dim, (32, 64, 128), "other head dims were compiled for sm_90 alone", _ON_AMPERE)
+            for dim in ("K", "V")
+        ),
         Limit("arch", (None, *_AMPERE, "sm_90"), "others were not compiled for"),
-        Limit("maxnreg", (0,), "that arch hands no registers to other warps", {"arch": _AMPERE}),
+        Limit("maxnreg", (0,), "that arch hands no registers to other warps", _ON_AMPERE),
         # 0.1.15
         Limit(
             "num_stages",
             (1,),
             "its waits for asynchronous copies take a constant count there",
-            {"arch": _AMPERE},
+            _ON_AMPERE,
         ),
     ),
 }

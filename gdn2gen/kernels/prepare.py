@@ -7,6 +7,7 @@ from typing import Final
 
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
@@ -26,6 +27,13 @@ from gdn2gen.kernels.stage import Form, Operand, Stage
 
 # Members whose erase and write gate is one number a head, which prepare loads as a tile of its own.
 _TIED: Final = tuple(op for op in OPS if recurrence_named(op).tied)
+_OVER_128: Final = tuple(x for x in TILED_DIMS["K"] if x > 128)
+_UP_TO_192: Final = Limit(
+    "K",
+    tuple(x for x in TILED_DIMS["K"] if x <= 192),
+    "its tiles of 256 channels take 267 KB",
+    {"BT": (64,)},
+)
 _MAKE_Y: Final = "BT K BT"
 
 # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
@@ -72,7 +80,7 @@ _ANCHORED_TILELANG: Final = Form(
     "prepare_anchored",
     knobs={
         "chunks": (1, 2, 4, 8, 16),
-        "BK": (32, 64, 128),
+        "BK": TILED_DIMS["K"],
         # by substitution in fp32, all at once or that of either half
         "solve": ("ieee", "halves"),
         "num_warps": (4,),
@@ -83,6 +91,10 @@ _ANCHORED_TILELANG: Final = Form(
     defaults=(
         Setting({"chunks": 4, "solve": "halves", "maxnreg": 80}),
         Setting({"maxnreg": 64}, {"K": (32, 64)}),
+        Setting({"maxnreg": 128}, {"K": (160, 192)}),
+        Setting({"maxnreg": 0}, {"K": (224, 256)}),
+        Setting({"maxnreg": 80}, {"K": _OVER_128, "BT": (16,)}),
+        Setting({"maxnreg": 0}, {"K": (96,), "BT": (64,)}),
     ),
     limits=(
         REACH,
@@ -94,10 +106,22 @@ _ANCHORED_TILELANG: Final = Form(
             {"BT": (16,), "op": _TIED},
         ),
         Limit("solve", ("ieee",), "halves give two columns to a thread", {"BT": (16, 64)}),
+        Limit(
+            "K",
+            (32, 64, 96, 128),
+            "of more channels a thread holds all 64 tokens of two, and spills 448 to 768 bytes",
+            {"BT": (64,)},
+        ),
         Limit("maxnreg", (0, 80, 128), "four do not fit", {"K": (128,)}),
+        Limit("maxnreg", (0, 80, 128), "four do not fit", {"K": (96,), "BT": (32,)}),
+        Limit("maxnreg", (0, 80, 128), "four do not fit", {"K": _OVER_128, "BT": (16,)}),
+        Limit("maxnreg", (0, 128), "three do not fit", {"K": (160, 192), "BT": (32,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"K": (224, 256), "BT": (32,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"K": (96,), "BT": (64,)}),
         Limit("maxnreg", (0, 128), "a thread holds the norms of 64 tokens", {"BT": (64,)}),
     ),
     whole=("BK",),
+    exact=True,
 )
 
 PREPARE: Final = Stage(
@@ -145,17 +169,26 @@ _WHOLE: Final = Form(
     "reprepare",
     knobs={
         "chunks": (1, 4, 16),
-        "BK": (32, 64, 128),
+        "BK": TILED_DIMS["K"],
         "num_warps": (4,),
         "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 80, 128),
     },
-    defaults=(Setting({"chunks": 4, "maxnreg": 80}),),
+    defaults=(
+        Setting({"chunks": 4, "maxnreg": 80}),
+        Setting({"maxnreg": 128}, {"K": (160, 192), "BT": (32,)}),
+        Setting({"maxnreg": 0}, {"K": (224, 256), "BT": (32,)}),
+        Setting({"maxnreg": 0}, {"K": _OVER_128, "BT": (64,)}),
+    ),
     limits=(
         Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),
+        Limit("maxnreg", (0, 128), "three do not fit", {"K": (160, 192), "BT": (32,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"K": (224, 256), "BT": (32,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"K": _OVER_128, "BT": (64,)}),
         Limit("maxnreg", (0, 128), "ptxas 13.0 aborts", {"BT": (64,), "K": (128,)}),
     ),
     whole=("BK",),
+    exact=True,
 )
 
 REPREPARE: Final = Stage(
@@ -164,7 +197,7 @@ REPREPARE: Final = Stage(
     outputs=(G, *FACTORS),
     scalars=CHUNK_SCALARS,
     products=(_MAKE_Y,),
-    forms=(_SLICES, _WHOLE),
+    forms=(_SLICES, replace(_WHOLE, limits=(*_WHOLE.limits, _UP_TO_192))),
     later={"language": "triton", "chunks": 1},
 )
 

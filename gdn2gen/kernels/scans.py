@@ -65,7 +65,12 @@ _SERIAL_TILELANG: Final = Form(
     "tilelang",
     "scan",
     knobs={"BV": (64,), "num_warps": (4,), "num_stages": (1, 2, 3, 4)},
-    defaults=(Setting({"num_stages": 3}),),
+    defaults=(
+        Setting({"num_stages": 3}),
+        # three of scan_states take 228 KB
+        Setting({"num_stages": 2}, {"K": (256,)}),
+        Setting({"num_stages": 1}, {"K": WIDE, "BT": (64,)}),
+    ),
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
 

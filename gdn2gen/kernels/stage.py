@@ -101,6 +101,8 @@ class Form:
     """Tiles, and the head dims that they need not be wider than."""
     whole: tuple[str, ...] = ()
     """Tiles that are as wide as they may be."""
+    exact: bool = False
+    """Whether those take the head dim as it is, and not the power of two that covers it."""
     refuses: Callable[[Place], str | None] | None = None
     """Why it cannot run there, where no limit can say it."""
     ahead: tuple[Operand, ...] = ()
@@ -168,7 +170,8 @@ class Form:
     def widest(self, tile: str, size: object) -> int:
         """What a tile may be at most, for a head dim: it covers it, or is its knob's largest."""
         assert isinstance(size, int)
-        return min(covering(size), max(map(int, self.knobs[tile])))
+        covers = size if self.exact and tile in self.whole else covering(size)
+        return min(covers, max(map(int, self.knobs[tile])))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
