@@ -18,7 +18,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
             "decay": "anchored",
             "BK": problem.K,
             "solve": "halves" if BT == 32 else "ieee",
-            "maxnreg": 80 if problem.K == 128 else 64,
+            "maxnreg": 80 if problem.K in (96, 128) else 64,
         },
         "reprepare": {"BK": problem.K, "maxnreg": 80},
         "sum_decay": {"BK": problem.K},

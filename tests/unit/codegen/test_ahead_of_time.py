@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tilelang_configs import tilelang_by_chunk
+from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead
@@ -193,6 +193,34 @@ def test_tilelang_by_chunk_compiles_without_spills(
     registers = config.size("maxnreg") or 80  # sum_decay always has three programs
     assert used.registers <= registers
     assert _programs(used) >= 65536 // (256 * registers), used
+
+
+@pytest.mark.parametrize(
+    ("stage", "K", "V", "spilled"),
+    [
+        ("prepare", 96, 96, 0),
+        ("grad_value", 192, 96, 0),
+        ("grad_key", 96, 160, 0),
+        # the state of 256 channels takes half of a thread's registers
+        ("scan", 256, 96, SPILLED),
+    ],
+)
+@pytest.mark.tilelang
+def test_tilelang_of_other_head_dims_compiles_and_fits(
+    stage: str, K: int, V: int, spilled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of head dims that are no powers of two, and of slices that reach past the end."""
+    problem, device = replace(_STATES, K=K, V=V), named_device("sm_90")
+    config = tilelang_config(stage, problem)
+    if V > 128 and stage == "grad_key":
+        config = config.replace(maxnreg=0)
+    assert why_hopeless(config, problem, device) is None
+    assert "sm_90 alone" in str(why_hopeless(config, problem, named_device("sm_80")))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes <= spilled, f"{stage} [{config}]: {used}"
+    assert 2**14 < used.shared_bytes <= device.shared_bytes
+    assert 0 < used.registers <= 255
 
 
 @pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
