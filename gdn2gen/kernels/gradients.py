@@ -188,7 +188,7 @@ _ANCHORED_TILELANG: Final = Form(
     ),
     limits=(
         REACH,
-        Limit("V", _up_to(384), "of more its tiles exceed 227 KB", {"BT": (32,)}),
+        Limit("V", _up_to(352), "with a gate's, those of 384 take 228 KB", {"BT": (32,)}),
         Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),
         Limit("maxnreg", (0,), "two do not fit", {"V": WIDE, "BT": (32,)}),
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
