@@ -11,6 +11,7 @@ from typing import Final
 import pytest
 import torch
 from gpu_support import draw, moved, off, poisoned, run, sized
+from tilelang_configs import tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.kernels.recipe import Recipe
@@ -92,6 +93,30 @@ def test_segments_side_by_side(size: tuple[int, int]) -> None:
     recipe = Recipe.default(problem_of("gdn2", size), "fast", 16)
     chains = [x for x in recipe.configs if STAGES[x.stage].selector == "segments"]
     check(recipe.with_config(*(x.replace(segments="parallel") for x in chains)), "zero", shape=LONG)
+
+
+# Partial slices of channels and of values, frames beside them, and what only a whole tile serves.
+TILED: Final = ((96, 96), (96, 160), (160, 64), (192, 192), (256, 256), (128, 384), (256, 512))
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(TILED))
+def test_tilelang_of_multiples_of_32(size: tuple[int, int], op: str) -> None:
+    recipe = tilelang_recipe(problem_of(op, size), "lean")
+    served = [x for x in recipe.configs if x["language"] == "tilelang"]
+    assert len(served) >= len(recipe.configs) - 2
+    check(recipe, "layer", "strong", "mixed", "zero", "sparse")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(TILED))
+def test_tilelang_packed_with_gates_and_states(size: tuple[int, int], op: str) -> None:
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    problem = problem_of(op, size, varlen=True, state_v_first=True, **gates)
+    check(tilelang_recipe(problem, "states"), "layer", "strong", shape=PACKED)
 
 
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written() -> None:

@@ -8,10 +8,14 @@ from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.validity import why_invalid
 
 
 def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 4) -> Config:
-    """The config of a stage in TileLang that takes least registers; not of the scans."""
+    """The config of a stage in TileLang that takes least registers; not of the scans.
+
+    Of wider heads as many as there are: fewer would spill.
+    """
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
     own: dict[str, dict[str, Knob]] = {
         "prepare": {
@@ -26,7 +30,9 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
         "grad_key": {"decay": "anchored", "BK": 64, "BV": problem.V, "maxnreg": 128},
     }
     config = default_config(stage, problem, BT=BT)
-    return config.replace(language="tilelang", **knobs, **own[stage])
+    config = config.replace(language="tilelang", **knobs, **own[stage])
+    wide = "maxnreg" in config and max(problem.K, problem.V) > 128
+    return config.replace(maxnreg=0) if wide else config
 
 
 def tilelang_config(stage: str, problem: Problem, BT: int = 32) -> Config:
@@ -38,6 +44,11 @@ def tilelang_config(stage: str, problem: Problem, BT: int = 32) -> Config:
 
 
 def tilelang_recipe(problem: Problem, plan: str, BT: int = 32) -> Recipe:
-    """Every stage in TileLang; of K and V that are 64 or 128."""
-    stages = PLANS[plan].stages
-    return Recipe.of(problem, plan, {x: tilelang_config(x, problem, BT) for x in stages})
+    """Every stage in TileLang; where it has no form for these head dims, the default."""
+
+    def config(stage: str) -> Config:
+        wanted = tilelang_config(stage, problem, BT)
+        served = why_invalid(wanted, problem, "sm_90") is None
+        return wanted if served else default_config(stage, problem, BT=BT)
+
+    return Recipe.of(problem, plan, {x: config(x) for x in PLANS[plan].stages})

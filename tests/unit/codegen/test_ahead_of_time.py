@@ -212,8 +212,6 @@ def test_tilelang_of_other_head_dims_compiles_and_fits(
     """Of head dims that are no powers of two, and of slices that reach past the end."""
     problem, device = replace(_STATES, K=K, V=V), named_device("sm_90")
     config = tilelang_config(stage, problem)
-    if V > 128 and stage == "grad_key":
-        config = config.replace(maxnreg=0)
     assert why_hopeless(config, problem, device) is None
     assert "sm_90 alone" in str(why_hopeless(config, problem, named_device("sm_80")))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
