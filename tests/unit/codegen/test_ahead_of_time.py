@@ -71,6 +71,7 @@ _ONE_FRAME_FREE: Final = replace(_ONE_FRAME, K=64, l2norm=False, has_A_log=False
 _FP32: Final = replace(_STATES, dtype="fp32")
 # The dyadic forms where they take most registers.
 _WIDE_FP16: Final = replace(_ALL, K=128, V=128)
+_K256: Final = replace(_STATES, K=256, V=64)
 _WIDE_FP32: Final = replace(_WIDE_FP16, dtype="fp32")
 
 
@@ -102,6 +103,10 @@ def _cases() -> Iterator[object]:
         for stage in ("prepare", "grad_key"):
             config = default_config(stage, problem, BT=BT).replace(decay="bounded")
             yield _case(f"{name}-frame", problem, "sm_90", config)
+    # a transition between segments is 256 KB there
+    for stage in ("scan", "reverse_scan"):
+        config = default_config(stage, _K256, BT=16, arch="sm_86").replace(segments="parallel")
+        yield _case("K256-parallel", _K256, "sm_86", config)
     knobs: dict[str, dict[str, Knob]] = {
         "prepare": {"decay": "log", "BK": 32, "num_warps": 1},
         "reprepare": {"num_warps": 4},
