@@ -6,7 +6,8 @@
 
 For whoever moves or mends templates. Every form of every stage, and every config on file, is
 rendered for many problems from both trees. Texts may differ in docstrings and comments, and name
-another digest; where anything else differs, the script says so, renews nothing of it and exits 1.
+another digest; where anything else differs, the script says so, renews nothing of it and exits 1. A
+template that changed the kernels of one op is renewed for the others.
 """
 
 from __future__ import annotations
@@ -215,15 +216,17 @@ def main() -> int:
     given = [*cases()]
     old, new = rendered_at(args.revision, given), render_all(given)
     counts: Counter[str] = Counter()
-    renewed: dict[str, str] = {}
-    changed: dict[str, str] = {}
+    # by op and digest, which is one of a template's files, whatever they make of them
+    renewed: dict[tuple[str, str], str] = {}
+    changed: dict[tuple[str, str], str] = {}
     for case, before, after in zip(given, old, new, strict=True):
         result = compared(before, after)
+        filed = case["problem"]["op"], before[0]
         counts[result if result in ("same", "words", "new") else "other"] += 1
         if result in ("same", "words"):
-            renewed[before[0]] = after[0]
+            renewed[filed] = after[0]
         elif result != "new":
-            changed.setdefault(before[0], f"{case['stage']} {_label(case)}\n{result}")
+            changed.setdefault(filed, f"{case['stage']} {_label(case)}\n{result}")
     print(
         f"{len(given)} kernels: {counts['same']} the same, {counts['words']} but for docstrings "
         f"and comments, {counts['new']} new, {counts['other']} changed since {args.revision}"
@@ -231,7 +234,7 @@ def main() -> int:
     for text in changed.values():
         print(f"\n{text}")
     if args.renew:
-        _renew({x: y for x, y in renewed.items() if x not in changed and x != y})
+        _renew({x: y for x, y in renewed.items() if x not in changed and x[1] != y})
     return bool(changed)
 
 
@@ -242,12 +245,13 @@ def _label(case: Case) -> str:
     return " ".join([*told, *(f"{x}={y}" for x, y in case["knobs"].items())])
 
 
-def _renew(renewed: dict[str, str]) -> None:
+def _renew(renewed: dict[tuple[str, str], str]) -> None:
     """Put the new digests where the old ones are filed; entries that were stale stay so."""
     for path in sorted((ROOT / "tuned").glob("*/*.json")):
         text = old = path.read_text()
-        for before, after in renewed.items():
-            text = text.replace(f'"{before}"', f'"{after}"')
+        for (op, before), after in renewed.items():
+            if op == path.parent.name:
+                text = text.replace(f'"{before}"', f'"{after}"')
         if text != old:
             replace_file(path, text)
             print(f"{path.relative_to(ROOT)}: digests renewed")

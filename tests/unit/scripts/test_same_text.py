@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from script_module import load_script
 
@@ -42,3 +45,16 @@ def test_every_template_is_rendered() -> None:
         for path in (templates_dir() / folder / "stages").iterdir()
     }
     assert found == stages - {"triton/stages/chunk_tables.py.jinja"}
+
+
+def test_what_changed_for_one_op_is_renewed_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One digest names a template's files, whatever an op's kernels are made of them."""
+    files = [tmp_path / "tuned" / op / "gpu.json" for op in ("gdn2", "kda")]
+    for path in files:
+        path.parent.mkdir(parents=True)
+        path.write_text('{"templates": {"grad_key": "old"}}')
+    monkeypatch.setattr(same_text, "ROOT", tmp_path)
+    same_text._renew({("gdn2", "old"): "new", ("kda", "other"): "newer"})
+    assert [json.loads(x.read_text())["templates"]["grad_key"] for x in files] == ["new", "old"]
