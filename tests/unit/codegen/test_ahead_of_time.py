@@ -203,8 +203,6 @@ def test_tilelang_by_chunk_compiles_without_spills(
 @pytest.mark.parametrize(
     ("stage", "K", "V", "spilled"),
     [
-        ("prepare", 96, 96, 0),
-        ("grad_value", 192, 96, 0),
         ("grad_key", 96, 160, 0),
         # the state of 256 channels takes half of a thread's registers
         ("scan", 256, 96, SPILLED),
