@@ -105,7 +105,9 @@ def _fitted(config: Config, problem: Problem, arch: str | None) -> Config:
         if tile in tiles:
             widest = form.widest(tile, place[dim])
             tiles[tile] = widest if tile in form.whole else min(tiles[tile], widest)
-    found = config.replace(**tiles)
-    if why_invalid(found, problem, arch) is None:
-        return found
+    # a tile that is exactly as wide as a head dim may be none that the form takes
+    if all(width in form.knobs[tile] for tile, width in tiles.items()):
+        found = config.replace(**tiles)
+        if why_invalid(found, problem, arch) is None:
+            return found
     return default_config(config.stage, problem, BT=place.BT, arch=arch)
