@@ -227,8 +227,7 @@ GRAD_KEY: Final = Stage(
         Operand("dk", "B T HV K"),
         Operand("dg", "B T HV K", "gate"),
         Operand("db", "B T HV K", when="b"),
-        # beta (1 - beta) of its sigmoid cancels what <R, dX> / beta is divided by
-        Operand("dbeta_part", "NT HV NK BT", "fp32", "beta, as given"),
+        Operand("dbeta_part", "NT HV NK BT", "fp32", "beta"),
         Operand("dbeta", "B T HV", "factor", "beta"),
         Operand("dA_log", "NT HV K", "fp32", "A_log"),
         Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),

@@ -62,7 +62,6 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "w": "w" in inputs,
         "w, rounded": "w" in inputs and problem.dtype != "fp32",
         "beta": "beta" in inputs,
-        "beta, as given": "beta" in inputs and not problem.beta_sigmoid,
         "l2norm": problem.l2norm,
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,

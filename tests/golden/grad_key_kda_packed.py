@@ -12,7 +12,8 @@ then through the scores, where a pair (i, j) met at an anchor a:
 
 where e = k is the key that erases and c = beta k the one that is written, so that dk = de + beta dc.
 dg is the reverse cumulative sum of dG = q dq + e de - c dc within the chunk. fold_beta_kernel, a
-program per chunk and BH heads, makes dbeta of <R, dX>.
+program per chunk and BH heads, makes dbeta: the mean of <R, dX> / beta and <k, dc>, of which a program
+here has the part of its channels.
 
 grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which loads one
 chunk ahead. Its anchor is the chunk's start, a = 0: exact where every channel of the slice keeps at
@@ -42,11 +43,12 @@ slices, frame by frame.
     dq             [B, T, HV, K]     bf16   gradient of q, per value head
     dk             [B, T, HV, K]     bf16   gradient of k, per value head
     dg             [B, T, HV, K]     fp32   gradient of g, per value head
+    dbeta_part     [NT, HV, NK, BT]  fp32   gradient of k_beta: sums over a slice of channels
     dbeta          [B, T, HV]        bf16   gradient of beta
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 7b0faa4c3da5f6ae; made by
+Template digest 95d5a1ba03b564b2; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval,varlen --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4
@@ -59,7 +61,8 @@ import triton.language as tl
 K, V = 128, 128
 BT, BK = 32, 64
 BH = 16  # heads of a program of fold_beta_kernel
-
+# Of a smaller beta, what is left of dX, which has it as a factor, may be 0.
+LEAST_BETA = tl.constexpr(2.0**-60)
 CHUNKS, STAGES = 4, 2
 LOOKED_AT = 4  # chunks a program of strong_decay_kernel
 LEAST_GAMMA = tl.constexpr(2.0**-96)
@@ -123,6 +126,7 @@ def grad_key_kernel(
     dq,
     dk,
     dg,
+    dbeta_part,
     dbeta,
     scale,
     lower_bound,
@@ -211,6 +215,8 @@ def grad_key_kernel(
         b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
         b_dq += b_diagonal * (b_k * b_beta)
         b_dk += b_diagonal * b_q
+        p_part = (i_tile * (K // BK) + i_k) * BT + o_t
+        tl.store(dbeta_part + p_part, tl.sum(b_dk * b_k, 1), mask=o_t < n_exact)
         b_dk = b_dk * b_beta + b_de
         b_q_dot = tl.load(q_dot + p_token)
         b_k_dot = tl.load(k_dot + p_token)
@@ -247,6 +253,7 @@ def strong_decay_kernel(
     dq,
     dk,
     dg,
+    dbeta_part,
     dbeta,
     scale,
     lower_bound,
@@ -346,6 +353,8 @@ def strong_decay_kernel(
             b_diagonal = tl.load(dAqk_diagonal + p_token)[:, None]
             b_dq += b_diagonal * (b_k * b_beta)
             b_dk += b_diagonal * b_q
+            p_part = (i_tile * (K // BK) + i_k) * BT + o_t
+            tl.store(dbeta_part + p_part, tl.sum(b_dk * b_k, 1), mask=m_t)
             b_dk = b_dk * b_beta + b_de
             b_q_dot = tl.load(q_dot + p_token)
             b_k_dot = tl.load(k_dot + p_token)
@@ -361,6 +370,7 @@ def strong_decay_kernel(
 def fold_beta_kernel(
     beta_dot,
     k_beta,
+    dbeta_part,
     dbeta,
     chunk_table,
     T,
@@ -370,7 +380,13 @@ def fold_beta_kernel(
     BK: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dbeta of a chunk, BH heads at a time: <R, dX> / beta, through the sigmoid that made beta."""
+    """dbeta of a chunk, BH heads at a time: the mean of <k, dc> and <R, dX> / beta.
+
+    Both are the gradient. The sum over channels is nearer to it, but of keys that have much in
+    common, where it is a difference of large terms. Half of what rounding adds to one is not in
+    the other, so the mean is off by less than either. It is <k, dc> alone where beta is so small
+    that <R, dX> / beta has no digits left.
+    """
     i_c = tl.program_id(0)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_t = tl.arange(0, BT)
@@ -381,30 +397,38 @@ def fold_beta_kernel(
     i_tile = i_c.to(tl.int64) * HV + o_h
     p_tile = i_tile[None, :] * BT + o_t[:, None]
     b_beta = tl.load(k_beta + p_tile, mask=m_th, other=0.0)
-    b_dbeta = tl.load(beta_dot + p_tile, mask=m_th, other=0.0)
-    b_dbeta *= 1.0 - 0.5 * b_beta
+    b_dot = tl.load(beta_dot + p_tile, mask=m_th, other=0.0)
+    b_dbeta = tl.zeros([BT, BH], tl.float32)
+    for i_k in range(0, K // BK):
+        p_part = (i_tile * (K // BK) + i_k)[None, :] * BT + o_t[:, None]
+        b_dbeta += tl.load(dbeta_part + p_part, mask=m_th, other=0.0)
+    m_small = tl.abs(b_beta) < LEAST_BETA
+    b_dbeta = tl.where(m_small, b_dbeta, 0.5 * (b_dbeta + b_dot / tl.where(m_small, 1.0, b_beta)))
+    b_dbeta *= b_beta * (1.0 - 0.5 * b_beta)
     tl.store(dbeta + p_beta, b_dbeta.to(tl.bfloat16), mask=m_th)
 
 
 def launch(
     q, k, g, q_rstd, k_rstd, k_beta, G, gamma_C, h, R, dh, dX, dT, dAqk, dAqk_diagonal, do,
-    beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta, *, scale, lower_bound, n_chunks, T,
-    H, HV, HG
+    beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta_part, dbeta, *, scale, lower_bound,
+    n_chunks, T, H, HV, HG
 ):
     """Launch all kernels on the current stream."""
     grad_key_kernel[(-(-n_chunks // CHUNKS) * HV * (K // BK),)](
         q, k, g, q_rstd, k_rstd, k_beta, G, gamma_C, h, R, dh, dX, dT, dAqk, dAqk_diagonal, do,
-        beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta, scale, lower_bound, T, H, HV, HG,
+        beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta_part, dbeta, scale, lower_bound,
+        T, H, HV, HG,
         NT=n_chunks, K=K, V=V, BT=BT, BK=BK, CHUNKS=CHUNKS, STAGES=STAGES,
         num_warps=4, num_stages=2,
     )
     strong_decay_kernel[(-(-n_chunks // LOOKED_AT) * HV * (K // BK),)](
         q, k, g, q_rstd, k_rstd, k_beta, G, gamma_C, h, R, dh, dX, dT, dAqk, dAqk_diagonal, do,
-        beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta, scale, lower_bound, T, H, HV, HG,
+        beta_dot, q_dot, k_dot, chunk_table, dq, dk, dg, dbeta_part, dbeta, scale, lower_bound,
+        T, H, HV, HG,
         NT=n_chunks, K=K, V=V, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
         num_warps=4, num_stages=2,
     )
     fold_beta_kernel[(n_chunks, -(-HV // BH))](
-        beta_dot, k_beta, dbeta, chunk_table, T, HV,
+        beta_dot, k_beta, dbeta_part, dbeta, chunk_table, T, HV,
         K=K, BT=BT, BK=BK, BH=BH, num_warps=1,
     )

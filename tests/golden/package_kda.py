@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="11f9f9a78c8e71c2",
+    grad_key="4402916d1b3ffbe3",
     grad_value="a483823ea804fbf8",
     prepare="beab6a6986e7c444",
     rescan="9b1975e832f84135",

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="bd0d5552900cc7a8",
+    grad_key="95538baea63fe0db",
     grad_value="ccf2884b8bf7555d",
     prepare="3101e8c8a7187bbd",
     rescan="c3d3f4bc781226c9",

@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="ae0511f9ef042d25",
+    grad_key="abea41669f3233c9",
     grad_value="d3556aa4f22adb07",
     prepare="d20df56001b42a71",
     reprepare="bb2fc91ca30235f1",
