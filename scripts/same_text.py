@@ -125,7 +125,8 @@ def _flags(problem: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     recurrence = recurrence_named(problem["op"])
     wide = recurrence.has_factor and problem.get("dtype") != "fp32"
     tied = TIED_FLAGS if recurrence.tied else ()
-    return (*FLAGS, *tied, *(WIDE_FLAGS if wide else ()))
+    known = [x for x in FLAGS if x.get("gate", "none") in recurrence.activations]
+    return (*known, *tied, *(WIDE_FLAGS if wide else ()))
 
 
 def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config | None:

@@ -156,7 +156,7 @@ def _compile_kernel(
     kernel: Any = getattr(module, name)
     operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     signature = {x.name: f"*{DTYPE[x.dtype_in(problem)].triton_name}" for x in operands}
-    scalars = [x for x in kernel.arg_names if x in (*stage.scalars, "NT")]
+    scalars = [x for x in kernel.arg_names if x in (*stage.scalars_of(problem), "NT")]
     signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
     constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -6,6 +6,7 @@ Templates decide structure alone; what takes more than a comparison is worked ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from gdn2gen.base import environment
@@ -16,7 +17,7 @@ from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.slices import covering, slices_of
-from gdn2gen.kernels.stage import Operand, Stage
+from gdn2gen.kernels.stage import OF, Operand, Stage
 
 # BM of merge_kernel: the rows of values that a program takes.
 _MERGED_ROWS: Final = 16
@@ -66,6 +67,7 @@ def dim_slices(dim: str, size: int) -> list[DimSlice]:
 
 def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
     """Everything that a template may refer to, beside `digest` and `regenerate`."""
+    recurrence = recurrence_named(problem.op)
     common = {
         "problem": problem,
         "stage": stage,
@@ -73,13 +75,27 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         "operands": [x.name for x in config.operands(problem)],
         "glossary": _glossary(problem, stage, config),
         # one number a head erases and writes: see `Recurrence.tied`
-        "tied": recurrence_named(problem.op).tied,
+        "tied": recurrence.tied,
+        "erases": recurrence.erases,
+        # the decay, if there is one, is outside of products over channels: one number a head
+        "outside": recurrence.decays_by in OF["outside"],
+        "decays": recurrence.decay is not None,
         # of a forward scan, beside the state: "o", "h" (with R), or both
         "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
     }
     if language_of(config) == "tilelang":
         return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
-    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
+    own = {
+        "operand_dtype": _operand_dtype(problem),
+        "token_factors": partial(_token_factors, recurrence.erases),
+    }
+    return common | _triton_context(problem, config) | own
+
+
+def _token_factors(erases: bool, of_q: bool, of_k: bool) -> list[str]:
+    """What scans that read q and k themselves load for a chunk's tokens beside tiles."""
+    of_keys = [*(["b_k_head"] if erases else []), "b_k_tail"]
+    return [*(["b_q_head"] if of_q else []), *(of_keys if of_k else [])]
 
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:

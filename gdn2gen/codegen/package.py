@@ -28,10 +28,10 @@ from gdn2gen.kernels.schedule import (
     Step,
     given_inputs,
     gradients_of,
+    outputs_of,
     read_by,
     schedule,
 )
-from gdn2gen.kernels.stages import STAGES
 
 __all__ = ["check_folder", "generate_package", "package_source", "package_texts"]
 
@@ -170,7 +170,7 @@ def _arguments(step: Step, problem: Problem) -> tuple[str, ...]:
 
 def _folded(recurrence: Recurrence) -> dict[str, str]:
     """The gradient of each input from the kernels', which is per value head, or in parts."""
-    made = {x.name: x.dims.split() for stage in STAGES.values() for x in stage.outputs}
+    made = {name: x.dims.split() for name, x in outputs_of(recurrence.name).items()}
     found = {}
     for x in recurrence.differentiable:
         gradient = recurrence.gradients[x.name]

@@ -3,6 +3,7 @@
 recurrence   Recurrence: a member of the family, declared once
 gdn2         Gated DeltaNet-2
 kda          Kimi Delta Attention
+gated_delta_rule  Gated DeltaNet
 registry     the members by name
 problem      Problem (compiled in) and Regime (known at run time)
 shapes       the named shapes that tuning and benchmarks speak of

@@ -15,7 +15,7 @@ of q and k, HV of v (a multiple of H), HG of the decay (H or HV), head dims K an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -140,6 +140,16 @@ class Recurrence:
         return self.erase is not None and self.erase == self.write
 
     @property
+    def decays_by(self) -> str:
+        """`channel` or `head`: what the decay has one number for; `none` without a decay."""
+        return "none" if self.decay is None else self.per(self.decay.input)
+
+    @property
+    def erases(self) -> bool:
+        """Whether anything is taken out of the state but by decay."""
+        return self.erase is not None
+
+    @property
     def has_factor(self) -> bool:
         """Whether it takes one that may be fp32 beside a narrower q."""
         return any(x.dtype == "factor" for x in self.inputs)
@@ -172,6 +182,7 @@ CHANNEL_DECAY: Final = Input(
     "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its pre-activation",
     "gate", draw="decay",
 )  # fmt: skip
+HEAD_DECAY: Final = replace(CHANNEL_DECAY, dims="B T HG")
 BETA: Final = Input(
     "beta", "B T HV",
     "what is erased and written, in [0, 1], or [0, 2]; with `use_beta_sigmoid_in_kernel` its "
@@ -194,6 +205,7 @@ BIAS: Final = Input(
     "dt_bias", "HG K", "optional; its dims may come as one", "parameter",
     when="has_dt_bias", draw="bias",
 )  # fmt: skip
+HEAD_BIAS: Final = replace(BIAS, dims="HG", what="optional")
 SEQUENCES: Final = Input(
     "cu_seqlens", "N+1",
     "rising from 0 to T: packed sequences; wants B = 1. On a GPU only the kernels read it: other "
@@ -202,3 +214,5 @@ SEQUENCES: Final = Input(
     "index", when="varlen",
 )  # fmt: skip
 GATES: Final = ("none", "softplus", "sigmoid")
+# Of a decay per head, whose gate has no form with a bound.
+HEAD_GATES: Final = ("none", "softplus")

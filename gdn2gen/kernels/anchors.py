@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import CHANNEL_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.limits import Limit, Place
 from gdn2gen.kernels.stage import Form
 
@@ -15,6 +16,13 @@ REACH: Final = Limit(
     "dtype",
     ("bf16", "fp32"),
     "{form} factors reach 2^96, which fp16 cannot hold: use a dyadic placement",
+)
+# Of forms whose pairs meet inside of products over channels; and of the form where they do not.
+INSIDE: Final = Limit(
+    "op", CHANNEL_OPS, "a decay that is no channel's stays outside of products, in decay=outside"
+)
+OUTSIDE: Final = Limit(
+    "op", OUTSIDE_OPS, "a decay per channel is inside of products, as in decay=anchored"
 )
 
 

@@ -35,6 +35,10 @@ WORDS: Final[Mapping[str, str]] = {
     "Qg": "queries, scaled and decayed from the chunk's start",
     "Y": "erasing keys through the inverse, -A E",
     "Ktail": "keys, decayed to the chunk's end",
+    "q_head": "scale / norm of q, decayed from the chunk's start",
+    "k_head": "1 / norm of k, decayed from the chunk's start",
+    "k_tail": "1 / norm of k, decayed to the chunk's end",
+    "log_decay": "decay of each token, log2",
     "gamma_C": "decay of the whole chunk",
     "gamma_B": "scratch: decay of each sub-block",
     "G": "decay since the chunk's start, log2",
@@ -65,6 +69,7 @@ WORDS: Final[Mapping[str, str]] = {
     "beta_dot": "<R, dX>, which is k_beta times its gradient",
     "dbeta_part": "gradient of k_beta: sums over a slice of channels",
     "dbeta": "gradient of beta",
+    "dg_part": "gradient of the log decay: sums over a slice of channels",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",
     "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
 }
@@ -73,6 +78,7 @@ WORDS: Final[Mapping[str, str]] = {
 # The same where the factors are tied.
 _TIED: Final[Mapping[str, str]] = {
     "Ktail": "beta times the keys, decayed to the chunk's end",
+    "k_tail": "beta / norm of k, decayed to the chunk's end",
     "R": "u: a token adds (beta k) u^T to the state",
     "dX": "gradient of X = v - E S, where R = A X",
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
@@ -13,11 +14,15 @@ from gdn2gen.kernels.operands import (
     CHUNK_TABLE,
     DH,
     DO,
+    DV,
     DX,
     DX_REST,
     GAMMA_C,
     GATE,
+    HEAD_FACTORS,
     K_BETA,
+    LOG_DECAY,
+    ONLY_WRITES,
     OUTPUT,
     QKGB,
     RSTD,
@@ -29,7 +34,7 @@ from gdn2gen.kernels.operands import (
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
 _SCORE_GRADS: Final = (
-    Operand("dT", "NT HV BT BT"),
+    Operand("dT", "NT HV BT BT", when="erases"),
     Operand("dAqk", "NT HV BT BT"),
     Operand("dAqk_diagonal", "NT HV BT", "fp32"),
 )
@@ -47,12 +52,15 @@ def _up_to(most: int) -> tuple[int, ...]:
     return tuple(x for x in TILED_DIMS["V"] if x <= most)
 
 
+# Made by reverse_scan; what the backward of the norm of keys projects out is <v, dv>.
+_DV_MADE: Final = replace(DV, when="only writes, l2norm")
+
 GRAD_VALUE: Final = Stage(
     name="grad_value",
-    inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
+    inputs=(*VW, R, DX, DX_REST, _DV_MADE, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
     outputs=(
         *_SCORE_GRADS,
-        Operand("dv", "B T HV V"),
+        DV,
         Operand("dw", "B T HV V", when="w"),
         _BETA_DOT,
         *_DOTS,
@@ -132,6 +140,7 @@ _LOG: Final = Form(
         _WIDE_SLICES,
     ),
     leads={},
+    limits=(INSIDE,),
 )
 # Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
 _ANCHORED: Final = Form(
@@ -151,6 +160,7 @@ _ANCHORED: Final = Form(
     leads={"dtype": ("bf16",), "BT": (16, 32)},
     limits=(
         REACH,
+        INSIDE,
         # Seen nine times on an H200, and never with other sizes; not understood. Products of 64
         # rows go by wgmma there, and that of BK by BK, S dS, does not.
         Limit(
@@ -168,6 +178,23 @@ _ANCHORED: Final = Form(
         Operand("b", "BT BK", when="b"),
         Operand("G", "BT BK", "fp32"),
     ),
+)
+# One matrix of decays for all channels; sums over slices of them in kernels of their own.
+_OUTSIDE: Final = Form(
+    "outside",
+    "triton",
+    "grad_key_outside",
+    knobs=_ANCHORED.knobs,
+    defaults=(
+        Setting({"BK": 64, "num_warps": 4, "num_stages": 1}),
+        Setting({"BK": 32}, {"V": WIDE}),
+        Setting({"BK": 16}, {"BT": (64,)}),
+        Setting({"BK": 16}, FP32),
+    ),
+    leads={"op": OUTSIDE_OPS},
+    limits=(OUTSIDE,),
+    whole=("BV",),
+    ahead=_ANCHORED.ahead,
 )
 # A warp group takes 64 channels.
 _ANCHORED_TILELANG: Final = Form(
@@ -212,7 +239,10 @@ GRAD_KEY: Final = Stage(
         K_BETA,
         G,
         GAMMA_C,
+        LOG_DECAY,
+        HEAD_FACTORS[-1],
         H,
+        replace(VW[0], when=ONLY_WRITES),
         R,
         DH,
         DX,
@@ -225,12 +255,16 @@ GRAD_KEY: Final = Stage(
     outputs=(
         Operand("dq", "B T HV K"),
         Operand("dk", "B T HV K"),
-        Operand("dg", "B T HV K", "gate"),
+        Operand("dg", "B T HV K", "gate", of="channel"),
+        Operand("dg_part", "NT HV NK BT", "fp32", of="head"),
+        Operand("dg", "B T HV", "gate", of="head"),
         Operand("db", "B T HV K", when="b"),
         Operand("dbeta_part", "NT HV NK BT", "fp32", "beta"),
         Operand("dbeta", "B T HV", "factor", "beta"),
-        Operand("dA_log", "NT HV K", "fp32", "A_log"),
-        Operand("ddt_bias", "NT HV K", "fp32", "dt_bias"),
+        Operand("dA_log", "NT HV K", "fp32", "A_log", of="channel"),
+        Operand("dA_log", "NT HV", "fp32", "A_log", of="head"),
+        Operand("ddt_bias", "NT HV K", "fp32", "dt_bias", of="channel"),
+        Operand("ddt_bias", "NT HV", "fp32", "dt_bias", of="head"),
     ),
     scalars=CHUNK_SCALARS,
     # of the state for q, e and k; of pairs for q, e, and twice for k
@@ -240,6 +274,7 @@ GRAD_KEY: Final = Stage(
         _LOG,
         _ANCHORED,
         bounded(_ANCHORED, "grad_key"),
+        _OUTSIDE,
         _ANCHORED_TILELANG,
         bounded(_ANCHORED_TILELANG, "grad_key"),
     ),

@@ -16,6 +16,7 @@ _ON_AMPERE: Final = {"arch": _AMPERE}
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
     "triton": (),
     "tilelang": (
+        Limit("op", ("gdn2", "kda"), "the others have kernels in Triton alone"),
         Limit("dtype", ("bf16", "fp16"), "its products have 16-bit operands"),
         Limit("num_warps", (4,), "a warp group computes"),
         Limit("K", TILED_DIMS["K"], _TILED),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from gdn2gen.base.errors import DispatchError
+from gdn2gen.family.registry import recurrence_named
 
 Level = Literal["lean", "fast"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
@@ -41,11 +42,25 @@ PLANS: Final = {
         Plan("fast", _FORWARD, ("sum_decay", *_BACKWARD)),
         # 1280 bytes more, less S_seg: nothing is redone, but for the sum of the decay.
         Plan("states", ("prepare", "scan_states"), ("sum_decay", *_BACKWARD[1:])),
+        # Where scans read q and k themselves there are no factors to keep or to make again: 160
+        # bytes, and 64 of S_seg.
+        Plan("direct", _FORWARD, _BACKWARD),
+        # 1280 bytes more, less S_seg.
+        Plan("direct_states", ("prepare", "scan_states"), _BACKWARD[1:]),
     )
 }
-# What a caller chooses: how much the forward may keep. The tuner ranks the plans of a level; the
-# first is the one without tuning.
-PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {"lean": ("lean",), "fast": ("fast", "states")}
+# What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
+# ranks the plans of a level; the first is the one without tuning.
+PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "lean": ("lean", "direct"),
+    "fast": ("fast", "states", "direct_states"),
+}
+
+
+def plans_of(level: str, op: str) -> tuple[str, ...]:
+    """The plans of a level that serve a recurrence, the one without tuning first."""
+    served = recurrence_named(op).plans
+    return tuple(name for name in PLANS_OF[level] if name in served)
 
 
 def level_of(plan_name: str) -> Level:
@@ -53,14 +68,14 @@ def level_of(plan_name: str) -> Level:
     return next(level for level in LEVELS if plan_name in PLANS_OF[level])
 
 
-def is_optional(plan_name: str) -> bool:
+def is_optional(plan_name: str, op: str) -> bool:
     """Whether another plan serves the same level without tuning."""
-    return PLANS_OF[level_of(plan_name)][0] != plan_name
+    return plans_of(level_of(plan_name), op)[0] != plan_name
 
 
 def keeps_least(plan: Plan) -> bool:
     """Whether its forward runs the stages of the least level, and so writes nothing more."""
-    return plan.forward == PLANS[PLANS_OF[LEVELS[0]][0]].forward
+    return plan.forward == _FORWARD
 
 
 def plan_named(name: str) -> Plan:

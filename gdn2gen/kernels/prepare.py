@@ -1,12 +1,15 @@
-"""Stages that make a chunk's factors of q, k, g and b or beta: prepare, reprepare, sum_decay."""
+"""Stages that make a chunk's factors of q, k, g and b or beta: prepare, reprepare, sum_decay.
+
+Where the decay is outside of products, prepare alone: it leaves what scans need beside q and k.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import OPS, recurrence_named
-from gdn2gen.kernels.anchors import REACH, bounded
+from gdn2gen.family.registry import OPS, OUTSIDE_OPS, recurrence_named
+from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
@@ -16,7 +19,10 @@ from gdn2gen.kernels.operands import (
     DECAY,
     FACTORS,
     GATE,
+    HEAD_FACTORS,
     K_BETA,
+    LOG_DECAY,
+    Q_HEAD,
     QKGB,
     RSTD,
     SCORES,
@@ -55,6 +61,7 @@ _TREE: Final = Form(
     },
     defaults=(_EXACT_SOLVE,),
     leads={},
+    limits=(INSIDE,),
     scratch=("gamma_B",),
 )
 # Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
@@ -69,7 +76,27 @@ _ANCHORED: Final = Form(
         Setting({"BK": 32, "num_warps": 1}, FP32),
     ),
     leads={"dtype": ("bf16",)},  # whose exponents reach as far as those of fp32
-    limits=(REACH,),
+    limits=(REACH, INSIDE),
+)
+# Scores of keys and queries as they are, and one matrix of decays for all channels.
+_OUTSIDE: Final = Form(
+    "outside",
+    "triton",
+    "prepare_outside",
+    knobs={
+        **_TREE.knobs,
+        "BK": (32, 64, 128),
+        "num_warps": (1, 2, 4),
+        "maxnreg": (0, 64, 80, 128, 168),
+    },
+    defaults=(
+        _EXACT_SOLVE,
+        Setting({"BK": 64, "num_warps": 2, "num_stages": 2}),
+        Setting({"num_warps": 4}, {"BT": (64,)}),
+        Setting({"BK": 32, "num_stages": 1}, FP32),
+    ),
+    leads={"op": OUTSIDE_OPS},
+    limits=(OUTSIDE,),
 )
 # A warp group takes all channels. From the config nearest to Triton's default, one program to a
 # multiprocessor, a search from an empty store left prepare in Triton: train4k 1.60 ms on an H200,
@@ -132,6 +159,9 @@ PREPARE: Final = Stage(
         K_BETA,
         *SCORES,
         *FACTORS,
+        Q_HEAD,
+        *HEAD_FACTORS,
+        LOG_DECAY,
         Operand("gamma_B", "NT HV NB K", "fp32", scratch=True),
     ),
     scalars=CHUNK_SCALARS,
@@ -142,6 +172,7 @@ PREPARE: Final = Stage(
         _TREE,
         _ANCHORED,
         bounded(_ANCHORED, "prepare"),
+        _OUTSIDE,
         _ANCHORED_TILELANG,
         bounded(_ANCHORED_TILELANG, "prepare"),
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.plans import Level, Plan, level_of, plan_named
+from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_named, plans_of
 from gdn2gen.kernels.validity import why_invalid
 
 
@@ -34,16 +34,17 @@ class Recipe:
     def default(
         cls,
         problem: Problem,
-        plan: str = "lean",
+        plan: str | None = None,
         BT: int | None = None,
         *,
         arch: str | None = None,
     ) -> Recipe:
         """Every stage at its default: valid for every problem and device, and meant for `arch`.
 
-        In chunks of BT tokens (None: the default).
+        Of the plan that keeps least, unless one is named; in chunks of BT tokens (None: the
+        default).
         """
-        chain = plan_named(plan)
+        chain = plan_named(plans_of(LEVELS[0], problem.op)[0] if plan is None else plan)
         configs = (default_config(x, problem, BT=BT, arch=arch) for x in chain.stages)
         return cls(problem, chain, tuple(configs))
 

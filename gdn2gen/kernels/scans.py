@@ -9,11 +9,16 @@ from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     DH,
     DO,
+    DV,
     DX,
     DX_REST,
     FACTORS,
+    HEAD_FACTORS,
     INITIAL,
+    ONLY_WRITES,
     OUTPUT,
+    OUTSIDE_QK,
+    Q_HEAD,
     S_SEG,
     SCORES,
     SEQUENCES,
@@ -36,6 +41,8 @@ _FINAL: Final = Operand("final_state", "N HV K V", "fp32", "final_state")
 # Of the parallel forms: from a segment's start to its end; gradients at its end.
 _M_SEG: Final = Operand("M_seg", "N HV NS K K", "fp32", scratch=True)
 _DS_SEG: Final = Operand("dS_seg", "N HV NS V K", "fp32", scratch=True)
+# Where scans read q and k themselves.
+_DIRECT: Final = (*OUTSIDE_QK, Q_HEAD, *HEAD_FACTORS)
 # R = A w v + Y S, then the state from R; o from the state and from R
 _CARRY: Final = ("BT V BT", "BT V K", "K V BT")
 _MAKE_O: Final = ("BT V K", "BT V BT")
@@ -114,9 +121,10 @@ _FORMS: Final = _forms(*_SERIAL_FORMS, ahead=_AHEAD)
 
 SCAN: Final = Stage(
     name="scan",
-    inputs=(*VW, *FACTORS, *SCORES, *INITIAL, *SEQUENCES),
+    inputs=(*VW, *FACTORS, *_DIRECT, *SCORES, *INITIAL, *SEQUENCES),
     outputs=(OUTPUT, S_SEG, _M_SEG, _FINAL),
     scalars=_SCALARS,
+    outside_scalars=("H",),
     count="n_sequences",
     products=(*_CARRY, *_MAKE_O),
     selector="segments",
@@ -129,6 +137,7 @@ SCAN_STATES: Final = Stage(
     inputs=SCAN.inputs,
     outputs=(OUTPUT, H, R, replace(S_SEG, scratch=True), _M_SEG, _FINAL),
     scalars=_SCALARS,
+    outside_scalars=("H",),
     count="n_sequences",
     products=SCAN.products,
     selector="segments",
@@ -137,9 +146,10 @@ SCAN_STATES: Final = Stage(
 
 RESCAN: Final = Stage(
     name="rescan",
-    inputs=(*VW, *FACTORS[1:], A, S_SEG, *SEQUENCES),
+    inputs=(*VW, *FACTORS[1:], OUTSIDE_QK[1], *HEAD_FACTORS, A, S_SEG, *SEQUENCES),
     outputs=(H, R),
     scalars=_SCALARS,
+    outside_scalars=("H",),
     count="n_sequences",
     products=_CARRY,
     forms=tuple(replace(x, ahead=(_AHEAD[0], _AHEAD[1], _AHEAD[3])) for x in _SERIAL_FORMS),
@@ -149,6 +159,7 @@ REVERSE_SCAN: Final = Stage(
     name="reverse_scan",
     inputs=(
         *FACTORS,
+        *_DIRECT,
         *SCORES,
         DO,
         Operand("dht", "N HV K V", "fp32", "final_state"),
@@ -158,11 +169,13 @@ REVERSE_SCAN: Final = Stage(
         DH,
         DX,
         DX_REST,
+        replace(DV, when=ONLY_WRITES),
         _DS_SEG,
         _M_SEG,
         Operand("dh0", "N HV K V", "fp32", "initial_state"),
     ),
     scalars=_SCALARS,
+    outside_scalars=("H",),
     count="n_sequences",
     # dR from dO and from dS; dS from dO and from dR; dX
     products=("BT V BT", "BT V K", "K V BT", "K V BT", "BT V BT"),

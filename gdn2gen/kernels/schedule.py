@@ -14,7 +14,7 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES, OUTPUT, TABLES
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.kernels.stage import Operand, has_operand
+from gdn2gen.kernels.stage import Operand, has_operand, is_of
 from gdn2gen.kernels.stages import STAGES
 
 OUTPUTS: Final = ("o", "final_state")
@@ -83,9 +83,14 @@ def gradients_of(problem: Problem) -> Mapping[str, str]:
 def cleared_of(problem: Problem) -> tuple[Operand, ...]:
     """Gradients of what every call gives, in order: a packed batch's are cleared where no sequence
     lies."""
-    made = {x.name: x for stage in STAGES.values() for x in stage.outputs}
+    made = outputs_of(problem.op)
     gradients = gradients_of(problem)
     return tuple(made[gradients[x.name]] for x in recurrence_named(problem.op).required)
+
+
+def outputs_of(op: str) -> dict[str, Operand]:
+    """What the kernels of a member may make, by name."""
+    return {x.name: x for stage in STAGES.values() for x in stage.outputs if is_of(x, op)}
 
 
 def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
@@ -94,7 +99,7 @@ def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
     made: set[str] = set()
     for name in stages:
         read |= {x.name for x in STAGES[name].inputs if has_operand(x, problem)} - made
-        made |= {x.name for x in STAGES[name].outputs}
+        made |= {x.name for x in STAGES[name].outputs if has_operand(x, problem)}
     return read
 
 
@@ -102,7 +107,8 @@ def saved_by(recipe: Recipe) -> tuple[Operand, ...]:
     """What the forward makes and the backward reads, but for the output, in order."""
     problem, plan = recipe.problem, recipe.plan
     wanted = read_by(problem, plan.backward) - {*OUTPUTS}
-    made = {x.name: x for name in plan.forward for x in STAGES[name].outputs}
+    outputs = [x for name in plan.forward for x in STAGES[name].outputs]
+    made = {x.name: x for x in outputs if has_operand(x, problem)}
     return tuple(x for x in (*made.values(), *TABLES) if x.name in wanted)
 
 
@@ -131,14 +137,15 @@ def schedule(
         made = [x for x in operands if x in stage.outputs and x.name not in before]
         alive |= dict.fromkeys(x.name for x in made)
         rest = stages[position + 1 :]
-        needed = {x.name for later in rest for x in STAGES[later].inputs} | kept
+        inputs = [x for later in rest for x in STAGES[later].inputs]
+        needed = {x.name for x in inputs if has_operand(x, problem)} | kept
         freed = [x for x in alive if x not in needed] if rest else []
         alive = {x: None for x in alive if x not in freed}
         steps.append(
             Step(
                 name,
                 tensors=tuple(x.name for x in operands),
-                scalars=(stage.count, *stage.scalars),
+                scalars=(stage.count, *stage.scalars_of(problem)),
                 count=stage.count,
                 buffers=tuple(_buffer(x, problem, config, in_place) for x in made),
                 freed=tuple(freed),
@@ -174,7 +181,11 @@ def _clear(problem: Problem) -> Step:
 
 def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
     # a program of grad_key reads its part of G before it writes the same part of dg
-    shares = in_place and operand.name == "dg" and problem.gate_dtype == "fp32"
+    shares = in_place and (operand.name, operand.of, problem.gate_dtype) == (
+        "dg",
+        "channel",
+        "fp32",
+    )
     buffer = Buffer.of(operand, problem)
     if "NK" in buffer.symbols:
         slices = str(-(-problem.K // config.size("BK")))

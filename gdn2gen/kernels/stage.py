@@ -34,7 +34,8 @@ class Operand:
 
     dtype `io` is the problem's dtype, `gate` the dtype of g, `factor` that of beta, `fp32` and
     `int32` themselves.
-    `when` names the condition under which the kernel has this argument (see `has_operand`).
+    `when` names the condition under which the kernel has this argument (see `has_operand`); `of`
+    the members of the family that have it, by their decay (see `OF`).
     `scratch` is what kernels of one form hand to each other: an argument of those that name it.
     """
 
@@ -43,6 +44,7 @@ class Operand:
     dtype: str = "io"
     when: str = "always"
     scratch: bool = False
+    of: str = "all"
 
     def dtype_in(self, problem: Problem) -> str:
         return problem.dtype_of(self.dtype)
@@ -53,15 +55,34 @@ class Operand:
         return elements * DTYPE[self.dtype_in(problem)].nbytes
 
 
+# Members by what their decay has one number for, see `Recurrence.decays_by`. `outside`: the decay,
+# if there is one, is outside of products over channels.
+OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "all": ("channel", "head", "none"),
+    "channel": ("channel",),
+    "head": ("head",),
+    "outside": ("head", "none"),
+}
+
+
+def is_of(operand: Operand, op: str) -> bool:
+    """Whether the kernels of a member may have this operand; there is one of its name at most."""
+    return recurrence_named(op).decays_by in OF[operand.of]
+
+
 def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
-    inputs = recurrence_named(problem.op).named
+    recurrence = recurrence_named(problem.op)
+    inputs = recurrence.named
     conditions = {
         "always": True,
         "b": "b" in inputs,
         "w": "w" in inputs,
         "w, rounded": "w" in inputs and problem.dtype != "fp32",
         "beta": "beta" in inputs,
+        "erases": recurrence.erases,
+        "only writes": not recurrence.erases,
+        "only writes, l2norm": not recurrence.erases and problem.l2norm,
         "l2norm": problem.l2norm,
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,
@@ -70,7 +91,7 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "initial_state": problem.initial_state,
         "final_state": problem.final_state,
     }
-    return conditions[operand.when]
+    return is_of(operand, problem.op) and conditions[operand.when]
 
 
 # Tiles, and the head dims that they are slices of.
@@ -182,6 +203,8 @@ class Stage:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     scalars: tuple[str, ...]
+    outside_scalars: tuple[str, ...] = ()
+    """More of them where scans read q and k themselves."""
     count: str = "n_chunks"
     """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
     from chunk to chunk."""
@@ -202,6 +225,11 @@ class Stage:
     def operands(self, problem: Problem) -> list[Operand]:
         """Inputs, then outputs, in the order of the kernels' arguments: any form's."""
         return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
+
+    def scalars_of(self, problem: Problem) -> tuple[str, ...]:
+        """In the order of the kernels' arguments."""
+        outside = recurrence_named(problem.op).decays_by in OF["outside"]
+        return (*self.scalars, *(self.outside_scalars if outside else ()))
 
     def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""

@@ -85,11 +85,11 @@ def op_flags(problem: Problem) -> dict[str, Any]:
         "use_gate_in_kernel": problem.gate != "none",
         "lower_bound": lower_bound_of(problem),
         "state_v_first": problem.state_v_first,
+        "use_beta_sigmoid_in_kernel": problem.beta_sigmoid,
+        "allow_neg_eigval": problem.neg_eigval,
     }
-    if recurrence_named(problem.op).tied:
-        flags["use_beta_sigmoid_in_kernel"] = problem.beta_sigmoid
-        flags["allow_neg_eigval"] = problem.neg_eigval
-    return flags
+    taken = recurrence_named(problem.op).public.arguments
+    return {name: value for name, value in flags.items() if name in taken}
 
 
 def lower_bound_of(problem: Problem) -> float | None:

@@ -1,4 +1,4 @@
 """The public ops, one import line away from flash-linear-attention's.
 
-chunk  chunk_gdn2, chunk_kda
+chunk  chunk_gdn2, chunk_kda, chunk_gated_delta_rule
 """

@@ -14,6 +14,7 @@ from gdn2gen.runtime.arguments import (
     Dims,
     check_arguments,
     check_beta,
+    check_chunk_size,
     check_flags,
     check_gate,
     check_head_dims,
@@ -28,16 +29,17 @@ def call(
     *,
     scale: Any,
     output_final_state: bool,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
-    safe_gate: bool,
-    lower_bound: Any,
+    safe_gate: bool = False,
+    lower_bound: Any = None,
     disable_recompute: bool,
-    return_intermediate_states: bool,
+    return_intermediate_states: bool = False,
     state_v_first: bool,
     cu_seqlens_cpu: Tensor | None,
+    chunk_size: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o, and the final state or None. `tensors` are those of the signature; the others are called
     as by callers, and those with a default not every op has."""
@@ -54,6 +56,7 @@ def call(
     parameters = [tensors[place] for place in signature.parameters]
     check_gate(use_gate_in_kernel, safe_gate, lower_bound, *parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    check_chunk_size(chunk_size)
     if return_intermediate_states:
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
     watched = is_watched(tensors)

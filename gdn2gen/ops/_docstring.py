@@ -24,17 +24,21 @@ _OPTIONS: Final = {
     "scale": "of the output; K**-0.5 if None.",
     "output_final_state": "return the state after the last token.",
     "use_qk_l2norm_in_kernel": "normalise q and k by x / sqrt(sum(x^2) + 1e-6).",
-    "use_gate_in_kernel": "decay = -exp(A_log) * softplus({g.input} + dt_bias), or with "
-    "`lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({g.input} + dt_bias)).",
+    "use_gate_in_kernel": "decay = -exp(A_log) * softplus({g.input} + dt_bias){bounded}.",
     "use_beta_sigmoid_in_kernel": "what erases and writes is sigmoid({beta}).",
     "allow_neg_eigval": "it is twice that; needs `use_beta_sigmoid_in_kernel`.",
     "cu_seqlens_cpu": "cu_seqlens' copy on the host, which is checked if it is given.",
+    "chunk_size": "tokens of a chunk, which are tuned: one of 16, 32 and 64 is refused by name "
+    "(UnsupportedError).",
     "safe_gate": "the decay is bounded; needs `lower_bound` where the gate is in the kernel.",
     "lower_bound": "least decay, in [-5, 0).",
     "disable_recompute": 'keep more of the forward for a faster backward (the level "fast").',
     "return_intermediate_states": "not built yet; UnsupportedError.",
     "state_v_first": "states are [N, HV, V, K].",
 }
+_BOUNDED: Final = (
+    ", or with `lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({name} + dt_bias))"
+)
 _FLOAT16: Final = (
     "With float16, states and what is written to them above 65504 make o and the final state inf "
     "or NaN, and gradients of the state lose digits below 2^-10 and vanish below 2^-24: scale v "
@@ -68,7 +72,13 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield from ("", "Args:")
     for name in names:
         x = recurrence.named.get(name)
-        known = {"g": recurrence.decay, "beta": recurrence.erase}
+        known = {
+            "g": recurrence.decay,
+            "beta": recurrence.erase,
+            "bounded": _BOUNDED.format(name=recurrence.decay and recurrence.decay.input)
+            if "sigmoid" in recurrence.activations
+            else "",
+        }
         text = f"{name}: {_OPTIONS[name].format(**known) if x is None else _tensor(x)}"
         yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
     yield from ("", "Returns:")

@@ -10,6 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
+from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.kda import KDA
 from gdn2gen.ops._call import call
@@ -18,6 +19,7 @@ from gdn2gen.runtime.autograd import op_of
 
 _GDN2: Final = op_of(GDN2)
 _KDA: Final = op_of(KDA)
+_GATED_DELTA_RULE: Final = op_of(GATED_DELTA_RULE)
 
 
 @documented(GDN2)
@@ -100,4 +102,43 @@ def chunk_kda(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+@documented(GATED_DELTA_RULE)
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    disable_recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated DeltaNet over whole sequences, in chunks (arXiv 2412.06464)."""
+    return call(
+        _GATED_DELTA_RULE,
+        (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        disable_recompute=disable_recompute,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
     )

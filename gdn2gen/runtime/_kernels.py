@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.schedule import outputs_of
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SizedRunner
@@ -110,12 +110,9 @@ class _Fold:
     """The dim of heads in what is left: several value heads may read one of the input."""
 
     @classmethod
-    def of(cls, gradient: str, dims: Sequence[str]) -> _Fold:
-        """`gradient` as a stage's output is called; `dims` of the input, by symbol."""
-        (found,) = {
-            x.dims for stage in STAGES.values() for x in stage.outputs if x.name == gradient
-        }
-        places = enumerate(found.split())
+    def of(cls, found: Sequence[str], dims: Sequence[str]) -> _Fold:
+        """`found` are the dims of the gradient, and `dims` those of the input, by symbol."""
+        places = enumerate(found)
         lacking = tuple(i for i, x in places if x not in dims and x != "HV")
         (heads,) = (i for i, x in enumerate(dims) if x in ("H", "HV", "HG"))
         return cls(lacking, heads)
@@ -137,7 +134,8 @@ class _Fold:
 @cache
 def _folds(op: str) -> Mapping[str, _Fold]:
     """Of every input that has a gradient."""
-    recurrence = recurrence_named(op)
+    recurrence, made = recurrence_named(op), outputs_of(op)
     return {
-        x.name: _Fold.of(recurrence.gradients[x.name], x.symbols) for x in recurrence.differentiable
+        x.name: _Fold.of(made[recurrence.gradients[x.name]].dims.split(), x.symbols)
+        for x in recurrence.differentiable
     }

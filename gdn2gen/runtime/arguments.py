@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from gdn2gen.base import environment
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_head_dim, check_lower_bound
+from gdn2gen.kernels.limits import CHUNKS
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
@@ -229,6 +230,18 @@ def check_gate(
         check_lower_bound(lower_bound)
     if safe_gate and use_gate_in_kernel and lower_bound is None:
         raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Refuses a size by name: which one is fastest, a recipe says. Of all, results are the same."""
+    if chunk_size is None:
+        return
+    if type(chunk_size) is not int or chunk_size not in CHUNKS:
+        raise InputError(f"chunk_size must be one of {CHUNKS}, or None, but got {chunk_size!r}")
+    raise UnsupportedError(
+        f"chunk_size={chunk_size} was given, but tokens of a chunk are tuned: leave it out, or "
+        "force a recipe with gdn2gen.store.dispatch.forced_recipe"
+    )
 
 
 def check_beta(sigmoid: bool, neg_eigval: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
 from gdn2gen.family.problem import Problem, Regime, bound_of
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.plans import LEVELS, keeps_least
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime.arguments import IO_DTYPES, Dims
@@ -45,6 +46,8 @@ def make_problem(
     """Of head dims, the dtypes of `Signature.typed_by`, which of the optional tensors are `given`,
     and the flags."""
     dtype, gate_dtype, factor_dtype = (IO_DTYPES[x] for x in dtypes)
+    if recurrence_named(op).decay is None:
+        gate_dtype = Problem.gate_dtype  # of none: not that of q, in whose place it stands
     gate = "none"
     if gate_in_kernel:
         gate = "softplus" if lower_bound is None else "sigmoid"

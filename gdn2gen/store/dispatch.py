@@ -22,6 +22,7 @@ from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
+from gdn2gen.kernels.plans import plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
@@ -215,7 +216,8 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         raise DispatchError(f"level must be one of {tuned_files.LEVELS}, but got {query.level!r}")
     best, passed, notes = nearest_entry(query, places)
     if best is None:
-        recipe = Recipe.default(query.problem, query.level, arch=query.device.arch)
+        plan = plans_of(query.level, query.problem.op)[0]
+        recipe = Recipe.default(query.problem, plan, arch=query.device.arch)
         source: Source = "default"
         file = None
         looked = " and ".join(place.own for place in places)

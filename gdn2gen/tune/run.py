@@ -20,7 +20,7 @@ from gdn2gen.base.terminal import command_line
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import PLANS_OF, level_of
+from gdn2gen.kernels.plans import PLANS_OF, level_of, plans_of
 from gdn2gen.store import tuned_files
 from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.gpu.backend import Backend, MeteredBackend, WorkerBackend
@@ -140,7 +140,7 @@ class _Run:
     ) -> None:
         self.context, self.problem, self.levels = context, problem, levels
         self.path, self.metadata, self.report = path, metadata, report
-        self.plans = [plan for level in levels for plan in PLANS_OF[level]]
+        self.plans = [plan for level in levels for plan in plans_of(level, problem.op)]
         self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:
@@ -192,7 +192,7 @@ class _Run:
                     self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)
                 else:
                     found.append(verdict)
-            if found and plan == PLANS_OF[level_of(plan)][-1]:
+            if found and plan == plans_of(level_of(plan), self.problem.op)[-1]:
                 best = better(found)
                 self.report.results.append(result_of(best))
                 tuned_files.merge_entries(self.path, self.metadata, entries_of(best))

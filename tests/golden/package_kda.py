@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="4402916d1b3ffbe3",
     grad_value="a483823ea804fbf8",
     prepare="beab6a6986e7c444",
-    rescan="9b1975e832f84135",
-    reverse_scan="052867ae69a9b1ae",
-    scan="60bdf01b2eb177b6",
+    rescan="b4e874acccb9ac53",
+    reverse_scan="a0c6e8c4588d38f1",
+    scan="57e404e28b1bbf4c",
     sum_decay="8106501397daeeab",
 )
 

@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="95538baea63fe0db",
     grad_value="ccf2884b8bf7555d",
     prepare="3101e8c8a7187bbd",
-    rescan="c3d3f4bc781226c9",
-    reverse_scan="97d799036ab62cd6",
-    scan="faa8acc4663fb0b1",
+    rescan="b2f6d084d51d52fd",
+    reverse_scan="e747757810816e8c",
+    scan="febe3d5edf39356f",
     sum_decay="70c8728ed636087a",
 )
 

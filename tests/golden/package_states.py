@@ -67,9 +67,9 @@ _check_made_for_this(
     grad_value="d3556aa4f22adb07",
     prepare="d20df56001b42a71",
     reprepare="bb2fc91ca30235f1",
-    rescan="d322a9dd2804f35b",
-    reverse_scan="58de33ec06105b92",
-    scan="03cc705f162fd4eb",
+    rescan="28ebde831985e5bc",
+    reverse_scan="0c4760fca572f4bd",
+    scan="8bf1def5e420116d",
 )
 
 

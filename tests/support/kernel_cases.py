@@ -22,6 +22,7 @@ from torch import Tensor
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
@@ -104,12 +105,14 @@ def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -
     return Shape(f"{B}x{T}x{HV}", B, T, HV, cu_seqlens)
 
 
+# Of GDN-2, whose kernels the cases are of but where they name another member.
+_PLANS: Final = RECURRENCES["gdn2"].plans
 # Plan, chunk size and decay in full product, the plan first so that neighbours differ in it; the
 # tiles follow along.
 _KNOBS: Final = tuple(
     (plan, (("BT", BT), ("decay", decay), ("BK", BK), ("BV", BV)))
     for (BT, decay, plan), (BK, BV) in zip(
-        itertools.product((16, 32, 64), ("log", "tree", "anchored"), tuple(PLANS)),
+        itertools.product((16, 32, 64), ("log", "tree", "anchored"), _PLANS),
         itertools.cycle(((32, 32), (64, 16), (32, 64), (128, 128), (64, 32))),
         strict=False,
     )
@@ -153,7 +156,7 @@ def _cases() -> Iterator[KernelCase]:
         for _ in range(3):
             yield with_next(Case(name, problem, packed))
     # 34 chunks of 16 tokens: the backward starts from two segments
-    for plan in PLANS:
+    for plan in _PLANS:
         long = Case("segments", _STATES, _shape(1, 530, 1))
         yield KernelCase(long, plan, (("BT", 16), ("BV", 32)))
         # three segments, of 5, 5 and 4 chunks
@@ -224,6 +227,17 @@ def _size_cases() -> Iterator[KernelCase]:
     bounded = replace(_STATES, K=72, V=24, gate="sigmoid", bound=2)
     odd = Case("bounded-K72-V24", bounded, _shape(1, 70, 1), pattern="strong")
     yield KernelCase(odd, "fast", (("BT", 32), BOUNDED))
+    # a decay outside of products: parallel scans and gates of one number a head, packed, in fp16
+    outside = replace(_STATES, op="gated_delta_rule", K=40, V=24)
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True, "beta_sigmoid": True}
+    for plan in ("direct", "direct_states"):
+        long = Case("outside-parallel", outside, _shape(1, 212, 2))
+        yield KernelCase(long, plan, (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
+        packed = replace(outside, varlen=True, **gates)
+        ends = _shape(1, 70, 2, (0, 0, 30, 30, 31, 70, 70))
+        yield KernelCase(Case("outside-packed", packed, ends, "mixed"), plan, (("BT", 32),))
+        wide = Case("outside-64", replace(outside, dtype="fp16"), _shape(2, 75, 4), H=2)
+        yield KernelCase(wide, plan, (("BT", 64), ("BK", 16)))
     for K, V in ((40, 24), (96, 40)):
         long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 212, 2))
         yield KernelCase(long, "fast", (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
@@ -240,7 +254,7 @@ def _bounded_cases() -> Iterator[KernelCase]:
     gated = replace(sigmoid, has_A_log=True, has_dt_bias=True)
     # dA_log of one head would be one number, of what cancels
     packed = _shape(1, 70, 4, (0, 0, 30, 30, 31, 70, 70))
-    for plan in PLANS:
+    for plan in _PLANS:
         yield case("16", replace(sigmoid, K=64, bound=4), plan, 16)
         yield case("32", replace(sigmoid, V=64), plan, 32)
         yield case("64", replace(sigmoid, bound=1), plan, 64)

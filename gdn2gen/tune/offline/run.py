@@ -24,7 +24,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config, language_of
-from gdn2gen.kernels.plans import PLANS, PLANS_OF
+from gdn2gen.kernels.plans import PLANS, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
@@ -153,7 +153,7 @@ class _Ranking:
         self.device, self.levels = device, levels
         self.backend, self.progress = backend, progress
         self.shapes = list(shapes)
-        plans = [PLANS[plan] for level in levels for plan in PLANS_OF[level]]
+        plans = [PLANS[plan] for level in levels for plan in plans_of(level, self.problem.op)]
         self.stages = tuple(dict.fromkeys(x for plan in plans for x in plan.stages))
         self.compiled = findings.compiled
         self.skipped: dict[str, str] = {}
@@ -235,13 +235,15 @@ class _Ranking:
         return default_config(stage, self.problem, arch=self.device.arch)
 
     def _default_recipe(self, level: str) -> Recipe:
-        return Recipe.default(self.problem, PLANS_OF[level][0], arch=self.device.arch)
+        return Recipe.default(
+            self.problem, plans_of(level, self.problem.op)[0], arch=self.device.arch
+        )
 
     def _recipes(self, level: str, shape: Shape) -> Iterator[Recipe]:
         """Of the level's plans the one of least predicted cost, each of the stages with the least;
         then the default, which is kept at equal cost.
         """
-        best = [self._least(plan, shape) for plan in PLANS_OF[level]]
+        best = [self._least(plan, shape) for plan in plans_of(level, self.problem.op)]
         least = min(best, key=lambda recipe: self._cost(recipe, shape))
         yield from dict.fromkeys((least, self._default_recipe(level)))
 

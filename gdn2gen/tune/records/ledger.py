@@ -15,7 +15,7 @@ from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import PLANS
@@ -81,7 +81,8 @@ class Refusal:
             configs = {name: Config.of(name, knobs) for name, knobs in self.configs.items()}
             return Recipe.of(problem, self.plan, configs)
         config = Config.of(self.stage, self.config)
-        plan = next(name for name, plan in PLANS.items() if self.stage in plan.stages)
+        served = recurrence_named(problem.op).plans
+        plan = next(name for name in served if self.stage in PLANS[name].stages)
         return Recipe.default(problem, plan, config.size("BT")).with_config(config)
 
 

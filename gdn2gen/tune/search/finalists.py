@@ -17,7 +17,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.plans import PLANS, PLANS_OF, level_of
+from gdn2gen.kernels.plans import PLANS, level_of, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult, full_problem
 from gdn2gen.measure.timing import Timing
@@ -73,7 +73,7 @@ class Finals:
         """
         if self._on_file(shape, plan):
             return False
-        first = PLANS_OF[level_of(plan)][0]
+        first = plans_of(level_of(plan), self._search.problem.op)[0]
         return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:

@@ -175,7 +175,7 @@ class Search:
 
         Of each level's first plan, which every chunk size has.
         """
-        first = [plan for plan in self.plans if not is_optional(plan)]
+        first = [plan for plan in self.plans if not is_optional(plan, self.problem.op)]
         stages = {stage for plan in first for stage in PLANS[plan].stages}
         return sum(trials.best_ms() for x, trials in self.trials[BT].items() if x in stages)
 

@@ -101,7 +101,7 @@ class Opening:
             reason = self._why_fails(plan, BT, compiles)
             if reason is None:
                 plans.append(plan)
-            elif is_optional(plan):
+            elif is_optional(plan, search.problem.op):
                 search.skipped[f"plan {plan}, BT={BT}"] = reason
             else:
                 return reason

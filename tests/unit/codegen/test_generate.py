@@ -25,6 +25,7 @@ from gdn2gen.codegen.interpreter import hasten, mend_loops
 from gdn2gen.codegen.package import generate_package, package_source, package_texts
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
@@ -294,7 +295,7 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
         assert said in message
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
 def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> None:
     recipe = Recipe.default(FULL, plan)
     first = generated(tmp_path / "a", recipe)

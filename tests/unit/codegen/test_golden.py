@@ -129,6 +129,16 @@ def _tied(stage: str) -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
 
+# A decay of one number a head, outside of products.
+_OUTSIDE: Final = Problem(
+    op="gated_delta_rule", gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True
+)
+
+
+def _outside(stage: str, **knobs: str | int) -> str:
+    return render(_OUTSIDE, stage, default_config(stage, _OUTSIDE).replace(**knobs)).source
+
+
 def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
@@ -186,6 +196,10 @@ OUTPUTS: Final = {
     "prepare_kda_tilelang.py": partial(_tied_tilelang, "prepare"),
     "grad_value_kda_tilelang.py": partial(_tied_tilelang, "grad_value"),
     "grad_key_kda_tilelang.py": partial(_tied_tilelang, "grad_key"),
+    "prepare_outside_packed.py": partial(_outside, "prepare"),
+    "scan_outside_packed.py": partial(_outside, "scan"),
+    "reverse_scan_outside_packed.py": partial(_outside, "reverse_scan"),
+    "grad_key_outside_packed.py": partial(_outside, "grad_key"),
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "package_states.py": _package,

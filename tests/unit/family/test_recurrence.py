@@ -14,12 +14,18 @@ from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.stage import Operand, is_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._kernels import _folds
 from gdn2gen.runtime.signature import signature_of
 
 MEMBERS = [*RECURRENCES.values()]
-OPERANDS = {x.name: x for stage in STAGES.values() for x in (*stage.inputs, *stage.outputs)}
+
+
+def operands_of(op: str) -> dict[str, Operand]:
+    """Of all stages that a member may have, by name."""
+    found = [x for stage in STAGES.values() for x in (*stage.inputs, *stage.outputs)]
+    return {x.name: x for x in found if is_of(x, op)}
 
 
 def test_members_are_found_by_name() -> None:
@@ -49,12 +55,12 @@ def test_a_declaration_holds_together(member: Recurrence) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_are_what_kernels_read(op: str) -> None:
     """One after the other in the stages' contracts, of the same dims."""
-    member = recurrence_named(op)
+    member, operands = recurrence_named(op), operands_of(op)
     for x in member.differentiable:
-        operand = OPERANDS[x.name]
+        operand = operands[x.name]
         assert operand.dims == x.dims
         assert operand.dtype in (x.dtype, "fp32")
-        assert member.gradients[x.name] in OPERANDS
+        assert member.gradients[x.name] in operands
 
 
 def test_roles_are_of_inputs() -> None:
@@ -132,7 +138,8 @@ def test_a_gradient_is_summed_to_the_shape_of_its_input(op: str, name: str, toke
     """Over the value heads that read one of the input, and over what the input has none of."""
     sizes = SIZES | {"T": tokens}
     member = recurrence_named(op)
-    of_input, of_kernel = member.named[name].symbols, OPERANDS[member.gradients[name]].dims.split()
+    of_input = member.named[name].symbols
+    of_kernel = operands_of(op)[member.gradients[name]].dims.split()
     grad = torch.randn([sizes[x] for x in of_kernel])
     x = torch.empty([sizes[x] for x in of_input], dtype=torch.bfloat16)
     heads = next(sizes[x] for x in of_input if x in HEADS)

@@ -138,6 +138,43 @@ def test_kda_is_gdn2_of_one_factor(form: Form, pattern: str) -> None:
     assert_close(run(form, x), run(spread, x))
 
 
+GATED_FORMS = pytest.mark.parametrize(
+    "form", [RECURRENT["gated_delta_rule"], CHUNK["gated_delta_rule"]], ids=str
+)
+
+
+@GATED_FORMS
+def test_gated_delta_rule_is_its_papers_equation(form: Form) -> None:
+    """S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, of the transposed state."""
+    x = draw(1, 23, 1, 8, 12, op="gated_delta_rule")
+    q, k = (l2norm(x[name])[0, :, 0] for name in "qk")
+    S, outputs = torch.zeros(12, 8).double(), []
+    for t in range(23):
+        beta = x["beta"][0, t, 0]
+        kept = S @ (torch.eye(8).double() - beta * torch.outer(k[t], k[t]))
+        S = x["g"][0, t, 0].exp() * kept + beta * torch.outer(x["v"][0, t, 0], k[t])
+        outputs.append(S @ q[t] / math.sqrt(8))
+    o, state = form(**x, use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(o[0, :, 0], torch.stack(outputs), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(state[0, 0], S.T, rtol=1e-12, atol=1e-13)
+
+
+def constant_over_channels(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gated DeltaNet by KDA: one decay in every channel."""
+    g = arguments.pop("g")[..., None]
+    wide = g.expand(*g.shape[:-1], arguments["k"].shape[-1])
+    return RECURRENT["kda"](**arguments, g=wide)
+
+
+@GATED_FORMS
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gated_delta_rule_is_kda_of_one_decay(form: Form, pattern: str) -> None:
+    options: dict[str, Any] = {"op": "gated_delta_rule", "pattern": pattern, "initial_state": True}
+    x = draw(2, 37, 2, 8, 12, HV=4, **options)
+    assert x["g"].shape == (2, 37, 4)
+    assert_close(run(form, x), run(constant_over_channels, x))
+
+
 @KDA_FORMS
 def test_a_beta_of_zero_passes_the_state_on(form: Form) -> None:
     """But for its decay; and beta has a gradient there."""
@@ -343,7 +380,8 @@ def test_causality(form: ReferenceOp) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_gradcheck(gate: str, form: ReferenceOp) -> None:
     x = draw(1, 7, 1, 3, 2, op=form.op, HV=2, initial_state=True)
-    x["A_log"], x["dt_bias"] = torch.tensor([0.2, 0.7]).double(), torch.full((6,), -0.5).double()
+    bias = 6 if form.recurrence.decays_by == "channel" else 2
+    x["A_log"], x["dt_bias"] = torch.tensor([0.2, 0.7]).double(), torch.full((bias,), -0.5).double()
     names, leaves = list(x), [y.requires_grad_() for y in x.values()]
     options: dict[str, Any] = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True}
     options.update(GATES[gate])

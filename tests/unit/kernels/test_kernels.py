@@ -13,6 +13,7 @@ import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
 
 from gdn2gen.family.inputs import PATTERNS
+from gdn2gen.family.registry import RECURRENCES, recurrence_named
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.case_runs import Result
@@ -29,7 +30,7 @@ def test_kernels(case: KernelCase, interpreter: Callable[..., Any]) -> None:
     over = {name: error for name, error in result.errors.items() if not error <= case.limit}
     assert not over, f"above {case.limit}"
     if case.case.check == "accuracy":
-        factors = {"dbeta"} if case.case.problem.op == "kda" else {"db", "dw"}
+        factors = {"dbeta"} if recurrence_named(case.case.problem.op).tied else {"db", "dw"}
         assert {"o", "dq", "dk", "dv", "dg"} | factors <= {*result.errors}
 
 
@@ -90,7 +91,7 @@ def test_extreme_values(
     assert not over, f"above {limit}"
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
 def test_bounded_chunks_that_lose_all_they_can(plan: str, interpreter: Callable[..., Any]) -> None:
     """2^-92.3 in every other channel, with pairs that met as far from the anchor."""
     errors = interpreter("kernel_cases:run_extreme", "at-the-bound", plan, (("BT", 32), BOUNDED))
@@ -141,13 +142,14 @@ def test_the_list_leaves_nothing_out() -> None:
         "tree",
         "anchored",
         "bounded",
+        "outside",
     }
     for case in CASES:
         if BOUNDED in case.knobs:
             stages = ("prepare", "grad_key")
             assert {case.recipe[x]["decay"] for x in stages} == {"bounded"}, case.name
     assert {x["segments"] for x in configs if "segments" in x} == {"serial", "parallel"}
-    for plan in PLANS:
+    for plan in RECURRENCES["gdn2"].plans:
         problems = [case.case.problem for case in CASES if case.plan == plan]
         assert {x.gate for x in problems} == {"none", "softplus", "sigmoid"}
         for flag in ("varlen", "initial_state", "final_state", "state_v_first", "has_dt_bias"):

@@ -16,8 +16,7 @@ from torch import Tensor
 import gdn2gen
 from gdn2gen.base.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.family.inputs import make_inputs
-from gdn2gen.family.registry import OPS, recurrence_named
-from gdn2gen.kernels.plans import PLANS
+from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _call
 from gdn2gen.runtime import autograd
@@ -490,7 +489,7 @@ def test_a_gradient_of_one_input(op: str, name: str, interpreter: Callable[..., 
 
 
 @BY_KERNELS
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
 def test_a_call_that_wants_no_gradient_gives_the_same_bits(
     op: str, plan: str, interpreter: Callable[..., Any]
 ) -> None:

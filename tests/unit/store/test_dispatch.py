@@ -16,8 +16,9 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DispatchError, TunedFileWarning
 from gdn2gen.codegen import render
 from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
+from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.plans import PLANS, plan_named
+from gdn2gen.kernels.plans import plan_named
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import dispatch
@@ -96,7 +97,7 @@ def find(problem=PROBLEM, regime=REGIME, device=H200, **options):
     return find_recipe(problem, regime, device, **options)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_default_is_valid_for_every_problem(plan, dtype):
     for K in HEAD_DIMS:
