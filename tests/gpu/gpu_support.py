@@ -35,6 +35,7 @@ TRAIN: Final = SHAPES["train4k"]
 
 _STATES: Final = Problem(initial_state=True, final_state=True)
 _KDA: Final = replace(_STATES, op="kda")
+_GDN: Final = replace(_STATES, op="gated_delta_rule")
 # Few, since each is some ten kernels to compile; K != V wherever the size is free, which shows a
 # swapped transpose that square states hide.
 PROBLEMS: Final[dict[str, Problem]] = {
@@ -49,6 +50,11 @@ PROBLEMS: Final[dict[str, Problem]] = {
     "gate-bf16": replace(_STATES, V=32, gate_dtype="bf16"),
     "fp16-K64-V32": replace(_STATES, K=64, V=32, dtype="fp16"),
     "fp32-K32-V64": replace(_STATES, K=32, V=64, dtype="fp32"),
+    "gdn": _GDN,
+    "gdn-packed": replace(
+        _GDN, V=64, varlen=True, gate="softplus", has_A_log=True, has_dt_bias=True
+    ),
+    "gdn-fp16-K64": replace(_GDN, K=64, dtype="fp16", beta_sigmoid=True, neg_eigval=True),
     "kda": _KDA,
     "kda-packed": replace(_KDA, varlen=True),
     "kda-K64": replace(
@@ -64,6 +70,9 @@ DEFAULTS: Final = ("default lean", "default fast", "default states")
 TILELANG: Final = ("tilelang lean", "tilelang states")
 # Of a second member, whose kernels are of the same templates, fewer than of the first.
 _FEWER: Final[dict[str, tuple[str, ...]]] = {
+    "gdn": ("lean", "fast"),
+    "gdn-packed": ("lean", "fast"),
+    "gdn-fp16-K64": ("fast",),
     "kda": (*LEVELS, "default states", *TILELANG),
     "kda-packed": ("lean", "tilelang fast"),
     "kda-K64": ("lean", "tilelang fast"),

@@ -36,7 +36,7 @@ def check(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda", "gdn", "gdn-fp16-K64"])
 def test_every_pattern(name: str, pattern: str) -> None:
     check(name, LONG, pattern)
 
@@ -84,7 +84,7 @@ def test_packed_documents(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 16, 64, 65])
-@pytest.mark.parametrize("name", ["bf16", "kda"])
+@pytest.mark.parametrize("name", ["bf16", "kda", "gdn"])
 def test_few_tokens(name: str, T: int) -> None:
     check(name, sized(3, T, 2), "mixed")
 

@@ -43,7 +43,7 @@ FEW_HEADS = 3
 RAGGED = sized(2, 333, 3)
 RAGGED_DOCUMENTS = sized(1, 333, 3, (0, 0, 100, 101, 333))
 # Every recipe of one problem of each op.
-RECIPES = [*(("bf16", level) for level in (*LEVELS, *DEFAULTS)), *at_levels("kda")]
+RECIPES = [*(("bf16", level) for level in (*LEVELS, *DEFAULTS)), *at_levels("kda", "gdn")]
 
 
 def shape_for(name: str, dense: Shape, packed: Shape) -> Shape:
@@ -152,7 +152,7 @@ def test_nothing_is_left_unwritten(name: str, level: str, pattern: str) -> None:
     assert not moved(clean, poisonous)
 
 
-@pytest.mark.parametrize("name", ["bf16", "kda"])
+@pytest.mark.parametrize("name", ["bf16", "kda", "gdn"])
 def test_a_batch_row_is_what_it_is_alone(name: str) -> None:
     """Results do not depend on what else is in the batch."""
     recipe = recipe_of(name, "lean")
