@@ -100,11 +100,15 @@ def fla_op(op: str, level: str) -> OpFunction:
             "run `pip install flash-linear-attention`, or leave `--vs fla` out"
         ) from error
 
+    has_safe_gate = "safe_gate" in public.arguments
+
     def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
         # FLA takes a lower bound only together with its safe gate.
         safe = arguments.get("lower_bound") is not None
         fast = level == "fast"
-        o, state = function(**arguments, safe_gate=safe, disable_recompute=fast)
+        # FLA's ops swallow keywords that they do not know
+        own = {"safe_gate": safe, "disable_recompute": fast} if has_safe_gate else {}
+        o, state = function(**arguments, **own)
         return o, state
 
     return call

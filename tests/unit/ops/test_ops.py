@@ -209,6 +209,10 @@ OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
 }
+OF_ONE["gated_delta_rule"] = {
+    **OF_ONE["kda"],
+    "chunk-size": (lambda x: {"chunk_size": 48}, r"chunk_size must be one of \(16, 32, 64\)"),
+}
 KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "K": ({"K": 48}, "K=48, V=.* were not verified.*32, 64, 128.*GDN2GEN_UNVERIFIED=1"),
     "V": ({"V": 256}, "V=256 were not verified.*gdn2gen verify --head-dim .*,256"),
@@ -284,6 +288,7 @@ def test_a_state_in_double_is_refused_by_the_kernels(op: str, path: str) -> None
 
 SAID: Final = {
     "gdn2": "    b: [B, T, HG, K] like q: erase gate in [0, 1], or [0, 2].\n",
+    "gated_delta_rule": "    g: [B, T, HG] bfloat16, float16 or float32: decay in natural log",
     "kda": "    beta: [B, T, HV] like q, or float32: what is erased and written, in [0, 1], or",
 }
 
