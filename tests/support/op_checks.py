@@ -16,6 +16,7 @@ from torch import Tensor
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
+from gdn2gen.kernels.plans import level_of, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import public_op, relative_errors
 from gdn2gen.ops import chunk
@@ -266,6 +267,8 @@ def without_gradient(op: str, plan: str) -> list[str]:
     problem = Problem(op=op, K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
     arguments = {**make(op, T=150), "use_qk_l2norm_in_kernel": True}
     try:
+        served = recurrence_named(op).plans
+        plan = plan if plan in served else plans_of(level_of(plan), op)[0]
         with forced_recipe(Recipe.default(problem, plan)):
             kept = _run(public_op(op), arguments)
             o, state = public_op(op)(**arguments, output_final_state=True)
