@@ -90,7 +90,8 @@ class Problem:
         if self.gate == "none" and (self.has_A_log or self.has_dt_bias):
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
         if self.gate == "softplus" and not self.has_A_log:
-            raise InputError("the softplus gate needs A_log, got None; or give lower_bound")
+            instead = "; or give lower_bound" if recurrence_named(self.op).bounded else ""
+            raise InputError(f"the softplus gate needs A_log, got None{instead}")
         if self.beta_sigmoid and not recurrence_named(self.op).tied:
             raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
         if self.neg_eigval and not self.beta_sigmoid:

@@ -159,6 +159,11 @@ class Recurrence:
         return self.decay.activations if self.decay else ("none",)
 
     @property
+    def bounded(self) -> bool:
+        """Whether its gate has a form with a bound: `lower_bound` times a sigmoid."""
+        return "sigmoid" in self.activations
+
+    @property
     def update(self) -> str:
         """S_t, in the names of its inputs."""
         g, e, u = self.decay and self.decay.input, self.erase, self.write
@@ -205,6 +210,7 @@ BIAS: Final = Input(
     "dt_bias", "HG K", "optional; its dims may come as one", "parameter",
     when="has_dt_bias", draw="bias",
 )  # fmt: skip
+HEAD_RATE: Final = replace(RATE, what="needed with `use_gate_in_kernel`")
 HEAD_BIAS: Final = replace(BIAS, dims="HG", what="optional")
 SEQUENCES: Final = Input(
     "cu_seqlens", "N+1",

@@ -140,6 +140,8 @@ def _activate_decay(
 ) -> None:
     A_log, dt_bias = x.get("A_log"), x.get("dt_bias")
     if activate and recurrence.decay is not None:
+        if not recurrence.bounded and A_log is None and lower_bound is None:
+            raise InputError(f"the gate of {recurrence.name} needs A_log, got None")
         name = recurrence.decay.input
         g = activate_gate(_by_channel(x[name]), A_log, dt_bias, lower_bound)
         x[name] = g.view(x[name].shape)

@@ -54,7 +54,7 @@ def call(
     check_flags(*known, safe_gate, disable_recompute, return_intermediate_states)
     signature = op.signature
     parameters = [tensors[place] for place in signature.parameters]
-    check_gate(use_gate_in_kernel, safe_gate, lower_bound, *parameters)
+    check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, *parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     check_chunk_size(chunk_size)
     if return_intermediate_states:

@@ -76,7 +76,7 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
             "g": recurrence.decay,
             "beta": recurrence.erase,
             "bounded": _BOUNDED.format(name=recurrence.decay and recurrence.decay.input)
-            if "sigmoid" in recurrence.activations
+            if recurrence.bounded
             else "",
         }
         text = f"{name}: {_OPTIONS[name].format(**known) if x is None else _tensor(x)}"

@@ -208,6 +208,7 @@ def _sequences(
 
 
 def check_gate(
+    signature: Signature,
     use_gate_in_kernel: bool,
     safe_gate: bool,
     lower_bound: float | None,
@@ -223,9 +224,10 @@ def check_gate(
             if value is not None and not (name == "lower_bound" and safe_gate):
                 raise InputError(f"{name} was given, but use_gate_in_kernel is False")
     elif A_log is None and lower_bound is None:
-        raise InputError(
-            "use_gate_in_kernel=True needs A_log, or lower_bound for the bounded gate; got neither"
-        )
+        wanted = "A_log, but got None"
+        if signature.bounded:
+            wanted = "A_log, or lower_bound for the bounded gate; got neither"
+        raise InputError(f"use_gate_in_kernel=True needs {wanted}")
     if lower_bound is not None:
         check_lower_bound(lower_bound)
     if safe_gate and use_gate_in_kernel and lower_bound is None:

@@ -61,6 +61,8 @@ class Signature:
     """The fields of `Problem` that say which of the others are given."""
     options: int
     """How many of `Options` its ops take."""
+    bounded: bool
+    """Whether its gate has a form with a lower bound."""
 
     def bind(self, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
         """What symbols stand for, by the shapes of the tensors in `sized_by`: the first use counts.
@@ -125,4 +127,5 @@ def signature_of(op: str) -> Signature:
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
         options=len(_OPTIONS) - (0 if recurrence.tied else len(Options._field_defaults)),
+        bounded=recurrence.bounded,
     )

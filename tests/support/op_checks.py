@@ -7,6 +7,7 @@ its own. Each raises AssertionError, or returns what is to be compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ def activated(op: str) -> dict[str, bool]:
     if recurrence_named(op).tied:
         flags |= dict.fromkeys(("use_beta_sigmoid_in_kernel", "allow_neg_eigval"), True)
     return flags
+
+
+def bias_shape(op: str, heads: int = 2) -> tuple[int, ...]:
+    """Of dt_bias with all its dims, of so many heads that decay, beside K=32."""
+    sizes = {"HG": heads, "K": 32}
+    return tuple(sizes[x] for x in recurrence_named(op).named["dt_bias"].symbols)
+
+
+def gate_parameters(op: str, heads: int = 2) -> dict[str, Tensor]:
+    """A_log, and a dt_bias whose dims come as one."""
+    return {
+        "A_log": torch.zeros(heads),
+        "dt_bias": torch.linspace(0, 1, prod(bias_shape(op, heads))),
+    }
 
 
 def make(op: str = "gdn2", **changes: Any) -> dict[str, Any]:
@@ -113,7 +128,8 @@ def strided_inputs(op: str, how: str) -> dict[str, float]:
         assert not inputs[name].is_contiguous()
     inputs["initial_state"] = inputs["initial_state"][:1].mT.contiguous().mT.expand(2, -1, -1, -1)
     inputs["A_log"] = torch.linspace(0, 1, 4)[::2]
-    inputs["dt_bias"] = torch.linspace(0, 1, 64).view(32, 2).T
+    shape = bias_shape(op)
+    inputs["dt_bias"] = torch.linspace(0, 1, 2 * prod(shape)).view(*shape, 2)[..., 0]
     assert not (inputs["A_log"].is_contiguous() or inputs["dt_bias"].is_contiguous())
     return compare(op, inputs | activated(op))
 
@@ -136,8 +152,9 @@ def no_tokens(op: str, packed: bool) -> dict[str, float]:
 def low_precision_parameters(op: str) -> str:
     """A_log and dt_bias of a model in bfloat16: gradients in their own dtype and shape."""
     inputs = make(op)
-    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
-    leaves: dict[str, Any] = {name: x.bfloat16().requires_grad_() for name, x in parameters.items()}
+    leaves: dict[str, Any] = {
+        name: x.bfloat16().requires_grad_() for name, x in gate_parameters(op).items()
+    }
     o, _ = public_op(op)(**inputs, **leaves, **activated(op))
     torch.autograd.backward(o.sum())
     for x in leaves.values():
@@ -156,7 +173,7 @@ def changed_cu_seqlens(op: str) -> dict[str, float]:
 
 
 def inputs_are_untouched(op: str) -> str:
-    inputs = make(op) | {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)}
+    inputs = make(op) | gate_parameters(op)
     before = {name: x.clone() for name, x in inputs.items()}
     compare(op, inputs | activated(op))
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
@@ -181,7 +198,7 @@ def opcheck(
     """torch.library.opcheck of the forward op; by the reference at the level `NOTHING`."""
     dtypes = WIDE_BETA if wide else {}
     inputs = make(op, cu_seqlens=(0, 7, 20), B=1, **dtypes) if gated else make(op, T=17, **dtypes)
-    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2, 32)} if gated else {}
+    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(bias_shape(op))} if gated else {}
     given = inputs | parameters
     ops: Op = getattr(chunk, f"_{op.upper()}")
     signature = ops.signature
@@ -207,7 +224,7 @@ def fakes_agree(op: str, level: str, gated: bool) -> str:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     inputs: dict[str, Any] = make(op, HV=4, HG=2) if not gated else make(op, HV=4, HG=4)
-    parameters = {"A_log": torch.zeros(4), "dt_bias": torch.ones(128)} if gated else {}
+    parameters = gate_parameters(op, heads=4) if gated else {}
     flags = activated(op) if gated else {"use_qk_l2norm_in_kernel": True}
     arguments: dict[str, Any] = {**inputs, **parameters, **flags}
     arguments["disable_recompute"] = level == "fast"
@@ -240,7 +257,7 @@ def compiled(op: str, gated: bool, wide: bool = False) -> str:
     """torch.compile without graph breaks, over the kernels: the same bits as without."""
     inputs: dict[str, Any] = make(op, **(WIDE_BETA if wide else {}))
     if gated:
-        inputs |= {"A_log": torch.zeros(2), "dt_bias": torch.linspace(0, 1, 64)} | activated(op)
+        inputs |= gate_parameters(op) | activated(op)
     arguments = {**inputs, "use_qk_l2norm_in_kernel": True}
     step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
     expected = _run(public_op(op), arguments)

@@ -53,7 +53,6 @@ CU: Final = torch.tensor([0, 5, T])
 REFUSED: Final[dict[str, tuple[Change, str]]] = {
     # rank
     "rank-q": (lambda x: {"q": x["q"][0]}, r"q must be \[B, T, heads, dim\].*\(20, 2, 32\)"),
-    "rank-g": (lambda x: {"g": x["g"][..., 0]}, r"g must be .* \(2, 20, 4\)"),
     "type-q": (lambda x: {"q": x["q"].tolist()}, "q must be a tensor, but got list"),
     # shape
     "shape-k": (lambda x: {"k": x["k"][:, 1:]}, r"k must be \(2, 20, 2, 32\).*\(2, 19, 2, 32\)"),
@@ -157,27 +156,59 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     # the gate
     "gate-A_log": (lambda x: {"A_log": torch.zeros(HV)}, "A_log was given, but use_gate"),
     "gate-dt_bias": (lambda x: {"dt_bias": torch.zeros(HV * K)}, "dt_bias was given, but use_g"),
-    "gate-bound": (lambda x: {"lower_bound": -5.0}, "lower_bound was given, but use_gate"),
-    "gate-neither": (lambda x: {"use_gate_in_kernel": True}, "needs A_log, or lower_bound"),
-    "gate-safe": (lambda x: GATED | {"safe_gate": True}, "safe_gate=True .* needs lower_bound"),
-    "gate-bound-0": (lambda x: GATED | {"lower_bound": 0.0}, "-5 <= lower_bound < 0.*got 0.0"),
-    "gate-bound-low": (lambda x: GATED | {"lower_bound": -5.1}, "lower_bound < 0.*got -5.1"),
-    "gate-bound-nan": (lambda x: GATED | {"lower_bound": float("nan")}, "must hold.*nan"),
     "gate-A_log-shape": (
         lambda x: GATED | {"A_log": torch.zeros(3)},
         r"A_log must be \[4\], but got \(3,\)",
     ),
-    "gate-dt_bias-shape": (
-        lambda x: GATED | {"dt_bias": torch.zeros(K)},
-        r"dt_bias must be \[128\] or \[4, 32\], but got \(32,\)",
-    ),
     "scale": (lambda x: {"scale": "1"}, "scale must be a number, but got str"),
     "scale-bool": (lambda x: {"scale": True}, "scale must be a number, but got bool"),
-    "gate-bound-bool": (lambda x: GATED | {"lower_bound": True}, "lower_bound must be a number"),
     "flag-none": (lambda x: {"state_v_first": None}, "state_v_first must be .*got None"),
-    "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
 }
-# Refused by the kernels only: the reference takes any head dim, and float64.
+# By what the decay has one number for.
+OF_DECAY: Final[dict[str, dict[str, tuple[Change, str]]]] = {
+    "channel": {
+        "rank-g": (lambda x: {"g": x["g"][..., 0]}, r"g must be .* \(2, 20, 4\)"),
+        "gate-dt_bias-shape": (
+            lambda x: GATED | {"dt_bias": torch.zeros(K)},
+            r"dt_bias must be \[128\] or \[4, 32\], but got \(32,\)",
+        ),
+    },
+    "head": {
+        "rank-g": (
+            lambda x: {"g": x["g"][..., None]},
+            r"g must be \[B, T, heads\] with 3 dim.* \(2, 20, 4, 1\)",
+        ),
+        "gate-dt_bias-shape": (
+            lambda x: GATED | {"dt_bias": torch.zeros(HV, K)},
+            r"dt_bias must be \[4\], but got \(4, 32\)",
+        ),
+    },
+}
+# By whether the gate has a form with a bound.
+OF_BOUND: Final[dict[bool, dict[str, tuple[Change, str]]]] = {
+    True: {
+        "bound": (lambda x: {"lower_bound": -5.0}, "lower_bound was given, but use_gate"),
+        "bound-neither": (lambda x: {"use_gate_in_kernel": True}, "needs A_log, or lower_bound"),
+        "bound-safe": (lambda x: GATED | {"safe_gate": True}, "safe_gate=True .* needs lower_bou"),
+        "bound-0": (lambda x: GATED | {"lower_bound": 0.0}, "-5 <= lower_bound < 0.*got 0.0"),
+        "bound-low": (lambda x: GATED | {"lower_bound": -5.1}, "lower_bound < 0.*got -5.1"),
+        "bound-nan": (lambda x: GATED | {"lower_bound": float("nan")}, "must hold.*nan"),
+        "bound-bool": (lambda x: GATED | {"lower_bound": True}, "lower_bound must be a number"),
+        "bound-type": (lambda x: GATED | {"lower_bound": "-5"}, "lower_bound must be a number"),
+    },
+    False: {"no-A_log": (lambda x: {"use_gate_in_kernel": True}, "needs A_log, but got None$")},
+}
+# By an argument that not every op has.
+OF_ARGUMENT: Final[dict[str, dict[str, tuple[Change, str]]]] = {
+    "return_intermediate_states": {
+        "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
+    },
+    "chunk_size": {
+        "chunk-size": (lambda x: {"chunk_size": 48}, r"must be one of \(16, 32, 64\), .* got 48"),
+        "chunk-size-bool": (lambda x: {"chunk_size": True}, "chunk_size must be one of .*True"),
+        "chunk-size-tuned": (lambda x: {"chunk_size": 64}, "chunk_size=64 was given, but tokens"),
+    },
+}
 OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
     "gdn2": {
         "rank-w": (lambda x: {"w": x["w"][None]}, r"w must be .* \(1, 2, 20, 4, 64\)"),
@@ -209,10 +240,19 @@ OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
 }
-OF_ONE["gated_delta_rule"] = {
-    **OF_ONE["kda"],
-    "chunk-size": (lambda x: {"chunk_size": 48}, r"chunk_size must be one of \(16, 32, 64\)"),
-}
+OF_ONE["gated_delta_rule"] = OF_ONE["kda"]
+
+
+def refused(op: str) -> dict[str, tuple[Change, str]]:
+    """What the op refuses, by its declaration."""
+    recurrence = recurrence_named(op)
+    found = REFUSED | OF_ONE[op] | OF_DECAY[recurrence.decays_by] | OF_BOUND[recurrence.bounded]
+    for name in recurrence.public.arguments:
+        found |= OF_ARGUMENT.get(name, {})
+    return found
+
+
+# Refused by the kernels only: the reference takes any head dim, and float64.
 KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "K": ({"K": 48}, "K=48, V=.* were not verified.*32, 64, 128.*GDN2GEN_UNVERIFIED=1"),
     "V": ({"V": 256}, "V=256 were not verified.*gdn2gen verify --head-dim .*,256"),
@@ -225,7 +265,6 @@ ODD: Final[dict[str, tuple[Change, str]]] = {
     "type-cu_seqlens": (lambda x: row(x) | {"cu_seqlens": [0, T]}, "cu_seqlens"),
     "type-state": (lambda x: {"initial_state": [0.0]}, "initial_state"),
     "type-A_log": (lambda x: {"use_gate_in_kernel": True, "A_log": 1.0}, "A_log"),
-    "type-bound": (lambda x: GATED | {"lower_bound": "-5"}, "lower_bound"),
     "device-cu_seqlens": (lambda x: row(x) | {"cu_seqlens": meta(CU)}, "cu_seqlens must be on"),
     "dims-none": (lambda x: {n: x[n][..., :0] for n in x}, "K=0"),
 }
@@ -246,10 +285,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [(op, name) for op in OPS for name in (*REFUSED, *OF_ONE[op])],
+    [(op, name) for op in OPS for name in refused(op)],
 )
 def test_bad_input_is_refused(op: str, name: str, path: str) -> None:
-    change, said = (REFUSED | OF_ONE[op])[name]
+    change, said = refused(op)[name]
     inputs = make(op)
     with pytest.raises((InputError, UnsupportedError), match=said):
         public_op(op)(**inputs | change(inputs))
@@ -330,14 +369,16 @@ def test_a_checked_cu_seqlens_is_checked_again_after_a_write() -> None:
 FLAGS: Final[dict[str, dict[str, Any]]] = {
     "plain": {},
     "l2norm": {"use_qk_l2norm_in_kernel": True},
-    "softplus": GATED | {"dt_bias": torch.zeros(HV, K)},
-    "sigmoid": {"use_gate_in_kernel": True, "lower_bound": -4.0, "safe_gate": True},
+    "softplus": GATED,
     "v-first": {"state_v_first": True, "initial_state": torch.ones(B, HV, V, K)},
     "fast": {"disable_recompute": True},
     "scaled": {"scale": 2},
 }
 
 
+OF_THE_BOUND: Final[dict[str, dict[str, Any]]] = {
+    "sigmoid": {"use_gate_in_kernel": True, "lower_bound": -4.0, "safe_gate": True},
+}
 WITH_BETA: Final = tuple(op for op in OPS if recurrence_named(op).has_factor)
 OF_BETA: Final[dict[str, dict[str, Any]]] = {
     "beta-sigmoid": {"use_beta_sigmoid_in_kernel": True},
@@ -345,21 +386,24 @@ OF_BETA: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [(op, x) for op in OPS for x in (*FLAGS, *(OF_BETA if recurrence_named(op).tied else ()))],
-)
+def flags_known(op: str) -> dict[str, dict[str, Any]]:
+    of_beta = OF_BETA if recurrence_named(op).tied else {}
+    return FLAGS | (OF_THE_BOUND if recurrence_named(op).bounded else {}) | of_beta
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, x) for op in OPS for x in flags_known(op)])
 @pytest.mark.resolved
 def test_the_cpu_path_is_the_reference(op: str, name: str) -> None:
-    flags = (FLAGS | OF_BETA)[name]
-    inputs = make(op)
-    o, state = public_op(op)(**inputs, **flags, output_final_state=True)
+    flags, inputs = flags_known(op)[name], make(op)
+    if name == "softplus":
+        inputs |= op_checks.gate_parameters(op, HV)
+    o, state = public_op(op)(**inputs | flags, output_final_state=True)
     known = {x: flags[x] for x in flags if x not in ("safe_gate", "disable_recompute")}
-    expected, last = ReferenceOp(op)(**inputs, **known)
+    expected, last = ReferenceOp(op)(**inputs | known)
     assert state is not None and state.dtype == torch.float32
     assert torch.equal(o, expected)
     assert torch.equal(state, last)
-    assert public_op(op)(**inputs, **flags)[1] is None
+    assert public_op(op)(**inputs | flags)[1] is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -380,7 +424,8 @@ def test_gradients_on_the_cpu(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_by_torch_func(op: str) -> None:
-    flags = op_checks.activated(op) | {"lower_bound": -3.0}
+    gate = {"lower_bound": -3.0} if recurrence_named(op).bounded else {"A_log": torch.zeros(HV)}
+    flags = op_checks.activated(op) | gate
     leaves = {name: x.requires_grad_() for name, x in make(op).items()}
 
     def loss(given: dict[str, Tensor]) -> Tensor:
