@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from gdn2gen.base.errors import DispatchError
+from gdn2gen.base.errors import DispatchError, UnsupportedError
 from gdn2gen.family.registry import recurrence_named
 
 Level = Literal["lean", "fast"]
@@ -82,3 +82,13 @@ def plan_named(name: str) -> Plan:
     if name not in PLANS:
         raise DispatchError(f"unknown plan {name!r}; known: {', '.join(PLANS)}")
     return PLANS[name]
+
+
+def plan_for(name: str, op: str) -> Plan:
+    """The plan of that name. Raises UnsupportedError if it does not serve the recurrence."""
+    plan, served = plan_named(name), recurrence_named(op).plans
+    if name not in served:
+        raise UnsupportedError(
+            f"plan {name!r} does not serve {op}; use one that does: {', '.join(served)}"
+        )
+    return plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_named, plans_of
+from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.validity import why_invalid
 
 
@@ -26,8 +26,11 @@ class Recipe:
 
     @classmethod
     def of(cls, problem: Problem, plan: str, configs: Mapping[str, Config]) -> Recipe:
-        """Take the configs of the plan's stages out of `configs` (KeyError if one is missing)."""
-        chain = plan_named(plan)
+        """Take the configs of the plan's stages out of `configs` (KeyError if one is missing).
+
+        Raises UnsupportedError for a plan that does not serve the problem's recurrence.
+        """
+        chain = plan_for(plan, problem.op)
         return cls(problem, chain, tuple(configs[stage] for stage in chain.stages))
 
     @classmethod
@@ -42,9 +45,10 @@ class Recipe:
         """Every stage at its default: valid for every problem and device, and meant for `arch`.
 
         Of the plan that keeps least, unless one is named; in chunks of BT tokens (None: the
-        default).
+        default). Raises UnsupportedError for a plan that does not serve the problem's recurrence.
         """
-        chain = plan_named(plans_of(LEVELS[0], problem.op)[0] if plan is None else plan)
+        chosen = plans_of(LEVELS[0], problem.op)[0] if plan is None else plan
+        chain = plan_for(chosen, problem.op)
         configs = (default_config(x, problem, BT=BT, arch=arch) for x in chain.stages)
         return cls(problem, chain, tuple(configs))
 

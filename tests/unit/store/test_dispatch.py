@@ -13,12 +13,12 @@ import torch
 
 from gdn2gen.base import paths
 from gdn2gen.base.device import named_device
-from gdn2gen.base.errors import DispatchError, TunedFileWarning
+from gdn2gen.base.errors import DispatchError, TunedFileWarning, UnsupportedError
 from gdn2gen.codegen import render
 from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
-from gdn2gen.family.registry import RECURRENCES
+from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.plans import plan_named
+from gdn2gen.kernels.plans import PLANS, plan_named
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import dispatch
@@ -108,6 +108,21 @@ def test_default_is_valid_for_every_problem(plan, dtype):
             assert all(why_invalid(x, problem) is None for x in recipe.configs)
     with pytest.raises(DispatchError, match=r"unknown plan 'clever'"):
         Recipe.default(PROBLEM, "clever")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_that_does_not_serve_the_op_is_refused(op, plan):
+    problem, serving = Problem(op=op), Recipe.default(Problem(op=op))
+    served = recurrence_named(op).plans
+    if plan in served:
+        assert Recipe.default(problem, plan).plan.name == plan
+        return
+    said = f"plan '{plan}' does not serve {op}; use one that does: {', '.join(served)}"
+    with pytest.raises(UnsupportedError, match=said):
+        Recipe.default(problem, plan)
+    with pytest.raises(UnsupportedError, match=said):
+        Recipe.of(problem, plan, serving.by_stage)
 
 
 def test_nothing_tuned_gives_the_default(user, packaged):
