@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
 from typing import Final, TypeVar
 
-from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.family.recurrence import Input, Recurrence
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -58,11 +57,11 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield from ("", "Per head, with the state S in R^{K x V} and elementwise `*`:", "")
     yield f"    S_t = {recurrence.update}"
     yield from ("    o_t = scale * S_t^T q_t", "")
-    dims = ", ".join(map(str, HEAD_DIMS))
     yield from textwrap.wrap(
         "B sequences of T tokens. H heads of q and k; HV of v, a multiple of H: value head i reads "
-        f"q, k of head i // (HV / H). HG is H or HV. K and V are each one of {dims}; with "
-        f"GDN2GEN_UNVERIFIED=1 any multiple of 8 from 16, K to 256 and V to 512. {_FLOAT16}",
+        f"q, k of head i // (HV / H). HG is H or HV. K and V are multiples of 8 "
+        "from 16, K to 256 and V to 512: on a GPU those that were verified on its architecture in "
+        f"this dtype, with GDN2GEN_UNVERIFIED=1 all. {_FLOAT16}",
         _WIDTH,
     )
     yield from ("", "Args:")
