@@ -34,7 +34,14 @@ def find_recipe_of_any_size(
     found = dispatch.find_recipe(problem, regime, device, **options)
     if found.source != "default" or is_usual(problem):
         return found
-    for K, V in sorted(set(_dims_on_file(problem.op)), key=lambda x: _apart(problem, *x)):
+    return transferred(problem, regime, device, **options) or found
+
+
+def transferred(problem: Problem, regime: Regime, device: Device, **options: Any) -> Found | None:
+    """What `dispatch.find_recipe` finds for the nearest other head dims on file, with tiles that
+    fit; None where nothing is on file."""
+    others = set(_dims_on_file(problem.op)) - {(problem.K, problem.V)}
+    for K, V in sorted(others, key=lambda x: _apart(problem, *x)):
         near = dispatch.find_recipe(replace(problem, K=K, V=V), regime, device, **options)
         if near.source != "default":
             return replace(
@@ -44,7 +51,7 @@ def find_recipe_of_any_size(
                 why=f"nothing is tuned for {words_of(problem)}: of the nearest head dims, K={K} "
                 f"V={V}, with tiles that fit, and not timed at these; there {near.why}",
             )
-    return found
+    return None
 
 
 def is_usual(problem: Problem) -> bool:
