@@ -36,14 +36,15 @@ class Passed(NamedTuple):
 
 def is_verified(op: str, dtype: str, K: int, V: int, arch: str | None) -> bool:
     """Whether it has passed on GPUs of `arch`; where that is None, on any."""
-    if arch is None:
-        return bool(archs_of(op, dtype, K, V))
-    return Passed(op, arch, dtype, K, V) in passed()
+    archs = archs_of(op, dtype, K, V)
+    return bool(archs) if arch is None else arch in archs
 
 
-def archs_of(op: str, dtype: str, K: int, V: int) -> list[str]:
+@lru_cache(maxsize=512)  # every call asks
+def archs_of(op: str, dtype: str, K: int, V: int) -> tuple[str, ...]:
     """The architectures that it has passed on."""
-    return sorted(x.arch for x in passed() if (x.op, x.dtype, x.K, x.V) == (op, dtype, K, V))
+    found = (x.arch for x in passed() if (x.op, x.dtype, x.K, x.V) == (op, dtype, K, V))
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=1)
@@ -60,6 +61,7 @@ def passed() -> frozenset[Passed]:
 def look_anew() -> None:
     """Forget what was read: later calls read the files anew."""
     passed.cache_clear()
+    archs_of.cache_clear()
 
 
 def file_passed(

@@ -42,7 +42,7 @@ def test_what_ships(own: Path) -> None:
     assert verified.is_verified("gdn2", "bf16", 256, 512, "sm_90")
     assert not verified.is_verified("gdn2", "fp16", 256, 512, "sm_90")
     assert not verified.is_verified("gdn2", "bf16", 128, 128, "sm_80")
-    assert verified.archs_of("gdn2", "bf16", 128, 128) == ["sm_90"]
+    assert verified.archs_of("gdn2", "bf16", 128, 128) == ("sm_90",)
 
 
 def test_what_passes_is_remembered_for_its_architecture(own: Path) -> None:
