@@ -21,6 +21,9 @@ from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
+# Elements that rows and slots are told apart in: 16 bytes of 16 bits, and so of all that vector loads
+# want to know of an address.
+UNIT: Final = 8
 # What operands are where they lie; parameters and indices may be of other dtypes, too.
 _DTYPES: Final = {"parameter": "fp32", "index": "int32"}
 POOL: Final = Operand("state_pool", "slots HV K V", "state")

@@ -46,6 +46,11 @@ def allocator(
     shape = buffer.shape(sizes)
     if buffer.zeroed:
         return partial(torch.zeros, shape, dtype=dtype, device=device)
+    return maker(shape, dtype, device)
+
+
+def maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """What makes an empty tensor, on the current device if that is a GPU."""
     if device.type == "cuda" and _empty_on_gpu is not None:
         return partial(_empty_on_gpu, shape, _strides(shape), dtype)
     return partial(torch.empty, shape, dtype=dtype, device=device)

@@ -1,0 +1,121 @@
+"""The op of a recurrence over a few tokens: in torch.library, and past it where nobody looks on.
+
+The op returns nothing and writes what it is given: o, a final state, slots of a pool. So one op
+serves every call, and its schema says what it mutates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.family.decoding_reference import decode
+from gdn2gen.family.recurrence import Recurrence
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.runtime.arguments import by_kernels, check_head_dims
+from gdn2gen.runtime.decoding import BUFFERS, Plan, known_plan
+from gdn2gen.runtime.signature import Options, Signature, decoding_signature
+
+# Of a recurrence there is one library: `runtime.autograd` defines it, and this adds to it.
+_Library: Any = torch.library.Library  # untyped in torch
+_library = _Library("gdn2gen", "FRAGMENT")
+
+
+@dataclass(frozen=True, eq=False)
+class DecodingOp:
+    """What torch knows of a recurrence's op over a few tokens."""
+
+    signature: Signature
+    call: Any
+
+
+def decoding_op(recurrence: Recurrence) -> DecodingOp:
+    """Make the op known to torch: once for each recurrence."""
+    signature = decoding_signature(recurrence.name)
+    name = f"{recurrence.name}_recurrent"
+    _library.define(name + signature.decoding_schema)
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, partial(_run, signature), key)
+    torch.library.register_fake(f"gdn2gen::{name}", _fake, lib=_library)
+    return DecodingOp(signature, getattr(torch.ops.gdn2gen, name).default)
+
+
+def plan_of(
+    signature: Signature,
+    tensors: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+    null_slot: int | None,
+) -> Plan:
+    """The plan of a call on tensors that are data: those of the signature, and of `SERVING`."""
+    plan: Plan = known_plan(
+        signature,
+        options,
+        null_slot,
+        *[
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.layout)
+            for x in tensors
+        ],
+    )
+    if not plan.verified:
+        check_head_dims(plan.dims.K, plan.dims.V)
+    return plan
+
+
+def on_device(device: torch.device) -> Any:
+    """A context in which `device` is the current one; nothing where it is already."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device.index)
+
+
+_NOTHING: Final = nullcontext()
+
+
+def _run(signature: Signature, *arguments: Any) -> None:
+    count = len(signature.names) + len(BUFFERS)
+    tensors, (*options, null_slot) = [*arguments[:count]], arguments[count:]
+    *inputs, o, final_state = tensors
+    device = inputs[0].device
+    if not by_kernels(device):
+        _reference(signature, tensors, Options(*options), null_slot)
+        return
+    flags = Options(*options)._replace(output_final_state=final_state is not None)
+    plan = plan_of(signature, (*inputs, o), (*flags[: signature.options],), null_slot)
+    with on_device(device):
+        plan.run(tensors)
+
+
+def _fake(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+def _reference(
+    signature: Signature, tensors: Sequence[Tensor | None], options: Options, null_slot: int | None
+) -> None:
+    count = len(signature.names)
+    indices, accepted, pool, o, final_state = tensors[count:]
+    assert o is not None
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        decode(
+            recurrence_named(signature.op),
+            dict(zip(signature.names, tensors[:count], strict=True)),
+            o,
+            final_state,
+            state_pool=pool,
+            ssm_state_indices=indices,
+            num_accepted_tokens=accepted,
+            null_slot=null_slot,
+            scale=options.scale,
+            use_qk_l2norm_in_kernel=options.l2norm,
+            use_gate_in_kernel=options.gate_in_kernel,
+            lower_bound=options.lower_bound,
+            use_beta_sigmoid_in_kernel=options.beta_sigmoid,
+            allow_neg_eigval=options.neg_eigval,
+            state_v_first=options.state_v_first,
+        )
