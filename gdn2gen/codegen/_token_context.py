@@ -24,9 +24,7 @@ class Role:
     """K or V where it has one for each channel, "" where one for the head."""
 
 
-def token_context(
-    stage: TokenStage, problem: DecodingProblem, config: Config
-) -> dict[str, object]:
+def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -> dict[str, object]:
     member = recurrence_named(problem.op)
     operands = stage.operands(problem)
     token_rows = {
@@ -35,7 +33,7 @@ def token_context(
     state = "state_pool" if problem.pool else "initial_state" if problem.initial_state else ""
     return {
         "recurrence": member,
-        "decay": _role(member, member.decay and member.decay.input),
+        "decay": _role(member, member.decay.input if member.decay else None),
         "erase": _role(member, member.erase),
         "write": _role(member, member.write),
         "rows": token_rows,

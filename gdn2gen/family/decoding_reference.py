@@ -56,8 +56,7 @@ def decode(
 
     for n, (row, start, end) in enumerate(spans):
         own: dict[str, Tensor | None] = {
-            name: x[row : row + 1, start:end] if name in rowwise else x
-            for name, x in given.items()
+            name: x[row : row + 1, start:end] if name in rowwise else x for name, x in given.items()
         }
         slots, read = _slots(n, ssm_state_indices, num_accepted_tokens)
         if state_pool is not None and not known(read):
@@ -72,9 +71,7 @@ def decode(
                 name: x[:, first:last] if x is not None and name in rowwise else x
                 for name, x in own.items()
             }
-            values, state = recurrent(
-                recurrence, {**piece, "initial_state": state}, **options
-            )
+            values, state = recurrent(recurrence, {**piece, "initial_state": state}, **options)
             o[row, start + first : start + last] = values[0]
             if after is not None and first < len(after) and known(after[first]):
                 assert state_pool is not None
@@ -97,9 +94,7 @@ def _spans(given: dict[str, Tensor], o: Tensor) -> list[tuple[int, int, int]]:
     return [(0, start, max(start, end)) for start, end in pairwise(ends)]
 
 
-def _slots(
-    n: int, indices: Tensor | None, accepted: Tensor | None
-) -> tuple[list[int], int]:
+def _slots(n: int, indices: Tensor | None, accepted: Tensor | None) -> tuple[list[int], int]:
     """Slots of a sequence, and that which is read."""
     if indices is None:
         return [n], n

@@ -21,8 +21,8 @@ from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
-# Elements that rows and slots are told apart in: 16 bytes of 16 bits, and so of all that vector loads
-# want to know of an address.
+# Distances of rows and slots are given to kernels in as many elements: 16 bytes of bf16, so that
+# vector loads know all that they want of an address.
 UNIT: Final = 8
 # What operands are where they lie; parameters and indices may be of other dtypes, too.
 _DTYPES: Final = {"parameter": "fp32", "index": "int32"}
@@ -63,7 +63,7 @@ class TokenStage(Stage):
     def scalars_of(self, problem: DecodingProblem) -> tuple[str, ...]:
         """The scalars of its kernel, in the order of its arguments: those alone that it reads."""
         operands = self.operands(problem)
-        heads = {symbol for x in operands for symbol in x.dims.split()} & {"HG"}
+        symbols = {symbol for x in operands for symbol in x.dims.split()}
         rows = [row_of(x.name) for x in operands if problem.strided and is_row_wise(x.dims)]
         wanted = {
             "scale": True,
@@ -72,7 +72,7 @@ class TokenStage(Stage):
             "T": not problem.one_token,
             "H": True,
             "HV": True,
-            "HG": bool(heads),
+            "HG": "HG" in symbols,
             "slots": problem.indexed,
             "slot_stride": problem.pool,
             "index_row": problem.indexed,
@@ -90,12 +90,10 @@ _SCALARS: Final = (
     *("scale", "lower_bound", "N", "T", "H", "HV", "HG"),
     *("slots", "slot_stride", "index_row", "index_width", "null_slot"),
 )
-_ROWS: Final = {
-    row_of(x.name): None
-    for member in RECURRENCES.values()
-    for x in (*member.inputs, OUTPUT)
-    if is_row_wise(x.dims)
+_ROW_WISE: Final = {
+    x.name for member in RECURRENCES.values() for x in member.inputs if is_row_wise(x.dims)
 }
+_ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
 # Elements of a state that a thread holds, in registers of which each takes one; beside them are the
 # token's factors, as many again at K = 128 and tiles of few rows.
 _OF_THREAD: Final = 32
@@ -144,7 +142,7 @@ def knobs_for(problem: DecodingProblem, sequences: int, heads: int, sms: int) ->
     if not problem.state_v_first:
         least = max(least, _ROW_BYTES // DTYPE[problem.dtype_of("state")].nbytes)
     BV = min(_LARGEST_TILE // width, covering(problem.V), max(map(int, _BV)))
-    while BV > least and sequences * heads * -(-problem.V // BV) < _PROGRAMS * sms:
+    while least < BV and sequences * heads * -(-problem.V // BV) < _PROGRAMS * sms:
         BV //= 2
     warps = BV * width // (32 * _OF_THREAD)
     return {"BV": BV, "num_warps": min(max(warps, 1), 8)}

@@ -41,23 +41,27 @@ _DECODING: Final = {
     "with a `state_pool`, the pool.",
     "state_v_first": "states are [N, HV, V, K], and slots of the pool [HV, V, K].",
     "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place. A "
-    "slot's three dims follow each other; slots may lie any distance apart. Without "
+    "slot's dims follow each other in memory; slots may lie any distance apart. Without "
     "`ssm_state_indices` sequence n has slot n.",
-    "ssm_state_indices": "[N] or [N, 1+S], int32 or int64: slots of each sequence. [N]: the state is "
-    "read from a slot, and written back after the last token. [N, 1+S]: the state after token t is "
-    "written to slot [n, t]. An index below 0, equal to `null_slot` or past the pool's end names no "
-    "slot: it is never written, and a sequence that would read it is padding, whose rows of o are "
-    "zeros. No two sequences may have a slot in common.",
-    "num_accepted_tokens": "[N], int32 or int64, with indices [N, 1+S]: the state is read from slot "
-    "[n, accepted - 1], taken within 1 .. 1+S; from [n, 0] if None.",
+    "ssm_state_indices": "[N] or [N, 1+S], int32 or int64: slots of each sequence, which no other "
+    "has. [N]: the state is read from a slot, and written back after the last token. [N, 1+S]: "
+    "the state after token t is written to slot [n, t]. An index below 0, equal to `null_slot` "
+    "or past the pool's end names no slot: it is never written, and a sequence that would read "
+    "it is padding, whose rows of o are zeros.",
+    "num_accepted_tokens": "[N], int32 or int64, with indices [N, 1+S]: the state is read from "
+    "slot [n, accepted - 1], taken within 1 .. 1+S; from [n, 0] if None.",
     "null_slot": "an index that is padding, too, such as 0.",
     "out": "[B, T, HV, V] in the dtype of v: o is written there, and returned. Rows may lie apart.",
 }
-_LENGTHS: Final = (
-    "rising within 0 .. T: packed sequences, of any length, 0 too; wants B = 1. On a GPU only the "
-    "kernel reads it, and takes what it holds within 0 .. T: contents may change between replays of "
-    "a CUDA graph, as may those of every other tensor. Rows past its last value are zeros in o."
-)
+# The same of what recurrences declare.
+_DECODING_INPUTS: Final = {
+    "initial_state": "[N, HV, K, V] float32 or bfloat16: one for each sequence; zero if None.",
+    "cu_seqlens": "[N+1] int32 or int64: rising within 0 .. T: packed sequences, of any length, 0 "
+    "too; wants B = 1. On a GPU only the kernel reads it, and takes what it holds within 0 .. T: "
+    "contents may change between replays of a CUDA graph, as may those of every other tensor. "
+    "Rows of o that it does not cover are zeros.",
+}
+_AS_DECLARED: Final[Mapping[str, str]] = {}
 _FLOAT16: Final = (
     "With float16, states and what is written to them above 65504 make o and the final state inf "
     "or NaN, and gradients of the state lose digits below 2^-10 and vanish below 2^-24: scale v "
@@ -100,7 +104,7 @@ def _decoding_lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[st
     )
     yield from ("", "Args:")
     for name in names:
-        yield from _argument(recurrence, name, _OPTIONS | _DECODING, cu_seqlens=_LENGTHS)
+        yield from _argument(recurrence, name, _OPTIONS | _DECODING, _DECODING_INPUTS)
     yield from ("", "Returns:")
     yield "    o [B, T, HV, V] in the dtype of v; and the final state, the pool, or None."
     yield from ("", "Raises:")
@@ -124,12 +128,15 @@ def _sizes() -> str:
 
 
 def _argument(
-    recurrence: Recurrence, name: str, options: Mapping[str, str], **words: str
+    recurrence: Recurrence,
+    name: str,
+    options: Mapping[str, str],
+    inputs: Mapping[str, str] = _AS_DECLARED,
 ) -> list[str]:
-    """Lines on one argument; `words` in place of what is declared of inputs."""
+    """Lines on one argument; `inputs` in place of what is declared of them."""
     x = recurrence.named.get(name)
     known = {"g": recurrence.decay, "beta": recurrence.erase}
-    text = options[name].format(**known) if x is None else _tensor(x, words.get(name))
+    text = options[name].format(**known) if x is None else inputs.get(name, _tensor(x))
     return textwrap.wrap(
         f"{name}: {text}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8
     )
@@ -148,6 +155,6 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield "    UnsupportedError: head dims or options that were not verified."
 
 
-def _tensor(x: Input, what: str | None = None) -> str:
+def _tensor(x: Input) -> str:
     dtype = _DTYPES.get(x.dtype, _ANY_OF if x.name == "q" else "like q")
-    return f"[{', '.join(x.symbols)}] {dtype}: {what or f'{x.what}.'}"
+    return f"[{', '.join(x.symbols)}] {dtype}: {x.what}."

@@ -46,7 +46,7 @@ def fused_recurrent_gdn2(
     null_slot: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated DeltaNet-2 over a few tokens of each sequence, one after the other (arXiv 2605.22791)."""
+    """Gated DeltaNet-2 over a few tokens of each sequence (arXiv 2605.22791)."""
     return decode(
         _GDN2,
         (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens),
@@ -87,8 +87,7 @@ def fused_recurrent_kda(
     null_slot: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Kimi Delta Attention over a few tokens of each sequence, one after the other (arXiv
-    2510.26692)."""
+    """Kimi Delta Attention over a few tokens of each sequence (arXiv 2510.26692)."""
     return decode(
         _KDA,
         (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),

@@ -22,9 +22,9 @@ from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
-from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
 from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime.arguments import Dims, check_head_dims, check_narrow
+from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker
 from gdn2gen.runtime.signature import Options, Signature
@@ -71,9 +71,9 @@ class Plan:
             if self.dims.N == 0:  # no program is there to write what no sequence covers
                 _given(tensors[-2]).zero_()
             return
-        operands = [tensors[place] for place in self.places]
+        operands: list[Any] = [tensors[place] for place in self.places]
         if any(map(Tensor.is_neg, operands)):  # values that torch negates where it reads them
-            operands = [_copy(x) if _given(x).is_neg() else x for x in operands]
+            operands = [_copy(x) if x.is_neg() else x for x in operands]
         self.launch(*operands)
 
 
@@ -101,7 +101,10 @@ def make_plan(
     check_head_dims(dims.K, dims.V)
     names = (*signature.names, *SERVING)
     tensors = {x: Strided(*y) for x, y in zip(names, given, strict=True) if y is not None}
-    for name in (*(signature.names[x] for x in (0, signature.gate, *signature.states)), "state_pool"):
+    for name in (
+        *(signature.names[x] for x in (0, signature.gate, *signature.states)),
+        "state_pool",
+    ):
         if name in tensors:
             check_narrow(name, tensors[name].dtype)
     if "out" in tensors:
@@ -218,7 +221,7 @@ def _scalars(
 
 
 def _slot_stride(pool: Strided, dims: Dims) -> int:
-    """Elements from slot to slot. Raises InputError for a pool that kernels cannot write in place."""
+    """Elements from slot to slot. Raises InputError for a pool that none can be written in."""
     size = dims.HV * dims.K * dims.V
     stride = pool.stride[0] if pool.shape[0] > 1 else size
     if not _is_dense(pool, 1) or stride < size:

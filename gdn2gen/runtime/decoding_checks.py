@@ -112,7 +112,7 @@ def _check_indices(
         )
     if indices.dtype not in _INDEX:
         raise InputError(f"ssm_state_indices must be int32 or int64, but got {indices.dtype}")
-    if len(shape) == 2 and not packed and dims.T > shape[1]:
+    if len(shape) == 2 and not packed and shape[1] < dims.T:
         raise InputError(
             f"ssm_state_indices must name a slot for each of T={dims.T} tokens, [N, T] at least, "
             f"but got {shape}; give [N] to keep the state after the last token alone"

@@ -18,8 +18,9 @@ from torch import Tensor
 from gdn2gen.family.decoding_reference import decode
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.runtime.arguments import by_kernels, check_head_dims
+from gdn2gen.runtime.arguments import by_kernels, check_dense, check_head_dims
 from gdn2gen.runtime.decoding import BUFFERS, Plan, known_plan
+from gdn2gen.runtime.decoding_checks import SERVING
 from gdn2gen.runtime.signature import Options, Signature, decoding_signature
 
 # Of a recurrence there is one library: `runtime.autograd` defines it, and this adds to it.
@@ -53,15 +54,17 @@ def plan_of(
     null_slot: int | None,
 ) -> Plan:
     """The plan of a call on tensors that are data: those of the signature, and of `SERVING`."""
-    plan: Plan = known_plan(
-        signature,
-        options,
-        null_slot,
-        *[
+    try:
+        given = [
             None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.layout)
             for x in tensors
-        ],
-    )
+        ]
+    except RuntimeError:  # what is not dense has no strides, or no shape
+        for name, x in zip((*signature.names, *SERVING), tensors, strict=True):
+            if x is not None:
+                check_dense(name, torch.jagged if x.is_nested else x.layout)
+        raise
+    plan = known_plan(signature, options, null_slot, *given)
     if not plan.verified:
         check_head_dims(plan.dims.K, plan.dims.V)
     return plan
