@@ -24,7 +24,7 @@ from gdn2gen.runtime.decoding_checks import (
     check_lengths,
     refuse_gradients,
 )
-from gdn2gen.runtime.decoding_op import DecodingOp, on_device, plan_of
+from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
 from gdn2gen.runtime.signature import Signature
 
 Tensors = tuple[Tensor | None, ...]
@@ -77,11 +77,7 @@ def decode(
         plan = plan_of(signature, given, options, null_slot)
         if cu_seqlens is not None:
             check_lengths(cu_seqlens, plan.dims.T)
-        *indices, out = serving
-        with on_device(q.device):
-            o = plan.make_o() if out is None else out
-            state = None if plan.make_final is None else plan.make_final()
-            plan.run([*tensors, *indices, o, state])
+        o, state = launch(plan, q.device, given[:-1], serving[-1])
     return o, state if pool is None or not output_final_state else pool
 
 

@@ -50,6 +50,10 @@ class TensorLayout(NamedTuple):
     device: torch.device
     layout: torch.layout
 
+    @classmethod
+    def of(cls, x: Tensor) -> TensorLayout:
+        return cls(x.shape, x.dtype, x.device, x.layout)
+
 
 _COPY = "cu_seqlens_cpu"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType})
@@ -65,7 +69,7 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
         or _get_current_dispatch_mode() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or not _PLAIN.issuperset([type(x) for x in tensors])
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +26,27 @@ from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime.arguments import Dims, check_head_dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
 from gdn2gen.runtime.lookup import device_of, make_problem
-from gdn2gen.runtime.passes import maker
+from gdn2gen.runtime.passes import maker, strides_of
 from gdn2gen.runtime.signature import Options, Signature
+
+Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
+"""How a tensor lies in memory: True for rows without gaps, else its layout and strides."""
 
 
 class Strided(NamedTuple):
     """What of a tensor decides how a kernel reads it."""
 
     shape: torch.Size
-    stride: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device
-    layout: torch.layout
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: torch.Size, dtype: torch.dtype, lay: Lay) -> Strided:
+        return cls(shape, dtype, strides_of(shape) if isinstance(lay, bool) else lay[1])
+
+
+def _layout(lay: Lay) -> torch.layout:
+    return torch.strided if isinstance(lay, bool) else lay[0]
 
 
 _O: Final = tuple(OUTPUT.dims.split())
@@ -90,17 +99,18 @@ def make_plan(
     signature: Signature,
     options: tuple[Any, ...],
     null_slot: int | None,
-    *given: tuple[Any, ...] | None,
+    device: torch.device,
+    *given: tuple[torch.Size, torch.dtype, Lay] | None,
 ) -> Plan:
-    """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING` what
-    `Strided` names. Raises InputError.
+    """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
+    on `device`, their shapes, dtypes, and how they lie in memory. Raises InputError.
     """
     flags, count = Options(*options), len(signature.names)
-    seen = [None if x is None else (x[0], *x[2:]) for x in given]
+    seen = [None if x is None else (x[0], x[1], device, _layout(x[2])) for x in given]
     dims = check_decoding(signature, flags.state_v_first, null_slot, seen[:count], seen[count:])
     check_head_dims(dims.K, dims.V)
     names = (*signature.names, *SERVING)
-    tensors = {x: Strided(*y) for x, y in zip(names, given, strict=True) if y is not None}
+    tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
     for name in (
         *(signature.names[x] for x in (0, signature.gate, *signature.states)),
         "state_pool",
@@ -111,7 +121,6 @@ def make_plan(
         tensors["o"] = tensors.pop("out")
     rows = _Rows.of(signature, tensors, dims)
     problem = _problem(signature, flags, tensors, dims, strided=rows.strided)
-    device = tensors["q"].device
     config = config_for(problem, dims, device)
     v, initial = tensors["v"], tensors.get("initial_state")
     o_dtype, state_dtype = v.dtype, torch.float32 if initial is None else initial.dtype

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
+import declared_members
 import decoding_cases
 import decoding_refusals
 import decoding_torch_checks
@@ -101,6 +102,12 @@ def test_a_server(how: str, request: pytest.FixtureRequest) -> None:
             interpreter = request.getfixturevalue("interpreter")
             _, served = interpreter("decoding_cases:simulated", case, 24, kwargs)
         assert served >= 8
+
+
+@pytest.mark.parametrize("name", [x.name for x in declared_members.MEMBERS])
+def test_further_members_need_a_declaration_alone(name: str, interpreter: Check) -> None:
+    declared_members.check(name)
+    interpreter("declared_members:check", name)
 
 
 def test_sequences_without_tokens_and_batches_without_sequences(run: Check) -> None:
