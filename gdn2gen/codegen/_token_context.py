@@ -40,6 +40,8 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
         "parameters": {
             x.name: _parameter(x.symbols) for x in member.inputs if x.dtype == "parameter"
         },
+        # whose elements are loaded one by one, from wherever they are
+        "single": [x.name for x in operands if not {"K", "V"} & {*x.dims.split()}],
         "scalars": list(stage.scalars_of(problem)),
         # what the state is read from, "" where it begins with zeros
         "entry": state,

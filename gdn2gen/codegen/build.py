@@ -160,7 +160,12 @@ def _compile_kernel(
     signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
     constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {(kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands}
+    places = [kernel.arg_names.index(x.name) for x in operands]
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i in places
+        if not kernel.params[i].do_not_specialize_on_alignment
+    }
     compiled: Any = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),

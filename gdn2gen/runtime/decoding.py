@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from typing import Any, Final, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
-from gdn2gen.runtime._loading import stage_launcher
+from gdn2gen.runtime._loading import fixed_launcher
 from gdn2gen.runtime.arguments import Dims, check_head_dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
 from gdn2gen.runtime.lookup import device_of, make_problem
@@ -129,10 +129,9 @@ def make_plan(
     operands = [x.name for x in RECURRENT.operands(problem)]
     launch = None
     if dims.N * dims.HV > 0 and (dims.T > 0 or problem.final_state):
-        dtypes = tuple(tensors[x].dtype for x in operands if x in tensors)
         scalars = _scalars(problem, flags, null_slot, tensors, dims) | rows.scalars
         wanted = {x: scalars[x] for x in RECURRENT.scalars_of(problem)}
-        launch = partial(_launcher(problem, config, dtypes), n_sequences=dims.N, **wanted)
+        launch = fixed_launcher(problem, config, {"n_sequences": dims.N, **wanted})
     return Plan(
         dims,
         problem,
@@ -149,20 +148,26 @@ def make_plan(
 known_plan = lru_cache(maxsize=2048)(make_plan)
 
 
+_forced: Config | None = None
+
+
+def force(config: Config | None) -> None:
+    """Have all calls of this process run this config, as measuring wants; None ends that."""
+    global _forced
+    _forced = config
+    known_plan.cache_clear()
+
+
 def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
-    """The config of a call: the default, in tiles by `knobs_for`. Nothing is on file for it yet."""
+    """The config of a call: the default, in tiles by `knobs_for`. Nothing is on file for it yet.
+
+    Raises ConfigError where a forced one cannot serve it (`render`).
+    """
+    if _forced is not None:
+        return _forced
     gpu = device_of(device)
     found = default_config(RECURRENT.name, problem, arch=gpu.arch)
     return found.replace(**knobs_for(problem, dims.N, dims.HV, gpu.sms))
-
-
-@lru_cache(maxsize=2048)
-def _launcher(
-    problem: DecodingProblem, config: Config, _dtypes: tuple[torch.dtype, ...]
-) -> Callable[..., None]:
-    """One for each set of dtypes, some of which no problem says: a launch is for those of the
-    first."""
-    return stage_launcher(problem, config)
 
 
 def _problem(

@@ -25,7 +25,7 @@ The state after token t of sequence n is written to slot ssm_state_indices[n, t]
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=1 BV=32 language=triton num_stages=1 num_warps=4
-Template digest f14ff6b4ebc69daa; made by
+Template digest c073a369b3ae2ad4; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen,state_v_first,pool,indexed,speculative,accepted --stage \
       recurrent --config BT=1,BV=32,language=triton,num_stages=1,num_warps=4
@@ -57,7 +57,10 @@ def softplus(x):
     do_not_specialize=[
         "scale", "N", "T", "H", "HV", "HG", "slots", "slot_stride", "index_row", "index_width",
         "null_slot"
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "A_log", "cu_seqlens", "ssm_state_indices", "num_accepted_tokens"
+    ],
 )
 def recurrent_kernel(
     q,
