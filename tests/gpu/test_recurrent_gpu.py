@@ -81,7 +81,12 @@ OTHERS: Final = {
     "speculation": [
         Case(states="speculative", T=t, N=6, padding=(1,), seed=t, accepted=a, v_first=t % 2 == 0)
         for t, a in itertools.product((1, 2, 5, 8), (False, True))
-    ],
+    ]
+    + [
+        Case(states="speculative", T=5, N=4, holes=True, null_slot=x, accepted=a)
+        for x, a in itertools.product((None, 1), (False, True))
+    ]
+    + [Case(lengths=(3, 1, 4, 2), states="speculative", narrow=x) for x in (1, 2, 3)],
     "packed": [
         Case(lengths=(1, 0, 3, 64), uncovered=2, states=x, wide_rows=w)
         for x, w in itertools.product(("pool", "speculative", "initial", "slots"), (False, True))

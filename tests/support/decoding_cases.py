@@ -6,6 +6,7 @@ went in. Each check raises AssertionError, or returns errors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +24,8 @@ from gdn2gen.ops import recurrent
 BOUNDS: Final = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 # Bits that no state has: nothing that is left alone may change, not even to itself.
 SENTINEL: Final = -1234.5
+# Slots that follow the pool in memory, which an index past its end would write.
+PAST_THE_END: Final = 6
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Case:
     null_slot: int | None = None
     index_dtype: torch.dtype = torch.int32
     accepted: bool = True
+    narrow: int = 0
+    """Tokens of the longest packed sequence for which there is no slot."""
+    holes: bool = False
+    """Every other slot of a sequence is none, but for the first."""
     wide_rows: bool = False
     """q, k, v, and what else has rows for tokens, are views of one wide tensor."""
     pattern: str = "layer"
@@ -71,7 +78,8 @@ class Case:
     @property
     def width(self) -> int:
         """Slots of a sequence."""
-        return max(self.lengths or (self.T,)) if self.states == "speculative" else 1
+        most = max(self.lengths or (self.T,)) - self.narrow
+        return most if self.states == "speculative" else 1
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -160,7 +168,8 @@ def _draw_pool(
     device = drawn.inputs["q"].device
     width, size = case.width, case.HV * case.K * case.V
     slots = N if case.states == "slots" else N * width * 3 // 2 + 2
-    storage = torch.full((slots, size + case.gap), SENTINEL, device=device, dtype=case.state_dtype)
+    rows_of = (slots + PAST_THE_END, size + case.gap)
+    storage = torch.full(rows_of, SENTINEL, device=device, dtype=case.state_dtype)
     values = torch.empty(slots, size, device=device).normal_(generator=generator)
     order = torch.randperm(slots, generator=torch.Generator().manual_seed(case.seed)).tolist()
     order = [x for x in order if x != case.null_slot]
@@ -168,21 +177,38 @@ def _draw_pool(
     if case.states == "slots":
         rows = [[n] for n in range(N)]
     for n in case.padding:
-        rows[n] = [(-1, 10**6)[n % 2] if case.null_slot is None else case.null_slot] * width
-    drawn.named = tuple(x for n, row in enumerate(rows) for x in row if n not in case.padding)
+        rows[n] = [(-1, slots)[n % 2] if case.null_slot is None else case.null_slot] * width
+    if case.holes:
+        none = itertools.cycle(
+            (-1, slots, slots + 5, -1 if case.null_slot is None else case.null_slot)
+        )
+        rows = [[x if i % 2 == 0 else next(none) for i, x in enumerate(row)] for row in rows]
+    drawn.named = tuple(
+        x
+        for n, row in enumerate(rows)
+        for x in row
+        if n not in case.padding and _names(x, slots, case)
+    )
     for slot in drawn.named:
         storage[slot, :size] = values[slot].to(case.state_dtype)
     drawn.storage = storage
-    drawn.serving["state_pool"] = storage[:, :size].unflatten(1, (case.HV, *inner))
+    drawn.serving["state_pool"] = storage[:slots, :size].unflatten(1, (case.HV, *inner))
     if case.states == "slots":
         return
     indices = torch.tensor(rows, dtype=case.index_dtype, device=device)
     drawn.serving["ssm_state_indices"] = indices if case.states == "speculative" else indices[:, 0]
     if case.states == "speculative" and case.accepted:
         accepted = torch.randint(1, width + 1, (N,), generator=torch.Generator().manual_seed(7))
+        if case.holes:  # what is accepted has a slot, but for one sequence, which is padding so
+            accepted = (accepted - 1) // 2 * 2 + 1
+            accepted[-1] = 2
         drawn.serving["num_accepted_tokens"] = accepted.to(device, case.index_dtype)
     if case.null_slot is not None:
         drawn.serving["null_slot"] = case.null_slot
+
+
+def _names(index: int, slots: int, case: Case) -> bool:
+    return 0 <= index < slots and index != case.null_slot
 
 
 def expected(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -201,7 +227,7 @@ def expected(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor | None, Tensor | 
         pool = serving["state_pool"]
         storage = exact(drawn.storage)
         size = pool[0].numel()
-        serving["state_pool"] = storage[:, :size].unflatten(1, pool.shape[1:])
+        serving["state_pool"] = storage[: len(pool), :size].unflatten(1, pool.shape[1:])
     o = torch.zeros_like(inputs["v"])
     final = None
     if case.states in ("none", "initial"):

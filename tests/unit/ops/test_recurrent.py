@@ -48,12 +48,15 @@ CASES: Final = {
     ] + [
         Case(states="speculative", T=1, N=4, padding=(1,), gap=8),
         Case(states="speculative", T=3, accepted=False, null_slot=0, padding=(2,)),
+        Case(states="speculative", T=5, N=4, holes=True, null_slot=1, v_first=True),
+        Case(states="speculative", T=4, N=3, holes=True, accepted=False),
         Case(states="speculative", T=3, state_dtype=BF16, index_dtype=torch.int64),
     ],
     "packed": [
         Case(lengths=(1, 0, 3), uncovered=2),
         Case(lengths=(2, 0, 3), uncovered=3, states="initial", index_dtype=torch.int64),
         Case(lengths=(3, 1, 0, 2), states="speculative", padding=(0,), uncovered=1),
+        Case(lengths=(3, 1, 4, 2), states="speculative", narrow=2),
         Case(op="kda", lengths=(2, 4), states="slots", wide_rows=True),
     ],
     "gates": [
