@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gdn2gen.base import environment
+from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_head_dim, check_lower_bound
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
@@ -76,7 +77,7 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
 def by_kernels(device: torch.device) -> bool:
     """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
     return device.type not in ("cpu", "meta") or (
-        device.type == "cpu" and environment.interpreted()
+        device.type == "cpu" and interpreted()
     )
 
 
