@@ -76,9 +76,7 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
 
 def by_kernels(device: torch.device) -> bool:
     """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
-    return device.type not in ("cpu", "meta") or (
-        device.type == "cpu" and interpreted()
-    )
+    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
 
 
 def check_scale(scale: object) -> float | None:
