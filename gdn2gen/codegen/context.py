@@ -10,11 +10,14 @@ from typing import Final
 
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._token_context import token_context
+from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
+from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import Operand, Stage
 
@@ -79,7 +82,10 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
     }
     if language_of(config) == "tilelang":
         return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
-    return common | _triton_context(problem, config) | {"operand_dtype": _operand_dtype(problem)}
+    common |= _triton_context(problem, config)
+    if isinstance(stage, TokenStage) and isinstance(problem, DecodingProblem):
+        return common | token_context(stage, problem, config)
+    return common | {"operand_dtype": _operand_dtype(problem)}
 
 
 def _triton_context(problem: Problem, config: Config) -> dict[str, object]:

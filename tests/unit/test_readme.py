@@ -94,11 +94,25 @@ def test_python_of_the_readme_is_the_public_api() -> None:
 
     from gdn2gen import chunk_gdn2
 
-    (block,) = _blocks("python")
+    block, _ = _blocks("python")
     assert "from gdn2gen import chunk_gdn2" in block
     (call,) = re.findall(r"chunk_gdn2\((q.*)\)", block)
     words = [word.split("=")[0].strip() for word in call.split(",")]
     assert set(words) <= set(inspect.signature(chunk_gdn2).parameters)
+
+
+def test_decoding_of_the_readme_runs() -> None:
+    """On the CPU, and does what its last comment says."""
+    import torch
+
+    known: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(
+        _blocks("python")[1].replace("cuda.is_available()", "cuda.is_available() and False"), known
+    )
+    assert not known["o"][2].any() and known["o"][[0, 1, 3]].any()
+    changed = known["states"].flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [3, 17, 40]
 
 
 def test_links_lead_somewhere() -> None:

@@ -236,7 +236,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         raise AssertionError("bad input went through")
 
     chosen: str = request.param
-    monkeypatch.setattr(_call, "interpreted", lambda: chosen == "kernels")
+    monkeypatch.setattr(_call, "by_kernels", lambda _: chosen == "kernels")
     monkeypatch.setattr(autograd, "run", reached)
     return chosen
 
