@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen.base.environment import verifying
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.inputs import make_inputs
@@ -214,6 +215,7 @@ def row(step: Step) -> list[str]:
     return [*cells, f"{graph_us(fla, step.calls):.2f}", f"{host_us(fla):.1f}"]
 
 
+@verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

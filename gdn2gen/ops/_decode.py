@@ -17,6 +17,7 @@ from gdn2gen.runtime.arguments import (
     check_types,
     is_watched,
 )
+from gdn2gen.runtime.decoding import decoding_name
 from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
@@ -100,7 +101,7 @@ def _by_op(
     q, v, initial, cu_seqlens = (named[x] for x in ("q", "v", "initial_state", "cu_seqlens"))
     assert q is not None and v is not None
     if by_kernels(q.device):
-        check_head_dims(signature.op, q.dtype, q.device, dims.K, dims.V)
+        check_head_dims(decoding_name(signature), q.dtype, q.device, dims.K, dims.V)
     if cu_seqlens is not None and not watched:
         check_lengths(cu_seqlens, dims.T)
     *indices, out = serving

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
@@ -95,6 +96,11 @@ def _copy(x: Tensor | None) -> Tensor:
     return torch.clone(_given(x), memory_format=torch.contiguous_format)
 
 
+def decoding_name(signature: Signature) -> str:
+    """What such an op's head dims are verified by: its public name."""
+    return str(recurrence_named(signature.op).public.recurrent)
+
+
 def make_plan(
     signature: Signature,
     options: tuple[Any, ...],
@@ -109,7 +115,8 @@ def make_plan(
     seen = [None if x is None else (x[0], x[1], device, _layout(x[2])) for x in given]
     dims = check_decoding(signature, flags.state_v_first, null_slot, seen[:count], seen[count:])
     q_dtype = seen[0][1]  # type: ignore[index]  # checked
-    check_head_dims(signature.op, q_dtype, device, dims.K, dims.V)
+    name = decoding_name(signature)
+    check_head_dims(name, q_dtype, device, dims.K, dims.V)
     names = (*signature.names, *SERVING)
     tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
     for name in (
@@ -142,7 +149,7 @@ def make_plan(
         tuple(map(order.index, (*rows.copied, *_scattered(signature, tensors)))),
         maker(tuple(v.shape), o_dtype, device),
         maker((dims.N, dims.HV, *inner), state_dtype, device) if problem.final_state else None,
-        verified=passed_here(signature.op, q_dtype, device, dims.K, dims.V),
+        verified=passed_here(name, q_dtype, device, dims.K, dims.V),
     )
 
 

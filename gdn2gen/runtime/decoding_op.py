@@ -23,7 +23,7 @@ from gdn2gen.runtime.arguments import (
     check_dense,
     check_devices,
 )
-from gdn2gen.runtime.decoding import BUFFERS, Plan, known_plan
+from gdn2gen.runtime.decoding import BUFFERS, Plan, decoding_name, known_plan
 from gdn2gen.runtime.decoding_checks import SERVING
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Options, Signature, decoding_signature
@@ -81,7 +81,8 @@ def plan_of(
         raise
     plan = known_plan(signature, options, null_slot, q.device, *given)
     if not plan.verified:
-        check_head_dims(signature.op, q.dtype, q.device, plan.dims.K, plan.dims.V)
+        name = decoding_name(signature)
+        check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)
     return plan
 
 

@@ -10,7 +10,8 @@ import torch
 from gdn2gen.base import environment
 from gdn2gen.base.device import present_device
 from gdn2gen.base.errors import DeviceError, UnsupportedError
-from gdn2gen.family.problem import USUAL_DIMS, check_head_dim
+from gdn2gen.family.problem import DIMS, USUAL_DIMS, check_head_dim
+from gdn2gen.family.registry import OPS
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.store import verified
 from gdn2gen.store.dispatch import forced
@@ -21,26 +22,20 @@ def check_head_dims(
 ) -> tuple[int, int]:
     """K and V as numbers, which a tracer's symbols then are for good.
 
+    `op`: what is looked up: a recurrence's name for its chunked op, the public name of another op.
     Raises UnsupportedError for head dims that kernels are not made for; and for those that `op` was
     not verified at in `dtype` on a GPU of this architecture, unless GDN2GEN_UNVERIFIED=1 or the
     recipe is forced.
     """
     dims = _known(K), _known(V)
-    if dtype not in DTYPE_NAME or passed_here(op, dtype, device, *dims):
-        return dims  # other dtypes are refused as such
-    check_head_dim("K", dims[0])
-    check_head_dim("V", dims[1])
-    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
-    if allowed == environment.VERIFYING:
-        return dims
-    said = _said(op, dtype, device, *dims)
-    if allowed is None:
-        raise UnsupportedError(
-            f"{said}: `gdn2gen verify --op {op} --head-dim {dims[0]},{dims[1]}` compares them with "
-            "the fp64 reference on the GPU at hand, and calls run what passed; `gdn2gen generate` "
-            "makes a package of kernels that passed; GDN2GEN_UNVERIFIED=1 uses them as they are"
-        )
-    _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
+    if dtype not in DTYPE_NAME:
+        return dims  # refused as such
+    if not passed_here(op, dtype, device, *dims):
+        check_head_dim("K", dims[0])
+        check_head_dim("V", dims[1])
+        refusal = why_refused(op, dtype, device, *dims)
+        if refusal is not None:
+            raise UnsupportedError(refusal)
     return dims
 
 
@@ -49,8 +44,32 @@ def passed_here(op: str, dtype: torch.dtype, device: torch.device, K: int, V: in
     return verified.is_verified(op, DTYPE_NAME[dtype], K, V, _arch(device))
 
 
+def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int) -> str | None:
+    """None where it runs though it was not verified, with a warning where the user wants that."""
+    if forced() is not None:
+        return None
+    allowed = environment.unverified()
+    if allowed == environment.VERIFYING:
+        return None
+    verified.look_anew()  # another process may have filed it since
+    if passed_here(op, dtype, device, K, V):
+        return None
+    said = _said(op, dtype, device, K, V)
+    if allowed is not None:
+        _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
+        return None
+    verify = (
+        f"`gdn2gen verify --op {op} --head-dim {K},{V}` compares them with the fp64 reference on "
+        "the GPU at hand, and calls run what passed; `gdn2gen generate` makes a package of kernels "
+        "that passed; "
+    )
+    known = verify if op in OPS else ""  # no suite files what passes of the others yet
+    return f"{said}: {known}GDN2GEN_UNVERIFIED=1 uses them as they are"
+
+
 # What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.
 passed_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -64,21 +83,22 @@ def _arch(device: torch.device) -> str | None:
 
 
 def _said(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int) -> str:
-    name, arch = DTYPE_NAME[dtype], _arch(device)
-    known = verified.archs_of(op, name, K, V)
+    arch, place = _arch(device), verified.Place(op, DTYPE_NAME[dtype], K, V)
     where = f"a GPU of {arch}" if arch else "a GPU"
-    others = f" (they were on {', '.join(known)})" if known else ""
+    others = verified.archs_of(*place)
+    known = f" (they were on {', '.join(others)})" if others else ""
+    before = verified.other_versions(place, arch)
+    known = f" by this version (they were by {', '.join(before)})" if before else known
     return (
-        f"{op}'s kernels for head dims K={K}, V={V} in {name} were not verified on {where}{others}"
+        f"{op}'s kernels for head dims K={K}, V={V} in {place.dtype} were not verified on "
+        f"{where}{known}"
     )
 
 
 def _known(size: int) -> int:
-    """Found by comparing with the usual ones first, which a tracer need not be asked for."""
-    for known in USUAL_DIMS:
-        if size == known:
-            return known
-    return int(size)
+    """Found by comparing, since a tracer's symbol stays one in `int`; with the usual ones first."""
+    found: int = next((known for known in (*USUAL_DIMS, *DIMS["V"]) if size == known), size)
+    return int(found)
 
 
 @cache

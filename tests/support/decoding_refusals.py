@@ -9,6 +9,7 @@ import torch
 from decoding_cases import Case, draw, public_op
 from decoding_torch_checks import plan
 
+from gdn2gen.base.environment import verifying
 from gdn2gen.base.errors import InputError, UnsupportedError
 
 
@@ -66,6 +67,7 @@ BAD: Final[dict[str, tuple[Case, dict[str, Any], str]]] = {
 }  # fmt: skip
 
 
+@verifying()
 def refused(*names: str) -> bool:
     """Each of these is, whatever would compute."""
     for name in names:
@@ -75,6 +77,7 @@ def refused(*names: str) -> bool:
     return True
 
 
+@verifying()
 def refused_by_plans() -> bool:
     """What only kernels cannot do: write where elements lie apart; read float64."""
     pool = torch.zeros(5, 2, 32, 33)[..., :32]
@@ -91,7 +94,12 @@ def refused_by_plans() -> bool:
         plan(Case(states="none"), **wide)
     with pytest.raises(InputError, match="state_pool must be float32 or narrower"):
         plan(Case(states="slots"), state_pool=torch.zeros(3, 2, 32, 32).double())
-    with torch.no_grad(), pytest.raises(UnsupportedError, match="were not verified on a GPU"):
-        case = Case(K=48, states="none")
+    return True
+
+
+def refused_where_not_verified() -> bool:
+    said = r"fused_recurrent_gdn2's kernels .* not verified"
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=said):
+        case = Case(states="none")
         public_op(case.op)(**draw(case, "cpu").inputs)
     return True

@@ -21,6 +21,7 @@ from gdn2gen.runtime.decoding_op import plan_of
 from gdn2gen.runtime.signature import decoding_signature
 
 
+@verifying()
 def opcheck(op: str, states: str) -> bool:
     """torch's own checks of the schema, the fake and what tracers make of the op."""
     case = Case(op=op, states=states, T=2, gate="softplus")
@@ -41,6 +42,7 @@ def opcheck(op: str, states: str) -> bool:
     return True
 
 
+@verifying()
 def compiled(op: str, states: str, lengths: tuple[int, ...] | None = None) -> int:
     """Whole graphs of calls of several sizes, beside the reference; returns how many were made."""
     torch._dynamo.reset()
@@ -61,12 +63,13 @@ def compiled(op: str, states: str, lengths: tuple[int, ...] | None = None) -> in
         drawn = draw(case, "cpu")
         exact = expected(case, drawn)
         before = None if drawn.storage is None else drawn.storage.clone()
-        with torch.no_grad(), verifying():
+        with torch.no_grad():
             o, state = call({**drawn.inputs, **drawn.serving}, case.flags)
         compare(case, drawn, before, o, state, exact)
     return len(made)
 
 
+@verifying()
 def without_data() -> None:
     """Tensors on `meta` have shapes."""
     drawn = draw(Case(T=2, states="none"), "cpu")
@@ -76,6 +79,7 @@ def without_data() -> None:
     assert state is not None and state.shape == (3, 2, 32, 32)
 
 
+@verifying()
 def views_that_torch_negates() -> bool:
     """Their values are not those in memory."""
     drawn = draw(Case(T=2, states="none"), "cpu")
@@ -88,6 +92,7 @@ def views_that_torch_negates() -> bool:
     return True
 
 
+@verifying()
 def nothing_to_do() -> bool:
     """No tokens, no sequences, and both."""
     for changes in ({"N": 0}, {"T": 0}, {"N": 0, "T": 0}):
@@ -108,6 +113,7 @@ def nothing_to_do() -> bool:
     return True
 
 
+@verifying()
 def plan(case: Case, **changes: Any) -> Plan:
     """What a call is planned as."""
     drawn = draw(case, "cpu")
@@ -119,6 +125,7 @@ def plan(case: Case, **changes: Any) -> Plan:
     return plan_of(signature, tensors, options, None)
 
 
+@verifying()
 def strided_plans() -> bool:
     """Copied is only what no kernel could read."""
     assert not plan(Case(T=2)).problem.strided

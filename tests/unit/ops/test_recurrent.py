@@ -163,6 +163,7 @@ def test_bad_input_is_refused_before_kernels(interpreter: Check) -> None:
     """In the same words."""
     interpreter("decoding_refusals:refused", *decoding_refusals.BAD)
     interpreter("decoding_refusals:refused_by_plans")
+    interpreter("decoding_refusals:refused_where_not_verified")
 
 
 def test_unknown_keywords_are_a_type_error() -> None:
