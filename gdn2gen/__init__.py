@@ -6,10 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "chunk_gated_delta_rule", "chunk_gdn2", "chunk_kda", "generate", "reload"]
+__all__ = [
+    "__version__",
+    "chunk_gated_delta_rule",
+    "chunk_gdn2",
+    "chunk_kda",
+    "fused_recurrent_gdn2",
+    "fused_recurrent_kda",
+    "generate",
+    "reload",
+]
 
 if TYPE_CHECKING:
     from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
+    from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
     from gdn2gen.tune.packages import generate
 
@@ -18,6 +28,8 @@ _HOMES = {
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
+    "fused_recurrent_kda": "gdn2gen.ops.recurrent",
     "generate": "gdn2gen.tune.packages",
     "reload": "gdn2gen.store.dispatch",
 }

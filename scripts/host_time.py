@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from gdn2gen.base.environment import verifying
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
@@ -82,6 +83,7 @@ def graph_ms(run: Run) -> float:
     return float(min(times))
 
 
+@verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--op", choices=OPS, default=OPS[0], help="(%(default)s)")

@@ -92,7 +92,7 @@ def child(run: str, compiler: str) -> None:
     import torch
 
     from gdn2gen.base.device import present_device
-    from gdn2gen.base.environment import cuda_compiler
+    from gdn2gen.base.environment import cuda_compiler, verifying
     from gdn2gen.codegen import nvrtc
     from gdn2gen.family.problem import Problem
     from gdn2gen.family.shapes import SHAPES
@@ -112,7 +112,8 @@ def child(run: str, compiler: str) -> None:
     )
     torch.cuda.synchronize()
     begun = time.monotonic()
-    run_op(public_op(problem.op), problem, inputs, gradients)
+    with verifying():
+        run_op(public_op(problem.op), problem, inputs, gradients)
     torch.cuda.synchronize()
     seconds = time.monotonic() - begun
     check = "not run"

@@ -14,6 +14,7 @@ from gdn2gen.base.terminal import console, status, text_width
 from gdn2gen.cli.options import (
     add_problem,
     add_target,
+    decoding_problem_of,
     minutes,
     present_or_target,
     problem_of,
@@ -26,7 +27,7 @@ from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 
 SHAPE: Final = "train4k"
 
@@ -87,7 +88,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="tune the problem at the shape first, as `gdn2gen tune` would (%(const)s): timed on "
         "the present GPU or ranked for the target, and filed",
     )
-    parser.add_argument("--stage", choices=tuple(STAGES), help="print one kernel instead")
+    parser.add_argument("--stage", choices=tuple(EVERY_STAGE), help="print one kernel instead")
     parser.add_argument(
         "--language",
         choices=tuple(LANGUAGES),
@@ -159,7 +160,7 @@ def generate(args: argparse.Namespace) -> int:
 def _print_stage(args: argparse.Namespace) -> int:
     from gdn2gen.codegen.render import render
 
-    problem = problem_of(args)
+    problem = problem_of(args) if args.stage in STAGES else decoding_problem_of(args)
     device = None if args.target is None else present_or_target(args.target)[0]
     arch = None if device is None else device.arch
     words = args.config or ""

@@ -42,8 +42,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-dim",
         metavar="K[,V]",
-        help="the suite of this pair alone, which need not have been verified (what there is for "
-        "each of the verified ones)",
+        help="the suite of this pair alone, in every dtype (what there is of all pairs of 32, 64 "
+        "and 128, most of it of 128)",
     )
     parser.add_argument(
         "--interpreter",
@@ -74,8 +74,10 @@ def verify(args: argparse.Namespace) -> int:
         return _verify_tuned(args)
     refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
     from gdn2gen.base.device import has_gpu, present_device, toolchain
+    from gdn2gen.cli.tune import own_folder
     from gdn2gen.measure.suite import results_table, select_cases
     from gdn2gen.measure.suite import verify as run_suite
+    from gdn2gen.store.verified import check_fileable
 
     interpreter = args.interpreter or not has_gpu()
     dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
@@ -85,6 +87,8 @@ def verify(args: argparse.Namespace) -> int:
             print(case.name)
         return 0
     _check_json(args.json)
+    if not interpreter:
+        check_fileable(own_folder())
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
@@ -112,7 +116,37 @@ def verify(args: argparse.Namespace) -> int:
             "results": [asdict(result) for result in results],
         }
         _write_json(args.json, document)
+    if not interpreter:
+        _file_verdicts(args, results)
     return 1 if failed else 0
+
+
+def _file_verdicts(args: argparse.Namespace, results: list[Result]) -> None:
+    """So that calls run what has passed, and no longer what failed."""
+    from gdn2gen.base.device import present_device, toolchain
+    from gdn2gen.cli.tune import own_folder
+    from gdn2gen.measure.suite import select_cases, verdicts
+    from gdn2gen.store.verified import file_found
+
+    dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
+    suite = select_cases([], interpreter=False, op=args.op, head_dim=dims)
+    passed, failed = verdicts(suite, results)
+    if not passed | failed:
+        return
+    words = ["gdn2gen verify", *(["--op", args.op] if args.op else [])]
+    words += ["--head-dim", args.head_dim] if args.head_dim else []
+    path = file_found(
+        own_folder(),
+        passed,
+        failed,
+        present_device(),
+        command=" ".join(words),
+        toolchain=toolchain(),
+    )
+    for kind, places in (("verified", passed), ("failed", failed)):
+        for op, dtype, K, V in sorted(places):
+            print(f"{kind}: {op} at K={K}, V={V} in {dtype}")
+    print(f"filed in {path}")
 
 
 def _verify_tuned(args: argparse.Namespace) -> int:

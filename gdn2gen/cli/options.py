@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
 from gdn2gen.family.problem import (
     DIMS,
     DTYPES,
@@ -78,7 +80,8 @@ def add_problem(
             "--with",
             dest="extras",
             metavar="NAME,...",
-            help=f"arguments that the kernels take as well: {', '.join(EXTRAS)} "
+            help=f"arguments that the kernels take as well: {', '.join(EXTRAS)}; with --stage "
+            f"recurrent also {', '.join(x for x in DECODING_EXTRAS if x not in EXTRAS)} "
             f"(with a gate its parameters; else none)",
         )
 
@@ -89,6 +92,14 @@ def problem_of(args: argparse.Namespace) -> Problem:
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     extras = getattr(args, "extras", None)
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
+
+
+def decoding_problem_of(args: argparse.Namespace) -> Problem:
+    """The same of the mode `recurrent`, whose kernels count on no bound."""
+    K, V = parse_head_dim(args.head_dim, args.value_dim)
+    bound_option(args.gate, args.lower_bound)
+    problem = DecodingProblem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
+    return with_extras(problem, args.gate, args.extras, known=DECODING_EXTRAS)
 
 
 def add_op(parser: argparse._ActionsContainer, *, any_of_them: bool = False) -> None:
@@ -118,16 +129,22 @@ def bound_option(gate: str, lower_bound: float | None) -> int:
     return bound_of(lower_bound)
 
 
-def with_extras(problem: Problem, gate: str, names: str | None, bound: int = 0) -> Problem:
-    """Add a gate, its bound in nats (0: any), and the optional arguments named.
+def with_extras(
+    problem: Problem,
+    gate: str,
+    names: str | None,
+    bound: int = 0,
+    known: Mapping[str, str] = EXTRAS,
+) -> Problem:
+    """Add a gate, its bound in nats (0: any), and the optional arguments named, of those `known`.
 
     By default those that a gated layer passes.
     """
     flags: dict[str, Any] = gate_parameters(problem.op, gate) if names is None else {}
     for name in (x.strip() for x in (names or "").split(",") if x.strip()):
-        if name not in EXTRAS:
-            raise InputError(f"--with takes {', '.join(EXTRAS)}, but got {name!r}")
-        flags[EXTRAS[name]] = True
+        if name not in known:
+            raise InputError(f"--with takes {', '.join(known)}, but got {name!r}")
+        flags[known[name]] = True
     return dataclasses.replace(problem, gate=gate, bound=bound, **flags)
 
 

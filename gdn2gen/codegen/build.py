@@ -24,7 +24,7 @@ from gdn2gen.codegen.nvrtc import compiler_for, has_compiler
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
@@ -152,7 +152,7 @@ def _compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    stage = STAGES[stage_name]
+    stage = EVERY_STAGE[stage_name]
     kernel: Any = getattr(module, name)
     operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     signature = {x.name: f"*{DTYPE[x.dtype_in(problem)].triton_name}" for x in operands}
@@ -160,7 +160,12 @@ def _compile_kernel(
     signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
     constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {(kernel.arg_names.index(x.name),): [["tt.divisibility", 16]] for x in operands}
+    places = [kernel.arg_names.index(x.name) for x in operands]
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i in places
+        if not kernel.params[i].do_not_specialize_on_alignment
+    }
     compiled: Any = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),

@@ -11,11 +11,14 @@ from typing import Final
 
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._token_context import token_context
+from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
+from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
 
@@ -85,11 +88,14 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
     }
     if language_of(config) == "tilelang":
         return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
+    common |= _triton_context(problem, config)
+    if isinstance(stage, TokenStage) and isinstance(problem, DecodingProblem):
+        return common | token_context(stage, problem, config)
     own = {
         "operand_dtype": _operand_dtype(problem),
         "token_factors": partial(_token_factors, recurrence.erases),
     }
-    return common | _triton_context(problem, config) | own
+    return common | own
 
 
 def _token_factors(erases: bool, of_q: bool, of_k: bool) -> list[str]:

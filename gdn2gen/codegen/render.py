@@ -20,7 +20,7 @@ from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.schedule import cleared_of
 from gdn2gen.kernels.stage import Form, Operand, Stage
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
 
 
@@ -51,12 +51,12 @@ def template_digest(config: Config) -> str:
 
 def stage_digest(stage_name: str) -> str:
     """The same of all templates that serve a stage, in any language and form."""
-    return text_digest({template_name(form) for form in STAGES[stage_name].forms})
+    return text_digest({template_name(form) for form in EVERY_STAGE[stage_name].forms})
 
 
 def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
     """Render one stage. The same arguments give the same bytes."""
-    stage = STAGES[stage_name]
+    stage = EVERY_STAGE[stage_name]
     if config.stage != stage_name:
         raise ConfigError(f"config is of stage {config.stage!r}, but {stage_name!r} is rendered")
     reason = why_invalid(config, problem)

@@ -1,14 +1,16 @@
 """What is computed: recurrences, problems, sizes, inputs, and the reference, the only truth.
 
-recurrence   Recurrence: a member of the family, declared once
-gdn2         Gated DeltaNet-2
-kda          Kimi Delta Attention
-gated_delta_rule  Gated DeltaNet
-registry     the members by name
-problem      Problem (compiled in) and Regime (known at run time)
-shapes       the named shapes that tuning and benchmarks speak of
-inputs       random inputs whose decay is gentle or hostile
-activations  what the decay, q and k pass through first
-reference    the recurrences in fp64, and their chunk form
-tolerances   how far from exact a kernel may be
+recurrence          Recurrence: a member of the family, declared once
+gdn2                Gated DeltaNet-2
+kda                 Kimi Delta Attention
+gated_delta_rule    Gated DeltaNet
+registry            the members by name
+problem             Problem (compiled in) and Regime (known at run time)
+decoding            DecodingProblem: the same token by token, with states in place
+shapes              the named shapes that tuning and benchmarks speak of
+inputs              random inputs whose decay is gentle or hostile
+activations         what the decay, q and k pass through first
+reference           the recurrences in fp64, and their chunk form
+decoding_reference  what that computes, and which slots of a pool it reads and writes
+tolerances          how far from exact a kernel may be
 """

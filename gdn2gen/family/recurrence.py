@@ -71,6 +71,12 @@ class Public:
     arguments: tuple[str, ...] = ()
     """Those of the op after the tensors that every call takes, in order. Packages of kernels take
     the same, but for those that choose between kernels."""
+    recurrent: str = ""
+    """The op over a few tokens of each sequence, here and in flash-linear-attention; empty where
+    there is none."""
+    recurrent_arguments: tuple[str, ...] = ()
+    """Its arguments after the tensors that every call takes, in order; those of states in a pool,
+    which are keywords alone, follow (`family.decoding.KEYWORDS`)."""
 
 
 @dataclass(frozen=True, eq=False)

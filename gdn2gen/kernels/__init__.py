@@ -10,6 +10,7 @@ anchors     how far factors may lie from their anchor
 prepare     prepare, reprepare, sum_decay: contracts and forms
 scans       scan, scan_states, rescan, reverse_scan
 gradients   grad_value, grad_key
+recurrent   the stage of the mode that goes token by token
 stages      every stage by its name
 config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem

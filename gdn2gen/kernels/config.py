@@ -11,7 +11,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.kernels.stage import Form, Operand
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 
 # The same for all stages of a plan.
 SHARED_KNOBS: Final = ("BT",)
@@ -29,9 +29,9 @@ class Config(Mapping[str, Knob]):
     @classmethod
     def of(cls, stage: str, knobs: Mapping[str, Knob]) -> Config:
         """Check `knobs` against the domains of `stage` (all must be given) and freeze them."""
-        if stage not in STAGES:
-            raise ConfigError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
-        domains = STAGES[stage].domains
+        if stage not in EVERY_STAGE:
+            raise ConfigError(f"unknown stage {stage!r}; known: {', '.join(EVERY_STAGE)}")
+        domains = EVERY_STAGE[stage].domains
         if set(knobs) != set(domains):
             raise ConfigError(f"{stage} takes the knobs {sorted(domains)}, but got {sorted(knobs)}")
         for name, value in knobs.items():
@@ -65,7 +65,7 @@ class Config(Mapping[str, Knob]):
     @property
     def form(self) -> Form:
         """The form that the knobs select; raises ConfigError where the stage has none such."""
-        stage = STAGES[self.stage]
+        stage = EVERY_STAGE[self.stage]
         form = stage.form_of(self)
         if form is None:
             raise ConfigError(stage.why_no_form(self))
@@ -74,7 +74,7 @@ class Config(Mapping[str, Knob]):
     def operands(self, problem: Problem) -> list[Operand]:
         """Arguments of its kernel, in order: its stage's, but for scratch of other forms."""
         form = self.form
-        return [x for x in STAGES[self.stage].operands(problem) if form.uses(x)]
+        return [x for x in EVERY_STAGE[self.stage].operands(problem) if form.uses(x)]
 
     @property
     def max_segments(self) -> int:
@@ -103,11 +103,12 @@ def default_config(
 
     For GPUs of `arch` as in `sm_90`, or where that is not known.
     """
-    place = Place(problem, BT or 32, arch)
-    return default_of(stage, STAGES[stage].default_form(place), place)
+    chunks = EVERY_STAGE[stage].chunks
+    place = Place(problem, BT or (32 if 32 in chunks else int(chunks[0])), arch)
+    return default_of(stage, EVERY_STAGE[stage].default_form(place), place)
 
 
 def default_of(stage: str, form: Form, place: Place) -> Config:
     """Where a form starts: its knobs without tuning. Not valid where the form cannot run."""
-    selecting = STAGES[stage].selecting(form)
+    selecting = EVERY_STAGE[stage].selecting(form)
     return Config.of(stage, {"BT": place.BT, **selecting, **form.default(place)})

@@ -22,6 +22,10 @@ WORDS: Final[Mapping[str, str]] = {
     "initial_state": "state before the first token",
     "final_state": "state after the last token",
     "o": "output",
+    # of states in a pool
+    "state_pool": "states, read and written in place",
+    "ssm_state_indices": "slots of each sequence",
+    "num_accepted_tokens": "tokens accepted of those guessed",
     # of a packed batch
     "cu_seqlens": "first token of each sequence",
     "chunk_offsets": "first chunk of each sequence",

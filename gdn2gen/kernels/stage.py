@@ -216,6 +216,8 @@ class Stage:
     """The knob whose value is the form's name."""
     later: Mapping[str, Knob] = field(default_factory=dict)
     """Knobs that came after entries had been filed, and what configs without them mean."""
+    chunks: Domain = CHUNKS
+    """What BT may be: 1 of those that go from token to token."""
 
     def __post_init__(self) -> None:
         names = {frozenset(x.knobs) for x in self.forms}
@@ -271,7 +273,7 @@ class Stage:
     @cached_property
     def domains(self) -> dict[str, Domain]:
         """Knobs of its configs, and what each may be in some form."""
-        return {"BT": CHUNKS, **self._united((form, form.knobs) for form in self.forms)}
+        return {"BT": self.chunks, **self._united((form, form.knobs) for form in self.forms)}
 
     def domains_at(self, place: Place) -> dict[str, Domain]:
         """The same of the forms that serve there, as far as they take it there."""

@@ -1,4 +1,4 @@
-"""Every stage by its name."""
+"""Every stage by its name: those of plans, over chunks, and the one over tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
+from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN, SCAN_STATES
 from gdn2gen.kernels.stage import Stage
 
@@ -16,3 +17,6 @@ _ALL = (
     GRAD_VALUE, GRAD_KEY,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
+"""Those that plans are chains of."""
+EVERY_STAGE: Final[Mapping[str, Stage]] = {**STAGES, RECURRENT.name: RECURRENT}
+"""And that of the mode `recurrent`, which takes `DecodingProblem`s."""

@@ -11,7 +11,7 @@ from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 
 _HEADS: Final = {"K": "key", "V": "value"}
 
@@ -22,9 +22,9 @@ def why_invalid(config: Config, problem: Problem, arch: str | None = None) -> st
     With `arch`, as in `sm_90`, also what is known of kernels on it.
     """
     place = Place(problem, config.size("BT"), arch)
-    form = STAGES[config.stage].form_of(config)
+    form = EVERY_STAGE[config.stage].form_of(config)
     if form is None:
-        return STAGES[config.stage].why_no_form(config)
+        return EVERY_STAGE[config.stage].why_no_form(config)
     for tile, dim in form.tiles:
         size = getattr(problem, dim)
         if tile in config and config.size(tile) > covering(size):
@@ -43,10 +43,10 @@ def valid_configs(stage: str, place: Place) -> Iterator[Config]:
 
     Each is a product of what its form takes there, so that none is made and then refused.
     """
-    for form in STAGES[stage].forms:
+    for form in EVERY_STAGE[stage].forms:
         if not form.serves(place):
             continue
-        given = {"BT": place.BT, **STAGES[stage].selecting(form)}
+        given = {"BT": place.BT, **EVERY_STAGE[stage].selecting(form)}
         domains = form.domains(place)
         for values in itertools.product(*domains.values()):
             yield Config.of(stage, given | dict(zip(domains, values, strict=True)))

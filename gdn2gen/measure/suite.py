@@ -17,6 +17,7 @@ from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
 from gdn2gen.measure.case_runs import Result, run_case
 from gdn2gen.measure.cases import CASES, Case, cases_of
+from gdn2gen.store.verified import Place
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0
@@ -82,6 +83,21 @@ def verify(
     finally:
         worker.close()
     return results
+
+
+def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Place], set[Place]]:
+    """Where all that the suite has passed, and where something failed."""
+    passed = {result.name for result in results if result.passed}
+    failed = {result.name for result in results if not result.passed}
+    places = {case.name: _place_of(case) for case in suite}
+    wanting = {place for name, place in places.items() if name not in passed}
+    failing = {place for name, place in places.items() if name in failed}
+    return set(places.values()) - wanting, failing
+
+
+def _place_of(case: Case) -> Place:
+    problem = case.problem
+    return Place(problem.op, problem.dtype, problem.K, problem.V)
 
 
 def results_table(results: Sequence[Result]) -> Sheet:

@@ -1,4 +1,5 @@
 """The public ops, one import line away from flash-linear-attention's.
 
-chunk  chunk_gdn2, chunk_kda, chunk_gated_delta_rule
+chunk      chunk_gdn2, chunk_kda, chunk_gated_delta_rule
+recurrent  fused_recurrent_gdn2, fused_recurrent_kda
 """

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import interpreted
-from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
+    by_kernels,
     check_arguments,
     check_beta,
     check_chunk_size,
     check_flags,
     check_gate,
-    check_head_dims,
+    check_narrow,
+    check_scale,
     is_watched,
 )
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Signature
 
 
@@ -61,29 +62,25 @@ def call(
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
     watched = is_watched(tensors)
     dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, float | int)):
-        raise InputError(f"scale must be a number, but got {type(scale).__name__}")
+    factor = check_scale(scale)
     assert tensors[0] is not None
-    by_kernels = _by_kernels(tensors[0].device)
+    computed = by_kernels(tensors[0].device)
     head_dims = dims.K, dims.V
-    if by_kernels:
-        head_dims = check_head_dims(dims.K, dims.V)
+    if computed:
+        head_dims = check_head_dims(
+            signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V
+        )
         tensors = _as_kernels_take(signature, tensors, dims)
     options = (
-        None if scale is None else float(scale),
+        factor,
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
         *known,
     )[: signature.options]
     level = "fast" if disable_recompute else "lean"
     o, state = autograd.run(
-        op, tensors, options, level, dims, head_dims, by_kernels=by_kernels, watched=watched
+        op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
     )
     return o, state if output_final_state else None
-
-
-def _by_kernels(device: torch.device) -> bool:
-    """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
-    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
 
 
 def _as_kernels_take(
@@ -95,9 +92,8 @@ def _as_kernels_take(
     """
     for place in (0, signature.gate, *signature.states):
         x = tensors[place]
-        if x is not None and x.dtype == torch.float64:
-            name = signature.names[place]
-            raise InputError(f"{name} must be float32 or narrower, but got {x.dtype}; cast it")
+        if x is not None:
+            check_narrow(signature.names[place], x.dtype)
     found = [None if x is None else x.contiguous() for x in tensors]
     for place in signature.parameters:
         x = found[place]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Final, TypeVar
 
-from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.family.recurrence import Input, Recurrence
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -39,6 +38,33 @@ _OPTIONS: Final = {
 _BOUNDED: Final = (
     ", or with `lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({name} + dt_bias))"
 )
+# Of the ops over a few tokens, beside those or in other words.
+_DECODING: Final = {
+    "output_final_state": "return the state after the last token, in the dtype of `initial_state`; "
+    "with a `state_pool`, the pool.",
+    "state_v_first": "states are [N, HV, V, K], and slots of the pool [HV, V, K].",
+    "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place. A "
+    "slot's dims follow each other in memory; slots may lie any distance apart. Without "
+    "`ssm_state_indices` sequence n has slot n.",
+    "ssm_state_indices": "[N] or [N, 1+S], int32 or int64: slots of each sequence, which no other "
+    "has. [N]: the state is read from a slot, and written back after the last token. [N, 1+S]: "
+    "the state after token t is written to slot [n, t]. An index below 0, equal to `null_slot` "
+    "or past the pool's end names no slot: it is never written, and a sequence that would read "
+    "it is padding, whose rows of o are zeros.",
+    "num_accepted_tokens": "[N], int32 or int64, with indices [N, 1+S]: the state is read from "
+    "slot [n, accepted - 1], taken within 1 .. 1+S; from [n, 0] if None.",
+    "null_slot": "an index that is padding, too, such as 0.",
+    "out": "[B, T, HV, V] in the dtype of v: o is written there, and returned. Rows may lie apart.",
+}
+# The same of what recurrences declare.
+_DECODING_INPUTS: Final = {
+    "initial_state": "[N, HV, K, V] float32 or bfloat16: one for each sequence; zero if None.",
+    "cu_seqlens": "[N+1] int32 or int64: rising within 0 .. T: packed sequences, of any length, 0 "
+    "too; wants B = 1. On a GPU only the kernel reads it, and takes what it holds within 0 .. T: "
+    "contents may change between replays of a CUDA graph, as may those of every other tensor. "
+    "Rows of o that it does not cover are zeros.",
+}
+_AS_DECLARED: Final[Mapping[str, str]] = {}
 _FLOAT16: Final = (
     "With float16, states and what is written to them above 65504 make o and the final state inf "
     "or NaN, and gradients of the state lose digits below 2^-10 and vanish below 2^-24: scale v "
@@ -58,29 +84,75 @@ def documented(recurrence: Recurrence) -> Callable[[_F], _F]:
     return complete
 
 
-def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
-    yield from ("", "Per head, with the state S in R^{K x V} and elementwise `*`:", "")
-    yield f"    S_t = {recurrence.update}"
-    yield from ("    o_t = scale * S_t^T q_t", "")
-    dims = ", ".join(map(str, HEAD_DIMS))
+def decoding_documented(recurrence: Recurrence) -> Callable[[_F], _F]:
+    """The same of its op over a few tokens."""
+
+    def complete(function: _F) -> _F:
+        if function.__doc__:
+            lines = _decoding_lines(recurrence, signature(function).parameters)
+            function.__doc__ = "\n".join([function.__doc__, *lines])
+        return function
+
+    return complete
+
+
+def _decoding_lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
+    """Of an op over a few tokens."""
+    yield from _equations(recurrence)
     yield from textwrap.wrap(
-        "B sequences of T tokens. H heads of q and k; HV of v, a multiple of H: value head i reads "
-        f"q, k of head i // (HV / H). HG is H or HV. K and V are each one of {dims}; with "
-        f"GDN2GEN_UNVERIFIED=1 any multiple of 8 from 16, K to 256 and V to 512. {_FLOAT16}",
+        f"{_sizes()} States are carried in float32, whatever they are in memory. There is no "
+        "backward. Rows of q and of all that has one for each token may lie apart, as in views of "
+        "a packed projection: they are read as they lie if they begin at multiples of 8 elements.",
         _WIDTH,
     )
     yield from ("", "Args:")
     for name in names:
-        x = recurrence.named.get(name)
-        known = {
-            "g": recurrence.decay,
-            "beta": recurrence.erase,
-            "bounded": _BOUNDED.format(name=recurrence.decay and recurrence.decay.input)
-            if recurrence.bounded
-            else "",
-        }
-        text = f"{name}: {_OPTIONS[name].format(**known) if x is None else _tensor(x)}"
-        yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        yield from _argument(recurrence, name, _OPTIONS | _DECODING, _DECODING_INPUTS)
+    yield from ("", "Returns:")
+    yield "    o [B, T, HV, V] in the dtype of v; and the final state, the pool, or None."
+    yield from ("", "Raises:")
+    yield "    InputError: a wrong rank, shape, dtype, device or value, before any launch."
+    yield "    UnsupportedError: head dims that were not verified; an input that wants a gradient."
+
+
+def _equations(recurrence: Recurrence) -> Iterator[str]:
+    yield from ("", "Per head, with the state S in R^{K x V} and elementwise `*`:", "")
+    yield f"    S_t = {recurrence.update}"
+    yield from ("    o_t = scale * S_t^T q_t", "")
+
+
+def _sizes() -> str:
+    return (
+        "B sequences of T tokens. H heads of q and k; HV of v, a multiple of H: value head i reads "
+        "q, k of head i // (HV / H). HG is H or HV. K and V are multiples of 8 from 16, K to 256 "
+        "and V to 512: on a GPU those that were verified on its architecture in this dtype, with "
+        "GDN2GEN_UNVERIFIED=1 all."
+    )
+
+
+def _argument(
+    recurrence: Recurrence,
+    name: str,
+    options: Mapping[str, str],
+    inputs: Mapping[str, str] = _AS_DECLARED,
+) -> list[str]:
+    """Lines on one argument; `inputs` in place of what is declared of them."""
+    x = recurrence.named.get(name)
+    g = recurrence.decay and recurrence.decay.input
+    bounded = _BOUNDED.format(name=g) if recurrence.bounded else ""
+    known = {"g": recurrence.decay, "beta": recurrence.erase, "bounded": bounded}
+    text = options[name].format(**known) if x is None else inputs.get(name, _tensor(x))
+    return textwrap.wrap(
+        f"{name}: {text}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8
+    )
+
+
+def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
+    yield from _equations(recurrence)
+    yield from textwrap.wrap(f"{_sizes()} {_FLOAT16}", _WIDTH)
+    yield from ("", "Args:")
+    for name in names:
+        yield from _argument(recurrence, name, _OPTIONS)
     yield from ("", "Returns:")
     yield "    o [B, T, HV, V] in the dtype of v, and the final state (float32) or None."
     yield from ("", "Raises:")

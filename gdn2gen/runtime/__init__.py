@@ -1,13 +1,17 @@
 """One call: from checked arguments to launches.
 
-dtypes     torch's dtypes by the names of problems
-sequences  packed batches as the host knows them
-signature  how the ops of a recurrence take their arguments, made of its declaration
-arguments  checks of a call; bad input never reaches a kernel
-call       sizes and scalars of a call, by symbols
-passes     workspace and launches of one direction
-layout     what a forward saves as one buffer, for tracers
-runner     a recipe with its kernels loaded
-lookup     what shapes, dtypes and flags of a call decide, looked up once
-autograd   the ops in torch.library, and autograd's own Function
+dtypes           torch's dtypes by the names of problems
+sequences        packed batches as the host knows them
+signature        how the ops of a recurrence take their arguments, made of its declaration
+arguments        checks of a call; bad input never reaches a kernel
+head_dims        head dims of a call, verified on such a GPU
+call             sizes and scalars of a call, by symbols
+passes           workspace and launches of one direction
+layout           what a forward saves as one buffer, for tracers
+runner           a recipe with its kernels loaded
+lookup           what shapes, dtypes and flags of a call decide, looked up once
+autograd         the ops in torch.library, and autograd's own Function
+decoding_checks  checks of what a call over a few tokens takes beside
+decoding         such a call's kernel, and what its shapes, strides, dtypes and flags decide
+decoding_op      its op in torch.library
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from gdn2gen.base.environment import interpreted
 from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
-from gdn2gen.codegen.direct import direct_launch
+from gdn2gen.codegen.direct import direct_launch, fixed_launch
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.problem import Problem
@@ -29,6 +31,21 @@ def stage_launcher(problem: Problem, config: Config) -> Callable[..., None]:
     if language_of(config) == "tilelang":
         compile_in_thread(module)
     return direct_launch(module)
+
+
+def fixed_launcher(
+    problem: Problem, config: Config, scalars: Mapping[str, int | float]
+) -> Callable[..., None]:
+    """The launch of a Triton stage with one kernel, for these scalars: it takes tensors alone."""
+    module = _module(problem, config)
+    if interpreted():
+        return partial(_interpreting(module.launch), **scalars)
+    return fixed_launch(module, scalars)
+
+
+@lru_cache(maxsize=512)
+def _module(problem: Problem, config: Config) -> ModuleType:
+    return build.load(render(problem, config.stage, config))
 
 
 def table_launchers(problem: Problem, BT: int) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from types import NoneType
 from typing import Any, NamedTuple
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gdn2gen.base import environment
+from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_head_dim, check_lower_bound
+from gdn2gen.family.problem import DTYPES, check_lower_bound
 from gdn2gen.kernels.limits import CHUNKS
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
-from gdn2gen.store.dispatch import forced
 
 IO_DTYPES = {TORCH_DTYPE[name]: name for name in DTYPES}
 
@@ -51,6 +49,10 @@ class TensorLayout(NamedTuple):
     device: torch.device
     layout: torch.layout
 
+    @classmethod
+    def of(cls, x: Tensor) -> TensorLayout:
+        return cls(x.shape, x.dtype, x.device, x.layout)
+
 
 _COPY = "cu_seqlens_cpu"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType})
@@ -66,8 +68,22 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
         or _get_current_dispatch_mode() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or not _PLAIN.issuperset([type(x) for x in tensors])
+        or not _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def by_kernels(device: torch.device) -> bool:
+    """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
+    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
+
+
+def check_scale(scale: object) -> float | None:
+    """Raises InputError unless it is a number or None."""
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, float | int):
+        raise InputError(f"scale must be a number, but got {type(scale).__name__}")
+    return float(scale)
 
 
 def check_arguments(
@@ -85,21 +101,21 @@ def check_arguments(
     """
     given = (*tensors, cu_seqlens_cpu)
     if not known or cu_seqlens_cpu is not None:
-        _check_types(signature, given)
+        check_types(signature, given)
     try:
         layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
     except RuntimeError:  # what is nested has no shape
         for name, x in zip((*signature.names, _COPY), given, strict=True):
-            _check_dense(name, torch.jagged if x is not None and x.is_nested else torch.strided)
+            check_dense(name, torch.jagged if x is not None and x.is_nested else torch.strided)
         raise
-    dims = (_known_dims if known else _check_layouts)(signature, state_v_first, *layouts)
+    dims = (_known_dims if known else check_layouts)(signature, state_v_first, *layouts)
     cu_seqlens = tensors[-1]
     if cu_seqlens is not None and known:
         check_cu_seqlens(cu_seqlens, dims.T, cu_seqlens_cpu)
     return dims
 
 
-def _check_types(signature: Signature, given: tuple[object, ...]) -> None:
+def check_types(signature: Signature, given: tuple[object, ...]) -> None:
     for name, x in zip((*signature.names, _COPY), given, strict=True):
         if not (x is None or isinstance(x, Tensor)):
             required = name in signature.names[: signature.required]
@@ -107,7 +123,7 @@ def _check_types(signature: Signature, given: tuple[object, ...]) -> None:
             raise InputError(f"{name} must be {wanted}, but got {type(x).__name__}")
 
 
-def _check_dense(name: str, layout: torch.layout) -> None:
+def check_dense(name: str, layout: torch.layout) -> None:
     if layout is torch.jagged:
         raise InputError(
             f"{name} must be a dense tensor, but is nested; lay its sequences one after the other "
@@ -119,22 +135,24 @@ def _check_dense(name: str, layout: torch.layout) -> None:
         )
 
 
-def _check_layouts(
+def check_layouts(
     signature: Signature,
     state_v_first: bool,
     *given: tuple[torch.Size, torch.dtype, torch.device, torch.layout] | None,
 ) -> Dims:
+    """`check_arguments` of what says all but the values: `TensorLayout`s of the signature's tensors
+    and of the copy of cu_seqlens."""
     layouts = [None if x is None else TensorLayout(*x) for x in given]
     for name, x in zip((*signature.names, _COPY), layouts, strict=True):
         if x is not None:
-            _check_dense(name, x.layout)
+            check_dense(name, x.layout)
     *tensors, copy = layouts
     required = [
         _check_rank(name, dims, x)
         for name, dims, x in zip(signature.names, signature.dims, tensors, strict=True)
         if name in signature.names[: signature.required]
     ]
-    _check_devices(dict(zip(signature.names, tensors, strict=True)))
+    check_devices(dict(zip(signature.names, tensors, strict=True)))
     sizes = signature.bind([required[place].shape for place in signature.sized_by])
     _check_heads(signature, sizes)
     for name, dims, x in zip(signature.names, signature.dims, required, strict=False):
@@ -142,7 +160,7 @@ def _check_layouts(
         if tuple(x.shape) != shape:
             raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
     _check_dtypes(signature, required)
-    sequences = _sequences(tensors[-1], sizes["B"], copy)
+    sequences = _sequences(tensors[-1], sizes["B"], copy, least=0 if signature.decoding else 1)
     sizes["N"] = sizes["B"] if sequences is None else sequences
     for place in range(signature.required, len(tensors)):
         x = tensors[place]
@@ -155,7 +173,7 @@ def _check_layouts(
     return Dims(**sizes, key=key)
 
 
-_known_dims = lru_cache(maxsize=1024)(_check_layouts)
+_known_dims = lru_cache(maxsize=1024)(check_layouts)
 
 
 def _check_rank(name: str, dims: tuple[str, ...], x: TensorLayout | None) -> TensorLayout:
@@ -185,7 +203,7 @@ def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
 
 
 def _sequences(
-    cu_seqlens: TensorLayout | None, B: int, cu_seqlens_cpu: TensorLayout | None
+    cu_seqlens: TensorLayout | None, B: int, cu_seqlens_cpu: TensorLayout | None, least: int
 ) -> int | None:
     """How many are packed, as `cu_seqlens` says; its values are checked elsewhere."""
     if cu_seqlens is None:
@@ -195,8 +213,8 @@ def _sequences(
     if B != 1:
         raise InputError(f"cu_seqlens wants B=1, but q has B={B}: flatten the batch into one row")
     shape, cpu = tuple(cu_seqlens.shape), cu_seqlens_cpu
-    if len(shape) != 1 or shape[0] < 2:
-        raise InputError(f"cu_seqlens must be [N+1] with N >= 1, but got shape {shape}")
+    if len(shape) != 1 or shape[0] < least + 1:
+        raise InputError(f"cu_seqlens must be [N+1] with N >= {least}, but got shape {shape}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise InputError(f"cu_seqlens must be int32 or int64, but got {cu_seqlens.dtype}")
     if cpu is not None and (tuple(cpu.shape) != shape or cpu.device.type != "cpu"):
@@ -277,43 +295,6 @@ def check_flags(*given: object) -> None:
 _BOOL = frozenset({bool})
 
 
-def check_head_dims(K: int, V: int) -> tuple[int, int]:
-    """As numbers, which a tracer's symbols then are for good.
-
-    Raises UnsupportedError for head dims that kernels are not made for; and for those that they
-    were not verified with on a GPU, unless GDN2GEN_UNVERIFIED=1 or the recipe is forced.
-    """
-    dims = _known(K), _known(V)
-    if dims[0] in HEAD_DIMS and dims[1] in HEAD_DIMS:
-        return dims
-    check_head_dim("K", dims[0])
-    check_head_dim("V", dims[1])
-    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
-    said = f"head dims K={dims[0]}, V={dims[1]} were not verified on a GPU"
-    if allowed is None:
-        raise UnsupportedError(
-            f"{said}, as those of {HEAD_DIMS} were: set GDN2GEN_UNVERIFIED=1 to use them; "
-            f"`gdn2gen verify --head-dim {dims[0]},{dims[1]}` compares their kernels with the fp64 "
-            "reference, and `gdn2gen generate` makes a package of kernels that passed"
-        )
-    if allowed != environment.VERIFYING:
-        _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
-    return dims
-
-
-def _known(size: int) -> int:
-    """Found by comparing with the usual ones first, which a tracer need not be asked for."""
-    for known in HEAD_DIMS:
-        if size == known:
-            return known
-    return int(size)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
 def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:
     first = signature.names[0]
     dtype = required[0].dtype
@@ -350,8 +331,7 @@ def _check_optional(
                 f"{name} must be {shape} (N sequences; state_v_first={state_v_first}), "
                 f"but got {found}"
             )
-        if x.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"{name} must be float32, but got {x.dtype}")
+        check_state_dtype(name, x.dtype, narrow=signature.decoding)
         return
     _check_dtype(name, x)
     if found not in (shape, (prod(shape),)):
@@ -360,7 +340,20 @@ def _check_optional(
         raise InputError(f"{name} must be {wanted}, but got {found}")
 
 
-def _check_devices(layouts: Mapping[str, TensorLayout | None]) -> None:
+def check_state_dtype(name: str, dtype: torch.dtype, *, narrow: bool) -> None:
+    """Raises InputError unless states may be of that dtype; `narrow`: bf16, too."""
+    if dtype not in (torch.float32, torch.float64) and not (narrow and dtype == torch.bfloat16):
+        wanted = "float32 or bfloat16" if narrow else "float32"
+        raise InputError(f"{name} must be {wanted}, but got {dtype}")
+
+
+def check_narrow(name: str, dtype: torch.dtype) -> None:
+    """Raises InputError for float64, which only the reference takes."""
+    if dtype == torch.float64:
+        raise InputError(f"{name} must be float32 or narrower, but got {dtype}; cast it")
+
+
+def check_devices(layouts: Mapping[str, TensorLayout | None]) -> None:
     (first, device), *others = ((name, x.device) for name, x in layouts.items() if x is not None)
     for name, other in others:
         if other != device:

@@ -140,7 +140,7 @@ def _find(request: Request, level: str, strict: bool | None = None) -> Found:
     """`strict` as in `find_recipe`."""
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
-    device = _device_of(call.device)
+    device = device_of(call.device)
     return find_recipe(request.problem, regime, device, level=level, strict=strict)
 
 
@@ -202,7 +202,7 @@ def agree(request: Request, level: str) -> str:
 def agree_while_compiling(device: torch.device, level: str, *options: Any) -> str:
     """The same while torch.compile traces, for all sizes; `options` are those of `make_problem`."""
     problem = make_problem(*options)
-    found = find_recipe(problem, _USUAL, _device_of(device), level=level, strict=False)
+    found = find_recipe(problem, _USUAL, device_of(device), level=level, strict=False)
     return str(Agreement.on(level, found))
 
 
@@ -256,7 +256,8 @@ def _runner(found: Found) -> Runner:
     return Runner(found.recipe, found.agreed_segments)
 
 
-def _device_of(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """The GPU that kernels for tensors on `device` are chosen for."""
     # the interpreter stands in for the GPU that the defaults were chosen on, and so do the shapes
     # of a GPU's tensors where there is none
     on_gpu = device.type == "cuda" and has_gpu()

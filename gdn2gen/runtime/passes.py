@@ -46,8 +46,13 @@ def allocator(
     shape = buffer.shape(sizes)
     if buffer.zeroed:
         return partial(torch.zeros, shape, dtype=dtype, device=device)
+    return maker(shape, dtype, device)
+
+
+def maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """What makes an empty tensor, on the current device if that is a GPU."""
     if device.type == "cuda" and _empty_on_gpu is not None:
-        return partial(_empty_on_gpu, shape, _strides(shape), dtype)
+        return partial(_empty_on_gpu, shape, strides_of(shape), dtype)
     return partial(torch.empty, shape, dtype=dtype, device=device)
 
 
@@ -63,7 +68,7 @@ _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _empty_on_gpu: Callable[..., Tensor] | None = getattr(_guards, "_empty_strided_cuda", None)
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Those of a contiguous tensor; dims of 0 count as 1, as in torch."""
     strides = [1]
     for size in shape[:0:-1]:

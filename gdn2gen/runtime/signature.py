@@ -6,7 +6,7 @@ Its fields are plain tuples and numbers: torch.compile reads them in every call 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
@@ -63,6 +63,8 @@ class Signature:
     """How many of `Options` its ops take."""
     bounded: bool
     """Whether its gate has a form with a lower bound."""
+    decoding: bool = False
+    """Of the op over a few tokens: states may be bf16, and there may be no sequence at all."""
 
     def bind(self, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
         """What symbols stand for, by the shapes of the tensors in `sized_by`: the first use counts.
@@ -94,6 +96,15 @@ class Signature:
         return f"({arrived}, {self._tensors}, {rest}) -> Tensor[]"
 
     @property
+    def decoding_schema(self) -> str:
+        """Of an op that writes what it is given: o, the final state, slots of the pool."""
+        rest = (
+            "Tensor? ssm_state_indices, Tensor? num_accepted_tokens, Tensor(a!)? state_pool, "
+            "Tensor(b!) o, Tensor(c!)? final_state"
+        )
+        return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot) -> ()"
+
+    @property
     def _options(self) -> str:
         return ", ".join(_OPTIONS[: self.options])
 
@@ -104,8 +115,15 @@ class Signature:
 
 
 @cache
+def decoding_signature(op: str) -> Signature:
+    """Of the recurrence's op over a few tokens of each sequence."""
+    name = recurrence_named(op).public.recurrent
+    return replace(signature_of(op), public=name, decoding=True)
+
+
+@cache
 def signature_of(op: str) -> Signature:
-    """Of the recurrence of that name."""
+    """Of the recurrence of that name, over whole sequences."""
     recurrence = recurrence_named(op)
     roles = tuple(x.dtype for x in recurrence.inputs)
 

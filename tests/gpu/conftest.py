@@ -9,6 +9,15 @@ from collections.abc import Callable, Iterator
 import pytest
 from gpu_support import Kernels, compile_all, every_kernel, free_memory
 
+from gdn2gen.base.environment import verifying
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unverified() -> Iterator[None]:
+    """What these tests run need not have been verified: they do that."""
+    with verifying():
+        yield
+
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Kernels], None]:

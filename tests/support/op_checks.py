@@ -14,6 +14,7 @@ import torch
 from reference_op import ReferenceOp
 from torch import Tensor
 
+from gdn2gen.base.environment import verifying
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
@@ -276,6 +277,24 @@ def compiled_at_other_lengths(op: str) -> str:
         results = _run(step, arguments)
         assert all(torch.equal(x, results[name]) for name, x in expected.items())
     return "done"
+
+
+def compiled_at_other_head_dims(op: str) -> str:
+    """torch.compile marks K and V dynamic when it meets a second one; what was not verified runs
+    where that is wanted, and is refused by name where it is not."""
+    with verifying():
+        step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
+        for D in (24, 40, 72):
+            arguments = {**make(op, T=20, K=D, V=D), "use_qk_l2norm_in_kernel": True}
+            expected = _run(public_op(op), arguments)
+            results = _run(step, arguments)
+            assert all(torch.equal(x, results[name]) for name, x in expected.items())
+    torch._dynamo.reset()
+    try:
+        torch.compile(public_op(op), backend="aot_eager", fullgraph=True)(**arguments)
+    except Exception as error:
+        return str(error)
+    return "not refused"
 
 
 def without_gradient(op: str, plan: str) -> list[str]:

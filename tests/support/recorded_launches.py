@@ -62,7 +62,7 @@ def forget() -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
     """A fixture's body: launches of this test, with no tuned files but those under `tmp_path`."""
     found = Launched()
-    monkeypatch.setattr(_call, "interpreted", lambda: True)
+    monkeypatch.setattr(_call, "by_kernels", lambda _: True)
     monkeypatch.setattr(runner.Runner, "launcher", lambda *given: found.launcher(*given))
     monkeypatch.setattr(runner.Runner, "table_launchers", lambda _: (_ignore, _ignore))
     monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")

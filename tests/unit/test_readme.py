@@ -38,12 +38,14 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
     short = gpu.split("-")[1].upper()
     assert (f"The {short}'s entries are of earlier templates" in README) == stale
     alone = [entry for entry in file.entries if entry.needs_triton_alone]
-    assert bool(alone) == (
-        f"files hold one, the {short}'s for train4k at level lean" in " ".join(README.split())
-    )
-    for entry in alone:
+    words = " ".join(README.split())
+    usual = [entry for entry in alone if entry.problem_key["K"] == 128]
+    assert bool(usual) == (f"one, the {short}'s for train4k at level lean" in words)
+    for entry in usual:
         assert (entry.regime, entry.level) == (SHAPES["train4k"].regime, "lean")
         assert f"{entry.measured['forward_backward_ms']:.2f} ms instead of" in README
+    others = sorted({entry.problem_key["K"] for entry in alone} - {128})
+    assert not others or f"hold such for K = V of {' and '.join(map(str, others))}" in words
 
 
 def test_first_two_commands() -> None:
@@ -92,11 +94,25 @@ def test_python_of_the_readme_is_the_public_api() -> None:
 
     from gdn2gen import chunk_gdn2
 
-    (block,) = _blocks("python")
+    block, _ = _blocks("python")
     assert "from gdn2gen import chunk_gdn2" in block
     (call,) = re.findall(r"chunk_gdn2\((q.*)\)", block)
     words = [word.split("=")[0].strip() for word in call.split(",")]
     assert set(words) <= set(inspect.signature(chunk_gdn2).parameters)
+
+
+def test_decoding_of_the_readme_runs() -> None:
+    """On the CPU, and does what its last comment says."""
+    import torch
+
+    known: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(
+        _blocks("python")[1].replace("cuda.is_available()", "cuda.is_available() and False"), known
+    )
+    assert not known["o"][2].any() and known["o"][[0, 1, 3]].any()
+    changed = known["states"].flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [3, 17, 40]
 
 
 def test_links_lead_somewhere() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from gdn2gen.codegen.build import load
-from gdn2gen.codegen.direct import DirectKernel, direct_launch
+from gdn2gen.codegen.direct import DirectKernel, FixedLaunch, direct_launch, fixed_launch
 from gdn2gen.codegen.render import render
+from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.stages import STAGES
 
 X = torch.zeros(64)
@@ -27,10 +29,16 @@ class FakeKernel:
         *,
         arguments: tuple[str, ...] = ("x", "scale", "T"),
         specialised: tuple[str, ...] = (),
+        anywhere: tuple[str, ...] = (),
     ) -> None:
         self.arg_names = [*arguments, "NT", "BT"]
         self.params = [
-            SimpleNamespace(do_not_specialize=name not in specialised) for name in self.arg_names
+            SimpleNamespace(
+                name=name,
+                do_not_specialize=name not in specialised,
+                do_not_specialize_on_alignment=name in anywhere,
+            )
+            for name in self.arg_names
         ]
         self.pre_run_hooks: list[Callable[..., None]] = []
         self.through_triton: list[tuple[Any, ...]] = []
@@ -169,3 +177,57 @@ def test_modules_without_triton_kernels_are_left_as_they_are() -> None:
     module: Any = ModuleType("other")
     module.launch = lambda: None
     assert direct_launch(module) is module.launch
+
+
+# A launch whose scalars are always the same
+
+
+def _fixed(fake: FakeKernel, scalars: tuple[int | float, ...] = (0.5, 70)) -> FixedLaunch:
+    return FixedLaunch(DirectKernel(fake), 1, (8,), (None, *scalars), {"NT": 3, "BT": 32})
+
+
+def test_a_fixed_launch_hands_over_addresses(device: SimpleNamespace) -> None:
+    fake = FakeKernel()
+    launch = _fixed(fake)
+    for x in (X, X[4:], X[8:]):
+        launch(x)
+    assert len(fake.through_triton) == 1
+    assert fake.direct[0][:6] == (8, 1, 1, "stream of 0", "function", "metadata")
+    assert [given[9:] for given in fake.direct] == [
+        (x.data_ptr(), 0.5, 70, 3, 32) for x in (X[4:], X[8:])
+    ]
+
+
+def test_what_lies_anywhere_is_launched_directly_if_its_kernel_does_not_mind(
+    device: SimpleNamespace,
+) -> None:
+    minds, does_not = FakeKernel(), FakeKernel(anywhere=("x",))
+    for fake in (minds, does_not):
+        launch = _fixed(fake)
+        for x in (X, X[1:], X[1:]):
+            launch(x)
+    assert (len(minds.through_triton), len(minds.direct)) == (3, 0)
+    assert (len(does_not.through_triton), len(does_not.direct)) == (1, 2)
+
+
+@pytest.mark.parametrize("how", ["long", "specialised"])
+def test_a_fixed_launch_that_triton_compiles_anew(how: str, device: SimpleNamespace) -> None:
+    fake = FakeKernel(specialised=("T",) if how == "specialised" else ())
+    launch = _fixed(fake, (0.5, 2**31 if how == "long" else 70))
+    for _ in range(3):
+        launch(X)
+    assert len(fake.through_triton) == 3 and not fake.direct
+
+
+def test_a_rendered_kernel_over_tokens_has_a_fixed_launch() -> None:
+    problem = DecodingProblem(pool=True, indexed=True, varlen=True)
+    module = load(render(problem, "recurrent", default_config("recurrent", problem)))
+    given = {name: i for i, name in enumerate(RECURRENT.scalars_of(problem))}
+    launch = fixed_launch(module, {"n_sequences": 5, **given})
+    operands = [x.name for x in RECURRENT.operands(problem)]
+    names = [x.name for x in launch._direct.parameters]
+    assert names == [*operands, *given, "K", "V", "BV"]
+    assert launch._rest == (*given.values(), 128, 128, 32)
+    assert launch._size == (5 * given["HV"] * 4, 1, 1)
+    free = {"cu_seqlens", "ssm_state_indices"}
+    assert [operands[i] for i in launch._aligned] == [x for x in operands if x not in free]

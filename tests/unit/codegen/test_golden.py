@@ -23,13 +23,14 @@ from gdn2gen.codegen.render import (
     render_tables,
     template_name,
 )
+from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Form
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 from gdn2gen.store.dispatch import Found, generate_command
 
 GOLDEN = ROOT / "tests/golden"
@@ -143,6 +144,21 @@ def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
 
+# tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
+_GUESSED: Final = DecodingProblem(
+    gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True, state_v_first=True,
+    pool=True, indexed=True, speculative=True, accepted=True,
+)  # fmt: skip
+_ONE_TOKEN: Final = DecodingProblem(
+    op="kda", K=80, V=48, beta_sigmoid=True, state_bf16=True, pool=True, indexed=True,
+    one_token=True, strided=True,
+)  # fmt: skip
+
+
+def _recurrent(problem: DecodingProblem) -> str:
+    return render(problem, "recurrent", default_config("recurrent", problem)).source
+
+
 def _parallel(stage: str) -> str:
     config = default_config(stage, _STATES, BT=16).replace(segments="parallel")
     return render(_STATES, stage, config).source
@@ -202,6 +218,8 @@ OUTPUTS: Final = {
     "grad_key_outside_packed.py": partial(_outside, "grad_key"),
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
+    "recurrent_speculative.py": partial(_recurrent, _GUESSED),
+    "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
     "package_states.py": _package,
     "package_packed.py": _package_packed,
     "package_kda.py": lambda: _package_of(Recipe.default(replace(_PACKED, op="kda"), "fast")),
@@ -245,15 +263,21 @@ def _wanted(template: str) -> set[str]:
 
 
 def _forms(stage: str, language: str) -> list[Form]:
-    return [x for x in STAGES[stage].forms if x.language == language]
+    return [x for x in EVERY_STAGE[stage].forms if x.language == language]
+
+
+def _problem(stage: str) -> Problem:
+    return Problem() if stage in STAGES else DecodingProblem()
 
 
 def _config(stage: str, language: str) -> Config:
-    return default_of(stage, _forms(stage, language)[0], Place(Problem(), 32))
+    BT = 32 if stage in STAGES else 1
+    return default_of(stage, _forms(stage, language)[0], Place(_problem(stage), BT))
 
 
 def _given(stage: str, language: str) -> set[str]:
-    return {*context(Problem(), STAGES[stage], _config(stage, language)), "digest", "regenerate"}
+    made = context(_problem(stage), EVERY_STAGE[stage], _config(stage, language))
+    return {*made, "digest", "regenerate"}
 
 
 def _templates(stage: str, language: str) -> set[str]:
@@ -261,7 +285,7 @@ def _templates(stage: str, language: str) -> set[str]:
 
 
 def _stages_in(language: str) -> list[str]:
-    return [x for x in STAGES if _forms(x, language)]
+    return [x for x in EVERY_STAGE if _forms(x, language)]
 
 
 KERNELS: Final = [(language, stage) for language in LANGUAGES for stage in _stages_in(language)]

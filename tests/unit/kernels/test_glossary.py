@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from gdn2gen.codegen.render import render
+from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
-from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.recurrent import RECURRENT
+from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 
 PLAIN = Problem()
 FULL = Problem(
@@ -26,20 +28,25 @@ FULL = Problem(
 )
 
 
+GUESSED = DecodingProblem(pool=True, indexed=True, speculative=True, accepted=True)
+
+
 def glossary(problem: Problem, stage: str) -> dict[str, str]:
     """Lines of a kernel's docstring by the symbols that they begin with."""
     text = ast.get_docstring(
         ast.parse(render(problem, stage, default_config(stage, problem)).source)
     )
     assert text is not None
-    names = {x.name for x in STAGES[stage].operands(problem)}
+    names = {x.name for x in EVERY_STAGE[stage].operands(problem)}
     lines = [x for x in text.splitlines() if x.split() and x.split()[0] in names and "  [" in x]
     assert all(len(x) <= 100 for x in lines), max(lines, key=len)
     return {x.split()[0]: x for x in lines}
 
 
 def test_there_are_words_for_operands_and_no_others() -> None:
-    assert {*WORDS} == {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
+    of_chunks = {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
+    of_tokens = {x.name for op in OPS for x in RECURRENT.operands(replace(GUESSED, op=op))}
+    assert {*WORDS} == of_chunks | of_tokens
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -49,6 +56,14 @@ def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem, op: s
     problem = replace(problem, op=op)
     names = [x.name for x in default_config(stage, problem).operands(problem)]
     assert [*glossary(problem, stage)] == names
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_over_tokens_says_it_too(op: str) -> None:
+    for problem in (GUESSED, DecodingProblem(initial_state=True, final_state=True)):
+        problem = replace(problem, op=op)
+        names = [x.name for x in RECURRENT.operands(problem)]
+        assert [*glossary(problem, "recurrent")] == names
 
 
 def test_what_lines_say() -> None:

@@ -254,8 +254,8 @@ def refused(op: str) -> dict[str, tuple[Change, str]]:
 
 # Refused by the kernels only: the reference takes any head dim, and float64.
 KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
-    "K": ({"K": 48}, "K=48, V=.* were not verified.*32, 64, 128.*GDN2GEN_UNVERIFIED=1"),
-    "V": ({"V": 256}, "V=256 were not verified.*gdn2gen verify --head-dim .*,256"),
+    "K": ({"K": 48}, "K=48, V=.* in fp32 were not verified on a GPU: .*GDN2GEN_UNVERIFIED=1"),
+    "V": ({"V": 256}, "V=256 in fp32 were not verified.*gdn2gen verify --op .* --head-dim .*,256"),
     "odd-K": ({"K": 44}, "no kernels.*multiples of 8 from 16 to 256; use 40 or 48: pad"),
     "odd-V": ({"V": 20}, "no kernels.*from 16 to 512; use 16 or 24: pad v"),
     "double": ({"dtype": torch.float64}, "q must be .*float64"),
@@ -278,7 +278,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         raise AssertionError("bad input went through")
 
     chosen: str = request.param
-    monkeypatch.setattr(_call, "interpreted", lambda: chosen == "kernels")
+    monkeypatch.setattr(_call, "by_kernels", lambda _: chosen == "kernels")
     monkeypatch.setattr(autograd, "run", reached)
     return chosen
 

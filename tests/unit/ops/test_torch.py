@@ -53,6 +53,11 @@ def test_views_that_no_kernel_could_read(packed: bool, run: Check) -> None:
     run("lazy_views", packed)
 
 
+def test_compiled_at_other_head_dims(interpreter: Callable[..., Any]) -> None:
+    said = interpreter("op_checks:compiled_at_other_head_dims", "gdn2")
+    assert "K=72, V=72 in fp32 were not verified" in said
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled", "checkpointed"])
 def test_a_recipe_that_changes_before_the_backward(
     how: str, tmp_path: Path, interpreter: Check

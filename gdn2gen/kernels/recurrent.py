@@ -1,0 +1,148 @@
+"""The stage of the mode `recurrent`: tokens one after the other, the state in registers.
+
+Each program reads its tile of a state once, carries it in fp32 through the tokens of its sequence,
+and writes it once, or after every token where tokens are guessed ahead. All that members differ in
+is what they declare: the stage's operands are their inputs, and its template asks what decays,
+erases and writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.recurrence import Input
+from gdn2gen.family.registry import RECURRENCES, recurrence_named
+from gdn2gen.kernels.limits import WIDE, Domain, Knob, Setting
+from gdn2gen.kernels.operands import OUTPUT
+from gdn2gen.kernels.slices import covering
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+# Distances of rows and slots are given to kernels in as many elements: 16 bytes of bf16, so that
+# vector loads know all that they want of an address.
+UNIT: Final = 8
+# What operands are where they lie; parameters and indices may be of other dtypes, too.
+_DTYPES: Final = {"parameter": "fp32", "index": "int32"}
+POOL: Final = Operand("state_pool", "slots HV K V", "state")
+INDICES: Final = Operand("ssm_state_indices", "N", "int32")
+SPECULATIVE: Final = Operand("ssm_state_indices", "N 1+S", "int32")
+ACCEPTED: Final = Operand("num_accepted_tokens", "N", "int32")
+FINAL: Final = Operand("final_state", "N HV K V", "state")
+
+
+def row_of(name: str) -> str:
+    """The scalar that says how far two tokens of an operand lie apart."""
+    return f"{name}_row"
+
+
+def is_row_wise(dims: str) -> bool:
+    """Whether an operand of these dims has a row for each token."""
+    return dims.startswith("B T ")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenStage(Stage):
+    """A stage over single tokens. Its operands are the inputs of a recurrence, whichever they are;
+    then states, and what says where they lie; then outputs."""
+
+    def operands(self, problem: Problem) -> list[Operand]:
+        given = recurrence_named(problem.op).inputs
+        found = [_operand(x) for x in given if not x.when or getattr(problem, x.when)]
+        if isinstance(problem, DecodingProblem) and problem.pool:
+            found.append(POOL)
+            if problem.indexed:
+                found.append(SPECULATIVE if problem.speculative else INDICES)
+            if problem.accepted:
+                found.append(ACCEPTED)
+        found.append(OUTPUT)
+        return [*found, FINAL] if problem.final_state else found
+
+    def scalars_of(self, problem: DecodingProblem) -> tuple[str, ...]:
+        """The scalars of its kernel, in the order of its arguments: those alone that it reads."""
+        operands = self.operands(problem)
+        symbols = {symbol for x in operands for symbol in x.dims.split()}
+        rows = [row_of(x.name) for x in operands if problem.strided and is_row_wise(x.dims)]
+        wanted = {
+            "scale": True,
+            "lower_bound": problem.gate == "sigmoid",
+            "N": problem.varlen,
+            "T": not problem.one_token,
+            "H": True,
+            "HV": True,
+            "HG": "HG" in symbols,
+            "slots": problem.indexed,
+            "slot_stride": problem.pool,
+            "index_row": problem.indexed,
+            "index_width": problem.speculative,
+            "null_slot": problem.indexed,
+        }
+        return (*(name for name, is_read in wanted.items() if is_read), *rows)
+
+
+def _operand(x: Input) -> Operand:
+    return Operand(x.name, x.dims, _DTYPES.get(x.dtype, x.dtype))
+
+
+_SCALARS: Final = (
+    *("scale", "lower_bound", "N", "T", "H", "HV", "HG"),
+    *("slots", "slot_stride", "index_row", "index_width", "null_slot"),
+)
+_ROW_WISE: Final = {
+    x.name for member in RECURRENCES.values() for x in member.inputs if is_row_wise(x.dims)
+}
+_ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
+# Elements of a state that a thread holds, in registers of which each takes one; beside them are the
+# token's factors, as many again at K = 128 and tiles of few rows.
+_OF_THREAD: Final = 32
+_LARGEST_TILE: Final = 4096
+_BV: Final[Domain] = (8, 16, 32, 64, 128)
+_NUM_WARPS: Final[Domain] = (1, 2, 4, 8)
+
+RECURRENT: Final = TokenStage(
+    name="recurrent",
+    inputs=(),
+    outputs=(),
+    scalars=(*_SCALARS, *_ROWS),
+    count="n_sequences",
+    forms=(
+        Form(
+            "recurrent",
+            "triton",
+            "recurrent",
+            knobs={"BV": _BV, "num_warps": _NUM_WARPS, "num_stages": (1,)},
+            defaults=(
+                Setting({"BV": 32, "num_warps": 4}),
+                Setting({"BV": 16}, {"K": WIDE}),
+            ),
+            leads={},
+        ),
+    ),
+    chunks=(1,),
+)
+
+# Programs to a multiprocessor at least, where a batch is small: their loads are what hides how long
+# the first of them takes.
+_PROGRAMS: Final = 2
+# Of rows of values at least, where those lie side by side (K first): two sectors of a cache line.
+_ROW_BYTES: Final = 64
+
+
+def knobs_for(problem: DecodingProblem, sequences: int, heads: int, sms: int) -> dict[str, Knob]:
+    """The knobs for so many sequences and value heads on a GPU of `sms` multiprocessors.
+
+    A tile is what four warps hold at 32 elements a thread; where that gives less than two programs
+    to a multiprocessor, it is halved until it does, to 8 rows of values or, with K first, to rows
+    of 64 bytes. A thread has 32 elements in any case. Nothing of this was measured.
+    """
+    width = covering(problem.K)
+    least = 8
+    if not problem.state_v_first:
+        least = max(least, _ROW_BYTES // DTYPE[problem.dtype_of("state")].nbytes)
+    BV = min(_LARGEST_TILE // width, covering(problem.V), max(map(int, _BV)))
+    while least < BV and sequences * heads * -(-problem.V // BV) < _PROGRAMS * sms:
+        BV //= 2
+    warps = BV * width // (32 * _OF_THREAD)
+    return {"BV": BV, "num_warps": min(max(warps, 1), 8)}

@@ -1,0 +1,324 @@
+"""Calls over a few tokens of each sequence: one launch, and all that leads to it looked up once.
+
+What the shapes, strides, dtypes and flags of a call decide is a `Plan`: that they are right, its
+kernel, with a config by a rule from the sizes, and the kernel's scalars. A later call of the same
+kind looks it up and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.operands import OUTPUT
+from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
+from gdn2gen.runtime._loading import fixed_launcher
+from gdn2gen.runtime.arguments import Dims, check_narrow
+from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
+from gdn2gen.runtime.head_dims import check_head_dims, passed_here
+from gdn2gen.runtime.lookup import device_of, make_problem
+from gdn2gen.runtime.passes import maker, strides_of
+from gdn2gen.runtime.signature import Options, Signature
+
+Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
+"""How a tensor lies in memory: True for rows without gaps, else its layout and strides."""
+
+
+class Strided(NamedTuple):
+    """What of a tensor decides how a kernel reads it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: torch.Size, dtype: torch.dtype, lay: Lay) -> Strided:
+        return cls(shape, dtype, strides_of(shape) if isinstance(lay, bool) else lay[1])
+
+
+def _layout(lay: Lay) -> torch.layout:
+    return torch.strided if isinstance(lay, bool) else lay[0]
+
+
+_O: Final = tuple(OUTPUT.dims.split())
+BUFFERS: Final = ("ssm_state_indices", "num_accepted_tokens", "state_pool", "o", "final_state")
+"""What the torch op takes after the tensors of the signature."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One kind of call, checked, with its kernel."""
+
+    dims: Dims
+    problem: DecodingProblem
+    config: Config
+    launch: Callable[..., None] | None
+    """None where there is nothing to compute."""
+    places: tuple[int, ...]
+    """The kernel's operands among the tensors of `run`."""
+    copied: tuple[int, ...]
+    """Those that no kernel could read as they lie."""
+    make_o: Callable[[], Tensor]
+    make_final: Callable[[], Tensor] | None
+    verified: bool
+    """Whether its head dims were, on a GPU."""
+
+    def run(self, tensors: list[Tensor | None]) -> None:
+        """Launch on the current device. `tensors` are those of the signature, and `BUFFERS`."""
+        for place in self.copied:
+            tensors[place] = _copy(tensors[place])
+        if self.launch is None:
+            if self.dims.N == 0:  # no program is there to write what no sequence covers
+                _given(tensors[-2]).zero_()
+            return
+        operands: list[Any] = [tensors[place] for place in self.places]
+        if any(map(Tensor.is_neg, operands)):  # values that torch negates where it reads them
+            operands = [_copy(x) if x.is_neg() else x for x in operands]
+        self.launch(*operands)
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _copy(x: Tensor | None) -> Tensor:
+    return torch.clone(_given(x), memory_format=torch.contiguous_format)
+
+
+def decoding_name(signature: Signature) -> str:
+    """What such an op's head dims are verified by: its public name."""
+    return str(recurrence_named(signature.op).public.recurrent)
+
+
+def make_plan(
+    signature: Signature,
+    options: tuple[Any, ...],
+    null_slot: int | None,
+    device: torch.device,
+    *given: tuple[torch.Size, torch.dtype, Lay] | None,
+) -> Plan:
+    """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
+    on `device`, their shapes, dtypes, and how they lie in memory. Raises InputError.
+    """
+    flags, count = Options(*options), len(signature.names)
+    seen = [None if x is None else (x[0], x[1], device, _layout(x[2])) for x in given]
+    dims = check_decoding(signature, flags.state_v_first, null_slot, seen[:count], seen[count:])
+    q_dtype = seen[0][1]  # type: ignore[index]  # checked
+    name = decoding_name(signature)
+    check_head_dims(name, q_dtype, device, dims.K, dims.V)
+    names = (*signature.names, *SERVING)
+    tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
+    for name in (
+        *(signature.names[x] for x in (0, signature.gate, *signature.states)),
+        "state_pool",
+    ):
+        if name in tensors:
+            check_narrow(name, tensors[name].dtype)
+    if "out" in tensors:
+        tensors["o"] = tensors.pop("out")
+    rows = _Rows.of(signature, tensors, dims)
+    problem = _problem(signature, flags, tensors, dims, strided=rows.strided)
+    config = config_for(problem, dims, device)
+    v, initial = tensors["v"], tensors.get("initial_state")
+    o_dtype, state_dtype = v.dtype, torch.float32 if initial is None else initial.dtype
+    inner = (dims.V, dims.K) if flags.state_v_first else (dims.K, dims.V)
+    order = (*signature.names, *BUFFERS)
+    operands = [x.name for x in RECURRENT.operands(problem)]
+    launch = None
+    if dims.N * dims.HV > 0 and (dims.T > 0 or problem.final_state):
+        scalars = _scalars(problem, flags, null_slot, tensors, dims) | rows.scalars
+        wanted = {x: scalars[x] for x in RECURRENT.scalars_of(problem)}
+        launch = fixed_launcher(problem, config, {"n_sequences": dims.N, **wanted})
+    return Plan(
+        dims,
+        problem,
+        config,
+        launch,
+        tuple(map(order.index, operands)),
+        tuple(map(order.index, (*rows.copied, *_scattered(signature, tensors)))),
+        maker(tuple(v.shape), o_dtype, device),
+        maker((dims.N, dims.HV, *inner), state_dtype, device) if problem.final_state else None,
+        verified=passed_here(name, q_dtype, device, dims.K, dims.V),
+    )
+
+
+known_plan = lru_cache(maxsize=2048)(make_plan)
+
+
+_forced: Config | None = None
+
+
+def force(config: Config | None) -> None:
+    """Have all calls of this process run this config, as measuring wants; None ends that."""
+    global _forced
+    _forced = config
+    known_plan.cache_clear()
+
+
+def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
+    """The config of a call: the default, in tiles by `knobs_for`. Nothing is on file for it yet.
+
+    Raises ConfigError where a forced one cannot serve it (`render`).
+    """
+    if _forced is not None:
+        return _forced
+    gpu = device_of(device)
+    found = default_config(RECURRENT.name, problem, arch=gpu.arch)
+    return found.replace(**knobs_for(problem, dims.N, dims.HV, gpu.sms))
+
+
+def _problem(
+    signature: Signature,
+    flags: Options,
+    tensors: Mapping[str, Strided],
+    dims: Dims,
+    *,
+    strided: bool,
+) -> DecodingProblem:
+    dtypes = tuple(tensors[signature.names[place]].dtype for place in signature.typed_by)
+    given = tuple(x in tensors for x in signature.names[signature.required :])
+    of_chunks = make_problem(
+        signature.op, dims.K, dims.V, dtypes, given, flags.lower_bound, *options_of(flags)
+    )
+    pool, indices = tensors.get("state_pool"), tensors.get("ssm_state_indices")
+    state = pool or tensors.get("initial_state")
+    return DecodingProblem(
+        **asdict(of_chunks) | {"bound": 0, "final_state": flags.output_final_state and not pool},
+        state_bf16=state is not None and state.dtype == torch.bfloat16,
+        pool=pool is not None,
+        indexed=indices is not None,
+        speculative=indices is not None and len(indices.shape) == 2,
+        accepted="num_accepted_tokens" in tensors,
+        one_token=dims.T == 1 and "cu_seqlens" not in tensors,
+        strided=strided,
+        odd_slots=pool is not None and _slot_stride(pool, dims) % UNIT != 0,
+    )
+
+
+def options_of(flags: Options) -> tuple[Any, ...]:
+    """Those of `make_problem`."""
+    return (*flags[2:],)
+
+
+def _scalars(
+    problem: DecodingProblem,
+    flags: Options,
+    null_slot: int | None,
+    tensors: Mapping[str, Strided],
+    dims: Dims,
+) -> dict[str, int | float]:
+    """All but how far rows lie apart."""
+    found: dict[str, int | float] = {
+        "scale": problem.K**-0.5 if flags.scale is None else flags.scale,
+        "lower_bound": flags.lower_bound or 0.0,
+        "null_slot": -1 if null_slot is None else null_slot,
+        "N": dims.N,
+        "T": dims.T,
+        "H": dims.H,
+        "HV": dims.HV,
+        "HG": dims.HG,
+    }
+    if "state_pool" in tensors:
+        pool = tensors["state_pool"]
+        stride = _slot_stride(pool, dims)
+        found["slots"] = pool.shape[0]
+        found["slot_stride"] = stride if problem.odd_slots else stride // UNIT
+    if "ssm_state_indices" in tensors:
+        indices = tensors["ssm_state_indices"]
+        width = prod(indices.shape[1:])
+        found["index_width"] = width
+        found["index_row"] = indices.stride[0] if _is_dense(indices, 1) else width
+    return found
+
+
+def _slot_stride(pool: Strided, dims: Dims) -> int:
+    """Elements from slot to slot. Raises InputError for a pool that none can be written in."""
+    size = dims.HV * dims.K * dims.V
+    stride = pool.stride[0] if pool.shape[0] > 1 else size
+    if not _is_dense(pool, 1) or stride < size:
+        raise InputError(
+            "state_pool is written in place: heads, rows and columns of a slot must follow each "
+            f"other, and slots must not overlap, but its strides are {pool.stride} for "
+            f"{tuple(pool.shape)}"
+        )
+    return stride
+
+
+def _is_dense(x: Strided, first: int) -> bool:
+    """Whether the dims from `first` on follow each other in memory."""
+    size = 1
+    for length, stride in zip(reversed(x.shape[first:]), reversed(x.stride[first:]), strict=True):
+        if length != 1 and stride != size:
+            return False
+        size *= length
+    return True
+
+
+def _scattered(signature: Signature, tensors: Mapping[str, Strided]) -> list[str]:
+    """What has no row for each token, and no kernel could read as it lies."""
+    names = [
+        name
+        for name, dims in zip(signature.names, signature.dims, strict=True)
+        if not is_row_wise(" ".join(dims))
+    ]
+    found = [x for x in (*names, "num_accepted_tokens") if x in tensors]
+    scattered = [x for x in found if not _is_dense(tensors[x], 0)]
+    if "ssm_state_indices" in tensors and not _is_dense(tensors["ssm_state_indices"], 1):
+        scattered.append("ssm_state_indices")
+    return scattered
+
+
+class _Rows(NamedTuple):
+    """How far the rows of tokens lie apart, in what has one for each token."""
+
+    strided: bool
+    """Whether further than they need to, in anything that is read as it lies."""
+    copied: list[str]
+    """What could not be: heads or channels that do not follow each other."""
+    scalars: dict[str, int | float]
+
+    @classmethod
+    def of(cls, signature: Signature, tensors: Mapping[str, Strided], dims: Dims) -> _Rows:
+        named = {**dict(zip(signature.names, signature.dims, strict=True)), "o": _O}
+        row_wise = {name: len(x) for name, x in named.items() if is_row_wise(" ".join(x))}
+        copied: list[str] = []
+        scalars: dict[str, int | float] = {}
+        strided = False
+        for name, rank in row_wise.items():
+            x, unit = tensors.get(name), UNIT if rank > 3 else 1
+            plain = dims.HV * dims.V if x is None else prod(x.shape[2:])
+            row = plain if x is None else _row_stride(x, plain, unit)
+            if row is None and name == "o":
+                raise InputError(
+                    "out is written in place: heads and channels of a row must follow each other, "
+                    f"rows begin at multiples of {UNIT} elements and not overlap, but its strides "
+                    f"are {tensors[name].stride} for {tuple(tensors[name].shape)}"
+                )
+            if row is None:
+                copied.append(name)
+                row = plain
+            strided = strided or row != plain
+            scalars[row_of(name)] = row // unit
+        return cls(strided, copied, scalars)
+
+
+def _row_stride(x: Strided, plain: int, unit: int) -> int | None:
+    """Elements from token to token; None where it is not the same everywhere, or none that a kernel
+    takes."""
+    B, T = x.shape[:2]
+    if B * T <= 1:
+        return plain if _is_dense(x, 2) else None
+    row = x.stride[0] if T == 1 else x.stride[1]
+    even = B == 1 or T == 1 or x.stride[0] == T * x.stride[1]
+    return row if even and row % unit == 0 and row >= plain and _is_dense(x, 2) else None

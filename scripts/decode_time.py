@@ -1,0 +1,253 @@
+"""What a step of decoding costs: one token of B sequences at K = V = 128, on a GPU.
+
+    python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm] [--sweep]
+
+Time is that of a CUDA graph of many calls, for one of them: each has slots of its own, so that no
+state lies in the L2 (with --warm all have the same); the median of 20 replays. The floor is the
+time that a copy of the same bytes would take: the state read and written, the token's tensors read,
+o written. Host time is that of one call of 200, the least of six runs. Beside it
+flash-linear-attention's op, where it is installed: it takes fp32 states and writes new ones.
+--sweep times every config, for the rule in kernels/recurrent.py. Figures of two versions compare if
+they are of one GPU, taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from statistics import median
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.environment import verifying
+from gdn2gen.base.terminal import Sheet, console
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.recurrent import RECURRENT
+from gdn2gen.kernels.validity import valid_configs
+from gdn2gen.measure.timing import copy_gbps
+from gdn2gen.ops import recurrent
+from gdn2gen.runtime import decoding
+
+Run = Callable[[int], Any]
+DIM: Final = 128
+# Of states that the calls of a graph take together: more than the L2 of any GPU so far.
+COLD_BYTES: Final = 2**29
+MOST_CALLS: Final = 200
+REPLAYS: Final = 20
+HOST_CALLS: Final = 200
+STATES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of decoding, and the tensors that it takes."""
+
+    op: str
+    batch: int
+    heads: int
+    state: str
+    v_first: bool
+    warm: bool
+
+    @property
+    def state_bytes(self) -> int:
+        return self.batch * self.heads * DIM * DIM * STATES[self.state].itemsize
+
+    @property
+    def calls(self) -> int:
+        """Of a graph: enough to be timed, and so many that the states of all are in no cache."""
+        return min(MOST_CALLS, max(20, -(-COLD_BYTES // self.state_bytes)))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """A token of a layer in bf16, its gate before the activation."""
+        made = make_inputs(
+            self.batch, 1, self.heads, DIM, DIM, op=self.op,
+            dtype=torch.bfloat16, gate_dtype=torch.bfloat16, device="cuda",
+        )  # fmt: skip
+        made["g"].normal_()
+        made["A_log"] = torch.rand(self.heads, device="cuda")
+        made["dt_bias"] = torch.rand(self.heads * DIM, device="cuda") - 4.0
+        return made
+
+    def flags(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "use_qk_l2norm_in_kernel": True,
+            "use_gate_in_kernel": True,
+            "state_v_first": self.v_first,
+        }
+        if recurrence_named(self.op).tied:
+            found["use_beta_sigmoid_in_kernel"] = True
+        return found
+
+    def ours(self) -> Run:
+        """Call number i, on slots of its own, into buffers that are there."""
+        function = getattr(recurrent, recurrence_named(self.op).public.recurrent)
+        inputs, flags = self.inputs(), self.flags()
+        sets = 1 if self.warm else self.calls
+        slots = sets * self.batch
+        shape = (slots, self.heads, DIM, DIM)
+        pool = torch.randn(shape, device="cuda", dtype=STATES[self.state])
+        rows = list(torch.randperm(slots, device="cuda").int().view(sets, self.batch))
+        out = torch.empty_like(inputs["v"])
+
+        def run(i: int) -> None:
+            function(**inputs, **flags, state_pool=pool, ssm_state_indices=rows[i % sets], out=out)
+
+        return run
+
+    def fla(self) -> Run | None:
+        """The same by flash-linear-attention; None where it is not, or takes no such state."""
+        public = recurrence_named(self.op).public
+        if self.state != "fp32":
+            return None
+        try:
+            function = getattr(import_module(public.fla), public.recurrent)
+        except (ImportError, AttributeError):
+            return None
+        inputs, flags = self.inputs(), self.flags()
+        sets = 1 if self.warm else self.calls
+        shape = (sets, self.batch, self.heads, DIM, DIM)
+        states = list(torch.randn(shape, device="cuda"))
+
+        def run(i: int) -> None:
+            function(**inputs, **flags, initial_state=states[i % sets], output_final_state=True)
+
+        return run
+
+    def floor_us(self) -> float:
+        names = [x.name for x in recurrence_named(self.op).required]
+        token = sum(self.inputs()[name].nbytes for name in names)
+        o = self.batch * self.heads * DIM * 2
+        return (2 * self.state_bytes + token + o) / copy_gbps() / 1e3
+
+
+def graph_us(run: Run, calls: int) -> float:
+    """Microseconds of the GPU for one call."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            run(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(i)
+    for _ in range(3):
+        graph.replay()
+    event: Any = torch.cuda.Event
+    times = []
+    for _ in range(REPLAYS):
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return median(times) / calls * 1e3
+
+
+def host_us(run: Run) -> float:
+    """Microseconds of the host for one call."""
+    best = float("inf")
+    for _ in range(6):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for i in range(HOST_CALLS):
+            run(i)
+        best = min(best, time.perf_counter() - started)
+    torch.cuda.synchronize()
+    return best / HOST_CALLS * 1e6
+
+
+def configs(step: Step) -> Iterator[Config]:
+    """Every config that has at most 128 elements of a state in a thread."""
+    problem = DecodingProblem(
+        op=step.op,
+        K=DIM,
+        V=DIM,
+        state_v_first=step.v_first,
+        state_bf16=step.state == "bf16",
+    )
+    for config in valid_configs(RECURRENT.name, Place(problem, 1)):
+        if config.size("BV") * DIM <= 128 * 32 * config.size("num_warps"):
+            yield config
+
+
+def sweep(step: Step) -> None:
+    """Every config of a step, the fastest first."""
+    run = step.ours()
+    run(0)
+    found = []
+    for config in configs(step):
+        decoding.force(config)
+        found.append((graph_us(run, step.calls), config))
+    decoding.force(None)
+    sheet = Sheet(str(step), ("BV", "num_warps", "us"), words=())
+    for us, config in sorted(found, key=lambda x: x[0])[:8]:
+        sheet.add(str(config["BV"]), str(config["num_warps"]), f"{us:.2f}")
+    console().print(sheet)
+
+
+def row(step: Step) -> list[str]:
+    ours, floor = step.ours(), step.floor_us()
+    us, host = graph_us(ours, step.calls), host_us(ours)
+    cells = [step.op, str(step.batch), step.state, f"{us:.2f}", f"{floor:.2f}", f"{us / floor:.2f}"]
+    cells.append(f"{host:.1f}")
+    del ours
+    fla = step.fla()
+    if fla is None:
+        return [*cells, "-", "-"]
+    try:
+        fla(0)
+    except Exception as error:  # another version's arguments: no reason to lose our own figures
+        console(stderr=True).print(f"flash-linear-attention's {step.op}: {error}")
+        return [*cells, "-", "-"]
+    return [*cells, f"{graph_us(fla, step.calls):.2f}", f"{host_us(fla):.1f}"]
+
+
+@verifying()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--state", nargs="+", choices=tuple(STATES), default=list(STATES))
+    parser.add_argument("--k-first", action="store_true", help="states are [HV, K, V]")
+    parser.add_argument("--warm", action="store_true", help="every call takes the same states")
+    parser.add_argument("--sweep", action="store_true", help="time every config instead")
+    args = parser.parse_args()
+    steps = [
+        Step(op, batch, args.heads, state, not args.k_first, args.warm)
+        for op in args.op
+        for state in args.state
+        for batch in args.batch
+    ]
+    with torch.no_grad():
+        if args.sweep:
+            for step in steps:
+                sweep(step)
+            return
+        sheet = Sheet(
+            f"{torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
+            ("op", "B", "state", "us", "floor us", "x floor", "host us", "FLA us", "FLA host us"),
+            words=("op", "state"),
+        )
+        for step in steps:
+            sheet.add(*row(step))
+        console().print(sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
+
+    python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
+    python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
+    python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
+
+At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
+FLA's where it is installed and K is at most 256. Transfer: forward+backward as graphs with the
+recipe of the nearest other head dims on file, beside that of their own and the default, each
+checked first; none where there is none, or it is refused. What is on file may itself have begun
+with a recipe of those head dims.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from gdn2gen.base.environment import VERIFYING
+from gdn2gen.base.files import replace_file
+from gdn2gen.base.worker import Worker
+from gdn2gen.family.problem import DIMS, Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.tune.views.charts import Bar, bars
+
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs/head_dims"
+SHAPE: Final = SHAPES["train4k"]
+NS: Final = 1e6 / (SHAPE.B * SHAPE.T * SHAPE.H)
+# A size compiles all of its kernels first, and FLA times hundreds.
+MOST_S: Final = 500.0
+SQUARES: Final = tuple(f"{size}" for size in DIMS["K"])
+_STYLE: Final = """<style>
+text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
+.ours { fill: #d98b4a } .fla { fill: #7a9cc6 }
+@media (prefers-color-scheme: dark) { text { fill: #aaa } .value { fill: #ddd } }
+</style>"""
+
+
+def problem_of(size: str) -> Problem:
+    K, _, V = size.partition(",")
+    return Problem(K=int(K), V=int(V or K))
+
+
+def measure(sizes: Iterable[str]) -> None:
+    """Times of our op and FLA's, size by size; each is written as soon as it is there."""
+    from gdn2gen.store.dispatch import find_recipe
+
+    device = _device()
+    for size in sizes:
+        problem = problem_of(size)
+        found = find_recipe(problem, SHAPE.regime, device)
+        row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
+        # one after the other: what one of them cannot do, or breaks, costs the other nothing
+        for name in ("ours", "fla") if problem.K <= 256 else ("ours",):
+            worker = Worker({"GDN2GEN_UNVERIFIED": VERIFYING})
+            timed = worker.call(f"{__name__}:times_of", name, problem, timeout=MOST_S)
+            worker.close()
+            row[name] = timed.get() if timed.ok else None
+            if not timed.ok:
+                print(f"{name} at {size}: {timed.reason}")
+        _add("times", row)
+        print(row, flush=True)
+
+
+def times_of(name: str, problem: Problem) -> list[float]:
+    """Forward and forward+backward, ms; in a process of its own."""
+    from gdn2gen.measure.sides import fla_op, measure_in_turns, our_op
+
+    function = our_op("gdn2", "lean") if name == "ours" else fla_op("gdn2", "lean")
+    (side,) = measure_in_turns([function], [{}], problem, SHAPE)
+    return [side.forward.median, side.forward_backward.median]
+
+
+def transfer(sizes: Iterable[str]) -> None:
+    """Forward+backward of three recipes at every level; None where one is refused."""
+    from gdn2gen.kernels.recipe import Recipe
+    from gdn2gen.store.dispatch import find_recipe
+    from gdn2gen.store.sizes import transferred
+    from gdn2gen.tune.gpu.backend import WorkerBackend
+
+    device = _device()
+    backend = WorkerBackend(device)
+    try:
+        for size in sizes:
+            problem = problem_of(size)
+            for level in LEVELS:
+                own = find_recipe(problem, SHAPE.regime, device, level=level)
+                near = transferred(problem, SHAPE.regime, device, level=level)
+                recipes = {
+                    "tuned": own.recipe if own.source == "exact" else None,
+                    "transferred": None if near is None else near.recipe,
+                    "default": Recipe.default(problem, level, arch=device.arch),
+                }
+                row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+                for name, recipe in recipes.items():
+                    row[name] = None if recipe is None else _checked_ms(backend, recipe)
+                row["from"] = None if near is None else _origin(near)
+                _add("transfer", row)
+                print(row, flush=True)
+    finally:
+        backend.close()
+
+
+def _origin(near: Any) -> str:
+    """K and V of the entries that a transferred recipe is of."""
+    return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
+
+
+def _checked_ms(backend: Any, recipe: Any) -> float | None:
+    from gdn2gen.tune.gpu.attempt import try_recipe
+
+    compiles = {config: backend.compile(recipe.problem, config) for config in recipe.configs}
+    tried = try_recipe(recipe, compiles, backend, _device(), full=True)
+    if not tried.ok:
+        print(f"refused: {tried.reason}")
+        return None
+    timed = backend.time_recipe(recipe, SHAPE, with_peak=False)
+    if not timed.ok:
+        print(f"refused: {timed.reason}")
+        return None
+    return float(timed.get().forward_backward.median)
+
+
+def _device() -> Any:
+    from gdn2gen.base.device import present_device
+
+    return present_device()
+
+
+def _add(kind: str, row: dict[str, Any]) -> None:
+    """A row of the same size and level is replaced."""
+    from gdn2gen.base.device import toolchain
+
+    path = DOCS / f"{_device().slug}.json"
+    document = json.loads(path.read_text()) if path.exists() else {"times": [], "transfer": []}
+    document |= {"gpu": _device().name, "shape": SHAPE.name}
+    row["toolchain"] = toolchain()
+    names = ("K", "V", "level")
+    of_row = [row.get(name) for name in names]
+    kept = [x for x in document[kind] if [x.get(name) for name in names] != of_row]
+    document[kind] = sorted([*kept, row], key=lambda x: (x["K"], x["V"]))
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, json.dumps(document, indent=1) + "\n")
+
+
+def plot(path: Path) -> None:
+    """Tables in Markdown on stdout; the chart is of forward+backward."""
+    document = json.loads(path.read_text())
+    print("| K, V | of | forward ns | FLA | FLA / ours | forward+backward ns | FLA | FLA / ours |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    drawn = []
+    for x in document["times"]:
+        cells = [f"{x['K']}, {x['V']}", x["source"]]
+        for place in (0, 1):
+            ours, fla = (x[name][place] if x.get(name) else None for name in ("ours", "fla"))
+            cells += ["" if ms is None else f"{ms * NS:.3f}" for ms in (ours, fla)]
+            cells.append("" if ours is None or fla is None else f"{fla / ours:.2f}")
+        print(f"| {' | '.join(cells)} |")
+        both = {name: x[name][1] * NS for name in ("ours", "fla") if x.get(name)}
+        group = [Bar(name, ns, f"{ns:.2f} {name}") for name, ns in both.items()]
+        drawn.append((f"K = {x['K']}, V = {x['V']}", group))
+    if document["transfer"]:
+        print("\n| K, V | level | tuned ms | transferred | of | default |")
+        print("|---|---|---:|---:|---|---:|")
+    for x in document["transfer"]:
+        times = ["none" if x[n] is None else f"{x[n]:.3f}" for n in ("tuned", "transferred")]
+        times += [x["from"] or "", "none" if x["default"] is None else f"{x['default']:.3f}"]
+        print(f"| {x['K']}, {x['V']} | {x['level']} | {' | '.join(times)} |")
+    svg = bars(drawn, width=760)
+    replace_file(path.with_suffix(".svg"), svg.replace(">", f">{_STYLE}", 1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(sys.argv[2:] or SQUARES)
+    elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
+        transfer(sys.argv[2:])
+    elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
+        plot(Path(sys.argv[2]))
+    else:
+        sys.exit(__doc__)

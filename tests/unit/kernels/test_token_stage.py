@@ -1,0 +1,97 @@
+"""The stage over single tokens: its kernels compile without spills, and its configs by the rule."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Final
+
+import pytest
+
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import InputError
+from gdn2gen.codegen.build import compile_ahead
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.recurrent import RECURRENT, knobs_for
+from gdn2gen.kernels.validity import valid_configs, why_invalid
+
+_POOL: Final = {"pool": True, "indexed": True}
+_GATED: Final = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+_GUESSED: Final = {**_POOL, "speculative": True, "accepted": True, "varlen": True}
+H200: Final = named_device("H200")
+
+
+def ruled(problem: DecodingProblem, sequences: int, heads: int = 16) -> Config:
+    knobs = knobs_for(problem, sequences, heads, H200.sms)
+    return default_config("recurrent", problem).replace(**knobs)
+
+
+# Of sm_90 at K = V = 128, small batches and large ones: every op, one token and several.
+COMPILED: Final = [
+    pytest.param(DecodingProblem(op=op, **flags, **gate, state_v_first=v), batch, "sm_90",
+                 id=f"{op}-{name}-{'V' if v else 'K'}-first-B{batch}")
+    for (op, gate), (name, flags), (v, batch) in itertools.product(
+        (("gdn2", _GATED), ("kda", {**_GATED, "beta_sigmoid": True})),
+        (("one", {**_POOL, "one_token": True}), ("guessed", _GUESSED)),
+        ((False, 256), (True, 256), (True, 1)),
+    )
+] + [
+    pytest.param(DecodingProblem(K=256, V=512, **_GUESSED, state_v_first=True), 64, "sm_90",
+                 id="wide"),
+    pytest.param(DecodingProblem(K=96, V=48, **_POOL, strided=True), 8, "sm_90", id="masked"),
+    *(pytest.param(DecodingProblem(**_GUESSED, state_bf16=True), 64, arch, id=arch)
+      for arch in ("sm_80", "sm_86", "sm_100", "sm_120")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "batch", "arch"), COMPILED)
+def test_kernels_compile_and_keep_the_state_in_registers(
+    problem: DecodingProblem, batch: int, arch: str
+) -> None:
+    used = compile_ahead(problem, "recurrent", ruled(problem, batch), named_device(arch))
+    assert used.spill_bytes == 0
+
+
+@pytest.mark.parametrize("V", [16, 48, 128, 512])
+@pytest.mark.parametrize("K", [16, 40, 96, 128, 256])
+def test_the_rule_gives_valid_configs(K: int, V: int) -> None:
+    flags = itertools.product((False, True), repeat=2)
+    for (v_first, bf16), batch in itertools.product(flags, (0, 1, 8, 64, 4096)):
+        problem = DecodingProblem(K=K, V=V, state_v_first=v_first, state_bf16=bf16)
+        config = ruled(problem, batch)
+        assert why_invalid(config, problem) is None
+        assert config in [*valid_configs("recurrent", Place(problem, 1))]
+
+
+def test_small_batches_are_cut_into_more_programs() -> None:
+    def tiles(batch: int, **flags: bool) -> int:
+        return ruled(DecodingProblem(**flags), batch).size("BV")
+
+    assert [tiles(x, state_v_first=True) for x in (1, 4, 8, 256)] == [8, 16, 32, 32]
+    assert tiles(1) == 16 and tiles(1, state_bf16=True) == 32
+
+
+def test_scalars_are_those_that_are_read() -> None:
+    """Each costs a launch a little: of one token there are none of lengths."""
+    plain = RECURRENT.scalars_of(DecodingProblem(one_token=True))
+    assert plain == ("scale", "H", "HV", "HG")
+    all_of_them = {*RECURRENT.scalars}
+    for op in ("gdn2", "kda"):
+        problem = DecodingProblem(op=op, gate="sigmoid", **_GUESSED, strided=True)
+        assert {*RECURRENT.scalars_of(problem)} <= all_of_them
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"pool": True, "final_state": True}, "neither initial_state nor final_state"),
+        ({"indexed": True}, "indexed needs pool"),
+        ({"pool": True, "speculative": True}, "speculative needs indexed"),
+        ({**_POOL, "accepted": True}, "accepted needs speculative"),
+        ({"one_token": True, "varlen": True}, "no one_token"),
+    ],
+)
+def test_problems_that_cannot_be(flags: dict[str, bool], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        DecodingProblem(**flags)

@@ -1,0 +1,182 @@
+"""The ops over a few tokens: values, slots, padding, speculation beside fp64; what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+import declared_members
+import decoding_cases
+import decoding_refusals
+import decoding_torch_checks
+import pytest
+import torch
+from decoding_cases import Case, draw, public_op
+from serving_simulation import simulate
+
+from gdn2gen import fused_recurrent_gdn2, fused_recurrent_kda
+from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.family.decoding import KEYWORDS
+from gdn2gen.family.registry import OPS, recurrence_named
+
+Check = Callable[..., Any]
+CHECKS: Final = decoding_torch_checks
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES: Final = {
+    "gdn2": [Case(), Case(T=5, HV=4, H=2, HG=2)],
+    "kda": [Case(op="kda"), Case(op="kda", T=5, HV=4, H=2, HG=2)],
+    "given and final states": [
+        Case(states=x, T=t, v_first=v, state_dtype=d)
+        for x, t, v, d in (("none", 3, True, FP32), ("initial", 3, False, BF16),
+                           ("initial", 1, True, FP32), ("initial", 0, False, FP32))
+    ],
+    "a pool without indices": [Case(states="slots", T=2), Case(states="slots", v_first=True)],
+    "slots far apart": [
+        Case(gap=8, v_first=True), Case(gap=3), Case(gap=5, state_dtype=BF16, v_first=True, T=2)
+    ],
+    "padding": [
+        Case(N=4, padding=(0, 2, 3)),
+        Case(N=4, T=3, padding=(0, 2, 3), v_first=True, index_dtype=torch.int64),
+        Case(N=4, padding=(1, 2), null_slot=0),
+        Case(N=3, padding=(0, 1, 2), null_slot=2),
+    ],
+    "speculation": [
+        Case(states="speculative", T=4, N=5, padding=(1,), seed=x, v_first=x % 2 == 0)
+        for x in range(3)
+    ] + [
+        Case(states="speculative", T=1, N=4, padding=(1,), gap=8),
+        Case(states="speculative", T=3, accepted=False, null_slot=0, padding=(2,)),
+        Case(states="speculative", T=5, N=4, holes=True, null_slot=1, v_first=True),
+        Case(states="speculative", T=4, N=3, holes=True, accepted=False),
+        Case(states="speculative", T=3, state_dtype=BF16, index_dtype=torch.int64),
+    ],
+    "packed": [
+        Case(lengths=(1, 0, 3), uncovered=2),
+        Case(lengths=(2, 0, 3), uncovered=3, states="initial", index_dtype=torch.int64),
+        Case(lengths=(3, 1, 0, 2), states="speculative", padding=(0,), uncovered=1),
+        Case(lengths=(3, 1, 4, 2), states="speculative", narrow=2),
+        Case(op="kda", lengths=(2, 4), states="slots", wide_rows=True),
+    ],
+    "gates": [
+        Case(gate="softplus", T=2, parameter_dtype=BF16),
+        Case(gate="sigmoid", T=2, HG=1),
+        Case(gate="sigmoid", parameters=False),
+        Case(op="kda", gate="softplus", beta="sigmoid", gate_dtype=BF16, dtype=BF16),
+        Case(op="kda", beta="neg", dtype=FP16, factor_dtype=FP32, l2norm=False, scale=0.3, K=16),
+    ],
+    "decay": [Case(pattern=x, T=4) for x in ("zero", "strong", "sparse")],
+    "dtypes": [Case(dtype=x, state_dtype=y, T=2) for x in (BF16, FP16) for y in (FP32, BF16)],
+    "head dims": [
+        Case(K=16, V=16), Case(K=40, V=24, HG=1, v_first=True), Case(K=96, V=48, dtype=BF16, T=2),
+        Case(K=256, V=64, HV=1, v_first=True), Case(K=24, V=512, HV=1, op="kda"),
+    ],
+    "rows that lie apart": [
+        Case(wide_rows=True), Case(wide_rows=True, T=3, dtype=BF16, gate_dtype=BF16),
+        Case(op="kda", wide_rows=True, T=2, HV=4, H=2),
+    ],
+    "64 tokens": [Case(T=64, N=1, HV=1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("how", ["reference", "kernels"])
+def test_values(how: str, name: str, request: pytest.FixtureRequest) -> None:
+    """Nothing is written but what an index names: see `decoding_cases.compare`."""
+    if how == "reference":
+        decoding_cases.check_all(CASES[name])
+    else:
+        request.getfixturevalue("interpreter")("decoding_cases:check_all", CASES[name])
+
+
+@pytest.mark.parametrize("how", ["reference", "kernels"])
+def test_a_server(how: str, request: pytest.FixtureRequest) -> None:
+    runs = (
+        (Case(gap=8), True, True),
+        (Case(op="kda", null_slot=0, v_first=True, index_dtype=torch.int64), True, False),
+        (Case(state_dtype=BF16), False, True),
+    )
+    for case, speculative, packed in runs:
+        kwargs = {"speculative": speculative, "packed": packed}
+        if how == "reference":
+            _, served = simulate(case, 24, "cpu", **kwargs)
+        else:
+            interpreter = request.getfixturevalue("interpreter")
+            _, served = interpreter("decoding_cases:simulated", case, 24, kwargs)
+        assert served >= 8
+
+
+@pytest.mark.parametrize("name", [x.name for x in declared_members.MEMBERS])
+def test_further_members_need_a_declaration_alone(name: str, interpreter: Check) -> None:
+    declared_members.check(name)
+    interpreter("declared_members:check", name)
+
+
+def test_sequences_without_tokens_and_batches_without_sequences(run: Check) -> None:
+    run("nothing_to_do")
+
+
+def test_rows_that_lie_apart_are_read_as_they_lie(interpreter: Check) -> None:
+    interpreter("decoding_torch_checks:strided_plans")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("states", ["initial", "speculative"])
+def test_opcheck(op: str, states: str, run: Check) -> None:
+    run("opcheck", op, states)
+
+
+@pytest.mark.parametrize(
+    ("op", "states", "lengths"),
+    [("gdn2", "pool", None), ("kda", "speculative", None), ("gdn2", "initial", None),
+     ("gdn2", "pool", (3, 2, 0, 3, 1))],
+)  # fmt: skip
+def test_one_whole_graph_serves_all_sizes(op: str, states: str, lengths: Any, run: Check) -> None:
+    assert run("compiled", op, states, lengths) == 1
+
+
+def test_views_and_tensors_without_data(run: Check) -> None:
+    run("views_that_torch_negates")
+    decoding_torch_checks.without_data()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_are_declared_in_their_order(op: str) -> None:
+    member = recurrence_named(op)
+    names = (*(x.name for x in member.required), *member.public.recurrent_arguments, *KEYWORDS)
+    parameters = inspect.signature(public_op(op)).parameters
+    assert tuple(parameters) == names
+    assert all(parameters[x].kind is inspect.Parameter.KEYWORD_ONLY for x in KEYWORDS)
+    assert all(f"\n    {x}: " in (public_op(op).__doc__ or "") for x in names)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", decoding_refusals.BAD)
+def test_bad_input_is_refused(name: str) -> None:
+    decoding_refusals.refused(name)
+
+
+def test_bad_input_is_refused_before_kernels(interpreter: Check) -> None:
+    """In the same words."""
+    interpreter("decoding_refusals:refused", *decoding_refusals.BAD)
+    interpreter("decoding_refusals:refused_by_plans")
+    interpreter("decoding_refusals:refused_where_not_verified")
+
+
+def test_unknown_keywords_are_a_type_error() -> None:
+    with pytest.raises(TypeError, match="use_gate"):
+        fused_recurrent_gdn2(use_gate=True)
+    with pytest.raises(TypeError, match="positional"):
+        fused_recurrent_kda(*range(18))
+
+
+def test_an_input_that_wants_a_gradient_is_refused() -> None:
+    drawn = draw(Case(states="none"), "cpu")
+    drawn.inputs["v"].requires_grad_()
+    with pytest.raises(UnsupportedError, match="fused_recurrent_gdn2 has no backward, but v"):
+        fused_recurrent_gdn2(**drawn.inputs)
+    with torch.inference_mode():
+        fused_recurrent_gdn2(**drawn.inputs)
