@@ -28,7 +28,7 @@ from gdn2gen.base.environment import verifying
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.inputs import make_inputs
-from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.registry import DECODING_OPS, recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--op", nargs="+", choices=DECODING_OPS, default=list(DECODING_OPS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--state", nargs="+", choices=tuple(STATES), default=list(STATES))

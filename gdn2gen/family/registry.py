@@ -17,6 +17,8 @@ CHANNEL_OPS: Final = tuple(x for x in OPS if RECURRENCES[x].decays_by == "channe
 """Those whose decay is inside the products that score pairs: a number for each channel."""
 OUTSIDE_OPS: Final = tuple(x for x in OPS if x not in CHANNEL_OPS)
 """The others: their decay, if there is one, is a factor of what such products give."""
+DECODING_OPS: Final = tuple(op for op in OPS if RECURRENCES[op].public.recurrent)
+"""Those with an op over a few tokens, too."""
 
 
 def recurrence_named(op: str) -> Recurrence:

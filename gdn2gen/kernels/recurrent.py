@@ -60,8 +60,9 @@ class TokenStage(Stage):
         found.append(OUTPUT)
         return [*found, FINAL] if problem.final_state else found
 
-    def scalars_of(self, problem: DecodingProblem) -> tuple[str, ...]:
+    def scalars_of(self, problem: Problem) -> tuple[str, ...]:
         """The scalars of its kernel, in the order of its arguments: those alone that it reads."""
+        assert isinstance(problem, DecodingProblem)
         operands = self.operands(problem)
         symbols = {symbol for x in operands for symbol in x.dims.split()}
         rows = [row_of(x.name) for x in operands if problem.strided and is_row_wise(x.dims)]

@@ -28,7 +28,7 @@ from serving_simulation import simulate
 from torch import Tensor
 
 from gdn2gen.base.environment import verifying
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import DECODING_OPS
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +41,7 @@ LAYER: Final = Case(K=128, V=128, H=16, HV=16, N=4, dtype=BF16, gap=8)
 MANY: Final = replace(LAYER, N=64, T=2)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 @pytest.mark.parametrize(("K", "V"), SIZES)
 def test_head_dims(K: int, V: int, op: str) -> None:
     sizes = Case(op=op, K=K, V=V, H=2, HV=4, N=5, padding=(3,), gap=8, **GATED[op])
@@ -57,7 +57,7 @@ def test_head_dims(K: int, V: int, op: str) -> None:
     )
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 @pytest.mark.parametrize("v_first", [False, True], ids=["K-first", "V-first"])
 def test_sizes_of_a_layer(v_first: bool, op: str) -> None:
     cases = [replace(x, op=op, v_first=v_first, **GATED[op]) for x in (LAYER, MANY)]
@@ -104,11 +104,13 @@ OTHERS: Final = {
     ],
     "decay": [
         Case(op=op, pattern=x, T=8)
-        for op, x in itertools.product(OPS, ("layer", "zero", "strong", "uniform", "sparse"))
+        for op, x in itertools.product(
+            DECODING_OPS, ("layer", "zero", "strong", "uniform", "sparse")
+        )
     ],
     "rows that lie apart": [
         Case(op=op, wide_rows=True, T=t, dtype=BF16, gate_dtype=BF16, HV=4, H=2)
-        for op, t in itertools.product(OPS, (1, 3))
+        for op, t in itertools.product(DECODING_OPS, (1, 3))
     ],
     "64 tokens": [Case(T=64, K=128, V=128)],
 }
@@ -233,7 +235,7 @@ def test_replays_go_on_from_each_other() -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 def test_whole_graphs(op: str, mode: str) -> None:
     torch._dynamo.reset()
     function = public_op(op)

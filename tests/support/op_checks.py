@@ -76,6 +76,7 @@ def compare(
     return relative_errors(results, _run(reference, exact, outputs, wanted))
 
 
+@verifying()
 def _run(
     function: Any,
     arguments: Mapping[str, Any],
@@ -150,6 +151,7 @@ def no_tokens(op: str, packed: bool) -> dict[str, float]:
     return compare(op, make(op, T=0, **shape) | {"use_qk_l2norm_in_kernel": True})
 
 
+@verifying()
 def low_precision_parameters(op: str) -> str:
     """A_log and dt_bias of a model in bfloat16: gradients in their own dtype and shape."""
     inputs = make(op)
@@ -220,6 +222,7 @@ def opcheck(
         torch.use_deterministic_algorithms(False)
 
 
+@verifying()
 def fakes_agree(op: str, level: str, gated: bool) -> str:
     """Shapes, dtypes and strides of the real outputs, as the fake says, also of the backward."""
     from torch._subclasses.fake_tensor import FakeTensorMode

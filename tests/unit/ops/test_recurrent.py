@@ -18,7 +18,7 @@ from serving_simulation import simulate
 from gdn2gen import fused_recurrent_gdn2, fused_recurrent_kda
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.decoding import KEYWORDS
-from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.registry import DECODING_OPS, recurrence_named
 
 Check = Callable[..., Any]
 CHECKS: Final = decoding_torch_checks
@@ -121,7 +121,7 @@ def test_rows_that_lie_apart_are_read_as_they_lie(interpreter: Check) -> None:
     interpreter("decoding_torch_checks:strided_plans")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 @pytest.mark.parametrize("states", ["initial", "speculative"])
 def test_opcheck(op: str, states: str, run: Check) -> None:
     run("opcheck", op, states)
@@ -141,7 +141,7 @@ def test_views_and_tensors_without_data(run: Check) -> None:
     decoding_torch_checks.without_data()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 def test_arguments_are_declared_in_their_order(op: str) -> None:
     member = recurrence_named(op)
     names = (*(x.name for x in member.required), *member.public.recurrent_arguments, *KEYWORDS)
