@@ -14,6 +14,7 @@ from reference_op import ReferenceOp
 from torch import Tensor
 
 import gdn2gen
+from gdn2gen.base.environment import verifying
 from gdn2gen.base.errors import Gdn2genError, InputError, UnsupportedError
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
@@ -258,6 +259,9 @@ KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "V": ({"V": 256}, "V=256 in fp32 were not verified.*gdn2gen verify --op .* --head-dim .*,256"),
     "odd-K": ({"K": 44}, "no kernels.*multiples of 8 from 16 to 256; use 40 or 48: pad"),
     "odd-V": ({"V": 20}, "no kernels.*from 16 to 512; use 16 or 24: pad v"),
+}
+# The same, whatever was verified.
+KERNELS_NEVER_TAKE: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "double": ({"dtype": torch.float64}, "q must be .*float64"),
     "double-g": ({"gate_dtype": torch.float64}, "g must be .*float64"),
 }
@@ -309,6 +313,16 @@ def test_what_the_kernels_do_not_serve_is_refused(op: str, name: str, path: str)
         public_op(op)(**make(op, **changes))
 
 
+@pytest.mark.parametrize("name", KERNELS_NEVER_TAKE)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
+@verifying()
+def test_what_the_kernels_never_take_is_refused(op: str, name: str, path: str) -> None:
+    changes, said = KERNELS_NEVER_TAKE[name]
+    with pytest.raises(Gdn2genError, match=said):
+        public_op(op)(**make(op, **changes))
+
+
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("op", OPS)
 def test_odd_input_is_refused(op: str, name: str, path: str) -> None:
@@ -320,6 +334,7 @@ def test_odd_input_is_refused(op: str, name: str, path: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
+@verifying()
 def test_a_state_in_double_is_refused_by_the_kernels(op: str, path: str) -> None:
     with pytest.raises(InputError, match="initial_state"):
         public_op(op)(**make(op), initial_state=torch.zeros(B, HV, K, V).double())
