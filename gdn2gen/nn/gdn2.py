@@ -82,16 +82,15 @@ class GatedDeltaNet2(Mixer):
             conv_size=conv_size,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
-            norm_eps=norm_eps,
-            output_gate=output_gate,
         )
         if lower_bound is not None:
             check_lower_bound(lower_bound)
         self.lower_bound = lower_bound
         self.allow_neg_eigval = allow_neg_eigval
+        self._add_gate(heads.H)
         self.b_proj = nn.Linear(hidden_size, heads.H * heads.K, bias=False)
         self.w_proj = nn.Linear(hidden_size, heads.HV * heads.V, bias=False)
-        self._add_gate(heads.H)
+        self._add_output(norm_eps, output_gate)
 
     def _gates(self, x: Tensor) -> dict[str, Any]:
         heads = self.heads

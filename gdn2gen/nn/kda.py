@@ -86,8 +86,6 @@ class KimiDeltaAttention(Mixer):
             conv_size=conv_size,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
-            norm_eps=norm_eps,
-            output_gate=output_gate,
         )
         if safe_gate and lower_bound is None:
             raise InputError("safe_gate=True needs lower_bound, such as -5.0")
@@ -96,8 +94,9 @@ class KimiDeltaAttention(Mixer):
         self.safe_gate = safe_gate
         self.lower_bound = lower_bound
         self.allow_neg_eigval = allow_neg_eigval
-        self.b_proj = nn.Linear(hidden_size, heads.HV, bias=False)
         self._add_gate(heads.HV)
+        self.b_proj = nn.Linear(hidden_size, heads.HV, bias=False)
+        self._add_output(norm_eps, output_gate)
 
     @torch.no_grad()
     def _reset_rates(self) -> None:

@@ -35,7 +35,8 @@ class Mixer(nn.Module):
 
     A member is a subclass with the two ops, its gates' projections, and `_gates`, which makes of
     the tokens what the ops take beside q, k and v. Gates are activated in the kernels where those
-    can.
+    can. It calls `_add_gate` and `_add_output` where flash-linear-attention's layer has these
+    parameters, since an optimizer's state goes by their order.
     """
 
     _chunk: ClassVar[Op]
@@ -53,8 +54,6 @@ class Mixer(nn.Module):
         conv_size: int,
         conv_bias: bool,
         layer_idx: int | None,
-        norm_eps: float,
-        output_gate: str,
     ) -> None:
         super().__init__()
         if hidden_size < 1:
@@ -74,11 +73,6 @@ class Mixer(nn.Module):
             self.q_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
             self.k_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
             self.v_conv1d = ShortConvolution(HV * V, conv_size, bias=conv_bias)
-        self.g_proj = nn.Sequential(
-            nn.Linear(hidden_size, V, bias=False), nn.Linear(V, HV * V, bias=True)
-        )
-        self.o_norm = GatedRMSNorm(V, eps=norm_eps, activation=output_gate)
-        self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
 
     @abstractmethod
     def _gates(self, x: Tensor) -> dict[str, Any]:
@@ -95,6 +89,15 @@ class Mixer(nn.Module):
         self._mark_rates()
         self._reset_rates()
         self.register_load_state_dict_post_hook(_mark_again)  # type: ignore[no-untyped-call]
+
+    def _add_output(self, norm_eps: float, activation: str) -> None:
+        """What comes after the recurrence: the gated norm and the projection back."""
+        HV, V = self.heads.HV, self.heads.V
+        self.g_proj = nn.Sequential(
+            nn.Linear(self.hidden_size, V, bias=False), nn.Linear(V, HV * V, bias=True)
+        )
+        self.o_norm = GatedRMSNorm(V, eps=norm_eps, activation=activation)
+        self.o_proj = nn.Linear(HV * V, self.hidden_size, bias=False)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as after `to_empty` of a layer made on the device "meta"."""
