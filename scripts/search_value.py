@@ -2,11 +2,12 @@
 
     python scripts/search_value.py measure STAGE BT [SHAPE]  # on a GPU
                                    # writes docs/search/<gpu>-<stage>-<BT>.json
-    python scripts/search_value.py replay FILE       # the same search on the file; FILE as .svg
+    python scripts/search_value.py replay FILE [K]   # the same search on the file; FILE as .svg
 
 Measuring compiles, gates and times every config worth compiling, at train4k unless told otherwise.
 A replay runs the tuner's own trials on that table, with 20 seeds, and counts until one is within 3%
-of the best.
+of the best; once as where nothing is on file, and once from the winners of the nearest other head
+dims, or of those of K.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -25,9 +26,12 @@ import optuna
 
 from gdn2gen.base.device import Device, named_device
 from gdn2gen.base.files import replace_file
+from gdn2gen.base.paths import packaged_tuned_dir
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.store.sizes import dims_apart
+from gdn2gen.store.tuned_files import load_tuned
 from gdn2gen.tune import space
 from gdn2gen.tune.records.ledger import Ledger
 from gdn2gen.tune.search.trials import StageTrials
@@ -74,8 +78,12 @@ def searched(
     device: Device,
     seed: int,
     shape: Shape = SHAPES[USUAL],
+    seeds: Sequence[Config] = (),
 ) -> Iterator[float | None]:
-    """Times in the order in which the tuner would ask for them; None where refused."""
+    """Times in the order in which the tuner would ask for them; None where refused.
+
+    `seeds`: what it is given to begin with.
+    """
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.jsonl", device.name, {})
         storage = optuna.storages.InMemoryStorage()
@@ -87,6 +95,8 @@ def searched(
             yield first
         for start in space.starts(stage, PROBLEM, device, BT):
             trials.suggest_first(start)
+        for config in seeds:
+            trials.suggest_first(config)
         while (proposal := trials.propose()) is not None:
             ms = table.get(proposal.config)
             if ms is None:
@@ -94,6 +104,29 @@ def searched(
             else:
                 trials.succeed(proposal, {shape.name: ms})
             yield ms
+
+
+def of_other_head_dims(
+    stage: str, BT: int, device: Device, size: int | None = None
+) -> list[Config]:
+    """Of the packaged entries of the nearest other head dims, with tiles that fit; or of `size`."""
+    file = load_tuned(packaged_tuned_dir() / PROBLEM.op / f"{device.slug}.json")
+    assert file is not None
+    loose = {"K": PROBLEM.K, "V": PROBLEM.V}
+    others = [
+        entry
+        for entry in file.entries
+        if entry.problem_key != PROBLEM.key and {**entry.problem_key, **loose} == PROBLEM.key
+        if size in (None, entry.problem_key["K"])
+    ]
+    nearest = min(dims_apart(PROBLEM, entry) for entry in others)
+    recipes = [
+        entry.recipe_for(PROBLEM).fitted(PROBLEM, device.arch)
+        for entry in others
+        if dims_apart(PROBLEM, entry) == nearest
+    ]
+    configs = [config for recipe in recipes for config in recipe.configs]
+    return list(dict.fromkeys(x for x in configs if x.stage == stage and x["BT"] == BT))
 
 
 def shuffled(table: Mapping[Config, float | None], seed: int) -> list[float | None]:
@@ -112,7 +145,7 @@ def best_so_far(times: list[float | None]) -> list[float]:
     return found
 
 
-def replay(path: Path) -> None:
+def replay(path: Path, size: int | None = None) -> None:
     """Compare the orders, print the trials they take, and draw the medians."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = json.loads(path.read_text())
@@ -120,8 +153,14 @@ def replay(path: Path) -> None:
     shape = SHAPES[file["shape"]]
     table = {Config.of(stage, x["config"]): x["ms"] for x in file["rows"]}
     least = min(ms for ms in table.values() if ms is not None)
+    near = of_other_head_dims(stage, BT, device, size)
+    for config in near:
+        print(f"begun with {config}: {table.get(config, 'not in the table')} ms")
     runs = {
         "search": [list(searched(table, stage, BT, device, x, shape)) for x in range(SEEDS)],
+        "from other head dims": [
+            list(searched(table, stage, BT, device, x, shape, near)) for x in range(SEEDS)
+        ],
         "random": [shuffled(table, x) for x in range(SEEDS)],
     }
     drawn = {}
@@ -139,8 +178,8 @@ def replay(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["replay"] and len(sys.argv) == 3:
-        replay(Path(sys.argv[2]))
+    if sys.argv[1:2] == ["replay"] and len(sys.argv) in (3, 4):
+        replay(Path(sys.argv[2]), *map(int, sys.argv[3:]))
     elif sys.argv[1:2] == ["measure"] and len(sys.argv) in (4, 5):
         measure(sys.argv[2], int(sys.argv[3]), SHAPES[[*sys.argv, USUAL][4]])
     else:

@@ -74,7 +74,7 @@ def verify(args: argparse.Namespace) -> int:
         return _verify_tuned(args)
     refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
     from gdn2gen.base.device import has_gpu, present_device, toolchain
-    from gdn2gen.measure.suite import results_table, select_cases
+    from gdn2gen.measure.suite import passed_at, results_table, select_cases
     from gdn2gen.measure.suite import verify as run_suite
 
     interpreter = args.interpreter or not has_gpu()
@@ -102,6 +102,9 @@ def verify(args: argparse.Namespace) -> int:
         )
     out.print(results_table(results))
     failed = [result for result in results if not result.passed]
+    if not interpreter:
+        suite = select_cases([], interpreter=False, op=args.op, head_dim=dims)
+        _file_passed(args, passed_at(suite, results))
     for result in failed:
         out.print(terminal.plain(f"{result.name}: {result.message}"))
     out.print(f"{len(results) - len(failed)} of {len(results)} cases passed")
@@ -113,6 +116,28 @@ def verify(args: argparse.Namespace) -> int:
         }
         _write_json(args.json, document)
     return 1 if failed else 0
+
+
+def _file_passed(args: argparse.Namespace, found: set[tuple[str, str, int, int]]) -> None:
+    """So that calls run what has passed."""
+    from gdn2gen.base.device import present_device, toolchain
+    from gdn2gen.cli.tune import own_folder
+    from gdn2gen.store.verified import file_passed
+
+    if not found:
+        return
+    words = ["gdn2gen verify", *(["--op", args.op] if args.op else [])]
+    words += ["--head-dim", args.head_dim] if args.head_dim else []
+    path = file_passed(
+        own_folder(),
+        found,
+        present_device(),
+        command=" ".join(words),
+        toolchain=toolchain(),
+    )
+    for op, dtype, K, V in sorted(found):
+        print(f"verified: {op} at K={K}, V={V} in {dtype}")
+    print(f"filed in {path}")
 
 
 def _verify_tuned(args: argparse.Namespace) -> int:

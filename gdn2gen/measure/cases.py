@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, Final
 
 from gdn2gen.family.inputs import PATTERNS
-from gdn2gen.family.problem import HEAD_DIMS, Problem
+from gdn2gen.family.problem import USUAL_DIMS, Problem
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 
@@ -109,7 +109,7 @@ def _patterns(base: Case) -> Iterator[Case]:
 
 def _head_dims(base: Case) -> Iterator[Case]:
     """Every pair of head dims; K != V shows a swapped transpose that square states hide."""
-    for K, V in product(HEAD_DIMS, repeat=2):
+    for K, V in product(USUAL_DIMS, repeat=2):
         if (K, V) != (base.problem.K, base.problem.V):
             problem = replace(base.problem, K=K, V=V)
             yield replace(base, name=f"{base.name}-K{K}-V{V}", problem=problem)

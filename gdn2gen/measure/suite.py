@@ -84,6 +84,18 @@ def verify(
     return results
 
 
+def passed_at(suite: Sequence[Case], results: Sequence[Result]) -> set[tuple[str, str, int, int]]:
+    """op, dtype, K and V of which all that the suite has passed."""
+    passed = {result.name for result in results if result.passed}
+    failing = {_place_of(case) for case in suite if case.name not in passed}
+    return {_place_of(case) for case in suite} - failing
+
+
+def _place_of(case: Case) -> tuple[str, str, int, int]:
+    problem = case.problem
+    return problem.op, problem.dtype, problem.K, problem.V
+
+
 def results_table(results: Sequence[Result]) -> Sheet:
     """One line per case: its check, its worst error beside the limit, and the verdict."""
     from rich.text import Text

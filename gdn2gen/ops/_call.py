@@ -15,11 +15,11 @@ from gdn2gen.runtime.arguments import (
     check_beta,
     check_flags,
     check_gate,
-    check_head_dims,
     check_narrow,
     check_scale,
     is_watched,
 )
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Signature
 
 
@@ -64,7 +64,9 @@ def call(
     computed = by_kernels(tensors[0].device)
     head_dims = dims.K, dims.V
     if computed:
-        head_dims = check_head_dims(dims.K, dims.V)
+        head_dims = check_head_dims(
+            signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V
+        )
         tensors = _as_kernels_take(signature, tensors, dims)
     options = (
         factor,

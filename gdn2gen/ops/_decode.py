@@ -13,7 +13,6 @@ from gdn2gen.runtime.arguments import (
     check_beta,
     check_flags,
     check_gate,
-    check_head_dims,
     check_scale,
     check_types,
     is_watched,
@@ -25,6 +24,7 @@ from gdn2gen.runtime.decoding_checks import (
     refuse_gradients,
 )
 from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Signature
 
 Tensors = tuple[Tensor | None, ...]
@@ -100,7 +100,7 @@ def _by_op(
     q, v, initial, cu_seqlens = (named[x] for x in ("q", "v", "initial_state", "cu_seqlens"))
     assert q is not None and v is not None
     if by_kernels(q.device):
-        check_head_dims(dims.K, dims.V)
+        check_head_dims(signature.op, q.dtype, q.device, dims.K, dims.V)
     if cu_seqlens is not None and not watched:
         check_lengths(cu_seqlens, dims.T)
     *indices, out = serving

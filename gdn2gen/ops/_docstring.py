@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Final, TypeVar
 
-from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.family.recurrence import Input, Recurrence
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -119,11 +118,11 @@ def _equations(recurrence: Recurrence) -> Iterator[str]:
 
 
 def _sizes() -> str:
-    dims = ", ".join(map(str, HEAD_DIMS))
     return (
         "B sequences of T tokens. H heads of q and k; HV of v, a multiple of H: value head i reads "
-        f"q, k of head i // (HV / H). HG is H or HV. K and V are each one of {dims}; with "
-        "GDN2GEN_UNVERIFIED=1 any multiple of 8 from 16, K to 256 and V to 512."
+        "q, k of head i // (HV / H). HG is H or HV. K and V are multiples of 8 from 16, K to 256 "
+        "and V to 512: on a GPU those that were verified on its architecture in this dtype, with "
+        "GDN2GEN_UNVERIFIED=1 all."
     )
 
 

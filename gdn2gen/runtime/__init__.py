@@ -4,6 +4,7 @@ dtypes           torch's dtypes by the names of problems
 sequences        packed batches as the host knows them
 signature        how the ops of a recurrence take their arguments, made of its declaration
 arguments        checks of a call; bad input never reaches a kernel
+head_dims        head dims of a call, verified on such a GPU
 call             sizes and scalars of a call, by symbols
 passes           workspace and launches of one direction
 layout           what a forward saves as one buffer, for tracers

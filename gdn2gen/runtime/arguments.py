@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from types import NoneType
 from typing import Any, NamedTuple
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gdn2gen.base import environment
-from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.family.problem import DTYPES, HEAD_DIMS, check_head_dim, check_lower_bound
+from gdn2gen.base.environment import interpreted
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.problem import DTYPES, check_lower_bound
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
-from gdn2gen.store.dispatch import forced
 
 IO_DTYPES = {TORCH_DTYPE[name]: name for name in DTYPES}
 
@@ -75,9 +73,7 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
 
 def by_kernels(device: torch.device) -> bool:
     """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
-    return device.type not in ("cpu", "meta") or (
-        device.type == "cpu" and environment.interpreted()
-    )
+    return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
 
 
 def check_scale(scale: object) -> float | None:
@@ -282,43 +278,6 @@ def check_flags(*given: object) -> None:
 
 
 _BOOL = frozenset({bool})
-
-
-def check_head_dims(K: int, V: int) -> tuple[int, int]:
-    """As numbers, which a tracer's symbols then are for good.
-
-    Raises UnsupportedError for head dims that kernels are not made for; and for those that they
-    were not verified with on a GPU, unless GDN2GEN_UNVERIFIED=1 or the recipe is forced.
-    """
-    dims = _known(K), _known(V)
-    if dims[0] in HEAD_DIMS and dims[1] in HEAD_DIMS:
-        return dims
-    check_head_dim("K", dims[0])
-    check_head_dim("V", dims[1])
-    allowed = environment.VERIFYING if forced() is not None else environment.unverified()
-    said = f"head dims K={dims[0]}, V={dims[1]} were not verified on a GPU"
-    if allowed is None:
-        raise UnsupportedError(
-            f"{said}, as those of {HEAD_DIMS} were: set GDN2GEN_UNVERIFIED=1 to use them; "
-            f"`gdn2gen verify --head-dim {dims[0]},{dims[1]}` compares their kernels with the fp64 "
-            "reference, and `gdn2gen generate` makes a package of kernels that passed"
-        )
-    if allowed != environment.VERIFYING:
-        _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
-    return dims
-
-
-def _known(size: int) -> int:
-    """Found by comparing with the usual ones first, which a tracer need not be asked for."""
-    for known in HEAD_DIMS:
-        if size == known:
-            return known
-    return int(size)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.problem import HEAD_DIMS
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
 from gdn2gen.runtime._loading import fixed_launcher
-from gdn2gen.runtime.arguments import Dims, check_head_dims, check_narrow
+from gdn2gen.runtime.arguments import Dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
+from gdn2gen.runtime.head_dims import check_head_dims, passed_here
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker, strides_of
 from gdn2gen.runtime.signature import Options, Signature
@@ -108,7 +108,8 @@ def make_plan(
     flags, count = Options(*options), len(signature.names)
     seen = [None if x is None else (x[0], x[1], device, _layout(x[2])) for x in given]
     dims = check_decoding(signature, flags.state_v_first, null_slot, seen[:count], seen[count:])
-    check_head_dims(dims.K, dims.V)
+    q_dtype = seen[0][1]  # type: ignore[index]  # checked
+    check_head_dims(signature.op, q_dtype, device, dims.K, dims.V)
     names = (*signature.names, *SERVING)
     tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
     for name in (
@@ -141,7 +142,7 @@ def make_plan(
         tuple(map(order.index, (*rows.copied, *_scattered(signature, tensors)))),
         maker(tuple(v.shape), o_dtype, device),
         maker((dims.N, dims.HV, *inner), state_dtype, device) if problem.final_state else None,
-        verified={dims.K, dims.V} <= {*HEAD_DIMS},
+        verified=passed_here(signature.op, q_dtype, device, dims.K, dims.V),
     )
 
 

@@ -22,10 +22,10 @@ from gdn2gen.runtime.arguments import (
     by_kernels,
     check_dense,
     check_devices,
-    check_head_dims,
 )
 from gdn2gen.runtime.decoding import BUFFERS, Plan, known_plan
 from gdn2gen.runtime.decoding_checks import SERVING
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Options, Signature, decoding_signature
 
 # Of a recurrence there is one library: `runtime.autograd` defines it, and this adds to it.
@@ -81,7 +81,7 @@ def plan_of(
         raise
     plan = known_plan(signature, options, null_slot, q.device, *given)
     if not plan.verified:
-        check_head_dims(plan.dims.K, plan.dims.V)
+        check_head_dims(signature.op, q.dtype, q.device, plan.dims.K, plan.dims.V)
     return plan
 
 

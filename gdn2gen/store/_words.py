@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.shapes import SHAPES, shape_of
 from gdn2gen.kernels.config import Config
+from gdn2gen.store.verified import is_verified
 
 if TYPE_CHECKING:
     from gdn2gen.store.dispatch import Found
@@ -69,6 +70,7 @@ def recipe_document(found: Found) -> dict[str, Any]:
         "stale": found.stale,
         "file": found.file,
         "why": found.why,
+        "verified": _refusal(found) is None,
         "tune": tune_command(found),
     }
 
@@ -93,11 +95,26 @@ def explain_recipe(found: Found, width: int = 100) -> str:
     if found.file is not None:
         lines.append(f"file      {found.file}")
     lines.append(f"why       {found.why}")
+    refusal = _refusal(found)
+    if refusal is not None:
+        lines.append(f"verified  {refusal}")
     command = tune_command(found)
     if command is not None:
         where = "" if device is None else f"on {device.name}: "
         lines.append(f"tune      {where}{command}")
     return "\n".join(lines)
+
+
+def _refusal(found: Found) -> str | None:
+    """Why a call is refused, and what mends it; None where it is not."""
+    problem, device = found.recipe.problem, found.device
+    place = problem.op, problem.dtype, problem.K, problem.V
+    if device is None or is_verified(*place, device.arch):
+        return None
+    return (
+        f"not on {device.arch}: a call is refused without GDN2GEN_UNVERIFIED=1; `gdn2gen verify "
+        f"--op {problem.op} --head-dim {problem.K},{problem.V}` there"
+    )
 
 
 def _config_line(config: Config, width: int) -> str:

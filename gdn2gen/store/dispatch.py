@@ -23,7 +23,7 @@ from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.store import tuned_files
+from gdn2gen.store import tuned_files, verified
 from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
 from gdn2gen.store._words import (
     explain_recipe,
@@ -142,11 +142,13 @@ def surroundings() -> tuple[Any, ...]:
 
 
 def reload() -> None:
-    """Read the tuned files anew: later calls use what other processes filed since the first one.
+    """Read the tuned files anew, and what is verified: later calls use what other processes filed
+    since the first one.
 
     What a call saved for its backward stays as it is, and is understood by it.
     """
     tuned_files.look_anew()
+    verified.look_anew()
 
 
 def in_triton(found: Found) -> Found:

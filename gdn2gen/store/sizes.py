@@ -10,7 +10,7 @@ from typing import Any
 
 from gdn2gen.base.device import Device
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
+from gdn2gen.family.problem import USUAL_DIMS, Problem, Regime
 from gdn2gen.store import dispatch, tuned_files
 from gdn2gen.store._words import words_of
 from gdn2gen.store.dispatch import Found
@@ -25,16 +25,23 @@ def dims_apart(problem: Problem, entry: Entry) -> float:
 def find_recipe_of_any_size(
     problem: Problem, regime: Regime, device: Device, **options: Any
 ) -> Found:
-    """`dispatch.find_recipe`; where that has only a default for head dims that were not verified,
+    """`dispatch.find_recipe`; where that has only a default for unusual head dims,
     what it finds for the nearest ones on file, as `transferred`: never timed at these, and not
     compiled yet.
 
     A call takes no such recipe by itself: what compiles at one head dim may not at another.
     """
     found = dispatch.find_recipe(problem, regime, device, **options)
-    if found.source != "default" or verified(problem):
+    if found.source != "default" or is_usual(problem):
         return found
-    for K, V in sorted(set(_dims_on_file(problem.op)), key=lambda x: _apart(problem, *x)):
+    return transferred(problem, regime, device, **options) or found
+
+
+def transferred(problem: Problem, regime: Regime, device: Device, **options: Any) -> Found | None:
+    """What `dispatch.find_recipe` finds for the nearest other head dims on file, with tiles that
+    fit; None where nothing is on file."""
+    others = set(_dims_on_file(problem.op)) - {(problem.K, problem.V)}
+    for K, V in sorted(others, key=lambda x: _apart(problem, *x)):
         near = dispatch.find_recipe(replace(problem, K=K, V=V), regime, device, **options)
         if near.source != "default":
             return replace(
@@ -44,12 +51,12 @@ def find_recipe_of_any_size(
                 why=f"nothing is tuned for {words_of(problem)}: of the nearest head dims, K={K} "
                 f"V={V}, with tiles that fit, and not timed at these; there {near.why}",
             )
-    return found
+    return None
 
 
-def verified(problem: Problem) -> bool:
-    """Whether the accuracy suite has passed its head dims on a GPU."""
-    return problem.K in HEAD_DIMS and problem.V in HEAD_DIMS
+def is_usual(problem: Problem) -> bool:
+    """Whether its head dims are of those that most models have, of which every pair has run."""
+    return problem.K in USUAL_DIMS and problem.V in USUAL_DIMS
 
 
 def _dims_on_file(op: str) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import Found, generate_command, in_triton
 from gdn2gen.store.sharing import device_called
-from gdn2gen.store.sizes import find_recipe_of_any_size, verified
+from gdn2gen.store.sizes import find_recipe_of_any_size, is_usual
 from gdn2gen.tune.gpu.attempt import fitting, right
 from gdn2gen.tune.gpu.backend import WorkerBackend
 from gdn2gen.tune.offline.run import ProcessBackend
@@ -55,8 +55,8 @@ class Proof:
 
 def is_proven(found: Found) -> bool:
     """Whether its kernels have run at these head dims: what is on file has, and so have the
-    defaults of verified ones."""
-    return found.source in ("exact", "nearest") or verified(found.recipe.problem)
+    defaults of the usual ones."""
+    return found.source in ("exact", "nearest") or is_usual(found.recipe.problem)
 
 
 def prove(

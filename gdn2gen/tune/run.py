@@ -21,7 +21,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.plans import PLANS_OF, level_of
-from gdn2gen.store import tuned_files
+from gdn2gen.store import tuned_files, verified
 from gdn2gen.tune.filing import entries_of, result_of
 from gdn2gen.tune.gpu.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tune.records.places import open_ledger, storage_path
@@ -196,7 +196,17 @@ class _Run:
                 best = better(found)
                 self.report.results.append(result_of(best))
                 tuned_files.merge_entries(self.path, self.metadata, entries_of(best))
+                self._file_passed()
                 found = []
+
+    def _file_passed(self) -> None:
+        """The checks of finalists are those of the accuracy suite: calls may run what is filed."""
+        device, problem = self.context.device, self.problem
+        place = problem.op, problem.dtype, problem.K, problem.V
+        if not verified.is_verified(*place, device.arch):
+            command, toolchain = self.metadata["command"], self.metadata["toolchain"]
+            folder = self.path.parent.parent
+            verified.file_passed(folder, [place], device, command=command, toolchain=toolchain)
 
 
 def _groups(

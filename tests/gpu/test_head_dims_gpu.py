@@ -20,7 +20,9 @@ from gdn2gen.measure.accuracy import run_reference
 
 pytestmark = pytest.mark.gpu
 
-SHAPE: Final = sized(1, 333, 4)
+# 16 heads: in strong decay db is that of the last token of each head and little else, and of four
+# such vectors the error of a draw is 4.5e-3 at the median and 1.2e-2 at worst (30 draws)
+SHAPE: Final = sized(1, 333, 16)
 PACKED: Final = sized(1, 333, 4, (0, 0, 100, 101, 333))
 # 100 chunks of 16 tokens: segments that run side by side start from one another
 LONG: Final = sized(1, 1600, 2)

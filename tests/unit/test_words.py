@@ -306,6 +306,15 @@ def test_the_command_on_file_is_as_a_shell_takes_it(monkeypatch: pytest.MonkeyPa
     assert terminal.command_line() == "gdn2gen tune --target 'RTX 4090'"
 
 
+def test_explain_says_where_a_call_is_refused(capsys: Any) -> None:
+    assert program.main(["explain", "--device", "RTX 4090", "--head-dim", "64,128"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("verified ")]
+    assert line.startswith("verified  not on sm_89: a call is refused without")
+    assert "gdn2gen verify --op gdn2 --head-dim 64,128" in line
+    assert program.main(["explain", "--device", "H200", "--head-dim", "64,128"]) == 0
+    assert "verified " not in capsys.readouterr().out
+
+
 def test_explain_at_a_default_says_which_command_tunes(capsys: Any) -> None:
     gate = ["--gate", "sigmoid", "--lower-bound", "-2", "--no-l2norm", "--dtype", "fp16"]
     words = ["explain", "--device", "RTX 4090", "--head-dim", "64,128", "--level", "fast", *gate]

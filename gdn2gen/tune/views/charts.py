@@ -132,9 +132,9 @@ def lines(
 
 _LINES_STYLE: Final = """<style>
 text { font: 11px sans-serif; fill: #777 } .grid { stroke: #9995 }
-.line0, .line1 { fill: none; stroke-width: 2 }
-.line0 { stroke: #d98b4a } .line1 { stroke: #7a9cc6 }
-.name0 { fill: #d98b4a } .name1 { fill: #7a9cc6 }
+.line0, .line1, .line2 { fill: none; stroke-width: 2 }
+.line0 { stroke: #d98b4a } .line1 { stroke: #7aa77a } .line2 { stroke: #7a9cc6 }
+.name0 { fill: #d98b4a } .name1 { fill: #7aa77a } .name2 { fill: #7a9cc6 }
 </style>"""
 
 

@@ -467,6 +467,38 @@ def test_verify_fails_with_exit_code_1(
     assert "1 of 2 cases passed" in shown
 
 
+@pytest.mark.parametrize("failing", ["", "K72-V72-fp16-zero"])
+def test_verify_on_a_gpu_files_what_has_passed(
+    failing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gdn2gen.measure import suite
+    from gdn2gen.store import verified
+
+    def fake(patterns: Any, **options: Any) -> list[Result]:
+        del options["on_result"]
+        cases = suite.select_cases(patterns, **options)
+        return [Result(x.name, x.check, passed=x.name != failing) for x in cases]
+
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "present_device", lambda: device.named_device("RTX-4090"))
+    monkeypatch.setattr(suite, "verify", fake)
+    code = program.main(["verify", "--op", "gdn2", "--head-dim", "72"])
+    shown = capsys.readouterr().out
+    assert code == int(bool(failing))
+    for dtype in ("bf16", "fp16", "fp32"):
+        passed = dtype not in failing
+        assert verified.is_verified("gdn2", dtype, 72, 72, "sm_89") == passed
+        assert (f"verified: gdn2 at K=72, V=72 in {dtype}" in shown) == passed
+    # a part of the suite says nothing of the whole
+    assert program.main(["verify", "--op", "gdn2", "--head-dim", "80", "*-layer"]) == 0
+    assert not verified.is_verified("gdn2", "bf16", 80, 80, "sm_89")
+    verified.look_anew()
+
+
 def test_bench_asks_for_what_was_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gdn2gen.base.errors import UnsupportedError
-from gdn2gen.family.problem import DIMS, HEAD_DIMS, Problem
+from gdn2gen.family.problem import DIMS, USUAL_DIMS, Problem
 from gdn2gen.kernels.slices import slices_of
 
 
@@ -35,7 +35,7 @@ def test_sizes_that_two_slices_make_have_no_rest() -> None:
         192: [128, 64],
         256: [128, 128],
     }
-    assert all([s.width for s in slices_of(x)] == [x] for x in (16, *HEAD_DIMS))
+    assert all([s.width for s in slices_of(x)] == [x] for x in (16, *USUAL_DIMS))
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,11 @@ def test_sizes_that_were_not_verified_run_only_where_that_is_wanted(
 ) -> None:
     for value in ("", "0"):
         outcome, warned = interpreter("kernel_cases:unverified_call", value)
-        assert "K=48, V=40 were not verified on a GPU" in outcome and not warned
-        assert "GDN2GEN_UNVERIFIED=1" in outcome and "verify --head-dim 48,40" in outcome
+        assert "K=48, V=40 in fp32 were not verified on a GPU" in outcome and not warned
+        assert "GDN2GEN_UNVERIFIED=1" in outcome and "--op gdn2 --head-dim 48,40" in outcome
     assert interpreter("kernel_cases:unverified_call", "verify") == ("finite True", [])
     outcome, warned = interpreter("kernel_cases:unverified_call", "1")
     assert outcome == "finite True"
-    assert [x.split(" were")[0] for x in warned] == ["head dims K=48, V=40"]  # once
+    assert [x.split(" were")[0] for x in warned] == [
+        "gdn2's kernels for head dims K=48, V=40 in fp32"  # once
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.inputs import PATTERNS
-from gdn2gen.family.problem import DTYPES, HEAD_DIMS
+from gdn2gen.family.problem import DTYPES, USUAL_DIMS
 from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.tolerances import LIMITS, over
 from gdn2gen.measure import suite
@@ -33,7 +33,7 @@ def test_names_are_unique() -> None:
 def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
     assert {case.pattern for case in cases} == {*PATTERNS}
     dims = {(case.problem.K, case.problem.V) for case in cases}
-    assert dims == {(K, V) for K in HEAD_DIMS for V in HEAD_DIMS}
+    assert dims == {(K, V) for K in USUAL_DIMS for V in USUAL_DIMS}
     assert {case.problem.gate for case in cases} == {*GATES}
     given = ("varlen", "initial_state", "state_v_first", "has_dt_bias")
     for name in (*given, "l2norm", "beta_sigmoid", "neg_eigval", "beta_fp32"):

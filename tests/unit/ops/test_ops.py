@@ -211,8 +211,8 @@ OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
     },
 }
 KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
-    "K": ({"K": 48}, "K=48, V=.* were not verified.*32, 64, 128.*GDN2GEN_UNVERIFIED=1"),
-    "V": ({"V": 256}, "V=256 were not verified.*gdn2gen verify --head-dim .*,256"),
+    "K": ({"K": 48}, "K=48, V=.* in fp32 were not verified on a GPU: .*GDN2GEN_UNVERIFIED=1"),
+    "V": ({"V": 256}, "V=256 in fp32 were not verified.*gdn2gen verify --op .* --head-dim .*,256"),
     "odd-K": ({"K": 44}, "no kernels.*multiples of 8 from 16 to 256; use 40 or 48: pad"),
     "odd-V": ({"V": 20}, "no kernels.*from 16 to 512; use 16 or 24: pad v"),
     "double": ({"dtype": torch.float64}, "q must be .*float64"),

@@ -62,7 +62,7 @@ def test_what_a_replay_prints_and_draws(
     needed = {name: int(n) for name, n in re.findall(r"(\w+): within 3% after (\d+)", printed)}
     assert 0 < needed["search"] <= needed["random"] <= len(rows)
     svg = ElementTree.parse(path.with_suffix(".svg")).getroot()
-    assert len([x for x in svg.iter() if x.get("class") in ("line0", "line1")]) == 2
+    assert len([x for x in svg.iter() if x.get("class") in ("line0", "line1", "line2")]) == 3
 
 
 class Backend:

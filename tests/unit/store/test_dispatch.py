@@ -15,7 +15,7 @@ from gdn2gen.base import paths
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DispatchError, TunedFileWarning
 from gdn2gen.codegen import render
-from gdn2gen.family.problem import HEAD_DIMS, Problem, Regime
+from gdn2gen.family.problem import USUAL_DIMS, Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS, plan_named
 from gdn2gen.kernels.recipe import Recipe
@@ -99,8 +99,8 @@ def find(problem=PROBLEM, regime=REGIME, device=H200, **options):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_default_is_valid_for_every_problem(plan, dtype):
-    for K in HEAD_DIMS:
-        for V in HEAD_DIMS:
+    for K in USUAL_DIMS:
+        for V in USUAL_DIMS:
             problem = Problem(K=K, V=V, dtype=dtype)
             recipe = Recipe.default(problem, plan)
             assert [x.stage for x in recipe.configs] == [*recipe.plan.stages]

@@ -21,7 +21,7 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
-from gdn2gen.store.sizes import find_recipe_of_any_size
+from gdn2gen.store.sizes import find_recipe_of_any_size, transferred
 from gdn2gen.tune import packages
 
 H200 = named_device("H200")
@@ -68,11 +68,13 @@ def test_the_nearest_head_dims_give_their_recipe_as_transferred() -> None:
     regime = SHAPES["train4k"].regime
     found = find_recipe_of_any_size(ODD, regime, H200)
     assert found.source == "transferred" and found.recipe.problem == ODD
-    assert "K=128 V=128, with tiles that fit, and not timed" in found.why
+    assert "K=96 V=96, with tiles that fit, and not timed" in found.why
     assert not packages.is_proven(found)
     tuned = find_recipe_of_any_size(Problem(), regime, H200)
     assert tuned.source == "exact" and packages.is_proven(tuned)
-    # sizes that were verified run what a call does
+    other = transferred(Problem(), regime, H200)
+    assert other is not None and other.source == "transferred" and "K=96 V=96" in other.why
+    # usual sizes run what a call does
     known = find_recipe_of_any_size(replace(ODD, K=64, V=128), regime, H200)
     assert known.source == "default" and packages.is_proven(known)
     nothing = find_recipe_of_any_size(ODD, regime, named_device("sm_80"))

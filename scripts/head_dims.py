@@ -1,0 +1,169 @@
+"""What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
+
+    python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
+    python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
+    python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
+
+At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
+FLA's where it is installed and K is at most 256. Transfer: forward+backward as graphs with the
+recipe of the nearest other head dims on file, beside that of their own and the default, each
+checked first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from gdn2gen.base.environment import verifying
+from gdn2gen.base.errors import Gdn2genError
+from gdn2gen.base.files import replace_file
+from gdn2gen.family.problem import DIMS, Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.tune.views.charts import Bar, bars
+
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs/head_dims"
+SHAPE: Final = SHAPES["train4k"]
+NS: Final = 1e6 / (SHAPE.B * SHAPE.T * SHAPE.H)
+SQUARES: Final = tuple(f"{size}" for size in DIMS["K"])
+_STYLE: Final = """<style>
+text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
+.ours { fill: #d98b4a } .fla { fill: #7a9cc6 }
+@media (prefers-color-scheme: dark) { text { fill: #aaa } .value { fill: #ddd } }
+</style>"""
+
+
+def problem_of(size: str) -> Problem:
+    K, _, V = size.partition(",")
+    return Problem(K=int(K), V=int(V or K))
+
+
+def measure(sizes: Iterable[str]) -> None:
+    """Times of our op and FLA's in turns, size by size; each is written as soon as it is there."""
+    from gdn2gen.measure.sides import fla_op, measure_in_turns, our_op
+    from gdn2gen.store.dispatch import find_recipe
+
+    device = _device()
+    for size in sizes:
+        problem = problem_of(size)
+        functions = {"ours": our_op("gdn2", "lean")}
+        if problem.K <= 256:
+            try:
+                functions["fla"] = fla_op("gdn2", "lean")
+            except Gdn2genError as error:
+                print(error)
+        with verifying():
+            sides = measure_in_turns(list(functions.values()), [{}] * 2, problem, SHAPE)
+        found = find_recipe(problem, SHAPE.regime, device)
+        row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
+        for name, side in zip(functions, sides, strict=False):
+            row[name] = [side.forward.median, side.forward_backward.median]
+        _add("times", row)
+        print(row, flush=True)
+
+
+def transfer(sizes: Iterable[str]) -> None:
+    """Forward+backward of three recipes at every level; None where one is refused."""
+    from gdn2gen.kernels.recipe import Recipe
+    from gdn2gen.store.dispatch import find_recipe
+    from gdn2gen.store.sizes import transferred
+    from gdn2gen.tune.gpu.backend import WorkerBackend
+
+    device = _device()
+    backend = WorkerBackend(device)
+    try:
+        for size in sizes:
+            problem = problem_of(size)
+            for level in LEVELS:
+                own = find_recipe(problem, SHAPE.regime, device, level=level)
+                near = transferred(problem, SHAPE.regime, device, level=level)
+                default = replace(own, recipe=Recipe.default(problem, own.recipe.plan.name))
+                row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+                for name, found in (("tuned", own), ("transferred", near), ("default", default)):
+                    row[name] = None if found is None else _checked_ms(backend, found.recipe)
+                row["from"] = None if near is None else _origin(near)
+                _add("transfer", row)
+                print(row, flush=True)
+    finally:
+        backend.close()
+
+
+def _origin(near: Any) -> str:
+    """K and V of the entries that a transferred recipe is of."""
+    return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
+
+
+def _checked_ms(backend: Any, recipe: Any) -> float | None:
+    from gdn2gen.tune.gpu.attempt import try_recipe
+
+    compiles = {config: backend.compile(recipe.problem, config) for config in recipe.configs}
+    tried = try_recipe(recipe, compiles, backend, _device(), full=True)
+    if not tried.ok:
+        print(f"refused: {tried.reason}")
+        return None
+    timed = backend.time_recipe(recipe, SHAPE, with_peak=False)
+    return float(timed.get().forward_backward.median)
+
+
+def _device() -> Any:
+    from gdn2gen.base.device import present_device
+
+    return present_device()
+
+
+def _add(kind: str, row: dict[str, Any]) -> None:
+    """A row of the same size and level is replaced."""
+    from gdn2gen.base.device import toolchain
+
+    path = DOCS / f"{_device().slug}.json"
+    document = json.loads(path.read_text()) if path.exists() else {"times": [], "transfer": []}
+    document |= {"gpu": _device().name, "toolchain": toolchain(), "shape": SHAPE.name}
+    names = ("K", "V", "level")
+    same = [[x.get(name) for name in names] for x in (row,)]
+    kept = [x for x in document[kind] if [x.get(name) for name in names] not in same]
+    document[kind] = sorted([*kept, row], key=lambda x: (x["K"], x["V"]))
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, json.dumps(document, indent=1) + "\n")
+
+
+def plot(path: Path) -> None:
+    """Tables in Markdown on stdout; the chart is of forward+backward."""
+    document = json.loads(path.read_text())
+    print("| K, V | forward ns | FLA | FLA / ours | forward+backward ns | FLA | FLA / ours |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    drawn = []
+    for x in document["times"]:
+        cells = [f"{x['K']}, {x['V']}"]
+        for place in (0, 1):
+            ours, fla = x["ours"][place], x["fla"][place] if "fla" in x else None
+            cells.append(f"{ours * NS:.3f}")
+            cells += ["", ""] if fla is None else [f"{fla * NS:.3f}", f"{fla / ours:.2f}"]
+        print(f"| {' | '.join(cells)} |")
+        both = {name: x[name][1] * NS for name in ("ours", "fla") if name in x}
+        group = [Bar(name, ns, f"{ns:.2f} {name}") for name, ns in both.items()]
+        drawn.append((f"K = {x['K']}, V = {x['V']}", group))
+    if document["transfer"]:
+        print("\n| K, V | level | tuned ms | transferred | of | default |")
+        print("|---|---|---:|---:|---|---:|")
+    for x in document["transfer"]:
+        times = ["refused" if x[n] is None else f"{x[n]:.3f}" for n in ("tuned", "transferred")]
+        times += [x["from"] or "", "refused" if x["default"] is None else f"{x['default']:.3f}"]
+        print(f"| {x['K']}, {x['V']} | {x['level']} | {' | '.join(times)} |")
+    svg = bars(drawn, width=760)
+    replace_file(path.with_suffix(".svg"), svg.replace(">", f">{_STYLE}", 1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(sys.argv[2:] or SQUARES)
+    elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
+        transfer(sys.argv[2:])
+    elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
+        plot(Path(sys.argv[2]))
+    else:
+        sys.exit(__doc__)
