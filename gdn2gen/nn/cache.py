@@ -36,6 +36,21 @@ class Cache:
         """What a layer keeps, by name; nothing before its first call."""
         return self.layers.setdefault(index, {})
 
+    def of_layer(self, index: int | None, sequences: int) -> dict[str, Tensor]:
+        """`layer` for a call with so many sequences.
+
+        Raises InputError where the layer has no number, or the cache is of another batch size.
+        """
+        if index is None:
+            raise InputError(
+                "a cache keeps layers apart by layer_idx, but this layer has None: give it a number"
+            )
+        if self.batch_size != sequences:
+            raise InputError(
+                f"the cache is of {self.batch_size} sequences, but these tokens are of {sequences}"
+            )
+        return self.layer(index)
+
     def copy(self) -> Cache:
         """A cache with the same values in tensors of its own."""
         other = Cache(self.batch_size)

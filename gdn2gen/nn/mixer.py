@@ -169,7 +169,7 @@ class Mixer(nn.Module):
             UnsupportedError: head dims that were not verified, on a GPU.
         """
         batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
-        kept = self._kept(cache, batch.sequences)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
         heads = self.heads
         q, k, v, tails = self._qkv(batch, kept)
         arguments = {
@@ -186,19 +186,6 @@ class Mixer(nn.Module):
         gate = split(self.g_proj(batch.x), heads.HV, heads.V)
         y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
         return batch.restored(y)
-
-    def _kept(self, cache: Cache | None, sequences: int) -> dict[str, Tensor] | None:
-        if cache is None:
-            return None
-        if self.layer_idx is None:
-            raise InputError(
-                "a cache keeps layers apart by layer_idx, but this layer has None: give it a number"
-            )
-        if cache.batch_size != sequences:
-            raise InputError(
-                f"the cache is of {cache.batch_size} sequences, but these tokens are of {sequences}"
-            )
-        return cache.layer(self.layer_idx)
 
     def _qkv(
         self, batch: Batch, kept: dict[str, Tensor] | None
