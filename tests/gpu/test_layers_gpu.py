@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from gpu_support import DEVICE
 from layer_cases import LAYERS, by_equations
 from torch import Tensor
+from two_processes import compare
 
 from gdn2gen.nn import Cache
 from gdn2gen.nn.mixer import Mixer
@@ -134,3 +136,10 @@ def test_beside_flash_linear_attention(member: str, options: dict[str, Any]) -> 
     with torch.no_grad():
         theirs.eval()
         assert _error(ours(x[:, :1]), theirs(x[:, :1])[0]) < 0.02
+
+
+def test_two_gpus_as_one(tmp_path: Path) -> None:
+    """By DDP and by FSDP2, in fp32."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("wants two GPUs")
+    compare(DEVICE, "nccl", tmp_path, near=1e-3)
