@@ -94,7 +94,7 @@ def test_python_of_the_readme_is_the_public_api() -> None:
 
     from gdn2gen import chunk_gdn2
 
-    block, _ = _blocks("python")
+    block, *_ = _blocks("python")
     assert "from gdn2gen import chunk_gdn2" in block
     (call,) = re.findall(r"chunk_gdn2\((q.*)\)", block)
     words = [word.split("=")[0].strip() for word in call.split(",")]
@@ -113,6 +113,28 @@ def test_decoding_of_the_readme_runs() -> None:
     assert not known["o"][2].any() and known["o"][[0, 1, 3]].any()
     changed = known["states"].flatten(1).any(1).nonzero().flatten().tolist()
     assert changed == [3, 17, 40]
+
+
+def test_layers_of_the_readme_run() -> None:
+    """On the CPU; what it says of them it asserts itself."""
+    import torch
+
+    torch.manual_seed(0)
+    block = _blocks("python")[2].replace("cuda.is_available()", "cuda.is_available() and False")
+    assert "\nassert torch.allclose" in block
+    exec(block, {})
+
+
+def test_model_of_the_readme_learns() -> None:
+    """On the CPU: the row it was given, by heart."""
+    import torch
+
+    torch.manual_seed(0)
+    known: dict[str, Any] = {}
+    block = _blocks("python")[3].replace("cuda.is_available()", "cuda.is_available() and False")
+    exec(block, known)
+    assert known["loss"] < 0.3
+    assert torch.equal(known["model"].generate(known["row"][:, :4], 13), known["row"])
 
 
 def test_links_lead_somewhere() -> None:

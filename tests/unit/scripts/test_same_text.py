@@ -44,7 +44,9 @@ def test_every_template_is_rendered() -> None:
         for folder in ("triton", "tilelang")
         for path in (templates_dir() / folder / "stages").iterdir()
     }
-    assert found == stages - {"triton/stages/chunk_tables.py.jinja"}
+    # no entry is of the mode recurrent, so none can become stale
+    others = {"triton/stages/chunk_tables.py.jinja", "triton/stages/recurrent.py.jinja"}
+    assert found == stages - others
 
 
 def test_what_changed_for_one_op_is_renewed_for_the_others(

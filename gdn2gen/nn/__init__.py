@@ -1,0 +1,29 @@
+"""Layers on the public ops, in place of flash-linear-attention's: the same parameters.
+
+cache        Cache: states and tails of sequences, for decoding
+convolution  ShortConvolution, with SiLU
+norm         GatedRMSNorm
+mixer        what the layers share
+gdn2         GatedDeltaNet2
+kda          KimiDeltaAttention
+attention    SlidingWindowAttention, by torch's own
+model        LanguageModel: blocks of these
+"""
+
+from gdn2gen.nn.attention import SlidingWindowAttention
+from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.gdn2 import GatedDeltaNet2
+from gdn2gen.nn.kda import KimiDeltaAttention
+from gdn2gen.nn.model import LanguageModel
+from gdn2gen.nn.norm import GatedRMSNorm
+
+__all__ = [
+    "Cache",
+    "GatedDeltaNet2",
+    "GatedRMSNorm",
+    "KimiDeltaAttention",
+    "LanguageModel",
+    "ShortConvolution",
+    "SlidingWindowAttention",
+]

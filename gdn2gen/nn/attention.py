@@ -1,0 +1,122 @@
+"""Attention over a window of the last tokens, by torch's own operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.nn._heads import split
+from gdn2gen.nn.cache import Cache, write
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal softmax attention of each token over itself and the `window - 1` tokens before it,
+    with rotary positions:
+
+        o_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s,   t - window < s <= t,   y = o W_o
+
+    q and k are rotated in pairs (i, i + D/2) by position * base^(-2i/D).
+
+    Args:
+        hidden_size: channels of x and y.
+        num_heads: a divisor of hidden_size; D = hidden_size / num_heads is even.
+        window: tokens seen, the own one among them.
+        base: of the rotary frequencies.
+        layer_idx: under which a cache keeps this layer.
+
+    Raises:
+        InputError: sizes that do not go together.
+
+    State: `{q,k,v,o}_proj.weight`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        window: int = 2048,
+        base: float = 10000.0,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or hidden_size % (2 * num_heads) != 0:
+            raise InputError(
+                f"hidden_size must be num_heads times an even head dim, "
+                f"but got hidden_size={hidden_size}, num_heads={num_heads}"
+            )
+        if window < 1:
+            raise InputError(f"window must be at least 1, but got {window}")
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.window = window
+        self.base = base
+        self.layer_idx = layer_idx
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+        """Attend from the tokens x [B, T, hidden], which follow those that the cache saw; y like x.
+
+        The cache keeps keys and values of the last `window` - 1 tokens, and how many there were.
+        """
+        B, T, hidden = x.shape
+        kept = None if cache is None else cache.of_layer(self.layer_idx, B)
+        dim = hidden // self.num_heads
+        q, k, v = (split(proj(x), self.num_heads, dim) for proj in self._projections())
+        seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)
+        at = seen[:, None] + torch.arange(T, device=x.device)  # [B, T], or [1, T] at first
+        q, k = (_rotated(part, at, self.base) for part in (q, k))
+        earlier = 0
+        if kept:
+            earlier = kept["k"].shape[1]
+            k = torch.cat((kept["k"].to(k.dtype), k), 1)
+            v = torch.cat((kept["v"].to(v.dtype), v), 1)
+        # Torch's fastest kernels take no mask.
+        causal = not kept and self.window >= T
+        o = functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            None if causal else self._mask(seen, T, earlier),
+            is_causal=causal,
+        )
+        if kept is not None:
+            self._keep(kept, k, v, (seen + T).expand(B))
+        y: Tensor = self.o_proj(o.transpose(1, 2).reshape(B, T, hidden))
+        return y
+
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _mask(self, seen: Tensor, tokens: int, earlier: int) -> Tensor:
+        """[B or 1, 1, T, earlier + T]: what is within the window, and was there."""
+        to = torch.arange(earlier, earlier + tokens, device=seen.device)[:, None]
+        of = torch.arange(earlier + tokens, device=seen.device)
+        near = (of <= to) & (of > to - self.window)
+        # Rows of the cache before a sequence began are no tokens.
+        return (near & (of >= earlier - seen[:, None, None]))[:, None]
+
+    def _keep(self, kept: dict[str, Tensor], k: Tensor, v: Tensor, seen: Tensor) -> None:
+        """The last rows, of a size that does not change, so that they may lie where they are."""
+        trains = torch.is_grad_enabled()
+        for name, rows in (("k", k), ("v", v)):
+            last = rows[:, max(0, rows.shape[1] - (self.window - 1)) :]
+            missing = self.window - 1 - last.shape[1]
+            last = functional.pad(last, (0, 0, 0, 0, missing, 0)) if missing else last
+            write(kept, name, last, trains=trains)
+        write(kept, "seen", seen, trains=trains)
+
+
+def _rotated(x: Tensor, at: Tensor, base: float) -> Tensor:
+    """x [B, T, heads, D] turned by its positions `at` [B, T], in fp32."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half].float(), x[..., half:].float()
+    steps = torch.arange(half, device=x.device, dtype=torch.float32)
+    angles = at[..., None, None].float() * base ** (-steps / half)
+    turned = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
+    return torch.cat(turned, -1).to(x.dtype)

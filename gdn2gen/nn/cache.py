@@ -1,0 +1,117 @@
+"""What layers keep of the tokens they have seen, so that the next ones can follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.errors import InputError
+
+
+class Cache:
+    """States of `batch_size` sequences, for each layer by its `layer_idx`.
+
+    A layer keeps what it needs under names of its own; every tensor has a row for each sequence,
+    and a row of zeros is a sequence that has not begun. Values alone are kept: no gradient flows
+    through a cache. Without gradients a layer writes where the tensors lie, so that a CUDA graph of
+    one token may be replayed.
+
+    Args:
+        batch_size: sequences: B, or with `cu_seqlens` [N+1] the N of it.
+
+    Raises:
+        InputError: fewer than one sequence.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, but got {batch_size}")
+        self.batch_size = batch_size
+        self.layers: dict[int, dict[str, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        return f"Cache(batch_size={self.batch_size}, layers={sorted(self.layers)})"
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """What a layer keeps, by name; nothing before its first call."""
+        return self.layers.setdefault(index, {})
+
+    def of_layer(self, index: int | None, sequences: int) -> dict[str, Tensor]:
+        """`layer` for a call with so many sequences.
+
+        Raises InputError where the layer has no number, or the cache is of another batch size.
+        """
+        if index is None:
+            raise InputError(
+                "a cache keeps layers apart by layer_idx, but this layer has None: give it a number"
+            )
+        if self.batch_size != sequences:
+            raise InputError(
+                f"the cache is of {self.batch_size} sequences, but these tokens are of {sequences}"
+            )
+        return self.layer(index)
+
+    def copy(self) -> Cache:
+        """A cache with the same values in tensors of its own."""
+        other = Cache(self.batch_size)
+        for index, kept in self.layers.items():
+            other.layers[index] = {name: x.clone() for name, x in kept.items()}
+        return other
+
+    @torch.no_grad()
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Let the sequences `rows`, int64 [R], begin anew; all of them if None. In place.
+
+        Raises InputError for other dtypes or ranks.
+        """
+        if rows is not None:
+            _check_rows(rows)
+        for kept in self.layers.values():
+            for x in kept.values():
+                if rows is None:
+                    x.zero_()
+                else:
+                    x[rows.to(x.device)] = 0
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Let sequence i go on where sequence rows[i] is, as beam search does; rows int64 [R].
+
+        In place where R is the batch size; otherwise the cache has R sequences from now on.
+        Raises InputError for other dtypes or ranks, or no rows.
+        """
+        _check_rows(rows)
+        if rows.shape[0] == 0:
+            raise InputError("rows must name a sequence at least, but got none; use a new Cache")
+        for kept in self.layers.values():
+            for name, x in kept.items():
+                chosen = x.index_select(0, rows.to(x.device))
+                if chosen.shape == x.shape:
+                    x.copy_(chosen)
+                else:
+                    kept[name] = chosen
+        self.batch_size = rows.shape[0]
+
+
+def write(kept: dict[str, Tensor], name: str, value: Tensor, *, trains: bool) -> None:
+    """Keep the values of a tensor, where those before them lie if they may be overwritten."""
+    if may_overwrite(kept, name, trains=trains):
+        kept[name].copy_(value)
+    else:
+        kept[name] = value.detach().clone()  # not a view of what is far larger
+
+
+def may_overwrite(kept: dict[str, Tensor], name: str, *, trains: bool) -> bool:
+    """Whether there is something that may change where it lies: a backward may still read it
+    (`trains`), and what was made in inference mode is for that mode alone."""
+    x = kept.get(name)
+    if x is None or trains:
+        return False
+    if torch.compiler.is_compiling():  # which knows no inference mode
+        return True
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise InputError(f"rows must be int64 [R], but got {rows.dtype} {tuple(rows.shape)}")

@@ -1,0 +1,253 @@
+"""What the layers of the family share: all but their gates and their ops."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.nn._batch import Batch
+from gdn2gen.nn._heads import Heads, split
+from gdn2gen.nn.cache import Cache, may_overwrite, write
+from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.norm import GatedRMSNorm
+
+Op = Callable[..., tuple[Tensor, Tensor | None]]
+
+MODES: Final = ("chunk", "fused_recurrent")
+STATE: Final = "state"
+RATES: Final = ("A_log", "dt_bias")
+"""Parameters of the gate: never narrower than fp32, and not for weight decay."""
+
+
+class Mixer(nn.Module):
+    """A layer that mixes tokens by a recurrence of the family:
+
+        q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v))
+        o = recurrence(q / |q|, k / |k|, v, gates of x)
+        y = (RMSNorm(o) * activation(x W_g)) W_o
+
+    A member is a subclass with the two ops, its gates' projections, and `_gates`, which makes of
+    the tokens what the ops take beside q, k and v. Gates are activated in the kernels where those
+    can. It calls `_add_gate` and `_add_output` where flash-linear-attention's layer has these
+    parameters, since an optimizer's state goes by their order.
+    """
+
+    _chunk: ClassVar[Op]
+    _recurrent: ClassVar[Op]
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: Heads,
+        *,
+        mode: str,
+        use_short_conv: bool,
+        conv_size: int,
+        conv_bias: bool,
+        layer_idx: int | None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise InputError(f"hidden_size must be at least 1, but got {hidden_size}")
+        if mode not in MODES:
+            raise InputError(f"mode must be one of {MODES}, but got {mode!r}")
+        self.hidden_size = hidden_size
+        self.heads = heads
+        self.mode = mode
+        self.layer_idx = layer_idx
+        self.use_short_conv = use_short_conv
+        H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
+        self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.v_proj = nn.Linear(hidden_size, HV * V, bias=False)
+        if use_short_conv:
+            self.q_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
+            self.k_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
+            self.v_conv1d = ShortConvolution(HV * V, conv_size, bias=conv_bias)
+
+    @abstractmethod
+    def _gates(self, x: Tensor) -> dict[str, Any]:
+        """Arguments of both ops, made of the tokens [B, T, hidden]."""
+
+    def _add_gate(self, heads: int) -> None:
+        """Rate and bias of a decay with so many heads, and the projection to it through V dims."""
+        K, V = self.heads.K, self.heads.V
+        self.f_proj = nn.Sequential(
+            nn.Linear(self.hidden_size, V, bias=False), nn.Linear(V, heads * K, bias=False)
+        )
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(heads * K, dtype=torch.float32))
+        self._mark_rates()
+        self._reset_rates()
+        self.register_load_state_dict_post_hook(_mark_again)  # type: ignore[no-untyped-call]
+
+    def _add_output(self, norm_eps: float, activation: str) -> None:
+        """What comes after the recurrence: the gated norm and the projection back."""
+        HV, V = self.heads.HV, self.heads.V
+        self.g_proj = nn.Sequential(
+            nn.Linear(self.hidden_size, V, bias=False), nn.Linear(V, HV * V, bias=True)
+        )
+        self.o_norm = GatedRMSNorm(V, eps=norm_eps, activation=activation)
+        self.o_proj = nn.Linear(HV * V, self.hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as after `to_empty` of a layer made on the device "meta"."""
+        for module in self.modules():
+            draw = getattr(module, "reset_parameters", None)
+            if module is not self and draw is not None:
+                draw()
+        self._reset_rates()
+
+    @torch.no_grad()
+    def _reset_rates(self) -> None:
+        """exp(A_log) of U(1, 16); softplus(dt_bias) log-uniform in 1e-3 .. 0.1."""
+        self.A_log.uniform_(1, 16).log_()
+        step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+        # The y of softplus(y) = step.
+        step.add_(torch.log(-torch.expm1(-step)))
+
+    def _mark_rates(self) -> None:
+        """The mark that optimizers of the field look for."""
+        for name in RATES:
+            setattr(getattr(self, name), "_no_weight_decay", True)  # noqa: B010
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """`.to()` and its like, which leave the gate's parameters in fp32 at least."""
+
+        def wide(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+
+        if recurse:
+            for module in self.children():
+                module._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(wide, recurse=False)  # type: ignore[no-untyped-call]
+        self._mark_rates()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_rates()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the tokens of each sequence.
+
+        Without gradients one token a sequence (T = 1) goes to the op `fused_recurrent_<member>`,
+        as all calls do with `mode="fused_recurrent"`; everything else goes to `chunk_<member>`.
+
+        Args:
+            x: [B, T, hidden]: the tokens.
+            cache: what earlier tokens of the same sequences left; written with what these leave.
+            cu_seqlens: [N+1] int32 or int64: N sequences packed in one row (B = 1).
+            cu_seqlens_cpu: its copy on the host, which the ops then check.
+            attention_mask: [B, T] of any dtype: 0 where a token is padding, on either side or
+                between. Padding is taken out before the layer and is zeros in y; how much there is
+                the host waits to hear.
+
+        Returns:
+            y [B, T, hidden].
+
+        Raises:
+            InputError: wrong shapes, or a cache of another batch size.
+            UnsupportedError: head dims that were not verified, on a GPU.
+        """
+        batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
+        heads = self.heads
+        q, k, v, tails = self._qkv(batch, kept)
+        arguments = {
+            "q": split(q, heads.H, heads.K),
+            "k": split(k, heads.H, heads.K),
+            "v": split(v, heads.HV, heads.V),
+            **self._gates(batch.x),
+        }
+        trains = _requires_gradient(arguments)
+        o = self._mixed(arguments, batch, kept, trains)
+        if kept is not None:
+            for name, tail in tails.items():
+                write(kept, name, tail, trains=trains)
+        gate = split(self.g_proj(batch.x), heads.HV, heads.V)
+        y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
+        return batch.restored(y)
+
+    def _qkv(
+        self, batch: Batch, kept: dict[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """q, k and v, all heads beside each other; and the tails of the convolutions."""
+        x = batch.x
+        made = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
+        if not self.use_short_conv:
+            q, k, v = (functional.silu(part) for part in made.values())
+            return q, k, v, {}
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        tails = {}
+        for (name, part), convolution in zip(made.items(), convolutions, strict=True):
+            tail = None if kept is None else kept.get(f"{name}_tail")
+            made[name], tails[f"{name}_tail"] = convolution(part, tail=tail, packed=batch.packed)
+        return made["q"], made["k"], made["v"], tails
+
+    def _mixed(
+        self, arguments: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None, trains: bool
+    ) -> Tensor:
+        """o [B, T, HV, V], and the state into the cache."""
+        shared = {**arguments, "cu_seqlens": batch.cu_seqlens, "use_qk_l2norm_in_kernel": True}
+        if not trains and (batch.single or self.mode == "fused_recurrent"):
+            return self._step(shared, batch, kept)
+        # Promises of bounded gates are of the op over chunks alone.
+        o, state = type(self)._chunk(
+            **shared,
+            **self._chunk_options(),
+            initial_state=None if kept is None else kept.get(STATE),
+            output_final_state=kept is not None,
+            cu_seqlens_cpu=batch.cu_seqlens_cpu,
+        )
+        if kept is not None and state is not None:
+            write(kept, STATE, state, trains=trains)
+        return o
+
+    def _chunk_options(self) -> dict[str, Any]:
+        """Arguments that the op over chunks takes, and the one over few tokens does not."""
+        return {}
+
+    def _step(self, shared: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
+        """o of a few tokens; states are read and written where they lie."""
+        q = shared["q"]
+        state = None
+        if kept is not None:
+            if not may_overwrite(kept, STATE, trains=False):
+                shape = (batch.sequences, self.heads.HV, self.heads.K, self.heads.V)
+                wide = torch.promote_types(q.dtype, torch.float32)
+                new = torch.zeros(shape, dtype=wide, device=q.device)
+                kept[STATE] = kept[STATE].clone() if STATE in kept else new
+            state = kept[STATE]
+        o, _ = type(self)._recurrent(**shared, state_pool=state)
+        return o
+
+
+def _mark_again(layer: nn.Module, _: Any) -> None:
+    """After a load that put other parameters in place (assign=True)."""
+    assert isinstance(layer, Mixer)
+    layer._mark_rates()
+
+
+def _requires_gradient(arguments: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in arguments.values()
+    )

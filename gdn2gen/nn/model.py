@@ -1,0 +1,218 @@
+"""A small language model of the family's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.nn.attention import SlidingWindowAttention
+from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.gdn2 import GatedDeltaNet2
+from gdn2gen.nn.kda import KimiDeltaAttention
+from gdn2gen.nn.mixer import Mixer
+
+MIXERS: Final[Mapping[str, Callable[..., Mixer]]] = {
+    "gdn2": GatedDeltaNet2,
+    "kda": KimiDeltaAttention,
+}
+
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W_gate) * (x W_up)) W_down, with so many channels in between."""
+
+    def __init__(self, hidden_size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.up_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then the same with a SwiGLU."""
+
+    def __init__(self, mixer: nn.Module, hidden_size: int, inner: int, norm_eps: float) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = SwiGLU(hidden_size, inner)
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        """x [B, T, hidden]; `given` goes to the mixer."""
+        x = x + self.mixer(self.mixer_norm(x), **given)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class LanguageModel(nn.Module):
+    """Token embeddings, blocks of a mixer and a SwiGLU, RMSNorm, and the embeddings' transpose.
+
+    Args:
+        vocab_size: tokens that there are.
+        hidden_size: channels between blocks.
+        num_layers: blocks.
+        mixer: "gdn2" or "kda".
+        window: if given, every other block (the second, the fourth ..) has attention over so many
+            tokens instead of the mixer, as the hybrid of arXiv 2605.22791.
+        attention_heads: of those blocks; the mixer's if None.
+        inner: channels within a SwiGLU; if None 8/3 of hidden_size, up to a multiple of 64.
+        norm_eps: of all norms.
+        init_std: embeddings and projections are drawn from a normal distribution of this width;
+            those that write into the sum of blocks, of 1 / sqrt(2 num_layers) of it.
+        checkpoint_activations: keep the inputs of blocks alone, and compute the rest again in the
+            backward.
+        mixer_options: what else the mixer takes: num_heads, head_dim ...
+
+    Raises:
+        InputError: sizes that do not go together, an unknown mixer.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        hidden_size: int = 2048,
+        num_layers: int = 24,
+        mixer: str = "gdn2",
+        window: int | None = None,
+        attention_heads: int | None = None,
+        inner: int | None = None,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        checkpoint_activations: bool = False,
+        **mixer_options: Any,
+    ) -> None:
+        super().__init__()
+        for name, size in (("vocab_size", vocab_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise InputError(f"{name} must be at least 1, but got {size}")
+        if mixer not in MIXERS:
+            known = " or ".join(map(repr, MIXERS))
+            raise InputError(f"mixer must be {known}, but got {mixer!r}")
+        self.vocab_size = vocab_size
+        self.init_std = init_std
+        self.checkpoint_activations = checkpoint_activations
+        inner = -(-8 * hidden_size // (3 * 64)) * 64 if inner is None else inner
+        self.embeddings = nn.Embedding(vocab_size, hidden_size)
+        self.blocks = nn.ModuleList()
+        for index in range(num_layers):
+            part: nn.Module
+            if window is not None and index % 2 == 1:
+                heads = mixer_options.get("num_heads", 16)
+                heads = heads if attention_heads is None else attention_heads
+                part = SlidingWindowAttention(
+                    hidden_size, num_heads=heads, window=window, layer_idx=index
+                )
+            else:
+                part = MIXERS[mixer](
+                    hidden_size, layer_idx=index, norm_eps=norm_eps, **mixer_options
+                )
+            self.blocks.append(Block(part, hidden_size, inner, norm_eps))
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self._draw_projections()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as after `to_empty` of a model made on the device "meta"."""
+        for module in self.modules():
+            draw = getattr(module, "reset_parameters", None)
+            if module is not self and draw is not None:
+                draw()
+        self._draw_projections()
+
+    def _draw_projections(self) -> None:
+        """Norms, convolutions and rates stay as their layers draw them."""
+        nn.init.normal_(self.embeddings.weight, std=self.init_std)
+        narrow = (2 * len(self.blocks)) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                into_sum = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=self.init_std * (narrow if into_sum else 1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, *, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits of what follows each token, or the mean loss.
+
+        Args:
+            tokens: [B, T] int64.
+            targets: [B, T] int64, the token that follows each; -100 where it does not count.
+            cache: what earlier tokens of the same sequences left.
+
+        Returns:
+            Logits [B, T, vocab_size], or with `targets` their mean cross-entropy, in fp32.
+
+        Raises:
+            InputError: wrong shapes, or a cache of another batch size.
+        """
+        if tokens.dim() != 2 or (targets is not None and targets.shape != tokens.shape):
+            shape = None if targets is None else tuple(targets.shape)
+            raise InputError(
+                f"tokens and targets must be [B, T], but got {tuple(tokens.shape)} and {shape}"
+            )
+        logits = self._logits(self._hidden(tokens, cache))
+        if targets is None:
+            return logits
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def _hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+        x: Tensor = self.embeddings(tokens)
+        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x, cache=cache)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return functional.linear(self.norm(x), self.embeddings.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Follow each of the sequences with `count` tokens, one after another.
+
+        Args:
+            tokens: [B, T] int64 with T >= 1, of one length.
+            count: how many to add.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it, and a
+                token is drawn.
+            generator: what to draw with.
+
+        Returns:
+            [B, T + count].
+
+        Raises:
+            InputError: no token to begin with, or negative numbers.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise InputError(f"tokens must be [B, T] with T >= 1, but got {tuple(tokens.shape)}")
+        if count < 0 or temperature < 0:
+            raise InputError(
+                f"count and temperature must not be negative, but got {count} and {temperature}"
+            )
+        cache, found = Cache(tokens.shape[0]), [tokens]
+        for _ in range(count):
+            # No logits but the last ones are wanted of a prompt.
+            last = self._logits(self._hidden(found[-1], cache)[:, -1]).float()
+            if temperature == 0:
+                found.append(last.argmax(-1, keepdim=True))
+            else:
+                chances = (last / temperature).softmax(-1)
+                found.append(torch.multinomial(chances, 1, generator=generator))
+        return torch.cat(found, 1)

@@ -1,0 +1,145 @@
+"""Layers on a GPU: beside their equations, in pieces, as a graph, compiled, beside FLA's."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from gpu_support import DEVICE
+from layer_cases import LAYERS, by_equations
+from torch import Tensor
+from two_processes import compare
+
+from gdn2gen.nn import Cache
+from gdn2gen.nn.mixer import Mixer
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN: Final = 256
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_v_heads": 4, "allow_neg_eigval": True, "lower_bound": -5.0, "conv_size": 3},
+)
+THEIRS: Final = {
+    "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
+    "kda": ("fla.layers.kda", "KimiDeltaAttention"),
+}
+
+
+def _layer(member: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Mixer:
+    torch.manual_seed(0)
+    made = LAYERS[member](HIDDEN, num_heads=2, head_dim=64, layer_idx=0, **options)
+    return made.to(DEVICE, dtype)
+
+
+def _tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(*shape, HIDDEN, device=DEVICE).to(dtype)
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=("plain", "grouped"))
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_equations(member: str, options: dict[str, Any]) -> None:
+    """In bf16, beside fp64 of the same weights: y and every gradient."""
+    layer, x = _layer(member, **options), _tokens(2, 150).requires_grad_()
+    exact = _layer(member, torch.float64, **options)
+    exact.load_state_dict(layer.state_dict())
+    rows = x.detach().double().requires_grad_()
+    wanted = torch.stack([by_equations(exact, row) for row in rows])
+    y = layer(x)
+    assert _error(y, wanted) < 0.015
+    towards = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], towards)
+    right = torch.autograd.grad(wanted, [rows, *exact.parameters()], towards.double())
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    errors = {n: _error(a, b) for n, a, b in zip(names, found, right, strict=True)}
+    assert max(errors.values()) < 0.03, errors
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.015), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_pieces(member: str, dtype: torch.dtype, near: float) -> None:
+    """Prefill, then steps; packed; padded on either side: each near one pass over one sequence."""
+    layer, x = _layer(member, dtype, num_v_heads=4), _tokens(2, 140, dtype=dtype)
+    cache = Cache(2)
+    with torch.inference_mode():
+        whole = layer(x)
+        parts = [layer(x[:, :131], cache=cache)]
+        parts += [layer(x[:, t : t + 1], cache=cache) for t in range(131, 140)]
+        assert _error(torch.cat(parts, 1), whole) < near
+        lengths = torch.tensor([0, 61, 61, 140], device=DEVICE)
+        packed = layer(x[:1], cu_seqlens=lengths)
+        alone = torch.cat((layer(x[:1, :61]), layer(x[:1, 61:])), 1)
+        assert _error(packed, alone) < near
+        mask = torch.ones(2, 140, device=DEVICE)
+        mask[0, :9] = mask[1, 70:] = 0
+        padded = layer(x.masked_fill(mask[..., None] == 0, torch.nan), attention_mask=mask)
+        assert _error(padded[0, 9:], layer(x[:1, 9:])[0]) < near
+        assert _error(padded[1, :70], layer(x[1:, :70])[0]) < near
+        assert not padded[mask == 0].any()
+
+
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_a_graph_of_one_token_is_replayed(member: str) -> None:
+    """The cache's tensors stay where they are: a graph goes on where the last token left them."""
+    layer, x, cache = _layer(member), _tokens(3, 40), Cache(3)
+    token = x[:, :1].clone()
+    with torch.inference_mode():
+        layer(x[:, :20], cache=cache)
+        plain, warm = cache.copy(), cache.copy()
+        layer(token, cache=warm)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(token, cache=cache)
+        for t in range(20, 40):
+            token.copy_(x[:, t : t + 1])
+            graph.replay()
+            assert torch.equal(out, layer(x[:, t : t + 1], cache=plain))
+
+
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_compiled(member: str) -> None:
+    """By Inductor in one graph: y and gradients near those without."""
+    layer, x = _layer(member), _tokens(2, 130).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True)
+    into = [x, *layer.parameters()]
+    y, found = layer(x), compiled(x)
+    assert _error(found, y) < 0.015
+    towards = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, into, towards)
+    for one, other in zip(torch.autograd.grad(found, into, towards), wanted, strict=True):
+        assert _error(one, other) < 0.03
+    cache = Cache(2)
+    with torch.no_grad():
+        layer(x[:, :129], cache=cache)
+        assert _error(compiled(x[:, 129:], cache=cache), y[:, 129:]) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"num_v_heads": 4}], ids=("plain", "grouped"))
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_beside_flash_linear_attention(member: str, options: dict[str, Any]) -> None:
+    """Its layer with the same weights, in both modes."""
+    pytest.importorskip("fla.layers", exc_type=ImportError)
+    module, name = THEIRS[member]
+    make = getattr(importlib.import_module(module), name)
+    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=64, **options).to(DEVICE).bfloat16()
+    ours, x = _layer(member, **options), _tokens(2, 150)
+    theirs.load_state_dict(ours.state_dict())
+    assert _error(ours(x), theirs(x)[0]) < 0.02
+    with torch.no_grad():
+        theirs.eval()
+        assert _error(ours(x[:, :1]), theirs(x[:, :1])[0]) < 0.02
+
+
+def test_two_gpus_as_one(tmp_path: Path) -> None:
+    """By DDP and by FSDP2, in fp32."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("wants two GPUs")
+    compare(DEVICE, "nccl", tmp_path, near=1e-3)

@@ -1,0 +1,14 @@
+"""Two processes, each with half of the batch, give the loss and the gradients of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from two_processes import compare
+
+
+@pytest.mark.slow
+def test_as_one(tmp_path: Path) -> None:
+    """By DDP and by FSDP2."""
+    compare("cpu", "gloo", tmp_path, near=1e-5)
