@@ -156,7 +156,7 @@ def search(
     args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None = None
 ) -> TuneReport:
     """Search on the present GPU, or do what can be done without one; print the report."""
-    from gdn2gen.store.verified import is_verified
+    from gdn2gen.store.verified import Place, is_verified
 
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
     device, present = present_or_target(args.target)
@@ -192,11 +192,8 @@ def search(
         )
     console().print(report.table())
     say_where(folder)
-    place = problem.op, problem.dtype, problem.K, problem.V
+    place = Place.of(problem)
     if not is_verified(*place, device.arch):
-        print(
-            f"Calls are refused on {device.arch} until `gdn2gen verify --op {problem.op} "
-            f"--head-dim {problem.K},{problem.V}` has passed there."
-        )
+        print(f"Calls are refused on {device.arch} until `{place.command}` has passed there.")
     print(f"A page on it: gdn2gen report --device {report.device.slug}")
     return report

@@ -89,15 +89,10 @@ def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Plac
     """Where all that the suite has passed, and where something failed."""
     passed = {result.name for result in results if result.passed}
     failed = {result.name for result in results if not result.passed}
-    places = {case.name: _place_of(case) for case in suite}
+    places = {case.name: Place.of(case.problem) for case in suite}
     wanting = {place for name, place in places.items() if name not in passed}
     failing = {place for name, place in places.items() if name in failed}
     return set(places.values()) - wanting, failing
-
-
-def _place_of(case: Case) -> Place:
-    problem = case.problem
-    return Place(problem.op, problem.dtype, problem.K, problem.V)
 
 
 def results_table(results: Sequence[Result]) -> Sheet:

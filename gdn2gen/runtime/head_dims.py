@@ -58,8 +58,9 @@ def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: in
     if allowed is not None:
         _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
         return None
+    place = verified.Place(op, DTYPE_NAME[dtype], K, V)
     verify = (
-        f"`gdn2gen verify --op {op} --head-dim {K},{V}` compares them with the fp64 reference on "
+        f"`{place.command}` compares them with the fp64 reference on "
         "the GPU at hand, and calls run what passed; `gdn2gen generate` makes a package of kernels "
         "that passed; "
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.shapes import SHAPES, shape_of
 from gdn2gen.kernels.config import Config
-from gdn2gen.store.verified import is_verified
+from gdn2gen.store.verified import Place, is_verified
 
 if TYPE_CHECKING:
     from gdn2gen.store.dispatch import Found
@@ -107,13 +107,12 @@ def explain_recipe(found: Found, width: int = 100) -> str:
 
 def _refusal(found: Found) -> str | None:
     """Why a call is refused, and what mends it; None where it is not."""
-    problem, device = found.recipe.problem, found.device
-    place = problem.op, problem.dtype, problem.K, problem.V
+    place, device = Place.of(found.recipe.problem), found.device
     if device is None or is_verified(*place, device.arch):
         return None
     return (
-        f"not on {device.arch}: a call is refused without GDN2GEN_UNVERIFIED=1; `gdn2gen verify "
-        f"--op {problem.op} --head-dim {problem.K},{problem.V}` there"
+        f"not on {device.arch}: a call is refused without GDN2GEN_UNVERIFIED=1; `{place.command}` "
+        "there"
     )
 
 

@@ -20,6 +20,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import StoreError, TunedFileWarning
 from gdn2gen.base.files import check_replaceable, locked, replace_file
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.problem import Problem
 
 NAME: Final = "verified.json"
 SCHEMA: Final = 1
@@ -35,6 +36,16 @@ class Place(NamedTuple):
     dtype: str
     K: int
     V: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> Place:
+        """Of the chunked op that runs the problem."""
+        return cls(problem.op, problem.dtype, problem.K, problem.V)
+
+    @property
+    def command(self) -> str:
+        """What verifies it on the GPU at hand."""
+        return f"gdn2gen verify --op {self.op} --head-dim {self.K},{self.V}"
 
 
 def is_verified(op: str, dtype: str, K: int, V: int, arch: str | None) -> bool:

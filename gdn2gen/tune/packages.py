@@ -19,7 +19,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import Found, generate_command, in_triton
 from gdn2gen.store.sharing import device_called
 from gdn2gen.store.sizes import find_recipe_of_any_size
-from gdn2gen.store.verified import is_verified
+from gdn2gen.store.verified import Place, is_verified
 from gdn2gen.tune.gpu.attempt import fitting, right
 from gdn2gen.tune.gpu.backend import WorkerBackend
 from gdn2gen.tune.offline.run import ProcessBackend
@@ -62,9 +62,8 @@ def is_proven(found: Found) -> bool:
 
 
 def _is_verified(found: Found) -> bool:
-    problem, device = found.recipe.problem, found.device
-    arch = None if device is None else device.arch
-    return is_verified(problem.op, problem.dtype, problem.K, problem.V, arch)
+    arch = None if found.device is None else found.device.arch
+    return is_verified(*Place.of(found.recipe.problem), arch)
 
 
 def prove(
