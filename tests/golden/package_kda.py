@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="4402916d1b3ffbe3",
     grad_value="a483823ea804fbf8",
     prepare="beab6a6986e7c444",
-    rescan="b4e874acccb9ac53",
-    reverse_scan="a0c6e8c4588d38f1",
-    scan="57e404e28b1bbf4c",
+    rescan="e0a363f9bdf215c5",
+    reverse_scan="7d7e032fc60ddef1",
+    scan="89c3a42405214711",
     sum_decay="8106501397daeeab",
 )
 

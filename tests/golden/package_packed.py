@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="95538baea63fe0db",
     grad_value="ccf2884b8bf7555d",
     prepare="3101e8c8a7187bbd",
-    rescan="b2f6d084d51d52fd",
-    reverse_scan="e747757810816e8c",
-    scan="febe3d5edf39356f",
+    rescan="d41b2ef6587ca486",
+    reverse_scan="dd5b96c672d627cf",
+    scan="72e2e972b64d1c7e",
     sum_decay="70c8728ed636087a",
 )
 

@@ -67,9 +67,9 @@ _check_made_for_this(
     grad_value="d3556aa4f22adb07",
     prepare="d20df56001b42a71",
     reprepare="bb2fc91ca30235f1",
-    rescan="28ebde831985e5bc",
-    reverse_scan="0c4760fca572f4bd",
-    scan="8bf1def5e420116d",
+    rescan="69ea7d501eb9434d",
+    reverse_scan="a5f275337a659479",
+    scan="dd286eb57b2803d6",
 )
 
 

@@ -24,7 +24,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=serial
-Template digest 8878f53e0b70b656; made by
+Template digest ddf7b7aa7fa112a8; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage reverse_scan --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=serial
@@ -82,6 +82,7 @@ def reverse_scan_kernel(
     b_q_head_next = tl.load(q_head + i_next * BT + o_t, mask=m_next, other=0.0)
     b_k_head_next = tl.load(k_head + i_next * BT + o_t, mask=m_next, other=0.0)
     b_k_tail_next = tl.load(k_tail + i_next * BT + o_t, mask=m_next, other=0.0)
+    # one number, of a row of itself: 0 where there is no chunk
     b_gamma_next = tl.max(tl.load(gamma_C + i_next + 0 * o_t, mask=m_next, other=0.0), 0)
     for i_back in range(n_chunks):
         i_t = n_chunks - 1 - i_back
@@ -99,17 +100,14 @@ def reverse_scan_kernel(
         i_row = i_t * BT + o_t
         p_k = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
         b_k = tl.load(k + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
+        b_q = tl.load(q + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
 
         p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-        p_q = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
-        b_q = tl.load(q + p_q, mask=(i_row < n_tokens)[:, None], other=0.0)
-
         p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
         # stores come after the products that they would delay
         b_dSd = b_dS.to(tl.bfloat16)
         b_dR = tl.dot(b_dSd, tl.trans(b_k))
         b_dR *= b_k_tail[None, :]
-
         b_do = tl.load(do + p_o, mask=(i_row < n_tokens)[None, :], other=0.0)
         b_dR = tl.dot(b_do, tl.load(Aqk + p_score), b_dR)
         b_dX = tl.dot(b_dR.to(tl.bfloat16), tl.load(A + p_score))

@@ -26,7 +26,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=serial
-Template digest 036e3cd541b0992b; made by
+Template digest edb5eb759d30f739; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage scan --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=serial
@@ -90,6 +90,7 @@ def scan_kernel(
     b_q_head_next = tl.load(q_head + i_next * BT + o_t, mask=m_next, other=0.0)
     b_k_head_next = tl.load(k_head + i_next * BT + o_t, mask=m_next, other=0.0)
     b_k_tail_next = tl.load(k_tail + i_next * BT + o_t, mask=m_next, other=0.0)
+    # one number, of a row of itself: 0 where there is no chunk
     b_gamma_next = tl.max(tl.load(gamma_C + i_next + 0 * o_t, mask=m_next, other=0.0), 0)
     for i_s in range(NS):
         tl.store(S_seg + p_kept + i_s * K * V, b_S)
@@ -114,20 +115,16 @@ def scan_kernel(
 
             p_k = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
             b_k = tl.load(k + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
-
-            p_q = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
-            b_q = tl.load(q + p_q, mask=(i_row < n_tokens)[:, None], other=0.0)
+            b_q = tl.load(q + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
 
             # stores come after the products that they would delay
             b_Sd = b_S.to(tl.bfloat16)
             b_ES = tl.dot(b_Sd, tl.trans(b_k))
             b_ES *= b_k_head[None, :]
-
             b_X = (b_v.to(tl.float32) - b_ES).to(tl.bfloat16)
             b_R = tl.dot(b_X, tl.trans(tl.load(A + p_score)))
             b_o = tl.dot(b_Sd, tl.trans(b_q))
             b_o *= b_q_head[None, :]
-
             b_S *= b_gamma
             b_outer = (b_R * b_k_tail[None, :]).to(tl.bfloat16)
             b_S = tl.dot(b_outer, b_k, b_S)
