@@ -14,6 +14,7 @@ with a recipe of those head dims.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 from gdn2gen.base.environment import VERIFYING
 from gdn2gen.base.files import replace_file
+from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import Worker
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
@@ -56,14 +58,26 @@ def measure(sizes: Iterable[str]) -> None:
         row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
         # one after the other: what one of them cannot do, or breaks, costs the other nothing
         for name in ("ours", "fla") if problem.K <= 256 else ("ours",):
-            worker = Worker({"GDN2GEN_UNVERIFIED": VERIFYING})
-            timed = worker.call(f"{__name__}:times_of", name, problem, timeout=MOST_S)
-            worker.close()
+            timed = in_a_process("times_of", name, problem)
             row[name] = timed.get() if timed.ok else None
             if not timed.ok:
                 print(f"{name} at {size}: {timed.reason}")
         _add("times", row)
         print(row, flush=True)
+
+
+def in_a_process(function: str, *given: Any) -> Outcome[Any]:
+    """A call of a function of this file in a process of its own."""
+    file = Path(__file__).resolve()
+    path = [str(file.parent), str(file.parent.parent), os.environ.get("PYTHONPATH", "")]
+    worker = Worker(
+        {"GDN2GEN_UNVERIFIED": VERIFYING, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    )
+    try:
+        outcome: Outcome[Any] = worker.call(f"{file.stem}:{function}", *given, timeout=MOST_S)
+    finally:
+        worker.close()
+    return outcome
 
 
 def times_of(name: str, problem: Problem) -> list[float]:
