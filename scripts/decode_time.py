@@ -170,7 +170,7 @@ def host_us(run: Run) -> float:
 
 
 def configs(step: Step) -> Iterator[Config]:
-    """Every config that has at most 128 elements of a state in a thread."""
+    """Every config that has 32 to 128 elements of a state in a thread."""
     problem = DecodingProblem(
         op=step.op,
         K=DIM,
@@ -179,7 +179,7 @@ def configs(step: Step) -> Iterator[Config]:
         state_bf16=step.state == "bf16",
     )
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):
-        if config.size("BV") * DIM <= 128 * 32 * config.size("num_warps"):
+        if 32 <= config.size("BV") * DIM / (32 * config.size("num_warps")) <= 128:
             yield config
 
 
@@ -192,9 +192,10 @@ def sweep(step: Step) -> None:
         decoding.force(config)
         found.append((graph_us(run, step.calls), config))
     decoding.force(None)
-    sheet = Sheet(str(step), ("BV", "num_warps", "us"), words=())
+    knobs = ("BV", "BK", "num_warps")
+    sheet = Sheet(str(step), (*knobs, "us"), words=())
     for us, config in sorted(found, key=lambda x: x[0])[:8]:
-        sheet.add(str(config["BV"]), str(config["num_warps"]), f"{us:.2f}")
+        sheet.add(*(str(config[name]) for name in knobs), f"{us:.2f}")
     console().print(sheet)
 
 

@@ -227,7 +227,7 @@ def test_a_rendered_kernel_over_tokens_has_a_fixed_launch() -> None:
     operands = [x.name for x in RECURRENT.operands(problem)]
     names = [x.name for x in launch._direct.parameters]
     assert names == [*operands, *given, "K", "V", "BV"]
-    assert launch._rest == (*given.values(), 128, 128, 32)
-    assert launch._size == (5 * given["HV"] * 4, 1, 1)
+    assert launch._rest == (*given.values(), 128, 128, 16)
+    assert launch._size == (5 * given["HV"] * 8, 1, 1)
     free = {"cu_seqlens", "ssm_state_indices"}
     assert [operands[i] for i in launch._aligned] == [x for x in operands if x not in free]
