@@ -140,7 +140,6 @@ def test_the_package_itself_is_free() -> None:
     assert _python(program) == "False False"
 
 
-@pytest.mark.slow
 def test_wheel_holds_templates_and_tuned_files(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]

@@ -23,7 +23,7 @@ from gdn2gen.kernels.stages import STAGES
 from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 
 README = (ROOT / "README.md").read_text()
-TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2"
+TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2 -m 'not slow'"
 
 
 def _blocks(language: str) -> list[str]:

@@ -129,8 +129,10 @@ def _cases() -> Iterator[object]:
 
 @pytest.mark.parametrize(
     ("arch", "BT", "num_stages", "spilled"),
-    [("sm_90", 64, 2, 2 * SPILLED), ("sm_80", 32, 1, SPILLED)],
-    ids=["sm_90", "sm_80"],
+    [
+        pytest.param("sm_90", 64, 2, 2 * SPILLED, id="sm_90"),
+        pytest.param("sm_80", 32, 1, SPILLED, id="sm_80", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("stage", ["scan", "scan_states", "rescan", "reverse_scan"])
 @pytest.mark.tilelang
@@ -157,7 +159,9 @@ def test_tilelang_compiles_and_fits(
     assert 0 < used.registers <= 255
 
 
-@pytest.mark.parametrize(("arch", "num_stages"), [("sm_90", 2), ("sm_80", 1)])
+@pytest.mark.parametrize(
+    ("arch", "num_stages"), [("sm_90", 2), pytest.param("sm_80", 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stage", ["scan", "scan_states", "reverse_scan"])
 @pytest.mark.tilelang
 def test_tilelang_in_segments_compiles_and_fits(
@@ -180,8 +184,11 @@ def test_tilelang_in_segments_compiles_and_fits(
 
 @pytest.mark.parametrize(
     "problem",
-    [replace(_BF16, varlen=True), replace(_ALL, K=128, dtype="bf16"), replace(_BOUNDED, K=64)],
-    ids=["packed", "all", "bounded"],
+    [
+        pytest.param(replace(_BF16, varlen=True), id="packed", marks=pytest.mark.slow),
+        pytest.param(replace(_ALL, K=128, dtype="bf16"), id="all"),
+        pytest.param(replace(_BOUNDED, K=64), id="bounded", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
 @pytest.mark.tilelang
@@ -224,7 +231,14 @@ def test_tilelang_of_other_head_dims_compiles_and_fits(
     assert 0 < used.registers <= 255
 
 
-@pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "prepare",
+        "sum_decay",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("reprepare", "grad_value", "grad_key")),
+    ],
+)
 @pytest.mark.tilelang
 def test_tilelang_by_chunk_compiles_for_sm_80(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +257,11 @@ def test_tilelang_by_chunk_compiles_for_sm_80(
 
 
 @pytest.mark.parametrize(
-    "problem", [_ONE_FRAME, replace(_ONE_FRAME, K=64, varlen=False)], ids=["packed", "plain"]
+    "problem",
+    [
+        pytest.param(_ONE_FRAME, id="packed", marks=pytest.mark.slow),
+        pytest.param(replace(_ONE_FRAME, K=64, varlen=False), id="plain"),
+    ],
 )
 @pytest.mark.parametrize("stage", ["prepare", "grad_key"])
 @pytest.mark.tilelang
@@ -260,7 +278,10 @@ def test_tilelang_in_one_frame_compiles_without_spills(
     assert 2**14 < used.shared_bytes <= device.shared_bytes
 
 
-@pytest.mark.parametrize(("problem", "decay"), [(_BF16, "anchored"), (_ONE_FRAME, "bounded")])
+@pytest.mark.parametrize(
+    ("problem", "decay"),
+    [(_BF16, "anchored"), pytest.param(_ONE_FRAME, "bounded", marks=pytest.mark.slow)],
+)
 @pytest.mark.resolved
 @pytest.mark.tilelang
 def test_tilelang_inverts_at_once_without_spills(

@@ -111,7 +111,6 @@ def test_what_nvrtc_says_is_in_the_error() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "registers"), [("scan", 240), ("prepare", 80)])
 def test_a_kernel_compiles_without_nvcc(stage: str, registers: int, tmp_path: Path) -> None:
     """With as many registers as by nvcc, none of them spilled."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from two_processes import compare
 
 
-@pytest.mark.slow
 def test_as_one(tmp_path: Path) -> None:
     """By DDP and by FSDP2."""
     compare("cpu", "gloo", tmp_path, near=1e-5)

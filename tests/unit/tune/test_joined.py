@@ -170,8 +170,7 @@ def test_what_another_process_is_at_is_not_proposed(tmp_path, monkeypatch) -> No
     assert ask(join(), "third", len(valid)) == at_one
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal", "postgres"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("postgres", marks=pytest.mark.slow)])
 def test_processes_join_one_study_and_survive_a_kill(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
