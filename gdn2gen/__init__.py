@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
     from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
-    from gdn2gen.tune.packages import generate
+    from gdn2gen.tuning.packages import generate
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "chunk_kda": "gdn2gen.ops.chunk",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
-    "generate": "gdn2gen.tune.packages",
+    "generate": "gdn2gen.tuning.packages",
     "reload": "gdn2gen.store.dispatch",
 }
 

@@ -123,7 +123,7 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError(f"a package is made for one shape, but got {names}")
     from gdn2gen.cli.tune import own_folder, search
     from gdn2gen.store.dispatch import explain_recipe, reload
-    from gdn2gen.tune import packages
+    from gdn2gen.tuning import packages
 
     problem = _at(problem_of(args), shapes[0])
     level = args.level or LEVELS[0]

@@ -29,7 +29,7 @@ from gdn2gen.kernels.plans import LEVELS
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
     from gdn2gen.measure.case_runs import Result
-    from gdn2gen.tune.recheck import Rechecked
+    from gdn2gen.tuning.recheck import Rechecked
 
 RESULTS_DIR: Final = Path("docs/results")
 
@@ -152,8 +152,8 @@ def _file_verdicts(args: argparse.Namespace, results: list[Result]) -> None:
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
     from gdn2gen.store.sharing import all_on_file, on_file
-    from gdn2gen.tune.gpu.backend import WorkerBackend
-    from gdn2gen.tune.recheck import recheck, recheck_table
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.recheck import recheck, recheck_table
 
     refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list", "head_dim")
     if args.cases:

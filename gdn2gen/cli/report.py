@@ -24,7 +24,7 @@ from gdn2gen.cli.options import (
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
     from gdn2gen.store.tuned_files import TunedFile
-    from gdn2gen.tune.views.lines import Line
+    from gdn2gen.tuning.views.lines import Line
 
 PAGE: Final = Path("gdn2gen-report.html")
 
@@ -58,11 +58,11 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
-    from gdn2gen.tune.records.ledger import read_lines
-    from gdn2gen.tune.records.places import open_ledger, storage_path
-    from gdn2gen.tune.records.storage import read_storage
-    from gdn2gen.tune.views import page
-    from gdn2gen.tune.views.lines import fla_times, lines
+    from gdn2gen.tuning.records.ledger import read_lines
+    from gdn2gen.tuning.records.places import open_ledger, storage_path
+    from gdn2gen.tuning.records.storage import read_storage
+    from gdn2gen.tuning.views import page
+    from gdn2gen.tuning.views.lines import fla_times, lines
 
     out = args.out or (None if args.json else PAGE)
     if out is not None:

@@ -27,7 +27,7 @@ from gdn2gen.cli.options import (
 from gdn2gen.family.shapes import SHAPES, parse_shapes
 
 if TYPE_CHECKING:
-    from gdn2gen.tune import TuneReport
+    from gdn2gen.tuning import TuneReport
 
 _LEVELS: Final = {"lean": ("lean",), "fast": ("fast",), "both": ("lean", "fast")}
 _TARGET_HELP: Final = (
@@ -95,8 +95,8 @@ def own_folder() -> Path:
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     """Take the shapes whose entries all hold out of `args.shapes`; whether any is left."""
     from gdn2gen.store import tuned_files
-    from gdn2gen.tune.gpu.backend import WorkerBackend
-    from gdn2gen.tune.recheck import amended, recheck, recheck_table
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.recheck import amended, recheck, recheck_table
 
     refuse(args, "--only-failing checks entries on the present GPU", "target")
     device, present = present_or_target(None)
@@ -161,7 +161,7 @@ def search(
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
     device, present = present_or_target(args.target)
     if present:
-        from gdn2gen.tune import tune as search
+        from gdn2gen.tuning import tune as search
 
         report = search(
             problem=problem,
@@ -173,7 +173,7 @@ def search(
             levels=levels,
         )
     else:
-        from gdn2gen.tune import tune_without_gpu
+        from gdn2gen.tuning import tune_without_gpu
 
         if storage is not None:
             raise InputError("--storage is for studies that run on a GPU, and none is used here")
