@@ -15,7 +15,6 @@ from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.cli.options import (
     add_device,
     add_op,
-    in_source_tree,
     present_or_target,
     some_path,
     some_text,
@@ -115,6 +114,7 @@ def _results(path: Path | None, device: Device) -> list[Any]:
     """Rows of results of this GPU; StoreError for those of another."""
     from gdn2gen.base.paths import packaged_tuned_dir
     from gdn2gen.measure.results import read_results
+    from gdn2gen.workflows.tune import in_source_tree
 
     if path is None:
         path = packaged_tuned_dir().parent / "docs/results" / f"{device.slug}.json"

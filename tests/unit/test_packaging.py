@@ -21,7 +21,7 @@ PACKAGE = ROOT / "gdn2gen"
 # have their own order; the modules beside them stand where they are named.
 FOLDERS = (
     "base", "family", "kernels", "codegen", "store", "runtime", "ops", "nn", "measure", "tuning",
-    "cli",
+    "workflows", "cli",
 )  # fmt: skip
 TUNING = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
