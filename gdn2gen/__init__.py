@@ -11,27 +11,45 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_gdn2",
     "chunk_kda",
+    "compile_kernels",
+    "explain",
     "fused_recurrent_gdn2",
     "fused_recurrent_kda",
     "generate",
+    "pin",
     "reload",
+    "tune",
+    "verify",
+    "warmup",
 ]
 
 if TYPE_CHECKING:
     from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
     from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
-    from gdn2gen.tune.packages import generate
+    from gdn2gen.store.pins import pin
+    from gdn2gen.tuning.packages import generate
+    from gdn2gen.workflows.compiled import compile_kernels
+    from gdn2gen.workflows.explain import explain
+    from gdn2gen.workflows.tune import tune
+    from gdn2gen.workflows.verify import verify
+    from gdn2gen.workflows.warmup import warmup
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "compile_kernels": "gdn2gen.workflows.compiled",
+    "explain": "gdn2gen.workflows.explain",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
-    "generate": "gdn2gen.tune.packages",
+    "generate": "gdn2gen.tuning.packages",
+    "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",
+    "tune": "gdn2gen.workflows.tune",
+    "verify": "gdn2gen.workflows.verify",
+    "warmup": "gdn2gen.workflows.warmup",
 }
 
 

@@ -27,7 +27,7 @@ from gdn2gen.base.worker import Worker
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.tune.views.charts import Bar, bars
+from gdn2gen.tuning.views.charts import Bar, bars
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs/head_dims"
 SHAPE: Final = SHAPES["train4k"]
@@ -94,7 +94,7 @@ def transfer(sizes: Iterable[str]) -> None:
     from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.store.dispatch import find_recipe
     from gdn2gen.store.sizes import transferred
-    from gdn2gen.tune.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     device = _device()
     backend = WorkerBackend(device)
@@ -125,7 +125,7 @@ def _origin(near: Any) -> str:
 
 
 def _checked_ms(backend: Any, recipe: Any) -> float | None:
-    from gdn2gen.tune.gpu.attempt import try_recipe
+    from gdn2gen.tuning.gpu.attempt import try_recipe
 
     compiles = {config: backend.compile(recipe.problem, config) for config in recipe.configs}
     tried = try_recipe(recipe, compiles, backend, _device(), full=True)

@@ -22,7 +22,7 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import CHUNKS, Knob
 from gdn2gen.kernels.validity import why_invalid
-from gdn2gen.tune.views.charts import Bar, bars
+from gdn2gen.tuning.views.charts import Bar, bars
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem(gate="sigmoid", bound=2, has_A_log=True)
@@ -67,8 +67,8 @@ def measure() -> None:
     """Gate and time every form on the present GPU, and write the table with what was refused."""
     from gdn2gen.base.device import present_device, toolchain
     from gdn2gen.kernels.recipe import Recipe
-    from gdn2gen.tune.gpu.attempt import measure_config
-    from gdn2gen.tune.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.gpu.attempt import measure_config
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     device = present_device()
     rows: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Knob
-from gdn2gen.tune.offline.predict import predicted_bytes
+from gdn2gen.tuning.offline.predict import predicted_bytes
 
 _SECONDS = 120.0
 

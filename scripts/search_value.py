@@ -32,10 +32,10 @@ from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.store.sizes import dims_apart
 from gdn2gen.store.tuned_files import load_tuned
-from gdn2gen.tune import space
-from gdn2gen.tune.records.ledger import Ledger
-from gdn2gen.tune.search.trials import StageTrials
-from gdn2gen.tune.views.charts import lines
+from gdn2gen.tuning import space
+from gdn2gen.tuning.records.ledger import Ledger
+from gdn2gen.tuning.search.trials import StageTrials
+from gdn2gen.tuning.views.charts import lines
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PROBLEM: Final = Problem()
@@ -48,8 +48,8 @@ def measure(stage: str, BT: int, shape: Shape) -> None:
     """Time every config of a stage on the present GPU, and write the table."""
     from gdn2gen.base.device import present_device, toolchain
     from gdn2gen.kernels.recipe import Recipe
-    from gdn2gen.tune.gpu.attempt import measure_config
-    from gdn2gen.tune.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.gpu.attempt import measure_config
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     device = present_device()
     backend, base = WorkerBackend(device), Recipe.default(PROBLEM, "lean", BT)

@@ -98,7 +98,7 @@ def child(run: str, compiler: str) -> None:
     from gdn2gen.family.shapes import SHAPES
     from gdn2gen.measure.accuracy import inputs_of, output_gradients, public_op, run_op
     from gdn2gen.store.dispatch import find_recipe
-    from gdn2gen.tune.gpu.jobs import check_full, time_recipe
+    from gdn2gen.tuning.gpu.jobs import check_full, time_recipe
 
     problem, shape = Problem(), SHAPES[SHAPE]
     print(f"{compiler}: nvcc {cuda_compiler()}, {nvrtc.find_nvrtc()}", file=sys.stderr)

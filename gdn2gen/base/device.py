@@ -10,6 +10,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
@@ -250,14 +252,19 @@ def toolchain() -> dict[str, str]:
     return dict(_toolchain())
 
 
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Those that are installed, without importing them."""
+    versions = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 @cache
 def _toolchain() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "tilelang"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= versions_of(("torch", "triton", "tilelang"))
     for name, version in (("ptxas", _ptxas_version()), ("driver", _driver_version())):
         if version is not None:
             versions[name] = version

@@ -23,5 +23,6 @@ DTYPE: Final[Mapping[str, Dtype]] = MappingProxyType(
         "fp16": Dtype(2, "float16", "fp16"),
         "fp32": Dtype(4, "float32", "fp32"),
         "int32": Dtype(4, "int32", "i32"),
+        "int64": Dtype(8, "int64", "i64"),
     }
 )

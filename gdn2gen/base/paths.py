@@ -69,6 +69,12 @@ def _warn_of_tuned_dir(value: str, why: str) -> None:
     )
 
 
+def compiled_dir() -> Path | None:
+    """Kernels compiled ahead (GDN2GEN_COMPILED_DIR): read, and never written."""
+    value = os.environ.get("GDN2GEN_COMPILED_DIR")
+    return expanded(value) if value else None
+
+
 def cache_dir() -> Path:
     """Folder for kernels, studies and ledgers (GDN2GEN_CACHE_DIR, or the user's cache).
 
@@ -121,6 +127,12 @@ def _settle() -> Path:
         reasons.append(f"{variable} ({value}: {why})")
         if variable != "GDN2GEN_CACHE_DIR":
             os.environ[variable] = str(private_dir() / variable.partition("_")[0].lower())
+    if reasons and compiled_dir() is not None:
+        # nothing needs to be kept by a process whose kernels are compiled: it may lack any home
+        try:
+            return own or private_dir()
+        except OSError:
+            return Path(os.devnull)
     if reasons:
         warnings.warn(
             f"{private_dir()} is used where a folder cannot be written: {', '.join(reasons)}. To "

@@ -1,11 +1,12 @@
 """The commands, one module per group.
 
-program  the command line itself
-options  options that several commands share
-inspect  explain, generate
-measure  verify, bench
-tune     tune, quick
-tuned    export, import, merge and compare tuned files
-ledger   what the tuner refused
-report   what the tuner found
+program   the command line itself
+options   options that several commands share
+inspect   explain, generate
+measure   verify, bench
+compiled  compile
+tune      tune, quick
+tuned     export, import, merge and compare tuned files
+ledger    what the tuner refused
+report    what the tuner found
 """

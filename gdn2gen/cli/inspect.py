@@ -20,6 +20,7 @@ from gdn2gen.cli.options import (
     problem_of,
     refuse,
     some_path,
+    words_of,
 )
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape, parse_shapes
@@ -50,13 +51,13 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def explain(args: argparse.Namespace) -> int:
     """Print which recipe a call would run at each shape, and why."""
-    from gdn2gen.store.dispatch import explain_recipe, find_recipe, recipe_document
+    from gdn2gen.store.dispatch import explain_recipe, recipe_document
+    from gdn2gen.workflows.explain import explain as workflow
 
-    problem, level = problem_of(args), args.level or LEVELS[0]
-    device, _ = present_or_target(args.target)
+    words, device = words_of(problem_of(args)), present_or_target(args.target)[0]
+    words |= {"level": args.level or LEVELS[0], "strict": True if args.strict else None}
     for shape in _shapes(args):
-        strict = True if args.strict else None
-        found = find_recipe(_at(problem, shape), shape.regime, device, level=level, strict=strict)
+        (found,) = workflow(shape, target=args.target, **words)
         if args.json:
             print(json.dumps({"shape": shape.name, **recipe_document(found)}))
             continue
@@ -121,9 +122,10 @@ def generate(args: argparse.Namespace) -> int:
     if len(shapes) != 1:
         names = ", ".join(x.name for x in shapes)
         raise InputError(f"a package is made for one shape, but got {names}")
-    from gdn2gen.cli.tune import own_folder, search
+    from gdn2gen.cli.tune import search
     from gdn2gen.store.dispatch import explain_recipe, reload
-    from gdn2gen.tune import packages
+    from gdn2gen.tuning import packages
+    from gdn2gen.workflows.tune import own_folder
 
     problem = _at(problem_of(args), shapes[0])
     level = args.level or LEVELS[0]

@@ -14,9 +14,9 @@ from gdn2gen.cli.options import add_device, add_op, refuse, target_device
 from gdn2gen.kernels.stages import STAGES
 
 if TYPE_CHECKING:
-    from gdn2gen.tune.records.ledger import Ledger, Refusal
+    from gdn2gen.tuning.records.ledger import Ledger, Refusal
 
-# what the ledger files whole recipes under, see `tune.records.ledger`
+# what the ledger files whole recipes under, see `tuning.records.ledger`
 WHOLE: Final = "pipeline"
 
 
@@ -71,7 +71,7 @@ def _none(args: argparse.Namespace) -> str:
 
 def _books(op: str, name: str | None) -> list[Ledger]:
     from gdn2gen.base.device import has_gpu, is_name_of, present_device
-    from gdn2gen.tune.records.places import ledgers, open_ledger
+    from gdn2gen.tuning.records.places import ledgers, open_ledger
 
     if name is not None:
         named = [x for x in ledgers(op) if is_name_of(name, x.gpu)]
@@ -81,8 +81,8 @@ def _books(op: str, name: str | None) -> list[Ledger]:
 
 def _chosen(args: argparse.Namespace, book: Ledger) -> list[tuple[Refusal, str]]:
     """Refusals of one GPU that the options ask for, and why each is not in force (or nothing)."""
-    from gdn2gen.tune.records.ledger import read_lines
-    from gdn2gen.tune.retest import why_not_in_force
+    from gdn2gen.tuning.records.ledger import read_lines
+    from gdn2gen.tuning.retest import why_not_in_force
 
     refusals, odd = read_lines(book.path)
     for words in odd:
@@ -111,9 +111,9 @@ def _print(shown: list[tuple[Refusal, str]]) -> None:
 
 def _retest(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
-    from gdn2gen.tune.gpu.backend import WorkerBackend
-    from gdn2gen.tune.records.places import open_ledger
-    from gdn2gen.tune.retest import retest
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.records.places import open_ledger
+    from gdn2gen.tuning.retest import retest
 
     if not has_gpu():
         raise DeviceError("--retest runs the refused kernels, but torch sees no GPU here")

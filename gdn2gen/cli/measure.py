@@ -29,7 +29,7 @@ from gdn2gen.kernels.plans import LEVELS
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
     from gdn2gen.measure.case_runs import Result
-    from gdn2gen.tune.recheck import Rechecked
+    from gdn2gen.tuning.recheck import Rechecked
 
 RESULTS_DIR: Final = Path("docs/results")
 
@@ -74,10 +74,8 @@ def verify(args: argparse.Namespace) -> int:
         return _verify_tuned(args)
     refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
     from gdn2gen.base.device import has_gpu, present_device, toolchain
-    from gdn2gen.cli.tune import own_folder
     from gdn2gen.measure.suite import results_table, select_cases
-    from gdn2gen.measure.suite import verify as run_suite
-    from gdn2gen.store.verified import check_fileable
+    from gdn2gen.workflows.verify import verify as workflow
 
     interpreter = args.interpreter or not has_gpu()
     dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
@@ -87,8 +85,6 @@ def verify(args: argparse.Namespace) -> int:
             print(case.name)
         return 0
     _check_json(args.json)
-    if not interpreter:
-        check_fileable(own_folder())
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
@@ -101,9 +97,10 @@ def verify(args: argparse.Namespace) -> int:
             done += 1
             say(f"{done} of {len(cases)} cases, last {result.name}")
 
-        results = run_suite(
+        verified = workflow(
             args.cases, interpreter=interpreter, op=args.op, head_dim=dims, on_result=show
         )
+    results = verified.results
     out.print(results_table(results))
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -116,44 +113,19 @@ def verify(args: argparse.Namespace) -> int:
             "results": [asdict(result) for result in results],
         }
         _write_json(args.json, document)
-    if not interpreter:
-        _file_verdicts(args, results)
+    if verified.filed_in is not None:
+        for kind, places in (("verified", verified.passed), ("failed", verified.failed)):
+            for op, dtype, K, V in sorted(places):
+                print(f"{kind}: {op} at K={K}, V={V} in {dtype}")
+        print(f"filed in {verified.filed_in}")
     return 1 if failed else 0
-
-
-def _file_verdicts(args: argparse.Namespace, results: list[Result]) -> None:
-    """So that calls run what has passed, and no longer what failed."""
-    from gdn2gen.base.device import present_device, toolchain
-    from gdn2gen.cli.tune import own_folder
-    from gdn2gen.measure.suite import select_cases, verdicts
-    from gdn2gen.store.verified import file_found
-
-    dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
-    suite = select_cases([], interpreter=False, op=args.op, head_dim=dims)
-    passed, failed = verdicts(suite, results)
-    if not passed | failed:
-        return
-    words = ["gdn2gen verify", *(["--op", args.op] if args.op else [])]
-    words += ["--head-dim", args.head_dim] if args.head_dim else []
-    path = file_found(
-        own_folder(),
-        passed,
-        failed,
-        present_device(),
-        command=" ".join(words),
-        toolchain=toolchain(),
-    )
-    for kind, places in (("verified", passed), ("failed", failed)):
-        for op, dtype, K, V in sorted(places):
-            print(f"{kind}: {op} at K={K}, V={V} in {dtype}")
-    print(f"filed in {path}")
 
 
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
     from gdn2gen.store.sharing import all_on_file, on_file
-    from gdn2gen.tune.gpu.backend import WorkerBackend
-    from gdn2gen.tune.recheck import recheck, recheck_table
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.recheck import recheck, recheck_table
 
     refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list", "head_dim")
     if args.cases:
@@ -198,8 +170,8 @@ def _verify_tuned(args: argparse.Namespace) -> int:
 def _file_renewed(result: Rechecked, device: Device) -> None:
     """At once, so that what was found is not lost with the rest."""
     from gdn2gen.base.device import toolchain
-    from gdn2gen.cli.tune import own_folder
     from gdn2gen.store import tuned_files
+    from gdn2gen.workflows.tune import own_folder
 
     if result.renewed is not None:
         path = tuned_files.tuned_path(own_folder(), str(result.entry.problem_key["op"]), device)

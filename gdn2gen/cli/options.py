@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
@@ -25,8 +25,6 @@ from gdn2gen.family.shapes import SHAPES
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
-
-DEFAULT_TARGET: Final = "sm_90"
 
 
 def add_problem(
@@ -92,6 +90,12 @@ def problem_of(args: argparse.Namespace) -> Problem:
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     extras = getattr(args, "extras", None)
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
+
+
+def words_of(problem: Problem) -> dict[str, Any]:
+    """The keywords that describe a problem to the workflows."""
+    fields = {x.name: getattr(problem, x.name) for x in dataclasses.fields(problem)}
+    return {"head_dim": fields.pop("K"), "value_dim": fields.pop("V"), **fields}
 
 
 def decoding_problem_of(args: argparse.Namespace) -> Problem:
@@ -214,15 +218,11 @@ def add_target(parser: argparse.ArgumentParser, help_text: str) -> None:
 def present_or_target(target: str | None) -> tuple[Device, bool]:
     """The device to work for, and whether it is the GPU in this machine.
 
-    A named target wins; without a name the present GPU, or `DEFAULT_TARGET` where there is none.
+    A named target wins; without a name the present GPU, or sm_90 where there is none.
     """
-    from gdn2gen.base.device import has_gpu, named_device, present_device
+    from gdn2gen.workflows.wanted import present_or
 
-    if target is not None:
-        return target_device(target), False
-    if has_gpu():
-        return present_device(), True
-    return named_device(DEFAULT_TARGET), False
+    return present_or(target)
 
 
 def target_device(name: str) -> Device:
@@ -230,13 +230,6 @@ def target_device(name: str) -> Device:
     from gdn2gen.store.sharing import device_called
 
     return device_called(name)
-
-
-def in_source_tree() -> bool:
-    """Whether gdn2gen runs from its source tree, so that `tuned/` there may be written."""
-    from gdn2gen.base.paths import packaged_tuned_dir
-
-    return (packaged_tuned_dir().parent / "pyproject.toml").is_file()
 
 
 def refuse(args: argparse.Namespace, because: str, *names: str) -> None:

@@ -17,7 +17,7 @@ from gdn2gen import __version__
 from gdn2gen.base.environment import hush
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.base.terminal import plain
-from gdn2gen.cli import inspect, ledger, measure, report, tune, tuned
+from gdn2gen.cli import compiled, inspect, ledger, measure, report, tune, tuned
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -66,6 +66,15 @@ COMMANDS: Final = (
         "write the kernels to a folder, or print one",
         "Write a package of kernels that works without gdn2gen, or print one kernel.",
         "gdn2gen generate --stage scan --config 'BT=64 num_warps=8' --target sm_90",
+    ),
+    Command(
+        "compile",
+        compiled.add_compile,
+        "compile kernels into a folder that ships in a container",
+        "Compile what calls at these shapes run, forward, backward and over a few tokens, into a "
+        "folder. A process that GDN2GEN_COMPILED_DIR points at it needs no nvcc, no C compiler and "
+        "no folder to write to. Needs no GPU.",
+        "gdn2gen compile --shapes train4k --decode 64x1x16 --target H200 --out kernels",
     ),
     Command(
         "verify",

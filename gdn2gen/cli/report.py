@@ -15,7 +15,6 @@ from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.cli.options import (
     add_device,
     add_op,
-    in_source_tree,
     present_or_target,
     some_path,
     some_text,
@@ -24,7 +23,7 @@ from gdn2gen.cli.options import (
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
     from gdn2gen.store.tuned_files import TunedFile
-    from gdn2gen.tune.views.lines import Line
+    from gdn2gen.tuning.views.lines import Line
 
 PAGE: Final = Path("gdn2gen-report.html")
 
@@ -58,11 +57,11 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
-    from gdn2gen.tune.records.ledger import read_lines
-    from gdn2gen.tune.records.places import open_ledger, storage_path
-    from gdn2gen.tune.records.storage import read_storage
-    from gdn2gen.tune.views import page
-    from gdn2gen.tune.views.lines import fla_times, lines
+    from gdn2gen.tuning.records.ledger import read_lines
+    from gdn2gen.tuning.records.places import open_ledger, storage_path
+    from gdn2gen.tuning.records.storage import read_storage
+    from gdn2gen.tuning.views import page
+    from gdn2gen.tuning.views.lines import fla_times, lines
 
     out = args.out or (None if args.json else PAGE)
     if out is not None:
@@ -115,6 +114,7 @@ def _results(path: Path | None, device: Device) -> list[Any]:
     """Rows of results of this GPU; StoreError for those of another."""
     from gdn2gen.base.paths import packaged_tuned_dir
     from gdn2gen.measure.results import read_results
+    from gdn2gen.workflows.tune import in_source_tree
 
     if path is None:
         path = packaged_tuned_dir().parent / "docs/results" / f"{device.slug}.json"

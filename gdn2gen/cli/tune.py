@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.base.paths import user_tuned_dir
 from gdn2gen.base.terminal import console, text_width
 from gdn2gen.cli.options import (
     add_budget,
     add_problem,
     add_shapes,
     add_target,
-    in_source_tree,
     present_or_target,
     problem_of,
     refuse,
     say_where,
     some_path,
     some_text,
+    words_of,
 )
 from gdn2gen.family.shapes import SHAPES, parse_shapes
 
 if TYPE_CHECKING:
-    from gdn2gen.tune import TuneReport
+    from gdn2gen.tuning import TuneReport
 
 _LEVELS: Final = {"lean": ("lean",), "fast": ("fast",), "both": ("lean", "fast")}
 _TARGET_HELP: Final = (
@@ -71,6 +70,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(args: argparse.Namespace) -> int:
     """Tune each shape and file the winners."""
+    from gdn2gen.workflows.tune import own_folder
+
     folder = args.out or own_folder()
     started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
     for number, dim in enumerate(dims):
@@ -86,17 +87,11 @@ def tune(args: argparse.Namespace) -> int:
     return 0
 
 
-def own_folder() -> Path:
-    """Where entries are filed unless a folder is named."""
-    named = os.environ.get("GDN2GEN_TUNED_DIR")
-    return packaged_tuned_dir() if in_source_tree() and not named else user_tuned_dir()
-
-
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     """Take the shapes whose entries all hold out of `args.shapes`; whether any is left."""
     from gdn2gen.store import tuned_files
-    from gdn2gen.tune.gpu.backend import WorkerBackend
-    from gdn2gen.tune.recheck import amended, recheck, recheck_table
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+    from gdn2gen.tuning.recheck import amended, recheck, recheck_table
 
     refuse(args, "--only-failing checks entries on the present GPU", "target")
     device, present = present_or_target(None)
@@ -157,24 +152,11 @@ def search(
 ) -> TuneReport:
     """Search on the present GPU, or do what can be done without one; print the report."""
     from gdn2gen.store.verified import Place, is_verified
+    from gdn2gen.workflows.tune import tune as workflow
 
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
     device, present = present_or_target(args.target)
-    if present:
-        from gdn2gen.tune import tune as search
-
-        report = search(
-            problem=problem,
-            shapes=shapes,
-            device=device,
-            budget_minutes=args.budget,
-            out_dir=folder,
-            storage=storage,
-            levels=levels,
-        )
-    else:
-        from gdn2gen.tune import tune_without_gpu
-
+    if not present:
         if storage is not None:
             raise InputError("--storage is for studies that run on a GPU, and none is used here")
         print(
@@ -182,14 +164,15 @@ def search(
             "Triton's interpreter and ranked by\ntheir compiled resources. Nothing is timed; "
             "entries are filed as predicted."
         )
-        report = tune_without_gpu(
-            problem=problem,
-            device=device,
-            shapes=shapes,
-            budget_minutes=args.budget,
-            out_dir=folder,
-            levels=levels,
-        )
+    report = workflow(
+        shapes,
+        budget_minutes=args.budget,
+        levels=levels,
+        target=args.target,
+        out_dir=folder,
+        storage=storage,
+        **words_of(problem),
+    )
     console().print(report.table())
     say_where(folder)
     place = Place.of(problem)

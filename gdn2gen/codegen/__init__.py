@@ -9,6 +9,9 @@ interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 programs     TileLang's compiled programs kept, and run without TileLang
+shipped      kernels compiled ahead, in a folder that is only read
+ship         the folder written
+triton_cache Triton's cache with that folder in front of it
 package      packages of kernels that need no gdn2gen
 background   programs of a pass compiled by threads
 """

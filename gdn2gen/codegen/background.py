@@ -12,7 +12,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from gdn2gen.codegen.programs import compiled_program
+from gdn2gen.codegen.programs import compiled_program, programs_of
 
 
 def compile_in_thread(module: ModuleType) -> None:
@@ -20,7 +20,7 @@ def compile_in_thread(module: ModuleType) -> None:
 
     Its `launch` waits for them, and raises what the compiler raised.
     """
-    for name in [x for x in vars(module) if x.startswith("compiled")]:
+    for name in programs_of(module):
         setattr(module, name, _compiling(module, name).result)
 
 

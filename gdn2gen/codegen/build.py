@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import code_dir
 from gdn2gen.codegen.nvrtc import compiler_for, has_compiler
 from gdn2gen.codegen.render import Rendered, render
+from gdn2gen.codegen.shipped import install, source_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.stages import EVERY_STAGE
@@ -36,7 +38,7 @@ _SCALAR_DTYPES = {"scale": "fp32", "lower_bound": "fp32"}
 # it took 0.401 ms at long32k instead of 0.324.
 _BARRIERS_BYTES = 1024
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
-_BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
+BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
 _OWN_OPTIONS = {
     "merge_kernel": {"num_warps": 8},
@@ -74,6 +76,7 @@ def load(rendered: Rendered) -> ModuleType:
         if "bfloat16" in rendered.source:
             teach_bf16()
     path = str(_show(rendered))
+    install()
     # Triton and TileLang read the source of their kernels back: without a time, it stays as it is
     lines = rendered.source.splitlines(keepends=True)
     linecache.cache[path] = (len(rendered.source), None, lines, path)
@@ -91,7 +94,11 @@ def load(rendered: Rendered) -> ModuleType:
 
 def _show(rendered: Rendered) -> Path:
     """Have a file say what was rendered, whatever it said before; a full disk costs no more."""
-    path = code_dir("kernels") / f"{rendered.module_name}.py"
+    name = f"{rendered.module_name}.py"
+    ships = source_of(name, rendered.source)
+    if ships is not None:
+        return ships
+    path = code_dir("kernels") / name
     with suppress(OSError):
         if not path.is_file() or path.read_bytes() != rendered.source.encode():
             replace_file(path, rendered.source, durable=False)
@@ -132,46 +139,63 @@ def _compile_triton(
     others = [x for x in vars(module) if x.endswith("_kernel") and x != main]
     options = launch_options(config)
     used = [
-        _compile_kernel(
-            module, name, problem, stage_name, options | _OWN_OPTIONS.get(name, {}), device
-        )
+        _used(compile_kernel(module, name, problem, stage_name, options, device))
         for name in (main, *others)
     ]
     return (*used[0][:2], max(shared for _, _, shared in used), 32 * options["num_warps"])
 
 
-def _compile_kernel(
+def _used(compiled: Any) -> tuple[int, int, int]:
+    """Registers and stack bytes per thread, and shared bytes."""
+    return (*_register_use(compiled.asm["cubin"]), int(compiled.metadata.shared))
+
+
+def compile_kernel(
     module: ModuleType,
     name: str,
     problem: Problem,
     stage_name: str,
     options: dict[str, int],
     device: Device,
-) -> tuple[int, int, int]:
+) -> Any:
+    """What Triton makes of one kernel of a stage's module. `options`: of the stage's own kernel."""
+    stage, kernel = EVERY_STAGE[stage_name], getattr(module, name)
+    operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
+    dtypes = {x.name: x.dtype_in(problem) for x in operands}
+    scalars = [x for x in kernel.arg_names if x in (*stage.scalars_of(problem), "NT")]
+    own = options | _OWN_OPTIONS.get(name, {})
+    return compile_for_triton(module, kernel, dtypes, scalars, own, device)
+
+
+def compile_for_triton(
+    module: ModuleType,
+    kernel: Any,
+    dtypes: Mapping[str, str],
+    scalars: Sequence[str],
+    options: Mapping[str, int],
+    device: Device,
+) -> Any:
+    """One kernel compiled as its launches specialise it: `dtypes` of its tensors and the names of
+    its scalars; all else are constants of the module."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    stage = EVERY_STAGE[stage_name]
-    kernel: Any = getattr(module, name)
-    operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
-    signature = {x.name: f"*{DTYPE[x.dtype_in(problem)].triton_name}" for x in operands}
-    scalars = [x for x in kernel.arg_names if x in (*stage.scalars_of(problem), "NT")]
+    signature = {name: f"*{DTYPE[dtype].triton_name}" for name, dtype in dtypes.items()}
     signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
     constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
     signature |= dict.fromkeys(constants, "constexpr")
-    places = [kernel.arg_names.index(x.name) for x in operands]
+    places = [kernel.arg_names.index(name) for name in dtypes]
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i in places
         if not kernel.params[i].do_not_specialize_on_alignment
     }
-    compiled: Any = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
-        options=options,
+        options=dict(options),
     )
-    return (*_register_use(compiled.asm["cubin"]), int(compiled.metadata.shared))
 
 
 def _compile_tilelang(
@@ -217,8 +241,7 @@ def _compile_tilelang(
     finally:
         CUDABinaryCache.save = save
     for name in [x for x in vars(module) if x.endswith("_kernel")]:
-        options = _BESIDE_TILELANG | _OWN_OPTIONS.get(name, {})
-        _compile_kernel(module, name, problem, stage_name, options, device)
+        compile_kernel(module, name, problem, stage_name, BESIDE_TILELANG, device)
     most = [max(column) for column in zip(*used, strict=True)]
     return most[0], most[1], most[2], most[3]
 

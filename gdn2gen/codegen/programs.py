@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
@@ -22,10 +22,12 @@ from types import ModuleType
 from typing import Any
 
 from gdn2gen.base.environment import hush_tilelang
+from gdn2gen.base.errors import BuildError
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.folders import is_trusted_file
 from gdn2gen.base.paths import code_dir
 from gdn2gen.codegen.nvrtc import compiler_for
+from gdn2gen.codegen.shipped import shipped
 
 Program = Callable[..., Any]
 
@@ -53,11 +55,49 @@ def compiled_program(
     return program if kept is None else _load(kept)
 
 
-def _name(module: ModuleType, function: str) -> str:
+def are_kept(module: ModuleType) -> bool:
+    """Whether a process without a compiler could run all programs of a module."""
+    return all(_kept(_name(module, function)) is not None for function in programs_of(module))
+
+
+def programs_of(module: ModuleType) -> list[str]:
+    """The module's functions that compile its programs."""
+    return [name for name in vars(module) if name.startswith("compiled")]
+
+
+def keep_for(module: ModuleType, arch: str) -> None:
+    """Compile the module's programs for `arch` (`sm_90`), here or not, and keep them.
+
+    Raises BuildError where a library was not kept.
+    """
+    import tilelang
+
+    hush_tilelang()
+    capability = divmod(int(arch.removeprefix("sm_")), 10)
+    # wgmma and the register hand-over between warp groups need the architecture's own target
+    target = {"kind": "cuda", "arch": arch + ("a" if arch in ("sm_90", "sm_100") else "")}
+    compile_here = tilelang.compile
+    for function in programs_of(module):
+        name = _name(module, function, capability)
+        if _kept(name) is not None:
+            continue
+        tilelang.compile = partial(compile_here, target=target)
+        try:
+            with compiler_for():
+                program = getattr(module, function).__wrapped__()
+        finally:
+            tilelang.compile = compile_here
+        if _keep(program, name) is None:
+            raise BuildError(f"TileLang left no library of {module.__name__} to keep")
+
+
+def _name(module: ModuleType, function: str, capability: tuple[int, int] | None = None) -> str:
     """From the source's digest, which is in the module's name, the GPU and the toolchain."""
     import torch
 
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    gpu = capability
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_capability()
     made_of = (gpu, os.uname().machine, *(_version(x) for x in ("tilelang", "apache-tvm-ffi")))
     return f"{module.__name__}-{function}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
 
@@ -67,6 +107,10 @@ def _kept(name: str) -> Path | None:
 
     A part of one would kill the process.
     """
+    folder = shipped()
+    for path in () if folder is None else (folder / "programs").glob(f"{name}-*.so"):
+        if is_trusted_file(path) and path.stem.endswith(_digest(path.read_bytes(), name)):
+            return path
     for path in code_dir("programs").glob(f"{name}-*.so"):
         if is_trusted_file(path) and path.stem.endswith(_digest(path.read_bytes(), name)):
             return path

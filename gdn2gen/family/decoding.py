@@ -17,7 +17,7 @@ from gdn2gen.family.problem import EXTRAS, Problem
 # Keywords of the ops over a few tokens, beside what flash-linear-attention takes.
 KEYWORDS: Final = ("state_pool", "ssm_state_indices", "num_accepted_tokens", "null_slot", "out")
 # Flags of DecodingProblem, as --with calls them, too.
-_FLAGS: Final = (
+DECODING_FLAGS: Final = (
     "state_bf16",
     "pool",
     "indexed",
@@ -27,7 +27,7 @@ _FLAGS: Final = (
     "strided",
     "odd_slots",
 )
-DECODING_EXTRAS: Final = {**EXTRAS, **{x: x for x in _FLAGS}}
+DECODING_EXTRAS: Final = {**EXTRAS, **{x: x for x in DECODING_FLAGS}}
 
 
 @dataclass(frozen=True, order=True)

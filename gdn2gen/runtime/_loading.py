@@ -15,6 +15,7 @@ from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
 from gdn2gen.codegen.direct import direct_launch, fixed_launch
 from gdn2gen.codegen.nvrtc import has_compiler
+from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
@@ -23,9 +24,11 @@ from gdn2gen.kernels.config import Config, default_config, language_of
 def stage_launcher(problem: Problem, config: Config) -> Callable[..., None]:
     """The launch function of a stage, rendered and loaded."""
     stage = config.stage
-    if language_of(config) != "triton" and _only_triton(stage):
-        config = default_config(stage, problem, BT=config.size("BT"))
-    module = build.load(render(problem, stage, config))
+    module = None if interpreted() else build.load(render(problem, stage, config))
+    if language_of(config) != "triton" and (module is None or _only_triton(stage, module)):
+        config, module = default_config(stage, problem, BT=config.size("BT")), None
+    if module is None:
+        module = build.load(render(problem, stage, config))
     if interpreted():
         return _interpreting(module.launch)
     if language_of(config) == "tilelang":
@@ -68,11 +71,10 @@ def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
     return one_at_a_time(launch)
 
 
-def _only_triton(stage_name: str) -> bool:
-    """Whether other languages cannot be compiled here; says so where that costs time."""
-    if interpreted():
-        return True  # Triton's interpreter stands in for a GPU, and interprets nothing else
-    if has_compiler():
+def _only_triton(stage_name: str, module: ModuleType) -> bool:
+    """Whether a module in another language cannot be compiled here, and was not before; says so
+    where that costs time."""
+    if has_compiler() or are_kept(module):
         return False
     warnings.warn(
         f"the tuned {stage_name} is written in TileLang, and there is nothing to compile it with, "

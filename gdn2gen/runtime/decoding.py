@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
@@ -173,9 +174,13 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     """
     if _forced is not None:
         return _forced
-    gpu = device_of(device)
+    return config_at(problem, dims.N, dims.HV, device_of(device))
+
+
+def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
+    """The same by the sizes, for a GPU that need not be here."""
     found = default_config(RECURRENT.name, problem, arch=gpu.arch)
-    return found.replace(**knobs_for(problem, dims.N, dims.HV, gpu.sms))
+    return found.replace(**knobs_for(problem, sequences, heads, gpu.sms))
 
 
 def _problem(

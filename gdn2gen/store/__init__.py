@@ -3,6 +3,7 @@
 format       what a tuned file says, as text and as dataclasses
 tuned_files  tuned/<op>/<gpu>.json: read, merged under a lock, replaced at one stroke
 dispatch     (problem, regime, device) to a recipe, and why
+pins         recipes of a process as data, and taken by another
 verified     what the accuracy suite has passed, by architecture
 sizes        head dims that were never tuned: the recipe of the nearest ones
 sharing      tuned files between machines

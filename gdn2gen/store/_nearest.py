@@ -129,7 +129,7 @@ def _matches(
                 continue
             if query.triton_alone and not entry.needs_triton_alone:
                 continue
-            distance = _regime_distance(query.regime, entry.regime)
+            distance = regime_distance(query.regime, entry.regime)
             # an entry that was filed without a bound holds for every bound
             exact = distance == 0 and not {*minor} - {"bound"}
             tier = TIERS.index(_tier(entry, exact, own))
@@ -189,7 +189,7 @@ def _fits(entry: Entry, problem: Problem) -> bool:
     return True
 
 
-def _regime_distance(a: Regime, b: Regime) -> float:
+def regime_distance(a: Regime, b: Regime) -> float:
     """Sum of |log2| of the ratios of tokens, sequences and heads; 0 for equal ones."""
     pairs = ((a.tokens, b.tokens), (a.sequences, b.sequences), (a.heads, b.heads))
     return sum(_log_ratio(x, y) if x != y else 0.0 for x, y in pairs)

@@ -22,7 +22,7 @@ def tune_command(found: Found) -> str | None:
     A packed batch whose tokens are no multiple of its sequences has no name on the command line:
     the packed shape that has one is close to it.
     """
-    if found.source in ("exact", "forced") or found.regime is None:
+    if found.source in ("exact", "forced", "pinned") or found.regime is None:
         return None
     problem, plain = found.recipe.problem, Problem()
     shape = shape_of(found.regime) or next(x for x in SHAPES.values() if x.cu_seqlens)

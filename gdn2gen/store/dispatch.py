@@ -24,7 +24,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import plans_of
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.store import tuned_files, verified
+from gdn2gen.store import pins, tuned_files, verified
 from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
 from gdn2gen.store._words import (
     explain_recipe,
@@ -50,7 +50,7 @@ __all__ = [
     "tune_command",
 ]
 
-Source = Literal["exact", "nearest", "transferred", "predicted", "default", "forced"]
+Source = Literal["exact", "nearest", "transferred", "predicted", "default", "forced", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def find_recipe(
     4. predicted: an entry that was ranked without a GPU;
     5. the default configs of the plan named `level`.
 
+    Before all of these comes what is pinned (`pins.pin`), or compiled ahead for such a call.
+
     The tuned files are read once in a process (see `tuned_files.current_look`). Where a GPU is in
     use and nothing can compile TileLang, entries that need Triton alone come before others. Entries
     whose templates changed since are passed over (`Found.stale`). Inside `forced_recipe` the
@@ -110,6 +112,9 @@ def find_recipe(
         return forced if forced.recipe.problem == problem else _forced_for(forced, problem)
     if device is None:
         device = present_device()
+    pinned = _pinned(problem, regime, device, level)
+    if pinned is not None:
+        return pinned
     places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
     query = Query(problem, regime, device, level, _only_triton_compiles())
     found = _look_up(query, places, tuned_files.current_look())
@@ -120,7 +125,26 @@ def find_recipe(
             "--strict)\n"
             f"{explain_recipe(found)}"
         )
+    pins.record(found.recipe, regime, device, level)
     return found
+
+
+def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Found | None:
+    """What such a call is told to run, or is compiled ahead for it."""
+    pin, why = pins.pinned(problem, regime, device, level), "pinned as {} on {}"
+    if pin is None:
+        pin, why = pins.shipped(problem, regime, device, level), "compiled ahead for {} on {}"
+    if pin is None:
+        return None
+    recipe = pin.at(problem)
+    try:
+        tuned_files.check_configs(recipe.plan.name, recipe.by_stage, problem)
+    except Gdn2genError as error:
+        raise DispatchError(
+            f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {error}"
+        ) from error
+    pins.record(recipe, regime, device, level)
+    return Found(recipe, "pinned", why.format(pin, pin.gpu), regime=regime, device=device)
 
 
 def _only_triton_compiles() -> bool:
@@ -139,6 +163,8 @@ def surroundings() -> tuple[Any, ...]:
         paths.user_tuned_dir,
         paths.packaged_tuned_dir,
         tuned_files.current_look(),
+        pins.current(),
+        os.environ.get("GDN2GEN_COMPILED_DIR"),
     )
 
 

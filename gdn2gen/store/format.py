@@ -160,7 +160,7 @@ def entry_from(raw: Any, gpu: str) -> Entry:
     _check_types("entry", raw, dict.fromkeys(_ENTRY_KEYS))
     for name in ("problem", "regime", "configs", "templates", "measured", "gate"):
         _check_types(name, raw[name], {}, others=True)
-    configs = {stage: _config_from(stage, knobs) for stage, knobs in raw["configs"].items()}
+    configs = configs_from(raw["configs"])
     entry = Entry(
         problem_key=raw["problem"],
         regime_key=raw["regime"],
@@ -284,6 +284,11 @@ def entry_to(entry: Entry) -> dict[str, Any]:
         "provenance": entry.provenance,
     }
     return _ordered(raw, _ENTRY_KEYS)
+
+
+def configs_from(raw: Mapping[str, Any]) -> dict[str, Config]:
+    """Configs by stage, from their knobs as files hold them."""
+    return {stage: _config_from(stage, knobs) for stage, knobs in raw.items()}
 
 
 def _config_from(stage: str, knobs: Any) -> Config:

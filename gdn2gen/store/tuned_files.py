@@ -45,6 +45,7 @@ __all__ = [
     "check_entry",
     "check_mergeable",
     "current_look",
+    "digest_of",
     "is_stale",
     "load_tuned",
     "look_anew",
@@ -143,7 +144,7 @@ def warn_unread(path: Path, file: TunedFile) -> None:
 def stale_stages(entry: Entry) -> list[str]:
     """Stages of the entry whose template is not the one it was checked under."""
     stages = plan_named(entry.plan).stages
-    return [name for name in stages if entry.templates.get(name) != _digest(entry.configs[name])]
+    return [name for name in stages if entry.templates.get(name) != digest_of(entry.configs[name])]
 
 
 def is_stale(entry: Entry) -> bool:
@@ -151,7 +152,8 @@ def is_stale(entry: Entry) -> bool:
     return bool(stale_stages(entry))
 
 
-def _digest(config: Config) -> str:
+def digest_of(config: Config) -> str:
+    """Digest of the template of a config; none fits where it cannot be read."""
     try:
         return render.template_digest(config)
     except OSError:

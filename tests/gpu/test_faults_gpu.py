@@ -29,9 +29,9 @@ from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
-from gdn2gen.tune.records.ledger import read_ledger
-from gdn2gen.tune.records.places import open_ledger, storage_path
-from gdn2gen.tune.records.storage import open_storage
+from gdn2gen.tuning.records.ledger import read_ledger
+from gdn2gen.tuning.records.places import open_ledger, storage_path
+from gdn2gen.tuning.records.storage import open_storage
 
 # beside a kernel that hangs, others get the GPU by turns, and late
 pytestmark = [pytest.mark.gpu, pytest.mark.gpu_alone]
@@ -108,7 +108,7 @@ def test_a_hang_costs_one_trial(backend: BrokenBackend, monkeypatch: pytest.Monk
     check_sound(backend)
     started = time.monotonic()
     with monkeypatch.context() as shorter:
-        shorter.setattr("gdn2gen.tune.gpu.backend.GATE_SECONDS", HANG_SECONDS)
+        shorter.setattr("gdn2gen.tuning.gpu.backend.GATE_SECONDS", HANG_SECONDS)
         failed = check_of(backend, "hang")
     assert failed.status == outcome.TIMEOUT, failed.reason
     assert time.monotonic() - started < HANG_SECONDS + 20

@@ -25,7 +25,7 @@ sys.addaudithook(watch)
 warnings.filterwarnings("error", message=".*written in TileLang")
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.tune.gpu.jobs import check_quick
+from gdn2gen.tuning.gpu.jobs import check_quick
 recipe = Recipe.default(Problem(K=64, V=64), "lean")
 scan = recipe["scan"].replace(language="tilelang")
 result = check_quick(recipe.with_config(scan))

@@ -19,8 +19,8 @@ from gdn2gen.measure.accuracy import run_op
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.store import tuned_files
 from gdn2gen.store.dispatch import find_recipe
-from gdn2gen.tune import tune
-from gdn2gen.tune.views.progress import Progress
+from gdn2gen.tuning import tune
+from gdn2gen.tuning.views.progress import Progress
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store._claims import always_checked
-from gdn2gen.tune.gpu.jobs import RecipeTiming
+from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 DEVICE = named_device("H200")
 PROBLEM = Problem(K=64, V=64)

@@ -19,7 +19,7 @@ from gdn2gen.base.worker import CompilePool, Worker, compile_slots
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
-from gdn2gen.tune.gpu.backend import WorkerBackend
+from gdn2gen.tuning.gpu.backend import WorkerBackend
 
 TEMPLATE: Final = "triton/stages/prepare.py.jinja"
 # Lines of the template, each there once, that a fault comes after.

@@ -13,8 +13,8 @@ from typing import Any
 
 from fake_tuning import DEVICE, PROBLEM, SMALL, FakeBackend
 
-from gdn2gen.tune import tune
-from gdn2gen.tune.views.progress import Progress
+from gdn2gen.tuning import tune
+from gdn2gen.tuning.views.progress import Progress
 
 
 class SlowBackend(FakeBackend):

@@ -151,7 +151,7 @@ def test_variables_exist(variable: str) -> None:
 
 def test_architecture_names_every_room_stage_and_plan() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
-    rooms = {path.stem for path in (ROOT / "gdn2gen").glob("[a-z]*.py")} | {"tune"}
+    rooms = {path.stem for path in (ROOT / "gdn2gen").glob("[a-z]*.py")} | {"tuning"}
     for name in (*rooms, *STAGES, *PLANS):
         assert f"`{name}`" in text, name
     for plan in PLANS.values():

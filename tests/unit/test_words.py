@@ -18,7 +18,7 @@ from odd_files import H200, document, entry, put
 from rich.text import Text
 from source_tree import ROOT
 
-from gdn2gen import tune
+from gdn2gen import tuning
 from gdn2gen.base import device, terminal
 from gdn2gen.base.device import named_device
 from gdn2gen.cli import program
@@ -30,9 +30,9 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store.dispatch import Found, find_recipe, tune_command
-from gdn2gen.tune.records.places import open_ledger
-from gdn2gen.tune.views.progress import LiveProgress
-from gdn2gen.tune.views.report import ShapeResult, TuneReport
+from gdn2gen.tuning.records.places import open_ledger
+from gdn2gen.tuning.views.progress import LiveProgress
+from gdn2gen.tuning.views.report import ShapeResult, TuneReport
 
 MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
 
@@ -353,7 +353,7 @@ def test_what_tune_files_calls_find(
         )
         return SimpleNamespace(problem=problem, device=device, results=[], table=lambda: "")
 
-    monkeypatch.setattr(tune, "tune", search, raising=False)
+    monkeypatch.setattr(tuning, "tune", search, raising=False)
     monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
     monkeypatch.setattr(cli_tune, "in_source_tree", lambda: False)
     regime = SHAPES["train4k"].regime

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from source_tree import ROOT
 
-from gdn2gen import tune
+from gdn2gen import tuning
 from gdn2gen.base import device, environment
 from gdn2gen.base.errors import ConfigError, DeviceError, InputError
 from gdn2gen.cli import program
@@ -309,14 +309,14 @@ class FakeTuner:
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> FakeTuner:
     fake = FakeTuner()
-    monkeypatch.setattr(tune, "tune_without_gpu", fake, raising=False)
+    monkeypatch.setattr(tuning, "tune_without_gpu", fake, raising=False)
     return fake
 
 
 @pytest.fixture
 def present(monkeypatch: pytest.MonkeyPatch) -> FakeTuner:
     fake, gpu = FakeTuner(), device.named_device("H200")
-    monkeypatch.setattr(tune, "tune", fake, raising=False)
+    monkeypatch.setattr(tuning, "tune", fake, raising=False)
     monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
     return fake
 
@@ -409,7 +409,7 @@ def test_interrupt_says_that_the_study_resumes(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "tune_without_gpu", interrupted, raising=False)
+    monkeypatch.setattr(tuning, "tune_without_gpu", interrupted, raising=False)
     assert program.main(["tune"]) == program.EXIT_INTERRUPTED == 130
     assert "resumes the study" in capsys.readouterr().err
 

@@ -25,8 +25,8 @@ from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import sharing, tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import find_recipe
-from gdn2gen.tune.records.ledger import Ledger, read_ledger
-from gdn2gen.tune.retest import retest, why_not_in_force
+from gdn2gen.tuning.records.ledger import Ledger, read_ledger
+from gdn2gen.tuning.retest import retest, why_not_in_force
 
 H200 = named_device("H200")
 TOOLCHAIN = {"triton": "3.6.0", "torch": "2.11.0", "driver": "580"}
@@ -197,7 +197,7 @@ def _diff(old: Path, new: Path) -> list[sharing.Difference]:
 def book(tmp_path, monkeypatch):
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path))
     now = {**TOOLCHAIN, "python": "3.12"}
-    monkeypatch.setattr("gdn2gen.tune.records.places.toolchain", lambda: now)
+    monkeypatch.setattr("gdn2gen.tuning.records.places.toolchain", lambda: now)
     path = tmp_path / "ledger/gdn2/nvidia-h200.jsonl"
     book = Ledger(path, H200.name, TOOLCHAIN)
     for number, reason in ((1, "resources: spills 900 bytes"), (2, "wrong result: dg is off")):

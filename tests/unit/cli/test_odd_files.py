@@ -17,8 +17,8 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import plan_named
 from gdn2gen.store.format import entry_to
-from gdn2gen.tune.records.ledger import Ledger
-from gdn2gen.tune.records.places import open_ledger
+from gdn2gen.tuning.records.ledger import Ledger
+from gdn2gen.tuning.records.places import open_ledger
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.tune.offline.predict import blocks_per_sm
-from gdn2gen.tune.space import why_hopeless, why_unfit
+from gdn2gen.tuning.offline.predict import blocks_per_sm
+from gdn2gen.tuning.space import why_hopeless, why_unfit
 
 ARCHES: Final = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Bytes of stack per thread, which holds what was spilled.

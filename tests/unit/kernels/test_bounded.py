@@ -47,8 +47,8 @@ from gdn2gen.store.tuned_files import (
     read_tuned,
     tuned_path,
 )
-from gdn2gen.tune import space
-from gdn2gen.tune.records.ledger import Ledger
+from gdn2gen.tuning import space
+from gdn2gen.tuning.records.ledger import Ledger
 
 H200 = named_device("H200")
 REGIME = Regime(16384, 4, 16)

@@ -16,7 +16,7 @@ from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.limits import Place, Setting
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import valid_configs, why_invalid
-from gdn2gen.tune import space
+from gdn2gen.tuning import space
 
 PROBLEMS = (
     Problem(),

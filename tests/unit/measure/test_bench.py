@@ -255,7 +255,9 @@ def test_rows_that_two_processes_save_all_stay(tmp_path, gpu):
     assert [x.name for x in tmp_path.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("module", ["gdn2gen.measure.rows", "gdn2gen.tune", "gdn2gen.base._serve"])
+@pytest.mark.parametrize(
+    "module", ["gdn2gen.measure.rows", "gdn2gen.tuning", "gdn2gen.base._serve"]
+)
 def test_imports_stay_light(module):
     code = f"import {module}, sys; sys.exit('optuna' in sys.modules or 'fla' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

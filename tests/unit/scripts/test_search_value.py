@@ -20,8 +20,8 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
-from gdn2gen.tune import space
-from gdn2gen.tune.gpu.attempt import measure_config
+from gdn2gen.tuning import space
+from gdn2gen.tuning.gpu.attempt import measure_config
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""`gdn2gen compile`: a folder of kernels that ships in a container."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Final
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.base.terminal import console, status
+from gdn2gen.cli.options import (
+    add_problem,
+    add_shapes,
+    add_target,
+    problem_of,
+    some_path,
+    words_of,
+)
+from gdn2gen.family.decoding import DECODING_FLAGS
+from gdn2gen.kernels.plans import LEVELS
+
+_LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
+    "both": tuple(LEVELS),
+    **{level: (level,) for level in LEVELS},
+}
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    add_problem(parser, extras=True)
+    add_shapes(parser, "train4k")
+    add_target(parser, "GPU or bare target to compile for (the present GPU, or sm_90 without one)")
+    parser.add_argument(
+        "--out", type=some_path, required=True, metavar="DIR", help="the folder, new or added to"
+    )
+    parser.add_argument(
+        "--level",
+        choices=tuple(_LEVELS),
+        default=LEVELS[0],
+        help="lean saves memory, fast saves time (%(default)s)",
+    )
+    parser.add_argument(
+        "--forward-only", action="store_true", help="without the kernels of gradients"
+    )
+    parser.add_argument(
+        "--decode",
+        default="",
+        metavar="LIST",
+        help="also of the mode `recurrent`: sizes NxTxH of its calls, such as 1x1x16,64x1x16",
+    )
+    parser.add_argument(
+        "--decode-with",
+        default="",
+        metavar="NAME,...",
+        help=f"what those calls take: {', '.join(DECODING_FLAGS)}",
+    )
+    parser.add_argument(
+        "--language",
+        choices=("triton",),
+        help="triton: a folder that needs no TileLang, with Triton's default config for stages "
+        "that are tuned in TileLang",
+    )
+    parser.set_defaults(run=compile_command)
+
+
+def compile_command(args: argparse.Namespace) -> int:
+    """Compile, and say what was written and how a process is pointed at it."""
+    from gdn2gen.workflows.compiled import compile_kernels
+
+    named = [x.strip() for x in args.decode_with.split(",") if x.strip()]
+    unknown = [x for x in named if x not in DECODING_FLAGS]
+    if unknown or (named and not args.decode):
+        raise InputError(
+            f"--decode-with takes {', '.join(DECODING_FLAGS)} beside --decode, but got "
+            f"{', '.join(unknown or named)}"
+        )
+    with status(console()) as say:
+        compiled = compile_kernels(
+            args.out,
+            args.shapes,
+            levels=_LEVELS[args.level],
+            backward=not args.forward_only,
+            decode=args.decode,
+            decode_fields=dict.fromkeys(named, True),
+            target=args.target,
+            language=args.language,
+            say=say,
+            **words_of(problem_of(args)),
+        )
+    print(
+        f"compiled {len(compiled.seconds)} kernels for {compiled.device.name} into "
+        f"{compiled.folder}, {compiled.nbytes / 1e6:.1f} MB"
+    )
+    if compiled.lacks is not None:
+        print(f"it lacks what launches them: {compiled.lacks}")
+    print(f"To have calls run them: export GDN2GEN_COMPILED_DIR={compiled.folder}")
+    return 0

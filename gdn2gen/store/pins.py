@@ -1,0 +1,202 @@
+"""Recipes of a process as data, and taken by another: so that ranks of a job run the same kernels.
+
+`recorded` notes what look-ups found; `pin` gives that, or takes what another process gave. What was
+compiled ahead for a container (`codegen.shipped`) is taken in the same way, without being asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from gdn2gen import __version__
+from gdn2gen.base.device import Device
+from gdn2gen.base.errors import DispatchError, Gdn2genError
+from gdn2gen.codegen import shipped as compiled
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.store import tuned_files
+from gdn2gen.store._nearest import regime_distance
+from gdn2gen.store._words import words_of, words_of_key
+from gdn2gen.store.format import configs_from
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One recipe, and the calls that it is for."""
+
+    recipe: Recipe
+    regime: Regime
+    level: str
+    """What was asked for: a plan of another level may serve it."""
+    gpu: str
+    arch: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What `of_document` reads; JSON can hold it."""
+        recipe = self.recipe
+        return {
+            "problem": recipe.problem.document,
+            "regime": self.regime.key,
+            "level": self.level,
+            "gpu": self.gpu,
+            "arch": self.arch,
+            "plan": recipe.plan.name,
+            "configs": {config.stage: dict(config) for config in recipe.configs},
+            "templates": {x.stage: tuned_files.digest_of(x) for x in recipe.configs},
+        }
+
+    @classmethod
+    def of_document(cls, raw: Mapping[str, Any]) -> Pin:
+        """Raises DispatchError for what cannot be run as it was, by name."""
+        try:
+            problem, configs = Problem(**raw["problem"]), configs_from(raw["configs"])
+            tuned_files.check_configs(raw["plan"], configs, problem)
+            recipe = Recipe.of(problem, raw["plan"], configs)
+            pin = cls(recipe, Regime(**raw["regime"]), raw["level"], raw["gpu"], raw["arch"])
+            digests = dict(raw["templates"])
+        except (Gdn2genError, KeyError, TypeError, ValueError) as error:
+            raise DispatchError(
+                f"a pinned recipe cannot be read: {error!r}; got {raw!r}"
+            ) from error
+        for stage, digest in pin.document["templates"].items():
+            if digests.get(stage) != digest:
+                raise DispatchError(
+                    f"the pinned {stage} of {pin} was made from the template {digests.get(stage)}, "
+                    f"but this gdn2gen has {digest}: run the same version in all processes"
+                )
+        return pin
+
+    def serves(self, problem: Problem, level: str) -> bool:
+        """Whether it is for such calls, whatever their sizes and optional arguments."""
+        return self.level == level and self.recipe.problem.key == problem.key
+
+    def at(self, problem: Problem) -> Recipe:
+        """The recipe for a problem that it serves."""
+        return Recipe.of(problem, self.recipe.plan.name, self.recipe.by_stage)
+
+    def __str__(self) -> str:
+        return f"{words_of(self.recipe.problem)} at {words_of_key(self.regime.key)}, {self.level}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    """What this process runs because it was told so. Compared by identity, in every call."""
+
+    pins: tuple[Pin, ...] = ()
+    strict: bool = False
+
+
+_taken = _Taken()
+_recorded: dict[tuple[Any, ...], Pin] = {}
+
+
+def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> dict[str, Any]:
+    """The recipes that calls of this process ran so far, as data that JSON can hold; with
+    `recipes`, what another process gave, this one runs those from now on.
+
+    Ranks of a job run the same kernels if all take what one of them gives, before their first call:
+
+        recipes = [gdn2gen.pin() if rank == 0 else None]     # after `gdn2gen.warmup(...)` there
+        torch.distributed.broadcast_object_list(recipes)
+        gdn2gen.pin(recipes[0])
+
+    A call at other sizes runs what is pinned for the nearest ones of its problem and level. A call
+    of which nothing is pinned is looked up as ever, or with `strict` refused (DispatchError). An
+    empty mapping ends it.
+
+    Raises DispatchError that names both recipes where this process ran a call by another one
+    before, where a template differs from what the recipe was made of, and, at the call, where the
+    GPU is of another architecture. Decoding kernels are not pinned: their configs are a rule of the
+    sizes and the GPU.
+    """
+    global _taken
+    if recipes is not None:
+        taken = _Taken(tuple(map(Pin.of_document, recipes.get("recipes", ()))), strict)
+        for ran in _recorded.values():
+            _check(ran, taken)
+        _taken = taken
+    found = sorted({**_recorded}.values(), key=str)
+    return {"version": __version__, "recipes": [x.document for x in found]}
+
+
+def _check(ran: Pin, taken: _Taken) -> None:
+    """Raise DispatchError if a call that ran would run otherwise."""
+    problem = ran.recipe.problem
+    wanted = _nearest(taken, problem, ran.regime, ran.level)
+    if wanted is not None and wanted.at(problem) != ran.recipe:
+        raise DispatchError(
+            f"{ran} ran as\n  {ran.recipe}\nin this process, but is pinned as\n  {wanted.recipe}\n"
+            "Take pinned recipes before the first call, or give all ranks the same tuned files"
+        )
+
+
+def current() -> object:
+    """What is pinned: while it is the same, so are the answers of `pinned`."""
+    return _taken
+
+
+def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin | None:
+    """What such a call is told to run. Raises DispatchError for another GPU, and if strict."""
+    found = _nearest(_taken, problem, regime, level)
+    if found is None:
+        if _taken.strict and _taken.pins:
+            known = "; ".join(sorted({str(x) for x in _taken.pins}))
+            raise DispatchError(
+                f"nothing is pinned for {words_of(problem)} at {words_of_key(regime.key)}, "
+                f"{level}; pinned are {known}. Warm it up where the recipes come from, or leave "
+                "strict out"
+            )
+        return None
+    if found.arch != device.arch:
+        raise DispatchError(
+            f"{found} is pinned as it ran on {found.gpu} ({found.arch}), but this process runs on "
+            f"{device.name} ({device.arch}): kernels of one are not those of the other"
+        )
+    return found
+
+
+def record(recipe: Recipe, regime: Regime, device: Device, level: str) -> None:
+    """Note what a call runs."""
+    key = (recipe.problem, regime, level, device.name)
+    _recorded[key] = Pin(recipe, regime, level, device.name, device.arch)
+
+
+def forget() -> None:
+    """As in a process that has just begun."""
+    global _taken
+    _taken = _Taken()
+    _recorded.clear()
+
+
+def shipped(problem: Problem, regime: Regime, device: Device, level: str) -> Pin | None:
+    """What was compiled ahead for such a call, if that is for such a GPU."""
+    folder = compiled.shipped()
+    if folder is None:
+        return None
+    found = _nearest(_of_folder(folder), problem, regime, level)
+    return found if found is not None and found.arch == device.arch else None
+
+
+@cache
+def _of_folder(folder: Path) -> _Taken:
+    recipes = compiled.manifest().get("recipes", ())
+    try:
+        return _Taken(tuple(map(Pin.of_document, recipes)))
+    except DispatchError as error:
+        warnings.warn(
+            f"the recipes of {folder} are not used: {error}", RuntimeWarning, stacklevel=2
+        )
+        return _Taken()
+
+
+@lru_cache(maxsize=1024)
+def _nearest(taken: _Taken, problem: Problem, regime: Regime, level: str) -> Pin | None:
+    """The one for such calls whose sizes are the nearest; None if there is none."""
+    serving = [x for x in taken.pins if x.serves(problem, level)]
+    return min(serving, key=lambda x: regime_distance(x.regime, regime), default=None)

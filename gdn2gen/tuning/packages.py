@@ -1,0 +1,235 @@
+"""A package of kernels for a recipe that has not run yet: compiled and checked, then written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gdn2gen.base.device import Device, has_gpu, present_device
+from gdn2gen.base.errors import BuildError, InputError, TuneError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.package import check_folder, generate_package
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape, parse_shapes
+from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.store.dispatch import Found, generate_command, in_triton
+from gdn2gen.store.sharing import device_called
+from gdn2gen.store.sizes import find_recipe_of_any_size
+from gdn2gen.store.verified import Place, is_verified
+from gdn2gen.tuning.gpu.attempt import fitting, right
+from gdn2gen.tuning.gpu.backend import WorkerBackend
+from gdn2gen.tuning.offline.run import ProcessBackend
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of a recipe: how its kernels compiled, and how far off their results are."""
+
+    recipe: Recipe
+    resources: dict[str, Resources]
+    """By stage, for the target."""
+    instead: dict[str, str]
+    """Stages that run their default config, and why not the one that was wanted."""
+    where: str
+    """The GPU that the results were checked on, or what was there instead of one."""
+    errors: dict[str, float]
+    """Worst relative error of each output and gradient against the fp64 reference."""
+
+    @property
+    def words(self) -> str:
+        """One paragraph of it, for a reader."""
+        spilled = max(x.spill_bytes for x in self.resources.values())
+        shared = max(x.shared_bytes for x in self.resources.values())
+        name, error = max(self.errors.items(), key=lambda x: x[1])
+        said = [
+            f"compiled: {len(self.resources)} stages, at most {shared} bytes of shared memory and "
+            f"{spilled} spilled a thread",
+            f"checked on {self.where}: worst {name}, off by {error:.1e}",
+        ]
+        said += [f"{stage} runs its default: {why}" for stage, why in self.instead.items()]
+        return "\n".join(said)
+
+
+def is_proven(found: Found) -> bool:
+    """Whether its kernels have run at these head dims: what is on file has, and so have the
+    defaults of what is verified there."""
+    known = found.source in ("exact", "nearest")
+    return known or (found.source == "default" and _is_verified(found))
+
+
+def _is_verified(found: Found) -> bool:
+    arch = None if found.device is None else found.device.arch
+    return is_verified(*Place.of(found.recipe.problem), arch)
+
+
+def prove(
+    recipe: Recipe,
+    device: Device,
+    *,
+    present: bool,
+    say: Callable[[str], None] = lambda _: None,
+) -> Proof:
+    """Compile every stage for `device`, and compare the results with the fp64 reference: on the GPU
+    if it is `present`, else in Triton's interpreter in fp32.
+
+    A stage whose kernel does not compile, or does not fit, gets its default config. The interpreter
+    checks Triton's default for a stage in TileLang, which only a GPU can run. Raises BuildError if
+    a default does not compile, and TuneError if results are off.
+    """
+    backend = WorkerBackend(device) if present else ProcessBackend(device)
+    try:
+        recipe, resources, instead = _compiled(recipe, device, backend.compile, say)
+        if isinstance(backend, WorkerBackend):
+            say(f"checking on {device.name}")
+            where, checked = device.name, right(backend.check(recipe, full=False))
+        else:
+            say("checking in Triton's interpreter")
+            interpreted = _interpretable(recipe)
+            where, checked = _place(recipe, interpreted), right(backend.interpret(interpreted))
+    finally:
+        backend.close()
+    if not checked.ok:
+        raise TuneError(
+            f"the kernels of {recipe} failed their check on {where}, and nothing was written: "
+            f"{checked.reason}"
+        )
+    return Proof(recipe, resources, instead, where, dict(checked.get().errors))
+
+
+def _compiled(
+    recipe: Recipe,
+    device: Device,
+    compiles: Callable[[Problem, Config], Future[Outcome[Resources]]],
+    say: Callable[[str], None],
+) -> tuple[Recipe, dict[str, Resources], dict[str, str]]:
+    problem, resources, instead = recipe.problem, dict[str, Resources](), dict[str, str]()
+    waiting = {config.stage: compiles(problem, config) for config in recipe.configs}
+    for stage, future in waiting.items():
+        say(f"compiling {stage}")
+        built = fitting(future.result(), device)
+        if not built.ok:
+            default = default_config(stage, problem, BT=recipe.BT, arch=device.arch)
+            instead[stage] = built.reason
+            if recipe[stage] != default:
+                recipe = recipe.with_config(default)
+                built = fitting(compiles(problem, default).result(), device)
+            if not built.ok:
+                raise BuildError(
+                    f"the default {stage} [{default}] does not fit {device.name}: {built.reason}"
+                )
+        resources[stage] = built.get()
+    return recipe, resources, instead
+
+
+def _interpretable(recipe: Recipe) -> Recipe:
+    """The same with Triton's default for every stage in another language."""
+    others = [x.stage for x in recipe.configs if language_of(x) != "triton"]
+    return recipe.with_config(*(default_config(x, recipe.problem, BT=recipe.BT) for x in others))
+
+
+def _place(recipe: Recipe, interpreted: Recipe) -> str:
+    pairs = zip(recipe.configs, interpreted.configs, strict=True)
+    stages = [a.stage for a, b in pairs if language_of(a) != language_of(b)]
+    where = "Triton's interpreter in fp32"
+    return f"{where} (not {', '.join(stages)}, in TileLang)" if stages else where
+
+
+def proven(found: Found, proof: Proof) -> Found:
+    """`found` with the recipe that was proven."""
+    why = found.why
+    if proof.instead:
+        why += f"; defaults stand in for {', '.join(proof.instead)}"
+    return replace(found, recipe=proof.recipe, why=why)
+
+
+@dataclass(frozen=True)
+class Package:
+    """What `generate` wrote."""
+
+    files: list[Path]
+    found: Found
+    """The recipe, and where it came from."""
+    proof: Proof | None
+    """None for a recipe whose kernels had run before."""
+
+
+def generate(
+    out_dir: str | Path,
+    *,
+    op: str = "gdn2",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    shape: str = "train4k",
+    level: str = "lean",
+    language: str | None = None,
+    target: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    **fields: object,
+) -> Package:
+    """Write a package of kernels to `out_dir`, as `gdn2gen generate` does.
+
+    head_dim, value_dim: K, a multiple of 8 from 16 to 256, and V, one from 16 to 512 (K if None).
+    shape: the name of a shape, or sizes BxTxH, whose tuned configs are taken.
+    language: `triton` for a package that does not need TileLang.
+    target: GPU or architecture; by default the present GPU, or sm_90 where there is none.
+    fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
+
+    Recipes that never ran at these head dims are compiled and checked first (see `prove`). Raises
+    UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
+    and InputError for a folder that holds anything but an earlier package.
+    """
+    shapes = parse_shapes(shape)
+    if len(shapes) != 1:
+        raise InputError(f"a package is made for one shape, but got {shape!r}")
+    if language not in (None, "triton"):
+        raise InputError(f"a package is as tuned or language='triton', but got {language!r}")
+    wanted = shapes[0]
+    V = head_dim if value_dim is None else value_dim
+    problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
+    problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
+    present = target is None and has_gpu()
+    device = present_device() if present else device_called(target or "sm_90")
+    return make(
+        problem,
+        wanted,
+        device,
+        out_dir,
+        present=present,
+        level=level,
+        language=language,
+        force=force,
+        say=say,
+    )
+
+
+def make(
+    problem: Problem,
+    shape: Shape,
+    device: Device,
+    out_dir: str | Path,
+    *,
+    present: bool,
+    level: str,
+    language: str | None,
+    force: bool,
+    say: Callable[[str], None],
+) -> Package:
+    """Find the recipe, prove it unless its kernels ran at these head dims, write the package."""
+    check_folder(Path(out_dir), force=force)
+    found = find_recipe_of_any_size(problem, shape.regime, device, level=level)
+    found = in_triton(found) if language == "triton" else found
+    proof = None
+    if not is_proven(found):
+        proof = prove(found.recipe, device, present=present, say=say)
+        found = proven(found, proof)
+    command = generate_command(found)
+    # less the folders of this machine
+    origin = f"{found.source}: {found.why.partition('; looked at')[0]}"
+    files = generate_package(found.recipe, out_dir, command, origin=origin, force=force)
+    return Package(files, found, proof)

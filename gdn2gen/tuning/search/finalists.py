@@ -1,0 +1,304 @@
+"""Finalists: recipes of the best stages, checked in full and timed in turns at each shape.
+
+The winner of a search is often noise, so the default and the best few run interleaved, forward and
+backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
+default, else to the recipe that differs from it in the fewest knobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from statistics import mean
+from typing import Final
+
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.codegen.build import Resources
+from gdn2gen.codegen.digests import digest_of
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.plans import PLANS, level_of, plans_of
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.check import CheckResult, full_problem
+from gdn2gen.measure.timing import Timing
+from gdn2gen.tuning.gpu.attempt import right
+from gdn2gen.tuning.records.stored import Stored
+from gdn2gen.tuning.search.loop import Search, Window
+from gdn2gen.tuning.search.verdicts import TIE, Measured, Verdict, combine, is_decided, pick
+
+_MOST: Final = 6
+_MIN_ROUNDS: Final = 3
+_MAX_ROUNDS: Final = 12
+# A runner-up this close by its own time may well be the better one in the whole.
+_CLOSE: Final = 0.05
+# Runners-up that compile ahead.
+_LIKELY_CLOSE: Final = 2
+# Chunk sizes whose stages take this much longer have no chance: sums and whole passes agree to 1%.
+_FAR: Final = 1.1
+# Neighbours of a config that fails only here were tried, too, and may fail with it.
+_MAX_REPAIRS: Final = 12
+
+
+class Finals:
+    """Chooses finalists from a finished search and measures them."""
+
+    def __init__(self, search: Search, stored: Sequence[Stored] = ()) -> None:
+        self._search = search
+        self._stored = list(stored)
+        self._checks: dict[Recipe, CheckResult] = {}
+        self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
+        self._won: dict[Shape, Recipe] = {}
+        """Who won at each shape for the plan that was first: its stages have proved themselves."""
+        self._seconds: list[float] = []
+        """What each verdict so far took for each of its finalists."""
+
+    def compile_known(self, turns: Sequence[tuple[Shape, str]]) -> None:
+        """Queue the compile of what verdicts to come measure in any case, and do not wait for it.
+
+        Kernels of the full check have states in and out, and nothing of the search serves for them:
+        the GPU waited for their compile at every verdict.
+        """
+        for shape, plan in turns:
+            self._compile(self._known(shape, plan))
+
+    def compile_ahead(self, turns: Sequence[tuple[Shape, str]]) -> None:
+        """The same, and of what the search holds for the best by now."""
+        for shape, plan in turns:
+            self._compile(self._likely(shape, plan))
+
+    def is_behind(self, shape: Shape, plan: str) -> bool:
+        """Whether a plan need not be decided.
+
+        By its stages it is slower than its level's first, and no recipe of it is on file.
+        """
+        if self._on_file(shape, plan):
+            return False
+        first = plans_of(level_of(plan), self._search.problem.op)[0]
+        return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
+
+    def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
+        """Winner at one shape, or None if nothing passed the full check."""
+        progress = self._search.context.progress
+        progress.phase(f"finalists at {shape.name}, plan {plan}: check in full")
+        started = window.clock()
+        finalists = self.choose(shape, plan, self._affordable(window))
+        progress.phase(f"finalists at {shape.name}, plan {plan}: {len(finalists)} in turns")
+        measured = self._measure(finalists, shape, window)
+        if not measured:
+            return None  # `why_none` says more.
+        self._seconds.append((window.clock() - started) / len(finalists))
+        default = next((x for x in measured if x.recipe == self._default(plan)), None)
+        winner, tied = pick(measured, self._default(plan))
+        alone = [x for x in measured if x.recipe.needs_triton_alone]
+        in_triton = pick(alone, self._default(plan))[0] if alone else None
+        self._won.setdefault(shape, winner.recipe)
+        label = f"{shape.name} {plan} forward+backward"
+        default_ms = default.forward_backward.median if default else None
+        progress.best_so_far(label, winner.forward_backward.median, default_ms)
+        return Verdict(shape, level_of(plan), winner, default, tied, in_triton)
+
+    def why_none(self, plan: str) -> str:
+        """Why there is no verdict: what the default failed at."""
+        found = self._checks.get(self._default(plan))
+        if found is None or found.ok:
+            return "every finalist failed while it was timed"
+        return f"no recipe passed the full check; the default: {found.reason}"
+
+    def _affordable(self, window: Window) -> int:
+        """Finalists that the time left is enough for, by what earlier ones took; two at least,
+        beside what is on file.
+        """
+        if not self._seconds:
+            return _MOST
+        left = window.end - window.clock()
+        return max(2, min(_MOST, int(left / max(mean(self._seconds), 1e-9))))
+
+    def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Recipe]:
+        """The default, what is on file and the best in Triton, then the best by the sum of their
+        stages; all pass the check.
+        """
+        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
+        best: list[Recipe] = []
+        for BT in sizes[: most - 1]:
+            sum_ms = self._sum_ms(shape, plan, BT)
+            if best and sum_ms > _FAR * self._sum_ms(shape, plan, best[0].BT):
+                break
+            found = self._best_passing(shape, plan, BT)
+            if found is not None:
+                best.append(found)
+        stored = self._on_file(shape, plan)
+        known = [self._default(plan), *stored, *self._in_triton(shape, plan)]
+        chosen = [*known, *self._carried(shape, plan), *best]
+        if sizes:
+            chosen += self._runners_up(shape, plan, sizes[0])
+        unique = list(dict.fromkeys(chosen))[: max(most, 1 + len(set(known)))]
+        self._warm(unique)
+        return [x for x in unique if self._passes(x)]
+
+    def _on_file(self, shape: Shape, plan: str) -> list[Recipe]:
+        """The recipes on file for this shape, two at most, whatever time is left.
+
+        Without, a search of 37 s over nine stages ended at 0.665 ms (head dim 64, train2k, fast)
+        where 0.615 was on file.
+        """
+        found = [x.recipe for x in self._stored if x.is_for(shape, plan)]
+        alone = [x for x in found if x.needs_triton_alone]
+        others = [x for x in found if not x.needs_triton_alone]
+        return [*list(dict.fromkeys(others))[:2], *alone[:1]]
+
+    def _in_triton(self, shape: Shape, plan: str) -> list[Recipe]:
+        """The best by the sum of its stages of those that need Triton alone."""
+        sums = {BT: self._sum_ms(shape, plan, BT, "triton") for BT in self._search.trials}
+        best = self._best(shape, plan, min(sums, key=sums.__getitem__), "triton") if sums else None
+        return [best] if best else []
+
+    def _carried(self, shape: Shape, plan: str) -> list[Recipe]:
+        """What won for the plan that was first, completed by this plan's best.
+
+        Where the time is enough for one finalist beside the default, a winner from what was on file
+        was lost to a search of few trials: varlen8k took 3.55 ms with 784 bytes a token saved, and
+        3.04 without.
+        """
+        won = self._won.get(shape)
+        if won is None:
+            return []
+        problem = self._search.problem
+        # a winner from what was on file may have chunks that were not searched
+        found = self._best(shape, plan, won.BT) if won.BT in self._search.trials else None
+        best = found or self._search.base(plan, won.BT)
+        return [Recipe.of(problem, plan, {**best.by_stage, **won.by_stage})]
+
+    def _default(self, plan: str) -> Recipe:
+        return self._search.base(plan)
+
+    def _sum_ms(self, shape: Shape, plan: str, BT: int, language: str = "") -> float:
+        ranked = [self._ranked(stage, shape, BT, language) for stage in PLANS[plan].stages]
+        return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
+
+    def _ranked(
+        self, stage: str, shape: Shape, BT: int, language: str = ""
+    ) -> list[tuple[Config, float]]:
+        """Fastest first, of one language if it is named; nothing of a plan whose default failed at
+        this chunk size.
+        """
+        trials = self._search.trials[BT].get(stage)
+        ranked = [] if trials is None else trials.ranked(shape)
+        return [x for x in ranked if not language or language_of(x[0]) == language]
+
+    def _least_sum(self, shape: Shape, plan: str) -> float:
+        sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
+        return min(sums, default=float("inf"))
+
+    def _best(self, shape: Shape, plan: str, BT: int, language: str = "") -> Recipe | None:
+        ranked = {x: self._ranked(x, shape, BT, language) for x in PLANS[plan].stages}
+        if not all(ranked.values()):
+            return None
+        configs = {stage: found[0][0] for stage, found in ranked.items()}
+        return Recipe.of(self._search.problem, plan, configs)
+
+    def _best_passing(self, shape: Shape, plan: str, BT: int) -> Recipe | None:
+        """Best composition that passes in full; a stage that is to blame is replaced."""
+        for _ in range(_MAX_REPAIRS):
+            recipe = self._best(shape, plan, BT)
+            if recipe is None or self._passes(recipe):
+                return recipe
+            if not self._withdraw_guilty(recipe):
+                return None
+        return None
+
+    def _withdraw_guilty(self, recipe: Recipe) -> bool:
+        """Find which stage alone fails the full check, and drop its config from the trials."""
+        base = self._search.base(recipe.plan.name, recipe.BT)
+        found = False
+        for config in recipe.configs:
+            alone = base.with_config(config)
+            if alone != base and not self._passes(alone):
+                trials = self._search.trials[recipe.BT][config.stage]
+                trials.withdraw(config, self._checks[alone].reason)
+                found = True
+        return found
+
+    def _runners_up(self, shape: Shape, plan: str, BT: int) -> list[Recipe]:
+        """The best recipe with one close second in place of a stage's first."""
+        best = self._best(shape, plan, BT)
+        if best is None:
+            return []
+        found = []
+        for stage in PLANS[plan].stages:
+            ranked = self._ranked(stage, shape, BT)
+            if len(ranked) > 1 and ranked[1][1] < ranked[0][1] * (1 + _CLOSE):
+                found.append((ranked[0][1], best.with_config(ranked[1][0])))
+        return [x for _, x in sorted(found, key=lambda pair: -pair[0])]
+
+    def _passes(self, recipe: Recipe) -> bool:
+        """The full check, once per recipe; a failure is filed in the ledger."""
+        if recipe not in self._checks:
+            self._checks[recipe] = self._check(recipe)
+        return self._checks[recipe].ok
+
+    def _check(self, recipe: Recipe) -> CheckResult:
+        context = self._search.context
+        digest = digest_of(recipe)
+        refused = context.ledger.why_recipe_refused(recipe, digest)
+        if refused is not None and recipe != self._default(recipe.plan.name):
+            return CheckResult(False, {}, refused)
+        self._warm([recipe])
+        checked = right(context.backend.check(recipe, full=True))
+        result = checked.value or CheckResult(False, {}, checked.reason)
+        if not checked.ok and checked.lasts:
+            context.ledger.add_recipe(result.reason, recipe, digest, result.errors)
+        return result
+
+    def _warm(self, recipes: Sequence[Recipe]) -> None:
+        """Compile for the full check in parallel; what fails there, the check itself reports."""
+        wait(self._compile(recipes))
+
+    def _compile(self, recipes: Sequence[Recipe]) -> list[Future[Outcome[Resources]]]:
+        configs = dict.fromkeys(config for recipe in recipes for config in recipe.configs)
+        full = full_problem(self._search.problem)
+        for config in configs:
+            if config not in self._compiles:
+                self._compiles[config] = self._search.context.backend.compile(full, config)
+        return [self._compiles[config] for config in configs]
+
+    def _known(self, shape: Shape, plan: str) -> list[Recipe]:
+        return [self._default(plan), *self._on_file(shape, plan)]
+
+    def _likely(self, shape: Shape, plan: str) -> list[Recipe]:
+        """What `choose` will look at, if all of it passes the check."""
+        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
+        best = [self._best(shape, plan, BT) for BT in sizes[:1]]
+        close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
+        known = [*self._known(shape, plan), *self._in_triton(shape, plan)]
+        known += self._carried(shape, plan)
+        return [*known, *(x for x in best if x is not None), *close]
+
+    def _measure(self, finalists: Sequence[Recipe], shape: Shape, window: Window) -> list[Measured]:
+        """Time in turns: three rounds, then until decided, out of rounds or out of time."""
+        rounds: dict[Recipe, list[tuple[Timing, Timing]]] = {x: [] for x in finalists}
+        peaks: dict[Recipe, float] = {}
+        for number in range(_MAX_ROUNDS):
+            for recipe in list(rounds):
+                timed = self._search.context.backend.time_recipe(
+                    recipe, shape, with_peak=number == 0
+                )
+                if not timed.ok:
+                    del rounds[recipe]
+                    self._search.context.progress.phase(f"a finalist fell out: {timed.reason}")
+                    continue
+                found = timed.get()
+                peaks.setdefault(recipe, found.peak_mib)
+                rounds[recipe].append((found.forward, found.forward_backward))
+            over = window.used >= 1
+            if number + 1 >= _MIN_ROUNDS and (over or is_decided(list(rounds.values()))):
+                break
+        return [
+            Measured(
+                recipe,
+                combine([forward for forward, _ in timings]),
+                combine([both for _, both in timings]),
+                peaks[recipe],
+                self._checks[recipe].errors,
+            )
+            for recipe, timings in rounds.items()
+        ]

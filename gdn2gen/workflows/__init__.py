@@ -1,0 +1,11 @@
+"""What the commands do, as functions that return data: `gdn2gen.tune`, `gdn2gen.warmup` and others.
+
+wanted    problems, shapes and devices, as callers name them
+explain   which recipe a call runs, and why
+tune      search the present GPU, or rank for another
+verify    the accuracy suite, and what it files
+compiled  a folder of kernels that ships in a container
+warmup    compile or load in this process what calls will want
+
+`generate` is in `tuning.packages`, `pin` in `store.pins`.
+"""

@@ -1,0 +1,209 @@
+"""A folder of kernels that ships in a container, so that a process there compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final
+
+from gdn2gen.base.device import Device
+from gdn2gen.base.errors import BuildError, InputError
+from gdn2gen.base.worker import Worker
+from gdn2gen.codegen import shipped
+from gdn2gen.codegen.ship import ship_launcher, ship_stage, ship_tables, surroundings
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.store.dispatch import find_recipe, in_triton
+from gdn2gen.store.pins import Pin
+from gdn2gen.workflows.wanted import (
+    Shapes,
+    at,
+    decoding_problem_from,
+    levels_from,
+    present_or,
+    problem_from,
+    shapes_from,
+)
+
+# A program of TileLang takes 10 s, and one of a wide head dim several times as long.
+_TIMEOUT_S: Final = 900.0
+
+Task = tuple[str, tuple[Any, ...]]
+"""What a worker does: `module:function` and its arguments but for the device."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `compile_kernels` wrote."""
+
+    folder: Path
+    device: Device
+    recipes: list[Recipe]
+    seconds: dict[str, float]
+    """Of each kernel, by stage and config."""
+    lacks: str | None
+    """What the folder could not be given here, and how it can be; None if it is whole."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that lies in the folder."""
+        return sum(x.stat().st_size for x in self.folder.rglob("*") if x.is_file())
+
+
+def compile_kernels(
+    out_dir: str | Path,
+    shapes: Shapes = "train4k",
+    *,
+    op: str = "gdn2",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    levels: str | Iterable[str] = LEVELS[0],
+    backward: bool = True,
+    decode: Shapes = (),
+    decode_fields: Mapping[str, bool] | None = None,
+    target: str | None = None,
+    language: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **fields: Any,
+) -> Compiled:
+    """Compile what calls at these shapes run into `out_dir`, as `gdn2gen compile` does.
+
+    A process whose GDN2GEN_COMPILED_DIR names the folder runs these kernels and their recipes
+    without nvcc, a C compiler or a folder that it may write; at other lengths it runs the recipe
+    that is compiled for the nearest. A folder of the same toolchain and GPU is added to.
+
+    backward: also the kernels of gradients.
+    decode: shapes of calls over a few tokens (`64x1x16`: 64 sequences of one token, 16 value
+    heads); decode_fields: of `family.decoding.DecodingProblem`, such as pool, indexed, state_bf16.
+    language: `triton` for a folder that needs no TileLang.
+    The rest is as in `gdn2gen.explain`.
+
+    Needs no GPU, but the compilers: a C compiler, and nvcc or NVRTC for TileLang. Raises BuildError
+    with a compiler's words, and InputError for a folder of another toolchain or GPU.
+    """
+    if language not in (None, "triton"):
+        raise InputError(f"kernels are as tuned or language='triton', but got {language!r}")
+    folder = Path(out_dir).resolve()
+    problem = problem_from(op, head_dim, value_dim, dtype, fields)
+    device, present = present_or(target)
+    known = _known(folder, device)
+    tasks: dict[Task, None] = {("ship_launcher", ()): None}
+    pins: list[Pin] = []
+    for shape in shapes_from(shapes) if shapes else ():
+        for level in levels_from(levels):
+            found = find_recipe(at(problem, shape), shape.regime, device, level=level)
+            recipe = (in_triton(found) if language else found).recipe
+            pins.append(Pin(recipe, shape.regime, level, device.name, device.arch))
+            tasks |= dict.fromkeys(_tasks(recipe, backward=backward))
+    for shape in shapes_from(decode) if decode else ():
+        tasks |= dict.fromkeys(_decoding(problem, decode_fields or {}, shape, device))
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    seconds, lacks = _run([*tasks], folder, device, present, say)
+    documents = [x.document for x in pins]
+    documents += [x for x in known if x not in documents]
+    shipped.write_manifest(folder, device.name, device.arch, documents)
+    return Compiled(folder, device, [x.recipe for x in pins], seconds, lacks)
+
+
+def _known(folder: Path, device: Device) -> list[dict[str, Any]]:
+    """The recipes of a folder that is there. Raises InputError unless it can be added to."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return []
+    try:
+        found = shipped.read_manifest(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds something else than compiled kernels ({error}); name a new folder"
+        ) from error
+    made = found.get("toolchain"), found.get("arch")
+    if made != (shipped.toolchain(), device.arch):
+        raise InputError(
+            f"{folder} was compiled by {made[0]} for {made[1]}, but {shipped.toolchain()} and "
+            f"{device.arch} are wanted; name a new folder"
+        )
+    return list(found.get("recipes", ()))
+
+
+def _tasks(recipe: Recipe, *, backward: bool) -> Iterator[Task]:
+    """A worker's calls for all kernels of a recipe."""
+    problem, plan = recipe.problem, recipe.plan
+    for stage in plan.forward:
+        yield "ship_stage", (problem, stage, recipe[stage])
+    if backward:
+        # without a gradient of the final state, which a training step seldom has, and with it
+        for wanted in dict.fromkeys((replace(problem, final_state=False), problem)):
+            for stage in plan.backward:
+                yield "ship_stage", (wanted, stage, recipe[stage])
+    if problem.varlen:
+        yield "ship_tables", (problem, recipe.BT)
+
+
+def _decoding(
+    problem: Problem, fields: Mapping[str, bool], shape: Shape, device: Device
+) -> Iterator[Task]:
+    from gdn2gen.runtime.decoding import config_at
+
+    wanted = decoding_problem_from(problem, fields, shape)
+    config = config_at(wanted, shape.regime.sequences, shape.H, device)
+    yield "ship_stage", (wanted, "recurrent", config)
+
+
+def _run(
+    tasks: list[Task], folder: Path, device: Device, present: bool, say: Callable[[str], None]
+) -> tuple[dict[str, float], str | None]:
+    """Seconds of each kernel, and what the launcher lacks. Raises BuildError."""
+    module, lacks, seconds = ship_stage.__module__, None, dict[str, float]()
+    assert {ship_stage, ship_tables, ship_launcher}
+    with tempfile.TemporaryDirectory() as scratch:
+        workers = [
+            Worker(surroundings(folder, Path(scratch)))
+            for _ in range(min(len(tasks), os.cpu_count() or 1, 16))
+        ]
+        free: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            free.put(worker)
+
+        def run(task: Task) -> Any:
+            name, given = task
+            arguments = (present,) if name == "ship_launcher" else (*given, device, present)
+            worker = free.get()
+            try:
+                return worker.call(f"{module}:{name}", *arguments, timeout=_TIMEOUT_S)
+            finally:
+                free.put(worker)
+
+        try:
+            with ThreadPoolExecutor(len(workers)) as pool:
+                for task, outcome in zip(tasks, pool.map(run, tasks), strict=True):
+                    if not outcome.ok:
+                        raise BuildError(f"{_name(task)}: {outcome.reason}")
+                    if task[0] == "ship_launcher":
+                        lacks = outcome.value
+                        continue
+                    seconds[_name(task)] = outcome.get()
+                    say(f"compiled {len(seconds)} of {len(tasks) - 1}: {_name(task)}")
+        finally:
+            for worker in workers:
+                worker.close()
+    return seconds, lacks
+
+
+def _name(task: Task) -> str:
+    name, given = task
+    if name == "ship_launcher":
+        return "Triton's launcher"
+    if name == "ship_tables":
+        return f"chunk_tables [BT={given[1]}]"
+    problem, stage, config = given
+    assert isinstance(problem, Problem) and isinstance(config, Config)
+    state = " final_state" if problem.final_state else ""
+    return f"{stage} [{config} language={language_of(config)}]{state}"

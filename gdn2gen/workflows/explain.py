@@ -1,0 +1,39 @@
+"""Which recipe a call runs, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.workflows.wanted import Shapes, at, present_or, problem_from, shapes_from
+
+
+def explain(
+    shapes: Shapes = "train4k",
+    *,
+    op: str = "gdn2",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    level: str = "lean",
+    target: str | None = None,
+    strict: bool | None = None,
+    **fields: Any,
+) -> list[Found]:
+    """What calls at these shapes run, one for each, as `gdn2gen explain` prints it.
+
+    shapes: names, or sizes BxTxH. head_dim, value_dim: K, and V (K if None).
+    level: `lean`, or `fast`, what `disable_recompute=True` asks for.
+    target: a GPU or an architecture; by default the present GPU, or sm_90 where there is none.
+    strict: raise DispatchError for all but exact entries (None: as GDN2GEN_STRICT says).
+    fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
+
+    `Found.recipe` has the plan and the configs, `.source` and `.why` where they come from;
+    `store.dispatch.recipe_document` makes a dict of it, `explain_recipe` a text.
+    """
+    problem = problem_from(op, head_dim, value_dim, dtype, fields)
+    device, _ = present_or(target)
+    return [
+        find_recipe(at(problem, shape), shape.regime, device, level=level, strict=strict)
+        for shape in shapes_from(shapes)
+    ]

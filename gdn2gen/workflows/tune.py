@@ -1,0 +1,79 @@
+"""Search for the fastest configs that pass the accuracy check, and file them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, problem_from, shapes_from
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gdn2gen.tuning import TuneReport
+    from gdn2gen.tuning.views.progress import Progress
+
+
+def tune(
+    shapes: Shapes = "train4k",
+    *,
+    op: str = "gdn2",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    budget_minutes: float = 20.0,
+    levels: str | Iterable[str] = ("lean", "fast"),
+    target: str | None = None,
+    out_dir: str | Path | None = None,
+    storage: str | None = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> TuneReport:
+    """Tune one problem at these shapes, as `gdn2gen tune` does; what won is filed.
+
+    budget_minutes: time to spend, over all shapes.
+    levels: `lean`, `fast`, or both.
+    target: None for the present GPU; without one, and for a named target, kernels are compiled,
+    checked in Triton's interpreter, ranked and filed as predicted.
+    out_dir: the folder of tuned files (None: in a source tree its own, else the user's).
+    storage: an Optuna storage that several GPUs or hosts share.
+    The rest is as in `gdn2gen.explain`.
+
+    `TuneReport.results` has the winner of each shape and level with its times, errors and recipe.
+    Calls of this process find what was filed. Raises TuneError where nothing could be filed.
+    """
+    problem = problem_from(op, head_dim, value_dim, dtype, fields)
+    device, present = present_or(target)
+    options: dict[str, Any] = {
+        "problem": problem,
+        "shapes": shapes_from(shapes),
+        "device": device,
+        "budget_minutes": budget_minutes,
+        "out_dir": own_folder() if out_dir is None else Path(out_dir),
+        "levels": levels_from(levels),
+    }
+    if progress is not None:
+        options["progress"] = progress
+    if present:
+        from gdn2gen.tuning import tune as search
+
+        return search(**options, storage=storage)
+    if storage is not None:
+        raise InputError(f"storage is for studies on a GPU, and none is used here; got {storage!r}")
+    from gdn2gen.tuning import tune_without_gpu
+
+    return tune_without_gpu(**options)
+
+
+def own_folder() -> Path:
+    """Where entries are filed unless a folder is named."""
+    named = os.environ.get("GDN2GEN_TUNED_DIR")
+    return packaged_tuned_dir() if in_source_tree() and not named else user_tuned_dir()
+
+
+def in_source_tree() -> bool:
+    """Whether gdn2gen runs from its source tree, so that `tuned/` there may be written."""
+    return (packaged_tuned_dir().parent / "pyproject.toml").is_file()

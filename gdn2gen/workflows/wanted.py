@@ -1,0 +1,71 @@
+"""Problems, shapes and devices, as callers of the workflows name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from gdn2gen.base import device as devices
+from gdn2gen.base.device import Device
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape, parse_shapes
+from gdn2gen.store.sharing import device_called
+
+Shapes = str | Shape | Sequence[str | Shape]
+"""Names (`train4k`), sizes (`4x4096x16`: B, T and heads), or shapes; one text may list several."""
+
+DEFAULT_TARGET: Final = "sm_90"
+
+
+def problem_from(
+    op: str, head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
+) -> Problem:
+    """`fields` are those of `Problem` (gate, gate_dtype, l2norm, initial_state, ...)."""
+    V = head_dim if value_dim is None else value_dim
+    return Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)
+
+
+_OF_EITHER: Final = (
+    *("op", "K", "V", "dtype", "gate_dtype", "l2norm", "gate", "has_A_log", "has_dt_bias"),
+    *("beta_sigmoid", "neg_eigval", "beta_fp32"),
+)
+
+
+def decoding_problem_from(
+    problem: Problem, fields: Mapping[str, bool], shape: Shape
+) -> DecodingProblem:
+    """The decoding problem of the same recurrence, dims, dtypes and gate; `fields` are its own."""
+    given: dict[str, Any] = {name: getattr(problem, name) for name in _OF_EITHER}
+    return DecodingProblem(**{**given, "one_token": shape.T == 1, **fields})
+
+
+def at(problem: Problem, shape: Shape) -> Problem:
+    """`problem` for the calls at `shape`: packed if the shape is."""
+    return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
+
+
+def shapes_from(shapes: Shapes) -> list[Shape]:
+    """Raises InputError for a word that names none, and where there is none."""
+    if isinstance(shapes, str):
+        return parse_shapes(shapes)
+    if isinstance(shapes, Shape):
+        return [shapes]
+    return [x for given in shapes for x in shapes_from(given)]
+
+
+def levels_from(levels: str | Iterable[str]) -> tuple[str, ...]:
+    return (levels,) if isinstance(levels, str) else tuple(levels)
+
+
+def present_or(target: str | None) -> tuple[Device, bool]:
+    """The device to work for, and whether it is the GPU in this machine.
+
+    A named target wins; without a name the present GPU, or `DEFAULT_TARGET` where there is none.
+    """
+    if target is not None:
+        return device_called(target), False
+    if devices.has_gpu():
+        return devices.present_device(), True
+    return devices.named_device(DEFAULT_TARGET), False

@@ -1,0 +1,173 @@
+"""Compile or load in this process what calls will want, before they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gdn2gen
+from gdn2gen.base.device import present_device
+from gdn2gen.base.environment import interpreted
+from gdn2gen.base.errors import DeviceError
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op
+from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.workflows.wanted import (
+    Shapes,
+    at,
+    decoding_problem_from,
+    levels_from,
+    problem_from,
+    shapes_from,
+)
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """One kind of call that now finds all of its kernels loaded."""
+
+    call: str
+    """The public op."""
+    shape: Shape
+    level: str | None
+    """None of a call over a few tokens."""
+    found: Found | None
+    """The recipe that it runs, and why; None of a call over a few tokens."""
+    seconds: float
+    """That it took, of which most was for compiling and loading."""
+
+
+def warmup(
+    shapes: Shapes = "train4k",
+    *,
+    op: str = "gdn2",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    levels: str | Iterable[str] = LEVELS[0],
+    backward: bool = True,
+    decode: Shapes = (),
+    decode_fields: Mapping[str, bool] | None = None,
+    device: int | str | torch.device | None = None,
+    **fields: Any,
+) -> list[Warmed]:
+    """Make the calls that a process is going to make, on random tensors, so that the first real one
+    finds its kernels compiled and loaded, and its sizes looked up.
+
+    shapes: names, or sizes BxTxH; () for none. A call without gradients is made at each, and with
+    `backward` one with them: memory for the tensors of a call is needed, and given back.
+    levels: `lean`, or `fast`, what `disable_recompute=True` asks for.
+    decode, decode_fields: as in `gdn2gen compile`: calls of the op over a few tokens.
+    device: a GPU (the current one).
+    fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
+
+    Returns what was called, with the recipe, its source and the seconds. Head dims that were not
+    verified are refused as in any call. Raises DeviceError where there is no GPU.
+    """
+    problem = problem_from(op, head_dim, value_dim, dtype, fields)
+    place = _place(device)
+    warmed = []
+    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+        for shape in shapes_from(shapes) if shapes else ():
+            for level in levels_from(levels):
+                wanted = at(problem, shape)
+                warmed.append(_chunked(wanted, shape, level, place, backward=backward))
+        for shape in shapes_from(decode) if decode else ():
+            decoding = decoding_problem_from(problem, decode_fields or {}, shape)
+            warmed.append(_decoded(decoding, shape, place))
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+    return warmed
+
+
+def _place(device: int | str | torch.device | None) -> torch.device:
+    if interpreted():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "warmup loads kernels into a GPU, but torch sees none here; `gdn2gen compile` needs "
+            "none"
+        )
+    index = device if isinstance(device, int) else None
+    given = torch.device("cuda" if device is None or index is not None else device)
+    if given.type != "cuda":
+        raise DeviceError(f"warmup loads kernels into a GPU, but got device={device!r}")
+    index = given.index if index is None else index
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def _chunked(
+    problem: Problem, shape: Shape, level: str, place: torch.device, *, backward: bool
+) -> Warmed:
+    started, function = time.monotonic(), public_op(problem.op)
+    inputs = inputs_of(problem, shape, "layer", 0, str(place))
+    flags = {**op_flags(problem), "output_final_state": problem.final_state}
+    flags["disable_recompute"] = level != LEVELS[0]
+    with torch.no_grad():
+        function(**inputs, **flags)
+    if backward:
+        arrived = output_gradients(problem, shape, 0, str(place))
+        for x in recurrence_named(problem.op).inputs:
+            if x.name in inputs:
+                inputs[x.name].requires_grad_(x.differentiable)
+        leaves = [x for x in inputs.values() if x.requires_grad]
+        o, state = function(**inputs, **flags)
+        do = arrived["o"].to(o.dtype)
+        torch.autograd.grad([o], leaves, [do], retain_graph=state is not None)
+        if state is not None:
+            torch.autograd.grad([o, state], leaves, [do, arrived["final_state"]])
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    gpu = present_device(place.index) if place.type == "cuda" else None
+    found = None if gpu is None else find_recipe(problem, shape.regime, gpu, level=level)
+    name = recurrence_named(problem.op).public.chunk
+    return Warmed(name, shape, level, found, time.monotonic() - started)
+
+
+def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> Warmed:
+    """One call of the op over a few tokens; rows and slots follow each other."""
+    started = time.monotonic()
+    of_chunks = replace(_plain(problem), final_state=False, initial_state=problem.initial_state)
+    inputs = inputs_of(of_chunks, shape, "layer", 0, str(place))
+    N = shape.regime.sequences
+    inner = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
+    dtype = torch.bfloat16 if problem.state_bf16 else torch.float32
+    given: dict[str, Any] = {}
+    if problem.pool:
+        tokens = shape.T if problem.speculative else 1
+        given["state_pool"] = torch.zeros((N * tokens, shape.H, *inner), dtype=dtype, device=place)
+        if problem.indexed:
+            slots: Tensor = torch.arange(N * tokens, dtype=torch.int32, device=place)
+            given["ssm_state_indices"] = slots.view(N, tokens) if problem.speculative else slots
+        if problem.accepted:
+            given["num_accepted_tokens"] = torch.ones(N, dtype=torch.int32, device=place)
+    elif problem.initial_state:
+        inputs["initial_state"] = inputs["initial_state"].to(dtype)
+    name = recurrence_named(problem.op).public.recurrent
+    flags = {k: v for k, v in op_flags(of_chunks).items() if k not in _ONLY_OF_CHUNKS}
+    with torch.no_grad():
+        getattr(gdn2gen, str(name))(
+            **inputs, **flags, **given, output_final_state=problem.final_state
+        )
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    return Warmed(str(name), shape, None, None, time.monotonic() - started)
+
+
+_ONLY_OF_CHUNKS = ("safe_gate", "disable_recompute", "chunk_size")
+
+
+def _plain(problem: DecodingProblem) -> Problem:
+    """Without what only decoding has."""
+    names = Problem.__dataclass_fields__
+    return Problem(**{name: getattr(problem, name) for name in names})

@@ -1,0 +1,100 @@
+"""Recipes of a process as data, and taken by another."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import gdn2gen
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import DispatchError
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.runtime import lookup
+from gdn2gen.store import pins
+from gdn2gen.store.dispatch import find_recipe, surroundings
+
+H200 = named_device("H200")
+SMALL = Regime(tokens=64, sequences=1, heads=4)
+TRAIN = Regime(tokens=16384, sequences=4, heads=16)
+PROBLEM = Problem()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    pins.forget()
+    yield
+    pins.forget()
+    lookup._found.cache_clear()
+
+
+def _default(**knobs: Any) -> dict[str, Any]:
+    """What a rank might give that has no tuned files: the default, at the regime of train4k."""
+    recipe = Recipe.default(PROBLEM, arch="sm_90")
+    if knobs:
+        recipe = recipe.with_config(recipe["scan"].replace(**knobs))
+    return {"recipes": [pins.Pin(recipe, TRAIN, "lean", H200.name, "sm_90").document]}
+
+
+def test_what_one_process_ran_is_what_another_runs() -> None:
+    ran = find_recipe(PROBLEM, TRAIN, H200)
+    given = json.loads(json.dumps(gdn2gen.pin()))
+    assert [x["regime"] for x in given["recipes"]] == [TRAIN.key]
+    pins.forget()
+    gdn2gen.pin(given)
+    found = find_recipe(PROBLEM, TRAIN, H200)
+    assert (found.recipe, found.source) == (ran.recipe, "pinned")
+    assert gdn2gen.pin()["recipes"] == given["recipes"]
+
+
+def test_pins_come_before_what_is_tuned_and_serve_other_sizes_and_arguments() -> None:
+    given = _default(num_warps=8)
+    before = surroundings()
+    gdn2gen.pin(given)
+    assert surroundings() != before, "what was looked up before must not be found again"
+    wanted = pins.Pin.of_document(given["recipes"][0]).recipe
+    assert find_recipe(PROBLEM, SMALL, H200).recipe == wanted
+    with_state = Problem(initial_state=True, final_state=True)
+    assert find_recipe(with_state, SMALL, H200).recipe.configs == wanted.configs
+    assert find_recipe(PROBLEM, TRAIN, H200, level="fast").source != "pinned"
+    gdn2gen.pin({})
+    assert find_recipe(PROBLEM, TRAIN, H200).source == "exact"
+
+
+def test_a_recipe_that_ran_otherwise_is_an_error_that_names_both() -> None:
+    ran = find_recipe(PROBLEM, TRAIN, H200).recipe
+    given = _default()
+    with pytest.raises(DispatchError) as error:
+        gdn2gen.pin(given)
+    assert str(ran) in str(error.value)
+    assert str(pins.Pin.of_document(given["recipes"][0]).recipe) in str(error.value)
+    assert find_recipe(PROBLEM, TRAIN, H200).recipe == ran, "nothing was taken"
+
+
+def test_another_template_or_gpu_is_an_error_that_names_both() -> None:
+    given = _default()
+    other = copy.deepcopy(given)
+    other["recipes"][0]["templates"]["scan"] = "0123456789abcdef"
+    with pytest.raises(DispatchError, match=r"scan of .* template 0123456789abcdef, but .* has"):
+        gdn2gen.pin(other)
+    gdn2gen.pin(given)
+    with pytest.raises(DispatchError, match=r"NVIDIA H200 \(sm_90\), but .* A100.* \(sm_80\)"):
+        find_recipe(PROBLEM, TRAIN, named_device("A100"))
+
+
+def test_strict_pins_refuse_what_they_do_not_name() -> None:
+    gdn2gen.pin(_default(), strict=True)
+    assert find_recipe(PROBLEM, TRAIN, H200).source == "pinned"
+    with pytest.raises(DispatchError, match=r"nothing is pinned for kda .*; pinned are gdn2 K=128"):
+        find_recipe(Problem(op="kda"), TRAIN, H200)
+
+
+@pytest.mark.parametrize("broken", [{"plan": "none"}, {"regime": {}}, {"configs": {}}])
+def test_what_cannot_be_read_is_refused_by_name(broken: dict[str, Any]) -> None:
+    raw = {**_default()["recipes"][0], **broken}
+    with pytest.raises(DispatchError, match="a pinned recipe cannot be read: "):
+        gdn2gen.pin({"recipes": [raw]})

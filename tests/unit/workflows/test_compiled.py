@@ -1,0 +1,100 @@
+"""A folder of compiled kernels, and a process that has nothing else: no compiler, no home."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from source_tree import ROOT
+
+from gdn2gen import compile_kernels
+from gdn2gen.base.errors import InputError
+from gdn2gen.codegen import shipped
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shipped") / "kernels"
+    compiled = compile_kernels(
+        folder,
+        "2x40x2",
+        head_dim=32,
+        target="sm_90",
+        language="triton",
+        backward=False,
+        decode="2x1x2",
+    )
+    assert compiled.lacks is None, "Triton's launcher is compiled without a GPU"
+    assert {x.partition(" ")[0] for x in compiled.seconds} == {"prepare", "scan", "recurrent"}
+    return folder
+
+
+def _first_call(folder: Path, tokens: int) -> Any:
+    environment = {
+        "GDN2GEN_COMPILED_DIR": str(folder),
+        "GDN2GEN_UNVERIFIED": "verify",
+        "PATH": "/nonexistent",
+        "CUDA_HOME": "/nonexistent",
+        "HOME": "/dev/null/home",  # which nobody can make, root included
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/support"))),
+    }
+    script = ROOT / "tests/support/first_call.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::RuntimeWarning",
+            str(script),
+            "gdn2",
+            "32",
+            str(tokens),
+            "2",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_process_without_compiler_and_home_runs_what_ships(folder: Path) -> None:
+    """At lengths that were not named, too; and it writes nothing anywhere."""
+    before = {x: x.stat().st_mtime_ns for x in folder.rglob("*")}
+    found = _first_call(folder, tokens=333)
+    assert found["source"] == "pinned" and "compiled ahead" in found["why"]
+    assert found["launched"][-1] == "recurrent_kernel"
+    assert {"prepare_kernel", "scan_kernel"} <= {*found["launched"]}
+    assert [x for x in found["started"] if "--version" not in x] == []
+    assert found["written"] == [] and found["imported"] == []
+    assert before == {x: x.stat().st_mtime_ns for x in folder.rglob("*")}
+
+
+def test_a_folder_of_another_toolchain_is_not_used_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((folder / shipped.MANIFEST).read_text())
+    manifest["toolchain"]["triton"] = "2.0.0"
+    (tmp_path / shipped.MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setenv("GDN2GEN_COMPILED_DIR", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match=r"compiled by .*'triton': '2.0.0'.* is here"):
+        assert shipped.shipped() is None
+    with pytest.raises(InputError, match=r"compiled by .*2.0.0"):
+        compile_kernels(tmp_path, "2x40x2", head_dim=32, target="sm_90")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else than compiled kernels"):
+        compile_kernels(tmp_path, "2x40x2", head_dim=32, target="sm_90")
+    with pytest.raises(InputError, match="'triton', but got 'tilelang'"):
+        compile_kernels(tmp_path / "new", "2x40x2", language="tilelang")
+    assert [x.name for x in tmp_path.iterdir()] == ["thesis.tex"]
