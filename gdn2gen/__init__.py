@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_gdn2",
+    "chunk_gla",
     "chunk_kda",
+    "chunk_simple_gla",
     "fused_recurrent_gdn2",
     "fused_recurrent_kda",
     "generate",
@@ -18,16 +21,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
+    from gdn2gen.ops.chunk import (
+        chunk_delta_rule,
+        chunk_gated_delta_rule,
+        chunk_gdn2,
+        chunk_gla,
+        chunk_kda,
+        chunk_simple_gla,
+    )
     from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
     from gdn2gen.tune.packages import generate
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
+    "chunk_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",
+    "chunk_gla": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "chunk_simple_gla": "gdn2gen.ops.chunk",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
     "generate": "gdn2gen.tune.packages",
