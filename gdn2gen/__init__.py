@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_gdn2",
+    "chunk_gla",
     "chunk_kda",
+    "chunk_simple_gla",
     "compile_kernels",
     "explain",
     "fused_recurrent_gdn2",
@@ -24,7 +27,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
+    from gdn2gen.ops.chunk import (
+        chunk_delta_rule,
+        chunk_gated_delta_rule,
+        chunk_gdn2,
+        chunk_gla,
+        chunk_kda,
+        chunk_simple_gla,
+    )
     from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
     from gdn2gen.store.pins import pin
@@ -37,9 +47,12 @@ if TYPE_CHECKING:
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
+    "chunk_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",
+    "chunk_gla": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "chunk_simple_gla": "gdn2gen.ops.chunk",
     "compile_kernels": "gdn2gen.workflows.compiled",
     "explain": "gdn2gen.workflows.explain",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",

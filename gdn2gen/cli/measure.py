@@ -21,7 +21,7 @@ from gdn2gen.cli.options import (
     refuse,
     some_path,
 )
-from gdn2gen.family.problem import DTYPES
+from gdn2gen.family.problem import DTYPES, WHERE_TAKEN
 from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.shapes import SHAPES, parse_shapes
 from gdn2gen.kernels.plans import LEVELS
@@ -187,7 +187,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", choices=GATES, default="none", help="(%(default)s)")
     add_lower_bound(parser, "least decay a token with --gate sigmoid, in [-5, 0); whole nats (-5)")
     parser.add_argument(
-        "--no-l2norm", dest="l2norm", action="store_false", help="q and k are not normalised"
+        "--no-l2norm",
+        dest="l2norm",
+        action="store_false",
+        default=WHERE_TAKEN,
+        help="q and k are not normalised, where kernels can",
     )
     parser.add_argument(
         "--vs", choices=("fla",), help="measure flash-linear-attention in the same run"

@@ -14,6 +14,7 @@ from gdn2gen.family.problem import (
     DIMS,
     DTYPES,
     EXTRAS,
+    WHERE_TAKEN,
     Problem,
     bound_of,
     check_lower_bound,
@@ -71,7 +72,8 @@ def add_problem(
         "--no-l2norm",
         dest="l2norm",
         action="store_false",
-        help="q and k are not normalised in the kernels",
+        default=WHERE_TAKEN,
+        help="q and k are not normalised in the kernels, where those can",
     )
     if extras:
         group.add_argument(

@@ -34,6 +34,7 @@ def of_recurrence(recurrence: Recurrence, problem: Problem) -> dict[str, Any]:
         "name": recurrence.public.chunk,
         "required": recurrence.required,
         "decay": recurrence.decay and recurrence.decay.input,
+        "by_channel": recurrence.decays_by == "channel",
         "defaults": _defaults(recurrence, problem),
         "refused": _refused(recurrence, problem),
         "described": lambda x: _described(x, recurrence, problem),

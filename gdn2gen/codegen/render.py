@@ -16,6 +16,7 @@ from gdn2gen.base.errors import ConfigError, TemplateError
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.schedule import cleared_of
@@ -146,9 +147,12 @@ def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
 def _problem_words(problem: Problem, bound: int = 0) -> list[str]:
     words = [
         f"gdn2gen generate --op {problem.op} --head-dim {problem.K},{problem.V}",
-        f"--dtype {problem.dtype} --gate-dtype {problem.gate_dtype} --gate {problem.gate}",
+        f"--dtype {problem.dtype}",
     ]
-    if not problem.l2norm:
+    member = recurrence_named(problem.op)
+    if member.decay is not None:
+        words.append(f"--gate-dtype {problem.gate_dtype} --gate {problem.gate}")
+    if problem.l2norm != member.normalises:
         words.append("--no-l2norm")
     if bound:
         words.append(f"--lower-bound -{bound}")

@@ -4,6 +4,9 @@ recurrence          Recurrence: a member of the family, declared once
 gdn2                Gated DeltaNet-2
 kda                 Kimi Delta Attention
 gated_delta_rule    Gated DeltaNet
+delta_rule          DeltaNet
+gla                 Gated linear attention
+simple_gla          the same with one decay per head
 registry            the members by name
 problem             Problem (compiled in) and Regime (known at run time)
 decoding            DecodingProblem: the same token by token, with states in place

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import OPS, recurrence_named
 
 DTYPES: Final = ("bf16", "fp16", "fp32")
@@ -36,6 +37,8 @@ _PADDING: Final = {
     "V": "pad v, w if there is one, and states with zeros to {wider} channels, and take "
     "o[..., :{size}]",
 }
+# Of `Problem.l2norm`: whatever its recurrence's ops do where they can.
+WHERE_TAKEN: Final = cast("bool", None)
 # Those that most models have: the accuracy suite takes every pair of them.
 USUAL_DIMS: Final = (32, 64, 128)
 
@@ -57,9 +60,9 @@ class Problem:
     dtype: str = "bf16"
     """dtype of q, k, v, o, and of the factors that erase and write, but for `beta_fp32`."""
     gate_dtype: str = "fp32"
-    """dtype of g."""
-    l2norm: bool = True
-    """q and k are normalised inside the kernels."""
+    """dtype of g; fp32 where nothing decays."""
+    l2norm: bool = WHERE_TAKEN
+    """q and k are normalised inside the kernels; by default if these can (`normalises`)."""
     gate: str = "none"
     """`none`: g is the natural-log decay. `softplus`, `sigmoid`: g is its pre-activation."""
     has_A_log: bool = False
@@ -84,22 +87,24 @@ class Problem:
         _one_of("op", self.op, OPS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("gate_dtype", self.gate_dtype, DTYPES)
-        _one_of("gate", self.gate, recurrence_named(self.op).activations)
+        member = recurrence_named(self.op)
+        _one_of("gate", self.gate, member.activations)
+        if self.l2norm is WHERE_TAKEN:
+            object.__setattr__(self, "l2norm", member.normalises)
         for name, size in (("K", self.K), ("V", self.V)):
             check_head_dim(name, size)
         if self.gate == "none" and (self.has_A_log or self.has_dt_bias):
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
         if self.gate == "softplus" and not self.has_A_log:
-            instead = "; or give lower_bound" if recurrence_named(self.op).bounded else ""
+            instead = "; or give lower_bound" if member.bounded else ""
             raise InputError(f"the softplus gate needs A_log, got None{instead}")
-        if self.beta_sigmoid and not recurrence_named(self.op).tied:
-            raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
+        self._check_taken(member)
         if self.neg_eigval and not self.beta_sigmoid:
             raise InputError(
                 "neg_eigval (allow_neg_eigval=True) needs beta_sigmoid "
                 "(use_beta_sigmoid_in_kernel=True)"
             )
-        if self.beta_fp32 and not recurrence_named(self.op).has_factor:
+        if self.beta_fp32 and not member.has_factor:
             raise InputError(f"{self.op} has no beta that could be fp32 beside a narrower q")
         if self.beta_fp32 and self.dtype == "fp32":
             raise InputError(
@@ -111,6 +116,22 @@ class Problem:
             raise InputError(
                 f"only the sigmoid gate has a bound, but got bound={self.bound} with "
                 f"gate={self.gate!r}; leave it out, or use gate='sigmoid'"
+            )
+
+    def _check_taken(self, member: Recurrence) -> None:
+        """Refuse what no call of the recurrence's ops could ask for."""
+        if self.l2norm and not member.normalises:
+            raise InputError(
+                f"{self.op} does not normalise q and k in its kernels, but got l2norm=True: leave "
+                "it out, and normalise them before"
+            )
+        if self.beta_sigmoid and not member.activates_beta:
+            raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
+        if self.state_v_first and not member.takes("state_v_first"):
+            raise InputError(f"states of {self.op} are [N, HV, K, V]: leave state_v_first out")
+        if member.decay is None and self.gate_dtype != "fp32":
+            raise InputError(
+                f"{self.op} has no decay, but got gate_dtype={self.gate_dtype!r}: leave it out"
             )
 
     @property
@@ -133,6 +154,21 @@ class Problem:
     def document(self) -> dict[str, Any]:
         """Every field, for files; later ones only where they are set."""
         return {x: y for x, y in asdict(self).items() if y or x not in _LATER}
+
+
+def untaken(op: str) -> frozenset[str]:
+    """Fields of Problem that no call of a recurrence's ops can set."""
+    member = recurrence_named(op)
+    gated = member.activations != ("none",)
+    taken = {
+        ("l2norm",): member.normalises,
+        ("gate_dtype",): member.decay is not None,
+        ("gate", "bound", "has_A_log", "has_dt_bias"): gated,
+        ("state_v_first",): member.takes("state_v_first"),
+        ("beta_sigmoid", "neg_eigval"): member.activates_beta,
+        ("beta_fp32",): member.has_factor,
+    }
+    return frozenset(name for names, given in taken.items() if not given for name in names)
 
 
 def check_head_dim(name: str, size: int) -> None:

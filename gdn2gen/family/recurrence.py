@@ -155,6 +155,20 @@ class Recurrence:
         """Whether anything is taken out of the state but by decay."""
         return self.erase is not None
 
+    def takes(self, option: str) -> bool:
+        """Whether its public ops have that keyword."""
+        return option in self.public.arguments
+
+    @property
+    def normalises(self) -> bool:
+        """Whether its kernels can normalise q and k."""
+        return self.takes("use_qk_l2norm_in_kernel")
+
+    @property
+    def activates_beta(self) -> bool:
+        """Whether its kernels can take the sigmoid of what erases and writes."""
+        return self.tied and self.takes("use_beta_sigmoid_in_kernel")
+
     @property
     def has_factor(self) -> bool:
         """Whether it takes one that may be fp32 beside a narrower q."""
@@ -188,18 +202,22 @@ class Recurrence:
 QUERY: Final = Input("q", "B T H K", "queries")
 KEY: Final = Input("k", "B T H K", "keys")
 VALUE: Final = Input("v", "B T HV V", "values")
-CHANNEL_DECAY: Final = Input(
-    "g", "B T HG K",
-    "decay in natural log, <= 0 (any size, -inf too); with `use_gate_in_kernel` its pre-activation",
-    "gate", draw="decay",
-)  # fmt: skip
+PLAIN_CHANNEL_DECAY: Final = Input(
+    "g", "B T HG K", "decay in natural log, <= 0 (any size, -inf too)", "gate", draw="decay"
+)
+PLAIN_HEAD_DECAY: Final = replace(PLAIN_CHANNEL_DECAY, dims="B T HG")
+# And of members whose kernels can take it through its activation.
+CHANNEL_DECAY: Final = replace(
+    PLAIN_CHANNEL_DECAY,
+    what=f"{PLAIN_CHANNEL_DECAY.what}; with `use_gate_in_kernel` its pre-activation",
+)
 HEAD_DECAY: Final = replace(CHANNEL_DECAY, dims="B T HG")
-BETA: Final = Input(
-    "beta", "B T HV",
-    "what is erased and written, in [0, 1], or [0, 2]; with `use_beta_sigmoid_in_kernel` its "
-    "pre-activation",
-    "factor", draw="unit",
-)  # fmt: skip
+PLAIN_BETA: Final = Input(
+    "beta", "B T HV", "what is erased and written, in [0, 1], or [0, 2]", "factor", draw="unit"
+)
+BETA: Final = replace(
+    PLAIN_BETA, what=f"{PLAIN_BETA.what}; with `use_beta_sigmoid_in_kernel` its pre-activation"
+)
 STATE: Final = Input(
     "initial_state", "N HV K V", "one for each sequence; zero if None", "state",
     when="initial_state", gradient="dh0",

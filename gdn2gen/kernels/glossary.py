@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
 
 WORDS: Final[Mapping[str, str]] = {
@@ -88,10 +89,34 @@ _TIED: Final[Mapping[str, str]] = {
 }
 
 
+# What `_of_heads` makes its words of: factors, and what they decay by.
+_OF_HEADS: Final[Mapping[str, tuple[str, str]]] = {
+    "q_head": ("scale", "from the chunk's start"),
+    "k_head": ("1", "from the chunk's start"),
+    "k_tail": ("1", "to the chunk's end"),
+}
+
+
+def _of_heads(name: str, problem: Problem, member: Recurrence) -> str:
+    """Of the numbers a token that scans multiply q and k by: without the norm, or without decay."""
+    factor, reach = _OF_HEADS[name]
+    if member.tied and name == "k_tail":
+        factor = "beta"
+    words = f"{factor} / norm of {name[0]}" if problem.l2norm else factor
+    if member.decay is None:
+        return words
+    return f"decay {reach}" if words == "1" else f"{words}, decayed {reach}"
+
+
 def what(name: str, stage: str, problem: Problem) -> str:
     """What the operand of this name is in a stage's kernels of `problem`."""
-    if name in _TIED and recurrence_named(problem.op).tied:
+    member = recurrence_named(problem.op)
+    if name in _OF_HEADS and (not problem.l2norm or member.decay is None):
+        return _of_heads(name, problem, member)
+    if name in _TIED and member.tied:
         return _TIED[name]
+    if name == "Aqk" and member.decay is None:
+        return "scores, lower triangle"
     if name == "g" and problem.gate != "none":
         return "pre-activation of the log decay"
     if name in ("q", "k") and problem.l2norm:

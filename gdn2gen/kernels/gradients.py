@@ -35,14 +35,17 @@ from gdn2gen.kernels.stage import Form, Operand, Stage
 
 _SCORE_GRADS: Final = (
     Operand("dT", "NT HV BT BT", when="erases"),
-    Operand("dAqk", "NT HV BT BT"),
-    Operand("dAqk_diagonal", "NT HV BT", "fp32"),
+    Operand("dAqk", "NT HV BT BT", when="erases"),
+    Operand("dAqk_diagonal", "NT HV BT", "fp32", "erases"),
 )
 _BETA_DOT: Final = Operand("beta_dot", "NT HV BT", "fp32", "beta")
 _DOTS: Final = (
     Operand("q_dot", "NT HV BT", "fp32", "l2norm"),
     Operand("k_dot", "NT HV BT", "fp32", "l2norm"),
 )
+
+# What is added to the state where nothing is erased.
+_VALUES: Final = replace(VW[0], when=ONLY_WRITES)
 
 _OVER_192: Final = tuple(x for x in TILED_DIMS["V"] if x > 192)
 
@@ -52,12 +55,9 @@ def _up_to(most: int) -> tuple[int, ...]:
     return tuple(x for x in TILED_DIMS["V"] if x <= most)
 
 
-# Made by reverse_scan; what the backward of the norm of keys projects out is <v, dv>.
-_DV_MADE: Final = replace(DV, when="only writes, l2norm")
-
 GRAD_VALUE: Final = Stage(
     name="grad_value",
-    inputs=(*VW, R, DX, DX_REST, _DV_MADE, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
+    inputs=(*VW, R, DX, DX_REST, DO, replace(OUTPUT, when="l2norm"), *CHUNK_TABLE),
     outputs=(
         *_SCORE_GRADS,
         DV,
@@ -173,10 +173,10 @@ _ANCHORED: Final = Form(
     whole=("BV",),
     ahead=(
         *(Operand(name, "V BK") for name in ("h", "dh")),
-        *(Operand(name, "BT V") for name in ("R", "dX", "do")),
+        *(replace(x, dims="BT V") for x in (R, DX, _VALUES, DO)),
         *(Operand(name, "BT BK") for name in ("q", "k")),
         Operand("b", "BT BK", when="b"),
-        Operand("G", "BT BK", "fp32"),
+        replace(G, dims="BT BK"),
     ),
 )
 # One matrix of decays for all channels; sums over slices of them in kernels of their own.
@@ -242,7 +242,7 @@ GRAD_KEY: Final = Stage(
         LOG_DECAY,
         HEAD_FACTORS[-1],
         H,
-        replace(VW[0], when=ONLY_WRITES),
+        _VALUES,
         R,
         DH,
         DX,

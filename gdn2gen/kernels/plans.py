@@ -32,6 +32,7 @@ class Plan:
 
 _FORWARD = ("prepare", "scan")
 _BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
+_LINEAR = ("rescan", "reverse_scan", "grad_key")
 PLANS: Final = {
     plan.name: plan
     for plan in (
@@ -47,13 +48,23 @@ PLANS: Final = {
         Plan("direct", _FORWARD, _BACKWARD),
         # 1280 bytes more, less S_seg.
         Plan("direct_states", ("prepare", "scan_states"), _BACKWARD[1:]),
+        # The same of members that erase nothing: values are added to the state as they are, the
+        # reverse scan makes their gradient, and grad_key has all that those of scores are made of.
+        Plan("linear", _FORWARD, ("reprepare", *_LINEAR)),
+        Plan("linear_fast", _FORWARD, ("sum_decay", *_LINEAR)),
+        Plan("linear_states", ("prepare", "scan_states"), ("sum_decay", *_LINEAR[1:])),
+        Plan("linear_direct", _FORWARD, _LINEAR),
+        Plan("linear_direct_states", ("prepare", "scan_states"), _LINEAR[1:]),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
 # ranks the plans of a level; the first is the one without tuning.
 PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "lean": ("lean", "direct"),
-    "fast": ("fast", "states", "direct_states"),
+    "lean": ("lean", "direct", "linear", "linear_direct"),
+    "fast": (
+        *("fast", "states", "direct_states"),
+        *("linear_fast", "linear_states", "linear_direct_states"),
+    ),
 }
 
 
@@ -61,6 +72,12 @@ def plans_of(level: str, op: str) -> tuple[str, ...]:
     """The plans of a level that serve a recurrence, the one without tuning first."""
     served = recurrence_named(op).plans
     return tuple(name for name in PLANS_OF[level] if name in served)
+
+
+def stages_of(op: str) -> tuple[str, ...]:
+    """The stages of the plans that serve a recurrence, each once."""
+    served = recurrence_named(op).plans
+    return tuple(dict.fromkeys(stage for plan in served for stage in PLANS[plan].stages))
 
 
 def level_of(plan_name: str) -> Level:

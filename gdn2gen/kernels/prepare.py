@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import OPS, OUTSIDE_OPS, recurrence_named
+from gdn2gen.family.registry import LINEAR_OPS, OPS, OUTSIDE_OPS, recurrence_named
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
@@ -43,7 +43,13 @@ _UP_TO_192: Final = Limit(
 _MAKE_Y: Final = "BT K BT"
 
 # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
-_EXACT_SOLVE: Final = Setting({"solve": "tf32x3"}, {"dtype": ("fp16", "fp32")})
+_EXACT_SOLVE: Final = (
+    Setting({"solve": "tf32x3"}, {"dtype": ("fp16", "fp32")}),
+    Setting({"solve": "ieee"}, {"op": LINEAR_OPS}),
+)
+_NOTHING_SOLVED: Final = Limit(
+    "solve", ("ieee",), "nothing is erased, and nothing inverted", {"op": LINEAR_OPS}
+)
 
 # Pairs meet in the middle of dyadic blocks, by products of factors. It reads back what it wrote,
 # and 64 channels at a time would spill 2 KB a thread.
@@ -59,9 +65,9 @@ _TREE: Final = Form(
         "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 80, 128, 168, 208),  # 64 spill
     },
-    defaults=(_EXACT_SOLVE,),
+    defaults=_EXACT_SOLVE,
     leads={},
-    limits=(INSIDE,),
+    limits=(INSIDE, _NOTHING_SOLVED),
     scratch=("gamma_B",),
 )
 # Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
@@ -71,12 +77,12 @@ _ANCHORED: Final = Form(
     "prepare_anchored",
     knobs={**_TREE.knobs, "BK": (32, 64, 128), "num_warps": (1, 2, 4)},
     defaults=(
-        _EXACT_SOLVE,
+        *_EXACT_SOLVE,
         Setting({"BK": 64, "num_warps": 2}),
         Setting({"BK": 32, "num_warps": 1}, FP32),
     ),
     leads={"dtype": ("bf16",)},  # whose exponents reach as far as those of fp32
-    limits=(REACH, INSIDE),
+    limits=(REACH, INSIDE, _NOTHING_SOLVED),
 )
 # Scores of keys and queries as they are, and one matrix of decays for all channels.
 _OUTSIDE: Final = Form(
@@ -90,13 +96,13 @@ _OUTSIDE: Final = Form(
         "maxnreg": (0, 64, 80, 128, 168),
     },
     defaults=(
-        _EXACT_SOLVE,
+        *_EXACT_SOLVE,
         Setting({"BK": 64, "num_warps": 2, "num_stages": 2}),
         Setting({"num_warps": 4}, {"BT": (64,)}),
         Setting({"BK": 32, "num_stages": 1}, FP32),
     ),
     leads={"op": OUTSIDE_OPS},
-    limits=(OUTSIDE,),
+    limits=(OUTSIDE, _NOTHING_SOLVED),
 )
 # A warp group takes all channels. From the config nearest to Triton's default, one program to a
 # multiprocessor, a search from an empty store left prepare in Triton: train4k 1.60 ms on an H200,

@@ -112,11 +112,10 @@ def _forms(*serial: Form, template: str = "scan", ahead: tuple[Operand, ...]) ->
     return tuple(form for x in given for form in _with_segments(x))
 
 
-_AHEAD: Final = tuple(
-    Operand(name, dims)
-    for dims, names in (("BT K", ("Y", "Ktail", "Qg")), ("BT BT", ("A", "Aqk")))
-    for name in names
-)
+_QUERIES: Final = tuple(replace(x, dims="BT K") for x in (FACTORS[0], OUTSIDE_QK[0]))
+_KEYS: Final = tuple(replace(x, dims="BT K") for x in (*FACTORS[1:3], OUTSIDE_QK[1]))
+_INVERSE, _SCORES = (replace(x, dims="BT BT") for x in SCORES)
+_AHEAD: Final = (*_QUERIES, *_KEYS, _INVERSE, _SCORES)
 _FORMS: Final = _forms(*_SERIAL_FORMS, ahead=_AHEAD)
 
 SCAN: Final = Stage(
@@ -152,7 +151,7 @@ RESCAN: Final = Stage(
     outside_scalars=("H",),
     count="n_sequences",
     products=_CARRY,
-    forms=tuple(replace(x, ahead=(_AHEAD[0], _AHEAD[1], _AHEAD[3])) for x in _SERIAL_FORMS),
+    forms=tuple(replace(x, ahead=(*_KEYS, _INVERSE)) for x in _SERIAL_FORMS),
 )
 
 REVERSE_SCAN: Final = Stage(

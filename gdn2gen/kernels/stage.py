@@ -82,7 +82,6 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "beta": "beta" in inputs,
         "erases": recurrence.erases,
         "only writes": not recurrence.erases,
-        "only writes, l2norm": not recurrence.erases and problem.l2norm,
         "l2norm": problem.l2norm,
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,

@@ -9,9 +9,10 @@ from typing import Final
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form
-from gdn2gen.kernels.stages import EVERY_STAGE
+from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 
 _HEADS: Final = {"K": "key", "V": "value"}
 
@@ -25,6 +26,8 @@ def why_invalid(config: Config, problem: Problem, arch: str | None = None) -> st
     form = EVERY_STAGE[config.stage].form_of(config)
     if form is None:
         return EVERY_STAGE[config.stage].why_no_form(config)
+    if config.stage in STAGES and config.stage not in stages_of(problem.op):
+        return f"{problem.op} has no such stage, but {', '.join(stages_of(problem.op))}"
     for tile, dim in form.tiles:
         size = getattr(problem, dim)
         if tile in config and config.size(tile) > covering(size):

@@ -12,6 +12,8 @@ from gdn2gen.family.problem import USUAL_DIMS, Problem
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 
+# Patterns that differ where nothing decays.
+_WITHOUT_DECAY: Final = ("layer", "sparse", "correlated")
 CHECKS: Final = ("accuracy", "causality", "empty", "repeat")
 
 
@@ -57,7 +59,7 @@ def _gates(base: Case) -> dict[str, Case]:
 
 def _betas(base: Case) -> dict[str, Case]:
     """`base` with what its recurrence takes of beta inside its kernels."""
-    if not recurrence_named(base.problem.op).tied:
+    if not recurrence_named(base.problem.op).activates_beta:
         return {}
     once = replace(base.problem, beta_sigmoid=True)
     return {
@@ -73,24 +75,39 @@ def _wide_beta(base: Case) -> Iterator[Case]:
         yield replace(base, name=f"{base.name}-beta-fp32", problem=problem)
 
 
+def _layouts(base: Case) -> dict[str, Case]:
+    """`base` without the norm and with transposed states, where its op has a keyword for them."""
+    member = recurrence_named(base.problem.op)
+    found: dict[str, tuple[str, dict[str, Any]]] = {
+        "no-l2norm": ("use_qk_l2norm_in_kernel", {"l2norm": False}),
+        "v-first": ("state_v_first", {"state_v_first": True}),
+    }
+    return {
+        name: replace(base, problem=replace(base.problem, **fields))
+        for name, (keyword, fields) in found.items()
+        if member.takes(keyword)
+    }
+
+
 def _features(base: Case) -> Iterator[Case]:
     """`base` once for every option of the op that changes what the kernels compute."""
     problem, shape = base.problem, base.shape
     T = shape.T
     packed = (0, 0, T // 3, T // 3 + 1, T // 3 + 1, T)
+    decays = recurrence_named(problem.op).decay is not None
+    grouped_gates = replace(base, shape=_shape(1, T, 4), H=2, HG=2)
     changes: dict[str, Case] = {
         "stateless": replace(
             base, problem=replace(problem, initial_state=False, final_state=False)
         ),
-        "no-l2norm": replace(base, problem=replace(problem, l2norm=False)),
+        **_layouts(base),
         **_gates(base),
         **_betas(base),
-        "v-first": replace(base, problem=replace(problem, state_v_first=True)),
         "varlen": replace(
             base, problem=replace(problem, varlen=True), shape=_shape(1, T, shape.H, packed)
         ),
         "grouped": replace(base, shape=_shape(1, T, 4), H=2),
-        "grouped-gates": replace(base, shape=_shape(1, T, 4), H=2, HG=2),
+        **({"grouped-gates": grouped_gates} if decays else {}),
         "empty": replace(base, shape=_shape(1, 0, 1), check="empty"),
         "one-token": replace(base, shape=_shape(1, 1, 1)),
         "whole-chunks": replace(base, shape=_shape(1, 128, 1)),
@@ -103,7 +120,8 @@ def _features(base: Case) -> Iterator[Case]:
 
 
 def _patterns(base: Case) -> Iterator[Case]:
-    for pattern in PATTERNS:
+    decays = recurrence_named(base.problem.op).decay is not None
+    for pattern in PATTERNS if decays else _WITHOUT_DECAY:
         yield replace(base, name=f"{base.name}-{pattern}", pattern=pattern)
 
 
@@ -135,7 +153,8 @@ def _gpu_cases(op: str) -> Iterator[Case]:
     yield from _patterns(base)
     yield from _features(base)
     yield from _head_dims(replace(base, shape=_shape(2, 300, 3)))
-    yield replace(base, name="bf16-gates-bf16", problem=replace(problem, gate_dtype="bf16"))
+    if recurrence_named(op).decay is not None:
+        yield replace(base, name="bf16-gates-bf16", problem=replace(problem, gate_dtype="bf16"))
     yield from _wide_beta(base)
     # 30 calls of at least 256 blocks each: fewer have hidden races.
     yield replace(base, name="bf16-repeat-large", shape=_shape(2, 4096, 16), check="repeat")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn2gen.family.problem import Problem, bound_of, gate_parameters
+from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_parameters
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
@@ -115,7 +115,7 @@ def bench_shapes(
     *,
     vs_fla: bool,
     gate: str,
-    l2norm: bool = True,
+    l2norm: bool = WHERE_TAKEN,
     stages: bool = False,
     level: str = "lean",
     bound: int = 0,

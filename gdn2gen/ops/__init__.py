@@ -1,5 +1,6 @@
 """The public ops, one import line away from flash-linear-attention's.
 
-chunk      chunk_gdn2, chunk_kda, chunk_gated_delta_rule
+chunk      chunk_gdn2, chunk_kda, chunk_gated_delta_rule, chunk_delta_rule, chunk_gla,
+           chunk_simple_gla
 recurrent  fused_recurrent_gdn2, fused_recurrent_kda
 """

@@ -38,7 +38,7 @@ def call(
     lower_bound: Any = None,
     disable_recompute: bool,
     return_intermediate_states: bool = False,
-    state_v_first: bool,
+    state_v_first: bool = False,
     cu_seqlens_cpu: Tensor | None,
     chunk_size: Any = None,
 ) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,8 @@ _DTYPES: Final = {
 }
 _WIDTH: Final = 96
 _OPTIONS: Final = {
+    "g_gamma": f"[HG] {_ANY_OF}: in place of g, what every token of a head decays by. Without "
+    "either nothing decays.",
     "scale": "of the output; K**-0.5 if None.",
     "output_final_state": "return the state after the last token.",
     "use_qk_l2norm_in_kernel": "normalise q and k by x / sqrt(sum(x^2) + 1e-6).",

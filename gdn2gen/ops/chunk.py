@@ -10,16 +10,23 @@ from typing import Final
 
 from torch import Tensor
 
+from gdn2gen.family.delta_rule import DELTA_RULE
 from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
+from gdn2gen.family.gla import GLA
 from gdn2gen.family.kda import KDA
+from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._call import call
+from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
 from gdn2gen.runtime.autograd import op_of
 
 _GDN2: Final = op_of(GDN2)
 _KDA: Final = op_of(KDA)
 _GATED_DELTA_RULE: Final = op_of(GATED_DELTA_RULE)
+_DELTA_RULE: Final = op_of(DELTA_RULE)
+_GLA: Final = op_of(GLA)
+_SIMPLE_GLA: Final = op_of(SIMPLE_GLA)
 
 
 @documented(GDN2)
@@ -137,6 +144,89 @@ def chunk_gated_delta_rule(
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
+        disable_recompute=disable_recompute,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
+    )
+
+
+@documented(DELTA_RULE)
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
+    disable_recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """DeltaNet over whole sequences, in chunks (arXiv 2406.06484)."""
+    return call(
+        _DELTA_RULE,
+        (q, k, v, beta, initial_state, cu_seqlens),
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        disable_recompute=disable_recompute,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
+    )
+
+
+@documented(GLA)
+def chunk_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    disable_recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention over whole sequences, in chunks (arXiv 2312.06635)."""
+    return call(
+        _GLA,
+        (q, k, v, g, initial_state, cu_seqlens),
+        scale=scale,
+        output_final_state=output_final_state,
+        disable_recompute=disable_recompute,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+@documented(SIMPLE_GLA)
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
+    disable_recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Simple gated linear attention over whole sequences, in chunks (arXiv 2405.21060)."""
+    return call(
+        _SIMPLE_GLA,
+        (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
+        scale=scale,
+        output_final_state=output_final_state,
         disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,

@@ -144,6 +144,6 @@ def signature_of(op: str) -> Signature:
         parameters=places("parameter"),
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
-        options=len(_OPTIONS) - (0 if recurrence.tied else len(Options._field_defaults)),
+        options=len(_OPTIONS) - (0 if recurrence.activates_beta else len(Options._field_defaults)),
         bounded=recurrence.bounded,
     )

@@ -34,8 +34,13 @@ def tune_command(found: Found) -> str | None:
         if getattr(problem, name) != getattr(plain, name)
     ]
     words += [f"--lower-bound -{problem.bound}"] if problem.bound else []
-    words += [] if problem.l2norm else ["--no-l2norm"]
+    words += _norm_words(problem)
     return " ".join([*words, f"--level {found.recipe.level}"])
+
+
+def _norm_words(problem: Problem) -> list[str]:
+    """Said where kernels could normalise q and k, and do not."""
+    return [] if problem.l2norm == Problem(problem.op).l2norm else ["--no-l2norm"]
 
 
 def generate_command(found: Found) -> str:
@@ -43,7 +48,7 @@ def generate_command(found: Found) -> str:
     problem, regime = found.recipe.problem, found.regime
     words = ["--out", "DIR", "--op", problem.op, "--head-dim", f"{problem.K},{problem.V}"]
     words += ["--dtype", problem.dtype, "--gate-dtype", problem.gate_dtype]
-    words += ["--gate", problem.gate, *([] if problem.l2norm else ["--no-l2norm"])]
+    words += ["--gate", problem.gate, *_norm_words(problem)]
     words += ["--lower-bound", str(-problem.bound)] if problem.bound else []
     words.append(f"--with={','.join(problem.extras)}")
     if regime is not None and regime.tokens % regime.sequences == 0:

@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="4402916d1b3ffbe3",
-    grad_value="a483823ea804fbf8",
-    prepare="beab6a6986e7c444",
-    rescan="e0a363f9bdf215c5",
-    reverse_scan="7d7e032fc60ddef1",
-    scan="89c3a42405214711",
-    sum_decay="8106501397daeeab",
+    grad_key="205ce3259cfb2701",
+    grad_value="2ccd42e4b0b9511f",
+    prepare="8ea6ecd271884620",
+    rescan="92c44a5dd91ad630",
+    reverse_scan="c407e4599910970b",
+    scan="59ce1805caeb235f",
+    sum_decay="30c034661c7a2505",
 )
 
 

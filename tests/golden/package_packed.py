@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="95538baea63fe0db",
-    grad_value="ccf2884b8bf7555d",
-    prepare="3101e8c8a7187bbd",
-    rescan="d41b2ef6587ca486",
-    reverse_scan="dd5b96c672d627cf",
-    scan="72e2e972b64d1c7e",
-    sum_decay="70c8728ed636087a",
+    grad_key="a728c5d2fa70bb55",
+    grad_value="d0d6de9eeeeecdf7",
+    prepare="741eb447aa169bb9",
+    rescan="2ebacc19432772f1",
+    reverse_scan="367fc47fb856000e",
+    scan="e4f9293a76dc062a",
+    sum_decay="118c223f3aceffaa",
 )
 
 

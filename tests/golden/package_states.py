@@ -63,13 +63,13 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="abea41669f3233c9",
-    grad_value="d3556aa4f22adb07",
-    prepare="d20df56001b42a71",
-    reprepare="bb2fc91ca30235f1",
-    rescan="69ea7d501eb9434d",
-    reverse_scan="a5f275337a659479",
-    scan="dd286eb57b2803d6",
+    grad_key="b1bbd29e2cea4441",
+    grad_value="215e5ea4d76ab1c8",
+    prepare="234122a5a16749f0",
+    reprepare="6916cbdd230ddc64",
+    rescan="e43bf8d194cc106d",
+    reverse_scan="dc1bb544ef2fb9e8",
+    scan="3a40f346d14d4e03",
 )
 
 

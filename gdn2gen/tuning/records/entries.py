@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdn2gen.family.problem import Problem, gate_parameters
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.store.tuned_files import Entry
 
@@ -24,4 +24,5 @@ def words_of(entry: Entry) -> str:
         words.append(f"{key['gate']} gate")
     if key["gate_dtype"] != "fp32":
         words.append(f"g {key['gate_dtype']}")
-    return ", ".join(words if key["l2norm"] else [*words, "not normalised"])
+    taken = recurrence_named(str(key["op"])).normalises
+    return ", ".join(words if key["l2norm"] == taken else [*words, "not normalised"])

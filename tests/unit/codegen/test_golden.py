@@ -140,6 +140,12 @@ def _outside(stage: str, **knobs: str | int) -> str:
     return render(_OUTSIDE, stage, default_config(stage, _OUTSIDE).replace(**knobs)).source
 
 
+def _plain(op: str, stage: str) -> str:
+    """Of a member that lacks a gate, a factor or a decay, all at its defaults."""
+    problem = Problem(op)
+    return render(problem, stage, default_config(stage, problem)).source
+
+
 def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
@@ -216,6 +222,13 @@ OUTPUTS: Final = {
     "scan_outside_packed.py": partial(_outside, "scan"),
     "reverse_scan_outside_packed.py": partial(_outside, "reverse_scan"),
     "grad_key_outside_packed.py": partial(_outside, "grad_key"),
+    "prepare_delta_rule.py": partial(_plain, "delta_rule", "prepare"),
+    "reverse_scan_delta_rule.py": partial(_plain, "delta_rule", "reverse_scan"),
+    "prepare_gla.py": partial(_plain, "gla", "prepare"),
+    "scan_gla.py": partial(_plain, "gla", "scan"),
+    "grad_key_gla.py": partial(_plain, "gla", "grad_key"),
+    "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
+    "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),

@@ -175,6 +175,78 @@ def test_gated_delta_rule_is_kda_of_one_decay(form: Form, pattern: str) -> None:
     assert_close(run(form, x), run(constant_over_channels, x))
 
 
+def forms_of(op: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", [RECURRENT[op], CHUNK[op]], ids=str)
+
+
+@forms_of("delta_rule")
+def test_delta_rule_is_its_papers_equation(form: Form) -> None:
+    """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, of the transposed state."""
+    x = draw(1, 23, 1, 8, 12, op="delta_rule")
+    q, k = (l2norm(x[name])[0, :, 0] for name in "qk")
+    S, outputs = torch.zeros(12, 8).double(), []
+    for t in range(23):
+        beta = x["beta"][0, t, 0]
+        S = S - beta * torch.outer(S @ k[t] - x["v"][0, t, 0], k[t])
+        outputs.append(S @ q[t] / math.sqrt(8))
+    o, state = form(**x, use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(o[0, :, 0], torch.stack(outputs), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(state[0, 0], S.T, rtol=1e-12, atol=1e-13)
+
+
+@forms_of("gla")
+def test_gla_is_its_papers_equation(form: Form) -> None:
+    """S_t = (alpha_t 1^T) * S_{t-1} + k_t^T v_t, o_t = q_t S_t of rows q_t, k_t, v_t."""
+    x = draw(1, 23, 1, 8, 12, op="gla", initial_state=True)
+    q, k, v, g = (x[name][0, :, 0] for name in "qkvg")
+    S, outputs = x["initial_state"][0, 0], []
+    for t in range(23):
+        S = g[t].exp()[:, None].expand(8, 12) * S + k[t][:, None] @ v[t][None, :]
+        outputs.append(q[t] @ S / math.sqrt(8))
+    o, state = form(**x)
+    torch.testing.assert_close(o[0, :, 0], torch.stack(outputs), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(state[0, 0], S, rtol=1e-12, atol=1e-13)
+
+
+@forms_of("simple_gla")
+def test_simple_gla_is_its_papers_attention(form: Form) -> None:
+    """Mamba-2's dual form: (L * C B^T) X, L_ij the decay from token j to token i."""
+    x = draw(1, 23, 1, 8, 12, op="simple_gla")
+    C, B, X, g = (x[name][0, :, 0] for name in "qkvg")
+    L = torch.stack([torch.stack([g[j + 1 : i + 1].sum() for j in range(23)]) for i in range(23)])
+    o, _ = form(**x, scale=1.0)
+    wanted = (L.exp().tril() * (C @ B.T)) @ X
+    torch.testing.assert_close(o[0, :, 0], wanted, rtol=1e-12, atol=1e-13)
+
+
+def never_forgetting(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """DeltaNet by Gated DeltaNet: a decay of 0."""
+    return RECURRENT["gated_delta_rule"](**arguments, g=torch.zeros_like(arguments["beta"]))
+
+
+def never_erasing(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gated linear attention by GDN-2: nothing is erased, and all of v written."""
+    b, w = torch.zeros_like(arguments["g"]), torch.ones_like(arguments["v"])
+    return recurrent_gdn2(**arguments, b=b, w=w)
+
+
+def of_one_decay(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """The simple one by the other: one decay in every channel."""
+    g = arguments.pop("g")[..., None]
+    return RECURRENT["gla"](**arguments, g=g.expand(*g.shape[:-1], arguments["k"].shape[-1]))
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "sparse", "correlated"])
+@pytest.mark.parametrize(
+    ("op", "wider"),
+    [("delta_rule", never_forgetting), ("gla", never_erasing), ("simple_gla", of_one_decay)],
+)
+def test_a_member_is_a_wider_one_with_less(op: str, wider: Form, pattern: str) -> None:
+    x = draw(2, 37, 2, 8, 12, HV=4, op=op, pattern=pattern, initial_state=True)
+    for form in (RECURRENT[op], CHUNK[op]):
+        assert_close(run(form, x), run(wider, x))
+
+
 @KDA_FORMS
 def test_a_beta_of_zero_passes_the_state_on(form: Form) -> None:
     """But for its decay; and beta has a gradient there."""
@@ -364,7 +436,8 @@ def test_causality(form: ReferenceOp) -> None:
     moved = {name: y.clone() for name, y in x.items()}
     for y in moved.values():
         y[:, 21] *= 0.5
-    moved["g"][:, 21] -= 3.0
+    if "g" in moved:
+        moved["g"][:, 21] -= 3.0
     results = []
     for inputs in (x, moved):
         leaves = {name: y.requires_grad_() for name, y in inputs.items()}
@@ -379,15 +452,19 @@ def test_causality(form: ReferenceOp) -> None:
 @OF_ANY
 @pytest.mark.parametrize("gate", GATES)
 def test_gradcheck(gate: str, form: ReferenceOp) -> None:
+    member = form.recurrence
     x = draw(1, 7, 1, 3, 2, op=form.op, HV=2, initial_state=True)
-    bias = 6 if form.recurrence.decays_by == "channel" else 2
-    x["A_log"], x["dt_bias"] = torch.tensor([0.2, 0.7]).double(), torch.full((bias,), -0.5).double()
+    options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True}
+    if "dt_bias" in member.named:
+        bias = torch.full((6 if member.decays_by == "channel" else 2,), -0.5).double()
+        x |= {"A_log": torch.tensor([0.2, 0.7]).double(), "dt_bias": bias}
+        options |= {"use_gate_in_kernel": True, **GATES[gate]}
+    elif gate != next(iter(GATES)):
+        pytest.skip("nothing is taken through a gate")
     names, leaves = list(x), [y.requires_grad_() for y in x.values()]
-    options: dict[str, Any] = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True}
-    options.update(GATES[gate])
     if form in CHUNK.values():
         options["chunk_size"] = 4
-    if form.recurrence.tied:
+    if member.tied:
         options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
 
 import pytest
+from taken import of_op
 
 from gdn2gen.codegen.render import render
 from gdn2gen.family.decoding import DecodingProblem
@@ -13,6 +13,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 
@@ -45,15 +46,14 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
 
 def test_there_are_words_for_operands_and_no_others() -> None:
     of_chunks = {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
-    of_tokens = {x.name for op in OPS for x in RECURRENT.operands(replace(GUESSED, op=op))}
+    of_tokens = {x.name for op in OPS for x in RECURRENT.operands(of_op(GUESSED, op))}
     assert {*WORDS} == of_chunks | of_tokens
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "stage"), [(op, stage) for op in OPS for stage in stages_of(op)])
 @pytest.mark.parametrize("problem", [PLAIN, FULL], ids=["plain", "full"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem, op: str) -> None:
-    problem = replace(problem, op=op)
+def test_a_kernel_says_what_each_argument_is(problem: Problem, op: str, stage: str) -> None:
+    problem = of_op(problem, op)
     names = [x.name for x in default_config(stage, problem).operands(problem)]
     assert [*glossary(problem, stage)] == names
 
@@ -61,7 +61,7 @@ def test_a_kernel_says_what_each_argument_is(stage: str, problem: Problem, op: s
 @pytest.mark.parametrize("op", OPS)
 def test_a_kernel_over_tokens_says_it_too(op: str) -> None:
     for problem in (GUESSED, DecodingProblem(initial_state=True, final_state=True)):
-        problem = replace(problem, op=op)
+        problem = of_op(problem, op)
         names = [x.name for x in RECURRENT.operands(problem)]
         assert [*glossary(problem, "recurrent")] == names
 

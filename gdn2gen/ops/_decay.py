@@ -1,0 +1,32 @@
+"""A decay that an op may be given in several ways, as the one that its kernels read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn2gen.base.errors import InputError
+
+
+def decay_of(v: Tensor, g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:
+    """g; or g_gamma, one number a head, for every token of v [B, T, HV, V]; or, without either, 0.
+
+    Its gradient is then a sum over tokens. What is no tensor is left for the op to refuse.
+
+    Raises:
+        InputError: both are given, or g_gamma is no [heads] of floating point.
+    """
+    if g is not None and g_gamma is not None:
+        raise InputError("g and g_gamma were given, but a decay is one of them: leave one out")
+    if g is not None or not isinstance(v, Tensor) or v.dim() != 4:
+        return g
+    if g_gamma is None:
+        return torch.zeros(v.shape[:3], dtype=torch.float32, device=v.device)
+    if not isinstance(g_gamma, Tensor):
+        raise InputError(f"g_gamma must be a tensor or None, but got {type(g_gamma).__name__}")
+    if g_gamma.dim() != 1 or not g_gamma.is_floating_point():
+        raise InputError(
+            f"g_gamma must be [heads] and of floating point, but got shape "
+            f"{tuple(g_gamma.shape)} and {g_gamma.dtype}"
+        )
+    return g_gamma.expand(*v.shape[:2], -1)

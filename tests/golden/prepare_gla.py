@@ -1,0 +1,172 @@
+"""Score the pairs of a chunk and make the decayed factors for the scan.
+
+One program per chunk and value head.
+
+    Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
+    Qg    = scale gamma q      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
+
+A pair (i, j) meets at an anchor a, as exp(G_i - a) exp(a - G_j): at the chunk's start while a
+channel has lost no more than 2^-64 since, where one product serves all pairs. Tokens below that
+are left out (their factors are zero), and a second pass takes them frame by frame, each with an
+anchor of its own. What a later token decays by adds exact zeros to earlier rows.
+
+    q        [B, T, H, K]      bf16  queries
+    k        [B, T, H, K]      bf16  keys
+    g        [B, T, HG, K]     fp32  log decay
+    Aqk      [NT, HV, BT, BT]  bf16  decayed scores, lower triangle
+    Qg       [NT, HV, BT, K]   bf16  queries, scaled and decayed from the chunk's start
+    Ktail    [NT, HV, BT, K]   bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]       fp32  decay of the whole chunk
+
+Problem: gla K=128 V=128 bf16, g fp32
+Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=ieee
+Template digest 56b44b7e34247d69; made by
+    gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with= --stage prepare --config \
+      BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=ieee
+"""
+
+import triton
+import triton.language as tl
+
+
+K = 128
+BT, BK = 32, 64
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+
+# Factors stay within this range in log2 of their anchor: fp32 and bf16 end at 2^127, and the rest is
+# room for keys of any norm, gradients and sums.
+RANGE = tl.constexpr(64.0)
+
+
+@triton.jit
+def next_frame(b_G, b_anchor):
+    """Move each channel's anchor to its first token that lies more than RANGE below the last one.
+
+    Rows of the new frame are the tokens up to RANGE below the anchor, with exp2(G_i - anchor);
+    columns are these and all earlier tokens, with exp2(anchor - G_j). Other factors are zero, and
+    all of them in a channel that has no token left (its anchor becomes -inf). NaN stays NaN.
+    """
+    b_left = tl.where(b_G < (b_anchor - RANGE)[None, :], b_G, float("-inf"))
+    b_anchor = tl.max(b_left, 0)
+    m_below = b_G < (b_anchor - RANGE)[None, :]
+    m_other = m_below | (b_G > b_anchor[None, :])
+    b_row = tl.where(m_other, 0.0, tl.exp2(b_G - b_anchor[None, :]))
+    b_column = tl.where(m_below, 0.0, tl.exp2(b_anchor[None, :] - b_G))
+    return b_anchor, b_row, b_column
+
+
+@triton.jit
+def score(b_Aqk, b_q_row, b_k_column):
+    """Add what one slice of channels contributes to the scores of all pairs."""
+    return tl.dot(b_q_row, tl.trans(b_k_column), b_Aqk)
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG"])
+def prepare_kernel(
+    q,
+    k,
+    g,
+    Aqk,
+    Qg,
+    Ktail,
+    gamma_C,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
+    n_chunks = tl.cdiv(T, BT)
+    i_t = (i_c % n_chunks) * BT
+    i_start = (i_c // n_chunks).to(tl.int64) * T + i_t
+    n_rows = tl.minimum(T - i_t, BT)
+
+    i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
+    i_tile = tl.program_id(0).to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_rows
+    # the program's own rows and tiles; offsets from here on fit 32 bits
+    q += (i_start * H + i_hq) * K
+    k += (i_start * H + i_hq) * K
+    g += (i_start * HG + i_hg) * K
+    Qg += i_tile * BT * K
+    Ktail += i_tile * BT * K
+    Aqk += i_tile * BT * BT
+    gamma_C += i_tile * K
+
+    # a token with itself, where no decay lies between
+    b_self = tl.zeros([BT], tl.float32)
+
+    b_Aqk = tl.zeros([BT, BT], tl.float32)
+    b_least = tl.zeros([BK], tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_tk = m_t[:, None] & (o_k < K)[None, :]
+        p_q = o_t[:, None] * (H * K) + o_k[None, :]
+        p_g = o_t[:, None] * (HG * K) + o_k[None, :]
+        b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+        b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+        b_q *= scale
+        b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+        b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+        b_G = tl.cumsum(b_decay, 0)
+        b_self += tl.sum(b_q * b_k, 1)
+        b_G_C = tl.min(b_G, 0)
+        b_least = tl.minimum(b_least, b_G_C)
+        m_below = b_G < -RANGE  # not of a NaN
+        b_row = tl.where(m_below, 0.0, tl.exp2(b_G))
+        b_column = tl.where(m_below, 0.0, tl.exp2(-b_G))
+        b_q = (b_q * b_row).to(tl.bfloat16)
+        b_Aqk = score(b_Aqk, b_q, (b_k * b_column).to(tl.bfloat16))
+        p_tile = o_t[:, None] * K + o_k[None, :]
+        tl.store(Qg + p_tile, b_q)
+        b_tail = tl.exp2(b_G_C[None, :] - b_G)
+        tl.store(Ktail + p_tile, (b_k * b_tail).to(tl.bfloat16))
+        tl.store(gamma_C + o_k, tl.exp2(b_G_C))
+
+    # loads everything once more, so that nothing of it is held in registers above
+    if tl.min(b_least) < -RANGE:
+        for i_k in range(0, K, BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_tk = m_t[:, None] & (o_k < K)[None, :]
+            p_q = o_t[:, None] * (H * K) + o_k[None, :]
+            p_g = o_t[:, None] * (HG * K) + o_k[None, :]
+            b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32)
+            b_q *= scale
+            b_g = tl.load(g + p_g, mask=m_tk, other=0.0).to(tl.float32)
+            b_decay = tl.maximum(b_g * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+            b_G = tl.cumsum(b_decay, 0)
+            b_G_C = tl.min(b_G, 0)
+            b_anchor = tl.zeros([BK], tl.float32)
+            while tl.max(b_anchor - b_G_C) > RANGE:
+                b_anchor, b_row, b_column = next_frame(b_G, b_anchor)
+                b_q_row = (b_q * b_row).to(tl.bfloat16)
+                b_k_column = (b_k * b_column).to(tl.bfloat16)
+                b_Aqk = score(b_Aqk, b_q_row, b_k_column)
+
+    o_i, o_j = o_t[:, None], o_t[None, :]
+    p_score = o_i * BT + o_j
+    b_Aqk = tl.where(o_i > o_j, b_Aqk, tl.where(o_i == o_j, b_self[:, None], 0.0))
+    tl.store(Aqk + p_score, b_Aqk.to(tl.bfloat16))
+
+
+def launch(
+    q, k, g, Aqk, Qg, Ktail, gamma_C, *, scale, lower_bound, n_chunks, T, H, HV, HG
+):
+    """Launch one program per chunk and value head on the current stream."""
+    prepare_kernel[(n_chunks * HV,)](
+        q, k, g, Aqk, Qg, Ktail, gamma_C, scale, lower_bound, T, H, HV, HG,
+        K=K, BT=BT, BK=BK,
+        num_warps=2, num_stages=1,
+    )

@@ -1,0 +1,103 @@
+"""Scan the chunks of a sequence in order.
+
+One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
+that it is the left operand of every product and never leaves the registers. At the start of every
+segment of chunks it is written out, for the backward to start from.
+
+    O^T = S^T Qg^T + v^T Aqk^T
+    S^T <- S^T Diag(gamma_C) + v^T Ktail
+
+    v        [B, T, HV, V]      bf16  values
+    Qg       [NT, HV, BT, K]    bf16  queries, scaled and decayed from the chunk's start
+    Ktail    [NT, HV, BT, K]    bf16  keys, decayed to the chunk's end
+    gamma_C  [NT, HV, K]        fp32  decay of the whole chunk
+    Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
+    o        [B, T, HV, V]      bf16  output
+    S_seg    [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
+
+Problem: gla K=128 V=128 bf16, g fp32
+Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=serial
+Template digest c458aa0adc84f18b; made by
+    gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with= --stage scan --config \
+      BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=serial
+"""
+
+import triton
+import triton.language as tl
+
+
+K, V = 128, 128
+BT, BV = 32, 64
+
+
+@triton.jit(do_not_specialize=["T", "HV", "NS", "segment"])
+def scan_kernel(
+    v,
+    Qg,
+    Ktail,
+    gamma_C,
+    Aqk,
+    o,
+    S_seg,
+    T,
+    HV,
+    NS,
+    segment,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_v = tl.program_id(0) % (V // BV)
+    i_nh = tl.program_id(0) // (V // BV)
+    i_n, i_h = i_nh // HV, i_nh % HV
+    n_chunks = tl.cdiv(T, BT)
+    i_first = i_n * n_chunks
+    i_start = i_n.to(tl.int64) * T
+    n_tokens = T
+
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
+    b_S = tl.zeros([BV, K], tl.float32)
+
+    # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
+    i_tile = i_first.to(tl.int64) * HV + i_h
+    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
+    m_v = (o_t < n_tokens)[None, :]
+    b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
+    b_gamma_next = tl.load(gamma_C + i_tile * K + o_k, mask=o_k < K * n_chunks, other=0.0)
+    for i_s in range(NS):
+        tl.store(S_seg + p_kept + i_s * K * V, b_S)
+        for i_t in range(i_s * segment, tl.minimum(n_chunks, (i_s + 1) * segment)):
+            i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
+            p_k = o_t[:, None] * K + o_k[None, :]
+            p_score = i_tile * BT * BT + o_t[:, None] * BT + o_t[None, :]
+            b_v, b_gamma = b_v_next, b_gamma_next
+            i_row = i_t * BT + o_t
+            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+            p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
+            m_v = (i_row + BT < n_tokens)[None, :]
+            b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
+            m_gamma = o_k < K * (n_chunks - 1 - i_t)
+            b_gamma_next = tl.load(gamma_C + (i_tile + HV) * K + o_k, mask=m_gamma, other=0.0)
+            # stores come after the products that they would delay
+            b_Sd = b_S.to(tl.bfloat16)
+            b_o = tl.dot(b_Sd, tl.trans(tl.load(Qg + i_tile * BT * K + p_k)))
+            b_S *= b_gamma[None, :]
+            b_S = tl.dot(b_v, tl.load(Ktail + i_tile * BT * K + p_k), b_S)
+            b_o = tl.dot(b_v, tl.trans(tl.load(Aqk + p_score)), b_o)
+            tl.store(o + p_o, b_o.to(tl.bfloat16), mask=(i_row < n_tokens)[None, :])
+
+
+def launch(
+    v, Qg, Ktail, gamma_C, Aqk, o, S_seg, *, n_sequences, T, HV, NS, segment
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    scan_kernel[(n_sequences * HV * (V // BV),)](
+        v, Qg, Ktail, gamma_C, Aqk, o, S_seg, T, HV, NS, segment,
+        K=K, V=V, BT=BT, BV=BV,
+        num_warps=4, num_stages=2,
+    )
