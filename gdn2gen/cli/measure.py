@@ -89,13 +89,12 @@ def verify(args: argparse.Namespace) -> int:
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
     cases = select_cases(args.cases, interpreter=interpreter, op=args.op, head_dim=dims)
-    done = 0
+    done = set()
     with terminal.status(out) as say:
 
         def show(result: Result) -> None:
-            nonlocal done
-            done += 1
-            say(f"{done} of {len(cases)} cases, last {result.name}")
+            done.add(result.name)
+            say(f"{len(done)} of {len(cases)} cases, last {result.name}")
 
         verified = workflow(
             args.cases, interpreter=interpreter, op=args.op, head_dim=dims, on_result=show

@@ -1,13 +1,18 @@
 """The accuracy suite, for the present GPU or Triton's interpreter.
 
-Cases run in a worker process, one after another: a fault, an abort or a hang fails the case that
-caused it, and a new worker goes on with the next one.
+Cases run in worker processes, each one after another: a fault, an abort or a hang fails the case
+that caused it, and a new worker goes on with the next one. Most of the time goes into compilers, so
+several workers share a GPU; what fails beside others is run again alone, and that is what counts.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from queue import SimpleQueue
+from threading import Lock
 from typing import Final
 
 from gdn2gen.base.environment import VERIFYING
@@ -21,6 +26,9 @@ from gdn2gen.store.verified import Place
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0
+# Beside each other: they wait for compilers, and each takes up to 6 GB of the GPU's memory.
+MOST_WORKERS: Final = 8
+_BYTES_OF_WORKER: Final = 12 * 2**30
 _RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
 
 
@@ -61,28 +69,69 @@ def verify(
     head_dim: tuple[int, int] | None = None,
     on_result: Callable[[Result], None] | None = None,
     timeout_s: float = TIMEOUT_S,
+    workers: int | None = None,
 ) -> list[Result]:
-    """Run the cases that `select_cases` selects; raises InputError if there is none.
+    """Run the cases that `select_cases` selects, in its order; raises InputError if there is none.
 
-    `on_result` is given each result as it comes.
+    `on_result` is given each result as it comes, both of a case that is run again. `workers`:
+    processes that run cases; None for one to two cores, as far as the GPU's memory goes.
     """
-    device = "cpu" if interpreter else "cuda"
     cases = select_cases(patterns, interpreter=interpreter, op=op, head_dim=head_dim)
-    interpret = "1" if interpreter else "0"
-    worker = Worker({"TRITON_INTERPRET": interpret, "GDN2GEN_UNVERIFIED": VERIFYING})
-    results: list[Result] = []
-    try:
-        for case in cases:
+    device = "cpu" if interpreter else "cuda"
+    count = min(workers or _workers(device), len(cases))
+    lock, given = Lock(), on_result or (lambda _: None)
+
+    def tell(result: Result) -> None:
+        with lock:
+            given(result)
+
+    found = {x.name: x for x in _run(cases, device, count, timeout_s, tell)}
+    again = [x for x in cases if not found[x.name].passed] if count > 1 else []
+    found |= {x.name: x for x in _run(again, device, 1, timeout_s, tell)}
+    return [found[x.name] for x in cases]
+
+
+def _workers(device: str) -> int:
+    most = min(MOST_WORKERS, (os.cpu_count() or 1) // 2)
+    if device == "cuda":
+        import torch
+
+        most = min(most, torch.cuda.mem_get_info()[0] // _BYTES_OF_WORKER)
+    return max(1, most)
+
+
+def _run(
+    cases: Sequence[Case], device: str, count: int, timeout_s: float, tell: Callable[[Result], None]
+) -> list[Result]:
+    """Results of the cases, each told as it comes, by `count` workers."""
+    interpret = "1" if device == "cpu" else "0"
+    pool = [
+        Worker({"TRITON_INTERPRET": interpret, "GDN2GEN_UNVERIFIED": VERIFYING})
+        for _ in range(count)
+    ]
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for worker in pool:
+        free.put(worker)
+
+    def run(case: Case) -> Result:
+        worker = free.get()
+        try:
             outcome: Outcome[Result] = worker.call(_RUN_CASE, case, device, timeout=timeout_s)
-            result = outcome.value
-            if result is None:
-                result = Result(case.name, case.check, passed=False, message=outcome.reason)
-            results.append(result)
-            if on_result is not None:
-                on_result(result)
+        finally:
+            free.put(worker)
+        found = outcome.value
+        if found is None:
+            found = Result(case.name, case.check, passed=False, message=outcome.reason)
+        tell(found)
+        return found
+
+    threads = ThreadPoolExecutor(count)
+    try:
+        return list(threads.map(run, cases))
     finally:
-        worker.close()
-    return results
+        for worker in pool:
+            worker.close()
+        threads.shutdown(cancel_futures=True)
 
 
 def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Place], set[Place]]:

@@ -39,6 +39,7 @@ def verify(
     op: str | None = None,
     head_dim: int | tuple[int, int] | None = None,
     interpreter: bool | None = None,
+    workers: int | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> Verified:
     """Compare every output and gradient with the fp64 reference, as `gdn2gen verify` does.
@@ -46,6 +47,8 @@ def verify(
     cases: names or shell patterns such as `bf16-*` (all). op: of one recurrence (all).
     head_dim: K, or K and V, whose suite runs alone, in every dtype.
     interpreter: in Triton's interpreter, at small sizes (None: only where there is no GPU).
+    workers: processes that run cases beside each other (None: one to two cores, at most 8, and as
+    many as the GPU has 12 GB for).
 
     On a GPU what has passed and what failed is filed, and holds for later calls. Cases that fail
     raise nothing: see `Verified.ok`. Raises InputError where no case is selected.
@@ -60,6 +63,7 @@ def verify(
         "op": op,
         "head_dim": dims,
         "on_result": on_result,
+        "workers": workers,
     }
     results = suite.verify(patterns, **options)
     if interpret:
