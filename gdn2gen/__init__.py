@@ -14,8 +14,12 @@ __all__ = [
     "chunk_gla",
     "chunk_kda",
     "chunk_simple_gla",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn2",
+    "fused_recurrent_gla",
     "fused_recurrent_kda",
+    "fused_recurrent_simple_gla",
     "generate",
     "reload",
 ]
@@ -29,7 +33,14 @@ if TYPE_CHECKING:
         chunk_kda,
         chunk_simple_gla,
     )
-    from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
+    from gdn2gen.ops.recurrent import (
+        fused_recurrent_delta_rule,
+        fused_recurrent_gated_delta_rule,
+        fused_recurrent_gdn2,
+        fused_recurrent_gla,
+        fused_recurrent_kda,
+        fused_recurrent_simple_gla,
+    )
     from gdn2gen.store.dispatch import reload
     from gdn2gen.tune.packages import generate
 
@@ -41,8 +52,12 @@ _HOMES = {
     "chunk_gla": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
     "chunk_simple_gla": "gdn2gen.ops.chunk",
+    "fused_recurrent_delta_rule": "gdn2gen.ops.recurrent",
+    "fused_recurrent_gated_delta_rule": "gdn2gen.ops.recurrent",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
+    "fused_recurrent_gla": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
+    "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "generate": "gdn2gen.tune.packages",
     "reload": "gdn2gen.store.dispatch",
 }
