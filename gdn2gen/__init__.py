@@ -16,8 +16,12 @@ __all__ = [
     "chunk_simple_gla",
     "compile_kernels",
     "explain",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn2",
+    "fused_recurrent_gla",
     "fused_recurrent_kda",
+    "fused_recurrent_simple_gla",
     "generate",
     "pin",
     "reload",
@@ -35,7 +39,14 @@ if TYPE_CHECKING:
         chunk_kda,
         chunk_simple_gla,
     )
-    from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
+    from gdn2gen.ops.recurrent import (
+        fused_recurrent_delta_rule,
+        fused_recurrent_gated_delta_rule,
+        fused_recurrent_gdn2,
+        fused_recurrent_gla,
+        fused_recurrent_kda,
+        fused_recurrent_simple_gla,
+    )
     from gdn2gen.store.dispatch import reload
     from gdn2gen.store.pins import pin
     from gdn2gen.tuning.packages import generate
@@ -55,8 +66,12 @@ _HOMES = {
     "chunk_simple_gla": "gdn2gen.ops.chunk",
     "compile_kernels": "gdn2gen.workflows.compiled",
     "explain": "gdn2gen.workflows.explain",
+    "fused_recurrent_delta_rule": "gdn2gen.ops.recurrent",
+    "fused_recurrent_gated_delta_rule": "gdn2gen.ops.recurrent",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
+    "fused_recurrent_gla": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
+    "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "generate": "gdn2gen.tuning.packages",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 from gdn2gen.base.errors import Gdn2genError  # noqa: E402
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.codegen.render import render, render_tables  # noqa: E402
-from gdn2gen.family.problem import Problem, untaken  # noqa: E402
+from gdn2gen.family.problem import Problem  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
 from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
@@ -122,6 +122,8 @@ def _formed() -> Iterator[tuple[Problem, str, dict[str, Knob]]]:
 
 
 def _flags(problem: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    from gdn2gen.family.problem import untaken  # which an earlier tree may not have
+
     recurrence = recurrence_named(problem["op"])
     wide = recurrence.has_factor and problem.get("dtype") != "fp32"
     tied = TIED_FLAGS if recurrence.activates_beta else ()

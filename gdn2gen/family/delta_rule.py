@@ -43,6 +43,14 @@ DELTA_RULE: Final = Recurrence(
             "chunk_size",
             "disable_recompute",
         ),
+        recurrent="fused_recurrent_delta_rule",
+        recurrent_arguments=(
+            "scale",
+            "initial_state",
+            "output_final_state",
+            "use_qk_l2norm_in_kernel",
+            "cu_seqlens",
+        ),
     ),
     plans=("direct", "direct_states"),
 )

@@ -44,6 +44,17 @@ GLA: Final = Recurrence(
             "cu_seqlens_cpu",
             "disable_recompute",
         ),
+        recurrent="fused_recurrent_gla",
+        recurrent_arguments=(
+            "gv",
+            "scale",
+            "initial_state",
+            "output_final_state",
+            "reverse",
+            "state_v_first",
+            "cu_seqlens",
+        ),
+        recurrent_names=(("g", "gk"),),
     ),
     plans=("linear", "linear_fast", "linear_states"),
 )

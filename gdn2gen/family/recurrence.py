@@ -75,8 +75,11 @@ class Public:
     """The op over a few tokens of each sequence, here and in flash-linear-attention; empty where
     there is none."""
     recurrent_arguments: tuple[str, ...] = ()
-    """Its arguments after the tensors that every call takes, in order; those of states in a pool,
-    which are keywords alone, follow (`family.decoding.KEYWORDS`)."""
+    """Its arguments after the first tensors that every call takes, in order, and such tensors where
+    others come between; those of states in a pool, which are keywords alone, follow
+    (`family.decoding.KEYWORDS`)."""
+    recurrent_names: tuple[tuple[str, str], ...] = ()
+    """Inputs that it calls otherwise: their names, and those there."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,16 @@ SIMPLE_GLA: Final = Recurrence(
             "chunk_size",
             "disable_recompute",
         ),
+        recurrent="fused_recurrent_simple_gla",
+        recurrent_arguments=(
+            "g_gamma",
+            "scale",
+            "initial_state",
+            "output_final_state",
+            "reverse",
+            "state_v_first",
+            "cu_seqlens",
+        ),
     ),
     plans=("linear_direct", "linear_direct_states"),
 )

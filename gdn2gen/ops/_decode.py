@@ -38,12 +38,12 @@ def decode(
     *,
     scale: Any,
     output_final_state: bool,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
-    lower_bound: Any,
-    state_v_first: bool,
+    lower_bound: Any = None,
+    state_v_first: bool = False,
     null_slot: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """o, and the pool or the final state if `output_final_state`. `tensors` are those of the

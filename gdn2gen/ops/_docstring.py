@@ -56,6 +56,9 @@ _DECODING: Final = {
     "num_accepted_tokens": "[N], int32 or int64, with indices [N, 1+S]: the state is read from "
     "slot [n, accepted - 1], taken within 1 .. 1+S; from [n, 0] if None.",
     "null_slot": "an index that is padding, too, such as 0.",
+    "gk": "decays of channels, too: no kernels yet; UnsupportedError.",
+    "gv": "decays of values: no kernels yet; UnsupportedError.",
+    "reverse": "from the last token to the first: no kernels yet; UnsupportedError.",
     "out": "[B, T, HV, V] in the dtype of v: o is written there, and returned. Rows may lie apart.",
 }
 # The same of what recurrences declare.
@@ -108,8 +111,11 @@ def _decoding_lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[st
         _WIDTH,
     )
     yield from ("", "Args:")
+    declared = {there: name for name, there in recurrence.public.recurrent_names}
     for name in names:
-        yield from _argument(recurrence, name, _OPTIONS | _DECODING, _DECODING_INPUTS)
+        yield from _argument(
+            recurrence, name, _OPTIONS | _DECODING, _DECODING_INPUTS, declared.get(name)
+        )
     yield from ("", "Returns:")
     yield "    o [B, T, HV, V] in the dtype of v; and the final state, the pool, or None."
     yield from ("", "Raises:")
@@ -137,9 +143,11 @@ def _argument(
     name: str,
     options: Mapping[str, str],
     inputs: Mapping[str, str] = _AS_DECLARED,
+    declared: str | None = None,
 ) -> list[str]:
-    """Lines on one argument; `inputs` in place of what is declared of them."""
-    x = recurrence.named.get(name)
+    """Lines on one argument; `inputs` in place of what is declared of them. `declared`: what the
+    recurrence calls it, if not so."""
+    x = recurrence.named.get(declared or name)
     g = recurrence.decay and recurrence.decay.input
     bounded = _BOUNDED.format(name=g) if recurrence.bounded else ""
     known = {"g": recurrence.decay, "beta": recurrence.erase, "bounded": bounded}

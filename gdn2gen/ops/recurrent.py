@@ -11,14 +11,23 @@ from typing import Final
 
 from torch import Tensor
 
+from gdn2gen.family.delta_rule import DELTA_RULE
+from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
+from gdn2gen.family.gla import GLA
 from gdn2gen.family.kda import KDA
+from gdn2gen.family.simple_gla import SIMPLE_GLA
+from gdn2gen.ops._decay import channels_of, decay_of, factor_of, refuse_decays, refuse_reverse
 from gdn2gen.ops._decode import decode
 from gdn2gen.ops._docstring import decoding_documented
 from gdn2gen.runtime.decoding_op import decoding_op
 
 _GDN2: Final = decoding_op(GDN2)
 _KDA: Final = decoding_op(KDA)
+_GATED_DELTA_RULE: Final = decoding_op(GATED_DELTA_RULE)
+_DELTA_RULE: Final = decoding_op(DELTA_RULE)
+_GLA: Final = decoding_op(GLA)
+_SIMPLE_GLA: Final = decoding_op(SIMPLE_GLA)
 
 
 @decoding_documented(GDN2)
@@ -99,6 +108,159 @@ def fused_recurrent_kda(
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
         lower_bound=lower_bound,
+        state_v_first=state_v_first,
+        null_slot=null_slot,
+    )
+
+
+@decoding_documented(GATED_DELTA_RULE)
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated DeltaNet over a few tokens of each sequence (arXiv 2412.06464).
+
+    Without g nothing decays; without beta it is 1.
+    """
+    refuse_decays("fused_recurrent_gated_delta_rule", ", or call fused_recurrent_kda", gk=gk, gv=gv)
+    return decode(
+        _GATED_DELTA_RULE,
+        (
+            *(q, k, v, decay_of(v, g), factor_of(v, beta)),
+            *(initial_state, A_log, dt_bias, cu_seqlens),
+        ),
+        (ssm_state_indices, num_accepted_tokens, state_pool, out),
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        null_slot=null_slot,
+    )
+
+
+@decoding_documented(DELTA_RULE)
+def fused_recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """DeltaNet over a few tokens of each sequence (arXiv 2406.06484).
+
+    Without beta it is 1.
+    """
+    return decode(
+        _DELTA_RULE,
+        (q, k, v, factor_of(v, beta), initial_state, cu_seqlens),
+        (ssm_state_indices, num_accepted_tokens, state_pool, out),
+        scale=scale,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        null_slot=null_slot,
+    )
+
+
+@decoding_documented(GLA)
+def fused_recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention over a few tokens of each sequence (arXiv 2312.06635).
+
+    g of the equation is gk; without it nothing decays.
+    """
+    refuse_decays("fused_recurrent_gla", "", gv=gv)
+    refuse_reverse("fused_recurrent_gla", reverse)
+    return decode(
+        _GLA,
+        (q, k, v, channels_of(q, v, gk), initial_state, cu_seqlens),
+        (ssm_state_indices, num_accepted_tokens, state_pool, out),
+        scale=scale,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        null_slot=null_slot,
+    )
+
+
+@decoding_documented(SIMPLE_GLA)
+def fused_recurrent_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Simple gated linear attention over a few tokens of each sequence (arXiv 2405.21060)."""
+    refuse_reverse("fused_recurrent_simple_gla", reverse)
+    return decode(
+        _SIMPLE_GLA,
+        (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
+        (ssm_state_indices, num_accepted_tokens, state_pool, out),
+        scale=scale,
+        output_final_state=output_final_state,
         state_v_first=state_v_first,
         null_slot=null_slot,
     )

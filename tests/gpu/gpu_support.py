@@ -36,6 +36,10 @@ TRAIN: Final = SHAPES["train4k"]
 _STATES: Final = Problem(initial_state=True, final_state=True)
 _KDA: Final = replace(_STATES, op="kda")
 _GDN: Final = replace(_STATES, op="gated_delta_rule")
+_DELTA: Final = replace(_STATES, op="delta_rule")
+_GLA, _SIMPLE_GLA = (
+    Problem(op=op, initial_state=True, final_state=True) for op in ("gla", "simple_gla")
+)
 # Few, since each is some ten kernels to compile; K != V wherever the size is free, which shows a
 # swapped transpose that square states hide.
 PROBLEMS: Final[dict[str, Problem]] = {
@@ -55,6 +59,13 @@ PROBLEMS: Final[dict[str, Problem]] = {
         _GDN, V=64, varlen=True, gate="softplus", has_A_log=True, has_dt_bias=True
     ),
     "gdn-fp16-K64": replace(_GDN, K=64, dtype="fp16", beta_sigmoid=True, neg_eigval=True),
+    "delta": replace(_DELTA, V=64),
+    "delta-packed": replace(_DELTA, varlen=True),
+    "gla": replace(_GLA, V=64),
+    "gla-packed": replace(_GLA, varlen=True, state_v_first=True),
+    "gla-fp16-K64": replace(_GLA, K=64, dtype="fp16"),
+    "simple-gla": replace(_SIMPLE_GLA, V=64),
+    "simple-gla-packed": replace(_SIMPLE_GLA, varlen=True, state_v_first=True),
     "kda": _KDA,
     "kda-packed": replace(_KDA, varlen=True),
     "kda-K64": replace(
@@ -73,6 +84,13 @@ _FEWER: Final[dict[str, tuple[str, ...]]] = {
     "gdn": ("lean", "fast"),
     "gdn-packed": ("lean", "fast"),
     "gdn-fp16-K64": ("fast",),
+    "delta": ("lean",),
+    "delta-packed": ("fast",),
+    "gla": ("lean", "default linear_fast", "fast"),
+    "gla-packed": ("lean",),
+    "gla-fp16-K64": ("fast",),
+    "simple-gla": ("lean",),
+    "simple-gla-packed": ("fast",),
     "kda": (*LEVELS, "default states", *TILELANG),
     "kda-packed": ("lean", "tilelang fast"),
     "kda-K64": ("lean", "tilelang fast"),

@@ -18,6 +18,8 @@ LONG = sized(1, 2011, 4)
 # dA_log has one value per head: with fewer heads its norm could be small by chance.
 WIDE = sized(2, 1003, 8)
 GROUPED = sized(1, 1003, 8)
+# Of members that lack a decay, or erase nothing.
+LESS = ("delta", "gla", "gla-fp16-K64", "simple-gla")
 DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
 
 
@@ -36,7 +38,7 @@ def check(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda", "gdn", "gdn-fp16-K64"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda", "gdn", "gdn-fp16-K64", *LESS])
 def test_every_pattern(name: str, pattern: str) -> None:
     check(name, LONG, pattern)
 
@@ -64,7 +66,7 @@ def test_gates_in_the_kernel(name: str) -> None:
 
 
 @pytest.mark.parametrize("HG", [2, 8])
-@pytest.mark.parametrize("name", ["bf16", "softplus", "kda"])
+@pytest.mark.parametrize("name", ["bf16", "softplus", "kda", *LESS])
 def test_grouped_value_heads(name: str, HG: int) -> None:
     """Two heads of q and k serve eight value heads; their gradients are sums over groups."""
     check(name, GROUPED, "layer", H=2, HG=HG)
@@ -78,13 +80,15 @@ def test_value_heads_that_no_program_of_sixteen_is_full_of(name: str, HV: int, H
 
 
 @pytest.mark.parametrize("pattern", ["layer", "mixed"])
-@pytest.mark.parametrize("name", ["packed", "kda-packed"])
+@pytest.mark.parametrize(
+    "name", ["packed", "kda-packed", "delta-packed", "gla-packed", "simple-gla-packed"]
+)
 def test_packed_documents(name: str, pattern: str) -> None:
     check(name, DOCUMENTS, pattern)
 
 
 @pytest.mark.parametrize("T", [1, 16, 64, 65])
-@pytest.mark.parametrize("name", ["bf16", "kda", "gdn"])
+@pytest.mark.parametrize("name", ["bf16", "kda", "gdn", *LESS])
 def test_few_tokens(name: str, T: int) -> None:
     check(name, sized(3, T, 2), "mixed")
 

@@ -43,7 +43,10 @@ FEW_HEADS = 3
 RAGGED = sized(2, 333, 3)
 RAGGED_DOCUMENTS = sized(1, 333, 3, (0, 0, 100, 101, 333))
 # Every recipe of one problem of each op.
-RECIPES = [*(("bf16", level) for level in (*LEVELS, *DEFAULTS)), *at_levels("kda", "gdn")]
+RECIPES = [
+    *(("bf16", level) for level in (*LEVELS, *DEFAULTS)),
+    *at_levels("kda", "gdn", "delta", "gla", "simple-gla"),
+]
 
 
 def shape_for(name: str, dense: Shape, packed: Shape) -> Shape:
@@ -93,7 +96,7 @@ def test_the_future_is_not_seen(T: int, name: str, level: str) -> None:
     assert result.passed, result.message
 
 
-@pytest.mark.parametrize(("name", "level"), at_levels("packed", "kda-packed"))
+@pytest.mark.parametrize(("name", "level"), at_levels("packed", "kda-packed", "gla-packed"))
 def test_documents_do_not_see_each_other(name: str, level: str) -> None:
     """Change one document throughout, gradients of its outputs included: no other may move."""
     recipe = recipe_of(name, level)

@@ -35,7 +35,11 @@ pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES: Final = ((16, 16), (32, 64), (64, 64), (80, 48), (96, 192), (128, 128), (192, 256),
                 (256, 256), (256, 512))  # fmt: skip
-GATED: Final = {"gdn2": {"gate": "softplus"}, "kda": {"gate": "sigmoid", "beta": "neg"}}
+GATED: Final[dict[str, dict[str, Any]]] = {op: {} for op in DECODING_OPS} | {
+    "gdn2": {"gate": "softplus"},
+    "kda": {"gate": "sigmoid", "beta": "neg"},
+    "gated_delta_rule": {"gate": "softplus", "beta": "neg"},
+}
 # As a layer calls it at a few sequences, and at so many that tiles are as large as they get.
 LAYER: Final = Case(K=128, V=128, H=16, HV=16, N=4, dtype=BF16, gap=8)
 MANY: Final = replace(LAYER, N=64, T=2)

@@ -118,7 +118,7 @@ def new_values(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["stateless", "kda", "gdn"])
+@pytest.mark.parametrize("name", ["stateless", "kda", "gdn", "simple-gla"])
 def test_torch_compile_takes_the_whole_graph(name: str, backend: str) -> None:
     """No graph break in or around the op; outputs and gradients are those of eager mode."""
     problem = PROBLEMS[name]

@@ -1,7 +1,7 @@
 """Members of the family that have no public op over a few tokens, through the one of all members.
 
-A decay for each head or none, nothing that erases, values that are written as they are: templates
-and checks take them by their declaration. Each check returns errors.
+One number a head to erase and another to write: templates and checks take them by their
+declaration. Each check returns errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from gdn2gen.base.environment import verifying
 from gdn2gen.family import problem, registry
 from gdn2gen.family.decoding_reference import decode
-from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.recurrence import (
     BETA,
     CHANNEL_DECAY,
@@ -37,30 +36,21 @@ from gdn2gen.ops import _decode
 from gdn2gen.runtime.decoding_op import DecodingOp, decoding_op
 
 HEAD_DECAY: Final = replace(CHANNEL_DECAY, dims="B T HV")
-# DeltaNet's has the heads of q
-BETA_OF_KEYS: Final = replace(BETA, dims="B T H")
-
-
-def _member(
-    name: str, *inputs: Input, decay: Decay | None, erase: str | None, write: str | None
-) -> Recurrence:
-    return Recurrence(
-        name, name, "a test", (QUERY, KEY, VALUE, *inputs, SEQUENCES), decay, erase, write,
-        Public(name, name, recurrent=name),
-    )  # fmt: skip
-
-
 MEMBERS: Final = (
-    # declared with an op over whole sequences alone
-    replace(
-        GATED_DELTA_RULE, public=replace(GATED_DELTA_RULE.public, recurrent="gated_delta_rule")
-    ),
-    _member("delta_rule", BETA_OF_KEYS, STATE, decay=None, erase="beta", write="beta"),
-    _member("gla", CHANNEL_DECAY, STATE, decay=Decay("g"), erase=None, write=None),
-    _member("simple_gla", HEAD_DECAY, STATE, decay=Decay("g"), erase=None, write=None),
-    _member(
-        "of_heads", HEAD_DECAY, BETA, Input("w", "B T H", "written", draw="unit"), STATE,
-        decay=Decay("g"), erase="beta", write="w",
+    Recurrence(
+        name="of_heads",
+        title="of_heads",
+        source="a test",
+        inputs=(
+            QUERY, KEY, VALUE, HEAD_DECAY, BETA, Input("w", "B T H", "written", draw="unit"), STATE,
+            SEQUENCES,
+        ),
+        decay=Decay("g"),
+        erase="beta",
+        write="w",
+        public=Public(
+            "of_heads", "of_heads", ("use_qk_l2norm_in_kernel", "state_v_first"), "of_heads"
+        ),
     ),
 )  # fmt: skip
 

@@ -83,17 +83,26 @@ class Case:
 
     @property
     def flags(self) -> dict[str, Any]:
+        member = recurrence_named(self.op)
         found: dict[str, Any] = {
             "scale": self.scale,
-            "use_qk_l2norm_in_kernel": self.l2norm,
+            "use_qk_l2norm_in_kernel": self.normalised,
             "use_gate_in_kernel": self.gate != "none",
             "lower_bound": -5.0 if self.gate == "sigmoid" else None,
-            "state_v_first": self.v_first,
+            "state_v_first": self.values_first,
         }
-        if recurrence_named(self.op).tied:
-            found["use_beta_sigmoid_in_kernel"] = self.beta != ""
-            found["allow_neg_eigval"] = self.beta == "neg"
-        return found
+        found["use_beta_sigmoid_in_kernel"] = self.beta != ""
+        found["allow_neg_eigval"] = self.beta == "neg"
+        known = member.public.recurrent_arguments
+        return {name: x for name, x in found.items() if name in known}
+
+    @property
+    def values_first(self) -> bool:
+        return self.v_first and recurrence_named(self.op).takes("state_v_first")
+
+    @property
+    def normalised(self) -> bool:
+        return self.l2norm and recurrence_named(self.op).normalises
 
 
 @dataclass
@@ -107,8 +116,17 @@ class Drawn:
     """Slots that may be written."""
 
 
-def public_op(op: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return getattr(recurrent, recurrence_named(op).public.recurrent)
+Op = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def public_op(op: str) -> Op:
+    """The op of a recurrence, which takes inputs by the names that are declared."""
+    public = recurrence_named(op).public
+    function: Op = getattr(recurrent, public.recurrent)
+    if not public.recurrent_names:
+        return function
+    there = dict(public.recurrent_names)
+    return lambda **given: function(**{there.get(name, name): x for name, x in given.items()})
 
 
 def draw(case: Case, device: str) -> Drawn:
@@ -130,7 +148,9 @@ def draw(case: Case, device: str) -> Drawn:
         if case.parameters:
             heads = inputs["g"].shape[2]
             rate = torch.empty(heads, device=device).uniform_(0.5, 4.0, generator=generator)
-            bias = torch.empty(heads, case.K, device=device).uniform_(-4, 0, generator=generator)
+            sizes = {"HG": heads, "K": case.K}
+            dims = [sizes[x] for x in recurrence_named(case.op).named["dt_bias"].symbols]
+            bias = torch.empty(dims, device=device).uniform_(-4, 0, generator=generator)
             inputs["A_log"] = rate.log().to(case.parameter_dtype)
             inputs["dt_bias"] = bias.to(case.parameter_dtype)
     if case.beta:
@@ -139,7 +159,7 @@ def draw(case: Case, device: str) -> Drawn:
         inputs |= _in_one_tensor({x: y for x, y in inputs.items() if y.ndim > 2 and x != "beta"})
     N = case.N if case.lengths is None else len(case.lengths)
     drawn = Drawn(inputs, {})
-    inner = (case.V, case.K) if case.v_first else (case.K, case.V)
+    inner = (case.V, case.K) if case.values_first else (case.K, case.V)
     if case.states == "initial":
         state = torch.empty(N, case.HV, *inner, device=device).normal_(generator=generator)
         inputs["initial_state"] = state.to(case.state_dtype)
@@ -232,7 +252,7 @@ def expected(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor | None, Tensor | 
     final = None
     if case.states in ("none", "initial"):
         N = case.N if case.lengths is None else len(case.lengths)
-        inner = (case.V, case.K) if case.v_first else (case.K, case.V)
+        inner = (case.V, case.K) if case.values_first else (case.K, case.V)
         final = torch.zeros(N, case.HV, *inner, dtype=torch.float64)
     decode(member, inputs, o, final, **serving, **case.flags)
     return o, final, storage

@@ -24,17 +24,18 @@ from gdn2gen.runtime.signature import decoding_signature
 @verifying()
 def opcheck(op: str, states: str) -> bool:
     """torch's own checks of the schema, the fake and what tracers make of the op."""
-    case = Case(op=op, states=states, T=2, gate="softplus")
+    gated = recurrence_named(op).takes("use_gate_in_kernel")
+    case = Case(op=op, states=states, T=2, gate="softplus" if gated else "none")
     drawn = draw(case, "cpu")
-    member, known = recurrence_named(op), case.flags
+    member = recurrence_named(op)
     o = torch.empty_like(drawn.inputs["v"])
     final = None if states == "speculative" else torch.empty(3, 2, 32, 32)
     tensors = [drawn.inputs.get(x.name) for x in member.inputs]
     serving = [
         drawn.serving.get(x) for x in ("ssm_state_indices", "num_accepted_tokens", "state_pool")
     ]
-    flags = [None, None, known["use_qk_l2norm_in_kernel"], True, final is not None, False]
-    flags += [False, False] if member.tied else []
+    flags = [None, None, case.normalised, gated, final is not None, False]
+    flags += [False, False] if member.activates_beta else []
     torch.library.opcheck(
         getattr(torch.ops.gdn2gen, f"{op}_recurrent").default,
         (*tensors, *serving, o, final, *flags, None),
@@ -119,8 +120,8 @@ def plan(case: Case, **changes: Any) -> Plan:
     drawn = draw(case, "cpu")
     signature = decoding_signature(case.op)
     given = {**drawn.inputs, **drawn.serving, **changes}
-    options = (None, None, case.l2norm, case.gate != "none", False, case.v_first)
-    options += (False, False) if recurrence_named(case.op).tied else ()
+    options = (None, None, case.normalised, case.gate != "none", False, case.values_first)
+    options += (False, False) if recurrence_named(case.op).activates_beta else ()
     tensors = [given.get(x) for x in (*signature.names, *SERVING)]
     return plan_of(signature, tensors, options, None)
 

@@ -201,6 +201,7 @@ def _cases() -> Iterator[KernelCase]:
         case = Case("causality", _STATES, _shape(1, 22, 1), check="causality")
         yield KernelCase(case, plan, chosen)
     yield from _bounded_cases()
+    yield from _cases_of_less()
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
     yield with_next(replace(chunks, check="causality"))
     yield with_next(replace(chunks, name="repeat", check="repeat"))
@@ -241,6 +242,47 @@ def _size_cases() -> Iterator[KernelCase]:
     for K, V in ((40, 24), (96, 40)):
         long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 212, 2))
         yield KernelCase(long, "fast", (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
+
+
+def _cases_of_less() -> Iterator[KernelCase]:
+    """Members that lack a decay, or erase nothing: every plan and form of theirs."""
+    ends = _shape(1, 45, 2, (0, 0, 20, 20, 21, 45, 45))
+    # three segments, of two chunks and one
+    parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
+    plain = replace(_STATES, op="delta_rule", K=40, V=24)
+    for problem, plans in (
+        (plain, ("direct", "direct_states")),
+        (_linear("simple_gla", 40, 24), ("linear_direct", "linear_direct_states")),
+    ):
+        op = problem.op
+        long = Case(f"{op}-parallel", problem, _shape(1, 75, 1))
+        yield KernelCase(long, plans[0], parallel, 2)
+        half = Case(f"{op}-grouped", replace(problem, dtype="fp16"), _shape(1, 75, 2), H=1)
+        yield KernelCase(half, plans[1], (("BT", 64), ("BK", 16)))
+        packed = Case(f"{op}-packed", replace(problem, varlen=True), ends, "sparse")
+        yield KernelCase(packed, plans[0], (("BT", 32),))
+        causal = Case(f"{op}-causality", problem, _shape(1, 22, 1), check="causality")
+        yield KernelCase(causal, plans[1], (("BT", 16),))
+    gla = _linear("gla", 40, 24)
+    for plan, BT, decay in (
+        ("linear", 16, "log"), ("linear_fast", 32, "tree"), ("linear_states", 64, "anchored")
+    ):  # fmt: skip
+        knobs = (("BT", BT), ("decay", decay), ("BK", 32), ("BV", 16))
+        yield KernelCase(Case("gla", gla, _shape(1, 70, 1)), plan, knobs)
+    yield KernelCase(Case("gla-parallel", gla, _shape(1, 75, 1)), "linear_states", parallel, 2)
+    anchored = (("BT", 32), ("decay", "anchored"))
+    yield KernelCase(Case("gla-strong", gla, _shape(1, 45, 1), "strong"), "linear", anchored)
+    causal = Case("gla-causality", gla, _shape(1, 22, 1), check="causality")
+    yield KernelCase(causal, "linear", anchored)
+    packed = Case("gla-packed", replace(gla, varlen=True, state_v_first=True), ends, "sparse")
+    yield KernelCase(packed, "linear_fast", anchored)
+    half = Case("gla-grouped", replace(gla, dtype="fp16"), _shape(1, 45, 2), H=1, HG=1)
+    yield KernelCase(half, "linear", (("BT", 64), ("decay", "tree")))
+
+
+def _linear(op: str, K: int, V: int) -> Problem:
+    """Of a member that erases nothing; its kernels normalise nothing, either."""
+    return Problem(op=op, K=K, V=V, dtype="fp32", initial_state=True, final_state=True)
 
 
 def _bounded_cases() -> Iterator[KernelCase]:

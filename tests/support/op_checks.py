@@ -33,10 +33,21 @@ LIMIT = 1e-5
 
 def activated(op: str) -> dict[str, bool]:
     """The flags by which kernels activate all that they can of the op's inputs."""
-    flags = dict.fromkeys(("use_gate_in_kernel", "use_qk_l2norm_in_kernel"), True)
-    if recurrence_named(op).tied:
-        flags |= dict.fromkeys(("use_beta_sigmoid_in_kernel", "allow_neg_eigval"), True)
-    return flags
+    member = recurrence_named(op)
+    flags = ("use_gate_in_kernel", "use_qk_l2norm_in_kernel")
+    if member.tied:
+        flags += ("use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+    return dict.fromkeys(filter(member.takes, flags), True)
+
+
+def normalised(op: str) -> dict[str, bool]:
+    """The flag by which kernels normalise q and k, where they can."""
+    return {"use_qk_l2norm_in_kernel": True} if recurrence_named(op).normalises else {}
+
+
+def has_gate(op: str) -> bool:
+    """Whether kernels can take the decay through its activation."""
+    return recurrence_named(op).takes("use_gate_in_kernel")
 
 
 def bias_shape(op: str, heads: int = 2) -> tuple[int, ...]:
@@ -46,7 +57,9 @@ def bias_shape(op: str, heads: int = 2) -> tuple[int, ...]:
 
 
 def gate_parameters(op: str, heads: int = 2) -> dict[str, Tensor]:
-    """A_log, and a dt_bias whose dims come as one."""
+    """A_log, and a dt_bias whose dims come as one; none where there is no gate."""
+    if not has_gate(op):
+        return {}
     return {
         "A_log": torch.zeros(heads),
         "dt_bias": torch.linspace(0, 1, prod(bias_shape(op, heads))),
@@ -129,26 +142,27 @@ def strided_inputs(op: str, how: str) -> dict[str, float]:
         inputs[name] = _strided(inputs[name], how)
         assert not inputs[name].is_contiguous()
     inputs["initial_state"] = inputs["initial_state"][:1].mT.contiguous().mT.expand(2, -1, -1, -1)
-    inputs["A_log"] = torch.linspace(0, 1, 4)[::2]
-    shape = bias_shape(op)
-    inputs["dt_bias"] = torch.linspace(0, 1, 2 * prod(shape)).view(*shape, 2)[..., 0]
-    assert not (inputs["A_log"].is_contiguous() or inputs["dt_bias"].is_contiguous())
+    if has_gate(op):
+        inputs["A_log"] = torch.linspace(0, 1, 4)[::2]
+        shape = bias_shape(op)
+        inputs["dt_bias"] = torch.linspace(0, 1, 2 * prod(shape)).view(*shape, 2)[..., 0]
+        assert not (inputs["A_log"].is_contiguous() or inputs["dt_bias"].is_contiguous())
     return compare(op, inputs | activated(op))
 
 
 def one_output(op: str, outputs: str) -> dict[str, float]:
     """A loss of one output alone; the other's gradient is undefined."""
-    return compare(op, make(op) | {"use_qk_l2norm_in_kernel": True}, outputs)
+    return compare(op, make(op) | normalised(op), outputs)
 
 
 def some_gradients(op: str, name: str) -> dict[str, float]:
     """Only one input requires a gradient."""
-    return compare(op, make(op) | {"use_qk_l2norm_in_kernel": True}, wanted=(name,))
+    return compare(op, make(op) | normalised(op), wanted=(name,))
 
 
 def no_tokens(op: str, packed: bool) -> dict[str, float]:
     shape: dict[str, Any] = {"B": 1, "cu_seqlens": (0, 0, 0)} if packed else {}
-    return compare(op, make(op, T=0, **shape) | {"use_qk_l2norm_in_kernel": True})
+    return compare(op, make(op, T=0, **shape) | normalised(op))
 
 
 @verifying()
@@ -169,7 +183,7 @@ def low_precision_parameters(op: str) -> str:
 
 def changed_cu_seqlens(op: str) -> dict[str, float]:
     """The tables made from cu_seqlens follow it when it is written to."""
-    inputs = make(op, B=1, cu_seqlens=(0, 7, 20)) | {"use_qk_l2norm_in_kernel": True}
+    inputs = make(op, B=1, cu_seqlens=(0, 7, 20)) | normalised(op)
     compare(op, inputs)
     inputs["cu_seqlens"][1] = 15
     return compare(op, inputs)
@@ -201,14 +215,17 @@ def opcheck(
     """torch.library.opcheck of the forward op; by the reference at the level `NOTHING`."""
     dtypes = WIDE_BETA if wide else {}
     inputs = make(op, cu_seqlens=(0, 7, 20), B=1, **dtypes) if gated else make(op, T=17, **dtypes)
-    parameters = {"A_log": torch.zeros(2), "dt_bias": torch.ones(bias_shape(op))} if gated else {}
-    given = inputs | parameters
+    activates = gated and has_gate(op)
+    given = {**inputs}
+    if activates:
+        given |= {"A_log": torch.zeros(2), "dt_bias": torch.ones(bias_shape(op))}
     ops: Op = getattr(chunk, f"_{op.upper()}")
     signature = ops.signature
     leaves = [given[x].requires_grad_() if x in given else None for x in signature.names[:-1]]
     arguments = (*leaves, inputs.get("cu_seqlens"))
     # of beta come last, as in `Options`
-    flags = (None, None, True, gated, True, False, gated, gated)[: signature.options]
+    normalises = recurrence_named(op).normalises
+    flags = (None, None, normalises, activates, True, False, gated, gated)[: signature.options]
     agreement = level
     if level != NOTHING:
         request = request_of(signature, leaves, sequences_of(arguments[-1]), flags)
@@ -229,7 +246,7 @@ def fakes_agree(op: str, level: str, gated: bool) -> str:
 
     inputs: dict[str, Any] = make(op, HV=4, HG=2) if not gated else make(op, HV=4, HG=4)
     parameters = gate_parameters(op, heads=4) if gated else {}
-    flags = activated(op) if gated else {"use_qk_l2norm_in_kernel": True}
+    flags = activated(op) if gated else normalised(op)
     arguments: dict[str, Any] = {**inputs, **parameters, **flags}
     arguments["disable_recompute"] = level == "fast"
     arguments["output_final_state"] = True
@@ -262,7 +279,7 @@ def compiled(op: str, gated: bool, wide: bool = False) -> str:
     inputs: dict[str, Any] = make(op, **(WIDE_BETA if wide else {}))
     if gated:
         inputs |= gate_parameters(op) | activated(op)
-    arguments = {**inputs, "use_qk_l2norm_in_kernel": True}
+    arguments = {**inputs, **normalised(op)}
     step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
     expected = _run(public_op(op), arguments)
     results = _run(step, arguments)
@@ -275,7 +292,7 @@ def compiled_at_other_lengths(op: str) -> str:
     """torch.compile marks T dynamic when it meets a second one."""
     step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
     for T in (20, 33, 47):
-        arguments = {**make(op, T=T), "use_qk_l2norm_in_kernel": True}
+        arguments = {**make(op, T=T), **normalised(op)}
         expected = _run(public_op(op), arguments)
         results = _run(step, arguments)
         assert all(torch.equal(x, results[name]) for name, x in expected.items())
@@ -288,7 +305,7 @@ def compiled_at_other_head_dims(op: str) -> str:
     with verifying():
         step = torch.compile(public_op(op), backend="aot_eager", fullgraph=True)
         for D in (24, 40, 72):
-            arguments = {**make(op, T=20, K=D, V=D), "use_qk_l2norm_in_kernel": True}
+            arguments = {**make(op, T=20, K=D, V=D), **normalised(op)}
             expected = _run(public_op(op), arguments)
             results = _run(step, arguments)
             assert all(torch.equal(x, results[name]) for name, x in expected.items())
@@ -304,7 +321,7 @@ def without_gradient(op: str, plan: str) -> list[str]:
     """Outputs that are not the same bits where no gradient is wanted, over five segments."""
     segment, call.SEGMENT = call.SEGMENT, 1
     problem = Problem(op=op, K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
-    arguments = {**make(op, T=150), "use_qk_l2norm_in_kernel": True}
+    arguments = {**make(op, T=150), **normalised(op)}
     try:
         served = recurrence_named(op).plans
         plan = plan if plan in served else plans_of(level_of(plan), op)[0]

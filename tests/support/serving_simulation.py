@@ -49,7 +49,7 @@ class Server:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         case, self.width = self.case, 1 + GUESSED if self.speculative else 1
-        inner = (case.V, case.K) if case.v_first else (case.K, case.V)
+        inner = (case.V, case.K) if case.values_first else (case.K, case.V)
         slots = self.capacity * self.width + 3
         size = case.HV * case.K * case.V
         self.storage = torch.full(

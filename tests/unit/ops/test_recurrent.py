@@ -12,13 +12,15 @@ import decoding_refusals
 import decoding_torch_checks
 import pytest
 import torch
-from decoding_cases import Case, draw, public_op
+from decoding_cases import Case, draw
 from serving_simulation import simulate
 
+import gdn2gen
 from gdn2gen import fused_recurrent_gdn2, fused_recurrent_kda
-from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.decoding import KEYWORDS
 from gdn2gen.family.registry import DECODING_OPS, recurrence_named
+from gdn2gen.ops import recurrent
 
 Check = Callable[..., Any]
 CHECKS: Final = decoding_torch_checks
@@ -27,6 +29,23 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: Final = {
     "gdn2": [Case(), Case(T=5, HV=4, H=2, HG=2)],
     "kda": [Case(op="kda"), Case(op="kda", T=5, HV=4, H=2, HG=2)],
+    "gated_delta_rule": [
+        Case(op="gated_delta_rule", states="speculative", T=3, HV=4, H=2, gate="softplus",
+             beta="neg", v_first=True),
+        Case(op="gated_delta_rule", K=40, V=24, T=5, HG=1, states="initial"),
+    ],
+    "delta_rule": [
+        Case(op="delta_rule", states="speculative", T=3, HV=4, H=2),
+        Case(op="delta_rule", K=40, V=24, lengths=(2, 0, 3), states="initial"),
+    ],
+    "gla": [
+        Case(op="gla", states="speculative", T=3, HV=4, H=2, v_first=True),
+        Case(op="gla", K=40, V=24, T=5, HG=1, states="initial", pattern="sparse"),
+    ],
+    "simple_gla": [
+        Case(op="simple_gla", states="speculative", T=3, HV=4, H=2, v_first=True),
+        Case(op="simple_gla", K=40, V=24, lengths=(2, 0, 3), states="slots", wide_rows=True),
+    ],
     "given and final states": [
         Case(states=x, T=t, v_first=v, state_dtype=d)
         for x, t, v, d in (("none", 3, True, FP32), ("initial", 3, False, BF16),
@@ -144,14 +163,44 @@ def test_views_and_tensors_without_data(run: Check) -> None:
 @pytest.mark.parametrize("op", DECODING_OPS)
 def test_arguments_are_declared_in_their_order(op: str) -> None:
     member = recurrence_named(op)
-    names = (*(x.name for x in member.required), *member.public.recurrent_arguments, *KEYWORDS)
-    parameters = inspect.signature(public_op(op)).parameters
+    public, function = member.public, getattr(recurrent, member.public.recurrent)
+    assert function is getattr(gdn2gen, public.recurrent)
+    there = dict(public.recurrent_names)
+    given = [there.get(x.name, x.name) for x in member.required]
+    first = [x for x in given if x not in public.recurrent_arguments]
+    names = (*first, *public.recurrent_arguments, *KEYWORDS)
+    parameters = inspect.signature(function).parameters
     assert tuple(parameters) == names
     assert all(parameters[x].kind is inspect.Parameter.KEYWORD_ONLY for x in KEYWORDS)
-    assert all(f"\n    {x}: " in (public_op(op).__doc__ or "") for x in names)
+    assert all(f"\n    {x}: " in (function.__doc__ or "") for x in names)
+
+
+def test_what_is_left_out_decays_nothing_and_writes_all() -> None:
+    drawn = draw(Case(op="gla", states="none", T=3, pattern="zero"), "cpu")
+    q, k, v, g = (drawn.inputs[x] for x in "qkvg")
+    o, _ = gdn2gen.fused_recurrent_gla(q, k, v, g)
+    assert torch.equal(gdn2gen.fused_recurrent_gla(q, k, v)[0], o)
+    simple = gdn2gen.fused_recurrent_simple_gla(q, k, v, g_gamma=torch.zeros(2))[0]
+    torch.testing.assert_close(simple, o)
+    plain = gdn2gen.fused_recurrent_delta_rule(q, k, v, torch.ones(3, 3, 2))[0]
+    assert torch.equal(gdn2gen.fused_recurrent_delta_rule(q, k, v)[0], plain)
+    torch.testing.assert_close(gdn2gen.fused_recurrent_gated_delta_rule(q, k, v)[0], plain)
 
 
 # What is refused
+
+
+def test_decays_and_orders_without_kernels_are_refused() -> None:
+    x = draw(Case(states="none"), "cpu").inputs
+    q, k, v, g = (x[name] for name in "qkvg")
+    with pytest.raises(UnsupportedError, match=r"no kernels for gk: .* fused_recurrent_kda"):
+        gdn2gen.fused_recurrent_gated_delta_rule(q, k, v, gk=g)
+    with pytest.raises(UnsupportedError, match="fused_recurrent_gla has no kernels for gv"):
+        gdn2gen.fused_recurrent_gla(q, k, v, gv=g)
+    with pytest.raises(UnsupportedError, match="no kernels for reverse=True"):
+        gdn2gen.fused_recurrent_simple_gla(q, k, v, reverse=True)
+    with pytest.raises(InputError, match="reverse must be True or False, but got 1"):
+        gdn2gen.fused_recurrent_gla(q, k, v, reverse=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", decoding_refusals.BAD)
