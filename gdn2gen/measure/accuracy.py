@@ -30,7 +30,8 @@ def inputs_of(
     """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 
     With a gate in the kernel the decay's input is a pre-activation, for which patterns mean little;
-    it is then normal, and so is beta with its sigmoid there.
+    it is then normal, and so is beta with its sigmoid there. Where q and k are not normalised in
+    the kernel they are before, as a caller does: a delta rule with longer keys explodes.
     """
     from gdn2gen.family.inputs import make_inputs
 
@@ -67,6 +68,9 @@ def inputs_of(
     if problem.beta_sigmoid and recurrence.erase is not None:
         generator = torch.Generator(device).manual_seed(seed + 3)
         inputs[recurrence.erase].normal_(generator=generator)
+    if not problem.l2norm:
+        for name in ("q", "k"):
+            inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
     return inputs
 
 

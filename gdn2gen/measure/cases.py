@@ -109,7 +109,8 @@ def _features(base: Case) -> Iterator[Case]:
         "grouped": replace(base, shape=_shape(1, T, 4), H=2),
         **({"grouped-gates": grouped_gates} if decays else {}),
         "empty": replace(base, shape=_shape(1, 0, 1), check="empty"),
-        "one-token": replace(base, shape=_shape(1, 1, 1)),
+        # of one head, dg of a scalar decay would be one number, and small by chance
+        "one-token": replace(base, shape=_shape(2, 1, 8)),
         "whole-chunks": replace(base, shape=_shape(1, 128, 1)),
         "causality": replace(base, shape=_shape(1, 22, 1), check="causality"),
         "causality-chunks": replace(base, check="causality"),
