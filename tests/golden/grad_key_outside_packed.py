@@ -12,8 +12,8 @@ then through the scores, of which D_ij is what the state keeps from token j to t
     dg_t +=       sum over j < t <= i of D_ij (dT_ij <k_i, c_j> + scale dAqk_ij <q_i, c_j>)
 
 where e = k is the key that erases and c = beta k the one that is written, so that dk = de + beta dc.
-fold_beta_kernel, a program per chunk and BH heads, makes dbeta: the mean of <R, dX> / beta and <k, dc>, of
-which a program here has the part of its channels.
+fold_beta_kernel, a program per chunk and BH heads, makes dbeta: the mean of three times <R, dX> / beta and
+<k, dc>, of which a program here has the part of its channels.
 No term of dg is taken from another, so that it is exact however strong the decay is.
 fold_decay_kernel adds up the parts that slices of channels have in it.
 
@@ -52,7 +52,7 @@ grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=128 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=4
-Template digest 757ed04cae48d6c1; made by
+Template digest 65ae1c4dbf7bdd21; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=4
@@ -235,11 +235,11 @@ def fold_beta_kernel(
     BK: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dbeta of a chunk, BH heads at a time: the mean of <k, dc> and <R, dX> / beta.
+    """dbeta of a chunk, BH heads at a time: the mean of <k, dc> and three times <R, dX> / beta.
 
     Both are the gradient. The sum over channels is nearer to it, but of keys that have much in
     common, where it is a difference of large terms. Half of what rounding adds to one is not in
-    the other, so the mean is off by less than either. It is <k, dc> alone where beta is so small
+    the other, so the mean is off by less than the sum, wherever that is far off. It is <k, dc> alone where beta is so small
     that <R, dX> / beta has no digits left.
     """
     i_c = tl.program_id(0)
@@ -258,7 +258,8 @@ def fold_beta_kernel(
         p_part = (i_tile * (K // BK) + i_k)[None, :] * BT + o_t[:, None]
         b_dbeta += tl.load(dbeta_part + p_part, mask=m_th, other=0.0)
     m_small = tl.abs(b_beta) < LEAST_BETA
-    b_dbeta = tl.where(m_small, b_dbeta, 0.5 * (b_dbeta + b_dot / tl.where(m_small, 1.0, b_beta)))
+    b_mean = 0.25 * b_dbeta + 0.75 * b_dot / tl.where(m_small, 1.0, b_beta)
+    b_dbeta = tl.where(m_small, b_dbeta, b_mean)
     tl.store(dbeta + p_beta, b_dbeta.to(tl.bfloat16), mask=m_th)
 
 

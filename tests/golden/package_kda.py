@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="205ce3259cfb2701",
+    grad_key="3b7d77ba1d2d9cc6",
     grad_value="2ccd42e4b0b9511f",
     prepare="8ea6ecd271884620",
     rescan="92c44a5dd91ad630",

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="a728c5d2fa70bb55",
+    grad_key="b18ca0ab346c4f52",
     grad_value="d0d6de9eeeeecdf7",
     prepare="741eb447aa169bb9",
     rescan="2ebacc19432772f1",

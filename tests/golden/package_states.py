@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="b1bbd29e2cea4441",
+    grad_key="b52af289ea74bf6e",
     grad_value="215e5ea4d76ab1c8",
     prepare="234122a5a16749f0",
     reprepare="6916cbdd230ddc64",
