@@ -192,7 +192,7 @@ def sweep(step: Step) -> None:
         decoding.force(config)
         found.append((graph_us(run, step.calls), config))
     decoding.force(None)
-    knobs = ("BV", "BK", "num_warps")
+    knobs = ("BV", "num_warps")
     sheet = Sheet(str(step), (*knobs, "us"), words=())
     for us, config in sorted(found, key=lambda x: x[0])[:8]:
         sheet.add(*(str(config[name]) for name in knobs), f"{us:.2f}")

@@ -20,7 +20,7 @@ from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.recurrent import TokenStage
-from gdn2gen.kernels.slices import WIDEST, covering, slices_of
+from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
 
 # BM of merge_kernel: the rows of values that a program takes.
@@ -56,9 +56,9 @@ class DimSlice:
         return f"{self.o} < {self.dim} * {count}"
 
 
-def dim_slices(dim: str, size: int, widest: int = WIDEST) -> list[DimSlice]:
+def dim_slices(dim: str, size: int) -> list[DimSlice]:
     """Of the head dim called `dim`; offsets are o_k0, o_k1, or o_k where one slice is enough."""
-    found = slices_of(size, widest)
+    found = slices_of(size)
     whole = len(found) == 1 and found[0].width == size
     named = []
     for number, x in enumerate(found):
@@ -91,11 +91,9 @@ def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]
         return common | _triton_context(problem, config) | _tilelang_context(problem, stage, config)
     common |= _triton_context(problem, config)
     if isinstance(stage, TokenStage) and isinstance(problem, DecodingProblem):
-        # channels in slices of BK, all of them at once; and those of one width together
-        slices = dim_slices("K", problem.K, config.size("BK"))
-        groups = [[*x] for _, x in groupby(slices, lambda x: x.width)]
-        of_tokens = {"k_slices": slices, "k_groups": groups}
-        return common | token_context(stage, problem, config) | of_tokens
+        # slices of one width together
+        groups = [[*x] for _, x in groupby(dim_slices("K", problem.K), lambda x: x.width)]
+        return common | token_context(stage, problem, config) | {"k_groups": groups}
     own = {
         "operand_dtype": _operand_dtype(problem),
         "token_factors": partial(_token_factors, recurrence.erases),

@@ -95,10 +95,7 @@ _ROW_WISE: Final = {
     x.name for member in RECURRENCES.values() for x in member.inputs if is_row_wise(x.dims)
 }
 _ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
-# Elements of a state that a thread holds, in registers of which each takes one.
-_OF_THREAD: Final = 64
 _BV: Final[Domain] = (8, 16, 32, 64, 128)
-_BK: Final[Domain] = (32, 64, 128)
 _NUM_WARPS: Final[Domain] = (1, 2, 4, 8)
 
 RECURRENT: Final = TokenStage(
@@ -112,10 +109,10 @@ RECURRENT: Final = TokenStage(
             "recurrent",
             "triton",
             "recurrent",
-            knobs={"BV": _BV, "BK": _BK, "num_warps": _NUM_WARPS, "num_stages": (1,)},
+            knobs={"BV": _BV, "num_warps": _NUM_WARPS, "num_stages": (1,)},
             defaults=(
-                Setting({"BV": 16, "BK": 32, "num_warps": 1}),
-                Setting({"BV": 8, "BK": 64}, {"K": WIDE}),
+                Setting({"BV": 16, "num_warps": 1}),
+                Setting({"BV": 8}, {"K": WIDE}),
             ),
             leads={},
         ),
@@ -123,9 +120,12 @@ RECURRENT: Final = TokenStage(
     chunks=(1,),
 )
 
+# Elements of a state that a program and a thread of it hold, by the layout: each takes a register,
+# and so does what the thread has of the token's factors.
+_TILE: Final = {"V first": 2048, "K first": 8192}
+_OF_THREAD: Final = {"V first": 64, "K first": 128}
 # Programs to a multiprocessor at least, where a batch is small: their loads are what hides how long
-# the first of them takes. On an H200 with 16 heads of 128, 8 rows and 16 take 6.7 and 7.1 us for 8
-# sequences (8 programs of 16 rows to a multiprocessor), 37.5 and 37.7 us for 64.
+# the first of them takes.
 _PROGRAMS: Final = 16
 # Of rows of values at least, where those lie side by side (K first): two sectors of a cache line.
 _ROW_BYTES: Final = 64
@@ -134,31 +134,20 @@ _ROW_BYTES: Final = 64
 def knobs_for(problem: DecodingProblem, sequences: int, heads: int, sms: int) -> dict[str, Knob]:
     """The knobs for so many sequences and value heads on a GPU of `sms` multiprocessors.
 
-    A tile is what one warp holds at 64 elements a thread, so that no sum waits for another warp;
-    where that gives less than 16 programs to a multiprocessor, it is halved until it does, to 8
-    rows of values or, with K first, to rows of 64 bytes.
+    A tile is what one warp holds, so that no sum waits for another one; with K first two have rows
+    of 64 values. Where there are less than 16 programs to a multiprocessor it is halved until there
+    are, to 8 rows of values or, with K first, to rows of 64 bytes.
+
+    That is what was fastest, or within 4% of it, in a sweep on an H200 of 33 configs for 1 to 256
+    sequences of 16 heads of 128: docs/experiments.md.
     """
+    order = "V first" if problem.state_v_first else "K first"
     width = covering(problem.K)
     least = 8
     if not problem.state_v_first:
         least = max(least, _ROW_BYTES // DTYPE[problem.dtype_of("state")].nbytes)
-    of_warp = 32 * _OF_THREAD
-    BV = max(least, min(of_warp // width, covering(problem.V), max(map(int, _BV))))
+    BV = max(least, min(_TILE[order] // width, covering(problem.V), max(map(int, _BV))))
     while least < BV and sequences * heads * -(-problem.V // BV) < _PROGRAMS * sms:
         BV //= 2
-    return {"BV": BV, "BK": _slice_width(problem), "num_warps": max(1, BV * width // of_warp)}
-
-
-def _slice_width(problem: DecodingProblem) -> int:
-    """Of slices of channels.
-
-    Where rows of channels lie side by side, a warp takes them from several rows of values at once:
-    a sum over 32 channels in fp32 is one over 8 threads, of each the products of all slices added
-    up before. At K = 128 a token then takes 868 instructions of a warp, not 1,130 as with one slice
-    (bf16 states 945, not 1,140), though a thread holds four times the factors; at 256, where those
-    would take 128 registers, slices are of 64. With K first a warp has rows of values as it is.
-    """
-    most = max(map(int, _BK))
-    if not problem.state_v_first:
-        return min(most, covering(problem.K))
-    return 64 if covering(problem.K) > most else 32
+    warps = BV * width // (32 * _OF_THREAD[order])
+    return {"BV": BV, "num_warps": max(warps, 1)}

@@ -7,7 +7,6 @@ from typing import Final
 
 # Rows and columns of a product at least.
 NARROWEST: Final = 16
-WIDEST: Final = 128
 # Of one head dim: a third slice costs every product once more, and 16 channels cost what 32 do.
 _MOST: Final = 2
 
@@ -25,7 +24,7 @@ def covering(size: int) -> int:
     return 1 << (max(size, 32) - 1).bit_length()
 
 
-def slices_of(size: int, widest: int = WIDEST) -> tuple[Slice, ...]:
+def slices_of(size: int, widest: int = 128) -> tuple[Slice, ...]:
     """Slices that cover `size` channels, none wider than `widest`: 96 as 64 + 32, 112 as 128.
 
     Beside the widest ones at most two, and as few channels more than `size` as these allow.

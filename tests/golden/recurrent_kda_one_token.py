@@ -18,11 +18,11 @@ padding: a sequence that would read it gets zeros in o, and no slot of it is wri
     o                  [B, T, HV, V]      bf16   output
 
 Problem: kda K=80 V=48 bf16, g fp32, l2norm
-Config:  BK=32 BT=1 BV=16 language=triton num_stages=1 num_warps=1
-Template digest 003ce3c2a4d8e28f; made by
+Config:  BT=1 BV=16 language=triton num_stages=1 num_warps=1
+Template digest b7231b35fd201a44; made by
     gdn2gen generate --op kda --head-dim 80,48 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,state_bf16,pool,indexed,one_token,strided --stage recurrent \
-      --config BK=32,BT=1,BV=16,language=triton,num_stages=1,num_warps=1
+      --config BT=1,BV=16,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -74,68 +74,53 @@ def recurrent_kernel(
     i_n, i_h = i_nh // HV, i_nh % HV
     i_hq = i_h * H // HV
     i_hg = i_h * HG // HV
-    o_k0 = tl.arange(0, 32)
-    o_k1 = 32 + tl.arange(0, 32)
-    o_k2 = 64 + tl.arange(0, 16)
+    o_k0 = tl.arange(0, 64)
+    o_k1 = 64 + tl.arange(0, 16)
     o_v = i_v * BV + tl.arange(0, BV)
     i_first = i_n.to(tl.int64)
 
     p_slot = ssm_state_indices + i_n.to(tl.int64) * index_row
     i_slot = tl.load(p_slot).to(tl.int64)
+    # the token is on its way while the slot's index is, and the state while the token is made ready
+    i_row = i_first
+    b_q0 = tl.load(q + i_row * q_row * 8 + i_hq * K + o_k0).to(tl.float32)
+    b_q1 = tl.load(q + i_row * q_row * 8 + i_hq * K + o_k1).to(tl.float32)
+    b_k0 = tl.load(k + i_row * k_row * 8 + i_hq * K + o_k0).to(tl.float32)
+    b_k1 = tl.load(k + i_row * k_row * 8 + i_hq * K + o_k1).to(tl.float32)
+    b_g0 = tl.load(g + i_row * g_row * 8 + i_hg * K + o_k0).to(tl.float32)
+    b_g1 = tl.load(g + i_row * g_row * 8 + i_hg * K + o_k1).to(tl.float32)
+    b_erase = tl.load(beta + i_row * beta_row + i_h).to(tl.float32)
+    b_erase = 1.0 / (1.0 + tl.exp(-b_erase))
+    b_u = tl.load(v + i_row * v_row * 8 + i_h * V + o_v).to(tl.float32)
     if (i_slot < 0) | (i_slot >= slots) | (i_slot == null_slot):
-        i_row = i_first
         tl.store(o + i_row * o_row * 8 + i_h * V + o_v, tl.zeros([BV], tl.bfloat16))
         return
     p_state = state_pool + i_slot * slot_stride * 8 + i_h * (K * V)
     b_S0 = tl.load(p_state + o_k0[None, :] * V + o_v[:, None]).to(tl.float32)
     b_S1 = tl.load(p_state + o_k1[None, :] * V + o_v[:, None]).to(tl.float32)
-    b_S2 = tl.load(p_state + o_k2[None, :] * V + o_v[:, None]).to(tl.float32)
 
-    i_row = i_first
-    b_q0 = tl.load(q + i_row * q_row * 8 + i_hq * K + o_k0).to(tl.float32)
-    b_q1 = tl.load(q + i_row * q_row * 8 + i_hq * K + o_k1).to(tl.float32)
-    b_q2 = tl.load(q + i_row * q_row * 8 + i_hq * K + o_k2).to(tl.float32)
-    b_k0 = tl.load(k + i_row * k_row * 8 + i_hq * K + o_k0).to(tl.float32)
-    b_k1 = tl.load(k + i_row * k_row * 8 + i_hq * K + o_k1).to(tl.float32)
-    b_k2 = tl.load(k + i_row * k_row * 8 + i_hq * K + o_k2).to(tl.float32)
-    b_g0 = tl.load(g + i_row * g_row * 8 + i_hg * K + o_k0).to(tl.float32)
-    b_g1 = tl.load(g + i_row * g_row * 8 + i_hg * K + o_k1).to(tl.float32)
-    b_g2 = tl.load(g + i_row * g_row * 8 + i_hg * K + o_k2).to(tl.float32)
-    b_erase = tl.load(beta + i_row * beta_row + i_h).to(tl.float32)
-    b_erase = 1.0 / (1.0 + tl.exp(-b_erase))
-    b_u = tl.load(v + i_row * v_row * 8 + i_h * V + o_v).to(tl.float32)
-    b_q_rstd = tl.rsqrt(tl.sum(b_q0 * b_q0 + b_q1 * b_q1, 0) + tl.sum(b_q2 * b_q2, 0) + 1e-6) * scale
-    b_k_rstd = tl.rsqrt(tl.sum(b_k0 * b_k0 + b_k1 * b_k1, 0) + tl.sum(b_k2 * b_k2, 0) + 1e-6)
+    b_q_rstd = tl.rsqrt(tl.sum(b_q0 * b_q0, 0) + tl.sum(b_q1 * b_q1, 0) + 1e-6) * scale
+    b_k_rstd = tl.rsqrt(tl.sum(b_k0 * b_k0, 0) + tl.sum(b_k1 * b_k1, 0) + 1e-6)
     b_q0 *= b_q_rstd
     b_k0 *= b_k_rstd
     b_q1 *= b_q_rstd
     b_k1 *= b_k_rstd
-    b_q2 *= b_q_rstd
-    b_k2 *= b_k_rstd
     b_alpha0 = tl.exp(b_g0)
     b_alpha1 = tl.exp(b_g1)
-    b_alpha2 = tl.exp(b_g2)
     b_S0 *= b_alpha0[None, :]
     b_S1 *= b_alpha1[None, :]
-    b_S2 *= b_alpha2[None, :]
     # both sums are of the decayed state, so that neither waits for the other
-    b_products = b_S0 * b_k0[None, :]
-    b_products += b_S1 * b_k1[None, :]
-    b_erased = tl.sum(b_products, 1)
-    b_erased += tl.sum(b_S2 * b_k2[None, :], 1)
-    b_products = b_S0 * b_q0[None, :]
-    b_products += b_S1 * b_q1[None, :]
-    b_o = tl.sum(b_products, 1)
-    b_o += tl.sum(b_S2 * b_q2[None, :], 1)
+    b_erased = tl.sum(b_S0 * b_k0[None, :], 1)
+    b_erased += tl.sum(b_S1 * b_k1[None, :], 1)
+    b_o = tl.sum(b_S0 * b_q0[None, :], 1)
+    b_o += tl.sum(b_S1 * b_q1[None, :], 1)
     b_u = b_erase * (b_u - b_erased)
-    b_o += b_u * (tl.sum(b_q0 * b_k0 + b_q1 * b_k1, 0) + tl.sum(b_q2 * b_k2, 0))
+    b_o += b_u * (tl.sum(b_q0 * b_k0, 0) + tl.sum(b_q1 * b_k1, 0))
     b_S0 += b_u[:, None] * b_k0[None, :]
     b_S1 += b_u[:, None] * b_k1[None, :]
-    b_S2 += b_u[:, None] * b_k2[None, :]
     tl.store(o + i_row * o_row * 8 + i_h * V + o_v, b_o.to(tl.bfloat16))
     tl.store(p_state + o_k0[None, :] * V + o_v[:, None], b_S0.to(tl.bfloat16))
     tl.store(p_state + o_k1[None, :] * V + o_v[:, None], b_S1.to(tl.bfloat16))
-    tl.store(p_state + o_k2[None, :] * V + o_v[:, None], b_S2.to(tl.bfloat16))
 
 
 def launch(

@@ -24,11 +24,11 @@ The state after token t of sequence n is written to slot ssm_state_indices[n, t]
     o                    [B, T, HV, V]      bf16   output
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
-Config:  BK=32 BT=1 BV=16 language=triton num_stages=1 num_warps=1
-Template digest 003ce3c2a4d8e28f; made by
+Config:  BT=1 BV=16 language=triton num_stages=1 num_warps=1
+Template digest b7231b35fd201a44; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen,state_v_first,pool,indexed,speculative,accepted --stage \
-      recurrent --config BK=32,BT=1,BV=16,language=triton,num_stages=1,num_warps=1
+      recurrent --config BT=1,BV=16,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -96,10 +96,7 @@ def recurrent_kernel(
     i_n, i_h = i_nh // HV, i_nh % HV
     i_hq = i_h * H // HV
     i_hg = i_h * HG // HV
-    o_k0 = tl.arange(0, 32)
-    o_k1 = 32 + tl.arange(0, 32)
-    o_k2 = 64 + tl.arange(0, 32)
-    o_k3 = 96 + tl.arange(0, 32)
+    o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     # whatever cu_seqlens holds, tokens are those of the batch
     i_first = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n), 0), T).to(tl.int64)
@@ -115,6 +112,8 @@ def recurrent_kernel(
     if n_tokens == 0:
         return
 
+    b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
+    b_bias = tl.load(dt_bias + i_hg * K + o_k).to(tl.float32)
     p_slot = ssm_state_indices + i_n.to(tl.int64) * index_row
     i_accepted = tl.load(num_accepted_tokens + i_n).to(tl.int32)
     i_slot = tl.load(p_slot + tl.minimum(tl.maximum(i_accepted, 1), index_width) - 1).to(tl.int64)
@@ -124,92 +123,37 @@ def recurrent_kernel(
             tl.store(o + (i_row * HV + i_h) * V + o_v, tl.zeros([BV], tl.bfloat16))
         return
     p_state = state_pool + i_slot * slot_stride * 8 + i_h * (K * V)
-    b_S0 = tl.load(p_state + o_v[:, None] * K + o_k0[None, :])
-    b_S1 = tl.load(p_state + o_v[:, None] * K + o_k1[None, :])
-    b_S2 = tl.load(p_state + o_v[:, None] * K + o_k2[None, :])
-    b_S3 = tl.load(p_state + o_v[:, None] * K + o_k3[None, :])
-    b_rate = tl.exp(tl.load(A_log + i_hg).to(tl.float32))
-    b_bias0 = tl.load(dt_bias + i_hg * K + o_k0).to(tl.float32)
-    b_bias1 = tl.load(dt_bias + i_hg * K + o_k1).to(tl.float32)
-    b_bias2 = tl.load(dt_bias + i_hg * K + o_k2).to(tl.float32)
-    b_bias3 = tl.load(dt_bias + i_hg * K + o_k3).to(tl.float32)
+    b_S = tl.load(p_state + o_v[:, None] * K + o_k[None, :])
 
     for i_t in range(n_tokens):
         i_row = i_first + i_t
-        b_q0 = tl.load(q + (i_row * H + i_hq) * K + o_k0).to(tl.float32)
-        b_q1 = tl.load(q + (i_row * H + i_hq) * K + o_k1).to(tl.float32)
-        b_q2 = tl.load(q + (i_row * H + i_hq) * K + o_k2).to(tl.float32)
-        b_q3 = tl.load(q + (i_row * H + i_hq) * K + o_k3).to(tl.float32)
-        b_k0 = tl.load(k + (i_row * H + i_hq) * K + o_k0).to(tl.float32)
-        b_k1 = tl.load(k + (i_row * H + i_hq) * K + o_k1).to(tl.float32)
-        b_k2 = tl.load(k + (i_row * H + i_hq) * K + o_k2).to(tl.float32)
-        b_k3 = tl.load(k + (i_row * H + i_hq) * K + o_k3).to(tl.float32)
-        b_g0 = tl.load(g + (i_row * HG + i_hg) * K + o_k0).to(tl.float32)
-        b_g1 = tl.load(g + (i_row * HG + i_hg) * K + o_k1).to(tl.float32)
-        b_g2 = tl.load(g + (i_row * HG + i_hg) * K + o_k2).to(tl.float32)
-        b_g3 = tl.load(g + (i_row * HG + i_hg) * K + o_k3).to(tl.float32)
-        b_e0 = tl.load(b + (i_row * HG + i_hg) * K + o_k0).to(tl.float32)
-        b_e1 = tl.load(b + (i_row * HG + i_hg) * K + o_k1).to(tl.float32)
-        b_e2 = tl.load(b + (i_row * HG + i_hg) * K + o_k2).to(tl.float32)
-        b_e3 = tl.load(b + (i_row * HG + i_hg) * K + o_k3).to(tl.float32)
+        b_q = tl.load(q + (i_row * H + i_hq) * K + o_k).to(tl.float32)
+        b_k = tl.load(k + (i_row * H + i_hq) * K + o_k).to(tl.float32)
+        b_g = tl.load(g + (i_row * HG + i_hg) * K + o_k).to(tl.float32)
+        b_e = tl.load(b + (i_row * HG + i_hg) * K + o_k).to(tl.float32)
         b_u = tl.load(v + (i_row * HV + i_h) * V + o_v).to(tl.float32)
         b_w = tl.load(w + (i_row * HV + i_h) * V + o_v).to(tl.float32)
-        b_q_rstd = tl.rsqrt(tl.sum(b_q0 * b_q0 + b_q1 * b_q1 + b_q2 * b_q2 + b_q3 * b_q3, 0) + 1e-6) * scale
-        b_k_rstd = tl.rsqrt(tl.sum(b_k0 * b_k0 + b_k1 * b_k1 + b_k2 * b_k2 + b_k3 * b_k3, 0) + 1e-6)
-        b_q0 *= b_q_rstd
-        b_k0 *= b_k_rstd
-        b_e0 *= b_k0
-        b_q1 *= b_q_rstd
-        b_k1 *= b_k_rstd
-        b_e1 *= b_k1
-        b_q2 *= b_q_rstd
-        b_k2 *= b_k_rstd
-        b_e2 *= b_k2
-        b_q3 *= b_q_rstd
-        b_k3 *= b_k_rstd
-        b_e3 *= b_k3
-        b_g0 += b_bias0
-        b_g0 = -b_rate * softplus(b_g0)
-        b_alpha0 = tl.exp(b_g0)
-        b_g1 += b_bias1
-        b_g1 = -b_rate * softplus(b_g1)
-        b_alpha1 = tl.exp(b_g1)
-        b_g2 += b_bias2
-        b_g2 = -b_rate * softplus(b_g2)
-        b_alpha2 = tl.exp(b_g2)
-        b_g3 += b_bias3
-        b_g3 = -b_rate * softplus(b_g3)
-        b_alpha3 = tl.exp(b_g3)
-        b_S0 *= b_alpha0[None, :]
-        b_S1 *= b_alpha1[None, :]
-        b_S2 *= b_alpha2[None, :]
-        b_S3 *= b_alpha3[None, :]
+        b_q_rstd = tl.rsqrt(tl.sum(b_q * b_q, 0) + 1e-6) * scale
+        b_k_rstd = tl.rsqrt(tl.sum(b_k * b_k, 0) + 1e-6)
+        b_q *= b_q_rstd
+        b_k *= b_k_rstd
+        b_e *= b_k
+        b_g += b_bias
+        b_g = -b_rate * softplus(b_g)
+        b_alpha = tl.exp(b_g)
+        b_S *= b_alpha[None, :]
         b_u *= b_w
         # both sums are of the decayed state, so that neither waits for the other
-        b_products = b_S0 * b_e0[None, :]
-        b_products += b_S1 * b_e1[None, :]
-        b_products += b_S2 * b_e2[None, :]
-        b_products += b_S3 * b_e3[None, :]
-        b_erased = tl.sum(b_products, 1)
-        b_products = b_S0 * b_q0[None, :]
-        b_products += b_S1 * b_q1[None, :]
-        b_products += b_S2 * b_q2[None, :]
-        b_products += b_S3 * b_q3[None, :]
-        b_o = tl.sum(b_products, 1)
+        b_erased = tl.sum(b_S * b_e[None, :], 1)
+        b_o = tl.sum(b_S * b_q[None, :], 1)
         b_u -= b_erased
-        b_o += b_u * (tl.sum(b_q0 * b_k0 + b_q1 * b_k1 + b_q2 * b_k2 + b_q3 * b_k3, 0))
-        b_S0 += b_u[:, None] * b_k0[None, :]
-        b_S1 += b_u[:, None] * b_k1[None, :]
-        b_S2 += b_u[:, None] * b_k2[None, :]
-        b_S3 += b_u[:, None] * b_k3[None, :]
+        b_o += b_u * (tl.sum(b_q * b_k, 0))
+        b_S += b_u[:, None] * b_k[None, :]
         tl.store(o + (i_row * HV + i_h) * V + o_v, b_o.to(tl.bfloat16))
         i_slot = tl.load(p_slot + i_t, mask=i_t < index_width, other=-1).to(tl.int64)
         if (i_slot >= 0) & (i_slot < slots) & (i_slot != null_slot):
             p_state = state_pool + i_slot * slot_stride * 8 + i_h * (K * V)
-            tl.store(p_state + o_v[:, None] * K + o_k0[None, :], b_S0)
-            tl.store(p_state + o_v[:, None] * K + o_k1[None, :], b_S1)
-            tl.store(p_state + o_v[:, None] * K + o_k2[None, :], b_S2)
-            tl.store(p_state + o_v[:, None] * K + o_k3[None, :], b_S3)
+            tl.store(p_state + o_v[:, None] * K + o_k[None, :], b_S)
 
 
 def launch(

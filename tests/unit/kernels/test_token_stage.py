@@ -69,7 +69,7 @@ def test_small_batches_are_cut_into_more_programs() -> None:
         return ruled(DecodingProblem(**flags), batch).size("BV")
 
     assert [tiles(x, state_v_first=True) for x in (1, 8, 32, 256)] == [8, 8, 16, 16]
-    assert tiles(1) == 16 and tiles(1, state_bf16=True) == 32
+    assert tiles(1) == 16 and tiles(1, state_bf16=True) == 32 and tiles(256) == 64
 
 
 def test_scalars_are_those_that_are_read() -> None:
