@@ -11,7 +11,27 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+
+def values_of(names: tuple[str, ...]) -> tuple[Any, ...]:
+    """What the environment says of each name, to be compared and no more: every call asks.
+
+    `os.environ` encodes a name and decodes what it finds, 0.65 us each; the dict behind it is at
+    hand in CPython.
+    """
+    if _BEHIND is None:
+        return tuple(map(os.environ.get, names))
+    return tuple(map(_BEHIND.get, _encoded(names)))
+
+
+_BEHIND: Final[dict[Any, Any] | None] = getattr(os.environ, "_data", None)
+
+
+@cache
+def _encoded(names: tuple[str, ...]) -> tuple[Any, ...]:
+    environ: Any = os.environ
+    return tuple(map(environ.encodekey, names))
 
 
 def interpreted() -> bool:

@@ -11,7 +11,7 @@ direct       launches without Triton's argument binder
 programs     TileLang's compiled programs kept, and run without TileLang
 shipped      kernels compiled ahead, in a folder that is only read
 ship         the folder written
-triton_cache Triton's cache with that folder in front of it
+overlay      Triton's cache with that folder in front of it
 package      packages of kernels that need no gdn2gen
 background   programs of a pass compiled by threads
 """

@@ -106,7 +106,7 @@ def install() -> None:
         return
     from triton import knobs
 
-    from gdn2gen.codegen.triton_cache import ShippedCache
+    from gdn2gen.codegen.overlay import ShippedCache
 
     # not by assignment, which would name the class to all processes that this one starts
     before = knobs.cache.manager_class

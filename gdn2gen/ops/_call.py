@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.base.environment import values_of
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
@@ -21,7 +23,12 @@ from gdn2gen.runtime.arguments import (
     is_watched,
 )
 from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.lookup import find_runner, request_at
+from gdn2gen.runtime.runner import SizedRunner
+from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
+from gdn2gen.store.dispatch import surroundings
+from gdn2gen.store.verified import current_look
 
 
 def call(
@@ -52,15 +59,23 @@ def call(
         use_beta_sigmoid_in_kernel,
         allow_neg_eigval,
     )
-    check_flags(*known, safe_gate, disable_recompute, return_intermediate_states)
+    flags = (*known, safe_gate, disable_recompute, return_intermediate_states)
+    check_flags(*flags)
     signature = op.signature
+    watched = is_watched(tensors)
+    key = None
+    if not (watched or autograd.has_tangents() or cu_seqlens_cpu is not None):
+        key = _key(signature, tensors, flags, scale, lower_bound, chunk_size)
+        ready = None if key is None else _ready.get(key)
+        if ready is not None:
+            o, state = ready.run(signature, tensors)
+            return o, state if output_final_state else None
     parameters = [tensors[place] for place in signature.parameters]
     check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, *parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     check_chunk_size(chunk_size)
     if return_intermediate_states:
         raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
-    watched = is_watched(tensors)
     dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)
     factor = check_scale(scale)
     assert tensors[0] is not None
@@ -77,10 +92,83 @@ def call(
         *known,
     )[: signature.options]
     level = "fast" if disable_recompute else "lean"
+    if computed and key is not None:
+        _remember(key, _Ready(dims, options, level))
     o, state = autograd.run(
         op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
     )
     return o, state if output_final_state else None
+
+
+class _Ready:
+    """A kind of call that has passed every check on what is not a value, and its kernels."""
+
+    def __init__(self, dims: Dims, options: tuple[Any, ...], level: str) -> None:
+        self._dims, self._options, self._level = dims, options, level
+        self._runners: dict[bool, SizedRunner] = {}
+
+    def run(
+        self, signature: Signature, tensors: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        cu_seqlens = tensors[-1]
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, self._dims.T)
+        if any([tensors[place] is not None for place in signature.parameters]):
+            tensors = _as_kernels_take(signature, tensors, self._dims)
+        return autograd.run_known(tensors, self._runner)
+
+    def _runner(self, gradient: bool) -> SizedRunner:
+        found = self._runners.get(gradient)
+        if found is None:
+            request = request_at(self._dims, *self._options)
+            found = self._runners[gradient] = find_runner(request, self._level, gradient)
+        return found
+
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+_MOST: Final = 1024
+
+
+def _remember(key: tuple[Any, ...], ready: _Ready) -> None:
+    if len(_ready) >= _MOST:
+        _ready.clear()
+    _ready[key] = ready
+
+
+# A number that is equal may be of a type that is refused: True is 1.
+_NUMBERS: Final = frozenset({float, int, NoneType})
+_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
+
+
+def _key(
+    signature: Signature,
+    tensors: tuple[Tensor | None, ...],
+    flags: tuple[bool, ...],
+    scale: Any,
+    lower_bound: Any,
+    chunk_size: Any,
+) -> tuple[Any, ...] | None:
+    """All that the checks and the kernels of a call depend on, but for values; None where there is
+    no telling."""
+    numbers = type(scale), type(lower_bound)
+    if not _NUMBERS.issuperset(numbers) or chunk_size is not None:
+        return None
+    try:
+        layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+    except RuntimeError:  # what is nested has no shape
+        return None
+    return (
+        signature,
+        *layouts,
+        *flags,
+        scale,
+        lower_bound,
+        *numbers,
+        by_kernels,
+        current_look(),
+        values_of(_VARIABLES),
+        *surroundings(),
+    )
 
 
 def _as_kernels_take(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from gdn2gen.base.environment import values_of
 from gdn2gen.base.errors import InputError
 from gdn2gen.runtime.arguments import (
     by_kernels,
@@ -17,7 +19,7 @@ from gdn2gen.runtime.arguments import (
     check_types,
     is_watched,
 )
-from gdn2gen.runtime.decoding import decoding_name
+from gdn2gen.runtime.decoding import Plan, decoding_name, forced_config
 from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
@@ -27,6 +29,8 @@ from gdn2gen.runtime.decoding_checks import (
 from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Signature
+from gdn2gen.store.dispatch import forced
+from gdn2gen.store.verified import current_look
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -59,6 +63,16 @@ def decode(
     )
     check_flags(*known, False, False, False)
     signature, given = op.signature, (*tensors, *serving)
+    watched = is_watched(given)
+    key, numbers = None, (scale, lower_bound, null_slot)
+    if not watched:
+        key = _key(signature, given, known, numbers)
+        plan = None if key is None else _plans.get(key)
+        if plan is not None:
+            refuse_gradients(signature, given)
+            o, state = _launch(plan, given)
+            pool = serving[2]
+            return o, state if pool is None or not output_final_state else pool
     parameters = [tensors[place] for place in signature.parameters]
     check_gate(signature, use_gate_in_kernel, False, lower_bound, *parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -67,19 +81,78 @@ def decode(
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
         *known,
     )[: signature.options]
-    watched = is_watched(given)
     if watched:
         _check_types(signature, tensors, serving)
     refuse_gradients(signature, given)
-    cu_seqlens, pool, q = tensors[-1], serving[2], tensors[0]
+    pool, q = serving[2], tensors[0]
     if watched or q is None or not by_kernels(q.device):
         o, state = _by_op(op, tensors, serving, options, null_slot, watched=watched)
     else:
         plan = plan_of(signature, given, options, null_slot)
-        if cu_seqlens is not None:
-            check_lengths(cu_seqlens, plan.dims.T)
-        o, state = launch(plan, q.device, given[:-1], serving[-1])
+        if key is not None:
+            _remember(key, plan)
+        o, state = _launch(plan, given)
     return o, state if pool is None or not output_final_state else pool
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST: Final = 2048
+
+
+def _remember(key: tuple[Any, ...], plan: Plan) -> None:
+    if len(_plans) >= _MOST:
+        _plans.clear()
+    _plans[key] = plan
+
+
+def _launch(plan: Plan, given: Tensors) -> tuple[Tensor, Tensor | None]:
+    """`given` are the tensors of the signature, and of `SERVING`."""
+    *inputs, out = given
+    cu_seqlens = inputs[plan.cu_seqlens]
+    if cu_seqlens is not None:
+        check_lengths(cu_seqlens, plan.dims.T)
+    return launch(plan, inputs, out)
+
+
+# A number that is equal may be of a type that is refused: True is 1.
+_NUMBERS: Final = frozenset({float, int, NoneType})
+_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
+_HOST: Final = -1
+
+
+def _key(
+    signature: Signature, given: Tensors, flags: tuple[bool, ...], numbers: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that the checks and the kernel of a call depend on, but for values; None where there is
+    no telling. An attribute costs 0.1 us and more, and here each is asked for of all tensors."""
+    present = [x for x in given if x is not None]
+    types = [*map(type, numbers)]
+    places = {*map(Tensor.get_device, present)}
+    if given[0] is None or len(places) != 1 or not _NUMBERS.issuperset(types):
+        return None
+    device = given[0].device
+    if _HOST in places and any([x.device != device for x in present]):
+        return None  # on the host, or without data
+    try:
+        lying = [
+            None if x is None else (x.shape, x.dtype, x.is_contiguous() or (x.layout, x.stride()))
+            for x in given
+        ]
+    except RuntimeError:  # what is not dense has no strides, or no shape
+        return None
+    return (
+        signature,
+        device,
+        *lying,
+        *flags,
+        *numbers,
+        *types,
+        by_kernels,
+        forced(),
+        forced_config(),
+        current_look(),
+        values_of(_VARIABLES),
+    )
 
 
 def _by_op(

@@ -94,7 +94,9 @@ def run_backward(
     found = {**dict(zip(sized.input_names, given, strict=True)), **saved, "o": o, "do": do}
     if dht is not None:
         found["dht"] = dht
-    tensors = dict(zip(found, readable([*found.values()]), strict=True))
+    lying = [*found.values()]
+    read = readable(lying)
+    tensors = found if read is lying else dict(zip(found, read, strict=True))
     grads = sized.backward(tensors)
     folds = _folds(sized.runner.problem.op)
     return [folds[name](grads[grad], tensors[name]) for name, grad in sized.gradient_names]

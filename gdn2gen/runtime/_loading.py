@@ -13,7 +13,7 @@ from torch import Tensor
 from gdn2gen.base.environment import interpreted
 from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
-from gdn2gen.codegen.direct import direct_launch, fixed_launch
+from gdn2gen.codegen.direct import direct_launch, fixed_launch, sized_launch
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
@@ -58,11 +58,20 @@ def table_launchers(problem: Problem, BT: int) -> tuple[Callable[..., None], Cal
         return _interpreting(module.launch), _interpreting(module.clear)
     # one for each dtype of cu_seqlens: a direct launch is for the dtypes of its first one
     by_dtype = {x: direct_launch(module) for x in (torch.int32, torch.int64)}
+    return _ByDtype(by_dtype), direct_launch(module, "clear")
 
-    def launch(given: Tensor, *others: Tensor, **scalars: int) -> None:
-        by_dtype[given.dtype](given, *others, **scalars)
 
-    return launch, direct_launch(module, "clear")
+class _ByDtype:
+    """A launch for each dtype of its first tensor."""
+
+    def __init__(self, launches: Mapping[torch.dtype, Callable[..., None]]) -> None:
+        self._launches = launches
+
+    def __call__(self, given: Tensor, *others: Tensor, **scalars: int) -> None:
+        self._launches[given.dtype](given, *others, **scalars)
+
+    def at(self, scalars: Mapping[str, int | float]) -> _ByDtype:
+        return _ByDtype({x: sized_launch(y, scalars) for x, y in self._launches.items()})
 
 
 def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:

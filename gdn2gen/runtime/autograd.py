@@ -7,7 +7,7 @@ rest together; at few heads and tokens the GPU would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ def run(
     `by_kernels`: else the reference computes, or nothing does; `watched`: something wants to see
     the ops themselves.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
+    if has_tangents():
         _refuse_tangents(op.signature, tensors)
     if watched or not by_kernels:
         signature = op.signature
@@ -74,14 +74,26 @@ def run(
         else:
             o, final_state, _ = op.forward(*tensors, *options, agreement)
         return o, final_state
+    return run_known(
+        tensors, lambda gradient: find_runner(request_at(dims, *options), level, gradient)
+    )
+
+
+def run_known(
+    tensors: Sequence[Tensor | None], runner: Callable[[bool], SizedRunner]
+) -> tuple[Tensor, Tensor | None]:
+    """`run` by kernels, past torch.library: those of `runner`, told if a gradient is wanted."""
     *optional, cu_seqlens = tensors
     given = [x for x in optional if x is not None]
-    gradient = torch.is_grad_enabled() and any([x.requires_grad for x in given])
-    sized = find_runner(request_at(dims, *options), level, gradient)
-    if not gradient:
-        return run_inference(sized, given, cu_seqlens)
-    o, final_state = _Function.apply(sized, cu_seqlens, *given)  # type: ignore[no-untyped-call]
+    if not (torch.is_grad_enabled() and any([x.requires_grad for x in given])):
+        return run_inference(runner(False), given, cu_seqlens)
+    o, final_state = _Function.apply(runner(True), cu_seqlens, *given)  # type: ignore[no-untyped-call]
     return o, final_state
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is under way, which `run` has to look into."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _agree(

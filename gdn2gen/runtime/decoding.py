@@ -69,6 +69,9 @@ class Plan:
     """The kernel's operands among the tensors of `run`."""
     copied: tuple[int, ...]
     """Those that no kernel could read as they lie."""
+    device: torch.device
+    cu_seqlens: int
+    """Its place among the tensors of `run`."""
     make_o: Callable[[], Tensor]
     make_final: Callable[[], Tensor] | None
     verified: bool
@@ -76,8 +79,9 @@ class Plan:
 
     def run(self, tensors: list[Tensor | None]) -> None:
         """Launch on the current device. `tensors` are those of the signature, and `BUFFERS`."""
-        for place in self.copied:
-            tensors[place] = _copy(tensors[place])
+        if self.copied:
+            for place in self.copied:
+                tensors[place] = _copy(tensors[place])
         if self.launch is None:
             if self.dims.N == 0:  # no program is there to write what no sequence covers
                 _given(tensors[-2]).zero_()
@@ -148,6 +152,8 @@ def make_plan(
         launch,
         tuple(map(order.index, operands)),
         tuple(map(order.index, (*rows.copied, *_scattered(signature, tensors)))),
+        device,
+        len(signature.names) - 1,
         maker(tuple(v.shape), o_dtype, device),
         maker((dims.N, dims.HV, *inner), state_dtype, device) if problem.final_state else None,
         verified=passed_here(name, q_dtype, device, dims.K, dims.V),
@@ -165,6 +171,11 @@ def force(config: Config | None) -> None:
     global _forced
     _forced = config
     known_plan.cache_clear()
+
+
+def forced_config() -> Config | None:
+    """What `force` has all calls run."""
+    return _forced
 
 
 def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:

@@ -92,16 +92,16 @@ _HOST: Final = -1
 
 def launch(
     plan: Plan,
-    device: torch.device,
     inputs: Sequence[Tensor | None],
     o: Tensor | None,
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state, in the tensors that are given for them. `inputs` are those of the
     signature, indices, accepted tokens and the pool."""
+    device = plan.device
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device.index):
-            return launch(plan, device, inputs, o, final_state)
+            return launch(plan, inputs, o, final_state)
     if o is None:
         o = plan.make_o()
     if final_state is None and plan.make_final is not None:
@@ -120,7 +120,7 @@ def _run(signature: Signature, *arguments: Any) -> None:
         return
     flags = Options(*options)._replace(output_final_state=final_state is not None)
     plan = plan_of(signature, (*inputs, o), (*flags[: signature.options],), null_slot)
-    launch(plan, device, inputs, o, final_state)
+    launch(plan, inputs, o, final_state)
 
 
 def _fake(*_: Any) -> None:

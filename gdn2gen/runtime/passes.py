@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn2gen.codegen.direct import sized_launch
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.schedule import Buffer, Step
 from gdn2gen.kernels.stages import STAGES
@@ -104,23 +105,25 @@ class Pass:
         is given in `into`, and dropped after the last stage that reads it. `observe` is given each
         stage's name and a callable that launches it again on the same buffers.
         """
+        device = self._device
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device.index):
+                return self.run(tensors, into, observe)
         alive = {**tensors}
-        with _device_guard(self._device):
-            for step in self._steps:
-                for name, allocate in step.allocated:
-                    alive[name] = into[name] if name in into else allocate()
-                for name, taken in step.taken:
-                    alive[name] = alive[taken]
-                if _poisoned:
-                    for name in step.poisonable:
-                        alive[name].fill_(float("nan"))
-                if step.has_programs:
-                    step.launch(*step.operands(alive), **step.scalars)
-                    if observe is not None and step.name in STAGES:
-                        again = partial(step.launch, *step.operands(alive), **step.scalars)
-                        observe(step.name, again)
-                for name in step.freed:
-                    del alive[name]
+        for step in self._steps:
+            for name, allocate in step.allocated:
+                alive[name] = into[name] if name in into else allocate()
+            for name, taken in step.taken:
+                alive[name] = alive[taken]
+            if _poisoned:
+                for name in step.poisonable:
+                    alive[name].fill_(float("nan"))
+            if step.has_programs:
+                step.launch(*step.operands(alive))
+                if observe is not None and step.name in STAGES:
+                    observe(step.name, partial(step.launch, *step.operands(alive)))
+            for name in step.freed:
+                del alive[name]
         return {name: alive[name] for name in self._keep}
 
 
@@ -132,14 +135,10 @@ class _SizedStep:
         sizes = call.sizes(problem, BT, step.max_segments)
         scalars = call.scalars(BT, step.max_segments)
         made = [x for x in step.buffers if x.takes is None]
-        self.name, self.launch, self.freed = step.module, loaded.launch, step.freed
+        self.name, self.freed = step.module, step.freed
+        self.launch = sized_launch(loaded.launch, {name: scalars[name] for name in step.scalars})
         self.allocated = tuple((x.name, allocator(x, sizes, call.device)) for x in made)
         self.taken = tuple((x.name, x.takes) for x in step.buffers if x.takes is not None)
         self.poisonable = tuple(x.name for x in step.buffers if _poisonable(x))
         self.operands: Callable[[Mapping[str, Tensor]], Any] = itemgetter(*step.tensors)
-        self.scalars = {name: scalars[name] for name in step.scalars}
         self.has_programs = scalars[step.count] * call.HV > 0
-
-
-def _device_guard(device: torch.device) -> Any:
-    return torch.cuda.device(device.index) if device.type == "cuda" else torch.no_grad()

@@ -14,10 +14,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from gdn2gen.base import paths
 from gdn2gen.base.device import Device, present_device
+from gdn2gen.base.environment import values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
@@ -157,15 +158,20 @@ def surroundings() -> tuple[Any, ...]:
     """What `find_recipe` depends on besides its arguments: while it is equal, so is the answer."""
     return (
         _FORCED.get(),
-        os.environ.get("GDN2GEN_TUNED_DIR"),
-        os.environ.get("GDN2GEN_CACHE_DIR"),
-        os.environ.get("GDN2GEN_STRICT"),
+        values_of(_VARIABLES),
         paths.user_tuned_dir,
         paths.packaged_tuned_dir,
         tuned_files.current_look(),
         pins.current(),
-        os.environ.get("GDN2GEN_COMPILED_DIR"),
     )
+
+
+_VARIABLES: Final = (
+    "GDN2GEN_TUNED_DIR",
+    "GDN2GEN_CACHE_DIR",
+    "GDN2GEN_STRICT",
+    "GDN2GEN_COMPILED_DIR",
+)
 
 
 def reload() -> None:

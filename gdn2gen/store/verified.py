@@ -70,8 +70,18 @@ def other_versions(place: Place, arch: str | None) -> list[str]:
     return sorted(found - {__version__})
 
 
+_look = 0
+
+
+def current_look() -> int:
+    """Counts this process's looks at the files: what one look found holds until the next."""
+    return _look
+
+
 def look_anew() -> None:
     """Forget what was read: later calls read the files anew."""
+    global _look
+    _look += 1
     archs_of.cache_clear()
     _runs.cache_clear()
 

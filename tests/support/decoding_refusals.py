@@ -9,7 +9,7 @@ import torch
 from decoding_cases import Case, draw, public_op
 from decoding_torch_checks import plan
 
-from gdn2gen.base.environment import verifying
+from gdn2gen.base.environment import interpreted, verifying
 from gdn2gen.base.errors import InputError, UnsupportedError
 
 
@@ -33,6 +33,7 @@ BAD: Final[dict[str, tuple[Case, dict[str, Any], str]]] = {
     "dtype": (POOL, {"k": lambda x: x.half()}, "k must have the dtype of q"),
     "flag": (POOL, {"state_v_first": 1}, "state_v_first must be True or False, but got 1"),
     "scale": (POOL, {"scale": "1"}, "scale must be a number, but got str"),
+    "an equal scale": (Case(scale=1.0), {"scale": True}, "must be a number, but got bool"),
     "gate": (POOL, {"use_gate_in_kernel": True}, "needs A_log, or lower_bound"),
     "bound": (GATED, {"lower_bound": -9.0}, "`-5 <= lower_bound < 0` must hold"),
     "beta": (GATED, {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
@@ -69,9 +70,14 @@ BAD: Final[dict[str, tuple[Case, dict[str, Any], str]]] = {
 
 @verifying()
 def refused(*names: str) -> bool:
-    """Each of these is, whatever would compute."""
+    """Each of these is, whatever would compute; by kernels, after a call that was right, too."""
+    known: list[Case] = []
     for name in names:
         case, changes, said = BAD[name]
+        if interpreted() and case not in known:
+            known.append(case)
+            with torch.no_grad():
+                call(case)
         with torch.no_grad(), pytest.raises(InputError, match=said):
             call(case, **changes)
     return True

@@ -52,6 +52,7 @@ def _ignore(*_: Tensor, **__: Any) -> None:
 
 
 def forget() -> None:
+    _call._ready.clear()
     for cached in (
         *(lookup.known_request, lookup._found, lookup._agreed, lookup._runner),
         *(runner._sized, arguments._known_dims),

@@ -33,6 +33,7 @@ from gdn2gen.store.dispatch import Found, find_recipe, tune_command
 from gdn2gen.tuning.records.places import open_ledger
 from gdn2gen.tuning.views.progress import LiveProgress
 from gdn2gen.tuning.views.report import ShapeResult, TuneReport
+from gdn2gen.workflows import tune as workflow
 
 MARKUP = "no [/usr/lib/x.so], no [/x], no [red]one[/red] :smile:"
 
@@ -256,7 +257,7 @@ def test_a_broken_pipe_inside_is_an_error(monkeypatch: pytest.MonkeyPatch, capsy
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("a worker has gone")
 
-    monkeypatch.setattr("gdn2gen.store.dispatch.find_recipe", broken)
+    monkeypatch.setattr("gdn2gen.workflows.explain.find_recipe", broken)
     assert program.main(["explain", "--device", "H200"]) == program.EXIT_USAGE
     assert "a worker has gone" in capsys.readouterr().err
 
@@ -355,7 +356,8 @@ def test_what_tune_files_calls_find(
 
     monkeypatch.setattr(tuning, "tune", search, raising=False)
     monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
-    monkeypatch.setattr(cli_tune, "in_source_tree", lambda: False)
+    monkeypatch.setattr(workflow, "present_or", lambda _: (gpu, True))
+    monkeypatch.setattr(workflow, "in_source_tree", lambda: False)
     regime = SHAPES["train4k"].regime
     assert find_recipe(Problem(), regime, gpu).source != "exact"
     assert program.main(["tune", "--head-dim", "128", "--shapes", "train4k"]) == 0

@@ -30,6 +30,7 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result
+from gdn2gen.workflows import tune as workflow
 
 NAMES = [command.name for command in program.COMMANDS]
 
@@ -318,6 +319,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> FakeTuner:
     fake, gpu = FakeTuner(), device.named_device("H200")
     monkeypatch.setattr(tuning, "tune", fake, raising=False)
     monkeypatch.setattr(cli_tune, "present_or_target", lambda _: (gpu, True))
+    monkeypatch.setattr(workflow, "present_or", lambda _: (gpu, True))
     return fake
 
 
@@ -374,7 +376,7 @@ def test_tune_writes_where_it_is_looked_for(
 ) -> None:
     assert program.main(["tune"]) == 0
     assert absent.asked["out_dir"] == ROOT / "tuned", "of the source tree"
-    monkeypatch.setattr(cli_tune, "in_source_tree", lambda: False)
+    monkeypatch.setattr(workflow, "in_source_tree", lambda: False)
     assert program.main(["tune"]) == 0
     assert absent.asked["out_dir"] == tmp_path / "cache" / "tuned"
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "mine"))

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from gdn2gen.codegen.build import load
-from gdn2gen.codegen.direct import DirectKernel, FixedLaunch, direct_launch, fixed_launch
+from gdn2gen.codegen.direct import (
+    DirectKernel,
+    FixedLaunch,
+    SizedLaunch,
+    direct_launch,
+    fixed_launch,
+    sized_launch,
+)
 from gdn2gen.codegen.render import render
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
@@ -231,3 +238,85 @@ def test_a_rendered_kernel_over_tokens_has_a_fixed_launch() -> None:
     assert launch._size == (5 * given["HV"] * 8, 1, 1)
     free = {"cu_seqlens", "ssm_state_indices"}
     assert [operands[i] for i in launch._aligned] == [x for x in operands if x not in free]
+
+
+# Launches of several kernels, at one call's sizes
+
+
+class FakeModule:
+    """A launch as modules have it: a kernel at some sizes, a program in TileLang, a kernel."""
+
+    SOURCE = """
+def launch(x, y, *, scale, T):
+    if T > 50:
+        first_kernel[(T,)](x, scale, T, NT=3, BT=32, num_warps=4)
+    compiled()(y, x, T)
+    second_kernel[(8, 2)](y, scale, T, NT=5, BT=64)
+"""
+
+    def __init__(self, source: str = SOURCE) -> None:
+        self.first, self.second = FakeKernel(), FakeKernel()
+        self.programs: list[tuple[Any, ...]] = []
+        self.asked = 0
+        names = {
+            "first_kernel": DirectKernel(self.first),
+            "second_kernel": DirectKernel(self.second),
+            "compiled": self._compiled,
+        }
+        exec(source, names)
+        self.launch: Any = names["launch"]
+        self.launch.of_module = True
+
+    def _compiled(self) -> Any:
+        self.asked += 1
+        return lambda *given: self.programs.append(given)
+
+
+Y = torch.zeros(64)
+
+
+def test_a_sized_launch_finds_out_once_what_is_launched(device: SimpleNamespace) -> None:
+    fake = FakeModule()
+    launch = sized_launch(fake.launch, {"scale": 0.5, "T": 70})
+    for x in (X, X[4:], X[8:]):
+        launch(x, Y)
+    assert len(fake.first.through_triton) == len(fake.second.through_triton) == 1
+    assert [x[:4] for x in fake.first.direct] == [(70, 1, 1, "stream of 0")] * 2
+    assert [x[9:] for x in fake.first.direct] == [
+        (x.data_ptr(), 0.5, 70, 3, 32) for x in (X[4:], X[8:])
+    ]
+    assert [x[9:] for x in fake.second.direct] == [(Y.data_ptr(), 0.5, 70, 5, 64)] * 2
+    assert [(y is Y, x.data_ptr(), T) for y, x, T in fake.programs] == [
+        (True, x.data_ptr(), 70) for x in (X, X[4:], X[8:])
+    ]
+    assert fake.asked == 2, "the program is asked for in the first call, and once for the others"
+    short = sized_launch(fake.launch, {"scale": 0.5, "T": 40})
+    short(X, Y)
+    short(X, Y)
+    assert len(fake.first.direct) == 2 and len(fake.second.direct) == 4
+
+
+@pytest.mark.parametrize("how", ["unaligned", "watched", "long"])
+def test_a_sized_launch_that_is_not_as_in_most_calls(how: str, device: SimpleNamespace) -> None:
+    fake = FakeModule()
+    launch = sized_launch(fake.launch, {"scale": 0.5, "T": 2**31 if how == "long" else 70})
+    for _ in range(2):
+        launch(X, Y)
+    before = len(fake.first.through_triton)
+    if how == "watched":
+        fake.second.pre_run_hooks.append(lambda *_: None)
+    launch(X[1:] if how == "unaligned" else X, Y)
+    seen = fake.second if how == "watched" else fake.first
+    assert len(seen.through_triton) == before + 1
+    assert len(fake.programs) == 3
+
+
+def test_a_launch_that_looks_at_its_tensors_stays_as_it_is(device: SimpleNamespace) -> None:
+    source = FakeModule.SOURCE.replace("compiled()(y, x, T)", "compiled()(y, x.shape[0], T)")
+    fake = FakeModule(source)
+    launch = sized_launch(fake.launch, {"scale": 0.5, "T": 70})
+    for x in (X, X[4:]):
+        launch(x, Y)
+    assert [given[1] for given in fake.programs] == [64, 60]
+    plain = sized_launch(lambda *tensors, **scalars: None, {"T": 3})
+    assert not isinstance(plain, SizedLaunch), "only launches of rendered modules are looked into"

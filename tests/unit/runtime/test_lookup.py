@@ -31,6 +31,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.ops import _call
 from gdn2gen.runtime import call, lookup, runner
 from gdn2gen.runtime._kernels import request_of
 from gdn2gen.runtime.layout import Layout
@@ -340,3 +341,67 @@ def test_without_a_gradient_no_states_are_kept(launched, monkeypatch) -> None:
     assert scan_launch(launched, **inputs)[0] == "scan_states"
     with forced_recipe(states):
         assert scan_launch(launched, **make())[0] == "scan_states"
+
+
+# Calls that are known, and are not checked again
+
+
+def test_a_call_that_is_known_is_checked_no_more(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = make()
+    chunk_gdn2(**given, **FLAGS)
+    first, checked = launched.looks(), []
+    for name in ("check_arguments", "check_gate", "check_head_dims"):
+        monkeypatch.setattr(_call, name, lambda *_, name=name, **__: checked.append(name))
+    launched.clear()
+    chunk_gdn2(**make(), **FLAGS)
+    assert launched.looks() == first and checked == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"scale": True}, "scale must be a number"),
+        ({"scale": torch.ones(())}, "scale must be a number"),
+        ({"output_final_state": 0}, "must be True or False"),
+        ({"lower_bound": True}, "lower_bound must be a number"),
+        ({"g": make()["g"].double()}, "narrower"),
+        ({"v": make()["v"][:, :-1]}, "v must be"),
+        ({"q": make()["q"].to_sparse()}, "dense"),
+        ({"k": None}, "k must be a tensor"),
+        ({"w": [1.0]}, "w must be a tensor"),
+        ({"cu_seqlens_cpu": torch.tensor([0, 40])}, "without cu_seqlens"),
+    ],
+)
+def test_what_differs_from_a_known_call_is_checked(
+    bad: dict[str, Any], message: str, launched: Launched
+) -> None:
+    """Also where it compares equal: True is 1, and 0 is False."""
+    chunk_gdn2(**make(), **FLAGS, scale=1, output_final_state=False)
+    before = len(launched)
+    with pytest.raises(InputError, match=message):
+        chunk_gdn2(**make() | FLAGS | {"scale": 1.0} | bad)
+    assert len(launched) == before
+
+
+def test_values_of_a_known_call_are_checked_every_time(launched: Launched) -> None:
+    given = packed(0, 7, 40)
+    chunk_gdn2(**given, **FLAGS)
+    before = len(launched)
+    given["cu_seqlens"].copy_(torch.tensor([0, 41, 40]))
+    with pytest.raises(InputError, match="cu_seqlens must not fall"):
+        chunk_gdn2(**given, **FLAGS)
+    assert len(launched) == before
+
+
+def test_a_known_call_runs_what_is_forced(launched: Launched) -> None:
+    chunk_gdn2(**make(), **FLAGS)
+    recipe = Recipe.default(Problem(K=32, V=64), BT=16)
+    with forced_recipe(recipe):
+        launched.clear()
+        chunk_gdn2(**make(), **FLAGS)
+        assert [x[1]["BT"] for x in launched] == [16, 16]
+    launched.clear()
+    chunk_gdn2(**make(), **FLAGS)
+    assert [x[1]["BT"] for x in launched] != [16, 16]
