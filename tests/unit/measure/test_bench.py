@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from taken import of_op
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DeviceError, StoreError, UnsupportedError
@@ -97,12 +98,12 @@ def test_both_sides_are_given_the_same_and_only_what_they_take(monkeypatch, op):
 
     chunk = recurrence_named(op).public.chunk
     monkeypatch.setitem(sys.modules, f"fla.ops.{op}", SimpleNamespace(**{chunk: fla}))
-    problem = Problem(op=op, gate="softplus", has_A_log=True)
+    problem = of_op(Problem(gate="softplus", has_A_log=True), op)
     inputs = accuracy.inputs_of(problem, Shape("tiny", 1, 5, 2), "layer", 0, "cpu")
     sides.fla_op(op, "lean")(**inputs, **accuracy.op_flags(problem))
     assert {*asked} <= {*inspect.signature(accuracy.public_op(op)).parameters}
     of_beta = {"use_beta_sigmoid_in_kernel", "allow_neg_eigval"}
-    assert of_beta & {*asked} == (of_beta if recurrence_named(op).tied else set())
+    assert of_beta & {*asked} == (of_beta if recurrence_named(op).activates_beta else set())
 
 
 def test_a_beta_before_its_sigmoid_has_either_sign():
