@@ -6,6 +6,7 @@ kda                 Kimi Delta Attention
 gated_delta_rule    Gated DeltaNet
 registry            the members by name
 problem             Problem (compiled in) and Regime (known at run time)
+compiled            what kernels ask of any problem
 decoding            DecodingProblem: the same token by token, with states in place
 shapes              the named shapes that tuning and benchmarks speak of
 inputs              random inputs whose decay is gentle or hostile
