@@ -13,12 +13,16 @@ __all__ = [
     "chunk_kda",
     "fused_recurrent_gdn2",
     "fused_recurrent_kda",
+    "gated_rms_norm",
     "generate",
     "reload",
+    "short_convolution",
+    "short_convolution_step",
 ]
 
 if TYPE_CHECKING:
     from gdn2gen.ops.chunk import chunk_gated_delta_rule, chunk_gdn2, chunk_kda
+    from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
     from gdn2gen.ops.recurrent import fused_recurrent_gdn2, fused_recurrent_kda
     from gdn2gen.store.dispatch import reload
     from gdn2gen.tune.packages import generate
@@ -30,8 +34,11 @@ _HOMES = {
     "chunk_kda": "gdn2gen.ops.chunk",
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
+    "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tune.packages",
     "reload": "gdn2gen.store.dispatch",
+    "short_convolution": "gdn2gen.ops.parts",
+    "short_convolution_step": "gdn2gen.ops.parts",
 }
 
 

@@ -13,5 +13,7 @@ inputs              random inputs whose decay is gentle or hostile
 activations         what the decay, q and k pass through first
 reference           the recurrences in fp64, and their chunk form
 decoding_reference  what that computes, and which slots of a pool it reads and writes
+parts               PartProblem: a layer's short convolutions, its gated norm
+parts_reference     what those compute, by torch's own operations
 tolerances          how far from exact a kernel may be
 """
