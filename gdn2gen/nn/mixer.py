@@ -15,7 +15,7 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import Cache, may_overwrite, write
-from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.convolution import ShortConvolution, convolve, step
 from gdn2gen.nn.norm import GatedRMSNorm
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
@@ -190,18 +190,39 @@ class Mixer(nn.Module):
     def _qkv(
         self, batch: Batch, kept: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """q, k and v, all heads beside each other; and the tails of the convolutions."""
+        """q, k and v, all heads beside each other; and the tails of the convolutions that the cache
+        has yet to keep."""
         x = batch.x
         made = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         if not self.use_short_conv:
             q, k, v = (functional.silu(part) for part in made.values())
             return q, k, v, {}
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        tails = {}
-        for (name, part), convolution in zip(made.items(), convolutions, strict=True):
-            tail = None if kept is None else kept.get(f"{name}_tail")
-            made[name], tails[f"{name}_tail"] = convolution(part, tail=tail, packed=batch.packed)
-        return made["q"], made["k"], made["v"], tails
+        parts = [*made.values()]
+        if kept is None:
+            q, k, v = convolve(convolutions, parts, cu_seqlens=batch.cu_seqlens)[0]
+            return q, k, v, {}
+        names = [f"{name}_tail" for name in made]
+        tails = [kept[name] for name in names if name in kept]
+        if len(tails) == len(names) and self._may_step(batch, parts, kept, names):
+            q, k, v = step(convolutions, parts, tails)
+            return q, k, v, {}
+        (q, k, v), last = convolve(convolutions, parts, tails or None, batch.cu_seqlens, keep=True)
+        return q, k, v, dict(zip(names, last, strict=True))
+
+    def _may_step(
+        self, batch: Batch, parts: list[Tensor], kept: dict[str, Tensor], names: list[str]
+    ) -> bool:
+        """Whether there is one token a sequence, and tails may be moved on where they lie."""
+        if batch.cu_seqlens is not None or not batch.single:
+            return False
+        weights = (x.weight for x in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *weights)):
+            return False
+        return all(
+            may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype
+            for name, part in zip(names, parts, strict=True)
+        )
 
     def _mixed(
         self, arguments: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None, trains: bool
