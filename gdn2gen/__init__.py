@@ -22,9 +22,12 @@ __all__ = [
     "fused_recurrent_gla",
     "fused_recurrent_kda",
     "fused_recurrent_simple_gla",
+    "gated_rms_norm",
     "generate",
     "pin",
     "reload",
+    "short_convolution",
+    "short_convolution_step",
     "tune",
     "verify",
     "warmup",
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
         chunk_kda,
         chunk_simple_gla,
     )
+    from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
     from gdn2gen.ops.recurrent import (
         fused_recurrent_delta_rule,
         fused_recurrent_gated_delta_rule,
@@ -72,9 +76,12 @@ _HOMES = {
     "fused_recurrent_gla": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
+    "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tuning.packages",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",
+    "short_convolution": "gdn2gen.ops.parts",
+    "short_convolution_step": "gdn2gen.ops.parts",
     "tune": "gdn2gen.workflows.tune",
     "verify": "gdn2gen.workflows.verify",
     "warmup": "gdn2gen.workflows.warmup",

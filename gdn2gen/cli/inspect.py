@@ -16,17 +16,20 @@ from gdn2gen.cli.options import (
     add_target,
     decoding_problem_of,
     minutes,
+    part_problem_of,
     present_or_target,
     problem_of,
     refuse,
     some_path,
     words_of,
 )
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 
@@ -162,7 +165,12 @@ def generate(args: argparse.Namespace) -> int:
 def _print_stage(args: argparse.Namespace) -> int:
     from gdn2gen.codegen.render import render
 
-    problem = problem_of(args) if args.stage in STAGES else decoding_problem_of(args)
+    stage = EVERY_STAGE[args.stage]
+    problem: Compiled
+    if isinstance(stage, PartStage):
+        problem = part_problem_of(args, stage.made_for)
+    else:
+        problem = problem_of(args) if args.stage in STAGES else decoding_problem_of(args)
     device = None if args.target is None else present_or_target(args.target)[0]
     arch = None if device is None else device.arch
     words = args.config or ""
@@ -183,7 +191,7 @@ def _print_stage(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_config(stage: str, text: str, problem: Problem, arch: str | None = None) -> Config:
+def parse_config(stage: str, text: str, problem: Compiled, arch: str | None = None) -> Config:
     """`BT=64 num_warps=8` as a Config of `stage`; knobs left out keep their defaults for `arch`."""
     knobs: dict[str, Knob] = {}
     for word in text.replace(",", " ").split():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
+from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import (
     DIMS,
     DTYPES,
@@ -81,7 +82,8 @@ def add_problem(
             dest="extras",
             metavar="NAME,...",
             help=f"arguments that the kernels take as well: {', '.join(EXTRAS)}; with --stage "
-            f"recurrent also {', '.join(x for x in DECODING_EXTRAS if x not in EXTRAS)} "
+            f"recurrent also {', '.join(x for x in DECODING_EXTRAS if x not in EXTRAS)}; with "
+            "--stage of a layer's part its fields, as in width:3,bias "
             f"(with a gate its parameters; else none)",
         )
 
@@ -106,6 +108,12 @@ def decoding_problem_of(args: argparse.Namespace) -> Problem:
     bound_option(args.gate, args.lower_bound)
     problem = DecodingProblem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     return with_extras(problem, args.gate, args.extras, known=DECODING_EXTRAS)
+
+
+def part_problem_of(args: argparse.Namespace, made_for: type[PartProblem]) -> PartProblem:
+    """The PartProblem that --dtype and --with describe; the other options say nothing of it."""
+    words = [x.strip() for x in (args.extras or "").split(",") if x.strip()]
+    return made_for(dtype=args.dtype).with_extras(words)
 
 
 def add_op(parser: argparse._ActionsContainer, *, any_of_them: bool = False) -> None:

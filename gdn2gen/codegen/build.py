@@ -24,7 +24,7 @@ from gdn2gen.base.paths import code_dir
 from gdn2gen.codegen.nvrtc import compiler_for, has_compiler
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.codegen.shipped import install, source_of
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.stages import EVERY_STAGE
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gdn2gen.base.device import Device
 
 # The other scalars are sizes.
-_SCALAR_DTYPES = {"scale": "fp32", "lower_bound": "fp32"}
+_SCALAR_DTYPES = {"scale": "fp32", "lower_bound": "fp32", "eps": "fp32"}
 # TileLang's barriers lie before the tiles, and push them to the next multiple of 1 KB. Not counted,
 # a prepare of 76,416 bytes passed for three programs to a multiprocessor of an H200: two were, and
 # it took 0.401 ms at long32k instead of 0.324.
@@ -45,6 +45,9 @@ _OWN_OPTIONS = {
     "later_frames_kernel": {"maxnreg": 128},
     "activate_beta_kernel": {"num_warps": 1},
     "fold_beta_kernel": {"num_warps": 1},
+    "tail_kernel": {"num_warps": 1},
+    "place_kernel": {"num_warps": 4},
+    "sum_kernel": {"num_warps": 4},
 }
 
 
@@ -105,7 +108,7 @@ def _show(rendered: Rendered) -> Path:
     return path
 
 
-def compile_ahead(problem: Problem, stage_name: str, config: Config, device: Device) -> Resources:
+def compile_ahead(problem: Compiled, stage_name: str, config: Config, device: Device) -> Resources:
     """Compile one stage for `device` without launching it; needs no GPU.
 
     Args are specialised as `launch` specialises them, so that on the same GPU the result is found
@@ -128,7 +131,7 @@ def compile_ahead(problem: Problem, stage_name: str, config: Config, device: Dev
 
 
 def _compile_triton(
-    module: ModuleType, problem: Problem, stage_name: str, config: Config, device: Device
+    module: ModuleType, problem: Compiled, stage_name: str, config: Config, device: Device
 ) -> tuple[int, int, int, int]:
     """Registers and stack bytes per thread, shared bytes and threads per block.
 
@@ -153,7 +156,7 @@ def _used(compiled: Any) -> tuple[int, int, int]:
 def compile_kernel(
     module: ModuleType,
     name: str,
-    problem: Problem,
+    problem: Compiled,
     stage_name: str,
     options: dict[str, int],
     device: Device,
@@ -162,7 +165,8 @@ def compile_kernel(
     stage, kernel = EVERY_STAGE[stage_name], getattr(module, name)
     operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     dtypes = {x.name: x.dtype_in(problem) for x in operands}
-    scalars = [x for x in kernel.arg_names if x in (*stage.scalars_of(problem), "NT")]
+    known = (*stage.scalars_of(problem), "NT", "n_programs")
+    scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
     own = options | _OWN_OPTIONS.get(name, {})
     return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
@@ -199,7 +203,7 @@ def compile_for_triton(
 
 
 def _compile_tilelang(
-    module: ModuleType, problem: Problem, stage_name: str, _config: Config, device: Device
+    module: ModuleType, problem: Compiled, stage_name: str, _config: Config, device: Device
 ) -> tuple[int, int, int, int]:
     """Registers and stack bytes per thread, shared bytes and threads per block.
 

@@ -12,8 +12,12 @@ from typing import Final
 
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._glossary import aligned
+from gdn2gen.codegen._part_context import part_context
 from gdn2gen.codegen._token_context import token_context
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
@@ -69,8 +73,11 @@ def dim_slices(dim: str, size: int) -> list[DimSlice]:
     return named
 
 
-def context(problem: Problem, stage: Stage, config: Config) -> dict[str, object]:
+def context(problem: Compiled, stage: Stage, config: Config) -> dict[str, object]:
     """Everything that a template may refer to, beside `digest` and `regenerate`."""
+    if isinstance(problem, PartProblem):
+        return part_context(problem, stage, config)
+    assert isinstance(problem, Problem)
     recurrence = recurrence_named(problem.op)
     common = {
         "problem": problem,
@@ -214,8 +221,7 @@ def _glossary(problem: Problem, stage: Stage, config: Config) -> list[str]:
         )
         for x in config.operands(problem)
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, (*widths[:3], 0))) for row in rows]
+    return aligned(rows)
 
 
 def _operand_dtype(problem: Problem) -> str:

@@ -15,6 +15,8 @@ from gdn2gen.base import environment
 from gdn2gen.base.errors import ConfigError, TemplateError
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
+from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
@@ -55,7 +57,7 @@ def stage_digest(stage_name: str) -> str:
     return text_digest({template_name(form) for form in EVERY_STAGE[stage_name].forms})
 
 
-def render(problem: Problem, stage_name: str, config: Config) -> Rendered:
+def render(problem: Compiled, stage_name: str, config: Config) -> Rendered:
     """Render one stage. The same arguments give the same bytes."""
     stage = EVERY_STAGE[stage_name]
     if config.stage != stage_name:
@@ -136,8 +138,12 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
 
 
-def _regenerate_command(problem: Problem, stage: Stage, config: Config) -> str:
+def _regenerate_command(problem: Compiled, stage: Stage, config: Config) -> str:
     knobs_given = ",".join(f"{name}={value}" for name, value in config.knobs)
+    if isinstance(problem, PartProblem):
+        words = [f"gdn2gen generate --dtype {problem.dtype}", f"--with={','.join(problem.extras)}"]
+        return _wrapped_command([*words, f"--stage {stage.name} --config {knobs_given}"])
+    assert isinstance(problem, Problem)
     # no other kernel depends on the bound
     bound = problem.bound if config.get("decay") == "bounded" else 0
     words = _problem_words(problem, bound)

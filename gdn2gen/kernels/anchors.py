@@ -53,6 +53,7 @@ def chunk_loss(problem: Problem, BT: int) -> int:
 def why_unbounded(place: Place, stage: str) -> str | None:
     """Why some chunk may leave the first frame of `stage`; None if none can."""
     problem, BT = place.problem, place.BT
+    assert isinstance(problem, Problem)
     remedy = "use decay=anchored, which serves every decay"
     if problem.gate != "sigmoid":
         return (

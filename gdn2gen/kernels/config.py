@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdn2gen.base.errors import ConfigError
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.kernels.stage import Form, Operand
@@ -71,7 +71,7 @@ class Config(Mapping[str, Knob]):
             raise ConfigError(stage.why_no_form(self))
         return form
 
-    def operands(self, problem: Problem) -> list[Operand]:
+    def operands(self, problem: Compiled) -> list[Operand]:
         """Arguments of its kernel, in order: its stage's, but for scratch of other forms."""
         form = self.form
         return [x for x in EVERY_STAGE[self.stage].operands(problem) if form.uses(x)]
@@ -97,7 +97,7 @@ def language_of(config: Config) -> str:
 
 
 def default_config(
-    stage: str, problem: Problem, *, BT: int | None = None, arch: str | None = None
+    stage: str, problem: Compiled, *, BT: int | None = None, arch: str | None = None
 ) -> Config:
     """The config used where nothing was tuned: valid for every problem and device.
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.compiled import Compiled
 
 Knob = int | str
 Domain = tuple[Knob, ...]
@@ -26,7 +26,7 @@ WIDE: Final = range(128 + 1, 512 + 1)
 class Place:
     """Where a kernel is to run: all that a form's limits and defaults may depend on."""
 
-    problem: Problem
+    problem: Compiled
     BT: int
     arch: str | None = None
     """As in `sm_90`; None where it is not known: then nothing that depends on it is refused."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.problem import Problem
 from gdn2gen.family.recurrence import Input
 from gdn2gen.family.registry import RECURRENCES, recurrence_named
 from gdn2gen.kernels.limits import WIDE, Domain, Knob, Setting
@@ -48,10 +48,11 @@ class TokenStage(Stage):
     """A stage over single tokens. Its operands are the inputs of a recurrence, whichever they are;
     then states, and what says where they lie; then outputs."""
 
-    def operands(self, problem: Problem) -> list[Operand]:
+    def operands(self, problem: Compiled) -> list[Operand]:
+        assert isinstance(problem, DecodingProblem)
         given = recurrence_named(problem.op).inputs
         found = [_operand(x) for x in given if not x.when or getattr(problem, x.when)]
-        if isinstance(problem, DecodingProblem) and problem.pool:
+        if problem.pool:
             found.append(POOL)
             if problem.indexed:
                 found.append(SPECULATIVE if problem.speculative else INDICES)
@@ -60,7 +61,7 @@ class TokenStage(Stage):
         found.append(OUTPUT)
         return [*found, FINAL] if problem.final_state else found
 
-    def scalars_of(self, problem: Problem) -> tuple[str, ...]:
+    def scalars_of(self, problem: Compiled) -> tuple[str, ...]:
         """The scalars of its kernel, in the order of its arguments: those alone that it reads."""
         assert isinstance(problem, DecodingProblem)
         operands = self.operands(problem)

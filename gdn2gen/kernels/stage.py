@@ -21,6 +21,7 @@ from math import prod
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
@@ -46,10 +47,10 @@ class Operand:
     scratch: bool = False
     of: str = "all"
 
-    def dtype_in(self, problem: Problem) -> str:
+    def dtype_in(self, problem: Compiled) -> str:
         return problem.dtype_of(self.dtype)
 
-    def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
+    def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
         elements = prod(sizes[symbol] for symbol in self.dims.split())
         return elements * DTYPE[self.dtype_in(problem)].nbytes
@@ -223,16 +224,18 @@ class Stage:
         if len(names) != 1:
             raise ValueError(f"forms of {self.name} have different knobs: {[*map(sorted, names)]}")
 
-    def operands(self, problem: Problem) -> list[Operand]:
+    def operands(self, problem: Compiled) -> list[Operand]:
         """Inputs, then outputs, in the order of the kernels' arguments: any form's."""
+        assert isinstance(problem, Problem)
         return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
 
-    def scalars_of(self, problem: Problem) -> tuple[str, ...]:
+    def scalars_of(self, problem: Compiled) -> tuple[str, ...]:
         """In the order of the kernels' arguments."""
+        assert isinstance(problem, Problem)
         outside = recurrence_named(problem.op).decays_by in OF["outside"]
         return (*self.scalars, *(self.outside_scalars if outside else ()))
 
-    def nbytes(self, problem: Problem, sizes: Mapping[str, int]) -> int:
+    def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""
         return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
 

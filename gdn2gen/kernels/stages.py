@@ -1,4 +1,4 @@
-"""Every stage by its name: those of plans, over chunks, and the one over tokens."""
+"""Every stage by its name: those of plans, over chunks, the one over tokens, those of layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
+from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN, SCAN_STATES
@@ -18,5 +19,9 @@ _ALL = (
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 """Those that plans are chains of."""
-EVERY_STAGE: Final[Mapping[str, Stage]] = {**STAGES, RECURRENT.name: RECURRENT}
-"""And that of the mode `recurrent`, which takes `DecodingProblem`s."""
+EVERY_STAGE: Final[Mapping[str, Stage]] = {
+    **STAGES,
+    RECURRENT.name: RECURRENT,
+    **{stage.name: stage for stage in PART_STAGES},
+}
+"""And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

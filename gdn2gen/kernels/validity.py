@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Final
 
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import stages_of
@@ -17,7 +17,7 @@ from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 _HEADS: Final = {"K": "key", "V": "value"}
 
 
-def why_invalid(config: Config, problem: Problem, arch: str | None = None) -> str | None:
+def why_invalid(config: Config, problem: Compiled, arch: str | None = None) -> str | None:
     """Say why `config` cannot serve `problem`, or None if it can. Decides without compiling.
 
     With `arch`, as in `sm_90`, also what is known of kernels on it.

@@ -1,18 +1,20 @@
 """Layers on the public ops, in place of flash-linear-attention's: the same parameters.
 
-cache        Cache: states and tails of sequences, for decoding
-convolution  ShortConvolution, with SiLU
-norm         GatedRMSNorm
-mixer        what the layers share
-gdn2         GatedDeltaNet2
-kda          KimiDeltaAttention
-attention    SlidingWindowAttention, by torch's own
-model        LanguageModel: blocks of these
+cache           Cache: states and tails of sequences, for decoding
+convolution     ShortConvolution, with SiLU
+norm            GatedRMSNorm
+mixer           what the layers share
+gdn2            GatedDeltaNet2
+kda             KimiDeltaAttention
+gated_deltanet  GatedDeltaNet
+attention       SlidingWindowAttention, by torch's own
+model           LanguageModel: blocks of these
 """
 
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache
 from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
 from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.model import LanguageModel
@@ -20,6 +22,7 @@ from gdn2gen.nn.norm import GatedRMSNorm
 
 __all__ = [
     "Cache",
+    "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedRMSNorm",
     "KimiDeltaAttention",

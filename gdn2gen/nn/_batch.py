@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.nn.convolution import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,6 @@ class Batch:
     sequences: int
     cu_seqlens: Tensor | None = None
     cu_seqlens_cpu: Tensor | None = None
-    packed: PackedTokens | None = None
     single: bool = False
     """Whether no sequence has more than one token."""
     padded: tuple[int, int] | None = None
@@ -53,8 +51,7 @@ class Batch:
                 raise InputError("cu_seqlens_cpu was given without cu_seqlens")
             return cls(x, x.shape[0], single=single)
         _check_packed(x, cu_seqlens)
-        packed = PackedTokens.of(cu_seqlens, x.shape[1])
-        return cls(x, cu_seqlens.shape[0] - 1, cu_seqlens, cu_seqlens_cpu, packed)
+        return cls(x, cu_seqlens.shape[0] - 1, cu_seqlens, cu_seqlens_cpu)
 
     @classmethod
     def _without_padding(cls, x: Tensor, mask: Tensor, single: bool) -> Batch:
@@ -71,8 +68,7 @@ class Batch:
         ends = given.sum(1).cumsum(0)
         cu_seqlens = torch.cat((ends.new_zeros(1), ends))
         x = x.flatten(0, 1).index_select(0, tokens)[None]
-        packed = PackedTokens.of(cu_seqlens, x.shape[1])
-        return cls(x, B, cu_seqlens, None, packed, single, (B, T), tokens)
+        return cls(x, B, cu_seqlens, None, single, (B, T), tokens)
 
     def restored(self, y: Tensor) -> Tensor:
         """Rows for the tokens as rows of the call, zeros where it had padding."""

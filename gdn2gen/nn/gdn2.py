@@ -53,7 +53,7 @@ class GatedDeltaNet2(Mixer):
     """
 
     _chunk: ClassVar[Op] = staticmethod(chunk_gdn2)
-    _recurrent: ClassVar[Op] = staticmethod(fused_recurrent_gdn2)
+    _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gdn2)
 
     def __init__(
         self,

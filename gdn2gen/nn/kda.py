@@ -56,7 +56,7 @@ class KimiDeltaAttention(Mixer):
     """
 
     _chunk: ClassVar[Op] = staticmethod(chunk_kda)
-    _recurrent: ClassVar[Op] = staticmethod(fused_recurrent_kda)
+    _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_kda)
 
     def __init__(
         self,

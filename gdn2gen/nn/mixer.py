@@ -15,7 +15,7 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import Cache, may_overwrite, write
-from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.convolution import ShortConvolution, convolve, step
 from gdn2gen.nn.norm import GatedRMSNorm
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
@@ -33,14 +33,17 @@ class Mixer(nn.Module):
         o = recurrence(q / |q|, k / |k|, v, gates of x)
         y = (RMSNorm(o) * activation(x W_g)) W_o
 
-    A member is a subclass with the two ops, its gates' projections, and `_gates`, which makes of
-    the tokens what the ops take beside q, k and v. Gates are activated in the kernels where those
-    can. It calls `_add_gate` and `_add_output` where flash-linear-attention's layer has these
+    A member is a subclass with its ops, its gates' projections, and `_gates`, which makes of the
+    tokens what the ops take beside q, k and v. Gates are activated in the kernels where those can.
+    It calls `_add_gate` and `_add_output` where flash-linear-attention's layer has these
     parameters, since an optimizer's state goes by their order.
     """
 
     _chunk: ClassVar[Op]
-    _recurrent: ClassVar[Op]
+    _recurrent: ClassVar[Op | None] = None
+    """The op over few tokens; without one every call goes to the op over chunks."""
+    _least_rate: ClassVar[float] = 1.0
+    """exp(A_log) is drawn between this and 16."""
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
@@ -58,8 +61,9 @@ class Mixer(nn.Module):
         super().__init__()
         if hidden_size < 1:
             raise InputError(f"hidden_size must be at least 1, but got {hidden_size}")
-        if mode not in MODES:
-            raise InputError(f"mode must be one of {MODES}, but got {mode!r}")
+        modes = MODES if type(self)._recurrent is not None else MODES[:1]
+        if mode not in modes:
+            raise InputError(f"mode must be one of {modes}, but got {mode!r}")
         self.hidden_size = hidden_size
         self.heads = heads
         self.mode = mode
@@ -69,6 +73,7 @@ class Mixer(nn.Module):
         self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.k_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.v_proj = nn.Linear(hidden_size, HV * V, bias=False)
+        self._add_before_convolutions()
         if use_short_conv:
             self.q_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
             self.k_conv1d = ShortConvolution(H * K, conv_size, bias=conv_bias)
@@ -78,22 +83,33 @@ class Mixer(nn.Module):
     def _gates(self, x: Tensor) -> dict[str, Any]:
         """Arguments of both ops, made of the tokens [B, T, hidden]."""
 
+    def _add_before_convolutions(self) -> None:
+        """What flash-linear-attention's layer has between its projections and its convolutions."""
+
     def _add_gate(self, heads: int) -> None:
-        """Rate and bias of a decay with so many heads, and the projection to it through V dims."""
+        """Rate and bias of a decay for each channel of so many heads, and the projection to it
+        through V dims."""
         K, V = self.heads.K, self.heads.V
         self.f_proj = nn.Sequential(
             nn.Linear(self.hidden_size, V, bias=False), nn.Linear(V, heads * K, bias=False)
         )
+        self._add_rates(heads, heads * K)
+
+    def _add_rates(self, heads: int, decays: int) -> None:
+        """Rate of so many heads, and bias of so many decays."""
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(heads * K, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(decays, dtype=torch.float32))
         self._mark_rates()
         self._reset_rates()
         self.register_load_state_dict_post_hook(_mark_again)  # type: ignore[no-untyped-call]
 
-    def _add_output(self, norm_eps: float, activation: str) -> None:
-        """What comes after the recurrence: the gated norm and the projection back."""
+    def _add_output(
+        self, norm_eps: float, activation: str, g_proj: nn.Module | None = None
+    ) -> None:
+        """What comes after the recurrence: the gated norm and the projection back. `g_proj` is the
+        gate's projection, by default one through V dims."""
         HV, V = self.heads.HV, self.heads.V
-        self.g_proj = nn.Sequential(
+        self.g_proj = g_proj or nn.Sequential(
             nn.Linear(self.hidden_size, V, bias=False), nn.Linear(V, HV * V, bias=True)
         )
         self.o_norm = GatedRMSNorm(V, eps=norm_eps, activation=activation)
@@ -109,8 +125,8 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def _reset_rates(self) -> None:
-        """exp(A_log) of U(1, 16); softplus(dt_bias) log-uniform in 1e-3 .. 0.1."""
-        self.A_log.uniform_(1, 16).log_()
+        """exp(A_log) of U(`_least_rate`, 16); softplus(dt_bias) log-uniform in 1e-3 .. 0.1."""
+        self.A_log.uniform_(self._least_rate, 16).log_()
         step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
         # The y of softplus(y) = step.
         step.add_(torch.log(-torch.expm1(-step)))
@@ -150,7 +166,8 @@ class Mixer(nn.Module):
         """Mix the tokens of each sequence.
 
         Without gradients one token a sequence (T = 1) goes to the op `fused_recurrent_<member>`,
-        as all calls do with `mode="fused_recurrent"`; everything else goes to `chunk_<member>`.
+        as all calls do with `mode="fused_recurrent"`; everything else, and all of a member without
+        that op, goes to `chunk_<member>`.
 
         Args:
             x: [B, T, hidden]: the tokens.
@@ -190,26 +207,49 @@ class Mixer(nn.Module):
     def _qkv(
         self, batch: Batch, kept: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """q, k and v, all heads beside each other; and the tails of the convolutions."""
+        """q, k and v, all heads beside each other; and the tails of the convolutions that the cache
+        has yet to keep."""
         x = batch.x
         made = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         if not self.use_short_conv:
             q, k, v = (functional.silu(part) for part in made.values())
             return q, k, v, {}
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        tails = {}
-        for (name, part), convolution in zip(made.items(), convolutions, strict=True):
-            tail = None if kept is None else kept.get(f"{name}_tail")
-            made[name], tails[f"{name}_tail"] = convolution(part, tail=tail, packed=batch.packed)
-        return made["q"], made["k"], made["v"], tails
+        parts = [*made.values()]
+        if kept is None:
+            q, k, v = convolve(convolutions, parts, cu_seqlens=batch.cu_seqlens)[0]
+            return q, k, v, {}
+        names = [f"{name}_tail" for name in made]
+        tails = [kept[name] for name in names if name in kept]
+        if len(tails) == len(names) and self._may_step(batch, parts, kept, names):
+            q, k, v = step(convolutions, parts, tails)
+            return q, k, v, {}
+        (q, k, v), last = convolve(convolutions, parts, tails or None, batch.cu_seqlens, keep=True)
+        return q, k, v, dict(zip(names, last, strict=True))
+
+    def _may_step(
+        self, batch: Batch, parts: list[Tensor], kept: dict[str, Tensor], names: list[str]
+    ) -> bool:
+        """Whether there is one token a sequence, and tails may be moved on where they lie."""
+        if batch.cu_seqlens is not None or not batch.single:
+            return False
+        weights = (x.weight for x in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *weights)):
+            return False
+        return all(
+            may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype
+            for name, part in zip(names, parts, strict=True)
+        )
 
     def _mixed(
         self, arguments: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None, trains: bool
     ) -> Tensor:
         """o [B, T, HV, V], and the state into the cache."""
         shared = {**arguments, "cu_seqlens": batch.cu_seqlens, "use_qk_l2norm_in_kernel": True}
-        if not trains and (batch.single or self.mode == "fused_recurrent"):
-            return self._step(shared, batch, kept)
+        recurrent = type(self)._recurrent
+        few = batch.single or self.mode == "fused_recurrent"
+        if recurrent is not None and few and not trains:
+            return self._step(recurrent, shared, batch, kept)
         # Promises of bounded gates are of the op over chunks alone.
         o, state = type(self)._chunk(
             **shared,
@@ -226,7 +266,13 @@ class Mixer(nn.Module):
         """Arguments that the op over chunks takes, and the one over few tokens does not."""
         return {}
 
-    def _step(self, shared: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
+    def _step(
+        self,
+        recurrent: Op,
+        shared: dict[str, Any],
+        batch: Batch,
+        kept: dict[str, Tensor] | None,
+    ) -> Tensor:
         """o of a few tokens; states are read and written where they lie."""
         q = shared["q"]
         state = None
@@ -237,7 +283,7 @@ class Mixer(nn.Module):
                 new = torch.zeros(shape, dtype=wide, device=q.device)
                 kept[STATE] = kept[STATE].clone() if STATE in kept else new
             state = kept[STATE]
-        o, _ = type(self)._recurrent(**shared, state_pool=state)
+        o, _ = recurrent(**shared, state_pool=state)
         return o
 
 

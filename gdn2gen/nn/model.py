@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
 from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.mixer import Mixer
@@ -20,6 +21,7 @@ from gdn2gen.nn.mixer import Mixer
 MIXERS: Final[Mapping[str, Callable[..., Mixer]]] = {
     "gdn2": GatedDeltaNet2,
     "kda": KimiDeltaAttention,
+    "gated_delta_rule": GatedDeltaNet,
 }
 
 
@@ -61,7 +63,7 @@ class LanguageModel(nn.Module):
         vocab_size: tokens that there are.
         hidden_size: channels between blocks.
         num_layers: blocks.
-        mixer: "gdn2" or "kda".
+        mixer: "gdn2", "kda" or "gated_delta_rule".
         window: if given, every other block (the second, the fourth ..) has attention over so many
             tokens instead of the mixer, as the hybrid of arXiv 2605.22791.
         attention_heads: of those blocks; the mixer's if None.
@@ -97,8 +99,8 @@ class LanguageModel(nn.Module):
             if size < 1:
                 raise InputError(f"{name} must be at least 1, but got {size}")
         if mixer not in MIXERS:
-            known = " or ".join(map(repr, MIXERS))
-            raise InputError(f"mixer must be {known}, but got {mixer!r}")
+            known = ", ".join(map(repr, MIXERS))
+            raise InputError(f"mixer must be one of {known}, but got {mixer!r}")
         self.vocab_size = vocab_size
         self.init_std = init_std
         self.checkpoint_activations = checkpoint_activations

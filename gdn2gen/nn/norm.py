@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
-
-ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
-    "sigmoid": torch.sigmoid,
-    "silu": functional.silu,
-}
+from gdn2gen.family.parts import ACTIVATIONS
+from gdn2gen.ops.parts import gated_rms_norm
 
 
 class GatedRMSNorm(nn.Module):
@@ -22,7 +15,8 @@ class GatedRMSNorm(nn.Module):
 
         y = x / sqrt(mean(x^2) + eps) * weight * activation(gate)
 
-    The gate comes after the norm. Computed in fp32 (fp64 for fp64), returned in the dtype of x.
+    The gate comes after the norm. Computed in fp32 (fp64 for fp64), returned in the dtype of x; on
+    a GPU by one kernel (`ops.parts.gated_rms_norm`).
 
     Args:
         size: of the last dim.
@@ -61,8 +55,4 @@ class GatedRMSNorm(nn.Module):
                 f"x and gate must both be [..., {self.size}], "
                 f"but got {tuple(x.shape)} and {tuple(gate.shape)}"
             )
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(wide)
-        scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
-        gated = ACTIVATIONS[self.activation](gate.to(wide))
-        return (values * scale * self.weight.to(wide) * gated).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, activation=self.activation)

@@ -17,11 +17,12 @@ from gdn2gen.codegen.direct import direct_launch, fixed_launch, sized_launch
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
 
 
-def stage_launcher(problem: Problem, config: Config) -> Callable[..., None]:
+def stage_launcher(problem: Compiled, config: Config) -> Callable[..., None]:
     """The launch function of a stage, rendered and loaded."""
     stage = config.stage
     module = None if interpreted() else build.load(render(problem, stage, config))
@@ -37,7 +38,7 @@ def stage_launcher(problem: Problem, config: Config) -> Callable[..., None]:
 
 
 def fixed_launcher(
-    problem: Problem, config: Config, scalars: Mapping[str, int | float]
+    problem: Compiled, config: Config, scalars: Mapping[str, int | float]
 ) -> Callable[..., None]:
     """The launch of a Triton stage with one kernel, for these scalars: it takes tensors alone."""
     module = _module(problem, config)
@@ -47,7 +48,7 @@ def fixed_launcher(
 
 
 @lru_cache(maxsize=512)
-def _module(problem: Problem, config: Config) -> ModuleType:
+def _module(problem: Compiled, config: Config) -> ModuleType:
     return build.load(render(problem, config.stage, config))
 
 

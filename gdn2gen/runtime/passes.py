@@ -32,6 +32,12 @@ def poison(enabled: bool) -> None:
     _poisoned = enabled
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that a kernel has to write all of."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    return x.fill_(float("nan")) if _poisoned and dtype.is_floating_point else x
+
+
 class Loaded(NamedTuple):
     """A step of the schedule, and what launches it."""
 

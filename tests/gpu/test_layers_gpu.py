@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import torch
 from gpu_support import DEVICE
-from layer_cases import LAYERS, by_equations
+from layer_cases import LAYERS, by_equations, taken
 from torch import Tensor
 from two_processes import compare
 
@@ -26,12 +26,14 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 THEIRS: Final = {
     "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
     "kda": ("fla.layers.kda", "KimiDeltaAttention"),
+    "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
 }
 
 
 def _layer(member: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Mixer:
     torch.manual_seed(0)
-    made = LAYERS[member](HIDDEN, num_heads=2, head_dim=64, layer_idx=0, **options)
+    given = {"num_heads": 2, "head_dim": 64, "expand_v": 1.0, **options}
+    made = LAYERS[member](HIDDEN, layer_idx=0, **taken(member, given))
     return made.to(DEVICE, dtype)
 
 
@@ -129,7 +131,8 @@ def test_beside_flash_linear_attention(member: str, options: dict[str, Any]) -> 
     pytest.importorskip("fla.layers", exc_type=ImportError)
     module, name = THEIRS[member]
     make = getattr(importlib.import_module(module), name)
-    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=64, **options).to(DEVICE).bfloat16()
+    sizes = {"num_heads": 2, "head_dim": 64, "expand_v": 1.0}
+    theirs = make(hidden_size=HIDDEN, **sizes, **options).to(DEVICE).bfloat16()
     ours, x = _layer(member, **options), _tokens(2, 150)
     theirs.load_state_dict(ours.state_dict())
     assert _error(ours(x), theirs(x)[0]) < 0.02

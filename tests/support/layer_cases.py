@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn2gen.nn import GatedDeltaNet2, KimiDeltaAttention
+from gdn2gen.nn import GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
 from gdn2gen.nn.mixer import Mixer
 
 LAYERS: Final[dict[str, Callable[..., Mixer]]] = {
     "gdn2": GatedDeltaNet2,
     "kda": KimiDeltaAttention,
+    "gated_delta_rule": GatedDeltaNet,
 }
 HIDDEN: Final = 32
 
 
 def small(member: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Mixer:
-    """A layer of 2 heads of 16 channels, the same at every call."""
+    """A layer of 2 heads of 16 channels, the same at every call; of `options` it gets what it
+    takes."""
     torch.manual_seed(0)
-    layer = LAYERS[member](HIDDEN, num_heads=2, head_dim=16, layer_idx=3, **options)
+    given = {"num_heads": 2, "head_dim": 16, "expand_v": 1.0, **options}
+    layer = LAYERS[member](HIDDEN, layer_idx=3, **taken(member, given))
     return layer.to(dtype)
+
+
+def taken(member: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the layer has."""
+    made = LAYERS[member]
+    known = {*signature(made).parameters}
+    if made is GatedDeltaNet:
+        known.discard("mode")  # it has one
+    return {name: x for name, x in options.items() if name in known}
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -65,6 +78,10 @@ def _convolved(layer: Mixer, name: str, x: Tensor) -> Tensor:
 def _gates(layer: Mixer, x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log decay, erase and write factors, each for every value head."""
     heads, rates = layer.heads, layer.A_log.exp()[:, None]
+    if isinstance(layer, GatedDeltaNet):
+        g = -rates[:, 0] * functional.softplus(layer.a_proj(x) + layer.dt_bias)
+        beta = (2 if layer.allow_neg_eigval else 1) * layer.b_proj(x).sigmoid()[..., None]
+        return g[..., None], beta, beta
     raw = layer.f_proj(x).view(-1, rates.shape[0], heads.K)
     raw = raw + layer.dt_bias.view(-1, heads.K)
     bound = layer.lower_bound

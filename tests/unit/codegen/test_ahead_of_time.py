@@ -13,9 +13,11 @@ from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
@@ -300,6 +302,47 @@ def test_tilelang_inverts_at_once_without_spills(
 def _programs(used: Resources) -> int:
     """Programs that an sm_90 multiprocessor has shared memory for; 1 KB of each is the driver's."""
     return 233472 // (used.shared_bytes + 1024)
+
+
+# Three tensors of 2048 channels of 4 x 4096 tokens, and the rows of their heads, by the rules.
+_QKV: Final = ConvolutionProblem()
+_PARTS: Final = {
+    "plain": _QKV,
+    "packed": replace(_QKV, packed=True, initial_tail=True, final_tail=True, bias=True),
+    "fp32": replace(_QKV, dtype="fp32", weight_dtype="fp32"),
+    "norm": NormProblem(),
+    "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
+}
+# Registers a thread that leave as many warps to a multiprocessor as the memory's speed asks for.
+_REGISTERS: Final = {
+    "short_conv-plain": 128,
+    "short_conv_backward-plain": 128,
+    "gated_norm-norm": 64,
+    "gated_norm_backward-norm": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        pytest.param(stage, name, id=f"{stage.name}-{name}")
+        for stage in PART_STAGES
+        for name, problem in _PARTS.items()
+        if isinstance(problem, stage.made_for)
+    ],
+)
+def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str) -> None:
+    problem, device = _PARTS[name], named_device("sm_90")
+    if isinstance(problem, ConvolutionProblem):
+        knobs = convolution_knobs(stage, problem, 4, 4096, 6144, device.sms)
+    else:
+        assert isinstance(problem, NormProblem)
+        knobs = norm_knobs(stage, problem, 262144, device.sms)
+    config = default_config(stage.name, problem).replace(**knobs)
+    used = compile_ahead(problem, stage.name, config, device)
+    assert used.spill_bytes == 0, f"{stage.name} [{config}]: {used}"
+    if _measured():
+        assert used.registers <= _REGISTERS.get(f"{stage.name}-{name}", 255), used
 
 
 @pytest.mark.parametrize(("problem", "arch", "config", "spilled"), [*_cases()])

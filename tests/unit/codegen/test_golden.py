@@ -23,11 +23,14 @@ from gdn2gen.codegen.render import (
     render_tables,
     template_name,
 )
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob, Place
+from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Form
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
@@ -165,6 +168,16 @@ def _recurrent(problem: DecodingProblem) -> str:
     return render(problem, "recurrent", default_config("recurrent", problem)).source
 
 
+def _part(stage: str, problem: Compiled, **knobs: int) -> str:
+    return render(problem, stage, default_config(stage, problem).replace(**knobs)).source
+
+
+# q, k and v of packed sequences, some of which go on
+_PACKED_QKV: Final = ConvolutionProblem(packed=True, initial_tail=True, final_tail=True)
+_WITH_BIAS: Final = ConvolutionProblem(width=3, bias=True, tensors=1, weight_dtype="fp32")
+_OF_96: Final = NormProblem(size=96, activation="silu")
+
+
 def _parallel(stage: str) -> str:
     config = default_config(stage, _STATES, BT=16).replace(segments="parallel")
     return render(_STATES, stage, config).source
@@ -233,6 +246,11 @@ OUTPUTS: Final = {
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
+    "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, BD=256, ahead=2),
+    "short_conv_backward.py": partial(_part, "short_conv_backward", _WITH_BIAS, BR=4, BD=128),
+    "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
+    "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
+    "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
     "package_states.py": _package,
     "package_packed.py": _package_packed,
     "package_kda.py": lambda: _package_of(Recipe.default(replace(_PACKED, op="kda"), "fast")),
@@ -279,12 +297,15 @@ def _forms(stage: str, language: str) -> list[Form]:
     return [x for x in EVERY_STAGE[stage].forms if x.language == language]
 
 
-def _problem(stage: str) -> Problem:
+def _problem(stage: str) -> Compiled:
+    found = EVERY_STAGE[stage]
+    if isinstance(found, PartStage):
+        return found.made_for()
     return Problem() if stage in STAGES else DecodingProblem()
 
 
 def _config(stage: str, language: str) -> Config:
-    BT = 32 if stage in STAGES else 1
+    BT = 32 if stage in STAGES else int(EVERY_STAGE[stage].chunks[0])
     return default_of(stage, _forms(stage, language)[0], Place(_problem(stage), BT))
 
 

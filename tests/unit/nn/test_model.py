@@ -137,7 +137,10 @@ def test_parameters() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mixer": "rwkv"}, "mixer must be 'gdn2' or 'kda', but got 'rwkv'"),
+        (
+            {"mixer": "rwkv"},
+            "mixer must be one of 'gdn2', 'kda', 'gated_delta_rule', but got",
+        ),
         ({"num_layers": 0}, "num_layers must be at least 1, but got 0"),
         ({"window": 0}, "window must be at least 1, but got 0"),
         ({"window": 2, "attention_heads": 5}, "num_heads times an even head dim"),

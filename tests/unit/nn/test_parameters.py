@@ -21,10 +21,15 @@ PARAMETERS: Final = {
         v_conv1d.weight HV*V 1 W; f_proj.0.weight V D; f_proj.1.weight HV*K V; b_proj.weight HV D;
         g_proj.0.weight V D; g_proj.1.weight HV*V V; g_proj.1.bias HV*V; o_norm.weight V;
         o_proj.weight D HV*V""",
+    "gated_delta_rule": """A_log HV; dt_bias HV; q_proj.weight H*K D; k_proj.weight H*K D;
+        v_proj.weight HV*V D; a_proj.weight HV D; b_proj.weight HV D; q_conv1d.weight H*K 1 W;
+        k_conv1d.weight H*K 1 W; v_conv1d.weight HV*V 1 W; g_proj.weight HV*V D; o_norm.weight V;
+        o_proj.weight D HV*V""",
 }
 THEIRS: Final = {
     "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
     "kda": ("fla.layers.kda", "KimiDeltaAttention"),
+    "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
 }
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -58,7 +63,7 @@ def test_state_dicts_load_both_ways(member: str, options: dict[str, Any]) -> Non
     module, name = THEIRS[member]
     pytest.importorskip("fla.layers", exc_type=ImportError)
     make = getattr(importlib.import_module(module), name)
-    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=16, **options)
+    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=16, **{"expand_v": 1.0, **options})
     ours = small(member, **options)
     assert [*theirs.state_dict()] == [*ours.state_dict()]
     ours.load_state_dict(theirs.state_dict())

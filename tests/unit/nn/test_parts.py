@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn import Cache, GatedRMSNorm, ShortConvolution
-from gdn2gen.nn.convolution import PackedTokens
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -44,8 +43,8 @@ def test_convolution_in_pieces(width: int) -> None:
         ends = [a + n for a, n in zip(before, lengths, strict=True)]
         spans = [slice(a, b) for a, b in zip(before, ends, strict=True)]
         row = torch.cat([x[n, span] for n, span in enumerate(spans)])[None]
-        packed = PackedTokens.of(torch.tensor([0, *lengths]).cumsum(0), sum(lengths))
-        y, tail = convolution(row, tail=tail, packed=packed)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        y, tail = convolution(row, tail=tail, cu_seqlens=cu_seqlens)
         for n, part in enumerate(y[0].split(lengths)):
             assert torch.equal(part, whole[n, spans[n]])
         before = ends
@@ -54,8 +53,8 @@ def test_convolution_in_pieces(width: int) -> None:
 
 def test_convolution_stays_within_the_batch() -> None:
     """Lengths that nobody could check: no index leaves the row."""
-    packed = PackedTokens.of(torch.tensor([0, 90, -7, 5]), 5)
-    y, _ = ShortConvolution(3)(torch.randn(1, 5, 3), packed=packed)
+    lengths = torch.tensor([0, 90, -7, 5])
+    y, _ = ShortConvolution(3)(torch.randn(1, 5, 3), cu_seqlens=lengths)
     assert y.isfinite().all()
 
 

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from gdn2gen.nn import Cache
 from gdn2gen.nn.mixer import RATES, Mixer
 
-MEMBERS = [*LAYERS]
+# what all members share
+MEMBERS = [*LAYERS][:2]
 
 
 @pytest.mark.parametrize("member", MEMBERS)

@@ -1,0 +1,71 @@
+"""What templates of a layer's parts are given."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gdn2gen.base import environment
+from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._glossary import aligned
+from gdn2gen.family.parts import NormProblem, PartProblem
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.glossary import WORDS
+from gdn2gen.kernels.parts import suffixes
+from gdn2gen.kernels.slices import covering
+from gdn2gen.kernels.stage import Operand, Stage
+
+_SUMMED: Final = ("dweight", "dbias")
+_OF_TAILS: Final = ("x", "initial_tail", "cu_seqlens", "final_tail")
+
+
+def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str, object]:
+    operands = [x.name for x in stage.operands(problem)]
+    scalars = list(stage.scalars_of(problem))
+    tensors = suffixes(problem)
+    units = [f"units{n}" for n in tensors]
+    size = problem.size if isinstance(problem, NormProblem) else 0
+    covered = covering(size) if size else 0
+    return {
+        "problem": problem,
+        "config": config,
+        "operands": operands,
+        "scalars": scalars,
+        "glossary": _glossary(problem, stage.operands(problem)),
+        # Triton's interpreter knows no assembly
+        "interpreted": environment.interpreted(),
+        "io_dtype": _in_triton(problem.dtype),
+        "weight_dtype": _in_triton(problem.weight_dtype),
+        # what ends the names of what there is for each tensor of a launch
+        "tensors": tensors,
+        # channels of each tensor, in units of 8
+        "units": units,
+        "sizes_of_tensors": [*units, *(f"x_row{n}" for n in tensors)],
+        # operands of the stage's own kernel, of the one that adds up partial sums, and of tails
+        "own": [x for x in operands if _base(x) not in (*_SUMMED, "cu_seqlens", "final_tail")],
+        "summed": [x for x in operands if _base(x) in _SUMMED],
+        "tail_operands": [x for x in operands if _base(x) in _OF_TAILS],
+        "covered": covered,
+        "d_inside": "o_d < D" if size != covered else "",
+    }
+
+
+def _glossary(problem: PartProblem, operands: list[Operand]) -> list[str]:
+    rows = [
+        (
+            x.name,
+            f"[{', '.join(x.dims.split())}]",
+            x.dtype_in(problem),
+            WORDS[_base(x.name)],
+        )
+        for x in operands
+    ]
+    return aligned(rows)
+
+
+def _base(name: str) -> str:
+    """The name of an operand without its tensor's number."""
+    return name.rstrip("0123456789")
+
+
+def _in_triton(dtype: str) -> str:
+    return f"tl.{DTYPE[dtype].full_name}"

@@ -1,0 +1,117 @@
+"""PartProblem: what a layer has beside its recurrence, with everything that is compiled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Final, Self
+
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.problem import DTYPES
+
+WIDTHS: Final = (2, 3, 4)
+"""Taps of a short convolution."""
+ACTIVATIONS: Final = ("sigmoid", "silu")
+"""Of a gate."""
+MOST_TENSORS: Final = 3
+"""That one launch convolves: q, k and v."""
+NORM_SIZES: Final = range(8, 1025, 8)
+"""Channels of a row that a gated norm has kernels for."""
+CHANNELS_STEP: Final = 8
+"""A row of channels is a whole number of 16 bytes."""
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class PartProblem:
+    """A part of a layer; its subclasses say which."""
+
+    op: ClassVar[str]
+    dtype: str = "bf16"
+    """dtype of tokens in and out; computed in fp32."""
+    weight_dtype: str = "bf16"
+    """dtype of parameters and their gradients."""
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("weight_dtype", self.weight_dtype, DTYPES)
+
+    @property
+    def varlen(self) -> bool:
+        return False
+
+    def dtype_of(self, role: str) -> str:
+        return {"io": self.dtype, "weight": self.weight_dtype}.get(role, role)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What `with_extras` makes the same problem of: fields that are not as usual."""
+        found = []
+        for x in fields(self):
+            value = getattr(self, x.name)
+            if x.name != "dtype" and value != x.default:
+                found.append(x.name if value is True else f"{x.name}:{value}")
+        return tuple(found)
+
+    def with_extras(self, words: Iterable[str]) -> Self:
+        """Fields by words as in `extras`. Raises InputError for others."""
+        known = {x.name: x.default for x in fields(self)}
+        given: dict[str, Any] = {}
+        for word in words:
+            name, _, value = word.partition(":")
+            if name not in known or bool(value) == isinstance(known[name], bool):
+                said = ", ".join(x if y is False else f"{x}:VALUE" for x, y in known.items())
+                raise InputError(f"{self.op} takes any of {said}, but got {word!r}")
+            given[name] = int(value) if value.isdecimal() else value or True
+        return replace(self, **given)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class ConvolutionProblem(PartProblem):
+    """Short convolutions with SiLU of several tensors of the same tokens:
+
+    y_t = silu(sum_j weight_j * x_{t - width + 1 + j} + bias),   j = 0 .. width - 1
+    """
+
+    op: ClassVar[str] = "short_convolution"
+    tensors: int = 3
+    width: int = 4
+    """Taps."""
+    bias: bool = False
+    packed: bool = False
+    """cu_seqlens given: B is 1 and holds N packed sequences."""
+    initial_tail: bool = False
+    """The last width - 1 inputs of each sequence before these are given; zeros otherwise."""
+    final_tail: bool = False
+    """Those after these are wanted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("width", self.width, WIDTHS)
+        _one_of("tensors", self.tensors, range(1, MOST_TENSORS + 1))
+
+    @property
+    def varlen(self) -> bool:
+        return self.packed
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class NormProblem(PartProblem):
+    """RMSNorm of rows of `size` channels, times an activated gate:
+
+    y = x / sqrt(mean(x^2) + eps) * weight * activation(gate)
+    """
+
+    op: ClassVar[str] = "gated_rms_norm"
+    size: int = 128
+    activation: str = "sigmoid"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("size", self.size, NORM_SIZES)
+
+
+def _one_of(name: str, value: object, known: Iterable[object]) -> None:
+    if value not in known:
+        values = known if isinstance(known, range) else ", ".join(map(repr, known))
+        raise InputError(f"{name} must be one of {values}, but got {value!r}")

@@ -1,0 +1,221 @@
+"""The stages of a layer's parts: short convolutions with SiLU, and the gated RMSNorm.
+
+They are in no plan. Bytes are their floor, so each reads its inputs once and writes its outputs
+once, in vectors of 16 bytes; gradients of parameters are partial sums, one row a program, which a
+second kernel adds up in a fixed order. Programs take BT tokens (rows) one after another, and
+several such runs side by side: a warp each, so that no sum but that of a norm crosses lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.parts import CHANNELS_STEP, ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.kernels.limits import Domain, Knob
+from gdn2gen.kernels.slices import covering
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+# Channels, and distances of rows, are given to kernels in as many elements, by which the compiler
+# knows that vector loads fit.
+UNIT: Final = CHANNELS_STEP
+# What one lane loads at once, and a warp.
+_VECTOR_BYTES: Final = 16
+_WARP_BYTES: Final = 32 * _VECTOR_BYTES
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PartStage(Stage):
+    """A stage of a layer's part. Operands with channels D of their own are there once for each of
+    the tensors that a convolution takes; `when` is a flag of the problem."""
+
+    made_for: type[PartProblem]
+
+    def operands(self, problem: Compiled) -> list[Operand]:
+        assert isinstance(problem, PartProblem)
+        found = []
+        for x in (*self.inputs, *self.outputs):
+            if x.when == "always" or getattr(problem, x.when):
+                of_each = "D" in x.dims.split()
+                found += [replace(x, name=x.name + n) for n in suffixes(problem, of_each)]
+        return found
+
+    def scalars_of(self, problem: Compiled) -> tuple[str, ...]:
+        assert isinstance(problem, PartProblem)
+        found = []
+        for name in self.scalars:
+            if name in _PACKED and not problem.varlen:
+                continue
+            found += [f"{name}{n}" for n in suffixes(problem, name in _OF_EACH)]
+        return tuple(found)
+
+
+def suffixes(problem: PartProblem, of_each: bool = True) -> list[str]:
+    """What ends the names of what there is for each tensor: its number, if there are several."""
+    tensors = problem.tensors if isinstance(problem, ConvolutionProblem) else 1
+    return [str(i) for i in range(tensors)] if of_each and tensors > 1 else [""]
+
+
+# Scalars of each tensor, and of packed sequences alone.
+_OF_EACH: Final = ("units", "x_row")
+_PACKED: Final = ("bits",)
+
+_X: Final = Operand("x", "B T D")
+_WEIGHT: Final = Operand("weight", "D W", "weight")
+_BIAS: Final = Operand("bias", "D", "weight", "bias")
+_INITIAL: Final = Operand("initial_tail", "N W-1 D", when="initial_tail")
+# Of packed sequences: where each token stands. Made by the forward.
+_PLACES: Final = (
+    Operand("place", "T", "int32", "varlen"),
+    Operand("sequence", "T", "int32", "varlen"),
+)
+_SEQUENCES: Final = Operand("cu_seqlens", "N+1", "int32", "varlen")
+_PARTIAL: Final = Operand("partial", "P W+1 DS", "fp32")
+
+_TOKENS: Final[Domain] = (16, 32, 64, 128, 256)
+_CONVOLVING: Final[dict[str, Domain]] = {
+    "BR": (1, 2, 4, 8),
+    "BD": (64, 128, 256, 512),
+    "ahead": (1, 2, 4, 8),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1,),
+}
+
+
+def _convolution(
+    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+) -> PartStage:
+    return PartStage(
+        made_for=ConvolutionProblem,
+        name=name,
+        inputs=inputs,
+        outputs=outputs,
+        scalars=scalars,
+        forms=(Form(name, "triton", name, knobs=_CONVOLVING, leads={}, tiles=()),),
+        chunks=(1,) if name.endswith("step") else _TOKENS,
+    )
+
+
+SHORT_CONV: Final = _convolution(
+    "short_conv",
+    (_X, _WEIGHT, _BIAS, _INITIAL, _SEQUENCES),
+    (
+        Operand("y", "B T D"),
+        Operand("final_tail", "N W-1 D", when="final_tail"),
+        *_PLACES,
+    ),
+    ("B", "T", "N", "bits", "units", "x_row"),
+)
+SHORT_CONV_STEP: Final = _convolution(
+    "short_conv_step",
+    (_X, _WEIGHT, _BIAS, Operand("tail", "N W-1 D")),
+    (Operand("y", "B T D"),),
+    ("N", "units", "x_row"),
+)
+SHORT_CONV_BACKWARD: Final = _convolution(
+    "short_conv_backward",
+    (_X, _WEIGHT, _BIAS, _INITIAL, *_PLACES, Operand("dy", "B T D")),
+    (
+        Operand("dx", "B T D"),
+        Operand("dweight", "D W", "weight"),
+        Operand("dbias", "D", "weight", "bias"),
+        _PARTIAL,
+    ),
+    ("B", "T", "units", "x_row"),
+)
+
+_ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
+_NORMING: Final[dict[str, Domain]] = {
+    "BR": (1, 2, 4, 8, 16, 32, 64, 128),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1,),
+}
+
+
+def _norm(
+    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+) -> PartStage:
+    return PartStage(
+        made_for=NormProblem,
+        name=name,
+        inputs=inputs,
+        outputs=outputs,
+        scalars=scalars,
+        forms=(Form(name, "triton", name, knobs=_NORMING, leads={}, tiles=()),),
+        chunks=_ROWS,
+    )
+
+
+_ROW_X: Final = Operand("x", "M D")
+_ROW_GATE: Final = Operand("gate", "M D")
+_ROW_WEIGHT: Final = Operand("weight", "D", "weight")
+GATED_NORM: Final = _norm(
+    "gated_norm",
+    (_ROW_X, _ROW_GATE, _ROW_WEIGHT),
+    (Operand("y", "M D"),),
+    ("eps", "M"),
+)
+GATED_NORM_BACKWARD: Final = _norm(
+    "gated_norm_backward",
+    (_ROW_X, _ROW_GATE, _ROW_WEIGHT, Operand("dy", "M D")),
+    (
+        Operand("dx", "M D"),
+        Operand("dgate", "M D"),
+        Operand("dweight", "D", "weight"),
+        Operand("partial", "P DS", "fp32"),
+    ),
+    ("eps", "M"),
+)
+PART_STAGES: Final = (
+    *(SHORT_CONV, SHORT_CONV_STEP, SHORT_CONV_BACKWARD),
+    *(GATED_NORM, GATED_NORM_BACKWARD),
+)
+
+# Programs to a multiprocessor at least, so that the last ones do not run alone; they share it with
+# three others.
+_PROGRAMS: Final = 8
+# Of the gated norm's backward: each leaves a row of partial sums.
+_SUMMING_PROGRAMS: Final = 4
+
+
+def convolution_knobs(
+    stage: PartStage, problem: ConvolutionProblem, rows: int, T: int, channels: int, sms: int
+) -> dict[str, Knob]:
+    """The knobs for `rows` rows of T tokens of so many channels in all, on `sms` multiprocessors.
+
+    A lane takes 16 bytes of a token in the forward, 8 in 16 bits in the backward, which holds four
+    times as much beside them (168 registers a thread otherwise, 122 so). Runs are as long as leaves
+    enough programs: each reads the tokens before it once more, and in the backward those after it.
+    Nothing of this was measured.
+    """
+    backward = stage is SHORT_CONV_BACKWARD
+    BD = _WARP_BYTES // DTYPE[problem.dtype].nbytes
+    BD = max(64, min(128 if backward else BD, covering(channels)))
+    knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
+    if stage is SHORT_CONV_STEP:
+        return knobs | {"BT": 1, "BR": 4 if rows > 1 else 1, "ahead": 1}
+    for BT in reversed(_TOKENS):
+        assert isinstance(BT, int)
+        programs = -(-rows * -(-T // BT) // 4) * -(-channels // BD)
+        if programs >= _PROGRAMS * sms:
+            break
+    return knobs | {"BT": BT, "ahead": 4}
+
+
+def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict[str, Knob]:
+    """The knobs for M rows on `sms` multiprocessors: a thread of four warps has 32 elements of a
+    tile, or 16 in the backward, whose programs are few. Nothing of this was measured."""
+    backward = stage is GATED_NORM_BACKWARD
+    BR = max(1, (2048 if backward else 4096) // covering(problem.size))
+    BT = 1
+    if backward:
+        fitting = (int(x) for x in _ROWS if -(-M // (BR * int(x))) <= _SUMMING_PROGRAMS * sms)
+        BT = next(fitting, int(_ROWS[-1]))
+    return {"BR": min(BR, 128), "BT": BT, "num_warps": 4}
+
+
+def partial_rows(config_BT: int, BR: int, rows: int, T: int) -> int:
+    """Rows of partial sums: as many as programs that take the same channels."""
+    return -(-rows * -(-T // config_BT) // BR)

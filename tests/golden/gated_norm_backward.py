@@ -1,0 +1,132 @@
+"""Gradients of RMSNorm of rows, times an activated gate.
+
+    rstd = 1 / sqrt(mean(x^2) + eps),   xhat = x rstd,   a = silu(gate)
+    dxhat = dy weight a
+    dx = rstd (dxhat - xhat mean(dxhat xhat))
+    dgate = dy weight xhat silu'(gate)
+    dweight = sum over rows of dy xhat a
+
+A program takes BT tiles of BR rows. What it adds up of dweight is a row of `partial`, and sum_kernel adds
+these rows in their order.
+
+    x        [M, D]   bf16  tokens
+    gate     [M, D]   bf16  output gate, before its activation
+    weight   [D]      bf16  factor of each channel, or of its taps, the oldest first
+    dy       [M, D]   bf16  gradient of y
+    dx       [M, D]   bf16  gradient of x
+    dgate    [M, D]   bf16  gradient of gate
+    dweight  [D]      bf16  gradient of weight
+    partial  [P, DS]  fp32  scratch: sums of programs for gradients of parameters
+
+Problem: gated_rms_norm bf16, size=96, activation=silu
+Config:  BR=16 BT=32 language=triton num_stages=1 num_warps=1
+Template digest d1e181cb22312842; made by
+    gdn2gen generate --dtype bf16 --with=size:96,activation:silu --stage gated_norm_backward \
+      --config BR=16,BT=32,language=triton,num_stages=1,num_warps=1
+"""
+
+import triton
+import triton.language as tl
+
+
+BR, BT = 16, 32
+D, BD = 96, 128
+BP, BC = 256, 16  # rows of partial sums that are added at once, and channels of a program that adds
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), fp32."""
+    # approximate to 2 units in the last place; -log2(e), 1.0
+    asm: tl.constexpr = """{
+        .reg .f32 t;
+        mul.ftz.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.ftz.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+    }"""
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit(do_not_specialize=["eps", "M"])
+def gated_norm_backward_kernel(
+    x,
+    gate,
+    weight,
+    dy,
+    dx,
+    dgate,
+    partial,
+    eps,
+    M,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
+    b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    i_row = tl.program_id(0).to(tl.int64) * (BR * BT)
+    b_sum = tl.zeros([BR, BD], tl.float32)
+    for i_t in range(BT):
+        o_m = i_row + i_t * BR + tl.arange(0, BR)
+        p_x = o_m[:, None] * D + o_d[None, :]
+        m_x = (o_m < M)[:, None] & m_d
+        b_x = tl.load(x + p_x, mask=m_x, other=0.0)
+        b_gate = tl.load(gate + p_x, mask=m_x, other=0.0)
+        b_dy = tl.load(dy + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x, b_gate = b_x.to(tl.float32), b_gate.to(tl.float32)
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
+        b_sigmoid = sigmoid(b_gate)
+        b_active = b_gate * b_sigmoid
+        b_xhat = b_x * b_rstd
+        b_dy_xhat = b_dy * b_xhat
+        b_sum += b_dy_xhat * b_active
+        b_mean = (tl.sum(b_dy_xhat * b_active * b_w, 1) / D)[:, None]
+        b_dx = b_rstd * (b_dy * b_active * b_w - b_xhat * b_mean)
+        b_dgate = b_dy_xhat * b_w * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+        tl.store(dx + p_x, b_dx.to(tl.bfloat16), mask=m_x)
+        tl.store(dgate + p_x, b_dgate.to(tl.bfloat16), mask=m_x)
+    p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
+    tl.store(p_partial, tl.sum(b_sum, 0), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["n_programs", "units"])
+def sum_kernel(
+    partial,
+    dweight,
+    n_programs,
+    units,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_d = tl.program_id(0)
+    n_d = units * 8
+    o_d = i_d * BC + tl.arange(0, BC)
+    p_partial = partial + o_d[None, :]
+    b_sum = tl.zeros([BP, BC], tl.float32)
+    for i_p in range(0, n_programs, BP):
+        o_p = i_p + tl.arange(0, BP)
+        m_p = (o_p < n_programs)[:, None] & (o_d < n_d)[None, :]
+        b_sum += tl.load(p_partial + o_p.to(tl.int64)[:, None] * n_d, mask=m_p, other=0.0)
+    b_total = tl.sum(b_sum, 0).to(tl.bfloat16)
+    tl.store(dweight + o_d, b_total, mask=o_d < n_d)
+
+
+def launch(
+    x, gate, weight, dy, dx, dgate, dweight, partial, *, eps, M
+):
+    """Gradients of M rows on the current stream."""
+    n_programs = triton.cdiv(M, BR * BT)
+    gated_norm_backward_kernel[(n_programs,)](
+        x, gate, weight, dy, dx, dgate, partial, eps, M,
+        D=D, BR=BR, BT=BT, BD=BD,
+        num_warps=1, num_stages=1,
+    )
+    units = D // 8
+    n_blocks = triton.cdiv(units * 8, BC)
+    sum_kernel[(n_blocks,)](
+        partial, dweight, n_programs, units,
+        BP=BP, BC=BC, num_warps=4, num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Short convolutions and the gated norm on a GPU: beside fp64, in any layout, as they compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import part_cases
+import pytest
+import torch
+from gpu_support import DEVICE
+from part_cases import BOUNDS, Convolution, Norm
+
+from gdn2gen import short_convolution
+from gdn2gen.runtime import parts_ops
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CONVOLUTIONS: Final = {
+    # runs of all lengths, and tokens that are no multiple of any
+    "many": Convolution(channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16),
+    "packed": Convolution(
+        channels=(512, 512, 1024), lengths=(700, 0, 1, 2, 0, 3000, 297), T=4000, dtype=BF16,
+        tail=True, bias=True,
+    ),
+    "few": Convolution(channels=(264,), B=1, T=5, tail=True, dtype=FP16, width=3),
+    "fp32": Convolution(B=2, T=517, channels=(128, 24), bias=True, width=2),
+    "views": Convolution(
+        channels=(256, 256, 512), B=2, T=300, dtype=BF16, weight_dtype=FP32, views=True
+    ),
+}  # fmt: skip
+NORMS: Final = {
+    "many": Norm(rows=(4, 1031, 16), dtype=BF16),
+    "few": Norm(rows=(3,), size=256, activation="sigmoid", dtype=FP16),
+    "wide": Norm(rows=(2, 500), size=512, dtype=BF16, weight_dtype=FP32),
+    "odd": Norm(rows=(2, 777), size=96, eps=0.1),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str) -> None:
+    case = replace(CONVOLUTIONS[name], device=str(DEVICE))
+    assert part_cases.convolve(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm(name: str) -> None:
+    case = replace(NORMS[name], device=str(DEVICE))
+    assert part_cases.norm(case) < BOUNDS[case.dtype]
+
+
+def test_steps() -> None:
+    for N in (1, 5, 300):
+        case = Convolution(T=1, B=N, channels=(2048, 2048, 4096), dtype=BF16, tail=True)
+        part_cases.step(replace(case, device=str(DEVICE)))
+
+
+def test_no_length_leads_out_of_the_batch() -> None:
+    part_cases.bad_lengths(str(DEVICE))
+
+
+def test_layouts_have_the_same_bits() -> None:
+    """Rows, packed rows, and pieces of rows, each in kernels of its own."""
+    case = Convolution(channels=(512, 256), B=3, T=200, dtype=BF16, device=str(DEVICE))
+    given = case.inputs()
+    whole, _ = short_convolution(**given)
+    flat = [part.flatten(0, 1)[None] for part in given["x"]]
+    lengths = torch.tensor([0, 200, 400, 600], device=DEVICE)
+    packed, _ = short_convolution(flat, given["weight"], cu_seqlens=lengths)
+    start = [part[:, :77] for part in given["x"]]
+    first, tail = short_convolution(start, given["weight"], output_final_tail=True)
+    rest = [part[:, 77:] for part in given["x"]]
+    second, _ = short_convolution(rest, given["weight"], tail=tail)
+    for i, wanted in enumerate(whole):
+        assert torch.equal(packed[i].view_as(wanted), wanted)
+        assert torch.equal(torch.cat((first[i], second[i]), 1), wanted)
+
+
+def test_as_torch_sees_them() -> None:
+    x = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(16, 4, device=DEVICE, requires_grad=True)
+    lengths = torch.tensor([0, 4, 9], device=DEVICE)
+    torch.library.opcheck(parts_ops.CONVOLVE, ([x], [weight], [], [], lengths, False))
+    scale = torch.randn(16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(parts_ops.NORM, (x, x.detach().clone(), scale, 1e-5, "silu"))

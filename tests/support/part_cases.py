@@ -1,0 +1,202 @@
+"""A layer's parts beside torch's own operations in fp64: in the interpreter, on a GPU.
+
+Every buffer that a kernel has to write begins as NaN. Each check raises AssertionError, or returns
+the worst error over the largest value, or that all was well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.family import parts_reference as reference
+from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
+from gdn2gen.runtime import passes
+
+# By the coarsest dtype that rounds them.
+BOUNDS: Final = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A call: sizes, dtypes, and what is given beside the tokens."""
+
+    channels: tuple[int, ...] = (64, 24, 40)
+    B: int = 2
+    T: int = 40
+    width: int = 4
+    lengths: tuple[int, ...] | None = None
+    """Of packed sequences; tokens beyond are of the last one."""
+    bias: bool = False
+    tail: bool = False
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None
+    views: bool = False
+    """Of one packed projection."""
+    device: str = "cpu"
+
+    def inputs(self) -> dict[str, list[Tensor]]:
+        torch.manual_seed(0)
+        B = 1 if self.lengths else self.B
+        N = len(self.lengths) if self.lengths else B
+        wide = self.weight_dtype or self.dtype
+        whole = torch.randn(B, self.T, sum(self.channels) + 8)[..., 8:]
+        x = [*whole.to(self.device, self.dtype).split(self.channels, -1)]
+        made = {
+            "x": x if self.views else [part.contiguous() for part in x],
+            "weight": [torch.randn(D, self.width).to(self.device, wide) for D in self.channels],
+        }
+        if self.bias:
+            made["bias"] = [torch.randn(D).to(self.device, wide) for D in self.channels]
+        if self.tail:
+            shape = (N, self.width - 1)
+            made["tail"] = [
+                torch.randn(*shape, D).to(self.device, self.dtype) for D in self.channels
+            ]
+        return made
+
+    def cu_seqlens(self) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0)
+
+
+def convolve(case: Convolution) -> float:
+    """y, gradients and tails; without gradients the same bits."""
+    given, cu_seqlens = case.inputs(), case.cu_seqlens()
+    tail = given.pop("tail", None)
+    leaves = {name: [_leaf(part) for part in group] for name, group in given.items()}
+    exact = {name: [_leaf(part.double()) for part in group] for name, group in given.items()}
+    passes.poison(True)
+    try:
+        y, none = short_convolution(**leaves, tail=tail, cu_seqlens=cu_seqlens)
+        towards = [torch.randn_like(part) for part in y]
+        found = torch.autograd.grad(y, _flat(leaves), towards, retain_graph=True)
+        again = found
+        if case.device != "cpu":  # one after another is the same there
+            again = torch.autograd.grad(y, _flat(leaves), towards)
+        plain, final = short_convolution(
+            **given, tail=tail, output_final_tail=True, cu_seqlens=cu_seqlens
+        )
+    finally:
+        passes.poison(False)
+    assert none is None and final is not None
+    assert all(map(torch.equal, y, plain)) and all(map(torch.equal, found, again))
+    wanted, last = [], []
+    for i, part in enumerate(exact["x"]):
+        bias = exact["bias"][i] if case.bias else None
+        before = tail[i].double() if tail else None
+        made = reference.short_convolution(part, exact["weight"][i], bias, before, cu_seqlens)
+        wanted.append(made[0])
+        last.append(made[1])
+    right = torch.autograd.grad(wanted, _flat(exact), [part.double() for part in towards])
+    assert all(torch.equal(a.double(), b) for a, b in zip(final, last, strict=True))
+    return _worst([*y, *found], [*wanted, *right])
+
+
+def step(case: Convolution) -> bool:
+    """One token: the bits of a call with tails, and these where the old ones lay."""
+    given = case.inputs()
+    y, final = short_convolution(**given, output_final_tail=True)
+    tail = given.pop("tail")
+    places = [part.data_ptr() for part in tail]
+    found = short_convolution_step(**given, tail=tail)
+    assert all(map(torch.equal, found, y)) and final is not None
+    assert all(map(torch.equal, tail, final)) and [x.data_ptr() for x in tail] == places
+    return True
+
+
+def bad_lengths(device: str = "cpu") -> bool:
+    """What cu_seqlens holds on a GPU nobody looked at: nothing outside the batch is read."""
+    whole = torch.full((1, 9, 8), torch.nan, device=device)
+    whole[:, 2:7] = torch.randn(1, 5, 8)
+    weight = torch.randn(8, 4, device=device).requires_grad_()
+    for lengths in ([0, 90, -7, 5], [-9, -3, 2, 99], [4, 4, 4], [0, 0, 0]):
+        x = whole[:, 2:7].requires_grad_()
+        y, _ = short_convolution([x], [weight], cu_seqlens=torch.tensor(lengths, device=device))
+        assert y[0].isfinite().all(), lengths
+        found = torch.autograd.grad(y[0].sum(), (x, weight))
+        assert all(part.isfinite().all() for part in found), lengths
+    return True
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of the gated norm."""
+
+    rows: tuple[int, ...] = (3, 45)
+    size: int = 128
+    activation: str = "silu"
+    eps: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None
+    device: str = "cpu"
+
+
+def norm(case: Norm) -> float:
+    """y and gradients, twice the same."""
+    torch.manual_seed(0)
+    wide = case.weight_dtype or case.dtype
+    x, gate = (torch.randn(*case.rows, case.size).to(case.device, case.dtype) for _ in range(2))
+    given = [_leaf(x), _leaf(3 * gate), _leaf(torch.randn(case.size).to(case.device, wide))]
+    exact = [_leaf(part.double()) for part in given]
+    options = case.eps, case.activation
+    passes.poison(True)
+    try:
+        y = gated_rms_norm(*given, eps=case.eps, activation=case.activation)
+        towards = torch.randn_like(y)
+        found = torch.autograd.grad(y, given, towards, retain_graph=True)
+        again = torch.autograd.grad(y, given, towards)
+        with torch.no_grad():
+            plain = gated_rms_norm(*given, eps=case.eps, activation=case.activation)
+    finally:
+        passes.poison(False)
+    assert torch.equal(y, plain) and all(map(torch.equal, found, again))
+    wanted = reference.gated_rms_norm(exact[0], exact[1], exact[2], *options)
+    right = torch.autograd.grad(wanted, exact, towards.double())
+    return _worst([y, *found], [wanted, *right])
+
+
+def compiled() -> bool:
+    """Each op is one node, whose gradients are those without a compiler."""
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 1, 9, 16).requires_grad_()
+    weight, scale = torch.randn(16, 4).requires_grad_(), torch.randn(16).requires_grad_()
+    into = [x, gate, weight, scale]
+
+    def run(cu_seqlens: Tensor) -> Tensor:
+        (y, z), _ = short_convolution([x, gate], [weight, weight], cu_seqlens=cu_seqlens)
+        return gated_rms_norm(y, z, scale)
+
+    def one(tail: Tensor) -> Tensor:
+        with torch.no_grad():
+            return short_convolution_step([x[:, :1]], [weight], tail=[tail])[0]
+
+    lengths, tail = torch.tensor([0, 4, 9]), torch.randn(1, 3, 16)
+    both = [run, torch.compile(run, fullgraph=True, backend="aot_eager")]
+    results = [(y, *torch.autograd.grad(y.sum(), into)) for y in (f(lengths) for f in both)]
+    torch.testing.assert_close(*results)
+    tails = tail.clone(), tail.clone()
+    steps = one(tails[0]), torch.compile(one, fullgraph=True, backend="aot_eager")(tails[1])
+    assert torch.equal(*steps) and torch.equal(*tails)
+    return True
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _flat(groups: dict[str, list[Tensor]]) -> list[Tensor]:
+    return [part for group in groups.values() for part in group]
+
+
+def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    errors = []
+    for one, other in zip(found, wanted, strict=True):
+        assert one.isfinite().all()
+        errors.append(float((one.double() - other).abs().max() / other.abs().max()))
+    return max(errors)

@@ -1,0 +1,119 @@
+"""Short convolutions and the gated norm: kernels beside fp64; what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import part_cases
+import pytest
+import torch
+from part_cases import BOUNDS, Convolution, Norm
+
+from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
+from gdn2gen.base.errors import InputError
+
+Check = Callable[..., Any]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CONVOLUTIONS: Final = {
+    "three tensors": Convolution(),
+    "tails": Convolution(width=3, bias=True, tail=True, T=33),
+    "fewer tokens than taps": Convolution(T=2, B=3),
+    "one token": Convolution(width=2, T=1, B=3, tail=True),
+    "packed": Convolution(lengths=(7, 0, 1, 2, 0, 18, 12)),
+    "packed, and more": Convolution(lengths=(0, 7, 0, 1, 2, 0, 20), T=37, tail=True, bias=True),
+    "views": Convolution(channels=(64, 24), dtype=BF16, tail=True, views=True, T=40),
+    "fp32 weights": Convolution(channels=(136,), dtype=BF16, weight_dtype=FP32, lengths=(21, 19)),
+    "fp16": Convolution(channels=(8, 16), dtype=FP16, B=1, T=35),
+}
+NORMS: Final = {
+    "silu": Norm(),
+    "sigmoid": Norm(activation="sigmoid", size=96, eps=0.1),
+    "fp32 weights": Norm(dtype=BF16, weight_dtype=FP32, size=256, rows=(2, 5, 3)),
+    "narrow": Norm(dtype=FP16, size=8, rows=(70,)),
+    "wide": Norm(size=512, rows=(1,)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_kernels(name: str, interpreter: Check) -> None:
+    case = CONVOLUTIONS[name]
+    assert interpreter("part_cases:convolve", case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_kernels(name: str, interpreter: Check) -> None:
+    assert interpreter("part_cases:norm", NORMS[name]) < BOUNDS[NORMS[name].dtype]
+
+
+def test_steps(interpreter: Check) -> None:
+    interpreter("part_cases:step", Convolution(T=1, B=5, bias=True, tail=True))
+    interpreter("part_cases:step", Convolution(T=1, B=1, width=2, dtype=BF16, tail=True))
+
+
+def test_no_length_leads_out_of_the_batch(interpreter: Check) -> None:
+    part_cases.bad_lengths()
+    interpreter("part_cases:bad_lengths")
+
+
+def test_compiled(interpreter: Check) -> None:
+    interpreter("part_cases:compiled")
+
+
+def test_by_torch_where_no_kernel_serves(interpreter: Check) -> None:
+    """Channels that are no multiple of 8, fp64, and a gradient of tails, too."""
+    case = Convolution(channels=(6, 5), bias=True, tail=True, T=9)
+    assert interpreter("part_cases:convolve", case) < 1e-6
+    x, tail = (torch.randn(1, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 3))
+    weight = torch.randn(8, 4, dtype=torch.float64)
+
+    def y_and_tail(x: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (y,), last = short_convolution([x], [weight], tail=[tail], output_final_tail=True)
+        assert last is not None
+        return y, last[0]
+
+    assert torch.autograd.gradcheck(y_and_tail, (x, tail))
+
+
+X, W = torch.zeros(2, 5, 8), torch.zeros(8, 4)
+ENDS = torch.tensor([0, 5])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"x": []}, "x and weight must be 1 to 3 tensors each"),
+        ({"weight": [W, W]}, "as many of one as of the other, but got 1 and 2"),
+        ({"x": [X[0]]}, "x must be tensors [B, T, D] of the same B and T, but x[0] is (5, 8)"),
+        ({"weight": [W[:, :1]]}, "with D=8 as in x and W one of (2, 3, 4), but got (8, 1)"),
+        ({"bias": [W]}, "bias[0] must be [8], but got (8, 4)"),
+        ({"bias": [W[:, 0]] * 2}, "bias must be 1 tensors, as x, but got 2"),
+        ({"tail": [X[:, :2]]}, "tail must be (2, 3, 8), but got (2, 2, 8)"),
+        ({"cu_seqlens": ENDS}, "cu_seqlens wants B=1, but x has B=2"),
+        ({"cu_seqlens": ENDS.float()}, "cu_seqlens must be int32 or int64"),
+        ({"cu_seqlens": ENDS[:1]}, "cu_seqlens must be [N+1] with N >= 1"),
+        ({"x": [X.to("meta")]}, "all tensors must be on one device, but got x[0] on meta"),
+    ],
+)
+def test_convolutions_that_do_not_fit(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        short_convolution(**{"x": [X], "weight": [W], **given})
+
+
+def test_steps_that_do_not_fit() -> None:
+    tail = X[:, :3].clone()
+    with pytest.raises(InputError, match=re.escape("a step is of one token, but x is (2, 5, 8)")):
+        short_convolution_step([X], [W], tail=[tail])
+    with pytest.raises(InputError, match="has no gradient"):
+        short_convolution_step([X[:, :1]], [W.clone().requires_grad_()], tail=[tail])
+    with pytest.raises(InputError, match=r"must be torch.float32 without gaps, but got torch\.bf"):
+        short_convolution_step([X[:, :1]], [W], tail=[tail.bfloat16()])
+
+
+def test_norms_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=re.escape("must both be [..., D] and weight [D], but")):
+        gated_rms_norm(X, X[:1], W[:, 0])
+    with pytest.raises(InputError, match="but got 'relu'"):
+        gated_rms_norm(X, X, W[:, 0], activation="relu")
