@@ -33,6 +33,8 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         "glossary": _glossary(problem, stage.operands(problem)),
         # Triton's interpreter knows no assembly
         "interpreted": environment.interpreted(),
+        # a page may say in which dtype a decay comes
+        "decays": False,
         "io_dtype": _in_triton(problem.dtype),
         "weight_dtype": _in_triton(problem.weight_dtype),
         # what ends the names of what there is for each tensor of a launch
