@@ -358,6 +358,17 @@ def test_a_packages_own_test_fails_where_a_kernel_is_wrong(tmp_path: Path) -> No
     assert "WRONG" in done.stdout
 
 
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule", "simple_gla"])
+def test_a_package_of_a_member_with_less_is_right_and_says_so(op: str, tmp_path: Path) -> None:
+    """By its own test, which knows decays of a head, none, and what nothing erases."""
+    gates: dict[str, Any] = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    given = gates if op == "gated_delta_rule" else {}
+    problem = Problem(op, K=16, V=24, dtype="fp32", final_state=True, **given)
+    generated(tmp_path / "made", Recipe.default(problem))
+    done = _own_test(tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def _own_test(folder: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"TRITON_INTERPRET": "1"}
     env.pop("PYTHONPATH", None)
