@@ -20,8 +20,8 @@ PACKAGE = ROOT / "gdn2gen"
 # From the ground up: a folder imports from itself and from those before it. Inside tune the parts
 # have their own order; the modules beside them stand where they are named.
 FOLDERS = (
-    "base", "family", "kernels", "codegen", "store", "runtime", "ops", "nn", "measure", "tune",
-    "cli",
+    "base", "family", "kernels", "codegen", "store", "runtime", "ops", "nn", "integrations",
+    "measure", "tune", "cli",
 )  # fmt: skip
 TUNE = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
