@@ -20,8 +20,8 @@ PACKAGE = ROOT / "gdn2gen"
 # From the ground up: a folder imports from itself and from those before it. Inside tuning the parts
 # have their own order; the modules beside them stand where they are named.
 FOLDERS = (
-    "base", "family", "kernels", "codegen", "store", "runtime", "ops", "nn", "measure", "tuning",
-    "workflows", "cli",
+    "base", "family", "kernels", "codegen", "store", "runtime", "ops", "nn", "integrations",
+    "measure", "tuning", "workflows", "cli",
 )  # fmt: skip
 TUNING = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",

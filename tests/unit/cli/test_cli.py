@@ -25,9 +25,12 @@ from gdn2gen.base.errors import ConfigError, DeviceError, InputError
 from gdn2gen.cli import program
 from gdn2gen.cli import tune as cli_tune
 from gdn2gen.codegen.render import render
+from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.parts import PART_STAGES, PartStage
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result
 from gdn2gen.workflows import tune as workflow
@@ -250,7 +253,35 @@ def test_generate_prints_the_rendered_stage(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_in_a_kernel_regenerates_it(
     problem: Problem, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = render(problem, "prepare", default_config("prepare", problem)).source
+    _regenerates(problem, "prepare", capsys)
+
+
+@pytest.mark.parametrize("stage", PART_STAGES, ids=lambda x: x.name)
+def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
+    stage: PartStage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = {
+        ConvolutionProblem: ConvolutionProblem(width=3, bias=True, packed=True, dtype="fp16"),
+        NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
+    }
+    for problem in (stage.made_for(), others[stage.made_for]):
+        _regenerates(problem, stage.name, capsys)
+
+
+@pytest.mark.parametrize(
+    ("extras", "said"),
+    [("width", "'width'"), ("bias:1", "'bias:1'"), ("state_bf16", "'state_bf16'"),
+     ("width:5", "width must be one of 2, 3, 4, but got 5")],
+)  # fmt: skip
+def test_fields_that_a_layers_kernel_has_not(
+    extras: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(["generate", "--stage", "short_conv", "--with", extras]) == 2
+    assert said in capsys.readouterr().err
+
+
+def _regenerates(problem: Compiled, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = render(problem, stage, default_config(stage, problem)).source
     (command,) = re.findall(r"gdn2gen (generate [^\\\n]*(?:\\\n[^\\\n]*)*)", source)
     command = command.replace("\\\n", " ")
     assert program.main(shlex.split(command)) == 0
