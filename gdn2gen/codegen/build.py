@@ -43,8 +43,12 @@ BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 _OWN_OPTIONS = {
     "merge_kernel": {"num_warps": 8},
     "later_frames_kernel": {"maxnreg": 128},
+}
+# Kernels of none of the config's options.
+_ALL_OPTIONS = {
     "activate_beta_kernel": {"num_warps": 1},
     "fold_beta_kernel": {"num_warps": 1},
+    "fold_decay_kernel": {"num_warps": 1},
     "tail_kernel": {"num_warps": 1},
     "place_kernel": {"num_warps": 4},
     "sum_kernel": {"num_warps": 4},
@@ -167,7 +171,7 @@ def compile_kernel(
     dtypes = {x.name: x.dtype_in(problem) for x in operands}
     known = (*stage.scalars_of(problem), "NT", "n_programs")
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
-    own = options | _OWN_OPTIONS.get(name, {})
+    own = _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
     return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
 
@@ -183,23 +187,42 @@ def compile_for_triton(
     its scalars; all else are constants of the module."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
-    signature = {name: f"*{DTYPE[dtype].triton_name}" for name, dtype in dtypes.items()}
-    signature |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
-    constants = {name: getattr(module, name) for name in kernel.arg_names if name not in signature}
-    signature |= dict.fromkeys(constants, "constexpr")
-    places = [kernel.arg_names.index(name) for name in dtypes]
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i in places
-        if not kernel.params[i].do_not_specialize_on_alignment
-    }
+    target = GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32)
+    types = {name: f"*{DTYPE[dtype].triton_name}" for name, dtype in dtypes.items()}
+    types |= {name: DTYPE[_SCALAR_DTYPES.get(name, "int32")].triton_name for name in scalars}
+    values = {name: getattr(module, name) for name in kernel.arg_names if name not in types}
+    # as its binder says of arguments: types, and what else is known of each (aligned, a value)
+    known = [
+        (types[x.name], _alignment(x) if x.name in dtypes else None)
+        if x.name in types
+        else ("constexpr", values[x.name])
+        for x in kernel.params
+    ]
+    bound = {name: values.get(name) for name in kernel.arg_names}
+    pack = getattr(kernel, "_pack_args", None)
+    if pack is None:  # of a Triton that packs them in its launch alone
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        constants, attributes = values, {(i,): _ALIGNED for i, x in enumerate(known) if x[1] == "D"}
+    else:
+        # by Triton itself: its cache's key depends on how it writes down what is not known, too
+        _, signature, constants, attributes = pack(
+            make_backend(target), dict(options), bound, known, None
+        )
     return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", int(device.arch.removeprefix("sm_")), 32),
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=target,
         options=dict(options),
     )
+
+
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+def _alignment(parameter: Any) -> str:
+    """What the binder says of a tensor whose address is a multiple of 16."""
+    return "" if parameter.do_not_specialize_on_alignment else "D"
 
 
 def _compile_tilelang(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tilelang_configs import tilelang_by_chunk
 
+from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import load
 from gdn2gen.codegen.direct import (
     DirectKernel,
@@ -18,10 +21,12 @@ from gdn2gen.codegen.direct import (
     fixed_launch,
     sized_launch,
 )
+from gdn2gen.codegen.programs import programs_of
 from gdn2gen.codegen.render import render
+from gdn2gen.codegen.ship import ship_stage
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.stages import STAGES
 
@@ -320,3 +325,57 @@ def test_a_launch_that_looks_at_its_tensors_stays_as_it_is(device: SimpleNamespa
     assert [given[1] for given in fake.programs] == [64, 60]
     plain = sized_launch(lambda *tensors, **scalars: None, {"T": 3})
     assert not isinstance(plain, SizedLaunch), "only launches of rendered modules are looked into"
+
+
+# What is compiled ahead is what is launched
+
+
+def _ahead_configs() -> list[tuple[Problem, Config]]:
+    """The default of every stage, segments side by side, and what there is in TileLang."""
+    gated: dict[str, Any] = {"gate": "softplus", "has_A_log": True, "final_state": True}
+    plain = Problem(**gated, has_dt_bias=True)
+    found = []
+    for problem in (plain, replace(plain, op="kda", varlen=True)):
+        for stage in STAGES:
+            default = default_config(stage, problem)
+            found.append((problem, default))
+            if default.get("segments") and not problem.varlen:
+                found.append((problem, default.replace(segments="parallel")))
+            if "scan" in stage:
+                found.append((problem, found[-1][1].replace(language="tilelang")))
+            else:
+                found.append((problem, tilelang_by_chunk(stage, problem)))
+    outside = Problem(op="gated_delta_rule", **gated)
+    return found + [(outside, default_config(x, outside)) for x in ("prepare", "grad_key")]
+
+
+@pytest.mark.parametrize(
+    ("problem", "config"), _ahead_configs(), ids=lambda x: str(x)[:60] if x else ""
+)
+def test_kernels_are_compiled_ahead_as_they_are_launched(
+    problem: Problem, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same options, tensors and scalars: of others Triton's cache would have no kernel."""
+    stage = STAGES[config.stage]
+    ahead: dict[str, Any] = {}
+
+    def note(module: Any, kernel: Any, dtypes: Any, scalars: Any, options: Any, _: Any) -> None:
+        ahead[kernel.__name__] = ({*dtypes, *scalars}, options)
+
+    monkeypatch.setattr("gdn2gen.codegen.build.compile_for_triton", note)
+    monkeypatch.setattr("gdn2gen.codegen.ship.keep_for", lambda *_: None)
+    ship_stage(problem, config.stage, config, named_device("sm_90"), False)
+    launch = direct_launch(load(render(problem, config.stage, config)))
+    for name in programs_of(SimpleNamespace(**launch.__globals__)):
+        monkeypatch.setitem(launch.__globals__, name, lambda: None)
+    sizes = dict.fromkeys((stage.count, *stage.scalars), 64)
+    noted = SizedLaunch(launch, sizes)._noted(len(config.operands(problem)))
+    assert noted, "a launch does no more with its tensors than hand them on"
+    launched = [x for x in noted if isinstance(x.what, DirectKernel)]
+    for x in launched:
+        kernel = x.what._kernel
+        options = {name: y for name, y in x.named.items() if name not in kernel.arg_names}
+        taken = {y.name for y in kernel.params if not y.is_constexpr}
+        assert taken == {*kernel.arg_names[: len(x.arguments)]} | (taken & {*x.named})
+        assert ahead[kernel.__name__] == (taken, options)
+    assert {x.what._kernel.__name__ for x in launched} == {*ahead}

@@ -34,13 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _first_call(folder: Path, tokens: int) -> Any:
+def _first_call(folder: Path, elsewhere: Path, tokens: int) -> Any:
     environment = {
         "GDN2GEN_COMPILED_DIR": str(folder),
         "GDN2GEN_UNVERIFIED": "verify",
         "PATH": "/nonexistent",
         "CUDA_HOME": "/nonexistent",
         "HOME": "/dev/null/home",  # which nobody can make, root included
+        "TMPDIR": str(elsewhere),  # where nothing lies from before
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/support"))),
     }
     script = ROOT / "tests/support/first_call.py"
@@ -66,15 +67,16 @@ def _first_call(folder: Path, tokens: int) -> Any:
 
 
 @pytest.mark.slow
-def test_a_process_without_compiler_and_home_runs_what_ships(folder: Path) -> None:
+def test_a_process_without_compiler_and_home_runs_what_ships(folder: Path, tmp_path: Path) -> None:
     """At lengths that were not named, too; and it writes nothing anywhere."""
     before = {x: x.stat().st_mtime_ns for x in folder.rglob("*")}
-    found = _first_call(folder, tokens=333)
+    found = _first_call(folder, tmp_path, tokens=333)
     assert found["source"] == "pinned" and "compiled ahead" in found["why"]
     assert found["launched"][-1] == "recurrent_kernel"
     assert {"prepare_kernel", "scan_kernel"} <= {*found["launched"]}
     assert [x for x in found["started"] if "--version" not in x] == []
-    assert found["written"] == [] and found["imported"] == []
+    assert [*tmp_path.rglob("*.cubin")] == [] and found["written"] == []
+    assert found["imported"] == []
     assert before == {x: x.stat().st_mtime_ns for x in folder.rglob("*")}
 
 

@@ -1,0 +1,45 @@
+"""What a process that was warmed up still has to load: nothing."""
+
+from __future__ import annotations
+
+import torch
+
+import gdn2gen
+from gdn2gen.base.environment import verifying
+from gdn2gen.codegen import build
+from gdn2gen.family.inputs import make_inputs
+
+SIZES = {"K": 32, "V": 32, "op": "kda", "dtype": torch.float32}
+
+
+@verifying()
+def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
+    """Calls, shapes and levels of what was warmed up."""
+    warmed = gdn2gen.warmup(
+        "2x20x2",
+        op="kda",
+        head_dim=32,
+        dtype="fp32",
+        levels=("lean", "fast"),
+        final_state=True,
+        decode=["3x1x2", "2x2x2"],
+        decode_fields={"pool": True, "indexed": True},
+    )
+    loaded = build.load.cache_info().misses
+    given = make_inputs(2, 23, 2, **SIZES)
+    given["v"].requires_grad_()
+    for fast in (False, True):
+        flags = {"use_qk_l2norm_in_kernel": True, "disable_recompute": fast}
+        o, state = gdn2gen.chunk_kda(**given, **flags, output_final_state=True)
+        torch.autograd.grad([o, state], given["v"], [o, state], retain_graph=True)
+        torch.autograd.grad(o, given["v"], o)
+    rows = make_inputs(3, 1, 2, **SIZES)
+    with torch.no_grad():
+        gdn2gen.fused_recurrent_kda(
+            **rows,
+            use_qk_l2norm_in_kernel=True,
+            state_pool=torch.zeros(5, 2, 32, 32),
+            ssm_state_indices=torch.tensor([4, 0, 2], dtype=torch.int32),
+        )
+    assert build.load.cache_info().misses == loaded, "a kernel was not warmed up"
+    return [(x.call, x.shape.name, x.level) for x in warmed]

@@ -1,0 +1,109 @@
+"""The workflows as functions: what they return, and that commands call them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gdn2gen
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import DeviceError, DispatchError, InputError
+from gdn2gen.cli import program
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.store.dispatch import find_recipe
+from gdn2gen.workflows import compiled
+
+H200 = named_device("H200")
+
+
+def test_a_process_that_was_warmed_up_loads_nothing_more(interpreter: Callable[..., Any]) -> None:
+    assert interpreter("warmup_checks:nothing_is_loaded_after") == [
+        ("chunk_kda", "2x20x2", "lean"),
+        ("chunk_kda", "2x20x2", "fast"),
+        ("fused_recurrent_kda", "3x1x2", None),
+        ("fused_recurrent_kda", "2x2x2", None),
+    ]
+
+
+def test_warming_up_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(DeviceError, match=r"torch sees none here; `gdn2gen compile` needs none"):
+        gdn2gen.warmup()
+
+
+def test_explain_returns_what_calls_run() -> None:
+    found = gdn2gen.explain(["train4k", "varlen8k"], target="H200", level="fast")
+    assert [x.regime for x in found] == [SHAPES[x].regime for x in ("train4k", "varlen8k")]
+    assert [x.recipe.problem.varlen for x in found] == [False, True]
+    wanted = find_recipe(Problem(), SHAPES["train4k"].regime, H200, level="fast")
+    assert found[0] == wanted and found[0].source == "exact"
+    gated = gdn2gen.explain(SHAPES["train4k"], target="H200", gate="sigmoid", bound=2)
+    assert gated[0].recipe.problem.bound == 2
+    with pytest.raises(DispatchError, match="strict mode"):
+        gdn2gen.explain("2x77x5", target="H200", strict=True)
+    with pytest.raises(InputError, match="unknown shape 'train5k'"):
+        gdn2gen.explain("train5k")
+
+
+def test_verify_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdn2gen.measure import suite
+    from gdn2gen.measure.case_runs import Result
+
+    asked: list[Any] = []
+    bad = Result("a", "check", passed=False, message="off by one")
+
+    def run(*given: Any, **options: Any) -> list[Result]:
+        asked.append((given, options))
+        return [bad]
+
+    monkeypatch.setattr(suite, "verify", run)
+    found = gdn2gen.verify("bf16-*", op="kda", head_dim=64, interpreter=True)
+    assert (found.results, found.ok, found.filed_in) == ([bad], False, None)
+    options = {"interpreter": True, "op": "kda", "head_dim": (64, 64), "on_result": None}
+    assert asked == [((["bf16-*"],), options)]
+
+
+def test_the_command_compiles_what_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[Any] = []
+
+    def run(tasks: list[Any], folder: Path, device: Any, *_: Any) -> Any:
+        done.extend(tasks)
+        return {"scan": 1.0}, "what launches"
+
+    monkeypatch.setattr(compiled, "_run", run)
+    words = f"compile --op kda --head-dim 64 --shapes varlen8k --target H200 --out {tmp_path / 'x'}"
+    more = "--decode 64x1x16 --decode-with pool,state_bf16 --level both --with final_state"
+    assert program.main([*words.split(), *more.split()]) == 0
+    stages = [(name, given[1]) for name, given in done if name == "ship_stage"]
+    assert {"prepare", "scan", "grad_key", "recurrent"} <= {stage for _, stage in stages}
+    assert ("ship_launcher", ()) in done and any(name == "ship_tables" for name, _ in done)
+    gradients = [given[0] for _, given in done if given[1:2] == ("grad_key",)]
+    assert {x.final_state for x in gradients} == {True, False}
+    (decoding,) = [given[0] for _, given in done if given[1:2] == ("recurrent",)]
+    assert decoding.one_token and decoding.pool and decoding.state_bf16 and decoding.K == 64
+    said = capsys.readouterr().out
+    assert f"export GDN2GEN_COMPILED_DIR={tmp_path / 'x'}" in said
+    assert "it lacks what launches them: what launches" in said
+    recipes = json.loads((tmp_path / "x/compiled.json").read_text())["recipes"]
+    assert [x["level"] for x in recipes] == ["lean", "fast"]
+    assert program.main([*words.split(), "--decode-with", "pool"]) == program.EXIT_USAGE
+    assert "beside --decode, but got pool" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compile_kernels", "explain", "pin", "tune", "verify", "warmup"])
+def test_workflows_are_typed_and_documented(name: str) -> None:
+    function = getattr(gdn2gen, name)
+    parameters = inspect.signature(function).parameters.values()
+    assert all(x.annotation is not inspect.Parameter.empty for x in parameters)
+    assert inspect.signature(function).return_annotation not in (inspect.Signature.empty, "Any")
+    assert len(inspect.getdoc(function) or "") > 200
