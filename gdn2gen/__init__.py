@@ -21,6 +21,7 @@ __all__ = [
     "fused_recurrent_kda",
     "fused_recurrent_simple_gla",
     "generate",
+    "mamba_chunk_scan_combined",
     "reload",
 ]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         chunk_kda,
         chunk_simple_gla,
     )
+    from gdn2gen.ops.mamba import mamba_chunk_scan_combined
     from gdn2gen.ops.recurrent import (
         fused_recurrent_delta_rule,
         fused_recurrent_gated_delta_rule,
@@ -59,6 +61,7 @@ _HOMES = {
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "generate": "gdn2gen.tune.packages",
+    "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",
     "reload": "gdn2gen.store.dispatch",
 }
 
