@@ -24,6 +24,7 @@ __all__ = [
     "fused_recurrent_simple_gla",
     "gated_rms_norm",
     "generate",
+    "mamba_chunk_scan_combined",
     "pin",
     "reload",
     "short_convolution",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         chunk_kda,
         chunk_simple_gla,
     )
+    from gdn2gen.ops.mamba import mamba_chunk_scan_combined
     from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
     from gdn2gen.ops.recurrent import (
         fused_recurrent_delta_rule,
@@ -78,6 +80,7 @@ _HOMES = {
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tuning.packages",
+    "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",
     "short_convolution": "gdn2gen.ops.parts",

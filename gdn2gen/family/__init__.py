@@ -7,6 +7,7 @@ gated_delta_rule    Gated DeltaNet
 delta_rule          DeltaNet
 gla                 Gated linear attention
 simple_gla          the same with one decay per head
+mamba2              Mamba-2's own recurrence, which simple_gla's kernels serve
 registry            the members by name
 problem             Problem (compiled in) and Regime (known at run time)
 compiled            what kernels ask of any problem
