@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from importlib import import_module
 from inspect import Parameter, signature
+from threading import local
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -78,7 +79,14 @@ class _Standing:
     """Calls that went to the original, by function and reason."""
 
 
+class _Theirs(local):
+    """Whether an original runs on this thread: what it calls of its own stays its own."""
+
+    running = False
+
+
 _standing = _Standing()
+_theirs = _Theirs()
 
 
 def register(*models: nn.Module) -> Report:
@@ -114,7 +122,7 @@ def register(*models: nn.Module) -> Report:
             known[found] = _standing_for(found, replacement)
     _standing.originals = {ours: original for original, ours in known.items()}
     places = _exchange(known, models)
-    return Report({_label(x): tuple(y) for x, y in places.items()}, missing)
+    return Report({_label(x): tuple(dict.fromkeys(y)) for x, y in places.items()}, missing)
 
 
 def unregister(*models: nn.Module) -> None:
@@ -141,11 +149,15 @@ def _replacements() -> Iterator[_Replacement]:
 
 def _runs(ours: Function) -> Callable[[Given], Any]:
     """An op of ours, for the arguments of theirs."""
-    takes = frozenset(signature(ours).parameters)
+    parameters = signature(ours).parameters
+    takes = frozenset(parameters)
+    wants = [name for name, x in parameters.items() if x.default is Parameter.empty]
 
     def run(given: Given) -> Any:
         named = {_RENAMED.get(name, name): x for name, x in given.items()}
         _refuse_others(named, takes)
+        if missing := [name for name in wants if named.get(name) is None]:
+            raise _Refused(f"{', '.join(missing)} is not given, which ours needs")
         return ours(**{name: x for name, x in named.items() if name in takes})
 
     return run
@@ -193,13 +205,18 @@ def _standing_for(original: Function, replacement: _Replacement) -> Function:
 
     @wraps(original)
     def ours(*args: Any, **keywords: Any) -> Any:
-        if len(args) > len(named) or any(name in keywords for name in named[: len(args)]):
-            return original(*args, **keywords)  # which says what is wrong
+        twice = any(name in keywords for name in named[: len(args)])
+        if twice or len(args) > len(named) or _theirs.running:
+            return original(*args, **keywords)  # which says what is wrong, if anything is
         try:
             return replacement.run({**dict(zip(named, args, strict=False)), **keywords})
         except (_Refused, InputError, UnsupportedError) as refusal:
             _note(label, str(refusal))
-        return original(*args, **keywords)
+        _theirs.running = True
+        try:
+            return original(*args, **keywords)
+        finally:
+            _theirs.running = False
 
     return ours
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import torch
 from gpu_support import DEVICE
-from layer_cases import LAYERS, by_equations, taken
+from layer_cases import LAYERS, THEIRS, by_equations, taken
 from torch import Tensor
 from two_processes import compare
 
@@ -23,11 +23,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_v_heads": 4, "allow_neg_eigval": True, "lower_bound": -5.0, "conv_size": 3},
 )
-THEIRS: Final = {
-    "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
-    "kda": ("fla.layers.kda", "KimiDeltaAttention"),
-    "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
-}
 
 
 def _layer(member: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Mixer:

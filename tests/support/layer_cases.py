@@ -19,6 +19,12 @@ LAYERS: Final[dict[str, Callable[..., Mixer]]] = {
     "gated_delta_rule": GatedDeltaNet,
 }
 HIDDEN: Final = 32
+# flash-linear-attention's.
+THEIRS: Final = {
+    "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
+    "kda": ("fla.layers.kda", "KimiDeltaAttention"),
+    "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
+}
 
 
 def small(member: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Mixer:

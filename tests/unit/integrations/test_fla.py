@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import HIDDEN, LAYERS, THEIRS, small, tokens
 from torch import Tensor, nn
 
 import gdn2gen
@@ -149,6 +151,39 @@ def test_convolutions_and_norms(theirs: dict[str, ModuleType]) -> None:
             assert convolve(x, weight, **words) == ("theirs", None)
     with pytest.warns(RuntimeWarning, match="residual is given"):
         assert norm(x, x, scale, None, residual=x) == "theirs"
+
+
+def test_what_an_original_calls_is_its_own(theirs: dict[str, ModuleType]) -> None:
+    """Its dispatchers import the function that they are reached from."""
+
+    def chunk_kda(q: Tensor, again: bool = True) -> Any:
+        return theirs["fla.ops.kda"].chunk_kda(q, again=False) if again else "theirs"
+
+    theirs["fla.ops.kda"].chunk_kda = chunk_kda  # type: ignore[attr-defined]
+    fla.register()
+    with pytest.warns(RuntimeWarning, match="k, v, g, beta is not given"):
+        assert theirs["fla.ops.kda"].chunk_kda(torch.zeros(1)) == "theirs"
+
+
+@pytest.mark.parametrize("member", [*LAYERS])
+def test_its_layers_run_on_ours(member: str) -> None:
+    """Where it can be imported; without a GPU its own kernels could not run."""
+    pytest.importorskip("fla.layers", exc_type=ImportError)
+    module, name = THEIRS[member]
+    make = getattr(importlib.import_module(module), name)
+    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=16, expand_v=1.0)
+    ours, x = small(member), tokens(2, 70)
+    theirs.load_state_dict(ours.state_dict())
+    try:
+        fla.register()
+        y = theirs(x)[0]
+        torch.testing.assert_close(y, ours(x))
+        found = torch.autograd.grad(y.square().sum(), [*theirs.parameters()])
+        wanted = torch.autograd.grad(ours(x).square().sum(), [*ours.parameters()])
+        torch.testing.assert_close(found, wanted)
+        assert not fla.refused()
+    finally:
+        fla.unregister()
 
 
 def test_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

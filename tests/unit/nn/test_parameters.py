@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from layer_cases import HIDDEN, LAYERS, small
+from layer_cases import HIDDEN, LAYERS, THEIRS, small
 
 # By hidden size D, heads H and HV, head dims K and V, and W taps: what its layers have.
 PARAMETERS: Final = {
@@ -25,11 +25,6 @@ PARAMETERS: Final = {
         v_proj.weight HV*V D; a_proj.weight HV D; b_proj.weight HV D; q_conv1d.weight H*K 1 W;
         k_conv1d.weight H*K 1 W; v_conv1d.weight HV*V 1 W; g_proj.weight HV*V D; o_norm.weight V;
         o_proj.weight D HV*V""",
-}
-THEIRS: Final = {
-    "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
-    "kda": ("fla.layers.kda", "KimiDeltaAttention"),
-    "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
 }
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
