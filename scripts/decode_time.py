@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
+from itertools import groupby
+from math import prod
 from statistics import median
 from typing import Any, Final
 
@@ -73,25 +76,34 @@ class Step:
             self.batch, 1, self.heads, DIM, DIM, op=self.op,
             dtype=torch.bfloat16, gate_dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
-        made["g"].normal_()
-        made["A_log"] = torch.rand(self.heads, device="cuda")
-        made["dt_bias"] = torch.rand(self.heads * DIM, device="cuda") - 4.0
+        if "use_gate_in_kernel" in self.flags():
+            sizes = {"HG": self.heads, "K": DIM}
+            made["g"].normal_()
+            made["A_log"] = torch.rand(self.heads, device="cuda")
+            bias = prod(sizes[x] for x in recurrence_named(self.op).named["dt_bias"].symbols)
+            made["dt_bias"] = torch.rand(bias, device="cuda") - 4.0
         return made
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """Our op."""
+        found: Callable[..., Any] = getattr(recurrent, recurrence_named(self.op).public.recurrent)
+        return found
+
     def flags(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        """What a layer has the kernel do, as far as the op takes it."""
+        wanted = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
+            "use_beta_sigmoid_in_kernel": recurrence_named(self.op).tied,
             "state_v_first": self.v_first,
         }
-        if recurrence_named(self.op).tied:
-            found["use_beta_sigmoid_in_kernel"] = True
-        return found
+        takes = signature(self.function).parameters
+        return {name: x for name, x in wanted.items() if name in takes}
 
     def ours(self) -> Run:
         """Call number i, on slots of its own, into buffers that are there."""
-        function = getattr(recurrent, recurrence_named(self.op).public.recurrent)
-        inputs, flags = self.inputs(), self.flags()
+        function, inputs, flags = self.function, self.inputs(), self.flags()
         sets = 1 if self.warm else self.calls
         slots = sets * self.batch
         shape = (slots, self.heads, DIM, DIM)
@@ -202,7 +214,7 @@ def sweep(step: Step) -> None:
 def row(step: Step) -> list[str]:
     ours, floor = step.ours(), step.floor_us()
     us, host = graph_us(ours, step.calls), host_us(ours)
-    cells = [step.op, str(step.batch), step.state, f"{us:.2f}", f"{floor:.2f}", f"{us / floor:.2f}"]
+    cells = [str(step.batch), step.state, f"{us:.2f}", f"{floor:.2f}", f"{us / floor:.2f}"]
     cells.append(f"{host:.1f}")
     del ours
     fla = step.fla()
@@ -240,14 +252,16 @@ def main() -> None:
             for step in steps:
                 sweep(step)
             return
-        sheet = Sheet(
-            f"{torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
-            ("op", "B", "state", "us", "floor us", "x floor", "host us", "FLA us", "FLA host us"),
-            words=("op", "state"),
-        )
-        for step in steps:
-            sheet.add(*row(step))
-        console().print(sheet)
+        # a table for each op, as soon as it is there
+        for op, of_op in groupby(steps, lambda step: step.op):
+            sheet = Sheet(
+                f"{op}: {torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
+                ("B", "state", "us", "floor us", "x floor", "host us", "FLA us", "FLA host us"),
+                words=("state",),
+            )
+            for step in of_op:
+                sheet.add(*row(step))
+            console().print(sheet)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ kernels/parts.py.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -221,12 +221,15 @@ def main() -> None:
         for part in made:
             sweep(part)
         return
-    rows = [row for part in made for row in part_rows(part)]
+    # a table for each, as soon as it is there
+    show("parts", [row for part in made for row in part_rows(part)])
     for member in args.layers:
-        rows += layer_rows(member, args.batch, args.tokens)
+        show(member, layer_rows(member, args.batch, args.tokens))
+
+
+def show(title: str, rows: Iterable[Sequence[str]]) -> None:
     sheet = Sheet(
-        f"{torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy; "
-        f"{args.batch} x {args.tokens} tokens",
+        f"{title}: {torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
         ("what", "direction", "ms", "floor ms", "x floor", "FLA ms"),
         words=("what", "direction"),
     )
