@@ -112,3 +112,15 @@ def default_of(stage: str, form: Form, place: Place) -> Config:
     """Where a form starts: its knobs without tuning. Not valid where the form cannot run."""
     selecting = EVERY_STAGE[stage].selecting(form)
     return Config.of(stage, {"BT": place.BT, **selecting, **form.default(place)})
+
+
+def in_triton(config: Config, problem: Compiled) -> Config:
+    """What stands in for a config in another language: its operands are the same.
+
+    The default of the Triton form that the stage's selector calls the same, and of the stage where
+    there is no such form.
+    """
+    stage, place = EVERY_STAGE[config.stage], Place(problem, config.size("BT"))
+    name = config.form.name
+    alike = [x for x in stage.forms if (x.language, x.name) == ("triton", name) and x.serves(place)]
+    return default_of(config.stage, alike[0] if alike else stage.default_form(place), place)

@@ -19,7 +19,7 @@ from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.config import Config, in_triton, language_of
 
 
 def stage_launcher(problem: Compiled, config: Config) -> Callable[..., None]:
@@ -27,7 +27,7 @@ def stage_launcher(problem: Compiled, config: Config) -> Callable[..., None]:
     stage = config.stage
     module = None if interpreted() else build.load(render(problem, stage, config))
     if language_of(config) != "triton" and (module is None or _only_triton(stage, module)):
-        config, module = default_config(stage, problem, BT=config.size("BT")), None
+        config, module = in_triton(config, problem), None
     if module is None:
         module = build.load(render(problem, stage, config))
     if interpreted():

@@ -12,7 +12,7 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.render import template_name
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, default_config, default_of
+from gdn2gen.kernels.config import Config, default_config, default_of, in_triton
 from gdn2gen.kernels.limits import Place, Setting
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import valid_configs, why_invalid
@@ -131,3 +131,19 @@ def test_a_tile_of_64_bytes_has_one_stage() -> None:
     assert reason is not None and "num_stages of 1, not 3: a chunk's betas are 64 bytes" in reason
     assert why_invalid(ahead, Problem()) is None  # which loads no such tile
     assert why_invalid(ahead.replace(BT=32), Problem(op="kda")) is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_stands_in_for_another_language_takes_the_same_operands(stage: str) -> None:
+    """A call loads it for a config in TileLang where nothing compiles that, and passes these."""
+    places = [
+        Place(Problem(op=op, initial_state=True, final_state=True), BT)
+        for op, BT in itertools.product(("gdn2", "kda"), (16, 32, 64))
+    ]
+    for place, form in itertools.product(places, STAGES[stage].forms):
+        if form.language == "tilelang" and form.serves(place):
+            config = default_of(stage, form, place)
+            found = in_triton(config, place.problem)
+            assert found["language"] == "triton" and found["BT"] == place.BT
+            assert why_invalid(found, place.problem) is None
+            assert found.operands(place.problem) == config.operands(place.problem)
