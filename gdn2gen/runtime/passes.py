@@ -106,9 +106,21 @@ class Pass:
         stage's name and a callable that launches it again on the same buffers.
         """
         device = self._device
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        if device.type != "cuda":  # the interpreter writes by torch's own operations
+            with torch.no_grad():
+                return self._run(tensors, into, observe)
+        if torch.cuda.current_device() != device.index:
             with torch.cuda.device(device.index):
-                return self.run(tensors, into, observe)
+                return self._run(tensors, into, observe)
+        return self._run(tensors, into, observe)
+
+    def _run(
+        self,
+        tensors: Mapping[str, Tensor],
+        into: Mapping[str, Tensor],
+        observe: Callable[[str, Callable[[], None]], None] | None,
+    ) -> dict[str, Tensor]:
+        """On the current device."""
         alive = {**tensors}
         for step in self._steps:
             for name, allocate in step.allocated:
