@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn2gen.codegen.direct import sized_launch
+from gdn2gen.codegen.sized import sized_launch
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.schedule import Buffer, Step
 from gdn2gen.kernels.stages import STAGES
