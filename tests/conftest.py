@@ -15,7 +15,7 @@ import pytest
 _CACHE = pytest.StashKey[str]()
 _SETTINGS = (
     *("GDN2GEN_CACHE_DIR", "GDN2GEN_TUNED_DIR", "GDN2GEN_STRICT", "GDN2GEN_DEBUG"),
-    *("GDN2GEN_VERBOSE", "COLUMNS"),
+    *("GDN2GEN_VERBOSE", "GDN2GEN_COMPILED_DIR", "COLUMNS"),
 )
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from gdn2gen.base.environment import interpreted
 from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
-from gdn2gen.codegen.direct import direct_launch, fixed_launch, sized_launch
+from gdn2gen.codegen.direct import direct_launch, fixed_launch
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
+from gdn2gen.codegen.sized import sized_launch
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, in_triton, language_of

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn2gen.codegen.direct import sized_launch
+from gdn2gen.codegen.sized import sized_launch
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.schedule import Buffer, Step
 from gdn2gen.kernels.stages import STAGES
@@ -112,9 +112,21 @@ class Pass:
         stage's name and a callable that launches it again on the same buffers.
         """
         device = self._device
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        if device.type != "cuda":  # the interpreter writes by torch's own operations
+            with torch.no_grad():
+                return self._run(tensors, into, observe)
+        if torch.cuda.current_device() != device.index:
             with torch.cuda.device(device.index):
-                return self.run(tensors, into, observe)
+                return self._run(tensors, into, observe)
+        return self._run(tensors, into, observe)
+
+    def _run(
+        self,
+        tensors: Mapping[str, Tensor],
+        into: Mapping[str, Tensor],
+        observe: Callable[[str, Callable[[], None]], None] | None,
+    ) -> dict[str, Tensor]:
+        """On the current device."""
         alive = {**tensors}
         for step in self._steps:
             for name, allocate in step.allocated:

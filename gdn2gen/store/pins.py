@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gdn2gen import __version__
 from gdn2gen.base.device import Device
@@ -94,6 +94,8 @@ class _Taken:
 
 _taken = _Taken()
 _recorded: dict[tuple[Any, ...], Pin] = {}
+_MOST: Final = 4096
+"""Calls that are noted: of more sizes than these, the first ones are forgotten."""
 
 
 def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> dict[str, Any]:
@@ -164,6 +166,8 @@ def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin 
 def record(recipe: Recipe, regime: Regime, device: Device, level: str) -> None:
     """Note what a call runs."""
     key = (recipe.problem, regime, level, device.name)
+    if key not in _recorded and len(_recorded) >= _MOST:
+        _recorded.pop(next(iter(_recorded)), None)
     _recorded[key] = Pin(recipe, regime, level, device.name, device.arch)
 
 

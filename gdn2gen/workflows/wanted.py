@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from gdn2gen.base import device as devices
 from gdn2gen.base.device import Device
+from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import DECODING_OPS
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.store.sharing import device_called
 
@@ -36,7 +38,15 @@ _OF_EITHER: Final = (
 def decoding_problem_from(
     problem: Problem, fields: Mapping[str, bool], shape: Shape
 ) -> DecodingProblem:
-    """The decoding problem of the same recurrence, dims, dtypes and gate; `fields` are its own."""
+    """The decoding problem of the same recurrence, dims, dtypes and gate; `fields` are its own.
+
+    Raises InputError for a recurrence that has no op over a few tokens.
+    """
+    if problem.op not in DECODING_OPS:
+        raise InputError(
+            f"{problem.op} has no op over a few tokens, but decode={shape.name} was given; there "
+            f"are those of {', '.join(DECODING_OPS)}"
+        )
     given: dict[str, Any] = {name: getattr(problem, name) for name in _OF_EITHER}
     return DecodingProblem(**{**given, "one_token": shape.T == 1, **fields})
 

@@ -128,9 +128,10 @@ def test_the_backward_is_planned_where_a_gradient_is_wanted(
     assert asked == [(stage, False) for stage in backward]
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_without_a_compiler_the_default_in_triton_runs(
-    compiles: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+def test_without_a_compiler_or_a_kept_program_the_default_in_triton_runs(
+    compiles: bool, kept: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     rendered: list[str] = []
 
@@ -139,14 +140,16 @@ def test_without_a_compiler_the_default_in_triton_runs(
         return None
 
     monkeypatch.setattr(_loading, "has_compiler", lambda: compiles)
+    monkeypatch.setattr(_loading, "are_kept", lambda _: kept)
     monkeypatch.setattr(_loading, "interpreted", lambda: False)
     monkeypatch.setattr(_loading, "render", render)
     monkeypatch.setattr(_loading.build, "load", lambda _: _module(lambda: None))
     monkeypatch.setattr(_loading, "direct_launch", lambda _: lambda **_: None)
     problem = Problem()
     runner.Runner(_with_tilelang(problem)).launcher(problem, "scan")
-    assert rendered == ["tilelang" if compiles else "triton"]
-    assert ["neither nvcc" in str(x.message) for x in recwarn] == [True] * (not compiles)
+    serves = compiles or kept
+    assert rendered[-1] == ("tilelang" if serves else "triton")
+    assert ["neither nvcc" in str(x.message) for x in recwarn] == [True] * (not serves)
 
 
 def test_nvcc_is_looked_for_where_it_may_be(

@@ -16,14 +16,13 @@ from gdn2gen.codegen.build import load
 from gdn2gen.codegen.direct import (
     DirectKernel,
     FixedLaunch,
-    SizedLaunch,
     direct_launch,
     fixed_launch,
-    sized_launch,
 )
 from gdn2gen.codegen.programs import programs_of
 from gdn2gen.codegen.render import render
 from gdn2gen.codegen.ship import ship_stage
+from gdn2gen.codegen.sized import SizedLaunch, sized_launch
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config

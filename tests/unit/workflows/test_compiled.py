@@ -15,6 +15,7 @@ from source_tree import ROOT
 from gdn2gen import compile_kernels
 from gdn2gen.base.errors import InputError
 from gdn2gen.codegen import shipped
+from gdn2gen.workflows import wanted
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +94,15 @@ def test_a_folder_of_another_toolchain_is_not_used_and_says_so(
         compile_kernels(tmp_path, "2x40x2", head_dim=32, target="sm_90")
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds something else than compiled kernels"):
         compile_kernels(tmp_path, "2x40x2", head_dim=32, target="sm_90")
     with pytest.raises(InputError, match="'triton', but got 'tilelang'"):
         compile_kernels(tmp_path / "new", "2x40x2", language="tilelang")
+    monkeypatch.setattr(wanted, "DECODING_OPS", ("gdn2",))
+    with pytest.raises(InputError, match="kda has no op over a few tokens, but decode=2x1x2"):
+        compile_kernels(tmp_path / "new", (), op="kda", decode="2x1x2")
     assert [x.name for x in tmp_path.iterdir()] == ["thesis.tex"]
