@@ -31,7 +31,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
-from gdn2gen.kernels.stage import Form, Operand, Stage
+from gdn2gen.kernels.stage import Form, Operand, Product, Stage, erasing
 
 _SCORE_GRADS: Final = (
     Operand("dT", "NT HV BT BT", when="erases"),
@@ -267,8 +267,14 @@ GRAD_KEY: Final = Stage(
         Operand("ddt_bias", "NT HV", "fp32", "dt_bias", of="head"),
     ),
     scalars=CHUNK_SCALARS,
-    # of the state for q, e and k; of pairs for q, e, and twice for k
-    products=(*("BT K V",) * 3, *("BT K BT",) * 4),
+    # of the state for q and k, of pairs for both; of the state for e, of pairs for e, and once more
+    # for k; or dAqk
+    products=(
+        *("BT K V",) * 2,
+        *("BT K BT",) * 2,
+        *erasing("BT K V", *("BT K BT",) * 2),
+        Product("BT BT V", ONLY_WRITES),
+    ),
     selector="decay",
     forms=(
         _LOG,
