@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
@@ -190,6 +190,9 @@ _OUTSIDE: Final = Form(
         Setting({"BK": 32}, {"V": WIDE}),
         Setting({"BK": 16}, {"BT": (64,)}),
         Setting({"BK": 16}, FP32),
+        # with dO v^T the tiles of 128 values do not fit: left alone, ptxas 12.9 gives up at 32
+        # registers a thread and 8.8 KB of spills on some archs, where 208 spill 3.1 KB
+        Setting({"maxnreg": 208}, {**FP32, "op": LINEAR_OPS}),
     ),
     leads={"op": OUTSIDE_OPS},
     limits=(OUTSIDE,),
