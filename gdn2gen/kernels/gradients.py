@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
@@ -31,7 +31,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
-from gdn2gen.kernels.stage import Form, Operand, Stage
+from gdn2gen.kernels.stage import Form, Operand, Product, Stage, erasing
 
 _SCORE_GRADS: Final = (
     Operand("dT", "NT HV BT BT", when="erases"),
@@ -190,6 +190,9 @@ _OUTSIDE: Final = Form(
         Setting({"BK": 32}, {"V": WIDE}),
         Setting({"BK": 16}, {"BT": (64,)}),
         Setting({"BK": 16}, FP32),
+        # with dO v^T the tiles of 128 values do not fit: left alone, ptxas 12.9 gives up at 32
+        # registers a thread and 8.8 KB of spills on some archs, where 208 spill 3.1 KB
+        Setting({"maxnreg": 208}, {**FP32, "op": LINEAR_OPS}),
     ),
     leads={"op": OUTSIDE_OPS},
     limits=(OUTSIDE,),
@@ -267,8 +270,14 @@ GRAD_KEY: Final = Stage(
         Operand("ddt_bias", "NT HV", "fp32", "dt_bias", of="head"),
     ),
     scalars=CHUNK_SCALARS,
-    # of the state for q, e and k; of pairs for q, e, and twice for k
-    products=(*("BT K V",) * 3, *("BT K BT",) * 4),
+    # of the state for q and k, of pairs for both; of the state for e, of pairs for e, and once more
+    # for k; or dAqk
+    products=(
+        *("BT K V",) * 2,
+        *("BT K BT",) * 2,
+        *erasing("BT K V", *("BT K BT",) * 2),
+        Product("BT BT V", ONLY_WRITES),
+    ),
     selector="decay",
     forms=(
         _LOG,

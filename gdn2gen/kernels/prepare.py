@@ -29,7 +29,7 @@ from gdn2gen.kernels.operands import (
     A,
     G,
 )
-from gdn2gen.kernels.stage import Form, Operand, Stage
+from gdn2gen.kernels.stage import Form, Operand, Product, Stage, erasing
 
 # Members whose erase and write gate is one number a head, which prepare loads as a tile of its own.
 _TIED: Final = tuple(op for op in OPS if recurrence_named(op).tied)
@@ -40,7 +40,7 @@ _UP_TO_192: Final = Limit(
     "its tiles of 256 channels take 267 KB",
     {"BT": (64,)},
 )
-_MAKE_Y: Final = "BT K BT"
+_MAKE_Y: Final = Product("BT K BT", "erases", "channel")
 
 # A is rounded to 8 bits in bf16: the inverse with 10 is as good, and 0.16 ms faster.
 _EXACT_SOLVE: Final = (
@@ -171,7 +171,7 @@ PREPARE: Final = Stage(
         Operand("gamma_B", "NT HV NB K", "fp32", scratch=True),
     ),
     scalars=CHUNK_SCALARS,
-    products=("BT BT K", "BT BT K", "BT BT BT", _MAKE_Y),  # T, Aqk, inverse, Y
+    products=("BT BT K", *erasing("BT BT K", "BT BT BT"), _MAKE_Y),  # Aqk; T, inverse; Y
     selector="decay",
     forms=(
         replace(_TREE, name="log", leads=None),  # the same by exponentials of sums

@@ -27,7 +27,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
-from gdn2gen.kernels.stage import TILES, Form, Operand, Stage
+from gdn2gen.kernels.stage import TILES, Form, Operand, Product, Stage, erasing
 
 # Chunks of a segment at least: 32 at BT = 32 cost 64 bytes per token and head kept.
 SEGMENT: Final = 32
@@ -44,7 +44,7 @@ _DS_SEG: Final = Operand("dS_seg", "N HV NS V K", "fp32", scratch=True)
 # Where scans read q and k themselves.
 _DIRECT: Final = (*OUTSIDE_QK, Q_HEAD, *HEAD_FACTORS)
 # R = A w v + Y S, then the state from R; o from the state and from R
-_CARRY: Final = ("BT V BT", "BT V K", "K V BT")
+_CARRY: Final[tuple[str | Product, ...]] = (*erasing("BT V BT", "BT V K"), "K V BT")
 _MAKE_O: Final = ("BT V K", "BT V BT")
 
 # One chain per sequence. Measured on an H200 at train4k, then kept small enough for GPUs with 99 KB
@@ -177,7 +177,7 @@ REVERSE_SCAN: Final = Stage(
     outside_scalars=("H",),
     count="n_sequences",
     # dR from dO and from dS; dS from dO and from dR; dX
-    products=("BT V BT", "BT V K", "K V BT", "K V BT", "BT V BT"),
+    products=("BT V BT", "BT V K", "K V BT", *erasing("K V BT", "BT V BT")),
     selector="segments",
     forms=_forms(*_SERIAL_FORMS, template="reverse_scan", ahead=(*_AHEAD, Operand("do", "BT BV"))),
     later={"max_segments": MAX_SEGMENTS},

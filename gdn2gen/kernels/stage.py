@@ -94,6 +94,21 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
     return is_of(operand, problem.op) and conditions[operand.when]
 
 
+@dataclass(frozen=True)
+class Product:
+    """A matrix product that not all members make; `when` and `of` as of `Operand`."""
+
+    sizes: str
+    """Rows, columns and what is summed over."""
+    when: str = "always"
+    of: str = "all"
+
+
+def erasing(*sizes: str) -> tuple[Product, ...]:
+    """Products of members that erase."""
+    return tuple(Product(x, "erases") for x in sizes)
+
+
 # Tiles, and the head dims that they are slices of.
 TILES: Final = (("BK", "K"), ("BV", "V"))
 
@@ -208,7 +223,7 @@ class Stage:
     count: str = "n_chunks"
     """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
     from chunk to chunk."""
-    products: tuple[str, ...] = ()
+    products: tuple[str | Product, ...] = ()
     """Matrix products of a chunk and head, each as rows, columns and what is summed over. Scores
     count as one product each, as where one anchor serves a chunk, and so does the inverse."""
     forms: tuple[Form, ...]
@@ -239,9 +254,18 @@ class Stage:
         """Least bytes to move: every operand but scratch, read or written once."""
         return sum(x.nbytes(problem, sizes) for x in self.operands(problem) if not x.scratch)
 
-    def flops(self, sizes: Mapping[str, int]) -> int:
+    def products_of(self, problem: Problem) -> tuple[str, ...]:
+        """Those that kernels of `problem` make."""
+        member = recurrence_named(problem.op)
+        known = ("always", "erases" if member.erases else "only writes")
+        given = [Product(x) if isinstance(x, str) else x for x in self.products]
+        made = [x for x in given if x.when in known and member.decays_by in OF[x.of]]
+        return tuple(x.sizes for x in made)
+
+    def flops(self, problem: Problem, sizes: Mapping[str, int]) -> int:
         """Operations of its products, two for each multiplication; scans count as serial ones."""
-        chunk = sum(prod(sizes[symbol] for symbol in one.split()) for one in self.products)
+        made = self.products_of(problem)
+        chunk = sum(prod(sizes[symbol] for symbol in one.split()) for one in made)
         return 2 * chunk * sizes["NT"] * sizes["HV"]
 
     @property

@@ -166,7 +166,7 @@ def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[St
         BT = recipe[name].size("BT")
         stage, sizes = STAGES[name], symbol_sizes(problem, shape, BT)
         ceilings = copy_gbps(), product_tflops(problem.dtype)
-        work = stage.nbytes(problem, sizes), stage.flops(sizes)
+        work = stage.nbytes(problem, sizes), stage.flops(problem, sizes)
         rows.append(StageRow(name, time_ms(call), *work, *ceilings))
     return rows
 
