@@ -30,6 +30,7 @@ class Model(nn.Module):
         make = getattr(importlib.import_module(module), name)
         sizes = {"hidden_size": HIDDEN, "num_heads": 2, "head_dim": 64, "expand_v": 1.0}
         self.embeddings = nn.Embedding(WORDS, HIDDEN)
+        nn.init.normal_(self.embeddings.weight, std=0.05)
         self.layers = nn.ModuleList(make(**sizes) for _ in range(2))
         self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(3))
 
