@@ -23,6 +23,7 @@ from gdn2gen.measure.accuracy import (
     run_reference,
 )
 from gdn2gen.measure.cases import Case
+from gdn2gen.measure.decode_runs import run_calls
 
 # What a value below the range of a dtype may lose, however small it is: fp16's last subnormal.
 # Under a decay of -20 every gradient through the state lies there (exp(-20) = 2e-9).
@@ -175,9 +176,16 @@ def _check_repeat(case: Case, device: str) -> Result:
     return Result(case.name, case.check, passed=True)
 
 
+def _check_decoding(case: Case, device: str) -> Result:
+    errors, message = run_calls(case, device)
+    limit = LIMITS[case.problem.dtype]
+    return Result(case.name, case.check, not message, errors, limit, message)
+
+
 _CHECKS: Final = {
     "accuracy": _check_accuracy,
     "causality": _check_causality,
+    "decoding": _check_decoding,
     "empty": _check_empty,
     "repeat": _check_repeat,
 }

@@ -8,13 +8,13 @@ from itertools import product
 from typing import Any, Final
 
 from gdn2gen.family.inputs import PATTERNS
-from gdn2gen.family.problem import USUAL_DIMS, Problem
-from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.problem import DTYPES, USUAL_DIMS, Problem
+from gdn2gen.family.registry import DECODING_OPS, OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 
 # Patterns that differ where nothing decays.
 _WITHOUT_DECAY: Final = ("layer", "sparse", "correlated")
-CHECKS: Final = ("accuracy", "causality", "empty", "repeat")
+CHECKS: Final = ("accuracy", "causality", "decoding", "empty", "repeat")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Case:
     """One of CHECKS."""
     interpreter: bool = False
     """Small enough for Triton's interpreter."""
+
+    @property
+    def op(self) -> str:
+        """What is verified by it: the recurrence's op over chunks, or that over single tokens."""
+        if self.check != "decoding":
+            return self.problem.op
+        return str(recurrence_named(self.problem.op).public.recurrent)
 
 
 def _shape(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) -> Shape:
@@ -134,6 +141,12 @@ def _head_dims(base: Case) -> Iterator[Case]:
             yield replace(base, name=f"{base.name}-K{K}-V{V}", problem=problem)
 
 
+def _decoding(base: Case) -> Iterator[Case]:
+    """`base` for the op over single tokens, where the recurrence has one."""
+    if base.problem.op in DECODING_OPS:
+        yield replace(base, name=f"{base.name}-decoding", check="decoding")
+
+
 def _interpreter_cases(op: str) -> Iterator[Case]:
     problem = Problem(op=op, K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
     small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
@@ -146,6 +159,7 @@ def _interpreter_cases(op: str) -> Iterator[Case]:
     yield from (mixed, replace(mixed, name=f"{mixed.name}-repeat", check="repeat"))
     narrow = replace(small, name="small-bf16", problem=replace(problem, dtype="bf16"))
     yield from (*_patterns(narrow), *_wide_beta(narrow))
+    yield from (*_decoding(small), *_decoding(narrow))
 
 
 def _gpu_cases(op: str) -> Iterator[Case]:
@@ -163,6 +177,10 @@ def _gpu_cases(op: str) -> Iterator[Case]:
         other = replace(base, name=dtype, problem=replace(problem, dtype=dtype))
         yield from _patterns(other)
         yield from _head_dims(replace(other, shape=_shape(1, 300, 2)))
+    for dtype in DTYPES:
+        other = replace(base, name=dtype, problem=replace(problem, dtype=dtype))
+        for case in (other, *_head_dims(other)):
+            yield from _decoding(case)
 
 
 def _named(op: str, cases: Iterable[Case]) -> Iterator[Case]:
@@ -187,11 +205,11 @@ def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
         Case(f"K{K}-V{V}-bf16", problem, _shape(1, 301, 3)),
         Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, 1), interpreter=True),
     ):
-        yield from (*_patterns(base), *_features(base))
+        yield from (*_patterns(base), *_features(base), *_decoding(base))
         for dtype in ("fp16", "fp32"):
             name = base.name.replace("bf16", dtype)
             other = replace(base, name=name, problem=replace(problem, dtype=dtype))
-            yield from _patterns(other)
+            yield from (*_patterns(other), *_decoding(other))
             yield from (x for x in _features(other) if dtype == "fp32" or x.check == "repeat")
         # two segments of a sequence, in chunks of 32
         if not base.interpreter:

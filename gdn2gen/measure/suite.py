@@ -138,7 +138,7 @@ def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Plac
     """Where all that the suite has passed, and where something failed."""
     passed = {result.name for result in results if result.passed}
     failed = {result.name for result in results if not result.passed}
-    places = {case.name: Place.of(case.problem) for case in suite}
+    places = {x.name: Place.of(x.problem)._replace(op=x.op) for x in suite}
     wanting = {place for name, place in places.items() if name not in passed}
     failing = {place for name, place in places.items() if name in failed}
     return set(places.values()) - wanting, failing

@@ -59,13 +59,11 @@ def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: in
         _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
         return None
     place = verified.Place(op, DTYPE_NAME[dtype], K, V)
-    verify = (
-        f"`{place.command}` compares them with the fp64 reference on "
-        "the GPU at hand, and calls run what passed; `gdn2gen generate` makes a package of kernels "
-        "that passed; "
+    package = "`gdn2gen generate` makes a package of kernels that passed; " if op in OPS else ""
+    return (
+        f"{said}: `{place.command}` compares them with the fp64 reference on the GPU at hand, and "
+        f"calls run what passed; {package}GDN2GEN_UNVERIFIED=1 uses them as they are"
     )
-    known = verify if op in OPS else ""  # no suite files what passes of the others yet
-    return f"{said}: {known}GDN2GEN_UNVERIFIED=1 uses them as they are"
 
 
 # What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.

@@ -21,6 +21,7 @@ from gdn2gen.base.errors import StoreError, TunedFileWarning
 from gdn2gen.base.files import check_replaceable, locked, replace_file
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import RECURRENCES
 
 NAME: Final = "verified.json"
 SCHEMA: Final = 1
@@ -30,7 +31,10 @@ Run = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """One op at one pair of head dims, in one dtype."""
+    """One op at one pair of head dims, in one dtype.
+
+    An op over chunks goes by its recurrence's name, one over single tokens by its public name.
+    """
 
     op: str
     dtype: str
@@ -45,7 +49,8 @@ class Place(NamedTuple):
     @property
     def command(self) -> str:
         """What verifies it on the GPU at hand."""
-        return f"gdn2gen verify --op {self.op} --head-dim {self.K},{self.V}"
+        of_tokens = {x.public.recurrent: x.name for x in RECURRENCES.values()}
+        return f"gdn2gen verify --op {of_tokens.get(self.op, self.op)} --head-dim {self.K},{self.V}"
 
 
 def is_verified(op: str, dtype: str, K: int, V: int, arch: str | None) -> bool:

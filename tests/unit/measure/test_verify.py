@@ -21,8 +21,8 @@ from gdn2gen.family.recurrence import GATES
 from gdn2gen.family.tolerances import LIMITS, over
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result, errors_in_range, run_case
-from gdn2gen.measure.cases import CASES, Case
-from gdn2gen.ops import chunk
+from gdn2gen.measure.cases import CASES, CHECKS, Case
+from gdn2gen.ops import chunk, recurrent
 
 BY_NAME = {case.name: case for case in CASES}
 SMALL = [case for case in CASES if case.interpreter]
@@ -42,7 +42,7 @@ def test_the_list_leaves_nothing_out(cases: list[Case]) -> None:
     given = ("varlen", "initial_state", "state_v_first", "has_dt_bias")
     for name in (*given, "l2norm", "beta_sigmoid", "neg_eigval", "beta_fp32"):
         assert {getattr(case.problem, name) for case in cases} == {True, False}
-    assert {case.check for case in cases} == {"accuracy", "causality", "empty", "repeat"}
+    assert {case.check for case in cases} == {*CHECKS}
     assert any(case.shape.T % 64 for case in cases)
     assert any(case.HG is not None for case in cases)
 
@@ -134,9 +134,10 @@ def test_what_fp16_cannot_hold_is_no_error() -> None:
 
 
 def one_of_each() -> list[str]:
-    """Names of cases: the first of every op, check and dtype."""
-    found = {(x.problem.op, x.check, x.problem.dtype): x.name for x in reversed(SMALL)}
-    return [x.name for x in SMALL if x.name in found.values()]
+    """Names of cases: the first of every check and dtype, and of every op in bf16."""
+    found = {(x.check, x.problem.dtype): x.name for x in reversed(SMALL)}
+    of_ops = {x.problem.op: x.name for x in reversed(SMALL) if x.problem.dtype == "bf16"}
+    return [x.name for x in SMALL if x.name in {*found.values(), *of_ops.values()}]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,38 @@ def test_what_fails_beside_others_is_run_again_alone(monkeypatch: pytest.MonkeyP
     assert all(x.passed for x in results)
     told = Counter(x.name for x in seen)
     assert set(told) == {x.name for x in results} and max(told.values()) == 2
+
+
+@pytest.mark.parametrize("what", ["o", "state", "guard", "padding"])
+def test_a_wrong_decoding_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["small-fp32-decoding"]
+    assert run_case(case, "cpu").passed
+    right = recurrent.fused_recurrent_gdn2
+
+    def wrong(*args: Any, **given: Any) -> Any:
+        o, state = right(*args, **given)
+        if what == "o":
+            o[-1, -1] *= 1.001
+        elif "state_pool" in given and what == "state":
+            state *= torch.where(state == 1024, 1.0, 1.001)
+        elif "state_pool" in given and what == "guard":
+            state[0, 0, 0, 0] += 1
+        elif what == "padding" and o.shape[0] == 5:
+            o[-1] = 1.0
+        return o, state
+
+    monkeypatch.setattr(recurrent, "fused_recurrent_gdn2", wrong)
+    assert not run_case(case, "cpu").passed
+
+
+def test_decoding_has_its_own_verdict() -> None:
+    """What failed of it leaves the op over chunks verified, and the other way about."""
+    suite_of_it = [x for x in LARGE if x.problem.op == "kda" and x.problem.dtype == "fp16"]
+    results = [Result(x.name, x.check, passed=x.check != "decoding") for x in suite_of_it]
+    passed, failed = suite.verdicts(suite_of_it, results)
+    assert {x.op for x in passed} == {"kda"} and {x.op for x in failed} == {"fused_recurrent_kda"}
+    assert len(passed) == len(failed) == len(USUAL_DIMS) ** 2
+    assert next(iter(failed)).command.startswith("gdn2gen verify --op kda --head-dim")
 
 
 def test_a_case_that_hangs_is_lost_alone() -> None:
