@@ -73,20 +73,24 @@ class Step:
             self.batch, 1, self.heads, DIM, DIM, op=self.op,
             dtype=torch.bfloat16, gate_dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
-        made["g"].normal_()
-        made["A_log"] = torch.rand(self.heads, device="cuda")
-        made["dt_bias"] = torch.rand(self.heads * DIM, device="cuda") - 4.0
-        return made
+        bias = recurrence_named(self.op).named.get("dt_bias")
+        if bias is not None:
+            made["g"].normal_()
+            width = DIM if "K" in bias.symbols else 1
+            made["A_log"] = torch.rand(self.heads, device="cuda")
+            made["dt_bias"] = torch.rand(self.heads * width, device="cuda") - 4.0
+        there = dict(recurrence_named(self.op).public.recurrent_names)
+        return {there.get(name, name): x for name, x in made.items()}
 
     def flags(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
+            "use_beta_sigmoid_in_kernel": True,
             "state_v_first": self.v_first,
         }
-        if recurrence_named(self.op).tied:
-            found["use_beta_sigmoid_in_kernel"] = True
-        return found
+        known = recurrence_named(self.op).public.recurrent_arguments
+        return {name: x for name, x in found.items() if name in known}
 
     def ours(self) -> Run:
         """Call number i, on slots of its own, into buffers that are there."""
@@ -124,8 +128,8 @@ class Step:
         return run
 
     def floor_us(self) -> float:
-        names = [x.name for x in recurrence_named(self.op).required]
-        token = sum(self.inputs()[name].nbytes for name in names)
+        names = {"A_log", "dt_bias"}
+        token = sum(x.nbytes for name, x in self.inputs().items() if name not in names)
         o = self.batch * self.heads * DIM * 2
         return (2 * self.state_bytes + token + o) / copy_gbps() / 1e3
 
@@ -175,7 +179,7 @@ def configs(step: Step) -> Iterator[Config]:
         op=step.op,
         K=DIM,
         V=DIM,
-        state_v_first=step.v_first,
+        state_v_first=step.v_first and recurrence_named(step.op).takes("state_v_first"),
         state_bf16=step.state == "bf16",
     )
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):
