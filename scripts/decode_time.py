@@ -18,9 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from itertools import groupby
-from math import prod
 from statistics import median
 from typing import Any, Final
 
@@ -76,34 +74,30 @@ class Step:
             self.batch, 1, self.heads, DIM, DIM, op=self.op,
             dtype=torch.bfloat16, gate_dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
-        if "use_gate_in_kernel" in self.flags():
-            sizes = {"HG": self.heads, "K": DIM}
+        bias = recurrence_named(self.op).named.get("dt_bias")
+        if bias is not None:
             made["g"].normal_()
+            width = DIM if "K" in bias.symbols else 1
             made["A_log"] = torch.rand(self.heads, device="cuda")
-            bias = prod(sizes[x] for x in recurrence_named(self.op).named["dt_bias"].symbols)
-            made["dt_bias"] = torch.rand(bias, device="cuda") - 4.0
-        return made
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """Our op."""
-        found: Callable[..., Any] = getattr(recurrent, recurrence_named(self.op).public.recurrent)
-        return found
+            made["dt_bias"] = torch.rand(self.heads * width, device="cuda") - 4.0
+        there = dict(recurrence_named(self.op).public.recurrent_names)
+        return {there.get(name, name): x for name, x in made.items()}
 
     def flags(self) -> dict[str, Any]:
         """What a layer has the kernel do, as far as the op takes it."""
         wanted = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
-            "use_beta_sigmoid_in_kernel": recurrence_named(self.op).tied,
+            "use_beta_sigmoid_in_kernel": True,
             "state_v_first": self.v_first,
         }
-        takes = signature(self.function).parameters
-        return {name: x for name, x in wanted.items() if name in takes}
+        known = recurrence_named(self.op).public.recurrent_arguments
+        return {name: x for name, x in wanted.items() if name in known}
 
     def ours(self) -> Run:
         """Call number i, on slots of its own, into buffers that are there."""
-        function, inputs, flags = self.function, self.inputs(), self.flags()
+        function = getattr(recurrent, recurrence_named(self.op).public.recurrent)
+        inputs, flags = self.inputs(), self.flags()
         sets = 1 if self.warm else self.calls
         slots = sets * self.batch
         shape = (slots, self.heads, DIM, DIM)
@@ -136,8 +130,8 @@ class Step:
         return run
 
     def floor_us(self) -> float:
-        names = [x.name for x in recurrence_named(self.op).required]
-        token = sum(self.inputs()[name].nbytes for name in names)
+        names = {"A_log", "dt_bias"}
+        token = sum(x.nbytes for name, x in self.inputs().items() if name not in names)
         o = self.batch * self.heads * DIM * 2
         return (2 * self.state_bytes + token + o) / copy_gbps() / 1e3
 
@@ -187,7 +181,7 @@ def configs(step: Step) -> Iterator[Config]:
         op=step.op,
         K=DIM,
         V=DIM,
-        state_v_first=step.v_first,
+        state_v_first=step.v_first and recurrence_named(step.op).takes("state_v_first"),
         state_bf16=step.state == "bf16",
     )
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):

@@ -21,7 +21,7 @@ from triton.testing import do_bench
 
 from gdn2gen.base.environment import verifying
 from gdn2gen.family.inputs import make_inputs
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.measure.accuracy import public_op
 
@@ -41,16 +41,17 @@ def directions(
         ).items()
     }
     function = public_op(op)
+    flags = {"use_qk_l2norm_in_kernel": True} if recurrence_named(op).normalises else {}
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return function(**inputs, use_qk_l2norm_in_kernel=True)[0]
+            return function(**inputs, **flags)[0]
 
     do = torch.randn_like(forward())
 
     def both() -> tuple[Tensor, ...]:
-        o, _ = function(**inputs, use_qk_l2norm_in_kernel=True)
+        o, _ = function(**inputs, **flags)
         return torch.autograd.grad(o, leaves, do)
 
     return forward, both

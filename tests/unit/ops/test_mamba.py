@@ -13,6 +13,7 @@ from mamba_checks import CASES, LIMIT, draw, errors
 
 from gdn2gen import mamba_chunk_scan_combined
 from gdn2gen.base.errors import InputError, UnsupportedError
+from gdn2gen.family.mamba2 import step_sizes
 
 Check = Callable[..., Any]
 
@@ -26,6 +27,13 @@ def test_values_and_gradients(name: str) -> None:
 def test_values_and_gradients_by_kernels(name: str, interpreter: Check) -> None:
     found = interpreter("mamba_checks:errors", name)
     assert max(found.values()) < LIMIT, found
+
+
+def test_dt_is_biased_activated_and_limited_in_this_order() -> None:
+    dt = torch.tensor([[[-1.0], [2.0], [30.0]]], dtype=torch.float64)
+    found = step_sizes(dt, torch.tensor([0.5]).double(), True, (0.5, 4.0)).flatten().tolist()
+    assert found == [0.5, pytest.approx(math.log1p(math.exp(2.5))), 4.0]
+    assert step_sizes(dt, None, False, (0.0, math.inf)).flatten().tolist() == [0.0, 2.0, 30.0]
 
 
 def test_the_signature_is_that_of_mamba_ssm() -> None:
