@@ -39,13 +39,17 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
     assert (f"The {short}'s entries are of earlier templates" in README) == stale
     alone = [entry for entry in file.entries if entry.needs_triton_alone]
     words = " ".join(README.split())
-    usual = [entry for entry in alone if entry.problem_key["K"] == 128]
+    dims = {id(entry): (entry.problem_key["K"], entry.problem_key["V"]) for entry in alone}
+    usual = [entry for entry in alone if dims[id(entry)] == (128, 128)]
     assert bool(usual) == (f"one, the {short}'s for train4k at level lean" in words)
     for entry in usual:
         assert (entry.regime, entry.level) == (SHAPES["train4k"].regime, "lean")
         assert f"{entry.measured['forward_backward_ms']:.2f} ms instead of" in README
-    others = sorted({entry.problem_key["K"] for entry in alone} - {128})
-    assert not others or f"hold such for K = V of {' and '.join(map(str, others))}" in words
+    others = sorted({*dims.values()} - {(128, 128)})
+    if others:
+        *first, last = [str(K) for K, V in others if K == V]
+        pairs = " and ".join(str(x) for x in others if x[0] != x[1])
+        assert f"hold such for K = V of {', '.join(first)} and {last}, for {pairs}," in words
 
 
 def test_first_two_commands() -> None:
