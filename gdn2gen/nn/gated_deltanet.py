@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gdn2gen.nn._heads import Heads
 from gdn2gen.nn.mixer import Mixer, Op
 from gdn2gen.ops.chunk import chunk_gated_delta_rule
+from gdn2gen.ops.recurrent import fused_recurrent_gated_delta_rule
 
 
 class GatedDeltaNet(Mixer):
@@ -31,7 +32,8 @@ class GatedDeltaNet(Mixer):
         num_heads: H, heads of q and k.
         num_v_heads: HV, heads of v, g and beta, a multiple of H; H if None. Value head i reads q
             and k of head i // (HV / H).
-        mode: "chunk"; one token a sequence goes to the same op.
+        mode: "chunk" or "fused_recurrent": the op for calls that want no gradient; one token a
+            sequence goes to the latter in any case.
         use_short_conv: otherwise q, k, v have SiLU alone.
         allow_neg_eigval: beta in [0, 2] instead of [0, 1].
         conv_size: 2 to 4 taps.
@@ -49,6 +51,7 @@ class GatedDeltaNet(Mixer):
     """
 
     _chunk: ClassVar[Op] = staticmethod(chunk_gated_delta_rule)
+    _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gated_delta_rule)
     _least_rate: ClassVar[float] = 0.0
 
     def __init__(

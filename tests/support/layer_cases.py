@@ -38,10 +38,7 @@ def small(member: str, *, dtype: torch.dtype = torch.float32, **options: Any) ->
 
 def taken(member: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the layer has."""
-    made = LAYERS[member]
-    known = {*signature(made).parameters}
-    if made is GatedDeltaNet:
-        known.discard("mode")  # it has one
+    known = {*signature(LAYERS[member]).parameters}
     return {name: x for name, x in options.items() if name in known}
 
 
