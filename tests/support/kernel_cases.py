@@ -62,7 +62,7 @@ class KernelCase:
         if self.case.problem.dtype == "fp16":
             # worst found: correlated 2.2e-3, else 8.7e-4
             return 6e-3 if self.case.pattern == "correlated" else 3e-3
-        if not self.case.problem.l2norm:
+        if not self.case.problem.l2norm and RECURRENCES[self.case.problem.op].erases:
             return 3e-5  # 9.7e-6: the recurrence explodes where keys are not normalised
         if self.case.problem.has_A_log:
             return 2e-5  # dA_log 1.3e-5: a sum that cancels, of what is right to 3e-6
