@@ -1,12 +1,13 @@
 """Is it right, and how fast is it: shared by bench, verify, the tuner and the tests.
 
-accuracy   errors against the fp64 reference
-timing     the timing protocol, and the floor that times are held against
-sides      one implementation at one shape: ours, or FLA's
-rows       one row of a benchmark per shape, and stage by stage
-results    a table, and a file of results per GPU
-cases      the cases of the accuracy suite
-case_runs  one case run: accuracy, causality, repetition
-check      no config is timed before its results are right and repeat
-suite      the accuracy suite, for the GPU or the interpreter
+accuracy     errors against the fp64 reference
+timing       the timing protocol, and the floor that times are held against
+sides        one implementation at one shape: ours, or FLA's
+rows         one row of a benchmark per shape, and stage by stage
+results      a table, and a file of results per GPU
+cases        the cases of the accuracy suite
+case_runs    one case run: accuracy, causality, repetition
+decode_runs  one case of decoding run: calls as servers and layers make them
+check        no config is timed before its results are right and repeat
+suite        the accuracy suite, for the GPU or the interpreter
 """

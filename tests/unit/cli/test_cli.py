@@ -512,6 +512,7 @@ def test_verify_on_a_gpu_files_what_has_passed(
 
     def fake(patterns: Any, **options: Any) -> list[Result]:
         del options["on_result"]
+        assert options.pop("workers") is None
         cases = suite.select_cases(patterns, **options)
         return [Result(x.name, x.check, passed=x.name != failing) for x in cases]
 

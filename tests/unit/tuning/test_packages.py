@@ -68,7 +68,7 @@ def test_the_nearest_head_dims_give_their_recipe_as_transferred() -> None:
     regime = SHAPES["train4k"].regime
     found = find_recipe_of_any_size(ODD, regime, H200)
     assert found.source == "transferred" and found.recipe.problem == ODD
-    assert "K=96 V=96, with tiles that fit, and not timed" in found.why
+    assert "K=192 V=192, with tiles that fit, and not timed" in found.why
     assert not packages.is_proven(found)
     tuned = find_recipe_of_any_size(Problem(), regime, H200)
     assert tuned.source == "exact" and packages.is_proven(tuned)
