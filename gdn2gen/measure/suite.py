@@ -8,7 +8,8 @@ several workers share a GPU; what fails beside others is run again alone, and th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from queue import SimpleQueue
@@ -138,10 +139,26 @@ def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Plac
     """Where all that the suite has passed, and where something failed."""
     passed = {result.name for result in results if result.passed}
     failed = {result.name for result in results if not result.passed}
-    places = {x.name: Place.of(x.problem)._replace(op=x.op) for x in suite}
+    places = {x.name: _place_of(x) for x in suite}
     wanting = {place for name, place in places.items() if name not in passed}
     failing = {place for name, place in places.items() if name in failed}
     return set(places.values()) - wanting, failing
+
+
+def less_than_their_own(suite: Sequence[Case], places: Collection[Place]) -> list[Place]:
+    """Those of which the suite has fewer cases than that of their head dims alone: what failed in
+    that one may not even be asked here."""
+    counts = Counter(map(_place_of, suite))
+    own = {dims: Counter(map(_place_of, _on_a_gpu(*dims))) for dims in {(x.K, x.V) for x in places}}
+    return [x for x in places if counts[x] < own[x.K, x.V][x]]
+
+
+def _on_a_gpu(K: int, V: int) -> list[Case]:
+    return [x for x in cases_of(K, V) if not x.interpreter]
+
+
+def _place_of(case: Case) -> Place:
+    return Place.of(case.problem)._replace(op=case.op)
 
 
 def results_table(results: Sequence[Result]) -> Sheet:

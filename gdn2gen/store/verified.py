@@ -104,10 +104,12 @@ def file_found(
     *,
     command: str,
     toolchain: Mapping[str, str],
+    few: Collection[Place] = (),
 ) -> Path:
     """Add what has passed and what has failed on `device` to the file in `folder`; its path.
 
-    What an older run says of the same is replaced. Raises StoreError if it cannot be written, or
+    What an older run says of the same is replaced, but for a failure where `few` cases alone have
+    passed now. Raises StoreError if it cannot be written, or
     is not one of ours.
     """
     path = _path_in(folder)
@@ -116,7 +118,8 @@ def file_found(
         # a lock of its own: the file itself is another one once it was replaced
         with locked(path.with_name(f"{path.name}.lock")):
             anew = {*passed, *failed}
-            runs = [_without(x, device.arch, anew) for x in _reading(folder)]
+            stays = {*few} - {*failed}
+            runs = [_without(x, device.arch, anew, stays) for x in _reading(folder)]
             made = {
                 "arch": device.arch,
                 "gpu": device.name,
@@ -154,11 +157,19 @@ def _holds(run: Run, kind: str, place: Place) -> bool:
     return same and [place.K, place.V] in run.get(kind, [])
 
 
-def _without(run: Run, arch: str, places: Collection[Place]) -> Run:
+def _without(run: Run, arch: str, places: Collection[Place], stays: Collection[Place]) -> Run:
+    """The run less `places`; those of `stays` still count as failed where they did."""
     if run["arch"] != arch:
         return run
-    anew = [[x.K, x.V] for x in places if (x.op, x.dtype) == (run["op"], run["dtype"])]
-    return run | {kind: [x for x in run.get(kind, []) if x not in anew] for kind in _LISTS}
+
+    def dims(found: Collection[Place]) -> list[list[int]]:
+        return [[x.K, x.V] for x in found if (x.op, x.dtype) == (run["op"], run["dtype"])]
+
+    anew, kept = dims(places), dims(stays)
+    return run | {
+        kind: [x for x in run.get(kind, []) if x not in anew or (kind == "failed" and x in kept)]
+        for kind in _LISTS
+    }
 
 
 @lru_cache(maxsize=8)

@@ -74,6 +74,10 @@ def test_what_fails_there_no_longer_counts(own: Path) -> None:
     assert all(verified.is_verified(*x, "sm_90") for x in places)
     file_some(own, H200, failed=places)
     assert not any(verified.is_verified(*x, "sm_90") for x in places)
+    # a few cases that pass clear nothing that more of them found
+    settings = {"command": "gdn2gen verify", "toolchain": {"torch": "2.11.0"}}
+    verified.file_found(own, places, (), H200, **settings, few=places[:1])
+    assert [verified.is_verified(*x, "sm_90") for x in places] == [False, True]
     file_some(own, H200, *places)
     assert all(verified.is_verified(*x, "sm_90") for x in places)
 
