@@ -11,6 +11,7 @@ from typing import Final
 
 from torch import Tensor
 
+from gdn2gen.base.errors import InputError
 from gdn2gen.family.delta_rule import DELTA_RULE
 from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
@@ -142,9 +143,17 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet over a few tokens of each sequence (arXiv 2412.06464).
 
-    Without g nothing decays; without beta it is 1.
+    Without g nothing decays; without beta it is 1: then there is nothing to activate (InputError).
     """
     refuse_decays("fused_recurrent_gated_delta_rule", ", or call fused_recurrent_kda", gk=gk, gv=gv)
+    for name, x, flag in (
+        ("g", g, use_gate_in_kernel and "use_gate_in_kernel"),
+        ("beta", beta, use_beta_sigmoid_in_kernel and "use_beta_sigmoid_in_kernel"),
+    ):
+        if x is None and flag:
+            raise InputError(
+                f"{flag}=True activates {name}, but {name} is None: give it, or leave {flag} False"
+            )
     return decode(
         _GATED_DELTA_RULE,
         (

@@ -26,7 +26,7 @@ from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, r
 from gdn2gen.runtime._loading import fixed_launcher
 from gdn2gen.runtime.arguments import Dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
-from gdn2gen.runtime.head_dims import check_head_dims, passed_here
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker, strides_of
 from gdn2gen.runtime.signature import Options, Signature
@@ -74,8 +74,6 @@ class Plan:
     """Its place among the tensors of `run`."""
     make_o: Callable[[], Tensor]
     make_final: Callable[[], Tensor] | None
-    verified: bool
-    """Whether its head dims were, on a GPU."""
 
     def run(self, tensors: list[Tensor | None]) -> None:
         """Launch on the current device. `tensors` are those of the signature, and `BUFFERS`."""
@@ -156,11 +154,11 @@ def make_plan(
         len(signature.names) - 1,
         maker(tuple(v.shape), o_dtype, device),
         maker((dims.N, dims.HV, *inner), state_dtype, device) if problem.final_state else None,
-        verified=passed_here(name, q_dtype, device, dims.K, dims.V),
     )
 
 
-known_plan = lru_cache(maxsize=2048)(make_plan)
+# typed: a null_slot of True is refused, though it is equal to 1
+known_plan = lru_cache(maxsize=2048, typed=True)(make_plan)
 
 
 _forced: Config | None = None

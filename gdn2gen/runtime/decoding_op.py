@@ -80,9 +80,9 @@ def plan_of(
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise
     plan = known_plan(signature, options, null_slot, q.device, *given)
-    if not plan.verified:
-        name = decoding_name(signature)
-        check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)
+    # a plan outlives what is on file
+    name = decoding_name(signature)
+    check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)
     return plan
 
 

@@ -19,6 +19,7 @@ import gdn2gen
 from gdn2gen import fused_recurrent_gdn2, fused_recurrent_kda
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.decoding import KEYWORDS
+from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import DECODING_OPS, recurrence_named
 from gdn2gen.ops import recurrent
 
@@ -229,3 +230,26 @@ def test_an_input_that_wants_a_gradient_is_refused() -> None:
         fused_recurrent_gdn2(**drawn.inputs)
     with torch.inference_mode():
         fused_recurrent_gdn2(**drawn.inputs)
+
+
+def test_what_is_refused_is_refused_after_a_good_call_too() -> None:
+    """True is equal to 1, by which a call's plan might be found."""
+    given = make_inputs(2, 1, 1, 16, 16)
+    serving = {
+        "state_pool": torch.zeros(4, 1, 16, 16),
+        "ssm_state_indices": torch.tensor([1, 2]),
+    }
+    fused_recurrent_gdn2(**given, **serving, null_slot=1)
+    for wrong in (True, 1.0):
+        with pytest.raises(InputError, match="null_slot"):
+            fused_recurrent_gdn2(**given, **serving, null_slot=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("g", "use_gate_in_kernel"), ("beta", "use_beta_sigmoid_in_kernel")]
+)
+def test_what_is_not_given_is_not_activated(name: str, flag: str) -> None:
+    given = make_inputs(1, 2, 1, 16, 16, op="gated_delta_rule")
+    del given[name]
+    with pytest.raises(InputError, match=f"{flag}=True activates {name}"):
+        gdn2gen.fused_recurrent_gated_delta_rule(**given, **{flag: True})
