@@ -114,6 +114,12 @@ def install() -> None:
     vars(knobs.cache)["manager_class"] = ShippedCache
 
 
+def look_anew() -> None:
+    """Forget what was read of folders: later calls read them anew."""
+    _checked.cache_clear()
+    read_manifest.cache_clear()
+
+
 def write_manifest(folder: Path, gpu: str, arch: str, recipes: list[dict[str, Any]]) -> Path:
     """Say what lies in the folder: last, so that a folder without it is none."""
     from gdn2gen.base.files import replace_file
@@ -122,6 +128,5 @@ def write_manifest(folder: Path, gpu: str, arch: str, recipes: list[dict[str, An
     path = folder / MANIFEST
     replace_file(path, json.dumps({**said, "recipes": recipes}, indent=1) + "\n")
     os.chmod(path, 0o644)
-    _checked.cache_clear()
-    read_manifest.cache_clear()
+    look_anew()
     return path

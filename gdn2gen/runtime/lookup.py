@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
+from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.plans import LEVELS, keeps_least
@@ -17,7 +18,7 @@ from gdn2gen.runtime.arguments import IO_DTYPES, Dims
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.runner import Runner, SizedRunner
 from gdn2gen.runtime.signature import signature_of
-from gdn2gen.store import dispatch
+from gdn2gen.store import dispatch, pins
 from gdn2gen.store.dispatch import Found, find_recipe, forced
 
 
@@ -130,7 +131,10 @@ def _found(
     found = _find(request, level)
     if not gradient and not keeps_least(found.recipe.plan):
         # no use to have a scan keep states; unless only what keeps them is tuned
-        leaner = _find(request, LEVELS[0], strict=False)
+        try:
+            leaner = _find(request, LEVELS[0], strict=False)
+        except DispatchError:  # pinned are others, strictly
+            leaner = found
         if leaner.source == found.source:
             found = leaner
     return _runner(found).at(request.call)
@@ -141,7 +145,10 @@ def _find(request: Request, level: str, strict: bool | None = None) -> Found:
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
     device = device_of(call.device)
-    return find_recipe(request.problem, regime, device, level=level, strict=strict)
+    found = find_recipe(request.problem, regime, device, level=level, strict=strict)
+    if found.source != "forced":
+        pins.record(found.recipe, regime, device, level)
+    return found
 
 
 # What a tracer sees: forward and backward are ops of their own, which share nothing but tensors and

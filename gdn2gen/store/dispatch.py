@@ -126,7 +126,6 @@ def find_recipe(
             "--strict)\n"
             f"{explain_recipe(found)}"
         )
-    pins.record(found.recipe, regime, device, level)
     return found
 
 
@@ -144,7 +143,6 @@ def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Fou
         raise DispatchError(
             f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {error}"
         ) from error
-    pins.record(recipe, regime, device, level)
     return Found(recipe, "pinned", why.format(pin, pin.gpu), regime=regime, device=device)
 
 
@@ -182,6 +180,7 @@ def reload() -> None:
     """
     tuned_files.look_anew()
     verified.look_anew()
+    pins.look_anew()
 
 
 def in_triton(found: Found) -> Found:

@@ -130,7 +130,9 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
 def _check(ran: Pin, taken: _Taken) -> None:
     """Raise DispatchError if a call that ran would run otherwise."""
     problem = ran.recipe.problem
-    wanted = _nearest(taken, problem, ran.regime, ran.level)
+    wanted = _nearest(taken, problem, ran.regime, ran.level, ran.arch)
+    if wanted is not None and wanted.arch != ran.arch:
+        return
     if wanted is not None and wanted.at(problem) != ran.recipe:
         raise DispatchError(
             f"{ran} ran as\n  {ran.recipe}\nin this process, but is pinned as\n  {wanted.recipe}\n"
@@ -145,7 +147,7 @@ def current() -> object:
 
 def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin | None:
     """What such a call is told to run. Raises DispatchError for another GPU, and if strict."""
-    found = _nearest(_taken, problem, regime, level)
+    found = _nearest(_taken, problem, regime, level, device.arch)
     if found is None:
         if _taken.strict and _taken.pins:
             known = "; ".join(sorted({str(x) for x in _taken.pins}))
@@ -183,13 +185,19 @@ def shipped(problem: Problem, regime: Regime, device: Device, level: str) -> Pin
     folder = compiled.shipped()
     if folder is None:
         return None
-    found = _nearest(_of_folder(folder), problem, regime, level)
+    found = _nearest(_of_folder(folder), problem, regime, level, device.arch)
     return found if found is not None and found.arch == device.arch else None
+
+
+def look_anew() -> None:
+    """Forget what was read of a folder of compiled kernels."""
+    compiled.look_anew()
+    _of_folder.cache_clear()
 
 
 @cache
 def _of_folder(folder: Path) -> _Taken:
-    recipes = compiled.manifest().get("recipes", ())
+    recipes = compiled.manifest().get("recipes") or ()
     try:
         return _Taken(tuple(map(Pin.of_document, recipes)))
     except DispatchError as error:
@@ -200,7 +208,8 @@ def _of_folder(folder: Path) -> _Taken:
 
 
 @lru_cache(maxsize=1024)
-def _nearest(taken: _Taken, problem: Problem, regime: Regime, level: str) -> Pin | None:
-    """The one for such calls whose sizes are the nearest; None if there is none."""
+def _nearest(taken: _Taken, problem: Problem, regime: Regime, level: str, arch: str) -> Pin | None:
+    """The one for such calls whose sizes are the nearest, of such GPUs if there is one; or None."""
     serving = [x for x in taken.pins if x.serves(problem, level)]
-    return min(serving, key=lambda x: regime_distance(x.regime, regime), default=None)
+    there = [x for x in serving if x.arch == arch] or serving
+    return min(there, key=lambda x: regime_distance(x.regime, regime), default=None)

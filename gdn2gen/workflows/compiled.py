@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from gdn2gen.base.device import Device
-from gdn2gen.base.errors import BuildError, InputError
+from gdn2gen.base.errors import BuildError, DispatchError, InputError
 from gdn2gen.base.worker import Worker
 from gdn2gen.codegen import shipped
 from gdn2gen.codegen.ship import ship_launcher, ship_stage, ship_tables, surroundings
@@ -118,6 +118,8 @@ def _known(folder: Path, device: Device) -> list[dict[str, Any]]:
     """The recipes of a folder that is there. Raises InputError unless it can be added to."""
     if not folder.exists() or not any(folder.iterdir()):
         return []
+    if {x.name for x in folder.iterdir()} <= {"triton", "programs", "kernels"}:
+        return []  # what a run that was interrupted left
     try:
         found = shipped.read_manifest(folder)
     except (OSError, ValueError) as error:
@@ -130,7 +132,16 @@ def _known(folder: Path, device: Device) -> list[dict[str, Any]]:
             f"{folder} was compiled by {made[0]} for {made[1]}, but {shipped.toolchain()} and "
             f"{device.arch} are wanted; name a new folder"
         )
-    return list(found.get("recipes", ()))
+    return [x for x in found.get("recipes") or () if _is_current(x)]
+
+
+def _is_current(document: dict[str, Any]) -> bool:
+    """Whether a recipe that a folder has is of the present templates: others are dropped."""
+    try:
+        Pin.of_document(document)
+    except DispatchError:
+        return False
+    return True
 
 
 def _tasks(recipe: Recipe, *, backward: bool) -> Iterator[Task]:

@@ -116,22 +116,30 @@ def _chunked(
     with torch.no_grad():
         function(**inputs, **flags)
     if backward:
-        arrived = output_gradients(problem, shape, 0, str(place))
-        for x in recurrence_named(problem.op).inputs:
-            if x.name in inputs:
-                inputs[x.name].requires_grad_(x.differentiable)
-        leaves = [x for x in inputs.values() if x.requires_grad]
-        o, state = function(**inputs, **flags)
-        do = arrived["o"].to(o.dtype)
-        torch.autograd.grad([o], leaves, [do], retain_graph=state is not None)
-        if state is not None:
-            torch.autograd.grad([o, state], leaves, [do, arrived["final_state"]])
+        # wherever the caller is
+        with torch.inference_mode(False), torch.enable_grad():
+            _backward(problem, shape, place, flags)
     if place.type == "cuda":
         torch.cuda.synchronize()
     gpu = present_device(place.index) if place.type == "cuda" else None
     found = None if gpu is None else find_recipe(problem, shape.regime, gpu, level=level)
     name = recurrence_named(problem.op).public.chunk
     return Warmed(name, shape, level, found, time.monotonic() - started)
+
+
+def _backward(problem: Problem, shape: Shape, place: torch.device, flags: dict[str, Any]) -> None:
+    """With a gradient of o alone, and with one of the final state, too."""
+    inputs = inputs_of(problem, shape, "layer", 0, str(place))
+    arrived = output_gradients(problem, shape, 0, str(place))
+    for x in recurrence_named(problem.op).inputs:
+        if x.name in inputs:
+            inputs[x.name].requires_grad_(x.differentiable)
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    o, state = public_op(problem.op)(**inputs, **flags)
+    do = arrived["o"].to(o.dtype)
+    torch.autograd.grad([o], leaves, [do], retain_graph=state is not None)
+    if state is not None:
+        torch.autograd.grad([o, state], leaves, [do, arrived["final_state"]])
 
 
 def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> Warmed:
@@ -155,9 +163,13 @@ def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> War
         inputs["initial_state"] = inputs["initial_state"].to(dtype)
     name = recurrence_named(problem.op).public.recurrent
     flags = {k: v for k, v in op_flags(of_chunks).items() if k not in _ONLY_OF_CHUNKS}
+    there = dict(recurrence_named(problem.op).public.recurrent_names)
     with torch.no_grad():
         getattr(gdn2gen, str(name))(
-            **inputs, **flags, **given, output_final_state=problem.final_state
+            **{there.get(x, x): y for x, y in inputs.items()},
+            **flags,
+            **given,
+            output_final_state=problem.final_state,
         )
     if place.type == "cuda":
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import lookup
 from gdn2gen.store import pins
-from gdn2gen.store.dispatch import find_recipe, surroundings
+from gdn2gen.store.dispatch import Found, find_recipe, surroundings
 
 H200 = named_device("H200")
 SMALL = Regime(tokens=64, sequences=1, heads=4)
@@ -40,13 +40,32 @@ def _default(**knobs: Any) -> dict[str, Any]:
     return {"recipes": [pins.Pin(recipe, TRAIN, "lean", H200.name, "sm_90").document]}
 
 
+def _run() -> Found:
+    """As a call does."""
+    found = find_recipe(PROBLEM, TRAIN, H200)
+    pins.record(found.recipe, TRAIN, H200, "lean")
+    return found
+
+
+def test_looking_is_not_running() -> None:
+    gdn2gen.explain("train4k", target="sm_80")
+    assert gdn2gen.pin()["recipes"] == []
+
+
+def test_pins_of_several_architectures_serve_each_its_own() -> None:
+    both = _default()
+    other = copy.deepcopy(both["recipes"][0]) | {"arch": "sm_80", "gpu": "NVIDIA A100"}
+    gdn2gen.pin({"recipes": [other, *both["recipes"]]})
+    assert find_recipe(PROBLEM, TRAIN, H200).source == "pinned"
+
+
 def test_what_one_process_ran_is_what_another_runs() -> None:
-    ran = find_recipe(PROBLEM, TRAIN, H200)
+    ran = _run()
     given = json.loads(json.dumps(gdn2gen.pin()))
     assert [x["regime"] for x in given["recipes"]] == [TRAIN.key]
     pins.forget()
     gdn2gen.pin(given)
-    found = find_recipe(PROBLEM, TRAIN, H200)
+    found = _run()
     assert (found.recipe, found.source) == (ran.recipe, "pinned")
     assert gdn2gen.pin()["recipes"] == given["recipes"]
 
@@ -66,7 +85,7 @@ def test_pins_come_before_what_is_tuned_and_serve_other_sizes_and_arguments() ->
 
 
 def test_a_recipe_that_ran_otherwise_is_an_error_that_names_both() -> None:
-    ran = find_recipe(PROBLEM, TRAIN, H200).recipe
+    ran = _run().recipe
     given = _default()
     with pytest.raises(DispatchError) as error:
         gdn2gen.pin(given)
