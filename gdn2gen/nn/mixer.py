@@ -17,6 +17,7 @@ from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import Cache, may_overwrite, write
 from gdn2gen.nn.convolution import ShortConvolution, convolve, step
 from gdn2gen.nn.norm import GatedRMSNorm
+from gdn2gen.runtime.head_dims import runs_here
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -247,7 +248,7 @@ class Mixer(nn.Module):
         """o [B, T, HV, V], and the state into the cache."""
         shared = {**arguments, "cu_seqlens": batch.cu_seqlens, "use_qk_l2norm_in_kernel": True}
         recurrent = type(self)._recurrent
-        few = batch.single or self.mode == "fused_recurrent"
+        few = self.mode == "fused_recurrent" or (batch.single and self._steps(shared["q"]))
         if recurrent is not None and few and not trains:
             return self._step(recurrent, shared, batch, kept)
         # Promises of bounded gates are of the op over chunks alone.
@@ -261,6 +262,13 @@ class Mixer(nn.Module):
         if kept is not None and state is not None:
             write(kept, STATE, state, trains=trains)
         return o
+
+    def _steps(self, q: Tensor) -> bool:
+        """Whether one token goes to the op over few tokens: not where that would be refused."""
+        recurrent: Any = type(self)._recurrent
+        if recurrent is None or q.device.type != "cuda":
+            return True
+        return runs_here(recurrent.__name__, q.dtype, q.device, self.heads.K, self.heads.V)
 
     def _chunk_options(self) -> dict[str, Any]:
         """Arguments that the op over chunks takes, and the one over few tokens does not."""

@@ -44,6 +44,14 @@ def passed_here(op: str, dtype: torch.dtype, device: torch.device, K: int, V: in
     return verified.is_verified(op, DTYPE_NAME[dtype], K, V, _arch(device))
 
 
+def runs_here(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int) -> bool:
+    """Whether a call would not be refused, for one that has another op to go to."""
+    if dtype not in DTYPE_NAME:
+        return False
+    allowed = environment.unverified() is not None or forced() is not None
+    return allowed or passed_here(op, dtype, device, K, V)
+
+
 def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int) -> str | None:
     """None where it runs though it was not verified, with a warning where the user wants that."""
     if forced() is not None:
@@ -69,6 +77,7 @@ def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: in
 # What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.
 passed_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 why_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+runs_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

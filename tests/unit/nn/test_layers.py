@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from layer_cases import HIDDEN, LAYERS, by_equations, small, tokens
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn import Cache
 from gdn2gen.nn.mixer import Mixer
+from gdn2gen.runtime import head_dims
 
 MEMBERS = [*LAYERS]
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -183,3 +185,15 @@ def test_calls_that_do_not_fit(rows: tuple[int, ...], given: dict[str, Any], sai
 def test_a_cache_wants_to_know_the_layer() -> None:
     with pytest.raises(InputError, match="this layer has None"):
         _layer()(torch.zeros(1, 1, 8), cache=Cache(1))
+
+
+def test_one_token_goes_to_an_op_that_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where the op over few tokens was not verified, and that over chunks was."""
+    layer = small("kda", dtype=torch.bfloat16)
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(head_dims, "passed_here", lambda *_: False)
+    monkeypatch.delenv("GDN2GEN_UNVERIFIED", raising=False)
+    assert not layer._steps(q)  # type: ignore[arg-type]
+    monkeypatch.setenv("GDN2GEN_UNVERIFIED", "1")
+    assert layer._steps(q)  # type: ignore[arg-type]
+    assert layer._steps(torch.zeros(1))
