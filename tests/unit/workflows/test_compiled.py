@@ -44,6 +44,7 @@ def _first_call(folder: Path, elsewhere: Path, tokens: int) -> Any:
         "HOME": "/dev/null/home",  # which nobody can make, root included
         "TMPDIR": str(elsewhere),  # where nothing lies from before
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/support"))),
+        "PYTHONDONTWRITEBYTECODE": "1",  # Python's own files, after a change of the sources
     }
     script = ROOT / "tests/support/first_call.py"
     done = subprocess.run(
