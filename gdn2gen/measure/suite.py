@@ -27,7 +27,8 @@ from gdn2gen.store.verified import Place
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
 TIMEOUT_S: Final = 600.0
-# Beside each other: they wait for compilers, and each takes up to 6 GB of the GPU's memory.
+# Beside each other: they wait for compilers. The fp64 reference takes 120 KB a token and head, 1 GB
+# of the largest case; what more there is for each is a margin, and not measured.
 MOST_WORKERS: Final = 8
 _BYTES_OF_WORKER: Final = 12 * 2**30
 _RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
