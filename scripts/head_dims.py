@@ -1,6 +1,7 @@
 """What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
 
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
+    python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
 
@@ -47,7 +48,7 @@ def problem_of(size: str) -> Problem:
     return Problem(K=int(K), V=int(V or K))
 
 
-def measure(sizes: Iterable[str]) -> None:
+def measure(sizes: Iterable[str], names: tuple[str, ...] = ("ours", "fla")) -> None:
     """Times of our op and FLA's, size by size; each is written as soon as it is there."""
     from gdn2gen.store.dispatch import find_recipe
 
@@ -57,7 +58,7 @@ def measure(sizes: Iterable[str]) -> None:
         found = find_recipe(problem, SHAPE.regime, device)
         row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
         # one after the other: what one of them cannot do, or breaks, costs the other nothing
-        for name in ("ours", "fla") if problem.K <= 256 else ("ours",):
+        for name in names if problem.K <= 256 else ("ours",):
             timed = in_a_process("times_of", name, problem)
             row[name] = timed.get() if timed.ok else None
             if not timed.ok:
@@ -155,7 +156,12 @@ def _add(kind: str, row: dict[str, Any]) -> None:
     row["toolchain"] = toolchain()
     names = ("K", "V", "level")
     of_row = [row.get(name) for name in names]
-    kept = [x for x in document[kind] if [x.get(name) for name in names] != of_row]
+    kept = []
+    for x in document[kind]:
+        if [x.get(name) for name in names] != of_row:
+            kept.append(x)
+        elif x.get("fla") and "fla" not in row:
+            row["fla"] = x["fla"]
     document[kind] = sorted([*kept, row], key=lambda x: (x["K"], x["V"]))
     path.parent.mkdir(exist_ok=True)
     replace_file(path, json.dumps(document, indent=1) + "\n")
@@ -191,6 +197,8 @@ def plot(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         measure(sys.argv[2:] or SQUARES)
+    elif sys.argv[1:2] == ["ours"]:
+        measure(sys.argv[2:] or SQUARES, ("ours",))
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(sys.argv[2:])
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
