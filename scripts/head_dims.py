@@ -92,32 +92,46 @@ def times_of(name: str, problem: Problem) -> list[float]:
 
 def transfer(sizes: Iterable[str]) -> None:
     """Forward+backward of three recipes at every level; None where one is refused."""
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+
+    backend = WorkerBackend(_device())
+    try:
+        wanted = [(problem_of(size), level) for size in sizes for level in LEVELS]
+        rows = [(problem, level, *_recipes_of(problem, level)) for problem, level in wanted]
+        # all at once, for compilers are what takes the time
+        compiles = {
+            recipe: {config: backend.compile(problem, config) for config in recipe.configs}
+            for problem, _, recipes, _ in rows
+            for recipe in recipes.values()
+            if recipe is not None
+        }
+        for problem, level, recipes, origin in rows:
+            row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+            for name, recipe in recipes.items():
+                row[name] = recipe and _checked_ms(backend, recipe, compiles[recipe])
+            row["from"] = origin
+            _add("transfer", row)
+            print(row, flush=True)
+    finally:
+        backend.close()
+
+
+def _recipes_of(problem: Problem, level: str) -> tuple[dict[str, Any], str | None]:
+    """What is tuned, what the nearest other head dims on file have, and the default; and which
+    these are."""
     from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.store.dispatch import find_recipe
     from gdn2gen.store.sizes import transferred
-    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     device = _device()
-    backend = WorkerBackend(device)
-    try:
-        for size in sizes:
-            problem = problem_of(size)
-            for level in LEVELS:
-                own = find_recipe(problem, SHAPE.regime, device, level=level)
-                near = transferred(problem, SHAPE.regime, device, level=level)
-                recipes = {
-                    "tuned": own.recipe if own.source == "exact" else None,
-                    "transferred": None if near is None else near.recipe,
-                    "default": Recipe.default(problem, level, arch=device.arch),
-                }
-                row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
-                for name, recipe in recipes.items():
-                    row[name] = None if recipe is None else _checked_ms(backend, recipe)
-                row["from"] = None if near is None else _origin(near)
-                _add("transfer", row)
-                print(row, flush=True)
-    finally:
-        backend.close()
+    own = find_recipe(problem, SHAPE.regime, device, level=level)
+    near = transferred(problem, SHAPE.regime, device, level=level)
+    recipes = {
+        "tuned": own.recipe if own.source == "exact" else None,
+        "transferred": None if near is None else near.recipe,
+        "default": Recipe.default(problem, level, arch=device.arch),
+    }
+    return recipes, None if near is None else _origin(near)
 
 
 def _origin(near: Any) -> str:
@@ -125,11 +139,10 @@ def _origin(near: Any) -> str:
     return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
 
 
-def _checked_ms(backend: Any, recipe: Any) -> float | None:
+def _checked_ms(backend: Any, recipe: Any, compiles: Any) -> float | None:
     from gdn2gen.tuning.gpu.attempt import try_recipe
 
-    compiles = {config: backend.compile(recipe.problem, config) for config in recipe.configs}
-    tried = try_recipe(recipe, compiles, backend, _device(), full=True)
+    tried = try_recipe(recipe, compiles, backend, _device(), full=False)
     if not tried.ok:
         print(f"refused: {tried.reason}")
         return None
