@@ -7,7 +7,7 @@ from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
-from gdn2gen.kernels.languages import TILED_DIMS
+from gdn2gen.kernels.languages import CHANNELS_ERASED, TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
@@ -102,6 +102,7 @@ GRAD_VALUE: Final = Stage(
                 Setting({"maxnreg": 0}, {"V": WIDE, "BT": (64,)}),
             ),
             limits=(
+                CHANNELS_ERASED,
                 Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),
                 Limit("V", _up_to(384), "of more its nine tiles exceed 227 KB", {"BT": (32,)}),
                 Limit("V", _up_to(192), "of more its nine tiles exceed 227 KB", {"BT": (64,)}),
@@ -219,6 +220,7 @@ _ANCHORED_TILELANG: Final = Form(
         Setting({"maxnreg": 0}, {"V": WIDE}),
     ),
     limits=(
+        CHANNELS_ERASED,
         REACH,
         Limit("V", _up_to(352), "with a gate's, those of 384 take 228 KB", {"BT": (32,)}),
         Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),

@@ -10,7 +10,7 @@ from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OPS, OUTSIDE_OPS, recurrence_named
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
-from gdn2gen.kernels.languages import TILED_DIMS
+from gdn2gen.kernels.languages import CHANNELS_ERASED, TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
@@ -130,6 +130,7 @@ _ANCHORED_TILELANG: Final = Form(
         Setting({"maxnreg": 0}, {"K": (96,), "BT": (64,)}),
     ),
     limits=(
+        CHANNELS_ERASED,
         REACH,
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
         Limit(
@@ -218,6 +219,7 @@ _WHOLE: Final = Form(
         Setting({"maxnreg": 0}, {"K": _OVER_128, "BT": (64,)}),
     ),
     limits=(
+        CHANNELS_ERASED,
         Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),
         Limit("maxnreg", (0, 128), "three do not fit", {"K": (160, 192), "BT": (32,)}),
         Limit("maxnreg", (0,), "two do not fit", {"K": (224, 256), "BT": (32,)}),
