@@ -87,7 +87,7 @@ _SERIAL_TILELANG: Final = Form(
         Limit(
             "num_stages",
             (1,),
-            "a token's factors are 64 bytes in chunks of 16: of several stages, every second is off",
+            "a chunk's factors are 64 bytes there: of several stages, every second is off",
             _SHORT_ROWS,
         ),
     ),
