@@ -7,7 +7,7 @@ from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
-from gdn2gen.kernels.languages import CHANNELS_ERASED, TILED_DIMS
+from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
@@ -219,8 +219,9 @@ _ANCHORED_TILELANG: Final = Form(
         Setting({"maxnreg": 0}, {"V": WIDE}),
     ),
     limits=(
-        CHANNELS_ERASED,
         REACH,
+        INSIDE,
+        Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more", {"op": LINEAR_OPS}),
         Limit("V", _up_to(352), "with a gate's, those of 384 take 228 KB", {"BT": (32,)}),
         Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),
         Limit("maxnreg", (0,), "two do not fit", {"V": WIDE, "BT": (32,)}),

@@ -15,8 +15,6 @@ TILED_DIMS: Final = {
     "K": tuple(range(TILED_BY, 257, TILED_BY)),
     "V": tuple(range(TILED_BY, 513, TILED_BY)),
 }
-# Of forms that are made for the members whose decay is a channel's, and which erase.
-CHANNELS_ERASED: Final = Limit("op", ("gdn2", "kda"), "the others have this kernel in Triton alone")
 _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _ON_AMPERE: Final = {"arch": _AMPERE}
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OPS, OUTSIDE_OPS, recurrence_named
 from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
-from gdn2gen.kernels.languages import CHANNELS_ERASED, TILED_DIMS
+from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
@@ -128,10 +128,13 @@ _ANCHORED_TILELANG: Final = Form(
         Setting({"maxnreg": 0}, {"K": (224, 256)}),
         Setting({"maxnreg": 80}, {"K": _OVER_128, "BT": (16,)}),
         Setting({"maxnreg": 0}, {"K": (96,), "BT": (64,)}),
+        Setting({"solve": "ieee"}, {"op": LINEAR_OPS}),
     ),
     limits=(
-        CHANNELS_ERASED,
         REACH,
+        INSIDE,
+        _NOTHING_SOLVED,
+        Limit("BT", (32, 64), "its scores alone are of 32 tokens and more", {"op": LINEAR_OPS}),
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
         Limit(
             "num_stages",
@@ -241,7 +244,6 @@ _WHOLE: Final = Form(
         Setting({"maxnreg": 0}, {"K": _OVER_128, "BT": (64,)}),
     ),
     limits=(
-        CHANNELS_ERASED,
         Limit("num_stages", (1,), "of a token's norms, 64 bytes, one is off", {"BT": (16,)}),
         Limit("maxnreg", (0, 128), "three do not fit", {"K": (160, 192), "BT": (32,)}),
         Limit("maxnreg", (0,), "two do not fit", {"K": (224, 256), "BT": (32,)}),

@@ -34,7 +34,7 @@ its own. What folds is in Triton.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=outside language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 3f678bfa9a01d2fd; made by
+Template digest 11b18948eae294dc; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=outside,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -200,7 +200,7 @@ def program():
                 # a pair counts for those tokens that are behind the first of both, and not behind the other: summed over
                 # it and all later ones by a product with ones, of the first 8 bits and of the next 8
                 for i, j in tile.Parallel(BT, BT):
-                    b_D[i, j] = b_dAqk[i, j] * b_qk[i, j] * (scale)
+                    b_D[i, j] = b_dAqk[i, j] * b_qk[i, j] * scale
                     b_D[i, j] = tile.if_then_else(i > j, b_D[i, j], 0.0)
                     s_pairs[i, j] = tile.cast(b_D[i, j], "bfloat16")
                     s_pairs_rest[i, j] = tile.cast(

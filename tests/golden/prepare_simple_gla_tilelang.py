@@ -22,7 +22,7 @@ warp group of its own.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest cb568fb98114dcf6; made by
+Template digest 13ce46a004d1b0db; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -33,7 +33,6 @@ from functools import cache
 
 K = 128
 BT, CHUNKS = 32, 4
-THREADS = 128
 IO = "bfloat16"
 log2e = 1.4426950408889634
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
@@ -88,7 +87,7 @@ def program():
             s_tail = tile.alloc_shared([BT], "float32")
             x_G = tile.alloc_local([2], "float32")
             x_g = tile.alloc_local([2], "float32")
-            # what belongs to rows, of keys and then of queries, and to columns of keys that are written
+            # what belongs to rows and to columns of keys that are written
             s_row = tile.alloc_shared([BT], "float32")
             s_column = tile.alloc_shared([BT], "float32")
             s_Aqk = tile.alloc_shared([BT, BT], IO)
@@ -136,7 +135,7 @@ def program():
                     s_row[i_thread] = scale
                     s_column[i_thread] = 1.0
                     q_head[i_c, i_h, i_thread] = scale * s_head[i_thread]
-                    k_tail[i_c, i_h, i_thread] = 1.0 * s_tail[i_thread]
+                    k_tail[i_c, i_h, i_thread] = s_tail[i_thread]
                     log_decay[i_c, i_h, i_thread] = s_log_decay[i_thread]
                     if i_thread == BT - 1:
                         gamma_C[i_c, i_h] = s_head[i_thread]

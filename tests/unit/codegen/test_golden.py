@@ -257,6 +257,8 @@ OUTPUTS: Final = {
     ),
     "grad_key_simple_gla_tilelang.py": partial(_member_tilelang, Problem("simple_gla"), "grad_key"),
     "prepare_simple_gla_tilelang.py": partial(_member_tilelang, Problem("simple_gla"), "prepare"),
+    "prepare_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "prepare"),
+    "grad_key_gla_tilelang.py": partial(_member_tilelang, Problem("gla", varlen=True), "grad_key"),
     "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
