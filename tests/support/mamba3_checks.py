@@ -1,0 +1,176 @@
+"""mamba3_siso_combined beside its recurrence in fp64: every output and gradient."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen import mamba3_siso_combined
+from gdn2gen.base.environment import verifying
+from gdn2gen.family.mamba3 import recurrent
+from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.runtime import passes
+
+LIMIT: Final = 1e-5
+CASES: Final[dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "layer": {"D": True, "Z": True, "states": True, "groups": 1},
+    "packed": {"cu_seqlens": (0, 0, 7, 8, 40, 40), "states": True, "Z": True},
+    "packed-from-nothing": {"cu_seqlens": (0, 0, 7, 8, 40), "D": True},
+    "strong": {"decay": 60.0, "states": True, "D": True},
+    "no-angles": {"angles": 0, "states": True},
+    "all-angles": {"angles": 12, "groups": 4},
+    "one-token": {"T": 1, "states": True, "D": True},
+}
+STATES: Final = ("angle", "ssm", "k", "v")
+
+
+def draw(
+    case: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Any]:
+    """The op's arguments; of Input_States its tensors one by one, see `arguments`."""
+    rng = torch.Generator().manual_seed(0)
+    H, P, N = case.get("sizes", (4, 16, 24))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    cu_seqlens = case.get("cu_seqlens")
+    b, T = 1 if cu_seqlens else 2, case.get("T", 40)
+    S, groups, decay = case.get("angles", 6), case.get("groups", 2), case.get("decay", 1.0)
+    DT = 0.5 * normal(b, H, T).abs()
+    made = {
+        "Q": normal(b, T, groups, N), "K": normal(b, T, groups, N), "V": normal(b, T, H, P),
+        "ADT": -DT * decay * normal(b, H, T).abs(), "DT": DT, "Trap": 2.0 * normal(b, H, T),
+        "Q_bias": 1.0 + 0.1 * normal(H, N), "K_bias": 1.0 + 0.1 * normal(H, N),
+        "Angles": 2.0 * normal(b, T, H, S),
+    }  # fmt: skip
+    if case.get("D"):
+        made["D"] = normal(H)
+    if case.get("Z"):
+        made["Z"] = normal(b, T, H, P)
+    if case.get("states"):
+        n = len(cu_seqlens) - 1 if cu_seqlens else b
+        made["angle"], made["ssm"] = 6.0 * torch.rand(n, H, S, generator=rng), normal(n, H, P, N)
+        made["k"], made["v"] = normal(n, H, N), normal(n, H, P)
+    for name in ("Q", "K", "V", "Z", "v"):
+        if name in made:
+            made[name] = made[name].to(dtype)
+    if cu_seqlens:
+        made["cu_seqlens"] = torch.tensor(cu_seqlens)
+    return {name: x.to(device) for name, x in made.items()}
+
+
+def arguments(made: dict[str, Any]) -> dict[str, Any]:
+    found = dict(made)
+    if "ssm" in found:
+        found["Input_States"] = tuple(found.pop(x) for x in STATES)
+    return found
+
+
+@verifying()
+def results(
+    made: dict[str, Any], wide: bool = False, op: Any = mamba3_siso_combined
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of the op and of the recurrence; `wide`: the op's in fp64, too."""
+    floating = {x: y for x, y in made.items() if y.is_floating_point()}
+    exact = {x: y.double().requires_grad_() for x, y in floating.items()}
+    ours = {x: (y.double() if wide else y).clone().requires_grad_() for x, y in floating.items()}
+    found = op(**arguments({**made, **ours}), return_final_states=True)
+    out, states = recurrent(**arguments({**made, **exact}))
+    found, right = _pointing(found), _pointing((out, *states))
+    rng = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(x.shape, generator=rng).to(x.device) for x in right]
+    narrow = [seed.to(x.dtype) for seed, x in zip(seeds, found, strict=True)]
+    given = torch.autograd.grad(found, [*ours.values()], narrow)
+    wanted = torch.autograd.grad(right, [*exact.values()], [x.double() for x in seeds])
+    names = ("out", *(f"last {x}" for x in STATES))
+    mine = dict(zip(names, (x.detach() for x in found), strict=True))
+    theirs = dict(zip(names, (x.detach() for x in right), strict=True))
+    mine |= {f"d{x}": y for x, y in zip(ours, given, strict=True)}
+    theirs |= {f"d{x}": y for x, y in zip(exact, wanted, strict=True)}
+    return mine, theirs
+
+
+def _pointing(found: Any) -> tuple[Tensor, ...]:
+    """An angle counts by where it points."""
+    out, angle, *rest = found
+    return (out, angle.cos() + 2 * angle.sin(), *rest)
+
+
+def errors(name: str, dtype: str = "float32") -> dict[str, float]:
+    mine, theirs = results(draw(CASES[name], getattr(torch, dtype)))
+    return relative_errors(mine, theirs)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """All that kernels are to write is NaN before."""
+    passes.poison(True)
+    try:
+        yield
+    finally:
+        passes.poison(False)
+
+
+def poisoned_errors(name: str, dtype: str = "float32") -> dict[str, float]:
+    with poisoned():
+        return errors(name, dtype)
+
+
+@verifying()
+def check_packed() -> bool:
+    """Packed sequences give what each gives by itself."""
+    made = arguments(draw(CASES["packed"]))
+    found = mamba3_siso_combined(**made, return_final_states=True)
+    ends = made["cu_seqlens"].tolist()
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+        alone = part_of(made, slice(start, end)) | {
+            "Input_States": tuple(x[n : n + 1] for x in made["Input_States"]),
+            "cu_seqlens": None,
+        }
+        out, *states = mamba3_siso_combined(**alone, return_final_states=True)
+        torch.testing.assert_close(out[0], found[0][0, start:end], rtol=1e-5, atol=1e-5)
+        for x, y in zip(states, found[1:], strict=True):
+            torch.testing.assert_close(x[0], y[n], rtol=1e-5, atol=1e-5)
+    return True
+
+
+def part_of(made: dict[str, Any], part: slice) -> dict[str, Any]:
+    """The arguments of some tokens."""
+    tokens = {x: made[x][:, part] for x in ("Q", "K", "V", "Angles", "Z") if x in made}
+    return made | tokens | {x: made[x][..., part] for x in ("ADT", "DT", "Trap")}
+
+
+@verifying()
+def check_halves() -> bool:
+    """A sequence in two calls, the first one's states in the second."""
+    made = arguments(draw(CASES["layer"]))
+    whole = mamba3_siso_combined(**made, return_final_states=True)
+    first = mamba3_siso_combined(**part_of(made, slice(0, 19)), return_final_states=True)
+    rest = part_of(made, slice(19, None)) | {"Input_States": first[1:]}
+    second = mamba3_siso_combined(**rest, return_final_states=True)
+    found = (torch.cat((first[0], second[0]), 1), *second[1:])
+    for x, y in zip(found, whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    return True
+
+
+@verifying()
+def check_causal() -> bool:
+    """What all tokens after the 20th hold changes no bit of the output before."""
+    made = arguments(draw(CASES["layer"], torch.bfloat16))
+    other = arguments(draw(CASES["layer"], torch.bfloat16))
+    for name in ("Q", "K", "V", "Angles", "Z"):
+        other[name][:, 20:] *= -3.0
+    for name in ("ADT", "DT", "Trap"):
+        other[name][..., 20:] *= 2.5
+    found, changed = (mamba3_siso_combined(**x) for x in (made, other))
+    assert torch.equal(found[:, :20], changed[:, :20])
+    assert not torch.equal(found[:, 20], changed[:, 20])
+    return True
