@@ -80,37 +80,104 @@ class Ends:
         )
 
 
-class Numbers(NamedTuple):
-    """A token and head's numbers, each [B, T, H], in float32 or wider."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the op was given, of at least one token a row."""
 
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    ADT: Tensor
+    DT: Tensor
+    Trap: Tensor
+    Q_bias: Tensor
+    K_bias: Tensor
+    Angles: Tensor
+    D: Tensor | None
+    Z: Tensor | None
+    states: States | None
+    cu_seqlens: Tensor | None
+    ends: Ends
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.promote_types(self.V.dtype, torch.float32)
+
+
+class Before(NamedTuple):
+    """What the scan takes, and what is wanted after it."""
+
+    q: Tensor
+    k: Tensor
+    """[B, T, H, N] in the dtype of Q: alpha_{t+1} q_{t+1}, and s_t k_t."""
     decay: Tensor
-    """A dt."""
-    ahead: Tensor
-    """alpha of the next token, 0 in the last of a sequence."""
+    """[B, T, H], in float32 or wider, as all that follows."""
     own: Tensor
-    """lambda dt: the weight by which a token sees itself."""
-    before: Tensor
-    """(1 - lambda) dt: what it adds to the weight of the one before it."""
-    weight: Tensor
-    """s: by which all later tokens see it."""
+    """[B, T, H]: c, by which a token's own v goes to its output."""
+    angle: Tensor
+    """[sequences, H, S]: Theta after the last token."""
 
 
-def numbers(ADT: Tensor, DT: Tensor, Trap: Tensor, ends: Ends) -> Numbers:
-    """Of ADT, DT and Trap, each [B, H, T]."""
-    decay, dt, trap = (_wide(x.mT) for x in (ADT, DT, Trap))
-    own, before = trap.sigmoid() * dt, (-trap).sigmoid() * dt
-    last = ends.ends[..., None]
-    weight = own + _next(before).masked_fill(last, 0.0)
-    return Numbers(decay, _next(decay.exp()).masked_fill(last, 0.0), own, before, weight)
+def before(x: Inputs) -> Before:
+    """Biases, rotation and weights."""
+    decay, dt, trap = (_wide(y.mT) for y in (x.ADT, x.DT, x.Trap))
+    last = x.ends.ends[..., None]
+    ahead = _next(decay.exp()).masked_fill(last, 0.0)
+    weight = trap.sigmoid() * dt
+    later = weight + _next((-trap).sigmoid() * dt).masked_fill(last, 0.0)
+    q, k = (_biased(y.to(x.wide), bias) for y, bias in ((x.Q, x.Q_bias), (x.K, x.K_bias)))
+    own = weight * (q * k).sum(-1)  # which no rotation changes
+    own = own if x.D is None else own + x.D
+    state = None if x.states is None else x.states.angle
+    theta = accumulated(x.Angles, x.DT, state, x.ends).to(x.wide)
+    q, k = rotate(q, theta), rotate(k, theta)
+    return Before(
+        (ahead[..., None] * _next(q)).to(x.Q.dtype),
+        (later[..., None] * k).to(x.Q.dtype),
+        decay,
+        own,
+        theta[x.ends.row, x.ends.last],
+    )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def after(x: Inputs, o: Tensor, own: Tensor, first: Tensor | None) -> Tensor:
+    """out [B, T, H, P] of the scan's o, in the dtype of V."""
+    y = F.pad(o[:, :-1].to(x.wide), (0, 0, 0, 0, 1, 0))
+    y = y.masked_fill(x.ends.begins[..., None, None], 0.0) + own[..., None] * x.V
+    if first is not None:
+        # sequences without tokens add zeros, so that one number at most goes anywhere
+        first = first.masked_fill(~x.ends.some, 0.0)
+        y = y.index_put((x.ends.row, x.ends.first), first, accumulate=True)
+    return (y if x.Z is None else y * F.silu(x.Z.to(x.wide))).to(x.V.dtype)
 
 
-def _next(x: Tensor) -> Tensor:
-    """Each token has what is the next one's, the last of a row 0."""
-    return F.pad(x[:, 1:], (0, 0) * (x.dim() - 2) + (0, 1))
+def carried_in(x: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """H_0 [sequences, H, P, N], and what first tokens see of it, [sequences, H, P]."""
+    if x.states is None:
+        return None, None
+    at, (angle, ssm, k, v) = (x.ends.row, x.ends.first), x.states
+    decay, dt, trap = (_wide(y.mT[at]) for y in (x.ADT, x.DT, x.Trap))
+    # an empty sequence hands on what it was given
+    share = ((-trap).sigmoid() * dt)[..., None] * x.ends.some
+    state = ssm + (share * v)[..., None] * k[:, :, None]
+    theta = angle + math.pi * dt[..., None] * _wide(x.Angles[at]).tanh()
+    query = rotate(_biased(x.Q[at].to(x.wide), x.Q_bias), theta)
+    return state, decay.exp()[..., None] * (state @ query[..., None]).squeeze(-1)
+
+
+def carried_out(x: Inputs, angle: Tensor, ssm: Tensor) -> States:
+    """The states after the last tokens."""
+    at = x.ends.row, x.ends.last
+    k = rotate(_biased(x.K[at].to(x.wide), x.K_bias), angle)
+    last = angle, k, x.V[at]
+    if x.states is None:
+        angle, k, v = (y.masked_fill(~x.ends.some, 0.0) for y in last)
+    else:
+        given = x.states.angle, x.states.k, x.states.v.to(x.V.dtype)
+        pairs = zip(last, given, strict=True)
+        angle, k, v = (torch.where(x.ends.some, *pair) for pair in pairs)
+    return States(angle, ssm, k, v)
 
 
 def accumulated(Angles: Tensor, DT: Tensor, state: Tensor | None, ends: Ends) -> Tensor:
@@ -129,87 +196,16 @@ def accumulated(Angles: Tensor, DT: Tensor, state: Tensor | None, ends: Ends) ->
     return 2 * math.pi * (total - total.detach().floor())
 
 
-class Before(NamedTuple):
-    """What the scan takes, and what is wanted after it."""
-
-    q: Tensor
-    k: Tensor
-    """[B, T, H, N] in the dtype of Q: alpha_{t+1} q_{t+1}, and s_t k_t."""
-    decay: Tensor
-    """[B, T, H]."""
-    own: Tensor
-    """[B, T, H]: c, by which a token's own v goes to its output."""
-    state: Tensor | None
-    """[sequences, H, P, N]: H_0."""
-    first: Tensor | None
-    """[sequences, H, P]: what the first token sees of it."""
-    angle: Tensor
-    last_k: Tensor
-    last_v: Tensor
-    """Of the states after the last token, as in `States`."""
-
-
-def before(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    ADT: Tensor,
-    DT: Tensor,
-    Trap: Tensor,
-    Q_bias: Tensor,
-    K_bias: Tensor,
-    Angles: Tensor,
-    D: Tensor | None,
-    states: States | None,
-    ends: Ends,
-) -> Before:
-    """Biases, rotation and weights of at least one token a row; computed in float32 (float64 for
-    float64)."""
-    wide = torch.promote_types(Q.dtype, torch.float32)
-    made = numbers(ADT, DT, Trap, ends)
-    theta = accumulated(Angles, DT, None if states is None else states.angle, ends).to(wide)
-    q, k = _biased(Q.to(wide), Q_bias.to(wide)), _biased(K.to(wide), K_bias.to(wide))
-    own = made.own * (q * k).sum(-1)  # which no rotation changes
-    own = own if D is None else own + D
-    q, k = rotate(q, theta), rotate(k, theta)
-    last = [x[ends.row, ends.last] for x in (theta, k, V)]
-    state, first = None, None
-    if states is None:
-        last = [x.masked_fill(~ends.some, 0.0) for x in last]
-    else:
-        # an empty sequence hands on what it was given
-        given = (states.angle, states.k, states.v.to(V.dtype))
-        last = [torch.where(ends.some, *pair) for pair in zip(last, given, strict=True)]
-        share = made.before[ends.row, ends.first][..., None] * ends.some
-        state = states.ssm + (share * states.v)[..., None] * states.k[:, :, None]
-        alpha, query = made.decay[ends.row, ends.first].exp(), q[ends.row, ends.first]
-        first = alpha[..., None] * (state @ query[..., None]).squeeze(-1)
-    return Before(
-        (made.ahead[..., None] * _next(q)).to(Q.dtype),
-        (made.weight[..., None] * k).to(Q.dtype),
-        made.decay,
-        own,
-        state,
-        first,
-        *last,
-    )
-
-
 def _biased(x: Tensor, bias: Tensor) -> Tensor:
-    """[B, T, H, N]: of each head, what its group has, and its own bias."""
-    groups, N = x.shape[2:]
-    return (x[:, :, :, None] + bias.view(groups, -1, N)).flatten(2, 3)
+    """[..., H, N]: of each head, what its group has, and its own bias."""
+    groups, N = x.shape[-2:]
+    return (x[..., None, :] + bias.to(x.dtype).view(groups, -1, N)).flatten(-3, -2)
 
 
-def after(
-    o: Tensor, V: Tensor, own: Tensor, first: Tensor | None, Z: Tensor | None, ends: Ends
-) -> Tensor:
-    """out [B, T, H, P] of the scan's o, in the dtype of V."""
-    wide = torch.promote_types(V.dtype, torch.float32)
-    y = F.pad(o[:, :-1].to(wide), (0, 0, 0, 0, 1, 0))
-    y = y.masked_fill(ends.begins[..., None, None], 0.0) + own[..., None] * V
-    if first is not None:
-        # sequences without tokens add zeros, so that one number at most goes anywhere
-        first = first.masked_fill(~ends.some, 0.0).to(wide)
-        y = y.index_put((ends.row, ends.first), first, accumulate=True)
-    return (y if Z is None else y * F.silu(Z.to(wide))).to(V.dtype)
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _next(x: Tensor) -> Tensor:
+    """Each token has what is the next one's, the last of a row 0."""
+    return F.pad(x[:, 1:], (0, 0) * (x.dim() - 2) + (0, 1))

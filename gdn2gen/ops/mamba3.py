@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.mamba3 import States
-from gdn2gen.family.mamba3_form import Ends, after, before
+from gdn2gen.family.mamba3_form import Ends, Inputs, after, before, carried_in, carried_out
 from gdn2gen.ops._mamba3_checks import check
 from gdn2gen.ops.chunk import chunk_simple_gla
+from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime.arguments import is_watched
 from gdn2gen.runtime.sequences import check_cu_seqlens
 
@@ -89,23 +90,25 @@ def mamba3_siso_combined(
     if V.shape[1] == 0:
         return _nothing(V, K, Angles, states, return_final_states, cu_seqlens)
     ends = Ends.of(V.shape[0], V.shape[1], cu_seqlens, V.device)
-    made = before(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, states, ends)
+    x = Inputs(
+        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, ends
+    )  # fmt: skip
+    state, first = carried_in(x)
+    call = kernels.Call.of(x)
+    q, k, decay, own, angle = before(x) if call is None else kernels.before(call, x)
     o, ssm = chunk_simple_gla(
-        made.q,
-        made.k,
+        q,
+        k,
         V,
-        made.decay,
+        decay,
         scale=1.0,
-        initial_state=made.state,
+        initial_state=state,
         output_final_state=return_final_states,
         state_v_first=True,
         cu_seqlens=cu_seqlens,
     )
-    out = after(o, V, made.own, made.first, Z, ends)
-    if not return_final_states:
-        return out
-    assert ssm is not None
-    return out, made.angle, ssm, made.last_k, made.last_v
+    out = after(x, o, own, first) if call is None else kernels.after(call, x, o, own, first)
+    return out if ssm is None else (out, *carried_out(x, angle, ssm))
 
 
 def _nothing(

@@ -24,7 +24,7 @@ def test_values_and_gradients(name: str) -> None:
     assert max(found.values()) < LIMIT, found
 
 
-@pytest.mark.parametrize("name", ["layer", "packed", "strong"])
+@pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_by_kernels(name: str, interpreter: Check) -> None:
     found = interpreter("mamba3_checks:poisoned_errors", name)
     assert max(found.values()) < LIMIT, found
