@@ -130,10 +130,13 @@ MAMBA3_STAGES: Final = (
     *(MAMBA3_EPILOGUE, MAMBA3_EPILOGUE_BACKWARD),
 )
 
-TILE: Final = 32
-"""Tokens of a tile: those of the angles' sums are the same before and after the scan."""
 # Programs to a multiprocessor at least.
 _PROGRAMS: Final = 8
+
+
+def tile_of(problem: Mamba3Problem) -> int:
+    """Tokens of a tile, the same in all kernels of a call: as many as fit into registers."""
+    return 16 if problem.dtype == "fp32" or problem.state_size > 128 else 32
 
 
 def mamba3_knobs(
@@ -150,8 +153,7 @@ def mamba3_knobs(
         if (H // G) % heads == 0 and tiles * (H // heads) >= _PROGRAMS * sms:
             BH = heads
     if stage in (MAMBA3_PROLOGUE, MAMBA3_PROLOGUE_BACKWARD):
-        wide = covering(problem.state_size) > 128
-        num_warps = 4 if stage is MAMBA3_PROLOGUE and not wide else 8
+        num_warps = 4 if stage is MAMBA3_PROLOGUE and problem.dtype != "fp32" else 8
     else:
         num_warps = 8 if covering(problem.head_dim) > 128 else 4
-    return {"BT": TILE, "BH": BH, "num_warps": num_warps}
+    return {"BT": tile_of(problem), "BH": BH, "num_warps": num_warps}

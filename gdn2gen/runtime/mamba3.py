@@ -22,8 +22,8 @@ from gdn2gen.kernels.mamba3 import (
     MAMBA3_EPILOGUE_BACKWARD,
     MAMBA3_PROLOGUE,
     MAMBA3_PROLOGUE_BACKWARD,
-    TILE,
     mamba3_knobs,
+    tile_of,
 )
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._loading import stage_launcher
@@ -76,8 +76,9 @@ class Call:
             packed=packed,
         )
         sequences = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-        n_tiles = count_chunks(T, sequences, TILE, packed)
-        tables = () if x.cu_seqlens is None else _tables(x.cu_seqlens, T, n_tiles)
+        BT = tile_of(problem)
+        n_tiles = count_chunks(T, sequences, BT, packed)
+        tables = () if x.cu_seqlens is None else _tables(x.cu_seqlens, T, BT, n_tiles)
         return cls(problem, B, T, H, G, sequences, n_tiles, x.V.device, tables)
 
     def launch(self, stage: PartStage, *tensors: Tensor, **scalars: int) -> None:
@@ -137,17 +138,17 @@ def _loaded(
     return stage_launcher(problem, default_config(stage, problem).replace(**dict(knobs)))
 
 
-def _tables(cu_seqlens: Tensor, T: int, n_tiles: int) -> tuple[Tensor, Tensor]:
+def _tables(cu_seqlens: Tensor, T: int, BT: int, n_tiles: int) -> tuple[Tensor, Tensor]:
     """Of each tile its sequence, its first token, tokens of the sequence before that and from that
     on; and the first tile of each sequence. Made on the device; tokens are those of the batch
     whatever cu_seqlens holds, and tiles that no sequence needs have none."""
     ends = cu_seqlens.long().clamp(0, T).cummax(0).values
     lengths = ends.diff()
     starts = torch.zeros_like(ends)
-    starts[1:] = ((lengths + TILE - 1) // TILE).cumsum(0)
+    starts[1:] = ((lengths + BT - 1) // BT).cumsum(0)
     tile = torch.arange(n_tiles, device=ends.device)
     sequence = (torch.searchsorted(starts, tile, right=True) - 1).clamp(max=lengths.shape[0] - 1)
-    before = (tile - starts[sequence]) * TILE
+    before = (tile - starts[sequence]) * BT
     left = (lengths[sequence] - before).clamp(min=0)
     first = (ends[sequence] + before).clamp(max=T)
     table = torch.stack((sequence, first, before, left), 1)

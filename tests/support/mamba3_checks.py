@@ -19,12 +19,12 @@ from gdn2gen.runtime import passes
 LIMIT: Final = 1e-5
 CASES: Final[dict[str, dict[str, Any]]] = {
     "plain": {},
-    "layer": {"D": True, "Z": True, "states": True, "groups": 1},
+    "layer": {"D": True, "Z": True, "states": True},
     "packed": {"cu_seqlens": (0, 0, 7, 8, 40, 40), "states": True, "Z": True},
     "packed-from-nothing": {"cu_seqlens": (0, 0, 7, 8, 40), "D": True},
-    "strong": {"decay": 60.0, "states": True, "D": True},
+    "strong": {"decay": 60.0, "states": True, "groups": 2},
     "no-angles": {"angles": 0, "states": True},
-    "all-angles": {"angles": 12, "groups": 4},
+    "all-angles": {"angles": 12, "sizes": (4, 16, 24), "groups": 2},
     "one-token": {"T": 1, "states": True, "D": True},
 }
 STATES: Final = ("angle", "ssm", "k", "v")
@@ -35,14 +35,14 @@ def draw(
 ) -> dict[str, Any]:
     """The op's arguments; of Input_States its tensors one by one, see `arguments`."""
     rng = torch.Generator().manual_seed(0)
-    H, P, N = case.get("sizes", (4, 16, 24))
+    H, P, N = case.get("sizes", (2, 16, 24))
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=rng)
 
     cu_seqlens = case.get("cu_seqlens")
     b, T = 1 if cu_seqlens else 2, case.get("T", 40)
-    S, groups, decay = case.get("angles", 6), case.get("groups", 2), case.get("decay", 1.0)
+    S, groups, decay = case.get("angles", 6), case.get("groups", 1), case.get("decay", 1.0)
     DT = 0.5 * normal(b, H, T).abs()
     made = {
         "Q": normal(b, T, groups, N), "K": normal(b, T, groups, N), "V": normal(b, T, H, P),

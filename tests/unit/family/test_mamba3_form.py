@@ -16,7 +16,10 @@ from gdn2gen.measure.accuracy import relative_errors
 
 def test_it_is_the_papers_equation() -> None:
     """h_t = alpha h_{t-1} + beta k_{t-1} v_{t-1}^T + gamma k_t v_t^T, by complex numbers."""
-    x = {name: y.double() for name, y in draw({"angles": 12, "groups": 4}).items()}
+    x = {
+        name: y.double()
+        for name, y in draw({"angles": 12, "sizes": (4, 16, 24), "groups": 4}).items()
+    }
     head, b = 2, 1
     lam, dt = x["Trap"][b, head].sigmoid(), x["DT"][b, head]
     theta = (dt[:, None] * math.pi * x["Angles"][b, :, head].tanh()).cumsum(0)
@@ -47,7 +50,12 @@ def test_one_pass_is_the_recurrence(name: str) -> None:
 @pytest.mark.parametrize("angles", [0, 6])
 def test_with_a_lambda_of_one_it_is_mamba2(angles: int) -> None:
     """With rotated B and C; without angles, with those that are given."""
-    x = {name: y.double() for name, y in draw({"angles": angles, "Z": True, "D": True}).items()}
+    x = {
+        name: y.double()
+        for name, y in draw(
+            {"sizes": (4, 16, 24), "groups": 2, "angles": angles, "Z": True, "D": True}
+        ).items()
+    }
     A = -torch.rand(4).double()
     x |= {"ADT": A[:, None] * x["DT"], "Trap": torch.full_like(x["Trap"], math.inf)}
     out, states = recurrent(**x)
