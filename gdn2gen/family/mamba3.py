@@ -102,3 +102,36 @@ def recurrent(
         last.append((theta, h, k, v))
     out = torch.stack(outputs).view(V.shape) if outputs else V
     return out, States(*(torch.stack(x) for x in zip(*last, strict=True)))
+
+
+def one_token(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    ADT: Tensor,
+    DT: Tensor,
+    Trap: Tensor,
+    Q_bias: Tensor,
+    K_bias: Tensor,
+    Angles: Tensor,
+    D: Tensor | None,
+    Z: Tensor | None,
+    states: States,
+) -> tuple[Tensor, States]:
+    """The same of one token of each sequence, of tensors without the dim of tokens; computed in
+    float32, or float64 for float64."""
+    wide = torch.promote_types(V.dtype, torch.float32)
+    narrow = [Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles]
+    q, k, v, adt, dt, trap, q_bias, k_bias, angles = (x.to(wide) for x in narrow)
+    repeats = V.shape[1] // Q.shape[1]
+    dt, share = dt[..., None], trap.sigmoid()[..., None]
+    theta = (states.angle + dt * math.pi * angles.tanh()).remainder(2 * math.pi)
+    q = rotate(q.repeat_interleave(repeats, 1) + q_bias, theta)
+    k = rotate(k.repeat_interleave(repeats, 1) + k_bias, theta)
+    before = ((1 - share) * dt * states.v)[..., None] * states.k[:, :, None]
+    h = adt.exp()[..., None, None] * (states.ssm + before)
+    h = h + (share * dt * v)[..., None] * k[:, :, None]
+    y = (h @ q[..., None]).squeeze(-1)
+    y = y if D is None else y + D.to(wide)[:, None] * v
+    y = y if Z is None else y * F.silu(Z.to(wide))
+    return y.to(V.dtype), States(theta, h, k, V)

@@ -24,7 +24,12 @@ _KNOBS: Final[dict[str, Domain]] = {
 
 
 def _stage(
-    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _KNOBS,
+    chunks: Domain = _TOKENS,
 ) -> PartStage:
     return PartStage(
         made_for=Mamba3Problem,
@@ -32,8 +37,8 @@ def _stage(
         inputs=inputs,
         outputs=outputs,
         scalars=scalars,
-        forms=(Form(name, "triton", name, knobs=_KNOBS, leads={}, tiles=()),),
-        chunks=_TOKENS,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        chunks=chunks,
     )
 
 
@@ -125,9 +130,44 @@ MAMBA3_EPILOGUE_BACKWARD: Final = _stage(
     ),
     ("T", "H", "n_tiles"),
 )
+_ROWS: Final[dict[str, Domain]] = {
+    "BR": (8, 16, 32, 64),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1,),
+}
+MAMBA3_STEP: Final = _stage(
+    "mamba3_step",
+    (
+        Operand("Q", "B G N"),
+        Operand("K", "B G N"),
+        Operand("V", "B H P"),
+        Operand("ADT", "B H", "fp32"),
+        Operand("DT", "B H", "fp32"),
+        Operand("Trap", "B H", "trap"),
+        Operand("Q_bias", "H N", "weight"),
+        Operand("K_bias", "H N", "weight"),
+        Operand("Angles", "B H S", "angle", "rotated"),
+        Operand("D", "H", "weight", "skip"),
+        Operand("Z", "B H P", when="gate"),
+        Operand("angle_state", "B H S", "fp32", "rotated"),
+        Operand("ssm_state", "B H P N", "fp32"),
+        Operand("k_state", "B H N", "fp32"),
+        Operand("v_state", "B H P", "fp32"),
+    ),
+    (
+        Operand("out", "B H P"),
+        Operand("last_angle", "B H S", "fp32", "rotated"),
+        Operand("last_ssm", "B H P N", "fp32"),
+        Operand("last_k", "B H N", "fp32"),
+    ),
+    ("B", "H", "G"),
+    _ROWS,
+    (1,),
+)
 MAMBA3_STAGES: Final = (
     *(MAMBA3_PROLOGUE, MAMBA3_PROLOGUE_BACKWARD),
     *(MAMBA3_EPILOGUE, MAMBA3_EPILOGUE_BACKWARD),
+    MAMBA3_STEP,
 )
 
 # Programs to a multiprocessor at least.
@@ -157,3 +197,16 @@ def mamba3_knobs(
     else:
         num_warps = 8 if covering(problem.head_dim) > 128 else 4
     return {"BT": tile_of(problem), "BH": BH, "num_warps": num_warps}
+
+
+def mamba3_step_knobs(problem: Mamba3Problem, B: int, H: int, sms: int) -> dict[str, Knob]:
+    """The knobs for one token of B sequences and H heads: rows of a state as many as leave every
+    multiprocessor a program, in warps that hold 32 numbers a thread. Nothing of this was
+    measured."""
+    BR = 8
+    for rows in _ROWS["BR"]:
+        assert isinstance(rows, int)
+        fits = rows * covering(problem.state_size) <= 8192
+        if fits and B * H * -(-problem.head_dim // rows) >= 2 * sms:
+            BR = rows
+    return {"BT": 1, "BR": BR, "num_warps": max(1, BR * covering(problem.state_size) // 1024)}

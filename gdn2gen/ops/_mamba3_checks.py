@@ -62,11 +62,16 @@ def check(
     return _check_states(Input_States, sizes | {"n": count}, given["V"])
 
 
-def check_step(tensors: Mapping[str, Tensor | None], Input_States: object) -> States | None:
+def check_step(tensors: Mapping[str, Tensor | None], Input_States: object) -> States:
     """The same of `mamba3_siso_step`. Raises InputError."""
     given = _check_types(tensors)
     sizes = _check_sizes(given, _STEP_DIMS)
-    return _check_states(Input_States, sizes | {"n": sizes["b"]}, given["V"])
+    states = _check_states(Input_States, sizes | {"n": sizes["b"]}, given["V"])
+    if states is None:
+        raise InputError(
+            "a step needs Input_States, but got None; zeros are those before a sequence"
+        )
+    return states
 
 
 def _check_types(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Mamba-3's op over whole sequences, one import line away from state-spaces/mamba's.
+"""Mamba-3's ops, over whole sequences and of one token, one import line away from
+state-spaces/mamba's.
 
-It runs the kernels of `chunk_simple_gla`, once (`family.mamba3_form`).
+The first runs the kernels of `chunk_simple_gla`, once (`family.mamba3_form`).
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdn2gen.family.mamba3 import States
+from gdn2gen.family.mamba3 import States, one_token
 from gdn2gen.family.mamba3_form import Ends, Inputs, after, before, carried_in, carried_out
-from gdn2gen.ops._mamba3_checks import check
+from gdn2gen.ops._mamba3_checks import check, check_step
 from gdn2gen.ops.chunk import chunk_simple_gla
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime.arguments import is_watched
@@ -109,6 +110,47 @@ def mamba3_siso_combined(
     )
     out = after(x, o, own, first) if call is None else kernels.after(call, x, o, own, first)
     return out if ssm is None else (out, *carried_out(x, angle, ssm))
+
+
+def mamba3_siso_step(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    ADT: Tensor,
+    DT: Tensor,
+    Trap: Tensor,
+    Q_bias: Tensor,
+    K_bias: Tensor,
+    Angles: Tensor,
+    D: Tensor | None = None,
+    Z: Tensor | None = None,
+    Input_States: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """One token of `mamba3_siso_combined` for each sequence, forward only in kernels.
+
+    Args: as there, without the dim of tokens: Q, K [b, g, N]; V, Z [b, h, P]; ADT, DT, Trap [b, h];
+        Angles [b, h, S]; Input_States as there, which are read and not written.
+
+    Returns:
+        out [b, h, P] in the dtype of V, and the list of states after the token. Where a gradient is
+        wanted, torch's own operations compute it.
+
+    Raises:
+        InputError: a wrong rank, shape, dtype, device or value, before any launch; no Input_States.
+    """
+    tensors = {
+        "Q": Q, "K": K, "V": V, "ADT": ADT, "DT": DT, "Trap": Trap, "Q_bias": Q_bias,
+        "K_bias": K_bias, "Angles": Angles, "D": D, "Z": Z,
+    }  # fmt: skip
+    states = check_step(tensors, Input_States)
+    given = [x for x in (*tensors.values(), *states) if x is not None]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    problem = None if wanted or is_watched(given) else kernels.step_problem(tensors)
+    if problem is None:
+        out, made = one_token(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states)
+        return out, [*made]
+    out, angle, ssm, k = kernels.step(problem, tensors, states)
+    return out, [states.angle if angle is None else angle, ssm, k, V]
 
 
 def _nothing(

@@ -5,7 +5,7 @@ Sums of gradients over heads, tiles and tokens that are left are torch's, in fp3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn2gen.family.mamba3 import States
 from gdn2gen.family.mamba3_form import Before, Inputs
 from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES, Mamba3Problem
 from gdn2gen.kernels.config import default_config
@@ -22,7 +23,9 @@ from gdn2gen.kernels.mamba3 import (
     MAMBA3_EPILOGUE_BACKWARD,
     MAMBA3_PROLOGUE,
     MAMBA3_PROLOGUE_BACKWARD,
+    MAMBA3_STEP,
     mamba3_knobs,
+    mamba3_step_knobs,
     tile_of,
 )
 from gdn2gen.kernels.parts import PartStage
@@ -294,3 +297,59 @@ class Epilogue(torch.autograd.Function):
         made = [x for x in (do, dV, down, dZ, dfirst) if x is not None]
         call.launch(MAMBA3_EPILOGUE_BACKWARD, *given, *call.tiles[:1], *readable([dout]), *made)
         return (None, do, dV, down, dZ, dfirst)
+
+
+def step_problem(tensors: Mapping[str, Tensor | None]) -> Mamba3Problem | None:
+    """Of one token, by the op's names; None where no kernel serves it."""
+    Q, V, Trap, Angles = (tensors[x] for x in ("Q", "V", "Trap", "Angles"))
+    assert Q is not None and V is not None and Trap is not None and Angles is not None
+    dtypes = {x.dtype for x in tensors.values() if x is not None}
+    served = Q.shape[2] in STATE_SIZES and V.shape[2] in HEAD_DIMS and dtypes <= DTYPE_NAME.keys()
+    if not by_kernels(V.device) or not served:
+        return None
+    return Mamba3Problem(
+        dtype=DTYPE_NAME[V.dtype],
+        state_size=Q.shape[2],
+        head_dim=V.shape[2],
+        angles=Angles.shape[2],
+        trap_dtype=DTYPE_NAME[Trap.dtype],
+        angle_dtype=DTYPE_NAME[Angles.dtype],
+        skip=tensors["D"] is not None,
+        gate=tensors["Z"] is not None,
+        carried=True,
+    )
+
+
+def step(
+    problem: Mamba3Problem, tensors: Mapping[str, Tensor | None], states: States
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """out, and the states after one token but for v."""
+    given = []
+    for name, x in tensors.items():
+        if x is None or (name == "Angles" and not problem.rotated):
+            continue
+        wide = name in ("ADT", "DT", "Q_bias", "K_bias", "D")
+        given.append(x.float() if wide else x)
+    Q, V = given[0], given[2]
+    if problem.gate:
+        given[-1] = given[-1].to(V.dtype)
+    (B, G, N), (H, P), device = Q.shape, V.shape[1:], V.device
+    given += [x.float() for x in states[0 if problem.rotated else 1 :]]
+    out = empty((B, H, P), V.dtype, device)
+    angle = empty((B, H, problem.angles), torch.float32, device) if problem.rotated else None
+    ssm = empty((B, H, P, N), torch.float32, device)
+    k = empty((B, H, N), torch.float32, device)
+    if out.numel():
+        launch = _step_launcher(problem, B, H, device)
+        made = [x for x in (out, angle, ssm, k) if x is not None]
+        with _on(device):
+            launch(*readable(given), *made, B=B, H=H, G=G)
+    return out, angle, ssm, k
+
+
+@lru_cache(maxsize=512)
+def _step_launcher(
+    problem: Mamba3Problem, B: int, H: int, device: torch.device
+) -> Callable[..., None]:
+    knobs = mamba3_step_knobs(problem, B, H, device_of(device).sms)
+    return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)

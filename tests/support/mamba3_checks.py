@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gdn2gen import mamba3_siso_combined
+from gdn2gen import mamba3_siso_combined, mamba3_siso_step
 from gdn2gen.base.environment import verifying
 from gdn2gen.family.mamba3 import recurrent
 from gdn2gen.measure.accuracy import relative_errors
@@ -174,3 +174,34 @@ def check_causal() -> bool:
     assert torch.equal(found[:, :20], changed[:, :20])
     assert not torch.equal(found[:, 20], changed[:, 20])
     return True
+
+
+@verifying()
+def check_steps(groups: int = 1, angles: int = 6) -> bool:
+    """Token by token is the whole; in fp32, and once in bf16."""
+    case = CASES["layer"] | {"groups": groups, "angles": angles, "T": 5}
+    made = arguments(draw(case))
+    whole, last = recurrent(**{x: _doubled(y) for x, y in made.items()})
+    states, outputs = made.pop("Input_States"), []
+    with poisoned():
+        for t in range(5):
+            out, states = mamba3_siso_step(**token_of(made, t), Input_States=states)
+            outputs.append(out)
+    found = (torch.stack(outputs, 1), *states)
+    for x, y in zip(_pointing(found), _pointing((whole, *last)), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+    narrow = {x: y.bfloat16() if x in "QKVZ" else y for x, y in token_of(made, 0).items()}
+    out, states = mamba3_siso_step(**narrow, Input_States=states)
+    assert out.dtype == states[3].dtype == torch.bfloat16 and states[1].dtype == torch.float32
+    assert bool(torch.isfinite(out).all())
+    return True
+
+
+def token_of(made: dict[str, Any], t: int) -> dict[str, Any]:
+    """The step's arguments of one token."""
+    rows = {x: made[x][:, t] for x in ("Q", "K", "V", "Angles", "Z")}
+    return made | rows | {x: made[x][..., t] for x in ("ADT", "DT", "Trap")}
+
+
+def _doubled(x: Any) -> Any:
+    return tuple(y.double() for y in x) if isinstance(x, tuple) else x.double()

@@ -18,7 +18,12 @@ from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, mamba3_knobs
+from gdn2gen.kernels.mamba3 import (
+    MAMBA3_STAGES,
+    MAMBA3_STEP,
+    mamba3_knobs,
+    mamba3_step_knobs,
+)
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tuning.offline.predict import blocks_per_sm
@@ -343,6 +348,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str) -> N
         knobs = convolution_knobs(stage, problem, 4, 4096, 6144, device.sms)
     elif isinstance(problem, Mamba3Problem):
         knobs = mamba3_knobs(stage, problem, 512, 64, 1, device.sms)
+        if stage is MAMBA3_STEP:
+            knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)

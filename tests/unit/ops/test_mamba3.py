@@ -11,7 +11,7 @@ import pytest
 import torch
 from mamba3_checks import CASES, LIMIT, arguments, draw, errors
 
-from gdn2gen import mamba3_siso_combined
+from gdn2gen import mamba3_siso_combined, mamba3_siso_step
 from gdn2gen.base.errors import InputError
 
 Check = Callable[..., Any]
@@ -134,3 +134,22 @@ def test_bad_sequences_are_refused(ends: tuple[int, ...], said: str) -> None:
     made = arguments(draw(CASES["packed-from-nothing"]))
     with pytest.raises(InputError, match=said):
         mamba3_siso_combined(**made | {"cu_seqlens": torch.tensor(ends)})
+
+
+def test_steps_are_the_whole(run: Check) -> None:
+    run("check_steps")
+    run("check_steps", 2, 0)
+
+
+def test_a_step_has_a_gradient_and_needs_states() -> None:
+    made = arguments(draw(CASES["layer"]))
+    states = made.pop("Input_States")
+    token = checks.token_of(made, 0)
+    token["V"] = token["V"].clone().requires_grad_()
+    out, _ = mamba3_siso_step(**token, Input_States=states)
+    (found,) = torch.autograd.grad(out.sum(), [token["V"]])
+    assert found.abs().min() > 0
+    with pytest.raises(InputError, match="a step needs Input_States, but got None"):
+        mamba3_siso_step(**token)
+    with pytest.raises(InputError, match=r"DT must be \[b, h\], but got \(2, 2, 40\)"):
+        mamba3_siso_step(**token | {"DT": made["DT"]}, Input_States=states)
