@@ -18,6 +18,7 @@ from gdn2gen.family.mamba3 import States
 from gdn2gen.family.mamba3_form import Before, Inputs
 from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES, Mamba3Problem
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import (
     MAMBA3_EPILOGUE,
     MAMBA3_EPILOGUE_BACKWARD,
@@ -60,7 +61,8 @@ class Call:
         they compute."""
         (B, T, H, P), (G, N) = x.V.shape, x.Q.shape[2:]
         given = (x.Q, x.K, x.V, x.ADT, x.DT, x.Trap, x.Angles, x.Q_bias, x.K_bias, x.D, x.Z)
-        if not by_kernels(x.V.device) or is_watched(given):
+        traced = is_watched(given) or torch.autograd.forward_ad._current_level >= 0
+        if traced or not by_kernels(x.V.device):
             return None
         dtypes = {y.dtype for y in given if y is not None}
         if N not in STATE_SIZES or P not in HEAD_DIMS or not dtypes <= DTYPE_NAME.keys():
@@ -119,11 +121,25 @@ def after(call: Call, x: Inputs, o: Tensor, own: Tensor, first: Tensor | None) -
     return out
 
 
+_forced: dict[str, dict[str, Knob]] = {}
+
+
+def force(stage: str, knobs: dict[str, Knob] | None) -> None:
+    """Have all calls of a stage in this process take these knobs (not BT, which kernels share), as
+    measuring wants; None ends that."""
+    _forced.pop(stage, None)
+    if knobs is not None:
+        _forced[stage] = knobs
+    for cache in (_knobs, _launcher, _step_launcher):
+        cache.cache_clear()
+
+
 @lru_cache(maxsize=512)
 def _knobs(
     stage: PartStage, problem: Mamba3Problem, tiles: int, H: int, G: int, device: torch.device
 ) -> dict[str, Any]:
-    return mamba3_knobs(stage, problem, tiles, H, G, device_of(device).sms)
+    found = mamba3_knobs(stage, problem, tiles, H, G, device_of(device).sms)
+    return found | _forced.get(stage.name, {})
 
 
 @lru_cache(maxsize=512)
@@ -352,4 +368,5 @@ def _step_launcher(
     problem: Mamba3Problem, B: int, H: int, device: torch.device
 ) -> Callable[..., None]:
     knobs = mamba3_step_knobs(problem, B, H, device_of(device).sms)
+    knobs |= _forced.get(MAMBA3_STEP.name, {})
     return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)

@@ -13,7 +13,9 @@ from torch import Tensor
 from gdn2gen import mamba3_siso_combined, mamba3_siso_step
 from gdn2gen.base.environment import verifying
 from gdn2gen.family.mamba3 import recurrent
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
 from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime import passes
 
 LIMIT: Final = 1e-5
@@ -27,6 +29,8 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "all-angles": {"angles": 12, "sizes": (4, 16, 24), "groups": 2},
     "one-token": {"T": 1, "states": True, "D": True},
 }
+# More tiles than sums over them take at once.
+LONG: Final = {"cu_seqlens": (0, 265, 272), "sizes": (4, 16, 24), "Z": True, "states": True}
 STATES: Final = ("angle", "ssm", "k", "v")
 
 
@@ -42,6 +46,7 @@ def draw(
 
     cu_seqlens = case.get("cu_seqlens")
     b, T = 1 if cu_seqlens else 2, case.get("T", 40)
+    T = cu_seqlens[-1] if cu_seqlens and T else T
     S, groups, decay = case.get("angles", 6), case.get("groups", 1), case.get("decay", 1.0)
     DT = 0.5 * normal(b, H, T).abs()
     made = {
@@ -121,6 +126,19 @@ def poisoned() -> Iterator[None]:
 def poisoned_errors(name: str, dtype: str = "float32") -> dict[str, float]:
     with poisoned():
         return errors(name, dtype)
+
+
+def blocks_of_heads() -> dict[str, float]:
+    """Errors where programs take two heads each, of one group, and sums go over many tiles."""
+    stages = [x.name for x in MAMBA3_STAGES if x is not MAMBA3_STEP]
+    for name in stages:
+        kernels.force(name, {"BH": 2})
+    try:
+        with poisoned():
+            return relative_errors(*results(draw(LONG)))
+    finally:
+        for name in stages:
+            kernels.force(name, None)
 
 
 @verifying()

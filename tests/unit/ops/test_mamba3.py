@@ -30,6 +30,11 @@ def test_values_and_gradients_by_kernels(name: str, interpreter: Check) -> None:
     assert max(found.values()) < LIMIT, found
 
 
+def test_blocks_of_heads(interpreter: Check) -> None:
+    found = interpreter("mamba3_checks:blocks_of_heads")
+    assert max(found.values()) < LIMIT, found
+
+
 def test_in_16_bits(interpreter: Check) -> None:
     found = interpreter("mamba3_checks:poisoned_errors", "layer", "bfloat16")
     assert max(found.values()) < 2e-2, found
