@@ -195,10 +195,9 @@ def check_causal() -> bool:
 
 
 @verifying()
-def check_steps(groups: int = 1, angles: int = 6) -> bool:
+def check_steps(device: str = "cpu", **sizes: Any) -> bool:
     """Token by token is the whole; in fp32, and once in bf16."""
-    case = CASES["layer"] | {"groups": groups, "angles": angles, "T": 5}
-    made = arguments(draw(case))
+    made = arguments(draw(CASES["layer"] | {"T": 5} | sizes, device=device))
     whole, last = recurrent(**{x: _doubled(y) for x, y in made.items()})
     states, outputs = made.pop("Input_States"), []
     with poisoned():
@@ -213,6 +212,10 @@ def check_steps(groups: int = 1, angles: int = 6) -> bool:
     assert out.dtype == states[3].dtype == torch.bfloat16 and states[1].dtype == torch.float32
     assert bool(torch.isfinite(out).all())
     return True
+
+
+def check_steps_of_groups() -> bool:
+    return check_steps(groups=2, angles=0)
 
 
 def token_of(made: dict[str, Any], t: int) -> dict[str, Any]:

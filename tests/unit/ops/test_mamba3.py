@@ -143,7 +143,7 @@ def test_bad_sequences_are_refused(ends: tuple[int, ...], said: str) -> None:
 
 def test_steps_are_the_whole(run: Check) -> None:
     run("check_steps")
-    run("check_steps", 2, 0)
+    run("check_steps_of_groups")
 
 
 def test_a_step_has_a_gradient_and_needs_states() -> None:
