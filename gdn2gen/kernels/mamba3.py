@@ -174,9 +174,9 @@ MAMBA3_STAGES: Final = (
 _PROGRAMS: Final = 8
 
 
-def tile_of(problem: Mamba3Problem) -> int:
+def tile_of(dtype: str, state_size: int) -> int:
     """Tokens of a tile, the same in all kernels of a call: as many as fit into registers."""
-    return 16 if problem.dtype == "fp32" or problem.state_size > 128 else 32
+    return 16 if dtype == "fp32" or state_size > 128 else 32
 
 
 def mamba3_knobs(
@@ -196,7 +196,7 @@ def mamba3_knobs(
         num_warps = 4 if stage is MAMBA3_PROLOGUE and problem.dtype != "fp32" else 8
     else:
         num_warps = 8 if covering(problem.head_dim) > 128 else 4
-    return {"BT": tile_of(problem), "BH": BH, "num_warps": num_warps}
+    return {"BT": tile_of(problem.dtype, problem.state_size), "BH": BH, "num_warps": num_warps}
 
 
 def mamba3_step_knobs(problem: Mamba3Problem, B: int, H: int, sms: int) -> dict[str, Knob]:

@@ -15,6 +15,7 @@ from gdn2gen.ops._mamba3_checks import check, check_step
 from gdn2gen.ops.chunk import chunk_simple_gla
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime.arguments import is_watched
+from gdn2gen.runtime.mamba3_ops import Around, serves
 from gdn2gen.runtime.sequences import check_cu_seqlens
 
 
@@ -95,8 +96,8 @@ def mamba3_siso_combined(
         Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, ends
     )  # fmt: skip
     state, first = carried_in(x)
-    call = kernels.Call.of(x)
-    q, k, decay, own, angle = before(x) if call is None else kernels.before(call, x)
+    around = Around(x) if serves(x) else None
+    q, k, decay, own, angle = before(x) if around is None else around.before()
     o, ssm = chunk_simple_gla(
         q,
         k,
@@ -108,7 +109,7 @@ def mamba3_siso_combined(
         state_v_first=True,
         cu_seqlens=cu_seqlens,
     )
-    out = after(x, o, own, first) if call is None else kernels.after(call, x, o, own, first)
+    out = after(x, o, own, first) if around is None else around.after(o, own, first)
     return out if ssm is None else (out, *carried_out(x, angle, ssm))
 
 

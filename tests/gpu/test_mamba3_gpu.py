@@ -7,7 +7,7 @@ from typing import Any, Final
 import pytest
 import torch
 from gpu_support import DEVICE
-from mamba3_checks import arguments, check_steps, draw, poisoned, results
+from mamba3_checks import arguments, check_compiled, check_steps, draw, poisoned, results
 
 from gdn2gen import mamba3_siso_combined
 from gdn2gen.measure.accuracy import relative_errors
@@ -37,6 +37,10 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
 def test_steps_are_the_whole() -> None:
     for sizes in ({"sizes": (8, 64, 128), "angles": 32}, {"sizes": (6, 96, 80), "groups": 3}):
         check_steps(str(DEVICE), **sizes)
+
+
+def test_compiled() -> None:
+    check_compiled(str(DEVICE))
 
 
 def test_the_same_bits_twice_and_before_later_tokens() -> None:

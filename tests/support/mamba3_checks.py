@@ -16,7 +16,7 @@ from gdn2gen.family.mamba3 import recurrent
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.runtime import mamba3 as kernels
-from gdn2gen.runtime import passes
+from gdn2gen.runtime import mamba3_ops, passes
 
 LIMIT: Final = 1e-5
 CASES: Final[dict[str, dict[str, Any]]] = {
@@ -226,3 +226,35 @@ def token_of(made: dict[str, Any], t: int) -> dict[str, Any]:
 
 def _doubled(x: Any) -> Any:
     return tuple(y.double() for y in x) if isinstance(x, tuple) else x.double()
+
+
+@verifying()
+def check_compiled(device: str = "cpu", backend: str = "aot_eager") -> bool:
+    """torch.compile takes the op whole, and gives the same bits."""
+    made = arguments(draw(CASES["packed"], device=device))
+    leaves = [made[x].requires_grad_() for x in ("Q", "DT", "Angles", "Z", "K_bias")]
+
+    def run(**given: Any) -> Any:
+        return mamba3_siso_combined(**given, return_final_states=True)
+
+    found, wanted = torch.compile(run, backend=backend, fullgraph=True)(**made), run(**made)
+    assert all(map(torch.equal, found, wanted))
+    ours, theirs = (torch.autograd.grad(x[0].sum() + x[2].sum(), leaves) for x in (found, wanted))
+    assert all(map(torch.equal, ours, theirs))
+    return True
+
+
+def check_ops() -> bool:
+    """What torch wants of ops in its library."""
+    x = draw(CASES["packed"])
+    tiles = kernels.tables(x["cu_seqlens"], 40, 16)
+    numbers, biases = [x["ADT"], x["DT"], x["Trap"]], [x["Q_bias"], x["K_bias"]]
+    for y in (x["Q"], *numbers, *biases, x["Angles"], x["V"], x["Z"]):
+        y.requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (x["Q"], x["K"], numbers, biases, x["Angles"], None, x["angle"], tiles, 16)
+    torch.library.opcheck(mamba3_ops.PROLOGUE, given, test_utils=checks)
+    own = torch.randn(1, 40, 2)
+    after = (x["V"].detach() * 2, x["V"], own, x["Z"], x["v"], tiles, 16)
+    torch.library.opcheck(mamba3_ops.EPILOGUE, after, test_utils=checks)
+    return True

@@ -158,3 +158,12 @@ def test_a_step_has_a_gradient_and_needs_states() -> None:
         mamba3_siso_step(**token)
     with pytest.raises(InputError, match=r"DT must be \[b, h\], but got \(2, 2, 40\)"):
         mamba3_siso_step(**token | {"DT": made["DT"]}, Input_States=states)
+
+
+def test_as_torch_sees_it(interpreter: Check) -> None:
+    assert interpreter("mamba3_checks:check_ops")
+
+
+@pytest.mark.slow
+def test_compiled(interpreter: Check) -> None:
+    assert interpreter("mamba3_checks:check_compiled")
