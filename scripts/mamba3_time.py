@@ -160,7 +160,9 @@ def main() -> None:
     BT = tile_of("bf16", N)
     sheet.add("chunk_simple_gla", *(f"{y:.3f}" for y in scan_times(x, BT)))
     console().print(sheet)
-    kernels = Sheet("kernels around the scan", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
+    kernels = Sheet(
+        "kernels around the scan", ("kernel", "ms", "of a copy", "times"), words=("kernel",)
+    )
     beside = floors(x, BT)
     for name, run in kernel_runs(x, BT).items():
         took = ms(run)

@@ -131,7 +131,7 @@ def one_token(
     before = ((1 - share) * dt * states.v)[..., None] * states.k[:, :, None]
     h = adt.exp()[..., None, None] * (states.ssm + before)
     h = h + (share * dt * v)[..., None] * k[:, :, None]
-    y = (h @ q[..., None]).squeeze(-1)
+    y = (h * q[:, :, None]).sum(-1)  # no product of matrices, which autocast would narrow
     y = y if D is None else y + D.to(wide)[:, None] * v
     y = y if Z is None else y * F.silu(Z.to(wide))
     return y.to(V.dtype), States(theta, h, k, V)

@@ -34,50 +34,72 @@ from gdn2gen.family.mamba3 import States, rotate
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """Where sequences begin and end; on the device, so that nobody waits for it."""
+    """Where sequences of B rows of T > 0 tokens begin and end: found on the device, so that nobody
+    waits for it, and only if it is asked for. Tokens are those of the batch whatever cu_seqlens
+    holds."""
 
-    row: Tensor
-    first: Tensor
-    last: Tensor
-    """[sequences]: row and place of the first and the last token; of an empty one any token's."""
-    some: Tensor
-    """[sequences, 1, 1] bool: whether it has tokens."""
-    begins: Tensor
-    ends: Tensor
-    """[B, T] bool: whether a token is the first, the last of its sequence."""
-    sequence: Tensor
-    """[B, T]: which one each token is of."""
+    B: int
+    T: int
+    cu_seqlens: Tensor | None
+    device: torch.device
 
-    @classmethod
-    def of(cls, B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Ends:
-        """Of B rows of T > 0 tokens. Tokens are those of the batch whatever cu_seqlens holds: on a
-        GPU nobody looks at it."""
-        if cu_seqlens is None:
-            row = torch.arange(B, device=device)
-            starts = torch.zeros_like(row)
-            stops = starts + T
-        else:
-            cu_seqlens = cu_seqlens.long().clamp(0, T)
-            starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
-            row = torch.zeros_like(starts)
-        marked = torch.zeros(B, T + 1, dtype=torch.bool, device=device)
-        marked[:, T] = True
-        marked[row, starts] = True
-        if cu_seqlens is None:
-            sequence = row[:, None].expand(B, T)
-        else:
-            tokens = torch.arange(T, device=device)
-            sequence = torch.searchsorted(cu_seqlens, tokens, right=True)[None] - 1
-            sequence = sequence.clamp(0, starts.shape[0] - 1)
-        return cls(
-            row,
-            starts.clamp(max=T - 1),
-            (stops - 1).clamp(min=0),
-            (stops > starts)[:, None, None],
-            marked[:, :-1],
-            marked[:, 1:],
-            sequence,
-        )
+    @property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """[sequences]: the first token, and the one after the last, in their row."""
+        if self.cu_seqlens is None:
+            starts = torch.zeros(self.B, dtype=torch.long, device=self.device)
+            return starts, starts + self.T
+        ends = self.cu_seqlens.long().clamp(0, self.T)
+        return ends[:-1], ends[1:]
+
+    @property
+    def row(self) -> Tensor:
+        """[sequences]: the row of each."""
+        starts, _ = self._bounds
+        if self.cu_seqlens is not None:
+            return torch.zeros_like(starts)
+        return torch.arange(self.B, device=self.device)
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Row and place of the first token of each; of one without tokens any token's."""
+        return self.row, self._bounds[0].clamp(max=self.T - 1)
+
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        return self.row, (self._bounds[1] - 1).clamp(min=0)
+
+    @property
+    def some(self) -> Tensor:
+        """[sequences, 1, 1] bool: whether it has tokens."""
+        starts, stops = self._bounds
+        return (stops > starts)[:, None, None]
+
+    @property
+    def _marked(self) -> Tensor:
+        marked = torch.zeros(self.B, self.T + 1, dtype=torch.bool, device=self.device)
+        marked[:, self.T] = True
+        marked[self.row, self._bounds[0]] = True
+        return marked
+
+    @property
+    def begins(self) -> Tensor:
+        """[B, T] bool: whether a token is the first of its sequence."""
+        return self._marked[:, :-1]
+
+    @property
+    def ends(self) -> Tensor:
+        """[B, T] bool: whether it is the last."""
+        return self._marked[:, 1:]
+
+    @property
+    def sequence(self) -> Tensor:
+        """[B, T]: which one each token is of."""
+        if self.cu_seqlens is None:
+            return self.row[:, None].expand(self.B, self.T)
+        tokens = torch.arange(self.T, device=self.device)
+        found = torch.searchsorted(self.cu_seqlens.long(), tokens, right=True)[None] - 1
+        return found.clamp(0, self.cu_seqlens.shape[0] - 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +159,7 @@ def before(x: Inputs) -> Before:
         (later[..., None] * k).to(x.Q.dtype),
         decay,
         own,
-        theta[x.ends.row, x.ends.last],
+        theta[x.ends.last],
     )
 
 
@@ -148,7 +170,7 @@ def after(x: Inputs, o: Tensor, own: Tensor, first: Tensor | None) -> Tensor:
     if first is not None:
         # sequences without tokens add zeros, so that one number at most goes anywhere
         first = first.masked_fill(~x.ends.some, 0.0)
-        y = y.index_put((x.ends.row, x.ends.first), first, accumulate=True)
+        y = y.index_put(x.ends.first, first, accumulate=True)
     return (y if x.Z is None else y * F.silu(x.Z.to(x.wide))).to(x.V.dtype)
 
 
@@ -156,19 +178,20 @@ def carried_in(x: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """H_0 [sequences, H, P, N], and what first tokens see of it, [sequences, H, P]."""
     if x.states is None:
         return None, None
-    at, (angle, ssm, k, v) = (x.ends.row, x.ends.first), x.states
+    at, (angle, ssm, k, v) = x.ends.first, x.states
     decay, dt, trap = (_wide(y.mT[at]) for y in (x.ADT, x.DT, x.Trap))
     # an empty sequence hands on what it was given
     share = ((-trap).sigmoid() * dt)[..., None] * x.ends.some
     state = ssm + (share * v)[..., None] * k[:, :, None]
     theta = angle + math.pi * dt[..., None] * _wide(x.Angles[at]).tanh()
     query = rotate(_biased(x.Q[at].to(x.wide), x.Q_bias), theta)
-    return state, decay.exp()[..., None] * (state @ query[..., None]).squeeze(-1)
+    # no product of matrices, which autocast would narrow
+    return state, decay.exp()[..., None] * (state * query[:, :, None]).sum(-1)
 
 
 def carried_out(x: Inputs, angle: Tensor, ssm: Tensor) -> States:
     """The states after the last tokens."""
-    at = x.ends.row, x.ends.last
+    at = x.ends.last
     k = rotate(_biased(x.K[at].to(x.wide), x.K_bias), angle)
     last = angle, k, x.V[at]
     if x.states is None:
@@ -189,7 +212,7 @@ def accumulated(Angles: Tensor, DT: Tensor, state: Tensor | None, ends: Ends) ->
     turns = DT.mT.double()[..., None] * (0.5 * rates)
     total = turns.cumsum(1)
     # sums begin anew in each sequence
-    offset = (turns - total)[ends.row, ends.first]
+    offset = (turns - total)[ends.first]
     if state is not None:
         offset = offset + state.double() / (2 * math.pi)
     total = total + offset[ends.sequence]

@@ -91,7 +91,7 @@ def mamba3_siso_combined(
         check_cu_seqlens(cu_seqlens, V.shape[1])
     if V.shape[1] == 0:
         return _nothing(V, K, Angles, states, return_final_states, cu_seqlens)
-    ends = Ends.of(V.shape[0], V.shape[1], cu_seqlens, V.device)
+    ends = Ends(V.shape[0], V.shape[1], cu_seqlens, V.device)
     x = Inputs(
         Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, ends
     )  # fmt: skip

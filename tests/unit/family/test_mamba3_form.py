@@ -87,7 +87,7 @@ def test_angles_add_up_without_loss() -> None:
     T, rng = 32768, torch.Generator().manual_seed(0)
     DT = 0.1 * torch.rand(1, 2, T, generator=rng)
     Angles = 1.0 + torch.randn(1, T, 2, 3, generator=rng)
-    found = accumulated(Angles, DT, None, Ends.of(1, T, None, DT.device)).float()
+    found = accumulated(Angles, DT, None, Ends(1, T, None, DT.device)).float()
     steps = DT.double().mT[..., None] * math.pi * Angles.double().tanh()
     error = (found - steps.cumsum(1) + math.pi).remainder(2 * math.pi) - math.pi
     assert error.abs().max() < 3e-6

@@ -75,6 +75,14 @@ def test_what_is_returned_is_what_is_asked_for() -> None:
     assert all((x[0] == 0).all() for x in found[1:])  # of no tokens
 
 
+def test_autocast_narrows_nothing() -> None:
+    made = arguments(draw(CASES["layer"]))
+    wanted = mamba3_siso_combined(**made, return_final_states=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mamba3_siso_combined(**made, return_final_states=True)
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("name", ["layer", "packed-from-nothing"])
 def test_no_tokens(name: str) -> None:
     made = arguments(draw(CASES[name] | {"T": 0}))
