@@ -1,6 +1,7 @@
 """What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
 
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
+    python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
 
@@ -47,7 +48,7 @@ def problem_of(size: str) -> Problem:
     return Problem(K=int(K), V=int(V or K))
 
 
-def measure(sizes: Iterable[str]) -> None:
+def measure(sizes: Iterable[str], names: tuple[str, ...] = ("ours", "fla")) -> None:
     """Times of our op and FLA's, size by size; each is written as soon as it is there."""
     from gdn2gen.store.dispatch import find_recipe
 
@@ -57,7 +58,7 @@ def measure(sizes: Iterable[str]) -> None:
         found = find_recipe(problem, SHAPE.regime, device)
         row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
         # one after the other: what one of them cannot do, or breaks, costs the other nothing
-        for name in ("ours", "fla") if problem.K <= 256 else ("ours",):
+        for name in names if problem.K <= 256 else ("ours",):
             timed = in_a_process("times_of", name, problem)
             row[name] = timed.get() if timed.ok else None
             if not timed.ok:
@@ -91,32 +92,46 @@ def times_of(name: str, problem: Problem) -> list[float]:
 
 def transfer(sizes: Iterable[str]) -> None:
     """Forward+backward of three recipes at every level; None where one is refused."""
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+
+    backend = WorkerBackend(_device())
+    try:
+        wanted = [(problem_of(size), level) for size in sizes for level in LEVELS]
+        rows = [(problem, level, *_recipes_of(problem, level)) for problem, level in wanted]
+        # all at once, for compilers are what takes the time
+        compiles = {
+            recipe: {config: backend.compile(problem, config) for config in recipe.configs}
+            for problem, _, recipes, _ in rows
+            for recipe in recipes.values()
+            if recipe is not None
+        }
+        for problem, level, recipes, origin in rows:
+            row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+            for name, recipe in recipes.items():
+                row[name] = recipe and _checked_ms(backend, recipe, compiles[recipe])
+            row["from"] = origin
+            _add("transfer", row)
+            print(row, flush=True)
+    finally:
+        backend.close()
+
+
+def _recipes_of(problem: Problem, level: str) -> tuple[dict[str, Any], str | None]:
+    """What is tuned, what the nearest other head dims on file have, and the default; and which
+    these are."""
     from gdn2gen.kernels.recipe import Recipe
     from gdn2gen.store.dispatch import find_recipe
     from gdn2gen.store.sizes import transferred
-    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     device = _device()
-    backend = WorkerBackend(device)
-    try:
-        for size in sizes:
-            problem = problem_of(size)
-            for level in LEVELS:
-                own = find_recipe(problem, SHAPE.regime, device, level=level)
-                near = transferred(problem, SHAPE.regime, device, level=level)
-                recipes = {
-                    "tuned": own.recipe if own.source == "exact" else None,
-                    "transferred": None if near is None else near.recipe,
-                    "default": Recipe.default(problem, level, arch=device.arch),
-                }
-                row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
-                for name, recipe in recipes.items():
-                    row[name] = None if recipe is None else _checked_ms(backend, recipe)
-                row["from"] = None if near is None else _origin(near)
-                _add("transfer", row)
-                print(row, flush=True)
-    finally:
-        backend.close()
+    own = find_recipe(problem, SHAPE.regime, device, level=level)
+    near = transferred(problem, SHAPE.regime, device, level=level)
+    recipes = {
+        "tuned": own.recipe if own.source == "exact" else None,
+        "transferred": None if near is None else near.recipe,
+        "default": Recipe.default(problem, level, arch=device.arch),
+    }
+    return recipes, None if near is None else _origin(near)
 
 
 def _origin(near: Any) -> str:
@@ -124,11 +139,10 @@ def _origin(near: Any) -> str:
     return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
 
 
-def _checked_ms(backend: Any, recipe: Any) -> float | None:
+def _checked_ms(backend: Any, recipe: Any, compiles: Any) -> float | None:
     from gdn2gen.tuning.gpu.attempt import try_recipe
 
-    compiles = {config: backend.compile(recipe.problem, config) for config in recipe.configs}
-    tried = try_recipe(recipe, compiles, backend, _device(), full=True)
+    tried = try_recipe(recipe, compiles, backend, _device(), full=False)
     if not tried.ok:
         print(f"refused: {tried.reason}")
         return None
@@ -155,7 +169,12 @@ def _add(kind: str, row: dict[str, Any]) -> None:
     row["toolchain"] = toolchain()
     names = ("K", "V", "level")
     of_row = [row.get(name) for name in names]
-    kept = [x for x in document[kind] if [x.get(name) for name in names] != of_row]
+    kept = []
+    for x in document[kind]:
+        if [x.get(name) for name in names] != of_row:
+            kept.append(x)
+        elif x.get("fla") and "fla" not in row:
+            row["fla"] = x["fla"]
     document[kind] = sorted([*kept, row], key=lambda x: (x["K"], x["V"]))
     path.parent.mkdir(exist_ok=True)
     replace_file(path, json.dumps(document, indent=1) + "\n")
@@ -191,6 +210,8 @@ def plot(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         measure(sys.argv[2:] or SQUARES)
+    elif sys.argv[1:2] == ["ours"]:
+        measure(sys.argv[2:] or SQUARES, ("ours",))
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(sys.argv[2:])
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:

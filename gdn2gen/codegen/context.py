@@ -23,6 +23,8 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.anchors import anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
+from gdn2gen.kernels.languages import TILED_BY
+from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
@@ -188,7 +190,19 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
         tensors.append((operand.name, dims, DTYPE[operand.dtype_in(problem)].full_name))
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
+    K, V = (rounded_up(x, TILED_BY) for x in (problem.K, problem.V))
+    k_past, v_past = K != problem.K, V != problem.V
     return {
+        # how wide tiles of whole head dims are, whether past their ends, their name, and what loads
+        # and stores of whole tiles name
+        "k_width": K,
+        "v_width": V,
+        "k_past": k_past,
+        "v_past": v_past,
+        "k_tile": "KT" if k_past else "K",
+        "v_tile": "VT" if v_past else "V",
+        "k_all": "0:KT" if k_past else ":",
+        "v_all": "0:VT" if v_past else ":",
         "tensors": tensors,
         "symbols": [x for x in symbols if x.isidentifier() and x not in ("K", "V", "BT")],
         "sequences": "(N1 - 1)" if problem.varlen else "B",
@@ -196,7 +210,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         # none, configs have one stage of loads and no register hand-over, and each is waited for.
         "overlaps": config.size("num_stages") > 1 or config.get("maxnreg", 0) != 0,
         # the widest power of two that values come in slices of
-        "v_width": problem.V & -problem.V,
+        "v_slice": V & -V,
         "tile_dtype": DTYPE[problem.dtype].full_name,
         "gate_tile_dtype": DTYPE[problem.gate_dtype].full_name,
     }

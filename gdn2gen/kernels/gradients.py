@@ -47,6 +47,8 @@ _DOTS: Final = (
 # What is added to the state where nothing is erased.
 _VALUES: Final = replace(VW[0], when=ONLY_WRITES)
 
+# A load by TMA takes 256 columns; of more they come in blocks of 64.
+_WHOLE_V: Final = tuple(x for x in TILED_DIMS["V"] if x <= 256 or x % 64 == 0)
 _OVER_192: Final = tuple(x for x in TILED_DIMS["V"] if x > 192)
 
 
@@ -88,7 +90,7 @@ GRAD_VALUE: Final = Stage(
             "grad_value",
             knobs={
                 "chunks": (1, 4, 16),
-                "BV": TILED_DIMS["V"],
+                "BV": _WHOLE_V,
                 "num_warps": (4,),
                 "num_stages": LOADS_AHEAD,
                 "maxnreg": (0, 80, 128),
@@ -207,7 +209,7 @@ _ANCHORED_TILELANG: Final = Form(
     knobs={
         "chunks": (1, 4, 16),
         "BK": (64,),
-        "BV": TILED_DIMS["V"],
+        "BV": _WHOLE_V,
         "num_warps": (4,),
         "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 128),

@@ -8,19 +8,28 @@ from typing import Final
 from gdn2gen.kernels.limits import Limit
 
 LANGUAGE_NAMES: Final = {"triton": "Triton", "tilelang": "TileLang"}
-# Head dims whose rows TMA loads and stores, and products take, as they are.
-TILED_DIMS: Final = {"K": tuple(range(32, 257, 32)), "V": tuple(range(32, 513, 32))}
-_TILED: Final = "TMA writes to multiples of 128 bytes, which 32 channels of gamma_C are"
+# Of head dims as TileLang tiles them: TMA writes to multiples of 128 bytes, which 32 channels of
+# gamma_C are, and tiles in registers are at least 32 values wide. Loads past a head dim give zeros.
+TILED_BY: Final = 32
+TILED_DIMS: Final = {
+    "K": tuple(range(TILED_BY, 257, TILED_BY)),
+    "V": tuple(range(TILED_BY, 513, TILED_BY)),
+}
 _AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _ON_AMPERE: Final = {"arch": _AMPERE}
+
+
+def multiple_of(language: str, arch: str | None) -> int:
+    """What tiles round head dims up to; without TMA, nothing fills them."""
+    return TILED_BY if language == "tilelang" and arch not in _AMPERE else 1
+
+
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
     "triton": (),
     "tilelang": (
         Limit("op", ("gdn2", "kda"), "the others have kernels in Triton alone"),
         Limit("dtype", ("bf16", "fp16"), "its products have 16-bit operands"),
         Limit("num_warps", (4,), "a warp group computes"),
-        Limit("K", TILED_DIMS["K"], _TILED),
-        Limit("V", TILED_DIMS["V"], "its tiles in registers are at least 32 values wide"),
         *(
             Limit(dim, (32, 64, 128), "other head dims were compiled for sm_90 alone", _ON_AMPERE)
             for dim in ("K", "V")

@@ -30,16 +30,24 @@ class Place:
     BT: int
     arch: str | None = None
     """As in `sm_90`; None where it is not known: then nothing that depends on it is refused."""
+    multiple: int = 1
+    """Head dims count as the next multiple of it: tiles of some languages come in such steps."""
 
     def __contains__(self, name: str) -> bool:
         return name in ("BT", "arch") or hasattr(self.problem, name)
 
     def __getitem__(self, name: str) -> object:
         """`BT`, `arch`, or a field of the problem."""
-        return getattr(self if name in ("BT", "arch") else self.problem, name)
+        value = getattr(self if name in ("BT", "arch") else self.problem, name)
+        return rounded_up(value, self.multiple) if name in ("K", "V") else value
 
     def is_in(self, where: Where) -> bool:
         return all(self[name] in values for name, values in where.items())
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    """The next multiple, or `size` where it is one."""
+    return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Final
@@ -24,8 +24,17 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES
-from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Limit, Place, Setting, Where
+from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES, TILED_BY, multiple_of
+from gdn2gen.kernels.limits import (
+    CHUNKS,
+    Domain,
+    Knob,
+    Limit,
+    Place,
+    Setting,
+    Where,
+    rounded_up,
+)
 from gdn2gen.kernels.slices import covering
 
 
@@ -163,6 +172,7 @@ class Form:
 
     def serves(self, place: Place) -> bool:
         """Whether it has any kernel there."""
+        place = self.tiled(place)
         limits = (x for x in self.limits_at(place) if x.name not in self.knobs)
         if any(place[x.name] not in x.values for x in limits):
             return False
@@ -172,6 +182,7 @@ class Form:
 
     def domains(self, place: Place) -> dict[str, Domain]:
         """What each knob may be there, in the order of `knobs`; may be empty."""
+        place = self.tiled(place)
         found = dict(self.knobs)
         for tile, dim in self.tiles:
             if tile in found:
@@ -186,6 +197,7 @@ class Form:
 
     def limits_at(self, place: Place) -> list[Limit]:
         """What holds there: the language's, as far as it has such knobs, and its own."""
+        place = self.tiled(place)
         given = (*LANGUAGES[self.language], *self.limits)
         return [
             x for x in given if (x.name in self.knobs or x.name in place) and place.is_in(x.where)
@@ -193,6 +205,7 @@ class Form:
 
     def default(self, place: Place) -> dict[str, Knob]:
         """Its knobs without tuning; where it cannot run, values that it does not take."""
+        place = self.tiled(place)
         found = {name: values[0] for name, values in self.knobs.items()}
         for setting in self.defaults:
             if place.is_in(setting.where):
@@ -203,10 +216,15 @@ class Form:
                 found[tile] = widest if tile in self.whole else min(int(found[tile]), widest)
         return found
 
+    def tiled(self, place: Place) -> Place:
+        """The same with head dims as its tiles take them."""
+        return replace(place, multiple=multiple_of(self.language, place.arch))
+
     def widest(self, tile: str, size: object) -> int:
         """What a tile may be at most, for a head dim: it covers it, or is its knob's largest."""
         assert isinstance(size, int)
-        covers = size if self.exact and tile in self.whole else covering(size)
+        exactly = self.exact and tile in self.whole
+        covers = rounded_up(size, TILED_BY) if exactly else covering(size)
         return min(covers, max(map(int, self.knobs[tile])))
 
 

@@ -56,10 +56,10 @@ def valid_configs(stage: str, place: Place) -> Iterator[Config]:
 
 
 def _why_off_limits(config: Config, form: Form, place: Place) -> str | None:
-    which = f"the {form.title} {config.stage}"
+    which, tiled = f"the {form.title} {config.stage}", form.tiled(place)
     for limit in form.limits_at(place):
         name = limit.name
-        given = config[name] if name in config else place[name]
+        given = config[name] if name in config else tiled[name]
         if given not in limit.values:
             why = limit.why.format(form=form.name)
             return f"{which} takes {_one_of(name, limit.values)}, not {given}: {why}"

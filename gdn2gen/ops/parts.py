@@ -8,6 +8,7 @@ TRITON_INTERPRET=1 tensors on the CPU run the kernels in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -155,6 +156,10 @@ def gated_rms_norm(
     return parts.norm(x, gate, weight, eps, activation)
 
 
+# torch.compile knows no order between a set and what a mapping has (2.11).
+_DTYPES: Final = tuple(DTYPE_NAME)
+
+
 def _wants_gradient(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
 
@@ -169,7 +174,7 @@ def _has_kernels(tensors: Tensors, x: Tensors, parameters: Tensors) -> bool:
     if any([part.layout != torch.strided for part in tensors]):
         return False
     dtypes = {part.dtype for part in x}, {part.dtype for part in parameters}
-    return all(len(found) == 1 and found <= DTYPE_NAME.keys() for found in dtypes)
+    return all(len(found) == 1 and all(y in _DTYPES for y in found) for found in dtypes)
 
 
 def _convolved_by_kernels(x: Tensors, weight: Tensors, bias: Tensors, tail: Tensors) -> bool:

@@ -11,7 +11,9 @@ from typing import Final, Literal, NamedTuple
 
 from gdn2gen.base.device import Device, known_device
 from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
-from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.problem import DIMS, Problem, Regime
+from gdn2gen.kernels.languages import TILED_BY
+from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry, TunedFile
 
@@ -172,13 +174,21 @@ def _load(name: str, _look: int, device: Device | None, arch: str) -> TunedFile 
 def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
     """Minor keys in which the entry's problem differs from `key`; None if a major one does.
 
-    An entry that was filed under a bound serves that bound alone: its kernels may count on it.
+    An entry that was filed under a bound serves that bound alone: its kernels may count on it. A
+    head dim is minor if it is less than the entry's and rounds up to it: TileLang's tiles are the
+    same, and Triton's slices no wider, so that they take no more shared memory.
     """
     filed = entry.problem_key
     if "bound" in filed and filed["bound"] != key.get("bound"):
         return None
     names = [name for name, value in key.items() if filed.get(name) != value]
-    return names if all(name in _MINOR_KEYS for name in names) else None
+    for name in names:
+        if name in _MINOR_KEYS:
+            continue
+        size, wider = key[name], filed.get(name)
+        if name not in DIMS or not isinstance(size, int) or rounded_up(size, TILED_BY) != wider:
+            return None
+    return names
 
 
 def _fits(entry: Entry, problem: Problem) -> bool:

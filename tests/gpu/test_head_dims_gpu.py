@@ -5,6 +5,7 @@ Each test compiles kernels of its own: `pytest -n 10` takes as many minutes as t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -14,9 +15,11 @@ from gpu_support import draw, moved, off, poisoned, run, sized
 from tilelang_configs import tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
+from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import run_reference
+from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -97,13 +100,17 @@ def test_segments_side_by_side(size: tuple[int, int]) -> None:
     check(recipe.with_config(*(x.replace(segments="parallel") for x in chains)), "zero", shape=LONG)
 
 
-# Partial slices of channels and of values, frames beside them, and what only a whole tile serves.
-TILED: Final = ((96, 96), (96, 160), (160, 64), (192, 192), (256, 256), (128, 384), (256, 512))
+# Partial slices of channels and of values, frames beside them, and what only a whole tile serves;
+# then tiles that reach past a head dim.
+TILED: Final = (
+    *((96, 96), (96, 160), (160, 64), (192, 192), (256, 256), (128, 384), (256, 512)),
+    *((16, 40), (40, 136), (72, 72), (112, 112), (184, 200)),
+)
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("size", **named(TILED))
-def test_tilelang_of_multiples_of_32(size: tuple[int, int], op: str) -> None:
+def test_tilelang(size: tuple[int, int], op: str) -> None:
     recipe = tilelang_recipe(problem_of(op, size), "lean")
     served = [x for x in recipe.configs if x["language"] == "tilelang"]
     assert len(served) >= len(recipe.configs) - 2
@@ -121,10 +128,21 @@ def test_tilelang_packed_with_gates_and_states(size: tuple[int, int], op: str) -
     check(tilelang_recipe(problem, "states"), "layer", "strong", shape=PACKED)
 
 
-def test_what_lies_behind_a_tensor_is_neither_read_nor_written() -> None:
+@pytest.mark.parametrize("K", [24, 56, 80, 104, 112, 176, 216, 248])
+def test_what_a_call_finds(K: int) -> None:
+    """What is tuned for wider heads, in tiles that reach past these."""
+    problem = problem_of("gdn2", (K, K))
+    found = find_recipe(problem, SHAPES["train4k"].regime)
+    check(found.recipe, "layer", "strong", "mixed")
+
+
+@pytest.mark.parametrize("make", [Recipe.default, tilelang_recipe])
+def test_what_lies_behind_a_tensor_is_neither_read_nor_written(
+    make: Callable[[Problem, str], Recipe],
+) -> None:
     """Inputs and gradients in the middle of NaN; a head's channels past its own are the next's."""
     problem = replace(problem_of("gdn2", (40, 72)), final_state=False, initial_state=False)
-    recipe = Recipe.default(problem)
+    recipe = make(problem, "lean")
     inputs, grads = draw(problem, SHAPE)
 
     def embedded(x: torch.Tensor) -> torch.Tensor:

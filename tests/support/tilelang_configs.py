@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.languages import TILED_BY
+from gdn2gen.kernels.limits import Knob, rounded_up
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
@@ -16,22 +17,23 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
 
     Of wider heads as many as there are: fewer would spill.
     """
+    K, V = (rounded_up(x, TILED_BY) for x in (problem.K, problem.V))
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
     own: dict[str, dict[str, Knob]] = {
         "prepare": {
             "decay": "anchored",
-            "BK": problem.K,
+            "BK": K,
             "solve": "halves" if BT == 32 else "ieee",
-            "maxnreg": 80 if problem.K in (96, 128) else 64,
+            "maxnreg": 80 if K in (96, 128) else 64,
         },
-        "reprepare": {"BK": problem.K, "maxnreg": 80},
-        "sum_decay": {"BK": problem.K},
-        "grad_value": {"BV": problem.V, "maxnreg": 80},
-        "grad_key": {"decay": "anchored", "BK": 64, "BV": problem.V, "maxnreg": 128},
+        "reprepare": {"BK": K, "maxnreg": 80},
+        "sum_decay": {"BK": K},
+        "grad_value": {"BV": V, "maxnreg": 80},
+        "grad_key": {"decay": "anchored", "BK": 64, "BV": V, "maxnreg": 128},
     }
     config = default_config(stage, problem, BT=BT)
     config = config.replace(language="tilelang", **knobs, **own[stage])
-    wide = "maxnreg" in config and max(problem.K, problem.V) > 128
+    wide = "maxnreg" in config and max(K, V) > 128
     return config.replace(maxnreg=0) if wide else config
 
 

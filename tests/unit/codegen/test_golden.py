@@ -11,7 +11,7 @@ import jinja2
 import pytest
 from jinja2 import meta, nodes
 from source_tree import ROOT
-from tilelang_configs import tilelang_by_chunk
+from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import templates_dir
@@ -100,6 +100,13 @@ def _reverse_scan_tilelang() -> str:
 def _prepare_tilelang() -> str:
     problem = Problem()
     return render(problem, "prepare", tilelang_by_chunk("prepare", problem)).source
+
+
+def _past_head_dims_tilelang(stage: str) -> str:
+    """In tiles that reach past both head dims."""
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    problem = Problem(K=72, V=40, initial_state=True, final_state=True, **gates)  # type: ignore[arg-type]
+    return render(problem, stage, tilelang_config(stage, problem)).source
 
 
 def _scan_tilelang() -> str:
@@ -224,6 +231,8 @@ OUTPUTS: Final = {
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
     "scan_tilelang.py": _scan_tilelang,
     "prepare_tilelang.py": _prepare_tilelang,
+    "prepare_past_head_dims_tilelang.py": partial(_past_head_dims_tilelang, "prepare"),
+    "scan_past_head_dims_tilelang.py": partial(_past_head_dims_tilelang, "scan"),
     "grad_value_tilelang.py": _grad_value_tilelang,
     "reprepare_tilelang.py": _reprepare_tilelang,
     "prepare_at_once_tilelang.py": _prepare_at_once_tilelang,

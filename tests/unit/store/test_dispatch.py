@@ -199,6 +199,17 @@ def test_head_dims_and_dtype_are_never_fuzzy(user, other):
     assert find().source == "default"
 
 
+def test_head_dims_that_are_tiled_alike_serve(user):
+    """104 has the tiles of 128, masked; what is narrower serves nothing wider."""
+    file_in(user, make_entry(mark=2), make_entry(problem=Problem(K=96, V=96), mark=3))
+    for K, V, mark in ((104, 128, 2), (120, 112, 2), (80, 80, 3), (96, 88, 3)):
+        found = find(Problem(K=K, V=V))
+        assert (found.source, mark_of(found)) == ("nearest", mark)
+        assert (found.recipe.problem.K, found.recipe.problem.V) == (K, V)
+    for K, V in ((96, 128), (136, 128), (128, 64), (64, 64)):
+        assert find(Problem(K=K, V=V)).source == "default"
+
+
 def test_minor_flags_serve_after_the_same_flags(user):
     far = Regime(1024, 1, 2)
     plain = Problem(l2norm=False, gate_dtype="bf16")
