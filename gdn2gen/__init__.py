@@ -24,6 +24,8 @@ __all__ = [
     "fused_recurrent_simple_gla",
     "gated_rms_norm",
     "generate",
+    "mamba3_siso_combined",
+    "mamba3_siso_step",
     "mamba_chunk_scan_combined",
     "pin",
     "reload",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         chunk_simple_gla,
     )
     from gdn2gen.ops.mamba import mamba_chunk_scan_combined
+    from gdn2gen.ops.mamba3 import mamba3_siso_combined, mamba3_siso_step
     from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
     from gdn2gen.ops.recurrent import (
         fused_recurrent_delta_rule,
@@ -80,6 +83,8 @@ _HOMES = {
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tuning.packages",
+    "mamba3_siso_combined": "gdn2gen.ops.mamba3",
+    "mamba3_siso_step": "gdn2gen.ops.mamba3",
     "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",

@@ -8,6 +8,9 @@ delta_rule          DeltaNet
 gla                 Gated linear attention
 simple_gla          the same with one decay per head
 mamba2              Mamba-2's own recurrence, which simple_gla's kernels serve
+mamba3              Mamba-3's own recurrence
+mamba3_form         what comes before and after simple_gla's one pass that computes it
+mamba3_problem      Mamba3Problem: what kernels of those are made for
 registry            the members by name
 problem             Problem (compiled in) and Regime (known at run time)
 compiled            what kernels ask of any problem

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -22,6 +23,6 @@ STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 EVERY_STAGE: Final[Mapping[str, Stage]] = {
     **STAGES,
     RECURRENT.name: RECURRENT,
-    **{stage.name: stage for stage in PART_STAGES},
+    **{stage.name: stage for stage in (*PART_STAGES, *MAMBA3_STAGES)},
 }
 """And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

@@ -6,4 +6,5 @@ recurrent  fused_recurrent_gdn2, fused_recurrent_kda, fused_recurrent_gated_delt
            fused_recurrent_delta_rule, fused_recurrent_gla, fused_recurrent_simple_gla
 parts      short_convolution, short_convolution_step, gated_rms_norm: what layers have beside
 mamba      mamba_chunk_scan_combined
+mamba3     mamba3_siso_combined, mamba3_siso_step
 """

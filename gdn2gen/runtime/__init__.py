@@ -16,4 +16,6 @@ decoding         such a call's kernel, and what its shapes, strides, dtypes and 
 decoding_op      its op in torch.library
 parts            launches of the kernels of a layer's parts
 parts_ops        their ops in torch.library, and autograd's own Functions
+mamba3           launches of the kernels around Mamba-3's scan, and of its one token
+mamba3_ops       the ops of the former in torch.library, and autograd's own Functions
 """

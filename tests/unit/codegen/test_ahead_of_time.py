@@ -13,10 +13,17 @@ from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.mamba3 import (
+    MAMBA3_STAGES,
+    MAMBA3_STEP,
+    mamba3_knobs,
+    mamba3_step_knobs,
+)
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tuning.offline.predict import blocks_per_sm
@@ -312,6 +319,10 @@ _PARTS: Final = {
     "fp32": replace(_QKV, dtype="fp32", weight_dtype="fp32"),
     "norm": NormProblem(),
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
+    "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
+    "packed mamba3": Mamba3Problem(
+        dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
+    ),
 }
 # Registers a thread that leave as many warps to a multiprocessor as the memory's speed asks for.
 _REGISTERS: Final = {
@@ -326,7 +337,7 @@ _REGISTERS: Final = {
     ("stage", "name"),
     [
         pytest.param(stage, name, id=f"{stage.name}-{name}")
-        for stage in PART_STAGES
+        for stage in (*PART_STAGES, *MAMBA3_STAGES)
         for name, problem in _PARTS.items()
         if isinstance(problem, stage.made_for)
     ],
@@ -335,6 +346,10 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str) -> N
     problem, device = _PARTS[name], named_device("sm_90")
     if isinstance(problem, ConvolutionProblem):
         knobs = convolution_knobs(stage, problem, 4, 4096, 6144, device.sms)
+    elif isinstance(problem, Mamba3Problem):
+        knobs = mamba3_knobs(stage, problem, 512, 64, 1, device.sms)
+        if stage is MAMBA3_STEP:
+            knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)

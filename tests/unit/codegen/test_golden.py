@@ -25,6 +25,7 @@ from gdn2gen.codegen.render import (
 )
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -183,6 +184,7 @@ def _part(stage: str, problem: Compiled, **knobs: int) -> str:
 _PACKED_QKV: Final = ConvolutionProblem(packed=True, initial_tail=True, final_tail=True)
 _WITH_BIAS: Final = ConvolutionProblem(width=3, bias=True, tensors=1, weight_dtype="fp32")
 _OF_96: Final = NormProblem(size=96, activation="silu")
+_MAMBA3: Final = Mamba3Problem(skip=True, gate=True, carried=True, packed=True)
 
 
 def _parallel(stage: str) -> str:
@@ -260,6 +262,13 @@ OUTPUTS: Final = {
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
+    "mamba3_prologue_packed.py": partial(_part, "mamba3_prologue", _MAMBA3, BH=8),
+    "mamba3_prologue_backward.py": partial(
+        _part, "mamba3_prologue_backward", replace(_MAMBA3, packed=False), BH=8
+    ),
+    "mamba3_epilogue.py": partial(_part, "mamba3_epilogue", Mamba3Problem(gate=True), BH=8),
+    "mamba3_epilogue_backward_packed.py": partial(_part, "mamba3_epilogue_backward", _MAMBA3),
+    "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,
     "package_packed.py": _package_packed,
     "package_kda.py": lambda: _package_of(Recipe.default(replace(_PACKED, op="kda"), "fast")),

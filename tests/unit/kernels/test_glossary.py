@@ -13,6 +13,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -48,7 +49,7 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
 def test_there_are_words_for_operands_and_no_others() -> None:
     of_chunks = {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
     of_tokens = {x.name for op in OPS for x in RECURRENT.operands(of_op(GUESSED, op))}
-    of_parts = {y.name for x in PART_STAGES for y in (*x.inputs, *x.outputs)}
+    of_parts = {y.name for x in (*PART_STAGES, *MAMBA3_STAGES) for y in (*x.inputs, *x.outputs)}
     assert {*WORDS} == of_chunks | of_tokens | of_parts
 
 
