@@ -39,10 +39,12 @@ class PrefillProblem(Problem):
         given = {x.name: getattr(problem, x.name) for x in fields(Problem)}
         return cls(**given, checkpoints=checkpoints, odd_slots=odd_slots)
 
-    @property
-    def plain(self) -> Problem:
-        """What the other stages are compiled for."""
-        return Problem(**{x.name: getattr(self, x.name) for x in fields(Problem)})
-
     def dtype_of(self, role: str) -> str:
         return self.checkpoints if role == "checkpoint" else super().dtype_of(role)
+
+
+def plain(problem: Problem) -> Problem:
+    """What the other stages are compiled for."""
+    if not isinstance(problem, PrefillProblem):
+        return problem
+    return Problem(**{x.name: getattr(problem, x.name) for x in fields(Problem)})

@@ -19,6 +19,7 @@ from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
+from gdn2gen.ops._prefill import Serving
 from gdn2gen.runtime.autograd import op_of
 
 _GDN2: Final = op_of(GDN2)
@@ -51,9 +52,16 @@ def chunk_gdn2(
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     state_v_first: bool = False,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 over whole sequences, in chunks (arXiv 2605.22791)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _GDN2,
         (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens),
         scale=scale,
@@ -66,6 +74,14 @@ def chunk_gdn2(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
 
 
@@ -92,9 +108,16 @@ def chunk_kda(
     cu_seqlens_cpu: Tensor | None = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, in chunks (arXiv 2510.26692)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _KDA,
         (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
         scale=scale,
@@ -109,6 +132,14 @@ def chunk_kda(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
 
 
@@ -133,9 +164,17 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None,
     chunk_size: int | None = None,
     disable_recompute: bool = False,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet over whole sequences, in chunks (arXiv 2412.06464)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _GATED_DELTA_RULE,
         (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
         scale=scale,
@@ -147,7 +186,16 @@ def chunk_gated_delta_rule(
         disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
 
 
@@ -165,9 +213,17 @@ def chunk_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int | None = None,
     disable_recompute: bool = False,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """DeltaNet over whole sequences, in chunks (arXiv 2406.06484)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _DELTA_RULE,
         (q, k, v, beta, initial_state, cu_seqlens),
         scale=scale,
@@ -175,7 +231,16 @@ def chunk_delta_rule(
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         disable_recompute=disable_recompute,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
 
 
@@ -192,9 +257,17 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     disable_recompute: bool = False,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention over whole sequences, in chunks (arXiv 2312.06635)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _GLA,
         (q, k, v, g, initial_state, cu_seqlens),
         scale=scale,
@@ -202,6 +275,15 @@ def chunk_gla(
         disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        return_intermediate_states=return_intermediate_states,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
 
 
@@ -220,9 +302,17 @@ def chunk_simple_gla(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int | None = None,
     disable_recompute: bool = False,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Simple gated linear attention over whole sequences, in chunks (arXiv 2405.21060)."""
-    return call(
+    return call(  # type: ignore[no-any-return]
         _SIMPLE_GLA,
         (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
         scale=scale,
@@ -230,5 +320,14 @@ def chunk_simple_gla(
         disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
+        serving=Serving(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )

@@ -216,7 +216,7 @@ def _problem(
         accepted="num_accepted_tokens" in tensors,
         one_token=dims.T == 1 and "cu_seqlens" not in tensors,
         strided=strided,
-        odd_slots=pool is not None and _slot_stride(pool, dims) % UNIT != 0,
+        odd_slots=pool is not None and slot_stride_of(pool) % UNIT != 0,
     )
 
 
@@ -245,7 +245,7 @@ def _scalars(
     }
     if "state_pool" in tensors:
         pool = tensors["state_pool"]
-        stride = _slot_stride(pool, dims)
+        stride = slot_stride_of(pool)
         found["slots"] = pool.shape[0]
         found["slot_stride"] = stride if problem.odd_slots else stride // UNIT
     if "ssm_state_indices" in tensors:
@@ -256,9 +256,9 @@ def _scalars(
     return found
 
 
-def _slot_stride(pool: Strided, dims: Dims) -> int:
+def slot_stride_of(pool: Strided) -> int:
     """Elements from slot to slot. Raises InputError for a pool that none can be written in."""
-    size = dims.HV * dims.K * dims.V
+    size = prod(pool.shape[1:])
     stride = pool.stride[0] if pool.shape[0] > 1 else size
     if not _is_dense(pool, 1) or stride < size:
         raise InputError(

@@ -128,6 +128,11 @@ def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRun
 def _found(
     request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
 ) -> SizedRunner:
+    return _runner(find_for(request, level, gradient)).at(request.call)
+
+
+def find_for(request: Request, level: str, gradient: bool) -> Found:
+    """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?"""
     found = _find(request, level)
     if not gradient and not keeps_least(found.recipe.plan):
         # no use to have a scan keep states; unless only what keeps them is tuned
@@ -137,7 +142,7 @@ def _found(
             leaner = found
         if leaner.source == found.source:
             found = leaner
-    return _runner(found).at(request.call)
+    return found
 
 
 def _find(request: Request, level: str, strict: bool | None = None) -> Found:

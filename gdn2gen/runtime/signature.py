@@ -105,6 +105,16 @@ class Signature:
         return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot) -> ()"
 
     @property
+    def prefill_schema(self) -> str:
+        """Of an op that writes what it is given: o, states, slots of the pool."""
+        rest = (
+            "Tensor(a!)? state_pool, Tensor? ssm_state_indices, Tensor? has_initial_state, "
+            "Tensor? checkpoint_state_indices, Tensor(b!) o, Tensor(c!)? final_state, "
+            "Tensor(d!)? states"
+        )
+        return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot, int every) -> ()"
+
+    @property
     def _options(self) -> str:
         return ", ".join(_OPTIONS[: self.options])
 
