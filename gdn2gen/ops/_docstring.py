@@ -34,28 +34,30 @@ _OPTIONS: Final = {
     "safe_gate": "the decay is bounded; needs `lower_bound` where the gate is in the kernel.",
     "lower_bound": "least decay, in [-5, 0).",
     "disable_recompute": 'keep more of the forward for a faster backward (the level "fast").',
-    "return_intermediate_states": "return a third: the states before tokens 0, 64, 128, ... of each "
-    "sequence, [B, NT, HV, K, V] in the dtype of q, as flash-linear-attention does (packed: B = 1, one "
-    "sequence after the other; NT is T // 64 + N, with zeros past the last state, unless the host knows "
-    "the lengths by `cu_seqlens_cpu`). There is no backward then.",
+    "return_intermediate_states": "return a third: the states before tokens 0, 64, 128, ... of "
+    "each sequence, [B, NT, HV, K, V] in the dtype of q, as flash-linear-attention does (packed: "
+    "B = 1, one sequence after the other; NT is T // 64 + N, with zeros past the last state, "
+    "unless the host knows the lengths by `cu_seqlens_cpu`). There is no backward then.",
     "state_v_first": "states are [N, HV, V, K].",
 }
 # Of the ops over whole sequences, in other words than of those over a few tokens.
 _PREFILL: Final = {
-    "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place, in place of "
-    "`initial_state`; there is no backward then. A slot's dims follow each other in memory; slots may "
-    "lie any distance apart. Without `ssm_state_indices` sequence n has slot n.",
-    "ssm_state_indices": "[N], int32 or int64: slots of the sequences, which no other has. A state is "
-    "read from a slot, and written back after the last token. An index below 0, equal to `null_slot` "
-    "or past the pool's end names no slot: it is never written, and its sequence is padding, whose "
-    "rows of o are zeros. A sequence without tokens leaves its slot alone.",
-    "has_initial_state": "[N] bool: where it is False, a sequence begins with zeros, whatever lies in "
-    "its slot. All begin with what lies there if None.",
-    "checkpoint_every_n_tokens": "n, a multiple of 64: states after n, 2 n, ... tokens of each sequence "
-    "of this call are kept, too, as a cache of prefixes wants them; with `checkpoint_state_indices`.",
-    "checkpoint_state_indices": "[N, C], int32 or int64: slots of `state_pool` for these states, none of "
-    "which is a sequence's own or named twice. Column c is of the state after (c + 1) n tokens; what "
-    "a sequence is too short for, is not written. What names no slot is as in `ssm_state_indices`.",
+    "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place, in "
+    "place of `initial_state`; there is no backward then. A slot's dims follow each other in "
+    "memory; slots may lie any distance apart. Without `ssm_state_indices` sequence n has slot n.",
+    "ssm_state_indices": "[N], int32 or int64: slots of the sequences, which no other has. A state "
+    "is read from a slot, and written back after the last token. An index below 0, equal to "
+    "`null_slot` or past the pool's end names no slot: it is never written, and its sequence is "
+    "padding, whose rows of o are zeros. A sequence without tokens leaves its slot alone.",
+    "has_initial_state": "[N] bool: where it is False, a sequence begins with zeros, whatever lies "
+    "in its slot. All begin with what lies there if None.",
+    "checkpoint_every_n_tokens": "n, a multiple of 64: states after n, 2 n, ... tokens of each "
+    "sequence of this call are kept, too, as a cache of prefixes wants them; with "
+    "`checkpoint_state_indices`.",
+    "checkpoint_state_indices": "[N, C], int32 or int64: slots of `state_pool` for these states, "
+    "none of which is a sequence's own or named twice. Column c is of the state after (c + 1) n "
+    "tokens; what a sequence is too short for, is not written. What names no slot is as in "
+    "`ssm_state_indices`.",
 }
 _BOUNDED: Final = (
     ", or with `lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({name} + dt_bias))"

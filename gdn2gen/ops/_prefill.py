@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -108,5 +109,5 @@ def _states(
     if watched or known.device.type != "cpu":
         return q.new_zeros((rows_of_states(dims.T, dims.N, packed=True), *shape))
     ends = known.tolist()
-    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(ends)]
     return q.new_empty((sum(-(-x // INTERMEDIATE_TOKENS) for x in lengths), *shape))

@@ -63,8 +63,8 @@ def run_prefill(
 ) -> None:
     """Write o, the final state and the states on the way where they are given, and slots.
 
-    `given` are the tensors that are given, by name, but for cu_seqlens; the problem of `request` has
-    an initial and a final state where there is a pool.
+    `given` are the tensors that are given, by name, but for cu_seqlens; the problem of `request`
+    has an initial and a final state where there is a pool.
     """
     device = request.call.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -42,10 +42,10 @@ def check_prefill(
     pool, indices, flags, checkpoints = (named[name] for name in POOLS)
     check_pool(pool, indices, dims, state_v_first, initial=initial)
     check_null_slot(null_slot, indices is not None)
-    for name, x in (("ssm_state_indices", indices), ("has_initial_state", flags)):
-        if x is not None and tuple(x.shape) != (dims.N,):
+    for name, layout in (("ssm_state_indices", indices), ("has_initial_state", flags)):
+        if layout is not None and tuple(layout.shape) != (dims.N,):
             raise InputError(
-                f"{name} must be [N] with N={dims.N} sequences, but got {tuple(x.shape)}"
+                f"{name} must be [N] with N={dims.N} sequences, but got {tuple(layout.shape)}"
             )
     if indices is not None and indices.dtype not in INDEX_DTYPES:
         raise InputError(f"ssm_state_indices must be int32 or int64, but got {indices.dtype}")

@@ -89,6 +89,7 @@ def _reference(
 ) -> None:
     o, final_state, states = written
     assert o is not None
+    named: dict[str, Any] = dict(zip(POOLS, pools, strict=True))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         prefill(
             recurrence_named(signature.op),
@@ -96,7 +97,7 @@ def _reference(
             o,
             final_state,
             states,
-            **dict(zip(POOLS, pools, strict=True)),
+            **named,
             null_slot=null_slot,
             every=every if states is None else INTERMEDIATE_TOKENS,
             scale=options.scale,

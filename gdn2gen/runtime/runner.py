@@ -21,7 +21,6 @@ from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.passes import Loaded, Pass
 
-
 # The stage that makes states, and may keep some of them for who asks (`PrefillProblem`).
 _KEEPING: Final = "scan"
 
