@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from gdn2gen.runtime.decoding_checks import refuse_gradients
 from gdn2gen.runtime.prefill import rows_of_states
 from gdn2gen.runtime.prefill_checks import POOLS, check_prefill
 from gdn2gen.runtime.prefill_op import run
+
+_WHEN: Final = " with states in a pool or on the way"
 
 
 class Serving(NamedTuple):
@@ -66,7 +68,7 @@ def prefill(
         every=every,
         intermediate=intermediate,
     )
-    refuse_gradients(signature, tensors)
+    refuse_gradients(signature, (*tensors, *pools), POOLS, _WHEN)
     o = v.new_empty(v.shape)
     inner = (dims.V, dims.K) if state_v_first else (dims.K, dims.V)
     final_state = states = None

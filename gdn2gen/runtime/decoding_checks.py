@@ -160,12 +160,18 @@ def check_lengths(cu_seqlens: Tensor, tokens: int) -> None:
         )
 
 
-def refuse_gradients(signature: Signature, tensors: Sequence[Any]) -> None:
-    """Raises UnsupportedError where autograd would want a gradient of an input."""
+def refuse_gradients(
+    signature: Signature,
+    tensors: Sequence[Any],
+    others: Sequence[str] = SERVING,
+    when: str = "",
+) -> None:
+    """Raises UnsupportedError where autograd would want a gradient of an input: of the signature's,
+    or of `others`."""
     if torch.is_grad_enabled():
-        for name, x in zip((*signature.names, *SERVING), tensors, strict=True):
+        for name, x in zip((*signature.names, *others), tensors, strict=True):
             if x is not None and x.requires_grad:
                 raise UnsupportedError(
-                    f"{signature.public} has no backward, but {name} requires a gradient: call it "
-                    "under torch.no_grad() or torch.inference_mode()"
+                    f"{signature.public} has no backward{when}, but {name} requires a gradient: "
+                    "call it under torch.no_grad() or torch.inference_mode()"
                 )

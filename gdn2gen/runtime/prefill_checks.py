@@ -10,6 +10,7 @@ from torch import Tensor
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
 from gdn2gen.runtime.arguments import Dims, TensorLayout, check_dense, check_devices
+from gdn2gen.runtime.decoding import Strided, slot_stride_of
 from gdn2gen.runtime.decoding_checks import INDEX_DTYPES, check_null_slot, check_pool
 
 POOLS = ("state_pool", "ssm_state_indices", "has_initial_state", "checkpoint_state_indices")
@@ -41,6 +42,8 @@ def check_prefill(
     check_devices({"q": TensorLayout.of(q), **named})
     pool, indices, flags, checkpoints = (named[name] for name in POOLS)
     check_pool(pool, indices, dims, state_v_first, initial=initial)
+    if pools[0] is not None:
+        slot_stride_of(Strided(pools[0].shape, pools[0].dtype, pools[0].stride()))
     check_null_slot(null_slot, indices is not None)
     for name, layout in (("ssm_state_indices", indices), ("has_initial_state", flags)):
         if layout is not None and tuple(layout.shape) != (dims.N,):

@@ -230,7 +230,7 @@ OF_ARGUMENT: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
     "return_intermediate_states": {
-        "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
+        "intermediate": (lambda x: {"return_intermediate_states": 1}, "must be True or False"),
     },
     "chunk_size": {
         "chunk-size": (lambda x: {"chunk_size": 48}, r"must be one of \(16, 32, 64\), .* got 48"),
