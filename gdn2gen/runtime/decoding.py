@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
@@ -109,6 +110,7 @@ def make_plan(
     options: tuple[Any, ...],
     null_slot: int | None,
     device: torch.device,
+    _invariant: bool,
     *given: tuple[torch.Size, torch.dtype, Lay] | None,
 ) -> Plan:
     """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
@@ -183,7 +185,12 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     """
     if _forced is not None:
         return _forced
-    return config_at(problem, dims.N, dims.HV, device_of(device))
+    sequences = _ANY_BATCH if is_batch_invariant() else dims.N
+    return config_at(problem, sequences, dims.HV, device_of(device))
+
+
+# How many sequences count where results may not depend on it.
+_ANY_BATCH: Final = 32
 
 
 def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:

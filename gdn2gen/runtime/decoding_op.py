@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.family.decoding_reference import decode
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
@@ -79,7 +80,7 @@ def plan_of(
             if x is not None:
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise
-    plan = known_plan(signature, options, null_slot, q.device, *given)
+    plan = known_plan(signature, options, null_slot, q.device, is_batch_invariant(), *given)
     # a plan outlives what is on file
     name = decoding_name(signature)
     check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)
