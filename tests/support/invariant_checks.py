@@ -33,7 +33,7 @@ from gdn2gen.store._claims import always_checked
 from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
 LENGTHS: Final = (20, 0, 41, 20)
-_FEW, _MANY = Regime(tokens=128, sequences=1, heads=2), Regime(tokens=512, sequences=4, heads=2)
+_FEW, _MANY = Regime(tokens=20, sequences=1, heads=2), Regime(tokens=100, sequences=4, heads=2)
 
 
 @contextmanager
@@ -44,9 +44,8 @@ def two_recipes(op: str, level: str = "lean") -> Iterator[None]:
     entries = []
     for regime, BT, segments in ((_FEW, 16, "parallel"), (_MANY, 32, "serial")):
         recipe = Recipe.default(problem, plans_of(level, op)[0], BT=BT)
-        scans = [
-            recipe[x].replace(segments=segments) for x in (recipe.plan.forward[-1], "reverse_scan")
-        ]
+        scans = (recipe.plan.forward[-1], "reverse_scan")
+        recipe = recipe.with_config(*(recipe[x].replace(segments=segments) for x in scans))
         configs = recipe.by_stage
         digests = {stage: template_digest(config) for stage, config in configs.items()}
         times = {"forward_ms": 1.0, "forward_backward_ms": 2.0}
@@ -206,7 +205,7 @@ def prefill_then_decode(op: str, dtype: torch.dtype, device: str = "cpu") -> flo
     worst = 0.0
     for pattern in ("layer", "sparse"):
         given = make_inputs(
-            2, 100, 1, 32, 32, op=op, HV=2, dtype=dtype, pattern=pattern, device=device
+            2, 60, 1, 32, 32, op=op, HV=2, dtype=dtype, pattern=pattern, device=device
         )
         with torch.no_grad(), gdn2gen.batch_invariant():
             o, state = public_op(op)(**given, **flags, output_final_state=True)
