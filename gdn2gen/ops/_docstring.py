@@ -42,6 +42,10 @@ _OPTIONS: Final = {
 }
 # Of the ops over whole sequences, in other words than of those over a few tokens.
 _PREFILL: Final = {
+    "use_graph": "as in flash-linear-attention: says nothing here, where any call may be "
+    "captured in a CUDA graph and replayed with other contents.",
+    "max_num_seqs": "how many sequences `cu_seqlens` has room for: those that are not there have "
+    "no tokens, and are its last number once more.",
     "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place, in "
     "place of `initial_state`; there is no backward then. A slot's dims follow each other in "
     "memory; slots may lie any distance apart. Without `ssm_state_indices` sequence n has slot n.",

@@ -20,6 +20,7 @@ from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
 from gdn2gen.ops._prefill import Serving
+from gdn2gen.runtime.arguments import check_capacity
 from gdn2gen.runtime.autograd import op_of
 
 _GDN2: Final = op_of(GDN2)
@@ -109,6 +110,8 @@ def chunk_kda(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     *,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
     state_pool: Tensor | None = None,
     ssm_state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
@@ -117,6 +120,8 @@ def chunk_kda(
     checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, in chunks (arXiv 2510.26692)."""
+    if use_graph is not False or max_num_seqs is not None:
+        check_capacity(use_graph, max_num_seqs, cu_seqlens)
     return call(  # type: ignore[no-any-return]
         _KDA,
         (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),

@@ -147,12 +147,18 @@ def gated_rms_norm(
         raise InputError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     tensors = (x, gate, weight)
     _check_devices({"x": x, "gate": gate, "weight": weight})
-    if weight.shape[0] not in NORM_SIZES or not _has_kernels(tensors, (x, gate), (weight,)):
+    if not (_is_norm_size(weight.shape[0]) and _has_kernels(tensors, (x, gate), (weight,))):
         return reference.gated_rms_norm(x, gate, weight, eps, activation)
     watched = is_watched(tensors)
     if watched or _wants_gradient(tensors):
         return parts_ops.norm(x, gate, weight, eps, activation, watched=watched)
     return parts.norm(x, gate, weight, eps, activation)
+
+
+def _is_norm_size(D: int) -> bool:
+    """`D in NORM_SIZES`, for a tracer's symbol, too."""
+    sizes = NORM_SIZES
+    return sizes.start <= D < sizes.stop and D % sizes.step == 0
 
 
 def _wants_gradient(tensors: Iterable[Tensor]) -> bool:

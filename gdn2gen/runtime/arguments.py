@@ -270,6 +270,25 @@ def check_beta(sigmoid: bool, neg_eigval: bool) -> None:
         raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
 
 
+def check_capacity(use_graph: object, max_num_seqs: object, cu_seqlens: object) -> None:
+    """What flash-linear-attention is told of a CUDA graph, where any call may be captured here: its
+    shapes are the capacity. Raises InputError."""
+    if type(use_graph) is not bool:
+        raise InputError(f"use_graph must be True or False, but got {use_graph!r}")
+    if max_num_seqs is None:
+        return
+    if type(max_num_seqs) is not int:
+        raise InputError(
+            f"max_num_seqs must be an int or None, but got {type(max_num_seqs).__name__}"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.numel() != max_num_seqs + 1:
+        found = f"{cu_seqlens.numel()} numbers" if isinstance(cu_seqlens, Tensor) else "None"
+        raise InputError(
+            f"max_num_seqs={max_num_seqs} wants cu_seqlens of {max_num_seqs + 1} numbers, but got "
+            f"{found}: repeat its last one for sequences without tokens"
+        )
+
+
 FLAGS = (
     "use_qk_l2norm_in_kernel",
     "use_gate_in_kernel",

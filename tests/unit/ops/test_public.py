@@ -19,4 +19,5 @@ def test_arguments_are_declared_in_their_order(op: str) -> None:
     keywords = [x for x, y in parameters.items() if y.kind is inspect.Parameter.KEYWORD_ONLY]
     assert tuple(x for x in parameters if x not in keywords) == names
     states = () if "return_intermediate_states" in names else ("return_intermediate_states",)
-    assert (*keywords,) == (*states, *PREFILL_KEYWORDS)
+    graphs = ("use_graph", "max_num_seqs") if op == "kda" else ()
+    assert (*keywords,) == (*states, *graphs, *PREFILL_KEYWORDS)

@@ -1,0 +1,27 @@
+"""Every op in torch.compile: one whole graph for all lengths, on the reference; and opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import compiled_checks
+import pytest
+
+from gdn2gen.family.registry import OPS
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [(x, i % 2 == 1) for i, x in enumerate(compiled_checks.EVERY_OP)]
+)
+def test_one_graph_serves_all_lengths(name: str, packed: bool) -> None:
+    assert compiled_checks.lengths_of(name, packed) == 1
+
+
+def test_opcheck_of_parts(interpreter: Callable[..., Any]) -> None:
+    interpreter("compiled_checks:opcheck_parts")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_backwards(op: str) -> None:
+    compiled_checks.opcheck_backward(op)
