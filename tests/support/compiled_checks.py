@@ -79,7 +79,7 @@ def drawn(name: str, T: int, packed: bool) -> Drawn:
     return special[name](T, packed) if name in special else _chunk(name, T, packed)
 
 
-def _train(call: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]:
+def train(call: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]:
     leaves = {
         x: y.detach().requires_grad_() if y.is_floating_point() else y for x, y in given.items()
     }
@@ -97,7 +97,7 @@ def lengths_of(name: str, packed: bool) -> int:
     step = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for T in (20, 33, 70):
         _, given = drawn(name, T, packed)
-        for x, y in zip(_train(step, given), _train(function, given), strict=True):
+        for x, y in zip(train(step, given), train(function, given), strict=True):
             torch.testing.assert_close(x, y)
     count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return count
