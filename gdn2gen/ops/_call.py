@@ -192,7 +192,7 @@ def _as_kernels_take(
     for place in (0, signature.gate, *signature.states):
         x = tensors[place]
         if x is not None:
-            check_narrow(signature.names[place], x.dtype)
+            check_narrow(signature.shown[place], x.dtype)
     found = [None if x is None else x.contiguous() for x in tensors]
     for place in signature.parameters:
         x = found[place]

@@ -6,6 +6,7 @@ own tests work anywhere; under TRITON_INTERPRET=1 they run the kernels in Triton
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from gdn2gen.ops._docstring import documented
 from gdn2gen.ops._prefill import Serving
 from gdn2gen.runtime.arguments import check_capacity
 from gdn2gen.runtime.autograd import op_of
+from gdn2gen.runtime.signature import renamed
 
 _GDN2: Final = op_of(GDN2)
 _KDA: Final = op_of(KDA)
@@ -29,6 +31,8 @@ _GATED_DELTA_RULE: Final = op_of(GATED_DELTA_RULE)
 _DELTA_RULE: Final = op_of(DELTA_RULE)
 _GLA: Final = op_of(GLA)
 _SIMPLE_GLA: Final = op_of(SIMPLE_GLA)
+# The same for errors that name what was given in place of g.
+_BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
 
 
 @documented(GDN2)
@@ -318,7 +322,7 @@ def chunk_simple_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Simple gated linear attention over whole sequences, in chunks (arXiv 2405.21060)."""
     return call(  # type: ignore[no-any-return]
-        _SIMPLE_GLA,
+        _SIMPLE_GLA if g_gamma is None else _BY_GAMMA,
         (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
         scale=scale,
         output_final_state=output_final_state,

@@ -130,7 +130,7 @@ def _has_symbols(tensors: Sequence[Tensor | None]) -> bool:
 
 def _refuse_tangents(signature: Signature, tensors: tuple[Tensor | None, ...]) -> None:
     unpack_dual: Any = torch.autograd.forward_ad.unpack_dual  # untyped in torch
-    for name, x in zip(signature.names, tensors, strict=True):
+    for name, x in zip(signature.shown, tensors, strict=True):
         if x is not None and unpack_dual(x).tangent is not None:
             message = f"{name} has a tangent, but {differentiable(signature.op)}, not forwards"
             raise UnsupportedError(message)

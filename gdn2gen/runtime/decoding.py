@@ -124,12 +124,13 @@ def make_plan(
     check_head_dims(name, q_dtype, device, dims.K, dims.V)
     names = (*signature.names, *SERVING)
     tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
+    shown = dict(zip(signature.names, signature.shown, strict=True))
     for name in (
         *(signature.names[x] for x in (0, signature.gate, *signature.states)),
         "state_pool",
     ):
         if name in tensors:
-            check_narrow(name, tensors[name].dtype)
+            check_narrow(shown.get(name, name), tensors[name].dtype)
     if "out" in tensors:
         tensors["o"] = tensors.pop("out")
     rows = _Rows.of(signature, tensors, dims)
@@ -185,8 +186,7 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     """
     if _forced is not None:
         return _forced
-    sequences = _ANY_BATCH if is_batch_invariant() else dims.N
-    return config_at(problem, sequences, dims.HV, device_of(device))
+    return config_at(problem, dims.N, dims.HV, device_of(device))
 
 
 # How many sequences count where results may not depend on it.
@@ -196,6 +196,7 @@ _ANY_BATCH: Final = 32
 def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
     """The same by the sizes, for a GPU that need not be here."""
     found = default_config(RECURRENT.name, problem, arch=gpu.arch)
+    sequences = _ANY_BATCH if is_batch_invariant() else sequences
     return found.replace(**knobs_for(problem, sequences, heads, gpu.sms))
 
 

@@ -44,7 +44,7 @@ def check_decoding(
             check_dense(name, x.layout)
     first = tensors[0]
     assert first is not None
-    check_devices({signature.names[0]: TensorLayout(*first), **named})
+    check_devices({signature.shown[0]: TensorLayout(*first), **named})
     indices, accepted, pool, out = (named[name] for name in SERVING)
     given = dict(zip(signature.names, tensors, strict=True))
     check_pool(pool, indices, dims, state_v_first, initial=given["initial_state"] is not None)
@@ -169,7 +169,7 @@ def refuse_gradients(
     """Raises UnsupportedError where autograd would want a gradient of an input: of the signature's,
     or of `others`."""
     if torch.is_grad_enabled():
-        for name, x in zip((*signature.names, *others), tensors, strict=True):
+        for name, x in zip((*signature.shown, *others), tensors, strict=True):
             if x is not None and x.requires_grad:
                 raise UnsupportedError(
                     f"{signature.public} has no backward{when}, but {name} requires a gradient: "

@@ -68,7 +68,7 @@ def plan_of(
     assert q is not None
     places = {*map(Tensor.get_device, [x for x in tensors if x is not None])}
     if len(places) > 1 or _HOST in places:
-        named = zip((*signature.names, *SERVING), tensors, strict=True)
+        named = zip((*signature.shown, *SERVING), tensors, strict=True)
         check_devices({name: None if x is None else TensorLayout.of(x) for name, x in named})
     try:
         given = [
@@ -76,7 +76,7 @@ def plan_of(
             for x in tensors
         ]
     except RuntimeError:  # what is not dense has no strides, or no shape
-        for name, x in zip((*signature.names, *SERVING), tensors, strict=True):
+        for name, x in zip((*signature.shown, *SERVING), tensors, strict=True):
             if x is not None:
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise

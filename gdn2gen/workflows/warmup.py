@@ -143,24 +143,22 @@ def _backward(problem: Problem, shape: Shape, place: torch.device, flags: dict[s
 
 
 def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> Warmed:
-    """One call of the op over a few tokens; rows and slots follow each other."""
-    started = time.monotonic()
+    """One call of the op over a few tokens, whose tensors lie as `problem` says."""
+    started, asked = time.monotonic(), shape
+    shape = _of_tokens(problem, shape)
     of_chunks = replace(_plain(problem), final_state=False, initial_state=problem.initial_state)
     inputs = inputs_of(of_chunks, shape, "layer", 0, str(place))
-    N = shape.regime.sequences
-    inner = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
-    dtype = torch.bfloat16 if problem.state_bf16 else torch.float32
+    if problem.strided:
+        inputs = {
+            x: _apart(y) if y.shape[:2] == (shape.B, shape.T) else y for x, y in inputs.items()
+        }
+    if problem.varlen and shape.cu_seqlens is None:
+        inputs["cu_seqlens"] = torch.arange(shape.T + 1, dtype=torch.int32, device=place)
     given: dict[str, Any] = {}
     if problem.pool:
-        tokens = shape.T if problem.speculative else 1
-        given["state_pool"] = torch.zeros((N * tokens, shape.H, *inner), dtype=dtype, device=place)
-        if problem.indexed:
-            slots: Tensor = torch.arange(N * tokens, dtype=torch.int32, device=place)
-            given["ssm_state_indices"] = slots.view(N, tokens) if problem.speculative else slots
-        if problem.accepted:
-            given["num_accepted_tokens"] = torch.ones(N, dtype=torch.int32, device=place)
+        given = _pool(problem, shape, inputs.get("cu_seqlens"), place)
     elif problem.initial_state:
-        inputs["initial_state"] = inputs["initial_state"].to(dtype)
+        inputs["initial_state"] = inputs["initial_state"].to(_dtype(problem))
     name = recurrence_named(problem.op).public.recurrent
     flags = {k: v for k, v in op_flags(of_chunks).items() if k not in _ONLY_OF_CHUNKS}
     there = dict(recurrence_named(problem.op).public.recurrent_names)
@@ -173,7 +171,48 @@ def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> War
         )
     if place.type == "cuda":
         torch.cuda.synchronize()
-    return Warmed(str(name), shape, None, None, time.monotonic() - started)
+    return Warmed(str(name), asked, None, None, time.monotonic() - started)
+
+
+def _of_tokens(problem: DecodingProblem, shape: Shape) -> Shape:
+    """The shape with as many tokens as the kernel is for, which is the same for any number but one;
+    packed sequences as one row of tokens."""
+    if problem.varlen and shape.cu_seqlens is None:
+        return replace(shape, B=1, T=shape.B * shape.T)
+    if problem.one_token:
+        return replace(shape, T=1)
+    return shape if problem.varlen else replace(shape, T=max(shape.T, 2))
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same values in rows that lie further apart than they need to."""
+    gap = x.new_zeros(*x.shape[:2], 8)
+    wide = torch.cat([x.flatten(2), gap], -1)
+    return wide[..., : x[0, 0].numel()].view(x.shape)
+
+
+def _dtype(problem: DecodingProblem) -> torch.dtype:
+    return torch.bfloat16 if problem.state_bf16 else torch.float32
+
+
+def _pool(
+    problem: DecodingProblem, shape: Shape, cu_seqlens: Tensor | None, place: torch.device
+) -> dict[str, Any]:
+    """A pool, and what says which of its slots sequences have."""
+    N = shape.B if cu_seqlens is None else len(cu_seqlens) - 1
+    tokens = shape.T if problem.speculative else 1
+    inner = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
+    size = shape.H * problem.K * problem.V
+    # how far apart they lie shows where there are two
+    slots = max(N * tokens, 2)
+    rows = torch.zeros(slots, size + int(problem.odd_slots), dtype=_dtype(problem), device=place)
+    given: dict[str, Any] = {"state_pool": rows[:, :size].view(slots, shape.H, *inner)}
+    if problem.indexed:
+        indices = torch.arange(N * tokens, dtype=torch.int32, device=place)
+        given["ssm_state_indices"] = indices.view(N, tokens) if problem.speculative else indices
+    if problem.accepted:
+        given["num_accepted_tokens"] = torch.ones(N, dtype=torch.int32, device=place)
+    return given
 
 
 _ONLY_OF_CHUNKS = ("safe_gate", "disable_recompute", "chunk_size")

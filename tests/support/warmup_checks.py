@@ -43,3 +43,40 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
         )
     assert build.load.cache_info().misses == loaded, "a kernel was not warmed up"
     return [(x.call, x.shape.name, x.level) for x in warmed]
+
+
+@verifying()
+def decoding_is_as_asked() -> bool:
+    """Each field of a decoding problem makes the kernel that `gdn2gen compile` makes for it."""
+    from gdn2gen.family.problem import Problem
+    from gdn2gen.family.shapes import Shape
+    from gdn2gen.runtime import decoding
+    from gdn2gen.workflows.wanted import decoding_problem_from
+
+    made = []
+    load = decoding.fixed_launcher
+
+    def noting(problem: object, *given: object) -> object:
+        made.append(problem)
+        return load(problem, *given)  # type: ignore[arg-type]
+
+    decoding.fixed_launcher = noting  # type: ignore[assignment]
+    try:
+        for T, fields in (
+            (1, {"pool": True, "indexed": True, "strided": True}),
+            (1, {"pool": True, "indexed": True, "odd_slots": True, "state_bf16": True}),
+            (1, {"initial_state": True, "one_token": False}),
+            (3, {"pool": True, "indexed": True, "speculative": True, "accepted": True}),
+            (3, {"one_token": True, "final_state": True}),
+            (2, {"varlen": True, "pool": True, "one_token": False, "strided": True}),
+        ):
+            shape = Shape(f"2x{T}x2", 2, T, 2)
+            decoding.known_plan.cache_clear()
+            gdn2gen.warmup(
+                (), op="kda", head_dim=32, dtype="fp32", decode=shape, decode_fields=fields
+            )
+            problem = Problem(op="kda", K=32, V=32, dtype="fp32")
+            assert made[-1] == decoding_problem_from(problem, fields, shape), (T, fields, made[-1])
+    finally:
+        decoding.fixed_launcher = load
+    return True
