@@ -20,7 +20,7 @@ scan keeps those before a token alone.
 
 Problem: gdn2 K=64 V=32 indices, flags, checkpoints, packed
 
-Template digest 7ccf10eceefbd8b9
+Template digest 28c3345c48592e7a
 """
 
 import triton
@@ -30,6 +30,7 @@ import triton.language as tl
 K, V = 64, 32
 BE = 2048  # elements of a state that a program takes
 N_E = (K * V + BE - 1) // BE
+BV = 32  # at least all values
 
 
 @triton.jit(
@@ -144,5 +145,5 @@ def put_back(
     put_back_kernel[(n_sequences * HV * N_E,)](
         state_pool, ssm_state_indices, cu_seqlens, checkpoint_slots, final_state, o, HV, T,
         slots, slot_stride, null_slot, NC, every,
-        K=K, V=V, BE=BE, BV=32, N_E=N_E, num_warps=4,
+        K=K, V=V, BE=BE, BV=BV, N_E=N_E, num_warps=4,
     )  # fmt: skip

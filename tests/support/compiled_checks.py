@@ -90,12 +90,12 @@ def train(call: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]
 
 @verifying()
 def lengths_of(name: str, packed: bool) -> int:
-    """How many whole graphs serve forward and backward at three lengths, with eager's results."""
+    """How many whole graphs serve forward and backward at two lengths, with eager's results."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     function, _ = drawn(name, 20, packed)
     step = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T in (20, 33, 70):
+    for T in (20, 33):
         _, given = drawn(name, T, packed)
         for x, y in zip(train(step, given), train(function, given), strict=True):
             torch.testing.assert_close(x, y)

@@ -19,6 +19,7 @@ from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.prefill_reference import prefill
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.measure.accuracy import public_op
+from gdn2gen.ops import recurrent
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SENTINEL: Final = -1234.5
@@ -210,18 +211,40 @@ def intermediate(case: Case, device: str = "cpu") -> dict[str, float]:
 @verifying()
 def in_pieces(op: str, device: str = "cpu", dtype: torch.dtype = FP32) -> bool:
     """Sequences in three calls that go on from their slots: the bits of one call."""
-    case = Case(op=op, lengths=None, N=2, T=200, padding=(), begins=None, dtype=dtype)
+    case = Case(op=op, lengths=None, N=1, T=140, padding=(), begins=None, dtype=dtype)
     whole, cut = draw(case, device), draw(case, device)
     op_of = public_op(op)
     with torch.no_grad():
         expected, _ = op_of(**whole.inputs, **whole.serving, **case.flags)
         parts = []
-        for start, end in ((0, 64), (64, 192), (192, 200)):
+        for start, end in ((0, 64), (64, 128), (128, 140)):
             inputs = {name: x[:, start:end] for name, x in cut.inputs.items()}
             parts.append(op_of(**inputs, **cut.serving, **case.flags)[0])
     assert torch.equal(torch.cat(parts, 1), expected)
     assert same_bits(whole.storage, cut.storage)
     return True
+
+
+@verifying()
+def prefill_then_steps(op: str, device: str = "cpu") -> dict[str, float]:
+    """A server in small: prompts in two pieces, then tokens one by one, in the slots of one pool,
+    while another sequence is padding; beside fp64."""
+    case = Case(op=op, lengths=None, N=3, T=75, padding=(1,), begins=None, null_slot=0)
+    whole, served = draw(case, device), draw(case, device)
+    o_exact, storage_exact = exact(case, whole)
+    member = recurrence_named(op)
+    step = getattr(recurrent, member.public.recurrent)
+    there = dict(member.public.recurrent_names)
+    parts = []
+    with torch.no_grad():
+        for start, end in ((0, 64), (64, 70)):
+            inputs = {name: x[:, start:end] for name, x in served.inputs.items()}
+            parts.append(public_op(op)(**inputs, **served.serving, **case.flags)[0])
+        for t in range(70, 75):
+            token = {there.get(x, x): y[:, t : t + 1] for x, y in served.inputs.items()}
+            parts.append(step(**token, **served.serving, **case.flags)[0])
+    before = draw(case, device).storage
+    return compare(case, served, before, torch.cat(parts, 1), o_exact, storage_exact)
 
 
 @verifying()
@@ -245,7 +268,7 @@ def opcheck(op: str, every: int) -> bool:
 
 @verifying()
 def compiled(op: str) -> int:
-    """How many whole graphs serve three lengths."""
+    """How many whole graphs serve two batches."""
     torch._dynamo.reset()
     made: list[Any] = []
 
@@ -260,7 +283,7 @@ def compiled(op: str) -> int:
         )
         return o + states.sum()
 
-    for lengths in ((70, 3, 130), (20, 30, 65), (64, 0, 128)):
+    for lengths in ((70, 3, 130), (20, 30, 65)):
         case = Case(op=op, lengths=lengths, padding=(), begins=(True, False, True))
         drawn, again = draw(case), draw(case)
         with torch.no_grad():

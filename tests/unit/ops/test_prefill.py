@@ -21,11 +21,12 @@ CHECKS: Final = prefill_cases
 CASES: Final = {
     **{op: [Case(op=op, every=64)] for op in OPS},
     "a batch": [Case(lengths=None, every=64, padding=(1,), v_first=True)],
-    "grouped heads, other dims": [Case(op="kda", K=40, V=24, HV=4, H=2, every=64, v_first=True)],
+    "other dims": [Case(op="kda", K=40, V=24, HV=2, every=64, v_first=True)],
     "slots at odd places": [Case(gap=3, every=64, index_dtype=torch.int64)],
     "bf16 states": [Case(state_dtype=BF16, every=64, begins=None)],
     "padding at slot 0": [Case(null_slot=0, every=128, padding=(0, 3))],
     "without indices": [Case(indexed=False, begins=None, padding=())],
+    "room for more sequences": [Case(lengths=(64, 9, 0, 0), every=64, padding=())],
 }
 
 
@@ -52,13 +53,18 @@ def test_pieces_have_the_bits_of_one_call(op: str, interpreter: Check) -> None:
     interpreter("prefill_cases:in_pieces", op)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["gdn2", "gla"])
 def test_opcheck(op: str) -> None:
     prefill_cases.opcheck(op, 64 if op == "gdn2" else 0)
 
 
-def test_one_graph_serves_all_lengths(run: Check) -> None:
-    assert run("compiled", "kda") == 1
+def test_one_graph_serves_all_lengths() -> None:
+    assert prefill_cases.compiled("kda") == 1
+
+
+@pytest.mark.parametrize("op", ["kda", "simple_gla"])
+def test_a_server_in_small(op: str, run: Check) -> None:
+    run("prefill_then_steps", op)
 
 
 def _changed(**changes: Any) -> dict[str, Any]:
