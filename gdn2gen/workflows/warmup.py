@@ -16,6 +16,7 @@ from gdn2gen.base.device import present_device
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import DeviceError
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
@@ -42,7 +43,8 @@ class Warmed:
     level: str | None
     """None of a call over a few tokens."""
     found: Found | None
-    """The recipe that it runs, and why; None of a call over a few tokens."""
+    """The recipe that it runs, and why; None of a call over a few tokens, and of one for
+    serving."""
     seconds: float
     """That it took, of which most was for compiling and loading."""
 
@@ -58,6 +60,7 @@ def warmup(
     backward: bool = True,
     decode: Shapes = (),
     decode_fields: Mapping[str, bool] | None = None,
+    serving: bool = False,
     device: int | str | torch.device | None = None,
     **fields: Any,
 ) -> list[Warmed]:
@@ -68,6 +71,8 @@ def warmup(
     `backward` one with them: memory for the tensors of a call is needed, and given back.
     levels: `lean`, or `fast`, what `disable_recompute=True` asks for.
     decode, decode_fields: as in `gdn2gen compile`: calls of the op over a few tokens.
+    serving: also calls of prefill at `shapes`, with states in slots of a pool in fp32, with
+    checkpoints in it, and with `return_intermediate_states`.
     device: a GPU (the current one).
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
 
@@ -82,6 +87,8 @@ def warmup(
             for level in levels_from(levels):
                 wanted = at(problem, shape)
                 warmed.append(_chunked(wanted, shape, level, place, backward=backward))
+            if serving:
+                warmed.append(_served(at(problem, shape), shape, place))
         for shape in shapes_from(decode) if decode else ():
             decoding = decoding_problem_from(problem, decode_fields or {}, shape)
             warmed.append(_decoded(decoding, shape, place))
@@ -125,6 +132,32 @@ def _chunked(
     found = None if gpu is None else find_recipe(problem, shape.regime, gpu, level=level)
     name = recurrence_named(problem.op).public.chunk
     return Warmed(name, shape, level, found, time.monotonic() - started)
+
+
+def _served(problem: Problem, shape: Shape, place: torch.device) -> Warmed:
+    """Prefill with states in a pool, with checkpoints, of which none is wanted, and on the way."""
+    started, function = time.monotonic(), public_op(problem.op)
+    plain = replace(problem, initial_state=False)
+    inputs, flags = inputs_of(plain, shape, "layer", 0, str(place)), op_flags(plain)
+    N, inner = shape.regime.sequences, (problem.K, problem.V)
+    inner = inner[::-1] if problem.state_v_first else inner
+    slots = torch.arange(N, dtype=torch.int32, device=place)
+    pool: dict[str, Any] = {
+        "state_pool": torch.zeros(N, shape.H, *inner, device=place),
+        "ssm_state_indices": slots,
+    }
+    kept = {
+        "has_initial_state": slots >= 0,
+        "checkpoint_every_n_tokens": INTERMEDIATE_TOKENS,
+        "checkpoint_state_indices": torch.full_like(slots, -1)[:, None],
+    }
+    with torch.no_grad():
+        for given in (pool, pool | kept, {"return_intermediate_states": True}):
+            function(**inputs, **flags, **given)
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    name = recurrence_named(problem.op).public.chunk
+    return Warmed(name, shape, LEVELS[0], None, time.monotonic() - started)
 
 
 def _backward(problem: Problem, shape: Shape, place: torch.device, flags: dict[str, Any]) -> None:

@@ -39,9 +39,10 @@ def problem_of(op: str) -> Problem:
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of one call, after a call that compiles, and what it returned."""
+    """A graph of one call, after two that compile and work out launches, and what it returned."""
     with other_stream():
-        call()
+        for _ in range(2):
+            call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = call()

@@ -22,6 +22,7 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
         dtype="fp32",
         levels=("lean", "fast"),
         final_state=True,
+        serving=True,
         decode=["3x1x2", "2x2x2"],
         decode_fields={"pool": True, "indexed": True},
     )
@@ -40,6 +41,16 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
             use_qk_l2norm_in_kernel=True,
             state_pool=torch.zeros(5, 2, 32, 32),
             ssm_state_indices=torch.tensor([4, 0, 2], dtype=torch.int32),
+        )
+    with torch.no_grad():
+        gdn2gen.chunk_kda(
+            **make_inputs(2, 70, 2, **SIZES),
+            use_qk_l2norm_in_kernel=True,
+            state_pool=torch.zeros(5, 2, 32, 32),
+            ssm_state_indices=torch.tensor([4, 0], dtype=torch.int32),
+            has_initial_state=torch.tensor([True, False]),
+            checkpoint_every_n_tokens=64,
+            checkpoint_state_indices=torch.tensor([[1], [2]], dtype=torch.int32),
         )
     assert build.load.cache_info().misses == loaded, "a kernel was not warmed up"
     return [(x.call, x.shape.name, x.level) for x in warmed]

@@ -27,6 +27,7 @@ def test_a_process_that_was_warmed_up_loads_nothing_more(interpreter: Callable[.
     assert interpreter("warmup_checks:nothing_is_loaded_after") == [
         ("chunk_kda", "2x20x2", "lean"),
         ("chunk_kda", "2x20x2", "fast"),
+        ("chunk_kda", "2x20x2", "lean"),
         ("fused_recurrent_kda", "3x1x2", None),
         ("fused_recurrent_kda", "2x2x2", None),
     ]
