@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from gdn2gen.base.environment import values_of
-from gdn2gen.ops._prefill import Serving, prefill
+from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
@@ -30,8 +30,6 @@ from gdn2gen.runtime.signature import Signature
 from gdn2gen.store.dispatch import surroundings
 from gdn2gen.store.verified import current_look
 
-_NOT_SERVING: Final = Serving()
-
 
 def call(
     op: autograd.Op,
@@ -50,7 +48,7 @@ def call(
     state_v_first: bool = False,
     cu_seqlens_cpu: Tensor | None,
     chunk_size: Any = None,
-    serving: Serving = _NOT_SERVING,
+    serving: Serving = NOT_SERVING,
 ) -> Any:
     """o, and the final state or None; and with `return_intermediate_states` those on the way.
 
@@ -67,7 +65,7 @@ def call(
     flags = (*known, safe_gate, disable_recompute, return_intermediate_states)
     check_flags(*flags)
     signature = op.signature
-    serves = return_intermediate_states or any([x is not None for x in serving])
+    serves = return_intermediate_states or serving is not NOT_SERVING
     watched = is_watched((*tensors, *serving.pools) if serves else tensors)
     key = None
     if not (watched or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):

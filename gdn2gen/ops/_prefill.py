@@ -36,6 +36,37 @@ class Serving(NamedTuple):
         return tuple([getattr(self, name) for name in POOLS])
 
 
+NOT_SERVING: Final = Serving()
+
+
+def serving_of(
+    state_pool: Tensor | None,
+    ssm_state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    null_slot: Any,
+    checkpoint_every_n_tokens: Any,
+    checkpoint_state_indices: Tensor | None,
+) -> Serving:
+    """`NOT_SERVING` where none is given, as in most calls, which are quick about it."""
+    if (
+        state_pool is None
+        and ssm_state_indices is None
+        and has_initial_state is None
+        and null_slot is None
+        and checkpoint_every_n_tokens is None
+        and checkpoint_state_indices is None
+    ):
+        return NOT_SERVING
+    return Serving(
+        state_pool,
+        ssm_state_indices,
+        has_initial_state,
+        null_slot,
+        checkpoint_every_n_tokens,
+        checkpoint_state_indices,
+    )
+
+
 def prefill(
     op: Op,
     tensors: tuple[Tensor | None, ...],

@@ -20,7 +20,7 @@ from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
-from gdn2gen.ops._prefill import Serving
+from gdn2gen.ops._prefill import serving_of
 from gdn2gen.runtime.arguments import check_capacity
 from gdn2gen.runtime.autograd import op_of
 from gdn2gen.runtime.signature import renamed
@@ -79,7 +79,7 @@ def chunk_gdn2(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
@@ -141,7 +141,7 @@ def chunk_kda(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
@@ -197,7 +197,7 @@ def chunk_gated_delta_rule(
         cu_seqlens_cpu=cu_seqlens_cpu,
         return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
@@ -242,7 +242,7 @@ def chunk_delta_rule(
         cu_seqlens_cpu=cu_seqlens_cpu,
         return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
@@ -285,7 +285,7 @@ def chunk_gla(
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
         return_intermediate_states=return_intermediate_states,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
@@ -331,7 +331,7 @@ def chunk_simple_gla(
         cu_seqlens_cpu=cu_seqlens_cpu,
         return_intermediate_states=return_intermediate_states,
         chunk_size=chunk_size,
-        serving=Serving(
+        serving=serving_of(
             state_pool,
             ssm_state_indices,
             has_initial_state,
