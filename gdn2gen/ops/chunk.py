@@ -30,9 +30,11 @@ _KDA: Final = op_of(KDA)
 _GATED_DELTA_RULE: Final = op_of(GATED_DELTA_RULE)
 _DELTA_RULE: Final = op_of(DELTA_RULE)
 _GLA: Final = op_of(GLA)
-SIMPLE_GLA_OP: Final = op_of(SIMPLE_GLA)
+_SIMPLE_GLA: Final = op_of(SIMPLE_GLA)
+SIMPLE_GLA_OP: Final = _SIMPLE_GLA
+"""Which Mamba-2's op calls by the names of its own tensors."""
 # The same for errors that name what was given in place of g.
-_BY_GAMMA: Final = replace(SIMPLE_GLA_OP, signature=renamed(SIMPLE_GLA_OP.signature, g="g_gamma"))
+_BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
 
 
 @documented(GDN2)
@@ -322,7 +324,7 @@ def chunk_simple_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Simple gated linear attention over whole sequences, in chunks (arXiv 2405.21060)."""
     return call(  # type: ignore[no-any-return]
-        SIMPLE_GLA_OP if g_gamma is None else _BY_GAMMA,
+        _SIMPLE_GLA if g_gamma is None else _BY_GAMMA,
         (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
         scale=scale,
         output_final_state=output_final_state,
