@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Final
 
+import decoding_cases
 import invariant_checks
 import prefill_cases
 import pytest
@@ -121,6 +122,25 @@ def test_a_sequence_alone_and_among_others(
         seeds = {x: torch.cat([y, y]) for x, y in seeds.items()}
         found = run_op(call, rows, twice, seeds)  # type: ignore[arg-type]
         assert not moved(expected, {x: found[x][1:] for x in expected}), n
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_decoding_alone_and_among_others(op: str, v_first: bool, invariant: None) -> None:
+    """A step of 200 sequences, which takes other tiles without the mode, and of each of three."""
+    case = decoding_cases.Case(
+        op=op, N=200, K=128, V=128, H=8, HV=8, dtype=BF16, states="initial", v_first=v_first
+    )
+    drawn = decoding_cases.draw(case, DEVICE)
+    step = decoding_cases.public_op(op)
+    with torch.no_grad():
+        o, state = step(**drawn.inputs, **case.flags, output_final_state=True)
+        assert state is not None
+        for n in (0, 77, 199):
+            row = {name: x[n : n + 1].contiguous() for name, x in drawn.inputs.items()}
+            alone, after = step(**row, **case.flags, output_final_state=True)
+            assert after is not None
+            assert torch.equal(alone[0], o[n]) and torch.equal(after[0], state[n]), n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
