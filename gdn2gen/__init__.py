@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "batch_invariant",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_gdn2",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gdn2gen.base.environment import batch_invariant
     from gdn2gen.ops.chunk import (
         chunk_delta_rule,
         chunk_gated_delta_rule,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
+    "batch_invariant": "gdn2gen.base.environment",
     "chunk_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",

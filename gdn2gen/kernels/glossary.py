@@ -27,6 +27,8 @@ WORDS: Final[Mapping[str, str]] = {
     "state_pool": "states, read and written in place",
     "ssm_state_indices": "slots of each sequence",
     "num_accepted_tokens": "tokens accepted of those guessed",
+    "checkpoint_slots": "slots of each sequence for states on the way",
+    "checkpoints": "states on the way, each in its slot",
     # of a packed batch
     "cu_seqlens": "first token of each sequence",
     "chunk_offsets": "first chunk of each sequence",

@@ -22,6 +22,7 @@ from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES, TILED_BY, multiple_of
@@ -80,6 +81,11 @@ def is_of(operand: Operand, op: str) -> bool:
     return recurrence_named(op).decays_by in OF[operand.of]
 
 
+def keeps_checkpoints(problem: Compiled) -> bool:
+    """Whether its scan keeps states on the way, for a cache of prefixes."""
+    return isinstance(problem, PrefillProblem) and problem.checkpoints != ""
+
+
 def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
     recurrence = recurrence_named(problem.op)
@@ -99,6 +105,8 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "varlen": problem.varlen,
         "initial_state": problem.initial_state,
         "final_state": problem.final_state,
+        "checkpoints": keeps_checkpoints(problem),
+        "segments": not keeps_checkpoints(problem),
     }
     return is_of(operand, problem.op) and conditions[operand.when]
 
@@ -238,6 +246,8 @@ class Stage:
     scalars: tuple[str, ...]
     outside_scalars: tuple[str, ...] = ()
     """More of them where scans read q and k themselves."""
+    checkpoint_scalars: tuple[str, ...] = ()
+    """And where states are kept on the way."""
     count: str = "n_chunks"
     """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
     from chunk to chunk."""
@@ -266,7 +276,8 @@ class Stage:
         """In the order of the kernels' arguments."""
         assert isinstance(problem, Problem)
         outside = recurrence_named(problem.op).decays_by in OF["outside"]
-        return (*self.scalars, *(self.outside_scalars if outside else ()))
+        kept = self.checkpoint_scalars if keeps_checkpoints(problem) else ()
+        return (*self.scalars, *(self.outside_scalars if outside else ()), *kept)
 
     def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""

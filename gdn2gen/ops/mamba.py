@@ -8,6 +8,8 @@ is small, and dt x) and after (D x, the gate z) is torch's own, and not fused ye
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,19 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.mamba2 import step_sizes
-from gdn2gen.ops.chunk import chunk_simple_gla
+from gdn2gen.ops._call import call
+from gdn2gen.ops.chunk import SIMPLE_GLA_OP
+from gdn2gen.runtime.signature import renamed
+
+# Errors name what callers of Mamba's op give.
+_SIMPLE_GLA: Final = replace(
+    SIMPLE_GLA_OP,
+    signature=renamed(
+        SIMPLE_GLA_OP.signature,
+        "mamba_chunk_scan_combined",
+        **{"q": "C", "k": "B", "v": "x", "g": "dt", "initial_state": "initial_states"},
+    ),
+)
 
 
 def mamba_chunk_scan_combined(
@@ -90,16 +104,14 @@ def mamba_chunk_scan_combined(
         # the first token of a sequence forgets all before it: kernels are exact for that
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : x.shape[1]]
         decay = decay.masked_fill(starts[..., None], -math.inf)
-    y, states = chunk_simple_gla(
-        C,
-        B,
-        (x * steps[..., None]).to(x.dtype),
-        decay,
+    y, states = call(
+        _SIMPLE_GLA,
+        (C, B, (x * steps[..., None]).to(x.dtype), decay, initial_states, cu_seqlens),
         scale=1.0,
-        initial_state=initial_states,
         output_final_state=return_final_states or return_varlen_states,
+        disable_recompute=False,
         state_v_first=True,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=None,
     )
     if D is not None:
         y = y + x * (D if D.dim() == 2 else D[:, None])

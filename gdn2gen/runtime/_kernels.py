@@ -61,7 +61,7 @@ def run_forward(
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):
         runner.plan_backward()
-    results = sized.forward(_named(sized, given, cu_seqlens), into)
+    results = sized.forward(named_inputs(sized, given, cu_seqlens), into)
     return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
 
 
@@ -69,13 +69,14 @@ def run_inference(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """o, and the final state if asked for, where no gradient is wanted."""
-    results = sized.infer(_named(sized, given, cu_seqlens))
+    results = sized.infer(named_inputs(sized, given, cu_seqlens))
     return results["o"], results.get("final_state")
 
 
-def _named(
+def named_inputs(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
+    """`given` as kernels read them, by name."""
     tensors = dict(zip(sized.input_names, readable(given), strict=True))
     if cu_seqlens is not None:
         (tensors[GIVEN_SEQUENCES],) = readable([cu_seqlens])

@@ -30,6 +30,15 @@ class Call:
     lower_bound: float | None
     packed: bool
     device: torch.device
+    # of states that are kept on the way, see `family.prefill`
+    every: int = 0
+    """Tokens from one to the next; 0 where none are."""
+    NC: int = 0
+    """How many a sequence may have."""
+    first_checkpoint: int = 0
+    """1 where the state before the first token is none of them."""
+    slot_stride: int = 0
+    """How far they lie apart, in the unit that the kernel was made for."""
 
     def chunks(self, BT: int) -> int:
         return count_chunks(self.T, self.N, BT, self.packed)
@@ -51,6 +60,8 @@ class Call:
     def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""
         NS, segment = self.segments(BT, max_segments)
+        if self.every:
+            segment = self.every // BT
         return {
             "n_sequences": self.N,
             "n_chunks": self.chunks(BT),
@@ -62,6 +73,9 @@ class Call:
             "HG": self.HG,
             "NS": NS,
             "segment": segment,
+            "NC": self.NC,
+            "first_checkpoint": self.first_checkpoint,
+            "slot_stride": self.slot_stride,
         }
 
     def sizes(self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, int]:

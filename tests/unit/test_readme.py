@@ -120,12 +120,21 @@ def test_decoding_of_the_readme_runs() -> None:
     assert changed == [3, 17, 40]
 
 
+def test_prefill_of_the_readme_runs() -> None:
+    """On the CPU, and writes the slots that it names."""
+    known: dict[str, Any] = {}
+    block = _blocks("python")[2].replace("cuda.is_available()", "cuda.is_available() and False")
+    exec(block, known)
+    changed = known["states"].flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [7, 8, 9, 21]
+
+
 def test_layers_of_the_readme_run() -> None:
     """On the CPU; what it says of them it asserts itself."""
     import torch
 
     torch.manual_seed(0)
-    block = _blocks("python")[2].replace("cuda.is_available()", "cuda.is_available() and False")
+    block = _blocks("python")[3].replace("cuda.is_available()", "cuda.is_available() and False")
     assert "\nassert torch.allclose" in block
     exec(block, {})
 
@@ -136,7 +145,7 @@ def test_model_of_the_readme_learns() -> None:
 
     torch.manual_seed(0)
     known: dict[str, Any] = {}
-    block = _blocks("python")[3].replace("cuda.is_available()", "cuda.is_available() and False")
+    block = _blocks("python")[4].replace("cuda.is_available()", "cuda.is_available() and False")
     exec(block, known)
     assert known["loss"] < 0.3
     assert torch.equal(known["model"].generate(known["row"][:, :4], 13), known["row"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -12,9 +13,11 @@ import pytest
 from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.device import named_device
-from gdn2gen.codegen.build import Resources, compile_ahead
+from gdn2gen.codegen.build import Resources, compile_ahead, compile_for_triton, load
+from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
@@ -372,3 +375,35 @@ def test_compiles_and_fits(
     if _measured():
         assert used.spill_bytes <= spilled, f"{config.stage} [{config}] on {arch}: {used}"
     assert 0 < used.registers <= 255
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_scan_that_keeps_states_takes_no_more(arch: str) -> None:
+    """Its loop over chunks is the same: few registers more, and little spilled."""
+    device = named_device(arch)
+    plain = replace(_STATES, varlen=True)
+    keeping = PrefillProblem.of(plain, "fp32", odd_slots=False)
+    config = default_config("scan", plain, arch=arch)
+    usual, found = (compile_ahead(x, "scan", config, device) for x in (plain, keeping))
+    assert found.shared_bytes <= usual.shared_bytes
+    assert found.spill_bytes <= max(usual.spill_bytes, SPILLED)
+
+
+@pytest.mark.parametrize("pool", ["fp32", "bf16"])
+def test_kernels_between_slots_and_states_move_vectors(pool: str) -> None:
+    given = {"indexed": True, "flagged": True, "checkpoints": True, "odd_slots": False}
+    module = load(render_slots(replace(_STATES, varlen=True), **given))
+    states = dict.fromkeys(("initial_state", "final_state"), "fp32")
+    indices = ("ssm_state_indices", "checkpoint_indices", "checkpoint_slots", "cu_seqlens")
+    dtypes = {"state_pool": pool, "o": "bf16", "has_initial_state": "int32", **states}
+    dtypes |= dict.fromkeys(indices, "int32")
+    constants = ("K", "V", "BE", "BV", "N_E")
+    for kernel in (module.read_kernel, module.put_back_kernel):
+        tensors = {x: dtypes[x] for x in kernel.arg_names if x in dtypes}
+        scalars = [x for x in kernel.arg_names if x not in (*tensors, *constants)]
+        compiled = compile_for_triton(
+            module, kernel, tensors, scalars, {"num_warps": 4}, named_device("sm_90")
+        )
+        text = compiled.asm["ptx"]
+        assert re.search(r"ld\.global[\w.:]*\.v[24]", text), kernel
+        assert re.search(r"st\.global[\w.:]*\.v[24]", text), kernel

@@ -18,8 +18,10 @@ from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.package import package_source
 from gdn2gen.codegen.render import (
+    SLOTS_TEMPLATE,
     TABLES_TEMPLATE,
     render,
+    render_slots,
     render_tables,
     template_name,
 )
@@ -27,6 +29,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.languages import LANGUAGES
@@ -214,6 +217,17 @@ def _package_packed() -> str:
     return _package_of(Recipe.default(_PACKED, "fast"))
 
 
+def _scan_checkpoints() -> str:
+    """Of channels in two slices, into slots at any distance."""
+    problem = PrefillProblem.of(replace(_PACKED, K=96), "bf16", odd_slots=True)
+    return render(problem, "scan", default_config("scan", problem)).source
+
+
+def _state_slots() -> str:
+    given = {"indexed": True, "flagged": True, "checkpoints": True, "odd_slots": False}
+    return render_slots(_PACKED, **given).source
+
+
 OUTPUTS: Final = {
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
@@ -255,6 +269,8 @@ OUTPUTS: Final = {
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
+    "scan_checkpoints.py": _scan_checkpoints,
+    "state_slots.py": _state_slots,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, BD=256, ahead=2),
@@ -362,4 +378,4 @@ def test_every_template_belongs_to_a_stage(language: str) -> None:
     folder = templates_dir() / language / "stages"
     found = {f"{language}/stages/{x.name}" for x in folder.iterdir()}
     own = {name for s in _stages_in(language) for name in _templates(s, language)}
-    assert found == own | ({TABLES_TEMPLATE} if language == "triton" else set())
+    assert found == own | ({TABLES_TEMPLATE, SLOTS_TEMPLATE} if language == "triton" else set())

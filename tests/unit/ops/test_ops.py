@@ -133,6 +133,7 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     ),
     "packed-copy-alone": (lambda x: {"cu_seqlens_cpu": CU}, "without cu_seqlens"),
     "scale": (lambda x: {"scale": "1"}, "scale must be a number, but got str"),
+    "scale-wide": (lambda x: {"scale": 10**400}, "a float can hold, but got an int of 1329 bits"),
     "scale-bool": (lambda x: {"scale": True}, "scale must be a number, but got bool"),
 }
 # Of those that decay.
@@ -223,14 +224,14 @@ OF_ARGUMENT: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         ),
         "gamma-heads": (
             lambda x: {"g": None, "g_gamma": torch.zeros(3)},
-            "g must have H=2 or HV=4 heads, but got 3",
+            "g_gamma must have H=2 or HV=4 heads, but got 3",
         ),
     },
     "allow_neg_eigval": {
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
     "return_intermediate_states": {
-        "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
+        "intermediate": (lambda x: {"return_intermediate_states": 1}, "must be True or False"),
     },
     "chunk_size": {
         "chunk-size": (lambda x: {"chunk_size": 48}, r"must be one of \(16, 32, 64\), .* got 48"),
