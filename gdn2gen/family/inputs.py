@@ -114,8 +114,13 @@ def make_inputs(
         name = recurrence.decay.input
         *rows, dim = shapes[name] if recurrence.per(name) == "channel" else (*shapes[name], 1)
         wide = torch.promote_types(gate_dtype, torch.float32)
-        decay = _decay(pattern, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
-        tensors[name] = decay.view(shapes[name])
+        # a step of 0 would write nothing: what never decays has a rate of 0
+        drawn = "layer" if recurrence.stepped and pattern == "zero" else pattern
+        decay = _decay(drawn, (*rows, dim), rng, wide)  # type: ignore[arg-type]
+        if recurrence.stepped:
+            tensors["rate"] = _rate(pattern, HV, rng)
+            decay = decay / -tensors["rate"].abs().clamp(min=1.0)[:, None]
+        tensors[name] = decay.to(gate_dtype).view(shapes[name])
     if pattern == "sparse" and recurrence.erase is not None and recurrence.tied:
         factor = tensors[recurrence.erase]
         skipped = torch.rand(factor.shape, device=device, generator=rng) < _SKIPPED_RATE
@@ -127,6 +132,12 @@ def make_inputs(
     if ends is not None:
         tensors["cu_seqlens"] = ends
     return tensors
+
+
+def _rate(pattern: str, heads: int, rng: torch.Generator) -> Tensor:
+    """[heads] float32: what a step of 1 decays by, as in a layer; 0 where nothing is forgotten."""
+    rate = torch.empty(heads, device=rng.device).uniform_(-16.0, -1.0, generator=rng)
+    return rate.zero_() if pattern == "zero" else rate
 
 
 def _correlate(keys: Tensor, shared: Tensor) -> None:

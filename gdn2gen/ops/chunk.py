@@ -15,6 +15,7 @@ from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.gla import GLA
 from gdn2gen.family.kda import KDA
+from gdn2gen.family.mamba2 import MAMBA2
 from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
@@ -27,6 +28,7 @@ _GATED_DELTA_RULE: Final = op_of(GATED_DELTA_RULE)
 _DELTA_RULE: Final = op_of(DELTA_RULE)
 _GLA: Final = op_of(GLA)
 _SIMPLE_GLA: Final = op_of(SIMPLE_GLA)
+_MAMBA2: Final = op_of(MAMBA2)
 
 
 @documented(GDN2)
@@ -231,4 +233,35 @@ def chunk_simple_gla(
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
         chunk_size=chunk_size,
+    )
+
+
+@documented(MAMBA2)
+def chunk_mamba2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_gate_in_kernel: bool = False,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2 over whole sequences in the words of the family (arXiv 2405.21060); as mamba_ssm takes
+    it, `mamba_chunk_scan_combined`."""
+    return call(
+        _MAMBA2,
+        (q, k, v, dt, rate, initial_state, dt_bias, D, z, cu_seqlens),
+        scale=None,
+        output_final_state=output_final_state,
+        use_gate_in_kernel=use_gate_in_kernel,
+        disable_recompute=False,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
     )

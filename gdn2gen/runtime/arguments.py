@@ -241,7 +241,7 @@ def check_gate(
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None and not (name == "lower_bound" and safe_gate):
                 raise InputError(f"{name} was given, but use_gate_in_kernel is False")
-    elif A_log is None and lower_bound is None:
+    elif A_log is None and lower_bound is None and "A_log" in signature.gate_parameters:
         wanted = "A_log, but got None"
         if signature.bounded:
             wanted = "A_log, or lower_bound for the bounded gate; got neither"
