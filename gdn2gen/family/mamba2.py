@@ -46,12 +46,12 @@ MAMBA2: Final = Recurrence(
             "softplus(dt + dt_bias)",
             "gate", draw="decay",
         ),
-        # one number for a head, as `RATE` is
-        Input(
-            "rate", "HV", "decay of a step of 1 in natural log, <= 0", "parameter", draw="rate",
-            slack=3.0,
-        ),
         STATE,
+        # one number for a head, a sum over all tokens and channels, as `RATE` is
+        Input(
+            "rate", "HV", "decay of a step of 1 in natural log, <= 0; -1 if None", "parameter",
+            when="has_rate", draw="decay", slack=3.0,
+        ),
         Input("dt_bias", "HV", "optional", "parameter", when="has_dt_bias", draw="bias"),
         Input("D", "HV V", "o grows by D v; none if None", "parameter", when="has_D"),
         Input("z", "B T HV V", "o is then multiplied by silu(z); none if None", when="has_z"),
@@ -67,6 +67,7 @@ MAMBA2: Final = Recurrence(
             "initial_state",
             "output_final_state",
             "use_gate_in_kernel",
+            "rate",
             "dt_bias",
             "D",
             "z",

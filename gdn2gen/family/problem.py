@@ -22,13 +22,14 @@ OPTIONAL_FLAGS: Final = (
     "initial_state",
     "final_state",
     "state_v_first",
+    "has_rate",
     "has_D",
     "has_z",
 )
 # What the commands call them, as in --with.
 EXTRAS: Final = {x.removeprefix("has_"): x for x in OPTIONAL_FLAGS}
 # Fields that came after files had been written; those say nothing of them where they are not set.
-_LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound", "has_D", "has_z")
+_LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound", "has_rate", "has_D", "has_z")
 # Nats: a gate's lower bound may be no lower.
 LEAST_BOUND: Final = -5.0
 # What kernels are made for: rows of 16 bytes and more, and a state that a multiprocessor can hold.
@@ -84,6 +85,8 @@ class Problem:
     bound: int = 0
     """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
     `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
+    has_rate: bool = False
+    """A step decays by a rate times it; by itself, negative, without."""
     has_D: bool = False
     """D v is added to o."""
     has_z: bool = False
@@ -135,7 +138,7 @@ class Problem:
             raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
         if self.state_v_first and not member.takes("state_v_first"):
             raise InputError(f"states of {self.op} are [N, HV, K, V]: leave state_v_first out")
-        for name in ("D", "z"):
+        for name in ("rate", "D", "z"):
             if getattr(self, f"has_{name}") and name not in member.named:
                 raise InputError(f"{self.op} takes no {name}: leave has_{name} out")
         if self.has_A_log and "A_log" not in member.named and member.activations != ("none",):
@@ -176,6 +179,7 @@ def untaken(op: str) -> frozenset[str]:
         ("gate_dtype",): member.decay is not None,
         ("gate", "bound", "has_dt_bias"): gated,
         ("has_A_log",): gated and "A_log" in member.named,
+        ("has_rate",): "rate" in member.named,
         ("has_D",): "D" in member.named,
         ("has_z",): "z" in member.named,
         ("state_v_first",): member.takes("state_v_first"),

@@ -152,8 +152,8 @@ class Recurrence:
 
     @property
     def stepped(self) -> bool:
-        """Whether one number a head, a step, decays and writes: g = `rate` step, and step k v^T is
-        written. Such members have no scale, and their heads share the scores of a group: they may
+        """Whether one number a head, a step, decays and writes: g = `rate` step, where a rate that is
+        not given is -1, and step k v^T is written. Such members have no scale, and their heads share the scores of a group: they may
         add `D` v to o, and then multiply it by silu(`z`)."""
         return self.decay is not None and self.write == self.decay.input
 

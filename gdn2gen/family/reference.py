@@ -189,7 +189,7 @@ def _tokens(recurrence: Recurrence, x: Mapping[str, Tensor], scale: float | None
 
 def _log_decay(recurrence: Recurrence, x: Mapping[str, Tensor], name: str) -> Tensor:
     """Natural log; of a step, a rate times it."""
-    return x["rate"] * x[name] if recurrence.stepped else x[name]
+    return x.get("rate", -1.0) * x[name] if recurrence.stepped else x[name]
 
 
 def _finish(o: Tensor, x: Mapping[str, Tensor]) -> Tensor:

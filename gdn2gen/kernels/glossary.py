@@ -20,7 +20,7 @@ WORDS: Final[Mapping[str, str]] = {
     "beta": "factor of what a token erases and writes",
     "A_log": "log of the decay's rate",
     "dt_bias": "added to g before its activation",
-    "dt": "step: a token decays by rate times it, and writes it times k v^T",
+    "dt": "step: what a token decays by and writes",
     "rate": "decay of a step of 1",
     "D": "o grows by D v",
     "z": "output gate, before silu",

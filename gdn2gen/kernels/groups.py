@@ -32,7 +32,7 @@ HEADS: Final = (1, 2, 4, 8, 16, 32)
 
 _Q, _K = QK
 _V: Final = VW[0]
-_RATE: Final = Operand("rate", "HV", "fp32")
+_RATE: Final = Operand("rate", "HV", "fp32", "rate")
 _DT: Final = (Operand("dt", "B T HV", "gate"), Operand("dt_bias", "HV", "fp32", "dt_bias"))
 # From prepare_group on: of a group, and what the scans make each head's factors of.
 _SCORES: Final = Operand("scores", "NT H BT BT")
@@ -158,7 +158,7 @@ GRAD_GROUP: Final = Stage(
         Operand("decay_part", "NT HV NK BT", "fp32"),
         Operand("step_part", "NT HV NK BT", "fp32"),
         Operand("ddt", "B T HV", "gate"),
-        Operand("drate", "NT HV", "fp32"),
+        Operand("drate", "NT HV", "fp32", "rate"),
         Operand("ddt_bias", "NT HV", "fp32", "dt_bias"),
         Operand("dD", "NT HV V", "fp32", "D"),
     ),

@@ -88,6 +88,7 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,
         "dt_bias": problem.has_dt_bias,
+        "rate": problem.has_rate,
         "D": problem.has_D,
         "z": problem.has_z,
         "D and z": problem.has_D and problem.has_z,

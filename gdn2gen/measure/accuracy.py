@@ -53,6 +53,7 @@ def inputs_of(
         seed=seed,
         cu_seqlens=shape.cu_seqlens,
         initial_state=problem.initial_state,
+        rate=problem.has_rate,
     )
     if problem.initial_state and problem.state_v_first:
         inputs["initial_state"] = inputs["initial_state"].mT.contiguous()

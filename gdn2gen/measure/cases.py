@@ -101,6 +101,7 @@ def _outputs(base: Case) -> dict[str, Case]:
     """`base` with what its recurrence takes after its state: a skip, a gate, and both."""
     member = recurrence_named(base.problem.op)
     found: dict[str, dict[str, Any]] = {
+        "no-rate": {"has_rate": False},
         "skip": {"has_D": True},
         "output-gate": {"has_z": True},
         "skip-and-gate": {"has_D": True, "has_z": True},
@@ -165,6 +166,11 @@ def _decoding(base: Case) -> Iterator[Case]:
         yield replace(base, name=f"{base.name}-decoding", check="decoding")
 
 
+def _usual(op: str) -> dict[str, bool]:
+    """Fields of the problems of cases that are not asked for: a step decays by a rate."""
+    return {"has_rate": True} if recurrence_named(op).stepped else {}
+
+
 def _heads(op: str) -> int:
     """Of the smallest cases: more than one where the gradient of an input is one number a head, a
     sum that may be small by chance."""
@@ -172,7 +178,8 @@ def _heads(op: str) -> int:
 
 
 def _interpreter_cases(op: str) -> Iterator[Case]:
-    problem = Problem(op=op, K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
+    states = {"initial_state": True, "final_state": True, **_usual(op)}
+    problem = Problem(op=op, K=32, V=32, dtype="fp32", **states)
     small = Case("small-fp32", problem, _shape(1, 75, _heads(op)), interpreter=True)
     yield from _patterns(small)
     yield from _features(small)
@@ -187,7 +194,7 @@ def _interpreter_cases(op: str) -> Iterator[Case]:
 
 
 def _gpu_cases(op: str) -> Iterator[Case]:
-    problem = Problem(op=op, initial_state=True, final_state=True)
+    problem = Problem(op=op, initial_state=True, final_state=True, **_usual(op))
     base = Case("bf16", problem, _shape(2, 1000, 4))
     yield from _patterns(base)
     yield from _features(base)
@@ -224,7 +231,7 @@ def cases_of(K: int, V: int) -> tuple[Case, ...]:
 
 
 def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
-    problem = Problem(op=op, K=K, V=V, initial_state=True, final_state=True)
+    problem = Problem(op=op, K=K, V=V, initial_state=True, final_state=True, **_usual(op))
     for base in (
         Case(f"K{K}-V{V}-bf16", problem, _shape(1, 301, 3)),
         Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, _heads(op)), interpreter=True),

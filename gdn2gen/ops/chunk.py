@@ -242,10 +242,10 @@ def chunk_mamba2(
     k: Tensor,
     v: Tensor,
     dt: Tensor,
-    rate: Tensor,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_gate_in_kernel: bool = False,
+    rate: Tensor | None = None,
     dt_bias: Tensor | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
@@ -257,7 +257,7 @@ def chunk_mamba2(
     it, `mamba_chunk_scan_combined`."""
     return call(
         _MAMBA2,
-        (q, k, v, dt, rate, initial_state, dt_bias, D, z, cu_seqlens),
+        (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),
         scale=None,
         output_final_state=output_final_state,
         use_gate_in_kernel=use_gate_in_kernel,

@@ -98,7 +98,7 @@ def mamba_chunk_scan_combined(
             B,
             x,
             dt,
-            A,
+            rate=A,
             initial_state=initial_states,
             output_final_state=wants_states,
             use_gate_in_kernel=in_kernel,
