@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
-from gdn2gen.family.shapes import SHAPES  # noqa: E402
+from gdn2gen.family.shapes import NAMED_SHAPES as SHAPES  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS  # noqa: E402
 from gdn2gen.measure.results import read_results  # noqa: E402
 from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
@@ -70,8 +70,11 @@ def ops() -> Iterator[str]:
         for x in member.required:
             dims.setdefault(", ".join(x.symbols), []).append(x.name)
         tensors = "; ".join(f"{', '.join(names)} [{shape}]" for shape, names in dims.items())
-        op, title = f"`{member.public.chunk}`", f"{member.title} ({member.source})"
-        yield line([op, title, f"`{member.update}`", tensors, f"`{member.public.fla}`"])
+        public = member.public
+        names = [public.chunk, *([public.elsewhere.split(".")[-1]] if public.elsewhere else [])]
+        op, title = ", ".join(f"`{x}`" for x in names), f"{member.title} ({member.source})"
+        was_in = public.fla or public.elsewhere.rpartition(".")[0]
+        yield line([op, title, f"`{member.update}`", tensors, f"`{was_in}`"])
 
 
 def section(document: dict[str, Any], stored: Iterable[str]) -> str:

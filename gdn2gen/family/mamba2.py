@@ -5,9 +5,9 @@ One head, rows are tokens; state h [P, N], x in R^P, B and C in R^N, A <= 0 and 
     h_t = exp(A dt_t) h_{t-1} + dt_t x_t B_t^T
     y_t = h_t C_t + D x_t                             out_t = y_t silu(z_t)
 
-In the words of the family q = C, k = B, v = x, rate = A, and dt is a step: it decays, and it is what
-a token writes. `MAMBA2` says so, and has kernels; the recurrence below is told apart from it on
-purpose, to be their truth.
+In the words of the family q = C, k = B, v = x, rate = A, and dt is a step: it decays, and it is
+what a token writes. `MAMBA2` says so, and has kernels; the recurrence below is told apart from it
+on purpose, to be their truth.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gdn2gen.family.recurrence import (
     Input,
     Public,
     Recurrence,
+    Usual,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ MAMBA2: Final = Recurrence(
     public=Public(
         chunk="chunk_mamba2",
         fla="",
+        elsewhere="mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined",
         arguments=(
             "initial_state",
             "output_final_state",
@@ -76,6 +78,7 @@ MAMBA2: Final = Recurrence(
             "cu_seqlens_cpu",
         ),
     ),
+    usual=Usual(head_dims=("128,64",), shapes=("mamba4k",), gate="softplus"),
     plans=("grouped",),
 )  # fmt: skip
 

@@ -208,8 +208,9 @@ def check_head_dim(name: str, size: int) -> None:
 
 
 def gate_parameters(op: str, gate: str) -> dict[str, bool]:
-    """Fields of Problem for the parameters that a layer gives a gate: all that there are."""
-    names = ("A_log", "dt_bias")
+    """Fields of Problem for what a layer gives beside the tensors of every call, where it has the
+    gate in the kernel: its parameters, and what follows a state, all that there are."""
+    names = ("A_log", "dt_bias", "rate", "D", "z")
     parameters = (x for x in recurrence_named(op).optional if x.name in names)
     return {x.when: gate != "none" for x in parameters}
 

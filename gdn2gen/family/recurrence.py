@@ -69,7 +69,7 @@ class Public:
     chunk: str
     """The op over whole sequences, here and in flash-linear-attention."""
     fla: str
-    """The module of flash-linear-attention that has it."""
+    """The module of flash-linear-attention that has it; empty where none does."""
     arguments: tuple[str, ...] = ()
     """Those of the op after the tensors that every call takes, in order. Packages of kernels take
     the same, but for those that choose between kernels."""
@@ -80,8 +80,21 @@ class Public:
     """Its arguments after the first tensors that every call takes, in order, and such tensors where
     others come between; those of states in a pool, which are keywords alone, follow
     (`family.decoding.KEYWORDS`)."""
+    elsewhere: str = ""
+    """Another module that has it, and what it is called there, where ours has that name, too."""
     recurrent_names: tuple[tuple[str, str], ...] = ()
     """Inputs that it calls otherwise: their names, and those there."""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What commands take of a member where nothing is asked for: as models have it."""
+
+    head_dims: tuple[str, ...] = ("128", "64")
+    """K, or K,V: the first one, or all where a command takes several."""
+    shapes: tuple[str, ...] = ()
+    """Names; empty for all that are no member's own."""
+    gate: str = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +115,7 @@ class Recurrence:
     """The input that v is multiplied by; None where v is written as it is. If it is the one that
     erases too, the two are tied, and its gradient is the sum of both."""
     public: Public
+    usual: Usual = Usual()
     plans: tuple[str, ...] = ()
     """Those that serve it. Without any it has a reference, but no op, and no command offers it."""
 
@@ -152,9 +166,9 @@ class Recurrence:
 
     @property
     def stepped(self) -> bool:
-        """Whether one number a head, a step, decays and writes: g = `rate` step, where a rate that is
-        not given is -1, and step k v^T is written. Such members have no scale, and their heads share the scores of a group: they may
-        add `D` v to o, and then multiply it by silu(`z`)."""
+        """Whether one number a head, a step, decays and writes: g = `rate` step, where a rate that
+        is not given is -1, and step k v^T is written. Such members have no scale, and their heads
+        share the scores of a group: they may add `D` v to o, and then multiply it by silu(`z`)."""
         return self.decay is not None and self.write == self.decay.input
 
     @property

@@ -45,13 +45,15 @@ SHAPES: Final = {
         Shape("wide8k", 1, 8192, 64),
         Shape("few8k", 1, 8192, 8),
         Shape("varlen8k", 1, 8192, 64, (0, 1300, 1847, 3895, 4858, 5129, 8192)),
-        Shape("mamba4k", 4, 4096, 64, groups=1),
     )
 }
+"""Those that every member is tuned and measured at."""
+NAMED_SHAPES: Final = SHAPES | {"mamba4k": Shape("mamba4k", 4, 4096, 64, groups=1)}
+"""And those of members whose models have others (`Recurrence.usual`)."""
 
 _EXPECTED: Final = (
-    f"give one of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16, or BxTxH/G such as 4x4096x64/1 "
-    "with G heads of q and k"
+    f"give one of {', '.join(NAMED_SHAPES)}, or BxTxH such as 4x4096x16, or BxTxH/G such as "
+    "4x4096x64/1 with G heads of q and k"
 )
 
 
@@ -68,7 +70,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 def shape_of(regime: Regime) -> Shape | None:
     """A shape of these sizes: a named one, or BxTxH; None for an unnamed packed batch."""
-    for shape in SHAPES.values():
+    for shape in NAMED_SHAPES.values():
         if shape.regime == regime:
             return shape
     if not regime.sequences or regime.tokens % regime.sequences:
@@ -78,8 +80,8 @@ def shape_of(regime: Regime) -> Shape | None:
 
 
 def _parse_shape(word: str) -> Shape:
-    if word in SHAPES:
-        return SHAPES[word]
+    if word in NAMED_SHAPES:
+        return NAMED_SHAPES[word]
     match = re.fullmatch(r"([0-9]{1,12})x([0-9]{1,12})x([0-9]{1,12})(?:/([0-9]{1,12}))?", word)
     if match is None or 0 in (sizes := [int(x) for x in match.groups() if x is not None]):
         raise InputError(f"unknown shape {word!r}; {_EXPECTED}")

@@ -43,7 +43,7 @@ def _input_bytes(problem: Problem) -> int:
     """
     member = recurrence_named(problem.op)
     width = {"K": problem.K, "V": problem.V}
-    given = [x for x in member.inputs if not x.when or x.name == "z" and problem.has_z]
+    given = [x for x in member.inputs if not x.when or (x.name == "z" and problem.has_z)]
     shared = ("q", "k") if member.stepped else ()
     return sum(
         prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE[problem.dtype_of(x.dtype)].nbytes

@@ -94,6 +94,7 @@ _SERIAL: Final = Form(
     limits=(_ONLY_STEPS,),
     ahead=(Operand("q", "BT K"), Operand("k", "BT K")),
 )
+_BACK: Final = (*_SERIAL.ahead, Operand("do", "BT BV"))
 
 SCAN_GROUP: Final = Stage(
     name="scan_group",
@@ -146,7 +147,7 @@ REVERSE_SCAN_GROUP: Final = Stage(
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("BT V BT", "BT V K", "K V BT"),
-    forms=(replace(_SERIAL, template="reverse_scan_group", ahead=(*_SERIAL.ahead, Operand("do", "BT BV"))),),
+    forms=(replace(_SERIAL, template="reverse_scan_group", ahead=_BACK),),
 )
 
 GRAD_GROUP: Final = Stage(

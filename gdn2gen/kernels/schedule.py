@@ -84,8 +84,8 @@ def gradients_of(problem: Problem) -> Mapping[str, str]:
 
 
 def cleared_of(problem: Problem) -> tuple[Operand, ...]:
-    """Gradients of what is given of tokens, in order: a packed batch's are cleared where no sequence
-    lies. Those that a config says how many heads have are zeros from the start."""
+    """Gradients of what is given of tokens, in order: a packed batch's are cleared where no
+    sequence lies. Those that a config says how many heads have are zeros from the start."""
     made = outputs_of(problem.op)
     gradients = gradients_of(problem)
     given = recurrence_named(problem.op).named

@@ -166,7 +166,7 @@ def _decoding(base: Case) -> Iterator[Case]:
         yield replace(base, name=f"{base.name}-decoding", check="decoding")
 
 
-def _usual(op: str) -> dict[str, bool]:
+def _usual(op: str) -> dict[str, Any]:
     """Fields of the problems of cases that are not asked for: a step decays by a rate."""
     return {"has_rate": True} if recurrence_named(op).stepped else {}
 
@@ -178,8 +178,8 @@ def _heads(op: str) -> int:
 
 
 def _interpreter_cases(op: str) -> Iterator[Case]:
-    states = {"initial_state": True, "final_state": True, **_usual(op)}
-    problem = Problem(op=op, K=32, V=32, dtype="fp32", **states)
+    states: dict[str, Any] = {"initial_state": True, "final_state": True}
+    problem = Problem(op=op, K=32, V=32, dtype="fp32", **states, **_usual(op))
     small = Case("small-fp32", problem, _shape(1, 75, _heads(op)), interpreter=True)
     yield from _patterns(small)
     yield from _features(small)

@@ -253,8 +253,10 @@ def chunk_mamba2(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mamba-2 over whole sequences in the words of the family (arXiv 2405.21060); as mamba_ssm takes
-    it, `mamba_chunk_scan_combined`."""
+    """Mamba-2 over whole sequences, in the words of the family (arXiv 2405.21060).
+
+    As mamba_ssm takes it: `mamba_chunk_scan_combined`.
+    """
     return call(
         _MAMBA2,
         (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),

@@ -82,6 +82,7 @@ class Call:
             "V": problem.V,
             "NK": 1,  # at least: how many slices of K there are, a stage's config says
             "2": 2,
-            # programs of a chunk, each of so many heads of a group at most
+            # programs of a chunk: at least one a group, or each of so many of its heads at most
+            "HP": self.H,
             **{f"HP{n}": self.H * -(-self.HV // _max(1, self.H) // n) for n in HEADS},
         }

@@ -282,7 +282,7 @@ def _cases_of_less() -> Iterator[KernelCase]:
 
 
 def _cases_of_groups() -> Iterator[KernelCase]:
-    """Heads that share the scores of a group, in programs of two heads of its three; every stage."""
+    """Heads that share the scores of a group, in programs of two of its three; every stage."""
     plain = replace(_linear("mamba2", 40, 24), has_rate=True)
     full = replace(plain, gate="softplus", has_dt_bias=True, has_D=True, has_z=True)
     knobs = (("BT", 16), ("BK", 32), ("BV", 16), ("heads", 2))
