@@ -76,6 +76,7 @@ MAMBA2: Final = Recurrence(
             "state_v_first",
             "cu_seqlens",
             "cu_seqlens_cpu",
+            "disable_recompute",
         ),
     ),
     usual=Usual(head_dims=("128,64",), shapes=("mamba4k",), gate="softplus"),

@@ -252,6 +252,7 @@ def chunk_mamba2(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    disable_recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-2 over whole sequences, in the words of the family (arXiv 2405.21060).
 
@@ -263,7 +264,7 @@ def chunk_mamba2(
         scale=None,
         output_final_state=output_final_state,
         use_gate_in_kernel=use_gate_in_kernel,
-        disable_recompute=False,
+        disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
     )
