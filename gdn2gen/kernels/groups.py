@@ -83,7 +83,13 @@ _SERIAL: Final = Form(
     "serial",
     "triton",
     "scan_group",
-    knobs={"BV": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4)},
+    # two heads of a program read their group's q and k once, which is most of what a scan reads
+    knobs={
+        "heads": (1, 2),
+        "BV": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
     defaults=(
         Setting({"BV": 64, "num_warps": 4, "num_stages": 2}),
         Setting({"BV": 32}, {"arch": ("sm_100", "sm_101", "sm_103")}),

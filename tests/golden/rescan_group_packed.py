@@ -28,11 +28,11 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     dy             [B, T, HV, V]      bf16   gradient of o before its gate
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
-Config:  BT=64 BV=64 language=triton num_stages=2 num_warps=4
-Template digest 860f7e6496329dcf; made by
+Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
+Template digest d52496031ab32c90; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
-      BT=64,BV=64,language=triton,num_stages=2,num_warps=4
+      BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
 """
 
 import triton
@@ -75,6 +75,7 @@ def rescan_group_kernel(
     i_nh, i_s = i_seg // NS, i_seg % NS
     i_n, i_h = i_nh // HV, i_nh % HV
     i_hq = i_h // (HV // H)
+
     i_first = tl.load(chunk_offsets + i_n)
     n_chunks = tl.load(chunk_offsets + i_n + 1) - i_first
     i_start = tl.load(cu_seqlens + i_n).to(tl.int64)
@@ -84,7 +85,7 @@ def rescan_group_kernel(
     o_i, o_j = o_t[:, None], o_t[None, :]
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
-    p_kept = i_seg.to(tl.int64) * K * V + o_v[:, None] * K + o_k[None, :]
+    p_kept = ((i_n * HV + i_h).to(tl.int64) * NS + i_s) * K * V + o_v[:, None] * K + o_k[None, :]
     b_S = tl.load(S_seg + p_kept)
     # the segment's own chunks and tokens
     n_chunks = tl.minimum(n_chunks - i_s * segment, segment)
@@ -93,9 +94,10 @@ def rescan_group_kernel(
     n_tokens -= i_s * segment * BT
 
     b_skip = tl.load(D + i_h * V + o_v)[:, None]
+
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
-    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
     m_v = (o_t < n_tokens)[None, :]
+    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
     b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
     i_next = tl.cast(i_first, tl.int64)
     m_next = o_t < BT * tl.minimum(n_chunks, 1)
@@ -104,18 +106,15 @@ def rescan_group_kernel(
     p_score = (i_next * H + i_hq) * BT * BT + o_i * BT + o_j
     b_scores_next = tl.load(scores + p_score, mask=m_next[:, None], other=0.0)
     for i_t in range(n_chunks):
-        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
-        b_v = b_v_next
-        b_log_decay = b_log_decay_next
-        b_step = b_step_next
         b_scores = b_scores_next
 
+        b_v, b_log_decay, b_step = b_v_next, b_log_decay_next, b_step_next
         i_row = i_t * BT + o_t
-        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
         m_o = (i_row < n_tokens)[None, :]
+        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
         b_z = tl.load(z + p_o, mask=m_o, other=0.0)
-        p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
         m_v = (i_row + BT < n_tokens)[None, :]
+        p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
         b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
         i_next = (i_first + i_t).to(tl.int64) + tl.minimum(n_chunks - 1 - i_t, 1)
         b_log_decay_next = tl.load(log_decay + (i_next * HV + i_h) * BT + o_t)
@@ -140,6 +139,7 @@ def rescan_group_kernel(
         b_Sd = b_S.to(tl.bfloat16)
         b_o = tl.dot(b_Sd, tl.trans(b_q))
         b_o *= b_head[None, :]
+        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
         tl.store(h + i_tile * K * V + o_v[:, None] * K + o_k[None, :], b_Sd)
         b_S *= b_gamma
         b_do = tl.load(do + p_o, mask=m_o, other=0.0)

@@ -20,11 +20,11 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     dv         [B, T, HV, V]    bf16  gradient of v
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
-Config:  BT=64 BV=64 language=triton num_stages=2 num_warps=4
-Template digest d260cdbe083e3221; made by
+Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
+Template digest 414aee7f0bcf94c9; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D --stage reverse_scan_group --config \
-      BT=64,BV=64,language=triton,num_stages=2,num_warps=4
+      BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
 """
 
 import triton
@@ -58,6 +58,7 @@ def reverse_scan_group_kernel(
     i_nh = tl.program_id(0) // (V // BV)
     i_n, i_h = i_nh // HV, i_nh % HV
     i_hq = i_h // (HV // H)
+
     n_chunks = tl.cdiv(T, BT)
     i_first = i_n * n_chunks
     i_start = i_n.to(tl.int64) * T
@@ -70,6 +71,7 @@ def reverse_scan_group_kernel(
     b_dS = tl.zeros([BV, K], tl.float32)
 
     b_skip = tl.load(D + i_h * V + o_v)[:, None]
+
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
     i_next = (i_first + n_chunks - 1).to(tl.int64)
     m_next = o_t < BT * tl.minimum(n_chunks, 1)
@@ -79,11 +81,9 @@ def reverse_scan_group_kernel(
     b_scores_next = tl.load(scores + p_score, mask=m_next[:, None], other=0.0)
     for i_back in range(n_chunks):
         i_t = n_chunks - 1 - i_back
-        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
-        b_log_decay = b_log_decay_next
-        b_step = b_step_next
         b_scores = b_scores_next
 
+        b_log_decay, b_step = b_log_decay_next, b_step_next
         i_next = (i_first + i_t).to(tl.int64) - tl.minimum(i_t, 1)
         b_log_decay_next = tl.load(log_decay + (i_next * HV + i_h) * BT + o_t)
         b_step_next = tl.load(step + (i_next * HV + i_h) * BT + o_t)
@@ -91,12 +91,13 @@ def reverse_scan_group_kernel(
         b_scores_next = tl.load(scores + p_score)
 
         i_row = i_t * BT + o_t
+        m_o = (i_row < n_tokens)[None, :]
         p_k = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
         b_k = tl.load(k + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
         b_q = tl.load(q + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
 
         p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-        m_o = (i_row < n_tokens)[None, :]
+        i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
         # decay from the chunk's start to a token, from there to its end, and over all of it
         b_head = tl.exp2(tl.cumsum(b_log_decay, 0))
         b_tail = tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay) * b_step

@@ -23,11 +23,11 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     S_seg      [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
-Config:  BT=64 BV=64 language=triton num_stages=2 num_warps=4
-Template digest 860f7e6496329dcf; made by
+Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
+Template digest d52496031ab32c90; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage scan_group --config \
-      BT=64,BV=64,language=triton,num_stages=2,num_warps=4
+      BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
 """
 
 import triton
@@ -64,6 +64,7 @@ def scan_group_kernel(
     i_nh = tl.program_id(0) // (V // BV)
     i_n, i_h = i_nh // HV, i_nh % HV
     i_hq = i_h // (HV // H)
+
     n_chunks = tl.cdiv(T, BT)
     i_first = i_n * n_chunks
     i_start = i_n.to(tl.int64) * T
@@ -73,13 +74,14 @@ def scan_group_kernel(
     o_i, o_j = o_t[:, None], o_t[None, :]
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
-    p_kept = i_nh.to(tl.int64) * NS * K * V + o_v[:, None] * K + o_k[None, :]
+    p_kept = ((i_n * HV + i_h).to(tl.int64) * NS) * K * V + o_v[:, None] * K + o_k[None, :]
     b_S = tl.zeros([BV, K], tl.float32)
 
     b_skip = tl.load(D + i_h * V + o_v)[:, None]
+
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
-    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
     m_v = (o_t < n_tokens)[None, :]
+    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
     b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
     i_next = tl.cast(i_first, tl.int64)
     m_next = o_t < BT * tl.minimum(n_chunks, 1)
@@ -90,18 +92,15 @@ def scan_group_kernel(
     for i_s in range(NS):
         tl.store(S_seg + p_kept + i_s * K * V, b_S)
         for i_t in range(i_s * segment, tl.minimum(n_chunks, (i_s + 1) * segment)):
-            i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
-            b_v = b_v_next
-            b_log_decay = b_log_decay_next
-            b_step = b_step_next
             b_scores = b_scores_next
 
+            b_v, b_log_decay, b_step = b_v_next, b_log_decay_next, b_step_next
             i_row = i_t * BT + o_t
-            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
             m_o = (i_row < n_tokens)[None, :]
+            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
             b_z = tl.load(z + p_o, mask=m_o, other=0.0)
-            p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
             m_v = (i_row + BT < n_tokens)[None, :]
+            p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
             b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
             i_next = (i_first + i_t).to(tl.int64) + tl.minimum(n_chunks - 1 - i_t, 1)
             b_log_decay_next = tl.load(log_decay + (i_next * HV + i_h) * BT + o_t)
