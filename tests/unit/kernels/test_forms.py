@@ -7,16 +7,14 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from taken import of_op
+from taken import having
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.render import template_name
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.kernels.config import Config, default_config, default_of, in_triton
 from gdn2gen.kernels.limits import Place, Setting
-from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import valid_configs, why_invalid
 from gdn2gen.tuning import space
@@ -87,8 +85,7 @@ def test_forms_take_what_validity_takes(stage: str, problem: Problem) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_form_starts_within_its_own_knobs(stage: str) -> None:
     for problem, arch, form in itertools.product(PROBLEMS, (None, *ARCHS), STAGES[stage].forms):
-        if stage not in stages_of(problem.op):
-            problem = of_op(replace(problem, gate="none", bound=0), STEP_OPS[0])
+        problem = having(problem, stage)
         place = Place(problem, 32, arch)
         config = default_of(stage, form, place)
         assert config.form is form
