@@ -78,6 +78,12 @@ PREPARE_GROUP: Final = Stage(
     ),
 )
 
+# Whose products of 64 rows are made of a warp's, or in tensor memory.
+_NO_WGMMA: Final = (
+    *("sm_80", "sm_86", "sm_87", "sm_89"),
+    *("sm_100", "sm_101", "sm_103", "sm_120", "sm_121"),
+)
+
 # One chain per sequence, as of the scans of other members.
 _SERIAL: Final = Form(
     "serial",
@@ -92,7 +98,8 @@ _SERIAL: Final = Form(
     },
     defaults=(
         Setting({"BV": 64, "num_warps": 4, "num_stages": 2}),
-        Setting({"BV": 32}, {"arch": ("sm_100", "sm_101", "sm_103")}),
+        # left alone, ptxas gives up at 32 registers a thread on sm_80, and 4.7 KB of spills
+        Setting({"BV": 32, "num_warps": 8}, {"arch": _NO_WGMMA}),
         Setting({"BV": 32}, {"K": WIDE}),
         Setting({"BV": 16, "num_stages": 1}, FP32),
     ),
@@ -131,7 +138,10 @@ RESCAN_GROUP: Final = Stage(
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("K V BT",),
-    forms=(_SERIAL,),
+    # four warps would spill 384 bytes a thread where it makes o again
+    forms=(
+        replace(_SERIAL, defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)}))),
+    ),
 )
 
 REVERSE_SCAN_GROUP: Final = Stage(
@@ -187,6 +197,7 @@ GRAD_GROUP: Final = Stage(
             defaults=(
                 Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 1}),
                 Setting({"num_warps": 8}, {"BT": (64,)}),
+                Setting({"BK": 32}, {"arch": _NO_WGMMA}),
                 Setting({"BK": 32}, {"V": WIDE}),
                 Setting({"BK": 16}, FP32),
             ),

@@ -25,5 +25,6 @@ def having(problem: _P, stage: str) -> _P:
     if stage in stages_of(problem.op):
         return problem
     op = next(x for x in OPS if stage in stages_of(x))
-    gate = problem.gate if problem.gate in recurrence_named(op).activations else "none"
-    return of_op(replace(problem, gate=gate, bound=0) if gate == "none" else problem, op)
+    if problem.gate not in recurrence_named(op).activations:
+        problem = replace(problem, gate="none", bound=0, has_A_log=False, has_dt_bias=False)
+    return of_op(problem, op)
