@@ -113,7 +113,8 @@ def _usual_chunk(stage: Stage, problem: Compiled) -> int:
     """Tokens of a chunk where nothing is tuned."""
     if 32 not in stage.chunks:
         return int(stage.chunks[0])
-    # Where scores are a group's, longer chunks cost a head nothing, and halve the states on file.
+    # Where scores are a group's, longer chunks cost a head nothing, and halve the states between
+    # stages; but of fp32 their tiles take too many registers.
     grouped = isinstance(problem, Problem) and problem.op in STEP_OPS
     return 64 if grouped and problem.dtype != "fp32" else 32
 

@@ -199,7 +199,8 @@ GRAD_GROUP: Final = Stage(
                 Setting({"num_warps": 8}, {"BT": (64,)}),
                 Setting({"BK": 32}, {"arch": _NO_WGMMA}),
                 Setting({"BK": 32}, {"V": WIDE}),
-                Setting({"BK": 16}, FP32),
+                # left alone, ptxas gives up at 32 registers a thread and 5 KB of spills; 1.8 KB
+                Setting({"BK": 16, "num_warps": 8, "maxnreg": 208}, FP32),
             ),
             leads={},
             limits=(_ONLY_STEPS,),
