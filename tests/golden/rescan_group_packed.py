@@ -28,11 +28,11 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     dy             [B, T, HV, V]      bf16   gradient of o before its gate
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
-Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
+Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=8
 Template digest d52496031ab32c90; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
-      BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
+      BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=8
 """
 
 import triton
@@ -166,5 +166,5 @@ def launch(
         v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, h, dz, dy,
         T, H, HV, NS, segment,
         K=K, V=V, BT=BT, BV=BV,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )
