@@ -14,6 +14,7 @@ __all__ = [
     "chunk_gdn2",
     "chunk_gla",
     "chunk_kda",
+    "chunk_mamba2",
     "chunk_simple_gla",
     "compile_kernels",
     "explain",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         chunk_gdn2,
         chunk_gla,
         chunk_kda,
+        chunk_mamba2,
         chunk_simple_gla,
     )
     from gdn2gen.ops.mamba import mamba_chunk_scan_combined
@@ -75,6 +77,7 @@ _HOMES = {
     "chunk_gdn2": "gdn2gen.ops.chunk",
     "chunk_gla": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "chunk_mamba2": "gdn2gen.ops.chunk",
     "chunk_simple_gla": "gdn2gen.ops.chunk",
     "compile_kernels": "gdn2gen.workflows.compiled",
     "explain": "gdn2gen.workflows.explain",

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
-from gdn2gen.family.shapes import SHAPES  # noqa: E402
+from gdn2gen.family.shapes import NAMED_SHAPES as SHAPES  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS  # noqa: E402
 from gdn2gen.measure.results import read_results  # noqa: E402
 from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
@@ -123,7 +123,9 @@ def family(found: Members) -> Iterator[str]:
         for x in member.required:
             dims.setdefault(", ".join(x.symbols), []).append(x.name)
         tensors = "; ".join(f"{', '.join(names)} [{shape}]" for shape, names in dims.items())
-        op = f"`{member.public.chunk}`: {member.title} ({member.source})"
+        public = member.public
+        names = [public.chunk, *([public.elsewhere.split(".")[-1]] if public.elsewhere else [])]
+        op = f"{', '.join(f'`{x}`' for x in names)}: {member.title} ({member.source})"
         yield line([op, f"`{member.update}`", tensors, *beside_peer(found.rows.get(name))])
 
 

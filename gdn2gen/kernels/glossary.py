@@ -20,6 +20,10 @@ WORDS: Final[Mapping[str, str]] = {
     "beta": "factor of what a token erases and writes",
     "A_log": "log of the decay's rate",
     "dt_bias": "added to g before its activation",
+    "dt": "step: what a token decays by and writes",
+    "rate": "decay of a step of 1",
+    "D": "factor of a token's own value, added to o",
+    "z": "output gate, before silu",
     "initial_state": "state before the first token",
     "final_state": "state after the last token",
     "o": "output",
@@ -60,7 +64,6 @@ WORDS: Final[Mapping[str, str]] = {
     "Q_bias": "added to queries",
     "K_bias": "added to keys",
     "Angles": "rates of rotation, before tanh",
-    "D": "factor of a token's own value",
     "Z": "output gate, before SiLU",
     "angle_state": "Theta before the first token, radians",
     "ssm_state": "state before the token",
@@ -114,6 +117,8 @@ WORDS: Final[Mapping[str, str]] = {
     "G": "decay since the chunk's start, log2",
     "h": "state at the chunk's start, transposed",
     "R": "what each token adds to the state",
+    "scores": "<q_i, k_j> of a group, as they are",
+    "step": "step of each token, after its activation",
     # of a segment
     "S_seg": "state at the segment's start, transposed",
     "M_seg": "scratch: transition of all segments but first and last",
@@ -142,6 +147,12 @@ WORDS: Final[Mapping[str, str]] = {
     "dg_part": "gradient of the log decay: sums over a slice of channels",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",
     "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
+    "dz": "gradient of z",
+    "decay_part": "gradient of the log decay: sums over a slice of channels",
+    "step_part": "gradient of what a token writes, by its step: the same",
+    "ddt": "gradient of dt",
+    "drate": "gradient of rate: sums over the chunk's tokens",
+    "dD": "gradient of D: sums over the chunk's tokens",
 }
 
 
@@ -151,6 +162,15 @@ _TIED: Final[Mapping[str, str]] = {
     "k_tail": "beta / norm of k, decayed to the chunk's end",
     "R": "u: a token adds (beta k) u^T to the state",
     "dX": "gradient of X = v - E S, where R = A X",
+}
+
+
+# The same where the decay is a rate times what is written.
+_STEPPED: Final[Mapping[str, str]] = {
+    "dy": "gradient of o before its gate",
+    "dt_bias": "added to dt before its activation",
+    "dq": "gradient of q: sums over heads of a group",
+    "dk": "gradient of k: sums over heads of a group",
 }
 
 
@@ -176,6 +196,8 @@ def _of_heads(name: str, problem: Problem, member: Recurrence) -> str:
 def what(name: str, stage: str, problem: Problem) -> str:
     """What the operand of this name is in a stage's kernels of `problem`."""
     member = recurrence_named(problem.op)
+    if name in _STEPPED and member.stepped:
+        return _STEPPED[name]
     if name in _OF_HEADS and (not problem.l2norm or member.decay is None):
         return _of_heads(name, problem, member)
     if name in _TIED and member.tied:

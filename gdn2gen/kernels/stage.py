@@ -6,6 +6,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV); beta has HV
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
     NK slices of K, as many as a config makes programs of them
+    HP programs of grad_group for a chunk: each group's heads, as many at once as a config says
     NB sub-blocks of a chunk, 16 tokens each
     NS segments of a sequence, of equal length (see `Call.segments`)
 
@@ -69,7 +70,7 @@ class Operand:
 # Members by what their decay has one number for, see `Recurrence.decays_by`. `outside`: the decay,
 # if there is one, is outside of products over channels.
 OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "all": ("channel", "head", "none"),
+    "all": ("channel", "head", "none", "step"),
     "channel": ("channel",),
     "head": ("head",),
     "outside": ("head", "none"),
@@ -102,6 +103,11 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,
         "dt_bias": problem.has_dt_bias,
+        "rate": problem.has_rate,
+        "D": problem.has_D,
+        "z": problem.has_z,
+        "D and z": problem.has_D and problem.has_z,
+        "no z": not problem.has_z,
         "varlen": problem.varlen,
         "initial_state": problem.initial_state,
         "final_state": problem.final_state,

@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
+from gdn2gen.kernels.groups import (
+    GRAD_GROUP,
+    PREPARE_GROUP,
+    RESCAN_GROUP,
+    REVERSE_SCAN_GROUP,
+    SCAN_GROUP,
+)
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
@@ -17,6 +24,7 @@ _ALL = (
     PREPARE, REPREPARE, SUM_DECAY,
     SCAN, SCAN_STATES, RESCAN, REVERSE_SCAN,
     GRAD_VALUE, GRAD_KEY,
+    PREPARE_GROUP, SCAN_GROUP, RESCAN_GROUP, REVERSE_SCAN_GROUP, GRAD_GROUP,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 """Those that plans are chains of."""

@@ -74,8 +74,8 @@ def call(
         if ready is not None:
             o, state = ready.run(signature, tensors)
             return o, state if output_final_state else None
-    parameters = [tensors[place] for place in signature.parameters]
-    check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, *parameters)
+    gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
+    check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     check_chunk_size(chunk_size)
     dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)

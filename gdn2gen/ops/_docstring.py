@@ -26,6 +26,7 @@ _OPTIONS: Final = {
     "output_final_state": "return the state after the last token.",
     "use_qk_l2norm_in_kernel": "normalise q and k by x / sqrt(sum(x^2) + 1e-6).",
     "use_gate_in_kernel": "decay = -exp(A_log) * softplus({g.input} + dt_bias){bounded}.",
+    "step_in_kernel": "the step is softplus({g.input} + dt_bias).",
     "use_beta_sigmoid_in_kernel": "what erases and writes is sigmoid({beta}).",
     "allow_neg_eigval": "it is twice that; needs `use_beta_sigmoid_in_kernel`.",
     "cu_seqlens_cpu": "cu_seqlens' copy on the host, which is checked if it is given.",
@@ -152,7 +153,8 @@ def _decoding_lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[st
 def _equations(recurrence: Recurrence) -> Iterator[str]:
     yield from ("", "Per head, with the state S in R^{K x V} and elementwise `*`:", "")
     yield f"    S_t = {recurrence.update}"
-    yield from ("    o_t = scale * S_t^T q_t", "")
+    output = "(S_t^T q_t + D v_t) * silu(z_t)" if recurrence.stepped else "scale * S_t^T q_t"
+    yield from (f"    o_t = {output}", "")
 
 
 def _sizes() -> str:
@@ -177,7 +179,8 @@ def _argument(
     g = recurrence.decay and recurrence.decay.input
     bounded = _BOUNDED.format(name=g) if recurrence.bounded else ""
     known = {"g": recurrence.decay, "beta": recurrence.erase, "bounded": bounded}
-    text = options[name].format(**known) if x is None else inputs.get(name, _tensor(x))
+    option = "step_in_kernel" if recurrence.stepped and name == "use_gate_in_kernel" else name
+    text = options[option].format(**known) if x is None else inputs.get(name, _tensor(x))
     return textwrap.wrap(
         f"{name}: {text}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8
     )

@@ -16,6 +16,7 @@ from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.gla import GLA
 from gdn2gen.family.kda import KDA
+from gdn2gen.family.mamba2 import MAMBA2
 from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
@@ -32,9 +33,10 @@ _DELTA_RULE: Final = op_of(DELTA_RULE)
 _GLA: Final = op_of(GLA)
 _SIMPLE_GLA: Final = op_of(SIMPLE_GLA)
 SIMPLE_GLA_OP: Final = _SIMPLE_GLA
-"""Which Mamba-2's op calls by the names of its own tensors."""
+"""Which Mamba-2's op calls, as it does `MAMBA2_OP`, by the names of its own tensors."""
 # The same for errors that name what was given in place of g.
 _BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
+MAMBA2_OP: Final = op_of(MAMBA2)
 
 
 @documented(GDN2)
@@ -342,3 +344,38 @@ def chunk_simple_gla(
             checkpoint_state_indices,
         ),
     )
+
+
+@documented(MAMBA2)
+def chunk_mamba2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_gate_in_kernel: bool = False,
+    rate: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    disable_recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2 over whole sequences, in the words of the family (arXiv 2405.21060).
+
+    As mamba_ssm takes it: `mamba_chunk_scan_combined`.
+    """
+    found: tuple[Tensor, Tensor | None] = call(
+        MAMBA2_OP,
+        (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),
+        scale=None,
+        output_final_state=output_final_state,
+        use_gate_in_kernel=use_gate_in_kernel,
+        disable_recompute=disable_recompute,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+    return found

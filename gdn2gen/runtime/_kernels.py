@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
@@ -116,7 +117,7 @@ class _Fold:
     def of(cls, found: Sequence[str], dims: Sequence[str]) -> _Fold:
         """`found` are the dims of the gradient, and `dims` those of the input, by symbol."""
         places = enumerate(found)
-        lacking = tuple(i for i, x in places if x not in dims and x != "HV")
+        lacking = tuple(i for i, x in places if x not in dims and x not in ("HV", "HP"))
         (heads,) = (i for i, x in enumerate(dims) if x in ("H", "HV", "HG"))
         return cls(lacking, heads)
 
@@ -130,7 +131,9 @@ class _Fold:
             # no -1 in its place: without tokens it could be anything
             readers = grad.shape[self.heads] // x.shape[self.heads]
             before, after = x.shape[: self.heads + 1], x.shape[self.heads + 1 :]
-            grad = grad.view(*before, readers, *after).float().sum(self.heads + 1)
+            grad = grad.view(*before, readers, *after)
+            # read as it is: a copy in fp32 would be three times what there is to read
+            grad = grad.sum(self.heads + 1, dtype=torch.float32)
         return grad.to(x.dtype)
 
 

@@ -173,6 +173,8 @@ def check_layouts(
         x = tensors[place]
         if x is not None:
             _check_optional(signature, place, x, sizes, state_v_first)
+            if signature.roles[place] == "io":
+                _check_like(signature, place, x, sizes, required[0].dtype)
     shapes = tuple([required[place].shape for place in signature.sized_by])
     dtypes = tuple([required[place].dtype for place in signature.typed_by])
     others = tuple([x is not None for x in tensors[signature.required : -1]])
@@ -257,7 +259,7 @@ def check_gate(
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None and not (name == "lower_bound" and safe_gate):
                 raise InputError(f"{name} was given, but use_gate_in_kernel is False")
-    elif A_log is None and lower_bound is None:
+    elif A_log is None and lower_bound is None and "A_log" in signature.gate_parameters:
         wanted = "A_log, but got None"
         if signature.bounded:
             wanted = "A_log, or lower_bound for the bounded gate; got neither"
@@ -355,7 +357,7 @@ def _check_optional(
     signature: Signature, place: int, x: TensorLayout, sizes: Mapping[str, int], state_v_first: bool
 ) -> None:
     name, role, found = signature.shown[place], signature.roles[place], tuple(x.shape)
-    if role == "index":  # see _sequences
+    if role in ("index", "io"):  # see _sequences, and _check_like
         return
     shape = tuple([sizes[symbol] for symbol in signature.dims[place]])
     if role == "state":
@@ -373,6 +375,21 @@ def _check_optional(
         whole = f"[{', '.join(map(str, shape))}]"
         wanted = whole if len(shape) == 1 else f"[{prod(shape)}] or {whole}"
         raise InputError(f"{name} must be {wanted}, but got {found}")
+
+
+def _check_like(
+    signature: Signature, place: int, x: TensorLayout, sizes: Mapping[str, int], dtype: torch.dtype
+) -> None:
+    """An optional tensor of tokens: all its dims, and the first one's dtype."""
+    name, first = signature.names[place], signature.names[0]
+    shape = tuple([sizes[symbol] for symbol in signature.dims[place]])
+    if tuple(x.shape) != shape:
+        raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise InputError(
+            f"{name} must have the dtype of {first}, {dtype}, but got {x.dtype}; "
+            f"cast it with .to({first}.dtype)"
+        )
 
 
 def check_state_dtype(name: str, dtype: torch.dtype, *, narrow: bool) -> None:

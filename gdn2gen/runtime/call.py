@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.groups import HEADS
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.runtime.sequences import count_chunks
 
@@ -95,4 +96,7 @@ class Call:
             "V": problem.V,
             "NK": 1,  # at least: how many slices of K there are, a stage's config says
             "2": 2,
+            # programs of a chunk: at least one a group, or each of so many of its heads at most
+            "HP": self.H,
+            **{f"HP{n}": self.H * -(-self.HV // _max(1, self.H) // n) for n in HEADS},
         }

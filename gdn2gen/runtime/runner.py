@@ -67,7 +67,8 @@ class Runner:
 
     def max_segments(self, stage: str) -> int:
         """`Recipe.max_segments`, or what was agreed on where that depends on what is saved."""
-        if self._agreed_segments is not None and stage in ("rescan", self.recipe.plan.forward[-1]):
+        agreed = ("rescan", "rescan_group", self.recipe.plan.forward[-1])
+        if self._agreed_segments is not None and stage in agreed:
             return self._agreed_segments
         return self.recipe.max_segments(stage)
 

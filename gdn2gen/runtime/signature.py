@@ -5,7 +5,7 @@ Its fields are plain tuples and numbers: torch.compile reads them in every call 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
@@ -54,7 +54,9 @@ class Signature:
     sized_by: tuple[int, ...]
     """Places of those whose shapes say what symbols stand for."""
     parameters: tuple[int, ...]
-    """Places of the gate's."""
+    """Places of those that kernels take in fp32 with all their dims."""
+    gate_parameters: Mapping[str, int]
+    """Places of those of the gate, by name: A_log, dt_bias."""
     states: tuple[int, ...]
     """Places of the states."""
     conditions: tuple[str, ...]
@@ -163,6 +165,11 @@ def signature_of(op: str) -> Signature:
         typed_by=(0, gate, factor),
         sized_by=recurrence.sized_by,
         parameters=places("parameter"),
+        gate_parameters={
+            x.name: place
+            for place, x in enumerate(recurrence.inputs)
+            if x.name in ("A_log", "dt_bias")
+        },
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
         options=len(_OPTIONS) - (0 if recurrence.activates_beta else len(Options._field_defaults)),

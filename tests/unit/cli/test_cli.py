@@ -578,7 +578,7 @@ def test_bench_asks_for_what_was_said(
         "K": 64,
         "V": 128,
         "dtype": "fp32",
-        "vs_fla": True,
+        "vs": "fla",
         "gate": "sigmoid",
         "bound": 2,
         "l2norm": None,  # where kernels can

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from taken import having
 from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.device import named_device
@@ -28,6 +29,7 @@ from gdn2gen.kernels.mamba3 import (
     mamba3_step_knobs,
 )
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
@@ -54,10 +56,14 @@ MORE: Final = {
     "grad_key-fp16-by-64-sm_90": 248,
     "grad_key-BT64-sm_90": 144,
     "grad_key-one-frame-sm_90": 296,
+    "grad_group-bf16-sm_80": 288,
+    "grad_group-fp32-sm_90": 1856,
 }
 # Defaults that spill more than the tuner would run, and were measured to be faster than what does
 # not: 1.12 ms instead of 1.48, and 4.03 instead of 6.92 (H200, train4k).
 FASTER: Final = ("grad_key-wide-fp16-sm_90", "grad_key-wide-fp32-sm_90")
+# And one of which nothing better is known: in fp32 products take three passes.
+LEAST: Final = ("grad_group-fp32-sm_90",)
 
 _BF16: Final = Problem()
 _STATES: Final = replace(_BF16, initial_state=True, final_state=True)
@@ -93,6 +99,14 @@ def _case(name: str, problem: Problem, arch: str, config: Config) -> object:
     return pytest.param(problem, arch, config, spilled, id=label)
 
 
+def _with(problem: Problem, stage: str) -> Problem:
+    """Of a member that has the stage; where that is a layer's, at its head dims and in full."""
+    found = having(problem, stage)
+    if found.op == problem.op:
+        return problem
+    return replace(found, K=128, V=64, has_rate=True, has_D=True, has_z=True)
+
+
 def _measured() -> bool:
     """Whether the present Triton is one of MEASURED, whatever its patch level."""
     return ".".join(metadata.version("triton").split(".")[:2]) in MEASURED
@@ -101,13 +115,17 @@ def _measured() -> bool:
 def _cases() -> Iterator[object]:
     for arch in ARCHES:
         for stage in STAGES:
-            yield _case("bf16", _STATES, arch, default_config(stage, _STATES, arch=arch))
+            problem = _with(_STATES, stage)
+            if problem.op != _STATES.op and arch not in ("sm_80", "sm_90"):
+                continue
+            yield _case("bf16", problem, arch, default_config(stage, problem, arch=arch))
         for name, problem in {"wide-fp16": _WIDE_FP16, "wide-fp32": _WIDE_FP32}.items():
             yield _case(name, problem, arch, default_config("grad_key", problem, arch=arch))
     others = {"all": _ALL, "bounded": _BOUNDED, "fp32": _FP32}
     for name, problem in others.items():
-        for stage in STAGES:
-            yield _case(name, problem, "sm_90", default_config(stage, problem))
+        for stage in STAGES if name == "fp32" else stages_of(problem.op):
+            given = _with(problem, stage)
+            yield _case(name, given, "sm_90", default_config(stage, given))
     # where the tuner opens the largest chunks
     for name, problem in {"bf16": _BF16, "fp16": _WIDE_FP16}.items():
         yield _case(f"{name}-by-64", problem, "sm_90", default_config("grad_key", problem, BT=64))
@@ -370,7 +388,7 @@ def test_compiles_and_fits(
 ) -> None:
     device = named_device(arch)
     used = compile_ahead(problem, config.stage, config, device)
-    judged = replace(used, spill_bytes=0) if request.node.callspec.id in FASTER else used
+    judged = replace(used, spill_bytes=0) if request.node.callspec.id in (*FASTER, *LEAST) else used
     assert why_unfit(judged, device) is None, f"{config.stage} [{config}] on {arch}: {used}"
     if _measured():
         assert used.spill_bytes <= spilled, f"{config.stage} [{config}] on {arch}: {used}"

@@ -160,6 +160,18 @@ def _plain(op: str, stage: str) -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
 
+# Heads that share the scores of a group, of a layer with a skip and a gate.
+_GROUPS: Final = Problem(
+    "mamba2", V=64, gate="softplus", gate_dtype="bf16", has_rate=True, has_dt_bias=True, has_D=True,
+    has_z=True,
+)  # fmt: skip
+
+
+def _groups(stage: str, **changes: bool) -> str:
+    problem = replace(_GROUPS, **changes)
+    return render(problem, stage, default_config(stage, problem)).source
+
+
 def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
@@ -267,6 +279,12 @@ OUTPUTS: Final = {
     "grad_key_gla.py": partial(_plain, "gla", "grad_key"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
+    "prepare_group.py": partial(_groups, "prepare_group"),
+    "scan_group.py": partial(_groups, "scan_group"),
+    "rescan_group_packed.py": partial(_groups, "rescan_group", varlen=True),
+    "reverse_scan_group.py": partial(_groups, "reverse_scan_group", has_z=False),
+    "grad_group.py": partial(_groups, "grad_group"),
+    "chunk_tables_mamba2.py": lambda: render_tables(replace(_GROUPS, varlen=True), 32).source,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "scan_checkpoints.py": _scan_checkpoints,
