@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "batch_invariant",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_gdn2",
     "chunk_gla",
     "chunk_kda",
+    "chunk_mamba2",
     "chunk_simple_gla",
     "compile_kernels",
     "explain",
@@ -24,6 +26,8 @@ __all__ = [
     "fused_recurrent_simple_gla",
     "gated_rms_norm",
     "generate",
+    "mamba3_siso_combined",
+    "mamba3_siso_step",
     "mamba_chunk_scan_combined",
     "pin",
     "reload",
@@ -35,15 +39,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gdn2gen.base.environment import batch_invariant
     from gdn2gen.ops.chunk import (
         chunk_delta_rule,
         chunk_gated_delta_rule,
         chunk_gdn2,
         chunk_gla,
         chunk_kda,
+        chunk_mamba2,
         chunk_simple_gla,
     )
     from gdn2gen.ops.mamba import mamba_chunk_scan_combined
+    from gdn2gen.ops.mamba3 import mamba3_siso_combined, mamba3_siso_step
     from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
     from gdn2gen.ops.recurrent import (
         fused_recurrent_delta_rule,
@@ -64,11 +71,13 @@ if TYPE_CHECKING:
 
 # Lazy, so that the command line and the tuner's parent need not load torch.
 _HOMES = {
+    "batch_invariant": "gdn2gen.base.environment",
     "chunk_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gated_delta_rule": "gdn2gen.ops.chunk",
     "chunk_gdn2": "gdn2gen.ops.chunk",
     "chunk_gla": "gdn2gen.ops.chunk",
     "chunk_kda": "gdn2gen.ops.chunk",
+    "chunk_mamba2": "gdn2gen.ops.chunk",
     "chunk_simple_gla": "gdn2gen.ops.chunk",
     "compile_kernels": "gdn2gen.workflows.compiled",
     "explain": "gdn2gen.workflows.explain",
@@ -80,6 +89,8 @@ _HOMES = {
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tuning.packages",
+    "mamba3_siso_combined": "gdn2gen.ops.mamba3",
+    "mamba3_siso_step": "gdn2gen.ops.mamba3",
     "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",

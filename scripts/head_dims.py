@@ -83,7 +83,8 @@ def in_a_process(function: str, *given: Any) -> Outcome[Any]:
 
 def times_of(name: str, problem: Problem) -> list[float]:
     """Forward and forward+backward, ms; in a process of its own."""
-    from gdn2gen.measure.sides import fla_op, measure_in_turns, our_op
+    from gdn2gen.measure.peers import fla_op
+    from gdn2gen.measure.sides import measure_in_turns, our_op
 
     function = our_op("gdn2", "lean") if name == "ours" else fla_op("gdn2", "lean")
     (side,) = measure_in_turns([function], [{}], problem, SHAPE)

@@ -1,7 +1,9 @@
-"""Write the README's tables; with --check only say if they differ.
+"""Write the tables and the picture of README.md and docs/results.md; with --check only say if they
+differ.
 
-The ops, as the family declares them. Of each GPU, bench's tables from docs/results/<gpu>.json, and
-the times on file in tuned/.
+The README's table and picture are of the family: each member as it is declared, and beside its best
+peer on the GPU that most members were measured on. The page of results has bench's tables of each
+GPU, from docs/results/<gpu>.json, and the times on file in tuned/.
 
 Usage: python scripts/update_readme.py [--check]
 """
@@ -14,19 +16,33 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
-from gdn2gen.family.shapes import SHAPES  # noqa: E402
+from gdn2gen.family.shapes import NAMED_SHAPES as SHAPES  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS  # noqa: E402
 from gdn2gen.measure.results import read_results  # noqa: E402
 from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
+from gdn2gen.tuning.views.charts import Bar, bars  # noqa: E402
 
 NOTHING = "No results are committed yet."
+SIDES: Final = ("forward", "forward_backward")
+# Text and bars of the picture, on a light page and on a dark one.
+STYLE: Final = """<style>
+text { font: 12px sans-serif; fill: #57606a }
+.value { fill: #1f2328 }
+.ours { fill: #d98b4a }
+.peer { fill: #8fa6c4 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9198a1 }
+  .value { fill: #f0f6fc }
+  .peer { fill: #4f6b8f }
+}
+</style>"""
 Row = dict[str, Any]
 
 
@@ -35,43 +51,117 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if the README is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args()
-    readme = args.root / "README.md"
-    old = readme.read_text()
-    new = updated(old, args.root)
+    made = pages(args.root)
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
     if args.check:
-        if new != old:
-            print("README.md is out of date; run: python scripts/update_readme.py")
-        return int(new != old)
-    replace_file(readme, new)
+        names = ", ".join(str(path.relative_to(args.root)) for path in stale)
+        if stale:
+            print(f"out of date: {names}; run: python scripts/update_readme.py")
+        return int(bool(stale))
+    for path in stale:
+        replace_file(path, made[path])
     return 0
 
 
-def updated(readme: str, root: Path) -> str:
-    """The README with the text between its markers made anew."""
+def pages(root: Path) -> dict[Path, str]:
+    """What the files should hold: the pages that are there, and the picture where one is shown."""
     files = sorted((root / "docs/results").glob("*.json"))
-    parts = [section(read_results(file), on_file(root, file.name)) for file in files]
-    tables = {"ops": "\n".join(ops()), "results": "\n\n".join(parts) or NOTHING}
+    documents = [read_results(file) for file in files]
+    found = members(documents)
+    parts = [section(x, on_file(root, file.name)) for x, file in zip(documents, files, strict=True)]
+    tables = {"family": "\n".join(family(found)), "results": "\n\n".join(parts) or NOTHING}
+    made = {}
+    for path in (root / "README.md", root / "docs/results.md"):
+        if path.exists():
+            made[path] = updated(path.read_text(), tables)
+    if found.rows:
+        made[root / "docs/family.svg"] = picture(found)
+    return made
+
+
+def updated(page: str, tables: dict[str, str]) -> str:
+    """A page with the text between its markers made anew."""
     for name, text in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin in readme:
-            before, rest = readme.split(begin)
+        if begin in page:
+            before, rest = page.split(begin)
             _, after = rest.split(end)
-            readme = f"{before}{begin}\n{text}\n{end}{after}"
-    return readme
+            page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
 
 
-def ops() -> Iterator[str]:
-    """The members of the family that have kernels."""
-    yield line(["op", "", "S_t =", "a token's tensors", "was in"])
-    yield "|---|---|---|---|---|"
+class Members(NamedTuple):
+    """What bench measured of members at `SHOWN`, on the GPU on which it did so of most."""
+
+    gpu: str
+    rows: dict[str, Row]
+
+
+# As many tokens as train4k, at which FLA's forward waited for the host in two runs of three.
+SHOWN: Final = "train2k"
+
+
+def members(documents: Iterable[dict[str, Any]]) -> Members:
+    best = Members("", {})
+    for document in documents:
+        rows: dict[str, Row] = {}
+        for row in sorted(document["rows"], key=lambda row: problem_of(row)):
+            if row["shape"]["name"] == SHOWN and row["level"] == LEVELS[0]:
+                rows.setdefault(row["problem"]["op"], row)
+        best = max(best, Members(document["gpu"], rows), key=lambda x: len(x.rows))
+    return best
+
+
+def family(found: Members) -> Iterator[str]:
+    """The members of the family that have kernels, and what one call takes beside its peer's."""
+    titles = ("op", "S_t =", "a token's tensors", "forward, ms", "forward+backward", "a peer takes")
+    yield line([*titles])
+    yield "|---|---|---|---:|---:|---:|"
     for name in OPS:
         member = recurrence_named(name)
         dims: dict[str, list[str]] = {}
         for x in member.required:
             dims.setdefault(", ".join(x.symbols), []).append(x.name)
         tensors = "; ".join(f"{', '.join(names)} [{shape}]" for shape, names in dims.items())
-        op, title = f"`{member.public.chunk}`", f"{member.title} ({member.source})"
-        yield line([op, title, f"`{member.update}`", tensors, f"`{member.public.fla}`"])
+        public = member.public
+        names = [public.chunk, *([public.elsewhere.split(".")[-1]] if public.elsewhere else [])]
+        op = f"{', '.join(f'`{x}`' for x in names)}: {member.title} ({member.source})"
+        yield line([op, f"`{member.update}`", tensors, *beside_peer(found.rows.get(name))])
+
+
+def beside_peer(row: Row | None) -> list[str]:
+    """Times of a member and its peer, and how many times as long the peer takes."""
+    if row is None:
+        return ["-", "-", "-"]
+    ours, theirs = row["ours"], row["fla"]
+    times = [f"{ours[side]['median']:.3f}" for side in SIDES]
+    if theirs is None:
+        return [*times, "-"]
+    times = [
+        f"{x}, {peer_of(row)} {theirs[y]['median']:.3f}" for x, y in zip(times, SIDES, strict=True)
+    ]
+    return [*times, " / ".join(f"{x:.1f}x" for x in row["ratio_to_fla"])]
+
+
+def peer_of(row: Row) -> str:
+    name = row.get("peer", "fla")
+    return "FLA" if name == "fla" else str(name)
+
+
+def picture(found: Members) -> str:
+    """Bars of forward+backward: each member, and its peer below."""
+    groups = []
+    for name in OPS:
+        row = found.rows.get(name)
+        if row is None:
+            continue
+        sides = {"ours": row["ours"], peer_of(row): row["fla"]}
+        both = {x: y["forward_backward"]["median"] for x, y in sides.items() if y}
+        group = [
+            Bar("ours" if x == "ours" else "peer", y, f"{y:.2f} ms {x}") for x, y in both.items()
+        ]
+        groups.append((f"{recurrence_named(name).title}, {SHOWN}, {found.gpu}", group))
+    return bars(groups, width=760).replace(">", f">{STYLE}", 1) + "\n"
 
 
 def section(document: dict[str, Any], stored: Iterable[str]) -> str:
@@ -184,7 +274,7 @@ def times(rows: list[Row]) -> Iterator[str]:
     )  # fmt: skip
     for row in rows:
         cells = [shape_words(row["shape"])]
-        for index, side in enumerate(("forward", "forward_backward")):
+        for index, side in enumerate(SIDES):
             fla = row["fla"]
             cells += [
                 f"{row['ours'][side]['median']:.3f}",

@@ -24,5 +24,6 @@ DTYPE: Final[Mapping[str, Dtype]] = MappingProxyType(
         "fp32": Dtype(4, "float32", "fp32"),
         "int32": Dtype(4, "int32", "i32"),
         "int64": Dtype(8, "int64", "i64"),
+        "uint8": Dtype(1, "uint8", "u8"),
     }
 )

@@ -63,6 +63,42 @@ def verifying() -> Iterator[None]:
             os.environ["GDN2GEN_UNVERIFIED"] = before
 
 
+def is_batch_invariant() -> bool:
+    """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
+    return values_of(_INVARIANT) not in _OFF
+
+
+_INVARIANT: Final = ("GDN2GEN_BATCH_INVARIANT",)
+# As `values_of` gives them, which may be in bytes.
+_OFF: Final = ((None,), ("",), ("0",), (b"",), (b"0",))
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Inside, what an op computes of a sequence does not depend on what else is in the batch.
+
+    o, states and all gradients of a sequence are then the same bits, alone or among others, packed
+    or in rows: its kernels are chosen by the problem and its heads, never by the number of tokens
+    and sequences, and no sequence is cut into segments that run side by side. A sequence that goes
+    on from a slot has the bits of one call, if it was cut after a multiple of 64 tokens. Gradients
+    of what a batch shares, A_log and dt_bias, are sums over it.
+
+    Small batches and long sequences are slower for it. It holds for this process, on all threads,
+    and for those that it starts, as does GDN2GEN_BATCH_INVARIANT=1. Enter it outside of what
+    torch.compile traces.
+    """
+    (name,) = _INVARIANT
+    before = os.environ.get(name)
+    os.environ[name] = "1" if enabled else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def verbose() -> bool:
     """Whether libraries may say on the terminal what they log for their developers."""
     return os.environ.get("GDN2GEN_VERBOSE", "0") not in ("", "0")

@@ -54,6 +54,11 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help=f"what those calls take: {', '.join(DECODING_FLAGS)}",
     )
     parser.add_argument(
+        "--serving",
+        action="store_true",
+        help="also of prefill with states in slots of a pool, checkpoints and intermediate states",
+    )
+    parser.add_argument(
         "--language",
         choices=("triton",),
         help="triton: a folder that needs no TileLang, with Triton's default config for stages "
@@ -81,6 +86,7 @@ def compile_command(args: argparse.Namespace) -> int:
             backward=not args.forward_only,
             decode=args.decode,
             decode_fields=dict.fromkeys(named, True),
+            serving=args.serving,
             target=args.target,
             language=args.language,
             say=say,

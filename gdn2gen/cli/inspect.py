@@ -25,7 +25,8 @@ from gdn2gen.cli.options import (
 )
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.shapes import SHAPES, Shape, parse_shapes
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.shapes import NAMED_SHAPES, Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.languages import LANGUAGES
 from gdn2gen.kernels.limits import Knob
@@ -205,7 +206,8 @@ def parse_config(stage: str, text: str, problem: Compiled, arch: str | None = No
 
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:
-    return parse_shapes(SHAPE if args.shape is None else args.shape)
+    usual = (*recurrence_named(args.op).usual.shapes, SHAPE)[0]
+    return parse_shapes(usual if args.shape is None else args.shape)
 
 
 def _at(problem: Problem, shape: Shape) -> Problem:
@@ -217,8 +219,8 @@ def _add_regime(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     parser.add_argument(
         "--shape",
         metavar="LIST" if several else "NAME",
-        help=f"{'any' if several else 'one'} of {', '.join(SHAPES)}, or BxTxH such as 4x4096x16"
-        f"{', comma-separated' if several else ''} ({SHAPE})",
+        help=f"{'any' if several else 'one'} of {', '.join(NAMED_SHAPES)}, or BxTxH such as "
+        f"4x4096x16{', comma-separated' if several else ''} ({SHAPE}; mamba2: mamba4k)",
     )
     parser.add_argument(
         "--level",

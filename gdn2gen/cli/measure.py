@@ -17,13 +17,14 @@ from gdn2gen.cli.options import (
     add_op,
     add_shapes,
     bound_option,
+    fill_in,
     parse_head_dim,
     refuse,
     some_path,
 )
 from gdn2gen.family.problem import DTYPES, WHERE_TAKEN
 from gdn2gen.family.recurrence import GATES
-from gdn2gen.family.shapes import SHAPES, parse_shapes
+from gdn2gen.family.shapes import parse_shapes
 from gdn2gen.kernels.plans import LEVELS
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from gdn2gen.measure.case_runs import Result
     from gdn2gen.tuning.recheck import Rechecked
 
+# As in `measure.peers`, which loads torch.
+PEERS: Final = ("fla", "mamba_ssm")
 RESULTS_DIR: Final = Path("docs/results")
 
 
@@ -180,10 +183,10 @@ def _file_renewed(result: Rechecked, device: Device) -> None:
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     add_op(parser)
-    add_shapes(parser, ",".join(SHAPES))
-    parser.add_argument("--head-dim", default="128", metavar="K[,V]", help="(%(default)s)")
+    add_shapes(parser)
+    parser.add_argument("--head-dim", metavar="K[,V]", help="(128; mamba2: 128,64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
-    parser.add_argument("--gate", choices=GATES, default="none", help="(%(default)s)")
+    parser.add_argument("--gate", choices=GATES, help="(none; mamba2: softplus)")
     add_lower_bound(parser, "least decay a token with --gate sigmoid, in [-5, 0); whole nats (-5)")
     parser.add_argument(
         "--no-l2norm",
@@ -193,7 +196,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help="q and k are not normalised, where kernels can",
     )
     parser.add_argument(
-        "--vs", choices=("fla",), help="measure flash-linear-attention in the same run"
+        "--vs",
+        choices=PEERS,
+        help="measure flash-linear-attention, or for mamba2 mamba_ssm, in the same run",
     )
     parser.add_argument(
         "--level",
@@ -221,6 +226,7 @@ def bench(args: argparse.Namespace) -> int:
     from gdn2gen.measure.results import check_saveable, rows_document, rows_table, save_results
     from gdn2gen.measure.rows import Row, bench_shapes
 
+    fill_in(args)
     shapes = parse_shapes(args.shapes)
     K, V = parse_head_dim(args.head_dim)
     device = present_device()
@@ -245,7 +251,7 @@ def bench(args: argparse.Namespace) -> int:
             K,
             V,
             args.dtype,
-            vs_fla=args.vs == "fla",
+            vs=args.vs,
             gate=args.gate,
             l2norm=args.l2norm,
             bound=bound_option(args.gate, args.lower_bound),

@@ -22,8 +22,8 @@ from gdn2gen.family.problem import (
     gate_parameters,
 )
 from gdn2gen.family.recurrence import GATES
-from gdn2gen.family.registry import OPS
-from gdn2gen.family.shapes import SHAPES
+from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.shapes import NAMED_SHAPES, SHAPES
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
@@ -41,11 +41,12 @@ def add_problem(
     group.add_argument(
         "--head-dim",
         nargs="+" if several else None,
-        default=list(several) if several else "128",
+        default=None,
         metavar="K[,V]",
         help=f"key head dim, and value head dim if it differs: multiples of {DIMS['K'].step} from "
         f"{DIMS['K'].start} to {DIMS['K'].stop - 1}, and to {DIMS['V'].stop - 1} "
-        f"({' '.join(several) or '128'}{', one after the other' if several else ''})",
+        f"({' '.join(several) or '128'}{', one after the other' if several else ''}; "
+        "mamba2: 128,64)",
     )
     if not several:
         group.add_argument(
@@ -61,8 +62,8 @@ def add_problem(
     group.add_argument(
         "--gate",
         choices=GATES,
-        default="none",
-        help="none: g is the natural-log decay; else its activation in the kernels (%(default)s)",
+        help="none: g is the natural-log decay; else its activation in the kernels (none; mamba2: "
+        "softplus)",
     )
     add_lower_bound(
         group,
@@ -90,10 +91,22 @@ def add_problem(
 
 def problem_of(args: argparse.Namespace) -> Problem:
     """The Problem that the options describe."""
+    fill_in(args)
     K, V = parse_head_dim(args.head_dim, getattr(args, "value_dim", None))
     problem = Problem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
     extras = getattr(args, "extras", None)
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Head dims, gate and shapes that were not given: as the member's models have them."""
+    usual = recurrence_named(args.op).usual
+    if getattr(args, "head_dim", "") is None:
+        args.head_dim = usual.head_dims[0]
+    if getattr(args, "gate", "") is None:
+        args.gate = usual.gate
+    if getattr(args, "shapes", "") is None:
+        args.shapes = ",".join(usual.shapes or SHAPES)
 
 
 def words_of(problem: Problem) -> dict[str, Any]:
@@ -104,6 +117,7 @@ def words_of(problem: Problem) -> dict[str, Any]:
 
 def decoding_problem_of(args: argparse.Namespace) -> Problem:
     """The same of the mode `recurrent`, whose kernels count on no bound."""
+    fill_in(args)
     K, V = parse_head_dim(args.head_dim, args.value_dim)
     bound_option(args.gate, args.lower_bound)
     problem = DecodingProblem(args.op, K, V, args.dtype, args.gate_dtype, args.l2norm)
@@ -178,13 +192,14 @@ def parse_head_dim(text: str, value_dim: int | None = None) -> tuple[int, int]:
     return sizes[0], value_dim
 
 
-def add_shapes(parser: argparse.ArgumentParser, default: str) -> None:
+def add_shapes(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """By default those that `fill_in` takes."""
     parser.add_argument(
         "--shapes",
         default=default,
         metavar="LIST",
-        help=f"comma-separated names ({', '.join(SHAPES)}) or sizes BxTxH such as 4x4096x16 "
-        f"(%(default)s)",
+        help=f"comma-separated names ({', '.join(NAMED_SHAPES)}) or sizes BxTxH such as 4x4096x16, "
+        f"or 4x4096x64/1 with one head of q and k ({default or 'all but mamba4k; mamba2: that'})",
     )
 
 

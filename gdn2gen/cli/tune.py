@@ -15,6 +15,7 @@ from gdn2gen.cli.options import (
     add_problem,
     add_shapes,
     add_target,
+    fill_in,
     present_or_target,
     problem_of,
     refuse,
@@ -23,7 +24,8 @@ from gdn2gen.cli.options import (
     some_text,
     words_of,
 )
-from gdn2gen.family.shapes import SHAPES, parse_shapes
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.shapes import parse_shapes
 
 if TYPE_CHECKING:
     from gdn2gen.tuning import TuneReport
@@ -37,7 +39,7 @@ _TARGET_HELP: Final = (
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     add_problem(parser, several=("128", "64"))
-    add_shapes(parser, ",".join(SHAPES))
+    add_shapes(parser)
     add_budget(parser, 10.0)
     add_target(parser, _TARGET_HELP)
     parser.add_argument(
@@ -73,6 +75,9 @@ def tune(args: argparse.Namespace) -> int:
     from gdn2gen.workflows.tune import own_folder
 
     folder = args.out or own_folder()
+    if args.head_dim is None:
+        args.head_dim = [*recurrence_named(args.op).usual.head_dims]
+    fill_in(args)
     started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
     for number, dim in enumerate(dims):
         args.head_dim, args.shapes = dim, shapes

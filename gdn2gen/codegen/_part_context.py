@@ -7,6 +7,8 @@ from typing import Final
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
+from gdn2gen.codegen._mamba3_context import mamba3_context
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import NormProblem, PartProblem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.glossary import WORDS
@@ -25,7 +27,8 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
     units = [f"units{n}" for n in tensors]
     size = problem.size if isinstance(problem, NormProblem) else 0
     covered = covering(size) if size else 0
-    return {
+    more = mamba3_context(problem) if isinstance(problem, Mamba3Problem) else {}
+    return more | {
         "problem": problem,
         "config": config,
         "operands": operands,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.codegen._package_arguments import of_recurrence
 from gdn2gen.codegen._package_files import check_folder, write_package
 from gdn2gen.codegen.render import render, render_tables
@@ -55,7 +56,16 @@ def generate_package(
 
 
 def package_texts(recipe: Recipe, command: str, origin: str = "") -> dict[str, str]:
-    """The files of a package by name; see `generate_package`."""
+    """The files of a package by name; see `generate_package`.
+
+    Raises UnsupportedError for a member that packages do not know all arguments of.
+    """
+    op = recipe.problem.op
+    if recurrence_named(op).stepped:
+        raise UnsupportedError(
+            f"packages of {op} are not made yet; `gdn2gen generate --op {op} --stage NAME` prints "
+            "its kernels"
+        )
     texts = {f"{name}.py": source for name, source in _sources(recipe).items()}
     texts["__init__.py"] = package_source(recipe, command)
     beside = ("test_kernels.py", "README.md")

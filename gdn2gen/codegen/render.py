@@ -21,7 +21,9 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import OUTPUT
+from gdn2gen.kernels.recurrent import UNIT
 from gdn2gen.kernels.schedule import cleared_of
+from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
@@ -114,6 +116,31 @@ def render_tables(problem: Problem, BT: int) -> Rendered:
         )
     )
     return Rendered(problem.op, "chunk_tables", _tidy(text), digest)
+
+
+SLOTS_TEMPLATE: Final = "triton/stages/state_slots.py.jinja"
+"""What goes between slots of a pool and the stages of a forward; not tuned."""
+
+
+def render_slots(
+    problem: Problem, *, indexed: bool, flagged: bool, checkpoints: bool, odd_slots: bool
+) -> Rendered:
+    """The kernels that read states out of slots of a pool, and put them back."""
+    digest = text_digest([SLOTS_TEMPLATE])
+    text = (
+        templates()
+        .get_template(SLOTS_TEMPLATE)
+        .render(
+            problem=problem,
+            indexed=indexed,
+            flagged=flagged,
+            checkpoints=checkpoints,
+            covering=covering(problem.V),
+            slot_unit="" if odd_slots else f" * {UNIT}",
+            digest=digest,
+        )
+    )
+    return Rendered(problem.op, "state_slots", _tidy(text), digest)
 
 
 def _cleared_words(gradients: Iterable[Operand]) -> list[str]:

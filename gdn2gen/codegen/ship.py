@@ -25,7 +25,7 @@ from gdn2gen.codegen.build import (
     load,
 )
 from gdn2gen.codegen.programs import keep_for
-from gdn2gen.codegen.render import render, render_tables
+from gdn2gen.codegen.render import render, render_slots, render_tables
 from gdn2gen.codegen.shipped import TRITON
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, language_of
@@ -86,6 +86,40 @@ def ship_tables(problem: Problem, BT: int, device: Device, present: bool) -> flo
             _launchable(compiled, present)
 
     return _timed("chunk_tables", device, compile_all)
+
+
+def ship_slots(
+    problem: Problem,
+    pool: str,
+    indices: str,
+    flagged: bool,
+    checkpoints: bool,
+    device: Device,
+    present: bool,
+) -> float:
+    """The same of what lies between slots of a pool and the stages: states in the dtype `pool`,
+    indices in theirs, slots at multiples of 8 elements."""
+
+    def compile_all() -> None:
+        given = {"indexed": True, "flagged": flagged, "checkpoints": checkpoints}
+        module = load(render_slots(problem, **given, odd_slots=False))
+        dtypes = {
+            "state_pool": pool,
+            "o": OUTPUT.dtype_in(problem),
+            "has_initial_state": "uint8",
+            **dict.fromkeys(("initial_state", "final_state"), "fp32"),
+            **dict.fromkeys(("ssm_state_indices", "checkpoint_indices"), indices),
+            **dict.fromkeys(("checkpoint_slots", "cu_seqlens"), "int32"),
+        }
+        for kernel in (module.read_kernel, module.put_back_kernel):
+            tensors = {x: dtypes[x] for x in kernel.arg_names if x in dtypes}
+            constants = [x.name for x in kernel.params if x.is_constexpr]
+            scalars = [x for x in kernel.arg_names if x not in (*tensors, *constants)]
+            options = {"num_warps": 4}
+            compiled = compile_for_triton(module, kernel, tensors, scalars, options, device)
+            _launchable(compiled, present)
+
+    return _timed("state_slots", device, compile_all)
 
 
 def ship_launcher(present: bool) -> str | None:

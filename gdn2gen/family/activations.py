@@ -49,6 +49,11 @@ def activate_gate(
     return -factor * F.softplus(g, threshold=_SOFTPLUS_LINEAR)
 
 
+def activate_step(dt: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+    """softplus(dt + dt_bias): a step >= 0 of its pre-activation `dt` [B, T, HV]; dt_bias [HV]."""
+    return F.softplus(dt if dt_bias is None else dt + dt_bias, threshold=_SOFTPLUS_LINEAR)
+
+
 def l2norm(x: Tensor, eps: float = L2NORM_EPS) -> Tensor:
     """Scale the rows of `x` [..., K] to unit length: x * rsqrt(sum(x^2) + eps), dtype of x."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -46,7 +46,7 @@ def decode(
             (slot [n, 0] without it).
     """
     given = {name: x for name, x in tensors.items() if x is not None}
-    spans = _spans(given, o)
+    spans = spans_of(given, o)
     o.zero_()
     initial = given.pop("initial_state", None)
     rowwise = {x.name for x in recurrence.inputs if x.symbols[:2] == ("B", "T")}
@@ -84,7 +84,7 @@ def decode(
             final_state[n] = state[0].to(final_state.dtype)
 
 
-def _spans(given: dict[str, Tensor], o: Tensor) -> list[tuple[int, int, int]]:
+def spans_of(given: dict[str, Tensor], o: Tensor) -> list[tuple[int, int, int]]:
     """Of each sequence: its row of the batch, and its first and last token in it."""
     B, T = o.shape[:2]
     cu_seqlens = given.pop("cu_seqlens", None)

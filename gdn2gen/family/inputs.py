@@ -61,6 +61,7 @@ def make_inputs(
     seed: int = 0,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     initial_state: bool = False,
+    rate: bool = False,
 ) -> dict[str, Tensor]:
     """Draw the tensors of one call, on `device`; the same arguments there give the same bits.
 
@@ -77,6 +78,8 @@ def make_inputs(
         factor_dtype: of what has the role `factor` (`Input.dtype`); dtype if None.
         cu_seqlens: boundaries of N sequences packed in one (B = 1); N is B otherwise.
         initial_state: also draw a state.
+        rate: also draw that of a step, [HV] float32 in [-16, -1], and steps that decay with it as
+            the pattern says; 0 where nothing is forgotten, which then has the steps of `layer`.
 
     Returns:
         The inputs that every call takes, in the dims that the recurrence declares; initial_state
@@ -114,8 +117,16 @@ def make_inputs(
         name = recurrence.decay.input
         *rows, dim = shapes[name] if recurrence.per(name) == "channel" else (*shapes[name], 1)
         wide = torch.promote_types(gate_dtype, torch.float32)
-        decay = _decay(pattern, (*rows, dim), rng, wide).to(gate_dtype)  # type: ignore[arg-type]
-        tensors[name] = decay.view(shapes[name])
+        # a step of 0 would write nothing: what never decays has a rate of 0
+        drawn = "layer" if rate and pattern == "zero" else pattern
+        decay = _decay(drawn, (*rows, dim), rng, wide)  # type: ignore[arg-type]
+        if recurrence.stepped:
+            decay = -decay
+        if rate:
+            tensors["rate"] = torch.empty(HV, device=device).uniform_(-16.0, -1.0, generator=rng)
+            decay /= tensors["rate"].abs()[:, None]
+            tensors["rate"] *= pattern != "zero"
+        tensors[name] = decay.to(gate_dtype).view(shapes[name])
     if pattern == "sparse" and recurrence.erase is not None and recurrence.tied:
         factor = tensors[recurrence.erase]
         skipped = torch.rand(factor.shape, device=device, generator=rng) < _SKIPPED_RATE

@@ -5,24 +5,92 @@ One head, rows are tokens; state h [P, N], x in R^P, B and C in R^N, A <= 0 and 
     h_t = exp(A dt_t) h_{t-1} + dt_t x_t B_t^T
     y_t = h_t C_t + D x_t                             out_t = y_t silu(z_t)
 
-It is that of simple gated linear attention with q = C, k = B, v = dt x, g = A dt and scale 1, whose
-kernels serve it (`ops.mamba`); what follows is told apart from those on purpose, to be their truth.
+In the words of the family q = C, k = B, v = x, rate = A, and dt is a step: it decays, and it is
+what a token writes. `MAMBA2` says so, and has kernels; the recurrence below is told apart from it
+on purpose, to be their truth.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from gdn2gen.family.recurrence import (
+    HEAD_GATES,
+    KEY,
+    QUERY,
+    SEQUENCES,
+    STATE,
+    VALUE,
+    Decay,
+    Input,
+    Public,
+    Recurrence,
+    Usual,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAMBA2: Final = Recurrence(
+    name="mamba2",
+    title="Mamba-2",
+    source="arXiv 2405.21060",
+    inputs=(
+        QUERY,
+        KEY,
+        VALUE,
+        Input(
+            "dt", "B T HV",
+            "step, >= 0: what a token decays by and writes; with `use_gate_in_kernel` before "
+            "softplus(dt + dt_bias)",
+            "gate", draw="decay",
+        ),
+        STATE,
+        # one number for a head, a sum over all tokens and channels, as `RATE` is
+        Input(
+            "rate", "HV", "decay of a step of 1 in natural log, <= 0; -1 if None", "parameter",
+            when="has_rate", draw="decay", slack=3.0,
+        ),
+        Input("dt_bias", "HV", "optional", "parameter", when="has_dt_bias", draw="bias"),
+        Input("D", "HV V", "o grows by D v; none if None", "parameter", when="has_D"),
+        Input("z", "B T HV V", "o is then multiplied by silu(z); none if None", when="has_z"),
+        SEQUENCES,
+    ),
+    decay=Decay("dt", HEAD_GATES),
+    erase=None,
+    write="dt",
+    public=Public(
+        chunk="chunk_mamba2",
+        fla="",
+        elsewhere="mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined",
+        arguments=(
+            "initial_state",
+            "output_final_state",
+            "use_gate_in_kernel",
+            "rate",
+            "dt_bias",
+            "D",
+            "z",
+            "state_v_first",
+            "cu_seqlens",
+            "cu_seqlens_cpu",
+            "disable_recompute",
+        ),
+    ),
+    usual=Usual(head_dims=("128,64",), shapes=("mamba4k",), gate="softplus"),
+    plans=("grouped",),
+)  # fmt: skip
 
 
 def step_sizes(
     dt: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float]
 ) -> Tensor:
     """dt [B, T, H] as the recurrence takes it, in float32 or wider: biased, activated, limited."""
+    import torch  # here: declarations load none
+    import torch.nn.functional as F
+
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if dt_bias is not None:
         dt = dt + dt_bias
@@ -60,6 +128,9 @@ def recurrent(
     Returns:
         out [B, T, H, P], and the states after the last token of each row or sequence.
     """
+    import torch  # here: declarations load none
+    import torch.nn.functional as F
+
     heads = x.shape[2]
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     keys, queries = (y.repeat_interleave(heads // y.shape[2], 2) for y in (B, C))

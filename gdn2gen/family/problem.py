@@ -22,11 +22,14 @@ OPTIONAL_FLAGS: Final = (
     "initial_state",
     "final_state",
     "state_v_first",
+    "has_rate",
+    "has_D",
+    "has_z",
 )
 # What the commands call them, as in --with.
 EXTRAS: Final = {x.removeprefix("has_"): x for x in OPTIONAL_FLAGS}
 # Fields that came after files had been written; those say nothing of them where they are not set.
-_LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound")
+_LATER: Final = ("beta_sigmoid", "neg_eigval", "beta_fp32", "bound", "has_rate", "has_D", "has_z")
 # Nats: a gate's lower bound may be no lower.
 LEAST_BOUND: Final = -5.0
 # What kernels are made for: rows of 16 bytes and more, and a state that a multiprocessor can hold.
@@ -82,6 +85,12 @@ class Problem:
     bound: int = 0
     """Nats that a token's decay is at most, 1 to 5: the sigmoid gate's lower bound, rounded up (see
     `bound_of`). 0 where it is not known, and for other gates. Only `decay=bounded` counts on it."""
+    has_rate: bool = False
+    """A step decays by a rate times it; by itself, negative, without."""
+    has_D: bool = False
+    """D v is added to o."""
+    has_z: bool = False
+    """o is multiplied by silu(z), after that."""
 
     def __post_init__(self) -> None:
         _one_of("op", self.op, OPS)
@@ -95,7 +104,7 @@ class Problem:
             check_head_dim(name, size)
         if self.gate == "none" and (self.has_A_log or self.has_dt_bias):
             raise InputError("A_log and dt_bias need use_gate_in_kernel=True")
-        if self.gate == "softplus" and not self.has_A_log:
+        if self.gate == "softplus" and not self.has_A_log and "A_log" in member.named:
             instead = "; or give lower_bound" if member.bounded else ""
             raise InputError(f"the softplus gate needs A_log, got None{instead}")
         self._check_taken(member)
@@ -129,6 +138,11 @@ class Problem:
             raise InputError(f"{self.op} has no beta whose sigmoid could be taken in the kernels")
         if self.state_v_first and not member.takes("state_v_first"):
             raise InputError(f"states of {self.op} are [N, HV, K, V]: leave state_v_first out")
+        for name in ("rate", "D", "z"):
+            if getattr(self, f"has_{name}") and name not in member.named:
+                raise InputError(f"{self.op} takes no {name}: leave has_{name} out")
+        if self.has_A_log and "A_log" not in member.named and member.activations != ("none",):
+            raise InputError(f"{self.op} takes no A_log: leave has_A_log out")
         if member.decay is None and self.gate_dtype != "fp32":
             raise InputError(
                 f"{self.op} has no decay, but got gate_dtype={self.gate_dtype!r}: leave it out"
@@ -163,7 +177,11 @@ def untaken(op: str) -> frozenset[str]:
     taken = {
         ("l2norm",): member.normalises,
         ("gate_dtype",): member.decay is not None,
-        ("gate", "bound", "has_A_log", "has_dt_bias"): gated,
+        ("gate", "bound", "has_dt_bias"): gated,
+        ("has_A_log",): gated and "A_log" in member.named,
+        ("has_rate",): "rate" in member.named,
+        ("has_D",): "D" in member.named,
+        ("has_z",): "z" in member.named,
         ("state_v_first",): member.takes("state_v_first"),
         ("beta_sigmoid", "neg_eigval"): member.activates_beta,
         ("beta_fp32",): member.has_factor,
@@ -190,8 +208,10 @@ def check_head_dim(name: str, size: int) -> None:
 
 
 def gate_parameters(op: str, gate: str) -> dict[str, bool]:
-    """Fields of Problem for the parameters that a layer gives a gate: all that there are."""
-    parameters = (x for x in recurrence_named(op).optional if x.dtype == "parameter")
+    """Fields of Problem for what a layer gives beside the tensors of every call, where it has the
+    gate in the kernel: its parameters, and what follows a state, all that there are."""
+    names = ("A_log", "dt_bias", "rate", "D", "z")
+    parameters = (x for x in recurrence_named(op).optional if x.name in names)
     return {x.when: gate != "none" for x in parameters}
 
 

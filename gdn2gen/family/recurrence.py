@@ -6,7 +6,9 @@ Every member is a form of
     o_t = scale * S_t^T q_t
 
 and says which of its inputs are the decay g, the erase factor e and the write factor u. Dims say
-whether an input has a number for each channel or one for each head.
+whether an input has a number for each channel or one for each head. Where one input decays and
+writes, it is a step: g is `rate` times it, u the step itself, and a skip and an output gate may
+follow (`Recurrence.stepped`).
 
 Symbols of dims: B sequences of T tokens (or 1 of all tokens, where N sequences are packed), H heads
 of q and k, HV of v (a multiple of H), HG of the decay (H or HV), head dims K and V.
@@ -67,7 +69,7 @@ class Public:
     chunk: str
     """The op over whole sequences, here and in flash-linear-attention."""
     fla: str
-    """The module of flash-linear-attention that has it."""
+    """The module of flash-linear-attention that has it; empty where none does."""
     arguments: tuple[str, ...] = ()
     """Those of the op after the tensors that every call takes, in order. Packages of kernels take
     the same, but for those that choose between kernels."""
@@ -78,8 +80,21 @@ class Public:
     """Its arguments after the first tensors that every call takes, in order, and such tensors where
     others come between; those of states in a pool, which are keywords alone, follow
     (`family.decoding.KEYWORDS`)."""
+    elsewhere: str = ""
+    """Another module that has it, and what it is called there, where ours has that name, too."""
     recurrent_names: tuple[tuple[str, str], ...] = ()
     """Inputs that it calls otherwise: their names, and those there."""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What commands take of a member where nothing is asked for: as models have it."""
+
+    head_dims: tuple[str, ...] = ("128", "64")
+    """K, or K,V: the first one, or all where a command takes several."""
+    shapes: tuple[str, ...] = ()
+    """Names; empty for all that are no member's own."""
+    gate: str = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +115,7 @@ class Recurrence:
     """The input that v is multiplied by; None where v is written as it is. If it is the one that
     erases too, the two are tied, and its gradient is the sum of both."""
     public: Public
+    usual: Usual = Usual()
     plans: tuple[str, ...] = ()
     """Those that serve it. Without any it has a reference, but no op, and no command offers it."""
 
@@ -149,8 +165,18 @@ class Recurrence:
         return self.erase is not None and self.erase == self.write
 
     @property
+    def stepped(self) -> bool:
+        """Whether one number a head, a step, decays and writes: g = `rate` step, where a rate that
+        is not given is -1, and step k v^T is written. Such members have no scale, and their heads
+        share the scores of a group: they may add `D` v to o, and then multiply it by silu(`z`)."""
+        return self.decay is not None and self.write == self.decay.input
+
+    @property
     def decays_by(self) -> str:
-        """`channel` or `head`: what the decay has one number for; `none` without a decay."""
+        """`channel` or `head`: what the decay has one number for; `step` where that is what a token
+        writes, too; `none` without a decay."""
+        if self.stepped:
+            return "step"
         return "none" if self.decay is None else self.per(self.decay.input)
 
     @property
@@ -191,6 +217,8 @@ class Recurrence:
         """S_t, in the names of its inputs."""
         g, e, u = self.decay and self.decay.input, self.erase, self.write
         decays = {"channel": f"Diag(exp {g}_t) ", "head": f"exp({g}_t) "}
+        if self.stepped:
+            decays["head"] = f"exp(rate {g}_t) "
         erases = {"channel": f"(I - k_t ({e}_t * k_t)^T) ", "head": f"(I - {e}_t k_t k_t^T) "}
         writes = {"channel": f"k_t ({u}_t * v_t)^T", "head": f"{u}_t k_t v_t^T"}
         kept = f"{erases[self.per(e)] if e else ''}{decays[self.per(g)] if g else ''}S_{{t-1}}"

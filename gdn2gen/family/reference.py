@@ -3,7 +3,8 @@
 One head, rows are tokens, `*` is elementwise; state S [K, V], decay g (natural log, <= 0), erase
 factor e and write factor u. A `Recurrence` says which of its inputs these are, and whether there is
 a number for each channel (g, e [K], u [V]) or one for the head. Where it has none, g = 0, e = 0 or
-u = 1; where one input is both e and u, its gradient is the sum of both.
+u = 1; where one input is both e and u, its gradient is the sum of both. Where one is a step, which
+decays and writes, g = rate u and scale = 1, and o may be (o + D v) * silu(z) at the end.
 
     S_t = (I - k_t (e_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (u_t * v_t)^T
     o_t = scale * S_t^T q_t
@@ -28,11 +29,12 @@ from itertools import pairwise
 from typing import TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family._chunk_form import Tokens, chunk_form
-from gdn2gen.family.activations import activate_gate, l2norm
+from gdn2gen.family.activations import activate_gate, activate_step, l2norm
 from gdn2gen.family.recurrence import Recurrence
 
 
@@ -131,7 +133,7 @@ def _run(
         parts = zip(tokens.split(lengths), torch.split(state, 1), strict=True)
         outputs, states = zip(*(form(part, entry) for part, entry in parts), strict=True)
         o, state = torch.cat(outputs, 2), torch.cat(states)
-    o = o.transpose(1, 2).to(given["v"].dtype)
+    o = _finish(o.transpose(1, 2), x).to(given["v"].dtype)
     return _own(o), _own(state.mT if state_v_first else state)
 
 
@@ -139,7 +141,9 @@ def _activate_decay(
     recurrence: Recurrence, x: dict[str, Tensor], activate: bool, lower_bound: float | None
 ) -> None:
     A_log, dt_bias = x.get("A_log"), x.get("dt_bias")
-    if activate and recurrence.decay is not None:
+    if activate and recurrence.decay is not None and recurrence.stepped:
+        x[recurrence.decay.input] = activate_step(x[recurrence.decay.input], dt_bias)
+    elif activate and recurrence.decay is not None:
         if not recurrence.bounded and A_log is None and lower_bound is None:
             raise InputError(f"the gate of {recurrence.name} needs A_log, got None")
         name = recurrence.decay.input
@@ -167,18 +171,32 @@ def _tokens(recurrence: Recurrence, x: Mapping[str, Tensor], scale: float | None
     q, k, v = x["q"], x["k"], x["v"]
     none = v.new_zeros(*v.shape[:3], 1)
     decay, erase, write = recurrence.decay, recurrence.erase, recurrence.write
+    if scale is None:
+        scale = 1.0 if recurrence.stepped else q.shape[3] ** -0.5
     return Tokens(
         *(
             _spread(y, v.shape[2])
             for y in (
-                q * (q.shape[3] ** -0.5 if scale is None else scale),
+                q * scale,
                 k,
                 v if write is None else _by_channel(x[write]) * v,
-                none if decay is None else _by_channel(x[decay.input]),
+                none if decay is None else _by_channel(_log_decay(recurrence, x, decay.input)),
                 none if erase is None else _by_channel(x[erase]),
             )
         )
     )
+
+
+def _log_decay(recurrence: Recurrence, x: Mapping[str, Tensor], name: str) -> Tensor:
+    """Natural log; of a step, a rate times it."""
+    return x.get("rate", -1.0) * x[name] if recurrence.stepped else x[name]
+
+
+def _finish(o: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+    """o [B, T, HV, V] with its skip, and through its gate, where they are given."""
+    if "D" in x:
+        o = o + x["D"].view(o.shape[2:]) * x["v"]
+    return o * F.silu(x["z"]) if "z" in x else o
 
 
 def _by_channel(x: Tensor) -> Tensor:

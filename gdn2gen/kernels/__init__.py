@@ -10,8 +10,10 @@ anchors     how far factors may lie from their anchor
 prepare     prepare, reprepare, sum_decay: contracts and forms
 scans       scan, scan_states, rescan, reverse_scan
 gradients   grad_value, grad_key
+groups      the stages of members whose heads share the scores of a group
 recurrent   the stage of the mode that goes token by token
 parts       the stages of a layer's parts: short convolutions, the gated norm
+mamba3      the stages around Mamba-3's scan
 stages      every stage by its name
 config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem

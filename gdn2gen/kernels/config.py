@@ -8,9 +8,11 @@ from typing import Final
 
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
-from gdn2gen.kernels.stage import Form, Operand
+from gdn2gen.kernels.stage import Form, Operand, Stage
 from gdn2gen.kernels.stages import EVERY_STAGE
 
 # The same for all stages of a plan.
@@ -103,9 +105,18 @@ def default_config(
 
     For GPUs of `arch` as in `sm_90`, or where that is not known.
     """
-    chunks = EVERY_STAGE[stage].chunks
-    place = Place(problem, BT or (32 if 32 in chunks else int(chunks[0])), arch)
+    place = Place(problem, BT or _usual_chunk(EVERY_STAGE[stage], problem), arch)
     return default_of(stage, EVERY_STAGE[stage].default_form(place), place)
+
+
+def _usual_chunk(stage: Stage, problem: Compiled) -> int:
+    """Tokens of a chunk where nothing is tuned."""
+    if 32 not in stage.chunks:
+        return int(stage.chunks[0])
+    # Where scores are a group's, longer chunks cost a head nothing, and halve the states between
+    # stages; but of fp32 their tiles take too many registers.
+    grouped = isinstance(problem, Problem) and problem.op in STEP_OPS
+    return 64 if grouped and problem.dtype != "fp32" else 32
 
 
 def default_of(stage: str, form: Form, place: Place) -> Config:

@@ -37,11 +37,18 @@ def least_ms(problem: Problem, regime: Regime, backward: bool, gbps: float) -> f
 
 
 def _input_bytes(problem: Problem) -> int:
-    """Of what every call takes of a token, for one value head."""
+    """Of what a call takes of a token, for one value head.
+
+    Without q and k of members whose heads share the scores of a group: one may serve all heads.
+    """
+    member = recurrence_named(problem.op)
     width = {"K": problem.K, "V": problem.V}
+    given = [x for x in member.inputs if not x.when or (x.name == "z" and problem.has_z)]
+    shared = ("q", "k") if member.stepped else ()
     return sum(
         prod(width.get(symbol, 1) for symbol in x.symbols) * DTYPE[problem.dtype_of(x.dtype)].nbytes
-        for x in recurrence_named(problem.op).required
+        for x in given
+        if "T" in x.symbols and x.name not in shared
     )
 
 

@@ -20,6 +20,10 @@ WORDS: Final[Mapping[str, str]] = {
     "beta": "factor of what a token erases and writes",
     "A_log": "log of the decay's rate",
     "dt_bias": "added to g before its activation",
+    "dt": "step: what a token decays by and writes",
+    "rate": "decay of a step of 1",
+    "D": "factor of a token's own value, added to o",
+    "z": "output gate, before silu",
     "initial_state": "state before the first token",
     "final_state": "state after the last token",
     "o": "output",
@@ -27,6 +31,8 @@ WORDS: Final[Mapping[str, str]] = {
     "state_pool": "states, read and written in place",
     "ssm_state_indices": "slots of each sequence",
     "num_accepted_tokens": "tokens accepted of those guessed",
+    "checkpoint_slots": "slots of each sequence for states on the way",
+    "checkpoints": "states on the way, each in its slot",
     # of a packed batch
     "cu_seqlens": "first token of each sequence",
     "chunk_offsets": "first chunk of each sequence",
@@ -48,6 +54,51 @@ WORDS: Final[Mapping[str, str]] = {
     "dweight": "gradient of weight",
     "dbias": "gradient of bias",
     "partial": "scratch: sums of programs for gradients of parameters",
+    # around Mamba-3's scan
+    "Q": "queries, without biases",
+    "K": "keys, without biases",
+    "V": "values",
+    "ADT": "log decay",
+    "DT": "steps",
+    "Trap": "trapezoidal factor, before its sigmoid",
+    "Q_bias": "added to queries",
+    "K_bias": "added to keys",
+    "Angles": "rates of rotation, before tanh",
+    "Z": "output gate, before SiLU",
+    "angle_state": "Theta before the first token, radians",
+    "ssm_state": "state before the token",
+    "k_state": "key of the token before, biased and rotated",
+    "v_state": "value of the token before",
+    "last_ssm": "state after the token",
+    "last_k": "key of the token, biased and rotated",
+    "last_angle": "Theta after the last token, radians",
+    "tiles": "sequence and first token of each tile, tokens before it and from it on",
+    "tile_starts": "first tile of each sequence",
+    "turns": "Theta before each tile, in units of 2^-32 turns",
+    "decay": "log decay of each token",
+    "own": "factor of a token's own value in its output",
+    "first": "what first tokens see of the state before them",
+    "out": "output",
+    "ddecay": "gradient of decay",
+    "down": "gradient of own",
+    "dlast_angle": "gradient of last_angle",
+    "dQ_part": "gradient of Q from some heads of a group",
+    "dK_part": "gradient of K from some heads of a group",
+    "dQ_bias_part": "gradient of Q_bias from each tile",
+    "dK_bias_part": "gradient of K_bias from each tile",
+    "dADT": "gradient of ADT",
+    "dDT": "gradient of DT",
+    "dTrap": "gradient of Trap",
+    "dAngles": "gradient of Angles",
+    "dangle_state": "gradient of angle_state",
+    "dweight_s": "scratch: gradient of s",
+    "down_dt": "scratch: gradient of lambda dt",
+    "dtheta": "scratch: gradient of each token's Theta",
+    "dtheta_sums": "scratch: sums of it over tiles, then over what comes after each",
+    "dout": "gradient of out",
+    "dV": "gradient of V, but for the scan's part",
+    "dZ": "gradient of Z",
+    "dfirst": "gradient of first",
     # of a chunk
     "q_rstd": "1 / norm of q",
     "k_rstd": "1 / norm of k",
@@ -66,6 +117,8 @@ WORDS: Final[Mapping[str, str]] = {
     "G": "decay since the chunk's start, log2",
     "h": "state at the chunk's start, transposed",
     "R": "what each token adds to the state",
+    "scores": "<q_i, k_j> of a group, as they are",
+    "step": "step of each token, after its activation",
     # of a segment
     "S_seg": "state at the segment's start, transposed",
     "M_seg": "scratch: transition of all segments but first and last",
@@ -94,6 +147,12 @@ WORDS: Final[Mapping[str, str]] = {
     "dg_part": "gradient of the log decay: sums over a slice of channels",
     "dA_log": "gradient of A_log: sums over the chunk's tokens",
     "ddt_bias": "gradient of dt_bias: sums over the chunk's tokens",
+    "dz": "gradient of z",
+    "decay_part": "gradient of the log decay: sums over a slice of channels",
+    "step_part": "gradient of what a token writes, by its step: the same",
+    "ddt": "gradient of dt",
+    "drate": "gradient of rate: sums over the chunk's tokens",
+    "dD": "gradient of D: sums over the chunk's tokens",
 }
 
 
@@ -103,6 +162,15 @@ _TIED: Final[Mapping[str, str]] = {
     "k_tail": "beta / norm of k, decayed to the chunk's end",
     "R": "u: a token adds (beta k) u^T to the state",
     "dX": "gradient of X = v - E S, where R = A X",
+}
+
+
+# The same where the decay is a rate times what is written.
+_STEPPED: Final[Mapping[str, str]] = {
+    "dy": "gradient of o before its gate",
+    "dt_bias": "added to dt before its activation",
+    "dq": "gradient of q: sums over heads of a group",
+    "dk": "gradient of k: sums over heads of a group",
 }
 
 
@@ -128,6 +196,8 @@ def _of_heads(name: str, problem: Problem, member: Recurrence) -> str:
 def what(name: str, stage: str, problem: Problem) -> str:
     """What the operand of this name is in a stage's kernels of `problem`."""
     member = recurrence_named(problem.op)
+    if name in _STEPPED and member.stepped:
+        return _STEPPED[name]
     if name in _OF_HEADS and (not problem.l2norm or member.decay is None):
         return _of_heads(name, problem, member)
     if name in _TIED and member.tied:

@@ -77,3 +77,8 @@ DX: Final = Operand("dX", "NT HV BT V", when="erases")
 # dv and dw are dX times an input, and would show what 16 bits of dX round off.
 DX_REST: Final = replace(DX, name="dX_rest", when="w, rounded")
 S_SEG: Final = Operand("S_seg", "N HV NS V K", "fp32")
+# States on the way, where each goes to a slot of its own: who checkpoints keeps no segments'.
+CHECKPOINTS: Final = (
+    Operand("checkpoint_slots", "N NC", "int32", "checkpoints"),
+    Operand("checkpoints", "slots HV K V", "checkpoint", "checkpoints"),
+)

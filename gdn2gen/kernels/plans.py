@@ -55,15 +55,23 @@ PLANS: Final = {
         Plan("linear_states", ("prepare", "scan_states"), ("sum_decay", *_LINEAR[1:])),
         Plan("linear_direct", _FORWARD, _LINEAR),
         Plan("linear_direct_states", ("prepare", "scan_states"), _LINEAR[1:]),
+        # Where heads share the scores of their group: these and two numbers a token and head are
+        # kept, and S_seg.
+        Plan(
+            "grouped",
+            ("prepare_group", "scan_group"),
+            ("rescan_group", "reverse_scan_group", "grad_group"),
+        ),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
 # ranks the plans of a level; the first is the one without tuning.
 PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "lean": ("lean", "direct", "linear", "linear_direct"),
+    "lean": ("lean", "direct", "linear", "linear_direct", "grouped"),
     "fast": (
         *("fast", "states", "direct_states"),
         *("linear_fast", "linear_states", "linear_direct_states"),
+        "grouped",
     ),
 }
 
@@ -91,8 +99,8 @@ def is_optional(plan_name: str, op: str) -> bool:
 
 
 def keeps_least(plan: Plan) -> bool:
-    """Whether its forward runs the stages of the least level, and so writes nothing more."""
-    return plan.forward == _FORWARD
+    """Whether its forward writes nothing more than that of the least level."""
+    return "scan_states" not in plan.forward
 
 
 def plan_named(name: str) -> Plan:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.config import Config, default_config, default_of, language_of
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
+from gdn2gen.kernels.scans import MAX_SEGMENTS
+from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
 
 
@@ -89,6 +91,11 @@ class Recipe:
         changed = {config.stage: config for config in configs}
         return Recipe.of(self.problem, self.plan.name, {**self.by_stage, **changed})
 
+    def serial(self, *stages: str) -> Recipe:
+        """The same with one chain per sequence, in Triton, in those of the stages that it has."""
+        found = [self[x] for x in stages if x in self.plan.stages]
+        return self.with_config(*(_serial(x, self.problem) for x in found))
+
     def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
         """The same for other head dims: tiles no wider than these need, and the default config of
         a stage whose form has no kernels for them."""
@@ -101,6 +108,17 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
+
+
+def _serial(config: Config, problem: Problem) -> Config:
+    """As tuned where the tuned form is in Triton, else the default of the serial one."""
+    if language_of(config) == "triton":
+        found = config.replace(segments="serial", max_segments=MAX_SEGMENTS)
+        if why_invalid(found, problem) is None:
+            return found
+    place, stage = Place(problem, config.size("BT")), EVERY_STAGE[config.stage]
+    (form,) = (x for x in stage.forms if (x.language, x.name) == ("triton", "serial"))
+    return default_of(config.stage, form, place)
 
 
 def _fitted(config: Config, problem: Problem, arch: str | None) -> Config:

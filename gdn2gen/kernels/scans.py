@@ -8,6 +8,7 @@ from typing import Final
 from gdn2gen.family.registry import OUTSIDE_OPS
 from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
+    CHECKPOINTS,
     DH,
     DO,
     DV,
@@ -94,19 +95,25 @@ _SERIAL_TILELANG: Final = Form(
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
 
+_NO_CHECKPOINTS: Final = Limit(
+    "checkpoints", ("",), "only the serial scan in Triton keeps states on the way"
+)
+
 
 def _with_segments(serial: Form) -> tuple[Form, Form]:
     """The form, and beside it its parallel one: every segment's transition first, then all at once.
 
     They share knobs, so that configs of either have the same.
     """
+    segments = Limit("max_segments", (MAX_SEGMENTS,), "only the parallel scans have segments")
     one = replace(
         serial,
         knobs={**serial.knobs, "max_segments": (64, 112, MAX_SEGMENTS)},
         defaults=(*serial.defaults, Setting({"max_segments": MAX_SEGMENTS})),
         limits=(
             *serial.limits,
-            Limit("max_segments", (MAX_SEGMENTS,), "only the parallel scans have segments"),
+            segments,
+            *(() if serial.language == "triton" else (_NO_CHECKPOINTS,)),
         ),
     )
     parallel = replace(
@@ -117,6 +124,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         limits=(
             *serial.limits,
             Limit("varlen", (False,), "packed sequences are one segment each"),
+            _NO_CHECKPOINTS,
         ),
         # BV are also rows of the transition
         tiles=(*TILES, ("BV", "K")),
@@ -139,10 +147,12 @@ _FORMS: Final = _forms(*_SERIAL_FORMS, ahead=_AHEAD)
 
 SCAN: Final = Stage(
     name="scan",
-    inputs=(*VW, *FACTORS, *_DIRECT, *SCORES, *INITIAL, *SEQUENCES),
-    outputs=(OUTPUT, S_SEG, _M_SEG, _FINAL),
+    inputs=(*VW, *FACTORS, *_DIRECT, *SCORES, *INITIAL, *SEQUENCES, *CHECKPOINTS),
+    outputs=(OUTPUT, replace(S_SEG, when="segments"), _M_SEG, _FINAL),
     scalars=_SCALARS,
     outside_scalars=("H",),
+    # columns of checkpoint_slots, which segment the first is of, and how far slots lie apart
+    checkpoint_scalars=("NC", "first_checkpoint", "slot_stride"),
     count="n_sequences",
     products=(*_CARRY, *_MAKE_O),
     selector="segments",

@@ -13,13 +13,14 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES, OUTPUT, TABLES
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stage import Operand, has_operand, is_of
 from gdn2gen.kernels.stages import STAGES
 
 OUTPUTS: Final = ("o", "final_state")
-# Chunks past the end of a packed batch write nothing, and these two are summed over chunks.
-SUMMED: Final = ("dA_log", "ddt_bias")
+# Chunks past the end of a packed batch write nothing, and these are summed over chunks.
+SUMMED: Final = ("dA_log", "ddt_bias", "drate", "dD")
 _STATES: Final = ("final_state", "dh0")
 _TABLES: Final = "chunk_tables"
 
@@ -33,6 +34,8 @@ class Buffer:
     dtype: str
     """By the name that problems use."""
     takes: str | None = None
+    cleared: bool = False
+    """Whether it holds zeros from the start because no kernel clears what no sequence covers."""
 
     @classmethod
     def of(cls, operand: Operand, problem: Problem) -> Buffer:
@@ -44,7 +47,7 @@ class Buffer:
     @property
     def zeroed(self) -> bool:
         """Whether it has to hold zeros where no kernel writes."""
-        return self.name in SUMMED
+        return self.name in SUMMED or self.cleared
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple([int(x) if x.isdigit() else sizes[x] for x in self.symbols])
@@ -81,16 +84,18 @@ def gradients_of(problem: Problem) -> Mapping[str, str]:
 
 
 def cleared_of(problem: Problem) -> tuple[Operand, ...]:
-    """Gradients of what every call gives, in order: a packed batch's are cleared where no sequence
-    lies."""
+    """Gradients of what is given of tokens, in order: a packed batch's are cleared where no
+    sequence lies. Those that a config says how many heads have are zeros from the start."""
     made = outputs_of(problem.op)
     gradients = gradients_of(problem)
-    return tuple(made[gradients[x.name]] for x in recurrence_named(problem.op).required)
+    given = recurrence_named(problem.op).named
+    tokens = [made[gradients[x]] for x in given_inputs(problem) if "T" in given[x].symbols]
+    return tuple(x for x in tokens if "HP" not in x.dims.split())
 
 
 def outputs_of(op: str) -> dict[str, Operand]:
     """What the kernels of a member may make, by name."""
-    return {x.name: x for stage in STAGES.values() for x in stage.outputs if is_of(x, op)}
+    return {x.name: x for stage in stages_of(op) for x in STAGES[stage].outputs if is_of(x, op)}
 
 
 def read_by(problem: Problem, stages: tuple[str, ...]) -> set[str]:
@@ -191,4 +196,8 @@ def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) 
         slices = str(-(-problem.K // config.size("BK")))
         symbols = tuple(slices if x == "NK" else x for x in buffer.symbols)
         buffer = replace(buffer, symbols=symbols)
+    if "HP" in buffer.symbols:
+        parts = f"HP{config.size('heads')}"
+        symbols = tuple(parts if x == "HP" else x for x in buffer.symbols)
+        buffer = replace(buffer, symbols=symbols, cleared=problem.varlen)
     return replace(buffer, takes="G" if shares else None)

@@ -6,6 +6,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     H heads of q, k  HV heads of v, w, o     HG heads of g, b (H or HV); beta has HV
     K, V head dims   N sequences             NT chunks over all sequences, BT tokens each
     NK slices of K, as many as a config makes programs of them
+    HP programs of grad_group for a chunk: each group's heads, as many at once as a config says
     NB sub-blocks of a chunk, 16 tokens each
     NS segments of a sequence, of equal length (see `Call.segments`)
 
@@ -22,6 +23,7 @@ from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES, TILED_BY, multiple_of
@@ -68,7 +70,7 @@ class Operand:
 # Members by what their decay has one number for, see `Recurrence.decays_by`. `outside`: the decay,
 # if there is one, is outside of products over channels.
 OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "all": ("channel", "head", "none"),
+    "all": ("channel", "head", "none", "step"),
     "channel": ("channel",),
     "head": ("head",),
     "outside": ("head", "none"),
@@ -78,6 +80,11 @@ OF: Final[Mapping[str, tuple[str, ...]]] = {
 def is_of(operand: Operand, op: str) -> bool:
     """Whether the kernels of a member may have this operand; there is one of its name at most."""
     return recurrence_named(op).decays_by in OF[operand.of]
+
+
+def keeps_checkpoints(problem: Compiled) -> bool:
+    """Whether its scan keeps states on the way, for a cache of prefixes."""
+    return isinstance(problem, PrefillProblem) and problem.checkpoints != ""
 
 
 def has_operand(operand: Operand, problem: Problem) -> bool:
@@ -96,9 +103,16 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "gate": problem.gate != "none",
         "A_log": problem.has_A_log,
         "dt_bias": problem.has_dt_bias,
+        "rate": problem.has_rate,
+        "D": problem.has_D,
+        "z": problem.has_z,
+        "D and z": problem.has_D and problem.has_z,
+        "no z": not problem.has_z,
         "varlen": problem.varlen,
         "initial_state": problem.initial_state,
         "final_state": problem.final_state,
+        "checkpoints": keeps_checkpoints(problem),
+        "segments": not keeps_checkpoints(problem),
     }
     return is_of(operand, problem.op) and conditions[operand.when]
 
@@ -238,6 +252,8 @@ class Stage:
     scalars: tuple[str, ...]
     outside_scalars: tuple[str, ...] = ()
     """More of them where scans read q and k themselves."""
+    checkpoint_scalars: tuple[str, ...] = ()
+    """And where states are kept on the way."""
     count: str = "n_chunks"
     """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
     from chunk to chunk."""
@@ -266,7 +282,8 @@ class Stage:
         """In the order of the kernels' arguments."""
         assert isinstance(problem, Problem)
         outside = recurrence_named(problem.op).decays_by in OF["outside"]
-        return (*self.scalars, *(self.outside_scalars if outside else ()))
+        kept = self.checkpoint_scalars if keeps_checkpoints(problem) else ()
+        return (*self.scalars, *(self.outside_scalars if outside else ()), *kept)
 
     def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
+from gdn2gen.kernels.groups import (
+    GRAD_GROUP,
+    PREPARE_GROUP,
+    RESCAN_GROUP,
+    REVERSE_SCAN_GROUP,
+    SCAN_GROUP,
+)
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -16,12 +24,13 @@ _ALL = (
     PREPARE, REPREPARE, SUM_DECAY,
     SCAN, SCAN_STATES, RESCAN, REVERSE_SCAN,
     GRAD_VALUE, GRAD_KEY,
+    PREPARE_GROUP, SCAN_GROUP, RESCAN_GROUP, REVERSE_SCAN_GROUP, GRAD_GROUP,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 """Those that plans are chains of."""
 EVERY_STAGE: Final[Mapping[str, Stage]] = {
     **STAGES,
     RECURRENT.name: RECURRENT,
-    **{stage.name: stage for stage in PART_STAGES},
+    **{stage.name: stage for stage in (*PART_STAGES, *MAMBA3_STAGES)},
 }
 """And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

@@ -2,7 +2,8 @@
 
 accuracy     errors against the fp64 reference
 timing       the timing protocol, and the floor that times are held against
-sides        one implementation at one shape: ours, or FLA's
+peers        what other libraries have of a recurrence, called as ours is
+sides        one implementation at one shape: ours, or a peer's
 rows         one row of a benchmark per shape, and stage by stage
 results      a table, and a file of results per GPU
 cases        the cases of the accuracy suite

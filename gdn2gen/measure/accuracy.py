@@ -30,7 +30,8 @@ def inputs_of(
     """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 
     With a gate in the kernel the decay's input is a pre-activation, for which patterns mean little;
-    it is then normal, and so is beta with its sigmoid there. Where q and k are not normalised in
+    it is then normal, larger where `strong` is asked for and a bound or a step allows it, and so is
+    beta with its sigmoid there. Where q and k are not normalised in
     the kernel they are before, as a caller does: a delta rule with longer keys explodes.
     """
     from gdn2gen.family.inputs import make_inputs
@@ -39,10 +40,11 @@ def inputs_of(
     inputs = make_inputs(
         shape.B,
         shape.T,
-        shape.H,
+        shape.key_heads,
         problem.K,
         problem.V,
         op=problem.op,
+        HV=shape.H,
         dtype=TORCH_DTYPE[problem.dtype],
         gate_dtype=TORCH_DTYPE[problem.gate_dtype],
         factor_dtype=TORCH_DTYPE[problem.dtype_of("factor")],
@@ -51,20 +53,22 @@ def inputs_of(
         seed=seed,
         cu_seqlens=shape.cu_seqlens,
         initial_state=problem.initial_state,
+        rate=problem.has_rate,
     )
     if problem.initial_state and problem.state_v_first:
         inputs["initial_state"] = inputs["initial_state"].mT.contiguous()
     if problem.gate != "none" and recurrence.decay is not None:
         generator = torch.Generator(device).manual_seed(seed + 1)
         g = torch.empty_like(inputs[recurrence.decay.input]).normal_(generator=generator)
-        strong = problem.bound and pattern == "strong"
+        strong = (problem.bound or recurrence.stepped) and pattern == "strong"
         inputs[recurrence.decay.input] = g.mul_(0.5).add_(3.0) if strong else g
-        sizes = {"HG": shape.H, "K": problem.K}
+        sizes = {"HG": shape.H, "HV": shape.H, "K": problem.K}
         for x in recurrence.optional:
-            if x.dtype == "parameter" and getattr(problem, x.when):
+            if x.draw in _USUAL and getattr(problem, x.when):
                 drawn = torch.empty(math.prod(sizes[y] for y in x.symbols), device=device)
                 drawn.uniform_(*(_STRONG if strong else _USUAL)[x.draw], generator=generator)
                 inputs[x.name] = drawn.log() if x.draw == "rate" else drawn
+    _draw_output(problem, shape, seed, inputs)
     if problem.beta_sigmoid and recurrence.erase is not None:
         generator = torch.Generator(device).manual_seed(seed + 3)
         inputs[recurrence.erase].normal_(generator=generator)
@@ -72,6 +76,17 @@ def inputs_of(
         for name in ("q", "k"):
             inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
     return inputs
+
+
+def _draw_output(problem: Problem, shape: Shape, seed: int, inputs: dict[str, Tensor]) -> None:
+    """What follows the recurrence, where `problem` has it: D, and the gate z."""
+    v = inputs["v"]
+    generator = torch.Generator(v.device).manual_seed(seed + 4)
+    if problem.has_D:
+        D = torch.empty(v.shape[2:], device=v.device)
+        inputs["D"] = D.normal_(generator=generator)
+    if problem.has_z:
+        inputs["z"] = torch.empty_like(v).normal_(generator=generator)
 
 
 def public_op(op: str) -> OpFunction:

@@ -129,12 +129,14 @@ def _check_causality(case: Case, device: str) -> Result:
         grads["final_state"].zero_()
     changed = {name: x.clone() for name, x in inputs.items()}
     recurrence = recurrence_named(case.problem.op)
-    for x in recurrence.required:
+    of_tokens = [x for x in recurrence.required if "T" in x.symbols]
+    for x in of_tokens:
         changed[x.name][:, token] = inputs[x.name][:, 0] * 0.5
     if recurrence.decay is not None:
-        changed[recurrence.decay.input][:, token] -= 30
+        # a step decays by a rate below 0
+        changed[recurrence.decay.input][:, token] += 30 if recurrence.stepped else -30
     before, after = _run(case, inputs, grads), _run(case, changed, grads)
-    names = ("o", *(f"d{x.name}" for x in recurrence.required))
+    names = ("o", *(f"d{x.name}" for x in of_tokens))
     moved = [x for x in names if not torch.equal(before[x][:, :token], after[x][:, :token])]
     message = f"token {token} moved earlier tokens of {', '.join(moved)}" if moved else ""
     return Result(case.name, case.check, not moved, message=message)

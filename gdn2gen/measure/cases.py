@@ -50,10 +50,11 @@ def _shape(B: int, T: int, H: int, cu_seqlens: tuple[int, ...] | None = None) ->
 
 def _gates(base: Case) -> dict[str, Case]:
     """`base` with every activation of the decay that its recurrence has kernels for."""
-    activations = recurrence_named(base.problem.op).activations
+    member = recurrence_named(base.problem.op)
+    activations, rated = member.activations, "A_log" in member.named
     found: dict[str, dict[str, Any]] = {
-        "softplus": {"gate": "softplus", "has_A_log": True, "has_dt_bias": True},
-        "softplus-no-bias": {"gate": "softplus", "has_A_log": True},
+        "softplus": {"gate": "softplus", "has_A_log": rated, "has_dt_bias": True},
+        "softplus-no-bias": {"gate": "softplus", "has_A_log": rated},
         "sigmoid": {"gate": "sigmoid", "has_A_log": True, "has_dt_bias": True},
         "sigmoid-no-A_log": {"gate": "sigmoid"},
     }
@@ -96,12 +97,29 @@ def _layouts(base: Case) -> dict[str, Case]:
     }
 
 
+def _outputs(base: Case) -> dict[str, Case]:
+    """`base` with what its recurrence takes after its state: a skip, a gate, and both."""
+    member = recurrence_named(base.problem.op)
+    found: dict[str, dict[str, Any]] = {
+        "no-rate": {"has_rate": False},
+        "skip": {"has_D": True},
+        "output-gate": {"has_z": True},
+        "skip-and-gate": {"has_D": True, "has_z": True},
+    }
+    grouped = replace(base, shape=_shape(1, base.shape.T, 4), H=2)
+    return {
+        name: replace(grouped, problem=replace(base.problem, **fields))
+        for name, fields in found.items()
+        if all(x.removeprefix("has_") in member.named for x in fields)
+    }
+
+
 def _features(base: Case) -> Iterator[Case]:
     """`base` once for every option of the op that changes what the kernels compute."""
     problem, shape = base.problem, base.shape
     T = shape.T
     packed = (0, 0, T // 3, T // 3 + 1, T // 3 + 1, T)
-    decays = recurrence_named(problem.op).decay is not None
+    has_gate_heads = any("HG" in x.symbols for x in recurrence_named(problem.op).inputs)
     grouped_gates = replace(base, shape=_shape(1, T, 4), H=2, HG=2)
     changes: dict[str, Case] = {
         "stateless": replace(
@@ -110,15 +128,16 @@ def _features(base: Case) -> Iterator[Case]:
         **_layouts(base),
         **_gates(base),
         **_betas(base),
+        **_outputs(base),
         "varlen": replace(
             base, problem=replace(problem, varlen=True), shape=_shape(1, T, shape.H, packed)
         ),
         "grouped": replace(base, shape=_shape(1, T, 4), H=2),
-        **({"grouped-gates": grouped_gates} if decays else {}),
+        **({"grouped-gates": grouped_gates} if has_gate_heads else {}),
         "empty": replace(base, shape=_shape(1, 0, 1), check="empty"),
         # of one head, dg of a scalar decay would be one number, and small by chance
         "one-token": replace(base, shape=_shape(2, 1, 8)),
-        "whole-chunks": replace(base, shape=_shape(1, 128, 1)),
+        "whole-chunks": replace(base, shape=_shape(1, 128, _heads(problem.op))),
         "causality": replace(base, shape=_shape(1, 22, 1), check="causality"),
         "causality-chunks": replace(base, check="causality"),
         "repeat": replace(base, check="repeat"),
@@ -147,9 +166,21 @@ def _decoding(base: Case) -> Iterator[Case]:
         yield replace(base, name=f"{base.name}-decoding", check="decoding")
 
 
+def _usual(op: str) -> dict[str, Any]:
+    """Fields of the problems of cases that are not asked for: a step decays by a rate."""
+    return {"has_rate": True} if recurrence_named(op).stepped else {}
+
+
+def _heads(op: str) -> int:
+    """Of the smallest cases: more than one where the gradient of an input is one number a head, a
+    sum that may be small by chance."""
+    return 4 if recurrence_named(op).stepped else 1
+
+
 def _interpreter_cases(op: str) -> Iterator[Case]:
-    problem = Problem(op=op, K=32, V=32, dtype="fp32", initial_state=True, final_state=True)
-    small = Case("small-fp32", problem, _shape(1, 75, 1), interpreter=True)
+    states: dict[str, Any] = {"initial_state": True, "final_state": True}
+    problem = Problem(op=op, K=32, V=32, dtype="fp32", **states, **_usual(op))
+    small = Case("small-fp32", problem, _shape(1, 75, _heads(op)), interpreter=True)
     yield from _patterns(small)
     yield from _features(small)
     yield from _head_dims(small)
@@ -163,7 +194,7 @@ def _interpreter_cases(op: str) -> Iterator[Case]:
 
 
 def _gpu_cases(op: str) -> Iterator[Case]:
-    problem = Problem(op=op, initial_state=True, final_state=True)
+    problem = Problem(op=op, initial_state=True, final_state=True, **_usual(op))
     base = Case("bf16", problem, _shape(2, 1000, 4))
     yield from _patterns(base)
     yield from _features(base)
@@ -200,10 +231,10 @@ def cases_of(K: int, V: int) -> tuple[Case, ...]:
 
 
 def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
-    problem = Problem(op=op, K=K, V=V, initial_state=True, final_state=True)
+    problem = Problem(op=op, K=K, V=V, initial_state=True, final_state=True, **_usual(op))
     for base in (
         Case(f"K{K}-V{V}-bf16", problem, _shape(1, 301, 3)),
-        Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, 1), interpreter=True),
+        Case(f"small-K{K}-V{V}-bf16", problem, _shape(1, 41, _heads(op)), interpreter=True),
     ):
         yield from (*_patterns(base), *_features(base), *_decoding(base))
         for dtype in ("fp16", "fp32"):

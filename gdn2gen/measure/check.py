@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over
 from gdn2gen.kernels.recipe import Recipe
@@ -52,10 +53,14 @@ class CheckResult:
 
 
 def check_shapes(problem: Problem) -> tuple[Shape, Shape]:
-    """The two sizes of the check; the second one has blocks enough for races to show."""
-    if problem.varlen:
-        return RAGGED_PACKED, MANY_BLOCKS_PACKED
-    return RAGGED, MANY_BLOCKS
+    """The two sizes of the check; the second one has blocks enough for races to show.
+
+    Where heads share the scores of a group, there is one.
+    """
+    given = (RAGGED_PACKED, MANY_BLOCKS_PACKED) if problem.varlen else (RAGGED, MANY_BLOCKS)
+    if recurrence_named(problem.op).stepped:
+        given = (replace(given[0], groups=1), replace(given[1], groups=1))
+    return given
 
 
 def segmented_shape(recipe: Recipe) -> Shape | None:

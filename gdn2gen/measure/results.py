@@ -123,6 +123,7 @@ def _row_document(row: Row) -> dict[str, Any]:
         "recipe": row.recipe,
         "ours": asdict(row.ours),
         "fla": None if row.fla is None else asdict(row.fla),
+        "peer": row.peer,
         "ratio_to_fla": row.ratio_to_fla,
         "floor_ms": [row.floor_forward_ms, row.floor_forward_backward_ms],
         "ratio_to_floor": row.ratio_to_floor,
@@ -134,9 +135,10 @@ def _times_table(rows: Sequence[Row], side: str) -> Sheet:
     """Times of one `side`, forward or forward_backward; with the latter peak memory, too."""
     both = side == "forward_backward"
     vs_fla = any(row.fla is not None for row in rows)
+    peer = _peer(rows[0]) if rows else ""
     title = "Forward+backward, and its peak memory in MiB" if both else "Forward"
-    columns = ["shape", "ours", "x floor", *(["FLA", "FLA / ours"] if vs_fla else [])]
-    columns += ["peak", *(["FLA's"] if vs_fla else [])] if both else ["recipe"]
+    columns = ["shape", "ours", "x floor", *([peer, f"{peer} / ours"] if vs_fla else [])]
+    columns += ["peak", *([f"{peer}'s"] if vs_fla else [])] if both else ["recipe"]
     table = Sheet(f"{title}: median ms, L2 flushed", columns, words=("shape", "recipe"))
     for row in rows:
         ours: Timing = getattr(row.ours, side)
@@ -148,8 +150,17 @@ def _times_table(rows: Sequence[Row], side: str) -> Sheet:
             cells += [f"{row.fla.peak_mib:.0f}" if row.fla else "-"] if vs_fla else []
         else:
             cells.append(row.recipe)
-        table.add(row.shape.name, *cells)
+        table.add(f"{row.shape.name}{_gated(row)}", *cells)
     return table
+
+
+def _peer(row: Row) -> str:
+    return "FLA" if row.peer == "fla" else row.peer
+
+
+def _gated(row: Row) -> str:
+    """What tells rows of one shape apart."""
+    return ", with z" if row.problem.has_z else ""
 
 
 def _fla_times(row: Row, side: str) -> tuple[str, str]:
@@ -164,9 +175,9 @@ def _errors_table(rows: Sequence[Row]) -> Sheet:
     labels: list[str] = []
     sides: list[Side] = []
     for row in rows:
-        for label, side in (("ours", row.ours), ("FLA", row.fla)):
+        for label, side in (("ours", row.ours), (_peer(row), row.fla)):
             if side is not None and all(side.errors != seen.errors for seen in sides):
-                labels.append(label)
+                labels.append(f"{label}{_gated(row)}")
                 sides.append(side)
     title = "Worst relative error against fp64, and the pattern of decay it was found in"
     table = Sheet(title, ("output", *labels), words=("output",))

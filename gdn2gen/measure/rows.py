@@ -13,7 +13,8 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
-from gdn2gen.measure.sides import Errors, Side, fla_op, measure_in_turns, our_op, worst_errors
+from gdn2gen.measure.peers import peer_op
+from gdn2gen.measure.sides import Errors, Side, measure_in_turns, our_op, worst_errors
 from gdn2gen.measure.timing import (
     Timing,
     call_of,
@@ -51,7 +52,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Row:
-    """Everything measured at one shape. `fla` is None where it was not asked for."""
+    """Everything measured at one shape. `fla` is the peer's side; None where none was asked for."""
 
     shape: Shape
     problem: Problem
@@ -62,11 +63,13 @@ class Row:
     fla: Side | None
     floor_forward_ms: float
     floor_forward_backward_ms: float
+    peer: str = "fla"
+    """What `fla` is the side of, see `peers`."""
     stages: list[StageRow] = field(default_factory=list)
 
     @property
     def ratio_to_fla(self) -> tuple[float, float] | None:
-        """FLA's time over ours, forward and forward+backward: above 1 we are faster."""
+        """The peer's time over ours, forward and forward+backward: above 1 we are faster."""
         if self.fla is None:
             return None
         return (
@@ -113,7 +116,7 @@ def bench_shapes(
     V: int,
     dtype: str,
     *,
-    vs_fla: bool,
+    vs: str | None,
     gate: str,
     l2norm: bool = WHERE_TAKEN,
     stages: bool = False,
@@ -124,15 +127,21 @@ def bench_shapes(
     """Measure each shape on the present GPU; with `stages` also stage by stage.
 
     `bound`: nats that a token loses at most with the sigmoid gate, 1 to 5; 0 for FLA's default.
-    Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError without a
-    GPU, and UnsupportedError when FLA is asked for and not installed.
+    `vs`: a peer of `peers`. A member whose output may go through a gate is measured without it,
+    then with it. Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError
+    without a GPU, and UnsupportedError when a peer is asked for and not installed.
     """
     gbps = copy_gbps()
-    functions = [our_op(op, level), *([fla_op(op, level)] if vs_fla else [])]
+    functions = [our_op(op, level), *([peer_op(vs, op, level)] if vs else [])]
     errors: dict[Problem, list[dict[str, Errors]]] = {}
     rows = []
-    for shape in shapes:
-        problem = bench_problem(op, K, V, dtype, gate, l2norm, shape, bound)
+    given = [bench_problem(op, K, V, dtype, gate, l2norm, x, bound) for x in shapes]
+    pairs = [
+        (y, shape)
+        for shape, x in zip(shapes, given, strict=True)
+        for y in ([replace(x, has_z=False), x] if x.has_z else [x])
+    ]
+    for problem, shape in pairs:
         dense = replace(problem, varlen=False)
         if dense not in errors:
             errors[dense] = [worst_errors(function, dense) for function in functions]
@@ -146,6 +155,7 @@ def bench_shapes(
             fla=others[0] if others else None,
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
+            peer=vs or "fla",
             stages=bench_stages(problem, shape, level) if stages else [],
         )
         rows.append(row)

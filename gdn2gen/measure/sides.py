@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
@@ -25,6 +23,7 @@ from gdn2gen.measure.accuracy import (
     run_op,
     run_reference,
 )
+from gdn2gen.measure.peers import as_mamba_ssm
 from gdn2gen.measure.timing import Timing, peak_mib, time_ms
 
 # Of each implementation the faster counts. At the first shape of a process FLA's forward waited
@@ -69,10 +68,13 @@ class Side:
 def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
     """Worst error over ACCURACY_PATTERNS, per output and gradient, at ACCURACY_SHAPE."""
     problem = replace(problem, final_state=True)
+    shape = ACCURACY_SHAPE
+    if recurrence_named(problem.op).stepped:
+        shape = replace(shape, groups=1)
     worst: dict[str, Errors] = {}
     for pattern in ACCURACY_PATTERNS:
-        inputs = inputs_of(problem, ACCURACY_SHAPE, pattern, 0, "cuda")
-        gradients = output_gradients(problem, ACCURACY_SHAPE, 0, "cuda")
+        inputs = inputs_of(problem, shape, pattern, 0, "cuda")
+        gradients = output_gradients(problem, shape, 0, "cuda")
         exact = run_reference(problem, inputs, gradients)
         found = relative_errors(run_op(function, problem, inputs, gradients), exact)
         for name, error in found.items():
@@ -82,36 +84,15 @@ def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
 
 
 def our_op(op: str, level: str) -> OpFunction:
-    """Our op of a recurrence, keeping as much of the forward as `level` lets it."""
-    return partial(public_op(op), disable_recompute=level == "fast")
+    """Our op of a recurrence, keeping as much of the forward as `level` lets it.
 
-
-def fla_op(op: str, level: str) -> OpFunction:
-    """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
-
-    Raises UnsupportedError then.
+    Of Mamba-2 as callers of mamba_ssm's have it.
     """
-    public = recurrence_named(op).public
-    try:
-        function = getattr(import_module(public.fla), public.chunk)
-    except (ImportError, AttributeError) as error:
-        raise UnsupportedError(
-            f"the comparison needs flash-linear-attention with {public.fla} ({error}); "
-            "run `pip install flash-linear-attention`, or leave `--vs fla` out"
-        ) from error
+    if op == "mamba2":
+        from gdn2gen.ops.mamba import mamba_chunk_scan_combined
 
-    has_safe_gate = "safe_gate" in public.arguments
-
-    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
-        # FLA takes a lower bound only together with its safe gate.
-        safe = arguments.get("lower_bound") is not None
-        fast = level == "fast"
-        # FLA's ops swallow keywords that they do not know
-        own = {"safe_gate": safe, "disable_recompute": fast} if has_safe_gate else {}
-        o, state = function(**arguments, **own)
-        return o, state
-
-    return call
+        return as_mamba_ssm(mamba_chunk_scan_combined)
+    return partial(public_op(op), disable_recompute=level == "fast")
 
 
 def measure_in_turns(

@@ -140,13 +140,13 @@ def symbol_sizes(
 
 
 def call_of(problem: Problem, shape: Shape, device: torch.device) -> Call:
-    """Sizes and scalars of a benchmark call: as many heads of q, k and gates as of values."""
+    """Sizes and scalars of a benchmark call: as many heads of gates as of values."""
     from gdn2gen.runtime.call import Call
 
     return Call(
         B=shape.B,
         T=shape.T,
-        H=shape.H,
+        H=shape.key_heads,
         HV=shape.H,
         HG=shape.H,
         N=shape.regime.sequences,

@@ -3,6 +3,7 @@
 cache           Cache: states and tails of sequences, for decoding
 convolution     ShortConvolution, with SiLU
 norm            GatedRMSNorm
+projections     Projected: of the same tokens, their gradients added up in the products
 mixer           what the layers share
 gdn2            GatedDeltaNet2
 kda             KimiDeltaAttention

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from gdn2gen.nn._heads import Heads
 from gdn2gen.nn.mixer import Mixer, Op
+from gdn2gen.nn.projections import Projected
 from gdn2gen.ops.chunk import chunk_gated_delta_rule
 from gdn2gen.ops.recurrent import fused_recurrent_gated_delta_rule
 
@@ -50,6 +51,7 @@ class GatedDeltaNet(Mixer):
     `o_norm.weight` [V].
     """
 
+    _gate_projections: ClassVar[tuple[str, ...]] = ("a_proj", "b_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_gated_delta_rule)
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gated_delta_rule)
     _least_rate: ClassVar[float] = 0.0
@@ -89,10 +91,10 @@ class GatedDeltaNet(Mixer):
         self.a_proj = nn.Linear(self.hidden_size, self.heads.HV, bias=False)
         self.b_proj = nn.Linear(self.hidden_size, self.heads.HV, bias=False)
 
-    def _gates(self, x: Tensor) -> dict[str, Any]:
+    def _gates(self, tokens: Projected) -> dict[str, Any]:
         return {
-            "g": self.a_proj(x),
-            "beta": self.b_proj(x),
+            "g": tokens.by(self.a_proj),
+            "beta": tokens.by(self.b_proj),
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
             "use_gate_in_kernel": True,

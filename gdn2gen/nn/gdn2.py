@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from gdn2gen.family.problem import check_lower_bound
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.mixer import Mixer, Op
+from gdn2gen.nn.projections import Projected
 from gdn2gen.ops.chunk import chunk_gdn2
 from gdn2gen.ops.recurrent import fused_recurrent_gdn2
 
@@ -52,6 +53,7 @@ class GatedDeltaNet2(Mixer):
     `{q,k,v}_conv1d.weight` [D, 1, conv_size], `o_norm.weight` [V].
     """
 
+    _gate_projections: ClassVar[tuple[str, ...]] = ("f_proj", "b_proj", "w_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_gdn2)
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gdn2)
 
@@ -92,13 +94,13 @@ class GatedDeltaNet2(Mixer):
         self.w_proj = nn.Linear(hidden_size, heads.HV * heads.V, bias=False)
         self._add_output(norm_eps, output_gate)
 
-    def _gates(self, x: Tensor) -> dict[str, Any]:
+    def _gates(self, tokens: Projected) -> dict[str, Any]:
         heads = self.heads
-        b = self.b_proj(x).sigmoid()
+        b = tokens.by(self.b_proj).sigmoid()
         return {
-            "g": split(self.f_proj(x), heads.H, heads.K),
+            "g": split(tokens.by(self.f_proj), heads.H, heads.K),
             "b": split(2 * b if self.allow_neg_eigval else b, heads.H, heads.K),
-            "w": split(self.w_proj(x).sigmoid(), heads.HV, heads.V),
+            "w": split(tokens.by(self.w_proj).sigmoid(), heads.HV, heads.V),
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
             "use_gate_in_kernel": True,

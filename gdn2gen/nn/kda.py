@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.problem import check_lower_bound
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.mixer import Mixer, Op
+from gdn2gen.nn.projections import Projected
 from gdn2gen.ops.chunk import chunk_kda
 from gdn2gen.ops.recurrent import fused_recurrent_kda
 
@@ -55,6 +56,7 @@ class KimiDeltaAttention(Mixer):
     `{q,k,v}_conv1d.weight` [D, 1, conv_size], `o_norm.weight` [V].
     """
 
+    _gate_projections: ClassVar[tuple[str, ...]] = ("f_proj", "b_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_kda)
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_kda)
 
@@ -104,10 +106,10 @@ class KimiDeltaAttention(Mixer):
         if self.safe_gate:
             self.A_log.zero_()
 
-    def _gates(self, x: Tensor) -> dict[str, Any]:
+    def _gates(self, tokens: Projected) -> dict[str, Any]:
         return {
-            "g": split(self.f_proj(x), self.heads.HV, self.heads.K),
-            "beta": self.b_proj(x),
+            "g": split(tokens.by(self.f_proj), self.heads.HV, self.heads.K),
+            "beta": tokens.by(self.b_proj),
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
             "use_gate_in_kernel": True,

@@ -17,6 +17,7 @@ from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import Cache, may_overwrite, write
 from gdn2gen.nn.convolution import ShortConvolution, convolve, step
 from gdn2gen.nn.norm import GatedRMSNorm
+from gdn2gen.nn.projections import Projected
 from gdn2gen.runtime.head_dims import runs_here
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
@@ -43,6 +44,8 @@ class Mixer(nn.Module):
     _chunk: ClassVar[Op]
     _recurrent: ClassVar[Op | None] = None
     """The op over few tokens; without one every call goes to the op over chunks."""
+    _gate_projections: ClassVar[tuple[str, ...]]
+    """Names of the projections that `_gates` takes."""
     _least_rate: ClassVar[float] = 1.0
     """exp(A_log) is drawn between this and 16."""
     A_log: nn.Parameter
@@ -81,7 +84,7 @@ class Mixer(nn.Module):
             self.v_conv1d = ShortConvolution(HV * V, conv_size, bias=conv_bias)
 
     @abstractmethod
-    def _gates(self, x: Tensor) -> dict[str, Any]:
+    def _gates(self, tokens: Projected) -> dict[str, Any]:
         """Arguments of both ops, made of the tokens [B, T, hidden]."""
 
     def _add_before_convolutions(self) -> None:
@@ -189,29 +192,35 @@ class Mixer(nn.Module):
         batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
         kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
         heads = self.heads
-        q, k, v, tails = self._qkv(batch, kept)
+        tokens = Projected(batch.x, self._projections())
+        q, k, v, tails = self._qkv(tokens, batch, kept)
         arguments = {
             "q": split(q, heads.H, heads.K),
             "k": split(k, heads.H, heads.K),
             "v": split(v, heads.HV, heads.V),
-            **self._gates(batch.x),
+            **self._gates(tokens),
         }
         trains = _requires_gradient(arguments)
         o = self._mixed(arguments, batch, kept, trains)
         if kept is not None:
             for name, tail in tails.items():
                 write(kept, name, tail, trains=trains)
-        gate = split(self.g_proj(batch.x), heads.HV, heads.V)
+        gate = split(tokens.by(self.g_proj), heads.HV, heads.V)
         y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
         return batch.restored(y)
 
+    def _projections(self) -> list[nn.Module]:
+        """Of the tokens, in any order."""
+        names = ("q_proj", "k_proj", "v_proj", "g_proj", *self._gate_projections)
+        return [getattr(self, name) for name in names]
+
     def _qkv(
-        self, batch: Batch, kept: dict[str, Tensor] | None
+        self, tokens: Projected, batch: Batch, kept: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """q, k and v, all heads beside each other; and the tails of the convolutions that the cache
         has yet to keep."""
-        x = batch.x
-        made = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
+        modules = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
+        made = {name: tokens.by(module) for name, module in modules.items()}
         if not self.use_short_conv:
             q, k, v = (functional.silu(part) for part in made.values())
             return q, k, v, {}

@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from gdn2gen.base.environment import values_of
-from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
@@ -48,9 +48,12 @@ def call(
     state_v_first: bool = False,
     cu_seqlens_cpu: Tensor | None,
     chunk_size: Any = None,
-) -> tuple[Tensor, Tensor | None]:
-    """o, and the final state or None. `tensors` are those of the signature; the others are called
-    as by callers, and those with a default not every op has."""
+    serving: Serving = NOT_SERVING,
+) -> Any:
+    """o, and the final state or None; and with `return_intermediate_states` those on the way.
+
+    `tensors` are those of the signature; the others are called as by callers, and those with a
+    default not every op has."""
     known = (
         use_qk_l2norm_in_kernel,
         use_gate_in_kernel,
@@ -62,20 +65,19 @@ def call(
     flags = (*known, safe_gate, disable_recompute, return_intermediate_states)
     check_flags(*flags)
     signature = op.signature
-    watched = is_watched(tensors)
+    serves = return_intermediate_states or serving is not NOT_SERVING
+    watched = is_watched((*tensors, *serving.pools) if serves else tensors)
     key = None
-    if not (watched or autograd.has_tangents() or cu_seqlens_cpu is not None):
+    if not (watched or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
         key = _key(signature, tensors, flags, scale, lower_bound, chunk_size)
         ready = None if key is None else _ready.get(key)
         if ready is not None:
             o, state = ready.run(signature, tensors)
             return o, state if output_final_state else None
-    parameters = [tensors[place] for place in signature.parameters]
-    check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, *parameters)
+    gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
+    check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     check_chunk_size(chunk_size)
-    if return_intermediate_states:
-        raise UnsupportedError("return_intermediate_states is not built yet; leave it False")
     dims = check_arguments(signature, tensors, cu_seqlens_cpu, state_v_first, known=not watched)
     factor = check_scale(scale)
     assert tensors[0] is not None
@@ -91,6 +93,13 @@ def call(
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
         *known,
     )[: signature.options]
+    if serves:
+        return prefill(
+            op,
+            *(tensors, serving, dims, options, cu_seqlens_cpu),
+            intermediate=return_intermediate_states,
+            watched=watched,
+        )
     level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
         _remember(key, _Ready(dims, options, level))
@@ -181,7 +190,7 @@ def _as_kernels_take(
     for place in (0, signature.gate, *signature.states):
         x = tensors[place]
         if x is not None:
-            check_narrow(signature.names[place], x.dtype)
+            check_narrow(signature.shown[place], x.dtype)
     found = [None if x is None else x.contiguous() for x in tensors]
     for place in signature.parameters:
         x = found[place]

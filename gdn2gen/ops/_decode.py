@@ -116,7 +116,7 @@ def _launch(plan: Plan, given: Tensors) -> tuple[Tensor, Tensor | None]:
 
 # A number that is equal may be of a type that is refused: True is 1.
 _NUMBERS: Final = frozenset({float, int, NoneType})
-_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
+_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET", "GDN2GEN_BATCH_INVARIANT")
 _HOST: Final = -1
 
 

@@ -26,6 +26,7 @@ _OPTIONS: Final = {
     "output_final_state": "return the state after the last token.",
     "use_qk_l2norm_in_kernel": "normalise q and k by x / sqrt(sum(x^2) + 1e-6).",
     "use_gate_in_kernel": "decay = -exp(A_log) * softplus({g.input} + dt_bias){bounded}.",
+    "step_in_kernel": "the step is softplus({g.input} + dt_bias).",
     "use_beta_sigmoid_in_kernel": "what erases and writes is sigmoid({beta}).",
     "allow_neg_eigval": "it is twice that; needs `use_beta_sigmoid_in_kernel`.",
     "cu_seqlens_cpu": "cu_seqlens' copy on the host, which is checked if it is given.",
@@ -34,8 +35,34 @@ _OPTIONS: Final = {
     "safe_gate": "the decay is bounded; needs `lower_bound` where the gate is in the kernel.",
     "lower_bound": "least decay, in [-5, 0).",
     "disable_recompute": 'keep more of the forward for a faster backward (the level "fast").',
-    "return_intermediate_states": "not built yet; UnsupportedError.",
+    "return_intermediate_states": "return a third: the states before tokens 0, 64, 128, ... of "
+    "each sequence, [B, NT, HV, K, V] in the dtype of q, as flash-linear-attention does (packed: "
+    "B = 1, one sequence after the other; NT is T // 64 + N, with zeros past the last state, "
+    "unless the host knows the lengths by `cu_seqlens_cpu`). There is no backward then.",
     "state_v_first": "states are [N, HV, V, K].",
+}
+# Of the ops over whole sequences, in other words than of those over a few tokens.
+_PREFILL: Final = {
+    "use_graph": "as in flash-linear-attention: says nothing here, where any call may be "
+    "captured in a CUDA graph and replayed with other contents.",
+    "max_num_seqs": "how many sequences `cu_seqlens` has room for: those that are not there have "
+    "no tokens, and are its last number once more.",
+    "state_pool": "[slots, HV, K, V] float32 or bfloat16: states, read and written in place, in "
+    "place of `initial_state`; there is no backward then. A slot's dims follow each other in "
+    "memory; slots may lie any distance apart. Without `ssm_state_indices` sequence n has slot n.",
+    "ssm_state_indices": "[N], int32 or int64: slots of the sequences, which no other has. A state "
+    "is read from a slot, and written back after the last token. An index below 0, equal to "
+    "`null_slot` or past the pool's end names no slot: it is never written, and its sequence is "
+    "padding, whose rows of o are zeros. A sequence without tokens leaves its slot alone.",
+    "has_initial_state": "[N] bool: where it is False, a sequence begins with zeros, whatever lies "
+    "in its slot. All begin with what lies there if None.",
+    "checkpoint_every_n_tokens": "n, a multiple of 64: states after n, 2 n, ... tokens of each "
+    "sequence of this call are kept, too, as a cache of prefixes wants them; with "
+    "`checkpoint_state_indices`.",
+    "checkpoint_state_indices": "[N, C], int32 or int64: slots of `state_pool` for these states, "
+    "none of which is a sequence's own or named twice. Column c is of the state after (c + 1) n "
+    "tokens; what a sequence is too short for, is not written. What names no slot is as in "
+    "`ssm_state_indices`.",
 }
 _BOUNDED: Final = (
     ", or with `lower_bound` decay = lower_bound * sigmoid(exp(A_log) * ({name} + dt_bias))"
@@ -126,7 +153,8 @@ def _decoding_lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[st
 def _equations(recurrence: Recurrence) -> Iterator[str]:
     yield from ("", "Per head, with the state S in R^{K x V} and elementwise `*`:", "")
     yield f"    S_t = {recurrence.update}"
-    yield from ("    o_t = scale * S_t^T q_t", "")
+    output = "(S_t^T q_t + D v_t) * silu(z_t)" if recurrence.stepped else "scale * S_t^T q_t"
+    yield from (f"    o_t = {output}", "")
 
 
 def _sizes() -> str:
@@ -151,7 +179,8 @@ def _argument(
     g = recurrence.decay and recurrence.decay.input
     bounded = _BOUNDED.format(name=g) if recurrence.bounded else ""
     known = {"g": recurrence.decay, "beta": recurrence.erase, "bounded": bounded}
-    text = options[name].format(**known) if x is None else inputs.get(name, _tensor(x))
+    option = "step_in_kernel" if recurrence.stepped and name == "use_gate_in_kernel" else name
+    text = options[option].format(**known) if x is None else inputs.get(name, _tensor(x))
     return textwrap.wrap(
         f"{name}: {text}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8
     )
@@ -162,9 +191,15 @@ def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield from textwrap.wrap(f"{_sizes()} {_FLOAT16}", _WIDTH)
     yield from ("", "Args:")
     for name in names:
-        yield from _argument(recurrence, name, _OPTIONS)
+        yield from _argument(recurrence, name, _DECODING | _OPTIONS | _PREFILL)
     yield from ("", "Returns:")
-    yield "    o [B, T, HV, V] in the dtype of v, and the final state (float32) or None."
+    yield from textwrap.wrap(
+        "o [B, T, HV, V] in the dtype of v, and the final state (float32), the pool, or None. With "
+        "`return_intermediate_states` a third, which the annotation does not say.",
+        _WIDTH,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * 4,
+    )
     yield from ("", "Raises:")
     yield "    InputError: a wrong rank, shape, dtype, device or value, before any launch."
     yield "    UnsupportedError: head dims or options that were not verified."

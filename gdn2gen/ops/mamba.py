@@ -1,13 +1,15 @@
 """Mamba-2's op over whole sequences, one import line away from state-spaces/mamba's.
 
-It runs the kernels of `chunk_simple_gla`, with q = C, k = B, v = dt x, g = A dt: groups of B and C
-are read as heads of q and k, and nothing is repeated in memory. What comes before them (dt, which
-is small, and dt x) and after (D x, the gate z) is torch's own, and not fused yet.
+It runs `chunk_mamba2`, with q = C, k = B, v = x, rate = A: groups of B and C are read as heads of q
+and k, and nothing is repeated in memory. dt x, D x and the gate z are made inside the kernels, and
+so is softplus of dt; what limits of dt leave of it, and `seq_idx`, are torch's, on b l h numbers.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,19 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.mamba2 import step_sizes
-from gdn2gen.ops.chunk import chunk_simple_gla
+from gdn2gen.ops._call import call
+from gdn2gen.ops.chunk import MAMBA2_OP, SIMPLE_GLA_OP
+from gdn2gen.runtime.signature import renamed
+
+# Errors name what callers of Mamba's op give.
+_NAME: Final = "mamba_chunk_scan_combined"
+_SHARED: Final = {"q": "C", "k": "B", "v": "x", "initial_state": "initial_states"}
+_MAMBA2: Final = replace(
+    MAMBA2_OP, signature=renamed(MAMBA2_OP.signature, _NAME, rate="A", **_SHARED)
+)
+_SIMPLE_GLA: Final = replace(
+    SIMPLE_GLA_OP, signature=renamed(SIMPLE_GLA_OP.signature, _NAME, g="dt", **_SHARED)
+)
 
 
 def mamba_chunk_scan_combined(
@@ -84,33 +98,68 @@ def mamba_chunk_scan_combined(
     if return_varlen_states and cu_seqlens is None:
         raise InputError("return_varlen_states=True needs cu_seqlens, but got None")
     _check_tensors(x, dt, A, B, C, D, z, dt_bias, seq_idx)
-    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
-    decay = A * steps
+    wants_states = return_final_states or return_varlen_states
     if seq_idx is not None and cu_seqlens is None:
-        # the first token of a sequence forgets all before it: kernels are exact for that
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : x.shape[1]]
-        decay = decay.masked_fill(starts[..., None], -math.inf)
-    y, states = chunk_simple_gla(
-        C,
-        B,
-        (x * steps[..., None]).to(x.dtype),
-        decay,
-        scale=1.0,
-        initial_state=initial_states,
-        output_final_state=return_final_states or return_varlen_states,
-        state_v_first=True,
-        cu_seqlens=cu_seqlens,
-    )
-    if D is not None:
-        y = y + x * (D if D.dim() == 2 else D[:, None])
-    if z is not None:
-        y = y * F.silu(z)
-    found = [y.to(x.dtype)]
+        steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+        found_y, states = _restarted(x, steps, A, B, C, D, z, initial_states, seq_idx, wants_states)
+    else:
+        # a softplus is above 0
+        in_kernel = dt_softplus and dt_limit[0] == 0.0 and dt_limit[1] == math.inf
+        if not in_kernel:
+            dt, dt_bias = step_sizes(dt, dt_bias, dt_softplus, dt_limit), None
+        D = D if D is None or D.dim() == 2 else D[:, None].expand(D.shape[0], x.shape[3])
+        z = None if z is None else z.to(x.dtype)
+        found_y, states = call(
+            _MAMBA2,
+            (C, B, x, dt, initial_states, A, dt_bias, D, z, cu_seqlens),
+            scale=None,
+            output_final_state=wants_states,
+            use_gate_in_kernel=in_kernel,
+            disable_recompute=False,
+            state_v_first=True,
+            cu_seqlens_cpu=None,
+        )
+    found = [found_y]
     if states is not None:
         # of a packed row, the last sequence's state is the row's
         found += [states if cu_seqlens is None else states[-1:]] if return_final_states else []
         found += [states] if return_varlen_states else []
     return tuple(found) if len(found) > 1 else found[0]
+
+
+def _restarted(
+    x: Tensor,
+    steps: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor,
+    wants_states: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Where sequences start anew within rows: a decay of all that was, which is no step's.
+
+    Simple gated linear attention with v = dt x and g = A dt takes it, and torch makes the rest.
+    """
+    # the first token of a sequence forgets all before it: kernels are exact for that
+    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : x.shape[1]]
+    decay = (A * steps).masked_fill(starts[..., None], -math.inf)
+    y, states = call(
+        _SIMPLE_GLA,
+        (C, B, (x * steps[..., None]).to(x.dtype), decay, initial_states, None),
+        scale=1.0,
+        output_final_state=wants_states,
+        disable_recompute=False,
+        state_v_first=True,
+        cu_seqlens_cpu=None,
+    )
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None])
+    if z is not None:
+        y = y * F.silu(z)
+    return y.to(x.dtype), states
 
 
 def _check_options(

@@ -148,7 +148,7 @@ def gated_rms_norm(
         raise InputError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     tensors = (x, gate, weight)
     _check_devices({"x": x, "gate": gate, "weight": weight})
-    if weight.shape[0] not in NORM_SIZES or not _has_kernels(tensors, (x, gate), (weight,)):
+    if not (_is_norm_size(weight.shape[0]) and _has_kernels(tensors, (x, gate), (weight,))):
         return reference.gated_rms_norm(x, gate, weight, eps, activation)
     watched = is_watched(tensors)
     if watched or _wants_gradient(tensors):
@@ -158,6 +158,12 @@ def gated_rms_norm(
 
 # torch.compile knows no order between a set and what a mapping has (2.11).
 _DTYPES: Final = tuple(DTYPE_NAME)
+
+
+def _is_norm_size(D: int) -> bool:
+    """`D in NORM_SIZES`, for a tracer's symbol, too."""
+    sizes = NORM_SIZES
+    return sizes.start <= D < sizes.stop and D % sizes.step == 0
 
 
 def _wants_gradient(tensors: Iterable[Tensor]) -> bool:

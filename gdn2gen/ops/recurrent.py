@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 they run the kernel in Triton's interpreter.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from gdn2gen.ops._decay import channels_of, decay_of, factor_of, refuse_decays, 
 from gdn2gen.ops._decode import decode
 from gdn2gen.ops._docstring import decoding_documented
 from gdn2gen.runtime.decoding_op import decoding_op
+from gdn2gen.runtime.signature import renamed
 
 _GDN2: Final = decoding_op(GDN2)
 _KDA: Final = decoding_op(KDA)
@@ -29,6 +31,8 @@ _GATED_DELTA_RULE: Final = decoding_op(GATED_DELTA_RULE)
 _DELTA_RULE: Final = decoding_op(DELTA_RULE)
 _GLA: Final = decoding_op(GLA)
 _SIMPLE_GLA: Final = decoding_op(SIMPLE_GLA)
+# The same for errors that name what was given in place of g.
+_BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
 
 
 @decoding_documented(GDN2)
@@ -265,7 +269,7 @@ def fused_recurrent_simple_gla(
     """Simple gated linear attention over a few tokens of each sequence (arXiv 2405.21060)."""
     refuse_reverse("fused_recurrent_simple_gla", reverse)
     return decode(
-        _SIMPLE_GLA,
+        _SIMPLE_GLA if g_gamma is None else _BY_GAMMA,
         (q, k, v, decay_of(v, g, g_gamma), initial_state, cu_seqlens),
         (ssm_state_indices, num_accepted_tokens, state_pool, out),
         scale=scale,

@@ -14,6 +14,11 @@ autograd         the ops in torch.library, and autograd's own Function
 decoding_checks  checks of what a call over a few tokens takes beside
 decoding         such a call's kernel, and what its shapes, strides, dtypes and flags decide
 decoding_op      its op in torch.library
+prefill_checks   checks of what a call over whole sequences takes for serving
+prefill          such a call: kernels between slots of a pool and the stages, states on the way
+prefill_op       its op in torch.library
 parts            launches of the kernels of a layer's parts
 parts_ops        their ops in torch.library, and autograd's own Functions
+mamba3           launches of the kernels around Mamba-3's scan, and of its one token
+mamba3_ops       the ops of the former in torch.library, and autograd's own Functions
 """

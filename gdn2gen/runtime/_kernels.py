@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
@@ -61,7 +62,7 @@ def run_forward(
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):
         runner.plan_backward()
-    results = sized.forward(_named(sized, given, cu_seqlens), into)
+    results = sized.forward(named_inputs(sized, given, cu_seqlens), into)
     return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
 
 
@@ -69,13 +70,14 @@ def run_inference(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """o, and the final state if asked for, where no gradient is wanted."""
-    results = sized.infer(_named(sized, given, cu_seqlens))
+    results = sized.infer(named_inputs(sized, given, cu_seqlens))
     return results["o"], results.get("final_state")
 
 
-def _named(
+def named_inputs(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
+    """`given` as kernels read them, by name."""
     tensors = dict(zip(sized.input_names, readable(given), strict=True))
     if cu_seqlens is not None:
         (tensors[GIVEN_SEQUENCES],) = readable([cu_seqlens])
@@ -115,7 +117,7 @@ class _Fold:
     def of(cls, found: Sequence[str], dims: Sequence[str]) -> _Fold:
         """`found` are the dims of the gradient, and `dims` those of the input, by symbol."""
         places = enumerate(found)
-        lacking = tuple(i for i, x in places if x not in dims and x != "HV")
+        lacking = tuple(i for i, x in places if x not in dims and x not in ("HV", "HP"))
         (heads,) = (i for i, x in enumerate(dims) if x in ("H", "HV", "HG"))
         return cls(lacking, heads)
 
@@ -129,7 +131,9 @@ class _Fold:
             # no -1 in its place: without tokens it could be anything
             readers = grad.shape[self.heads] // x.shape[self.heads]
             before, after = x.shape[: self.heads + 1], x.shape[self.heads + 1 :]
-            grad = grad.view(*before, readers, *after).float().sum(self.heads + 1)
+            grad = grad.view(*before, readers, *after)
+            # read as it is: a copy in fp32 would be three times what there is to read
+            grad = grad.sum(self.heads + 1, dtype=torch.float32)
         return grad.to(x.dtype)
 
 

@@ -63,6 +63,12 @@ def table_launchers(problem: Problem, BT: int) -> tuple[Callable[..., None], Cal
     return _ByDtype(by_dtype), direct_launch(module, "clear")
 
 
+def launcher_of(module: ModuleType, function: str = "launch") -> Callable[..., None]:
+    """A launch of a loaded module in Triton, for the dtypes of its first one."""
+    launch = getattr(module, function)
+    return _interpreting(launch) if interpreted() else direct_launch(module, function)
+
+
 class _ByDtype:
     """A launch for each dtype of its first tensor."""
 

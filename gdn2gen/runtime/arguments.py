@@ -83,7 +83,13 @@ def check_scale(scale: object) -> float | None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, float | int):
         raise InputError(f"scale must be a number, but got {type(scale).__name__}")
-    return float(scale)
+    try:
+        return float(scale)
+    except OverflowError:
+        raise InputError(
+            "scale must be a number that a float can hold, but got an int of "
+            f"{scale.bit_length()} bits"  # type: ignore[union-attr]
+        ) from None
 
 
 def check_arguments(
@@ -105,7 +111,7 @@ def check_arguments(
     try:
         layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given]
     except RuntimeError:  # what is nested has no shape
-        for name, x in zip((*signature.names, _COPY), given, strict=True):
+        for name, x in zip((*signature.shown, _COPY), given, strict=True):
             check_dense(name, torch.jagged if x is not None and x.is_nested else torch.strided)
         raise
     dims = (_known_dims if known else check_layouts)(signature, state_v_first, *layouts)
@@ -116,9 +122,9 @@ def check_arguments(
 
 
 def check_types(signature: Signature, given: tuple[object, ...]) -> None:
-    for name, x in zip((*signature.names, _COPY), given, strict=True):
+    for name, x in zip((*signature.shown, _COPY), given, strict=True):
         if not (x is None or isinstance(x, Tensor)):
-            required = name in signature.names[: signature.required]
+            required = name in signature.shown[: signature.required]
             wanted = "a tensor" if required else "a tensor or None"
             raise InputError(f"{name} must be {wanted}, but got {type(x).__name__}")
 
@@ -143,29 +149,32 @@ def check_layouts(
     """`check_arguments` of what says all but the values: `TensorLayout`s of the signature's tensors
     and of the copy of cu_seqlens."""
     layouts = [None if x is None else TensorLayout(*x) for x in given]
-    for name, x in zip((*signature.names, _COPY), layouts, strict=True):
+    for name, x in zip((*signature.shown, _COPY), layouts, strict=True):
         if x is not None:
             check_dense(name, x.layout)
     *tensors, copy = layouts
     required = [
         _check_rank(name, dims, x)
-        for name, dims, x in zip(signature.names, signature.dims, tensors, strict=True)
-        if name in signature.names[: signature.required]
+        for name, dims, x in zip(signature.shown, signature.dims, tensors, strict=True)
+        if name in signature.shown[: signature.required]
     ]
-    check_devices(dict(zip(signature.names, tensors, strict=True)))
+    check_devices(dict(zip(signature.shown, tensors, strict=True)))
     sizes = signature.bind([required[place].shape for place in signature.sized_by])
     _check_heads(signature, sizes)
-    for name, dims, x in zip(signature.names, signature.dims, required, strict=False):
+    for name, dims, x in zip(signature.shown, signature.dims, required, strict=False):
         shape = tuple([sizes[symbol] for symbol in dims])
         if tuple(x.shape) != shape:
             raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
     _check_dtypes(signature, required)
-    sequences = _sequences(tensors[-1], sizes["B"], copy, least=0 if signature.decoding else 1)
+    least = 0 if signature.decoding else 1
+    sequences = _sequences(tensors[-1], sizes["B"], copy, signature.shown[0], least)
     sizes["N"] = sizes["B"] if sequences is None else sequences
     for place in range(signature.required, len(tensors)):
         x = tensors[place]
         if x is not None:
             _check_optional(signature, place, x, sizes, state_v_first)
+            if signature.roles[place] == "io":
+                _check_like(signature, place, x, sizes, required[0].dtype)
     shapes = tuple([required[place].shape for place in signature.sized_by])
     dtypes = tuple([required[place].dtype for place in signature.typed_by])
     others = tuple([x is not None for x in tensors[signature.required : -1]])
@@ -196,14 +205,21 @@ def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
     if K == 0 or V == 0:
         raise InputError(f"head dims must be at least 1, but got K={K}, V={V}")
     if H == 0 or HV % H != 0:
-        raise InputError(f"value heads must be a multiple of q's heads, but got HV={HV}, H={H}")
+        first = signature.shown[0]
+        raise InputError(
+            f"value heads must be a multiple of {first}'s heads, but got HV={HV}, H={H}"
+        )
     if HG not in (H, HV):
-        name = signature.names[signature.gate]
+        name = signature.shown[signature.gate]
         raise InputError(f"{name} must have H={H} or HV={HV} heads, but got {HG}")
 
 
 def _sequences(
-    cu_seqlens: TensorLayout | None, B: int, cu_seqlens_cpu: TensorLayout | None, least: int
+    cu_seqlens: TensorLayout | None,
+    B: int,
+    cu_seqlens_cpu: TensorLayout | None,
+    first: str,
+    least: int,
 ) -> int | None:
     """How many are packed, as `cu_seqlens` says; its values are checked elsewhere."""
     if cu_seqlens is None:
@@ -211,7 +227,9 @@ def _sequences(
             raise InputError("cu_seqlens_cpu was given without cu_seqlens")
         return None
     if B != 1:
-        raise InputError(f"cu_seqlens wants B=1, but q has B={B}: flatten the batch into one row")
+        raise InputError(
+            f"cu_seqlens wants B=1, but {first} has B={B}: flatten the batch into one row"
+        )
     shape, cpu = tuple(cu_seqlens.shape), cu_seqlens_cpu
     if len(shape) != 1 or shape[0] < least + 1:
         raise InputError(f"cu_seqlens must be [N+1] with N >= {least}, but got shape {shape}")
@@ -241,7 +259,7 @@ def check_gate(
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None and not (name == "lower_bound" and safe_gate):
                 raise InputError(f"{name} was given, but use_gate_in_kernel is False")
-    elif A_log is None and lower_bound is None:
+    elif A_log is None and lower_bound is None and "A_log" in signature.gate_parameters:
         wanted = "A_log, but got None"
         if signature.bounded:
             wanted = "A_log, or lower_bound for the bounded gate; got neither"
@@ -270,6 +288,25 @@ def check_beta(sigmoid: bool, neg_eigval: bool) -> None:
         raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
 
 
+def check_capacity(use_graph: object, max_num_seqs: object, cu_seqlens: object) -> None:
+    """What flash-linear-attention is told of a CUDA graph, where any call may be captured here: its
+    shapes are the capacity. Raises InputError."""
+    if type(use_graph) is not bool:
+        raise InputError(f"use_graph must be True or False, but got {use_graph!r}")
+    if max_num_seqs is None:
+        return
+    if type(max_num_seqs) is not int:
+        raise InputError(
+            f"max_num_seqs must be an int or None, but got {type(max_num_seqs).__name__}"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.numel() != max_num_seqs + 1:
+        found = f"{cu_seqlens.numel()} numbers" if isinstance(cu_seqlens, Tensor) else "None"
+        raise InputError(
+            f"max_num_seqs={max_num_seqs} wants cu_seqlens of {max_num_seqs + 1} numbers, but got "
+            f"{found}: repeat its last one for sequences without tokens"
+        )
+
+
 FLAGS = (
     "use_qk_l2norm_in_kernel",
     "use_gate_in_kernel",
@@ -296,9 +333,9 @@ _BOOL = frozenset({bool})
 
 
 def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:
-    first = signature.names[0]
+    first = signature.shown[0]
     dtype = required[0].dtype
-    for name, role, x in zip(signature.names, signature.roles, required, strict=False):
+    for name, role, x in zip(signature.shown, signature.roles, required, strict=False):
         if name == first or role not in ("io", "factor"):
             _check_dtype(name, x)
         elif x.dtype != dtype and not (role == "factor" and x.dtype == torch.float32):
@@ -319,8 +356,8 @@ def _check_dtype(name: str, x: TensorLayout) -> None:
 def _check_optional(
     signature: Signature, place: int, x: TensorLayout, sizes: Mapping[str, int], state_v_first: bool
 ) -> None:
-    name, role, found = signature.names[place], signature.roles[place], tuple(x.shape)
-    if role == "index":  # see _sequences
+    name, role, found = signature.shown[place], signature.roles[place], tuple(x.shape)
+    if role in ("index", "io"):  # see _sequences, and _check_like
         return
     shape = tuple([sizes[symbol] for symbol in signature.dims[place]])
     if role == "state":
@@ -338,6 +375,21 @@ def _check_optional(
         whole = f"[{', '.join(map(str, shape))}]"
         wanted = whole if len(shape) == 1 else f"[{prod(shape)}] or {whole}"
         raise InputError(f"{name} must be {wanted}, but got {found}")
+
+
+def _check_like(
+    signature: Signature, place: int, x: TensorLayout, sizes: Mapping[str, int], dtype: torch.dtype
+) -> None:
+    """An optional tensor of tokens: all its dims, and the first one's dtype."""
+    name, first = signature.names[place], signature.names[0]
+    shape = tuple([sizes[symbol] for symbol in signature.dims[place]])
+    if tuple(x.shape) != shape:
+        raise InputError(f"{name} must be {shape}, but got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise InputError(
+            f"{name} must have the dtype of {first}, {dtype}, but got {x.dtype}; "
+            f"cast it with .to({first}.dtype)"
+        )
 
 
 def check_state_dtype(name: str, dtype: torch.dtype, *, narrow: bool) -> None:

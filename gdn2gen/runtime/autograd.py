@@ -34,17 +34,20 @@ from gdn2gen.runtime._kernels import (
 from gdn2gen.runtime._library import backward_fake, backward_op, forward_fake, forward_op
 from gdn2gen.runtime.arguments import Dims
 from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner, request_at
+from gdn2gen.runtime.prefill_op import prefill_op
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.signature import Options, Signature, signature_of
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """The two ops that torch knows of a recurrence."""
+    """The ops over whole sequences that torch knows of a recurrence."""
 
     signature: Signature
     forward: Any
     backward: Any
+    prefill: Any
+    """That of serving, which has no backward; see `runtime.prefill_op`."""
 
 
 def run(
@@ -127,7 +130,7 @@ def _has_symbols(tensors: Sequence[Tensor | None]) -> bool:
 
 def _refuse_tangents(signature: Signature, tensors: tuple[Tensor | None, ...]) -> None:
     unpack_dual: Any = torch.autograd.forward_ad.unpack_dual  # untyped in torch
-    for name, x in zip(signature.names, tensors, strict=True):
+    for name, x in zip(signature.shown, tensors, strict=True):
         if x is not None and unpack_dual(x).tangent is not None:
             message = f"{name} has a tangent, but {differentiable(signature.op)}, not forwards"
             raise UnsupportedError(message)
@@ -265,5 +268,6 @@ def op_of(recurrence: Recurrence) -> Op:
         signature,
         define(names[0], signature.forward_schema, forward_op, forward_fake, backward, save),
         define(names[1], signature.backward_schema, backward_op, backward_fake, refuse_twice, None),
+        prefill_op(recurrence),
     )
     return op

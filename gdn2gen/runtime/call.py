@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.groups import HEADS
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.runtime.sequences import count_chunks
 
@@ -30,6 +31,15 @@ class Call:
     lower_bound: float | None
     packed: bool
     device: torch.device
+    # of states that are kept on the way, see `family.prefill`
+    every: int = 0
+    """Tokens from one to the next; 0 where none are."""
+    NC: int = 0
+    """How many a sequence may have."""
+    first_checkpoint: int = 0
+    """1 where the state before the first token is none of them."""
+    slot_stride: int = 0
+    """How far they lie apart, in the unit that the kernel was made for."""
 
     def chunks(self, BT: int) -> int:
         return count_chunks(self.T, self.N, BT, self.packed)
@@ -51,6 +61,8 @@ class Call:
     def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""
         NS, segment = self.segments(BT, max_segments)
+        if self.every:
+            segment = self.every // BT
         return {
             "n_sequences": self.N,
             "n_chunks": self.chunks(BT),
@@ -62,6 +74,9 @@ class Call:
             "HG": self.HG,
             "NS": NS,
             "segment": segment,
+            "NC": self.NC,
+            "first_checkpoint": self.first_checkpoint,
+            "slot_stride": self.slot_stride,
         }
 
     def sizes(self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, int]:
@@ -81,4 +96,7 @@ class Call:
             "V": problem.V,
             "NK": 1,  # at least: how many slices of K there are, a stage's config says
             "2": 2,
+            # programs of a chunk: at least one a group, or each of so many of its heads at most
+            "HP": self.H,
+            **{f"HP{n}": self.H * -(-self.HV // _max(1, self.H) // n) for n in HEADS},
         }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
@@ -109,6 +110,7 @@ def make_plan(
     options: tuple[Any, ...],
     null_slot: int | None,
     device: torch.device,
+    _invariant: bool,
     *given: tuple[torch.Size, torch.dtype, Lay] | None,
 ) -> Plan:
     """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
@@ -122,12 +124,13 @@ def make_plan(
     check_head_dims(name, q_dtype, device, dims.K, dims.V)
     names = (*signature.names, *SERVING)
     tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
+    shown = dict(zip(signature.names, signature.shown, strict=True))
     for name in (
         *(signature.names[x] for x in (0, signature.gate, *signature.states)),
         "state_pool",
     ):
         if name in tensors:
-            check_narrow(name, tensors[name].dtype)
+            check_narrow(shown.get(name, name), tensors[name].dtype)
     if "out" in tensors:
         tensors["o"] = tensors.pop("out")
     rows = _Rows.of(signature, tensors, dims)
@@ -186,9 +189,14 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     return config_at(problem, dims.N, dims.HV, device_of(device))
 
 
+# How many sequences count where results may not depend on it.
+_ANY_BATCH: Final = 32
+
+
 def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
     """The same by the sizes, for a GPU that need not be here."""
     found = default_config(RECURRENT.name, problem, arch=gpu.arch)
+    sequences = _ANY_BATCH if is_batch_invariant() else sequences
     return found.replace(**knobs_for(problem, sequences, heads, gpu.sms))
 
 
@@ -216,7 +224,7 @@ def _problem(
         accepted="num_accepted_tokens" in tensors,
         one_token=dims.T == 1 and "cu_seqlens" not in tensors,
         strided=strided,
-        odd_slots=pool is not None and _slot_stride(pool, dims) % UNIT != 0,
+        odd_slots=pool is not None and slot_stride_of(pool) % UNIT != 0,
     )
 
 
@@ -245,7 +253,7 @@ def _scalars(
     }
     if "state_pool" in tensors:
         pool = tensors["state_pool"]
-        stride = _slot_stride(pool, dims)
+        stride = slot_stride_of(pool)
         found["slots"] = pool.shape[0]
         found["slot_stride"] = stride if problem.odd_slots else stride // UNIT
     if "ssm_state_indices" in tensors:
@@ -256,9 +264,9 @@ def _scalars(
     return found
 
 
-def _slot_stride(pool: Strided, dims: Dims) -> int:
+def slot_stride_of(pool: Strided) -> int:
     """Elements from slot to slot. Raises InputError for a pool that none can be written in."""
-    size = dims.HV * dims.K * dims.V
+    size = prod(pool.shape[1:])
     stride = pool.stride[0] if pool.shape[0] > 1 else size
     if not _is_dense(pool, 1) or stride < size:
         raise InputError(

@@ -21,7 +21,8 @@ from gdn2gen.runtime.signature import Signature
 
 SERVING = ("ssm_state_indices", "num_accepted_tokens", "state_pool", "out")
 """What a call takes beside the tensors of its signature, in the order of the torch op."""
-_INDEX = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+INT64 = range(-(2**63), 2**63)
 Layout = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
 
 
@@ -43,24 +44,12 @@ def check_decoding(
             check_dense(name, x.layout)
     first = tensors[0]
     assert first is not None
-    check_devices({signature.names[0]: TensorLayout(*first), **named})
+    check_devices({signature.shown[0]: TensorLayout(*first), **named})
     indices, accepted, pool, out = (named[name] for name in SERVING)
     given = dict(zip(signature.names, tensors, strict=True))
-    _check_pool(pool, indices, accepted, null_slot, given["initial_state"] is not None)
-    if pool is not None:
-        inner = (dims.V, dims.K) if state_v_first else (dims.K, dims.V)
-        if len(pool.shape) != 4 or tuple(pool.shape[1:]) != (dims.HV, *inner):
-            wanted = f"[slots, {', '.join(map(str, (dims.HV, *inner)))}]"
-            raise InputError(
-                f"state_pool must be {wanted} (state_v_first={state_v_first}), "
-                f"but got {tuple(pool.shape)}"
-            )
-        check_state_dtype("state_pool", pool.dtype, narrow=True)
-        if indices is None and pool.shape[0] < dims.N:
-            raise InputError(
-                f"state_pool must have a slot for each of N={dims.N} sequences, but has "
-                f"{pool.shape[0]}; or give ssm_state_indices"
-            )
+    check_pool(pool, indices, dims, state_v_first, initial=given["initial_state"] is not None)
+    _check_accepted(accepted, indices)
+    check_null_slot(null_slot, indices is not None)
     if indices is not None:
         _check_indices(indices, accepted, dims, packed=given["cu_seqlens"] is not None)
     v = given["v"]
@@ -73,14 +62,15 @@ def check_decoding(
     return dims
 
 
-def _check_pool(
+def check_pool(
     pool: TensorLayout | None,
     indices: TensorLayout | None,
-    accepted: TensorLayout | None,
-    null_slot: int | None,
+    dims: Dims,
+    state_v_first: bool,
+    *,
     initial: bool,
 ) -> None:
-    """Which of these go together."""
+    """The pool, and what goes with it. Raises InputError."""
     if pool is not None and initial:
         raise InputError(
             "initial_state and state_pool were given, but a state comes from one: write it into "
@@ -88,17 +78,46 @@ def _check_pool(
         )
     if pool is None and indices is not None:
         raise InputError("ssm_state_indices name slots of state_pool, but got state_pool=None")
+    if pool is None:
+        return
+    inner = (dims.V, dims.K) if state_v_first else (dims.K, dims.V)
+    if len(pool.shape) != 4 or tuple(pool.shape[1:]) != (dims.HV, *inner):
+        wanted = f"[slots, {', '.join(map(str, (dims.HV, *inner)))}]"
+        raise InputError(
+            f"state_pool must be {wanted} (state_v_first={state_v_first}), "
+            f"but got {tuple(pool.shape)}"
+        )
+    check_state_dtype("state_pool", pool.dtype, narrow=True)
+    if indices is None and pool.shape[0] < dims.N:
+        raise InputError(
+            f"state_pool must have a slot for each of N={dims.N} sequences, but has "
+            f"{pool.shape[0]}; or give ssm_state_indices"
+        )
+
+
+def _check_accepted(accepted: TensorLayout | None, indices: TensorLayout | None) -> None:
     if accepted is not None and (indices is None or len(indices.shape) != 2):
         shape = None if indices is None else tuple(indices.shape)
         raise InputError(
             "num_accepted_tokens says which slot of ssm_state_indices [N, 1+S] is read, but got "
             f"ssm_state_indices of shape {shape}"
         )
-    if null_slot is not None and (isinstance(null_slot, bool) or not isinstance(null_slot, int)):
+
+
+def check_null_slot(null_slot: object, indexed: bool) -> None:
+    """Raises InputError unless it is an index or None, and goes with indices."""
+    if null_slot is None:
+        return
+    if isinstance(null_slot, bool) or not isinstance(null_slot, int):
         raise InputError(f"null_slot must be an int or None, but got {type(null_slot).__name__}")
-    if null_slot is not None and indices is None:
+    if not indexed:
         raise InputError(
             "null_slot is of ssm_state_indices, but got ssm_state_indices=None; leave it out"
+        )
+    if null_slot not in INT64:
+        raise InputError(
+            f"null_slot must be an index, which has 64 bits, but got {null_slot}; leave it out "
+            "where an index below 0 is padding"
         )
 
 
@@ -110,7 +129,7 @@ def _check_indices(
         raise InputError(
             f"ssm_state_indices must be [N] or [N, 1+S] with N={dims.N} sequences, but got {shape}"
         )
-    if indices.dtype not in _INDEX:
+    if indices.dtype not in INDEX_DTYPES:
         raise InputError(f"ssm_state_indices must be int32 or int64, but got {indices.dtype}")
     if len(shape) == 2 and not packed and shape[1] < dims.T:
         raise InputError(
@@ -123,7 +142,7 @@ def _check_indices(
                 f"num_accepted_tokens must be [N] with N={dims.N} sequences, "
                 f"but got {tuple(accepted.shape)}"
             )
-        if accepted.dtype not in _INDEX:
+        if accepted.dtype not in INDEX_DTYPES:
             raise InputError(
                 f"num_accepted_tokens must be int32 or int64, but got {accepted.dtype}"
             )
@@ -141,12 +160,18 @@ def check_lengths(cu_seqlens: Tensor, tokens: int) -> None:
         )
 
 
-def refuse_gradients(signature: Signature, tensors: Sequence[Any]) -> None:
-    """Raises UnsupportedError where autograd would want a gradient of an input."""
+def refuse_gradients(
+    signature: Signature,
+    tensors: Sequence[Any],
+    others: Sequence[str] = SERVING,
+    when: str = "",
+) -> None:
+    """Raises UnsupportedError where autograd would want a gradient of an input: of the signature's,
+    or of `others`."""
     if torch.is_grad_enabled():
-        for name, x in zip((*signature.names, *SERVING), tensors, strict=True):
+        for name, x in zip((*signature.shown, *others), tensors, strict=True):
             if x is not None and x.requires_grad:
                 raise UnsupportedError(
-                    f"{signature.public} has no backward, but {name} requires a gradient: call it "
-                    "under torch.no_grad() or torch.inference_mode()"
+                    f"{signature.public} has no backward{when}, but {name} requires a gradient: "
+                    "call it under torch.no_grad() or torch.inference_mode()"
                 )

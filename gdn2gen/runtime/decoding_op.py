@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.family.decoding_reference import decode
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
@@ -67,7 +68,7 @@ def plan_of(
     assert q is not None
     places = {*map(Tensor.get_device, [x for x in tensors if x is not None])}
     if len(places) > 1 or _HOST in places:
-        named = zip((*signature.names, *SERVING), tensors, strict=True)
+        named = zip((*signature.shown, *SERVING), tensors, strict=True)
         check_devices({name: None if x is None else TensorLayout.of(x) for name, x in named})
     try:
         given = [
@@ -75,11 +76,11 @@ def plan_of(
             for x in tensors
         ]
     except RuntimeError:  # what is not dense has no strides, or no shape
-        for name, x in zip((*signature.names, *SERVING), tensors, strict=True):
+        for name, x in zip((*signature.shown, *SERVING), tensors, strict=True):
             if x is not None:
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise
-    plan = known_plan(signature, options, null_slot, q.device, *given)
+    plan = known_plan(signature, options, null_slot, q.device, is_batch_invariant(), *given)
     # a plan outlives what is on file
     name = decoding_name(signature)
     check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
+from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.family.registry import recurrence_named
@@ -128,8 +129,13 @@ def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRun
 def _found(
     request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
 ) -> SizedRunner:
+    return _runner(find_for(request, level, gradient)).at(request.call)
+
+
+def find_for(request: Request, level: str, gradient: bool) -> Found:
+    """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?"""
     found = _find(request, level)
-    if not gradient and not keeps_least(found.recipe.plan):
+    if not (gradient or keeps_least(found.recipe.plan) or is_batch_invariant()):
         # no use to have a scan keep states; unless only what keeps them is tuned
         try:
             leaner = _find(request, LEVELS[0], strict=False)
@@ -137,7 +143,7 @@ def _found(
             leaner = found
         if leaner.source == found.source:
             found = leaner
-    return _runner(found).at(request.call)
+    return found
 
 
 def _find(request: Request, level: str, strict: bool | None = None) -> Found:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.family.prefill import plain
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
@@ -19,6 +20,9 @@ from gdn2gen.runtime._loading import stage_launcher, table_launchers
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.passes import Loaded, Pass
+
+# The stage that makes states, and may keep some of them for who asks (`PrefillProblem`).
+_KEEPING: Final = "scan"
 
 
 class Runner:
@@ -63,7 +67,8 @@ class Runner:
 
     def max_segments(self, stage: str) -> int:
         """`Recipe.max_segments`, or what was agreed on where that depends on what is saved."""
-        if self._agreed_segments is not None and stage in ("rescan", self.recipe.plan.forward[-1]):
+        agreed = ("rescan", "rescan_group", self.recipe.plan.forward[-1])
+        if self._agreed_segments is not None and stage in agreed:
             return self._agreed_segments
         return self.recipe.max_segments(stage)
 
@@ -78,11 +83,13 @@ class Runner:
 
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         """The launch function of a stage."""
+        if stage_name != _KEEPING:
+            problem = plain(problem)
         return stage_launcher(problem, self.recipe[stage_name])
 
     def table_launchers(self) -> tuple[Callable[..., None], Callable[..., None]]:
         """Those of what a packed batch needs around the stages."""
-        return table_launchers(self.problem, self.BT)
+        return table_launchers(plain(self.problem), self.BT)
 
     def plan_backward(self) -> None:
         """Render and load the backward now: what threads compile for it is then ready in time.
@@ -106,7 +113,7 @@ class Runner:
         steps = self._steps(stage_names, problem, keep, in_place)
         return Pass(steps, keep, call, problem, self.BT)
 
-    def inference_pass(self, call: Call) -> Pass:
+    def inference_pass(self, call: Call, keep: tuple[str, ...] = OUTPUTS) -> Pass:
         """The forward where no gradient is wanted: `o`, and `final_state` if the problem has one.
 
         A serial scan then leaves no state behind at the start of segments.
@@ -118,7 +125,7 @@ class Runner:
             x if x.step.module in parallel else x._replace(step=replace(x.step, max_segments=1))
             for x in steps
         )
-        return Pass(whole, OUTPUTS, call, self.problem, self.BT)
+        return Pass(whole, keep, call, self.problem, self.BT)
 
     def _steps(self, *key: Any) -> tuple[Loaded, ...]:
         """`_make_steps`, looked up by one key: they load kernels."""
@@ -170,6 +177,12 @@ class SizedRunner:
         """The outputs alone, the same bits."""
         return self._inference.run(tensors)
 
+    def prefill(
+        self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same in the tensors of `into`, and where sequences of a packed batch lie."""
+        return self._prefill.run(tensors, into)
+
     def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of every input, from `do`, `dht` if given, the inputs and what was saved."""
         chosen = self._backward_with_dht if "dht" in tensors else self._backward
@@ -189,6 +202,10 @@ class SizedRunner:
     @cached_property
     def _inference(self) -> Pass:
         return self.runner.inference_pass(self.call)
+
+    @cached_property
+    def _prefill(self) -> Pass:
+        return self.runner.inference_pass(self.call, (*OUTPUTS, "cu_seqlens"))
 
     @cached_property
     def _backward(self) -> Pass:

@@ -5,7 +5,7 @@ Its fields are plain tuples and numbers: torch.compile reads them in every call 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
@@ -54,7 +54,9 @@ class Signature:
     sized_by: tuple[int, ...]
     """Places of those whose shapes say what symbols stand for."""
     parameters: tuple[int, ...]
-    """Places of the gate's."""
+    """Places of those that kernels take in fp32 with all their dims."""
+    gate_parameters: Mapping[str, int]
+    """Places of those of the gate, by name: A_log, dt_bias."""
     states: tuple[int, ...]
     """Places of the states."""
     conditions: tuple[str, ...]
@@ -63,6 +65,8 @@ class Signature:
     """How many of `Options` its ops take."""
     bounded: bool
     """Whether its gate has a form with a lower bound."""
+    shown: tuple[str, ...]
+    """What the caller calls them, where that is not `names`: for errors."""
     decoding: bool = False
     """Of the op over a few tokens: states may be bf16, and there may be no sequence at all."""
 
@@ -105,6 +109,16 @@ class Signature:
         return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot) -> ()"
 
     @property
+    def prefill_schema(self) -> str:
+        """Of an op that writes what it is given: o, states, slots of the pool."""
+        rest = (
+            "Tensor(a!)? state_pool, Tensor? ssm_state_indices, Tensor? has_initial_state, "
+            "Tensor? checkpoint_state_indices, Tensor(b!) o, Tensor(c!)? final_state, "
+            "Tensor(d!)? states"
+        )
+        return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot, int every) -> ()"
+
+    @property
     def _options(self) -> str:
         return ", ".join(_OPTIONS[: self.options])
 
@@ -117,14 +131,22 @@ class Signature:
 @cache
 def decoding_signature(op: str) -> Signature:
     """Of the recurrence's op over a few tokens of each sequence."""
-    name = recurrence_named(op).public.recurrent
-    return replace(signature_of(op), public=name, decoding=True)
+    public = recurrence_named(op).public
+    found = replace(signature_of(op), public=public.recurrent, decoding=True)
+    return renamed(found, **dict(public.recurrent_names))
+
+
+def renamed(signature: Signature, public: str = "", **there: str) -> Signature:
+    """The same for a caller who calls some tensors otherwise: `there`, by their names here."""
+    shown = tuple(there.get(name, name) for name in signature.names)
+    return replace(signature, public=public or signature.public, shown=shown)
 
 
 @cache
 def signature_of(op: str) -> Signature:
     """Of the recurrence of that name, over whole sequences."""
     recurrence = recurrence_named(op)
+    names = tuple(x.name for x in recurrence.inputs)
     roles = tuple(x.dtype for x in recurrence.inputs)
 
     def places(role: str) -> tuple[int, ...]:
@@ -134,7 +156,8 @@ def signature_of(op: str) -> Signature:
     return Signature(
         op=op,
         public=recurrence.public.chunk,
-        names=tuple(x.name for x in recurrence.inputs),
+        names=names,
+        shown=names,
         dims=tuple(x.symbols for x in recurrence.inputs),
         roles=roles,
         required=len(recurrence.required),
@@ -142,6 +165,11 @@ def signature_of(op: str) -> Signature:
         typed_by=(0, gate, factor),
         sized_by=recurrence.sized_by,
         parameters=places("parameter"),
+        gate_parameters={
+            x.name: place
+            for place, x in enumerate(recurrence.inputs)
+            if x.name in ("A_log", "dt_bias")
+        },
         states=places("state"),
         conditions=tuple(x.when for x in recurrence.optional),
         options=len(_OPTIONS) - (0 if recurrence.activates_beta else len(Options._field_defaults)),

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from gdn2gen.base import paths
 from gdn2gen.base.device import Device, present_device
-from gdn2gen.base.environment import values_of
+from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
@@ -101,6 +101,8 @@ def find_recipe(
 
     Before all of these comes what is pinned (`pins.pin`), or compiled ahead for such a call.
 
+    With GDN2GEN_BATCH_INVARIANT it is the same recipe for all sizes of a batch.
+
     The tuned files are read once in a process (see `tuned_files.current_look`). Where a GPU is in
     use and nothing can compile TileLang, entries that need Triton alone come before others. Entries
     whose templates changed since are passed over (`Found.stale`). Inside `forced_recipe` the
@@ -113,6 +115,14 @@ def find_recipe(
         return forced if forced.recipe.problem == problem else _forced_for(forced, problem)
     if device is None:
         device = present_device()
+    if is_batch_invariant():
+        return _batch_invariant(problem, regime, device, level, strict)
+    return _find(problem, regime, device, level, strict)
+
+
+def _find(
+    problem: Problem, regime: Regime, device: Device, level: str, strict: bool | None
+) -> Found:
     pinned = _pinned(problem, regime, device, level)
     if pinned is not None:
         return pinned
@@ -127,6 +137,23 @@ def find_recipe(
             f"{explain_recipe(found)}"
         )
     return found
+
+
+# What all sizes of a batch count as where results may not depend on them: those of train4k.
+_ANY_BATCH: Final = Regime(tokens=16384, sequences=4, heads=16)
+
+
+def _batch_invariant(
+    problem: Problem, regime: Regime, device: Device, level: str, strict: bool | None
+) -> Found:
+    """The same for every batch: looked up as if sequences were packed, of which none is cut into
+    segments. Its forward scan is the one that can keep states on the way, so that calls that ask
+    for them have the bits of those that do not."""
+    usual = replace(_ANY_BATCH, heads=regime.heads)
+    found = _find(replace(problem, varlen=True), usual, device, level, strict)
+    recipe = found.recipe.serial("scan")
+    why = f"{found.why}; results may not depend on the batch (GDN2GEN_BATCH_INVARIANT)"
+    return replace(found, recipe=replace(recipe, problem=problem), why=why)
 
 
 def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Found | None:
@@ -169,6 +196,7 @@ _VARIABLES: Final = (
     "GDN2GEN_CACHE_DIR",
     "GDN2GEN_STRICT",
     "GDN2GEN_COMPILED_DIR",
+    "GDN2GEN_BATCH_INVARIANT",
 )
 
 

@@ -7,7 +7,7 @@ compiled ahead for a container (`codegen.shipped`) is taken in the same way, wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from gdn2gen import __version__
 from gdn2gen.base.device import Device
-from gdn2gen.base.errors import DispatchError, Gdn2genError
+from gdn2gen.base.errors import DispatchError, Gdn2genError, InputError
 from gdn2gen.codegen import shipped as compiled
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.recipe import Recipe
@@ -112,19 +112,30 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
     of which nothing is pinned is looked up as ever, or with `strict` refused (DispatchError). An
     empty mapping ends it.
 
-    Raises DispatchError that names both recipes where this process ran a call by another one
-    before, where a template differs from what the recipe was made of, and, at the call, where the
-    GPU is of another architecture. Decoding kernels are not pinned: their configs are a rule of the
-    sizes and the GPU.
+    Raises InputError for what no process gave, DispatchError that names both recipes where this
+    process ran a call by another one before, where a template differs from what the recipe was made
+    of, and, at the call, where the GPU is of another architecture. Decoding kernels are not pinned:
+    their configs are a rule of the sizes and the GPU.
     """
     global _taken
     if recipes is not None:
-        taken = _Taken(tuple(map(Pin.of_document, recipes.get("recipes", ()))), strict)
+        taken = _Taken(tuple(map(Pin.of_document, _listed(recipes))), strict)
         for ran in _recorded.values():
             _check(ran, taken)
         _taken = taken
     found = sorted({**_recorded}.values(), key=str)
     return {"version": __version__, "recipes": [x.document for x in found]}
+
+
+def _listed(recipes: object) -> Sequence[Any]:
+    """What another process's `pin` gave. Raises InputError for anything else."""
+    found = recipes.get("recipes", ()) if isinstance(recipes, Mapping) else None
+    if not isinstance(found, list | tuple) or not all(isinstance(x, Mapping) for x in found):
+        raise InputError(
+            "recipes must be what `gdn2gen.pin()` gave in another process, a mapping whose "
+            f"'recipes' lists them, but got {recipes!r}"
+        )
+    return found
 
 
 def _check(ran: Pin, taken: _Taken) -> None:

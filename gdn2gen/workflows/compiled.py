@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
@@ -15,11 +16,18 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import BuildError, DispatchError, InputError
 from gdn2gen.base.worker import Worker
 from gdn2gen.codegen import shipped
-from gdn2gen.codegen.ship import ship_launcher, ship_stage, ship_tables, surroundings
+from gdn2gen.codegen.ship import (
+    ship_launcher,
+    ship_slots,
+    ship_stage,
+    ship_tables,
+    surroundings,
+)
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.kernels.plans import LEVELS, keeps_least
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import find_recipe, in_triton
 from gdn2gen.store.pins import Pin
@@ -70,6 +78,7 @@ def compile_kernels(
     backward: bool = True,
     decode: Shapes = (),
     decode_fields: Mapping[str, bool] | None = None,
+    serving: bool = False,
     target: str | None = None,
     language: str | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -84,6 +93,9 @@ def compile_kernels(
     backward: also the kernels of gradients.
     decode: shapes of calls over a few tokens (`64x1x16`: 64 sequences of one token, 16 value
     heads); decode_fields: of `family.decoding.DecodingProblem`, such as pool, indexed, state_bf16.
+    serving: also the kernels of prefill with states in slots of a pool, fp32 or bf16, at multiples
+    of 8 elements, of checkpoints in it, and of `return_intermediate_states`; at level lean, which
+    these run.
     language: `triton` for a folder that needs no TileLang.
     The rest is as in `gdn2gen.explain`.
 
@@ -104,6 +116,8 @@ def compile_kernels(
             recipe = (in_triton(found) if language else found).recipe
             pins.append(Pin(recipe, shape.regime, level, device.name, device.arch))
             tasks |= dict.fromkeys(_tasks(recipe, backward=backward))
+            if serving:
+                tasks |= dict.fromkeys(_serving(recipe))
     for shape in shapes_from(decode) if decode else ():
         tasks |= dict.fromkeys(_decoding(problem, decode_fields or {}, shape, device))
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -158,6 +172,21 @@ def _tasks(recipe: Recipe, *, backward: bool) -> Iterator[Task]:
         yield "ship_tables", (problem, recipe.BT)
 
 
+def _serving(recipe: Recipe) -> Iterator[Task]:
+    """Of prefill with states in a pool, and on the way, if the recipe is one that it runs."""
+    if not keeps_least(recipe.plan):
+        return
+    pooled = replace(recipe.problem, initial_state=True, final_state=True)
+    yield from _tasks(replace(recipe, problem=pooled), backward=False)
+    scan = recipe.serial("scan")["scan"]
+    for problem in dict.fromkeys((recipe.problem, pooled)):
+        yield "ship_stage", (PrefillProblem.of(problem, problem.dtype, False), "scan", scan)
+    for pool, indices in product(("fp32", "bf16"), ("int32", "int64")):
+        yield "ship_stage", (PrefillProblem.of(pooled, pool, False), "scan", scan)
+        for flagged, checkpoints in product((False, True), (False, True)):
+            yield "ship_slots", (pooled, pool, indices, flagged, checkpoints)
+
+
 def _decoding(
     problem: Problem, fields: Mapping[str, bool], shape: Shape, device: Device
 ) -> Iterator[Task]:
@@ -173,7 +202,7 @@ def _run(
 ) -> tuple[dict[str, float], str | None]:
     """Seconds of each kernel, and what the launcher lacks. Raises BuildError."""
     module, lacks, seconds = ship_stage.__module__, None, dict[str, float]()
-    assert {ship_stage, ship_tables, ship_launcher}
+    assert {ship_stage, ship_tables, ship_slots, ship_launcher}
     with tempfile.TemporaryDirectory() as scratch:
         workers = [
             Worker(surroundings(folder, Path(scratch)))
@@ -214,7 +243,14 @@ def _name(task: Task) -> str:
         return "Triton's launcher"
     if name == "ship_tables":
         return f"chunk_tables [BT={given[1]}]"
+    if name == "ship_slots":
+        _, pool, indices, *extras = given
+        words = ("has_initial_state", "checkpoints")
+        with_them = [x for x, wanted in zip(words, extras, strict=True) if wanted]
+        return " ".join([f"state_slots [{pool} {indices}]", *with_them])
     problem, stage, config = given
     assert isinstance(problem, Problem) and isinstance(config, Config)
     state = " final_state" if problem.final_state else ""
+    if isinstance(problem, PrefillProblem):
+        state += f" checkpoints={problem.checkpoints}"
     return f"{stage} [{config} language={language_of(config)}]{state}"

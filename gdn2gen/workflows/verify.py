@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn2gen.base import device as devices
+from gdn2gen.base.errors import InputError
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result
 from gdn2gen.store.verified import Place, check_fileable, file_found
@@ -51,8 +52,11 @@ def verify(
     many as the GPU has 12 GB for).
 
     On a GPU what has passed and what failed is filed, and holds for later calls. Cases that fail
-    raise nothing: see `Verified.ok`. Raises InputError where no case is selected.
+    raise nothing: see `Verified.ok`. Raises InputError where no case is selected, and for workers
+    that are no number of processes.
     """
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise InputError(f"workers must be an int of at least 1, or None, but got {workers!r}")
     patterns = [cases] if isinstance(cases, str) else list(cases)
     interpret = not devices.has_gpu() if interpreter is None else interpreter
     dims = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim

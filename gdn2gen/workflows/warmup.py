@@ -16,6 +16,7 @@ from gdn2gen.base.device import present_device
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import DeviceError
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
@@ -42,7 +43,8 @@ class Warmed:
     level: str | None
     """None of a call over a few tokens."""
     found: Found | None
-    """The recipe that it runs, and why; None of a call over a few tokens."""
+    """The recipe that it runs, and why; None of a call over a few tokens, and of one for
+    serving."""
     seconds: float
     """That it took, of which most was for compiling and loading."""
 
@@ -58,6 +60,7 @@ def warmup(
     backward: bool = True,
     decode: Shapes = (),
     decode_fields: Mapping[str, bool] | None = None,
+    serving: bool = False,
     device: int | str | torch.device | None = None,
     **fields: Any,
 ) -> list[Warmed]:
@@ -68,6 +71,8 @@ def warmup(
     `backward` one with them: memory for the tensors of a call is needed, and given back.
     levels: `lean`, or `fast`, what `disable_recompute=True` asks for.
     decode, decode_fields: as in `gdn2gen compile`: calls of the op over a few tokens.
+    serving: also calls of prefill at `shapes`, with states in slots of a pool in fp32, with
+    checkpoints in it, and with `return_intermediate_states`.
     device: a GPU (the current one).
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
 
@@ -82,6 +87,8 @@ def warmup(
             for level in levels_from(levels):
                 wanted = at(problem, shape)
                 warmed.append(_chunked(wanted, shape, level, place, backward=backward))
+            if serving:
+                warmed.append(_served(at(problem, shape), shape, place))
         for shape in shapes_from(decode) if decode else ():
             decoding = decoding_problem_from(problem, decode_fields or {}, shape)
             warmed.append(_decoded(decoding, shape, place))
@@ -127,6 +134,32 @@ def _chunked(
     return Warmed(name, shape, level, found, time.monotonic() - started)
 
 
+def _served(problem: Problem, shape: Shape, place: torch.device) -> Warmed:
+    """Prefill with states in a pool, with checkpoints, of which none is wanted, and on the way."""
+    started, function = time.monotonic(), public_op(problem.op)
+    plain = replace(problem, initial_state=False)
+    inputs, flags = inputs_of(plain, shape, "layer", 0, str(place)), op_flags(plain)
+    N, inner = shape.regime.sequences, (problem.K, problem.V)
+    inner = inner[::-1] if problem.state_v_first else inner
+    slots = torch.arange(N, dtype=torch.int32, device=place)
+    pool: dict[str, Any] = {
+        "state_pool": torch.zeros(N, shape.H, *inner, device=place),
+        "ssm_state_indices": slots,
+    }
+    kept = {
+        "has_initial_state": slots >= 0,
+        "checkpoint_every_n_tokens": INTERMEDIATE_TOKENS,
+        "checkpoint_state_indices": torch.full_like(slots, -1)[:, None],
+    }
+    with torch.no_grad():
+        for given in (pool, pool | kept, {"return_intermediate_states": True}):
+            function(**inputs, **flags, **given)
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    name = recurrence_named(problem.op).public.chunk
+    return Warmed(name, shape, LEVELS[0], None, time.monotonic() - started)
+
+
 def _backward(problem: Problem, shape: Shape, place: torch.device, flags: dict[str, Any]) -> None:
     """With a gradient of o alone, and with one of the final state, too."""
     inputs = inputs_of(problem, shape, "layer", 0, str(place))
@@ -143,24 +176,22 @@ def _backward(problem: Problem, shape: Shape, place: torch.device, flags: dict[s
 
 
 def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> Warmed:
-    """One call of the op over a few tokens; rows and slots follow each other."""
-    started = time.monotonic()
+    """One call of the op over a few tokens, whose tensors lie as `problem` says."""
+    started, asked = time.monotonic(), shape
+    shape = _of_tokens(problem, shape)
     of_chunks = replace(_plain(problem), final_state=False, initial_state=problem.initial_state)
     inputs = inputs_of(of_chunks, shape, "layer", 0, str(place))
-    N = shape.regime.sequences
-    inner = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
-    dtype = torch.bfloat16 if problem.state_bf16 else torch.float32
+    if problem.strided:
+        inputs = {
+            x: _apart(y) if y.shape[:2] == (shape.B, shape.T) else y for x, y in inputs.items()
+        }
+    if problem.varlen and shape.cu_seqlens is None:
+        inputs["cu_seqlens"] = torch.arange(shape.T + 1, dtype=torch.int32, device=place)
     given: dict[str, Any] = {}
     if problem.pool:
-        tokens = shape.T if problem.speculative else 1
-        given["state_pool"] = torch.zeros((N * tokens, shape.H, *inner), dtype=dtype, device=place)
-        if problem.indexed:
-            slots: Tensor = torch.arange(N * tokens, dtype=torch.int32, device=place)
-            given["ssm_state_indices"] = slots.view(N, tokens) if problem.speculative else slots
-        if problem.accepted:
-            given["num_accepted_tokens"] = torch.ones(N, dtype=torch.int32, device=place)
+        given = _pool(problem, shape, inputs.get("cu_seqlens"), place)
     elif problem.initial_state:
-        inputs["initial_state"] = inputs["initial_state"].to(dtype)
+        inputs["initial_state"] = inputs["initial_state"].to(_dtype(problem))
     name = recurrence_named(problem.op).public.recurrent
     flags = {k: v for k, v in op_flags(of_chunks).items() if k not in _ONLY_OF_CHUNKS}
     there = dict(recurrence_named(problem.op).public.recurrent_names)
@@ -173,7 +204,48 @@ def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> War
         )
     if place.type == "cuda":
         torch.cuda.synchronize()
-    return Warmed(str(name), shape, None, None, time.monotonic() - started)
+    return Warmed(str(name), asked, None, None, time.monotonic() - started)
+
+
+def _of_tokens(problem: DecodingProblem, shape: Shape) -> Shape:
+    """The shape with as many tokens as the kernel is for, which is the same for any number but one;
+    packed sequences as one row of tokens."""
+    if problem.varlen and shape.cu_seqlens is None:
+        return replace(shape, B=1, T=shape.B * shape.T)
+    if problem.one_token:
+        return replace(shape, T=1)
+    return shape if problem.varlen else replace(shape, T=max(shape.T, 2))
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same values in rows that lie further apart than they need to."""
+    gap = x.new_zeros(*x.shape[:2], 8)
+    wide = torch.cat([x.flatten(2), gap], -1)
+    return wide[..., : x[0, 0].numel()].view(x.shape)
+
+
+def _dtype(problem: DecodingProblem) -> torch.dtype:
+    return torch.bfloat16 if problem.state_bf16 else torch.float32
+
+
+def _pool(
+    problem: DecodingProblem, shape: Shape, cu_seqlens: Tensor | None, place: torch.device
+) -> dict[str, Any]:
+    """A pool, and what says which of its slots sequences have."""
+    N = shape.B if cu_seqlens is None else len(cu_seqlens) - 1
+    tokens = shape.T if problem.speculative else 1
+    inner = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
+    size = shape.H * problem.K * problem.V
+    # how far apart they lie shows where there are two
+    slots = max(N * tokens, 2)
+    rows = torch.zeros(slots, size + int(problem.odd_slots), dtype=_dtype(problem), device=place)
+    given: dict[str, Any] = {"state_pool": rows[:, :size].view(slots, shape.H, *inner)}
+    if problem.indexed:
+        indices = torch.arange(N * tokens, dtype=torch.int32, device=place)
+        given["ssm_state_indices"] = indices.view(N, tokens) if problem.speculative else indices
+    if problem.accepted:
+        given["num_accepted_tokens"] = torch.ones(N, dtype=torch.int32, device=place)
+    return given
 
 
 _ONLY_OF_CHUNKS = ("safe_gate", "disable_recompute", "chunk_size")

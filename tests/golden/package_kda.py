@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="3b7d77ba1d2d9cc6",
     grad_value="2ccd42e4b0b9511f",
     prepare="8ea6ecd271884620",
-    rescan="92c44a5dd91ad630",
+    rescan="2ac4d373c1af9340",
     reverse_scan="c407e4599910970b",
-    scan="59ce1805caeb235f",
+    scan="93d188e3bba7f460",
     sum_decay="30c034661c7a2505",
 )
 

@@ -68,9 +68,9 @@ _check_made_for_this(
     grad_key="b18ca0ab346c4f52",
     grad_value="d0d6de9eeeeecdf7",
     prepare="741eb447aa169bb9",
-    rescan="2ebacc19432772f1",
+    rescan="36b3242087daeab4",
     reverse_scan="367fc47fb856000e",
-    scan="e4f9293a76dc062a",
+    scan="1f3e2126b133e67c",
     sum_decay="118c223f3aceffaa",
 )
 

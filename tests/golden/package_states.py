@@ -67,9 +67,9 @@ _check_made_for_this(
     grad_value="215e5ea4d76ab1c8",
     prepare="234122a5a16749f0",
     reprepare="6916cbdd230ddc64",
-    rescan="e43bf8d194cc106d",
+    rescan="d4eef6427c8f9227",
     reverse_scan="dc1bb544ef2fb9e8",
-    scan="3a40f346d14d4e03",
+    scan="39ea41aa53339413",
 )
 
 

@@ -17,7 +17,7 @@ segment of chunks it is written out, for the backward to start from.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=serial
-Template digest c458aa0adc84f18b; made by
+Template digest 737b7da71ba60727; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=serial

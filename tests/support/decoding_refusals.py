@@ -58,6 +58,7 @@ BAD: Final[dict[str, tuple[Case, dict[str, Any], str]]] = {
      r"num_accepted_tokens must be \[N\] with N=3"),
     "accepted's dtype": (TREE, {"num_accepted_tokens": torch.ones(3)}, "must be int32 or int64"),
     "null slot": (POOL, {"null_slot": 0.0}, "null_slot must be an int or None, but got float"),
+    "null slot too wide": (POOL, {"null_slot": 2**70}, "null_slot must be an index, which has 64"),
     "null slot alone": (INITIAL, {"null_slot": 0}, "null_slot is of ssm_state_indices"),
     "out's shape": (POOL, {"out": torch.zeros(3, 1, 2, 16)}, r"out must be \(3, 1, 2, 32\)"),
     "out's dtype": (POOL, {"out": torch.zeros(3, 1, 2, 32).half()}, "in the dtype of v"),

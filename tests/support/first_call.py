@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 
-def main(op: str, K: str, T: str, H: str) -> None:
+def main(op: str, K: str, T: str, H: str, serving: str = "") -> None:
     started: list[str] = []
     written: list[str] = []
 
@@ -31,6 +31,7 @@ def main(op: str, K: str, T: str, H: str) -> None:
     from gdn2gen.codegen import programs
     from gdn2gen.family.inputs import make_inputs
     from gdn2gen.ops import _call, _decode
+    from gdn2gen.runtime import prefill_op
     from gdn2gen.store import dispatch
 
     launched: list[str] = []
@@ -62,7 +63,7 @@ def main(op: str, K: str, T: str, H: str) -> None:
     programs._load = load_and_note
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    _call.by_kernels = _decode.by_kernels = lambda _: True
+    _call.by_kernels = _decode.by_kernels = prefill_op.by_kernels = lambda _: True
     tensors = make_inputs(2, int(T), int(H), int(K), int(K), op=op, dtype=torch.bfloat16)
     sys.addaudithook(watch)
     begun = time.monotonic()
@@ -71,6 +72,16 @@ def main(op: str, K: str, T: str, H: str) -> None:
         seconds = time.monotonic() - begun
         rows = {name: x[:, :1].contiguous() for name, x in tensors.items()}
         getattr(gdn2gen, f"fused_recurrent_{op}")(**rows, use_qk_l2norm_in_kernel=True)
+        if serving:
+            chunk = getattr(gdn2gen, f"chunk_{op}")
+            pool = torch.zeros(9, int(H), int(K), int(K))
+            slots = {"state_pool": pool, "ssm_state_indices": torch.tensor([3, 4])}
+            kept = {"checkpoint_every_n_tokens": 64, "checkpoint_state_indices": pool[:2, 0, 0, :1]}
+            kept["checkpoint_state_indices"] = kept["checkpoint_state_indices"].long()
+            begins = {"has_initial_state": torch.tensor([True, False])}
+            for given in ({}, begins, kept, {**begins, **kept}):
+                chunk(**tensors, **slots, **given, use_qk_l2norm_in_kernel=True)
+            chunk(**tensors, return_intermediate_states=True, use_qk_l2norm_in_kernel=True)
     recipe = dispatch.find_recipe(
         gdn2gen.family.problem.Problem(op=op, K=int(K), V=int(K)),
         gdn2gen.family.problem.Regime(2 * int(T), 2, int(H)),

@@ -64,7 +64,7 @@ class KernelCase:
             return 6e-3 if self.case.pattern == "correlated" else 3e-3
         if not self.case.problem.l2norm and RECURRENCES[self.case.problem.op].erases:
             return 3e-5  # 9.7e-6: the recurrence explodes where keys are not normalised
-        if self.case.problem.has_A_log:
+        if self.case.problem.has_A_log or self.case.problem.has_rate:
             return 2e-5  # dA_log 1.3e-5: a sum that cancels, of what is right to 3e-6
         return 1e-5  # strong 7.0e-6, uniform and sparse 5.1e-6, else 3.4e-6
 
@@ -202,6 +202,7 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase(case, plan, chosen)
     yield from _bounded_cases()
     yield from _cases_of_less()
+    yield from _cases_of_groups()
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
     yield with_next(replace(chunks, check="causality"))
     yield with_next(replace(chunks, name="repeat", check="repeat"))
@@ -278,6 +279,24 @@ def _cases_of_less() -> Iterator[KernelCase]:
     yield KernelCase(packed, "linear_fast", anchored)
     half = Case("gla-grouped", replace(gla, dtype="fp16"), _shape(1, 45, 2), H=1, HG=1)
     yield KernelCase(half, "linear", (("BT", 64), ("decay", "tree")))
+
+
+def _cases_of_groups() -> Iterator[KernelCase]:
+    """Heads that share the scores of a group, in programs of two of its three; every stage."""
+    plain = replace(_linear("mamba2", 40, 24), has_rate=True)
+    full = replace(plain, gate="softplus", has_dt_bias=True, has_D=True, has_z=True)
+    knobs = (("BT", 16), ("BK", 32), ("BV", 16), ("heads", 2))
+    # three segments, of two chunks and one
+    yield KernelCase(Case("groups", full, _shape(1, 75, 6), H=2), "grouped", knobs, 2)
+    yield KernelCase(Case("groups-plain", plain, _shape(2, 45, 6), H=2), "grouped", knobs)
+    ends = _shape(1, 45, 6, (0, 0, 20, 20, 21, 45, 45))
+    packed = replace(full, varlen=True, state_v_first=True)
+    packed_knobs = (("BT", 32), ("heads", 1))
+    yield KernelCase(Case("groups-packed", packed, ends, "sparse", H=3), "grouped", packed_knobs)
+    half = replace(full, dtype="fp16", gate_dtype="bf16")
+    yield KernelCase(Case("groups-fp16", half, _shape(1, 75, 4), H=1), "grouped", (("BT", 64),))
+    causal = Case("groups-causality", full, _shape(1, 22, 2), check="causality")
+    yield KernelCase(causal, "grouped", knobs)
 
 
 def _linear(op: str, K: int, V: int) -> Problem:

@@ -46,8 +46,8 @@ def normalised(op: str) -> dict[str, bool]:
 
 
 def has_gate(op: str) -> bool:
-    """Whether kernels can take the decay through its activation."""
-    return recurrence_named(op).takes("use_gate_in_kernel")
+    """Whether kernels can take the decay through its activation, with A_log and a bias."""
+    return "A_log" in recurrence_named(op).named
 
 
 def bias_shape(op: str, heads: int = 2) -> tuple[int, ...]:

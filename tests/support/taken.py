@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from gdn2gen.family.problem import Problem, untaken
+from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.kernels.plans import stages_of
 
 _P = TypeVar("_P", bound=Problem)
 
@@ -16,3 +18,13 @@ def of_op(problem: _P, op: str) -> _P:
     given: dict[str, Any] = {x.name: getattr(problem, x.name) for x in fields(problem)}
     kept = {name: x for name, x in given.items() if name not in left_out}
     return type(problem)(**kept | {"op": op})
+
+
+def having(problem: _P, stage: str) -> _P:
+    """`problem`, or the same of a member that has that stage of plans, by its name."""
+    if stage in stages_of(problem.op):
+        return problem
+    op = next(x for x in OPS if stage in stages_of(x))
+    if problem.gate not in recurrence_named(op).activations:
+        problem = replace(problem, gate="none", bound=0, has_A_log=False, has_dt_bias=False)
+    return of_op(problem, op)

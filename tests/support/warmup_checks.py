@@ -22,6 +22,7 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
         dtype="fp32",
         levels=("lean", "fast"),
         final_state=True,
+        serving=True,
         decode=["3x1x2", "2x2x2"],
         decode_fields={"pool": True, "indexed": True},
     )
@@ -41,5 +42,52 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
             state_pool=torch.zeros(5, 2, 32, 32),
             ssm_state_indices=torch.tensor([4, 0, 2], dtype=torch.int32),
         )
+    with torch.no_grad():
+        gdn2gen.chunk_kda(
+            **make_inputs(2, 70, 2, **SIZES),
+            use_qk_l2norm_in_kernel=True,
+            state_pool=torch.zeros(5, 2, 32, 32),
+            ssm_state_indices=torch.tensor([4, 0], dtype=torch.int32),
+            has_initial_state=torch.tensor([True, False]),
+            checkpoint_every_n_tokens=64,
+            checkpoint_state_indices=torch.tensor([[1], [2]], dtype=torch.int32),
+        )
     assert build.load.cache_info().misses == loaded, "a kernel was not warmed up"
     return [(x.call, x.shape.name, x.level) for x in warmed]
+
+
+@verifying()
+def decoding_is_as_asked() -> bool:
+    """Each field of a decoding problem makes the kernel that `gdn2gen compile` makes for it."""
+    from gdn2gen.family.problem import Problem
+    from gdn2gen.family.shapes import Shape
+    from gdn2gen.runtime import decoding
+    from gdn2gen.workflows.wanted import decoding_problem_from
+
+    made = []
+    load = decoding.fixed_launcher
+
+    def noting(problem: object, *given: object) -> object:
+        made.append(problem)
+        return load(problem, *given)  # type: ignore[arg-type]
+
+    decoding.fixed_launcher = noting  # type: ignore[assignment]
+    try:
+        for T, fields in (
+            (1, {"pool": True, "indexed": True, "strided": True}),
+            (1, {"pool": True, "indexed": True, "odd_slots": True, "state_bf16": True}),
+            (1, {"initial_state": True, "one_token": False}),
+            (3, {"pool": True, "indexed": True, "speculative": True, "accepted": True}),
+            (3, {"one_token": True, "final_state": True}),
+            (2, {"varlen": True, "pool": True, "one_token": False, "strided": True}),
+        ):
+            shape = Shape(f"2x{T}x2", 2, T, 2)
+            decoding.known_plan.cache_clear()
+            gdn2gen.warmup(
+                (), op="kda", head_dim=32, dtype="fp32", decode=shape, decode_fields=fields
+            )
+            problem = Problem(op="kda", K=32, V=32, dtype="fp32")
+            assert made[-1] == decoding_problem_from(problem, fields, shape), (T, fields, made[-1])
+    finally:
+        decoding.fixed_launcher = load
+    return True

@@ -23,6 +23,7 @@ from gdn2gen.kernels.stages import STAGES
 from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs/results.md").read_text()
 TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2 -m 'not slow'"
 
 
@@ -36,7 +37,7 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
     assert file is not None
     stale = any(map(is_stale, file.entries))
     short = gpu.split("-")[1].upper()
-    assert (f"The {short}'s entries are of earlier templates" in README) == stale
+    assert (f"The {short}'s entries are of earlier templates" in RESULTS) == stale
     alone = [entry for entry in file.entries if entry.needs_triton_alone]
     words = " ".join(README.split())
     dims = {id(entry): (entry.problem_key["K"], entry.problem_key["V"]) for entry in alone}
@@ -119,12 +120,21 @@ def test_decoding_of_the_readme_runs() -> None:
     assert changed == [3, 17, 40]
 
 
+def test_prefill_of_the_readme_runs() -> None:
+    """On the CPU, and writes the slots that it names."""
+    known: dict[str, Any] = {}
+    block = _blocks("python")[2].replace("cuda.is_available()", "cuda.is_available() and False")
+    exec(block, known)
+    changed = known["states"].flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [7, 8, 9, 21]
+
+
 def test_layers_of_the_readme_run() -> None:
     """On the CPU; what it says of them it asserts itself."""
     import torch
 
     torch.manual_seed(0)
-    block = _blocks("python")[2].replace("cuda.is_available()", "cuda.is_available() and False")
+    block = _blocks("python")[3].replace("cuda.is_available()", "cuda.is_available() and False")
     assert "\nassert torch.allclose" in block
     exec(block, {})
 
@@ -135,7 +145,7 @@ def test_model_of_the_readme_learns() -> None:
 
     torch.manual_seed(0)
     known: dict[str, Any] = {}
-    block = _blocks("python")[3].replace("cuda.is_available()", "cuda.is_available() and False")
+    block = _blocks("python")[4].replace("cuda.is_available()", "cuda.is_available() and False")
     exec(block, known)
     assert known["loss"] < 0.3
     assert torch.equal(known["model"].generate(known["row"][:, :4], 13), known["row"])
@@ -174,15 +184,16 @@ def test_results_are_up_to_date() -> None:
 
 
 def test_ops_are_those_of_the_family(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("<!-- ops:begin -->\nold\n<!-- ops:end -->\nafter\n")
+    (tmp_path / "README.md").write_text("<!-- family:begin -->\nold\n<!-- family:end -->\nafter\n")
     assert _update(tmp_path).returncode == 0
     text = (tmp_path / "README.md").read_text()
-    assert "old" not in text and text.endswith("\n<!-- ops:end -->\nafter\n")
+    assert "old" not in text and text.endswith("\n<!-- family:end -->\nafter\n")
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| `chunk_")]
     assert len(rows) == len(OPS)
     for op, row in zip(OPS, rows, strict=True):
         member = recurrence_named(op)
-        assert member.public.chunk in row[0] and f"`{member.update}`" == row[2]
+        assert member.public.chunk in row[0] and f"`{member.update}`" == row[1]
+        assert row[3:] == ["-", "-", "- |"]
 
 
 def _side(milliseconds: float) -> dict[str, Any]:

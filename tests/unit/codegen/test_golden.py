@@ -18,14 +18,18 @@ from gdn2gen.base.paths import templates_dir
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.package import package_source
 from gdn2gen.codegen.render import (
+    SLOTS_TEMPLATE,
     TABLES_TEMPLATE,
     render,
+    render_slots,
     render_tables,
     template_name,
 )
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.languages import LANGUAGES
@@ -101,6 +105,13 @@ def _prepare_tilelang() -> str:
     return render(problem, "prepare", tilelang_by_chunk("prepare", problem)).source
 
 
+def _past_head_dims_tilelang(stage: str) -> str:
+    """In tiles that reach past both head dims."""
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    problem = Problem(K=72, V=40, initial_state=True, final_state=True, **gates)  # type: ignore[arg-type]
+    return render(problem, stage, tilelang_config(stage, problem)).source
+
+
 def _scan_tilelang() -> str:
     config = default_config("scan", Problem()).replace(language="tilelang")
     return render(Problem(), "scan", config).source
@@ -149,6 +160,18 @@ def _plain(op: str, stage: str) -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
 
+# Heads that share the scores of a group, of a layer with a skip and a gate.
+_GROUPS: Final = Problem(
+    "mamba2", V=64, gate="softplus", gate_dtype="bf16", has_rate=True, has_dt_bias=True, has_D=True,
+    has_z=True,
+)  # fmt: skip
+
+
+def _groups(stage: str, **changes: bool) -> str:
+    problem = replace(_GROUPS, **changes)
+    return render(problem, stage, default_config(stage, problem)).source
+
+
 def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
@@ -181,6 +204,7 @@ def _part(stage: str, problem: Compiled, **knobs: int) -> str:
 _PACKED_QKV: Final = ConvolutionProblem(packed=True, initial_tail=True, final_tail=True)
 _WITH_BIAS: Final = ConvolutionProblem(width=3, bias=True, tensors=1, weight_dtype="fp32")
 _OF_96: Final = NormProblem(size=96, activation="silu")
+_MAMBA3: Final = Mamba3Problem(skip=True, gate=True, carried=True, packed=True)
 
 
 def _parallel(stage: str) -> str:
@@ -210,6 +234,17 @@ def _package_packed() -> str:
     return _package_of(Recipe.default(_PACKED, "fast"))
 
 
+def _scan_checkpoints() -> str:
+    """Of channels in two slices, into slots at any distance."""
+    problem = PrefillProblem.of(replace(_PACKED, K=96), "bf16", odd_slots=True)
+    return render(problem, "scan", default_config("scan", problem)).source
+
+
+def _state_slots() -> str:
+    given = {"indexed": True, "flagged": True, "checkpoints": True, "odd_slots": False}
+    return render_slots(_PACKED, **given).source
+
+
 OUTPUTS: Final = {
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
@@ -227,6 +262,8 @@ OUTPUTS: Final = {
     "reverse_scan_tilelang.py": _reverse_scan_tilelang,
     "scan_tilelang.py": _scan_tilelang,
     "prepare_tilelang.py": _prepare_tilelang,
+    "prepare_past_head_dims_tilelang.py": partial(_past_head_dims_tilelang, "prepare"),
+    "scan_past_head_dims_tilelang.py": partial(_past_head_dims_tilelang, "scan"),
     "grad_value_tilelang.py": _grad_value_tilelang,
     "reprepare_tilelang.py": _reprepare_tilelang,
     "prepare_at_once_tilelang.py": _prepare_at_once_tilelang,
@@ -262,8 +299,16 @@ OUTPUTS: Final = {
     "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
+    "prepare_group.py": partial(_groups, "prepare_group"),
+    "scan_group.py": partial(_groups, "scan_group"),
+    "rescan_group_packed.py": partial(_groups, "rescan_group", varlen=True),
+    "reverse_scan_group.py": partial(_groups, "reverse_scan_group", has_z=False),
+    "grad_group.py": partial(_groups, "grad_group"),
+    "chunk_tables_mamba2.py": lambda: render_tables(replace(_GROUPS, varlen=True), 32).source,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
+    "scan_checkpoints.py": _scan_checkpoints,
+    "state_slots.py": _state_slots,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, BD=256, ahead=2),
@@ -271,6 +316,13 @@ OUTPUTS: Final = {
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
+    "mamba3_prologue_packed.py": partial(_part, "mamba3_prologue", _MAMBA3, BH=8),
+    "mamba3_prologue_backward.py": partial(
+        _part, "mamba3_prologue_backward", replace(_MAMBA3, packed=False), BH=8
+    ),
+    "mamba3_epilogue.py": partial(_part, "mamba3_epilogue", Mamba3Problem(gate=True), BH=8),
+    "mamba3_epilogue_backward_packed.py": partial(_part, "mamba3_epilogue_backward", _MAMBA3),
+    "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,
     "package_packed.py": _package_packed,
     "package_kda.py": lambda: _package_of(Recipe.default(replace(_PACKED, op="kda"), "fast")),
@@ -364,4 +416,4 @@ def test_every_template_belongs_to_a_stage(language: str) -> None:
     folder = templates_dir() / language / "stages"
     found = {f"{language}/stages/{x.name}" for x in folder.iterdir()}
     own = {name for s in _stages_in(language) for name in _templates(s, language)}
-    assert found == own | ({TABLES_TEMPLATE} if language == "triton" else set())
+    assert found == own | ({TABLES_TEMPLATE, SLOTS_TEMPLATE} if language == "triton" else set())

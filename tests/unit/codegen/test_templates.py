@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from taken import having
 
 from gdn2gen.base.errors import TemplateError
 from gdn2gen.codegen import templates
@@ -145,8 +146,9 @@ def test_a_template_that_is_not_there_is_an_oserror() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_rendering_leaves_the_digest(stage: str) -> None:
     """Compiling a template changes the tree that it is parsed to."""
-    config = default_config(stage, Problem())
-    render(Problem(), stage, config)
+    problem = having(Problem(), stage)
+    config = default_config(stage, problem)
+    render(problem, stage, config)
     kept = template_digest(config)
     for cached in (templates._parsed, templates._template_digest, templates._macro_digest):
         cached.cache_clear()

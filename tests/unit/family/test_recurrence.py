@@ -13,7 +13,7 @@ from gdn2gen.family.kda import KDA
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.recurrence import GATES, Decay, Public, Recurrence
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
-from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.plans import PLANS, stages_of
 from gdn2gen.kernels.stage import Operand, is_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._kernels import _folds
@@ -23,8 +23,9 @@ MEMBERS = [*RECURRENCES.values()]
 
 
 def operands_of(op: str) -> dict[str, Operand]:
-    """Of all stages that a member may have, by name."""
-    found = [x for stage in STAGES.values() for x in (*stage.inputs, *stage.outputs)]
+    """Of all stages that a member has, by name."""
+    stages = [STAGES[name] for name in stages_of(op)]
+    found = [x for stage in stages for x in (*stage.inputs, *stage.outputs)]
     return {x.name: x for x in found if is_of(x, op)}
 
 
@@ -125,9 +126,10 @@ def test_schemas_follow_from_the_declaration() -> None:
 
 
 SIZES = {"B": 2, "T": 5, "H": 2, "HV": 6, "HG": 3, "K": 4, "V": 8, "N": 2, "NT": 4, "NK": 3}
+SIZES["HP"] = 4  # two of each group
 HEADS = ("H", "HV", "HG")
 PLAIN = {"B": "b", "T": "t", "K": "k", "V": "v", "N": "n", "NT": "c", "NK": "s"}
-LETTERS = {**PLAIN, **dict.fromkeys(HEADS, "h")}
+LETTERS = {**PLAIN, **dict.fromkeys((*HEADS, "HP"), "h")}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,9 @@ def test_a_gradient_is_summed_to_the_shape_of_its_input(op: str, name: str, toke
     grad = torch.randn([sizes[x] for x in of_kernel])
     x = torch.empty([sizes[x] for x in of_input], dtype=torch.bfloat16)
     heads = next(sizes[x] for x in of_input if x in HEADS)
-    grouped = grad.double().unflatten(of_kernel.index("HV"), (heads, sizes["HV"] // heads))
-    before = "".join(LETTERS[x] + "r" * (x == "HV") for x in of_kernel)
+    many = "HP" if "HP" in of_kernel else "HV"
+    grouped = grad.double().unflatten(of_kernel.index(many), (heads, sizes[many] // heads))
+    before = "".join(LETTERS[x] + "r" * (x == many) for x in of_kernel)
     after = "".join(LETTERS[x] for x in of_input)
     found = _folds(op)[name](grad, x)
     assert found.shape == x.shape

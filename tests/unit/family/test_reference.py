@@ -14,7 +14,7 @@ from reference_op import ReferenceOp
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.family import reference
+from gdn2gen.family import mamba2, reference
 from gdn2gen.family.activations import activate_gate, l2norm
 from gdn2gen.family.inputs import PATTERNS, make_inputs
 from gdn2gen.family.registry import RECURRENCES
@@ -456,12 +456,17 @@ def test_gradcheck(gate: str, form: ReferenceOp) -> None:
     member = form.recurrence
     x = draw(1, 7, 1, 3, 2, op=form.op, HV=2, initial_state=True)
     options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True}
-    if "dt_bias" in member.named:
+    gated = "dt_bias" in member.named
+    if gate != next(iter(GATES)) and not (gated and "A_log" in member.named):
+        pytest.skip("nothing is taken through such a gate")
+    if gated:
         bias = torch.full((6 if member.decays_by == "channel" else 2,), -0.5).double()
         x |= {"A_log": torch.tensor([0.2, 0.7]).double(), "dt_bias": bias}
         options |= {"use_gate_in_kernel": True, **GATES[gate]}
-    elif gate != next(iter(GATES)):
-        pytest.skip("nothing is taken through a gate")
+    if member.stepped:
+        del x["A_log"]
+        x |= {"rate": torch.tensor([-0.4, -1.3]).double(), "D": torch.rand(2, 2).double()}
+        x["z"] = torch.randn(1, 7, 2, 2).double()
     names, leaves = list(x), [y.requires_grad_() for y in x.values()]
     if form in CHUNK.values():
         options["chunk_size"] = 4
@@ -627,6 +632,28 @@ def test_patterns_are_what_they_say() -> None:
     assert beta.min() > 1.9 and beta.max() <= 2
     beta = make_inputs(1, 500, 4, 8, 8, op="kda", pattern="sparse")["beta"]
     assert beta.eq(0).float().mean().item() == pytest.approx(1 / 8, rel=0.1)
+
+
+@forms_of("mamba2")
+@pytest.mark.parametrize("gated", [False, True])
+def test_mamba2_is_its_papers_recurrence(form: Form, gated: bool) -> None:
+    """Told in its own words, P before N; with what follows the state."""
+    x = draw(2, 37, 2, 8, 12, op="mamba2", HV=4, initial_state=True, rate=True)
+    rng = torch.Generator().manual_seed(0)
+    x["D"] = torch.randn(4, 12, generator=rng).double()
+    x["z"] = torch.randn(2, 37, 4, 12, generator=rng).double()
+    if gated:
+        x["dt_bias"] = torch.randn(4, generator=rng).double()
+    own = {"x": "v", "dt": "dt", "A": "rate", "B": "k", "C": "q", "D": "D", "z": "z"}
+    given = {name: x[ours] for name, ours in own.items()}
+    out, states = mamba2.recurrent(
+        **given,
+        dt_bias=x.get("dt_bias"),
+        initial_states=x["initial_state"].mT,
+        dt_softplus=gated,
+    )
+    found, state = form(**x, use_gate_in_kernel=gated)
+    assert_close({"o": found, "state": state.mT}, {"o": out, "state": states})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

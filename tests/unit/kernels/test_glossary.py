@@ -10,9 +10,10 @@ from taken import of_op
 from gdn2gen.codegen.render import render
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import DECODING_OPS, OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -47,8 +48,8 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
 
 def test_there_are_words_for_operands_and_no_others() -> None:
     of_chunks = {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
-    of_tokens = {x.name for op in OPS for x in RECURRENT.operands(of_op(GUESSED, op))}
-    of_parts = {y.name for x in PART_STAGES for y in (*x.inputs, *x.outputs)}
+    of_tokens = {x.name for op in DECODING_OPS for x in RECURRENT.operands(of_op(GUESSED, op))}
+    of_parts = {y.name for x in (*PART_STAGES, *MAMBA3_STAGES) for y in (*x.inputs, *x.outputs)}
     assert {*WORDS} == of_chunks | of_tokens | of_parts
 
 
@@ -60,7 +61,7 @@ def test_a_kernel_says_what_each_argument_is(problem: Problem, op: str, stage: s
     assert [*glossary(problem, stage)] == names
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DECODING_OPS)
 def test_a_kernel_over_tokens_says_it_too(op: str) -> None:
     for problem in (GUESSED, DecodingProblem(initial_state=True, final_state=True)):
         problem = of_op(problem, op)

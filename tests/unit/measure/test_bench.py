@@ -17,12 +17,12 @@ from taken import of_op
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DeviceError, StoreError, UnsupportedError
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, gate_parameters
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.kernels import floor
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure import accuracy, results, sides, timing
+from gdn2gen.measure import accuracy, peers, results, sides, timing
 from gdn2gen.measure.rows import Row, StageRow
 from gdn2gen.measure.sides import Errors, Side
 from gdn2gen.measure.timing import Timing
@@ -78,16 +78,64 @@ def test_relative_errors():
     assert math.isinf(errors["nan"]) and math.isinf(errors["gone"])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_fla_that_is_not_installed_is_named(monkeypatch, op):
-    from gdn2gen.measure.sides import fla_op
+OF_FLA = [op for op in OPS if recurrence_named(op).public.fla]
 
+
+@pytest.mark.parametrize("op", OF_FLA)
+def test_fla_that_is_not_installed_is_named(monkeypatch, op):
     monkeypatch.setitem(sys.modules, f"fla.ops.{op}", None)
     with pytest.raises(UnsupportedError, match=f"flash-linear-attention with fla.ops.{op}"):
-        fla_op(op, "lean")
+        peers.peer_op("fla", op, "lean")
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_mamba_ssm_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", None)
+    with pytest.raises(UnsupportedError, match=r"needs mamba_ssm\.ops\.triton\.ssd_combined"):
+        peers.peer_op("mamba_ssm", "mamba2", "lean")
+    with pytest.raises(UnsupportedError, match="mamba_ssm has no gdn2"):
+        peers.peer_op("mamba_ssm", "gdn2", "lean")
+    with pytest.raises(UnsupportedError, match="flash-linear-attention has no mamba2"):
+        peers.peer_op("fla", "mamba2", "lean")
+
+
+def test_mamba_ssm_is_called_by_its_own_names(monkeypatch):
+    """Ours stands for it: both sides then give the same bits, at one group of heads."""
+    from gdn2gen import mamba_chunk_scan_combined
+
+    module = SimpleNamespace(mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", module)
+    problem = Problem(
+        "mamba2", K=16, V=24, dtype="fp32", gate="softplus", final_state=True, initial_state=True,
+        **gate_parameters("mamba2", "softplus"),
+    )  # fmt: skip
+    shape = Shape("tiny", 1, 9, 4, groups=1)
+    inputs = accuracy.inputs_of(problem, shape, "layer", 0, "cpu")
+    gradients = accuracy.output_gradients(problem, shape, 0, "cpu")
+    assert inputs["q"].shape[2] == 1 and {"rate", "dt_bias", "D", "z"} <= {*inputs}
+    ours, theirs, plain = (
+        accuracy.run_op(x, problem, inputs, gradients)
+        for x in (
+            sides.our_op("mamba2", "lean"),
+            peers.peer_op("mamba_ssm", "mamba2", "lean"),
+            accuracy.public_op("mamba2"),
+        )
+    )
+    assert {*ours} == {*theirs} == {*plain} >= {"o", "final_state", "drate", "dz", "dD"}
+    assert all(torch.equal(ours[x], theirs[x]) for x in ours)
+    assert max(accuracy.relative_errors(ours, plain).values()) < 1e-6
+
+
+def test_a_step_is_measured_with_weak_and_with_strong_decay():
+    problem = Problem("mamba2", gate="softplus", **gate_parameters("mamba2", "softplus"))
+    found = {}
+    for pattern in ("layer", "strong", "zero"):
+        x = accuracy.inputs_of(problem, Shape("tiny", 1, 99, 8, groups=1), pattern, 0, "cpu")
+        step = torch.nn.functional.softplus(x["dt"] + x["dt_bias"])
+        found[pattern] = (step * x["rate"]).mean().item()
+    assert -1 < found["layer"] < -0.05 and found["strong"] < -10 and found["zero"] == 0
+
+
+@pytest.mark.parametrize("op", OF_FLA)
 def test_both_sides_are_given_the_same_and_only_what_they_take(monkeypatch, op):
     """FLA's ops swallow keywords that they do not know."""
     asked = {}
@@ -100,7 +148,7 @@ def test_both_sides_are_given_the_same_and_only_what_they_take(monkeypatch, op):
     monkeypatch.setitem(sys.modules, f"fla.ops.{op}", SimpleNamespace(**{chunk: fla}))
     problem = of_op(Problem(gate="softplus", has_A_log=True), op)
     inputs = accuracy.inputs_of(problem, Shape("tiny", 1, 5, 2), "layer", 0, "cpu")
-    sides.fla_op(op, "lean")(**inputs, **accuracy.op_flags(problem))
+    peers.fla_op(op, "lean")(**inputs, **accuracy.op_flags(problem))
     assert {*asked} <= {*inspect.signature(accuracy.public_op(op)).parameters}
     of_beta = {"use_beta_sigmoid_in_kernel", "allow_neg_eigval"}
     assert of_beta & {*asked} == (of_beta if recurrence_named(op).activates_beta else set())
@@ -116,8 +164,6 @@ def test_a_beta_before_its_sigmoid_has_either_sign():
 
 @pytest.mark.parametrize(("level", "keeps"), [("lean", False), ("fast", True)])
 def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
-    from gdn2gen.measure.sides import fla_op
-
     asked = {}
 
     def chunk_gdn2(**arguments):
@@ -125,7 +171,7 @@ def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
         return torch.zeros(1), None
 
     monkeypatch.setitem(sys.modules, "fla.ops.gdn2", SimpleNamespace(chunk_gdn2=chunk_gdn2))
-    fla_op("gdn2", level)(lower_bound=-2.0)
+    peers.fla_op("gdn2", level)(lower_bound=-2.0)
     assert asked == {"lower_bound": -2.0, "safe_gate": True, "disable_recompute": keeps}
 
 

@@ -84,7 +84,7 @@ def test_no_tokens() -> None:
         ({"z": torch.zeros(2, 40, 4, 16, device="meta")}, "z must be on cpu like x"),
         ({"seq_idx": torch.zeros(2, 40)}, "seq_idx must be int32 or int64, but got torch.float32"),
         ({"return_varlen_states": True}, "needs cu_seqlens, but got None"),
-        ({"initial_states": torch.zeros(2, 4, 24, 16)}, "initial_state must be"),
+        ({"initial_states": torch.zeros(2, 4, 24, 16)}, r"initial_states must be \(2, 4, 16, 24\)"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], said: str) -> None:

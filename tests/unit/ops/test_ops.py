@@ -133,6 +133,7 @@ REFUSED: Final[dict[str, tuple[Change, str]]] = {
     ),
     "packed-copy-alone": (lambda x: {"cu_seqlens_cpu": CU}, "without cu_seqlens"),
     "scale": (lambda x: {"scale": "1"}, "scale must be a number, but got str"),
+    "scale-wide": (lambda x: {"scale": 10**400}, "a float can hold, but got an int of 1329 bits"),
     "scale-bool": (lambda x: {"scale": True}, "scale must be a number, but got bool"),
 }
 # Of those that decay.
@@ -223,14 +224,14 @@ OF_ARGUMENT: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         ),
         "gamma-heads": (
             lambda x: {"g": None, "g_gamma": torch.zeros(3)},
-            "g must have H=2 or HV=4 heads, but got 3",
+            "g_gamma must have H=2 or HV=4 heads, but got 3",
         ),
     },
     "allow_neg_eigval": {
         "neg": (lambda x: {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel=True"),
     },
     "return_intermediate_states": {
-        "intermediate": (lambda x: {"return_intermediate_states": True}, "not built yet"),
+        "intermediate": (lambda x: {"return_intermediate_states": 1}, "must be True or False"),
     },
     "chunk_size": {
         "chunk-size": (lambda x: {"chunk_size": 48}, r"must be one of \(16, 32, 64\), .* got 48"),
@@ -268,6 +269,21 @@ OF_ONE: Final[dict[str, dict[str, tuple[Change, str]]]] = {
         "device-beta": (lambda x: {"beta": meta(x["beta"])}, "beta must be on cpu like q"),
     },
 }
+OF_ONE["mamba2"] = {
+    "rank-dt": (lambda x: {"dt": x["dt"][..., None]}, r"dt must be \[B, T, heads\]"),
+    "heads-dt": (lambda x: {"dt": x["dt"][..., :2]}, r"dt must be \(2, 20, 4\), .*\(2, 20, 2\)"),
+    "dtype-dt": (lambda x: {"dt": x["dt"].int()}, "dt must be bfloat16.*torch.int32"),
+    "shape-rate": (lambda x: {"rate": torch.zeros(3)}, r"rate must be \[4\], but got \(3,\)"),
+    "dtype-rate": (lambda x: {"rate": torch.zeros(HV).int()}, "rate must be bfloat16.*int32"),
+    "shape-D": (lambda x: {"D": torch.zeros(HV)}, r"D must be \[256\] or \[4, 64\], .*\(4,\)"),
+    "shape-z": (
+        lambda x: {"z": x["v"][..., :1]},
+        r"z must be .*\(2, 20, 4, 1\)",
+    ),
+    "dtype-z": (lambda x: {"z": x["v"].half()}, "z must have the dtype of q.*torch.float16"),
+    "device-z": (lambda x: {"z": meta(x["v"])}, "z must be on cpu like q, but is on meta"),
+    "bias-alone": (lambda x: {"dt_bias": torch.zeros(HV)}, "dt_bias was given, but use_gate"),
+}
 OF_ONE |= dict.fromkeys(("gated_delta_rule", "delta_rule"), OF_ONE["kda"])
 
 
@@ -275,7 +291,9 @@ def refused(op: str) -> dict[str, tuple[Change, str]]:
     """What the op refuses, by its declaration."""
     recurrence = recurrence_named(op)
     found = REFUSED | OF_ONE.get(op, {})
-    if recurrence.decay is not None:
+    if not recurrence.takes("scale"):
+        found = {name: x for name, x in found.items() if not name.startswith("scale")}
+    if recurrence.decay is not None and not recurrence.stepped:
         found |= OF_ANY_DECAY | OF_DECAY[recurrence.decays_by]
     if op_checks.has_gate(op):
         found |= OF_GATE | OF_BOUND[recurrence.bounded]
@@ -295,7 +313,7 @@ KERNELS_REFUSE: Final[dict[str, tuple[dict[str, Any], str]]] = {
 # The same, whatever was verified.
 KERNELS_NEVER_TAKE: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "double": ({"dtype": torch.float64}, "q must be .*float64"),
-    "double-g": ({"gate_dtype": torch.float64}, "g must be .*float64"),
+    "double-g": ({"gate_dtype": torch.float64}, "(g|dt) must be .*float64"),
 }
 ODD: Final[dict[str, tuple[Change, str]]] = {
     "type-cu_seqlens": (lambda x: row(x) | {"cu_seqlens": [0, T]}, "cu_seqlens"),
@@ -383,6 +401,7 @@ SAID: Final = {
     "delta_rule": "    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T\n",
     "gla": "    S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T\n",
     "simple_gla": "    g_gamma: [HG] bfloat16, float16 or float32: in place of g, what every",
+    "mamba2": "    o_t = (S_t^T q_t + D v_t) * silu(z_t)\n",
 }
 
 

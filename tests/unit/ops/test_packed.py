@@ -76,3 +76,23 @@ def test_packed_in_inference_mode() -> None:
         o, _ = gdn2gen.chunk_gdn2(**inputs)
     outside = {name: x.clone() for name, x in inputs.items()}
     assert torch.equal(o, gdn2gen.chunk_gdn2(**outside)[0])
+
+
+def test_room_for_sequences_as_flash_linear_attention_is_told() -> None:
+    """Those that are not there have no tokens: their states pass through."""
+    given: dict[str, Any] = {**make_inputs(1, 40, 1, 32, 32, op="kda", cu_seqlens=(0, 20, 40))}
+    flags: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    o, state = gdn2gen.chunk_kda(**given, **flags)
+    padded = given | {"cu_seqlens": torch.tensor([0, 20, 40, 40, 40])}
+    room = {"use_graph": True, "max_num_seqs": 4}
+    o_padded, states = gdn2gen.chunk_kda(**padded, **flags, **room)
+    assert state is not None and states is not None
+    assert torch.equal(o, o_padded) and torch.equal(states[:2], state) and not states[2:].any()
+    for changes, words in (
+        ({"max_num_seqs": 4}, "wants cu_seqlens of 5 numbers, but got 3 numbers: repeat"),
+        ({"max_num_seqs": 4, "cu_seqlens": None}, "but got None"),
+        ({"max_num_seqs": True}, "max_num_seqs must be an int or None, but got bool"),
+        ({"use_graph": 1}, "use_graph must be True or False"),
+    ):
+        with pytest.raises(InputError, match=words):
+            gdn2gen.chunk_kda(**given | changes)

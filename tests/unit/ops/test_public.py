@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from gdn2gen.family.prefill import PREFILL_KEYWORDS
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.measure.accuracy import public_op
 
@@ -14,4 +15,9 @@ from gdn2gen.measure.accuracy import public_op
 def test_arguments_are_declared_in_their_order(op: str) -> None:
     member = recurrence_named(op)
     names = (*(x.name for x in member.required), *member.public.arguments)
-    assert tuple(inspect.signature(public_op(op)).parameters) == names
+    parameters = inspect.signature(public_op(op)).parameters
+    keywords = [x for x, y in parameters.items() if y.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert tuple(x for x in parameters if x not in keywords) == names
+    states = () if "return_intermediate_states" in names else ("return_intermediate_states",)
+    graphs = ("use_graph", "max_num_seqs") if op == "kda" else ()
+    assert (*keywords,) == (*states, *graphs, *PREFILL_KEYWORDS)

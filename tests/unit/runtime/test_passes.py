@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from taken import having
 from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, language_of
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.schedule import Buffer
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime import passes
@@ -51,9 +53,9 @@ def _configs() -> list[Config]:
     """The default of every stage, and what there is in TileLang."""
     scans = ("scan", "scan_states", "rescan", "reverse_scan")
     return [
-        *(default_config(stage, _PROBLEM) for stage in STAGES),
+        *(default_config(stage, having(_PROBLEM, stage)) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
-        *(tilelang_by_chunk(stage, _PROBLEM) for stage in STAGES if stage not in scans),
+        *(tilelang_by_chunk(stage, _PROBLEM) for stage in stages_of("gdn2") if stage not in scans),
     ]
 
 
@@ -61,7 +63,7 @@ def _configs() -> list[Config]:
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_launches_take_the_operands_in_their_order(config: Config, packed: bool) -> None:
     """A pass hands the tensors over by position, and the scalars by name."""
-    problem = replace(_PROBLEM, varlen=packed)
+    problem = having(replace(_PROBLEM, varlen=packed), config.stage)
     tree = ast.parse(render(problem, config.stage, config).source)
     (launch,) = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "launch"]
     stage = STAGES[config.stage]

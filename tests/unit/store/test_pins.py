@@ -11,7 +11,7 @@ import pytest
 
 import gdn2gen
 from gdn2gen.base.device import named_device
-from gdn2gen.base.errors import DispatchError
+from gdn2gen.base.errors import DispatchError, InputError
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import lookup
@@ -117,3 +117,9 @@ def test_what_cannot_be_read_is_refused_by_name(broken: dict[str, Any]) -> None:
     raw = {**_default()["recipes"][0], **broken}
     with pytest.raises(DispatchError, match="a pinned recipe cannot be read: "):
         gdn2gen.pin({"recipes": [raw]})
+
+
+@pytest.mark.parametrize("given", [{"recipes": None}, {"recipes": [1]}, [1], "recipes"])
+def test_what_no_process_gave_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=r"recipes must be what `gdn2gen.pin\(\)` gave"):
+        gdn2gen.pin(given)

@@ -7,6 +7,7 @@ import random
 
 import optuna
 import pytest
+from taken import having
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources
@@ -28,7 +29,7 @@ PROBLEM = Problem()
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("K", [32, 128])
 def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
-    problem = Problem(K=K, V=K)
+    problem = having(Problem(K=K, V=K), stage)
     place = Place(problem, 64, "sm_90")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
@@ -42,7 +43,7 @@ def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("K", [32, 64, 128])
 def test_the_default_is_in_the_space(stage, K):
-    problem = Problem(K=K, V=K)
+    problem = having(Problem(K=K, V=K), stage)
     config = default_config(stage, problem)
     assert space.parameters(config, Place(problem, config.size("BT"), "sm_90")) is not None
     assert config in set(space.valid_configs(stage, problem, H200, config.size("BT")))

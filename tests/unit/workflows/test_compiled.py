@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _first_call(folder: Path, elsewhere: Path, tokens: int) -> Any:
+def _first_call(folder: Path, elsewhere: Path, tokens: int, *serving: str) -> Any:
     environment = {
         "GDN2GEN_COMPILED_DIR": str(folder),
         "GDN2GEN_UNVERIFIED": "verify",
@@ -57,6 +57,7 @@ def _first_call(folder: Path, elsewhere: Path, tokens: int) -> Any:
             "32",
             str(tokens),
             "2",
+            *serving,
         ],
         env=environment,
         capture_output=True,
@@ -80,6 +81,20 @@ def test_a_process_without_compiler_and_home_runs_what_ships(folder: Path, tmp_p
     assert [*tmp_path.rglob("*.cubin")] == [] and found["written"] == []
     assert found["imported"] == []
     assert before == {x: x.stat().st_mtime_ns for x in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_prefill_for_serving_runs_what_ships(tmp_path: Path) -> None:
+    """States in a pool, checkpoints, and those on the way: nothing is compiled for them."""
+    folder, elsewhere = tmp_path / "kernels", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    options: dict[str, Any] = {"head_dim": 32, "target": "sm_90", "language": "triton"}
+    compile_kernels(folder, "2x40x2", **options, backward=False, serving=True, decode="2x1x2")
+    found = _first_call(folder, elsewhere, 333, "serving")
+    assert found["launched"].count("read_kernel") == 4 == found["launched"].count("put_back_kernel")
+    assert found["launched"].count("scan_kernel") == 6
+    assert [x for x in found["started"] if "--version" not in x] == []
+    assert [*elsewhere.rglob("*.cubin")] == [] and found["written"] == []
 
 
 def test_a_folder_of_another_toolchain_is_not_used_and_says_so(

@@ -27,9 +27,20 @@ def test_a_process_that_was_warmed_up_loads_nothing_more(interpreter: Callable[.
     assert interpreter("warmup_checks:nothing_is_loaded_after") == [
         ("chunk_kda", "2x20x2", "lean"),
         ("chunk_kda", "2x20x2", "fast"),
+        ("chunk_kda", "2x20x2", "lean"),
         ("fused_recurrent_kda", "3x1x2", None),
         ("fused_recurrent_kda", "2x2x2", None),
     ]
+
+
+def test_decoding_is_warmed_up_as_asked(interpreter: Callable[..., Any]) -> None:
+    interpreter("warmup_checks:decoding_is_as_asked")
+
+
+@pytest.mark.parametrize("workers", ["2", 0, True, 1.5])
+def test_workers_are_a_number_of_processes(workers: Any) -> None:
+    with pytest.raises(InputError, match="workers must be an int of at least 1"):
+        gdn2gen.verify(workers=workers)
 
 
 def test_warming_up_needs_a_gpu() -> None:

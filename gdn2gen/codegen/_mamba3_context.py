@@ -1,0 +1,39 @@
+"""What templates around Mamba-3's scan are given beside what those of a layer's parts are."""
+
+from __future__ import annotations
+
+from gdn2gen.base import environment
+from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.kernels.slices import NARROWEST
+
+
+def mamba3_context(problem: Mamba3Problem) -> dict[str, object]:
+    N, P, S = problem.state_size, problem.head_dim, problem.angles
+    BN, BS, BP = _covering(N - 2 * S), _covering(S), _covering(P)
+    return {
+        "S": S,
+        # channels that are not rotated
+        "rest": N > 2 * S,
+        # the sides of a row: c what is rotated, r what is not
+        "sides": [*(["c"] if S else []), *(["r"] if N > 2 * S else [])],
+        "BN": BN,
+        "BS": BS,
+        "BP": BP,
+        # which columns of a tile there are, where it is wider
+        "inside": {
+            "s": "o_s < S" if BS != S else "",
+            "c": "o_c < 2 * S" if BS != S else "",
+            "r": "o_r < N" if BN != N - 2 * S else "",
+            "p": "o_p < P" if BP != P else "",
+        },
+        # sine and cosine by the GPU's own instructions
+        "approximate": problem.dtype != "fp32" and not environment.interpreted(),
+        "trap_dtype": f"tl.{DTYPE[problem.trap_dtype].full_name}",
+        "angle_dtype": f"tl.{DTYPE[problem.angle_dtype].full_name}",
+    }
+
+
+def _covering(size: int) -> int:
+    """A power of two, and no tile is narrower than 16."""
+    return 1 << (max(size, NARROWEST) - 1).bit_length()

@@ -1,0 +1,213 @@
+"""Stages of members whose heads share the scores of their group (`Recurrence.stepped`).
+
+A group's q and k score a chunk once. What its heads differ in is one decay between two tokens and
+one step of the token that is written, numbers by which the scans multiply the scores as they read
+them; they add the skip and take the output through its gate, too. Gradients of q and k are summed
+over heads where they are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.family.registry import STEP_OPS
+from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
+from gdn2gen.kernels.operands import (
+    CHUNK_TABLE,
+    DH,
+    DO,
+    INITIAL,
+    OUTPUT,
+    QK,
+    S_SEG,
+    SEQUENCES,
+    VW,
+    H,
+)
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+HEADS: Final = (1, 2, 4, 8, 16, 32)
+"""Heads of a group that a program of grad_group may take, one after the other."""
+
+_Q, _K = QK
+_V: Final = VW[0]
+_RATE: Final = Operand("rate", "HV", "fp32", "rate")
+_DT: Final = (Operand("dt", "B T HV", "gate"), Operand("dt_bias", "HV", "fp32", "dt_bias"))
+# From prepare_group on: of a group, and what the scans make each head's factors of.
+_SCORES: Final = Operand("scores", "NT H BT BT")
+_STEPS: Final = (
+    Operand("log_decay", "NT HV BT", "fp32"),
+    Operand("step", "NT HV BT", "fp32"),
+)
+# What follows o, and the gradient before it.
+_SKIP: Final = Operand("D", "HV V", "fp32", "D")
+_GATE: Final = Operand("z", "B T HV V", when="z")
+_DY: Final = Operand("dy", "B T HV V", when="z")
+# Without a gate that of o itself.
+_DO_OR_DY: Final = (replace(DO, when="no z"), _DY)
+_SCALARS: Final = ("T", "H", "HV")
+_SCAN_SCALARS: Final = ("T", "H", "HV", "NS", "segment")
+
+_ONLY_STEPS: Final = Limit("op", STEP_OPS, "the heads of other members have scores of their own")
+
+PREPARE_GROUP: Final = Stage(
+    name="prepare_group",
+    inputs=(*QK, _RATE, *_DT, *CHUNK_TABLE),
+    outputs=(_SCORES, *_STEPS),
+    scalars=_SCALARS,
+    products=("BT BT K",),
+    forms=(
+        Form(
+            "groups",
+            "triton",
+            "prepare_group",
+            knobs={
+                "BK": (32, 64, 128),
+                "num_warps": (1, 2, 4, 8),
+                "num_stages": LOADS_AHEAD,
+                "maxnreg": (0, 128),
+            },
+            defaults=(
+                Setting({"BK": 64, "num_warps": 4, "num_stages": 2}),
+                Setting({"BK": 32, "num_stages": 1}, FP32),
+            ),
+            leads={},
+            limits=(_ONLY_STEPS,),
+        ),
+    ),
+)
+
+# Whose products of 64 rows are made of a warp's, or in tensor memory.
+_NO_WGMMA: Final = (
+    *("sm_80", "sm_86", "sm_87", "sm_89"),
+    *("sm_100", "sm_101", "sm_103", "sm_120", "sm_121"),
+)
+
+# One chain per sequence, as of the scans of other members.
+_SERIAL: Final = Form(
+    "serial",
+    "triton",
+    "scan_group",
+    # two heads of a program read their group's q and k once, which is most of what a scan reads
+    knobs={
+        "heads": (1, 2),
+        "BV": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
+    defaults=(
+        Setting({"BV": 64, "num_warps": 4, "num_stages": 2}),
+        # left alone, ptxas gives up at 32 registers a thread on sm_80, and 4.7 KB of spills
+        Setting({"BV": 32, "num_warps": 8}, {"arch": _NO_WGMMA}),
+        Setting({"BV": 32}, {"K": WIDE}),
+        Setting({"BV": 16, "num_stages": 1}, FP32),
+    ),
+    leads={},
+    limits=(_ONLY_STEPS,),
+    ahead=(Operand("q", "BT K"), Operand("k", "BT K")),
+)
+_BACK: Final = (*_SERIAL.ahead, Operand("do", "BT BV"))
+
+SCAN_GROUP: Final = Stage(
+    name="scan_group",
+    inputs=(_V, *QK, *_STEPS, _SCORES, _SKIP, _GATE, *INITIAL, *SEQUENCES),
+    outputs=(OUTPUT, S_SEG, Operand("final_state", "N HV K V", "fp32", "final_state")),
+    scalars=_SCAN_SCALARS,
+    count="n_sequences",
+    products=("K V BT", "BT V K", "BT V BT"),
+    forms=(_SERIAL,),
+)
+
+RESCAN_GROUP: Final = Stage(
+    name="rescan_group",
+    inputs=(
+        _V,
+        # what o goes through its gate as, made again: the gate's gradient reads it
+        replace(_Q, when="z"),
+        _K,
+        *_STEPS,
+        replace(_SCORES, when="z"),
+        replace(_SKIP, when="D and z"),
+        _GATE,
+        replace(DO, when="z"),
+        S_SEG,
+        *SEQUENCES,
+    ),
+    outputs=(H, Operand("dz", "B T HV V", when="z"), _DY),
+    scalars=_SCAN_SCALARS,
+    count="n_sequences",
+    products=("K V BT",),
+    # four warps would spill 384 bytes a thread where it makes o again
+    forms=(
+        replace(_SERIAL, defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)}))),
+    ),
+)
+
+REVERSE_SCAN_GROUP: Final = Stage(
+    name="reverse_scan_group",
+    inputs=(
+        *QK,
+        *_STEPS,
+        _SCORES,
+        _SKIP,
+        *_DO_OR_DY,
+        Operand("dht", "N HV K V", "fp32", "final_state"),
+        *SEQUENCES,
+    ),
+    outputs=(
+        DH,
+        Operand("dv", "B T HV V"),
+        Operand("dh0", "N HV K V", "fp32", "initial_state"),
+    ),
+    scalars=_SCAN_SCALARS,
+    count="n_sequences",
+    products=("BT V BT", "BT V K", "K V BT"),
+    forms=(replace(_SERIAL, template="reverse_scan_group", ahead=_BACK),),
+)
+
+GRAD_GROUP: Final = Stage(
+    name="grad_group",
+    inputs=(*QK, _RATE, *_DT, *_STEPS, H, _V, DH, *_DO_OR_DY, *CHUNK_TABLE),
+    outputs=(
+        Operand("dq", "B T HP K"),
+        Operand("dk", "B T HP K"),
+        Operand("decay_part", "NT HV NK BT", "fp32"),
+        Operand("step_part", "NT HV NK BT", "fp32"),
+        Operand("ddt", "B T HV", "gate"),
+        Operand("drate", "NT HV", "fp32", "rate"),
+        Operand("ddt_bias", "NT HV", "fp32", "dt_bias"),
+        Operand("dD", "NT HV V", "fp32", "D"),
+    ),
+    scalars=_SCALARS,
+    # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
+    products=("BT K V", "BT K V", "BT BT V"),
+    forms=(
+        Form(
+            "groups",
+            "triton",
+            "grad_group",
+            knobs={
+                "heads": HEADS,
+                "BK": (16, 32, 64, 128),
+                "num_warps": (2, 4, 8),
+                "num_stages": LOADS_AHEAD,
+                "maxnreg": (0, 128, 168, 208),
+            },
+            defaults=(
+                Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 1}),
+                Setting({"num_warps": 8}, {"BT": (64,)}),
+                Setting({"BK": 32}, {"arch": _NO_WGMMA}),
+                Setting({"BK": 32}, {"V": WIDE}),
+                # left alone, ptxas gives up at 32 registers a thread and 5 KB of spills; 1.8 KB
+                Setting({"BK": 16, "num_warps": 8, "maxnreg": 208}, FP32),
+            ),
+            leads={},
+            limits=(_ONLY_STEPS,),
+            ahead=(
+                *(Operand(name, "V BK") for name in ("h", "dh")),
+                *(Operand(name, "BT V") for name in ("v", "do")),
+            ),
+        ),
+    ),
+)

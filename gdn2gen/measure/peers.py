@@ -1,0 +1,116 @@
+"""What other libraries have of a recurrence, called as ours is: the other side of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Final
+
+from torch import Tensor
+
+from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.measure.accuracy import OpFunction
+
+_MAMBA_SSM: Final = "mamba_ssm.ops.triton.ssd_combined"
+# Tokens of a chunk, as the layers of mamba_ssm pass them.
+_CHUNK_SIZE: Final = 256
+
+
+def peer_op(peer: str, op: str, level: str) -> OpFunction:
+    """The op of a peer, `fla` or `mamba_ssm`, which need not be installed.
+
+    Raises UnsupportedError where it is not, or has no such op.
+    """
+    return fla_op(op, level) if peer == "fla" else mamba_ssm_op(op)
+
+
+def fla_op(op: str, level: str) -> OpFunction:
+    """flash-linear-attention's op, told to recompute as `level` is; it may not be installed.
+
+    Raises UnsupportedError then.
+    """
+    public = recurrence_named(op).public
+    if not public.fla:
+        raise UnsupportedError(f"flash-linear-attention has no {op}: leave `--vs fla` out")
+    try:
+        function = getattr(import_module(public.fla), public.chunk)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the comparison needs flash-linear-attention with {public.fla} ({error}); "
+            "run `pip install flash-linear-attention`, or leave `--vs fla` out"
+        ) from error
+
+    has_safe_gate = "safe_gate" in public.arguments
+
+    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # FLA takes a lower bound only together with its safe gate.
+        safe = arguments.get("lower_bound") is not None
+        fast = level == "fast"
+        # FLA's ops swallow keywords that they do not know
+        own = {"safe_gate": safe, "disable_recompute": fast} if has_safe_gate else {}
+        o, state = function(**arguments, **own)
+        return o, state
+
+    return call
+
+
+def mamba_ssm_op(op: str) -> OpFunction:
+    """mamba_ssm's op, of which its Triton files alone have to be importable.
+
+    Raises UnsupportedError where they are not, and for any other recurrence than Mamba-2.
+    """
+    if op != "mamba2":
+        raise UnsupportedError(f"mamba_ssm has no {op}: leave `--vs mamba_ssm` out")
+    try:
+        function = import_module(_MAMBA_SSM).mamba_chunk_scan_combined
+    except Exception as error:  # its modules import much that may be missing or of another version
+        raise UnsupportedError(
+            f"the comparison needs {_MAMBA_SSM} ({type(error).__name__}: {error}); install "
+            "mamba-ssm, or unpack its sdist where Python finds it, or leave `--vs mamba_ssm` out"
+        ) from error
+    return as_mamba_ssm(function)
+
+
+def as_mamba_ssm(function: Callable[..., Any]) -> OpFunction:
+    """An op with mamba_ssm's arguments, called by the names of `chunk_mamba2`."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_gate_in_kernel: bool = False,
+        rate: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        state_v_first: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if cu_seqlens is not None:
+            raise UnsupportedError("packed sequences are compared by no benchmark of mamba2 yet")
+        if initial_state is not None and not state_v_first:
+            initial_state = initial_state.mT
+        found = function(
+            v,
+            dt,
+            -v.new_ones(v.shape[2], dtype=dt.dtype) if rate is None else rate,
+            k,
+            q,
+            _CHUNK_SIZE,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            initial_states=initial_state,
+            dt_softplus=use_gate_in_kernel,
+            return_final_states=output_final_state,
+        )
+        if not output_final_state:
+            return found, None
+        o, state = found
+        return o, state if state_v_first else state.mT
+
+    return call

@@ -1,0 +1,186 @@
+"""Scan the chunks of a sequence in order.
+
+One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
+that it is the left operand of every product and never leaves the registers. At the start of every
+segment of chunks it is written out, for the backward to start from. The compiler gives the loads to
+a warp group of its own, which fills 2 stages of shared memory ahead of the products.
+
+    R^T = (w v)^T A^T + S^T Y^T          Y = -A E
+    O^T = S^T Qg^T + R^T Aqk^T
+    S^T <- S^T Diag(gamma_C) + R^T Ktail
+
+    v              [B, T, HV, V]      bf16  values
+    w              [B, T, HV, V]      bf16  write gate
+    Qg             [NT, HV, BT, K]    bf16  queries, scaled and decayed from the chunk's start
+    Y              [NT, HV, BT, K]    bf16  erasing keys through the inverse, -A E
+    Ktail          [NT, HV, BT, K]    bf16  keys, decayed to the chunk's end
+    gamma_C        [NT, HV, K]        fp32  decay of the whole chunk
+    A              [NT, HV, BT, BT]   bf16  inverse of I + T, lower triangle
+    Aqk            [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
+    initial_state  [N, HV, K, V]      fp32  state before the first token
+    o              [B, T, HV, V]      bf16  output
+    S_seg          [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
+    final_state    [N, HV, K, V]      fp32  state after the last token
+
+Problem: gdn2 K=72 V=40 bf16, g fp32, l2norm, softplus gate
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
+Template digest 32e1cf1d2f6eb4eb; made by
+    gdn2gen generate --op gdn2 --head-dim 72,40 --dtype bf16 --gate-dtype fp32 --gate softplus \
+      --with=A_log,dt_bias,initial_state,final_state --stage scan --config \
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
+"""
+
+from functools import cache
+
+
+K, V = 72, 40
+KT = 96  # K in tiles of 32 columns: loads past its end give zeros, and nothing is stored there
+BT, BV = 32, 64
+IO = "bfloat16"
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+
+    B, T, HV, NT, NS = (
+        tile.dynamic(name) for name in ("B", "T", "HV", "NT", "NS")
+    )
+    # a warp keeps whole rows of the state, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    @tile.prim_func
+    def scan(
+        v: tile.Tensor([B, T, HV, V], "bfloat16"),
+        w: tile.Tensor([B, T, HV, V], "bfloat16"),
+        Qg: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Y: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        Ktail: tile.Tensor([NT, HV, BT, K], "bfloat16"),
+        gamma_C: tile.Tensor([NT, HV, K], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        initial_state: tile.Tensor([B, HV, K, V], "float32"),
+        o: tile.Tensor([B, T, HV, V], "bfloat16"),
+        S_seg: tile.Tensor([B, HV, NS, V, K], "float32"),
+        final_state: tile.Tensor([B, HV, K, V], "float32"),
+        segment: tile.int32,
+    ):
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
+        with tile.Kernel(
+            (V // BV + 1), HV, B, threads=128
+        ) as (i_v, i_h, i_n):
+            n_chunks = tile.ceildiv(T, BT)
+            i_first = i_n * n_chunks
+            i_b = i_n
+            i_start = 0
+            n_tokens = T
+
+            s_v = tile.alloc_shared([BT, BV], IO)
+            s_w = tile.alloc_shared([BT, BV], IO)
+            s_Z = tile.alloc_shared([BT, BV], IO)
+            s_Y = tile.alloc_shared([BT, KT], IO)
+            s_Ktail = tile.alloc_shared([BT, KT], IO)
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_gamma = tile.alloc_shared([KT], "float32")
+            s_Qg = tile.alloc_shared([BT, KT], IO)
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+            s_o = tile.alloc_shared([BT, BV], IO)
+            b_o = tile.alloc_fragment([BV, BT], "float32")
+            b_o_rows = tile.alloc_fragment([BT, BV], IO)
+            b_S = tile.alloc_fragment([BV, KT], "float32")
+            b_Sd = tile.alloc_fragment([BV, KT], IO)
+            b_R = tile.alloc_fragment([BV, BT], "float32")
+            b_Rd = tile.alloc_fragment([BV, BT], IO)
+            # a thread's part of a result, in the order in which stores transpose it
+            by_channels = tile.Fragment(
+                [BT, BV],
+                forward_thread_fn=lambda i, j: j // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+                forward_index_fn=lambda i, j: i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+            )
+            tile.annotate_layout({b_o_rows: by_channels})
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
+            hold = tile.alloc_local([1], "float32")
+
+            for i, j in tile.Parallel(BV, KT):
+                b_S[i, j] = tile.if_then_else(i_v * BV + i < V and j < K, initial_state[i_n, i_h, j, i_v * BV + i], 0.0)
+            n_kept = tile.alloc_local([1], "int32")
+            n_kept[0] = 0
+            for i_t in tile.Pipelined(n_chunks, num_stages=2):
+                i_c = i_first + i_t
+                i_row = i_start + i_t * BT
+                tile.copy(Y[i_c, i_h, :, 0:KT], s_Y)
+                tile.copy(v[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_v)
+                tile.copy(w[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_w)
+                tile.copy(A[i_c, i_h, :, :], s_A)
+                tile.copy(gamma_C[i_c, i_h, 0:KT], s_gamma)
+                tile.copy(Ktail[i_c, i_h, :, 0:KT], s_Ktail)
+                tile.copy(Qg[i_c, i_h, :, 0:KT], s_Qg)
+                tile.copy(Aqk[i_c, i_h, :, :], s_Aqk)
+
+                if i_t == n_kept[0] * segment:
+                    for i, j in tile.Parallel(BV, KT):
+                        if i_v * BV + i < V and j < K:
+                            S_seg[i_n, i_h, n_kept[0], i_v * BV + i, j] = b_S[i, j]
+                    n_kept[0] += 1
+                tile.copy(b_S, b_Sd)
+                tile.wgmma_gemm(b_Sd, s_Y, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_Sd, s_Qg, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
+                # meanwhile; rows past the end of the sequence are another one's
+                for i, j in tile.Parallel(BT, BV):
+                    s_Z[i, j] = tile.if_then_else(
+                        i_t * BT + i < n_tokens,
+                        tile.cast(s_v[i, j], "float32") * tile.cast(s_w[i, j], "float32"),
+                        0.0,
+                    )
+                tile.wgmma_gemm(s_Z, s_A, b_R, transpose_A=True, transpose_B=True, policy=ROWS)
+                for i, j in tile.Parallel(BV, KT):
+                    b_S[i, j] *= s_gamma[j]
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_Y[0, 0], "float32")
+                hold[0] = tile.cast(s_Qg[0, 0], "float32")
+                hold[0] = tile.cast(s_A[0, 0], "float32")
+                hold[0] = tile.cast(s_v[0, 0], "float32")
+                hold[0] = tile.cast(s_w[0, 0], "float32")
+
+                tile.copy(b_R, b_Rd)
+                tile.wgmma_gemm(b_Rd, s_Ktail, b_S, policy=ROWS)
+                tile.wgmma_gemm(b_Rd, s_Aqk, b_o, transpose_B=True, policy=ROWS)
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_Ktail[0, 0], "float32")
+                hold[0] = tile.cast(s_Aqk[0, 0], "float32")
+                hold[0] = tile.cast(s_gamma[0], "float32")
+
+                for i, j in tile.Parallel(BV, BT):
+                    b_o_rows[j, i] = b_o[i, j]
+                tile.tma_store_wait(0)
+                tile.copy(b_o_rows, s_o)
+                tile.tma_copy(s_o, o[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+
+            tile.tma_store_wait(0)
+
+            for i, j in tile.Parallel(BV, KT):
+                if i_v * BV + i < V and j < K:
+                    final_state[i_n, i_h, j, i_v * BV + i] = b_S[i, j]
+
+    return scan
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program())
+
+
+def launch(
+    v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state, *, n_sequences,
+    T, HV, NS, segment
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        final_state.copy_(initial_state)
+        return
+    compiled()(v, w, Qg, Y, Ktail, gamma_C, A, Aqk, initial_state, o, S_seg, final_state,
+        segment)

@@ -1,0 +1,260 @@
+"""mamba3_siso_combined beside its recurrence in fp64: every output and gradient."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen import mamba3_siso_combined, mamba3_siso_step
+from gdn2gen.base.environment import verifying
+from gdn2gen.family.mamba3 import recurrent
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
+from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.runtime import mamba3 as kernels
+from gdn2gen.runtime import mamba3_ops, passes
+
+LIMIT: Final = 1e-5
+CASES: Final[dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "layer": {"D": True, "Z": True, "states": True},
+    "packed": {"cu_seqlens": (0, 0, 7, 8, 40, 40), "states": True, "Z": True},
+    "packed-from-nothing": {"cu_seqlens": (0, 0, 7, 8, 40), "D": True},
+    "strong": {"decay": 60.0, "states": True, "groups": 2},
+    "no-angles": {"angles": 0, "states": True},
+    "all-angles": {"angles": 12, "sizes": (4, 16, 24), "groups": 2},
+    "one-token": {"T": 1, "states": True, "D": True},
+}
+# More tiles than sums over them take at once.
+LONG: Final = {"cu_seqlens": (0, 265, 272), "sizes": (4, 16, 24), "Z": True, "states": True}
+STATES: Final = ("angle", "ssm", "k", "v")
+
+
+def draw(
+    case: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Any]:
+    """The op's arguments; of Input_States its tensors one by one, see `arguments`."""
+    rng = torch.Generator().manual_seed(0)
+    H, P, N = case.get("sizes", (2, 16, 24))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    cu_seqlens = case.get("cu_seqlens")
+    b, T = 1 if cu_seqlens else 2, case.get("T", 40)
+    T = cu_seqlens[-1] if cu_seqlens and T else T
+    S, groups, decay = case.get("angles", 6), case.get("groups", 1), case.get("decay", 1.0)
+    DT = 0.5 * normal(b, H, T).abs()
+    made = {
+        "Q": normal(b, T, groups, N), "K": normal(b, T, groups, N), "V": normal(b, T, H, P),
+        "ADT": -DT * decay * normal(b, H, T).abs(), "DT": DT, "Trap": 2.0 * normal(b, H, T),
+        "Q_bias": 1.0 + 0.1 * normal(H, N), "K_bias": 1.0 + 0.1 * normal(H, N),
+        "Angles": 2.0 * normal(b, T, H, S),
+    }  # fmt: skip
+    if case.get("D"):
+        made["D"] = normal(H)
+    if case.get("Z"):
+        made["Z"] = normal(b, T, H, P)
+    if case.get("states"):
+        n = len(cu_seqlens) - 1 if cu_seqlens else b
+        made["angle"], made["ssm"] = 6.0 * torch.rand(n, H, S, generator=rng), normal(n, H, P, N)
+        made["k"], made["v"] = normal(n, H, N), normal(n, H, P)
+    for name in ("Q", "K", "V", "Z", "v"):
+        if name in made:
+            made[name] = made[name].to(dtype)
+    if cu_seqlens:
+        made["cu_seqlens"] = torch.tensor(cu_seqlens)
+    return {name: x.to(device) for name, x in made.items()}
+
+
+def arguments(made: dict[str, Any]) -> dict[str, Any]:
+    found = dict(made)
+    if "ssm" in found:
+        found["Input_States"] = tuple(found.pop(x) for x in STATES)
+    return found
+
+
+@verifying()
+def results(
+    made: dict[str, Any], wide: bool = False, op: Any = mamba3_siso_combined
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of the op and of the recurrence; `wide`: the op's in fp64, too."""
+    floating = {x: y for x, y in made.items() if y.is_floating_point()}
+    exact = {x: y.double().requires_grad_() for x, y in floating.items()}
+    ours = {x: (y.double() if wide else y).clone().requires_grad_() for x, y in floating.items()}
+    found = op(**arguments({**made, **ours}), return_final_states=True)
+    out, states = recurrent(**arguments({**made, **exact}))
+    found, right = _pointing(found), _pointing((out, *states))
+    rng = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(x.shape, generator=rng).to(x.device) for x in right]
+    narrow = [seed.to(x.dtype) for seed, x in zip(seeds, found, strict=True)]
+    given = torch.autograd.grad(found, [*ours.values()], narrow)
+    wanted = torch.autograd.grad(right, [*exact.values()], [x.double() for x in seeds])
+    names = ("out", *(f"last {x}" for x in STATES))
+    mine = dict(zip(names, (x.detach() for x in found), strict=True))
+    theirs = dict(zip(names, (x.detach() for x in right), strict=True))
+    mine |= {f"d{x}": y for x, y in zip(ours, given, strict=True)}
+    theirs |= {f"d{x}": y for x, y in zip(exact, wanted, strict=True)}
+    return mine, theirs
+
+
+def _pointing(found: Any) -> tuple[Tensor, ...]:
+    """An angle counts by where it points."""
+    out, angle, *rest = found
+    return (out, angle.cos() + 2 * angle.sin(), *rest)
+
+
+def errors(name: str, dtype: str = "float32") -> dict[str, float]:
+    mine, theirs = results(draw(CASES[name], getattr(torch, dtype)))
+    return relative_errors(mine, theirs)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """All that kernels are to write is NaN before."""
+    passes.poison(True)
+    try:
+        yield
+    finally:
+        passes.poison(False)
+
+
+def poisoned_errors(name: str, dtype: str = "float32") -> dict[str, float]:
+    with poisoned():
+        return errors(name, dtype)
+
+
+def blocks_of_heads() -> dict[str, float]:
+    """Errors where programs take two heads each, of one group, and sums go over many tiles."""
+    stages = [x.name for x in MAMBA3_STAGES if x is not MAMBA3_STEP]
+    for name in stages:
+        kernels.force(name, {"BH": 2})
+    try:
+        with poisoned():
+            return relative_errors(*results(draw(LONG)))
+    finally:
+        for name in stages:
+            kernels.force(name, None)
+
+
+@verifying()
+def check_packed() -> bool:
+    """Packed sequences give what each gives by itself."""
+    made = arguments(draw(CASES["packed"]))
+    found = mamba3_siso_combined(**made, return_final_states=True)
+    ends = made["cu_seqlens"].tolist()
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+        alone = part_of(made, slice(start, end)) | {
+            "Input_States": tuple(x[n : n + 1] for x in made["Input_States"]),
+            "cu_seqlens": None,
+        }
+        out, *states = mamba3_siso_combined(**alone, return_final_states=True)
+        torch.testing.assert_close(out[0], found[0][0, start:end], rtol=1e-5, atol=1e-5)
+        for x, y in zip(states, found[1:], strict=True):
+            torch.testing.assert_close(x[0], y[n], rtol=1e-5, atol=1e-5)
+    return True
+
+
+def part_of(made: dict[str, Any], part: slice) -> dict[str, Any]:
+    """The arguments of some tokens."""
+    tokens = {x: made[x][:, part] for x in ("Q", "K", "V", "Angles", "Z") if x in made}
+    return made | tokens | {x: made[x][..., part] for x in ("ADT", "DT", "Trap")}
+
+
+@verifying()
+def check_halves() -> bool:
+    """A sequence in two calls, the first one's states in the second."""
+    made = arguments(draw(CASES["layer"]))
+    whole = mamba3_siso_combined(**made, return_final_states=True)
+    first = mamba3_siso_combined(**part_of(made, slice(0, 19)), return_final_states=True)
+    rest = part_of(made, slice(19, None)) | {"Input_States": first[1:]}
+    second = mamba3_siso_combined(**rest, return_final_states=True)
+    found = (torch.cat((first[0], second[0]), 1), *second[1:])
+    for x, y in zip(found, whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    return True
+
+
+@verifying()
+def check_causal() -> bool:
+    """What all tokens after the 20th hold changes no bit of the output before."""
+    made = arguments(draw(CASES["layer"], torch.bfloat16))
+    other = arguments(draw(CASES["layer"], torch.bfloat16))
+    for name in ("Q", "K", "V", "Angles", "Z"):
+        other[name][:, 20:] *= -3.0
+    for name in ("ADT", "DT", "Trap"):
+        other[name][..., 20:] *= 2.5
+    found, changed = (mamba3_siso_combined(**x) for x in (made, other))
+    assert torch.equal(found[:, :20], changed[:, :20])
+    assert not torch.equal(found[:, 20], changed[:, 20])
+    return True
+
+
+@verifying()
+def check_steps(device: str = "cpu", **sizes: Any) -> bool:
+    """Token by token is the whole; in fp32, and once in bf16."""
+    made = arguments(draw(CASES["layer"] | {"T": 5} | sizes, device=device))
+    whole, last = recurrent(**{x: _doubled(y) for x, y in made.items()})
+    states, outputs = made.pop("Input_States"), []
+    with poisoned():
+        for t in range(5):
+            out, states = mamba3_siso_step(**token_of(made, t), Input_States=states)
+            outputs.append(out)
+    found = (torch.stack(outputs, 1), *states)
+    for x, y in zip(_pointing(found), _pointing((whole, *last)), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+    narrow = {x: y.bfloat16() if x in "QKVZ" else y for x, y in token_of(made, 0).items()}
+    out, states = mamba3_siso_step(**narrow, Input_States=states)
+    assert out.dtype == states[3].dtype == torch.bfloat16 and states[1].dtype == torch.float32
+    assert bool(torch.isfinite(out).all())
+    return True
+
+
+def check_steps_of_groups() -> bool:
+    return check_steps(groups=2, angles=0)
+
+
+def token_of(made: dict[str, Any], t: int) -> dict[str, Any]:
+    """The step's arguments of one token."""
+    rows = {x: made[x][:, t] for x in ("Q", "K", "V", "Angles", "Z")}
+    return made | rows | {x: made[x][..., t] for x in ("ADT", "DT", "Trap")}
+
+
+def _doubled(x: Any) -> Any:
+    return tuple(y.double() for y in x) if isinstance(x, tuple) else x.double()
+
+
+@verifying()
+def check_compiled(device: str = "cpu", backend: str = "aot_eager") -> bool:
+    """torch.compile takes the op whole, and gives the same bits."""
+    made = arguments(draw(CASES["packed"], device=device))
+    leaves = [made[x].requires_grad_() for x in ("Q", "DT", "Angles", "Z", "K_bias")]
+
+    def run(**given: Any) -> Any:
+        return mamba3_siso_combined(**given, return_final_states=True)
+
+    found, wanted = torch.compile(run, backend=backend, fullgraph=True)(**made), run(**made)
+    assert all(map(torch.equal, found, wanted))
+    ours, theirs = (torch.autograd.grad(x[0].sum() + x[2].sum(), leaves) for x in (found, wanted))
+    assert all(map(torch.equal, ours, theirs))
+    return True
+
+
+def check_ops() -> bool:
+    """What torch wants of ops in its library."""
+    x = draw(CASES["packed"])
+    tiles = kernels.tables(x["cu_seqlens"], 40, 16)
+    numbers, biases = [x["ADT"], x["DT"], x["Trap"]], [x["Q_bias"], x["K_bias"]]
+    for y in (x["Q"], *numbers, *biases, x["Angles"], x["V"], x["Z"]):
+        y.requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (x["Q"], x["K"], numbers, biases, x["Angles"], None, x["angle"], tiles, 16)
+    torch.library.opcheck(mamba3_ops.PROLOGUE, given, test_utils=checks)
+    own = torch.randn(1, 40, 2)
+    after = (x["V"].detach() * 2, x["V"], own, x["Z"], x["v"], tiles, 16)
+    torch.library.opcheck(mamba3_ops.EPILOGUE, after, test_utils=checks)
+    return True

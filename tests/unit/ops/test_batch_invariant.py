@@ -1,0 +1,49 @@
+"""Batch-invariant mode: which bits may not change, and how far prefill and decode are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import gdn2gen
+from gdn2gen.base.environment import is_batch_invariant
+
+Check = Callable[..., Any]
+
+
+# Of every op on a GPU; a plan of each kind here.
+@pytest.mark.parametrize(("op", "level"), [("gdn2", "lean"), ("gated_delta_rule", "fast")])
+def test_a_sequence_alone_and_among_others(op: str, level: str, interpreter: Check) -> None:
+    assert interpreter("invariant_checks:alone_and_among_others", op, level), "the check can fail"
+
+
+@pytest.mark.parametrize("op", ["simple_gla"])
+def test_however_it_is_called(op: str, interpreter: Check) -> None:
+    interpreter("invariant_checks:traced_and_with_checkpoints", op)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [("gdn2", torch.bfloat16), ("gated_delta_rule", torch.float32)],
+)
+def test_prefill_and_decode_agree(op: str, dtype: torch.dtype, interpreter: Check) -> None:
+    assert interpreter("invariant_checks:prefill_then_decode", op, dtype) < 1
+
+
+def test_decoding(interpreter: Check) -> None:
+    interpreter("invariant_checks:decoding_knobs", "gdn2")
+
+
+def test_the_mode_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN2GEN_BATCH_INVARIANT", "1")
+    assert is_batch_invariant()
+    with gdn2gen.batch_invariant(False):
+        assert not is_batch_invariant()
+        with gdn2gen.batch_invariant():
+            assert is_batch_invariant()
+    assert is_batch_invariant()
+    monkeypatch.delenv("GDN2GEN_BATCH_INVARIANT")
+    assert not is_batch_invariant()

@@ -1,0 +1,177 @@
+"""mamba3_siso_combined: values and gradients, packed and split sequences, what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import mamba3_checks as checks
+import pytest
+import torch
+from mamba3_checks import CASES, LIMIT, arguments, draw, errors
+
+from gdn2gen import mamba3_siso_combined, mamba3_siso_step
+from gdn2gen.base.errors import InputError
+
+Check = Callable[..., Any]
+CHECKS = checks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str) -> None:
+    found = errors(name)
+    assert max(found.values()) < LIMIT, found
+
+
+@pytest.mark.parametrize("name", ["layer", "packed", "strong", "no-angles", "all-angles"])
+def test_values_and_gradients_by_kernels(name: str, interpreter: Check) -> None:
+    found = interpreter("mamba3_checks:poisoned_errors", name)
+    assert max(found.values()) < LIMIT, found
+
+
+def test_blocks_of_heads(interpreter: Check) -> None:
+    found = interpreter("mamba3_checks:blocks_of_heads")
+    assert max(found.values()) < LIMIT, found
+
+
+def test_in_16_bits(interpreter: Check) -> None:
+    found = interpreter("mamba3_checks:poisoned_errors", "layer", "bfloat16")
+    assert max(found.values()) < 2e-2, found
+
+
+def test_packed_sequences_are_each_by_itself(run: Check) -> None:
+    run("check_packed")
+
+
+def test_no_output_depends_on_a_later_token(run: Check) -> None:
+    run("check_causal")
+
+
+def test_two_halves_are_the_whole(run: Check) -> None:
+    run("check_halves")
+
+
+def test_the_signature_is_that_of_mamba_ssm() -> None:
+    found = inspect.signature(mamba3_siso_combined).parameters
+    required = ("Q", "K", "V", "ADT", "DT", "Trap", "Q_bias", "K_bias", "Angles")
+    wanted = {
+        **dict.fromkeys(required, inspect.Parameter.empty),
+        **dict.fromkeys(("D", "Z", "Input_States")),
+        "chunk_size": 64,
+        "return_final_states": False,
+        "cu_seqlens": None,
+    }
+    assert [(name, x.default) for name, x in found.items()] == [*wanted.items()]
+
+
+def test_what_is_returned_is_what_is_asked_for() -> None:
+    made = arguments(draw(CASES["packed-from-nothing"]))
+    out = mamba3_siso_combined(**made)
+    found = mamba3_siso_combined(**made, return_final_states=True, chunk_size=16)
+    assert isinstance(out, torch.Tensor) and torch.equal(found[0], out)
+    shapes = [(1, 40, 2, 16), (4, 2, 6), (4, 2, 16, 24), (4, 2, 24), (4, 2, 16)]
+    assert [tuple(x.shape) for x in found] == shapes
+    assert all((x[0] == 0).all() for x in found[1:])  # of no tokens
+
+
+def test_autocast_narrows_nothing() -> None:
+    made = arguments(draw(CASES["layer"]))
+    wanted = mamba3_siso_combined(**made, return_final_states=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mamba3_siso_combined(**made, return_final_states=True)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("name", ["layer", "packed-from-nothing"])
+def test_no_tokens(name: str) -> None:
+    made = arguments(draw(CASES[name] | {"T": 0}))
+    if "cu_seqlens" in made:
+        made["cu_seqlens"] = torch.tensor([0, 0])
+    out, *states = mamba3_siso_combined(**made, return_final_states=True)
+    assert out.shape == (made["V"].shape[0], 0, 2, 16)
+    given = made.get("Input_States") or [torch.zeros_like(x) for x in states]
+    assert all(torch.equal(x, y) for x, y in zip(states, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chunk_size": 48}, "chunk_size must be a power of two, but got 48"),
+        ({"return_final_states": 1}, "return_final_states must be True or False, but got 1"),
+        ({"Trap": None}, "Trap must be a tensor, but got NoneType"),
+        ({"DT": torch.zeros(2, 40, 2)}, r"DT must be \[b, h, l\] = \(2, 2, 40\), but got \(2, 40"),
+        ({"Q_bias": torch.zeros(2)}, r"Q_bias must be \[h, N\], but got \(2,\)"),
+        ({"D": torch.zeros(2, 16)}, r"D must be \[h\], but got \(2, 16\)"),
+        ({"K": torch.zeros(2, 40, 1, 24).half()}, "K must have the dtype of V, torch.float32"),
+        ({"Q": torch.zeros(2, 40, 3, 24), "K": torch.zeros(2, 40, 3, 24)}, "but got 2 and 3"),
+        ({"Angles": torch.zeros(2, 40, 2, 13)}, "at most N / 2 = 12 of them, but got S=13"),
+        ({"Angles": torch.zeros(2, 40, 2, 6).int()}, "Angles must be of floating point"),
+        ({"Z": torch.zeros(2, 40, 2, 16, device="meta")}, "Z must be on cpu like V"),
+        (
+            {"Input_States": torch.zeros(4)},
+            "must be a tuple of angle, ssm, k and v, but got Tensor",
+        ),
+        ({"Input_States": (torch.zeros(2, 4, 6),)}, "but got 1 of them"),
+        ({"cu_seqlens": torch.tensor([0, 40])}, "cu_seqlens wants b = 1, but V has 2 rows"),
+        ({"cu_seqlens": torch.tensor([0.0, 40.0])}, "cu_seqlens must be int32 or int64"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        mamba3_siso_combined(**{**arguments(draw(CASES["plain"])), **change})
+
+
+@pytest.mark.parametrize(
+    ("place", "state", "said"),
+    [
+        (0, torch.zeros(2, 2, 5), r"angle of Input_States must be \(2, 2, 6\)"),
+        (1, torch.zeros(2, 2, 24, 16), r"ssm of Input_States must be \(2, 2, 16, 24\)"),
+        (1, torch.zeros(2, 2, 16, 24).half(), "ssm of Input_States must be float32"),
+        (2, None, "k of Input_States must be a tensor, but got NoneType"),
+        (3, torch.zeros(2, 2, 16, device="meta"), "v of Input_States must be on cpu"),
+    ],
+)
+def test_bad_states_are_refused(place: int, state: Any, said: str) -> None:
+    made = arguments(draw(CASES["layer"]))
+    states = [*made["Input_States"]]
+    states[place] = state
+    with pytest.raises(InputError, match=said):
+        mamba3_siso_combined(**{**made, "Input_States": tuple(states)})
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"), [((0, 9, 7, 40), "must not fall"), ((0, 39), "end at T")]
+)
+def test_bad_sequences_are_refused(ends: tuple[int, ...], said: str) -> None:
+    made = arguments(draw(CASES["packed-from-nothing"]))
+    with pytest.raises(InputError, match=said):
+        mamba3_siso_combined(**made | {"cu_seqlens": torch.tensor(ends)})
+
+
+def test_steps_are_the_whole(run: Check) -> None:
+    run("check_steps")
+    run("check_steps_of_groups")
+
+
+def test_a_step_has_a_gradient_and_needs_states() -> None:
+    made = arguments(draw(CASES["layer"]))
+    states = made.pop("Input_States")
+    token = checks.token_of(made, 0)
+    token["V"] = token["V"].clone().requires_grad_()
+    out, _ = mamba3_siso_step(**token, Input_States=states)
+    (found,) = torch.autograd.grad(out.sum(), [token["V"]])
+    assert found.abs().min() > 0
+    with pytest.raises(InputError, match="a step needs Input_States, but got None"):
+        mamba3_siso_step(**token)
+    with pytest.raises(InputError, match=r"DT must be \[b, h\], but got \(2, 2, 40\)"):
+        mamba3_siso_step(**token | {"DT": made["DT"]}, Input_States=states)
+
+
+def test_as_torch_sees_it(interpreter: Check) -> None:
+    assert interpreter("mamba3_checks:check_ops")
+
+
+@pytest.mark.slow
+def test_compiled(interpreter: Check) -> None:
+    assert interpreter("mamba3_checks:check_compiled")
