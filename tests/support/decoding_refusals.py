@@ -107,6 +107,6 @@ def refused_by_plans() -> bool:
 def refused_where_not_verified() -> bool:
     said = r"fused_recurrent_gdn2's kernels .* not verified"
     with torch.no_grad(), pytest.raises(UnsupportedError, match=said):
-        case = Case(states="none")
+        case = Case(K=72, V=40, states="none")
         public_op(case.op)(**draw(case, "cpu").inputs)
     return True
