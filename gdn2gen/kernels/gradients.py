@@ -220,6 +220,8 @@ _ANCHORED_TILELANG: Final = Form(
     ),
     limits=(
         REACH,
+        INSIDE,
+        Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more", {"op": LINEAR_OPS}),
         Limit("V", _up_to(352), "with a gate's, those of 384 take 228 KB", {"BT": (32,)}),
         Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),
         Limit("maxnreg", (0,), "two do not fit", {"V": WIDE, "BT": (32,)}),
@@ -233,6 +235,21 @@ _ANCHORED_TILELANG: Final = Form(
     ),
     whole=("BV",),
     exact=True,
+)
+# As in Triton; it multiplies tiles of a chunk's pairs.
+_OUTSIDE_TILELANG: Final = replace(
+    _ANCHORED_TILELANG,
+    name="outside",
+    template="grad_key_outside",
+    limits=(
+        OUTSIDE,
+        Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),
+        Limit("V", _up_to(256), "more were not compiled for", {"BT": (32,)}),
+        Limit("V", _up_to(128), "of more its tiles exceed 227 KB", {"BT": (64,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"V": WIDE, "BT": (32,)}),
+        Limit("maxnreg", (0,), "two do not fit", {"BT": (64,)}),
+    ),
+    defaults=(*_ANCHORED_TILELANG.defaults, Setting({"maxnreg": 0}, {"BT": (64,)})),
 )
 
 GRAD_KEY: Final = Stage(
@@ -288,6 +305,7 @@ GRAD_KEY: Final = Stage(
         _OUTSIDE,
         _ANCHORED_TILELANG,
         bounded(_ANCHORED_TILELANG, "grad_key"),
+        _OUTSIDE_TILELANG,
     ),
     later={"language": "triton"},
 )

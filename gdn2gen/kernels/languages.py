@@ -27,7 +27,6 @@ def multiple_of(language: str, arch: str | None) -> int:
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
     "triton": (),
     "tilelang": (
-        Limit("op", ("gdn2", "kda"), "the others have kernels in Triton alone"),
         Limit("dtype", ("bf16", "fp16"), "its products have 16-bit operands"),
         Limit("num_warps", (4,), "a warp group computes"),
         *(

@@ -128,9 +128,13 @@ _ANCHORED_TILELANG: Final = Form(
         Setting({"maxnreg": 0}, {"K": (224, 256)}),
         Setting({"maxnreg": 80}, {"K": _OVER_128, "BT": (16,)}),
         Setting({"maxnreg": 0}, {"K": (96,), "BT": (64,)}),
+        Setting({"solve": "ieee"}, {"op": LINEAR_OPS}),
     ),
     limits=(
         REACH,
+        INSIDE,
+        _NOTHING_SOLVED,
+        Limit("BT", (32, 64), "its scores alone are of 32 tokens and more", {"op": LINEAR_OPS}),
         # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
         Limit(
             "num_stages",
@@ -157,6 +161,27 @@ _ANCHORED_TILELANG: Final = Form(
     exact=True,
 )
 
+# As in Triton; it multiplies tiles of a chunk's pairs.
+_OUTSIDE_TILELANG: Final = replace(
+    _ANCHORED_TILELANG,
+    name="outside",
+    template="prepare_outside",
+    defaults=(
+        *_ANCHORED_TILELANG.defaults,
+        Setting({"maxnreg": 80}, {"K": (96, *_OVER_128)}),
+        Setting({"maxnreg": 0}, {"BT": (64,)}),
+        Setting({"solve": "ieee"}, {"BT": (64,)}),
+        Setting({"solve": "ieee"}, {"op": LINEAR_OPS}),
+    ),
+    limits=(
+        OUTSIDE,
+        _NOTHING_SOLVED,
+        Limit("BT", (32, 64), "it multiplies tiles of 32 tokens and more"),
+        Limit("solve", ("ieee",), "halves give two columns to a thread", {"BT": (64,)}),
+        Limit("maxnreg", (0, 128), "of pairs alone a thread holds 128", {"BT": (64,)}),
+    ),
+)
+
 PREPARE: Final = Stage(
     name="prepare",
     inputs=(*QKGB, BETA, *GATE, *CHUNK_TABLE),
@@ -181,6 +206,7 @@ PREPARE: Final = Stage(
         _OUTSIDE,
         _ANCHORED_TILELANG,
         bounded(_ANCHORED_TILELANG, "prepare"),
+        _OUTSIDE_TILELANG,
     ),
     later={"language": "triton", "chunks": 1},
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
+from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
     CHECKPOINTS,
     DH,
@@ -67,6 +68,8 @@ _SERIAL: Final = Form(
     ),
     leads={},
 )
+# Where scans load a number a token, of chunks whose rows of them are short.
+_SHORT_ROWS: Final[Where] = {"BT": (16,), "op": OUTSIDE_OPS}
 # A warp group has 64 rows of the state.
 _SERIAL_TILELANG: Final = Form(
     "serial",
@@ -78,6 +81,16 @@ _SERIAL_TILELANG: Final = Form(
         # three of scan_states take 228 KB
         Setting({"num_stages": 2}, {"K": (256,)}),
         Setting({"num_stages": 1}, {"K": WIDE, "BT": (64,)}),
+        Setting({"num_stages": 1}, _SHORT_ROWS),
+    ),
+    limits=(
+        # "misaligned address" on an H200: TMA writes to multiples of 128 bytes
+        Limit(
+            "num_stages",
+            (1,),
+            "a chunk's factors are 64 bytes there: of several stages, every second is off",
+            _SHORT_ROWS,
+        ),
     ),
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
@@ -97,7 +110,11 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         serial,
         knobs={**serial.knobs, "max_segments": (64, 112, MAX_SEGMENTS)},
         defaults=(*serial.defaults, Setting({"max_segments": MAX_SEGMENTS})),
-        limits=(segments,) if serial.language == "triton" else (segments, _NO_CHECKPOINTS),
+        limits=(
+            *serial.limits,
+            segments,
+            *(() if serial.language == "triton" else (_NO_CHECKPOINTS,)),
+        ),
     )
     parallel = replace(
         one,
@@ -105,6 +122,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         template=f"{serial.template}_parallel",
         leads=None,
         limits=(
+            *serial.limits,
             Limit("varlen", (False,), "packed sequences are one segment each"),
             _NO_CHECKPOINTS,
         ),

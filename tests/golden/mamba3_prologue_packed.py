@@ -18,7 +18,7 @@ in units of 2^-32 as int32: sums of tiles first, then what comes before each.
     Q_bias       [H, N]        fp32   added to queries
     K_bias       [H, N]        fp32   added to keys
     Angles       [B, T, H, S]  fp32   rates of rotation, before tanh
-    D            [H]           fp32   factor of a token's own value
+    D            [H]           fp32   factor of a token's own value, added to o
     angle_state  [n, H, S]     fp32   Theta before the first token, radians
     tiles        [M, 4]        int32  sequence and first token of each tile, tokens before it and from it on
     tile_starts  [n+1]         int32  first tile of each sequence

@@ -16,7 +16,7 @@ A program takes BR rows of a head's state: it reads them once and writes them on
     Q_bias       [H, N]        fp32  added to queries
     K_bias       [H, N]        fp32  added to keys
     Angles       [B, H, S]     fp32  rates of rotation, before tanh
-    D            [H]           fp32  factor of a token's own value
+    D            [H]           fp32  factor of a token's own value, added to o
     Z            [B, H, P]     bf16  output gate, before SiLU
     angle_state  [B, H, S]     fp32  Theta before the first token, radians
     ssm_state    [B, H, P, N]  fp32  state before the token

@@ -14,7 +14,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     log_decay  [NT, HV, BT]     fp32  decay of each token, log2
     step       [NT, HV, BT]     fp32  step of each token, after its activation
     scores     [NT, H, BT, BT]  bf16  <q_i, k_j> of a group, as they are
-    D          [HV, V]          fp32  o grows by D v
+    D          [HV, V]          fp32  factor of a token's own value, added to o
     do         [B, T, HV, V]    bf16  gradient of o
     dh         [NT, HV, V, K]   bf16  gradient of the state at the chunk's end, transposed
     dv         [B, T, HV, V]    bf16  gradient of v

@@ -17,7 +17,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     log_decay  [NT, HV, BT]       fp32  decay of each token, log2
     step       [NT, HV, BT]       fp32  step of each token, after its activation
     scores     [NT, H, BT, BT]    bf16  <q_i, k_j> of a group, as they are
-    D          [HV, V]            fp32  o grows by D v
+    D          [HV, V]            fp32  factor of a token's own value, added to o
     z          [B, T, HV, V]      bf16  output gate, before silu
     o          [B, T, HV, V]      bf16  output
     S_seg      [N, HV, NS, V, K]  fp32  state at the segment's start, transposed

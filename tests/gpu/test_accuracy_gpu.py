@@ -19,7 +19,7 @@ LONG = sized(1, 2011, 4)
 WIDE = sized(2, 1003, 8)
 GROUPED = sized(1, 1003, 8)
 # Of members that lack a decay, or erase nothing.
-LESS = ("delta", "gla", "gla-fp16-K64", "simple-gla")
+LESS = ("delta", "gla", "gla-fp16-K64", "simple-gla", "simple-gla-fp16-K64")
 DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
 
 
@@ -66,7 +66,7 @@ def test_gates_in_the_kernel(name: str) -> None:
 
 
 @pytest.mark.parametrize("HG", [2, 8])
-@pytest.mark.parametrize("name", ["bf16", "softplus", "kda", *LESS])
+@pytest.mark.parametrize("name", ["bf16", "softplus", "kda", "gdn", *LESS])
 def test_grouped_value_heads(name: str, HG: int) -> None:
     """Two heads of q and k serve eight value heads; their gradients are sums over groups."""
     check(name, GROUPED, "layer", H=2, HG=HG)
@@ -81,7 +81,8 @@ def test_value_heads_that_no_program_of_sixteen_is_full_of(name: str, HV: int, H
 
 @pytest.mark.parametrize("pattern", ["layer", "mixed"])
 @pytest.mark.parametrize(
-    "name", ["packed", "kda-packed", "delta-packed", "gla-packed", "simple-gla-packed"]
+    "name",
+    ["packed", "kda-packed", "gdn-packed", "delta-packed", "gla-packed", "simple-gla-packed"],
 )
 def test_packed_documents(name: str, pattern: str) -> None:
     check(name, DOCUMENTS, pattern)
@@ -94,7 +95,8 @@ def test_few_tokens(name: str, T: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "level"), [("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang lean")]
+    ("name", "level"),
+    [("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang lean"), ("gdn", "tilelang direct")],
 )
 def test_no_tokens(name: str, level: str) -> None:
     """The state and its gradient pass through."""
@@ -106,7 +108,11 @@ def test_no_tokens(name: str, level: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "level"), [("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang states")]
+    ("name", "level"),
+    [
+        *(("bf16", "lean"), ("kda", "lean"), ("kda", "tilelang states")),
+        *(("gdn", "tilelang direct"), ("simple-gla", "tilelang linear_direct")),
+    ],
 )
 def test_resets_to_the_last_bit(name: str, level: str) -> None:
     """g = -inf forgets a channel: as -300 does, and without a NaN in any gradient."""

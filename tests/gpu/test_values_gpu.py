@@ -38,6 +38,13 @@ _KDA: Final = replace(_STATES, op="kda")
 _KDA_PACKED: Final = replace(
     _SOFTPLUS, op="kda", varlen=True, beta_sigmoid=True, neg_eigval=True, beta_fp32=True
 )
+_GDN: Final = replace(_WIDE, op="gated_delta_rule")
+_GDN_PACKED: Final = replace(
+    _SOFTPLUS, op="gated_delta_rule", varlen=True, beta_sigmoid=True, neg_eigval=True
+)
+_DELTA_FP16: Final = replace(_STATES, op="delta_rule", dtype="fp16")
+_SIMPLE_GLA: Final = Problem("simple_gla", K=64, V=64, initial_state=True, final_state=True)
+_GLA: Final = replace(_SIMPLE_GLA, op="gla")
 _DYADIC: Final = ("log", "tree")
 
 
@@ -75,6 +82,20 @@ def _recipes() -> dict[str, Recipe]:
             f"kda-{language}-K128": _recipe(replace(_WIDE, op="kda"), language, "fast"),
             f"kda-{language}-packed-softplus": _recipe(_KDA_PACKED, language, "states"),
         }
+    made |= {
+        "gdn-tilelang": _recipe(_GDN, "tilelang", "direct"),
+        "gdn-tilelang-packed": _recipe(_GDN_PACKED, "tilelang", "direct_states"),
+        "gdn-tilelang-parallel": _recipe(
+            replace(_GDN, V=64), "tilelang", "direct", segments="parallel"
+        ),
+        "delta-tilelang-fp16": _recipe(_DELTA_FP16, "tilelang", "direct_states"),
+        "simple-gla-tilelang-parallel": _recipe(
+            _SIMPLE_GLA, "tilelang", "linear_direct", segments="parallel"
+        ),
+        "simple-gla-tilelang-packed": _recipe(
+            replace(_SIMPLE_GLA, varlen=True), "tilelang", "linear_direct_states"
+        ),
+    }
     made["kda-tilelang-bounded"] = _recipe(
         replace(_BOUNDED, op="kda"), "tilelang", "fast", decay="bounded"
     )
@@ -125,6 +146,7 @@ def _lazily_negative(x: Tensor, _: int) -> Tensor:
     [
         *("triton", "tilelang", "tilelang-K128", "tilelang-softplus", "tilelang-packed"),
         *("kda-triton", "kda-tilelang-K128", "kda-tilelang-packed-softplus"),
+        *("gdn-tilelang", "gdn-tilelang-packed", "simple-gla-tilelang-parallel"),
     ],
 )
 def test_views_are_read_as_their_copies_are(name: str, how: View) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import Knob, rounded_up
@@ -19,17 +20,19 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
     """
     K, V = (rounded_up(x, TILED_BY) for x in (problem.K, problem.V))
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
+    decay = "outside" if problem.op in OUTSIDE_OPS else "anchored"
+    halves = BT == 32 and problem.op not in LINEAR_OPS
     own: dict[str, dict[str, Knob]] = {
         "prepare": {
-            "decay": "anchored",
+            "decay": decay,
             "BK": K,
-            "solve": "halves" if BT == 32 else "ieee",
+            "solve": "halves" if halves else "ieee",
             "maxnreg": 80 if K in (96, 128) else 64,
         },
         "reprepare": {"BK": K, "maxnreg": 80},
         "sum_decay": {"BK": K},
         "grad_value": {"BV": V, "maxnreg": 80},
-        "grad_key": {"decay": "anchored", "BK": 64, "BV": V, "maxnreg": 128},
+        "grad_key": {"decay": decay, "BK": 64, "BV": V, "maxnreg": 128},
     }
     config = default_config(stage, problem, BT=BT)
     config = config.replace(language="tilelang", **knobs, **own[stage])

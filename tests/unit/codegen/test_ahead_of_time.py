@@ -237,6 +237,35 @@ def test_tilelang_by_chunk_compiles_without_spills(
     assert _programs(used) >= 65536 // (256 * registers), used
 
 
+_SLOW: Final = pytest.mark.slow
+_GDN: Final = replace(_STATES, op="gated_delta_rule", varlen=True)
+_SIMPLE_GLA: Final = Problem("simple_gla", varlen=True, initial_state=True)
+_MEMBERS: Final = (
+    pytest.param("reverse_scan", replace(_GDN, dtype="fp16"), id="gdn-reverse_scan"),
+    pytest.param("grad_key", _GDN, id="gdn-grad_key"),
+    *(
+        pytest.param(stage, problem, id=f"{problem.op}-{stage}", marks=_SLOW)
+        for problem in (_GDN, replace(_GDN, op="delta_rule"), _SIMPLE_GLA, Problem("gla"))
+        for stage in ("scan", "scan_states", "rescan", "reverse_scan", "prepare", "grad_key")
+    ),
+)
+
+
+@pytest.mark.parametrize(("stage", "problem"), _MEMBERS)
+@pytest.mark.tilelang
+def test_tilelang_of_other_members_compiles_without_spills(
+    stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decay outside of products, or nothing erased; packed, whose masks take registers."""
+    device = named_device("sm_90")
+    config = tilelang_config(stage, problem)
+    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes == 0, f"{stage} [{config}]: {used}"
+    assert 2**14 < used.shared_bytes <= device.shared_bytes
+
+
 @pytest.mark.parametrize(
     ("stage", "K", "V", "spilled"),
     [

@@ -176,6 +176,11 @@ def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
 
+def _member_tilelang(problem: Problem, stage: str, **knobs: str | int) -> str:
+    """Of a member whose decay is outside of products, or that erases nothing."""
+    return render(problem, stage, tilelang_config(stage, problem).replace(**knobs)).source
+
+
 # tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
 _GUESSED: Final = DecodingProblem(
     gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True, state_v_first=True,
@@ -277,6 +282,21 @@ OUTPUTS: Final = {
     "prepare_gla.py": partial(_plain, "gla", "prepare"),
     "scan_gla.py": partial(_plain, "gla", "scan"),
     "grad_key_gla.py": partial(_plain, "gla", "grad_key"),
+    "scan_outside_tilelang_packed.py": partial(_member_tilelang, _OUTSIDE, "scan"),
+    "reverse_scan_outside_tilelang_packed.py": partial(_member_tilelang, _OUTSIDE, "reverse_scan"),
+    "prepare_outside_tilelang_packed.py": partial(_member_tilelang, _OUTSIDE, "prepare"),
+    "grad_key_outside_tilelang_packed.py": partial(_member_tilelang, _OUTSIDE, "grad_key"),
+    "scan_states_delta_rule_tilelang.py": partial(
+        _member_tilelang, Problem("delta_rule", dtype="fp16"), "scan_states"
+    ),
+    "reverse_scan_simple_gla_tilelang.py": partial(
+        _member_tilelang, Problem("simple_gla"), "reverse_scan", segments="parallel"
+    ),
+    "grad_key_simple_gla_tilelang.py": partial(_member_tilelang, Problem("simple_gla"), "grad_key"),
+    "prepare_simple_gla_tilelang.py": partial(_member_tilelang, Problem("simple_gla"), "prepare"),
+    "prepare_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "prepare"),
+    "grad_key_gla_tilelang.py": partial(_member_tilelang, Problem("gla", varlen=True), "grad_key"),
+    "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
     "prepare_group.py": partial(_groups, "prepare_group"),

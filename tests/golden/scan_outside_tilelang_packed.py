@@ -1,0 +1,196 @@
+"""Scan the chunks of a sequence in order.
+
+One program per sequence, value head and slice of V; the state is held transposed, S^T [BV, K], so
+that it is the left operand of every product and never leaves the registers. At the start of every
+segment of chunks it is written out, for the backward to start from. The compiler gives the loads to
+a warp group of its own, which fills 2 stages of shared memory ahead of the products.
+
+    X^T = v^T - (S^T k^T) k_head          R^T = X^T A^T
+    O^T = (S^T q^T) q_head + R^T Aqk^T
+    S^T <- S^T gamma_C + (R^T k_tail) k
+
+where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q and k.
+
+    v              [B, T, HV, V]      bf16   values
+    q              [B, T, H, K]       bf16   queries; normalised in the kernel
+    k              [B, T, H, K]       bf16   keys; normalised in the kernel
+    q_head         [NT, HV, BT]       fp32   scale / norm of q, decayed from the chunk's start
+    k_head         [NT, HV, BT]       fp32   1 / norm of k, decayed from the chunk's start
+    k_tail         [NT, HV, BT]       fp32   beta / norm of k, decayed to the chunk's end
+    gamma_C        [NT, HV]           fp32   decay of the whole chunk
+    A              [NT, HV, BT, BT]   bf16   inverse of I + T, lower triangle
+    Aqk            [NT, HV, BT, BT]   bf16   decayed scores, lower triangle
+    cu_seqlens     [N+1]              int32  first token of each sequence
+    chunk_offsets  [N+1]              int32  first chunk of each sequence
+    o              [B, T, HV, V]      bf16   output
+    S_seg          [N, HV, NS, V, K]  fp32   state at the segment's start, transposed
+
+Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
+Template digest 32e1cf1d2f6eb4eb; made by
+    gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
+      --gate softplus --with=A_log,dt_bias,varlen --stage scan --config \
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
+"""
+
+from functools import cache
+
+
+K, V = 128, 128
+BT, BV = 32, 64
+IO = "bfloat16"
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+    from tilelang.layout import make_swizzled_layout
+
+    B, T, HV, H, NT, N1, N, NS = (
+        tile.dynamic(name) for name in ("B", "T", "HV", "H", "NT", "N1", "N", "NS")
+    )
+    # a warp keeps whole rows of the state, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    @tile.prim_func
+    def scan(
+        v: tile.Tensor([B, T, HV, V], "bfloat16"),
+        q: tile.Tensor([B, T, H, K], "bfloat16"),
+        k: tile.Tensor([B, T, H, K], "bfloat16"),
+        q_head: tile.Tensor([NT, HV, BT], "float32"),
+        k_head: tile.Tensor([NT, HV, BT], "float32"),
+        k_tail: tile.Tensor([NT, HV, BT], "float32"),
+        gamma_C: tile.Tensor([NT, HV], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        cu_seqlens: tile.Tensor([N1], "int32"),
+        chunk_offsets: tile.Tensor([N1], "int32"),
+        o: tile.Tensor([B, T, HV, V], "bfloat16"),
+        S_seg: tile.Tensor([N, HV, NS, V, K], "float32"),
+    ):
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
+        with tile.Kernel(
+            V // BV, HV, (N1 - 1), threads=128
+        ) as (i_v, i_h, i_n):
+            i_first = chunk_offsets[i_n]
+            n_chunks = chunk_offsets[i_n + 1] - i_first
+            i_b = 0
+            i_start = cu_seqlens[i_n]
+            n_tokens = cu_seqlens[i_n + 1] - i_start
+
+            # held in a variable: the compiler would divide again for every load
+            i_hq = tile.alloc_var("int32")
+            i_hq = i_h // (HV // H)
+            s_k = tile.alloc_shared([BT, K], IO)
+            s_v = tile.alloc_shared([BT, BV], IO)
+            s_k_tail = tile.alloc_shared([BT], "float32")
+            s_own_k = tile.alloc_shared([BT, K], IO)
+            s_k_head = tile.alloc_shared([BT], "float32")
+            s_A = tile.alloc_shared([BT, BT], IO)
+            s_q = tile.alloc_shared([BT, K], IO)
+            s_q_head = tile.alloc_shared([BT], "float32")
+            s_Aqk = tile.alloc_shared([BT, BT], IO)
+            s_o = tile.alloc_shared([BT, BV], IO)
+            b_o = tile.alloc_fragment([BV, BT], "float32")
+            b_o_rows = tile.alloc_fragment([BT, BV], IO)
+            b_S = tile.alloc_fragment([BV, K], "float32")
+            b_Sd = tile.alloc_fragment([BV, K], IO)
+            b_v = tile.alloc_fragment([BV, BT], IO)
+            b_ES = tile.alloc_fragment([BV, BT], "float32")
+            b_X = tile.alloc_fragment([BV, BT], IO)
+            b_R = tile.alloc_fragment([BV, BT], "float32")
+            b_Rd = tile.alloc_fragment([BV, BT], IO)
+            b_outer = tile.alloc_fragment([BV, BT], IO)
+            # a thread's part of a result, in the order in which stores transpose it
+            by_channels = tile.Fragment(
+                [BT, BV],
+                forward_thread_fn=lambda i, j: j // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+                forward_index_fn=lambda i, j: i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+            )
+            tile.annotate_layout({s_v: make_swizzled_layout(s_v), b_o_rows: by_channels})
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
+            hold = tile.alloc_local([1], "float32")
+            x_gamma = tile.alloc_local([2], "float32")  # of a chunk, and of the next one
+            x_gamma[1] = gamma_C[tile.min(i_first, NT - 1), i_h]
+
+            tile.clear(b_S)
+            for i, j in tile.Parallel(BV, K):
+                S_seg[i_n, i_h, 0, i_v * BV + i, j] = b_S[i, j]
+            for i_t in tile.Pipelined(n_chunks, num_stages=2):
+                i_c = i_first + i_t
+                i_row = i_start + i_t * BT
+                tile.copy(k[i_b, i_row : i_row + BT, i_hq, :], s_k)
+                tile.copy(v[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_v)
+                tile.copy(k_head[i_c, i_h, :], s_k_head)
+                tile.copy(A[i_c, i_h, :, :], s_A)
+                tile.copy(k_tail[i_c, i_h, :], s_k_tail)
+                tile.copy(q[i_b, i_row : i_row + BT, i_hq, :], s_q)
+                tile.copy(q_head[i_c, i_h, :], s_q_head)
+                tile.copy(Aqk[i_c, i_h, :, :], s_Aqk)
+
+                x_gamma[0] = x_gamma[1]
+                x_gamma[1] = gamma_C[i_first + tile.min(i_t + 1, n_chunks - 1), i_h]
+                tile.copy(b_S, b_Sd)
+                tile.wgmma_gemm(b_Sd, s_k, b_ES, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_Sd, s_q, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
+                for i, j in tile.Parallel(BV, BT):
+                    b_v[i, j] = tile.if_then_else(i_t * BT + j < n_tokens, s_v[j, i], tile.cast(0, IO))
+                for i, j in tile.Parallel(BT, K):
+                    s_own_k[i, j] = tile.if_then_else(i_t * BT + i < n_tokens, s_k[i, j], tile.cast(0, IO))
+
+                for i, j in tile.Parallel(BV, K):
+                    b_S[i, j] *= x_gamma[0]
+                tile.wait_wgmma(1)
+                for i, j in tile.Parallel(BV, BT):
+                    b_X[i, j] = tile.if_then_else(i_t * BT + j < n_tokens, tile.cast(b_v[i, j], "float32") - b_ES[i, j] * s_k_head[j], 0.0)
+                tile.wgmma_gemm(b_X, s_A, b_R, transpose_B=True, clear_accum=True, policy=ROWS)
+                hold[0] = tile.cast(s_v[0, 0], "float32")
+                hold[0] = tile.cast(s_k_head[0], "float32")
+                hold[0] = tile.cast(s_k[0, 0], "float32")
+
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+
+                for i, j in tile.Parallel(BV, BT):
+                    b_o[i, j] *= s_q_head[j]
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_A[0, 0], "float32")
+
+                tile.copy(b_R, b_Rd)
+                for i, j in tile.Parallel(BV, BT):
+                    b_outer[i, j] = b_R[i, j] * s_k_tail[j]
+                tile.wgmma_gemm(b_outer, s_own_k, b_S, policy=ROWS)
+                tile.wgmma_gemm(b_Rd, s_Aqk, b_o, transpose_B=True, policy=ROWS)
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_k_tail[0], "float32")
+                hold[0] = tile.cast(s_Aqk[0, 0], "float32")
+                hold[0] = tile.cast(s_q_head[0], "float32")
+
+                for i, j in tile.Parallel(BV, BT):
+                    b_o_rows[j, i] = b_o[i, j]
+                tile.copy(b_o_rows, s_o)
+                for i, j in tile.Parallel(BT, BV):
+                    if i_t * BT + i < n_tokens:
+                        o[i_b, i_row + i, i_h, i_v * BV + j] = s_o[i, j]
+
+    return scan
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program())
+
+
+def launch(
+    v, q, k, q_head, k_head, k_tail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o, S_seg, *,
+    n_sequences, T, HV, NS, segment, H
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
+    compiled()(v, q, k, q_head, k_head, k_tail, gamma_C, A, Aqk, cu_seqlens, chunk_offsets, o,
+        S_seg)
