@@ -36,7 +36,8 @@ SIMPLE_GLA_OP: Final = _SIMPLE_GLA
 """Which Mamba-2's op calls, as it does `MAMBA2_OP`, by the names of its own tensors."""
 # The same for errors that name what was given in place of g.
 _BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
-MAMBA2_OP: Final = op_of(MAMBA2)
+_MAMBA2: Final = op_of(MAMBA2)
+MAMBA2_OP: Final = _MAMBA2
 
 
 @documented(GDN2)
@@ -369,7 +370,7 @@ def chunk_mamba2(
     As mamba_ssm takes it: `mamba_chunk_scan_combined`.
     """
     found: tuple[Tensor, Tensor | None] = call(
-        MAMBA2_OP,
+        _MAMBA2,
         (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),
         scale=None,
         output_final_state=output_final_state,

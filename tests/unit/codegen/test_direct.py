@@ -26,6 +26,7 @@ from gdn2gen.codegen.sized import SizedLaunch, sized_launch
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.stages import STAGES
 
@@ -335,7 +336,7 @@ def _ahead_configs() -> list[tuple[Problem, Config]]:
     plain = Problem(**gated, has_dt_bias=True)
     found = []
     for problem in (plain, replace(plain, op="kda", varlen=True)):
-        for stage in STAGES:
+        for stage in stages_of(problem.op):
             default = default_config(stage, problem)
             found.append((problem, default))
             if default.get("segments") and not problem.varlen:

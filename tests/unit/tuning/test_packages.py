@@ -73,7 +73,7 @@ def test_the_nearest_head_dims_give_their_recipe_as_transferred() -> None:
     tuned = find_recipe_of_any_size(Problem(), regime, H200)
     assert tuned.source == "exact" and packages.is_proven(tuned)
     other = transferred(Problem(), regime, H200)
-    assert other is not None and other.source == "transferred" and "K=96 V=96" in other.why
+    assert other is not None and other.source == "transferred" and "K=160 V=160" in other.why
     # usual sizes run what a call does
     known = find_recipe_of_any_size(replace(ODD, K=64, V=128), regime, H200)
     assert known.source == "default" and packages.is_proven(known)
