@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from taken import having
 from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.base.device import named_device
@@ -170,7 +171,8 @@ def test_a_profiler_sees_every_launch(
 @pytest.mark.parametrize("stage", STAGES)
 def test_rendered_kernels_can_be_launched_directly(stage: str) -> None:
     """Only sizes and scalars that are not specialised, and every other argument by its name."""
-    problem = Problem(gate="softplus", has_A_log=True, has_dt_bias=True, initial_state=True)
+    gated = Problem(gate="softplus", has_A_log=True, has_dt_bias=True, initial_state=True)
+    problem = having(gated, stage)
     module = load(render(problem, stage, default_config(stage, problem)))
     launch = direct_launch(module)
     kernels = [x for x in launch.__globals__.values() if isinstance(x, DirectKernel)]
