@@ -192,7 +192,10 @@ def test_tilelang_compiles_and_fits(
 @pytest.mark.parametrize(
     ("arch", "num_stages"), [("sm_90", 2), pytest.param("sm_80", 1, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("stage", ["scan", "scan_states", "reverse_scan"])
+@pytest.mark.parametrize(
+    "stage",
+    ["reverse_scan", *(pytest.param(x, marks=pytest.mark.slow) for x in ("scan", "scan_states"))],
+)
 @pytest.mark.tilelang
 def test_tilelang_in_segments_compiles_and_fits(
     stage: str, arch: str, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,7 +223,13 @@ def test_tilelang_in_segments_compiles_and_fits(
         pytest.param(replace(_BOUNDED, K=64), id="bounded", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stage", ["prepare", "reprepare", "sum_decay", "grad_value", "grad_key"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *("prepare", "grad_value", "grad_key"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("reprepare", "sum_decay")),
+    ],
+)
 @pytest.mark.tilelang
 def test_tilelang_by_chunk_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,9 +302,11 @@ def test_tilelang_of_other_head_dims_compiles_and_fits(
 @pytest.mark.parametrize(
     "stage",
     [
-        "prepare",
         "sum_decay",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("reprepare", "grad_value", "grad_key")),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("prepare", "reprepare", "grad_value", "grad_key")
+        ),
     ],
 )
 @pytest.mark.tilelang
@@ -322,7 +333,7 @@ def test_tilelang_by_chunk_compiles_for_sm_80(
         pytest.param(replace(_ONE_FRAME, K=64, varlen=False), id="plain"),
     ],
 )
-@pytest.mark.parametrize("stage", ["prepare", "grad_key"])
+@pytest.mark.parametrize("stage", ["grad_key", pytest.param("prepare", marks=pytest.mark.slow)])
 @pytest.mark.tilelang
 def test_tilelang_in_one_frame_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -334,10 +334,13 @@ _ODD = Problem(K=40, V=24, dtype="fp32", initial_state=True, final_state=True)
 @pytest.mark.parametrize(
     "problem",
     [
-        replace(_ODD, l2norm=False, gate="sigmoid", has_A_log=True, varlen=True),
-        replace(TIED_FULL, K=24, V=40, beta_sigmoid=True, neg_eigval=True),
+        pytest.param(
+            replace(_ODD, l2norm=False, gate="sigmoid", has_A_log=True, varlen=True),
+            id="sigmoid-packed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(replace(TIED_FULL, K=24, V=40, beta_sigmoid=True, neg_eigval=True), id="kda"),
     ],
-    ids=["sigmoid-packed", "kda"],
 )
 def test_a_package_brings_its_own_test(problem: Problem, tmp_path: Path) -> None:
     """Which passes where the kernels are right."""

@@ -34,6 +34,7 @@ def test_what_could_not_be_made_before_is_new() -> None:
     assert same_text.compared(OLD, ["", "cannot serve"]).endswith("+ cannot serve")
 
 
+@pytest.mark.slow
 def test_every_template_is_rendered() -> None:
     found = {
         template_name(Config.of(x["stage"], x["knobs"]).form)
