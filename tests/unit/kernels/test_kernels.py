@@ -7,7 +7,7 @@ own, the fixture `interpreter`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from kernel_cases import BOUNDED, CASES, EXTREMES, NOT_FINITE, KernelCase
