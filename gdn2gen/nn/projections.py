@@ -76,6 +76,8 @@ def _may_chain(x: Tensor, modules: list[nn.Module]) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type) or torch.autograd.forward_ad._current_level >= 0:
         return False
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
     if is_watched((x, *(weight for module in modules for weight in module.parameters()))):
         return False
     return all(_is_plain(module, x.dtype) for module in modules)
@@ -88,7 +90,8 @@ def _gains(x: Tensor) -> bool:
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether it is a linear layer, or a sequence of them, and nothing more."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks):
+    # libraries that move weights about put a forward of their own into the instance
+    if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
         return False
     if type(module) is nn.Sequential:
         return len(module) > 0 and all(_is_plain(x, dtype) for x in module)

@@ -94,7 +94,7 @@ def find_recipe(
 
     1. exact: a measured entry of this problem, regime, level and GPU;
     2. nearest: the nearest regime of the same problem on this GPU; failing that, of a problem that
-       differs only in l2norm, gate, gate_dtype or head dims that are tiled alike (72 as 80);
+       differs only in l2norm, gate, gate_dtype or head dims that are tiled alike (72 as 96);
     3. transferred: the same on the nearest GPU of the same architecture;
     4. predicted: an entry that was ranked without a GPU;
     5. the default configs of the plan named `level`.

@@ -73,9 +73,15 @@ def test_what_is_more_than_a_linear_layer_is_called_as_it_is(chained: list[bool]
     hooked = nn.Linear(5, 3)
     hooked.register_forward_hook(lambda _module, _given, y: seen.append(y))
     within = nn.Sequential(nn.Linear(5, 2), Widened(2, 4))
-    for module in (Widened(5, 3), hooked, within):
+    replaced = nn.Linear(5, 3)
+    replaced.forward = lambda x: 3 * x  # type: ignore[method-assign]
+    for module in (Widened(5, 3), hooked, within, replaced):
         assert torch.equal(Projected(x, [module]).by(module), module(x))
     assert len(seen) == 2
     with pytest.raises(RuntimeError, match="dtype"):
         Projected(x, [wide := nn.Linear(5, 3).double()]).by(wide)
+    handle = nn.modules.module.register_module_forward_hook(lambda _m, _x, y: seen.append(y))
+    Projected(x, [plain := nn.Linear(5, 3)]).by(plain)
+    handle.remove()
+    assert len(seen) == 3
     assert not any(chained)
