@@ -7,14 +7,14 @@ gradients of its q and k. Through the state, where v and dY are a head's,
 
 and through the scores, whose gradient dP = dY v^T is summed over the heads first:
 
-    dscores_ij = sum of D_ij step_j dP_ij          dq += dscores k          dk += dscores^T q
+    dscores_ij = sum of decay_ij step_j dP_ij          dq += dscores k          dk += dscores^T q
 
-D_ij is what the state keeps from token j to token i, head from the chunk's start to a token, tail from
+decay_ij is what the state keeps from token j to token i, head from the chunk's start to a token, tail from
 a token to the chunk's end. What a token writes is its step times k v^T, and it decays by rate times
 that: step_part holds the gradient of the first, and decay_part that of the second, to which pairs add
 between their tokens, reads from the chunk's start on and writes up to its end,
 
-    decay_part_t = sum over j < t <= i of D_ij step_j dP_ij scores_ij  and so on.
+    decay_part_t = sum over j < t <= i of decay_ij step_j dP_ij scores_ij  and so on.
 
 No term of it is taken from another, so that it is exact however strong the decay is. fold_step_kernel
 adds up the parts that slices of channels have in both.
@@ -43,7 +43,7 @@ grad_group_kernel: one program per chunk, HEADS heads of a group and slice of K.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=1 num_warps=8
-Template digest 55592d065ad632bf; made by
+Template digest b9b8b85d548b99be; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=1,num_warps=8

@@ -3,10 +3,10 @@
 One program per sequence, value head and slice of V; the mirror of the scan, with the gradient of
 the state held transposed, dS^T [BV, K]. dY is the gradient of o.
 
-    dv^T = dY^T P + (dS^T k^T) tail step + D dY^T          P_ij = D_ij step_j scores_ij
+    dv^T = dY^T P + (dS^T k^T) tail step + D dY^T          P_ij = decay_ij step_j scores_ij
     dS^T <- dS^T gamma_C + (dY^T head) q
 
-where D_ij is what the state keeps from token j to token i, head from the chunk's start to a token,
+where decay_ij is what the state keeps from token j to token i, head from the chunk's start to a token,
 tail from a token to the chunk's end, and gamma_C over all of it: factors of no channel.
 
     q          [B, T, H, K]     bf16  queries
@@ -21,7 +21,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest 414aee7f0bcf94c9; made by
+Template digest cc223ef3c6f66117; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D --stage reverse_scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4

@@ -4,11 +4,11 @@ One program per sequence, value head and slice of V; the state is held transpose
 that it is the left operand of every product and never leaves the registers. At the start of every
 segment of chunks it is written out, for the backward to start from.
 
-    Y^T = (S^T q^T) head + v^T P^T + D v^T          P_ij = D_ij step_j scores_ij
+    Y^T = (S^T q^T) head + v^T P^T + D v^T          P_ij = decay_ij step_j scores_ij
     O^T = Y^T silu(z^T)
     S^T <- S^T gamma_C + (v^T tail step) k
 
-where D_ij is what the state keeps from token j to token i, head from the chunk's start to a token,
+where decay_ij is what the state keeps from token j to token i, head from the chunk's start to a token,
 tail from a token to the chunk's end, and gamma_C over all of it: factors of no channel.
 
     v          [B, T, HV, V]      bf16  values
@@ -24,7 +24,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest d52496031ab32c90; made by
+Template digest a8fc359426604ac3; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
