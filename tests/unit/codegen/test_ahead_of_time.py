@@ -57,6 +57,7 @@ MORE: Final = {
     "grad_key-BT64-sm_90": 144,
     "grad_key-one-frame-sm_90": 296,
     "grad_group-bf16-sm_80": 288,
+    "grad_group-bf16-sm_90": 144,
     "grad_group-fp32-sm_90": 1856,
 }
 # Defaults that spill more than the tuner would run, and were measured to be faster than what does
