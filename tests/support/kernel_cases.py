@@ -156,11 +156,15 @@ def _cases() -> Iterator[KernelCase]:
         for _ in range(3):
             yield with_next(Case(name, problem, packed))
     # 34 chunks of 16 tokens: the backward starts from two segments
+    long = Case("segments", _STATES, _shape(1, 530, 1))
+    yield KernelCase(long, _PLANS[0], (("BT", 16), ("BV", 32)))
+    # three segments, of two chunks and one; of plans, also of 5, 5 and 4
+    parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
     for plan in _PLANS:
-        long = Case("segments", _STATES, _shape(1, 530, 1))
-        yield KernelCase(long, plan, (("BT", 16), ("BV", 32)))
-        # three segments, of 5, 5 and 4 chunks
-        long = Case("parallel", replace(_STATES, V=64), _shape(1, 212, 2))
+        if plan != _PLANS[0]:
+            long = Case("segments", _STATES, _shape(1, 75, 1))
+            yield KernelCase(long, plan, (("BT", 16), ("BV", 32)), 2)
+        long = Case("parallel", replace(_STATES, V=64), _shape(1, 212, 1))
         yield KernelCase(long, plan, (("BT", 16), ("BV", 32), ("segments", "parallel")), 5)
     options = {
         "v-first": replace(_STATES, state_v_first=True),
@@ -168,8 +172,8 @@ def _cases() -> Iterator[KernelCase]:
         "fp16": replace(_STATES, dtype="fp16"),
     }
     for name, problem in options.items():
-        long = Case(f"parallel-{name}", problem, _shape(1, 530, 1))
-        yield KernelCase(long, "lean", (("BT", 16), ("BV", 16), ("segments", "parallel")))
+        long = Case(f"parallel-{name}", problem, _shape(1, 75, 2))
+        yield KernelCase(long, "lean", parallel, 2)
     for name, problem in (("grouped", _STATES), ("grouped-all", replace(full, varlen=False))):
         yield with_next(Case(name, problem, _shape(2, 20, 4), H=2))
         yield with_next(Case(f"{name}-gates", problem, _shape(2, 20, 4), H=2, HG=2))
@@ -232,17 +236,19 @@ def _size_cases() -> Iterator[KernelCase]:
     # a decay outside of products: parallel scans and gates of one number a head, packed, in fp16
     outside = replace(_STATES, op="gated_delta_rule", K=40, V=24)
     gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True, "beta_sigmoid": True}
+    # three segments, of two chunks and one
+    parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
     for plan in ("direct", "direct_states"):
-        long = Case("outside-parallel", outside, _shape(1, 212, 2))
-        yield KernelCase(long, plan, (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
+        long = Case("outside-parallel", outside, _shape(1, 75, 2))
+        yield KernelCase(long, plan, parallel, 2)
         packed = replace(outside, varlen=True, **gates)
         ends = _shape(1, 70, 2, (0, 0, 30, 30, 31, 70, 70))
         yield KernelCase(Case("outside-packed", packed, ends, "mixed"), plan, (("BT", 32),))
         wide = Case("outside-64", replace(outside, dtype="fp16"), _shape(2, 75, 4), H=2)
         yield KernelCase(wide, plan, (("BT", 64), ("BK", 16)))
     for K, V in ((40, 24), (96, 40)):
-        long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 212, 2))
-        yield KernelCase(long, "fast", (("BT", 16), ("BV", 16), ("segments", "parallel")), 5)
+        long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 75, 2))
+        yield KernelCase(long, "fast", parallel, 2)
 
 
 def _cases_of_less() -> Iterator[KernelCase]:

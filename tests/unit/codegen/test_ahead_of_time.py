@@ -165,7 +165,13 @@ def _cases() -> Iterator[object]:
         pytest.param("sm_80", 32, 1, SPILLED, id="sm_80", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stage", ["scan", "scan_states", "rescan", "reverse_scan"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *("scan", "reverse_scan"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("scan_states", "rescan")),
+    ],
+)
 @pytest.mark.tilelang
 def test_tilelang_compiles_and_fits(
     stage: str,
@@ -227,8 +233,8 @@ def test_tilelang_in_segments_compiles_and_fits(
 @pytest.mark.parametrize(
     "stage",
     [
-        *("prepare", "grad_value", "grad_key"),
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("reprepare", "sum_decay")),
+        *("grad_value", "grad_key"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("prepare", "reprepare", "sum_decay")),
     ],
 )
 @pytest.mark.tilelang
@@ -252,7 +258,7 @@ _GDN: Final = replace(_STATES, op="gated_delta_rule", varlen=True)
 _SIMPLE_GLA: Final = Problem("simple_gla", varlen=True, initial_state=True)
 _MEMBERS: Final = (
     pytest.param("reverse_scan", replace(_GDN, dtype="fp16"), id="gdn-reverse_scan"),
-    pytest.param("grad_key", _GDN, id="gdn-grad_key"),
+    pytest.param("grad_key", _GDN, id="gdn-grad_key", marks=_SLOW),
     *(
         pytest.param(stage, problem, id=f"{problem.op}-{stage}", marks=_SLOW)
         for problem in (_GDN, replace(_GDN, op="delta_rule"), _SIMPLE_GLA, Problem("gla"))
@@ -279,7 +285,7 @@ def test_tilelang_of_other_members_compiles_without_spills(
 @pytest.mark.parametrize(
     ("stage", "K", "V", "spilled"),
     [
-        ("grad_key", 96, 160, 0),
+        pytest.param("grad_key", 96, 160, 0, marks=_SLOW),
         # the state of 256 channels takes half of a thread's registers
         ("scan", 256, 96, SPILLED),
     ],
@@ -334,7 +340,7 @@ def test_tilelang_by_chunk_compiles_for_sm_80(
         pytest.param(replace(_ONE_FRAME, K=64, varlen=False), id="plain"),
     ],
 )
-@pytest.mark.parametrize("stage", ["grad_key", pytest.param("prepare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["prepare", pytest.param("grad_key", marks=pytest.mark.slow)])
 @pytest.mark.tilelang
 def test_tilelang_in_one_frame_compiles_without_spills(
     stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
