@@ -99,7 +99,7 @@ class Mamba2(Layer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self._own_parameters()
-        self._sizes = (inner, inner + 2 * n_groups * state_size, self.num_heads)
+        self._sizes = [inner, inner + 2 * n_groups * state_size, self.num_heads]
         self.in_proj = nn.Linear(hidden_size, sum(self._sizes), bias=bias)
         self.conv1d = ShortConvolution(self._sizes[1], conv_size, bias=conv_bias)
         self.norm: GroupedRMSNorm | None = None
@@ -117,7 +117,7 @@ class Mamba2(Layer):
         z, xBC, dt = torch.split(self.in_proj(batch.x), self._sizes, -1)
         (xBC,), tails = convolve_batch([self.conv1d], [xBC], [_TAIL], batch, kept)
         groups, inner = self.n_groups * self.state_size, self._sizes[0]
-        x, B, C = torch.split(xBC, (inner, groups, groups), -1)
+        x, B, C = torch.split(xBC, [inner, groups, groups], -1)
         given = {
             "q": split(C, self.n_groups, self.state_size),
             "k": split(B, self.n_groups, self.state_size),

@@ -106,7 +106,7 @@ class Mamba3(Layer):
         self.C_bias = nn.Parameter(torch.empty(heads, 1, state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self._own_parameters()
-        self._sizes = (inner, inner, groups, groups, heads, heads, heads, turned)
+        self._sizes = [inner, inner, groups, groups, heads, heads, heads, turned]
         self.in_proj = nn.Linear(hidden_size, sum(self._sizes), bias=bias)
         self.B_norm = GroupedRMSNorm(state_size, eps=norm_eps)
         self.C_norm = GroupedRMSNorm(state_size, eps=norm_eps)
