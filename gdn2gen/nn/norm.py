@@ -98,12 +98,20 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x and gate [..., size]; y like x."""
-        if gate is not None and self.groups == 1:
-            return gated_rms_norm(x, gate, self.weight, eps=self.eps, activation="silu")
-        if self.groups == 1 and self.weight.dtype == x.dtype:
-            return functional.rms_norm(x, (self.size,), self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parts = x.to(wide).view(*x.shape[:-1], self.groups, self.size // self.groups)
-        y = functional.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
-        y = y if gate is None else y * functional.silu(gate.to(wide))
-        return y.to(x.dtype)
+        return grouped_rms_norm(x, self.weight, gate, groups=self.groups, eps=self.eps)
+
+
+def grouped_rms_norm(
+    x: Tensor, weight: Tensor, gate: Tensor | None = None, *, groups: int, eps: float
+) -> Tensor:
+    """What `GroupedRMSNorm` computes, with a weight from elsewhere."""
+    if gate is not None and groups == 1:
+        return gated_rms_norm(x, gate, weight, eps=eps, activation="silu")
+    size = x.shape[-1]
+    if groups == 1 and weight.dtype == x.dtype:
+        return functional.rms_norm(x, (size,), weight, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = x.to(wide).view(*x.shape[:-1], groups, size // groups)
+    y = functional.rms_norm(parts, parts.shape[-1:], None, eps).flatten(-2) * weight
+    y = y if gate is None else y * functional.silu(gate.to(wide))
+    return y.to(x.dtype)

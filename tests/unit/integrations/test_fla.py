@@ -122,6 +122,29 @@ def test_ours_stand_for_theirs_and_give_way(theirs: dict[str, ModuleType]) -> No
     assert theirs["a_model"].renamed is chunk_kda
 
 
+def _wrapped(implementation: Any) -> Any:
+    """As transformers' modules keep functions, from 5.24 on at the latest."""
+
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        return implementation(*args, **keywords)
+
+    return wrapper
+
+
+def test_what_a_function_closes_over_is_exchanged_too(theirs: dict[str, ModuleType]) -> None:
+    theirs["a_model"].wrapper = _wrapped(chunk_kda)  # type: ignore[attr-defined]
+    given = make_inputs(1, 4, 2, 16, 16, op="kda")
+    report = fla.register()
+    assert "a_model" in report.replaced[next(x for x in report.replaced if "chunk_kda" in x)]
+    o, _ = theirs["a_model"].wrapper(**given)
+    assert torch.equal(o, gdn2gen.chunk_kda(**given)[0])
+    with pytest.warns(RuntimeWarning, match="runs as it was"):  # by what stands for it
+        assert theirs["a_model"].wrapper(**given, cp_context=object()) == ("theirs", None)
+    assert fla.register().replaced == {}
+    fla.unregister()
+    assert theirs["a_model"].wrapper(**given) == ("theirs", None)
+
+
 def test_what_ours_refuse_runs_as_it_was(theirs: dict[str, ModuleType]) -> None:
     """Keywords that ours have not, head dims and dtypes: said once, counted always."""
     fla.register()
