@@ -44,9 +44,9 @@ class Mamba3(Layer):
         num_heads: heads of x; if given, it must be expand * hidden_size / head_dim.
         n_groups: of B and C, a divisor of the heads. Head i reads group i // (heads / groups).
         rope_fraction: 0.5 or 1: how much of N is rotated, in pairs of channels.
-        decay: "softplus", as flash-linear-attention 0.6.0 has it and mamba_ssm had it first; or
-            "heavy_tail", as mamba_ssm's main branch has it (its pull request 962): in place of
-            softplus(a) 1 + a from 0 on, and 1 / (1 - a) below.
+        decay: "softplus", as flash-linear-attention 0.6.0 and mamba_ssm 2.3.2 have it; or
+            "heavy_tail", as mamba_ssm's main branch has had it since (its pull request 962): in
+            place of softplus(a) 1 + a from 0 on, and 1 / (1 - a) below.
         A_floor: the least that -a is.
         bias: whether the two projections have one.
         is_outproj_norm: RMSNorm(o + D x) * silu(z) of each head instead of the gate alone.

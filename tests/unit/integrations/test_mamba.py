@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import small, tokens
+from layer_cases import HIDDEN, small, tokens
 from mamba_checks import CASES, draw
 from torch import Tensor
 
@@ -169,6 +169,31 @@ def test_states_of_the_layers_op(theirs: dict[str, ModuleType]) -> None:
         torch.ones(2, 4), 64, return_final_states=True,
     )  # fmt: skip
     assert y.shape == (1, 4, 8) and state.shape == (1, 2, 4, 4)
+
+
+@pytest.mark.parametrize("member", ["mamba2", "mamba3"])
+def test_its_layers_run_on_ours(member: str) -> None:
+    """Where it can be imported: state dicts of ours load there and the other way, and both give the
+    same; without a GPU its own kernels could not run."""
+    home = pytest.importorskip(f"mamba_ssm.modules.{member}", exc_type=ImportError)
+    make = getattr(home, member.capitalize())
+    sizes = {"d_model": HIDDEN, "d_state": 8, "headdim": 16, "ngroups": 2}
+    layer, ours, x = make(**sizes), small(member, n_groups=2), tokens(2, 20)
+    assert [*layer.state_dict()] == [*ours.state_dict()]
+    ours.load_state_dict(layer.state_dict())
+    layer.load_state_dict(ours.state_dict())
+    if member == "mamba3":  # whose norms of B and C are kernels of its own
+        layer.B_norm, layer.C_norm = ours.B_norm, ours.C_norm
+    try:
+        mamba.register()
+        y = layer(x)
+        assert not mamba.refused()
+        torch.testing.assert_close(y, ours(x))
+        found = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
+        wanted = torch.autograd.grad(ours(x).square().sum(), [*ours.parameters()])
+        torch.testing.assert_close(found, wanted)
+    finally:
+        mamba.unregister()
 
 
 def test_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
