@@ -98,11 +98,12 @@ def _split(given: Given) -> Any:
     heads, inner, channels = D.shape[0], D.shape[0] * P, weight.shape[0]
     if given["zxbcdt"].shape[-1] != inner + channels + heads:
         raise Refused("there are channels beside those of z, x, B, C and dt: a gated MLP's")
-    z, xBC, dt = torch.split(given["zxbcdt"], [inner, channels, heads], -1)
+    sizes = [inner, (channels - inner) // 2, (channels - inner) // 2]
+    z, x, B, C, dt = torch.split(given["zxbcdt"], [inner, *sizes, heads], -1)
     bias = given.get("conv1d_bias")
-    (xBC,), _ = short_convolution([xBC], [weight], None if bias is None else [bias])
-    shared = (channels - inner) // 2
-    x, B, C = torch.split(xBC, [inner, shared, shared], -1)
+    biases = None if bias is None else torch.split(bias, sizes)
+    # Three of one launch, so that each is a tensor of its own, which the op need not copy.
+    (x, B, C), _ = short_convolution([x, B, C], torch.split(weight, sizes), biases)
     norm = given.get("rmsnorm_weight")
     # The gate is the op's, unless there is a norm between.
     gates = norm is None or not given.get("norm_before_gate", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from gdn2gen.family.parts import WIDTHS
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn.cache import may_overwrite
 from gdn2gen.ops.parts import short_convolution, short_convolution_step
+
+
+class Taps(NamedTuple):
+    """Parameters of a convolution, as `ShortConvolution` has them."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 class ShortConvolution(nn.Module):
@@ -55,6 +63,12 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def parts(self, sizes: list[int]) -> list[Taps]:
+        """Its channels in parts of these sizes, each a convolution by itself."""
+        biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
+        weights = torch.split(self.weight, sizes)
+        return [Taps(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
     def extra_repr(self) -> str:
         return f"{self.channels}, width={self.width}, bias={self.bias is not None}"
 
@@ -79,7 +93,7 @@ class ShortConvolution(nn.Module):
 
 
 def convolve(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
     x: Sequence[Tensor],
     tails: Sequence[Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -96,7 +110,7 @@ def convolve(
 
 
 def step(
-    convolutions: Sequence[ShortConvolution], x: Sequence[Tensor], tails: Sequence[Tensor]
+    convolutions: Sequence[ShortConvolution | Taps], x: Sequence[Tensor], tails: Sequence[Tensor]
 ) -> list[Tensor]:
     """The same for one token of each sequence, without gradients; `tails` are moved on in place."""
     weights, biases = _parameters(convolutions)
@@ -104,7 +118,7 @@ def step(
 
 
 def convolve_batch(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
     x: Sequence[Tensor],
     names: Sequence[str],
     batch: Batch,
@@ -122,7 +136,7 @@ def convolve_batch(
 
 
 def _may_step(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
     x: Sequence[Tensor],
     names: Sequence[str],
     batch: Batch,
@@ -141,7 +155,7 @@ def _may_step(
 
 
 def _parameters(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Weights [D, width], and biases [D] where there are any."""
     biases = [c.bias for c in convolutions if c.bias is not None]

@@ -21,7 +21,7 @@ from gdn2gen.ops.chunk import chunk_mamba2
 from gdn2gen.ops.recurrent import fused_recurrent_simple_gla
 from gdn2gen.runtime.head_dims import runs_here
 
-_TAIL = "xBC_tail"
+_TAILS = ("x_tail", "B_tail", "C_tail")
 
 
 class Mamba2(Layer):
@@ -99,13 +99,14 @@ class Mamba2(Layer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self._own_parameters()
-        self._sizes = [inner, inner + 2 * n_groups * state_size, self.num_heads]
+        groups = n_groups * state_size
+        self._sizes = [inner, inner, groups, groups, self.num_heads]
         self.in_proj = nn.Linear(hidden_size, sum(self._sizes), bias=bias)
-        self.conv1d = ShortConvolution(self._sizes[1], conv_size, bias=conv_bias)
+        self.conv1d = ShortConvolution(inner + 2 * groups, conv_size, bias=conv_bias)
         self.norm: GroupedRMSNorm | None = None
         if rmsnorm:
-            groups = n_groups if norm_groups is None else norm_groups
-            self.norm = GroupedRMSNorm(inner, groups=groups, eps=norm_eps)
+            parts = n_groups if norm_groups is None else norm_groups
+            self.norm = GroupedRMSNorm(inner, groups=parts, eps=norm_eps)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
 
     @torch.no_grad()
@@ -114,10 +115,10 @@ class Mamba2(Layer):
         self.D.fill_(1.0)
 
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
-        z, xBC, dt = torch.split(self.in_proj(batch.x), self._sizes, -1)
-        (xBC,), tails = convolve_batch([self.conv1d], [xBC], [_TAIL], batch, kept)
-        groups, inner = self.n_groups * self.state_size, self._sizes[0]
-        x, B, C = torch.split(xBC, [inner, groups, groups], -1)
+        z, x, B, C, dt = torch.split(self.in_proj(batch.x), self._sizes, -1)
+        # Three of one launch, so that each is a tensor of its own, which the op need not copy.
+        taps = self.conv1d.parts(self._sizes[1:4])
+        (x, B, C), tails = convolve_batch(taps, [x, B, C], _TAILS, batch, kept)
         given = {
             "q": split(C, self.n_groups, self.state_size),
             "k": split(B, self.n_groups, self.state_size),
