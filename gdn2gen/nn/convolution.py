@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.parts import WIDTHS
+from gdn2gen.nn._batch import Batch
+from gdn2gen.nn.cache import may_overwrite
 from gdn2gen.ops.parts import short_convolution, short_convolution_step
+
+
+class Taps(NamedTuple):
+    """Parameters of a convolution, as `ShortConvolution` has them."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 class ShortConvolution(nn.Module):
@@ -53,6 +63,12 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def parts(self, sizes: list[int]) -> list[Taps]:
+        """Its channels in parts of these sizes, each a convolution by itself."""
+        biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
+        weights = torch.split(self.weight, sizes)
+        return [Taps(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
     def extra_repr(self) -> str:
         return f"{self.channels}, width={self.width}, bias={self.bias is not None}"
 
@@ -77,7 +93,7 @@ class ShortConvolution(nn.Module):
 
 
 def convolve(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
     x: Sequence[Tensor],
     tails: Sequence[Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -94,15 +110,52 @@ def convolve(
 
 
 def step(
-    convolutions: Sequence[ShortConvolution], x: Sequence[Tensor], tails: Sequence[Tensor]
+    convolutions: Sequence[ShortConvolution | Taps], x: Sequence[Tensor], tails: Sequence[Tensor]
 ) -> list[Tensor]:
     """The same for one token of each sequence, without gradients; `tails` are moved on in place."""
     weights, biases = _parameters(convolutions)
     return short_convolution_step(x, weights, biases, tail=tails)
 
 
+def convolve_batch(
+    convolutions: Sequence[ShortConvolution | Taps],
+    x: Sequence[Tensor],
+    names: Sequence[str],
+    batch: Batch,
+    kept: dict[str, Tensor] | None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The same after what a cache keeps by these names; y of each, and the tails that the cache has
+    yet to keep."""
+    if kept is None:
+        return convolve(convolutions, x, cu_seqlens=batch.cu_seqlens)[0], {}
+    tails = [kept[name] for name in names if name in kept]
+    if len(tails) == len(names) and _may_step(convolutions, x, names, batch, kept):
+        return step(convolutions, x, tails), {}
+    y, last = convolve(convolutions, x, tails or None, batch.cu_seqlens, keep=True)
+    return y, dict(zip(names, last, strict=True))
+
+
+def _may_step(
+    convolutions: Sequence[ShortConvolution | Taps],
+    x: Sequence[Tensor],
+    names: Sequence[str],
+    batch: Batch,
+    kept: dict[str, Tensor],
+) -> bool:
+    """Whether there is one token a sequence, and tails may be moved on where they lie."""
+    if batch.cu_seqlens is not None or not batch.single:
+        return False
+    weights = (c.weight for c in convolutions)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *weights)):
+        return False
+    return all(
+        may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype
+        for name, part in zip(names, x, strict=True)
+    )
+
+
 def _parameters(
-    convolutions: Sequence[ShortConvolution],
+    convolutions: Sequence[ShortConvolution | Taps],
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Weights [D, width], and biases [D] where there are any."""
     biases = [c.bias for c in convolutions if c.bias is not None]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import layer_cases
 import pytest
 import torch
-from layer_cases import HIDDEN, LAYERS, THEIRS, small, tokens
+from layer_cases import LAYERS, small, tokens
 from torch import Tensor, nn
 
 import gdn2gen
@@ -122,6 +122,29 @@ def test_ours_stand_for_theirs_and_give_way(theirs: dict[str, ModuleType]) -> No
     assert theirs["a_model"].renamed is chunk_kda
 
 
+def _wrapped(implementation: Any) -> Any:
+    """As transformers' modules keep functions, from 5.24 on at the latest."""
+
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        return implementation(*args, **keywords)
+
+    return wrapper
+
+
+def test_what_a_function_closes_over_is_exchanged_too(theirs: dict[str, ModuleType]) -> None:
+    theirs["a_model"].wrapper = _wrapped(chunk_kda)  # type: ignore[attr-defined]
+    given = make_inputs(1, 4, 2, 16, 16, op="kda")
+    report = fla.register()
+    assert "a_model" in report.replaced[next(x for x in report.replaced if "chunk_kda" in x)]
+    o, _ = theirs["a_model"].wrapper(**given)
+    assert torch.equal(o, gdn2gen.chunk_kda(**given)[0])
+    with pytest.warns(RuntimeWarning, match="runs as it was"):  # by what stands for it
+        assert theirs["a_model"].wrapper(**given, cp_context=object()) == ("theirs", None)
+    assert fla.register().replaced == {}
+    fla.unregister()
+    assert theirs["a_model"].wrapper(**given) == ("theirs", None)
+
+
 def test_what_ours_refuse_runs_as_it_was(theirs: dict[str, ModuleType]) -> None:
     """Keywords that ours have not, head dims and dtypes: said once, counted always."""
     fla.register()
@@ -169,16 +192,14 @@ def test_what_an_original_calls_is_its_own(theirs: dict[str, ModuleType]) -> Non
 def test_its_layers_run_on_ours(member: str) -> None:
     """Where it can be imported; without a GPU its own kernels could not run."""
     pytest.importorskip("fla.layers", exc_type=ImportError)
-    module, name = THEIRS[member]
-    make = getattr(importlib.import_module(module), name)
-    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=16, expand_v=1.0)
-    ours, x = small(member), tokens(2, 70)
-    theirs.load_state_dict(ours.state_dict())
+    gate = {"use_gate": True} if member == "delta_rule" else {}  # a norm alone stays its own
+    layer, ours, x = layer_cases.theirs(member, **gate), small(member, **gate), tokens(2, 70)
+    layer.load_state_dict(ours.state_dict())
     try:
         fla.register()
-        y = theirs(x)[0]
+        y = layer(x)[0]
         torch.testing.assert_close(y, ours(x))
-        found = torch.autograd.grad(y.square().sum(), [*theirs.parameters()])
+        found = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
         wanted = torch.autograd.grad(ours(x).square().sum(), [*ours.parameters()])
         torch.testing.assert_close(found, wanted)
         assert not fla.refused()
