@@ -10,6 +10,7 @@ kda             KimiDeltaAttention
 gated_deltanet  GatedDeltaNet
 attention       SlidingWindowAttention, by torch's own
 model           LanguageModel: blocks of these
+observatory     Observatory: what becomes of gradients, states and decays in training
 """
 
 from gdn2gen.nn.attention import SlidingWindowAttention
@@ -20,6 +21,7 @@ from gdn2gen.nn.gdn2 import GatedDeltaNet2
 from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.model import LanguageModel
 from gdn2gen.nn.norm import GatedRMSNorm
+from gdn2gen.nn.observatory import Observatory, Sighting
 
 __all__ = [
     "Cache",
@@ -28,6 +30,8 @@ __all__ = [
     "GatedRMSNorm",
     "KimiDeltaAttention",
     "LanguageModel",
+    "Observatory",
     "ShortConvolution",
+    "Sighting",
     "SlidingWindowAttention",
 ]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.activations import activate_gate
+from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import Cache, may_overwrite, write
@@ -208,6 +210,21 @@ class Mixer(nn.Module):
         gate = split(tokens.by(self.g_proj), heads.HV, heads.V)
         y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
         return batch.restored(y)
+
+    @property
+    def member(self) -> str:
+        """The recurrence, as commands call it."""
+        chunk = type(self)._chunk.__name__
+        return next(x.name for x in RECURRENCES.values() if x.public.chunk == chunk)
+
+    @torch.no_grad()
+    def decay(self, x: Tensor) -> Tensor:
+        """By how much each token x [B, T, hidden] lets the state decay, in natural log, <= 0:
+        [B, T, heads, K], or [.., 1] where it is one number a head; in fp32 at least."""
+        made = self._gates(Projected(x, self._projections()))
+        g = made["g"].to(torch.promote_types(made["g"].dtype, torch.float32))
+        g = g[..., None] if g.dim() == 3 else g
+        return activate_gate(g, self.A_log, self.dt_bias, made.get("lower_bound"))
 
     def _projections(self) -> list[nn.Module]:
         """Of the tokens, in any order."""
