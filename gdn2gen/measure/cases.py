@@ -249,8 +249,8 @@ def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
 
 
 def cases_drawn(pattern: DecayPattern, op: str | None = None) -> tuple[Case, ...]:
-    """Of decays that trained gates had: at their head dims, in every dtype, and the same bits twice;
-    of the recurrence that had them, or of another."""
+    """Of decays that trained gates had, at their head dims, in every dtype; of the recurrence that
+    had them, or of another."""
     op = pattern.op if op is None else op
     problem = Problem(
         op=op, K=pattern.K, V=pattern.V, initial_state=True, final_state=True, **_usual(op)

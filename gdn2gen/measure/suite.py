@@ -84,9 +84,7 @@ def verify(
     `on_result` is given each result as it comes, both of a case that is run again. `workers`:
     processes that run cases; None for one to two cores, as far as the GPU's memory goes.
     """
-    cases = select_cases(
-        patterns, interpreter=interpreter, op=op, head_dim=head_dim, decays=decays
-    )
+    cases = select_cases(patterns, interpreter=interpreter, op=op, head_dim=head_dim, decays=decays)
     device = "cpu" if interpreter else "cuda"
     count = min(workers or _workers(device), len(cases))
     lock, given = Lock(), on_result or (lambda _: None)

@@ -4,10 +4,13 @@ cache           Cache: states and tails of sequences, for decoding
 convolution     ShortConvolution, with SiLU
 norm            GatedRMSNorm
 projections     Projected: of the same tokens, their gradients added up in the products
-mixer           what the layers share
+layer           what all layers share
+mixer           what those with q, k and v share
 gdn2            GatedDeltaNet2
 kda             KimiDeltaAttention
 gated_deltanet  GatedDeltaNet
+mamba2          Mamba2
+mamba3          Mamba3
 attention       SlidingWindowAttention, by torch's own
 model           LanguageModel: blocks of these
 observatory     Observatory: what becomes of gradients, states and decays in training
@@ -19,6 +22,8 @@ from gdn2gen.nn.convolution import ShortConvolution
 from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
 from gdn2gen.nn.kda import KimiDeltaAttention
+from gdn2gen.nn.mamba2 import Mamba2
+from gdn2gen.nn.mamba3 import Mamba3
 from gdn2gen.nn.model import LanguageModel
 from gdn2gen.nn.norm import GatedRMSNorm
 from gdn2gen.nn.observatory import Observatory, Sighting
@@ -30,6 +35,8 @@ __all__ = [
     "GatedRMSNorm",
     "KimiDeltaAttention",
     "LanguageModel",
+    "Mamba2",
+    "Mamba3",
     "Observatory",
     "ShortConvolution",
     "Sighting",

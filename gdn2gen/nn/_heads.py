@@ -40,6 +40,37 @@ class Heads:
         return cls(num_heads, HV, head_dim, V)
 
 
+def inner_heads(
+    hidden_size: int,
+    expand: float,
+    head_dim: int,
+    num_heads: int | None,
+    n_groups: int,
+    state_size: int,
+) -> int:
+    """Heads of expand * hidden_size channels. Raises InputError where sizes do not go together."""
+    sizes = {"head_dim": head_dim, "n_groups": n_groups, "state_size": state_size}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, but got {size}")
+    inner = round(expand * hidden_size)
+    if inner < 1 or abs(inner - expand * hidden_size) > 1e-5 * inner or inner % head_dim != 0:
+        raise InputError(
+            f"expand * hidden_size must be a multiple of head_dim, but got {expand} * "
+            f"{hidden_size} and head_dim={head_dim}"
+        )
+    heads = inner // head_dim
+    if num_heads is not None and num_heads != heads:
+        raise InputError(
+            f"num_heads must be expand * hidden_size / head_dim = {heads}, but got {num_heads}"
+        )
+    if heads % n_groups != 0:
+        raise InputError(
+            f"n_groups must divide the heads, but got n_groups={n_groups} and {heads} heads"
+        )
+    return heads
+
+
 def split(x: Tensor, heads: int, dim: int) -> Tensor:
     """[.., heads * dim] as [.., heads, dim]."""
     return x.view(*x.shape[:-1], heads, dim)

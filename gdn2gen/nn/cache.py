@@ -112,6 +112,15 @@ def may_overwrite(kept: dict[str, Tensor], name: str, *, trains: bool) -> bool:
     return torch.is_inference_mode_enabled() or not x.is_inference()
 
 
+def in_place(kept: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor in fp32 or wider, zeros at first, that a call without gradients may write to."""
+    if not may_overwrite(kept, name, trains=False):
+        wide = torch.promote_types(like.dtype, torch.float32)
+        new = torch.zeros(shape, dtype=wide, device=like.device)
+        kept[name] = kept[name].clone() if name in kept else new
+    return kept[name]
+
+
 def _check_rows(rows: Tensor) -> None:
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise InputError(f"rows must be int64 [R], but got {rows.dtype} {tuple(rows.shape)}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.parts import WIDTHS
+from gdn2gen.nn._batch import Batch
+from gdn2gen.nn.cache import may_overwrite
 from gdn2gen.ops.parts import short_convolution, short_convolution_step
 
 
@@ -99,6 +101,43 @@ def step(
     """The same for one token of each sequence, without gradients; `tails` are moved on in place."""
     weights, biases = _parameters(convolutions)
     return short_convolution_step(x, weights, biases, tail=tails)
+
+
+def convolve_batch(
+    convolutions: Sequence[ShortConvolution],
+    x: Sequence[Tensor],
+    names: Sequence[str],
+    batch: Batch,
+    kept: dict[str, Tensor] | None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The same after what a cache keeps by these names; y of each, and the tails that the cache has
+    yet to keep."""
+    if kept is None:
+        return convolve(convolutions, x, cu_seqlens=batch.cu_seqlens)[0], {}
+    tails = [kept[name] for name in names if name in kept]
+    if len(tails) == len(names) and _may_step(convolutions, x, names, batch, kept):
+        return step(convolutions, x, tails), {}
+    y, last = convolve(convolutions, x, tails or None, batch.cu_seqlens, keep=True)
+    return y, dict(zip(names, last, strict=True))
+
+
+def _may_step(
+    convolutions: Sequence[ShortConvolution],
+    x: Sequence[Tensor],
+    names: Sequence[str],
+    batch: Batch,
+    kept: dict[str, Tensor],
+) -> bool:
+    """Whether there is one token a sequence, and tails may be moved on where they lie."""
+    if batch.cu_seqlens is not None or not batch.single:
+        return False
+    weights = (c.weight for c in convolutions)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *weights)):
+        return False
+    return all(
+        may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype
+        for name, part in zip(names, x, strict=True)
+    )
 
 
 def _parameters(

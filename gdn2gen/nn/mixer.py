@@ -1,8 +1,7 @@
-"""What the layers of the family share: all but their gates and their ops."""
+"""What the layers with q, k and v share: all but their gates and their ops."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
@@ -16,8 +15,9 @@ from gdn2gen.family.activations import activate_gate
 from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
-from gdn2gen.nn.cache import Cache, may_overwrite, write
-from gdn2gen.nn.convolution import ShortConvolution, convolve, step
+from gdn2gen.nn.cache import in_place, write
+from gdn2gen.nn.convolution import ShortConvolution, convolve_batch
+from gdn2gen.nn.layer import STATE, Layer, draw_rates, requires_gradient
 from gdn2gen.nn.norm import GatedRMSNorm
 from gdn2gen.nn.projections import Projected
 from gdn2gen.runtime.head_dims import runs_here
@@ -25,12 +25,9 @@ from gdn2gen.runtime.head_dims import runs_here
 Op = Callable[..., tuple[Tensor, Tensor | None]]
 
 MODES: Final = ("chunk", "fused_recurrent")
-STATE: Final = "state"
-RATES: Final = ("A_log", "dt_bias")
-"""Parameters of the gate: never narrower than fp32, and not for weight decay."""
 
 
-class Mixer(nn.Module):
+class Mixer(Layer):
     """A layer that mixes tokens by a recurrence of the family:
 
         q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v))
@@ -64,16 +61,12 @@ class Mixer(nn.Module):
         conv_bias: bool,
         layer_idx: int | None,
     ) -> None:
-        super().__init__()
-        if hidden_size < 1:
-            raise InputError(f"hidden_size must be at least 1, but got {hidden_size}")
+        super().__init__(hidden_size, layer_idx)
         modes = MODES if type(self)._recurrent is not None else MODES[:1]
         if mode not in modes:
             raise InputError(f"mode must be one of {modes}, but got {mode!r}")
-        self.hidden_size = hidden_size
         self.heads = heads
         self.mode = mode
-        self.layer_idx = layer_idx
         self.use_short_conv = use_short_conv
         H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
         self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
@@ -105,9 +98,7 @@ class Mixer(nn.Module):
         """Rate of so many heads, and bias of so many decays."""
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(decays, dtype=torch.float32))
-        self._mark_rates()
-        self._reset_rates()
-        self.register_load_state_dict_post_hook(_mark_again)  # type: ignore[no-untyped-call]
+        self._own_parameters()
 
     def _add_output(
         self, norm_eps: float, activation: str, g_proj: nn.Module | None = None
@@ -121,78 +112,10 @@ class Mixer(nn.Module):
         self.o_norm = GatedRMSNorm(V, eps=norm_eps, activation=activation)
         self.o_proj = nn.Linear(HV * V, self.hidden_size, bias=False)
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew, as after `to_empty` of a layer made on the device "meta"."""
-        for module in self.modules():
-            draw = getattr(module, "reset_parameters", None)
-            if module is not self and draw is not None:
-                draw()
-        self._reset_rates()
-
-    @torch.no_grad()
     def _reset_rates(self) -> None:
-        """exp(A_log) of U(`_least_rate`, 16); softplus(dt_bias) log-uniform in 1e-3 .. 0.1."""
-        self.A_log.uniform_(self._least_rate, 16).log_()
-        step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
-        # The y of softplus(y) = step.
-        step.add_(torch.log(-torch.expm1(-step)))
+        draw_rates(self.A_log, self.dt_bias, self._least_rate)
 
-    def _mark_rates(self) -> None:
-        """The mark that optimizers of the field look for."""
-        for name in RATES:
-            setattr(getattr(self, name), "_no_weight_decay", True)  # noqa: B010
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
-        """`.to()` and its like, which leave the gate's parameters in fp32 at least."""
-
-        def wide(x: Tensor) -> Tensor:
-            y = fn(x)
-            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
-
-        if recurse:
-            for module in self.children():
-                module._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(wide, recurse=False)  # type: ignore[no-untyped-call]
-        self._mark_rates()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._mark_rates()
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        cache: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens of each sequence.
-
-        Without gradients one token a sequence (T = 1) goes to the op `fused_recurrent_<member>`,
-        as all calls do with `mode="fused_recurrent"`; everything else, and all of a member without
-        that op, goes to `chunk_<member>`.
-
-        Args:
-            x: [B, T, hidden]: the tokens.
-            cache: what earlier tokens of the same sequences left; written with what these leave.
-            cu_seqlens: [N+1] int32 or int64: N sequences packed in one row (B = 1).
-            cu_seqlens_cpu: its copy on the host, which the ops then check.
-            attention_mask: [B, T] of any dtype: 0 where a token is padding, on either side or
-                between. Padding is taken out before the layer and is zeros in y; how much there is
-                the host waits to hear.
-
-        Returns:
-            y [B, T, hidden].
-
-        Raises:
-            InputError: wrong shapes, or a cache of another batch size.
-            UnsupportedError: head dims that were not verified, on a GPU.
-        """
-        batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
-        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
+    def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         heads = self.heads
         tokens = Projected(batch.x, self._projections())
         q, k, v, tails = self._qkv(tokens, batch, kept)
@@ -202,25 +125,23 @@ class Mixer(nn.Module):
             "v": split(v, heads.HV, heads.V),
             **self._gates(tokens),
         }
-        trains = _requires_gradient(arguments)
+        trains = requires_gradient(arguments)
         o = self._mixed(arguments, batch, kept, trains)
         if kept is not None:
             for name, tail in tails.items():
                 write(kept, name, tail, trains=trains)
         gate = split(tokens.by(self.g_proj), heads.HV, heads.V)
         y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
-        return batch.restored(y)
+        return y
 
     @property
-    def member(self) -> str:
-        """The recurrence, as commands call it."""
+    def recurrence(self) -> tuple[str, int, int]:
         chunk = type(self)._chunk.__name__
-        return next(x.name for x in RECURRENCES.values() if x.public.chunk == chunk)
+        op = next(x.name for x in RECURRENCES.values() if x.public.chunk == chunk)
+        return op, self.heads.K, self.heads.V
 
     @torch.no_grad()
-    def decay(self, x: Tensor) -> Tensor:
-        """By how much each token x [B, T, hidden] lets the state decay, in natural log, <= 0:
-        [B, T, heads, K], or [.., 1] where it is one number a head; in fp32 at least."""
+    def decay_of(self, x: Tensor) -> Tensor:
         made = self._gates(Projected(x, self._projections()))
         g = made["g"].to(torch.promote_types(made["g"].dtype, torch.float32))
         g = g[..., None] if g.dim() == 3 else g
@@ -242,31 +163,9 @@ class Mixer(nn.Module):
             q, k, v = (functional.silu(part) for part in made.values())
             return q, k, v, {}
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        parts = [*made.values()]
-        if kept is None:
-            q, k, v = convolve(convolutions, parts, cu_seqlens=batch.cu_seqlens)[0]
-            return q, k, v, {}
         names = [f"{name}_tail" for name in made]
-        tails = [kept[name] for name in names if name in kept]
-        if len(tails) == len(names) and self._may_step(batch, parts, kept, names):
-            q, k, v = step(convolutions, parts, tails)
-            return q, k, v, {}
-        (q, k, v), last = convolve(convolutions, parts, tails or None, batch.cu_seqlens, keep=True)
-        return q, k, v, dict(zip(names, last, strict=True))
-
-    def _may_step(
-        self, batch: Batch, parts: list[Tensor], kept: dict[str, Tensor], names: list[str]
-    ) -> bool:
-        """Whether there is one token a sequence, and tails may be moved on where they lie."""
-        if batch.cu_seqlens is not None or not batch.single:
-            return False
-        weights = (x.weight for x in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *weights)):
-            return False
-        return all(
-            may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype
-            for name, part in zip(names, parts, strict=True)
-        )
+        (q, k, v), tails = convolve_batch(convolutions, [*made.values()], names, batch, kept)
+        return q, k, v, tails
 
     def _mixed(
         self, arguments: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None, trains: bool
@@ -311,23 +210,7 @@ class Mixer(nn.Module):
         q = shared["q"]
         state = None
         if kept is not None:
-            if not may_overwrite(kept, STATE, trains=False):
-                shape = (batch.sequences, self.heads.HV, self.heads.K, self.heads.V)
-                wide = torch.promote_types(q.dtype, torch.float32)
-                new = torch.zeros(shape, dtype=wide, device=q.device)
-                kept[STATE] = kept[STATE].clone() if STATE in kept else new
-            state = kept[STATE]
+            shape = (batch.sequences, self.heads.HV, self.heads.K, self.heads.V)
+            state = in_place(kept, STATE, shape, q)
         o, _ = recurrent(**shared, state_pool=state)
         return o
-
-
-def _mark_again(layer: nn.Module, _: Any) -> None:
-    """After a load that put other parameters in place (assign=True)."""
-    assert isinstance(layer, Mixer)
-    layer._mark_rates()
-
-
-def _requires_gradient(arguments: dict[str, Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in arguments.values()
-    )

@@ -16,12 +16,16 @@ from gdn2gen.nn.cache import Cache
 from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
 from gdn2gen.nn.kda import KimiDeltaAttention
-from gdn2gen.nn.mixer import Mixer
+from gdn2gen.nn.layer import Layer
+from gdn2gen.nn.mamba2 import Mamba2
+from gdn2gen.nn.mamba3 import Mamba3
 
-MIXERS: Final[Mapping[str, Callable[..., Mixer]]] = {
+MIXERS: Final[Mapping[str, Callable[..., Layer]]] = {
     "gdn2": GatedDeltaNet2,
     "kda": KimiDeltaAttention,
     "gated_delta_rule": GatedDeltaNet,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
 }
 
 
@@ -63,18 +67,18 @@ class LanguageModel(nn.Module):
         vocab_size: tokens that there are.
         hidden_size: channels between blocks.
         num_layers: blocks.
-        mixer: "gdn2", "kda" or "gated_delta_rule"; or what makes a layer of its own, called as
-            those are, whose forward takes x and `cache`.
+        mixer: "gdn2", "kda", "gated_delta_rule", "mamba2" or "mamba3"; or what makes a layer of
+            one's own, called as those are, whose forward takes x and `cache`.
         window: if given, every other block (the second, the fourth ..) has attention over so many
             tokens instead of the mixer, as the hybrid of arXiv 2605.22791.
-        attention_heads: of those blocks; the mixer's if None.
+        attention_heads: of those blocks; if None the mixer's `num_heads`, or 16 where it has none.
         inner: channels within a SwiGLU; if None 8/3 of hidden_size, up to a multiple of 64.
         norm_eps: of all norms.
         init_std: embeddings and projections are drawn from a normal distribution of this width;
             those that write into the sum of blocks, of 1 / sqrt(2 num_layers) of it.
         checkpoint_activations: keep the inputs of blocks alone, and compute the rest again in the
             backward.
-        mixer_options: what else the mixer takes: num_heads, head_dim ...
+        mixer_options: what else the mixer takes: num_heads, head_dim, state_size ...
 
     Raises:
         InputError: sizes that do not go together, an unknown mixer.
@@ -137,7 +141,7 @@ class LanguageModel(nn.Module):
         narrow = (2 * len(self.blocks)) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                into_sum = name.endswith(("o_proj", "down_proj"))
+                into_sum = name.endswith(("o_proj", "out_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=self.init_std * (narrow if into_sum else 1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

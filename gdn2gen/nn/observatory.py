@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import LEVELS, DecayPattern, Quantiles
 from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.layer import Layer
 
 GROUPS: Final = 8
 """Of channels of a head, by how much they forget."""
@@ -52,7 +53,7 @@ class Observatory:
 
     Args:
         model: a `LanguageModel`, or what is called with tokens and `cache` as it is; its layers are
-            those that have a `decay` as those of `gdn2gen.nn`.
+            those of `gdn2gen.nn`, or of their base, `nn.layer.Layer`.
         every: steps from one look to the next.
         largest: what a state may be.
         tokens: how many are looked at, of the first sequences.
@@ -71,10 +72,10 @@ class Observatory:
         self.every = every
         self.largest = largest
         self.tokens = tokens
-        self.layers: list[Any] = [x for x in model.modules() if callable(getattr(x, "decay", None))]
+        self.layers = [x for x in model.modules() if isinstance(x, Layer)]
         if not self.layers:
             raise InputError(
-                f"{type(model).__name__} has no layer with a decay, such as those of gdn2gen.nn"
+                f"{type(model).__name__} has no layer of gdn2gen.nn whose state decays"
             )
         self.sightings: list[Sighting] = []
         self._groups: list[list[list[Quantiles]]] = []
@@ -90,7 +91,8 @@ class Observatory:
         cache, seen = Cache(rows.shape[0]), dict[int, Tensor]()
         with self._listening(seen):
             self.model(rows, cache=cache)
-        groups = [seen[place].tolist() for place in range(len(self.layers))]
+        found = [seen[place].tolist() for place in range(len(self.layers))]
+        groups = [[head[1:] for head in layer] for layer in found]
         kept = [cache.layer(index) for index in sorted(cache.layers)]
         states = torch.stack([_largest(x) for x in kept]).tolist() if kept else []
         sighting = Sighting(
@@ -98,7 +100,7 @@ class Observatory:
             tuple(self._alarms(states, groups)),
             self._gradient(),
             tuple(states),
-            tuple(tuple(_of_head(head) for head in layer) for layer in groups),
+            tuple(tuple(tuple(head[0]) for head in layer) for layer in found),
         )
         self._groups = groups
         self.sightings.append(sighting)
@@ -111,13 +113,12 @@ class Observatory:
         """
         if not self._groups:
             raise InputError("nothing was seen yet: call look_now, or look after every step")
-        kinds = {(x.member, x.heads.K, x.heads.V) for x in self.layers}
+        kinds = {x.recurrence for x in self.layers}
         if len(kinds) > 1:
             raise InputError(f"a pattern is of one recurrence at one K and V, but got {kinds}")
         ((op, K, V),) = kinds
         layers = tuple(
-            tuple(tuple(tuple(group) for group in head) for head in layer)
-            for layer in self._groups
+            tuple(tuple(tuple(group) for group in head) for head in layer) for layer in self._groups
         )
         return DecayPattern(name, op, K, V, layers)
 
@@ -126,8 +127,8 @@ class Observatory:
         """Inside, quantiles of each layer's decay come in as it is called."""
 
         def listen(place: int) -> Any:
-            def hook(layer: Any, given: tuple[Tensor, ...]) -> None:
-                seen[place] = _quantiles(layer.decay(given[0]))
+            def hook(layer: Layer, given: tuple[Tensor, ...]) -> None:
+                seen[place] = _quantiles(layer.decay_of(given[0]))
 
             return hook
 
@@ -178,28 +179,18 @@ def _largest(kept: dict[str, Tensor]) -> Tensor:
 
 
 def _quantiles(decay: Tensor) -> Tensor:
-    """Of the decay [B, T, heads, dim]: [heads, groups, levels], groups by their channels' medians."""
+    """Of the decay [B, T, heads, dim]: [heads, 1 + groups, levels], of all channels, then of groups
+    by their medians."""
     channels = decay.flatten(0, 1).permute(1, 2, 0).sort(-1).values  # [heads, dim, tokens]
     heads, dim, count = channels.shape
-    groups = math.gcd(dim, GROUPS)
     order = channels[..., count // 2].argsort(stable=True, dim=-1)
     channels = channels.gather(1, order[..., None].expand_as(channels))
-    values = channels.reshape(heads, groups, -1).sort(-1).values
+    parts = [channels.reshape(heads, n, -1).sort(-1).values for n in (1, math.gcd(dim, GROUPS))]
+    return torch.cat([_at_levels(part) for part in parts], 1)
+
+
+def _at_levels(values: Tensor) -> Tensor:
+    """Of rising values [.., n]: the nearest ones, [.., levels]."""
     last = values.shape[-1] - 1
     places = [round(level * last) for level in LEVELS]
     return values[..., torch.tensor(places, device=values.device)]
-
-
-def _of_head(groups: list[Quantiles]) -> Quantiles:
-    """Quantiles of all channels of a head, from those of its groups, which are of one size."""
-    steps = 64
-    drawn = sorted(_at(group, (i + 0.5) / steps) for group in groups for i in range(steps))
-    inner = [drawn[round(level * (len(drawn) - 1))] for level in LEVELS[1:-1]]
-    return (min(x[0] for x in groups), *inner, max(x[-1] for x in groups))
-
-
-def _at(quantiles: Quantiles, level: float) -> float:
-    above = next(i for i, x in enumerate(LEVELS) if x >= level)
-    low, high = LEVELS[above - 1], LEVELS[above]
-    part = (level - low) / (high - low)
-    return quantiles[above - 1] * (1 - part) + quantiles[above] * part

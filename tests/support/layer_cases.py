@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn2gen.nn import GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
+from gdn2gen.nn import GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, Mamba2, Mamba3
+from gdn2gen.nn.layer import Layer
 from gdn2gen.nn.mixer import Mixer
 
 LAYERS: Final[dict[str, Callable[..., Mixer]]] = {
@@ -18,6 +19,9 @@ LAYERS: Final[dict[str, Callable[..., Mixer]]] = {
     "kda": KimiDeltaAttention,
     "gated_delta_rule": GatedDeltaNet,
 }
+MAMBA: Final[dict[str, Callable[..., Layer]]] = {"mamba2": Mamba2, "mamba3": Mamba3}
+"""Layers of the other kind: one projection, one convolution or none."""
+ALL: Final[dict[str, Callable[..., Layer]]] = {**LAYERS, **MAMBA}
 HIDDEN: Final = 32
 # flash-linear-attention's.
 THEIRS: Final = {
@@ -27,18 +31,21 @@ THEIRS: Final = {
 }
 
 
-def small(member: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Mixer:
+def small(member: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A layer of 2 heads of 16 channels, the same at every call; of `options` it gets what it
-    takes."""
+    takes. Mamba's has 4 heads, and 2 groups where value heads are grouped."""
     torch.manual_seed(0)
     given = {"num_heads": 2, "head_dim": 16, "expand_v": 1.0, **options}
-    layer = LAYERS[member](HIDDEN, layer_idx=3, **taken(member, given))
+    if member in MAMBA:
+        groups = 2 if "num_v_heads" in options else 1
+        given = {"state_size": 8, "n_groups": groups, **given, "num_heads": 4}
+    layer = ALL[member](HIDDEN, layer_idx=3, **taken(member, given))
     return layer.to(dtype)
 
 
 def taken(member: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the layer has."""
-    known = {*signature(LAYERS[member]).parameters}
+    known = {*signature(ALL[member]).parameters}
     return {name: x for name, x in options.items() if name in known}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from layer_cases import HIDDEN, LAYERS, by_equations, small, tokens
+from layer_cases import ALL, HIDDEN, LAYERS, MAMBA, by_equations, small, tokens
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn import Cache
@@ -16,6 +17,7 @@ from gdn2gen.nn.mixer import Mixer
 from gdn2gen.runtime import head_dims
 
 MEMBERS = [*LAYERS]
+STATE = dict.fromkeys(ALL, "state") | {"mamba3": "ssm"}
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_v_heads": 4, "expand_v": 0.5, "conv_bias": True, "conv_size": 3},
@@ -42,7 +44,7 @@ def test_equations(member: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=("plain", "grouped"))
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", [*ALL])
 def test_prefill_then_token_by_token(
     member: str, options: dict[str, Any], dtype: torch.dtype, near: float
 ) -> None:
@@ -55,10 +57,10 @@ def test_prefill_then_token_by_token(
         parts += [layer(x[:, t : t + 1], cache=cache) for t in range(13, 20)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=near, atol=near * 0.2)
     assert {name: kept.data_ptr() for name, kept in cache.layer(3).items()} == places
-    assert cache.layer(3)["state"].dtype == torch.float32
+    assert cache.layer(3)[STATE[member]].dtype == torch.float32
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", [*ALL])
 def test_packed_is_one_by_one(member: str) -> None:
     """Sequences shorter than the convolution and empty ones, too; then the next tokens of each."""
     layer, x = small(member, num_v_heads=4), tokens(1, 20)
@@ -75,8 +77,10 @@ def test_packed_is_one_by_one(member: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize(
+    ("member", "mode"),
+    [*itertools.product(MEMBERS, ("chunk", "fused_recurrent")), *((x, "chunk") for x in MAMBA)],
+)
 def test_padding_is_not_there(member: str, mode: str) -> None:
     """On the left, on the right, everywhere; a row of it keeps its state in a step, too."""
     layer, x, cache = small(member, mode=mode), tokens(4, 9), Cache(4)
@@ -96,19 +100,19 @@ def test_padding_is_not_there(member: str, mode: str) -> None:
     assert not y[mask == 0].any() and not last[more == 0].any()
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", [*ALL])
 def test_gradients_through_padding_and_cache(member: str) -> None:
     """What a cache held before is a constant, and what it holds later no backward reads."""
     layer, x, cache = small(member), tokens(2, 8), Cache(2)
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 5:] = False
     layer(x, attention_mask=mask, cache=cache)
-    state = cache.layer(3)["state"].clone()
+    state = cache.layer(3)[STATE[member]].clone()
     y = layer(x[:, :1], cache=cache)
     with torch.no_grad():
         layer(x[:, :1], cache=cache)
     y.sum().backward()
-    assert not torch.equal(cache.layer(3)["state"], state)
+    assert not torch.equal(cache.layer(3)[STATE[member]], state)
     assert not any(kept.requires_grad for kept in cache.layer(3).values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
@@ -122,8 +126,9 @@ def test_what_was_made_in_inference_mode_is_taken_up() -> None:
         torch.testing.assert_close(torch.cat((first, *rest), 1), layer(x), rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_to_do() -> None:
-    layer, cache = small("kda"), Cache(2)
+@pytest.mark.parametrize("member", ["kda", *MAMBA])
+def test_nothing_to_do(member: str) -> None:
+    layer, cache = small(member), Cache(2)
     with torch.no_grad():
         assert layer(tokens(2, 0), cache=cache).shape == (2, 0, HIDDEN)
         nobody = layer(tokens(2, 3), attention_mask=torch.zeros(2, 3), cache=cache)
