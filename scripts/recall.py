@@ -163,6 +163,11 @@ def _path(rows: Path, experiment: Experiment, task: str, model: str, lr: float, 
     return path_of(rows, task, model, f"lr{lr:g}", f"seed{seed}", f"steps{experiment.steps}")
 
 
+def _gates(path: Path) -> Path:
+    """The decays of a run, for `gdn2gen verify --pattern`; of its row's path."""
+    return path.parent / "gates" / path.name
+
+
 def work(job: Row) -> str:
     """One mixer on one task: what is wanting of the search, then of the other seeds."""
     torch.set_num_threads(1)
@@ -194,6 +199,8 @@ def _runs(
             row = _row(experiment, experiment.tasks[task], trainer, len(made))
             named = {"task": task, "model": model, "lr": lr, "seed": seed}
             write_row(paths[lr, seed], {**named, **row})
+            if trainer.observatory is not None and trainer.diverged is None:
+                trainer.observatory.pattern(f"{task}-{model}").save(_gates(paths[lr, seed]))
     return len(missing)
 
 
@@ -296,10 +303,23 @@ def _report(args: argparse.Namespace, experiment: Experiment) -> int:
     if rows:
         document = {"rows": [rows[key] for key in sorted(rows)]}
         replace_file(RECORD, json.dumps(document, separators=(",", ":")) + "\n")
+    for task in experiment.tasks:
+        for model in MIXERS:
+            _keep_gates(args.rows, experiment, task, model, list(rows.values()))
     put(PAGE, "recall", pages(list(rows.values()), experiment))
     for name, text in pictures(list(rows.values()), experiment).items():
         replace_file(RECORD.parent / f"{name}.svg", text)
     return 0
+
+
+def _keep_gates(
+    folder: Path, experiment: Experiment, task: str, model: str, rows: Sequence[Row]
+) -> None:
+    """Decays of the first seed's best run beside the record, where they are at hand."""
+    for run in chosen(rows, experiment, task, model)[:1]:
+        path = _gates(_path(folder, experiment, task, model, run["lr"], run["seed"]))
+        if path.exists():
+            replace_file(RECORD.parent / "gates" / f"{task}-{model}.json", path.read_text())
 
 
 def _key(row: Row) -> tuple[str, str, int, float, int]:
@@ -314,7 +334,8 @@ def chosen(rows: Sequence[Row], experiment: Experiment, task: str, model: str) -
     mine = [x for x in rows if (x["task"], x["model"]) == (task, model)]
     mine = [x for x in mine if x["steps"] == experiment.steps]
     best = _best([x for x in mine if x["seed"] == experiment.seeds[0]])
-    return [x for x in mine if x["lr"] == best and x["seed"] in experiment.seeds]
+    runs = [x for x in mine if x["lr"] == best and x["seed"] in experiment.seeds]
+    return sorted(runs, key=lambda row: int(row["seed"]))
 
 
 def scores(runs: Sequence[Row]) -> Scores:
@@ -350,8 +371,29 @@ def pages(rows: Sequence[Row], experiment: Experiment) -> str:
             if mine
         ]
         parts += [f"**{name}**: answers that are right, %", "", table(titles, lines), ""]
-    parts += [*_remarks(rows)]
+    parts += [*_decays(rows, experiment), *_remarks(rows)]
     return "\n".join(parts).rstrip() if rows else NOTHING
+
+
+def _decays(rows: Sequence[Row], experiment: Experiment) -> list[str]:
+    """What trained gates do, of the first seed's best runs."""
+    lines = []
+    for task in experiment.tasks:
+        for model in MIXERS:
+            for run in chosen(rows, experiment, task, model)[:1]:
+                heads = [head for layer in run["seen"].get("decays", []) for head in layer]
+                if heads:
+                    least, middle, most = (
+                        (f"{x[0]:.3g}", f"{x[len(x) // 2]:.3g}", f"{x[-1]:.3g}")
+                        for x in (sorted(head[level] for head in heads) for level in (1, 4, 7))
+                    )
+                    words = (", ".join(x) for x in (least, middle, most))
+                    lines.append([f"{task}, {TITLES[model]}", *words])
+    if not lines:
+        return []
+    said = "**Decay of the trained gates**, nats a token: the strongest head, the middle one, the "
+    titles = ("", "strongest 1% of a head's", "half", "weakest 1%")
+    return [f"{said}weakest", "", table(titles, lines), ""]
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from script_module import load_script
 
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.nn import Cache, GatedDeltaNet2, KimiDeltaAttention
 
 recall = load_script("recall")
@@ -200,7 +201,9 @@ def test_runs_that_have_a_row_are_not_run_again(
     assert recall.work({**job, "until": 0.0}).startswith("2 runs")
     assert recall._wanting(_experiment(), tmp_path, "mqar", "gdn2")
     assert recall.work({**job, "until": math.inf}).startswith("2 runs")
-    assert len([*tmp_path.iterdir()]) == 4
+    assert len([*tmp_path.glob("*.json")]) == 4
+    gates = DecayPattern.load(next((tmp_path / "gates").iterdir()))
+    assert (gates.op, gates.K, gates.name) == ("gdn2", 16, "mqar-gdn2")
     lost = next(tmp_path.glob("*seed2*"))
     lost.unlink()
     assert recall._wanting(_experiment(), tmp_path, "mqar", "gdn2")
@@ -269,7 +272,10 @@ def _row(model: str, seed: int, lr: float, right: float) -> dict[str, Any]:
     return {
         "task": "mqar", "model": model, "seed": seed, "lr": lr, "steps": 2, "diverged": None,
         "validation": lr, "tests": [[2, 8, right], [2, 12, right / 2]], "parameters": 1234,
-        "seen": {"alarms": ["step 1: the state"]}, "machine": {"device": "CPU"},
+        "seen": {
+            "alarms": ["step 1: the state"], "decays": [[[-3, -2.5] + [-0.5] * 5 + [-0.1, 0]]],
+        },
+        "machine": {"device": "CPU"},
     }  # fmt: skip
 
 
@@ -289,6 +295,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rows.write_row(rows.path_of(tmp_path / "rows", *map(row.get, ("model", "seed", "lr"))), row)
     assert recall.main(words) == 0
     text = page.read_text()
+    assert "| mqar, Gated DeltaNet-2 | -2.5, -2.5, -2.5 | -0.5, -0.5, -0.5 | -0.1" in text
     # 4.303 * 0.1 / sqrt(3)
     assert "lr 0.01, 3 seeds, 1,234 parameters) | 90.0 ± 24.8 | 45.0 ± 12.4 |" in text
     assert "| tied (lr 0.01, 1 seeds, 1,234 parameters) | 50.0 | 25.0 |" in text
