@@ -2,11 +2,12 @@
 
     python scripts/layer_time.py [--layers gdn2 kda] [--batch 4] [--tokens 4096] [--sweep]
 
-bf16, 2048 channels in 16 heads. The kernels are the short convolutions of q, k and v, and the gated
-norm; each is beside the floor, the time that a copy of its bytes would take (inputs read once,
-outputs written once), and beside flash-linear-attention's modules where these can be imported. A
-layer is timed with random weights, forward without gradients, and forward and backward with all of
-them. Every run begins with the L2 flushed. --sweep times configs of the kernels, for the rules in
+bf16, 2048 channels in 16 heads, Mamba's 4096 in 64. The kernels are the short convolutions of q, k
+and v, and the gated norm; each is beside the floor, the time that a copy of its bytes would take
+(inputs read once, outputs written once), and beside flash-linear-attention's modules where these
+can be imported. A layer is timed with random weights, forward without gradients, and forward and
+backward with all of them. Every run begins with the L2 flushed.
+--sweep times configs of the kernels, for the rules in
 kernels/parts.py.
 """
 
@@ -39,6 +40,24 @@ THEIRS: Final = {
     "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
     "kda": ("fla.layers.kda", "KimiDeltaAttention"),
     "gated_delta_rule": ("fla.layers.gated_deltanet", "GatedDeltaNet"),
+    "delta_rule": ("fla.layers.delta_net", "DeltaNet"),
+    "gla": ("fla.layers.gla", "GatedLinearAttention"),
+    "mamba2": ("fla.layers.mamba2", "Mamba2"),
+    "mamba3": ("fla.layers.mamba3", "Mamba3"),
+}
+# What layers take beside the hidden size, ours and theirs; Mamba's as it is by default.
+SIZES: Final[dict[str, Any]] = {"num_heads": HEADS, "head_dim": HIDDEN // HEADS}
+OURS: Final[dict[str, dict[str, Any]]] = {
+    "mamba2": {},
+    "mamba3": {},
+    "gla": {**SIZES, "expand_v": 1.0},
+}
+OTHERS: Final[dict[str, dict[str, Any]]] = {
+    "gated_delta_rule": {**SIZES, "expand_v": 1.0},
+    "delta_rule": {"num_heads": HEADS},
+    "gla": {"num_heads": HEADS, "expand_k": 1.0, "expand_v": 1.0},
+    "mamba2": {"num_heads": 2 * HIDDEN // 64, "use_bias": False, "use_conv_bias": True},
+    "mamba3": {},
 }
 
 
@@ -153,15 +172,13 @@ def part_rows(part: Part) -> Iterator[list[str]]:
 
 def layer_rows(member: str, batch: int, count: int) -> Iterator[list[str]]:
     x = tokens(batch, count, HIDDEN).requires_grad_()
-    ours = MIXERS[member](HIDDEN, num_heads=HEADS, head_dim=HIDDEN // HEADS).to("cuda", DTYPE)
+    ours = MIXERS[member](HIDDEN, **OURS.get(member, SIZES)).to("cuda", DTYPE)
     found = _layer_times(lambda: ours(x), [x, *ours.parameters()])
     beside: tuple[float | None, float | None] = (None, None)
     make = _theirs(*THEIRS[member])
     if make is not None:
-        sizes = {"hidden_size": HIDDEN, "num_heads": HEADS, "head_dim": HIDDEN // HEADS}
         try:
-            layer = make(**sizes, **({"expand_v": 1.0} if member == "gated_delta_rule" else {}))
-            layer = layer.to("cuda", DTYPE)
+            layer = make(hidden_size=HIDDEN, **OTHERS.get(member, SIZES)).to("cuda", DTYPE)
             beside = _layer_times(lambda: layer(x)[0], [x, *layer.parameters()])
         except Exception as error:  # another version's arguments: no reason to lose our own figures
             console(stderr=True).print(f"flash-linear-attention's {member}: {error}")

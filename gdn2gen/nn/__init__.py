@@ -9,6 +9,8 @@ mixer           what those with q, k and v share
 gdn2            GatedDeltaNet2
 kda             KimiDeltaAttention
 gated_deltanet  GatedDeltaNet
+deltanet        DeltaNet
+gla             GatedLinearAttention
 mamba2          Mamba2
 mamba3          Mamba3
 attention       SlidingWindowAttention, by torch's own
@@ -19,8 +21,10 @@ observatory     Observatory: what becomes of gradients, states and decays in tra
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache
 from gdn2gen.nn.convolution import ShortConvolution
+from gdn2gen.nn.deltanet import DeltaNet
 from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
+from gdn2gen.nn.gla import GatedLinearAttention
 from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.mamba2 import Mamba2
 from gdn2gen.nn.mamba3 import Mamba3
@@ -30,8 +34,10 @@ from gdn2gen.nn.observatory import Observatory, Sighting
 
 __all__ = [
     "Cache",
+    "DeltaNet",
     "GatedDeltaNet",
     "GatedDeltaNet2",
+    "GatedLinearAttention",
     "GatedRMSNorm",
     "KimiDeltaAttention",
     "LanguageModel",

@@ -99,7 +99,7 @@ class Mamba2(Layer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self._own_parameters()
-        self._sizes = (inner, inner + 2 * n_groups * state_size, self.num_heads)
+        self._sizes = [inner, inner + 2 * n_groups * state_size, self.num_heads]
         self.in_proj = nn.Linear(hidden_size, sum(self._sizes), bias=bias)
         self.conv1d = ShortConvolution(self._sizes[1], conv_size, bias=conv_bias)
         self.norm: GroupedRMSNorm | None = None
@@ -119,7 +119,7 @@ class Mamba2(Layer):
 
     @torch.no_grad()
     def decay_of(self, x: Tensor) -> Tensor:
-        dt = torch.split(self.in_proj(x), [*self._sizes], -1)[2]
+        dt = torch.split(self.in_proj(x), self._sizes, -1)[2]
         dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
         steps = step_sizes(dt, self.dt_bias, True, self.dt_limit)
         return (-self.A_log.exp() * steps)[..., None]
@@ -128,7 +128,7 @@ class Mamba2(Layer):
         z, xBC, dt = torch.split(self.in_proj(batch.x), self._sizes, -1)
         (xBC,), tails = convolve_batch([self.conv1d], [xBC], [_TAIL], batch, kept)
         groups, inner = self.n_groups * self.state_size, self._sizes[0]
-        x, B, C = torch.split(xBC, (inner, groups, groups), -1)
+        x, B, C = torch.split(xBC, [inner, groups, groups], -1)
         given = {
             "q": split(C, self.n_groups, self.state_size),
             "k": split(B, self.n_groups, self.state_size),

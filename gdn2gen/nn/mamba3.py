@@ -106,7 +106,7 @@ class Mamba3(Layer):
         self.C_bias = nn.Parameter(torch.empty(heads, 1, state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self._own_parameters()
-        self._sizes = (inner, inner, groups, groups, heads, heads, heads, turned)
+        self._sizes = [inner, inner, groups, groups, heads, heads, heads, turned]
         self.in_proj = nn.Linear(hidden_size, sum(self._sizes), bias=bias)
         self.B_norm = GroupedRMSNorm(state_size, eps=norm_eps)
         self.C_norm = GroupedRMSNorm(state_size, eps=norm_eps)
@@ -127,7 +127,7 @@ class Mamba3(Layer):
 
     @torch.no_grad()
     def decay_of(self, x: Tensor) -> Tensor:
-        *_, dt, rate, _, _ = torch.split(self.in_proj(x), [*self._sizes], -1)
+        *_, dt, rate, _, _ = torch.split(self.in_proj(x), self._sizes, -1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = functional.softplus(dt.to(wide) + self.dt_bias)
         return (self._rate(rate.to(wide)) * dt)[..., None]

@@ -45,10 +45,13 @@ class Mixer(Layer):
     """The op over few tokens; without one every call goes to the op over chunks."""
     _gate_projections: ClassVar[tuple[str, ...]]
     """Names of the projections that `_gates` takes."""
+    _plain: ClassVar[bool] = False
+    """Whether q and k are not normalised, and have no SiLU without a convolution."""
     _least_rate: ClassVar[float] = 1.0
     """exp(A_log) is drawn between this and 16."""
     A_log: nn.Parameter
     dt_bias: nn.Parameter
+    o_norm: nn.Module
 
     def __init__(
         self,
@@ -113,7 +116,8 @@ class Mixer(Layer):
         self.o_proj = nn.Linear(HV * V, self.hidden_size, bias=False)
 
     def _reset_rates(self) -> None:
-        draw_rates(self.A_log, self.dt_bias, self._least_rate)
+        if self._undecayed:
+            draw_rates(self.A_log, self.dt_bias, self._least_rate)
 
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         heads = self.heads
@@ -130,8 +134,13 @@ class Mixer(Layer):
         if kept is not None:
             for name, tail in tails.items():
                 write(kept, name, tail, trains=trains)
-        gate = split(tokens.by(self.g_proj), heads.HV, heads.V)
-        y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
+        y: Tensor = self.o_proj(self._normed(o, tokens).flatten(2))
+        return y
+
+    def _normed(self, o: Tensor, tokens: Projected) -> Tensor:
+        """o [B, T, HV, V] through the norm and the output gate."""
+        gate = split(tokens.by(self.g_proj), self.heads.HV, self.heads.V)
+        y: Tensor = self.o_norm(o, gate)
         return y
 
     @property
@@ -143,8 +152,13 @@ class Mixer(Layer):
     @torch.no_grad()
     def decay_of(self, x: Tensor) -> Tensor:
         made = self._gates(Projected(x, self._projections()))
-        g = made["g"].to(torch.promote_types(made["g"].dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if "g" not in made:
+            return x.new_zeros(*x.shape[:2], self.heads.HV, 1, dtype=wide)
+        g: Tensor = made["g"].to(wide)
         g = g[..., None] if g.dim() == 3 else g
+        if not made.get("use_gate_in_kernel"):
+            return g
         return activate_gate(g, self.A_log, self.dt_bias, made.get("lower_bound"))
 
     def _projections(self) -> list[nn.Module]:
@@ -160,7 +174,7 @@ class Mixer(Layer):
         modules = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
         made = {name: tokens.by(module) for name, module in modules.items()}
         if not self.use_short_conv:
-            q, k, v = (functional.silu(part) for part in made.values())
+            q, k, v = made.values() if self._plain else map(functional.silu, made.values())
             return q, k, v, {}
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         names = [f"{name}_tail" for name in made]
@@ -171,7 +185,9 @@ class Mixer(Layer):
         self, arguments: dict[str, Any], batch: Batch, kept: dict[str, Tensor] | None, trains: bool
     ) -> Tensor:
         """o [B, T, HV, V], and the state into the cache."""
-        shared = {**arguments, "cu_seqlens": batch.cu_seqlens, "use_qk_l2norm_in_kernel": True}
+        shared = {**arguments, "cu_seqlens": batch.cu_seqlens}
+        if not self._plain:
+            shared["use_qk_l2norm_in_kernel"] = True
         recurrent = type(self)._recurrent
         few = self.mode == "fused_recurrent" or (batch.single and self._steps(shared["q"]))
         if recurrent is not None and few and not trains:
@@ -212,5 +228,9 @@ class Mixer(Layer):
         if kept is not None:
             shape = (batch.sequences, self.heads.HV, self.heads.K, self.heads.V)
             state = in_place(kept, STATE, shape, q)
-        o, _ = recurrent(**shared, state_pool=state)
+        o, _ = recurrent(**self._few(shared), state_pool=state)
         return o
+
+    def _few(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of both ops by the names of the one over few tokens."""
+        return arguments

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.deltanet import DeltaNet
 from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
+from gdn2gen.nn.gla import GatedLinearAttention
 from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.layer import Layer
 from gdn2gen.nn.mamba2 import Mamba2
@@ -24,6 +26,8 @@ MIXERS: Final[Mapping[str, Callable[..., Layer]]] = {
     "gdn2": GatedDeltaNet2,
     "kda": KimiDeltaAttention,
     "gated_delta_rule": GatedDeltaNet,
+    "delta_rule": DeltaNet,
+    "gla": GatedLinearAttention,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
 }
@@ -67,8 +71,8 @@ class LanguageModel(nn.Module):
         vocab_size: tokens that there are.
         hidden_size: channels between blocks.
         num_layers: blocks.
-        mixer: "gdn2", "kda", "gated_delta_rule", "mamba2" or "mamba3"; or what makes a layer of
-            one's own, called as those are, whose forward takes x and `cache`.
+        mixer: "gdn2", "kda", "gated_delta_rule", "delta_rule", "gla", "mamba2" or "mamba3"; or what
+            makes a layer of one's own, called as those are, whose forward takes x and `cache`.
         window: if given, every other block (the second, the fourth ..) has attention over so many
             tokens instead of the mixer, as the hybrid of arXiv 2605.22791.
         attention_heads: of those blocks; if None the mixer's `num_heads`, or 16 where it has none.

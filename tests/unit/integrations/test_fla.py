@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import layer_cases
 import pytest
 import torch
-from layer_cases import HIDDEN, LAYERS, THEIRS, small, tokens
+from layer_cases import LAYERS, small, tokens
 from torch import Tensor, nn
 
 import gdn2gen
@@ -169,16 +169,14 @@ def test_what_an_original_calls_is_its_own(theirs: dict[str, ModuleType]) -> Non
 def test_its_layers_run_on_ours(member: str) -> None:
     """Where it can be imported; without a GPU its own kernels could not run."""
     pytest.importorskip("fla.layers", exc_type=ImportError)
-    module, name = THEIRS[member]
-    make = getattr(importlib.import_module(module), name)
-    theirs = make(hidden_size=HIDDEN, num_heads=2, head_dim=16, expand_v=1.0)
-    ours, x = small(member), tokens(2, 70)
-    theirs.load_state_dict(ours.state_dict())
+    gate = {"use_gate": True} if member == "delta_rule" else {}  # a norm alone stays its own
+    layer, ours, x = layer_cases.theirs(member, **gate), small(member, **gate), tokens(2, 70)
+    layer.load_state_dict(ours.state_dict())
     try:
         fla.register()
-        y = theirs(x)[0]
+        y = layer(x)[0]
         torch.testing.assert_close(y, ours(x))
-        found = torch.autograd.grad(y.square().sum(), [*theirs.parameters()])
+        found = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
         wanted = torch.autograd.grad(ours(x).square().sum(), [*ours.parameters()])
         torch.testing.assert_close(found, wanted)
         assert not fla.refused()

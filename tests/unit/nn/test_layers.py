@@ -21,7 +21,15 @@ STATE = dict.fromkeys(ALL, "state") | {"mamba3": "ssm"}
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_v_heads": 4, "expand_v": 0.5, "conv_bias": True, "conv_size": 3},
-    {"allow_neg_eigval": True, "lower_bound": -4.0, "output_gate": "silu", "use_short_conv": False},
+    {
+        "allow_neg_eigval": True,
+        "lower_bound": -4.0,
+        "output_gate": "silu",
+        "use_gate": True,
+        "use_short_conv": False,
+        "clamp_min": -0.35,
+        "gate_logit_normalizer": 2.0,
+    },
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import HIDDEN, MAMBA, small, tokens
-from torch import Tensor
+from mamba_equations import mamba_by_equations
 from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
-from gdn2gen.nn import Cache, LanguageModel, Mamba2, Mamba3
+from gdn2gen.nn import Cache, LanguageModel
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "mamba2": (
@@ -42,75 +43,6 @@ PARAMETERS = {
 }
 
 
-def _by_equations(layer: Any, x: Tensor) -> Tensor:
-    """y of the tokens x [T, hidden] of one sequence, one token after another."""
-    return (_mamba2 if isinstance(layer, Mamba2) else _mamba3)(layer, x)
-
-
-def _normed(x: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    parts = x.view(x.shape[0], groups, -1)
-    return (parts / (parts.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(1) * weight
-
-
-def _mamba2(layer: Mamba2, x: Tensor) -> Tensor:
-    H, P, N, G = layer.num_heads, layer.head_dim, layer.state_size, layer.n_groups
-    made = layer.in_proj(x)
-    z, xBC, dt = made[:, : H * P], made[:, H * P : -H], made[:, -H:]
-    taps = layer.conv1d.weight[:, 0]
-    rows = functional.pad(xBC, (0, 0, taps.shape[1] - 1, 0))
-    xBC = torch.stack([(rows[t : t + taps.shape[1]].T * taps).sum(1) for t in range(len(x))])
-    xBC = functional.silu(xBC if layer.conv1d.bias is None else xBC + layer.conv1d.bias)
-    v = xBC[:, : H * P].view(-1, H, P)
-    B, C = xBC[:, H * P :].view(-1, 2, G, N).repeat_interleave(H // G, 2).unbind(1)
-    dt = functional.softplus(dt + layer.dt_bias).clamp(*layer.dt_limit)
-    h, y = x.new_zeros(H, P, N), []
-    for t in range(len(x)):
-        grown = torch.einsum("h,hp,hn->hpn", dt[t], v[t], B[t])
-        h = (-layer.A_log.exp() * dt[t]).exp()[:, None, None] * h + grown
-        y.append(torch.einsum("hpn,hn->hp", h, C[t]) + layer.D[:, None] * v[t])
-    out, gate = torch.stack(y).flatten(1), functional.silu(z)
-    if layer.norm is None:
-        return layer.out_proj(out * gate)
-    given = layer.norm.weight, layer.norm.groups, layer.norm.eps
-    before = layer.norm_before_gate
-    return layer.out_proj(_normed(out, *given) * gate if before else _normed(out * gate, *given))
-
-
-def _mamba3(layer: Mamba3, x: Tensor) -> Tensor:
-    H, P, N, G = layer.num_heads, layer.head_dim, layer.state_size, layer.n_groups
-    z, v, B, C, dt, rate, trap, angles = layer.in_proj(x).split(layer._sizes, -1)
-    dt, share = functional.softplus(dt + layer.dt_bias), trap.sigmoid()
-    rate = functional.softplus(rate) if layer.decay == "softplus" else _heavy_tail(rate)
-    rate = -torch.maximum(rate, torch.tensor(layer.A_floor, dtype=rate.dtype))
-    theta = (dt[:, :, None] * math.pi * angles.tanh()[:, None]).cumsum(0)
-    turned = []
-    for rows, norm, bias in ((B, layer.B_norm, layer.B_bias), (C, layer.C_norm, layer.C_bias)):
-        rows = _normed(rows.reshape(-1, N), norm.weight, 1, norm.eps).view(-1, G, N)
-        rows = rows.repeat_interleave(H // G, 1) + bias[:, 0]
-        pairs = torch.view_as_complex(rows[..., : 2 * theta.shape[2]].unflatten(-1, (-1, 2)))
-        pairs = torch.view_as_real(pairs * torch.polar(torch.ones_like(theta), theta)).flatten(2)
-        turned.append(torch.cat((pairs, rows[..., 2 * theta.shape[2] :]), -1))
-    k, q = turned
-    v = v.view(-1, H, P)
-    h, y = x.new_zeros(H, P, N), []
-    for t in range(len(x)):
-        h = h.clone()
-        if t > 0:
-            left = (1 - share[t]) * dt[t]
-            h = h + torch.einsum("h,hp,hn->hpn", left, v[t - 1], k[t - 1])
-        h = (rate[t] * dt[t]).exp()[:, None, None] * h
-        h = h + torch.einsum("h,hp,hn->hpn", share[t] * dt[t], v[t], k[t])
-        y.append(torch.einsum("hpn,hn->hp", h, q[t]) + layer.D[:, None] * v[t])
-    out = torch.stack(y).flatten(1)
-    if layer.norm is not None:
-        out = _normed(out, layer.norm.weight, H, layer.norm.eps)
-    return layer.out_proj(out * functional.silu(z))
-
-
-def _heavy_tail(x: Tensor) -> Tensor:
-    return torch.stack([1 + y if y >= 0 else 1 / (1 - y) for y in x.flatten()]).view_as(x)
-
-
 @pytest.mark.parametrize(("member", "options"), CASES)
 def test_equations(member: str, options: dict[str, Any]) -> None:
     """y, and the gradient of every parameter and of x."""
@@ -120,7 +52,7 @@ def test_equations(member: str, options: dict[str, Any]) -> None:
             p.add_(0.1 * torch.randn_like(p))
     x = tokens(2, 13, dtype=torch.float64).requires_grad_()
     y = layer(x)
-    wanted = torch.stack([_by_equations(layer, row) for row in x])
+    wanted = torch.stack([mamba_by_equations(layer, row) for row in x])
     torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
     into = [x, *layer.parameters()]
     towards = tokens(2, 13, dtype=torch.float64, seed=2)
@@ -148,6 +80,21 @@ def test_names_order_and_shapes(member: str) -> None:
     wide = [name for name, p in narrow.named_parameters() if p.dtype == torch.float32]
     assert wide == [name for name, _ in wanted if "." not in name]
     assert narrow(tokens(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("member", [*MAMBA])
+def test_state_dicts_load_both_ways(member: str) -> None:
+    """Those of flash-linear-attention, where it can be imported, which wants transformers."""
+    pytest.importorskip("fla.layers", exc_type=ImportError)
+    make = getattr(importlib.import_module(f"fla.layers.{member}"), member.capitalize())
+    sizes = {"hidden_size": HIDDEN, "head_dim": 16, "state_size": 8, "n_groups": 2}
+    more = {"num_heads": 4, "use_conv_bias": True} if member == "mamba2" else {}
+    theirs, ours = make(**sizes, **more, use_bias=True), small(member, n_groups=2, bias=True)
+    wanted = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
+    assert {name: tuple(x.shape) for name, x in ours.state_dict().items()} == wanted
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(small(member, n_groups=2, bias=True).state_dict())
+    assert torch.equal(theirs.in_proj.weight, small(member, n_groups=2, bias=True).in_proj.weight)
 
 
 @pytest.mark.parametrize("member", [*MAMBA])

@@ -139,7 +139,8 @@ def test_parameters() -> None:
     [
         (
             {"mixer": "rwkv"},
-            "mixer must be one of 'gdn2', 'kda', 'gated_delta_rule', 'mamba2', 'mamba3', but got",
+            "mixer must be one of 'gdn2', 'kda', 'gated_delta_rule', 'delta_rule', 'gla', "
+            "'mamba2', 'mamba3', but got",
         ),
         ({"num_layers": 0}, "num_layers must be at least 1, but got 0"),
         ({"window": 0}, "window must be at least 1, but got 0"),

@@ -13,7 +13,8 @@ from layer_cases import LAYERS, small, tokens
 from torch.utils.checkpoint import checkpoint
 
 from gdn2gen.nn import Cache
-from gdn2gen.nn.mixer import RATES, Mixer
+from gdn2gen.nn.layer import RATES
+from gdn2gen.nn.mixer import Mixer
 
 # what all members share
 MEMBERS = [*LAYERS][:2]
