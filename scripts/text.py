@@ -1,6 +1,6 @@
 """Train mixers side by side on bytes of text, and say what came out: docs/learning.md.
 
-    python scripts/text.py train [--models ..] [--rows DIR] [--minutes 9]
+    python scripts/text.py train [--models ..] [--rows DIR] [--minutes 8]
                                    # what is wanting of the runs; again after any interruption
     python scripts/text.py report [--rows DIR]     # the table, the pictures, docs/learning/
 
@@ -93,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> int:
         command.add_argument("--models", nargs="*", choices=(*MIXERS, *PEERS))
         command.add_argument("--steps", type=int)
         command.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
-        command.add_argument("--minutes", type=float, default=9.0, help="then nothing begins (9)")
+        command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
     args = parser.parse_args(words)
     experiment = _experiment(args.small, args.steps)
     return (_train if args.command == "train" else _report)(args, experiment)
@@ -132,7 +132,7 @@ def work(job: Row) -> str:
     experiment = _experiment(job["small"], job["steps"])
     folder, model, graphs = Path(job["rows"]), job["model"], job["graphs"]
     lr = _rate(experiment, folder, model.removeprefix("fla:"), graphs, job["until"])
-    if lr is None:
+    if lr is None or time.time() > job["until"]:
         return "diverged at every rate, or no time left"
     started = time.perf_counter()
     row = _run(experiment, model, lr, experiment.steps, graphs)

@@ -27,6 +27,7 @@ from gdn2gen.base.worker import Worker
 
 SCRIPTS: Final = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+_GRACE: Final = 100.0
 
 
 def path_of(folder: Path, *words: object) -> Path:
@@ -60,8 +61,8 @@ def share(
 ) -> list[str]:
     """Run `module:function` of this folder with each job, in processes that may die alone.
 
-    After `minutes` no job begins, and those under way have ended by themselves (each has the time
-    in `until`) or are ended a minute later. Returns what failed, and why.
+    After `minutes` no job begins, and those under way end by themselves (each has the time in
+    `until`) or are ended `_GRACE` seconds later. Returns what failed, and why.
     """
     until = time.time() + 60 * minutes
     environment = {
@@ -83,7 +84,7 @@ def share(
             if left <= 0:
                 return f"{name}: no time left"
             outcome: Outcome[str] = worker.call(
-                target, {**given, "until": until}, timeout=left + 60
+                target, {**given, "until": until}, timeout=left + _GRACE
             )
         finally:
             free.put(worker)

@@ -110,17 +110,15 @@ class Trainer:
                     kept.copy_(new)
 
     def step(self) -> None:
-        if self._graph is not None:
-            with self.on_stream():
-                self._graph.replay()
-        else:
-            if self._wants_graph and self.step_number == WARM:
-                self._capture()
-                return self.step()
-            with self.on_stream():
+        """The next one: called, or from the fourth on replayed."""
+        if self._wants_graph and self.step_number == WARM:
+            self._capture()
+        with self.on_stream():
+            if self._graph is None:
                 self._step()
+            else:
+                self._graph.replay()
         self.step_number += 1
-        return None
 
     def _capture(self) -> None:
         self._wants_graph = False

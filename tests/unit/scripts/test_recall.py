@@ -245,7 +245,7 @@ def test_a_run_that_diverges_says_so() -> None:
     assert (one.diverged, other.diverged) == (3, None)
     row = recall._row(experiment, TINY, one, 2)
     assert "tests" not in row and any("not finite" in x for x in row["seen"]["alarms"])
-    assert recall._best([{**row, "lr": 1.0}]) is None
+    assert recall.best_rate([{**row, "lr": 1.0}]) is None
 
 
 def test_processes_share_jobs() -> None:
