@@ -109,8 +109,7 @@ def _panel(panel: Panel, names: Sequence[str]) -> list[str]:
             parts.append(f'<path class="band {kind}" d="M{"L".join(upper + lower)}Z"/>')
         line = "L".join(at(p.x, p.y) for p in curve)
         parts.append(
-            f'<path class="line {kind}" style="fill:none"{dash} d="M{line}">'
-            f"<title>{escape(name)}</title></path>"
+            f'<path class="line {kind}"{dash} d="M{line}"><title>{escape(name)}</title></path>'
         )
     return parts
 

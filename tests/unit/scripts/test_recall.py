@@ -177,13 +177,15 @@ def test_a_gate_that_forgets_at_once_does_not(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", tasks.TASKS)
-def test_the_small_experiment(task: str, tmp_path: Path) -> None:
-    """As `--small` has it: the command, its processes and its rows; all seeds learn."""
+@pytest.mark.parametrize(
+    ("task", "least"), [("mqar", 0.9), ("single-needle", 0.9), ("multi-needle", 0.4)]
+)
+def test_the_small_experiment(task: str, least: float, tmp_path: Path) -> None:
+    """As `--small` has it: the command, its processes and its rows; an eighth is chance."""
     words = ["--small", "--models", "gdn2", "--tasks", task, "--rows", str(tmp_path)]
     assert recall.main(["train", *words, "--processes", "1"]) == 0
-    found = [x for x in rows.read_rows(tmp_path) if x["lr"] == 1e-2]
-    assert len(found) == 2 and all(x["tests"][0][2] > 0.8 for x in found)
+    found = recall.chosen(rows.read_rows(tmp_path), recall.SMALL, task, "gdn2")
+    assert len(found) == 2 and all(x["tests"][0][2] > least for x in found)
 
 
 # Runs
