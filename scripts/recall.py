@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 import torch  # noqa: E402
 from learning.models import ABLATIONS, MIXERS, build, parameters  # noqa: E402
-from learning.recall_page import chosen, pages, pictures  # noqa: E402
+from learning.recall_page import chosen, pages, pictures, repeated  # noqa: E402
 from learning.recall_plan import FULL, SMALL, Experiment, best_rate  # noqa: E402
 from learning.report import put  # noqa: E402
 from learning.rows import Row, path_of, read_row, read_rows, share, write_row  # noqa: E402
@@ -193,9 +193,9 @@ def _tested(
 ) -> tuple[float, float]:
     """Loss, and the part of answers that are right, on new rows: 64 of them at a time."""
     place = 0 if test is None else 1 + task.tests.index(test)
-    tokens, targets = task.rows(count, _HELD_OUT + place, trainer.device, test)
     loss = right = asked = 0.0
     with trainer.on_stream():
+        tokens, targets = task.rows(count, _HELD_OUT + place, trainer.device, test)
         for rows, wanted in zip(torch.split(tokens, 64), torch.split(targets, 64), strict=True):
             logits = trainer.model(rows).float()
             counts = wanted != IGNORED
@@ -247,16 +247,21 @@ def _repeated(experiment: Experiment, task: str, model: str) -> Row:
 
 def _report(args: argparse.Namespace, experiment: Experiment) -> int:
     """Rows from --rows join those on record; table and pictures are made of all."""
-    known = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-    rows = {_key(row): row for row in (*known, *read_rows(args.rows)) if "lr" in row}
-    if rows:
-        document = {"rows": [rows[key] for key in sorted(rows)]}
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": [], "repeats": []}
+    fresh = read_rows(args.rows)
+    runs = {_key(row): row for row in (*known["rows"], *(x for x in fresh if "lr" in x))}
+    twice = (*known["repeats"], *(x for x in fresh if "same" in x))
+    repeats = {(x["task"], x["model"], x["steps"]): x for x in twice}
+    rows = [runs[key] for key in sorted(runs)]
+    document = {"rows": rows, "repeats": [repeats[key] for key in sorted(repeats)]}
+    if runs or repeats:
         replace_file(RECORD, json.dumps(document, separators=(",", ":")) + "\n")
     for task in experiment.tasks:
         for model in MIXERS:
-            _keep_gates(args.rows, experiment, task, model, list(rows.values()))
-    put(PAGE, "recall", pages(list(rows.values()), experiment))
-    for name, text in pictures(list(rows.values()), experiment).items():
+            _keep_gates(args.rows, experiment, task, model, rows)
+    put(PAGE, "recall", pages(rows, experiment))
+    put(PAGE, "repeats", repeated(document["repeats"]))
+    for name, text in pictures(rows, experiment).items():
         replace_file(RECORD.parent / f"{name}.svg", text)
     return 0
 

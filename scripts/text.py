@@ -215,13 +215,13 @@ def _run(experiment: Experiment, model: str, lr: float, steps: int, graphs: bool
 @torch.no_grad()
 def _held_out(trainer: Trainer, experiment: Experiment, corpus: Corpus) -> float:
     """Nats a byte."""
-    tokens, targets = corpus.held_out_windows(experiment.held_out, experiment.length)
     total = 0.0
     with trainer.on_stream():
+        tokens, targets = corpus.held_out_windows(experiment.held_out, experiment.length)
         parts = (torch.split(x, experiment.batch) for x in (tokens, targets))
         for rows, wanted in zip(*parts, strict=True):
             total += float(trainer.model(rows, targets=wanted)) * len(rows)
-    return total / len(tokens)
+    return total / experiment.held_out
 
 
 def _report(args: argparse.Namespace, experiment: Experiment) -> int:

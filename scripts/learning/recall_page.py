@@ -96,6 +96,24 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def repeated(rows: Sequence[Row]) -> str:
+    """Of each mixer that ran twice, whether it was the same."""
+    if not rows:
+        return NOTHING
+    titles = ("", "steps", "launched", "the same bits", "loss at the end")
+    lines = [
+        [
+            f"{TITLES[x['model']]}, {x['task']}",
+            str(x["steps"]),
+            x["launched"],
+            "yes" if x["same"] else "NO",
+            "diverged" if x["diverged"] is not None else f"{x['last_loss']:.4f}",
+        ]
+        for x in rows
+    ]
+    return table(titles, lines)
+
+
 def pictures(rows: Sequence[Row], experiment: Experiment) -> dict[str, str]:
     """Curves over pairs, or over lengths where a task has one pair: of the mixers, and of GDN-2's
     gates."""

@@ -178,7 +178,7 @@ class Trainer:
         return found.hexdigest()
 
     def seen(self) -> dict[str, Any]:
-        """What the observatory has to say."""
+        """What the observatory has to say; of gradients as they are after clipping."""
         if self.observatory is None or not self.observatory.sightings:
             return {}
         sightings = self.observatory.sightings

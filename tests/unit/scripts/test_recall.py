@@ -14,6 +14,7 @@ import pytest
 import torch
 from script_module import load_script
 
+from gdn2gen.base.files import replace_file
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.nn import Cache, GatedDeltaNet2, KimiDeltaAttention
 
@@ -286,7 +287,10 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, record = tmp_path / "learning.md", tmp_path / "learning/recall.json"
     monkeypatch.setattr(recall, "PAGE", page)
     monkeypatch.setattr(recall, "RECORD", record)
-    page.write_text("before\n<!-- recall:begin -->\nold\n<!-- recall:end -->\nafter\n")
+    page.write_text(
+        "before\n<!-- recall:begin -->\nold\n<!-- recall:end -->\nafter\n"
+        "<!-- repeats:begin -->\n<!-- repeats:end -->\n"
+    )
     words = ["report", "--small", "--rows", str(tmp_path / "rows")]
     assert recall.main(words) == 0
     assert page.read_text().split("\n")[2] == report.NOTHING
@@ -295,8 +299,11 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.append(_row("kda", 0, 1e-2, 0.5) | {"diverged": 2})
     for row in made:
         rows.write_row(rows.path_of(tmp_path / "rows", *map(row.get, ("model", "seed", "lr"))), row)
+    twice = {"same": False, "steps": 2, "launched": "graph", "diverged": None, "last_loss": 0.5}
+    rows.write_row(tmp_path / "rows/twice.json", {"task": "mqar", "model": "kda", **twice})
     assert recall.main(words) == 0
     text = page.read_text()
+    assert "| KDA, mqar | 2 | graph | NO | 0.5000 |" in text
     assert "| mqar, Gated DeltaNet-2 | -2.5, -2.5, -2.5 | -0.5, -0.5, -0.5 | -0.1" in text
     # 4.303 * 0.1 / sqrt(3)
     assert "lr 0.01, 3 seeds, 1,234 parameters) | 90.0 ± 24.8 | 45.0 ± 12.4 |" in text
@@ -316,3 +323,15 @@ def test_intervals() -> None:
     assert report.interval([0.5]) == (0.5, None)
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+
+
+def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, record = tmp_path / "learning.md", tmp_path / "learning/recall.json"
+    page.write_text(recall.PAGE.read_text())
+    if recall.RECORD.exists():
+        replace_file(record, recall.RECORD.read_text())
+    before = recall.PAGE.read_text()
+    monkeypatch.setattr(recall, "PAGE", page)
+    monkeypatch.setattr(recall, "RECORD", record)
+    assert recall.main(["report", "--rows", str(tmp_path / "none")]) == 0
+    assert page.read_text() == before, "run: python scripts/recall.py report"

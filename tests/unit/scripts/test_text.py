@@ -15,6 +15,7 @@ from script_module import load_script
 from source_tree import ROOT
 
 from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.base.files import replace_file
 
 text = load_script("text")
 from learning import corpus, models  # noqa: E402
@@ -138,3 +139,15 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = (record.parent / "text.svg").read_text()
     ElementTree.fromstring(drawn)
     assert "Gated DeltaNet-2, graphs" in drawn and "seconds of training" in drawn
+
+
+def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, record = tmp_path / "learning.md", tmp_path / "learning/text.json"
+    before = text.PAGE.read_text()
+    page.write_text(before)
+    if text.RECORD.exists():
+        replace_file(record, text.RECORD.read_text())
+    monkeypatch.setattr(text, "PAGE", page)
+    monkeypatch.setattr(text, "RECORD", record)
+    assert text.main(["report", "--rows", str(tmp_path / "none")]) == 0
+    assert page.read_text() == before, "run: python scripts/text.py report"
