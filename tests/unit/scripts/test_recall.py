@@ -151,14 +151,15 @@ def _learnt(model: str, experiment: Any = LEARNER) -> tuple[Any, float, float]:
         ("mamba3", 0.6),
         pytest.param("kda", 0.1, marks=pytest.mark.slow),
         pytest.param("gated_delta_rule", 0.2, marks=pytest.mark.slow),
-        pytest.param("mamba2", 0.69, marks=pytest.mark.slow),
+        pytest.param("mamba2", 0.6, marks=pytest.mark.slow),
     ],
 )
 def test_mixers_learn_to_recall(model: str, most: float) -> None:
-    trainer, loss, right = _learnt(model)
+    longer = replace(LEARNER, steps=300) if model == "mamba2" else LEARNER
+    trainer, loss, right = _learnt(model, longer)
     assert trainer.diverged is None and trainer.launched == "eager"
     assert loss < most < math.log(2) and right > 0.6
-    assert trainer.seen()["alarms"] == [] and len(trainer.losses) == 3
+    assert trainer.seen()["alarms"] == []
 
 
 def test_a_gate_that_forgets_at_once_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
