@@ -187,14 +187,13 @@ def _row(experiment: Experiment, task: Task, trainer: Trainer, beside: int) -> R
     return row
 
 
-@torch.no_grad()
 def _tested(
     trainer: Trainer, task: Task, count: int, test: tuple[int, int] | None
 ) -> tuple[float, float]:
     """Loss, and the part of answers that are right, on new rows: 64 of them at a time."""
     place = 0 if test is None else 1 + task.tests.index(test)
     loss = right = asked = 0.0
-    with trainer.on_stream():
+    with trainer.testing():
         tokens, targets = task.rows(count, _HELD_OUT + place, trainer.device, test)
         for rows, wanted in zip(torch.split(tokens, 64), torch.split(targets, 64), strict=True):
             logits = trainer.model(rows).float()

@@ -212,11 +212,10 @@ def _run(experiment: Experiment, model: str, lr: float, steps: int, graphs: bool
     }
 
 
-@torch.no_grad()
 def _held_out(trainer: Trainer, experiment: Experiment, corpus: Corpus) -> float:
     """Nats a byte."""
     total = 0.0
-    with trainer.on_stream():
+    with trainer.testing():
         tokens, targets = corpus.held_out_windows(experiment.held_out, experiment.length)
         parts = (torch.split(x, experiment.batch) for x in (tokens, targets))
         for rows, wanted in zip(*parts, strict=True):

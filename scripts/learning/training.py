@@ -93,15 +93,17 @@ class Trainer:
         self.observatory = Observatory(model) if looks else None
 
     @contextmanager
-    def on_stream(self) -> Iterator[None]:
-        """Inside, in the dtype that it trains in, on its own stream."""
-        where = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with where, self._autocast():
+    def testing(self) -> Iterator[None]:
+        """Inside, forwards are as in training: on its stream, in its dtypes."""
+        with self._on_stream(), self._autocast(), torch.no_grad():
             yield
+
+    def _on_stream(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def load(self, number: int) -> None:
         """The data of a block, where steps read them."""
-        with self.on_stream():
+        with self._on_stream():
             made = self._blocks(number)
             if self._data is None:
                 self._data = made
@@ -113,7 +115,7 @@ class Trainer:
         """The next one: called, or from the fourth on replayed."""
         if self._wants_graph and self.step_number == WARM:
             self._capture()
-        with self.on_stream():
+        with self._on_stream():
             if self._graph is None:
                 self._step()
             else:
@@ -158,7 +160,7 @@ class Trainer:
 
     def end_block(self, steps: int, seconds: float) -> None:
         """Read the loss, and look."""
-        with self.on_stream():
+        with self.testing():
             loss = float(self._total) / steps
             self._total.zero_()
             self.losses.append((self.step_number, loss, seconds))
