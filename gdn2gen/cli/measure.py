@@ -29,6 +29,7 @@ from gdn2gen.kernels.plans import LEVELS
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
+    from gdn2gen.family.decays import DecayPattern
     from gdn2gen.measure.case_runs import Result
     from gdn2gen.tuning.recheck import Rechecked
 
@@ -47,6 +48,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         metavar="K[,V]",
         help="the suite of this pair alone, in every dtype (what there is of all pairs of 32, 64 "
         "and 128, most of it of 128)",
+    )
+    parser.add_argument(
+        "--pattern",
+        type=some_path,
+        metavar="FILE",
+        help="decays that trained gates had (gdn2gen.nn.Observatory), at their head dims, instead "
+        "of the suite; of their recurrence, or of that of --op",
     )
     parser.add_argument(
         "--interpreter",
@@ -82,16 +90,17 @@ def verify(args: argparse.Namespace) -> int:
 
     interpreter = args.interpreter or not has_gpu()
     dims = None if args.head_dim is None else parse_head_dim(args.head_dim)
+    chosen: dict[str, Any] = {"op": args.op, "head_dim": dims, "decays": _decays(args)}
     if args.list:
         refuse(args, "--list prints names and runs nothing", "json")
-        for case in select_cases(args.cases, interpreter=interpreter, op=args.op, head_dim=dims):
+        for case in select_cases(args.cases, interpreter=interpreter, **chosen):
             print(case.name)
         return 0
     _check_json(args.json)
     where = "Triton's interpreter, small sizes" if interpreter else present_device().name
     out = terminal.console()
     out.print(f"Accuracy suite on {where}")
-    cases = select_cases(args.cases, interpreter=interpreter, op=args.op, head_dim=dims)
+    cases = select_cases(args.cases, interpreter=interpreter, **chosen)
     done = set()
     with terminal.status(out) as say:
 
@@ -99,9 +108,7 @@ def verify(args: argparse.Namespace) -> int:
             done.add(result.name)
             say(f"{len(done)} of {len(cases)} cases, last {result.name}")
 
-        verified = workflow(
-            args.cases, interpreter=interpreter, op=args.op, head_dim=dims, on_result=show
-        )
+        verified = workflow(args.cases, interpreter=interpreter, on_result=show, **chosen)
     results = verified.results
     out.print(results_table(results))
     failed = [result for result in results if not result.passed]
@@ -123,13 +130,23 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _decays(args: argparse.Namespace) -> DecayPattern | None:
+    from gdn2gen.family.decays import DecayPattern
+
+    if args.pattern is None:
+        return None
+    refuse(args, "--pattern brings its own head dims", "head_dim")
+    return DecayPattern.load(args.pattern)
+
+
 def _verify_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.base.device import has_gpu, present_device
     from gdn2gen.store.sharing import all_on_file, on_file
     from gdn2gen.tuning.gpu.backend import WorkerBackend
     from gdn2gen.tuning.recheck import recheck, recheck_table
 
-    refuse(args, "--tuned checks every entry of this GPU", "interpreter", "list", "head_dim")
+    unused = ("interpreter", "list", "head_dim", "pattern")
+    refuse(args, "--tuned checks every entry of this GPU", *unused)
     if args.cases:
         raise InputError(
             f"--tuned checks every entry of this GPU, and takes no cases, but got "

@@ -17,6 +17,7 @@ compiled            what kernels ask of any problem
 decoding            DecodingProblem: the same token by token, with states in place
 prefill             PrefillProblem: whole sequences, whose states are kept on the way
 shapes              the named shapes that tuning and benchmarks speak of
+decays              DecayPattern: decays that trained gates had, on file
 inputs              random inputs whose decay is gentle or hostile
 activations         what the decay, q and k pass through first
 reference           the recurrences in fp64, and their chunk form

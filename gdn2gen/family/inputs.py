@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.decays import LEVELS, DecayPattern
 from gdn2gen.family.registry import OPS, recurrence_named
 
 PATTERNS: Final = (
@@ -57,7 +58,7 @@ def make_inputs(
     gate_dtype: torch.dtype = torch.float32,
     factor_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    pattern: str = "layer",
+    pattern: str | DecayPattern = "layer",
     seed: int = 0,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     initial_state: bool = False,
@@ -65,7 +66,8 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Draw the tensors of one call, on `device`; the same arguments there give the same bits.
 
-    What a recurrence declares of each input (`Input.draw`), the decay as one of `PATTERNS`. Neither
+    What a recurrence declares of each input (`Input.draw`), the decay as one of `PATTERNS`, or as
+    that of heads of a `DecayPattern`, chosen at random. Neither
     q nor k is normalised: call with `use_qk_l2norm_in_kernel=True`, or the recurrence explodes.
 
     Args:
@@ -85,7 +87,7 @@ def make_inputs(
         The inputs that every call takes, in the dims that the recurrence declares; initial_state
         [N, HV, K, V] (normal, float32) if asked for; cu_seqlens [N + 1] (int64) if given.
     """
-    if pattern not in PATTERNS:
+    if not isinstance(pattern, DecayPattern) and pattern not in PATTERNS:
         raise InputError(f"pattern must be one of {PATTERNS}, but got {pattern!r}")
     if cu_seqlens is not None and B != 1:
         raise InputError(f"cu_seqlens needs a packed batch of B=1, but got B={B}")
@@ -147,9 +149,14 @@ def _correlate(keys: Tensor, shared: Tensor) -> None:
 
 
 def _decay(
-    pattern: str, shape: tuple[int, int, int, int], rng: torch.Generator, dtype: torch.dtype
+    pattern: str | DecayPattern,
+    shape: tuple[int, int, int, int],
+    rng: torch.Generator,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Decay g of `shape` [B, T, HG, K] in natural log, <= 0."""
+    if isinstance(pattern, DecayPattern):
+        return _observed_decay(pattern, shape, rng, dtype)
     if pattern == "mixed":
         return _mixed_decay(shape, rng, dtype)
     g = torch.empty(shape, dtype=dtype, device=rng.device)
@@ -181,3 +188,29 @@ def _mixed_decay(
     for i, pattern in enumerate(plain):
         torch.where(choice == i, _decay(pattern, shape, rng, dtype), g, out=g)
     return g
+
+
+def _observed_decay(
+    pattern: DecayPattern,
+    shape: tuple[int, int, int, int],
+    rng: torch.Generator,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each head draws one of the pattern's; channels go through its groups in order, and where
+    there is one number a head, it draws a group."""
+    *_, heads, dim = shape
+    known = pattern.heads
+    rows = []
+    for _ in range(heads):
+        head = known[int(torch.randint(len(known), (), device=rng.device, generator=rng))]
+        first = int(torch.randint(len(head), (), device=rng.device, generator=rng))
+        places = [first] if dim == 1 else [c * len(head) // dim for c in range(dim)]
+        rows.append([head[place] for place in places])
+    quantiles = torch.tensor(rows, dtype=dtype, device=rng.device)  # [heads, dim, levels]
+    levels = torch.tensor(LEVELS, dtype=dtype, device=rng.device)
+    u = torch.empty(shape, dtype=dtype, device=rng.device).uniform_(generator=rng)
+    above = torch.searchsorted(levels, u).clamp_(1, len(LEVELS) - 1)
+    part = (u - levels[above - 1]) / (levels[above] - levels[above - 1])
+    wide = quantiles.expand(*shape, -1)
+    low, high = (wide.gather(-1, x[..., None]).squeeze(-1) for x in (above - 1, above))
+    return torch.lerp(low, high, part)

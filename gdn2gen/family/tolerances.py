@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.registry import recurrence_named
 
 # Relative error against fp64 (norm of the difference over norm of the reference) that a kernel may
@@ -15,9 +16,10 @@ LIMITS: Final = {"bf16": 1e-2, "fp16": 4e-3, "fp32": 1e-4}
 _AMPLIFIED: Final = {"correlated": 3.0}
 
 
-def limit_of(dtype: str, pattern: str) -> float:
+def limit_of(dtype: str, pattern: str | DecayPattern) -> float:
     """Relative error that outputs and gradients may have in a pattern of `inputs.PATTERNS`."""
-    return LIMITS[dtype] * _AMPLIFIED.get(pattern, 1.0)
+    more = 1.0 if isinstance(pattern, DecayPattern) else _AMPLIFIED.get(pattern, 1.0)
+    return LIMITS[dtype] * more
 
 
 def slack_of(op: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
@@ -25,7 +26,7 @@ _STRONG: Final = {"rate": (1.0, 1.3), "bias": (0.0, 1.0)}
 
 
 def inputs_of(
-    problem: Problem, shape: Shape, pattern: str, seed: int, device: str
+    problem: Problem, shape: Shape, pattern: str | DecayPattern, seed: int, device: str
 ) -> dict[str, Tensor]:
     """Inputs of one call of `problem`: what its recurrence takes and its flags ask for.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
 
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import DTYPES, USUAL_DIMS, Problem
 from gdn2gen.family.registry import DECODING_OPS, OPS, recurrence_named
@@ -25,7 +26,7 @@ class Case:
     problem: Problem
     shape: Shape
     """Sizes; its H is the number of value heads HV."""
-    pattern: str = "mixed"
+    pattern: str | DecayPattern = "mixed"
     """How the inputs decay, see `inputs.PATTERNS`."""
     H: int | None = None
     """Heads of q and k, where they are fewer than the value heads."""
@@ -245,3 +246,20 @@ def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
         # two segments of a sequence, in chunks of 32
         if not base.interpreter:
             yield replace(base, name=f"{base.name}-segments", shape=_shape(1, 1100, 2))
+
+
+def cases_drawn(pattern: DecayPattern, op: str | None = None) -> tuple[Case, ...]:
+    """Of decays that trained gates had, at their head dims, in every dtype; of the recurrence that
+    had them, or of another."""
+    op = pattern.op if op is None else op
+    problem = Problem(
+        op=op, K=pattern.K, V=pattern.V, initial_state=True, final_state=True, **_usual(op)
+    )
+    found = []
+    for prefix, shape in (("", _shape(1, 1100, 8)), ("small-", _shape(1, 75, 4))):
+        for dtype in DTYPES:
+            name = f"{prefix}{pattern.name}-{dtype}"
+            case = Case(name, replace(problem, dtype=dtype), shape, pattern)
+            case = replace(case, interpreter=bool(prefix))
+            found += [case, replace(case, name=f"{name}-repeat", check="repeat")]
+    return tuple(_named(op, found))

@@ -21,8 +21,9 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.measure.case_runs import Result, run_case
-from gdn2gen.measure.cases import CASES, Case, cases_of
+from gdn2gen.measure.cases import CASES, Case, cases_drawn, cases_of
 from gdn2gen.store.verified import Place
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
@@ -40,13 +41,17 @@ def select_cases(
     interpreter: bool,
     op: str | None = None,
     head_dim: tuple[int, int] | None = None,
+    decays: DecayPattern | None = None,
 ) -> list[Case]:
     """Cases for a GPU, or for the interpreter, whose names match one of the shell patterns.
 
-    No patterns select all, no `op` those of all recurrences; those of K and V `head_dim`, or the
-    suite's. Raises InputError if nothing is selected.
+    No patterns select all, no `op` those of all recurrences; those of K and V `head_dim`, those of
+    trained gates' `decays`, or the suite's. Raises InputError if nothing is selected.
     """
-    given = CASES if head_dim is None else cases_of(*head_dim)
+    if decays is not None:
+        given = cases_drawn(decays, op)
+    else:
+        given = CASES if head_dim is None else cases_of(*head_dim)
     cases = [
         case for case in given if case.interpreter == interpreter and op in (None, case.problem.op)
     ]
@@ -69,6 +74,7 @@ def verify(
     interpreter: bool,
     op: str | None = None,
     head_dim: tuple[int, int] | None = None,
+    decays: DecayPattern | None = None,
     on_result: Callable[[Result], None] | None = None,
     timeout_s: float = TIMEOUT_S,
     workers: int | None = None,
@@ -78,7 +84,7 @@ def verify(
     `on_result` is given each result as it comes, both of a case that is run again. `workers`:
     processes that run cases; None for one to two cores, as far as the GPU's memory goes.
     """
-    cases = select_cases(patterns, interpreter=interpreter, op=op, head_dim=head_dim)
+    cases = select_cases(patterns, interpreter=interpreter, op=op, head_dim=head_dim, decays=decays)
     device = "cpu" if interpreter else "cuda"
     count = min(workers or _workers(device), len(cases))
     lock, given = Lock(), on_result or (lambda _: None)

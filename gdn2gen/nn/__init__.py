@@ -15,6 +15,7 @@ mamba2          Mamba2
 mamba3          Mamba3
 attention       SlidingWindowAttention, by torch's own
 model           LanguageModel: blocks of these
+observatory     Observatory: what becomes of gradients, states and decays in training
 """
 
 from gdn2gen.nn.attention import SlidingWindowAttention
@@ -29,6 +30,7 @@ from gdn2gen.nn.mamba2 import Mamba2
 from gdn2gen.nn.mamba3 import Mamba3
 from gdn2gen.nn.model import LanguageModel
 from gdn2gen.nn.norm import GatedRMSNorm
+from gdn2gen.nn.observatory import Observatory, Sighting
 
 __all__ = [
     "Cache",
@@ -41,6 +43,8 @@ __all__ = [
     "LanguageModel",
     "Mamba2",
     "Mamba3",
+    "Observatory",
     "ShortConvolution",
+    "Sighting",
     "SlidingWindowAttention",
 ]

@@ -41,6 +41,17 @@ class Layer(nn.Module):
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         """y [B, T, hidden] of tokens without padding; reads and writes what a cache keeps."""
 
+    @property
+    @abstractmethod
+    def recurrence(self) -> tuple[str, int, int]:
+        """That whose kernels run the layer, as commands call it, and their K and V."""
+
+    @abstractmethod
+    def decay_of(self, x: Tensor) -> Tensor:
+        """By how much each token x [B, T, hidden] lets the state decay, in natural log, <= 0:
+        [B, T, heads, K], or [.., 1] where it is one number a head; in fp32 at least, and without a
+        gradient."""
+
     def _reset_rates(self) -> None:
         """Draw the layer's own parameters."""
 

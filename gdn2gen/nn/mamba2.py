@@ -114,6 +114,17 @@ class Mamba2(Layer):
         draw_rates(self.A_log, self.dt_bias)
         self.D.fill_(1.0)
 
+    @property
+    def recurrence(self) -> tuple[str, int, int]:
+        return "mamba2", self.state_size, self.head_dim
+
+    @torch.no_grad()
+    def decay_of(self, x: Tensor) -> Tensor:
+        dt = torch.split(self.in_proj(x), self._sizes, -1)[2]
+        dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+        steps = step_sizes(dt, self.dt_bias, True, self.dt_limit)
+        return (-self.A_log.exp() * steps)[..., None]
+
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         z, x, B, C, dt = torch.split(self.in_proj(batch.x), self._sizes, -1)
         # Three of one launch, so that each is a tensor of its own, which the op need not copy.

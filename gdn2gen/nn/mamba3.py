@@ -121,6 +121,17 @@ class Mamba3(Layer):
         for ones in (self.B_bias, self.C_bias, self.D):
             ones.fill_(1.0)
 
+    @property
+    def recurrence(self) -> tuple[str, int, int]:
+        return "simple_gla", self.state_size, self.head_dim  # its one pass
+
+    @torch.no_grad()
+    def decay_of(self, x: Tensor) -> Tensor:
+        *_, dt, rate, _, _ = torch.split(self.in_proj(x), self._sizes, -1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = functional.softplus(dt.to(wide) + self.dt_bias)
+        return (self._rate(rate.to(wide)) * dt)[..., None]
+
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         z, x, B, C, dt, rate, trap, angles = torch.split(self.in_proj(batch.x), self._sizes, -1)
         heads, wide = self.num_heads, torch.promote_types(x.dtype, torch.float32)

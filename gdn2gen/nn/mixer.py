@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.activations import activate_gate
+from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import in_place, write
@@ -140,6 +142,24 @@ class Mixer(Layer):
         gate = split(tokens.by(self.g_proj), self.heads.HV, self.heads.V)
         y: Tensor = self.o_norm(o, gate)
         return y
+
+    @property
+    def recurrence(self) -> tuple[str, int, int]:
+        chunk = type(self)._chunk.__name__
+        op = next(x.name for x in RECURRENCES.values() if x.public.chunk == chunk)
+        return op, self.heads.K, self.heads.V
+
+    @torch.no_grad()
+    def decay_of(self, x: Tensor) -> Tensor:
+        made = self._gates(Projected(x, self._projections()))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if "g" not in made:
+            return x.new_zeros(*x.shape[:2], self.heads.HV, 1, dtype=wide)
+        g: Tensor = made["g"].to(wide)
+        g = g[..., None] if g.dim() == 3 else g
+        if not made.get("use_gate_in_kernel"):
+            return g
+        return activate_gate(g, self.A_log, self.dt_bias, made.get("lower_bound"))
 
     def _projections(self) -> list[nn.Module]:
         """Of the tokens, in any order."""

@@ -71,7 +71,8 @@ class LanguageModel(nn.Module):
         vocab_size: tokens that there are.
         hidden_size: channels between blocks.
         num_layers: blocks.
-        mixer: "gdn2", "kda", "gated_delta_rule", "delta_rule", "gla", "mamba2" or "mamba3".
+        mixer: "gdn2", "kda", "gated_delta_rule", "delta_rule", "gla", "mamba2" or "mamba3"; or what
+            makes a layer of one's own, called as those are, whose forward takes x and `cache`.
         window: if given, every other block (the second, the fourth ..) has attention over so many
             tokens instead of the mixer, as the hybrid of arXiv 2605.22791.
         attention_heads: of those blocks; if None the mixer's `num_heads`, or 16 where it has none.
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
         *,
         hidden_size: int = 2048,
         num_layers: int = 24,
-        mixer: str = "gdn2",
+        mixer: str | Callable[..., nn.Module] = "gdn2",
         window: int | None = None,
         attention_heads: int | None = None,
         inner: int | None = None,
@@ -106,9 +107,10 @@ class LanguageModel(nn.Module):
         for name, size in (("vocab_size", vocab_size), ("num_layers", num_layers)):
             if size < 1:
                 raise InputError(f"{name} must be at least 1, but got {size}")
-        if mixer not in MIXERS:
+        if not callable(mixer) and mixer not in MIXERS:
             known = ", ".join(map(repr, MIXERS))
             raise InputError(f"mixer must be one of {known}, but got {mixer!r}")
+        make: Callable[..., nn.Module] = mixer if callable(mixer) else MIXERS[mixer]
         self.vocab_size = vocab_size
         self.init_std = init_std
         self.checkpoint_activations = checkpoint_activations
@@ -124,9 +126,7 @@ class LanguageModel(nn.Module):
                     hidden_size, num_heads=heads, window=window, layer_idx=index
                 )
             else:
-                part = MIXERS[mixer](
-                    hidden_size, layer_idx=index, norm_eps=norm_eps, **mixer_options
-                )
+                part = make(hidden_size, layer_idx=index, norm_eps=norm_eps, **mixer_options)
             self.blocks.append(Block(part, hidden_size, inner, norm_eps))
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self._draw_projections()

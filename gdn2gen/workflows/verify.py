@@ -9,6 +9,7 @@ from typing import Any
 
 from gdn2gen.base import device as devices
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result
 from gdn2gen.store.verified import Place, check_fileable, file_found
@@ -39,6 +40,7 @@ def verify(
     *,
     op: str | None = None,
     head_dim: int | tuple[int, int] | None = None,
+    decays: DecayPattern | None = None,
     interpreter: bool | None = None,
     workers: int | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -47,6 +49,8 @@ def verify(
 
     cases: names or shell patterns such as `bf16-*` (all). op: of one recurrence (all).
     head_dim: K, or K and V, whose suite runs alone, in every dtype.
+    decays: those of trained gates instead, at their head dims (`nn.Observatory.pattern`); nothing
+    is filed of them.
     interpreter: in Triton's interpreter, at small sizes (None: only where there is no GPU).
     workers: processes that run cases beside each other (None: one to two cores, at most 8, and as
     many as the GPU has 12 GB for).
@@ -60,12 +64,15 @@ def verify(
     patterns = [cases] if isinstance(cases, str) else list(cases)
     interpret = not devices.has_gpu() if interpreter is None else interpreter
     dims = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
-    if not interpret:
+    if decays is not None and dims is not None:
+        raise InputError(f"decays bring their own head dims, but got head_dim={head_dim}, too")
+    if not interpret and decays is None:
         check_fileable(own_folder())
     options: dict[str, Any] = {
         "interpreter": interpret,
         "op": op,
         "head_dim": dims,
+        "decays": decays,
         "on_result": on_result,
         "workers": workers,
     }
@@ -73,6 +80,8 @@ def verify(
     if interpret:
         return Verified(results, "Triton's interpreter, small sizes")
     device = devices.present_device()
+    if decays is not None:
+        return Verified(results, device.name)
     cases_there_are = suite.select_cases([], interpreter=False, op=op, head_dim=dims)
     passed, failed = suite.verdicts(cases_there_are, results)
     path = None

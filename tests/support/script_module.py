@@ -13,7 +13,6 @@ def load_script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look for the module of their class there
-    sys.modules[name] = module
+    sys.modules[name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,101 @@
+"""What came of each run, in a file of its own: what is there is not run again.
+
+A row is written at one stroke when its run is over. Whatever ends a command before that costs the
+runs that were under way, and the same command goes on with what is still wanting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final
+
+import torch
+
+from gdn2gen.base.device import has_gpu, toolchain
+from gdn2gen.base.environment import VERIFYING
+from gdn2gen.base.files import replace_file
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.terminal import console, plain
+from gdn2gen.base.worker import Worker
+
+SCRIPTS: Final = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+_GRACE: Final = 100.0
+
+
+def path_of(folder: Path, *words: object) -> Path:
+    """The file of a run that these words tell from all others."""
+    name = "_".join(str(x) for x in words)
+    return folder / f"{name.replace(':', '-').replace('/', '-')}.json"
+
+
+def write_row(path: Path, row: Mapping[str, Any]) -> None:
+    replace_file(path, json.dumps({**row, "machine": _machine()}, indent=None) + "\n")
+
+
+def read_row(path: Path) -> Row | None:
+    if not path.exists():
+        return None
+    row: Row = json.loads(path.read_text())
+    return row
+
+
+def read_rows(folder: Path) -> list[Row]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _machine() -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if has_gpu() else "CPU"
+    return {"device": name, "date": time.strftime("%Y-%m-%d"), **dict(toolchain())}
+
+
+def share(
+    target: str, jobs: Sequence[tuple[str, Row]], processes: int, minutes: float
+) -> list[str]:
+    """Run `module:function` of this folder with each job, in processes that may die alone.
+
+    After `minutes` no job begins, and those under way end by themselves (each has the time in
+    `until`) or are ended `_GRACE` seconds later. Returns what failed, and why.
+    """
+    until = time.time() + 60 * minutes
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)]),
+        "GDN2GEN_UNVERIFIED": VERIFYING,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    free: SimpleQueue[Worker] = SimpleQueue()
+    workers = [Worker(environment) for _ in range(min(processes, max(1, len(jobs))))]
+    for worker in workers:
+        free.put(worker)
+    out = console()
+
+    def run(job: tuple[str, Row]) -> str | None:
+        name, given = job
+        worker = free.get()
+        try:
+            left = until - time.time()
+            if left <= 0:
+                return f"{name}: no time left"
+            outcome: Outcome[str] = worker.call(
+                target, {**given, "until": until}, timeout=left + _GRACE
+            )
+        finally:
+            free.put(worker)
+        out.print(plain(f"{name}: {outcome.value if outcome.ok else outcome.reason}"))
+        sys.stdout.flush()
+        return None if outcome.ok else f"{name}: {outcome.reason}"
+
+    threads = ThreadPoolExecutor(len(workers))
+    try:
+        return [x for x in threads.map(run, jobs) if x]
+    finally:
+        for worker in workers:
+            worker.close()
+        threads.shutdown(cancel_futures=True)

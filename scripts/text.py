@@ -1,0 +1,306 @@
+"""Train mixers side by side on bytes of text, and say what came out: docs/learning.md.
+
+    python scripts/text.py train [--models ..] [--rows DIR] [--minutes 8]
+                                   # what is wanting of the runs; again after any interruption
+    python scripts/text.py report [--rows DIR]     # the table, the pictures, docs/learning/
+
+The text is the Python that runs this (`learning/corpus.py`). All models have as many parameters as
+GDN-2's, by the width of their SwiGLUs, the same state, tokens and schedule; each trains at every
+learning rate for a tenth of the steps, and at the rate that ended lowest to the end. Those of
+flash-linear-attention (`fla:gdn2`), where it is installed, have the same weights at first, the same
+data and the rate of ours, so that only time should differ. One run at a time: times count. All are
+launched alike, one kernel after another, unless --graphs. `--small` is the same on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
+
+import torch  # noqa: E402
+from learning.corpus import VOCABULARY, Corpus, collect  # noqa: E402
+from learning.models import (  # noqa: E402
+    MIXERS,
+    PEERS,
+    TITLES,
+    Sizes,
+    build,
+    parameters,
+    with_parameters,
+)
+from learning.plots import Panel, Point, picture  # noqa: E402
+from learning.report import NOTHING, put, table  # noqa: E402
+from learning.rows import Row, path_of, read_row, read_rows, share, write_row  # noqa: E402
+from learning.training import Schedule, Trainer, tokens_per_second, train  # noqa: E402
+
+from gdn2gen.base.environment import verifying  # noqa: E402
+from gdn2gen.base.files import replace_file  # noqa: E402
+
+PAGE: Final = ROOT / "docs/learning.md"
+RECORD: Final = ROOT / "docs/learning/text.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all runs share."""
+
+    sizes: Sizes
+    batch: int = 16
+    length: int = 2048
+    steps: int = 1500
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    search: float = 0.1
+    """The part of all steps that a rate is tried for."""
+    every: int = 100
+    """Steps from one look at what is held out to the next."""
+    held_out: int = 64
+    """Windows of it."""
+    bytes: int = 64 * 2**20
+    seed: int = 0
+
+    @property
+    def search_steps(self) -> int:
+        return max(1, round(self.search * self.steps))
+
+
+# State of Mamba's layers: 2 x 512 channels in heads of 64, times 64.
+FULL: Final = Experiment(Sizes(VOCABULARY, 512, 6, 4, 128, expand=2.0))
+SMALL: Final = Experiment(
+    Sizes(VOCABULARY, 32, 1, 2, 16, inner=64, expand=2.0, mamba_head_dim=16),
+    batch=8, length=32, steps=200, rates=(1e-2, 2e-2), every=50, held_out=32, bytes=2**20,
+)  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "report"):
+        command = commands.add_parser(name)
+        command.add_argument("--rows", type=Path, default=Path("runs/text"))
+        command.add_argument("--small", action="store_true", help="one small layer, on the CPU")
+        command.add_argument("--models", nargs="*", choices=(*MIXERS, *PEERS))
+        command.add_argument("--steps", type=int)
+        command.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
+        command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
+    args = parser.parse_args(words)
+    experiment = _experiment(args.small, args.steps)
+    return (_train if args.command == "train" else _report)(args, experiment)
+
+
+def _experiment(small: bool, steps: int | None) -> Experiment:
+    experiment = SMALL if small else FULL
+    return experiment if steps is None else replace(experiment, steps=steps)
+
+
+def _train(args: argparse.Namespace, experiment: Experiment) -> int:
+    given = {
+        "small": args.small,
+        "steps": args.steps,
+        "rows": str(args.rows.resolve()),
+        "graphs": args.graphs,
+    }
+    jobs = [
+        (model, {"model": model, **given})
+        for model in args.models or [*MIXERS, *PEERS]
+        if read_row(_path(args.rows, experiment, model, args.graphs)) is None
+    ]
+    failed = share("text:work", jobs, 1, args.minutes)
+    for line in failed:
+        print(f"failed: {line}")
+    return int(bool(failed))
+
+
+def _path(rows: Path, experiment: Experiment, model: str, graphs: bool, *more: str) -> Path:
+    how = ["graphs"] if graphs else []
+    return path_of(rows, model, f"steps{experiment.steps}", *how, *more)
+
+
+def work(job: Row) -> str:
+    """One model: the search for its rate, then the run."""
+    experiment = _experiment(job["small"], job["steps"])
+    folder, model, graphs = Path(job["rows"]), job["model"], job["graphs"]
+    lr = _rate(experiment, folder, model.removeprefix("fla:"), graphs, job["until"])
+    if lr is None or time.time() > job["until"]:
+        return "diverged at every rate, or no time left"
+    started = time.perf_counter()
+    row = _run(experiment, model, lr, experiment.steps, graphs)
+    write_row(_path(folder, experiment, model, graphs), row)
+    speed = row["tokens_per_second"] or 0.0
+    return f"{time.perf_counter() - started:.0f} s, lr {lr:g}, {speed:,.0f} tokens/s"
+
+
+def _rate(
+    experiment: Experiment, folder: Path, model: str, graphs: bool, until: float
+) -> float | None:
+    """The rate that ended lowest; a peer has that of ours."""
+    found: list[tuple[float, float]] = []
+    for lr in experiment.rates:
+        path = _path(folder, experiment, model, graphs, "search", f"lr{lr:g}")
+        row = read_row(path)
+        if row is None:
+            if time.time() > until:
+                return None
+            row = _run(experiment, model, lr, experiment.search_steps, graphs)
+            write_row(path, {**row, "search": True})
+        if row["diverged"] is None:
+            found.append((row["held_out"][-1][2], lr))
+    return min(found)[1] if found else None
+
+
+@cache
+def _corpus(device: str, most: int) -> Corpus:
+    return collect(device, most)
+
+
+def sizes_of(experiment: Experiment, model: str) -> Sizes:
+    """As many parameters as GDN-2's."""
+    with torch.device("meta"):
+        wanted = parameters(build("gdn2", experiment.sizes, 0))
+    return with_parameters(model, experiment.sizes, wanted)
+
+
+def _run(experiment: Experiment, model: str, lr: float, steps: int, graphs: bool) -> Row:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = _corpus(str(device), experiment.bytes)
+    schedule = Schedule(steps, lr, least=0.1, look=experiment.every)
+    schedule = replace(schedule, block=min(schedule.block, experiment.every, steps))
+    shape = (schedule.block, experiment.batch, experiment.length)
+
+    def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        made = corpus.windows(shape[0] * shape[1], shape[2], 10_007 * experiment.seed + number)
+        return made[0].view(shape), made[1].view(shape)
+
+    sizes, seen = sizes_of(experiment, model), []
+
+    def after(trainer: Trainer) -> None:
+        done = trainer.step_number
+        if done % experiment.every == 0 or done == steps:
+            seen.append([done, trainer.losses[-1][2], _held_out(trainer, experiment, corpus)])
+
+    with verifying():
+        trainer = Trainer(
+            build(model, sizes, experiment.seed), schedule, block, device, graph=graphs
+        )
+        train([trainer], after)
+    tokens = experiment.batch * experiment.length
+    return {
+        "model": model,
+        "lr": lr,
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "parameters": parameters(trainer.model),
+        "inner": sizes.inner,
+        "corpus": {"digest": corpus.digest, "files": corpus.files, "bytes": len(corpus.train)},
+        "losses": trainer.losses,
+        "held_out": seen,
+        "diverged": trainer.diverged,
+        "tokens_per_second": tokens_per_second(trainer, tokens, 1),
+        "launched": trainer.launched,
+        "seen": trainer.seen(),
+    }
+
+
+def _held_out(trainer: Trainer, experiment: Experiment, corpus: Corpus) -> float:
+    """Nats a byte."""
+    total = 0.0
+    with trainer.testing():
+        tokens, targets = corpus.held_out_windows(experiment.held_out, experiment.length)
+        parts = (torch.split(x, experiment.batch) for x in (tokens, targets))
+        for rows, wanted in zip(*parts, strict=True):
+            total += float(trainer.model(rows, targets=wanted)) * len(rows)
+    return total / experiment.held_out
+
+
+def _report(args: argparse.Namespace, experiment: Experiment) -> int:
+    """Rows from --rows join those on record; table and pictures are made of all."""
+    known = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    fresh = [row for row in read_rows(args.rows) if not row.get("search")]
+    rows = {_key(row): row for row in (*known, *fresh)}
+    if rows:
+        document = {"rows": [rows[key] for key in sorted(rows)]}
+        replace_file(RECORD, json.dumps(document, separators=(",", ":")) + "\n")
+    shown = [x for x in rows.values() if x["steps"] == experiment.steps]
+    put(PAGE, "text", page(shown))
+    if shown:
+        replace_file(RECORD.parent / "text.svg", pictured(shown))
+    return 0
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["corpus"]["digest"], row["model"], row["steps"], row["launched"] == "graph"
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Held-out loss and speed of each model, of one corpus below the other."""
+    if not rows:
+        return NOTHING
+    parts = []
+    for digest in dict.fromkeys(x["corpus"]["digest"] for x in rows):
+        mine = sorted((x for x in rows if x["corpus"]["digest"] == digest), key=_place)
+        corpus, machine = mine[0]["corpus"], mine[0]["machine"]
+        titles = (
+            "", "parameters", "lr", "nats a byte, held out", "bits", "tokens/s", "launched",
+            "alarms",
+        )  # fmt: skip
+        lines = [
+            [
+                TITLES[x["model"]],
+                f"{x['parameters']:,}",
+                f"{x['lr']:g}",
+                "diverged" if x["diverged"] is not None else f"{x['held_out'][-1][2]:.4f}",
+                "-" if x["diverged"] is not None else f"{x['held_out'][-1][2] / 0.693147:.4f}",
+                f"{x['tokens_per_second']:,.0f}" if x["tokens_per_second"] else "-",
+                x["launched"],
+                str(len(x["seen"].get("alarms", []))),
+            ]
+            for x in mine
+        ]
+        tokens = mine[0]["steps"] * mine[0]["tokens_per_step"]
+        said = ", ".join(f"{name} {value}" for name, value in machine.items())
+        parts += [
+            f"{tokens:,} tokens of {corpus['bytes']:,} bytes in {corpus['files']:,} files, digest "
+            f"{digest}; {said}",
+            "",
+            table(titles, lines),
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def _place(row: Row) -> tuple[int, bool]:
+    return [*MIXERS, *PEERS].index(row["model"]), row["launched"] == "graph"
+
+
+def pictured(rows: Sequence[Row]) -> str:
+    """Held-out loss over tokens, and over seconds."""
+    over_tokens, over_time = {}, {}
+    for row in sorted(rows, key=_place):
+        if row["diverged"] is not None:
+            continue
+        name = TITLES[row["model"]] + (", graphs" if row["launched"] == "graph" else "")
+        over_tokens[name] = [
+            Point(step * row["tokens_per_step"] / 1e6, loss) for step, _, loss in row["held_out"]
+        ]
+        over_time[name] = [Point(seconds, loss) for _, seconds, loss in row["held_out"]]
+    return picture(
+        [
+            Panel("nats a byte, held out", "million tokens", over_tokens),
+            Panel("the same", "seconds of training", over_time),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
