@@ -9,10 +9,12 @@ from typing import Any, Final
 from torch import Tensor
 
 from gdn2gen.base.errors import UnsupportedError
-from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.mamba3_problem import MAMBA3
+from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.measure.accuracy import OpFunction
 
 _MAMBA_SSM: Final = "mamba_ssm.ops.triton.ssd_combined"
+_MAMBA3: Final = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
 # Tokens of a chunk, as the layers of mamba_ssm pass them.
 _CHUNK_SIZE: Final = 256
 
@@ -23,6 +25,16 @@ def peer_op(peer: str, op: str, level: str) -> OpFunction:
     Raises UnsupportedError where it is not, or has no such op.
     """
     return fla_op(op, level) if peer == "fla" else mamba_ssm_op(op)
+
+
+def any_peer(op: str, level: str) -> tuple[str | None, str]:
+    """The peer that has the op and can be imported here, or None and why there is none."""
+    peer = "mamba_ssm" if op in STEP_OPS or op == MAMBA3 else "fla"
+    try:
+        mamba3_op(peer) if op == MAMBA3 else peer_op(peer, op, level)
+    except UnsupportedError as error:
+        return None, f"{op} is measured alone: {error}"
+    return peer, ""
 
 
 def fla_op(op: str, level: str) -> OpFunction:
@@ -70,6 +82,29 @@ def mamba_ssm_op(op: str) -> OpFunction:
             "mamba-ssm, or unpack its sdist where Python finds it, or leave `--vs mamba_ssm` out"
         ) from error
     return as_mamba_ssm(function)
+
+
+def mamba3_op(peer: str) -> Callable[..., Any]:
+    """mamba_ssm's op of Mamba-3, with its arguments, of which its Triton files alone have to be
+    importable.
+
+    Raises UnsupportedError where they are not, and for any other peer.
+    """
+    if peer != "mamba_ssm":
+        raise UnsupportedError(f"{peer} has no op of {MAMBA3}: leave `--vs {peer}` out")
+    try:
+        function = import_module(_MAMBA3).mamba3_siso_combined
+    except Exception as error:  # its modules import much that may be missing or of another version
+        raise UnsupportedError(
+            f"the comparison needs {_MAMBA3} ({type(error).__name__}: {error}); install mamba-ssm, "
+            "or unpack its sdist where Python finds it, or leave `--vs mamba_ssm` out"
+        ) from error
+
+    def call(**arguments: Any) -> Any:
+        ends = arguments.get("cu_seqlens")
+        return function(**arguments | ({} if ends is None else {"cu_seqlens": ends.int()}))
+
+    return call
 
 
 def as_mamba_ssm(function: Callable[..., Any]) -> OpFunction:
