@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gdn2gen.tuning.recheck import Rechecked
 
 # As in `measure.peers`, which loads torch.
-PEERS: Final = ("fla", "mamba_ssm")
+PEERS: Final = ("fla", "flash_qla", "mamba_ssm")
 ANY_PEER: Final = "any"
 RESULTS_DIR: Final = Path("docs/results")
 
@@ -206,8 +206,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vs",
         choices=(*PEERS, ANY_PEER),
-        help="measure flash-linear-attention, or for mamba2 and mamba3 mamba_ssm, in the same run; "
-        f"{ANY_PEER}: the one that has the op, where it can be imported",
+        help="measure flash-linear-attention, for gated_delta_rule FlashQLA, or for mamba2 and "
+        f"mamba3 mamba_ssm, in the same run; {ANY_PEER}: the fastest that has the op and can be "
+        "imported",
     )
     parser.add_argument(
         "--level",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
@@ -13,6 +14,12 @@ from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.measure.accuracy import OpFunction
 
+# Members that another library is faster at than flash-linear-attention.
+_FASTER: Final = {"gated_delta_rule": ("flash_qla",)}
+_NOT_OF_FLASH_QLA: Final = (
+    *("use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval"),
+    *("A_log", "dt_bias", "lower_bound"),
+)
 _MAMBA_SSM: Final = "mamba_ssm.ops.triton.ssd_combined"
 _MAMBA3: Final = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
 # Tokens of a chunk, as the layers of mamba_ssm pass them.
@@ -20,21 +27,26 @@ _CHUNK_SIZE: Final = 256
 
 
 def peer_op(peer: str, op: str, level: str) -> OpFunction:
-    """The op of a peer, `fla` or `mamba_ssm`, which need not be installed.
+    """The op of a peer, `fla`, `flash_qla` or `mamba_ssm`, which need not be installed.
 
     Raises UnsupportedError where it is not, or has no such op.
     """
+    if peer == "flash_qla":
+        return flash_qla_op(op)
     return fla_op(op, level) if peer == "fla" else mamba_ssm_op(op)
 
 
 def any_peer(op: str, level: str) -> tuple[str | None, str]:
-    """The peer that has the op and can be imported here, or None and why there is none."""
-    peer = "mamba_ssm" if op in STEP_OPS or op == MAMBA3 else "fla"
-    try:
-        mamba3_op(peer) if op == MAMBA3 else peer_op(peer, op, level)
-    except UnsupportedError as error:
-        return None, f"{op} is measured alone: {error}"
-    return peer, ""
+    """The fastest peer that has the op and can be imported here, or None and why there is none."""
+    why = []
+    for peer in ("mamba_ssm",) if op in STEP_OPS or op == MAMBA3 else (*_FASTER.get(op, ()), "fla"):
+        try:
+            mamba3_op(peer) if op == MAMBA3 else peer_op(peer, op, level)
+        except UnsupportedError as error:
+            why.append(str(error))
+        else:
+            return peer, ""
+    return None, f"{op} is measured alone: {'; '.join(why)}"
 
 
 def fla_op(op: str, level: str) -> OpFunction:
@@ -45,6 +57,9 @@ def fla_op(op: str, level: str) -> OpFunction:
     public = recurrence_named(op).public
     if not public.fla:
         raise UnsupportedError(f"flash-linear-attention has no {op}: leave `--vs fla` out")
+    if op in _FASTER:
+        # or it hands calls on to FlashQLA where that is installed, which is a peer of its own here
+        os.environ.setdefault("FLA_FLASH_QLA", "0")
     try:
         function = getattr(import_module(public.fla), public.chunk)
     except (ImportError, AttributeError) as error:
@@ -62,6 +77,39 @@ def fla_op(op: str, level: str) -> OpFunction:
         # FLA's ops swallow keywords that they do not know
         own = {"safe_gate": safe, "disable_recompute": fast} if has_safe_gate else {}
         o, state = function(**arguments, **own)
+        return o, state
+
+    return call
+
+
+def flash_qla_op(op: str) -> OpFunction:
+    """FlashQLA's op, which takes decay and beta as they are, of 16 bits and K = V = 128.
+
+    Raises UnsupportedError where it is not installed, for any other recurrence than Gated DeltaNet,
+    and in a call that asks for more.
+    """
+    if op not in _FASTER:
+        raise UnsupportedError(f"flash_qla has no {op}: leave `--vs flash_qla` out")
+    try:
+        function = import_module("flash_qla").chunk_gated_delta_rule
+    except Exception as error:  # it imports TileLang, which may be missing or of another version
+        raise UnsupportedError(
+            f"the comparison needs flash_qla ({type(error).__name__}: {error}); run `pip install "
+            "flash-qla`, or leave `--vs flash_qla` out"
+        ) from error
+
+    def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        own = {x: y for x, y in arguments.items() if x not in _NOT_OF_FLASH_QLA}
+        more = [x for x in _NOT_OF_FLASH_QLA if arguments.get(x) not in (None, False)]
+        q, v = arguments["q"], arguments["v"]
+        served = q.shape[-1] == v.shape[-1] == 128 and q.element_size() == 2
+        if more or not served:
+            what = ", ".join(more) or f"K={q.shape[-1]}, V={v.shape[-1]} in {q.dtype}"
+            raise UnsupportedError(
+                f"flash_qla serves K = V = 128 in 16 bits, and no gate in its kernels, but {what} "
+                "was asked for: leave `--vs flash_qla` out"
+            )
+        o, state = function(**own)
         return o, state
 
     return call

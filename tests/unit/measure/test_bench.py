@@ -176,6 +176,54 @@ def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
     assert asked == {"lower_bound": -2.0, "safe_gate": True, "disable_recompute": keeps}
 
 
+def test_flash_qla_is_called_by_what_it_takes(monkeypatch):
+    asked = {}
+
+    def chunk_gated_delta_rule(**arguments):
+        asked.update(arguments)
+        return torch.zeros(1), None
+
+    module = SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
+    monkeypatch.setitem(sys.modules, "flash_qla", module)
+    op = peers.peer_op("flash_qla", "gated_delta_rule", "lean")
+    q = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16)
+    problem = Problem("gated_delta_rule")
+    op(q=q, k=q, v=q, g=1, beta=2, output_final_state=False, **accuracy.op_flags(problem))
+    assert {*asked} == {
+        *("q", "k", "v", "g", "beta", "output_final_state"),
+        *("use_qk_l2norm_in_kernel", "state_v_first"),
+    }
+    with pytest.raises(UnsupportedError, match="use_gate_in_kernel was asked for"):
+        op(q=q, k=q, v=q, use_gate_in_kernel=True)
+    with pytest.raises(UnsupportedError, match="K=64, V=128"):
+        op(q=q[..., :64], k=q, v=q)
+    with pytest.raises(UnsupportedError, match=r"torch\.float32"):
+        op(q=q.float(), k=q, v=q.float())
+    with pytest.raises(UnsupportedError, match="no kda"):
+        peers.peer_op("flash_qla", "kda", "lean")
+    monkeypatch.setitem(sys.modules, "flash_qla", None)
+    with pytest.raises(UnsupportedError, match="pip install flash-qla"):
+        peers.peer_op("flash_qla", "gated_delta_rule", "lean")
+
+
+def test_the_fastest_peer_that_can_be_imported(monkeypatch):
+    monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
+    monkeypatch.setenv("FLA_FLASH_QLA", "")  # restored afterwards
+    monkeypatch.delenv("FLA_FLASH_QLA")
+    gone = ("flash_qla", "mamba_ssm", "fla.ops.gla")
+    for name in gone:
+        monkeypatch.setitem(sys.modules, name, None)
+    fla = SimpleNamespace(chunk_gated_delta_rule=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", fla)
+    assert peers.any_peer("gated_delta_rule", "lean") == ("fla", "")
+    assert peers.os.environ["FLA_FLASH_QLA"] == "0"  # which would stand in for it
+    monkeypatch.setitem(sys.modules, "flash_qla", fla)
+    assert peers.any_peer("gated_delta_rule", "lean") == ("flash_qla", "")
+    for op, name in (("gla", "fla.ops.gla"), ("mamba2", "mamba_ssm"), ("mamba3", "mamba_ssm")):
+        peer, why = peers.any_peer(op, "lean")
+        assert peer is None and why.startswith(f"{op} is measured alone") and name in why
+
+
 def side(ms: float) -> Side:
     timing = Timing(ms, ms, ms, 10)
     errors = {"o": Errors(4e-3, "layer"), "dg": Errors(7e-3, "sparse")}
