@@ -86,7 +86,7 @@ def draw(
 def results(
     made: dict[str, Any], wide: bool = False, op: Any = mamba3_siso_combined
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return mamba3_results(made, op, wide=wide)
+    return mamba3_results(made, op, wide=wide, peer=op is not mamba3_siso_combined)
 
 
 def errors(name: str, dtype: str = "float32") -> dict[str, float]:
