@@ -179,6 +179,7 @@ def test_files_that_are_not_ours_stay(folder: Path) -> None:
         merge_parts(path, {"gpu": "NVIDIA H100"}, [])
 
 
+@pytest.mark.slow
 def test_a_worker_times_and_checks_what_it_is_given(interpreter: Callable[..., Any]) -> None:
     ran, errors, wrong, wrong_step = interpreter("mamba3_checks:timed_and_checked")
     assert len(ran) == 4 and wrong == wrong_step == ""
