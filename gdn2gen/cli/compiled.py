@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Final
+from dataclasses import fields
+from typing import Any, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.terminal import console, status
@@ -12,11 +13,14 @@ from gdn2gen.cli.options import (
     add_problem,
     add_shapes,
     add_target,
+    mamba3_problem_of,
     problem_of,
     some_path,
+    usual_of,
     words_of,
 )
 from gdn2gen.family.decoding import DECODING_FLAGS
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.kernels.plans import LEVELS
 
 _LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -26,8 +30,8 @@ _LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser, extras=True)
-    add_shapes(parser, "train4k")
+    add_problem(parser, extras=True, also=(MAMBA3,))
+    add_shapes(parser, usual="train4k")
     add_target(parser, "GPU or bare target to compile for (the present GPU, or sm_90 without one)")
     parser.add_argument(
         "--out", type=some_path, required=True, metavar="DIR", help="the folder, new or added to"
@@ -78,6 +82,16 @@ def compile_command(args: argparse.Namespace) -> int:
             f"--decode-with takes {', '.join(DECODING_FLAGS)} beside --decode, but got "
             f"{', '.join(unknown or named)}"
         )
+    if args.shapes is None:
+        args.shapes = (*usual_of(args.op).shapes, "train4k")[0]
+    problem: dict[str, Any]
+    if args.op == MAMBA3:
+        asked = mamba3_problem_of(args)
+        problem = {"op": MAMBA3, **{x.name: getattr(asked, x.name) for x in fields(asked)}}
+        problem["head_dim"], problem["value_dim"] = asked.K, asked.V
+        del problem["state_size"]
+    else:
+        problem = words_of(problem_of(args))
     with status(console()) as say:
         compiled = compile_kernels(
             args.out,
@@ -90,7 +104,7 @@ def compile_command(args: argparse.Namespace) -> int:
             target=args.target,
             language=args.language,
             say=say,
-            **words_of(problem_of(args)),
+            **problem,
         )
     print(
         f"compiled {len(compiled.seconds)} kernels for {compiled.device.name} into "

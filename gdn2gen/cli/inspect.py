@@ -15,17 +15,19 @@ from gdn2gen.cli.options import (
     add_problem,
     add_target,
     decoding_problem_of,
+    mamba3_problem_of,
     minutes,
     part_problem_of,
     present_or_target,
     problem_of,
     refuse,
     some_path,
+    usual_of,
     words_of,
 )
 from gdn2gen.family.compiled import Compiled
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import NAMED_SHAPES, Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.languages import LANGUAGES
@@ -38,7 +40,7 @@ SHAPE: Final = "train4k"
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser, extras=True)
+    add_problem(parser, extras=True, also=(MAMBA3,))
     _add_regime(parser, several=True)
     parser.add_argument(
         "--device",
@@ -55,13 +57,16 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def explain(args: argparse.Namespace) -> int:
     """Print which recipe a call would run at each shape, and why."""
-    from gdn2gen.store.dispatch import explain_recipe, recipe_document
+    from gdn2gen.store.dispatch import Found, explain_recipe, recipe_document
     from gdn2gen.workflows.explain import explain as workflow
 
+    if args.op == MAMBA3:
+        return _explain_mamba3(args)
     words, device = words_of(problem_of(args)), present_or_target(args.target)[0]
     words |= {"level": args.level or LEVELS[0], "strict": True if args.strict else None}
     for shape in _shapes(args):
         (found,) = workflow(shape, target=args.target, **words)
+        assert isinstance(found, Found)
         if args.json:
             print(json.dumps({"shape": shape.name, **recipe_document(found)}))
             continue
@@ -70,8 +75,22 @@ def explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain_mamba3(args: argparse.Namespace) -> int:
+    from gdn2gen.workflows.mamba3 import explain_mamba3
+
+    problem, device = mamba3_problem_of(args), present_or_target(args.target)[0]
+    strict = True if args.strict else None
+    for found in explain_mamba3(problem, _shapes(args), args.target, strict):
+        if args.json:
+            print(json.dumps({"shape": found.shape.name, **found.document}))
+            continue
+        print(f"{found.shape.name} on {device.name}")
+        print(found.words(text_width()))
+    return 0
+
+
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser, extras=True)
+    add_problem(parser, extras=True, also=(MAMBA3,))
     _add_regime(parser)
     add_target(
         parser,
@@ -110,6 +129,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
+    if args.op == MAMBA3 and args.stage is None:
+        raise InputError(
+            f"--op {MAMBA3} has no package: one call of it runs two ops of kernels, its own and "
+            "chunk_simple_gla's, and a package is of one. `gdn2gen generate --op simple_gla "
+            "--head-dim 128,64` makes one of its scan; --stage NAME prints any of its own kernels; "
+            "`gdn2gen compile --op mamba3` makes a folder of all, compiled, for calls of gdn2gen"
+        )
     if args.stage is not None:
         refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level", "tune")
         return _print_stage(args)
@@ -206,7 +232,7 @@ def parse_config(stage: str, text: str, problem: Compiled, arch: str | None = No
 
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:
-    usual = (*recurrence_named(args.op).usual.shapes, SHAPE)[0]
+    usual = (*usual_of(args.op).shapes, SHAPE)[0]
     return parse_shapes(usual if args.shape is None else args.shape)
 
 
@@ -220,7 +246,7 @@ def _add_regime(parser: argparse.ArgumentParser, *, several: bool = False) -> No
         "--shape",
         metavar="LIST" if several else "NAME",
         help=f"{'any' if several else 'one'} of {', '.join(NAMED_SHAPES)}, or BxTxH such as "
-        f"4x4096x16{', comma-separated' if several else ''} ({SHAPE}; mamba2: mamba4k)",
+        f"4x4096x16{', comma-separated' if several else ''} ({SHAPE}; mamba2, mamba3: mamba4k)",
     )
     parser.add_argument(
         "--level",

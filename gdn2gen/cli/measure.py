@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base import terminal
 from gdn2gen.base.environment import verifying
-from gdn2gen.base.errors import DeviceError, InputError
+from gdn2gen.base.errors import DeviceError, Gdn2genError, InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.cli.options import (
+    ALL,
     add_lower_bound,
     add_op,
     add_shapes,
@@ -20,10 +21,13 @@ from gdn2gen.cli.options import (
     fill_in,
     parse_head_dim,
     refuse,
+    refuse_of_mamba3,
     some_path,
 )
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import DTYPES, WHERE_TAKEN
 from gdn2gen.family.recurrence import GATES
+from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import parse_shapes
 from gdn2gen.kernels.plans import LEVELS
 
@@ -31,10 +35,12 @@ if TYPE_CHECKING:
     from gdn2gen.base.device import Device
     from gdn2gen.family.decays import DecayPattern
     from gdn2gen.measure.case_runs import Result
+    from gdn2gen.measure.rows import Row
     from gdn2gen.tuning.recheck import Rechecked
 
 # As in `measure.peers`, which loads torch.
-PEERS: Final = ("fla", "mamba_ssm")
+PEERS: Final = ("fla", "flash_qla", "mamba_ssm")
+ANY_PEER: Final = "any"
 RESULTS_DIR: Final = Path("docs/results")
 
 
@@ -42,7 +48,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help="names or shell patterns such as 'bf16-*' (all)"
     )
-    add_op(parser, any_of_them=True)
+    add_op(parser, also=(MAMBA3, ALL), default=ALL)
     parser.add_argument(
         "--head-dim",
         metavar="K[,V]",
@@ -81,6 +87,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Run the accuracy suite, or check what is tuned; 0 if everything passed, else 1."""
+    if args.op == ALL:
+        args.op = None
     if args.tuned:
         return _verify_tuned(args)
     refuse(args, "the accuracy suite looks at no entries (--tuned does)", "renew")
@@ -199,9 +207,9 @@ def _file_renewed(result: Rechecked, device: Device) -> None:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    add_op(parser)
+    add_op(parser, also=(MAMBA3, ALL))
     add_shapes(parser)
-    parser.add_argument("--head-dim", metavar="K[,V]", help="(128; mamba2: 128,64)")
+    parser.add_argument("--head-dim", metavar="K[,V]", help="(128; mamba2, mamba3: 128,64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
     parser.add_argument("--gate", choices=GATES, help="(none; mamba2: softplus)")
     add_lower_bound(parser, "least decay a token with --gate sigmoid, in [-5, 0); whole nats (-5)")
@@ -214,8 +222,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vs",
-        choices=PEERS,
-        help="measure flash-linear-attention, or for mamba2 mamba_ssm, in the same run",
+        choices=(*PEERS, ANY_PEER),
+        help="measure flash-linear-attention, for gated_delta_rule FlashQLA, or for mamba2 and "
+        f"mamba3 mamba_ssm, in the same run; {ANY_PEER}: the fastest that has the op and can be "
+        "imported",
     )
     parser.add_argument(
         "--level",
@@ -238,23 +248,59 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure on the present GPU and print the table."""
+    """Measure on the present GPU and print the tables."""
     from gdn2gen.base.device import present_device
-    from gdn2gen.measure.results import check_saveable, rows_document, rows_table, save_results
-    from gdn2gen.measure.rows import Row, bench_shapes
+    from gdn2gen.measure.results import check_saveable, rows_document
 
-    fill_in(args)
-    shapes = parse_shapes(args.shapes)
-    K, V = parse_head_dim(args.head_dim)
-    device = present_device()
-    out = terminal.console()
+    ops = (*OPS, MAMBA3) if args.op == ALL else (args.op,)
+    if args.op == ALL:
+        refuse(args, "--op all takes the head dims and the gate of each member", "head_dim", "gate")
+    asked = [argparse.Namespace(**vars(args) | {"op": op}) for op in ops]
+    for one in asked:
+        fill_in(one)
+        parse_shapes(one.shapes)
+    device, out = present_device(), terminal.console()
     path = RESULTS_DIR / f"{device.slug}.json"
     if args.save:
         check_saveable(path, device.name)
     _check_json(args.json)
+    rows: list[Row] = []
+    failed = {}
+    for one in asked:
+        try:
+            rows += _bench_one(one, path, device)
+        except Gdn2genError as error:
+            if args.op != ALL:
+                raise
+            failed[one.op] = str(error)
+    for op, why in failed.items():
+        out.print(terminal.plain(f"{op} is left out: {why}"))
+    if args.json is not None:
+        _write_json(args.json, rows_document(rows))
+    if args.save:
+        out.print(f"saved to {path}; now run scripts/update_readme.py")
+    return int(bool(failed))
+
+
+def _bench_one(args: argparse.Namespace, path: Path, device: Device) -> list[Row]:
+    """Rows of one member, shown and, with --save, kept as they come."""
+    from gdn2gen.measure.mamba3_rows import bench_mamba3
+    from gdn2gen.measure.results import rows_table, save_results
+    from gdn2gen.measure.rows import bench_shapes
+
+    shapes = parse_shapes(args.shapes)
+    K, V = parse_head_dim(args.head_dim)
+    vs = args.vs
+    out = terminal.console()
     done: list[Row] = []
+    if vs == ANY_PEER:
+        from gdn2gen.measure.peers import any_peer
+
+        vs, why = any_peer(args.op, args.level)
+        if vs is None:
+            out.print(terminal.plain(why))
     with terminal.status(out) as say, verifying():
-        say(f"measuring {shapes[0].name} on {device.name}")
+        say(f"measuring {args.op} at {shapes[0].name} on {device.name}")
 
         def show(row: Row) -> None:
             say(f"{row.shape.name} is measured, {len(shapes)} shapes in all")
@@ -262,27 +308,17 @@ def bench(args: argparse.Namespace) -> int:
             if args.save:
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
 
-        rows = bench_shapes(
-            args.op,
-            shapes,
-            K,
-            V,
-            args.dtype,
-            vs=args.vs,
-            gate=args.gate,
-            l2norm=args.l2norm,
-            bound=bound_option(args.gate, args.lower_bound),
-            stages=args.stages,
-            level=args.level,
-            on_row=show,
-        )
-    out.print(f"{device.name}, K={K} V={V} {args.dtype}, level {args.level}")
+        options: dict[str, Any] = {"vs": vs, "stages": args.stages, "on_row": show}
+        if args.op == MAMBA3:
+            refuse_of_mamba3(args)
+            rows = bench_mamba3(shapes, K, V, args.dtype, **options)
+        else:
+            options |= {"gate": args.gate, "l2norm": args.l2norm, "level": args.level}
+            options["bound"] = bound_option(args.gate, args.lower_bound)
+            rows = bench_shapes(args.op, shapes, K, V, args.dtype, **options)
+    out.print(f"{args.op} on {device.name}, K={K} V={V} {args.dtype}, level {args.level}")
     out.print(rows_table(rows))
-    if args.json is not None:
-        _write_json(args.json, rows_document(rows))
-    if args.save:
-        out.print(f"saved to {path}; now run scripts/update_readme.py")
-    return 0
+    return rows
 
 
 def _check_json(path: Path | None) -> None:

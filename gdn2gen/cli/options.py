@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import (
     DIMS,
@@ -21,23 +22,33 @@ from gdn2gen.family.problem import (
     check_lower_bound,
     gate_parameters,
 )
-from gdn2gen.family.recurrence import GATES
+from gdn2gen.family.recurrence import GATES, Usual
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import NAMED_SHAPES, SHAPES
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
 
+ALL: Final = "all"
+"""What --op takes for every member, where it does."""
+ALL_SHAPES: Final = "all but mamba4k"
+_MAMBA3_USUAL: Final = Usual(head_dims=("128,64",), shapes=("mamba4k",))
+
 
 def add_problem(
-    parser: argparse.ArgumentParser, *, extras: bool = False, several: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    *,
+    extras: bool = False,
+    several: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
 ) -> None:
     """Add the options that make a Problem (see `problem_of`).
 
-    With `several`, --head-dim takes any number of head dims, by default these.
+    With `several`, --head-dim takes any number of head dims, by default these. `also`: words that
+    --op takes beside recurrences.
     """
     group = parser.add_argument_group("problem")
-    add_op(group)
+    add_op(group, also=also)
     group.add_argument(
         "--head-dim",
         nargs="+" if several else None,
@@ -46,7 +57,7 @@ def add_problem(
         help=f"key head dim, and value head dim if it differs: multiples of {DIMS['K'].step} from "
         f"{DIMS['K'].start} to {DIMS['K'].stop - 1}, and to {DIMS['V'].stop - 1} "
         f"({' '.join(several) or '128'}{', one after the other' if several else ''}; "
-        "mamba2: 128,64)",
+        "mamba2, mamba3: 128,64)",
     )
     if not several:
         group.add_argument(
@@ -98,15 +109,50 @@ def problem_of(args: argparse.Namespace) -> Problem:
     return with_extras(problem, args.gate, extras, bound_option(args.gate, args.lower_bound))
 
 
+def usual_of(op: str) -> Usual:
+    """What is meant of a member where nothing is asked for: as its models have it."""
+    return _MAMBA3_USUAL if op == MAMBA3 else recurrence_named(op).usual
+
+
 def fill_in(args: argparse.Namespace) -> None:
     """Head dims, gate and shapes that were not given: as the member's models have them."""
-    usual = recurrence_named(args.op).usual
+    usual = usual_of(args.op)
     if getattr(args, "head_dim", "") is None:
         args.head_dim = usual.head_dims[0]
     if getattr(args, "gate", "") is None:
         args.gate = usual.gate
     if getattr(args, "shapes", "") is None:
         args.shapes = ",".join(usual.shapes or SHAPES)
+
+
+def mamba3_problem_of(args: argparse.Namespace) -> Mamba3Problem:
+    """The same of --op mamba3, of which --with names fields. Raises InputError for what is of
+    recurrences alone."""
+    from gdn2gen.workflows.mamba3 import mamba3_problem
+
+    fill_in(args)
+    refuse_of_mamba3(args)
+    K, V = parse_head_dim(args.head_dim, getattr(args, "value_dim", None))
+    problem = mamba3_problem(K, V, args.dtype, {})
+    words = (x.strip() for x in (getattr(args, "extras", None) or "").split(","))
+    return problem.with_extras(x for x in words if x)
+
+
+def refuse_of_mamba3(args: argparse.Namespace) -> None:
+    """InputError for options that say nothing of Mamba-3."""
+    given = {
+        "--gate": args.gate != "none",
+        "--gate-dtype": getattr(args, "gate_dtype", "fp32") != "fp32",
+        "--lower-bound": args.lower_bound is not None,
+        "--no-l2norm": args.l2norm is False,
+        "--level fast": getattr(args, "level", None) == "fast",
+    }
+    found = [name for name, is_given in given.items() if is_given]
+    if found:
+        raise InputError(
+            f"--op {MAMBA3} has one gate, one level, and norms outside of its op: leave "
+            f"{' and '.join(found)} out"
+        )
 
 
 def words_of(problem: Problem) -> dict[str, Any]:
@@ -130,10 +176,13 @@ def part_problem_of(args: argparse.Namespace, made_for: type[PartProblem]) -> Pa
     return made_for(dtype=args.dtype).with_extras(words)
 
 
-def add_op(parser: argparse._ActionsContainer, *, any_of_them: bool = False) -> None:
-    """--op, by default the first; None for `any_of_them`."""
-    default, said = (None, "all") if any_of_them else (OPS[0], "%(default)s")
-    parser.add_argument("--op", choices=OPS, default=default, help=f"which recurrence ({said})")
+def add_op(
+    parser: argparse._ActionsContainer, *, also: tuple[str, ...] = (), default: str = OPS[0]
+) -> None:
+    """--op, by default the first. `also`: words that it takes beside recurrences."""
+    parser.add_argument(
+        "--op", choices=(*OPS, *also), default=default, help="which recurrence (%(default)s)"
+    )
 
 
 def add_device(
@@ -192,14 +241,17 @@ def parse_head_dim(text: str, value_dim: int | None = None) -> tuple[int, int]:
     return sizes[0], value_dim
 
 
-def add_shapes(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """By default those that `fill_in` takes."""
+def add_shapes(
+    parser: argparse.ArgumentParser, default: str | None = None, usual: str | None = None
+) -> None:
+    """By default those that `fill_in` takes; `usual`: what is said of members without their own."""
     parser.add_argument(
         "--shapes",
         default=default,
         metavar="LIST",
         help=f"comma-separated names ({', '.join(NAMED_SHAPES)}) or sizes BxTxH such as 4x4096x16, "
-        f"or 4x4096x64/1 with one head of q and k ({default or 'all but mamba4k; mamba2: that'})",
+        f"or 4x4096x64/1 with one head of q and k "
+        f"({default or f'{usual or ALL_SHAPES}; mamba2, mamba3: mamba4k'})",
     )
 
 

@@ -5,30 +5,35 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.paths import user_tuned_dir
 from gdn2gen.base.terminal import console, text_width
 from gdn2gen.cli.options import (
+    ALL,
     add_budget,
     add_problem,
     add_shapes,
     add_target,
     fill_in,
+    mamba3_problem_of,
     present_or_target,
     problem_of,
     refuse,
     say_where,
     some_path,
     some_text,
+    usual_of,
     words_of,
 )
-from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import parse_shapes
 
 if TYPE_CHECKING:
     from gdn2gen.tuning import TuneReport
+    from gdn2gen.tuning.mamba3 import Mamba3Report
 
 _LEVELS: Final = {"lean": ("lean",), "fast": ("fast",), "both": ("lean", "fast")}
 _TARGET_HELP: Final = (
@@ -38,7 +43,7 @@ _TARGET_HELP: Final = (
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser, several=("128", "64"))
+    add_problem(parser, several=("128", "64"), also=(MAMBA3, ALL))
     add_shapes(parser)
     add_budget(parser, 10.0)
     add_target(parser, _TARGET_HELP)
@@ -75,9 +80,13 @@ def tune(args: argparse.Namespace) -> int:
     from gdn2gen.workflows.tune import own_folder
 
     folder = args.out or own_folder()
+    if args.op == ALL:
+        return _tune_every(args, folder)
     if args.head_dim is None:
-        args.head_dim = [*recurrence_named(args.op).usual.head_dims]
+        args.head_dim = [*usual_of(args.op).head_dims]
     fill_in(args)
+    if args.op == MAMBA3:
+        refuse(args, "--op mamba3 checks all that it files anew", "only_failing")
     started, budget, dims, shapes = time.monotonic(), args.budget, args.head_dim, args.shapes
     for number, dim in enumerate(dims):
         args.head_dim, args.shapes = dim, shapes
@@ -90,6 +99,42 @@ def tune(args: argparse.Namespace) -> int:
             continue
         search(args, folder, _LEVELS[args.level], args.storage)
     return 0
+
+
+def _tune_every(args: argparse.Namespace, folder: Path) -> int:
+    """Every member at its head dims, one budget for all."""
+    from gdn2gen.base.paths import cache_dir
+    from gdn2gen.workflows.every import Job, finished_table, jobs, tune_every, usual_sizes
+
+    refuse(args, "--op all takes the head dims and the gate of each member", "head_dim", "gate")
+    refuse(args, "--op all takes the head dims and the gate of each member", "lower_bound")
+    device, _ = present_or_target(args.target)
+    levels = _LEVELS[args.level]
+    given = None if args.shapes is None else len(parse_shapes(args.shapes))
+    mamba3 = usual_of(MAMBA3)
+    sizes = usual_sizes() | {MAMBA3: (mamba3.head_dims, len(mamba3.shapes))}
+    wanted = jobs({op: (x, given or count) for op, (x, count) in sizes.items()}, levels)
+
+    def search_one(job: Job, minutes: float) -> TuneReport | Mamba3Report | None:
+        one = argparse.Namespace(**vars(args))
+        one.op, one.head_dim, one.budget = job.op, job.head_dim, minutes
+        fill_in(one)
+        if args.only_failing and job.op != MAMBA3 and not _leave_failing(one, folder):
+            return None
+        one.level = "both" if job.op == MAMBA3 else one.level
+        return search(one, folder, levels, args.storage)
+
+    asked = {"dtype": args.dtype, "gate_dtype": args.gate_dtype, "level": args.level}
+    asked |= {"shapes": args.shapes, "out": str(folder), "only_failing": args.only_failing}
+    found = tune_every(
+        wanted,
+        search_one,
+        budget_minutes=args.budget,
+        record=cache_dir() / "tune-all" / f"{device.slug}.json",
+        asked=asked,
+    )
+    console().print(finished_table(found))
+    return int(any(x.failure for x in found))
 
 
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
@@ -144,7 +189,8 @@ def quick(args: argparse.Namespace) -> int:
     """The whole path once, in minutes; entries go to the user's folder, never to the package."""
     from gdn2gen.store.dispatch import explain_recipe, find_recipe
 
-    report = search(args, user_tuned_dir(), ("lean",))
+    # --op takes no Mamba-3 here
+    report = cast("TuneReport", search(args, user_tuned_dir(), ("lean",)))
     for result in report.results:
         found = find_recipe(report.problem, result.shape.regime, report.device)
         print(f"\nWhat a call at {result.shape.name} runs now:")
@@ -154,12 +200,15 @@ def quick(args: argparse.Namespace) -> int:
 
 def search(
     args: argparse.Namespace, folder: Path, levels: tuple[str, ...], storage: str | None = None
-) -> TuneReport:
+) -> TuneReport | Mamba3Report:
     """Search on the present GPU, or do what can be done without one; print the report."""
     from gdn2gen.store.verified import Place, is_verified
+    from gdn2gen.workflows.mamba3 import tune_mamba3
     from gdn2gen.workflows.tune import tune as workflow
 
-    problem, shapes = problem_of(args), parse_shapes(args.shapes)
+    problem: Problem | Mamba3Problem
+    problem = mamba3_problem_of(args) if args.op == MAMBA3 else problem_of(args)
+    shapes = parse_shapes(args.shapes)
     device, present = present_or_target(args.target)
     if not present:
         if storage is not None:
@@ -169,15 +218,12 @@ def search(
             "Triton's interpreter and ranked by\ntheir compiled resources. Nothing is timed; "
             "entries are filed as predicted."
         )
-    report = workflow(
-        shapes,
-        budget_minutes=args.budget,
-        levels=levels,
-        target=args.target,
-        out_dir=folder,
-        storage=storage,
-        **words_of(problem),
-    )
+    options = {"budget_minutes": args.budget, "target": args.target, "out_dir": folder}
+    report: TuneReport | Mamba3Report
+    if isinstance(problem, Mamba3Problem):
+        report = tune_mamba3(problem, shapes, storage=storage, **options)
+    else:
+        report = workflow(shapes, levels=levels, storage=storage, **options, **words_of(problem))
     console().print(report.table())
     say_where(folder)
     place = Place.of(problem)

@@ -17,7 +17,10 @@ _GIVEN: Final[dict[str, object]] = {
     "initial_state": None,
     "output_final_state": False,
     "A_log": None,
+    "rate": None,
     "dt_bias": None,
+    "D": None,
+    "z": None,
     "cu_seqlens": None,
     "cu_seqlens_cpu": None,
     "lower_bound": None,
@@ -90,6 +93,9 @@ def _unused(problem: Problem) -> dict[str, tuple[object, str]]:
     for name, given in (("A_log", problem.has_A_log), ("dt_bias", problem.has_dt_bias)):
         if not given:
             found[name] = (None, f"--with {name} and a --gate")
+    for name, given in (("rate", problem.has_rate), ("D", problem.has_D), ("z", problem.has_z)):
+        if not given:
+            found[name] = (None, f"--with {name}")
     if not problem.varlen:
         found |= dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu"), (None, "--with varlen"))
     if problem.gate != "sigmoid":
@@ -120,7 +126,7 @@ def _described(x: Input, recurrence: Recurrence, problem: Problem) -> str:
     dims = ", ".join("H or HV" if symbol == "HG" else symbol for symbol in x.symbols)
     words = what(x.name, "", problem)
     if recurrence.decay and x.name == recurrence.decay.input and problem.gate == "none":
-        words += ", <= 0"
+        words += ", >= 0" if recurrence.stepped else ", <= 0"
     if x.name == recurrence.write and problem.beta_sigmoid:
         words += f", before it is {'2 * ' if problem.neg_eigval else ''}sigmoid({x.name})"
     if x.name == "v":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
-from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.codegen._package_arguments import of_recurrence
 from gdn2gen.codegen._package_files import check_folder, write_package
 from gdn2gen.codegen.render import render, render_tables
@@ -56,16 +55,7 @@ def generate_package(
 
 
 def package_texts(recipe: Recipe, command: str, origin: str = "") -> dict[str, str]:
-    """The files of a package by name; see `generate_package`.
-
-    Raises UnsupportedError for a member that packages do not know all arguments of.
-    """
-    op = recipe.problem.op
-    if recurrence_named(op).stepped:
-        raise UnsupportedError(
-            f"packages of {op} are not made yet; `gdn2gen generate --op {op} --stage NAME` prints "
-            "its kernels"
-        )
+    """The files of a package by name; see `generate_package`."""
     texts = {f"{name}.py": source for name, source in _sources(recipe).items()}
     texts["__init__.py"] = package_source(recipe, command)
     beside = ("test_kernels.py", "README.md")
@@ -78,7 +68,8 @@ def package_source(recipe: Recipe, command: str) -> str:
     recurrence = recurrence_named(problem.op)
     folded = _folded(recurrence)
     inputs = [*given_inputs(problem), *([GIVEN_SEQUENCES] if problem.varlen else [])]
-    scalars = ["scale", *(["lower_bound"] if problem.gate == "sigmoid" else [])]
+    scalars = ["scale"] if recurrence.takes("scale") else []
+    scalars += ["lower_bound"] if problem.gate == "sigmoid" else []
     kept = _shapes_read(recurrence, folded) | read_by(problem, plan.backward)
     forward = schedule(recipe, plan.forward, kept | {*OUTPUTS})
     gradients = gradients_of(problem)
@@ -106,6 +97,7 @@ def package_source(recipe: Recipe, command: str) -> str:
             allocation=partial(_allocation, problem=problem),
             arguments=partial(_arguments, problem=problem),
             wrapped=_wrapped,
+            parts_of_heads=_parts_of_heads((*forward, *backward)),
             SEGMENT=SEGMENT,
             max_segments=recipe.saved_segments,
             made_for={name: _made_for(x) for name, x in _sources(recipe).items()},
@@ -127,6 +119,7 @@ def _beside(recipe: Recipe, name: str, command: str, origin: str) -> str:
             recurrence=recurrence,
             name=recurrence.public.chunk,
             tied=recurrence.tied,
+            given=given_inputs(problem),
             languages=" and ".join(["triton", *(x for x in languages if x != "triton")]),
             command=_wrapped_command(command),
             origin=textwrap.fill(origin or "not said", _LINE, subsequent_indent="    "),
@@ -166,6 +159,12 @@ def _allocation(buffer: Buffer, problem: Problem) -> str:
     return f"q.{kind}({', '.join([*dims, *dtype])})"
 
 
+def _parts_of_heads(steps: Iterable[Step]) -> dict[str, int]:
+    """Symbols of sums over so many heads of a group each, as `runtime.call.Call.sizes` has them."""
+    symbols = {y for step in steps for x in step.buffers for y in x.symbols}
+    return {x: int(x.removeprefix("HP")) for x in sorted(symbols) if x.startswith("HP")}
+
+
 def _in_torch(dtype: str) -> str:
     return f"torch.{DTYPE[dtype].full_name}"
 
@@ -185,7 +184,7 @@ def _folded(recurrence: Recurrence) -> dict[str, str]:
     for x in recurrence.differentiable:
         gradient = recurrence.gradients[x.name]
         dims = made[gradient]
-        parts = [i for i, symbol in enumerate(dims) if symbol not in ("HV", *x.symbols)]
+        parts = [i for i, symbol in enumerate(dims) if symbol not in ("HV", "HP", *x.symbols)]
         places = str(parts[0] if len(parts) == 1 else tuple(parts))
         whole = f"{gradient}.sum({places})" if parts else gradient
         if x.dtype == "parameter":

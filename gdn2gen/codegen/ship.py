@@ -27,6 +27,7 @@ from gdn2gen.codegen.build import (
 from gdn2gen.codegen.programs import keep_for
 from gdn2gen.codegen.render import render, render_slots, render_tables
 from gdn2gen.codegen.shipped import TRITON
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.operands import OUTPUT
@@ -46,7 +47,7 @@ def surroundings(folder: Path, scratch: Path) -> dict[str, str]:
 
 
 def ship_stage(
-    problem: Problem, stage: str, config: Config, device: Device, present: bool
+    problem: Compiled, stage: str, config: Config, device: Device, present: bool
 ) -> float:
     """Compile one stage into the folder; seconds. `present`: is the GPU here? Then Triton's own
     launcher is made, too. Raises BuildError with the compiler's words."""

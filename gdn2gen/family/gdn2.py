@@ -57,6 +57,7 @@ GDN2: Final = Recurrence(
             "disable_recompute",
             "return_intermediate_states",
             "state_v_first",
+            "chunk_size",
         ),
         recurrent="fused_recurrent_gdn2",
         recurrent_arguments=(

@@ -58,6 +58,7 @@ KDA: Final = Recurrence(
             "cu_seqlens_cpu",
             "A_log",
             "dt_bias",
+            "chunk_size",
         ),
         recurrent="fused_recurrent_kda",
         recurrent_arguments=(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Final
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.parts import CHANNELS_STEP, PartProblem
@@ -13,13 +13,17 @@ STATE_SIZES: Final = range(16, 257, CHANNELS_STEP)
 """Channels of q and k, as the scan takes them."""
 HEAD_DIMS: Final = range(16, 513, CHANNELS_STEP)
 """Channels of v."""
+MAMBA3: Final = "mamba3"
+"""What commands call it: its op over whole sequences, and all that is around its scan."""
+STEP: Final = "mamba3_siso_step"
+"""The op of one token, which is verified by itself."""
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Mamba3Problem(PartProblem):
     """What comes before and after the scan of Mamba-3 (`mamba3_form`)."""
 
-    op: ClassVar[str] = "mamba3"
+    op: ClassVar[str] = MAMBA3
     weight_dtype: str = "fp32"
     """dtype of biases and D."""
     state_size: int = 128
@@ -52,6 +56,29 @@ class Mamba3Problem(PartProblem):
                 raise InputError(
                     f"{name} must be one of {', '.join(DTYPES)}, but got {getattr(self, name)!r}"
                 )
+
+    @property
+    def K(self) -> int:
+        """What the scan calls the channels of q and k."""
+        return self.state_size
+
+    @property
+    def V(self) -> int:
+        """What the scan calls the channels of v."""
+        return self.head_dim
+
+    @property
+    def has_z(self) -> bool:
+        """As other members with a gate of their output say it."""
+        return self.gate
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """For files: what it is by the names of other members' problems, and its own fields."""
+        common = {"op": self.op, "K": self.K, "V": self.V, "dtype": self.dtype}
+        own = {x.name: getattr(self, x.name) for x in fields(self)}
+        common |= {"gate_dtype": "fp32", "l2norm": False, "varlen": self.packed}
+        return common | own | {"has_z": self.gate}
 
     @property
     def varlen(self) -> bool:

@@ -7,6 +7,7 @@ none of which has tokens of two sequences, and R parts of the heads of a group.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.mamba3_problem import Mamba3Problem
@@ -169,6 +170,43 @@ MAMBA3_STAGES: Final = (
     *(MAMBA3_EPILOGUE, MAMBA3_EPILOGUE_BACKWARD),
     MAMBA3_STEP,
 )
+
+AROUND: Final = "around"
+"""What files call the kernels before and after the scan, which share a tile and are tuned
+together."""
+ONE_TOKEN: Final = "step"
+"""What files call the kernel of one token."""
+
+
+def known_around(problem: Mamba3Problem, H: int, G: int) -> dict[str, str | int]:
+    """What an entry on file is of, beside its tokens: what moves the speed."""
+    names = ("dtype", "state_size", "head_dim", "angles")
+    return {**{x: getattr(problem, x) for x in names}, "heads": H, "groups": G}
+
+
+def own_problem(stage: PartStage, problem: Mamba3Problem) -> Mamba3Problem:
+    """What is compiled into a stage: its own launch knows no more of a call."""
+    if stage is MAMBA3_STEP:
+        return replace(problem, carried=True, packed=False)
+    if stage in (MAMBA3_EPILOGUE, MAMBA3_EPILOGUE_BACKWARD):
+        return Mamba3Problem(
+            dtype=problem.dtype,
+            head_dim=problem.head_dim,
+            gate=problem.gate,
+            carried=problem.carried,
+            packed=problem.packed,
+        )
+    skip = problem.skip and stage is MAMBA3_PROLOGUE
+    return replace(problem, head_dim=Mamba3Problem.head_dim, gate=False, skip=skip)
+
+
+def known_of(stage: PartStage, problem: Mamba3Problem, H: int, G: int) -> dict[str, str | int]:
+    """The same as far as a stage's own launch knows it."""
+    known = known_around(problem, H, G)
+    before = stage in (MAMBA3_PROLOGUE, MAMBA3_PROLOGUE_BACKWARD)
+    foreign = ("head_dim",) if before else ("state_size", "angles", "groups")
+    return {x: y for x, y in known.items() if x not in foreign}
+
 
 # Programs to a multiprocessor at least.
 _PROGRAMS: Final = 8

@@ -11,4 +11,8 @@ case_runs    one case run: accuracy, causality, repetition
 decode_runs  one case of decoding run: calls as servers and layers make them
 check        no config is timed before its results are right and repeat
 suite        the accuracy suite, for the GPU or the interpreter
+mamba3_cases  Mamba-3's cases of it
+mamba3_runs   one of these run
+mamba3_times  times of Mamba-3's kernels, and their least bytes
+mamba3_rows   a benchmark's rows of it
 """

@@ -13,7 +13,7 @@ from gdn2gen.base.errors import StoreError
 from gdn2gen.base.files import check_replaceable, locked_folder, replace_file
 from gdn2gen.base.terminal import Sheet, command_line
 from gdn2gen.measure.rows import Row
-from gdn2gen.measure.sides import Errors, Side
+from gdn2gen.measure.sides import DECAYS, Errors, Side, Times
 from gdn2gen.measure.timing import Timing
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def rows_table(rows: Sequence[Row]) -> RenderableType:
     from rich.console import Group
 
     times = (_times_table(rows, side) for side in ("forward", "forward_backward"))
-    parts: list[RenderableType] = [*times, _errors_table(rows)]
+    parts: list[RenderableType] = [*times]
+    parts += [_decays_table(rows)] if any(row.ours.decays for row in rows) else []
+    parts.append(_errors_table(rows))
     parts += [_stages_table(row) for row in rows if row.stages]
     return Group(*parts)
 
@@ -168,6 +170,26 @@ def _fla_times(row: Row, side: str) -> tuple[str, str]:
         return "-", "-"
     theirs: Timing = getattr(row.fla, side)
     return f"{theirs.median:.3f}", f"{row.ratio_to_fla[side == 'forward_backward']:.2f}"
+
+
+def _decays_table(rows: Sequence[Row]) -> Sheet:
+    """Long memory and short: each side forward, and forward and backward."""
+    vs = any(row.fla is not None for row in rows)
+    who = ["ours", *([_peer(rows[0])] if vs else [])]
+    columns = ["shape", *(f"{side}, {decay}" for side in who for decay in DECAYS)]
+    title = "Weak decay (long memory) and strong (short): forward / forward+backward, median ms"
+    table = Sheet(title, columns, words=("shape",))
+    for row in rows:
+        sides = [row.ours, *([row.fla] if vs else [])]
+        cells = [_both(side.decays.get(x)) if side else "-" for side in sides for x in DECAYS]
+        table.add(f"{row.shape.name}{_gated(row)}", *cells)
+    return table
+
+
+def _both(found: Times | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.forward.median:.3f} / {found.forward_backward.median:.3f}"
 
 
 def _errors_table(rows: Sequence[Row]) -> Sheet:

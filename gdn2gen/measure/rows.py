@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_parameters
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
@@ -55,7 +56,7 @@ class Row:
     """Everything measured at one shape. `fla` is the peer's side; None where none was asked for."""
 
     shape: Shape
-    problem: Problem
+    problem: Problem | Mamba3Problem
     level: str
     """`lean` saves memory, `fast` (disable_recompute=True) saves time."""
     recipe: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -33,6 +33,12 @@ _TURNS: Final = 2
 # A reference in fp64 at a full shape would take longer than everything else together.
 ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
 ACCURACY_PATTERNS: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
+DECAYS: Final = ("weak", "strong")
+"""What times are taken under beside a layer's own decay: next to nothing is ever forgotten; all is
+within a token or a few."""
+# Patterns of `inputs` that are so; and what a gate's pre-activation is about, for the same.
+DECAY_PATTERN: Final = {"weak": "zero", "strong": "strong"}
+_PRE_ACTIVATION: Final = {"weak": -16.0, "strong": 12.0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,21 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Both directions, in ms."""
+
+    forward: Timing
+    forward_backward: Timing
+
+    def or_faster(self, other: Times) -> Times:
+        """The faster of two measurements of each."""
+        return Times(
+            min(self.forward, other.forward, key=lambda x: x.median),
+            min(self.forward_backward, other.forward_backward, key=lambda x: x.median),
+        )
+
+
+@dataclass(frozen=True)
 class Side:
     """One implementation at one shape: times in ms, peak memory of fwd+bwd in MiB, errors."""
 
@@ -52,16 +73,21 @@ class Side:
     forward_backward: Timing
     peak_mib: float
     errors: dict[str, Errors]
+    decays: dict[str, Times] = field(default_factory=dict)
+    """Times under each of DECAYS, where anything decays: kernels that leave out what is forgotten
+    are fast only where memory is short."""
 
     def or_faster(self, other: Side) -> Side:
         """The faster of two measurements of each time; errors are those of both."""
+        best = Times(self.forward, self.forward_backward).or_faster(
+            Times(other.forward, other.forward_backward)
+        )
         return replace(
             self,
-            forward=min(self.forward, other.forward, key=lambda x: x.median),
-            forward_backward=min(
-                self.forward_backward, other.forward_backward, key=lambda x: x.median
-            ),
+            forward=best.forward,
+            forward_backward=best.forward_backward,
             peak_mib=min(self.peak_mib, other.peak_mib),
+            decays={x: y.or_faster(other.decays[x]) for x, y in self.decays.items()},
         )
 
 
@@ -105,21 +131,45 @@ def measure_in_turns(
 
     `errors`: of each function, to go with its times. Raises DeviceError without a GPU.
     """
-    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    layer = inputs_of(problem, shape, "layer", 0, "cuda")
     gradients = output_gradients(problem, shape, 0, "cuda")
 
-    def measure(function: OpFunction, found: dict[str, Errors]) -> Side:
+    def time(function: OpFunction, inputs: dict[str, Tensor]) -> Times:
         def forward() -> Tensor:
             with torch.no_grad():
                 return function(**inputs, **op_flags(problem))[0]
 
-        def both() -> None:
-            run_op(function, problem, inputs, gradients)
+        return Times(
+            time_ms(forward), time_ms(lambda: run_op(function, problem, inputs, gradients))
+        )
 
-        return Side(time_ms(forward), time_ms(both), peak_mib(both), found)
+    def measure(function: OpFunction, found: dict[str, Errors]) -> Side:
+        times = time(function, layer)
+        peak = peak_mib(lambda: run_op(function, problem, layer, gradients))
+        return Side(times.forward, times.forward_backward, peak, found)
 
     sides = [measure(x, found) for x, found in zip(functions, errors, strict=True)]
     for _ in range(_TURNS - 1):
         again = [measure(x, found) for x, found in zip(functions, errors, strict=True)]
         sides = [one.or_faster(other) for one, other in zip(sides, again, strict=True)]
-    return sides
+    if recurrence_named(problem.op).decay is None:
+        return sides
+    by_decay: list[dict[str, Times]] = [{} for _ in functions]
+    for decay in DECAYS:
+        inputs = decaying_inputs(problem, shape, decay, "cuda")
+        for _ in range(_TURNS):
+            for function, found in zip(functions, by_decay, strict=True):
+                times = time(function, inputs)
+                found[decay] = times.or_faster(found.get(decay, times))
+    return [replace(x, decays=found) for x, found in zip(sides, by_decay, strict=True)]
+
+
+def decaying_inputs(problem: Problem, shape: Shape, decay: str, device: str) -> dict[str, Tensor]:
+    """Inputs of one call under one of DECAYS, whether a gate is in the kernels or not."""
+    if problem.gate == "none":
+        return inputs_of(problem, shape, DECAY_PATTERN[decay], 0, device)
+    inputs = inputs_of(problem, shape, "layer", 0, device)
+    gate = recurrence_named(problem.op).decay
+    assert gate is not None
+    inputs[gate.input].mul_(0.5).add_(_PRE_ACTIVATION[decay])
+    return inputs

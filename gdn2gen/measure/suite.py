@@ -22,8 +22,11 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.base.worker import Worker
 from gdn2gen.family.decays import DecayPattern
+from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES
 from gdn2gen.measure.case_runs import Result, run_case
 from gdn2gen.measure.cases import CASES, Case, cases_drawn, cases_of
+from gdn2gen.measure.mamba3_cases import MAMBA3_CASES, Mamba3Case, mamba3_cases_of
+from gdn2gen.measure.mamba3_runs import run_mamba3_case
 from gdn2gen.store.verified import Place
 
 # A case compiles up to seven kernels, some of which take 20 s each where nothing is cached.
@@ -32,7 +35,14 @@ TIMEOUT_S: Final = 600.0
 # of the largest case; what more there is for each is a margin, and not measured.
 MOST_WORKERS: Final = 8
 _BYTES_OF_WORKER: Final = 12 * 2**30
-_RUN_CASE: Final = f"{run_case.__module__}:{run_case.__name__}"
+
+AnyCase = Case | Mamba3Case
+
+
+def _entry(case: AnyCase) -> str:
+    """What a worker calls for it."""
+    run = run_mamba3_case if isinstance(case, Mamba3Case) else run_case
+    return f"{run.__module__}:{run.__name__}"
 
 
 def select_cases(
@@ -42,16 +52,13 @@ def select_cases(
     op: str | None = None,
     head_dim: tuple[int, int] | None = None,
     decays: DecayPattern | None = None,
-) -> list[Case]:
+) -> list[AnyCase]:
     """Cases for a GPU, or for the interpreter, whose names match one of the shell patterns.
 
     No patterns select all, no `op` those of all recurrences; those of K and V `head_dim`, those of
     trained gates' `decays`, or the suite's. Raises InputError if nothing is selected.
     """
-    if decays is not None:
-        given = cases_drawn(decays, op)
-    else:
-        given = CASES if head_dim is None else cases_of(*head_dim)
+    given = _cases_of(head_dim) if decays is None else cases_drawn(decays, op)
     cases = [
         case for case in given if case.interpreter == interpreter and op in (None, case.problem.op)
     ]
@@ -66,6 +73,15 @@ def select_cases(
             f"{', '.join(case.name for case in cases)}"
         )
     return chosen
+
+
+def _cases_of(head_dim: tuple[int, int] | None) -> tuple[AnyCase, ...]:
+    """The whole suite, or that of one pair of head dims, which Mamba-3's tiles need not serve."""
+    if head_dim is None:
+        return (*CASES, *MAMBA3_CASES)
+    K, V = head_dim
+    served = K in STATE_SIZES and V in HEAD_DIMS
+    return (*cases_of(K, V), *(mamba3_cases_of(K, V) if served else ()))
 
 
 def verify(
@@ -109,7 +125,11 @@ def _workers(device: str) -> int:
 
 
 def _run(
-    cases: Sequence[Case], device: str, count: int, timeout_s: float, tell: Callable[[Result], None]
+    cases: Sequence[AnyCase],
+    device: str,
+    count: int,
+    timeout_s: float,
+    tell: Callable[[Result], None],
 ) -> list[Result]:
     """Results of the cases, each told as it comes, by `count` workers."""
     interpret = "1" if device == "cpu" else "0"
@@ -121,10 +141,10 @@ def _run(
     for worker in pool:
         free.put(worker)
 
-    def run(case: Case) -> Result:
+    def run(case: AnyCase) -> Result:
         worker = free.get()
         try:
-            outcome: Outcome[Result] = worker.call(_RUN_CASE, case, device, timeout=timeout_s)
+            outcome: Outcome[Result] = worker.call(_entry(case), case, device, timeout=timeout_s)
         finally:
             free.put(worker)
         found = outcome.value
@@ -142,7 +162,7 @@ def _run(
         threads.shutdown(cancel_futures=True)
 
 
-def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Place], set[Place]]:
+def verdicts(suite: Sequence[AnyCase], results: Sequence[Result]) -> tuple[set[Place], set[Place]]:
     """Where all that the suite has passed, and where something failed."""
     passed = {result.name for result in results if result.passed}
     failed = {result.name for result in results if not result.passed}
@@ -152,7 +172,7 @@ def verdicts(suite: Sequence[Case], results: Sequence[Result]) -> tuple[set[Plac
     return set(places.values()) - wanting, failing
 
 
-def less_than_their_own(suite: Sequence[Case], places: Collection[Place]) -> list[Place]:
+def less_than_their_own(suite: Sequence[AnyCase], places: Collection[Place]) -> list[Place]:
     """Those of which the suite has fewer cases than that of their head dims alone: what failed in
     that one may not even be asked here."""
     counts = Counter(map(_place_of, suite))
@@ -160,11 +180,11 @@ def less_than_their_own(suite: Sequence[Case], places: Collection[Place]) -> lis
     return [x for x in places if counts[x] < own[x.K, x.V][x]]
 
 
-def _on_a_gpu(K: int, V: int) -> list[Case]:
-    return [x for x in cases_of(K, V) if not x.interpreter]
+def _on_a_gpu(K: int, V: int) -> list[AnyCase]:
+    return [x for x in _cases_of((K, V)) if not x.interpreter]
 
 
-def _place_of(case: Case) -> Place:
+def _place_of(case: AnyCase) -> Place:
     return Place.of(case.problem)._replace(op=case.op)
 
 

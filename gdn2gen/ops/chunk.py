@@ -62,6 +62,7 @@ def chunk_gdn2(
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     state_v_first: bool = False,
+    chunk_size: int | None = None,
     *,
     state_pool: Tensor | None = None,
     ssm_state_indices: Tensor | None = None,
@@ -84,6 +85,7 @@ def chunk_gdn2(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
         serving=serving_of(
             state_pool,
             ssm_state_indices,
@@ -118,6 +120,7 @@ def chunk_kda(
     cu_seqlens_cpu: Tensor | None = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    chunk_size: int | None = None,
     *,
     use_graph: bool = False,
     max_num_seqs: int | None = None,
@@ -146,6 +149,7 @@ def chunk_kda(
         return_intermediate_states=return_intermediate_states,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
         serving=serving_of(
             state_pool,
             ssm_state_indices,

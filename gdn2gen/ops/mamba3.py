@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gdn2gen.family.mamba3 import States, one_token
 from gdn2gen.family.mamba3_form import Ends, Inputs, after, before, carried_in, carried_out
+from gdn2gen.family.mamba3_problem import MAMBA3, STEP
 from gdn2gen.ops._mamba3_checks import check, check_step
 from gdn2gen.ops.chunk import chunk_simple_gla
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime.arguments import is_watched
+from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.mamba3_ops import Around, serves
 from gdn2gen.runtime.sequences import check_cu_seqlens
 
@@ -95,8 +97,11 @@ def mamba3_siso_combined(
     x = Inputs(
         Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, ends
     )  # fmt: skip
+    around = None
+    if serves(x):
+        check_head_dims(MAMBA3, V.dtype, V.device, K.shape[3], V.shape[3])
+        around = Around(x)
     state, first = carried_in(x)
-    around = Around(x) if serves(x) else None
     q, k, decay, own, angle = before(x) if around is None else around.before()
     o, ssm = chunk_simple_gla(
         q,
@@ -138,6 +143,7 @@ def mamba3_siso_step(
 
     Raises:
         InputError: a wrong rank, shape, dtype, device or value, before any launch; no Input_States.
+        UnsupportedError: head dims that were not verified.
     """
     tensors = {
         "Q": Q, "K": K, "V": V, "ADT": ADT, "DT": DT, "Trap": Trap, "Q_bias": Q_bias,
@@ -150,6 +156,7 @@ def mamba3_siso_step(
     if problem is None:
         out, made = one_token(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states)
         return out, [*made]
+    check_head_dims(STEP, V.dtype, V.device, problem.K, problem.V)
     out, angle, ssm, k = kernels.step(problem, tensors, states)
     return out, [states.angle if angle is None else angle, ssm, k, V]
 

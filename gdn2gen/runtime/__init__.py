@@ -19,6 +19,7 @@ prefill          such a call: kernels between slots of a pool and the stages, st
 prefill_op       its op in torch.library
 parts            launches of the kernels of a layer's parts
 parts_ops        their ops in torch.library, and autograd's own Functions
-mamba3           launches of the kernels around Mamba-3's scan, and of its one token
+mamba3_loaded    the kernels around Mamba-3's scan, and of its one token: forced, tuned or by a rule
+mamba3           their launches
 mamba3_ops       the ops of the former in torch.library, and autograd's own Functions
 """

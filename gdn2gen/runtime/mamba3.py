@@ -5,8 +5,7 @@ Sums of gradients over heads, tiles and tokens that are left are torch's, in fp3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,26 +13,27 @@ from torch import Tensor
 
 from gdn2gen.family.mamba3 import States
 from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES, Mamba3Problem
-from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import (
     MAMBA3_EPILOGUE,
     MAMBA3_EPILOGUE_BACKWARD,
     MAMBA3_PROLOGUE,
     MAMBA3_PROLOGUE_BACKWARD,
-    MAMBA3_STEP,
-    mamba3_knobs,
-    mamba3_step_knobs,
 )
 from gdn2gen.kernels.parts import PartStage
-from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.arguments import by_kernels
 from gdn2gen.runtime.dtypes import DTYPE_NAME
-from gdn2gen.runtime.lookup import device_of
+from gdn2gen.runtime.mamba3_loaded import (
+    counted_sequences,
+    counted_tokens,
+    knobs_of,
+    stage_launch,
+    step_launcher,
+)
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
 from gdn2gen.runtime.sequences import count_chunks
+from gdn2gen.store.tuned_files import current_look
 
 Tensors = Sequence[Tensor]
 
@@ -50,12 +50,23 @@ class _Call(NamedTuple):
     n_tiles: int
     n_sequences: int
     device: torch.device
+    look: int
+    """At the tuned files: knobs stay as they are in a call."""
+
+    def knobs(self, stage: PartStage) -> dict[str, Any]:
+        return knobs_of(stage, *self[:2], self._counted, *self[4:6], *self[8:])
 
     def launch(self, stage: PartStage, *tensors: Tensor, **strides: int) -> None:
         scalars = self._asdict() | strides
-        launch = _launcher(stage, *self[:2], self.n_tiles, self.H, self.G, self.device)
+        launch = stage_launch(stage, *self[:2], self._counted, *self[4:6], *self[8:])
         with _on(self.device):
             launch(*readable(tensors), **{name: scalars[name] for name in stage.scalars})
+
+    @property
+    def _counted(self) -> int:
+        """Tiles by which knobs are found: the same for every batch, where results may not depend
+        on it."""
+        return counted_tokens(self.n_tiles * self.BT) // self.BT
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What a kernel has to write all of."""
@@ -125,8 +136,7 @@ def prologue_backward(
     call = _call_before(Q, K, numbers, Angles, angle_state, tiles, BT, False)
     B, T, H, G, N, S = call.B, call.T, call.H, call.G, Q.shape[3], Angles.shape[3]
     angles, row, head = _angle_view(Angles)
-    knobs = _knobs(MAMBA3_PROLOGUE_BACKWARD, *call[:2], call.n_tiles, H, G, call.device)
-    parts = H // G // int(knobs["BH"])
+    parts = H // G // int(call.knobs(MAMBA3_PROLOGUE_BACKWARD)["BH"])
     dQ, dK = (call.empty(parts, B, T, G, N) for _ in "QK")
     dbiases = [call.empty(call.n_tiles, H, N) for _ in "qk"]
     dADT, dDT, dweight, down_dt = (call.empty(B, H, T) for _ in range(4))
@@ -222,7 +232,8 @@ def _call_before(
         carried=angle_state is not None,
         packed=bool(tiles),
     )
-    return _Call(problem, BT, B, T, Angles.shape[2], G, *_counts(B, T, tiles, BT), Q.device)
+    counts = _counts(B, T, tiles, BT)
+    return _Call(problem, BT, B, T, Angles.shape[2], G, *counts, Q.device, current_look())
 
 
 def _call_after(
@@ -236,7 +247,8 @@ def _call_after(
         carried=first is not None,
         packed=bool(tiles),
     )
-    return _Call(problem, BT, B, T, H, 1, *_counts(B, T, tiles, BT), V.device)
+    counts = _counts(B, T, tiles, BT)
+    return _Call(problem, BT, B, T, H, 1, *counts, V.device, current_look())
 
 
 def _counts(B: int, T: int, tiles: Tensors, BT: int) -> tuple[int, int]:
@@ -244,54 +256,6 @@ def _counts(B: int, T: int, tiles: Tensors, BT: int) -> tuple[int, int]:
     if tiles:
         return tiles[0].shape[0], tiles[1].shape[0] - 1
     return count_chunks(T, B, BT, False), B
-
-
-_forced: dict[str, dict[str, Knob]] = {}
-
-
-def force(stage: str, knobs: dict[str, Knob] | None) -> None:
-    """Have all calls of a stage in this process take these knobs (not BT, which kernels share), as
-    measuring wants; None ends that."""
-    _forced.pop(stage, None)
-    if knobs is not None:
-        _forced[stage] = knobs
-    for cache in (_knobs, _launcher, _step_launcher):
-        cache.cache_clear()
-
-
-@lru_cache(maxsize=512)
-def _knobs(
-    stage: PartStage,
-    problem: Mamba3Problem,
-    BT: int,
-    tiles: int,
-    H: int,
-    G: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    found = mamba3_knobs(stage, problem, tiles, H, G, device_of(device).sms)
-    return found | {"BT": BT} | _forced.get(stage.name, {})
-
-
-@lru_cache(maxsize=512)
-def _launcher(
-    stage: PartStage,
-    problem: Mamba3Problem,
-    BT: int,
-    tiles: int,
-    H: int,
-    G: int,
-    device: torch.device,
-) -> Callable[..., None]:
-    knobs = _knobs(stage, problem, BT, tiles, H, G, device)
-    return _loaded(problem, stage.name, tuple(sorted(knobs.items())), device)
-
-
-@lru_cache(maxsize=512)
-def _loaded(
-    problem: Mamba3Problem, stage: str, knobs: tuple[tuple[str, Any], ...], _device: torch.device
-) -> Callable[..., None]:
-    return stage_launcher(problem, default_config(stage, problem).replace(**dict(knobs)))
 
 
 def _angle_view(Angles: Tensor) -> tuple[Tensor, int, int]:
@@ -346,17 +310,8 @@ def step(
     ssm = empty((B, H, P, N), torch.float32, device)
     k = empty((B, H, N), torch.float32, device)
     if out.numel():
-        launch = _step_launcher(problem, B, H, device)
+        launch = step_launcher(problem, counted_sequences(B), H, G, device, current_look())
         made = [x for x in (out, angle, ssm, k) if x is not None]
         with _on(device):
             launch(*readable(given), *made, B=B, H=H, G=G)
     return out, angle, ssm, k
-
-
-@lru_cache(maxsize=512)
-def _step_launcher(
-    problem: Mamba3Problem, B: int, H: int, device: torch.device
-) -> Callable[..., None]:
-    knobs = mamba3_step_knobs(problem, B, H, device_of(device).sms)
-    knobs |= _forced.get(MAMBA3_STEP.name, {})
-    return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn2gen.family.mamba3_form import Before, Inputs
-from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES
+from gdn2gen.family.mamba3_problem import HEAD_DIMS, STATE_SIZES, Mamba3Problem
 from gdn2gen.kernels.mamba3 import tile_of
 from gdn2gen.runtime import mamba3
 from gdn2gen.runtime.arguments import by_kernels, is_watched
 from gdn2gen.runtime.dtypes import DTYPE_NAME
+from gdn2gen.runtime.mamba3_loaded import tile_at
 from gdn2gen.runtime.parts_ops import _define
 from gdn2gen.runtime.sequences import count_chunks
 
@@ -41,9 +42,14 @@ class Around:
     def __init__(self, x: Inputs) -> None:
         self._x = x
         self._watched = is_watched((x.Q, x.K, x.V, x.ADT, x.DT, x.Trap, x.Angles, x.Z, x.D))
-        self._BT = tile_of(DTYPE_NAME[x.V.dtype], x.Q.shape[3])
+        B, T, H, P = x.V.shape
+        dtype, G, N = DTYPE_NAME[x.V.dtype], *x.Q.shape[2:]
+        if self._watched:  # sizes may be symbols
+            self._BT = tile_of(dtype, N)
+        else:
+            problem = Mamba3Problem(dtype=dtype, state_size=N, head_dim=P, angles=x.Angles.shape[3])
+            self._BT = tile_at(problem, B * T, H, G, x.V.device)
         packed = x.cu_seqlens
-        T = x.V.shape[1]
         self._tiles = [] if packed is None else mamba3.tables(packed, T, self._BT)
 
     def before(self) -> Before:

@@ -20,6 +20,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import StoreError, TunedFileWarning
 from gdn2gen.base.files import check_replaceable, locked, replace_file
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.mamba3_problem import MAMBA3, STEP, Mamba3Problem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import RECURRENCES
 
@@ -42,14 +43,14 @@ class Place(NamedTuple):
     V: int
 
     @classmethod
-    def of(cls, problem: Problem) -> Place:
-        """Of the chunked op that runs the problem."""
+    def of(cls, problem: Problem | Mamba3Problem) -> Place:
+        """Of the op over whole sequences that runs the problem."""
         return cls(problem.op, problem.dtype, problem.K, problem.V)
 
     @property
     def command(self) -> str:
         """What verifies it on the GPU at hand."""
-        of_tokens = {x.public.recurrent: x.name for x in RECURRENCES.values()}
+        of_tokens = {x.public.recurrent: x.name for x in RECURRENCES.values()} | {STEP: MAMBA3}
         return f"gdn2gen verify --op {of_tokens.get(self.op, self.op)} --head-dim {self.K},{self.V}"
 
 

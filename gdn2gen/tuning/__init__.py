@@ -11,6 +11,7 @@
     run       search the present GPU, and file the best
     offline   what can be done without a GPU
     packages  packages of kernels that have not run yet
+    mamba3    Mamba-3: the scan, and the kernels around it
 
 Imported when first used, so that `import gdn2gen.tuning` loads no optuna.
 """

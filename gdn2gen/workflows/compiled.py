@@ -23,6 +23,7 @@ from gdn2gen.codegen.ship import (
     ship_tables,
     surroundings,
 )
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -30,7 +31,15 @@ from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.plans import LEVELS, keeps_least
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import find_recipe, in_triton
+from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.pins import Pin
+from gdn2gen.workflows.mamba3 import (
+    at_shape,
+    check_level,
+    mamba3_problem,
+    mamba3_stages,
+    mamba3_step_stage,
+)
 from gdn2gen.workflows.wanted import (
     Shapes,
     at,
@@ -105,10 +114,20 @@ def compile_kernels(
     if language not in (None, "triton"):
         raise InputError(f"kernels are as tuned or language='triton', but got {language!r}")
     folder = Path(out_dir).resolve()
-    problem = problem_from(op, head_dim, value_dim, dtype, fields)
     device, present = present_or(target)
     known = _known(folder, device)
     tasks: dict[Task, None] = {("ship_launcher", ()): None}
+    if op == MAMBA3:
+        if serving or decode_fields:
+            raise InputError("mamba3 has no states in a pool: leave serving and decode_fields out")
+        check_level(levels_from(levels))
+        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        tasks |= dict.fromkeys(_around(asked, shapes, decode, device, backward=backward))
+        # its scan is that of calls of chunk_simple_gla, which keep what level lean keeps
+        scans = [scan_shape(x) for x in shapes_from(shapes)] if shapes else ()
+        shapes, levels, decode, problem = scans, LEVELS[0], (), scan_problem(asked)
+    else:
+        problem = problem_from(op, head_dim, value_dim, dtype, fields)
     pins: list[Pin] = []
     for shape in shapes_from(shapes) if shapes else ():
         for level in levels_from(levels):
@@ -170,6 +189,17 @@ def _tasks(recipe: Recipe, *, backward: bool) -> Iterator[Task]:
                 yield "ship_stage", (wanted, stage, recipe[stage])
     if problem.varlen:
         yield "ship_tables", (problem, recipe.BT)
+
+
+def _around(
+    problem: Mamba3Problem, shapes: Shapes, decode: Shapes, device: Device, *, backward: bool
+) -> Iterator[Task]:
+    """A worker's calls for the kernels around Mamba-3's scan, and of its steps."""
+    for shape in shapes_from(shapes) if shapes else ():
+        for found in mamba3_stages(at_shape(problem, shape), shape, device, backward=backward):
+            yield "ship_stage", found
+    for shape in shapes_from(decode) if decode else ():
+        yield "ship_stage", mamba3_step_stage(problem, shape, device)
 
 
 def _serving(recipe: Recipe) -> Iterator[Task]:
@@ -249,6 +279,8 @@ def _name(task: Task) -> str:
         with_them = [x for x, wanted in zip(words, extras, strict=True) if wanted]
         return " ".join([f"state_slots [{pool} {indices}]", *with_them])
     problem, stage, config = given
+    if isinstance(problem, Mamba3Problem):
+        return " ".join([f"{stage} [{config}]", *problem.extras])
     assert isinstance(problem, Problem) and isinstance(config, Config)
     state = " final_state" if problem.final_state else ""
     if isinstance(problem, PrefillProblem):

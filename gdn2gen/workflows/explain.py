@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.mamba3 import Mamba3Found
+from gdn2gen.workflows.mamba3 import check_level, explain_mamba3, mamba3_problem
 from gdn2gen.workflows.wanted import Shapes, at, present_or, problem_from, shapes_from
 
 
@@ -19,7 +22,7 @@ def explain(
     target: str | None = None,
     strict: bool | None = None,
     **fields: Any,
-) -> list[Found]:
+) -> list[Found] | list[Mamba3Found]:
     """What calls at these shapes run, one for each, as `gdn2gen explain` prints it.
 
     shapes: names, or sizes BxTxH. head_dim, value_dim: K, and V (K if None).
@@ -28,9 +31,16 @@ def explain(
     strict: raise DispatchError for all but exact entries (None: as GDN2GEN_STRICT says).
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
 
+    Of `op="mamba3"` head_dim is N, value_dim P, the fields those of `Mamba3Problem`, and what is
+    found the recipe of its scan and the knobs of the kernels around it.
+
     `Found.recipe` has the plan and the configs, `.source` and `.why` where they come from;
     `store.dispatch.recipe_document` makes a dict of it, `explain_recipe` a text.
     """
+    if op == MAMBA3:
+        check_level((level,))
+        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        return explain_mamba3(asked, shapes, target, strict)
     problem = problem_from(op, head_dim, value_dim, dtype, fields)
     device, _ = present_or(target)
     return [

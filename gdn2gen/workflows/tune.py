@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.mamba3_problem import MAMBA3
+from gdn2gen.workflows.mamba3 import mamba3_problem, tune_mamba3
 from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, problem_from, shapes_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gdn2gen.tuning import TuneReport
+    from gdn2gen.tuning.mamba3 import Mamba3Report
     from gdn2gen.tuning.views.progress import Progress
 
 
@@ -31,7 +34,7 @@ def tune(
     storage: str | None = None,
     progress: Progress | None = None,
     **fields: Any,
-) -> TuneReport:
+) -> TuneReport | Mamba3Report:
     """Tune one problem at these shapes, as `gdn2gen tune` does; what won is filed.
 
     budget_minutes: time to spend, over all shapes.
@@ -40,11 +43,23 @@ def tune(
     checked in Triton's interpreter, ranked and filed as predicted.
     out_dir: the folder of tuned files (None: in a source tree its own, else the user's).
     storage: an Optuna storage that several GPUs or hosts share.
-    The rest is as in `gdn2gen.explain`.
+    The rest is as in `gdn2gen.explain`. Of `op="mamba3"` the scan is tuned and filed as one of
+    `simple_gla`, then the kernels around it; levels say nothing there.
 
     `TuneReport.results` has the winner of each shape and level with its times, errors and recipe.
     Calls of this process find what was filed. Raises TuneError where nothing could be filed.
     """
+    folder = own_folder() if out_dir is None else Path(out_dir)
+    if op == MAMBA3:
+        return tune_mamba3(
+            mamba3_problem(head_dim, value_dim, dtype, fields),
+            shapes,
+            budget_minutes=budget_minutes,
+            target=target,
+            out_dir=folder,
+            storage=storage,
+            progress=progress,
+        )
     problem = problem_from(op, head_dim, value_dim, dtype, fields)
     device, present = present_or(target)
     options: dict[str, Any] = {
@@ -52,7 +67,7 @@ def tune(
         "shapes": shapes_from(shapes),
         "device": device,
         "budget_minutes": budget_minutes,
-        "out_dir": own_folder() if out_dir is None else Path(out_dir),
+        "out_dir": folder,
         "levels": levels_from(levels),
     }
     if progress is not None:

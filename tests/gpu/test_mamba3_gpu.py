@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -10,7 +11,18 @@ from gpu_support import DEVICE
 from mamba3_checks import arguments, check_compiled, check_steps, draw, poisoned, results
 
 from gdn2gen import mamba3_siso_combined
+from gdn2gen.base.device import present_device
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.family.tolerances import LIMITS
 from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.measure.mamba3_cases import MAMBA3_CASES, Mamba3Case
+from gdn2gen.measure.mamba3_rows import bench_mamba3
+from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results, run_mamba3_case
+from gdn2gen.store.dispatch import reload
+from gdn2gen.store.mamba3 import find_mamba3
+from gdn2gen.tuning.mamba3 import tune_mamba3
+from gdn2gen.tuning.views.progress import Progress
 
 pytestmark = pytest.mark.gpu
 
@@ -71,3 +83,44 @@ def test_no_worse_than_mamba_ssm(name: str) -> None:
     peer = relative_errors(*results(made, op=theirs.mamba3_siso_combined))
     worse = {x: (ours[x], peer[x]) for x in ours if ours[x] > 1.5 * peer[x] + 1e-3}
     assert not worse, worse
+
+
+SUITE = [x for x in MAMBA3_CASES if not x.interpreter]
+
+
+@pytest.mark.parametrize(
+    "case", [x for x in SUITE if x.name.startswith("mamba3-K128-V64")], ids=lambda x: x.name
+)
+def test_the_suite_at_a_models_head_dims(case: Mamba3Case) -> None:
+    result = run_mamba3_case(case, "cuda")
+    assert result.passed, result.message
+
+
+@pytest.mark.gpu_alone
+def test_a_one_minute_tune_files_entries_that_calls_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
+    problem, device = Mamba3Problem(angles=32, skip=True, gate=True), present_device()
+    shape = Shape("1x1024x8/1", 1, 1024, 8, groups=1)
+    report = tune_mamba3(
+        problem, [shape], device,
+        budget_minutes=2.0, out_dir=tmp_path / "tuned", progress=Progress(), command="test",
+    )  # fmt: skip
+    assert report.scan is not None and report.scan.results
+    assert [x.kind for x in report.entries] == ["around", *["step"] * 4], report.skipped
+    reload()
+    found = find_mamba3(problem, shape, device)
+    assert {*found.sources.values()} == {"tuned"}
+    made = mamba3_inputs(problem, shape, "layer", 0, "cuda")
+    errors = relative_errors(*mamba3_results(made, mamba3_siso_combined))
+    assert max(errors.values()) < LIMITS["bf16"], errors
+
+
+@pytest.mark.gpu_alone
+def test_bench_measures_both_decays_and_every_kernel() -> None:
+    shape = Shape("1x1024x8/1", 1, 1024, 8, groups=1)
+    (row,) = bench_mamba3([shape], 128, 64, "bf16", vs=None, stages=True)
+    assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 4
+    assert row.ours.forward.median > row.floor_forward_ms

@@ -5,18 +5,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
+import pytest
 import torch
 from torch import Tensor
 
 from gdn2gen import mamba3_siso_combined, mamba3_siso_step
-from gdn2gen.base.environment import verifying
-from gdn2gen.family.mamba3 import recurrent
+from gdn2gen.base.environment import batch_invariant, verifying
+from gdn2gen.base.errors import UnsupportedError
+from gdn2gen.family.mamba3 import States, recurrent
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
+from gdn2gen.measure import mamba3_times
 from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_results, pointing
+from gdn2gen.measure.timing import Timing
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime import mamba3_ops, passes
+from gdn2gen.runtime.mamba3_loaded import force, tile_at
+from gdn2gen.store.dispatch import reload
 
 LIMIT: Final = 1e-5
 CASES: Final[dict[str, dict[str, Any]]] = {
@@ -31,7 +41,8 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 }
 # More tiles than sums over them take at once.
 LONG: Final = {"cu_seqlens": (0, 265, 272), "sizes": (4, 16, 24), "Z": True, "states": True}
-STATES: Final = ("angle", "ssm", "k", "v")
+STATES: Final = States._fields
+arguments: Final = mamba3_arguments
 
 
 def draw(
@@ -71,41 +82,11 @@ def draw(
     return {name: x.to(device) for name, x in made.items()}
 
 
-def arguments(made: dict[str, Any]) -> dict[str, Any]:
-    found = dict(made)
-    if "ssm" in found:
-        found["Input_States"] = tuple(found.pop(x) for x in STATES)
-    return found
-
-
 @verifying()
 def results(
     made: dict[str, Any], wide: bool = False, op: Any = mamba3_siso_combined
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of the op and of the recurrence; `wide`: the op's in fp64, too."""
-    floating = {x: y for x, y in made.items() if y.is_floating_point()}
-    exact = {x: y.double().requires_grad_() for x, y in floating.items()}
-    ours = {x: (y.double() if wide else y).clone().requires_grad_() for x, y in floating.items()}
-    found = op(**arguments({**made, **ours}), return_final_states=True)
-    out, states = recurrent(**arguments({**made, **exact}))
-    found, right = _pointing(found), _pointing((out, *states))
-    rng = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(x.shape, generator=rng).to(x.device) for x in right]
-    narrow = [seed.to(x.dtype) for seed, x in zip(seeds, found, strict=True)]
-    given = torch.autograd.grad(found, [*ours.values()], narrow)
-    wanted = torch.autograd.grad(right, [*exact.values()], [x.double() for x in seeds])
-    names = ("out", *(f"last {x}" for x in STATES))
-    mine = dict(zip(names, (x.detach() for x in found), strict=True))
-    theirs = dict(zip(names, (x.detach() for x in right), strict=True))
-    mine |= {f"d{x}": y for x, y in zip(ours, given, strict=True)}
-    theirs |= {f"d{x}": y for x, y in zip(exact, wanted, strict=True)}
-    return mine, theirs
-
-
-def _pointing(found: Any) -> tuple[Tensor, ...]:
-    """An angle counts by where it points."""
-    out, angle, *rest = found
-    return (out, angle.cos() + 2 * angle.sin(), *rest)
+    return mamba3_results(made, op, wide=wide, peer=op is not mamba3_siso_combined)
 
 
 def errors(name: str, dtype: str = "float32") -> dict[str, float]:
@@ -132,13 +113,13 @@ def blocks_of_heads() -> dict[str, float]:
     """Errors where programs take two heads each, of one group, and sums go over many tiles."""
     stages = [x.name for x in MAMBA3_STAGES if x is not MAMBA3_STEP]
     for name in stages:
-        kernels.force(name, {"BH": 2})
+        force(name, {"BH": 2})
     try:
         with poisoned():
             return relative_errors(*results(draw(LONG)))
     finally:
         for name in stages:
-            kernels.force(name, None)
+            force(name, None)
 
 
 @verifying()
@@ -205,7 +186,7 @@ def check_steps(device: str = "cpu", **sizes: Any) -> bool:
             out, states = mamba3_siso_step(**token_of(made, t), Input_States=states)
             outputs.append(out)
     found = (torch.stack(outputs, 1), *states)
-    for x, y in zip(_pointing(found), _pointing((whole, *last)), strict=True):
+    for x, y in zip(pointing(found), pointing((whole, *last)), strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
     narrow = {x: y.bfloat16() if x in "QKVZ" else y for x, y in token_of(made, 0).items()}
     out, states = mamba3_siso_step(**narrow, Input_States=states)
@@ -258,3 +239,68 @@ def check_ops() -> bool:
     after = (x["V"].detach() * 2, x["V"], own, x["Z"], x["v"], tiles, 16)
     torch.library.opcheck(mamba3_ops.EPILOGUE, after, test_utils=checks)
     return True
+
+
+def refusals() -> tuple[str, str]:
+    """What kernels that nothing has verified say."""
+    found = []
+    made = arguments(draw(CASES["layer"]))
+    for call, given in (
+        (mamba3_siso_combined, made),
+        (mamba3_siso_step, token_of(made, 0)),
+    ):
+        try:
+            call(**given)
+        except UnsupportedError as error:
+            found.append(str(error))
+    combined, step = found
+    return combined, step
+
+
+def timed_and_checked() -> tuple[list[str], dict[str, float], str, str]:
+    """What the tuner has a worker do, with a clock that stands still: which stages ran, the errors
+    of a whole op with knobs that are forced, and what is said of it and of a step."""
+    problem = Mamba3Problem(
+        dtype="fp32", state_size=24, head_dim=16, angles=6, skip=True, gate=True
+    )
+    shape, ran = Shape("small", 1, 33, 2, groups=1), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba3_times, "DEVICE", "cpu")
+        patch.setattr(mamba3_times, "_CHECKED", ("mixed",))
+
+        def time_ms(run: Any) -> Timing:
+            run()
+            return Timing(1.0, 1.0, 1.0, 5)
+
+        patch.setattr(mamba3_times, "time_ms", time_ms)
+        around = {x.name: {"BT": 32, "BH": 2, "num_warps": 1} for x in MAMBA3_STAGES[:4]}
+        for stage, knobs in around.items():
+            forced = {x: y for x, y in knobs.items() if x != "BT"}
+            assert mamba3_times.time_knobs(problem, shape, stage, 32, forced) == 1.0
+            ran.append(stage)
+        errors, wrong = mamba3_times.check_knobs(problem, shape, 32, around)
+        carried = replace(problem, carried=True)
+        step = {MAMBA3_STEP.name: {"BT": 1, "BR": 16, "num_warps": 1}}
+        one = replace(shape, T=1)
+        mamba3_times.time_knobs(carried, one, MAMBA3_STEP.name, 1, {"BR": 16, "num_warps": 1})
+        _, wrong_step = mamba3_times.check_knobs(carried, one, None, step)
+    return ran, errors, wrong, wrong_step
+
+
+def tuned_and_not(path: str) -> dict[str, float]:
+    """Largest differences between what runs by a rule, and by entries on file in a folder: of
+    another tile, and of two heads a program. All outputs and gradients."""
+    case = {"T": 20, "D": True, "Z": True}
+    made = draw(case)
+    by_rule = results(made)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GDN2GEN_TUNED_DIR", path)
+        reload()
+        asked = Mamba3Problem(dtype="fp32", state_size=24, head_dim=16, angles=6)
+        device = torch.device("cpu")
+        assert tile_at(asked, 40, 2, 1, device) == 32
+        with batch_invariant():
+            assert tile_at(asked, 40, 2, 1, device) == 16  # that of all batches, which has no entry
+        by_entry = results(made)[0]
+    reload()
+    return relative_errors(by_entry, by_rule)

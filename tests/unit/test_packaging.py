@@ -25,7 +25,7 @@ FOLDERS = (
 )  # fmt: skip
 TUNING = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
-    "packages",
+    "packages", "mamba3",
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(FOLDERS)}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

@@ -15,9 +15,10 @@ import pytest
 from source_tree import ROOT
 
 from gdn2gen.cli import program
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS, recurrence_named
-from gdn2gen.family.shapes import SHAPES
+from gdn2gen.family.shapes import NAMED_SHAPES, SHAPES
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
@@ -258,6 +259,32 @@ def test_table_is_made_from_the_results(tmp_path: Path) -> None:
     assert "| o | 5.1e-03 | mixed | 3.4e-03 | sparse |" in lean, "the worst of all rows"
     assert "| o | 1.0e-04 | sparse | - | - |" in fast
     assert text.index("train4k") < text.index("varlen8k"), "in the order of SHAPES"
+
+
+def test_mambas_stand_in_the_table_at_their_own_shape(tmp_path: Path) -> None:
+    """Of Mamba-2 without the output's gate; Mamba-3, which no recurrence declares, below all."""
+    (tmp_path / "README.md").write_text("<!-- family:begin -->\n<!-- family:end -->\n")
+    given = {"gate": "softplus", "has_dt_bias": True, "has_rate": True, "has_D": True}
+    plain = Problem("mamba2", K=128, V=64, **given)
+    found = ((4.0, plain), (7.0, replace(plain, has_z=True)), (2.0, Mamba3Problem(gate=True)))
+    rows = [_row("train2k", ms, problem=x.document, peer="mamba_ssm") for ms, x in found]
+    for row in rows:
+        row["shape"] = asdict(NAMED_SHAPES["mamba4k"])
+    rows.append(_row("train2k", 9.0, problem=plain.document))
+    results = tmp_path / "docs/results/nvidia-h200.json"
+    results.parent.mkdir(parents=True)
+    results.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": rows}))
+    (tmp_path / "docs/results.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    assert _update(tmp_path).returncode == 0
+    text = (tmp_path / "README.md").read_text()
+    *_, mamba2, mamba3 = [row for row in text.splitlines() if row.startswith("| `")]
+    assert mamba2.endswith("| 0.500, mamba_ssm 4.000 | 2.000, mamba_ssm 16.000 | 8.0x / 8.0x |")
+    assert mamba3.startswith("| `mamba3_siso_combined`") and "mamba_ssm 2.000" in mamba3
+    shown = (tmp_path / "docs/family.svg").read_text()
+    assert "Mamba-2, mamba4k" in shown and "Mamba-3, mamba4k" in shown
+    page = (tmp_path / "docs/results.md").read_text()
+    assert page.index("**mamba2, K=128, V=64") < page.index("**mamba3, K=128, V=64")
+    assert ", with z, softplus gate" in page and ", D and Z" in page
 
 
 def test_times_on_file_stand_below_the_results(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
@@ -541,6 +542,46 @@ def test_verify_on_a_gpu_files_what_has_passed(
     assert program.main(["verify", "--op", "gdn2", "--head-dim", "80", "*-layer"]) == 0
     assert not verified.is_verified("gdn2", "bf16", 80, 80, "sm_89")
     verified.look_anew()
+
+
+def test_bench_of_every_member(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each at its own sizes, beside the peer that has it; one that fails leaves the others."""
+    from gdn2gen.measure import mamba3_rows, peers, results, rows
+
+    asked: dict[str, Any] = {}
+
+    def fake(op: str, shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
+        if op == "gla":
+            raise DeviceError("it hangs")
+        asked[op] = (shapes[0].name, K, V, options["vs"], options["gate"])
+        return [op]
+
+    def fake_mamba3(shapes: Any, K: int, V: int, dtype: str, **options: Any) -> list[Any]:
+        asked["mamba3"] = (shapes[0].name, K, V, options["vs"])
+        return ["mamba3"]
+
+    def any_peer(op: str, level: str) -> tuple[str | None, str]:
+        return (None, "kda is measured alone") if op == "kda" else (f"peer of {op}", "")
+
+    monkeypatch.setattr(device, "present_device", lambda: device.named_device("H200"))
+    monkeypatch.setattr(rows, "bench_shapes", fake)
+    monkeypatch.setattr(mamba3_rows, "bench_mamba3", fake_mamba3)
+    monkeypatch.setattr(peers, "any_peer", any_peer)
+    monkeypatch.setattr(results, "rows_table", lambda found: f"table of {found}")
+    monkeypatch.setattr(results, "rows_document", lambda found: {"rows": found})
+    file = tmp_path / "rows.json"
+    assert program.main(["bench", "--op", "all", "--vs", "any", "--json", str(file)]) == 1
+    assert asked["mamba3"] == ("mamba4k", 128, 64, "peer of mamba3")
+    assert asked["mamba2"] == ("mamba4k", 128, 64, "peer of mamba2", "softplus")
+    assert asked["kda"] == ("train4k", 128, 128, None, "none")
+    assert {*asked} == {*OPS, "mamba3"} - {"gla"}
+    shown = capsys.readouterr().out
+    assert "gla is left out: it hangs" in shown and "kda is measured alone" in shown
+    assert json.loads(file.read_text())["rows"] == [*asked]
+    for words in ("--op all --gate softplus", "--op mamba3 --level fast"):
+        assert program.main(["bench", *words.split()]) == 2
 
 
 def test_bench_asks_for_what_was_said(

@@ -372,6 +372,55 @@ def test_a_package_of_a_member_with_less_is_right_and_says_so(op: str, tmp_path:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"initial_state": True, "state_v_first": True, "has_z": True}, id="gated"),
+        pytest.param({"varlen": True}, id="packed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_package_of_mamba2_is_right(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Steps, their rate and bias, the skip and the output's gate; two heads that share a group."""
+    given: dict[str, Any] = {"gate": "softplus", "has_rate": True, "has_dt_bias": True}
+    problem = Problem(
+        "mamba2", K=32, V=24, dtype="fp32", final_state=True, has_D=True, **given | fields
+    )
+    generated(tmp_path / "made", Recipe.default(problem))
+    done = _own_test(tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {x.split()[0] for x in done.stdout.splitlines()}
+    assert {"o", "final_state", "dq", "ddt", "drate", "ddt_bias", "dD"} <= found
+    assert ("dz" in found, "dinitial_state" in found) == (not problem.varlen,) * 2
+    shown = (tmp_path / "made/__init__.py").read_text()
+    assert "S_t = exp(rate dt_t) S_{t-1} + dt_t k_t v_t^T" in shown and "scale" not in shown
+    assert "rate is A" in (tmp_path / "made/README.md").read_text()
+
+
+def test_what_a_package_of_mamba2_was_not_made_for_is_refused(tmp_path: Path) -> None:
+    problem = Problem("mamba2", K=16, V=16, dtype="fp32")
+    shape = Shape("small", 1, 20, 2, groups=1)
+    generated(tmp_path / "made", Recipe.default(problem))
+    extra = {"D": torch.ones(2, 16), "z": torch.ones(1, 20, 2, 16), "rate": -torch.ones(2)}
+    calls = [_call(problem, shape, **{name: x}) for name, x in extra.items()]
+    calls.append(_call(problem, shape, use_gate_in_kernel=True))
+    found = _run(tmp_path, [("made", calls)])
+    for answer, words in zip(found, ("D", "z", "rate", "use_gate_in_kernel"), strict=True):
+        kind, message = answer
+        assert kind == "ValueError" and f"these kernels were made for {words}=" in message
+    assert [x[1].split("generate` with ")[-1] for x in found] == [
+        "--with D", "--with z", "--with rate", "--gate softplus"
+    ]  # fmt: skip
+
+
+def test_mamba3_has_no_package_and_says_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(["generate", "--op", "mamba3", "--out", str(tmp_path / "made")]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "a package is of one" in shown and "--op simple_gla --head-dim 128,64" in shown
+    assert not (tmp_path / "made").exists()
+
+
 def _own_test(folder: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"TRITON_INTERPRET": "1"}
     env.pop("PYTHONPATH", None)

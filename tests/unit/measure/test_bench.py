@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,14 +18,14 @@ from taken import of_op
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import DeviceError, StoreError, UnsupportedError
-from gdn2gen.family.problem import Problem, gate_parameters
+from gdn2gen.family.problem import WHERE_TAKEN, Problem, gate_parameters
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES, Shape
 from gdn2gen.kernels import floor
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure import accuracy, peers, results, sides, timing
+from gdn2gen.measure import accuracy, peers, results, rows, sides, timing
 from gdn2gen.measure.rows import Row, StageRow
-from gdn2gen.measure.sides import Errors, Side
+from gdn2gen.measure.sides import Errors, Side, Times
 from gdn2gen.measure.timing import Timing
 
 BF16 = Problem()
@@ -175,6 +176,54 @@ def test_fla_recomputes_as_we_do(monkeypatch, level, keeps):
     assert asked == {"lower_bound": -2.0, "safe_gate": True, "disable_recompute": keeps}
 
 
+def test_flash_qla_is_called_by_what_it_takes(monkeypatch):
+    asked = {}
+
+    def chunk_gated_delta_rule(**arguments):
+        asked.update(arguments)
+        return torch.zeros(1), None
+
+    module = SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
+    monkeypatch.setitem(sys.modules, "flash_qla", module)
+    op = peers.peer_op("flash_qla", "gated_delta_rule", "lean")
+    q = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16)
+    problem = Problem("gated_delta_rule")
+    op(q=q, k=q, v=q, g=1, beta=2, output_final_state=False, **accuracy.op_flags(problem))
+    assert {*asked} == {
+        *("q", "k", "v", "g", "beta", "output_final_state"),
+        *("use_qk_l2norm_in_kernel", "state_v_first"),
+    }
+    with pytest.raises(UnsupportedError, match="use_gate_in_kernel was asked for"):
+        op(q=q, k=q, v=q, use_gate_in_kernel=True)
+    with pytest.raises(UnsupportedError, match="K=64, V=128"):
+        op(q=q[..., :64], k=q, v=q)
+    with pytest.raises(UnsupportedError, match=r"torch\.float32"):
+        op(q=q.float(), k=q, v=q.float())
+    with pytest.raises(UnsupportedError, match="no kda"):
+        peers.peer_op("flash_qla", "kda", "lean")
+    monkeypatch.setitem(sys.modules, "flash_qla", None)
+    with pytest.raises(UnsupportedError, match="pip install flash-qla"):
+        peers.peer_op("flash_qla", "gated_delta_rule", "lean")
+
+
+def test_the_fastest_peer_that_can_be_imported(monkeypatch):
+    monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
+    monkeypatch.setenv("FLA_FLASH_QLA", "")  # restored afterwards
+    monkeypatch.delenv("FLA_FLASH_QLA")
+    gone = ("flash_qla", "mamba_ssm", "fla.ops.gla")
+    for name in gone:
+        monkeypatch.setitem(sys.modules, name, None)
+    fla = SimpleNamespace(chunk_gated_delta_rule=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", fla)
+    assert peers.any_peer("gated_delta_rule", "lean") == ("fla", "")
+    assert peers.os.environ["FLA_FLASH_QLA"] == "0"  # which would stand in for it
+    monkeypatch.setitem(sys.modules, "flash_qla", fla)
+    assert peers.any_peer("gated_delta_rule", "lean") == ("flash_qla", "")
+    for op, name in (("gla", "fla.ops.gla"), ("mamba2", "mamba_ssm"), ("mamba3", "mamba_ssm")):
+        peer, why = peers.any_peer(op, "lean")
+        assert peer is None and why.startswith(f"{op} is measured alone") and name in why
+
+
 def side(ms: float) -> Side:
     timing = Timing(ms, ms, ms, 10)
     errors = {"o": Errors(4e-3, "layer"), "dg": Errors(7e-3, "sparse")}
@@ -215,22 +264,75 @@ def test_of_each_side_the_faster_of_two_turns_counts(monkeypatch):
 
     def time_ms(fn):
         fn()
-        turn = next(clock)  # ours, ours, FLA, FLA, and again
-        ms = [5.0, 9.0, 7.0, 8.0, 6.0, 4.0, 3.0, 8.5][turn]
+        turn = next(clock)  # ours, ours, FLA, FLA, and again; then the same for each decay
+        ms = [5.0, 9.0, 7.0, 8.0, 6.0, 4.0, 3.0, 8.5][turn % 8] * 10 ** (turn // 8)
         return Timing(ms, ms, ms, 10)
 
     monkeypatch.setattr(sides, "time_ms", time_ms)
     monkeypatch.setattr(sides, "peak_mib", lambda fn: 100.0)
-    monkeypatch.setattr(sides, "inputs_of", lambda *_: {})
+    drawn = []
+    monkeypatch.setattr(sides, "inputs_of", lambda *given: drawn.append(given[2]) or {})
     monkeypatch.setattr(sides, "output_gradients", lambda *_: {})
     monkeypatch.setattr(sides, "run_op", lambda function, *_: function())
     errors = [{"o": Errors(4e-3, "layer")}, {"o": Errors(5e-3, "zero")}]
     functions = [op("ours"), op("FLA")]
     ours, fla = sides.measure_in_turns(functions, errors, BF16, SHAPES["train4k"])
-    assert order == ["ours", "ours", "FLA", "FLA"] * 2
+    assert order == ["ours", "ours", "FLA", "FLA"] * 6
+    assert drawn == ["layer", "zero", "strong"]
     assert (ours.forward.median, ours.forward_backward.median) == (5.0, 4.0)
     assert (fla.forward.median, fla.forward_backward.median) == (3.0, 8.0)
     assert [ours.errors, fla.errors] == errors
+    for number, decay in enumerate(("weak", "strong"), 1):
+        of_ours, of_fla = ours.decays[decay], fla.decays[decay]
+        times = [x.median for x in (of_ours.forward, of_ours.forward_backward, of_fla.forward)]
+        assert times == [5.0 * 10**number, 4.0 * 10**number, 3.0 * 10**number]
+
+
+def test_what_does_not_decay_is_measured_once(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sides, "time_ms", lambda fn: (fn() and None) or Timing(1.0, 1.0, 1.0, 9))
+    monkeypatch.setattr(sides, "peak_mib", lambda fn: 100.0)
+    monkeypatch.setattr(sides, "inputs_of", lambda *given: drawn.append(given[2]) or {})
+    monkeypatch.setattr(sides, "output_gradients", lambda *_: {})
+    monkeypatch.setattr(sides, "run_op", lambda *_: None)
+    problem = Problem(op="delta_rule")
+    function = lambda **_: (torch.zeros(1), None)  # noqa: E731
+    (found,) = sides.measure_in_turns([function], [{}], problem, SHAPES["train4k"])
+    assert drawn == ["layer"] and found.decays == {}
+
+
+def _least_and_most_decay(problem, shape, decay):
+    """Of a token, in nats, out of what a member's kernels make of the inputs."""
+    inputs = sides.decaying_inputs(problem, shape, decay, "cpu")
+    member = recurrence_named(problem.op)
+    g = inputs[member.decay.input].double()
+    channels = member.decays_by == "channel"
+    bias = inputs.get("dt_bias", torch.zeros(())).double()
+    bias = bias.view(shape.H, problem.K) if channels and bias.dim() else bias
+    rate = inputs["A_log"].double().exp() if "A_log" in inputs else torch.ones(shape.H)
+    rate = rate[:, None] if channels else rate
+    if problem.gate == "softplus":
+        g = torch.nn.functional.softplus(g + bias) * (1 if member.stepped else -rate)
+    elif problem.gate == "sigmoid":
+        g = -5.0 * torch.sigmoid(rate * (g + bias))
+    if member.stepped:
+        g = g * inputs.get("rate", torch.tensor(-1.0)).double()
+    return g.max().item(), g.min().item()
+
+
+@pytest.mark.parametrize(
+    ("op", "gate"),
+    [(op, gate) for op in OPS for gate in recurrence_named(op).activations
+     if recurrence_named(op).decay],
+)  # fmt: skip
+def test_weak_decay_forgets_nothing_and_strong_decay_all_but_a_few_tokens(op, gate):
+    shape = Shape("small", 1, 64, 4)
+    problem = rows.bench_problem(op, 32, 32, "bf16", gate, WHERE_TAKEN, shape)
+    # of a whole sequence of 32768 tokens more than a tenth stays
+    most, least = _least_and_most_decay(problem, shape, "weak")
+    assert most <= 0 and least > -2.3 / 32768
+    most, _ = _least_and_most_decay(problem, shape, "strong")
+    assert most < (-2.0 if gate == "softplus" else -4.5)
 
 
 def test_ratios_and_rates():
@@ -246,9 +348,13 @@ def test_the_table_shows_times_ratios_errors_and_stages():
     from rich.console import Console
 
     text = io.StringIO()
-    rows = [row("train4k"), row("wide8k", fla=False)]
-    Console(file=text, width=200).print(results.rows_table(rows))
+    given = [row("train4k"), row("wide8k", fla=False)]
+    decays = {x: Times(Timing(y, y, y, 9), Timing(2 * y, y, y, 9))
+              for x, y in (("weak", 0.123), ("strong", 0.456))}  # fmt: skip
+    given[0] = replace(given[0], ours=replace(given[0].ours, decays=decays))
+    Console(file=text, width=200).print(results.rows_table(given))
     words = ("train4k", "wide8k", "0.700", "7.00e-03 (sparse)", "lean (default)")
+    words = (*words, "ours, weak", "FLA, strong", "0.123 / 0.246", "0.456 / 0.912")
     for word in (*words, "4000", "80%", "20.0", "200", "25%"):
         assert word in text.getvalue()
 

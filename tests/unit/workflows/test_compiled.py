@@ -15,7 +15,7 @@ from source_tree import ROOT
 from gdn2gen import compile_kernels
 from gdn2gen.base.errors import InputError
 from gdn2gen.codegen import shipped
-from gdn2gen.workflows import wanted
+from gdn2gen.workflows import compiled, wanted
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,36 @@ def test_prefill_for_serving_runs_what_ships(tmp_path: Path) -> None:
     assert found["launched"].count("scan_kernel") == 6
     assert [x for x in found["started"] if "--version" not in x] == []
     assert [*elsewhere.rglob("*.cubin")] == [] and found["written"] == []
+
+
+def test_mamba3_is_its_scan_and_what_is_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which tasks workers are given; the folder pins the scan's recipe."""
+    given: list[Any] = []
+
+    def run(tasks: list[Any], *_: Any) -> tuple[dict[str, float], None]:
+        given.extend(tasks)
+        return {}, None
+
+    monkeypatch.setattr(compiled, "_run", run)
+    options: dict[str, Any] = {"op": "mamba3", "head_dim": 64, "value_dim": 32, "target": "H200"}
+    found = compile_kernels(tmp_path / "a", "2x512x8/1", decode="4x1x8/1", **options)
+    stages = [task[1][1] for task in given if task[0] == "ship_stage"]
+    around = ("prologue", "prologue_backward", "epilogue", "epilogue_backward", "step")
+    assert stages[:5] == [f"mamba3_{x}" for x in around]
+    assert {"prepare", "scan", "grad_key"} <= {*stages[5:]}
+    problems = {task[1][1]: task[1][0] for task in given if task[0] == "ship_stage"}
+    prologue, epilogue = problems["mamba3_prologue"], problems["mamba3_epilogue"]
+    assert prologue.state_size == 64 and prologue.angles == 16 and prologue.skip
+    assert epilogue.head_dim == 32 and epilogue.gate and problems["mamba3_step"].carried
+    assert [x.problem.op for x in found.recipes] == ["simple_gla"]
+    for words, more in (("serving", {"serving": True}), ("one level", {"levels": "fast"})):
+        with pytest.raises(InputError, match=words):
+            compile_kernels(tmp_path / "b", "2x512x8/1", **options | more)
+    given.clear()
+    compile_kernels(tmp_path / "c", "2x512x8/1", backward=False, **options)
+    assert not any("backward" in task[1][1] for task in given if task[0] == "ship_stage")
 
 
 def test_a_folder_of_another_toolchain_is_not_used_and_says_so(

@@ -1,0 +1,166 @@
+"""A benchmark's rows of Mamba-3: ours and mamba_ssm's at each shape, and kernel by kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.mamba3 import AROUND, known_around
+from gdn2gen.measure.accuracy import relative_errors
+from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results
+from gdn2gen.measure.mamba3_times import DEVICE, floor_bytes, kernel_runs, layer_inputs, stage_bytes
+from gdn2gen.measure.peers import mamba3_op
+from gdn2gen.measure.rows import Row, StageRow
+from gdn2gen.measure.sides import ACCURACY_PATTERNS, DECAY_PATTERN, DECAYS, Errors, Side, Times
+from gdn2gen.measure.timing import copy_gbps, peak_mib, product_tflops, time_ms
+from gdn2gen.runtime.mamba3_loaded import tile_at
+from gdn2gen.store.part_files import nearest_parts
+
+# A reference goes token by token.
+ACCURACY_SHAPE: Final = Shape("accuracy", 1, 512, 16, groups=1)
+_TURNS: Final = 2
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """An implementation, and how far it is off."""
+
+    op: Op
+    errors: dict[str, Errors]
+
+
+def bench_mamba3(
+    shapes: Sequence[Shape],
+    K: int,
+    V: int,
+    dtype: str,
+    *,
+    vs: str | None,
+    stages: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Measure each shape on the present GPU, with D and Z, without and with states packed.
+
+    Backward is timed as forward+backward of `out`, for a gradient of every input. Raises
+    DeviceError without a GPU, and UnsupportedError when a peer is asked for and not installed.
+    """
+    from gdn2gen.ops.mamba3 import mamba3_siso_combined
+
+    gbps = copy_gbps()
+    ops: list[Op] = [mamba3_siso_combined, *([mamba3_op(vs)] if vs else [])]
+    base = Mamba3Problem(dtype=dtype, state_size=K, head_dim=V, angles=K // 4, skip=True, gate=True)
+    given = [_Timed(op, worst_errors(op, base, peer=i > 0)) for i, op in enumerate(ops)]
+    rows = []
+    for shape in shapes:
+        problem = replace(base, packed=shape.cu_seqlens is not None)
+        ours, *others = measure_in_turns(given, problem, shape)
+        row = Row(
+            shape=shape,
+            problem=problem,
+            level="lean",
+            recipe=_recipe_name(problem, shape),
+            ours=ours,
+            fla=others[0] if others else None,
+            floor_forward_ms=_floor_ms(problem, shape, False, gbps),
+            floor_forward_backward_ms=_floor_ms(problem, shape, True, gbps),
+            peer=vs or "mamba_ssm",
+            stages=_stage_rows(problem, shape) if stages else [],
+        )
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return rows
+
+
+def worst_errors(op: Op, problem: Mamba3Problem, *, peer: bool) -> dict[str, Errors]:
+    """Worst error over ACCURACY_PATTERNS, per output and gradient."""
+    worst: dict[str, Errors] = {}
+    for pattern in ACCURACY_PATTERNS:
+        made = mamba3_inputs(problem, ACCURACY_SHAPE, pattern, 0, DEVICE)
+        for name, error in relative_errors(*mamba3_results(made, op, peer=peer)).items():
+            if name not in worst or error > worst[name].error:
+                worst[name] = Errors(error, pattern)
+    return worst
+
+
+def measure_in_turns(given: Sequence[_Timed], problem: Mamba3Problem, shape: Shape) -> list[Side]:
+    """Time all of them, one after the other and once more, and keep the faster of each; then under
+    each of DECAYS."""
+    made = layer_inputs(problem, shape)
+    dout = torch.randn_like(made["V"])
+
+    def measure(timed: _Timed) -> Side:
+        times, both = _times(timed.op, made, dout)
+        return Side(times.forward, times.forward_backward, peak_mib(both), timed.errors)
+
+    sides = [measure(x) for x in given]
+    for _ in range(_TURNS - 1):
+        sides = [x.or_faster(measure(y)) for x, y in zip(sides, given, strict=True)]
+    for decay in DECAYS:
+        inputs = layer_inputs(problem, shape, DECAY_PATTERN[decay])
+        found = [_times(x.op, inputs, dout)[0] for x in given]
+        for _ in range(_TURNS - 1):
+            again = [_times(x.op, inputs, dout)[0] for x in given]
+            found = [x.or_faster(y) for x, y in zip(found, again, strict=True)]
+        sides = [
+            replace(x, decays=x.decays | {decay: y}) for x, y in zip(sides, found, strict=True)
+        ]
+    return sides
+
+
+def _times(op: Op, made: dict[str, Tensor], dout: Tensor) -> tuple[Times, Callable[[], Any]]:
+    floating = {x: y for x, y in made.items() if y.is_floating_point()}
+    leaves = {x: y.detach().requires_grad_() for x, y in floating.items()}
+    angles = made["Angles"][:, :, :1].clone().requires_grad_()
+    leaves["Angles"] = angles
+
+    def run() -> Tensor:
+        shared = angles.expand(made["Angles"].shape)
+        out: Tensor = op(**{**made, **leaves, "Angles": shared})
+        return out
+
+    def both() -> Any:
+        return torch.autograd.grad(run(), [*leaves.values()], dout)
+
+    return Times(time_ms(torch.no_grad()(run)), time_ms(both)), both
+
+
+def _floor_ms(problem: Mamba3Problem, shape: Shape, backward: bool, gbps: float) -> float:
+    return floor_bytes(problem, backward) * shape.B * shape.T * shape.H / gbps / 1e6
+
+
+def _tile(problem: Mamba3Problem, shape: Shape) -> int:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return tile_at(problem, shape.B * shape.T, shape.H, shape.key_heads, device)
+
+
+def _stage_rows(problem: Mamba3Problem, shape: Shape) -> list[StageRow]:
+    """The kernels around the scan; its own are a benchmark of `simple_gla`."""
+    dense = replace(problem, packed=False), replace(shape, cu_seqlens=None)
+    BT = _tile(*dense)
+    moved = stage_bytes(*dense, BT)
+    runs = kernel_runs(dense[0], layer_inputs(*dense), BT)
+    ceilings = copy_gbps(), product_tflops(problem.dtype)
+    return [StageRow(x, time_ms(run), int(moved[x]), 0, *ceilings) for x, run in runs.items()]
+
+
+def _recipe_name(problem: Mamba3Problem, shape: Shape) -> str:
+    """The scan's plan, and where its configs and those of the kernels around it come from."""
+    from gdn2gen.base.device import present_device
+    from gdn2gen.store.dispatch import find_recipe
+    from gdn2gen.store.mamba3 import scan_problem, scan_shape
+
+    device = present_device(torch.cuda.current_device())
+    regime = scan_shape(shape).regime
+    found = find_recipe(scan_problem(problem), regime, device)
+    known = known_around(problem, shape.H, shape.key_heads)
+    around = nearest_parts(MAMBA3, AROUND, known, shape.B * shape.T, device)
+    said = "rule" if around is None else "tuned"
+    return f"{found.recipe.plan.name} ({found.source}), around it {said}"

@@ -1,0 +1,139 @@
+"""The kernels around Mamba-3's scan and of its one token, loaded: their knobs are what is forced,
+what is tuned, or what a rule on the sizes says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+
+from gdn2gen.base.environment import is_batch_invariant
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.mamba3 import (
+    AROUND,
+    MAMBA3_PROLOGUE,
+    MAMBA3_STEP,
+    ONE_TOKEN,
+    known_around,
+    known_of,
+    mamba3_knobs,
+    mamba3_step_knobs,
+    tile_of,
+)
+from gdn2gen.kernels.parts import PartStage
+from gdn2gen.runtime._loading import stage_launcher
+from gdn2gen.runtime.lookup import device_of
+from gdn2gen.store.part_files import nearest_parts
+from gdn2gen.store.tuned_files import current_look
+
+_forced: dict[str, dict[str, Knob]] = {}
+_forced_tile: list[int] = []
+
+
+def force(stage: str, knobs: dict[str, Knob] | None) -> None:
+    """Have all calls of a stage in this process take these knobs (not BT, which kernels share), as
+    measuring wants; None ends that."""
+    _forced.pop(stage, None)
+    if knobs is not None:
+        _forced[stage] = knobs
+    for cache in (_tile_at, knobs_of, stage_launch, step_launcher):
+        cache.cache_clear()
+
+
+# What all sizes of a batch count as where results may not depend on them.
+_ANY_TOKENS: Final = 16384
+_ANY_SEQUENCES: Final = 32
+
+
+def counted_tokens(tokens: int) -> int:
+    """By which knobs are found."""
+    return _ANY_TOKENS if is_batch_invariant() else tokens
+
+
+def tile_at(problem: Mamba3Problem, tokens: int, H: int, G: int, device: torch.device) -> int:
+    """Tokens of a tile, which all kernels of a call share: what is tuned for it, or the rule's."""
+    if _forced_tile:
+        return _forced_tile[0]
+    return _tile_at(problem, counted_tokens(tokens), H, G, device, current_look())
+
+
+def force_tile(BT: int | None) -> None:
+    """Have all calls in this process that are no tracer's take tiles of so many tokens; None ends
+    that."""
+    _forced_tile[:] = [] if BT is None else [BT]
+
+
+def counted_sequences(sequences: int) -> int:
+    """By which the knobs of a step are found."""
+    return _ANY_SEQUENCES if is_batch_invariant() else sequences
+
+
+@lru_cache(maxsize=512)
+def _tile_at(
+    problem: Mamba3Problem, tokens: int, H: int, G: int, device: torch.device, _look: int
+) -> int:
+    known = known_around(problem, H, G)
+    found = nearest_parts(MAMBA3, AROUND, known, tokens, device_of(device))
+    if found is None or MAMBA3_PROLOGUE.name not in found.knobs:
+        return tile_of(problem.dtype, problem.state_size)
+    return int(found.knobs[MAMBA3_PROLOGUE.name]["BT"])
+
+
+@lru_cache(maxsize=512)
+def knobs_of(
+    stage: PartStage,
+    problem: Mamba3Problem,
+    BT: int,
+    tiles: int,
+    H: int,
+    G: int,
+    device: torch.device,
+    _look: int,
+) -> dict[str, Any]:
+    gpu = device_of(device)
+    found = mamba3_knobs(stage, problem, tiles, H, G, gpu.sms)
+    known = known_of(stage, problem, H, G)
+    tuned = nearest_parts(MAMBA3, AROUND, known, tiles * BT, gpu)
+    # the other direction of a call may be under way with another tile
+    if tuned is not None and tuned.knobs.get(stage.name, {}).get("BT") == BT:
+        found |= tuned.knobs[stage.name]
+    return found | {"BT": BT} | _forced.get(stage.name, {})
+
+
+@lru_cache(maxsize=512)
+def stage_launch(
+    stage: PartStage,
+    problem: Mamba3Problem,
+    BT: int,
+    tiles: int,
+    H: int,
+    G: int,
+    device: torch.device,
+    look: int,
+) -> Callable[..., None]:
+    knobs = knobs_of(stage, problem, BT, tiles, H, G, device, look)
+    return _loaded(problem, stage.name, tuple(sorted(knobs.items())), device)
+
+
+@lru_cache(maxsize=512)
+def _loaded(
+    problem: Mamba3Problem, stage: str, knobs: tuple[tuple[str, Any], ...], _device: torch.device
+) -> Callable[..., None]:
+    return stage_launcher(problem, default_config(stage, problem).replace(**dict(knobs)))
+
+
+@lru_cache(maxsize=512)
+def step_launcher(
+    problem: Mamba3Problem, B: int, H: int, G: int, device: torch.device, _look: int
+) -> Callable[..., None]:
+    gpu = device_of(device)
+    knobs = mamba3_step_knobs(problem, B, H, gpu.sms)
+    tuned = nearest_parts(MAMBA3, ONE_TOKEN, known_around(problem, H, G), B, gpu)
+    if tuned is not None:
+        knobs |= tuned.knobs.get(MAMBA3_STEP.name, {})
+    knobs |= _forced.get(MAMBA3_STEP.name, {})
+    return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)

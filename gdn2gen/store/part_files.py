@@ -1,0 +1,176 @@
+"""Tuned knobs of kernels that are in no plan: tuned/<op>/parts/<gpu>.json.
+
+An entry is of what is compiled in and of heads and groups, exactly, and of a number of tokens (of
+a step: of sequences), approximately. The user's folder comes before the packaged one. Kernels that
+no entry is of have knobs by a rule on their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from gdn2gen.base import paths
+from gdn2gen.base.device import Device
+from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
+from gdn2gen.base.files import check_replaceable, locked, replace_file
+from gdn2gen.family.compiled import Compiled
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.parts import PartStage
+from gdn2gen.kernels.stages import EVERY_STAGE
+from gdn2gen.store.tuned_files import current_look, digest_of, look_anew
+
+PARTS_SCHEMA: Final = "parts-1"
+# Times as many or as few tokens as an entry was measured at, for which it still serves.
+_FARTHEST: Final = 2.0
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """Knobs of the kernels of a call, as they were the fastest."""
+
+    kind: str
+    """Which kernels of the op: those that share a tile of tokens are searched together."""
+    at: Mapping[str, str | int]
+    """What is compiled in, heads and groups."""
+    tokens: int
+    knobs: Mapping[str, Mapping[str, Knob]]
+    """By stage."""
+    templates: Mapping[str, str]
+    """Digest of the template of each stage that the entry was checked under."""
+    measured: Mapping[str, Mapping[str, float]]
+    """By stage: milliseconds, `ms`, and those of the rule's knobs, `default_ms`."""
+    errors: Mapping[str, float]
+    """What the check found, by output."""
+
+    @property
+    def key(self) -> str:
+        """What a file holds one entry for."""
+        return json.dumps([self.kind, sorted(self.at.items()), self.tokens])
+
+    def config(self, stage: str, problem: Compiled) -> Config:
+        """Raises ConfigError where the stage takes no such knobs."""
+        return default_config(stage, problem).replace(**self.knobs[stage])
+
+    def serves(self, kind: str, known: Mapping[str, str | int]) -> bool:
+        """Whether it is of such a call, as far as is known of that."""
+        return self.kind == kind and all(self.at.get(x) == y for x, y in known.items())
+
+    def distance(self, tokens: int) -> float:
+        """Times more or fewer, at least 1."""
+        return max(self.tokens / tokens, tokens / self.tokens) if tokens else math.inf
+
+
+def parts_path(folder: Path, op: str, device: Device) -> Path:
+    """Where the entries of `op` on `device` lie under `folder`."""
+    return folder / op / "parts" / f"{device.slug}.json"
+
+
+def nearest_parts(
+    op: str, kind: str, known: Mapping[str, str | int], tokens: int, device: Device
+) -> PartEntry | None:
+    """The entry that a call runs by; None where none is of at most twice, or half, the tokens."""
+    user, packaged = paths.to_be_read(paths.user_tuned_dir()), paths.packaged_tuned_dir()
+    for folder in (user, packaged):
+        if folder is None:
+            continue
+        entries = _on_file(parts_path(folder, op, device), current_look())
+        found = [x for x in entries if x.serves(kind, known) and x.distance(tokens) <= _FARTHEST]
+        if found:
+            return min(found, key=lambda x: x.distance(tokens))
+    return None
+
+
+def parts_on_file(path: Path) -> list[PartEntry]:
+    """All entries of a file, none where there is none. Raises StoreError for what is no such
+    file."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read ({error}); mend it or move it away") from error
+    if not isinstance(document, dict) or document.get("schema") != PARTS_SCHEMA:
+        raise StoreError(f"{path} has no schema {PARTS_SCHEMA}; mend it or move it away")
+    try:
+        return [PartEntry(**x) for x in document["entries"]]
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} does not hold entries as `gdn2gen tune` files them ({error!r}); mend it or "
+            "move it away"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _on_file(path: Path, _look: int) -> tuple[PartEntry, ...]:
+    """Entries whose templates are the present ones; of a file that cannot be read none, with a
+    warning."""
+    try:
+        return tuple(x for x in parts_on_file(path) if not stale_parts(x))
+    except StoreError as error:
+        warnings.warn(
+            f"{error}: knobs come from a rule on sizes until then", TunedFileWarning, stacklevel=2
+        )
+        return ()
+
+
+def stale_parts(entry: PartEntry) -> list[str]:
+    """Stages whose template changed, or whose knobs are none, since the entry was checked."""
+    return [x for x in entry.knobs if entry.templates.get(x) != _digest(x, entry)]
+
+
+def _digest(stage: str, entry: PartEntry) -> str:
+    try:
+        part = EVERY_STAGE[stage]
+        assert isinstance(part, PartStage)
+        return digest_of(entry.config(stage, part.made_for()))
+    except (AssertionError, Gdn2genError, KeyError, TypeError):
+        return "<no such knobs>"
+
+
+def merge_parts(path: Path, metadata: Mapping[str, Any], entries: Iterable[PartEntry]) -> None:
+    """Add entries to the file at `path`; one of the same key takes the place of the other.
+
+    Other processes may merge at the same time. Raises StoreError, and changes nothing, if the file
+    there is not ours, is of another GPU, or cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f"{path.name}.lock")):
+            check_replaceable(path)
+            kept = {x.key: x for x in parts_on_file(path)}
+            _check_gpu(path, str(metadata["gpu"]))
+            kept |= {x.key: x for x in entries}
+            replace_file(path, _text(metadata, [kept[key] for key in sorted(kept)]))
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error}; what was there is unchanged"
+        ) from error
+    look_anew()
+
+
+def _check_gpu(path: Path, gpu: str) -> None:
+    if not path.exists():
+        return
+    found = json.loads(path.read_text(encoding="utf-8")).get("gpu")
+    if found != gpu:
+        raise StoreError(
+            f"nothing is merged: {path} is of the GPU {found!r}, but the new entries are of "
+            f"{gpu!r}; give another folder"
+        )
+
+
+def _text(metadata: Mapping[str, Any], entries: Iterable[PartEntry]) -> str:
+    """One line for an entry."""
+    head = json.dumps({**metadata, "schema": PARTS_SCHEMA}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(asdict(x))}" for x in entries)
+    return f'{head},\n "entries": [\n{lines}\n ]\n}}\n'

@@ -1,0 +1,321 @@
+"""Tune Mamba-3: its scan as that of `chunk_simple_gla`, then the kernels around it and its step.
+
+The scan is filed where calls of `chunk_simple_gla` look (tuned/simple_gla); the others have few
+knobs, so that a climb from the rule's to their neighbours finds the best, and go to
+tuned/mamba3/parts. Kernels run in a worker: one that crashes or hangs costs its knobs, not the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gdn2gen.base.device import Device, toolchain
+from gdn2gen.base.environment import VERIFYING
+from gdn2gen.base.errors import TuneError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.base.terminal import Sheet, command_line, plain
+from gdn2gen.base.worker import Worker
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.mamba3 import (
+    AROUND,
+    MAMBA3_STAGES,
+    MAMBA3_STEP,
+    ONE_TOKEN,
+    known_around,
+    mamba3_knobs,
+    mamba3_step_knobs,
+)
+from gdn2gen.kernels.parts import PartStage
+from gdn2gen.measure.mamba3_times import check_knobs, time_knobs
+from gdn2gen.store.mamba3 import scan_problem, scan_shape
+from gdn2gen.store.part_files import PartEntry, merge_parts, parts_path
+from gdn2gen.store.tuned_files import digest_of, metadata_for
+from gdn2gen.tuning.run import check_arguments
+from gdn2gen.tuning.run import tune as tune_scan
+from gdn2gen.tuning.views.progress import Progress, console_progress
+from gdn2gen.tuning.views.report import TuneReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Of the time, for the scan: it has thousands of configs, and the others some forty a stage.
+_SCAN_PART: Final = 0.7
+# What calls of the scan keep of a forward: the op has no keyword for more.
+_LEVELS: Final = ("lean",)
+_AROUND: Final = MAMBA3_STAGES[:4]
+# Sequences that a step is tuned at, for as many tokens as are decoded at once.
+STEP_SEQUENCES: Final = (1, 8, 64, 256)
+# A kernel compiles in a second or two, and a check has a reference that goes token by token.
+_TIMEOUT_S: Final = 180.0
+Knobs = dict[str, Knob]
+Call = Callable[..., Outcome[Any]]
+"""`module:function`, its arguments, and `timeout`."""
+
+
+@dataclass
+class Mamba3Report:
+    """What a run found."""
+
+    problem: Mamba3Problem
+    device: Device
+    path: Path
+    """The file that entries of the kernels around the scan were merged into."""
+    scan: TuneReport | None = None
+    entries: list[PartEntry] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def table(self) -> RenderableType:
+        """The scan's results, and those of the other kernels beneath."""
+        from rich.console import Group
+        from rich.text import Text
+
+        sheet = Sheet(
+            f"{MAMBA3} on {self.device.name}: kernels around the scan, in ms",
+            ("kernel", "at", "rule", "tuned", "knobs"),
+            words=("kernel", "at", "knobs"),
+        )
+        for entry in self.entries:
+            unit = "sequences" if entry.kind == ONE_TOKEN else "tokens"
+            at = f"{entry.tokens} {unit}, {entry.at['heads']} heads"
+            for stage, knobs in entry.knobs.items():
+                times = entry.measured[stage]
+                words = " ".join(f"{x}={y}" for x, y in knobs.items())
+                sheet.add(stage, at, f"{times['default_ms']:.4f}", f"{times['ms']:.4f}", words)
+        lines = [f"left out {x}: {why}" for x, why in self.skipped.items()]
+        lines += [f"filed in {self.path}"] if self.entries else []
+        parts = [*([self.scan.table()] if self.scan else []), sheet]
+        return Group(*parts, *(Text(plain(x)) for x in lines))
+
+
+def tune_mamba3(
+    problem: Mamba3Problem,
+    shapes: Sequence[Shape],
+    device: Device,
+    *,
+    budget_minutes: float,
+    out_dir: Path,
+    storage: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    call: Call | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    scan: Callable[..., TuneReport] = tune_scan,
+) -> Mamba3Report:
+    """Tune `problem` at `shapes` on `device`, the present GPU, and file what passes.
+
+    `call` runs a function by its name (a worker's by default). Raises TuneError where nothing could
+    be filed.
+    """
+    check_arguments(shapes, _LEVELS, budget_minutes)
+    started, end = clock(), clock() + budget_minutes * 60
+    report = Mamba3Report(problem, device, parts_path(out_dir, MAMBA3, device))
+    shown = progress or console_progress()
+    try:
+        report.scan = scan(
+            scan_problem(replace(problem, packed=False, carried=False)),
+            [scan_shape(x) for x in shapes],
+            device,
+            budget_minutes=budget_minutes * _SCAN_PART,
+            out_dir=out_dir,
+            levels=_LEVELS,
+            storage=storage,
+            progress=shown,
+            command=command,
+        )
+    except TuneError as error:
+        report.skipped["the scan"] = str(error)
+    worker = Worker({"GDN2GEN_UNVERIFIED": VERIFYING, "TRITON_INTERPRET": "0"})
+    metadata = metadata_for(device, toolchain(), command or command_line())
+    shown.start(f"tuning the kernels around {MAMBA3}'s scan on {device.name}", end - clock())
+    try:
+        run = _Run(problem, device, call or worker.call, clock, shown)
+        jobs = [*_jobs(shapes)]
+        for number, (kind, shape) in enumerate(jobs):
+            share = max(0.0, end - clock()) / (len(jobs) - number)
+            entry, why = run.entry(kind, shape, clock() + share)
+            if entry is None:
+                report.skipped[f"{kind} at {shape.name}"] = why
+                continue
+            report.entries.append(entry)
+            merge_parts(report.path, metadata, [entry])
+    finally:
+        worker.close()
+        shown.close()
+    if not report.entries and not (report.scan and report.scan.results):
+        reasons = "; ".join(f"{name}: {why}" for name, why in report.skipped.items())
+        raise TuneError(f"nothing was filed for {MAMBA3} on {device.name}: {reasons}")
+    report.seconds = clock() - started
+    return report
+
+
+def without_gpu(
+    problem: Mamba3Problem,
+    shapes: Sequence[Shape],
+    device: Device,
+    scan: Callable[..., TuneReport],
+    *,
+    budget_minutes: float,
+    out_dir: Path,
+    **options: Any,
+) -> Mamba3Report:
+    """The scan as `tune_without_gpu` does it. Knobs of the other kernels are timed, or a rule's."""
+    report = Mamba3Report(problem, device, parts_path(out_dir, MAMBA3, device))
+    report.scan = scan(
+        scan_problem(replace(problem, packed=False, carried=False)),
+        [scan_shape(x) for x in shapes],
+        device,
+        budget_minutes=budget_minutes,
+        out_dir=out_dir,
+        levels=_LEVELS,
+        **options,
+    )
+    report.skipped["kernels around the scan"] = "nothing ranks them without a GPU: a rule's knobs"
+    return report
+
+
+def _jobs(shapes: Sequence[Shape]) -> Iterator[tuple[str, Shape]]:
+    """What is searched, one after the other. Packed tokens lie in the same tiles as others."""
+    for shape in shapes:
+        yield AROUND, replace(shape, cu_seqlens=None)
+    for H, groups in dict.fromkeys((x.H, x.key_heads) for x in shapes):
+        for B in STEP_SEQUENCES:
+            yield ONE_TOKEN, Shape(f"{B}x1x{H}", B, 1, H, groups=groups)
+
+
+class _Run:
+    """Climbs over the knobs of one problem's stages."""
+
+    def __init__(
+        self,
+        problem: Mamba3Problem,
+        device: Device,
+        call: Call,
+        clock: Callable[[], float],
+        shown: Progress,
+    ) -> None:
+        # as a layer calls them: no states in, which a step has
+        self.problem = replace(problem, packed=False, carried=False)
+        self.device, self.call, self.clock, self.shown = device, call, clock, shown
+
+    def entry(self, kind: str, shape: Shape, end: float) -> tuple[PartEntry | None, str]:
+        """What is to be filed, or why nothing is."""
+        found = self._around(shape, end) if kind == AROUND else self._step(shape, end)
+        if not found:
+            return None, "no knobs ran"
+        BT = None if kind == ONE_TOKEN else int(next(iter(found.values()))[0]["BT"])
+        knobs = {stage: x for stage, (x, _, _) in found.items()}
+        problem = self._problem(kind)
+        target = f"{check_knobs.__module__}:{check_knobs.__name__}"
+        checked = self.call(target, problem, shape, BT, knobs, timeout=_TIMEOUT_S)
+        errors, wrong = checked.value if checked.value is not None else ({}, checked.reason)
+        if wrong:
+            return None, wrong
+        return PartEntry(
+            kind=kind,
+            at=known_around(problem, shape.H, shape.key_heads),
+            tokens=shape.B * shape.T,
+            knobs=knobs,
+            templates={
+                x: digest_of(default_config(x, problem).replace(**y)) for x, y in knobs.items()
+            },
+            measured={x: {"ms": y, "default_ms": z} for x, (_, y, z) in found.items()},
+            errors=errors,
+        ), ""
+
+    def _problem(self, kind: str) -> Mamba3Problem:
+        return replace(self.problem, carried=kind == ONE_TOKEN)
+
+    def _around(self, shape: Shape, end: float) -> dict[str, tuple[Knobs, float, float]]:
+        """Of the tile that is the fastest in sum: by stage its knobs, their time and the rule's."""
+        best: dict[str, tuple[Knobs, float, float]] = {}
+        rule: dict[str, float] = {}
+        sizes = (shape.H, shape.key_heads, self.device.sms)
+        tiles = [x for x in _AROUND[0].chunks if isinstance(x, int)]
+        usual = mamba3_knobs(_AROUND[0], self.problem, 1, *sizes)["BT"]
+        for BT in sorted(tiles, key=lambda x: x != usual):
+            found: dict[str, tuple[Knobs, float, float]] = {}
+            for stage in _AROUND:
+                count = shape.B * -(-shape.T // BT)
+                start = mamba3_knobs(stage, self.problem, count, *sizes) | {"BT": BT}
+                climbed = self._climb(stage, AROUND, shape, start, end, len(tiles) * len(_AROUND))
+                if climbed is None:
+                    break
+                rule.setdefault(stage.name, climbed[2])
+                found[stage.name] = (*climbed[:2], rule[stage.name])
+            whole = len(found) == len(_AROUND)
+            if whole and (not best or _sum(found) < _sum(best)):
+                best = found
+        return best
+
+    def _step(self, shape: Shape, end: float) -> dict[str, tuple[Knobs, float, float]]:
+        start = mamba3_step_knobs(self.problem, shape.B, shape.H, self.device.sms)
+        climbed = self._climb(MAMBA3_STEP, ONE_TOKEN, shape, start, end, 1)
+        return {} if climbed is None else {MAMBA3_STEP.name: climbed}
+
+    def _climb(
+        self, stage: PartStage, kind: str, shape: Shape, start: Knobs, end: float, turns: int
+    ) -> tuple[Knobs, float, float] | None:
+        """The best knobs, their time and that of `start`; None where these do not run. It goes to
+        the best neighbour until none is better, or its part of the time is over."""
+        stop = self.clock() + max(0.0, end - self.clock()) / turns
+        first = self._time(stage, kind, shape, start)
+        if first is None:
+            return None
+        tried = {_frozen(start)}
+        best = (start, first)
+        while self.clock() < stop:
+            near = [x for x in neighbours(stage, best[0], shape) if _frozen(x) not in tried]
+            timed = []
+            for knobs in near:
+                if self.clock() >= stop:
+                    break
+                tried.add(_frozen(knobs))
+                took = self._time(stage, kind, shape, knobs)
+                timed += [] if took is None else [(knobs, took)]
+            found = min(timed, key=lambda x: x[1], default=best)
+            if found[1] >= best[1]:
+                break
+            best = found
+        self.shown.best_so_far(f"{stage.name} BT={start['BT']} {shape.name}", best[1], first)
+        return (*best, first)
+
+    def _time(self, stage: PartStage, kind: str, shape: Shape, knobs: Knobs) -> float | None:
+        forced = {x: y for x, y in knobs.items() if x != "BT"}
+        target = f"{time_knobs.__module__}:{time_knobs.__name__}"
+        given = (self._problem(kind), shape, stage.name, knobs["BT"], forced)
+        outcome = self.call(target, *given, timeout=_TIMEOUT_S)
+        config = default_config(stage.name, self.problem).replace(**knobs)
+        said = f"{outcome.value:.4f} ms" if outcome.ok else outcome.detail
+        self.shown.trial(config, outcome.status, said)
+        return outcome.value
+
+
+def neighbours(stage: PartStage, knobs: Mapping[str, Knob], shape: Shape) -> Iterator[Knobs]:
+    """Knobs one step away, of those that serve the shape: a program's heads are of one group."""
+    for name, domain in stage.domains.items():
+        if name in ("BT", "num_stages") or name not in knobs or len(domain) < 2:
+            continue
+        place = domain.index(knobs[name])
+        for there in (place - 1, place + 1):
+            if not 0 <= there < len(domain):
+                continue
+            value = domain[there]
+            if name == "BH" and (shape.H // shape.key_heads) % int(value):
+                continue
+            yield {**knobs, name: value}
+
+
+def _frozen(knobs: Mapping[str, Knob]) -> tuple[tuple[str, Knob], ...]:
+    return tuple(sorted(knobs.items()))
+
+
+def _sum(found: Mapping[str, tuple[Knobs, float, float]]) -> float:
+    return sum(ms for _, ms, _ in found.values())

@@ -1,0 +1,109 @@
+"""What the commands do of Mamba-3, which is its own kernels around `chunk_simple_gla`'s scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdn2gen.base.device import Device
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP, own_problem
+from gdn2gen.kernels.plans import LEVELS
+from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
+from gdn2gen.workflows.wanted import Shapes, present_or, shapes_from
+
+if TYPE_CHECKING:
+    from gdn2gen.tuning.mamba3 import Mamba3Report
+    from gdn2gen.tuning.views.progress import Progress
+
+
+def mamba3_problem(
+    head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
+) -> Mamba3Problem:
+    """`head_dim` is N, `value_dim` P (N if None); half of the channels are rotated, and D and Z
+    given, unless `fields`, those of `Mamba3Problem`, say otherwise.
+
+    Raises InputError for others.
+    """
+    usual = {"angles": head_dim // 4, "skip": True, "gate": True}
+    P = head_dim if value_dim is None else value_dim
+    given: dict[str, Any] = {"dtype": dtype, "state_size": head_dim, "head_dim": P}
+    try:
+        return Mamba3Problem(**given | usual | fields)
+    except TypeError as error:
+        raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error
+
+
+def check_level(levels: Iterable[str]) -> None:
+    """InputError unless all are the one that calls run: its op has no keyword for another."""
+    others = [x for x in levels if x != LEVELS[0]]
+    if others:
+        raise InputError(f"mamba3 has one level, {LEVELS[0]}, but got {', '.join(others)}")
+
+
+def explain_mamba3(
+    problem: Mamba3Problem, shapes: Shapes, target: str | None, strict: bool | None
+) -> list[Mamba3Found]:
+    """What calls at these shapes run, one for each."""
+    device, _ = present_or(target)
+    return [
+        find_mamba3(at_shape(problem, x), x, device, strict=strict) for x in shapes_from(shapes)
+    ]
+
+
+def tune_mamba3(
+    problem: Mamba3Problem,
+    shapes: Shapes,
+    *,
+    budget_minutes: float,
+    target: str | None,
+    out_dir: Path,
+    storage: str | None = None,
+    progress: Progress | None = None,
+) -> Mamba3Report:
+    """Tune the scan, then what is around it; without a GPU, and for a named target, the scan
+    alone, as predicted: knobs around it are timed or come from a rule."""
+    from gdn2gen.tuning import mamba3, tune_without_gpu
+
+    device, present = present_or(target)
+    options: dict[str, Any] = {"budget_minutes": budget_minutes, "out_dir": out_dir}
+    if progress is not None:
+        options["progress"] = progress
+    if present:
+        return mamba3.tune_mamba3(problem, shapes_from(shapes), device, storage=storage, **options)
+    if storage is not None:
+        raise InputError(f"storage is for studies on a GPU, and none is used here; got {storage!r}")
+    return mamba3.without_gpu(problem, shapes_from(shapes), device, tune_without_gpu, **options)
+
+
+def mamba3_stages(
+    problem: Mamba3Problem, shape: Shape, device: Device, *, backward: bool
+) -> Iterator[tuple[Mamba3Problem, str, Config]]:
+    """The kernels around the scan of a call, to be compiled."""
+    found = find_mamba3(problem, shape, device)
+    for stage in MAMBA3_STAGES:
+        if stage is MAMBA3_STEP or (stage.name.endswith("backward") and not backward):
+            continue
+        own = own_problem(stage, problem)
+        yield own, stage.name, default_config(stage.name, own).replace(**found.knobs[stage.name])
+
+
+def mamba3_step_stage(
+    problem: Mamba3Problem, shape: Shape, device: Device
+) -> tuple[Mamba3Problem, str, Config]:
+    """The kernel of a step of as many sequences, to be compiled."""
+    if shape.T != 1:
+        raise InputError(f"a step is of one token, as in 64x1x{shape.H}, but got {shape.name}")
+    own = own_problem(MAMBA3_STEP, problem)
+    knobs = find_mamba3(problem, shape, device).knobs[MAMBA3_STEP.name]
+    return own, MAMBA3_STEP.name, default_config(MAMBA3_STEP.name, own).replace(**knobs)
+
+
+def at_shape(problem: Mamba3Problem, shape: Shape) -> Mamba3Problem:
+    """`problem` for the calls at `shape`: packed if the shape is."""
+    return replace(problem, packed=problem.packed or shape.cu_seqlens is not None)

@@ -1,0 +1,199 @@
+"""Mamba-3 tuned: a climb over the knobs around its scan, what it files, what calls find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from gdn2gen.base import outcome
+from gdn2gen.base.device import named_device
+from gdn2gen.base.errors import StoreError, TunedFileWarning, TuneError
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import NAMED_SHAPES
+from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_PROLOGUE, ONE_TOKEN, known_around, mamba3_knobs
+from gdn2gen.store.dispatch import reload
+from gdn2gen.store.mamba3 import find_mamba3, scan_problem
+from gdn2gen.store.part_files import merge_parts, nearest_parts, parts_on_file, parts_path
+from gdn2gen.tuning.mamba3 import STEP_SEQUENCES, Mamba3Report, neighbours, tune_mamba3
+from gdn2gen.tuning.views.progress import Progress
+
+H200 = named_device("H200")
+SHAPE = NAMED_SHAPES["mamba4k"]
+PROBLEM = Mamba3Problem(skip=True, gate=True)
+
+
+class Gpu:
+    """Stands in for a worker: kernels take as long as their knobs are far from the best."""
+
+    BEST: Final = {"BT": 64, "BH": 2, "num_warps": 8, "BR": 16}
+
+    def __init__(self, wrong: str = "") -> None:
+        self.now, self.wrong = 0.0, wrong
+        self.timed: list[dict[str, Any]] = []
+        self.checked: list[Any] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def call(self, target: str, problem: Any, shape: Any, *given: Any, timeout: float) -> Any:
+        self.now += 2.0
+        if target.endswith("check_knobs"):
+            self.checked.append(given)
+            assert problem.carried == (given[0] is None)
+            return Outcome(outcome.OK, ({"out": 1e-3}, self.wrong))
+        stage, BT, knobs = given
+        knobs = {**knobs, "BT": BT}
+        self.timed.append({"stage": stage, **knobs})
+        if stage == "mamba3_epilogue" and knobs["num_warps"] == 1:
+            return Outcome(outcome.CRASHED, detail="signal 11")
+        steps = [abs(self._log(y) - self._log(self.BEST[x])) for x, y in knobs.items()
+                 if x in self.BEST and not (stage == "mamba3_step" and x == "BT")]  # fmt: skip
+        return Outcome(outcome.OK, 1.0 + 0.1 * sum(steps))
+
+    @staticmethod
+    def _log(value: int) -> int:
+        return value.bit_length()
+
+
+def scan(*given: Any, **options: Any) -> Any:
+    scan.asked = (given, options)  # type: ignore[attr-defined]
+    return SimpleNamespace(results=[1], table=lambda: "the scan")
+
+
+def tuned(folder: Path, gpu: Gpu, minutes: float = 100.0, **options: Any) -> Mamba3Report:
+    return tune_mamba3(
+        PROBLEM, [SHAPE], H200,
+        budget_minutes=minutes, out_dir=folder, progress=Progress(), call=gpu.call, clock=gpu.clock,
+        command="gdn2gen tune --op mamba3", **{"scan": scan, **options},
+    )  # fmt: skip
+
+
+def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
+    gpu = Gpu()
+    report = tuned(tmp_path, gpu)
+    (problem, shapes, device), options = scan.asked  # type: ignore[attr-defined]
+    assert (problem.op, problem.K, problem.V) == ("simple_gla", 128, 64)
+    assert (shapes[0].H, shapes[0].key_heads, device) == (64, 64, H200)
+    assert options["levels"] == ("lean",) and options["budget_minutes"] < 100
+    around, *steps = report.entries
+    assert {x: dict(y) for x, y in around.knobs.items()} == {
+        f"mamba3_{x}": {"BT": 64, "BH": 2, "num_warps": 8}
+        for x in ("prologue", "prologue_backward", "epilogue", "epilogue_backward")
+    }
+    assert [x.tokens for x in steps] == [*STEP_SEQUENCES]
+    assert all(x.knobs["mamba3_step"]["BR"] == 16 for x in steps)
+    for entry in report.entries:
+        for times in entry.measured.values():
+            assert times["ms"] == 1.0 <= times["default_ms"]
+    assert len(gpu.checked) == len(report.entries)
+    assert parts_on_file(parts_path(tmp_path, "mamba3", H200)) == sorted(
+        report.entries, key=lambda x: x.key
+    )
+    frozen = [json.dumps(x, sort_keys=True) for x in gpu.timed if x["stage"] != "mamba3_step"]
+    assert len(frozen) == len({*frozen})  # nothing twice
+
+
+def test_what_fails_its_check_is_not_filed(tmp_path: Path) -> None:
+    report = tuned(tmp_path, Gpu(wrong="dK 4e-01"))
+    assert report.entries == [] and "dK 4e-01" in report.skipped["around at mamba4k"]
+    assert not parts_path(tmp_path, "mamba3", H200).exists()
+
+    def no_scan(*_: Any, **__: Any) -> Any:
+        raise TuneError("no default config works")
+
+    with pytest.raises(TuneError, match=r"(?s)no default config works.*dK 4e-01"):
+        tuned(tmp_path, Gpu(wrong="dK 4e-01"), scan=no_scan)
+
+
+def test_time_that_is_over_leaves_the_rules_knobs(tmp_path: Path) -> None:
+    gpu = Gpu()
+    report = tuned(tmp_path, gpu, minutes=0.01)
+    assert len(gpu.timed) == 3 * 4 + len(STEP_SEQUENCES)
+    rule = mamba3_knobs(MAMBA3_PROLOGUE, PROBLEM, 4 * 64, 64, 1, H200.sms)
+    assert report.entries[0].knobs["mamba3_prologue"] == rule | {"BT": 64}
+
+
+def test_heads_of_a_program_are_of_one_group() -> None:
+    shape = replace(SHAPE, H=6, groups=3)
+    knobs = {"BT": 32, "BH": 2, "num_warps": 1}
+    found = [*neighbours(MAMBA3_PROLOGUE, knobs, shape)]
+    assert found == [{**knobs, "BH": 1}, {**knobs, "num_warps": 2}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
+    reload()
+    return tmp_path
+
+
+def test_calls_find_the_nearest_entry(folder: Path) -> None:
+    tuned(folder, Gpu())
+    known = known_around(PROBLEM, 64, 1)
+    for tokens, found in (
+        (16384, True),
+        (32768, True),
+        (8192, True),
+        (32769, False),
+        (8191, False),
+    ):
+        assert (nearest_parts("mamba3", AROUND, known, tokens, H200) is not None) == found
+    near = nearest_parts("mamba3", ONE_TOKEN, known, 100, H200)
+    assert near is not None and near.tokens == 64
+    assert nearest_parts("mamba3", AROUND, known | {"heads": 32}, 16384, H200) is None
+    assert nearest_parts("mamba3", AROUND, known, 16384, named_device("H100")) is None
+    found = find_mamba3(PROBLEM, SHAPE, H200)
+    assert found.sources == dict.fromkeys(found.knobs, "tuned") | {"mamba3_step": "tuned"}
+    assert found.knobs["mamba3_epilogue"]["BT"] == 64
+    assert found.scan.recipe.problem == scan_problem(PROBLEM)
+    other = find_mamba3(PROBLEM, replace(SHAPE, H=32), H200)
+    assert {*other.sources.values()} == {"rule"} and "(rule)" in other.words(100)
+
+
+def test_entries_of_other_templates_are_passed_over(folder: Path) -> None:
+    report = tuned(folder, Gpu())
+    stale = replace(report.entries[0], templates={"mamba3_prologue": "another"})
+    merge_parts(report.path, {"gpu": H200.name}, [stale])
+    assert nearest_parts("mamba3", AROUND, known_around(PROBLEM, 64, 1), 16384, H200) is None
+
+
+def test_files_that_are_not_ours_stay(folder: Path) -> None:
+    path = parts_path(folder, "mamba3", H200)
+    path.parent.mkdir(parents=True)
+    path.write_text("[]")
+    with pytest.raises(StoreError, match="no schema"):
+        tuned(folder, Gpu())
+    assert path.read_text() == "[]"
+    with pytest.warns(TunedFileWarning, match="rule on sizes"):
+        assert nearest_parts("mamba3", AROUND, {}, 1, H200) is None
+    path.unlink()
+    tuned(folder, Gpu())
+    with pytest.raises(StoreError, match="is of the GPU 'NVIDIA H200'"):
+        merge_parts(path, {"gpu": "NVIDIA H100"}, [])
+
+
+@pytest.mark.slow
+def test_a_worker_times_and_checks_what_it_is_given(interpreter: Callable[..., Any]) -> None:
+    ran, errors, wrong, wrong_step = interpreter("mamba3_checks:timed_and_checked")
+    assert len(ran) == 4 and wrong == wrong_step == ""
+    assert {"out", "dQ", "dAngles", "dZ"} <= {*errors} and 0 < max(errors.values()) < 1e-4
+
+
+def test_tuned_knobs_compute_the_same(tmp_path: Path, interpreter: Callable[..., Any]) -> None:
+    """Of another tile, and with two heads a program, filed for what stands in for a GPU."""
+    device, small = named_device("sm_90"), Mamba3Problem(
+        dtype="fp32", state_size=24, head_dim=16, angles=6, skip=True, gate=True
+    )  # fmt: skip
+    entry = tuned(tmp_path / "other", Gpu()).entries[0]
+    knobs = {x: {**y, "BT": 32, "BH": 2, "num_warps": 1} for x, y in entry.knobs.items()}
+    entry = replace(entry, at=known_around(small, 2, 1), tokens=40, knobs=knobs)
+    merge_parts(parts_path(tmp_path, "mamba3", device), {"gpu": device.name}, [entry])
+    found = interpreter("mamba3_checks:tuned_and_not", str(tmp_path))
+    assert 0 < max(found.values()) < 1e-5
