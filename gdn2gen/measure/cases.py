@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
 
+from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import DTYPES, USUAL_DIMS, Problem
@@ -250,8 +251,13 @@ def _sized_cases(op: str, K: int, V: int) -> Iterator[Case]:
 
 def cases_drawn(pattern: DecayPattern, op: str | None = None) -> tuple[Case, ...]:
     """Of decays that trained gates had, at their head dims, in every dtype; of the recurrence that
-    had them, or of another."""
+    had them, or of another. Raises InputError where that has no cases of such decays."""
     op = pattern.op if op is None else op
+    if op not in OPS:
+        raise InputError(
+            f"decays of {pattern.op} are not drawn for {op}, but for {', '.join(OPS)}"
+            " (Mamba-3's one pass is simple_gla's)"
+        )
     problem = Problem(
         op=op, K=pattern.K, V=pattern.V, initial_state=True, final_state=True, **_usual(op)
     )

@@ -162,6 +162,8 @@ def test_verify_draws_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert case.problem.op == "gla"
     assert program.main(["verify", "--pattern", str(path), "--head-dim", "64"]) != 0
     assert "--pattern brings its own head dims" in capsys.readouterr().err
+    assert program.main(["verify", "--pattern", str(path), "--op", "mamba3", "--list"]) != 0
+    assert "are not drawn for mamba3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
