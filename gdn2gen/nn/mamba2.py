@@ -120,7 +120,7 @@ class Mamba2(Layer):
 
     @torch.no_grad()
     def decay_of(self, x: Tensor) -> Tensor:
-        dt = torch.split(self.in_proj(x), self._sizes, -1)[2]
+        *_, dt = torch.split(self.in_proj(x), self._sizes, -1)
         dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
         steps = step_sizes(dt, self.dt_bias, True, self.dt_limit)
         return (-self.A_log.exp() * steps)[..., None]
