@@ -39,6 +39,13 @@ def direct_launch(module: ModuleType, function: str = "launch") -> Callable[...,
     return copy  # type: ignore[no-any-return]
 
 
+def streams() -> Callable[[int], int]:
+    """What says which stream is current on a device."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream  # type: ignore[no-any-return]
+
+
 class DirectKernel:
     """Stands in for one Triton kernel: `kernel[grid](*arguments, **constants_and_options)`."""
 
@@ -74,10 +81,6 @@ class DirectKernel:
 
     def stream(self, device: int) -> Any:
         return self._driver.active.get_current_stream(device)
-
-    def streams(self) -> Callable[[int], int]:
-        """What says which stream is current on a device."""
-        return self._driver.active.get_current_stream  # type: ignore[no-any-return]
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
         values = self._plain(arguments)

@@ -8,7 +8,7 @@ from operator import or_
 from types import FunctionType, ModuleType
 from typing import Any
 
-from gdn2gen.codegen.direct import ALIGNMENT, INT32, DirectKernel
+from gdn2gen.codegen.direct import ALIGNMENT, INT32, DirectKernel, streams
 from gdn2gen.codegen.frames import ADDRESS, Frames, Launch
 
 
@@ -74,6 +74,7 @@ class FixedLaunch:
         self._frames: Frames | None = None
         self._stream_of: Callable[[int], Any] = kernel.stream
         self._device = 0
+        self._compiled: Any = None
         self._before: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Any) -> None:
@@ -101,8 +102,9 @@ class FixedLaunch:
     def _keep(self, compiled: Any, operands: int) -> None:
         """What later calls launch."""
         self._device = self._direct.device()
-        self._stream_of = self._direct.streams()
+        self._stream_of = streams()
         self._before = (compiled.function, compiled.packed_metadata, None, None, None)
         launch = Launch(self._direct, self._grid, tuple(range(operands)), self._rest)
         self._frames = Frames.of([launch], [ADDRESS] * operands, self._device, compiled)
+        self._compiled = compiled  # unloaded when it goes
         self._run = compiled.run

@@ -115,6 +115,8 @@ class Frames:
             return None
         found = []
         for launch in launches:
+            if 0 in launch.grid:  # Triton's launcher leaves it out, and the driver refuses it
+                continue
             known = _known(launch, device, compiled)
             if known is None:
                 return None
@@ -314,6 +316,9 @@ def _program(launch: Launch) -> _Program | None:
     """One of tvm-ffi's own functions; what TileLang wraps goes its own way."""
     if not hasattr(launch.what, "__chandle__") or hasattr(launch.what, "torch_function"):
         return None
+    core, library = (getattr(_tvm_ffi(), x, None) for x in ("core", "LIB"))
+    if not (hasattr(core, "_env_set_current_stream") and hasattr(library, "TVMFFIFunctionCall")):
+        return None
     scalars: list[tuple[int, int]] = []
     for x in launch.scalars:
         if type(x) is int:
@@ -341,7 +346,7 @@ def _parameters(function: int) -> list[int] | None:
 
 @cache
 def driver() -> Any:
-    """The CUDA driver, which torch has loaded; nothing where there is none."""
+    """The CUDA driver, which torch has loaded; None where there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -17,8 +17,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn2gen.codegen.direct import DirectKernel
-from gdn2gen.codegen.frames import Described, Frames
+from gdn2gen.codegen.direct import DirectKernel, streams
+from gdn2gen.codegen.frames import Described, Frames, Launch
 from gdn2gen.runtime._operands import ALIGNMENT
 from gdn2gen.runtime.layout import Layout, strides_of
 
@@ -206,7 +206,8 @@ class _Binding:
         self.pieces.append((base, offset))
 
     def _with_launches(self) -> Bound | None:
-        launches, kernels = [], []
+        launches: list[Launch] = []
+        kernels: list[DirectKernel] = []
         for step in self.steps:
             if step.launch is None:
                 continue
@@ -217,18 +218,14 @@ class _Binding:
                 return None
             launches += found
             kernels += step.launch.kernels
+        if not launches:  # no tokens
+            return None
         index = self.device.index or 0
         frames = Frames.of(launches, self.tensors, index)
         if frames is None:
             return None
-        stream_of = _stream_of(kernels)
+        stream_of = streams()
         return Bound(frames, tuple(kernels), stream_of, self.device, self.makers, self.pieces)
-
-
-def _stream_of(kernels: Sequence[DirectKernel]) -> Callable[[int], int]:
-    if kernels:
-        return kernels[0].streams()
-    return torch._C._cuda_getCurrentRawStream
 
 
 def _offsets(

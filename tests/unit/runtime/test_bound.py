@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gdn2gen import chunk_gdn2, fused_recurrent_gdn2
 from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.codegen.frames import Described
+from gdn2gen.codegen.frames import Described, Frames
 from gdn2gen.ops import _call, _decode
 from gdn2gen.runtime import bound, decoding, decoding_op, kinds, passes
 from gdn2gen.runtime.bound import Made, Worked
@@ -296,6 +296,29 @@ def test_a_launch_that_fails_says_so(driver: Driver) -> None:
         RuntimeError, match=r"launch 1 of \d of a pass failed: CUDA error 700, no su"
     ):
         run()
+
+
+def test_a_launch_without_programs_is_left_out(driver: Driver) -> None:
+    """As by Triton's launcher; the driver would refuse it."""
+    run = _infer(make())
+    _bound(run, driver)
+    (ready,) = _call._ready.values()
+    (sized,) = ready._runners.values()
+    (found,) = sized.inference._bound.values()
+    assert found is not None
+    tensors = [Described((), (), torch.uint8)] * 99
+    steps = [x.launch for x in sized._inference._steps]
+    launches = [y for x in steps for y in x.launches(range(99))]
+    frame = Frames.of([x._replace(grid=(0, 3)) for x in launches], tensors, 0)
+    assert frame is not None and not frame._launches
+    assert len(Frames.of(launches, tensors, 0)._launches) == len(launches)  # type: ignore[union-attr]
+
+
+def test_without_tokens_there_is_nothing_to_bind(driver: Driver) -> None:
+    run = _train(make(T=0))
+    for _ in range(4):
+        assert not any(x.numel() for x in run())
+    assert not driver.launched and not driver.through_triton
 
 
 def test_buffers_share_memory_where_they_do_not_live_together() -> None:
