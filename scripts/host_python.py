@@ -1,25 +1,35 @@
-"""What a call costs the host in Python, on a machine without a GPU: launches are stubbed.
+"""What a call costs the host on a machine without a GPU: all of it but the driver and the device.
 
     python scripts/host_python.py [--op kda] [--profile forward]
 
 Calls of 64 tokens and 4 heads at K = V = 128 in bf16, with the recipe that an H200 would run, on
-CPU tensors that are taken for a GPU's. Kernels are compiled and found as ever; then their launches,
-and TileLang's programs, do nothing, and buffers are made once and given again. So what is timed is
-checks, look-ups, autograd, and the Python around each launch, and neither the driver nor the
-allocator. The least of 40 runs, in processor time of the thread: other processes change it by some
-10%, so figures of two versions compare if they are taken in turns. `host_time.py` times the whole
-on a GPU.
+CPU tensors that are taken for a GPU's. Nothing above the driver is left out: checks, look-ups,
+autograd, Triton's launcher, TileLang's programs with their host code. In place of the driver
+stands a library of functions that return at once and count (`driver_standin.c`, compiled here), and
+buffers come from torch's allocator of the host, by the same C function as a GPU's. What is not in
+the figures: the driver itself, and autograd's own thread for a GPU. TileLang's programs are
+compiled for sm_90 first, which takes minutes, and kept in GDN2GEN_CACHE_DIR.
+
+The least of 400 runs of ten calls, in processor time of the thread: other processes change it by
+some 10%, so figures of two versions compare if they are taken in turns. `host_time.py` times the
+whole on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import os
 import pstats
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -27,58 +37,107 @@ from torch import Tensor
 
 import gdn2gen
 from gdn2gen.base.environment import verifying
-from gdn2gen.codegen import background
+from gdn2gen.codegen import background, programs
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _call, _decode
-from gdn2gen.runtime import decoding, lookup, passes
+from gdn2gen.runtime import decoding, layout, lookup, passes
 
 Run = Callable[[], Any]
-CALLS: Final = 60
-RUNS: Final = 40
+CALLS: Final = 10
+RUNS: Final = 400
 PROFILED: Final = 2000
+STANDIN: Final = "GDN2GEN_DRIVER_STANDIN"
+"""The environment's word for where the stand-in lies, in the process that runs with it."""
 
-launches = 0
+
+def with_standin() -> None:
+    """Run this script anew, in a process that takes the stand-in for the driver."""
+    if STANDIN in os.environ:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(__file__).with_name("driver_standin.c")
+        library = Path(folder) / "libcuda.so.1"
+        command = ["cc", "-O2", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        for name in ("libcuda.so", "libcudart.so", "libcudart.so.12", "libcudart.so.13"):
+            (Path(folder) / name).symlink_to(library)
+        paths = filter(None, (folder, os.environ.get("LD_LIBRARY_PATH")))
+        found = {
+            **os.environ,
+            STANDIN: folder,
+            "LD_LIBRARY_PATH": os.pathsep.join(paths),
+            "TRITON_LIBCUDA_PATH": folder,
+            "CUDA_VISIBLE_DEVICES": "",
+            # as a caching allocator: no call of the system for a buffer of megabytes
+            "MALLOC_MMAP_THRESHOLD_": str(2**25),
+            "MALLOC_TRIM_THRESHOLD_": str(2**30),
+            "MALLOC_TOP_PAD_": str(2**26),
+        }
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env=found, check=False).returncode)
 
 
-def stub() -> None:
-    """Have kernels run that do nothing, on CPU tensors."""
+def stub() -> Callable[[], int]:
+    """Have kernels run by the driver's stand-in, on CPU tensors; returns how many were launched."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
     from gdn2gen.base.device import named_device
 
-    def nothing(*_: Any) -> None:
-        global launches
-        launches += 1
+    standin = ctypes.CDLL("libcuda.so.1")
+    _take_for_gpus(standin)
+    allocate: Any = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
-    def made_once(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        made = torch.zeros(shape, dtype=dtype, device=device)
-        return lambda: made
+    def maker(shape: tuple[int, ...], dtype: torch.dtype, _: torch.device) -> Callable[[], Any]:
+        return partial(allocate, shape, layout.strides_of(shape), dtype)
 
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 0, 0, 1024),
-        unload_module=lambda _: None,
-        get_device_properties=lambda _: {"max_shared_mem": 232448},
-    )
     driver._active = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda *_: nothing,
-        utils=utils,
+        launcher_cls=nvidia.CudaLauncher,
+        utils=nvidia.CudaUtils(),
     )
     replaced: dict[Any, tuple[str, Any]] = {
-        background: ("compiled_program", lambda *_: nothing),
-        passes: ("maker", made_once),
-        decoding: ("maker", made_once),
+        background: ("compiled_program", _kept_program),
+        passes: ("maker", maker),
+        decoding: ("maker", maker),
         lookup: ("device_of", lambda _: named_device("H200")),
         _call: ("by_kernels", lambda _: True),
         _decode: ("by_kernels", lambda _: True),
     }
     for module, (name, value) in replaced.items():
         setattr(module, name, value)
+    standin.standin_launches.restype = ctypes.c_long
+    return standin.standin_launches
+
+
+def _kept_program(module: Any, name: str, compile_it: Any) -> Any:
+    """A program for sm_90, compiled unless it is kept."""
+    alone = ModuleType(module.__name__)
+    setattr(alone, name, compile_it)
+    programs.keep_for(alone, "sm_90")
+    kept = programs._kept(programs._name(module, name, (9, 0)))
+    assert kept is not None
+    return programs._load(kept)
+
+
+_CAPSULE: Final = b"dlpack_exchange_api"
+
+
+def _take_for_gpus(standin: Any) -> None:
+    """Have TileLang's programs take torch's CPU tensors for a GPU's."""
+    address, words, thing = ctypes.c_void_p, ctypes.c_char_p, ctypes.py_object
+    get, new = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_New
+    get.restype, get.argtypes = address, (thing, words)
+    new.restype, new.argtypes = thing, (address, words, address)
+    tensor: Any = Tensor
+    standin.standin_exchange.restype = address
+    standin.standin_exchange.argtypes = (address,)
+    own = standin.standin_exchange(get(tensor.__dlpack_c_exchange_api__, _CAPSULE))
+    tensor.__dlpack_c_exchange_api__ = new(own, _CAPSULE, None)
 
 
 def directions(op: str, cu_seqlens: tuple[int, ...] | None) -> tuple[Run, Run]:
@@ -96,7 +155,7 @@ def directions(op: str, cu_seqlens: tuple[int, ...] | None) -> tuple[Run, Run]:
         with torch.no_grad():
             return function(**inputs, use_qk_l2norm_in_kernel=True)[0]
 
-    do = torch.randn_like(forward())
+    do = torch.randn_like(inputs["v"])
 
     def both() -> tuple[Tensor, ...]:
         o, _ = function(**inputs, use_qk_l2norm_in_kernel=True)
@@ -135,23 +194,31 @@ def microseconds(run: Run) -> float:
     return best / CALLS * 1e6
 
 
+def calls_of(op: str) -> dict[str, Run]:
+    """What is timed, by name; compiled when it is first run."""
+    runs: dict[str, Run] = {}
+    if hasattr(gdn2gen, str(recurrence_named(op).public.recurrent)):
+        runs["decode"] = step(op)
+    for name, lengths in (("", None), ("packed ", (0, 20, 64))):
+        runs[f"{name}forward"], runs[f"{name}forward+backward"] = directions(op, lengths)
+    return runs
+
+
 @verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--op", choices=OPS, default=OPS[0], help="(%(default)s)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only calls of that name")
     parser.add_argument("--profile", metavar="NAME", help="also profile the calls of that name")
     args = parser.parse_args()
-    stub()
-    runs: dict[str, Run] = {}
-    if hasattr(gdn2gen, str(recurrence_named(args.op).public.recurrent)):
-        runs["decode"] = step(args.op)
-    for name, lengths in (("", None), ("packed ", (0, 20, 64))):
-        runs[f"{name}forward"], runs[f"{name}forward+backward"] = directions(args.op, lengths)
-    for name, run in runs.items():
+    launches = stub()
+    for name, run in calls_of(args.op).items():
+        if args.only and name not in args.only:
+            continue
         run()
-        before = launches
+        before = launches()
         run()
-        made = launches - before
+        made = launches() - before
         print(f"{name:24} {microseconds(run):7.1f} us, {made} launches", flush=True)
         if name == args.profile:
             profile = cProfile.Profile()
@@ -162,5 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    with_standin()
     main()

@@ -8,6 +8,8 @@ build        source to module to compiled kernel, ahead of time for any target
 interpreter  Triton's interpreter, mended, hastened and taught bf16
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
+fixed        launches of one kernel whose scalars never change
+frames       a pass's launches with arguments that lie ready: a call writes addresses
 sized        launches whose grids and scalars are worked out once
 programs     TileLang's compiled programs kept, and run without TileLang
 shipped      kernels compiled ahead, in a folder that is only read

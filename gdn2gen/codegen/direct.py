@@ -9,7 +9,7 @@ those two are looked at, and what differs goes through Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import or_
 from types import FunctionType, ModuleType
@@ -39,82 +39,11 @@ def direct_launch(module: ModuleType, function: str = "launch") -> Callable[...,
     return copy  # type: ignore[no-any-return]
 
 
-def fixed_launch(module: ModuleType, scalars: Mapping[str, int | float]) -> FixedLaunch:
-    """The `launch` of a rendered module with one kernel, for these scalars alone."""
-    from triton.runtime.jit import JITFunction
+def streams() -> Callable[[int], int]:
+    """What says which stream is current on a device."""
+    from triton.runtime import driver
 
-    (name,) = (
-        name
-        for name, x in vars(module).items()
-        if name.endswith("_kernel") and isinstance(x, JITFunction)
-    )
-    seen = _Seen()
-    launch = FunctionType(module.launch.__code__, {**vars(module), name: seen}, name)
-    operands = module.launch.__code__.co_argcount
-    launch(*[None] * operands, **scalars)
-    return FixedLaunch(
-        DirectKernel(getattr(module, name)), operands, seen.grid, seen.arguments, seen.named
-    )
-
-
-class _Seen:
-    """Stands in for a kernel, and keeps how it would be launched."""
-
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        self.grid = grid
-        return self._keep
-
-    def _keep(self, *arguments: Any, **named: Any) -> None:
-        self.arguments, self.named = arguments, named
-
-
-class FixedLaunch:
-    """A launch that differs from the next in its tensors alone: of a call is left to find out where
-    these are, and on which stream. For one device."""
-
-    def __init__(
-        self,
-        kernel: DirectKernel,
-        operands: int,
-        grid: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        named: Mapping[str, Any],
-    ) -> None:
-        self._direct, self._grid, self._named = kernel, grid, named
-        self._scalars = arguments[operands:]
-        parameters = kernel.parameters
-        self._aligned = tuple(
-            i for i in range(operands) if not parameters[i].do_not_specialize_on_alignment
-        )
-        """Places of tensors of which Triton compiles another kernel where they are not aligned."""
-        self._fits = all(x in INT32 for x in self._scalars if isinstance(x, int)) and all(
-            x.do_not_specialize for x in parameters[operands : len(arguments)]
-        )
-        constants = [x.name for x in parameters[len(arguments) :]]
-        self._rest = (*self._scalars, *(named[x] for x in constants))
-        self._size = (*grid, 1, 1)[:3]
-        self._run: Callable[..., None] | None = None
-        self._device = 0
-        self._before: tuple[Any, ...] = ()
-
-    def __call__(self, *tensors: Any) -> None:
-        addresses = [x.data_ptr() for x in tensors]
-        low = 0
-        for i in self._aligned:
-            low |= addresses[i]
-        run, direct = self._run, self._direct
-        if run is None or low % ALIGNMENT or direct.is_watched():
-            compiled = direct.through_triton(self._grid, *tensors, *self._scalars, **self._named)
-            if low % ALIGNMENT == 0 and self._fits:
-                self._device = direct.device()
-                self._before = (compiled.function, compiled.packed_metadata, None, None, None)
-                self._run = compiled.run
-            return
-        run(*self._size, direct.stream(self._device), *self._before, *addresses, *self._rest)
+    return driver.active.get_current_stream  # type: ignore[no-any-return]
 
 
 class DirectKernel:

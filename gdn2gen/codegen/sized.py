@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any
 
 from gdn2gen.codegen.direct import ALIGNMENT, INT32, DirectKernel
+from gdn2gen.codegen.frames import Launch
 
 
 def sized_launch(
@@ -59,6 +60,7 @@ class SizedLaunch:
         self._launch, self._scalars = launch, scalars
         self._kernels: tuple[DirectKernel, ...] = ()
         self._steps: tuple[Callable[..., None], ...] | None = None
+        self._what: tuple[_Noted, ...] = ()
         self._device = 0
 
     def __call__(self, *tensors: Any) -> None:
@@ -89,8 +91,27 @@ class SizedLaunch:
         if kernels:
             self._device = kernels[0].device()
         steps = [_step(x, self._device) for x in noted]
-        self._kernels = kernels
+        self._kernels, self._what = kernels, tuple(noted)
         return None if None in steps else tuple(steps)  # type: ignore[arg-type]
+
+    @property
+    def kernels(self) -> tuple[DirectKernel, ...]:
+        return self._kernels
+
+    def launches(self, places: Sequence[int]) -> list[Launch] | None:
+        """What it launches, where its tensors have these places in a pass; None while some of it
+        is not known."""
+        if self._steps is None:
+            return None
+        found = []
+        for x in self._what:
+            tensors = [places[y.place] for y in x.arguments if isinstance(y, _Operand)]
+            scalars = x.arguments[len(tensors) :]
+            if isinstance(x.what, DirectKernel):
+                rest = x.what.parameters[len(x.arguments) :]
+                scalars = (*scalars, *(x.named[y.name] for y in rest))
+            found.append(Launch(x.what, x.grid, tuple(tensors), scalars))
+        return found
 
     def _noted(self, operands: int) -> list[_Noted] | None:
         """What it launches, in order; None if it does more with a tensor than hand it on."""

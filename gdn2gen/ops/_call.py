@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from types import NoneType
 from typing import Any, Final
 
 from torch import Tensor
 
-from gdn2gen.base.environment import values_of
 from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
@@ -20,9 +21,12 @@ from gdn2gen.runtime.arguments import (
     check_gate,
     check_narrow,
     check_scale,
+    device_of,
+    is_traced,
     is_watched,
 )
 from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.lookup import find_runner, request_at
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.sequences import check_cu_seqlens
@@ -66,14 +70,23 @@ def call(
     check_flags(*flags)
     signature = op.signature
     serves = return_intermediate_states or serving is not NOT_SERVING
-    watched = is_watched((*tensors, *serving.pools) if serves else tensors)
-    key = None
-    if not (watched or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
-        key = _key(signature, tensors, flags, scale, lower_bound, chunk_size)
-        ready = None if key is None else _ready.get(key)
-        if ready is not None:
-            o, state = ready.run(signature, tensors)
-            return o, state if output_final_state else None
+    traced, key = is_traced(), None
+    if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
+        short = _short_key(signature, tensors, flags, scale, lower_bound, chunk_size)
+        if short is not None:
+            given = [x for x in tensors if x is not None]
+            ready = _ready.seen(short, given)
+            if ready is not None:
+                o, state = ready.run(tensors)
+                return o, state if output_final_state else None
+            key = None if is_watched(tensors) else _key(short, given)
+            ready = None if key is None else _ready.get(key)
+            if ready is not None:
+                if _is_as_kernels_take(signature, tensors, given, ready.dims):
+                    _ready.note(short, given, ready)
+                o, state = ready.run_any(signature, tensors)
+                return o, state if output_final_state else None
+    watched = traced or is_watched((*tensors, *serving.pools) if serves else tensors)
     gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
     check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -102,7 +115,7 @@ def call(
         )
     level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
-        _remember(key, _Ready(dims, options, level))
+        _ready.keep(key, _Ready(dims, options, level))
     o, state = autograd.run(
         op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
     )
@@ -113,43 +126,36 @@ class _Ready:
     """A kind of call that has passed every check on what is not a value, and its kernels."""
 
     def __init__(self, dims: Dims, options: tuple[Any, ...], level: str) -> None:
-        self._dims, self._options, self._level = dims, options, level
+        self.dims, self._options, self._level = dims, options, level
         self._runners: dict[bool, SizedRunner] = {}
 
-    def run(
-        self, signature: Signature, tensors: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, tensors: Sequence[Tensor | None], known: bool = True) -> Outputs:
+        """`known`: the tensors are as kernels take them, but for where they lie."""
         cu_seqlens = tensors[-1]
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, self._dims.T)
+            check_cu_seqlens(cu_seqlens, self.dims.T)
+        return autograd.run_known(tensors, self._runner, known=known)
+
+    def run_any(self, signature: Signature, tensors: tuple[Tensor | None, ...]) -> Outputs:
         if any([tensors[place] is not None for place in signature.parameters]):
-            tensors = _as_kernels_take(signature, tensors, self._dims)
-        return autograd.run_known(tensors, self._runner)
+            tensors = _as_kernels_take(signature, tensors, self.dims)
+        return self.run(tensors, known=False)
 
     def _runner(self, gradient: bool) -> SizedRunner:
         found = self._runners.get(gradient)
         if found is None:
-            request = request_at(self._dims, *self._options)
+            request = request_at(self.dims, *self._options)
             found = self._runners[gradient] = find_runner(request, self._level, gradient)
         return found
 
 
-_ready: dict[tuple[Any, ...], _Ready] = {}
-_MOST: Final = 1024
-
-
-def _remember(key: tuple[Any, ...], ready: _Ready) -> None:
-    if len(_ready) >= _MOST:
-        _ready.clear()
-    _ready[key] = ready
-
-
+Outputs = tuple[Tensor, Tensor | None]
+_ready: Kinds[_Ready] = Kinds(1024)
 # A number that is equal may be of a type that is refused: True is 1.
 _NUMBERS: Final = frozenset({float, int, NoneType})
-_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
 
 
-def _key(
+def _short_key(
     signature: Signature,
     tensors: tuple[Tensor | None, ...],
     flags: tuple[bool, ...],
@@ -157,27 +163,48 @@ def _key(
     lower_bound: Any,
     chunk_size: Any,
 ) -> tuple[Any, ...] | None:
-    """All that the checks and the kernels of a call depend on, but for values; None where there is
-    no telling."""
+    """All that the checks and the kernels of a call depend on, but for values, and for what its
+    tensors are; None where there is no telling."""
     numbers = type(scale), type(lower_bound)
     if not _NUMBERS.issuperset(numbers) or chunk_size is not None:
         return None
-    try:
-        layouts = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
-    except RuntimeError:  # what is nested has no shape
-        return None
     return (
         signature,
-        *layouts,
+        *map(type, tensors),
         *flags,
         scale,
         lower_bound,
         *numbers,
         by_kernels,
         current_look(),
-        values_of(_VARIABLES),
         *surroundings(),
     )
+
+
+def _key(short: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """The same with what the tensors are. Those that `is_watched` looked at."""
+    device = device_of(given)
+    if device is None:
+        return None
+    try:
+        return (*short, device, *map(_LOOK, given))
+    except RuntimeError:  # what is nested has no shape
+        return None
+
+
+def _is_as_kernels_take(
+    signature: Signature,
+    tensors: tuple[Tensor | None, ...],
+    given: Sequence[Tensor],
+    dims: Dims,
+) -> bool:
+    if any(map(Tensor.is_neg, given)):
+        return False
+    taken = _as_kernels_take(signature, tensors, dims)
+    return all(x is y for x, y in zip(tensors, taken, strict=True))
+
+
+_LOOK: Final = attrgetter("shape", "dtype", "layout")
 
 
 def _as_kernels_take(

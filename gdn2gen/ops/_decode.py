@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from types import NoneType
 from typing import Any, Final
 
@@ -17,6 +19,8 @@ from gdn2gen.runtime.arguments import (
     check_gate,
     check_scale,
     check_types,
+    device_of,
+    is_traced,
     is_watched,
 )
 from gdn2gen.runtime.decoding import Plan, decoding_name, forced_config
@@ -28,6 +32,7 @@ from gdn2gen.runtime.decoding_checks import (
 )
 from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
 from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.signature import Signature
 from gdn2gen.store.dispatch import forced
 from gdn2gen.store.verified import current_look
@@ -63,16 +68,24 @@ def decode(
     )
     check_flags(*known, False, False, False)
     signature, given = op.signature, (*tensors, *serving)
-    watched = is_watched(given)
-    key, numbers = None, (scale, lower_bound, null_slot)
-    if not watched:
-        key = _key(signature, given, known, numbers)
-        plan = None if key is None else _plans.get(key)
-        if plan is not None:
-            refuse_gradients(signature, given)
-            o, state = _launch(plan, given)
-            pool = serving[2]
-            return o, state if pool is None or not output_final_state else pool
+    traced, key = is_traced(), None
+    if not traced:
+        short = _short_key(signature, given, known, (scale, lower_bound, null_slot))
+        if short is not None:
+            present = [x for x in given if x is not None]
+            plan = _plans.seen(short, present)
+            if plan is not None:
+                o, state = _launch(plan, given, known=True)
+                return o, state if serving[2] is None or not output_final_state else serving[2]
+            key = None if is_watched(given) else _key(short, present)
+            plan = None if key is None else _plans.get(key)
+            if plan is not None:
+                refuse_gradients(signature, given)
+                if not any([x.is_neg() or x.requires_grad for x in present]):
+                    _plans.note(short, present, plan)
+                o, state = _launch(plan, given)
+                return o, state if serving[2] is None or not output_final_state else serving[2]
+    watched = traced or is_watched(given)
     parameters = [tensors[place] for place in signature.parameters]
     check_gate(signature, use_gate_in_kernel, False, lower_bound, *parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -90,60 +103,41 @@ def decode(
     else:
         plan = plan_of(signature, given, options, null_slot)
         if key is not None:
-            _remember(key, plan)
+            _plans.keep(key, plan)
         o, state = _launch(plan, given)
     return o, state if pool is None or not output_final_state else pool
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-_MOST: Final = 2048
+_plans: Kinds[Plan] = Kinds(2048)
 
 
-def _remember(key: tuple[Any, ...], plan: Plan) -> None:
-    if len(_plans) >= _MOST:
-        _plans.clear()
-    _plans[key] = plan
-
-
-def _launch(plan: Plan, given: Tensors) -> tuple[Tensor, Tensor | None]:
-    """`given` are the tensors of the signature, and of `SERVING`."""
+def _launch(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`given` are the tensors of the signature, and of `SERVING`; `known`: none of them is negated
+    lazily."""
     *inputs, out = given
     cu_seqlens = inputs[plan.cu_seqlens]
     if cu_seqlens is not None:
         check_lengths(cu_seqlens, plan.dims.T)
-    return launch(plan, inputs, out)
+    return launch(plan, inputs, out, known=known)
 
 
 # A number that is equal may be of a type that is refused: True is 1.
 _NUMBERS: Final = frozenset({float, int, NoneType})
 _VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET", "GDN2GEN_BATCH_INVARIANT")
-_HOST: Final = -1
+_LOOK: Final = attrgetter("shape", "dtype")
 
 
-def _key(
+def _short_key(
     signature: Signature, given: Tensors, flags: tuple[bool, ...], numbers: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    """All that the checks and the kernel of a call depend on, but for values; None where there is
-    no telling. An attribute costs 0.1 us and more, and here each is asked for of all tensors."""
-    present = [x for x in given if x is not None]
+    """All that the checks and the kernel of a call depend on, but for values, and for what its
+    tensors are; None where there is no telling."""
     types = [*map(type, numbers)]
-    places = {*map(Tensor.get_device, present)}
-    if given[0] is None or len(places) != 1 or not _NUMBERS.issuperset(types):
-        return None
-    device = given[0].device
-    if _HOST in places and any([x.device != device for x in present]):
-        return None  # on the host, or without data
-    try:
-        lying = [
-            None if x is None else (x.shape, x.dtype, x.is_contiguous() or (x.layout, x.stride()))
-            for x in given
-        ]
-    except RuntimeError:  # what is not dense has no strides, or no shape
+    if given[0] is None or not _NUMBERS.issuperset(types):
         return None
     return (
         signature,
-        device,
-        *lying,
+        *map(type, given),
         *flags,
         *numbers,
         *types,
@@ -153,6 +147,21 @@ def _key(
         current_look(),
         values_of(_VARIABLES),
     )
+
+
+def _key(short: tuple[Any, ...], present: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """The same with what the tensors are. Those that `is_watched` looked at."""
+    device = device_of(present)
+    if device is None:
+        return None
+    try:
+        looks = [*map(_LOOK, present)]
+        lying: Sequence[Any] = [*map(Tensor.is_contiguous, present)]
+        if not all(lying):
+            lying = [x.is_contiguous() or (x.layout, x.stride()) for x in present]
+    except RuntimeError:  # what is not dense has no strides, or no shape
+        return None
+    return (*short, device, *looks, *lying)
 
 
 def _by_op(

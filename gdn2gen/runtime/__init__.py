@@ -6,6 +6,8 @@ signature        how the ops of a recurrence take their arguments, made of its d
 arguments        checks of a call; bad input never reaches a kernel
 head_dims        head dims of a call, verified on such a GPU
 call             sizes and scalars of a call, by symbols
+kinds            calls that are known, by what of their tensors decides
+bound            a pass bound to its launches: buffers at offsets, one look at addresses
 passes           workspace and launches of one direction
 layout           what a forward saves as one buffer, for tracers
 runner           a recipe with its kernels loaded

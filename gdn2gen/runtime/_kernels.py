@@ -14,8 +14,9 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.schedule import outputs_of
 from gdn2gen.runtime._operands import readable
+from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.lookup import Request, known_request
-from gdn2gen.runtime.runner import SizedRunner
+from gdn2gen.runtime.runner import SAVED, SizedRunner
 from gdn2gen.runtime.signature import Signature
 
 
@@ -62,16 +63,42 @@ def run_forward(
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):
         runner.plan_backward()
-    results = sized.forward(named_inputs(sized, given, cu_seqlens), into)
+    inputs = named_inputs(sized, given, cu_seqlens)
+    results = sized.forward(inputs, into)
+    sized.training.learn(inputs, None if cu_seqlens is None else cu_seqlens.dtype)
     return results["o"], results.get("final_state"), [results[x] for x in sized.saved_names]
 
 
 def run_inference(
-    sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
+    sized: SizedRunner,
+    given: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    addresses: list[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """o, and the final state if asked for, where no gradient is wanted."""
-    results = sized.infer(named_inputs(sized, given, cu_seqlens))
+    """o, and the final state if asked for, where no gradient is wanted. `addresses` are those of
+    all tensors, if kernels can read them as they lie."""
+    packed = None if cu_seqlens is None else cu_seqlens.dtype
+    if addresses is not None:
+        made = sized.inference.run(addresses, packed)
+        if made is not None:
+            return made[0], made[1] if sized.runner.problem.final_state else None
+    inputs = named_inputs(sized, given, cu_seqlens)
+    results = sized.infer(inputs)
+    sized.inference.learn(inputs, packed)
     return results["o"], results.get("final_state")
+
+
+def run_training(
+    sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None, addresses: list[int]
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """`run_forward` on tensors that lie at `addresses` as kernels read them, with what is saved as
+    one buffer; None where that is not known yet."""
+    made = sized.training.run(addresses, None if cu_seqlens is None else cu_seqlens.dtype)
+    if made is None:
+        return None
+    if sized.runner.problem.final_state:
+        return made[0], made[1], made[2]
+    return made[0], None, made[1]
 
 
 def named_inputs(
@@ -102,6 +129,48 @@ def run_backward(
     grads = sized.backward(tensors)
     folds = _folds(sized.runner.problem.op)
     return [folds[name](grads[grad], tensors[name]) for name, grad in sized.gradient_names]
+
+
+def run_gradients(
+    sized: SizedRunner,
+    do: Tensor,
+    dht: Tensor | None,
+    saved: Tensor,
+    o: Tensor,
+    given: Sequence[Tensor],
+) -> list[Tensor]:
+    """`run_backward` from what `run_training` saved."""
+    arrived, last = ((do,), False) if dht is None else ((do, dht), True)
+    quick = sized.backwards[last]
+    lying: Sequence[Tensor] = (*given, saved, o, *arrived)
+    addresses = addresses_of(lying)
+    if addresses is None:  # a sum's gradient is one number, in all places
+        lying = readable(lying)
+        addresses = addresses_of(lying)
+    made = None if addresses is None else quick.run(addresses, None)
+    if made is not None:
+        folded = sized.folded.get(last) or _folded(sized, last, given, made)
+        return [
+            made[place] if fold is None else fold(made[place], x)
+            for (place, fold), x in zip(folded, given, strict=True)
+        ]
+    grads = run_backward(sized, do, dht, sized.layout.split(saved), o, given)
+    names = (*sized.input_names, SAVED, "o", *("do", "dht")[: len(arrived)])
+    quick.learn(dict(zip(names, lying, strict=True)), None)
+    return grads
+
+
+def _folded(
+    sized: SizedRunner, dht: bool, given: Sequence[Tensor], made: Sequence[Tensor]
+) -> tuple[tuple[int, _Fold | None], ...]:
+    """Of each input, where its gradient is among what the backward makes, and how it is summed."""
+    folds, order = _folds(sized.runner.problem.op), sized.made_backwards(dht)
+    found = [(order.index(grad), folds[name]) for name, grad in sized.gradient_names]
+    sized.folded[dht] = folded = tuple(
+        (place, None if made[place].shape == x.shape else fold)
+        for (place, fold), x in zip(found, given, strict=True)
+    )
+    return folded
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from gdn2gen.base.environment import interpreted
 from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
-from gdn2gen.codegen.direct import direct_launch, fixed_launch
+from gdn2gen.codegen.direct import direct_launch
+from gdn2gen.codegen.fixed import fixed_launch
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
@@ -77,6 +78,9 @@ class _ByDtype:
 
     def __call__(self, given: Tensor, *others: Tensor, **scalars: int) -> None:
         self._launches[given.dtype](given, *others, **scalars)
+
+    def of_dtype(self, dtype: torch.dtype) -> Callable[..., None]:
+        return self._launches[dtype]
 
     def at(self, scalars: Mapping[str, int | float]) -> _ByDtype:
         return _ByDtype({x: sized_launch(y, scalars) for x, y in self._launches.items()})

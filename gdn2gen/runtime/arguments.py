@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError, UnsupportedError
@@ -63,18 +62,37 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
 
     If not, sizes are numbers.
     """
+    return is_traced() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def is_traced() -> bool:
+    """Whether a tracer or a mode wants to see them, whatever the tensors are."""
     return (
         torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def by_kernels(device: torch.device) -> bool:
     """Whether kernels compute: not on the CPU, unless they are interpreted, nor without data."""
     return device.type not in ("cpu", "meta") or (device.type == "cpu" and interpreted())
+
+
+_HOST: Final = -1
+"""What `get_device` says of tensors that are on none, be it the host, or without data."""
+
+
+def device_of(given: Sequence[Tensor]) -> torch.device | None:
+    """The device of all that are given; None where they are on several. By one pass in C."""
+    places = {*map(Tensor.get_device, given)}
+    if len(places) != 1:
+        return None
+    device = given[0].device
+    if _HOST in places and any([x.device != device for x in given]):
+        return None
+    return device
 
 
 def check_scale(scale: object) -> float | None:

@@ -28,11 +28,14 @@ from gdn2gen.runtime._kernels import (
     request_of,
     run_backward,
     run_forward,
+    run_gradients,
     run_inference,
+    run_training,
     sequences_of,
 )
 from gdn2gen.runtime._library import backward_fake, backward_op, forward_fake, forward_op
 from gdn2gen.runtime.arguments import Dims
+from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner, request_at
 from gdn2gen.runtime.prefill_op import prefill_op
 from gdn2gen.runtime.runner import SizedRunner
@@ -83,15 +86,30 @@ def run(
 
 
 def run_known(
-    tensors: Sequence[Tensor | None], runner: Callable[[bool], SizedRunner]
+    tensors: Sequence[Tensor | None],
+    runner: Callable[[bool], SizedRunner],
+    *,
+    known: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`run` by kernels, past torch.library: those of `runner`, told if a gradient is wanted."""
+    """`run` by kernels, past torch.library: those of `runner`, told if a gradient is wanted.
+
+    `known`: the tensors are in rows without gaps, and none is negated lazily."""
     *optional, cu_seqlens = tensors
     given = [x for x in optional if x is not None]
+    lying = given if cu_seqlens is None else [*given, cu_seqlens]
     if not (torch.is_grad_enabled() and any([x.requires_grad for x in given])):
-        return run_inference(runner(False), given, cu_seqlens)
-    o, final_state = _Function.apply(runner(True), cu_seqlens, *given)  # type: ignore[no-untyped-call]
+        addresses = addresses_of(lying, known=known)
+        return run_inference(runner(False), given, cu_seqlens, addresses)
+    sized = runner(True)
+    addresses = None if _saved_hooks(True) is not None else addresses_of(lying, known=known)
+    # without wrappers of a transform that ended: they have no address
+    apply = _Function.apply if addresses is None else _apply
+    o, final_state = apply((sized, cu_seqlens, addresses), *given)
     return o, final_state
+
+
+# Hooks are shown tensors of the dtypes that kernels saved, and not one buffer of bytes.
+_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def has_tangents() -> bool:
@@ -143,19 +161,42 @@ class _Function(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, sized: SizedRunner, cu_seqlens: Tensor | None, *given: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        o, final_state, saved = run_forward(sized, given, cu_seqlens)
+    def forward(ctx: Any, call: _Call, *given: Tensor) -> tuple[Tensor, Tensor | None]:
+        sized, cu_seqlens, addresses = call
+        found = None
+        if addresses is not None:
+            found = run_training(sized, given, cu_seqlens, addresses)
         ctx.set_materialize_grads(False)
-        ctx.sized = sized
-        ctx.save_for_backward(*given, o, *saved)
+        ctx.sized, ctx.whole = sized, found is not None
+        if found is not None:
+            o, final_state, saved = found
+            ctx.save_for_backward(*given, o, saved)
+            return o, final_state
+        o, final_state, pieces = run_forward(sized, given, cu_seqlens)
+        ctx.save_for_backward(*given, o, *pieces)
         return o, final_state
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
-        op, gradients = ctx.sized.runner.problem.op, partial(_gradients, ctx.sized)
-        return (None, None, *gradients_once(op, gradients, do, dht, *ctx.saved_tensors))
+        sized = ctx.sized
+        gradients = partial(_gradients_of_whole if ctx.whole else _gradients, sized)
+        op = sized.runner.problem.op
+        return (None, *gradients_once(op, gradients, do, dht, *ctx.saved_tensors))
+
+
+_Call = tuple[SizedRunner, Tensor | None, list[int] | None]
+"""What a call runs, cu_seqlens, and where its tensors lie if kernels read them as they do."""
+# What `Function.apply` does for a Function with a ctx, but for wrappers of transforms that ended.
+_apply: Any = super(torch.autograd.Function, _Function).apply
+
+
+def _gradients_of_whole(
+    sized: SizedRunner, do: Tensor | None, dht: Tensor | None, *tensors: Tensor
+) -> list[Tensor]:
+    """`_gradients` where what is saved is one buffer."""
+    *given, o, saved = tensors
+    do = torch.zeros_like(o) if do is None else do
+    return run_gradients(sized, do, dht, saved, o, given)
 
 
 def _gradients(

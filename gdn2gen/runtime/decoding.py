@@ -28,8 +28,9 @@ from gdn2gen.runtime._loading import fixed_launcher
 from gdn2gen.runtime.arguments import Dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
 from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.layout import strides_of
 from gdn2gen.runtime.lookup import device_of, make_problem
-from gdn2gen.runtime.passes import maker, strides_of
+from gdn2gen.runtime.passes import maker
 from gdn2gen.runtime.signature import Options, Signature
 
 Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
@@ -76,8 +77,9 @@ class Plan:
     make_o: Callable[[], Tensor]
     make_final: Callable[[], Tensor] | None
 
-    def run(self, tensors: list[Tensor | None]) -> None:
-        """Launch on the current device. `tensors` are those of the signature, and `BUFFERS`."""
+    def run(self, tensors: list[Tensor | None], *, known: bool = False) -> None:
+        """Launch on the current device. `tensors` are those of the signature, and `BUFFERS`;
+        `known`: none of them is negated lazily."""
         if self.copied:
             for place in self.copied:
                 tensors[place] = _copy(tensors[place])
@@ -86,7 +88,8 @@ class Plan:
                 _given(tensors[-2]).zero_()
             return
         operands: list[Any] = [tensors[place] for place in self.places]
-        if any(map(Tensor.is_neg, operands)):  # values that torch negates where it reads them
+        # values that torch negates where it reads them
+        if not known and any(map(Tensor.is_neg, operands)):
             operands = [_copy(x) if x.is_neg() else x for x in operands]
         self.launch(*operands)
 

@@ -96,18 +96,20 @@ def launch(
     inputs: Sequence[Tensor | None],
     o: Tensor | None,
     final_state: Tensor | None = None,
+    *,
+    known: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state, in the tensors that are given for them. `inputs` are those of the
-    signature, indices, accepted tokens and the pool."""
+    signature, indices, accepted tokens and the pool; `known`: none of them is negated lazily."""
     device = plan.device
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+    if device.type == "cuda" and torch._C._cuda_getDevice() != device.index:
         with torch.cuda.device(device.index):
-            return launch(plan, inputs, o, final_state)
+            return launch(plan, inputs, o, final_state, known=known)
     if o is None:
         o = plan.make_o()
     if final_state is None and plan.make_final is not None:
         final_state = plan.make_final()
-    plan.run([*inputs, o, final_state])
+    plan.run([*inputs, o, final_state], known=known)
     return o, final_state
 
 

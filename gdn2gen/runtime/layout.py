@@ -49,3 +49,11 @@ class Layout:
             name: buffer[start : start + nbytes].view(dtype).view(shape)
             for name, (start, nbytes, dtype, shape) in self.pieces.items()
         }
+
+
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor; dims of 0 count as 1, as in torch."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(strides[::-1])

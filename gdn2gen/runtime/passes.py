@@ -14,16 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn2gen.codegen.frames import Described
 from gdn2gen.codegen.sized import sized_launch
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.schedule import Buffer, Step
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime.bound import Bound, Made, Worked, bind
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
+from gdn2gen.runtime.layout import Layout, strides_of
 
 _NOTHING_GIVEN: Mapping[str, Tensor] = {}
 
 _poisoned = False
+
+
+def poisoned() -> bool:
+    """Whether `poison` is on."""
+    return _poisoned
 
 
 def poison(enabled: bool) -> None:
@@ -75,14 +83,6 @@ _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _empty_on_gpu: Callable[..., Tensor] | None = getattr(_guards, "_empty_strided_cuda", None)
 
 
-def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor; dims of 0 count as 1, as in torch."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(strides[::-1])
-
-
 class Pass:
     """The steps of one direction at the sizes of one call, to be run any number of times."""
 
@@ -120,6 +120,32 @@ class Pass:
                 return self._run(tensors, into, observe)
         return self._run(tensors, into, observe)
 
+    def bound(
+        self,
+        inputs: Mapping[str, Tensor],
+        given: tuple[str, Layout] | None = None,
+        saved: Layout | None = None,
+    ) -> Bound | None:
+        """The pass bound to its launches, for inputs like these, in their order; None where some of
+        it has to go its own way, or is not known before the pass has run. See `bind`."""
+        described = {
+            name: Described((*x.shape,), strides_of((*x.shape,)), x.dtype)
+            for name, x in inputs.items()
+        }
+        steps = [x.worked(described) for x in self._steps]
+        pieces = () if saved is None else saved.pieces
+        keep = [x for x in self._keep if x not in pieces]
+
+        def allocate(nbytes: int) -> Callable[[], Tensor]:
+            return maker((nbytes,), torch.uint8, self._device)
+
+        return bind(steps, described, given, keep, saved, self._device, allocate)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What it returns, in order."""
+        return self._keep
+
     def _run(
         self,
         tensors: Mapping[str, Tensor],
@@ -153,10 +179,23 @@ class _SizedStep:
         sizes = call.sizes(problem, BT, step.max_segments)
         scalars = call.scalars(BT, step.max_segments)
         made = [x for x in step.buffers if x.takes is None]
-        self.name, self.freed = step.module, step.freed
+        self.name, self.freed, self.tensors = step.module, step.freed, step.tensors
         self.launch = sized_launch(loaded.launch, {name: scalars[name] for name in step.scalars})
-        self.allocated = tuple((x.name, allocator(x, sizes, call.device)) for x in made)
+        self.made = tuple(_made(x, sizes, call.device) for x in made)
+        self.allocated = tuple((x.name, x.allocate) for x in self.made)
         self.taken = tuple((x.name, x.takes) for x in step.buffers if x.takes is not None)
         self.poisonable = tuple(x.name for x in step.buffers if _poisonable(x))
         self.operands: Callable[[Mapping[str, Tensor]], Any] = itemgetter(*step.tensors)
         self.has_programs = scalars[step.count] * call.HV > 0
+
+    def worked(self, inputs: Mapping[str, Described]) -> Worked:
+        launch: Any = self.launch if self.has_programs else None
+        if hasattr(launch, "of_dtype"):
+            launch = launch.of_dtype(inputs[self.tensors[0]].dtype)
+        return Worked(launch, self.tensors, self.made, self.taken, self.freed)
+
+
+def _made(buffer: Buffer, sizes: Mapping[str, int], device: torch.device) -> Made:
+    shape = buffer.shape(sizes)
+    described = Described(shape, strides_of(shape), TORCH_DTYPE[buffer.dtype])
+    return Made(buffer.name, described, allocator(buffer, sizes, device), buffer.zeroed)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from gdn2gen.family.prefill import plain
@@ -17,9 +18,10 @@ from gdn2gen.kernels.schedule import OUTPUTS, Step, given_inputs, gradients_of, 
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime._loading import stage_launcher, table_launchers
+from gdn2gen.runtime.bound import Bound
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
-from gdn2gen.runtime.passes import Loaded, Pass
+from gdn2gen.runtime.passes import Loaded, Pass, poisoned
 
 # The stage that makes states, and may keep some of them for who asks (`PrefillProblem`).
 _KEEPING: Final = "scan"
@@ -152,6 +154,32 @@ class Runner:
         return clear if step.function == "clear" else launch
 
 
+SAVED: Final = "saved"
+"""Among the inputs of a backward: what a forward saved, as one buffer."""
+
+
+class Quickly:
+    """A pass by its bound launches, once it has run; see `Bound`."""
+
+    def __init__(self, bind: Callable[[Mapping[str, Tensor]], Bound | None]) -> None:
+        self._bind = bind
+        self._bound: dict[torch.dtype | None, Bound | None] = {}
+        self._tries = 4
+        """Kernels may be compiled for other arguments first."""
+
+    def run(self, addresses: list[int], packed: torch.dtype | None) -> list[Tensor] | None:
+        """What the pass makes, in order; None where it has to run itself. `packed` is the dtype of
+        cu_seqlens."""
+        bound = self._bound.get(packed)
+        return None if bound is None or poisoned() else bound.run(addresses)
+
+    def learn(self, inputs: Mapping[str, Tensor], packed: torch.dtype | None) -> None:
+        """Bind the pass, which has run on `inputs`: by name, in the order of addresses."""
+        if self._tries and self._bound.get(packed) is None:
+            self._bound[packed] = self._bind(inputs)
+            self._tries -= self._bound[packed] is None
+
+
 class SizedRunner:
     """A runner at the sizes of one call."""
 
@@ -162,6 +190,8 @@ class SizedRunner:
         self.saved_names = tuple(x.name for x in runner.saved)
         gradients = gradients_of(runner.problem)
         self.gradient_names = tuple((name, gradients[name]) for name in runner.inputs)
+        self.folded: dict[bool, tuple[Any, ...]] = {}
+        """Kept by who sums gradients over what their inputs lack; by whether there is a dht."""
 
     def forward(
         self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
@@ -189,6 +219,25 @@ class SizedRunner:
         return chosen.run(tensors)
 
     @cached_property
+    def inference(self) -> Quickly:
+        """`infer`."""
+        return Quickly(lambda inputs: self._inference.bound(inputs))
+
+    @cached_property
+    def training(self) -> Quickly:
+        """`forward`: outputs, and what is saved as one buffer."""
+        return Quickly(lambda inputs: self._forward.bound(inputs, saved=self.layout))
+
+    @cached_property
+    def backwards(self) -> tuple[Quickly, Quickly]:
+        """`backward`, from what `training` saved: without `dht`, and with it."""
+        given = SAVED, self.layout
+        return (
+            Quickly(lambda inputs: self._backward.bound(inputs, given)),
+            Quickly(lambda inputs: self._backward_with_dht.bound(inputs, given)),
+        )
+
+    @cached_property
     def layout(self) -> Layout:
         """Of what the forward saves, as one buffer."""
         return self.runner.layout_at(self.call)
@@ -214,6 +263,10 @@ class SizedRunner:
     @cached_property
     def _backward_with_dht(self) -> Pass:
         return self._backward_of(self.runner.problem)
+
+    def made_backwards(self, dht: bool) -> tuple[str, ...]:
+        """What the backward returns, in order."""
+        return (self._backward_with_dht if dht else self._backward).kept
 
     def _backward_of(self, problem: Problem) -> Pass:
         stages = self.runner.recipe.plan.backward

@@ -197,6 +197,9 @@ _VARIABLES: Final = (
     "GDN2GEN_STRICT",
     "GDN2GEN_COMPILED_DIR",
     "GDN2GEN_BATCH_INVARIANT",
+    # what a call's checks depend on
+    "GDN2GEN_UNVERIFIED",
+    "TRITON_INTERPRET",
 )
 
 

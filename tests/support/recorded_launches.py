@@ -14,8 +14,8 @@ from gdn2gen import chunk_gdn2
 from gdn2gen.base import paths
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
-from gdn2gen.ops import _call
-from gdn2gen.runtime import arguments, lookup, runner
+from gdn2gen.ops import _call, _decode
+from gdn2gen.runtime import arguments, decoding, lookup, runner
 
 HEADS = 4
 FLAGS: dict[str, Any] = {"use_qk_l2norm_in_kernel": True}
@@ -53,6 +53,8 @@ def _ignore(*_: Tensor, **__: Any) -> None:
 
 def forget() -> None:
     _call._ready.clear()
+    _decode._plans.clear()
+    decoding.known_plan.cache_clear()
     for cached in (
         *(lookup.known_request, lookup._found, lookup._agreed, lookup._runner),
         *(runner._sized, arguments._known_dims),

@@ -14,12 +14,8 @@ from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import load
-from gdn2gen.codegen.direct import (
-    DirectKernel,
-    FixedLaunch,
-    direct_launch,
-    fixed_launch,
-)
+from gdn2gen.codegen.direct import DirectKernel, direct_launch
+from gdn2gen.codegen.fixed import FixedLaunch, fixed_launch
 from gdn2gen.codegen.programs import programs_of
 from gdn2gen.codegen.render import render
 from gdn2gen.codegen.ship import ship_stage

@@ -18,14 +18,15 @@ from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.schedule import Buffer
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime import passes
+from gdn2gen.runtime.layout import strides_of
 from gdn2gen.runtime.passes import allocator
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 0, 3), (0,), (1, 0, 4, 2), (3, 1, 1)])
 def test_strides_are_those_of_torch(shape: tuple[int, ...]) -> None:
-    assert passes.strides_of(shape) == torch.empty(shape).stride()
+    assert strides_of(shape) == torch.empty(shape).stride()
     if shape:
-        made = torch.empty_strided(shape, passes.strides_of(shape))
+        made = torch.empty_strided(shape, strides_of(shape))
         assert made.is_contiguous()
 
 
