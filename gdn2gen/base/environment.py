@@ -63,6 +63,14 @@ def verifying() -> Iterator[None]:
             os.environ["GDN2GEN_UNVERIFIED"] = before
 
 
+def binds_launches() -> bool:
+    """Whether passes that have run are bound to their launches (GDN2GEN_BOUND=1).
+
+    Off unless asked for: bound launches have run against a stand-in for the driver, and on no GPU.
+    """
+    return os.environ.get("GDN2GEN_BOUND", "0") not in ("", "0")
+
+
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return values_of(_INVARIANT) not in _OFF

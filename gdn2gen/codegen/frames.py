@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from gdn2gen.base.environment import binds_launches
 from gdn2gen.codegen.direct import INT32, DirectKernel
 
 # What Triton's launcher gives attributes for, or memory: left to it.
@@ -109,9 +110,9 @@ class Frames:
         device: int,
         compiled: Any = None,
     ) -> Frames | None:
-        """None where one of them has to go through its own launcher. `compiled` is what was, if
-        their kernels do not know it."""
-        if any(x.dtype not in _CODES for x in tensors):
+        """None where one of them has to go through its own launcher, or all do, as the environment
+        says. `compiled` is what was, if their kernels do not know it."""
+        if not binds_launches() or any(x.dtype not in _CODES for x in tensors):
             return None
         found = []
         for launch in launches:

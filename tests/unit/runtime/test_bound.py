@@ -51,6 +51,7 @@ def _driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: list[Tensor]
 ) -> Iterator[Driver]:
     STREAM[0] = 0
+    monkeypatch.setenv("GDN2GEN_BOUND", "1")
     yield from faked(monkeypatch, tmp_path, STREAM)
 
 
