@@ -29,6 +29,10 @@ from gdn2gen.kernels.recurrent import UNIT, TokenStage
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
 
+_PAIR_PRECISION: Final = {
+    "fp16": ', input_precision="tf32"',
+    "fp32": ', input_precision="tf32x3"',
+}
 # BM of merge_kernel: the rows of values that a program takes.
 _MERGED_ROWS: Final = 16
 
@@ -143,6 +147,11 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "gate_dtype": _in_triton(problem.gate_dtype),
         "factor_dtype": _in_triton(problem.dtype_of("factor")),
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
+        # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
+        "pairs_in_fp32": problem.dtype == "fp16",
+        "pair_precision": _PAIR_PRECISION.get(problem.dtype, ""),
+        "n_z": str(-(-problem.V // 16)),
+        "z_covered": str(1 << (-(-problem.V // 16) - 1).bit_length()),
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),
     }

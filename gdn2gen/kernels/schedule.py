@@ -186,10 +186,10 @@ def _clear(problem: Problem) -> Step:
 
 def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
     # a program of grad_key reads its part of G before it writes the same part of dg
-    shares = in_place and (operand.name, operand.of, problem.gate_dtype) == (
-        "dg",
-        "channel",
-        "fp32",
+    shares = (
+        in_place
+        and (operand.name, operand.of, problem.gate_dtype) == ("dg", "channel", "fp32")
+        and any(x.name == "G" for x in config.operands(problem))
     )
     buffer = Buffer.of(operand, problem)
     if "NK" in buffer.symbols:
