@@ -6,9 +6,10 @@ again where it is read: both recursions are separable in the channels of keys, g
 
     S_(c+1) = Diag(gamma_C) S_c + Ktail^T R        dS_c = Diag(gamma_C) dS_(c+1) + Qg^T dO - E^T dX
 
-so that grad_blocks, a program of which takes a block and a slice of channels, has all it needs. It
-sums the decay itself, and makes dT and dAqk of what it reads; so no stage leaves the sum of the
-decay, and dv and dw are the reverse scan's, of dX as it is in fp32.
+so that grad_blocks, a program of which takes a chunk and a slice of channels, has all it needs: it
+goes from the block's start up to its chunk, and from the block's end down to it. It sums the decay
+itself, and makes dT and dAqk of what it reads; so no stage leaves the sum of the decay, and dv and dw
+are the reverse scan's, of dX as it is in fp32.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ _KTAIL: Final = FACTORS[2]
 
 def _kept(operand: Operand, every: int) -> Operand:
     """A state, or its gradient, of every block instead of every chunk."""
-    return replace(operand, dims=operand.dims.replace("NT", f"NT{every}"))
+    dims = operand.dims if every == 1 else operand.dims.replace("NT", f"NT{every}")
+    return replace(operand, dims=dims)
 
 
 def _in_triton(stage: Stage, template: str) -> tuple[Form, ...]:
@@ -144,7 +146,7 @@ def _grad_blocks(every: int) -> Stage:
             *RSTD,
             K_BETA,
             GAMMA_C,
-            _KTAIL,
+            *((_KTAIL,) if every > 1 else ()),
             _kept(H, every),
             R,
             _kept(DH, every),
@@ -152,21 +154,21 @@ def _grad_blocks(every: int) -> Stage:
             DO,
             replace(OUTPUT, when="l2norm"),
             _Z_DOT,
-            *SEQUENCES,
+            *(SEQUENCES[1:] if every > 1 else ()),
             *CHUNK_TABLE,
         ),
         outputs=(
             Operand("beta_dot", "NT HV BT", "fp32", "beta"),
             *(x for x in GRAD_KEY.outputs if x.name in taken and x.of in ("all", "channel")),
         ),
-        scalars=(*CHUNK_SCALARS, "n_sequences", "n_chunks"),
-        count=f"n_blocks{every}",
-        # dq, de, dk and both ends of dS of the states; dAqk and dT; of pairs; states made again
+        scalars=(*CHUNK_SCALARS, "n_sequences"),
+        # dq, de, dk from the states; dAqk and dT; of pairs; half as many states made again as chunks
+        # lie between, by one product, and as many of their gradients, by two
         products=(
-            *("BT K V",) * 5,
+            *("BT K V",) * 3,
             *("BT BT V",) * 2,
             *("BT K BT",) * 4,
-            *("BT K V",) * (every - 1),
+            *("BT K V",) * (3 * (every - 1) // 2),
         ),
         forms=(_ANCHORED, bounded(_ANCHORED, "grad_key")),
         selector="decay",

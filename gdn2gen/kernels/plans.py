@@ -26,6 +26,8 @@ class Plan:
     name: str
     forward: tuple[str, ...]
     backward: tuple[str, ...]
+    every: int = 0
+    """Chunks from one state that is kept between stages to the next; 0 where stages keep all."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -44,9 +46,9 @@ def _blocks(every: int) -> tuple[Plan, Plan]:
     again = ("reprepare_factors", f"rescan_blocks{every}")
     return (
         # keeps what `lean` does
-        Plan(f"blocks{every}", _FORWARD, (*again, *backward)),
+        Plan(f"blocks{every}", _FORWARD, (*again, *backward), every),
         # R and the factors, and h of every block, less S_seg
-        Plan(f"blocks{every}_states", ("prepare", f"scan_blocks{every}"), backward),
+        Plan(f"blocks{every}_states", ("prepare", f"scan_blocks{every}"), backward, every),
     )
 
 

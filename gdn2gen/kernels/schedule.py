@@ -42,6 +42,7 @@ class Buffer:
         symbols = operand.dims.split()
         if problem.state_v_first and operand.name in _STATES:
             symbols[-2:] = symbols[:-3:-1]
+        symbols = [str(-(-problem.V // 16)) if x == "NZ" else x for x in symbols]
         return cls(operand.name, tuple(symbols), operand.dtype_in(problem))
 
     @property

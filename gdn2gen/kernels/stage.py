@@ -9,7 +9,7 @@ Symbols in `dims` (the same as in the templates' glossaries):
     HP programs of grad_group for a chunk: each group's heads, as many at once as a config says
     NB sub-blocks of a chunk, 16 tokens each
     NS segments of a sequence, of equal length (see `Call.segments`)
-    NT1, NT2, NT4 blocks of so many chunks, over all sequences (see `Call.blocks`)
+    NT2, NT4 blocks of so many chunks, over all sequences (see `Call.blocks`)
     NZ groups of 16 values
 
 Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.

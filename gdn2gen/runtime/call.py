@@ -77,7 +77,6 @@ class Call:
         return {
             "n_sequences": self.N,
             "n_chunks": self.chunks(BT),
-            **{f"n_blocks{n}": self.blocks(BT, n) for n in EVERY},
             "scale": self.scale,
             "lower_bound": self.lower_bound or 0.0,
             "T": self.T,
@@ -102,7 +101,7 @@ class Call:
             "N+1": self.N + 1,
             "NT": self.chunks(BT),
             "NS": self.segments(BT, max_segments)[0],
-            **{f"NT{n}": self.blocks(BT, n) for n in EVERY},
+            **{f"NT{n}": self.blocks(BT, n) for n in EVERY if n > 1},
             "NZ": -(-problem.V // 16),
             "BT": BT,
             "NB": BT // 16,
