@@ -8,8 +8,8 @@ again where it is read: both recursions are separable in the channels of keys, g
 
 so that grad_blocks, a program of which takes a chunk and a slice of channels, has all it needs: it
 goes from the block's start up to its chunk, and from the block's end down to it. It sums the decay
-itself, and makes dT and dAqk of what it reads; so no stage leaves the sum of the decay, and dv and dw
-are the reverse scan's, of dX as it is in fp32.
+itself, and makes dT and dAqk of what it reads. So no stage leaves the sum of the decay, and dv and
+dw are the reverse scan's, of dX as it is in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 
 from gdn2gen.kernels.anchors import INSIDE, bounded
 from gdn2gen.kernels.gradients import GRAD_KEY
-from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Setting
+from gdn2gen.kernels.limits import FP32, WIDE, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -123,13 +123,14 @@ _ANCHORED: Final = Form(
     knobs={
         "BK": (16, 32, 64, 128),
         "num_warps": (2, 4, 8),
-        "num_stages": LOADS_AHEAD,
-        "maxnreg": (0, 128, 168, 208),
+        "num_stages": (1, 2),  # of the loops that make states again alone
+        "maxnreg": (0, 96, 128, 168),
     },
     defaults=(
-        Setting({"BK": 32, "num_warps": 4, "num_stages": 1}),
+        Setting({"BK": 64, "num_warps": 4}),
+        Setting({"BK": 32}, {"V": WIDE}),
+        Setting({"BK": 32}, {"BT": (64,)}),
         Setting({"BK": 16}, FP32),
-        Setting({"BK": 16}, {"V": WIDE}),
     ),
     leads={},
     limits=(INSIDE,),
@@ -162,8 +163,8 @@ def _grad_blocks(every: int) -> Stage:
             *(x for x in GRAD_KEY.outputs if x.name in taken and x.of in ("all", "channel")),
         ),
         scalars=(*CHUNK_SCALARS, "n_sequences"),
-        # dq, de, dk from the states; dAqk and dT; of pairs; half as many states made again as chunks
-        # lie between, by one product, and as many of their gradients, by two
+        # dq, de, dk from the states; dAqk and dT; of pairs; states made again, by one product for each
+        # chunk on the way, and their gradients, by two: half of the block in all
         products=(
             *("BT K V",) * 3,
             *("BT BT V",) * 2,

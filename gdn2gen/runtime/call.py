@@ -67,7 +67,8 @@ class Call:
         """
         if self.packed:
             return self.chunks(BT) // every + self.N
-        return self.N * -(-(-(-self.T // BT)) // every)
+        chunks = -(-self.T // BT)
+        return self.N * -(-chunks // every)
 
     def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""
