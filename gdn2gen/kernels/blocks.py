@@ -163,8 +163,8 @@ def _grad_blocks(every: int) -> Stage:
             *(x for x in GRAD_KEY.outputs if x.name in taken and x.of in ("all", "channel")),
         ),
         scalars=(*CHUNK_SCALARS, "n_sequences"),
-        # dq, de, dk from the states; dAqk and dT; of pairs; states made again, by one product for each
-        # chunk on the way, and their gradients, by two: half of the block in all
+        # dq, de, dk from the states; dAqk and dT; of pairs; states made again, a product for each
+        # chunk on the way, and their gradients, two: half of the block in all
         products=(
             *("BT K V",) * 3,
             *("BT BT V",) * 2,
