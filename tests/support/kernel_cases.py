@@ -255,7 +255,7 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
     """
     gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
     packed = replace(_STATES, varlen=True, state_v_first=True, **gates)
-    ends = _shape(1, 115, 2, (0, 0, 50, 50, 51, 115, 115))
+    ends = _shape(1, 70, 2, (0, 0, 34, 34, 35, 70, 70))
     small, whole = (("BT", 16), ("BK", 32)), (("BT", 32), ("BK", 64))
     wide = replace(_STATES, K=64)
     for name, problem, shape, pattern, plan, knobs in (
