@@ -29,6 +29,10 @@ from gdn2gen.kernels.recurrent import UNIT, TokenStage
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
 
+_PAIR_PRECISION: Final = {
+    "fp16": ', input_precision="tf32"',
+    "fp32": ', input_precision="tf32x3"',
+}
 # BM of merge_kernel: the rows of values that a program takes.
 _MERGED_ROWS: Final = 16
 
@@ -108,6 +112,12 @@ def context(problem: Compiled, stage: Stage, config: Config) -> dict[str, object
         "token_factors": partial(_token_factors, recurrence.erases),
         # of states that are kept on the way: how their distances are given
         "slot_unit": "" if getattr(problem, "odd_slots", False) else f" * {UNIT}",
+        # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
+        "pairs_in_fp32": problem.dtype == "fp16",
+        "pair_precision": _PAIR_PRECISION.get(problem.dtype, ""),
+        # groups of 16 values, and the power of two that covers them
+        "n_z": str(-(-problem.V // 16)),
+        "z_covered": str(1 << (-(-problem.V // 16) - 1).bit_length()),
     }
     return common | own
 

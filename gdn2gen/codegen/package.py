@@ -100,6 +100,7 @@ def package_source(recipe: Recipe, command: str) -> str:
             parts_of_heads=_parts_of_heads((*forward, *backward)),
             SEGMENT=SEGMENT,
             max_segments=recipe.saved_segments,
+            every=plan.every if plan.every > 1 else 0,
             made_for={name: _made_for(x) for name, x in _sources(recipe).items()},
         )
     )

@@ -76,5 +76,9 @@ KDA: Final = Recurrence(
             "cu_seqlens",
         ),
     ),
-    plans=("lean", "fast", "states"),
+    plans=(
+        *("lean", "fast", "states"),
+        *("blocks1", "blocks2", "blocks4"),
+        *("blocks1_states", "blocks2_states", "blocks4_states"),
+    ),
 )

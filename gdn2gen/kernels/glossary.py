@@ -133,6 +133,7 @@ WORDS: Final[Mapping[str, str]] = {
     "dT": "gradient of T, strict lower triangle",
     "dAqk": "gradient of Aqk, strict lower triangle",
     "dAqk_diagonal": "gradient of Aqk's diagonal: <do, R>",
+    "z_dot": "<dX, w v>, by 16 values",
     "q_dot": "<q, dq> of the normalised q",
     "k_dot": "<k, dk> of the normalised k",
     "dv": "gradient of v",
@@ -162,6 +163,14 @@ _TIED: Final[Mapping[str, str]] = {
     "k_tail": "beta / norm of k, decayed to the chunk's end",
     "R": "u: a token adds (beta k) u^T to the state",
     "dX": "gradient of X = v - E S, where R = A X",
+    "z_dot": "<dX, v>, by 16 values",
+}
+
+
+# The same where a state is kept of every few chunks.
+_OF_BLOCKS: Final[Mapping[str, str]] = {
+    "h": "state at the block's start, transposed",
+    "dh": "gradient of the state at the block's end, transposed",
 }
 
 
@@ -198,6 +207,8 @@ def what(name: str, stage: str, problem: Problem) -> str:
     member = recurrence_named(problem.op)
     if name in _STEPPED and member.stepped:
         return _STEPPED[name]
+    if name in _OF_BLOCKS and "blocks" in stage:
+        return _OF_BLOCKS[name]
     if name in _OF_HEADS and (not problem.l2norm or member.decay is None):
         return _of_heads(name, problem, member)
     if name in _TIED and member.tied:

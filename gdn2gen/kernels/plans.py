@@ -9,6 +9,9 @@ from typing import Final, Literal, get_args
 from gdn2gen.base.errors import DispatchError, UnsupportedError
 from gdn2gen.family.registry import recurrence_named
 
+EVERY: Final = (1, 2, 4)
+"""Chunks of a block, of plans that keep a state of each block."""
+
 Level = Literal["lean", "fast"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 
@@ -23,6 +26,8 @@ class Plan:
     name: str
     forward: tuple[str, ...]
     backward: tuple[str, ...]
+    every: int = 0
+    """Chunks from one state that is kept between stages to the next; 0 where stages keep all."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -33,6 +38,20 @@ class Plan:
 _FORWARD = ("prepare", "scan")
 _BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
 _LINEAR = ("rescan", "reverse_scan", "grad_key")
+
+
+def _blocks(every: int) -> tuple[Plan, Plan]:
+    """Of both levels, with the state of every so many chunks between their stages."""
+    backward = (f"reverse_scan_blocks{every}", f"grad_blocks{every}")
+    again = ("reprepare_factors", f"rescan_blocks{every}")
+    return (
+        # keeps what `lean` does
+        Plan(f"blocks{every}", _FORWARD, (*again, *backward), every),
+        # R and the factors, and h of every block, less S_seg
+        Plan(f"blocks{every}_states", ("prepare", f"scan_blocks{every}"), backward, every),
+    )
+
+
 PLANS: Final = {
     plan.name: plan
     for plan in (
@@ -62,16 +81,23 @@ PLANS: Final = {
             ("prepare_group", "scan_group"),
             ("rescan_group", "reverse_scan_group", "grad_group"),
         ),
+        # Fewer bytes, not measured yet: states between chunks are made again, no stage is the value
+        # side's own, and no sum of the decay is kept.
+        *(plan for every in EVERY for plan in _blocks(every)),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
 # ranks the plans of a level; the first is the one without tuning.
 PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "lean": ("lean", "direct", "linear", "linear_direct", "grouped"),
+    "lean": (
+        *("lean", "direct", "linear", "linear_direct", "grouped"),
+        *(f"blocks{every}" for every in EVERY),
+    ),
     "fast": (
         *("fast", "states", "direct_states"),
         *("linear_fast", "linear_states", "linear_direct_states"),
         "grouped",
+        *(f"blocks{every}_states" for every in EVERY),
     ),
 }
 
@@ -100,7 +126,7 @@ def is_optional(plan_name: str, op: str) -> bool:
 
 def keeps_least(plan: Plan) -> bool:
     """Whether its forward writes nothing more than that of the least level."""
-    return "scan_states" not in plan.forward
+    return plan.forward[-1] in ("scan", "scan_group")
 
 
 def plan_named(name: str) -> Plan:

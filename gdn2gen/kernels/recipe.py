@@ -79,7 +79,7 @@ class Recipe:
 
     def max_segments(self, stage: str) -> int:
         """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
-        return self["scan" if stage == "rescan" else stage].max_segments
+        return self["scan" if stage.startswith("rescan") else stage].max_segments
 
     @property
     def saved_segments(self) -> int:

@@ -42,6 +42,7 @@ class Buffer:
         symbols = operand.dims.split()
         if problem.state_v_first and operand.name in _STATES:
             symbols[-2:] = symbols[:-3:-1]
+        symbols = [str(-(-problem.V // 16)) if x == "NZ" else x for x in symbols]
         return cls(operand.name, tuple(symbols), operand.dtype_in(problem))
 
     @property
@@ -186,10 +187,10 @@ def _clear(problem: Problem) -> Step:
 
 def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) -> Buffer:
     # a program of grad_key reads its part of G before it writes the same part of dg
-    shares = in_place and (operand.name, operand.of, problem.gate_dtype) == (
-        "dg",
-        "channel",
-        "fp32",
+    shares = (
+        in_place
+        and (operand.name, operand.of, problem.gate_dtype) == ("dg", "channel", "fp32")
+        and any(x.name == "G" for x in config.operands(problem))
     )
     buffer = Buffer.of(operand, problem)
     if "NK" in buffer.symbols:

@@ -9,6 +9,8 @@ Symbols in `dims` (the same as in the templates' glossaries):
     HP programs of grad_group for a chunk: each group's heads, as many at once as a config says
     NB sub-blocks of a chunk, 16 tokens each
     NS segments of a sequence, of equal length (see `Call.segments`)
+    NT2, NT4 blocks of so many chunks, over all sequences (see `Call.blocks`)
+    NZ groups of 16 values
 
 Per chunk the workspace holds whole tiles of BT tokens, so only user-facing tensors need masks.
 """
@@ -267,6 +269,8 @@ class Stage:
     """Knobs that came after entries had been filed, and what configs without them mean."""
     chunks: Domain = CHUNKS
     """What BT may be: 1 of those that go from token to token."""
+    every: int = 0
+    """Chunks from one kept state to the next, of stages that keep them or read them so; else 0."""
 
     def __post_init__(self) -> None:
         names = {frozenset(x.knobs) for x in self.forms}

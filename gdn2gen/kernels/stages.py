@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from gdn2gen.kernels.blocks import BLOCK_STAGES
 from gdn2gen.kernels.gradients import GRAD_KEY, GRAD_VALUE
 from gdn2gen.kernels.groups import (
     GRAD_GROUP,
@@ -25,6 +26,7 @@ _ALL = (
     SCAN, SCAN_STATES, RESCAN, REVERSE_SCAN,
     GRAD_VALUE, GRAD_KEY,
     PREPARE_GROUP, SCAN_GROUP, RESCAN_GROUP, REVERSE_SCAN_GROUP, GRAD_GROUP,
+    *BLOCK_STAGES,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 """Those that plans are chains of."""

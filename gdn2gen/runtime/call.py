@@ -9,6 +9,7 @@ import torch
 
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.groups import HEADS
+from gdn2gen.kernels.plans import EVERY
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.runtime.sequences import count_chunks
 
@@ -58,6 +59,17 @@ class Call:
         length = -(-chunks // NS)
         return -(-chunks // length), length
 
+    def blocks(self, BT: int, every: int) -> int:
+        """Blocks of `every` chunks, over all sequences, each of one sequence alone.
+
+        Of a packed batch at least as many as there are: a block of sequence n is numbered by its
+        chunk over `every`, plus n.
+        """
+        if self.packed:
+            return self.chunks(BT) // every + self.N
+        chunks = -(-self.T // BT)
+        return self.N * -(-chunks // every)
+
     def scalars(self, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, Any]:
         """Every scalar that a stage may ask for, by name."""
         NS, segment = self.segments(BT, max_segments)
@@ -90,6 +102,8 @@ class Call:
             "N+1": self.N + 1,
             "NT": self.chunks(BT),
             "NS": self.segments(BT, max_segments)[0],
+            **{f"NT{n}": self.blocks(BT, n) for n in EVERY if n > 1},
+            "NZ": -(-problem.V // 16),
             "BT": BT,
             "NB": BT // 16,
             "K": problem.K,

@@ -50,6 +50,8 @@ class KernelCase:
     """Given to every stage that has a knob of that name; the others keep their defaults."""
     segment: int = calls.SEGMENT
     """Chunks of a segment, at least."""
+    slow: bool = False
+    """Whether it does in other sizes what another case does."""
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -
 
 
 # Of GDN-2, whose kernels the cases are of but where they name another member.
-_PLANS: Final = RECURRENCES["gdn2"].plans
+_PLANS: Final = tuple(x for x in RECURRENCES["gdn2"].plans if PLANS[x].every == 0)
 # Plan, chunk size and decay in full product, the plan first so that neighbours differ in it; the
 # tiles follow along.
 _KNOBS: Final = tuple(
@@ -205,6 +207,7 @@ def _cases() -> Iterator[KernelCase]:
         case = Case("causality", _STATES, _shape(1, 22, 1), check="causality")
         yield KernelCase(case, plan, chosen)
     yield from _bounded_cases()
+    yield from _cases_of_blocks()
     yield from _cases_of_less()
     yield from _cases_of_groups()
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
@@ -249,6 +252,44 @@ def _size_cases() -> Iterator[KernelCase]:
     for K, V in ((40, 24), (96, 40)):
         long = Case(f"parallel-K{K}-V{V}", replace(_STATES, K=K, V=V), _shape(1, 75, 2))
         yield KernelCase(long, "fast", parallel, 2)
+
+
+def _cases_of_blocks() -> Iterator[KernelCase]:
+    """Plans whose states are made again: blocks that end early, in either direction, and all else.
+
+    Stages of blocks of 1, 2 and 4 chunks are one template: the first three cases are of one each.
+    """
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    packed = replace(_STATES, varlen=True, state_v_first=True, **gates)
+    ends = _shape(1, 70, 2, (0, 0, 34, 34, 35, 70, 70))
+    small, whole = (("BT", 16), ("BK", 32)), (("BT", 32), ("BK", 64))
+    wide = replace(_STATES, K=64)
+    for name, problem, shape, pattern, plan, knobs in (
+        ("packed", packed, ends, "sparse", "blocks2", small),
+        ("strong", wide, _shape(1, 70, 1), "strong", "blocks4_states", small),
+        ("stateless", replace(_STATES, **_NO_STATES), _shape(1, 40, 1), "layer", "blocks1", whole),
+    ):
+        yield KernelCase(Case(f"blocks-{name}", problem, shape, pattern), plan, knobs)
+    bounded = replace(_STATES, gate="sigmoid", bound=2, l2norm=False)
+    half = replace(wide, dtype="fp16", **_NO_STATES)
+    tied = replace(_STATES, op="kda", K=64, beta_sigmoid=True, varlen=True)
+    parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
+    for plan in (x for x in RECURRENCES["gdn2"].plans if PLANS[x].every):
+        for name, problem, shape, pattern, knobs, segment in (
+            ("packed-16", packed, ends, "mixed", small, 32),
+            ("bounded-64", bounded, _shape(1, 200, 1), "strong", (("BT", 64), BOUNDED), 32),
+            ("fp16", half, _shape(1, 100, 2), "uniform", whole, 32),
+            ("parallel", _STATES, _shape(1, 212, 1), "layer", parallel, 5),
+            ("odd", replace(_STATES, K=80, V=40), _shape(1, 75, 1), "strong", small, 32),
+            ("tied", tied, ends, "sparse", small, 32),
+        ):
+            case = Case(f"blocks-{name}", problem, shape, pattern)
+            yield KernelCase(case, plan, knobs, segment, slow=True)
+        causal = Case("blocks-causality", _STATES, _shape(1, 22, 1), check="causality")
+        yield KernelCase(causal, plan, small, slow=True)
+
+
+_NO_STATES: Final = {"initial_state": False, "final_state": False}
 
 
 def _cases_of_less() -> Iterator[KernelCase]:

@@ -83,7 +83,7 @@ def _bytes_of_scan(
     chunks = -(-_longest(shape) // config.size("BT"))
     parallel = config.get("segments") == "parallel"
     # rescan has a program for each segment whatever its form
-    segments = NS if parallel or config.stage == "rescan" else 1
+    segments = NS if parallel or config.stage.startswith("rescan") else 1
     phases = [heads * slices * segments]
     if parallel and NS > 1:
         transition = -(-problem.K // BV)

@@ -69,12 +69,13 @@ class Finals:
     def is_behind(self, shape: Shape, plan: str) -> bool:
         """Whether a plan need not be decided.
 
-        By its stages it is slower than its level's first, and no recipe of it is on file.
+        By its stages it is slower than another of its level, and no recipe of it is on file.
         """
         if self._on_file(shape, plan):
             return False
-        first = plans_of(level_of(plan), self._search.problem.op)[0]
-        return self._least_sum(shape, plan) > self._least_sum(shape, first) * (1 + TIE)
+        others = plans_of(level_of(plan), self._search.problem.op)
+        least = min(self._least_sum(shape, x) for x in others)
+        return self._least_sum(shape, plan) > least * (1 + TIE)
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
         """Winner at one shape, or None if nothing passed the full check."""

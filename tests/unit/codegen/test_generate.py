@@ -158,6 +158,8 @@ def test_packages_work_without_gdn2gen(tmp_path: Path) -> None:
         "full": (FULL, "fast", packed),
         "full_lean": (FULL, "lean", packed),
         "full_states": (FULL, "states", packed),
+        "blocks": (PLAIN, "blocks2", Shape("two", 2, 40, 1)),
+        "full_blocks": (FULL, "blocks4_states", packed),
         "bounded": (BOUNDED, "fast", Shape("one", 1, 33, 1)),
         "tied": (TIED, "lean", Shape("two", 2, 40, 1)),
         "tied_full": (TIED_FULL, "fast", packed),

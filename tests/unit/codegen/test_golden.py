@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jinja2
 import pytest
@@ -245,6 +245,15 @@ def _state_slots() -> str:
     return render_slots(_PACKED, **given).source
 
 
+def _blocks(stage: str, segments: str = "serial", **changes: Any) -> str:
+    """Of states that are kept of every few chunks."""
+    problem = replace(Problem(initial_state=True, final_state=True), **changes)
+    config = default_config(stage, problem)
+    if "segments" in config:
+        config = config.replace(segments=segments)
+    return render(problem, stage, config).source
+
+
 OUTPUTS: Final = {
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
@@ -299,6 +308,17 @@ OUTPUTS: Final = {
     "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
+    "reprepare_factors.py": partial(_blocks, "reprepare_factors"),
+    "scan_blocks_parallel.py": partial(_blocks, "scan_blocks4", segments="parallel"),
+    "rescan_blocks_packed.py": partial(_blocks, "rescan_blocks2", varlen=True),
+    "reverse_scan_blocks_packed.py": partial(_blocks, "reverse_scan_blocks2", varlen=True),
+    "reverse_scan_blocks_parallel.py": partial(
+        _blocks, "reverse_scan_blocks1", segments="parallel"
+    ),
+    "grad_blocks_packed.py": partial(_blocks, "grad_blocks4", varlen=True),
+    "grad_blocks_fp16.py": partial(_blocks, "grad_blocks1", dtype="fp16", K=64),
+    "grad_blocks_kda.py": partial(_blocks, "grad_blocks2", op="kda"),
+    "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),
     "scan_group.py": partial(_groups, "scan_group"),
     "rescan_group_packed.py": partial(_groups, "rescan_group", varlen=True),

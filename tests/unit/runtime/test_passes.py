@@ -56,7 +56,11 @@ def _configs() -> list[Config]:
     return [
         *(default_config(stage, having(_PROBLEM, stage)) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
-        *(tilelang_by_chunk(stage, _PROBLEM) for stage in stages_of("gdn2") if stage not in scans),
+        *(
+            tilelang_by_chunk(stage, _PROBLEM)
+            for stage in stages_of("gdn2")
+            if stage not in scans and any(x.language == "tilelang" for x in STAGES[stage].forms)
+        ),
     ]
 
 

@@ -20,6 +20,7 @@ from gdn2gen.base.device import has_gpu, named_device
 from gdn2gen.base.errors import DeviceError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels import plans
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
@@ -33,6 +34,17 @@ from gdn2gen.tuning.search.finalists import Finals
 from gdn2gen.tuning.search.loop import Search
 from gdn2gen.tuning.search.verdicts import Measured, Verdict, better, pick
 from gdn2gen.tuning.views.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def few_plans(request, monkeypatch):
+    """Searches of three plans instead of nine, but for a test of the others."""
+    if "of_blocks" not in request.node.name:
+        few = {
+            level: tuple(x for x in names if not PLANS[x].every)
+            for level, names in plans.PLANS_OF.items()
+        }
+        monkeypatch.setattr(plans, "PLANS_OF", few)
 
 
 @pytest.fixture(autouse=True)
@@ -463,6 +475,14 @@ def test_plans_of_a_level_are_ranked_and_one_is_filed(tmp_path):
     assert (result.level, result.recipe.plan.name) == ("fast", "states")
     (entry,) = tuned_files.read_tuned(report.path).entries
     assert (entry.level, entry.plan) == ("fast", "states")
+
+
+@pytest.mark.slow
+def test_plans_with_states_of_blocks_are_ranked_beside_the_others(tmp_path):
+    """Stages that all take as long: the plans with the fewest of them."""
+    report = run(FakeBackend(), tmp_path, levels=("fast",), minutes=8)
+    (result,) = report.results
+    assert result.recipe.plan.every and result.level == "fast"
 
 
 def test_a_plan_beside_its_levels_first_is_left_out_where_its_default_fails(tmp_path):

@@ -1,0 +1,187 @@
+"""Stages that keep the state of every few chunks: the scans of `blocks` plans, and grad_blocks.
+
+A state of every chunk of 32 tokens, and its gradient, are a fifth of all bytes that a training step
+moves. Kept at the ends of blocks of chunks they are a part of that, and what lies between is made
+again where it is read: both recursions are separable in the channels of keys, given R, dX and dO,
+
+    S_(c+1) = Diag(gamma_C) S_c + Ktail^T R        dS_c = Diag(gamma_C) dS_(c+1) + Qg^T dO - E^T dX
+
+so that grad_blocks, a program of which takes a chunk and a slice of channels, has all it needs: it
+goes from the block's start up to its chunk, and from the block's end down to it. It sums the decay
+itself, and makes dT and dAqk of what it reads. So no stage leaves the sum of the decay, and dv and
+dw are the reverse scan's, of dX as it is in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.kernels.anchors import INSIDE, bounded
+from gdn2gen.kernels.gradients import GRAD_KEY
+from gdn2gen.kernels.limits import FP32, WIDE, Setting
+from gdn2gen.kernels.operands import (
+    CHUNK_SCALARS,
+    CHUNK_TABLE,
+    DH,
+    DO,
+    DV,
+    DX,
+    FACTORS,
+    GAMMA_C,
+    GATE,
+    K_BETA,
+    OUTPUT,
+    QKGB,
+    RSTD,
+    SEQUENCES,
+    VW,
+    H,
+    R,
+)
+from gdn2gen.kernels.plans import EVERY
+from gdn2gen.kernels.prepare import REPREPARE
+from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN_STATES
+from gdn2gen.kernels.stage import Form, Operand, Stage
+
+# <dX, w v>, by 16 values: what a warp of the reverse scan has of a token in its rows.
+_Z_DOT: Final = Operand("z_dot", "NT HV BT NZ", "fp32", "l2norm")
+_KTAIL: Final = FACTORS[2]
+
+
+def _kept(operand: Operand, every: int) -> Operand:
+    """A state, or its gradient, of every block instead of every chunk."""
+    dims = operand.dims if every == 1 else operand.dims.replace("NT", f"NT{every}")
+    return replace(operand, dims=dims)
+
+
+def _in_triton(stage: Stage, template: str) -> tuple[Form, ...]:
+    """Its forms in Triton, of templates of their own."""
+    return tuple(
+        replace(x, template=x.template.replace(x.template.removesuffix("_parallel"), template))
+        for x in stage.forms
+        if x.language == "triton"
+    )
+
+
+REPREPARE_FACTORS: Final = replace(
+    REPREPARE,
+    name="reprepare_factors",
+    outputs=FACTORS,
+    forms=_in_triton(REPREPARE, "reprepare_factors"),
+    later={},
+)
+
+
+def _scan_blocks(every: int) -> Stage:
+    return replace(
+        SCAN_STATES,
+        name=f"scan_blocks{every}",
+        outputs=tuple(_kept(x, every) if x is H else x for x in SCAN_STATES.outputs),
+        forms=_in_triton(SCAN_STATES, "scan_blocks"),
+        every=every,
+    )
+
+
+def _rescan_blocks(every: int) -> Stage:
+    return replace(
+        RESCAN,
+        name=f"rescan_blocks{every}",
+        outputs=(_kept(H, every), R),
+        forms=_in_triton(RESCAN, "scan_blocks"),
+        every=every,
+    )
+
+
+def _reverse_scan_blocks(every: int) -> Stage:
+    scratch = tuple(x for x in REVERSE_SCAN.outputs if x.scratch)
+    return replace(
+        REVERSE_SCAN,
+        name=f"reverse_scan_blocks{every}",
+        inputs=(*VW, *REVERSE_SCAN.inputs),
+        outputs=(
+            _kept(DH, every),
+            DX,
+            DV,
+            Operand("dw", "B T HV V", when="w"),
+            _Z_DOT,
+            *scratch,
+            REVERSE_SCAN.outputs[-1],
+        ),
+        forms=_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
+        later={},
+        every=every,
+    )
+
+
+# Pairs meet at the chunk's start, and tokens that lost much since at later anchors. In fp16, which
+# ends at 2^16, factors of pairs have the 10 bits of tf32, as many, and its range.
+_ANCHORED: Final = Form(
+    "anchored",
+    "triton",
+    "grad_blocks",
+    knobs={
+        "BK": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2),  # of the loops that make states again alone
+        "maxnreg": (0, 96, 128, 168),
+    },
+    defaults=(
+        Setting({"BK": 64, "num_warps": 4}),
+        Setting({"BK": 32}, {"V": WIDE}),
+        Setting({"BK": 32}, {"BT": (64,)}),
+        Setting({"BK": 16}, FP32),
+    ),
+    leads={},
+    limits=(INSIDE,),
+)
+
+
+def _grad_blocks(every: int) -> Stage:
+    taken = ("dq", "dk", "dg", "db", "dbeta_part", "dbeta", "dA_log", "ddt_bias")
+    return Stage(
+        name=f"grad_blocks{every}",
+        inputs=(
+            *QKGB,
+            *GATE,
+            *RSTD,
+            K_BETA,
+            GAMMA_C,
+            *((_KTAIL,) if every > 1 else ()),
+            _kept(H, every),
+            R,
+            _kept(DH, every),
+            DX,
+            DO,
+            replace(OUTPUT, when="l2norm"),
+            _Z_DOT,
+            *(SEQUENCES[1:] if every > 1 else ()),
+            *CHUNK_TABLE,
+        ),
+        outputs=(
+            Operand("beta_dot", "NT HV BT", "fp32", "beta"),
+            *(x for x in GRAD_KEY.outputs if x.name in taken and x.of in ("all", "channel")),
+        ),
+        scalars=(*CHUNK_SCALARS, "n_sequences"),
+        # dq, de, dk from the states; dAqk and dT; of pairs; states made again, a product for each
+        # chunk on the way, and their gradients, two: half of the block in all
+        products=(
+            *("BT K V",) * 3,
+            *("BT BT V",) * 2,
+            *("BT K BT",) * 4,
+            *("BT K V",) * (3 * (every - 1) // 2),
+        ),
+        forms=(_ANCHORED, bounded(_ANCHORED, "grad_key")),
+        selector="decay",
+        every=every,
+    )
+
+
+BLOCK_STAGES: Final = (
+    REPREPARE_FACTORS,
+    *(
+        make(every)
+        for every in EVERY
+        for make in (_scan_blocks, _rescan_blocks, _reverse_scan_blocks, _grad_blocks)
+    ),
+)
