@@ -146,8 +146,9 @@ def work(job: Row) -> str:
     started = time.perf_counter()
     row = _run(experiment, model, lr, experiment.steps, graphs)
     write_row(_path(folder, experiment, model, graphs), row)
-    speed = row["tokens_per_second"] or 0.0
-    return f"{time.perf_counter() - started:.0f} s, lr {lr:g}, {speed:,.0f} tokens/s"
+    speed = row["tokens_per_second"]  # of runs of one block none is taken
+    said = "" if speed is None else f", {speed:,.0f} tokens/s"
+    return f"{time.perf_counter() - started:.0f} s, lr {lr:g}{said}"
 
 
 def _rate(
