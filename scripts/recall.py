@@ -36,7 +36,16 @@ from learning.models import ABLATIONS, MIXERS, build, parameters  # noqa: E402
 from learning.recall_page import chosen, pages, pictures, repeated  # noqa: E402
 from learning.recall_plan import FULL, SMALL, Experiment, best_rate  # noqa: E402
 from learning.report import put  # noqa: E402
-from learning.rows import Row, path_of, read_row, read_rows, share, write_row  # noqa: E402
+from learning.rows import (  # noqa: E402
+    Row,
+    at_least_one,
+    folder_of_rows,
+    path_of,
+    read_row,
+    read_rows,
+    share,
+    write_row,
+)
 from learning.tasks import IGNORED, TASKS, Task  # noqa: E402
 from learning.training import Schedule, Trainer, tokens_per_second, train  # noqa: E402
 
@@ -56,12 +65,12 @@ def main(words: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "report", "repeat"):
         command = commands.add_parser(name)
-        command.add_argument("--rows", type=Path, default=Path("runs/recall"))
+        command.add_argument("--rows", type=folder_of_rows, default=Path("runs/recall"))
         command.add_argument("--small", action="store_true", help="a few keys, on the CPU")
-        command.add_argument("--models", nargs="*", choices=(*MIXERS, *ABLATIONS))
-        command.add_argument("--tasks", nargs="*", choices=tuple(TASKS), default=list(TASKS))
-        command.add_argument("--steps", type=int)
-        command.add_argument("--processes", type=int, default=4, help="jobs at a time (4)")
+        command.add_argument("--models", nargs="+", choices=(*MIXERS, *ABLATIONS))
+        command.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
+        command.add_argument("--steps", type=at_least_one)
+        command.add_argument("--processes", type=at_least_one, default=4, help="jobs at a time (4)")
         command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
     args = parser.parse_args(words)
     experiment = SMALL if args.small else FULL

@@ -40,7 +40,16 @@ from learning.models import (  # noqa: E402
 )
 from learning.plots import Panel, Point, picture  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
-from learning.rows import Row, path_of, read_row, read_rows, share, write_row  # noqa: E402
+from learning.rows import (  # noqa: E402
+    Row,
+    at_least_one,
+    folder_of_rows,
+    path_of,
+    read_row,
+    read_rows,
+    share,
+    write_row,
+)
 from learning.training import Schedule, Trainer, tokens_per_second, train  # noqa: E402
 
 from gdn2gen.base.environment import verifying  # noqa: E402
@@ -88,10 +97,10 @@ def main(words: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "report"):
         command = commands.add_parser(name)
-        command.add_argument("--rows", type=Path, default=Path("runs/text"))
+        command.add_argument("--rows", type=folder_of_rows, default=Path("runs/text"))
         command.add_argument("--small", action="store_true", help="one small layer, on the CPU")
-        command.add_argument("--models", nargs="*", choices=(*MIXERS, *PEERS))
-        command.add_argument("--steps", type=int)
+        command.add_argument("--models", nargs="+", choices=(*MIXERS, *PEERS))
+        command.add_argument("--steps", type=at_least_one)
         command.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
         command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
     args = parser.parse_args(words)
@@ -137,8 +146,9 @@ def work(job: Row) -> str:
     started = time.perf_counter()
     row = _run(experiment, model, lr, experiment.steps, graphs)
     write_row(_path(folder, experiment, model, graphs), row)
-    speed = row["tokens_per_second"] or 0.0
-    return f"{time.perf_counter() - started:.0f} s, lr {lr:g}, {speed:,.0f} tokens/s"
+    speed = row["tokens_per_second"]  # of runs of one block none is taken
+    said = "" if speed is None else f", {speed:,.0f} tokens/s"
+    return f"{time.perf_counter() - started:.0f} s, lr {lr:g}{said}"
 
 
 def _rate(

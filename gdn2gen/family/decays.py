@@ -50,14 +50,14 @@ class DecayPattern:
     @classmethod
     def load(cls, path: Path | str) -> DecayPattern:
         """Raises InputError for what `save` did not write, and OSError where nothing is."""
-        text = Path(path).read_text()
+        raw = Path(path).read_bytes()
         try:
-            found = json.loads(text)
+            found = json.loads(raw)
             if found.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             pattern = cls(**{**found, "layers": _tuples(found["layers"])})
             _check(pattern)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is no pattern of decay ({error}); gdn2gen.nn.Observatory.pattern().save "
                 "writes them"
@@ -73,13 +73,15 @@ def _check(pattern: DecayPattern) -> None:
     """Raise ValueError for what cannot be drawn from."""
     if pattern.op not in OPS or not isinstance(pattern.name, str):
         raise ValueError(f"op must be one of {OPS}, but is {pattern.op!r}")
-    if not (type(pattern.K) is type(pattern.V) is int):
-        raise ValueError(f"K and V must be whole numbers, but are {pattern.K!r}, {pattern.V!r}")
+    if not (type(pattern.K) is type(pattern.V) is int and min(pattern.K, pattern.V) >= 1):
+        raise ValueError(
+            f"K and V must be whole numbers from 1 on, but are {pattern.K!r}, {pattern.V!r}"
+        )
     if not pattern.heads or not all(pattern.heads):
         raise ValueError("it has no head, or one without channels")
     for quantiles in (group for head in pattern.heads for group in head):
-        rising = len(quantiles) == len(LEVELS) and sorted(quantiles) == [*quantiles]
-        if not rising or not math.isfinite(quantiles[0]) or not quantiles[-1] <= 0:
+        numbers = len(quantiles) == len(LEVELS) and all(map(math.isfinite, quantiles))
+        if not numbers or sorted(quantiles) != [*quantiles] or quantiles[-1] > 0:
             raise ValueError(
                 f"quantiles must be {len(LEVELS)} rising numbers <= 0, but are {quantiles}"
             )

@@ -49,7 +49,7 @@ class Cache:
             raise InputError(
                 f"the cache is of {self.batch_size} sequences, but these tokens are of {sequences}"
             )
-        return self.layer(index)
+        return _usable(self.layer(index))
 
     def copy(self) -> Cache:
         """A cache with the same values in tensors of its own."""
@@ -67,7 +67,7 @@ class Cache:
         if rows is not None:
             _check_rows(rows)
         for kept in self.layers.values():
-            for x in kept.values():
+            for x in _usable(kept).values():
                 if rows is None:
                     x.zero_()
                 else:
@@ -84,13 +84,21 @@ class Cache:
         if rows.shape[0] == 0:
             raise InputError("rows must name a sequence at least, but got none; use a new Cache")
         for kept in self.layers.values():
-            for name, x in kept.items():
+            for name, x in _usable(kept).items():
                 chosen = x.index_select(0, rows.to(x.device))
                 if chosen.shape == x.shape:
                     x.copy_(chosen)
                 else:
                     kept[name] = chosen
         self.batch_size = rows.shape[0]
+
+
+def _usable(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was made in inference mode is for that mode alone, in which nothing may write it or keep
+    it for a backward from outside: there copies take its place."""
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        kept.update({name: x.clone() for name, x in kept.items() if x.is_inference()})
+    return kept
 
 
 def write(kept: dict[str, Tensor], name: str, value: Tensor, *, trains: bool) -> None:

@@ -145,8 +145,10 @@ def _may_step(
     """Whether there is one token a sequence, and tails may be moved on where they lie."""
     if batch.cu_seqlens is not None or not batch.single:
         return False
-    weights = (c.weight for c in convolutions)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *weights)):
+    weights, biases = _parameters(convolutions)
+    if torch.is_grad_enabled() and any(
+        part.requires_grad for part in (*x, *weights, *(biases or []))
+    ):
         return False
     return all(
         may_overwrite(kept, name, trains=False) and kept[name].dtype == part.dtype

@@ -17,6 +17,7 @@ from gdn2gen.nn.cache import Cache
 STATE: Final = "state"
 RATES: Final = ("A_log", "dt_bias")
 """Parameters of a decay, which are not for weight decay."""
+_NARROW: Final = (torch.float16, torch.bfloat16)
 
 
 class Layer(nn.Module):
@@ -79,7 +80,7 @@ class Layer(nn.Module):
 
         def wide(x: Tensor) -> Tensor:
             y = fn(x)
-            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+            return x.to(y.device) if y.dtype in _NARROW else y
 
         if recurse:
             for module in self.children():
@@ -151,5 +152,9 @@ def requires_gradient(tensors: dict[str, Any]) -> bool:
 
 
 def _mark_again(layer: nn.Module, _: Any) -> None:
+    """A load that assigns may have brought narrow ones."""
     assert isinstance(layer, Layer)
+    for name, x in layer.named_parameters(recurse=False):
+        if x.dtype in _NARROW:
+            setattr(layer, name, nn.Parameter(x.detach().float(), x.requires_grad))
     layer._mark_rates()

@@ -139,7 +139,8 @@ class Mamba2(Layer):
         # The gate is the op's, unless there is a norm between.
         gates = self.norm is None or not self.norm_before_gate
         gate = split(z, self.num_heads, self.head_dim) if gates else None
-        trains = requires_gradient({**given, "A_log": self.A_log, "dt_bias": self.dt_bias})
+        own = {name: getattr(self, name) for name in self._undecayed}
+        trains = requires_gradient({**given, "z": gate, **own})
         if kept is not None and batch.single and not trains and self._steps(x):
             y = self._step(**given, z=gate, batch=batch, kept=kept)
         else:

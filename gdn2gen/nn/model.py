@@ -104,8 +104,9 @@ class LanguageModel(nn.Module):
         **mixer_options: Any,
     ) -> None:
         super().__init__()
-        for name, size in (("vocab_size", vocab_size), ("num_layers", num_layers)):
-            if size < 1:
+        sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in (*sizes.items(), ("inner", inner)):
+            if size is not None and size < 1:
                 raise InputError(f"{name} must be at least 1, but got {size}")
         if not callable(mixer) and mixer not in MIXERS:
             known = ", ".join(map(repr, MIXERS))
@@ -212,7 +213,7 @@ class LanguageModel(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise InputError(f"tokens must be [B, T] with T >= 1, but got {tuple(tokens.shape)}")
-        if count < 0 or temperature < 0:
+        if count < 0 or not temperature >= 0:
             raise InputError(
                 f"count and temperature must not be negative, but got {count} and {temperature}"
             )
@@ -223,6 +224,8 @@ class LanguageModel(nn.Module):
             if temperature == 0:
                 found.append(last.argmax(-1, keepdim=True))
             else:
+                # However low it is, the likeliest stays at 0.
+                last = last - last.amax(-1, keepdim=True)
                 chances = (last / temperature).softmax(-1)
                 found.append(torch.multinomial(chances, 1, generator=generator))
         return torch.cat(found, 1)

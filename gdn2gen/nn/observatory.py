@@ -48,8 +48,9 @@ class Observatory:
             optimizer.step() ...
         observatory.pattern().save("gates.json")    # gdn2gen verify --pattern gates.json
 
-    A look is a forward of its own, without gradients, that keeps what the layers would keep for
-    later tokens; it changes nothing of the training, and the host waits for it.
+    A look is a forward of its own, without gradients and as in `model.eval()`, that keeps what the
+    layers would keep for later tokens; it changes nothing of the training, and the host waits for
+    it.
 
     Args:
         model: a `LanguageModel`, or what is called with tokens and `cache` as it is; its layers are
@@ -86,11 +87,17 @@ class Observatory:
 
     @torch.no_grad()
     def look_now(self, step: int, tokens: Tensor) -> Sighting:
-        """The same, at any step."""
+        """The same, at any step. Raises InputError where there are no tokens, or a layer was not
+        called with them."""
+        if tokens.dim() < 2 or tokens.numel() == 0:
+            raise InputError(
+                f"tokens must be [B, T] with one token at least, but got {tuple(tokens.shape)}"
+            )
         rows = tokens[: max(1, self.tokens // max(1, tokens.shape[1]))]
         cache, seen = Cache(rows.shape[0]), dict[int, Tensor]()
-        with self._listening(seen):
+        with self._listening(seen), _evaluating(self.model):
             self.model(rows, cache=cache)
+        self._check_called(seen)
         found = [seen[place].tolist() for place in range(len(self.layers))]
         groups = [[head[1:] for head in layer] for layer in found]
         kept = [cache.layer(index) for index in sorted(cache.layers)]
@@ -109,10 +116,14 @@ class Observatory:
     def pattern(self, name: str = "trained") -> DecayPattern:
         """The decay that was seen last.
 
-        Raises InputError where nothing was seen, or layers are of several recurrences or sizes.
+        Raises InputError where nothing was seen, it is not finite, or layers are of several
+        recurrences or sizes.
         """
         if not self._groups:
             raise InputError("nothing was seen yet: call look_now, or look after every step")
+        numbers = (x for layer in self._groups for head in layer for group in head for x in group)
+        if not all(map(math.isfinite, numbers)):
+            raise InputError("the decay that was seen last is not finite, and nothing to draw from")
         kinds = {x.recurrence for x in self.layers}
         if len(kinds) > 1:
             raise InputError(f"a pattern is of one recurrence at one K and V, but got {kinds}")
@@ -127,13 +138,13 @@ class Observatory:
         """Inside, quantiles of each layer's decay come in as it is called."""
 
         def listen(place: int) -> Any:
-            def hook(layer: Layer, given: tuple[Tensor, ...]) -> None:
-                seen[place] = _quantiles(layer.decay_of(given[0]))
+            def hook(layer: Layer, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                seen[place] = _quantiles(layer.decay_of(given[0] if given else named["x"]))
 
             return hook
 
         handles = [
-            layer.register_forward_pre_hook(listen(place))
+            layer.register_forward_pre_hook(listen(place), with_kwargs=True)
             for place, layer in enumerate(self.layers)
         ]
         try:
@@ -141,6 +152,15 @@ class Observatory:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_called(self, seen: dict[int, Tensor]) -> None:
+        missed = {id(x) for place, x in enumerate(self.layers) if place not in seen}
+        if missed:
+            names = [name for name, x in self.model.named_modules() if id(x) in missed]
+            raise InputError(
+                f"the model did not call its layers {', '.join(names)} with these tokens: look at "
+                "the part of it that calls all it has"
+            )
 
     def _alarms(self, states: list[float], groups: list[list[list[Quantiles]]]) -> Iterator[str]:
         for kind, wrong in self._not_finite().items():
@@ -152,12 +172,12 @@ class Observatory:
                 yield f"the state of layer {layer} reaches {most:.3g}, above {self.largest:.6g}"
         for layer, heads in enumerate(groups):
             if not all(math.isfinite(x) for head in heads for group in head for x in group):
-                yield f"not finite: the decay of layer {layer}"
+                yield f"not finite: the decay of layer {self.layers[layer].layer_idx}"
 
     def _not_finite(self) -> dict[str, list[str]]:
         """Names of parameters that are not, and of those whose gradients are not."""
         named = dict(self.model.named_parameters())
-        gradients = {name: x.grad for name, x in named.items() if x.grad is not None}
+        gradients = {name: _values(x.grad) for name, x in named.items() if x.grad is not None}
         found = {}
         for kind, tensors in (("the parameter", named), ("the gradient of", gradients)):
             fine: list[bool] = []
@@ -167,8 +187,27 @@ class Observatory:
         return found
 
     def _gradient(self) -> float:
-        norms = [x.grad.float().norm() for x in self.model.parameters() if x.grad is not None]
+        gradients = [_values(x.grad) for x in self.model.parameters() if x.grad is not None]
+        norms = [x.float().norm() for x in gradients]
         return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped, for which numbers would be drawn, nor averaged."""
+    training = [x for x in model.modules() if x.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """Its numbers; those that there are of a sparse one."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _largest(kept: dict[str, Tensor]) -> Tensor:

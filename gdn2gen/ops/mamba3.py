@@ -92,7 +92,9 @@ def mamba3_siso_combined(
     if cu_seqlens is not None and not is_watched((V, cu_seqlens)):
         check_cu_seqlens(cu_seqlens, V.shape[1])
     if V.shape[1] == 0:
-        return _nothing(V, K, Angles, states, return_final_states, cu_seqlens)
+        given = [*tensors.values(), *(states or ())]
+        out = _nothing_of(V, [x for x in given if x is not None and x.requires_grad])
+        return _nothing(out, K, Angles, states, return_final_states, cu_seqlens)
     ends = Ends(V.shape[0], V.shape[1], cu_seqlens, V.device)
     x = Inputs(
         Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, ends
@@ -161,8 +163,14 @@ def mamba3_siso_step(
     return out, [states.angle if angle is None else angle, ssm, k, V]
 
 
+def _nothing_of(V: Tensor, inputs: list[Tensor]) -> Tensor:
+    """No rows, of which each input has a gradient of zeros: others wait for one in training."""
+    out = V.new_empty(V.shape)
+    return sum((0 * x.sum().to(V.dtype) for x in inputs), out) if torch.is_grad_enabled() else out
+
+
 def _nothing(
-    V: Tensor,
+    out: Tensor,
     K: Tensor,
     Angles: Tensor,
     states: States | None,
@@ -170,18 +178,17 @@ def _nothing(
     cu_seqlens: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of no tokens: states are what they were."""
-    out = V.new_empty(V.shape)
     if not return_final_states:
         return out
     if states is not None:
-        return out, states.angle, states.ssm, states.k, states.v.to(V.dtype)
-    count = V.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    h, P, N = V.shape[2], V.shape[3], K.shape[3]
-    wide = torch.promote_types(V.dtype, torch.float32)
+        return out, states.angle, states.ssm, states.k, states.v.to(out.dtype)
+    count = out.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, P, N = out.shape[2], out.shape[3], K.shape[3]
+    wide = torch.promote_types(out.dtype, torch.float32)
     return (
         out,
-        V.new_zeros(count, h, Angles.shape[3], dtype=wide),
-        V.new_zeros(count, h, P, N, dtype=wide),
-        V.new_zeros(count, h, N, dtype=wide),
-        V.new_zeros(count, h, P),
+        out.new_zeros(count, h, Angles.shape[3], dtype=wide),
+        out.new_zeros(count, h, P, N, dtype=wide),
+        out.new_zeros(count, h, N, dtype=wide),
+        out.new_zeros(count, h, P),
     )

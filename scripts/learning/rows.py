@@ -6,10 +6,12 @@ runs that were under way, and the same command goes on with what is still wantin
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,14 +43,38 @@ def write_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_row(path: Path) -> Row | None:
+    """None where there is none, or no row in it: such a file is named, and its run made again."""
     if not path.exists():
         return None
-    row: Row = json.loads(path.read_text())
+    try:
+        row: Row = json.loads(path.read_bytes())
+        if "machine" not in row:
+            raise ValueError("no machine is named in it")
+    except (TypeError, ValueError) as error:
+        warnings.warn(f"{path} holds no row of a run ({error}): it does not count", stacklevel=2)
+        return None
     return row
 
 
 def read_rows(folder: Path) -> list[Row]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = map(read_row, sorted(folder.glob("*.json")))
+    return [row for row in found if row is not None]
+
+
+def folder_of_rows(word: str) -> Path:
+    """An option's folder, which may have to be made."""
+    folder = Path(word)
+    if folder.exists() and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is a file, and rows want a folder")
+    return folder
+
+
+def at_least_one(word: str) -> int:
+    """An option's whole number."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {word}")
+    return number
 
 
 def _machine() -> dict[str, Any]:

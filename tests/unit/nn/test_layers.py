@@ -134,6 +134,59 @@ def test_what_was_made_in_inference_mode_is_taken_up() -> None:
         torch.testing.assert_close(torch.cat((first, *rest), 1), layer(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("member", ["gla", *MAMBA])
+def test_a_cache_of_inference_mode_serves_outside_of_it(member: str) -> None:
+    """In training, and where sequences are put in order or begin anew."""
+    layer, x, cache = small(member), tokens(2, 6), Cache(2)
+    with torch.inference_mode():
+        layer(x[:, :4], cache=cache)
+    other, third = cache.copy(), Cache(2)
+    third.layers[3] = dict(cache.layer(3))
+    y = layer(x[:, 4:], cache=cache)
+    y.sum().backward()
+    torch.testing.assert_close(y, layer(x)[:, 4:], rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None for p in layer.parameters())
+    third.reorder(torch.tensor([1, 0]))
+    for name, kept in third.layer(3).items():
+        assert torch.equal(kept, other.layer(3)[name].flip(0)), name
+    with torch.inference_mode():
+        layer(x[:, :4], cache=(fourth := Cache(2)))
+    fourth.reset(torch.tensor([1]))
+    assert not any(kept[1].any() or not kept[0].any() for kept in fourth.layer(3).values())
+
+
+@pytest.mark.parametrize("member", ALL)
+def test_any_parameter_may_train_alone_beside_a_cache(member: str) -> None:
+    """States that a backward will read are not overwritten by later tokens."""
+    layer, x = small(member), tokens(1, 5)
+    for p in layer.parameters():
+        layer.requires_grad_(False)
+        p.requires_grad_(True)
+        cache = Cache(1)
+        y = torch.cat([layer(part, cache=cache) for part in x.split([3, 1, 1], 1)], 1)
+        y.square().sum().backward()
+        assert p.grad is not None and p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("member", ALL)
+def test_a_load_that_assigns_leaves_own_parameters_wide(member: str) -> None:
+    layer = small(member)
+    narrow = {name: x.bfloat16() for name, x in layer.state_dict().items()}
+    layer.load_state_dict(narrow, assign=True)
+    assert layer.o_proj.weight.dtype == torch.bfloat16 if member in LAYERS else True
+    for name, p in layer.named_parameters(recurse=False):
+        assert p.dtype == torch.float32 and p.requires_grad, name
+        assert getattr(p, "_no_weight_decay", False) == (name in layer._undecayed)
+
+
+@pytest.mark.parametrize("member", ALL)
+def test_every_parameter_has_a_gradient_of_no_tokens(member: str) -> None:
+    """As other processes wait for, which had tokens."""
+    layer = small(member)
+    layer(tokens(2, 3), attention_mask=torch.zeros(2, 3)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("member", ["kda", *MAMBA])
 def test_nothing_to_do(member: str) -> None:
     layer, cache = small(member), Cache(2)

@@ -84,6 +84,8 @@ def test_tokens_are_drawn_by_their_chances() -> None:
     drawn = model.generate(rows, 1, temperature=2.0, generator=generator)[:, -1]
     found = drawn.bincount(minlength=WORDS) / 4000
     assert (found - chances).abs().max() < 0.03 and (found > 0).sum() > 3
+    coldest = model.generate(tokens, 4, temperature=1e-45, generator=generator)
+    assert torch.equal(coldest, model.generate(tokens, 4))
 
 
 def test_it_learns() -> None:
@@ -143,6 +145,7 @@ def test_parameters() -> None:
             "'mamba2', 'mamba3', but got",
         ),
         ({"num_layers": 0}, "num_layers must be at least 1, but got 0"),
+        ({"inner": -1}, "inner must be at least 1, but got -1"),
         ({"window": 0}, "window must be at least 1, but got 0"),
         ({"window": 2, "attention_heads": 5}, "num_heads times an even head dim"),
     ],
@@ -164,3 +167,5 @@ def test_calls_that_do_not_fit() -> None:
         model.generate(_tokens(1, 0), 1)
     with pytest.raises(InputError, match="must not be negative, but got -1"):
         model.generate(_tokens(1, 1), -1)
+    with pytest.raises(InputError, match="must not be negative, but got 1 and nan"):
+        model.generate(_tokens(1, 1), 1, temperature=torch.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,68 @@ def test_a_layer_of_ones_own_in_a_model() -> None:
     model = _model(mixer=Mine)
     assert made == [0, 1] and all(isinstance(block.mixer, Mine) for block in model.blocks)
     assert torch.equal(model(_tokens(1, 5)), _model(mixer="kda")(_tokens(1, 5)))
+
+
+class _Around(torch.nn.Module):
+    """A model that drops, averages, and calls its layer by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Embedding(WORDS, HIDDEN, sparse=True)
+        self.norm, self.drop = torch.nn.BatchNorm1d(HIDDEN), torch.nn.Dropout(0.5)
+        self.layer, self.unused = small("gla"), torch.nn.Identity()
+
+    def forward(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        x = self.drop(self.norm(self.embeddings(tokens).mT).mT)
+        y: torch.Tensor = self.layer(x=x, cache=cache)
+        return y
+
+
+def test_a_look_neither_draws_nor_averages() -> None:
+    model, tokens = _Around(), _tokens(2, 9)
+    model.drop.eval()
+    model(tokens).sum().backward()
+    drawn, mean = torch.get_rng_state(), model.norm.running_mean.clone()
+    model.drop.train(), model.layer.eval()
+    sighting = Observatory(model).look_now(0, tokens)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(model.norm.running_mean, mean)
+    assert model.training and model.drop.training and not model.layer.training
+    dense = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
+    assert sighting.gradient == pytest.approx(float(torch.stack([x.norm() for x in dense]).norm()))
+
+
+def test_looks_that_are_refused() -> None:
+    model = _Around()
+    watch = Observatory(model)
+    for shape in ((0, 3), (2, 0), (5,)):
+        with pytest.raises(InputError, match="one token at least"):
+            watch.look_now(0, _tokens(*shape))
+    model.unused = small("gla")
+    with pytest.raises(InputError, match=r"did not call its layers unused with"):
+        Observatory(model).look_now(0, _tokens(1, 3))
+    model.layer.gk_proj[1].bias.data.fill_(torch.nan)
+    sighting = watch.look_now(0, _tokens(1, 3))
+    assert "not finite: the decay of layer 3" in sighting.alarms  # its layer_idx
+    with pytest.raises(InputError, match="not finite"):
+        watch.pattern()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    (
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        {"K": 0},
+        {"V": -1},
+        {"layers": [[[[-1, math.nan, *[0] * 7]]]]},
+    ),
+    ids=("not text", "deep", "no K", "negative", "NaN"),
+)
+def test_files_that_hold_no_pattern(raw: bytes | dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "gates.json"
+    DecayPattern("x", "gla", 16, 16, (((tuple([-1.0] * 9),),),)).save(file)
+    kept = json.loads(file.read_text())
+    file.write_bytes(raw if isinstance(raw, bytes) else json.dumps({**kept, **raw}).encode())
+    with pytest.raises(InputError, match=r"gates\.json is no pattern of decay"):
+        DecayPattern.load(file)

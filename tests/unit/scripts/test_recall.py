@@ -336,3 +336,31 @@ def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(recall, "RECORD", record)
     assert recall.main(["report", "--rows", str(tmp_path / "none")]) == 0
     assert page.read_text() == before, "run: python scripts/recall.py report"
+
+
+@pytest.mark.parametrize("raw", (b"{trunc", b"\xff\xfe", b"[1]", b"3", b"{}"))
+def test_a_file_that_holds_no_row_does_not_count(raw: bytes, tmp_path: Path) -> None:
+    rows.write_row(tmp_path / "a.json", {"x": 1})
+    (tmp_path / "b.json").write_bytes(raw)
+    with pytest.warns(UserWarning, match=r"b\.json holds no row of a run"):
+        assert rows.read_row(tmp_path / "b.json") is None
+    with pytest.warns(UserWarning, match=r"b\.json holds no row of a run"):
+        assert [row["x"] for row in rows.read_rows(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    (
+        (["--steps", "0"], "--steps: must be at least 1, but is 0"),
+        (["--processes", "-1"], "--processes: must be at least 1, but is -1"),
+        (["--tasks"], "--tasks: expected at least one argument"),
+        (["--models"], "--models: expected at least one argument"),
+        (["--rows", __file__], "is a file, and rows want a folder"),
+    ),
+)
+def test_words_that_say_nothing_to_train(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recall.main(["train", *words])
+    assert said in capsys.readouterr().err
