@@ -78,8 +78,8 @@ class Recipe:
         return all(language_of(config) == "triton" for config in self.configs)
 
     def max_segments(self, stage: str) -> int:
-        """Segments of all heads and sequences at most; rescan starts from those that scan kept."""
-        return self["scan" if stage.startswith("rescan") else stage].max_segments
+        """Segments of all heads and sequences at most; rescans start from what scans kept."""
+        return self[self.plan.forward[-1] if stage.startswith("rescan") else stage].max_segments
 
     @property
     def saved_segments(self) -> int:

@@ -69,8 +69,8 @@ class Runner:
 
     def max_segments(self, stage: str) -> int:
         """`Recipe.max_segments`, or what was agreed on where that depends on what is saved."""
-        agreed = ("rescan", "rescan_group", self.recipe.plan.forward[-1])
-        if self._agreed_segments is not None and stage in agreed:
+        of_forward = stage.startswith("rescan") or stage == self.recipe.plan.forward[-1]
+        if self._agreed_segments is not None and of_forward:
             return self._agreed_segments
         return self.recipe.max_segments(stage)
 
