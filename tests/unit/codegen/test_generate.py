@@ -38,6 +38,7 @@ from gdn2gen.measure.accuracy import (
     run_reference,
 )
 from gdn2gen.store.dispatch import Found, generate_command
+from gdn2gen.tuning import packages
 
 PLAIN = Problem(K=32, V=32, dtype="fp32")
 FULL = Problem(
@@ -494,7 +495,10 @@ def test_edited_files_are_kept_without_force(tmp_path: Path, edit: str) -> None:
     assert _bytes(folder) == _bytes(tmp_path / "new")
 
 
-def test_the_command_asks_for_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_asks_for_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packages, "is_proven", lambda _: True)  # 15 s each time
     command = ["generate", "--head-dim", "64", "--target", "sm_90", "--out", str(tmp_path / "made")]
     assert program.main(command) == 0
     before = _bytes(tmp_path / "made")
@@ -679,6 +683,7 @@ def test_the_command_writes_a_package_and_the_package_names_it(
     import re
     import shlex
 
+    monkeypatch.setattr(packages, "is_proven", lambda _: True)  # 15 s each time
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
     monkeypatch.delenv("GDN2GEN_STRICT", raising=False)

@@ -111,7 +111,10 @@ def test_what_nvrtc_says_is_in_the_error() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("stage", "registers"), [("scan", 240), ("prepare", 80)])
+@pytest.mark.parametrize(
+    ("stage", "registers"),
+    [("scan", 240), pytest.param("prepare", 80, marks=pytest.mark.slow)],
+)
 def test_a_kernel_compiles_without_nvcc(stage: str, registers: int, tmp_path: Path) -> None:
     """With as many registers as by nvcc, none of them spilled."""
     caches = {x: str(tmp_path) for x in ("TILELANG_CACHE_DIR", "GDN2GEN_CACHE_DIR")}
