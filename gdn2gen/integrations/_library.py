@@ -154,7 +154,9 @@ class Library:
 def runs(ours: Function) -> Callable[[Given], Any]:
     """An op of ours, for the arguments of theirs."""
     parameters = signature(ours).parameters
-    takes = frozenset(parameters)
+    # some of ours refuse what only says how, for who calls them knows what they are
+    how = {x for x in _ONLY_HOW & parameters.keys() if parameters[x].default is None}
+    takes = frozenset(parameters) - how
     wants = [name for name, x in parameters.items() if x.default is Parameter.empty]
 
     def run(given: Given) -> Any:

@@ -270,17 +270,19 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
         ("stateless", replace(_STATES, **_NO_STATES), _shape(1, 40, 1), "layer", "blocks1", whole),
     ):
         yield KernelCase(Case(f"blocks-{name}", problem, shape, pattern), plan, knobs)
-    bounded = replace(_STATES, gate="sigmoid", bound=2, l2norm=False)
+    # the largest bound that chunks of 32 take
+    bounded = replace(_STATES, gate="sigmoid", bound=2)
     half = replace(wide, dtype="fp16", **_NO_STATES)
+    odd = replace(_STATES, K=80, V=40)
     tied = replace(_STATES, op="kda", K=64, beta_sigmoid=True, varlen=True)
     parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
     for plan in (x for x in RECURRENCES["gdn2"].plans if PLANS[x].every):
         for name, problem, shape, pattern, knobs, segment in (
             ("packed-16", packed, ends, "mixed", small, 32),
-            ("bounded-64", bounded, _shape(1, 200, 1), "strong", (("BT", 64), BOUNDED), 32),
+            ("bounded-32", bounded, _shape(1, 200, 1), "strong", (("BT", 32), BOUNDED), 32),
             ("fp16", half, _shape(1, 100, 2), "uniform", whole, 32),
             ("parallel", _STATES, _shape(1, 212, 1), "layer", parallel, 5),
-            ("odd", replace(_STATES, K=80, V=40), _shape(1, 75, 1), "strong", small, 32),
+            ("odd-64", odd, _shape(1, 75, 1), "strong", (("BT", 64), ("BK", 32)), 32),
             ("tied", tied, ends, "sparse", small, 32),
         ):
             case = Case(f"blocks-{name}", problem, shape, pattern)

@@ -79,6 +79,7 @@ def test_verify_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gdn2gen.verify("bf16-*", op="kda", head_dim=64, interpreter=True)
     assert (found.results, found.ok, found.filed_in) == ([bad], False, None)
     options = {"interpreter": True, "op": "kda", "head_dim": (64, 64), "on_result": None}
+    options["decays"] = None
     assert asked == [((["bf16-*"],), options | {"workers": None})]
 
 
