@@ -40,7 +40,8 @@ LEAST_S: Final = 20.0
 
 @dataclass(frozen=True)
 class Step:
-    """One command: in words of a shell, and whether it must have a GPU to itself."""
+    """One command: in words of a shell, after what it has in its environment (NAME=VALUE), and
+    whether it must have a GPU to itself."""
 
     name: str
     command: str
@@ -78,20 +79,23 @@ def steps() -> list[Step]:
             Step(f"decode-{op}", f"python scripts/decode_time.py --op {op}", True),
         ]
     wide = "--head-dim 128,64"
+    for op in ("mamba2", "mamba3"):
+        bench = f"{_PEERS} mamba4k --op {op} {wide} --vs mamba_ssm"
+        made += [
+            Step(f"verify-{op}", f"gdn2gen verify --op {op} {wide}"),
+            Step(f"tune-{op}", f"gdn2gen tune --op {op} --budget 3", True, 60.0),
+            Step(f"bench-{op}", bench, True, 60.0),
+        ]
+    bound = "GDN2GEN_BOUND=1"
+    for name in ("graphs", "packed", "recurrent", "bits", "faults", "torch"):
+        checked = f"tests/gpu/test_{name}_gpu.py"
+        made.append(Step(f"bound-{name}", f"{bound} {_PYTEST} 'gpu and not gpu_alone' {checked}"))
     made += [
-        Step("verify-mamba2", f"gdn2gen verify --op mamba2 {wide}"),
-        Step(
-            "tune-mamba2",
-            f"gdn2gen tune --op mamba2 {wide} --shapes mamba4k --budget 3",
-            True,
-            60.0,
-        ),
-        Step(
-            "bench-mamba2",
-            f"{_PEERS} mamba4k --op mamba2 {wide} --vs mamba_ssm --stages",
-            True,
-            60.0,
-        ),
+        Step("host-bound", f"{bound} python scripts/host_time.py", True),
+        Step("decode-bound", f"{bound} python scripts/decode_time.py", True),
+        Step("learn-recall", "python scripts/recall.py train --rows runs/recall --minutes 8", True),
+        Step("learn-repeat", "python scripts/recall.py repeat --rows runs/recall", True, 180.0),
+        Step("learn-text", "python scripts/text.py train --rows runs/text --minutes 8", True),
         Step("time-mamba3", "python scripts/mamba3_time.py", True, 60.0),
         Step("time-layers", "python scripts/layer_time.py", True, 60.0),
         Step("sweep-layers", "python scripts/layer_time.py --sweep", True, 60.0),
@@ -192,6 +196,9 @@ class Round:
         began = time.monotonic()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
         words = shlex.split(step.command)
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            environment[name] = value
         if words[0] in ("python", "gdn2gen"):
             words[:1] = [sys.executable, *(["-m", "gdn2gen"] if words[0] == "gdn2gen" else [])]
         # a process group of its own, so that what it started ends with it
