@@ -201,9 +201,10 @@ class Round:
             environment[name] = value
         if words[0] in ("python", "gdn2gen"):
             words[:1] = [sys.executable, *(["-m", "gdn2gen"] if words[0] == "gdn2gen" else [])]
-        # a process group of its own, so that what it started ends with it
+        # by a shell's exec, which says 127 of a program that is not there; in a process group of
+        # its own, so that what it started ends with it
         process = subprocess.Popen(
-            words,
+            ["/bin/sh", "-c", 'exec "$@"', "sh", *words],
             cwd=ROOT,
             env=environment,
             text=True,

@@ -54,6 +54,11 @@ def test_a_step_has_its_environment(tmp_path: Path) -> None:
     assert [(x.code, x.last) for x in made.ended] == [(0, "there")]
 
 
+def test_a_program_that_is_not_there_holds_no_gpu(tmp_path: Path) -> None:
+    made = _round(tmp_path, Step("a", "no-such-program", alone=True), _says("b", alone=True))
+    assert [x.code for x in made.ended] == [127, 0]
+
+
 def test_every_gpu_gets_steps(tmp_path: Path) -> None:
     made = _round(tmp_path, *(_says(x, alone=True) for x in "ab"), gpus="3,5")
     assert {x[0] for x in _times(made).values()} == {"3", "5"}
