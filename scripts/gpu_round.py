@@ -100,6 +100,7 @@ def steps() -> list[Step]:
         Step("time-layers", "python scripts/layer_time.py", True, 60.0),
         Step("sweep-layers", "python scripts/layer_time.py --sweep", True, 60.0),
         Step("head-dims-ours", "python scripts/head_dims.py ours", True, 60.0),
+        Step("head-dims-compile", "python scripts/head_dims.py compile 96 160 192 256"),
         Step("head-dims-fla", "python scripts/head_dims.py measure 96 160 192 256", True, 120.0),
         Step("head-dims-transfer", "python scripts/head_dims.py transfer 192 256 128,64", True),
     ]

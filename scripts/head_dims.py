@@ -2,6 +2,7 @@
 
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
     python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's
+    python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,12 +69,32 @@ def measure(sizes: Iterable[str], names: tuple[str, ...] = ("ours", "fla")) -> N
         print(row, flush=True)
 
 
-def in_a_process(function: str, *given: Any) -> Outcome[Any]:
+def compile_theirs(sizes: Sequence[str]) -> None:
+    """Fill Triton's cache with every config that FLA's autotuning tries, sizes side by side, and
+    keep none of its choices: these want a GPU alone, which `measure` then needs for a minute a size
+    instead of four."""
+    forget = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
+
+    def one(size: str) -> None:
+        tried = in_a_process("times_of", "fla", problem_of(size), environment=forget)
+        print(f"fla at {size}: {'compiled' if tried.ok else tried.reason}", flush=True)
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        list(pool.map(one, sizes))
+
+
+def in_a_process(
+    function: str, *given: Any, environment: Mapping[str, str] | None = None
+) -> Outcome[Any]:
     """A call of a function of this file in a process of its own."""
     file = Path(__file__).resolve()
     path = [str(file.parent), str(file.parent.parent), os.environ.get("PYTHONPATH", "")]
     worker = Worker(
-        {"GDN2GEN_UNVERIFIED": VERIFYING, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        {
+            "GDN2GEN_UNVERIFIED": VERIFYING,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            **(environment or {}),
+        }
     )
     try:
         outcome: Outcome[Any] = worker.call(f"{file.stem}:{function}", *given, timeout=MOST_S)
@@ -213,6 +235,8 @@ if __name__ == "__main__":
         measure(sys.argv[2:] or SQUARES)
     elif sys.argv[1:2] == ["ours"]:
         measure(sys.argv[2:] or SQUARES, ("ours",))
+    elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
+        compile_theirs(sys.argv[2:])
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(sys.argv[2:])
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
