@@ -21,7 +21,7 @@ from gdn2gen.base.environment import hush, hush_tilelang
 from gdn2gen.base.errors import BuildError
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import code_dir
-from gdn2gen.codegen.nvrtc import compiler_for, has_compiler
+from gdn2gen.codegen.nvrtc import compiler_for, has_compiler, why_no_compiler
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.codegen.shipped import install, source_of
 from gdn2gen.family.compiled import Compiled
@@ -236,7 +236,7 @@ def _compile_tilelang(
     stack.
     """
     if not has_compiler():
-        raise FileNotFoundError("neither nvcc nor NVRTC was found, to compile TileLang with")
+        raise FileNotFoundError(why_no_compiler())
     import tilelang
     from tilelang.cache.cuda_binary_cache import CUDABinaryCache
 

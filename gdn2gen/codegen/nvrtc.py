@@ -115,8 +115,21 @@ def _headers_read() -> str:
 
 
 def has_compiler() -> bool:
-    """Whether TileLang can compile here: by nvcc, or else by NVRTC."""
-    return cuda_compiler() is not None or find_nvrtc() is not None
+    """Whether TileLang is here and can compile: by nvcc, or else by NVRTC."""
+    return has_tilelang() and (cuda_compiler() is not None or find_nvrtc() is not None)
+
+
+@cache
+def has_tilelang() -> bool:
+    """Whether TileLang can be imported; it is not."""
+    return importlib.util.find_spec("tilelang") is not None
+
+
+def why_no_compiler() -> str:
+    """Where `has_compiler` says no: what is missing."""
+    if not has_tilelang():
+        return "TileLang cannot be compiled here, for the package tilelang is not installed"
+    return "TileLang cannot be compiled here, for neither nvcc nor NVRTC was found"
 
 
 def compiler_for(target: str | None = None) -> AbstractContextManager[Any]:

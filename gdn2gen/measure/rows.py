@@ -191,12 +191,24 @@ def stage_calls(
     """
     from gdn2gen.runtime import runner
 
-    problem = recipe.problem
-    call = call_of(problem, shape, do.device)
-    tensors = {**inputs, "do": do}
-    if "dt_bias" in tensors:
-        tensors["dt_bias"] = tensors["dt_bias"].reshape(shape.H, problem.K)
+    call = call_of(recipe.problem, shape, do.device)
+    tensors = {**inputs, **_unfolded_bias(recipe.problem, shape, inputs), "do": do}
     return runner.stage_calls(runner.Runner(recipe), call, tensors)
+
+
+def _unfolded_bias(
+    problem: Problem, shape: Shape, inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The bias of a gate, where there is one, in the dims that kernels know: [HG, K], or one number
+    a head. Callers may give it flat."""
+    from gdn2gen.family.registry import recurrence_named
+
+    sizes = {"HG": shape.H, "HV": shape.H, "K": problem.K}
+    return {
+        x.name: inputs[x.name].reshape([sizes[symbol] for symbol in x.symbols])
+        for x in recurrence_named(problem.op).optional
+        if x.name == "dt_bias" and x.name in inputs
+    }
 
 
 def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:

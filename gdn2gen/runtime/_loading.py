@@ -15,7 +15,7 @@ from gdn2gen.codegen import build
 from gdn2gen.codegen.background import compile_in_thread
 from gdn2gen.codegen.direct import direct_launch
 from gdn2gen.codegen.fixed import fixed_launch
-from gdn2gen.codegen.nvrtc import has_compiler
+from gdn2gen.codegen.nvrtc import has_compiler, has_tilelang, why_no_compiler
 from gdn2gen.codegen.programs import are_kept
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.sized import sized_launch
@@ -95,13 +95,14 @@ def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
 def _only_triton(stage_name: str, module: ModuleType) -> bool:
     """Whether a module in another language cannot be compiled here, and was not before; says so
     where that costs time."""
-    if has_compiler() or are_kept(module):
+    if has_compiler() or (has_tilelang() and are_kept(module)):
         return False
+    needs = "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl, or a CUDA toolkit in CUDA_HOME"
+    if not has_tilelang():
+        needs = "tilelang"
     warnings.warn(
-        f"the tuned {stage_name} is written in TileLang, and there is nothing to compile it with, "
-        "neither nvcc (in CUDA_HOME, CUDA_PATH, on PATH or in /usr/local/cuda) nor NVRTC with its "
-        "headers: the slower default in Triton runs instead. To have NVRTC: pip install "
-        "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl",
+        f"the tuned {stage_name} is written in TileLang. {why_no_compiler()}: the slower default "
+        f"in Triton runs instead. To have it: pip install {needs}",
         RuntimeWarning,
         stacklevel=2,
     )

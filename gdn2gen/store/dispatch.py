@@ -20,7 +20,7 @@ from gdn2gen.base import paths
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
-from gdn2gen.codegen.nvrtc import has_compiler
+from gdn2gen.codegen.nvrtc import has_compiler, why_no_compiler
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import plans_of
@@ -325,7 +325,7 @@ def _why(best: Match, query: Query) -> str:
 
 
 def _why_triton(entry: tuned_files.Entry) -> str:
-    why = "TileLang cannot be compiled here, for neither nvcc nor NVRTC was found"
+    why = why_no_compiler()
     if entry.needs_triton_alone:
         return f"{why}: looked for entries that need Triton alone"
     stages = ", ".join(x for x, config in entry.configs.items() if language_of(config) != "triton")

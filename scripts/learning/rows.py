@@ -91,8 +91,10 @@ def share(
     `until`) or are ended `_GRACE` seconds later. Returns what failed, and why.
     """
     until = time.time() + 60 * minutes
+    # what is on the path here stays on it: packages may lie in a folder that is named nowhere else
+    paths = [str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GDN2GEN_UNVERIFIED": VERIFYING,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

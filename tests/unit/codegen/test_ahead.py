@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 
 from gdn2gen.base.environment import cuda_compiler
+from gdn2gen.codegen import nvrtc
 from gdn2gen.codegen.background import compile_in_thread
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
@@ -128,10 +129,15 @@ def test_the_backward_is_planned_where_a_gradient_is_wanted(
     assert asked == [(stage, False) for stage in backward]
 
 
+@pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("compiles", [False, True])
 def test_without_a_compiler_or_a_kept_program_the_default_in_triton_runs(
-    compiles: bool, kept: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    compiles: bool,
+    kept: bool,
+    installed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     rendered: list[str] = []
 
@@ -139,7 +145,9 @@ def test_without_a_compiler_or_a_kept_program_the_default_in_triton_runs(
         rendered.append(config["language"])
         return None
 
-    monkeypatch.setattr(_loading, "has_compiler", lambda: compiles)
+    monkeypatch.setattr(nvrtc, "has_tilelang", lambda: installed)
+    monkeypatch.setattr(_loading, "has_tilelang", lambda: installed)
+    monkeypatch.setattr(_loading, "has_compiler", lambda: compiles and installed)
     monkeypatch.setattr(_loading, "are_kept", lambda _: kept)
     monkeypatch.setattr(_loading, "interpreted", lambda: False)
     monkeypatch.setattr(_loading, "render", render)
@@ -147,9 +155,10 @@ def test_without_a_compiler_or_a_kept_program_the_default_in_triton_runs(
     monkeypatch.setattr(_loading, "direct_launch", lambda _: lambda **_: None)
     problem = Problem()
     runner.Runner(_with_tilelang(problem)).launcher(problem, "scan")
-    serves = compiles or kept
+    serves = installed and (compiles or kept)
+    missing = "neither nvcc" if installed else "pip install tilelang"
     assert rendered[-1] == ("tilelang" if serves else "triton")
-    assert ["neither nvcc" in str(x.message) for x in recwarn] == [True] * (not serves)
+    assert [missing in str(x.message) for x in recwarn] == [True] * (not serves)
 
 
 def test_nvcc_is_looked_for_where_it_may_be(

@@ -126,6 +126,19 @@ def test_mamba_ssm_is_called_by_its_own_names(monkeypatch):
     assert max(accuracy.relative_errors(ours, plain).values()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("op", "dims"), [("gdn2", [2, 16]), ("gated_delta_rule", [2]), ("mamba2", [2])]
+)
+def test_the_bias_of_a_gate_has_the_dims_of_kernels(op, dims):
+    """One number a channel, or, where the decay is a head's, one a head."""
+    problem = Problem(op, K=16, V=16, gate="softplus", **gate_parameters(op, "softplus"))
+    shape = Shape("tiny", 1, 17, 2)
+    inputs = accuracy.inputs_of(problem, shape, "layer", 0, "cpu")
+    made = rows._unfolded_bias(problem, shape, inputs)
+    assert {x: [*y.shape] for x, y in made.items()} == {"dt_bias": dims}
+    assert rows._unfolded_bias(problem, shape, {}) == {}
+
+
 def test_a_step_is_measured_with_weak_and_with_strong_decay():
     problem = Problem("mamba2", gate="softplus", **gate_parameters("mamba2", "softplus"))
     found = {}
