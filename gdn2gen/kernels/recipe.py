@@ -99,7 +99,7 @@ class Recipe:
     def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
         """The same for other head dims: tiles no wider than these need, and the default config of
         a stage whose form has no kernels for them."""
-        return Recipe(problem, self.plan, tuple(_fitted(x, problem, arch) for x in self.configs))
+        return Recipe(problem, self.plan, tuple(fitted(x, problem, arch) for x in self.configs))
 
     def distance(self, other: Recipe) -> int:
         """Number of knobs in which two recipes of one plan differ."""
@@ -121,7 +121,9 @@ def _serial(config: Config, problem: Problem) -> Config:
     return default_of(config.stage, form, place)
 
 
-def _fitted(config: Config, problem: Problem, arch: str | None) -> Config:
+def fitted(config: Config, problem: Problem, arch: str | None) -> Config:
+    """The same with tiles no wider than the problem needs; the default of its stage where its form
+    has no kernels for the problem."""
     place, form = Place(problem, config.size("BT"), arch), config.form
     tiles = {tile: config.size(tile) for tile, _ in form.tiles if tile in config}
     for tile, dim in form.tiles:

@@ -26,7 +26,7 @@ from gdn2gen.tuning.filing import entries_of, result_of
 from gdn2gen.tuning.gpu.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tuning.records.places import open_ledger, storage_path
 from gdn2gen.tuning.records.storage import open_storage
-from gdn2gen.tuning.records.stored import stored_recipes
+from gdn2gen.tuning.records.stored import lent_configs, stored_recipes
 from gdn2gen.tuning.search.finalists import Finals
 from gdn2gen.tuning.search.loop import Context, Errand, Search, Window
 from gdn2gen.tuning.search.verdicts import Verdict, better
@@ -156,6 +156,8 @@ class _Run:
         stored = list(stored_recipes(self.problem, self.plans, wanted, self.path, device))
         self.search.seed([config for x in stored for config in x.recipe.configs])
         self.search.seed(handed)
+        lent = lent_configs(self.problem, self.plans, self.search.stages, wanted, self.path, device)
+        self.search.seed(lent)
         finals = Finals(self.search, stored)
         errands = [
             Errand(_KNOWN_AT, lambda: finals.compile_known(self._turns()[:_AHEAD])),

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
-from gdn2gen.base.device import named_device
+from gdn2gen.base.device import Device, named_device
 from gdn2gen.codegen.digests import templates_of
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.config import default_config, default_of
+from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import always_checked
-from gdn2gen.tuning.records.stored import Stored, stored_recipes
+from gdn2gen.tuning.records.stored import Stored, lent_configs, stored_recipes
 from gdn2gen.tuning.search.finalists import Finals
 
 H200 = named_device("H200")
@@ -137,6 +138,26 @@ def test_another_member_lends_its_recipes_after_ones_own(path: Path) -> None:
     assert [x.recipe for x in lent] == [
         Recipe.of(kda, "lean", numbered(x).by_stage) for x in (0, 1)
     ]
+
+
+def test_a_member_of_other_plans_lends_configs_of_the_stages_that_both_have(path: Path) -> None:
+    """What is fast for KDA's grad_key is so for GLA's, whose plans have other names."""
+    file_at(path, SHAPES[:2])
+    gla = Problem("gla", l2norm=False)
+    own = tuned_files.tuned_path(path.parent.parent, "gla", H200)
+
+    def lent(problem: Problem, plan: str, device: Device = H200) -> list[Config]:
+        stages = PLANS[plan].stages
+        return [*lent_configs(problem, [plan], stages, SHAPES[:2], own, device)]
+
+    shared = set(PLANS["linear"].stages) & set(PLANS["lean"].stages)
+    expected = {fitted(numbered(x)[name], gla, "sm_90") for x in (0, 1) for name in shared}
+    found = lent(gla, "linear")
+    assert set(found) == expected and len(found) == len(expected)
+    assert all(why_invalid(x, gla, "sm_90") is None for x in found)
+    assert not lent(replace(gla, dtype="fp16"), "linear")
+    assert not lent(gla, "linear", named_device("A100"))
+    assert not lent(PROBLEM, "lean")  # which are recipes of its own plan
 
 
 def test_the_nearest_head_dims_lend_their_recipes_with_tiles_that_fit(path: Path) -> None:
