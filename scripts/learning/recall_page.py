@@ -37,28 +37,46 @@ def scores(runs: Sequence[Row]) -> Scores:
 
 
 def pages(rows: Sequence[Row], experiment: Experiment) -> str:
-    """A table for each task: percent of answers that are right, of each mixer at each test."""
-    parts = []
+    """A table for each task: percent of answers that are right, of each mixer at each test; and one
+    of the runs."""
+    if not rows:
+        return NOTHING
+    parts, runs_of = [], {}
     for name, task in experiment.tasks.items():
-        runs = {x: chosen(rows, experiment, name, x) for x in (*MIXERS, *ABLATIONS)}
-        if not any(runs.values()):
-            continue
-        titles = ["pairs x length", *(f"{pairs} x {length}" for pairs, length in task.tests)]
-        lines = [
-            [
-                f"{TITLES[model]} (lr {mine[0]['lr']:g}, {len(mine)} seeds, "
-                f"{mine[0]['parameters']:,} parameters)",
-                *(
-                    interval(values).percent() if (values := scores(mine).get(test)) else "-"
-                    for test in task.tests
-                ),
-            ]
-            for model, mine in runs.items()
-            if mine
+        found = {x: chosen(rows, experiment, name, x) for x in (*MIXERS, *ABLATIONS)}
+        runs_of[name] = {x: y for x, y in found.items() if y}
+        if runs_of[name]:
+            parts += [f"**{name}**: answers that are right, %", ""]
+            parts += [_of_task(task, runs_of[name]), ""]
+    parts += [*_of_runs(runs_of), *_decays(rows, experiment), *_remarks(rows)]
+    return "\n".join(parts).rstrip()
+
+
+def _of_task(task: Task, runs: dict[str, list[Row]]) -> str:
+    """Tests below each other, mixers side by side."""
+    found = {model: scores(mine) for model, mine in runs.items()}
+    lines = [
+        [
+            f"{test[0]} x {test[1]}",
+            *(interval(x[test]).percent() if x.get(test) else "-" for x in found.values()),
         ]
-        parts += [f"**{name}**: answers that are right, %", "", table(titles, lines), ""]
-    parts += [*_decays(rows, experiment), *_remarks(rows)]
-    return "\n".join(parts).rstrip() if rows else NOTHING
+        for test in task.tests
+    ]
+    return table(["pairs x length", *(TITLES[x] for x in runs)], lines)
+
+
+def _of_runs(runs_of: dict[str, dict[str, list[Row]]]) -> list[str]:
+    """What was run: at which rate, and the loss on new rows, seed by seed."""
+    lines = []
+    for task, runs in runs_of.items():
+        for model, mine in runs.items():
+            losses = ", ".join(
+                "diverged" if x["diverged"] is not None else f"{x['validation']:.2g}" for x in mine
+            )
+            parameters = f"{mine[0]['parameters']:,}"
+            lines.append([f"{task}, {TITLES[model]}", f"{mine[0]['lr']:g}", parameters, losses])
+    titles = ("", "rate", "parameters", "loss on new rows, a seed each")
+    return ["**Runs**", "", table(titles, lines), ""] if lines else []
 
 
 def _decays(rows: Sequence[Row], experiment: Experiment) -> list[str]:

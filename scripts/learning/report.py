@@ -21,9 +21,13 @@ class Interval(NamedTuple):
     half: float | None
 
     def percent(self) -> str:
+        """In percent, the interval cut at none and at all, which it cannot pass."""
         if self.half is None:
             return f"{100 * self.mean:.1f}"
-        return f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
+        if not self.half:
+            return f"{100 * self.mean:.1f} ± 0"
+        low, high = max(0.0, self.mean - self.half), min(1.0, self.mean + self.half)
+        return f"{100 * self.mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -306,9 +306,11 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
     assert "| KDA, mqar | 2 | graph | NO | 0.5000 |" in text
     assert "| mqar, Gated DeltaNet-2 | -2.5, -2.5, -2.5 | -0.5, -0.5, -0.5 | -0.1" in text
-    # 4.303 * 0.1 / sqrt(3)
-    assert "lr 0.01, 3 seeds, 1,234 parameters) | 90.0 ± 24.8 | 45.0 ± 12.4 |" in text
-    assert "| tied (lr 0.01, 1 seeds, 1,234 parameters) | 50.0 | 25.0 |" in text
+    # 4.303 * 0.1 / sqrt(3) = 24.8, and more than all cannot be right
+    assert "| pairs x length | Gated DeltaNet-2 | tied |" in text
+    assert "| 2 x 8 | 90.0 (65 to 100) | 50.0 |" in text
+    assert "| 2 x 12 | 45.0 (33 to 57) | 25.0 |" in text
+    assert "| mqar, Gated DeltaNet-2 | 0.01 | 1,234 | 0.01, 0.01, 0.01 |" in text
     assert "- diverged: mqar kda lr 0.01 seed 0" in text and "mqar gdn2: step 1: the state" in text
     for name in ("recall", "gates"):
         drawn = (record.parent / f"{name}.svg").read_text()
@@ -324,6 +326,8 @@ def test_intervals() -> None:
     assert report.interval([0.5]) == (0.5, None)
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+    assert report.interval([1.0, 1.0]).percent() == "100.0 ± 0"
+    assert report.interval([0.0, 0.1]).percent() == "5.0 (0 to 69)"
 
 
 def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
