@@ -26,14 +26,25 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from gdn2gen.base.files import replace_file
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-_PYTEST: Final = "python -m pytest -v --tb=short -p no:cacheprovider -m"
+# Of plugins that a host happens to have at most xdist is loaded, where it is there: tests wait for
+# compilers. tests/gpu prints failures as they happen, and so nothing of them at the end.
+_PYTEST: Final = (
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -v --tb=short --no-summary "
+    "--show-capture=no -p no:cacheprovider"
+)
+_SPREAD: Final = " -p xdist.plugin -n auto" if find_spec("xdist") else ""
+_BESIDE: Final = f"{_PYTEST}{_SPREAD} -m 'gpu and not gpu_alone and not slow'"
+_ALONE: Final = f"{_PYTEST} -m 'gpu_alone and not slow'"
 _PEERS: Final = "gdn2gen bench --save --shapes"
+# Each of them has its own context on the GPU, and imports all of torch.
+_MOST_WORKERS: Final = 8
 # What is begun with less than this left to it would only be cut off.
 LEAST_S: Final = 20.0
 
@@ -55,9 +66,9 @@ def _checks() -> list[Step]:
     for path in sorted((ROOT / "tests/gpu").glob("test_*_gpu.py")):
         name = path.stem.removeprefix("test_").removesuffix("_gpu").replace("_", "-")
         shown = path.relative_to(ROOT).as_posix()
-        steps.append(Step(f"check-{name}", f"{_PYTEST} 'gpu and not gpu_alone' {shown}"))
+        steps.append(Step(f"check-{name}", f"{_BESIDE} {shown}"))
         if "gpu_alone" in path.read_text():
-            steps.append(Step(f"alone-{name}", f"{_PYTEST} gpu_alone {shown}", alone=True))
+            steps.append(Step(f"alone-{name}", f"{_ALONE} {shown}", alone=True))
     return steps
 
 
@@ -88,8 +99,7 @@ def steps() -> list[Step]:
         ]
     bound = "GDN2GEN_BOUND=1"
     for name in ("graphs", "packed", "recurrent", "bits", "faults", "torch"):
-        checked = f"tests/gpu/test_{name}_gpu.py"
-        made.append(Step(f"bound-{name}", f"{bound} {_PYTEST} 'gpu and not gpu_alone' {checked}"))
+        made.append(Step(f"bound-{name}", f"{bound} {_BESIDE} tests/gpu/test_{name}_gpu.py"))
     made += [
         Step("host-bound", f"{bound} python scripts/host_time.py", True),
         Step("decode-bound", f"{bound} python scripts/decode_time.py", True),
@@ -193,9 +203,15 @@ class Round:
             return step, gpu
         return None
 
+    def _workers(self) -> int:
+        """Processes of one step, so that all have a core where as many steps run as may."""
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(_MOST_WORKERS, cores // (self.jobs * len(self.gpus))))
+
     def _run_one(self, step: Step, gpu: str) -> None:
         began = time.monotonic()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
+        environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(self._workers())
         words = shlex.split(step.command)
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")

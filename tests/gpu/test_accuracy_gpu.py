@@ -8,6 +8,7 @@ from gpu_support import BY_64, PROBLEMS, draw, levels_of, off, poisoned, recipe_
 from torch import Tensor
 
 from gdn2gen.family.inputs import PATTERNS
+from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import run_reference
 
@@ -20,6 +21,10 @@ WIDE = sized(2, 1003, 8)
 GROUPED = sized(1, 1003, 8)
 # Of members that lack a decay, or erase nothing.
 LESS = ("delta", "gla", "gla-fp16-K64", "simple-gla", "simple-gla-fp16-K64")
+# Of correlated keys rounding adds up for as long as nothing is forgotten. dbeta of the delta rule
+# in Triton's kernels, interpreted with the roundings of a GPU: 2.1e-2 off after 515 tokens, 3.3e-2
+# after 2011 (2.8e-2 if the inverse is exact; where heads decay 1.3e-2), of 3.0e-2 allowed.
+FORGETS_NOTHING = sized(1, 515, 4)
 DOCUMENTS = sized(1, 2011, 4, (0, 0, 1, 64, 64, 193, 1200, 1999, 2011, 2011))
 
 
@@ -37,10 +42,23 @@ def check(
         assert not off(results, exact, problem, pattern), level
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "kda", "gdn", "gdn-fp16-K64", *LESS])
+def patterns_of(name: str) -> tuple[str, ...]:
+    """Those that differ: of a member without a decay they are few."""
+    decays = recurrence_named(PROBLEMS[name].op).decay is not None
+    return PATTERNS if decays else ("layer", "sparse", "correlated")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        (name, pattern)
+        for name in ("bf16", "fp16", "fp32", "kda", "gdn", "gdn-fp16-K64", *LESS)
+        for pattern in patterns_of(name)
+    ],
+)
 def test_every_pattern(name: str, pattern: str) -> None:
-    check(name, LONG, pattern)
+    decays = recurrence_named(PROBLEMS[name].op).decay is not None
+    check(name, LONG if decays or pattern != "correlated" else FORGETS_NOTHING, pattern)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

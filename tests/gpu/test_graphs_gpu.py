@@ -6,7 +6,7 @@ the last one are of nobody. Graphs of a few tokens are in test_recurrent_gpu.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import compiled_checks
 import prefill_cases
 import pytest
 import torch
+from compiled_checks import EVERY_OP
 from gpu_support import DEVICE, Tensors, draw, moved, other_stream, sized
 from prefill_cases import BF16, Case, Drawn
 from torch import Tensor
@@ -101,7 +102,7 @@ def test_inference(op: str) -> None:
 
     @torch.no_grad()
     def infer(inputs: Tensors) -> tuple[Tensor, Tensor | None]:
-        return public_op(op)(**inputs, **flags)
+        return public_op(op)(**inputs, **flags, output_final_state=True)
 
     (inputs, _), *others = batches(problem)
     graph, (o, state) = captured(lambda: infer(inputs))
@@ -195,7 +196,7 @@ def test_states_on_the_way(op: str) -> None:
     @torch.no_grad()
     def infer(inputs: Tensors) -> Any:
         call: Any = public_op(op)
-        return call(**inputs, **flags, return_intermediate_states=True)
+        return call(**inputs, **flags, output_final_state=True, return_intermediate_states=True)
 
     (inputs, _), *others = batches(problem)
     graph, held = captured(lambda: infer(inputs))
@@ -212,13 +213,8 @@ def test_states_on_the_way(op: str) -> None:
 # torch.compile
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("name", compiled_checks.EVERY_OP)
-def test_compiled(name: str, mode: str) -> None:
-    """Whole graphs, replayed with other contents, beside eager mode; forward and backward."""
-    torch._dynamo.reset()
-    function, _ = compiled_checks.drawn(name, 90, packed=True)
-    step = torch.compile(function, fullgraph=True, mode=mode)
+def steps_of(name: str) -> Iterator[Tensors]:
+    """Inputs of calls of one size: other contents, other lengths."""
     for i, ends in enumerate(((0, 3, 90), (0, 3, 90), (0, 3, 90), (0, 64, 80), (0, 90, 90))):
         _, given = compiled_checks.drawn(name, 90, packed=True)
         inputs = {
@@ -227,6 +223,31 @@ def test_compiled(name: str, mode: str) -> None:
         if "g" in inputs:
             inputs["g"] = -inputs["g"].abs()
         inputs["cu_seqlens"] = lengths(*ends)
+        yield inputs
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("op", compiled_checks.PLAIN)
+def test_compiled(op: str, mode: str) -> None:
+    """Whole graphs, replayed with other contents: eager mode's bits, forward and backward."""
+    torch._dynamo.reset()
+    function = compiled_checks.both(op)
+    step = torch.compile(function, fullgraph=True, mode=mode)
+    for i, inputs in enumerate(steps_of(op)):
+        expected = compiled_checks.train_both(function, inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled_checks.train_both(step, inputs)
+        assert not moved(expected, found), i
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("name", [x for x in EVERY_OP if x not in compiled_checks.PLAIN])
+def test_compiled_with_what_is_around_it(name: str, mode: str) -> None:
+    """Where Inductor makes some of what surrounds the kernels."""
+    torch._dynamo.reset()
+    function, _ = compiled_checks.drawn(name, 90, packed=True)
+    step = torch.compile(function, fullgraph=True, mode=mode)
+    for inputs in steps_of(name):
         expected = compiled_checks.train(function, inputs)
         torch.compiler.cudagraph_mark_step_begin()
         found = [x.clone() for x in compiled_checks.train(step, inputs)]

@@ -107,6 +107,8 @@ def test_a_graph_of_one_token_is_replayed(member: str) -> None:
 @pytest.mark.parametrize("member", [*LAYERS])
 def test_compiled(member: str) -> None:
     """By Inductor in one graph: y and gradients near those without."""
+    # all layers share one forward, which Dynamo compiles eight times and no more
+    torch._dynamo.reset()
     layer, x = _layer(member), _tokens(2, 130).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True)
     into = [x, *layer.parameters()]

@@ -45,20 +45,32 @@ LAYER: Final = Case(K=128, V=128, H=16, HV=16, N=4, dtype=BF16, gap=8)
 MANY: Final = replace(LAYER, N=64, T=2)
 
 
+def cases_of(K: int, V: int, op: str) -> list[Case]:
+    """Both layouts of states, each with three kinds of calls: those of a layout lie together."""
+    sizes = Case(op=op, K=K, V=V, H=2, HV=4, N=5, padding=(3,), gap=8, **GATED[op])
+    return [
+        replace(sizes, v_first=v_first, state_dtype=state, dtype=dtype, T=T, states=states)
+        for (v_first, state), (dtype, T, states) in itertools.product(
+            ((False, FP32), (True, BF16)),
+            ((BF16, 1, "pool"), (FP32, 4, "speculative"), (FP16, 3, "pool")),
+        )
+    ]
+
+
 @pytest.mark.parametrize("op", DECODING_OPS)
 @pytest.mark.parametrize(("K", "V"), SIZES)
 def test_head_dims(K: int, V: int, op: str) -> None:
-    sizes = Case(op=op, K=K, V=V, H=2, HV=4, N=5, padding=(3,), gap=8, **GATED[op])
-    check_all(
-        [
-            replace(sizes, v_first=v_first, state_dtype=state, dtype=dtype, T=T, states=states)
-            for (v_first, state), (dtype, T, states) in itertools.product(
-                ((False, FP32), (True, BF16)),
-                ((BF16, 1, "pool"), (FP32, 4, "speculative"), (FP16, 3, "pool")),
-            )
-        ],
-        DEVICE,
-    )
+    """Two of `cases_of`, which every size, and every op, meets all of."""
+    turn = SIZES.index((K, V)) + DECODING_OPS.index(op)
+    cases = cases_of(K, V, op)
+    check_all([cases[turn % 3], cases[3 + (turn + 1) % 3]], DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", DECODING_OPS)
+@pytest.mark.parametrize(("K", "V"), SIZES)
+def test_head_dims_in_every_kind_of_call(K: int, V: int, op: str) -> None:
+    check_all(cases_of(K, V, op), DEVICE)
 
 
 @pytest.mark.parametrize("op", DECODING_OPS)
@@ -238,8 +250,13 @@ def test_replays_go_on_from_each_other() -> None:
 # torch.compile
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("op", DECODING_OPS)
+@pytest.mark.parametrize(
+    ("op", "mode"),
+    [
+        pytest.param(op, mode, marks=() if mode == "default" or op == "gdn2" else pytest.mark.slow)
+        for op, mode in itertools.product(DECODING_OPS, ("default", "reduce-overhead"))
+    ],
+)
 def test_whole_graphs(op: str, mode: str) -> None:
     torch._dynamo.reset()
     function = public_op(op)

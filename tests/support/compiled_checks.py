@@ -22,10 +22,13 @@ from gdn2gen.runtime import parts_ops
 Drawn = tuple[Callable[..., Tensor], dict[str, Tensor]]
 
 
+def flags_of(op: str) -> dict[str, Any]:
+    return {"use_qk_l2norm_in_kernel": True} if recurrence_named(op).normalises else {}
+
+
 def _chunk(op: str, T: int, packed: bool) -> Drawn:
     sizes: dict[str, Any] = {"op": op, "HV": 2, "cu_seqlens": (0, 3, T) if packed else None}
-    member = recurrence_named(op)
-    flags = {"use_qk_l2norm_in_kernel": True} if member.normalises else {}
+    flags = flags_of(op)
 
     def run(**given: Any) -> Tensor:
         o, state = public_op(op)(**given, **flags, output_final_state=True)
@@ -71,12 +74,14 @@ def _parts(T: int, packed: bool) -> Drawn:
     return run, given
 
 
-EVERY_OP = (*OPS, "mamba2", "parts")
+_SPECIAL = {"mamba2": _mamba, "parts": _parts}
+PLAIN = tuple(op for op in OPS if op not in _SPECIAL)
+"""Those that are called by their own names."""
+EVERY_OP = (*PLAIN, *_SPECIAL)
 
 
 def drawn(name: str, T: int, packed: bool) -> Drawn:
-    special = {"mamba2": _mamba, "parts": _parts}
-    return special[name](T, packed) if name in special else _chunk(name, T, packed)
+    return _SPECIAL[name](T, packed) if name in _SPECIAL else _chunk(name, T, packed)
 
 
 def train(call: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]:
@@ -86,6 +91,39 @@ def train(call: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]
     result = call(**leaves)
     wanted = [x for x in leaves.values() if x.requires_grad]
     return [result, *torch.autograd.grad(result.sum(), wanted)]
+
+
+def both(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """o and the final state of an op, with nothing around it that a compiler could sum otherwise.
+
+    What `drawn` calls ends in sums over tokens, whose order Inductor chooses: gradients there are
+    of the order of 10^4, and those that are 0 by cancelling (dg of the first token) are off by
+    what either order rounds.
+    """
+    flags = flags_of(op)
+
+    def run(**given: Any) -> tuple[Tensor, Tensor]:
+        o, state = public_op(op)(**given, **flags, output_final_state=True)
+        assert state is not None
+        return o, state
+
+    return run
+
+
+def train_both(
+    call: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """o, the final state and d<input>, from gradients that are drawn."""
+    leaves = {
+        x: y.detach().requires_grad_() if y.is_floating_point() else y for x, y in given.items()
+    }
+    found = call(**leaves)
+    generator = torch.Generator(found[0].device).manual_seed(5)
+    seeds = [torch.empty_like(x).normal_(generator=generator) for x in found]
+    wanted = {x: y for x, y in leaves.items() if y.requires_grad}
+    grads = torch.autograd.grad(found, [*wanted.values()], seeds)
+    o, state = (x.detach() for x in found)
+    return {"o": o, "state": state, **{f"d{x}": y for x, y in zip(wanted, grads, strict=True)}}
 
 
 @verifying()

@@ -11,10 +11,13 @@ import pytest
 from gdn2gen.family.registry import OPS
 
 # Of the others on a GPU, and what is slow here; of gdn2 see test_torch.py.
-QUICK: Final = ("gated_delta_rule", "mamba2", "parts")
+QUICK: Final = ("gated_delta_rule",)
 CASES: Final = [
-    pytest.param(x, i % 2 == 1, marks=() if x in QUICK else pytest.mark.slow)
-    for i, x in enumerate(compiled_checks.EVERY_OP)
+    *(
+        pytest.param(x, i % 2 == 1, marks=() if x in QUICK else pytest.mark.slow)
+        for i, x in enumerate(compiled_checks.PLAIN)
+    ),
+    *(("mamba2", False), ("mamba2", True), ("parts", False)),
 ]
 
 
