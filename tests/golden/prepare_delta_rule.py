@@ -20,11 +20,11 @@ as they are.
     k_tail  [NT, HV, BT]      fp32  beta / norm of k
 
 Problem: delta_rule K=128 V=128 bf16, l2norm
-Config:  BK=64 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=2 num_warps=2 solve=tf32
+Config:  BK=64 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=2 num_warps=2 solve=tf32x3
 Template digest b8e1c43f3fb1d992; made by
     gdn2gen generate --op delta_rule --head-dim 128,128 --dtype bf16 --with= --stage prepare \
       --config \
-      BK=64,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=2,num_warps=2,solve=tf32
+      BK=64,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=2,num_warps=2,solve=tf32x3
 """
 
 import triton
@@ -53,8 +53,8 @@ def invert(b_T, BT: tl.constexpr):
     b_X -= tl.where(meet_at(0, o_t[:, None], o_t[None, :]), b_T, 0.0)
     for i_level in tl.static_range(1, 5):
         b_L = tl.where(meet_at(i_level, o_t[:, None], o_t[None, :]), b_T, 0.0)
-        b_XL = tl.dot(b_X, b_L, input_precision="tf32")
-        b_X -= tl.dot(b_XL, b_X, input_precision="tf32")
+        b_XL = tl.dot(b_X, b_L, input_precision="tf32x3")
+        b_X -= tl.dot(b_XL, b_X, input_precision="tf32x3")
     return b_X
 
 
