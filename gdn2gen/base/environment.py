@@ -66,7 +66,7 @@ def verifying() -> Iterator[None]:
 def binds_launches() -> bool:
     """Whether passes that have run are bound to their launches (GDN2GEN_BOUND=1).
 
-    Off unless asked for: bound launches have run against a stand-in for the driver, and on no GPU.
+    Off unless asked for, until every test has passed with it on a GPU.
     """
     return os.environ.get("GDN2GEN_BOUND", "0") not in ("", "0")
 
