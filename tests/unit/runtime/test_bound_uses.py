@@ -22,7 +22,7 @@ STREAM = [0]
 @pytest.fixture(name="driver")
 def _driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
     STREAM[0] = 0
-    monkeypatch.setenv("GDN2GEN_BOUND", "1")
+    monkeypatch.delenv("GDN2GEN_BOUND", raising=False)
     yield from faked(monkeypatch, tmp_path, STREAM)
 
 
