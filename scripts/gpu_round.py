@@ -97,12 +97,12 @@ def steps() -> list[Step]:
             Step(f"tune-{op}", f"gdn2gen tune --op {op} --budget 3", True, 60.0),
             Step(f"bench-{op}", bench, True, 60.0),
         ]
-    bound = "GDN2GEN_BOUND=1"
+    apart = "GDN2GEN_BOUND=0"
     for name in ("graphs", "packed", "recurrent", "bits", "faults", "torch"):
-        made.append(Step(f"bound-{name}", f"{bound} {_BESIDE} tests/gpu/test_{name}_gpu.py"))
+        made.append(Step(f"unbound-{name}", f"{apart} {_BESIDE} tests/gpu/test_{name}_gpu.py"))
     made += [
-        Step("host-bound", f"{bound} python scripts/host_time.py", True),
-        Step("decode-bound", f"{bound} python scripts/decode_time.py", True),
+        Step("host-unbound", f"{apart} python scripts/host_time.py", True),
+        Step("decode-unbound", f"{apart} python scripts/decode_time.py", True),
         Step("learn-recall", "python scripts/recall.py train --rows runs/recall --minutes 8", True),
         Step("learn-repeat", "python scripts/recall.py repeat --rows runs/recall", True, 180.0),
         Step("learn-text", "python scripts/text.py train --rows runs/text --minutes 8", True),

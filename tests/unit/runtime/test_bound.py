@@ -51,7 +51,7 @@ def _driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: list[Tensor]
 ) -> Iterator[Driver]:
     STREAM[0] = 0
-    monkeypatch.setenv("GDN2GEN_BOUND", "1")
+    monkeypatch.delenv("GDN2GEN_BOUND", raising=False)
     yield from faked(monkeypatch, tmp_path, STREAM)
 
 
@@ -267,6 +267,15 @@ def test_other_surroundings_run_the_pass_itself(
         assert found == [True, True, False]
         return
     assert driver.through_triton and not driver.launched
+
+
+def test_the_environment_turns_it_off(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN2GEN_BOUND", "0")
+    run = _train(make())
+    for _ in range(4):
+        driver.through_triton.clear()
+        run()
+        assert driver.through_triton and not driver.launched
 
 
 def test_an_environment_that_changed_is_noticed(
