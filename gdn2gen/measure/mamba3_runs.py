@@ -15,10 +15,10 @@ from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.mamba3 import States, recurrent
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.family.tolerances import limit_of
+from gdn2gen.family.tolerances import limit_of, narrowings
 from gdn2gen.measure.case_runs import REPEATS, Result, errors_in_range
 from gdn2gen.measure.mamba3_cases import Mamba3Case
-from gdn2gen.runtime.dtypes import TORCH_DTYPE
+from gdn2gen.runtime.dtypes import DTYPE_NAME, TORCH_DTYPE
 
 Named = dict[str, Tensor]
 # dt of a layer that begins to learn, log-uniform.
@@ -147,13 +147,16 @@ def _inputs(case: Mamba3Case, device: str) -> Named:
 
 
 def _check_accuracy(case: Mamba3Case, device: str) -> Result:
-    mine, theirs = mamba3_results(_inputs(case, device), _combined)
-    return _judged(case, errors_in_range(mine, theirs, case.problem.dtype))
+    made = _inputs(case, device)
+    return _judged(case, *mamba3_results(made, _combined))
 
 
-def _judged(case: Mamba3Case, errors: dict[str, float]) -> Result:
-    limit = limit_of(case.problem.dtype, case.pattern)
-    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= limit]
+def _judged(case: Mamba3Case, mine: Named, theirs: Named) -> Result:
+    """Each within the limit of the case's dtype, and what rounding to its own takes beside it."""
+    dtype = case.problem.dtype
+    limit, errors = limit_of(dtype, case.pattern), errors_in_range(mine, theirs, dtype)
+    taken = narrowings(dtype, {x: DTYPE_NAME[y.dtype] for x, y in mine.items()})
+    wrong = [f"{x} {y:.1e}" for x, y in errors.items() if not y <= limit + taken.get(x, 0.0)]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
     return Result(case.name, case.check, not wrong, errors, limit, message)
 
@@ -176,7 +179,7 @@ def _check_steps(case: Mamba3Case, device: str) -> Result:
     names = ("out", *(f"last {x}" for x in States._fields))
     mine = dict(zip(names, pointing((torch.stack(outputs, 1), *states)), strict=True))
     theirs = dict(zip(names, pointing((whole, *last)), strict=True))
-    return _judged(case, errors_in_range(mine, theirs, case.problem.dtype))
+    return _judged(case, mine, theirs)
 
 
 def _token(name: str, x: Tensor, t: int) -> Tensor:
