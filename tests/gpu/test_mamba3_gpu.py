@@ -80,6 +80,8 @@ def test_the_same_bits_twice_and_before_later_tokens() -> None:
     assert torch.equal(first[0][:, :1001], changed[:, :1001])
 
 
+# its autotuning takes minutes, and its times, which others on the GPU would spoil
+@pytest.mark.gpu_alone
 @pytest.mark.parametrize("name", ["layer", "packed", "strong"])
 def test_no_worse_than_mamba_ssm(name: str) -> None:
     """Every output and gradient beside fp64. What it rounds to bfloat16 comes as such."""
