@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -41,6 +42,9 @@ def test_the_list_leaves_nothing_out(cases: list[Mamba3Case]) -> None:
         assert {getattr(x.problem, name) for x in cases} == {True, False}, name
     assert {x.shape.key_heads for x in cases} >= {1, 3}
     assert {"fp32", "bf16"} <= {x.problem.trap_dtype for x in cases}
+    assert {(x.level, x.problem.packed) for x in cases} == {
+        *product(("lean", "fast"), (True, False))
+    }
     if cases is LARGE:
         dims = {(x.problem.dtype, x.problem.K, x.problem.V, x.op) for x in cases}
         ops = ("mamba3", "mamba3_siso_step")
