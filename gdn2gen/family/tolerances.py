@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.family.decays import DecayPattern
+from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 
 # Relative error against fp64 (norm of the difference over norm of the reference) that a kernel may
@@ -14,6 +15,10 @@ LIMITS: Final = {"bf16": 1e-2, "fp16": 4e-3, "fp32": 1e-4}
 # Keys correlated at 0.9 with b near 2 make I + T ill-conditioned: what 16 bits round off in T and A
 # comes back amplified. Measured 2.6 times the other patterns' worst here, 3.5 in a peer.
 _AMPLIFIED: Final = {"correlated": 3.0}
+
+
+# What rounding to nearest takes of a number at most, as a part of it: of 8, 11 and 24 digits.
+ROUNDING: Final = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-24}
 
 
 def limit_of(dtype: str, pattern: str | DecayPattern) -> float:
@@ -27,10 +32,30 @@ def slack_of(op: str) -> dict[str, float]:
     return {f"d{x.name}": x.slack for x in recurrence_named(op).differentiable}
 
 
-def over(errors: Mapping[str, float], limit: float, op: str) -> dict[str, float]:
-    """The errors above `limit`, NaN among them, with the slack of the recurrence."""
-    slack = slack_of(op)
-    return {name: x for name, x in errors.items() if not x <= limit * slack.get(name, 1.0)}
+def roundings_of(problem: Problem) -> dict[str, float]:
+    """What gradients lose by their own dtype, by d<input>: of inputs in a narrower one than q's,
+    as a decay in bf16 beside q in fp32 is, nothing computes a nearer one."""
+    given = {f"d{x.name}": x.dtype for x in recurrence_named(problem.op).differentiable}
+    dtypes = {name: problem.dtype_of(role) for name, role in given.items()}
+    return narrowings(problem.dtype, {x: y for x, y in dtypes.items() if y in ROUNDING})
+
+
+def narrowings(dtype: str, dtypes: Mapping[str, str]) -> dict[str, float]:
+    """Of tensors whose dtype is narrower than `dtype`, by name: what rounding to it takes."""
+    return {x: ROUNDING[y] for x, y in dtypes.items() if ROUNDING[y] > ROUNDING[dtype]}
+
+
+def over(
+    errors: Mapping[str, float], limit: float, op: str, rounding: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The errors above `limit`, NaN among them, with the slack of the recurrence, and beside it
+    what `rounding` takes of a tensor."""
+    slack, taken = slack_of(op), rounding or {}
+    return {
+        name: x
+        for name, x in errors.items()
+        if not x <= limit * slack.get(name, 1.0) + taken.get(name, 0.0)
+    }
 
 
 def widest_limit(dtype: str) -> float:

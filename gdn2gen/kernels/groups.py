@@ -44,6 +44,8 @@ _STEPS: Final = (
 _SKIP: Final = Operand("D", "HV V", "fp32", "D")
 _GATE: Final = Operand("z", "B T HV V", when="z")
 _DY: Final = Operand("dy", "B T HV V", when="z")
+# Sums over a chunk's tokens: where there is a gate, made of dy as it is before it is rounded.
+_DD: Final = Operand("dD", "NT HV V", "fp32", "D")
 # Without a gate that of o itself.
 _DO_OR_DY: Final = (replace(DO, when="no z"), _DY)
 _SCALARS: Final = ("T", "H", "HV")
@@ -134,7 +136,7 @@ RESCAN_GROUP: Final = Stage(
         S_SEG,
         *SEQUENCES,
     ),
-    outputs=(H, Operand("dz", "B T HV V", when="z"), _DY),
+    outputs=(H, Operand("dz", "B T HV V", when="z"), _DY, replace(_DD, when="D and z")),
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("K V BT",),
@@ -177,7 +179,7 @@ GRAD_GROUP: Final = Stage(
         Operand("ddt", "B T HV", "gate"),
         Operand("drate", "NT HV", "fp32", "rate"),
         Operand("ddt_bias", "NT HV", "fp32", "dt_bias"),
-        Operand("dD", "NT HV V", "fp32", "D"),
+        replace(_DD, when="D, no z"),
     ),
     scalars=_SCALARS,
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>

@@ -109,6 +109,7 @@ def has_operand(operand: Operand, problem: Problem) -> bool:
         "D": problem.has_D,
         "z": problem.has_z,
         "D and z": problem.has_D and problem.has_z,
+        "D, no z": problem.has_D and not problem.has_z,
         "no z": not problem.has_z,
         "varlen": problem.varlen,
         "initial_state": problem.initial_state,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.family.tolerances import LIMITS, limit_of, over
+from gdn2gen.family.tolerances import LIMITS, limit_of, over, roundings_of
 from gdn2gen.measure.accuracy import (
     inputs_of,
     op_flags,
@@ -115,7 +115,8 @@ def _check_accuracy(case: Case, device: str) -> Result:
     exact = run_reference(case.problem, inputs, grads)
     errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
     limit = limit_of(case.problem.dtype, case.pattern)
-    wrong = [f"{name} {error:.1e}" for name, error in over(errors, limit, case.problem.op).items()]
+    bad = over(errors, limit, case.problem.op, roundings_of(case.problem))
+    wrong = [f"{name} {error:.1e}" for name, error in bad.items()]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
     return Result(case.name, case.check, not wrong, errors, limit, message)
 

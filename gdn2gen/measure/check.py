@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
-from gdn2gen.family.tolerances import limit_of, over
+from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.scans import SEGMENT
 
@@ -101,7 +101,7 @@ def check_recipe(
             limit = limit_of(recipe.problem.dtype, pattern)
             errors = _errors(recipe.problem, shape, pattern, device)
             worst = {name: max(x, worst.get(name, 0.0)) for name, x in errors.items()}
-            wrong = over(errors, limit, recipe.problem.op)
+            wrong = over(errors, limit, recipe.problem.op, roundings_of(recipe.problem))
             if wrong:
                 return CheckResult(False, worst, _wrong(wrong, limit, pattern, shape))
         moved = _moved(recipe.problem, shapes[1], repeats, device)

@@ -28,6 +28,8 @@ class Mamba3Case:
     check: str = "accuracy"
     """One of CHECKS."""
     interpreter: bool = False
+    level: str = "lean"
+    """Of the scan: `fast` keeps more of its forward."""
 
     @property
     def op(self) -> str:
@@ -68,6 +70,10 @@ def _features(base: Mamba3Case) -> Iterator[Mamba3Case]:
         "odd-angles": replace(base, problem=replace(problem, angles=half // 2 - 1)),
         "narrow-logits": replace(
             base, problem=replace(problem, trap_dtype=narrow, angle_dtype=narrow)
+        ),
+        "fast": replace(base, level="fast"),
+        "packed-fast": replace(
+            base, problem=replace(problem, packed=True), shape=packed, level="fast"
         ),
         "one-token": replace(base, shape=_shape(2, 1, H, 1)),
         "empty": replace(base, shape=_shape(2, 0, H, 1), check="empty"),

@@ -30,16 +30,15 @@ def check(
     tensors: Mapping[str, Tensor | None],
     Input_States: object,
     chunk_size: object,
-    return_final_states: object,
+    flags: Mapping[str, object],
 ) -> States | None:
     """The input states by name, in float32 or wider but for v; of `mamba3_siso_combined`.
 
     Raises InputError.
     """
-    if type(return_final_states) is not bool:
-        raise InputError(
-            f"return_final_states must be True or False, but got {return_final_states!r}"
-        )
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise InputError(f"{name} must be True or False, but got {value!r}")
     if type(chunk_size) is not int or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise InputError(f"chunk_size must be a power of two, but got {chunk_size!r}")
     given = _check_types(tensors)

@@ -37,6 +37,7 @@ def mamba3_siso_combined(
     chunk_size: int = 64,
     return_final_states: bool = False,
     cu_seqlens: Tensor | None = None,
+    disable_recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mamba-3, one input and one output a head, over whole sequences, in chunks (arXiv 2603.15569:
     the exponential-trapezoidal rule, with rotations that depend on the data).
@@ -74,6 +75,8 @@ def mamba3_siso_combined(
         return_final_states: also return the four states after the last tokens.
         cu_seqlens: [sequences + 1] int32 or int64, rising from 0 to l: packed sequences, none of
             which sees another; wants b = 1.
+        disable_recompute: keep more of the scan's forward for a faster backward (the level "fast"),
+            as in the other ops of the family.
 
     Returns:
         out [b, l, h, P] in the dtype of V; or a tuple of it and the states: Theta in radians, from
@@ -88,7 +91,8 @@ def mamba3_siso_combined(
         "Q": Q, "K": K, "V": V, "ADT": ADT, "DT": DT, "Trap": Trap, "Q_bias": Q_bias,
         "K_bias": K_bias, "Angles": Angles, "D": D, "Z": Z, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
-    states = check(tensors, Input_States, chunk_size, return_final_states)
+    flags = {"return_final_states": return_final_states, "disable_recompute": disable_recompute}
+    states = check(tensors, Input_States, chunk_size, flags)
     if cu_seqlens is not None and not is_watched((V, cu_seqlens)):
         check_cu_seqlens(cu_seqlens, V.shape[1])
     if V.shape[1] == 0:
@@ -115,6 +119,7 @@ def mamba3_siso_combined(
         output_final_state=return_final_states,
         state_v_first=True,
         cu_seqlens=cu_seqlens,
+        disable_recompute=disable_recompute,
     )
     out = after(x, o, own, first) if around is None else around.after(o, own, first)
     return out if ssm is None else (out, *carried_out(x, angle, ssm))

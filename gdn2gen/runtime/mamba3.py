@@ -274,7 +274,8 @@ def step_problem(tensors: Mapping[str, Tensor | None]) -> Mamba3Problem | None:
     Q, V, Trap, Angles = (tensors[x] for x in ("Q", "V", "Trap", "Angles"))
     assert Q is not None and V is not None and Trap is not None and Angles is not None
     dtypes = {x.dtype for x in tensors.values() if x is not None}
-    served = Q.shape[2] in STATE_SIZES and V.shape[2] in HEAD_DIMS and dtypes <= DTYPE_NAME.keys()
+    served = Q.shape[2] in STATE_SIZES and V.shape[2] in HEAD_DIMS
+    served = served and all(x in DTYPE_NAME for x in dtypes)
     if not by_kernels(V.device) or not served:
         return None
     return Mamba3Problem(

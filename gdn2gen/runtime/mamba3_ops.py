@@ -33,7 +33,8 @@ def serves(x: Inputs) -> bool:
         if size % sizes.step or size < sizes[0] or size > sizes[-1]:
             return False
     given = (x.V, x.ADT, x.DT, x.Trap, x.Angles, x.Q_bias, x.K_bias, x.D, x.Z)
-    return {y.dtype for y in given if y is not None} <= DTYPE_NAME.keys()
+    # one by one: torch.compile of torch 2.11 compares no sets
+    return all(y.dtype in DTYPE_NAME for y in given if y is not None)
 
 
 class Around:

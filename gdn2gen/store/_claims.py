@@ -15,7 +15,7 @@ from gdn2gen.base.device import known_device
 from gdn2gen.base.errors import StoreError
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.family.tolerances import over, widest_limit
+from gdn2gen.family.tolerances import over, roundings_of, widest_limit
 from gdn2gen.kernels.floor import least_ms
 
 _TIMES: Final = ("forward_ms", "forward_backward_ms")
@@ -74,7 +74,7 @@ def _check_errors(problem: Problem, errors: Mapping[str, Any]) -> None:
     if missing:
         raise StoreError(f"gate must list the errors that were found, but lacks those of {missing}")
     bad = {name: x for name, x in errors.items() if not (_is_number(x) and 0 <= x < math.inf)}
-    bad = bad or over(errors, widest_limit(problem.dtype), problem.op)
+    bad = bad or over(errors, widest_limit(problem.dtype), problem.op, roundings_of(problem))
     if bad:
         found = ", ".join(f"{name} {x!r}" for name, x in bad.items())
         raise StoreError(

@@ -39,7 +39,6 @@ grad_group_kernel: one program per chunk, HEADS heads of a group and slice of K.
     ddt         [B, T, HV]        bf16  gradient of dt
     drate       [NT, HV]          fp32  gradient of rate: sums over the chunk's tokens
     ddt_bias    [NT, HV]          fp32  gradient of dt_bias: sums over the chunk's tokens
-    dD          [NT, HV, V]       fp32  gradient of D: sums over the chunk's tokens
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=1 num_warps=8
@@ -73,7 +72,6 @@ def grad_group_kernel(
     dk,
     decay_part,
     step_part,
-    dD,
     T,
     H,
     HV,
@@ -125,9 +123,6 @@ def grad_group_kernel(
         b_dkh = tl.dot(b_v, b_dh)
         b_dP = tl.dot(b_do, tl.trans(b_v))
         b_SdS = tl.dot(tl.trans(b_dh), b_h)
-        if i_k == 0:
-            b_dD = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), 0)
-            tl.store(dD + i_tile * V + o_v, b_dD)
         # <S, dS> as the diagonal of a product: tiles that only products read are laid out without
         # bank conflicts
         b_dgamma_C = tl.sum(tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_SdS, 0.0), 1), 0)
@@ -216,12 +211,12 @@ def fold_step_kernel(
 
 def launch(
     q, k, rate, dt, dt_bias, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, ddt,
-    drate, ddt_bias, dD, *, n_chunks, T, H, HV
+    drate, ddt_bias, *, n_chunks, T, H, HV
 ):
     """Launch both kernels on the current stream."""
     n_parts = H * -(-HV // H // HEADS)
     grad_group_kernel[(n_chunks * n_parts * (K // BK),)](
-        q, k, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, dD, T, H, HV,
+        q, k, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, T, H, HV,
         K=K, V=V, BT=BT, BK=BK, HEADS=HEADS, STAGES=STAGES,
         num_warps=8, num_stages=1,
     )

@@ -26,10 +26,11 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
     h              [NT, HV, V, K]     bf16   state at the chunk's start, transposed
     dz             [B, T, HV, V]      bf16   gradient of z
     dy             [B, T, HV, V]      bf16   gradient of o before its gate
+    dD             [NT, HV, V]        fp32   gradient of D: sums over the chunk's tokens
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=8
-Template digest a8fc359426604ac3; made by
+Template digest bb447839e173aa30; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=8
@@ -60,6 +61,7 @@ def rescan_group_kernel(
     h,
     dz,
     dy,
+    dD,
     T,
     H,
     HV,
@@ -152,19 +154,22 @@ def rescan_group_kernel(
         b_sigmoid = 1.0 / (1.0 + tl.exp(-b_x))
         # o before its gate, made again: the gate's gradient, and what goes on to all the rest
         b_dx = b_do.to(tl.float32) * b_sigmoid
+        # before dy is rounded: a sum over all tokens shows what each of them lost
+        b_dD = tl.sum(b_dx * b_x * b_v.to(tl.float32), 1)
+        tl.store(dD + i_tile * V + o_v, b_dD)
         tl.store(dy + p_o, (b_dx * b_x).to(tl.bfloat16), mask=m_o)
         b_dx *= b_o * (1.0 + b_x * (1.0 - b_sigmoid))
         tl.store(dz + p_o, b_dx.to(tl.bfloat16), mask=m_o)
 
 
 def launch(
-    v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, h, dz, dy, *,
-    n_sequences, T, H, HV, NS, segment
+    v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, h, dz, dy, dD,
+    *, n_sequences, T, H, HV, NS, segment
 ):
     """Launch one program per segment, value head and slice of V on the current stream."""
     rescan_group_kernel[(n_sequences * HV * NS * (V // BV),)](
         v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, h, dz, dy,
-        T, H, HV, NS, segment,
+        dD, T, H, HV, NS, segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=8, num_stages=2,
     )

@@ -18,7 +18,13 @@ from gdn2gen.family.tolerances import LIMITS
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_cases import MAMBA3_CASES, Mamba3Case
 from gdn2gen.measure.mamba3_rows import bench_mamba3
-from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results, run_mamba3_case
+from gdn2gen.measure.mamba3_runs import (
+    SHARED_ROUNDING,
+    mamba3_inputs,
+    mamba3_results,
+    rounded_angles,
+    run_mamba3_case,
+)
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
 from gdn2gen.tuning.mamba3 import tune_mamba3
@@ -41,9 +47,15 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    made = draw(CASES[name], dtype, str(DEVICE))
     with poisoned():
-        found = relative_errors(*results(draw(CASES[name], dtype, str(DEVICE))))
-    assert max(found.values()) < BOUNDS[dtype], found
+        mine, theirs = results(made)
+    found, bounds = relative_errors(mine, theirs), dict.fromkeys(theirs, BOUNDS[dtype])
+    if dtype != torch.float32:
+        rounded = {"dAngles": rounded_angles(made, dtype)}
+        error = relative_errors(rounded, {"dAngles": theirs["dAngles"]})["dAngles"]
+        bounds["dAngles"] = max(bounds["dAngles"], SHARED_ROUNDING * error)
+    assert not {x: y for x, y in found.items() if not y < bounds[x]}, found
 
 
 def test_steps_are_the_whole() -> None:
@@ -68,6 +80,8 @@ def test_the_same_bits_twice_and_before_later_tokens() -> None:
     assert torch.equal(first[0][:, :1001], changed[:, :1001])
 
 
+# its autotuning takes minutes, and its times, which others on the GPU would spoil
+@pytest.mark.gpu_alone
 @pytest.mark.parametrize("name", ["layer", "packed", "strong"])
 def test_no_worse_than_mamba_ssm(name: str) -> None:
     """Every output and gradient beside fp64. What it rounds to bfloat16 comes as such."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -23,6 +24,7 @@ from gdn2gen.measure import mamba3_times
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_results, pointing
 from gdn2gen.measure.timing import Timing
+from gdn2gen.ops import mamba3
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime import mamba3_ops, passes
 from gdn2gen.runtime.mamba3_loaded import force, tile_at
@@ -304,3 +306,19 @@ def tuned_and_not(path: str) -> dict[str, float]:
         by_entry = results(made)[0]
     reload()
     return relative_errors(by_entry, by_rule)
+
+
+def fast_errors() -> tuple[list[bool], dict[str, float]]:
+    """What the scan is told of a call at level fast, and its errors."""
+    told: list[bool] = []
+    scan = mamba3.chunk_simple_gla
+
+    def seen(*given: Any, **options: Any) -> Any:
+        told.append(options["disable_recompute"])
+        return scan(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        patch.setattr(mamba3, "chunk_simple_gla", seen)
+        made = draw(CASES["packed"])
+        fast = results(made, op=partial(mamba3_siso_combined, disable_recompute=True))
+    return told, relative_errors(*fast)

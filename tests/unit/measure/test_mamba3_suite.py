@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -41,6 +42,9 @@ def test_the_list_leaves_nothing_out(cases: list[Mamba3Case]) -> None:
         assert {getattr(x.problem, name) for x in cases} == {True, False}, name
     assert {x.shape.key_heads for x in cases} >= {1, 3}
     assert {"fp32", "bf16"} <= {x.problem.trap_dtype for x in cases}
+    assert {(x.level, x.problem.packed) for x in cases} == {
+        *product(("lean", "fast"), (True, False))
+    }
     if cases is LARGE:
         dims = {(x.problem.dtype, x.problem.K, x.problem.V, x.op) for x in cases}
         ops = ("mamba3", "mamba3_siso_step")
@@ -71,6 +75,41 @@ def test_selection_and_verdicts() -> None:
 def test_the_op_on_cpu_tensors_passes(name: str) -> None:
     result = run_mamba3_case(BY_NAME[f"mamba3-small-K32-V16-fp32-{name}"], "cpu")
     assert result.passed, result.message
+
+
+def test_a_gradient_in_fewer_bits_than_q_is_as_near_as_those_are() -> None:
+    """Of fp32 beside Trap and Angles in bf16: their gradients are bf16, which rounds to 1.6e-3."""
+    result = run_mamba3_case(BY_NAME["mamba3-small-K32-V16-fp32-narrow-logits"], "cpu")
+    assert result.passed, result.message
+    narrow = {x for x, y in result.errors.items() if y > result.limit}
+    assert narrow == {"dTrap", "dAngles"}
+    assert all(result.errors[x] < 2e-3 for x in narrow)
+
+
+def test_angles_are_held_to_what_rounding_makes_of_them() -> None:
+    case = BY_NAME["mamba3-small-K32-V16-fp32-packed"]
+    shape = Shape("small", 1, 12, 2, (0, 0, 4, 12), groups=1)
+    made = mamba3_runs.mamba3_inputs(case.problem, shape, "layer", 0, "cpu")
+    _, theirs = mamba3_runs.mamba3_results(made, mamba3_siso_combined)
+    right = {"dAngles": theirs["dAngles"]}
+
+    def off(dtype: torch.dtype) -> float:
+        return relative_errors({"dAngles": mamba3_runs.rounded_angles(made, dtype)}, right)[
+            "dAngles"
+        ]
+
+    assert off(torch.float64) < 1e-12
+    assert 4e-4 < off(torch.bfloat16) < 2e-2 and off(torch.float16) < off(torch.bfloat16) / 4
+
+
+def test_angles_further_off_than_rounding_makes_them_are_seen() -> None:
+    case = BY_NAME["mamba3-small-K32-V16-bf16-layer"]
+    right = {"dAngles": torch.ones(100)}
+    for off, rounded, passes in (
+        (0.9e-2, 0.0, True), (1.5e-2, 2e-3, False), (1.5e-2, 1.1e-2, True), (1.7e-2, 1.1e-2, False)
+    ):  # fmt: skip
+        mine, meant = ({"dAngles": torch.full((100,), 1 + x)} for x in (off, rounded))
+        assert mamba3_runs._judged(case, mine, right, meant).passed == passes, (off, rounded)
 
 
 def _off(**arguments: Any) -> Any:

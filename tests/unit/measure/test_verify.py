@@ -16,9 +16,9 @@ from torch import Tensor
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.outcome import CRASHED, OK, Outcome
 from gdn2gen.family.inputs import PATTERNS
-from gdn2gen.family.problem import DTYPES, USUAL_DIMS
+from gdn2gen.family.problem import DTYPES, USUAL_DIMS, Problem
 from gdn2gen.family.recurrence import GATES
-from gdn2gen.family.tolerances import LIMITS, over
+from gdn2gen.family.tolerances import LIMITS, over, roundings_of
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result, errors_in_range, run_case
 from gdn2gen.measure.cases import CASES, CHECKS, Case, cases_of
@@ -248,3 +248,11 @@ def test_a_sum_that_cancels_may_be_further_off_and_nan_never_passes() -> None:
     errors = {"o": 0.9e-2, "dq": 1.1e-2, "dA_log": 2.9e-2, "dk": float("nan")}
     assert over(errors, 1e-2, "gdn2").keys() == {"dq", "dk"}
     assert over({"dA_log": 3.1e-2}, 1e-2, "gdn2") == {"dA_log": 3.1e-2}
+
+
+def test_a_gradient_in_fewer_bits_than_q_may_lose_what_rounding_takes() -> None:
+    wide, same = (Problem("gdn2", dtype=x, gate_dtype="bf16") for x in ("fp32", "bf16"))
+    assert roundings_of(wide) == {"dg": 2.0**-8} and not roundings_of(same)
+    errors = {"dq": 2e-3, "dg": 2e-3, "o": 1e-5}
+    assert over(errors, 1e-4, "gdn2", roundings_of(wide)) == {"dq": 2e-3}
+    assert over({"dg": 4.1e-3}, 1e-4, "gdn2", roundings_of(wide)) == {"dg": 4.1e-3}

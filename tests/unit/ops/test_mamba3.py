@@ -35,6 +35,11 @@ def test_blocks_of_heads(interpreter: Check) -> None:
     assert max(found.values()) < LIMIT, found
 
 
+def test_level_fast_is_the_scans(interpreter: Check) -> None:
+    told, found = interpreter("mamba3_checks:fast_errors")
+    assert told == [True] and max(found.values()) < LIMIT, (told, found)
+
+
 def test_in_16_bits(interpreter: Check) -> None:
     found = interpreter("mamba3_checks:poisoned_errors", "layer", "bfloat16")
     assert max(found.values()) < 2e-2, found
@@ -61,6 +66,7 @@ def test_the_signature_is_that_of_mamba_ssm() -> None:
         "chunk_size": 64,
         "return_final_states": False,
         "cu_seqlens": None,
+        "disable_recompute": False,  # ours, after theirs
     }
     assert [(name, x.default) for name, x in found.items()] == [*wanted.items()]
 
@@ -99,6 +105,7 @@ def test_no_tokens(name: str) -> None:
     [
         ({"chunk_size": 48}, "chunk_size must be a power of two, but got 48"),
         ({"return_final_states": 1}, "return_final_states must be True or False, but got 1"),
+        ({"disable_recompute": "no"}, "disable_recompute must be True or False, but got 'no'"),
         ({"Trap": None}, "Trap must be a tensor, but got NoneType"),
         ({"DT": torch.zeros(2, 40, 2)}, r"DT must be \[b, h, l\] = \(2, 2, 40\), but got \(2, 40"),
         ({"Q_bias": torch.zeros(2)}, r"Q_bias must be \[h, N\], but got \(2,\)"),
