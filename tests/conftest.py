@@ -23,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """A cache of their own: no test sees what the user has tuned, or leaves anything behind."""
     for name in _SETTINGS:
         os.environ.pop(name, None)
+    # Tensors of tests are small: two processes that wait for each other's threads on two cores took
+    # 26 s of them for what one thread each does in 6.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.stash[_CACHE] = tempfile.mkdtemp(prefix="gdn2gen-tests-")
     os.environ["GDN2GEN_CACHE_DIR"] = config.stash[_CACHE]
 
