@@ -5,7 +5,8 @@ context      what templates are given
 render       template to source
 digests      of the templates that a recipe is made from
 build        source to module to compiled kernel, ahead of time for any target
-interpreter  Triton's interpreter, mended, hastened and taught bf16
+interpreter  Triton's interpreter, mended and taught bf16
+hasten       Triton's interpreter without most of its own time
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 fixed        launches of one kernel whose scalars never change

@@ -76,7 +76,8 @@ def load(rendered: Rendered) -> ModuleType:
     The source is also written where tracebacks and profilers find it.
     """
     if environment.interpreted():
-        from gdn2gen.codegen.interpreter import hasten, mend_loops, teach_bf16
+        from gdn2gen.codegen.hasten import hasten
+        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16
 
         mend_loops()
         hasten()

@@ -1,4 +1,4 @@
-"""Triton's interpreter mended, hastened, and taught bf16.
+"""Triton's interpreter mended, and taught bf16.
 
 Of bf16 it holds the bits as integers, and computes with those: Triton 3.6 to 3.9 give products of
 such tiles that are off by 1e11, and say nothing. Taught, kernels in bf16 have the errors that they
@@ -54,60 +54,6 @@ def mend_loops() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = mended
-
-
-def hasten() -> None:
-    """Spare this process's interpreter half of its time, and change no bit of what it computes.
-
-    Triton 3.6 to 3.9 check sums of integers for overflow only to drop what was found, make the
-    table of NumPy's dtypes anew for every tile, look through all their names at every call of a
-    helper, and take exclusive ors element by element.
-    """
-    import dataclasses
-    import importlib.metadata
-    import inspect
-
-    if not importlib.metadata.version("triton").startswith(("3.6.", "3.7.", "3.8.", "3.9.")):
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dtype_of, reduce = interpreter._get_np_dtype, interpreter.ReduceOps.generic_reduce
-    if dtype_of.__name__ == "hastened":
-        return
-    options = interpreter.interpreter_builder.options
-    if not options.debug:  # an overflow is told by an assertion of its debug mode
-        spared = dataclasses.replace(options, sanitize_overflow=False)
-        interpreter.interpreter_builder.options = spared
-    dtypes: dict[str, Any] = {}
-    builtins: dict[Any, list[str]] = {}
-
-    def hastened(dtype: Any) -> Any:
-        if dtype.name not in dtypes:
-            dtypes[dtype.name] = dtype_of(dtype)
-        return dtypes[dtype.name]
-
-    def patch(package: Any, builder: Any, scope: Any) -> None:
-        if not builtins.get(package):
-            members = inspect.getmembers(package, tl.core.is_builtin)
-            builtins[package] = [name for name, _ in members]
-        for name in builtins[package]:
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
-
-    def reduce_at_once(reduction: Any, operands: Any) -> Any:
-        if reduction.combine_fn is not tl.standard._xor_combine or reduction.axis is None:
-            return reduce(reduction, operands)
-        data = np.bitwise_xor.reduce(
-            operands[0].handle.data, axis=reduction.axis, keepdims=reduction.keep_dims
-        )
-        return [reduction.to_tensor(data, operands[0].dtype)]
-
-    interpreter._get_np_dtype = hastened
-    interpreter._patch_builtin = patch
-    interpreter.ReduceOps.generic_reduce = reduce_at_once
 
 
 def teach_bf16() -> None:

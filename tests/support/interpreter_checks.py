@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from gdn2gen.codegen.interpreter import hasten, mend_loops
+from gdn2gen.codegen.hasten import hasten
+from gdn2gen.codegen.interpreter import mend_loops
 
 N = 16
 

@@ -318,10 +318,10 @@ def compiled_at_other_head_dims(op: str) -> str:
 
 
 def without_gradient(op: str, plan: str) -> list[str]:
-    """Outputs that are not the same bits where no gradient is wanted, over five segments."""
+    """Outputs that are not the same bits where no gradient is wanted, over three segments."""
     segment, call.SEGMENT = call.SEGMENT, 1
     problem = Problem(op=op, K=32, V=64, dtype="fp32", initial_state=True, final_state=True)
-    arguments = {**make(op, T=150), **normalised(op)}
+    arguments = {**make(op, T=70), **normalised(op)}
     try:
         served = recurrence_named(op).plans
         plan = plan if plan in served else plans_of(level_of(plan), op)[0]

@@ -21,7 +21,8 @@ from gdn2gen.base import device
 from gdn2gen.base.errors import FileError, InputError
 from gdn2gen.cli import program
 from gdn2gen.codegen import _package_files
-from gdn2gen.codegen.interpreter import hasten, mend_loops
+from gdn2gen.codegen import hasten as hastening
+from gdn2gen.codegen.interpreter import mend_loops
 from gdn2gen.codegen.package import generate_package, package_source, package_texts
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
@@ -65,7 +66,7 @@ _CHILD = (
 from __future__ import annotations
 {inspect.getsource(mend_loops)}
 mend_loops()
-{inspect.getsource(hasten)}
+exec({inspect.getsource(hastening)!r})
 hasten()
 """
     + """

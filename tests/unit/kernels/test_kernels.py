@@ -6,7 +6,7 @@ own, the fixture `interpreter`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -77,16 +77,24 @@ def test_later_frames_leave_the_first_one_alone(
         assert found["A"] < 1e-2 and found["Aqk"] < 1e-2
 
 
-@pytest.mark.parametrize(
-    ("plan", "knobs"),
-    [
-        ("lean", (("BT", 32), ("decay", "log"))),
-        ("fast", (("BT", 16), ("decay", "tree"))),
-        ("lean", (("BT", 64), ("decay", "anchored"))),
-    ],
-    ids=["log", "tree", "anchored"],
+_FORMS: Final = (
+    ("lean", (("BT", 32), ("decay", "log"))),
+    ("fast", (("BT", 16), ("decay", "tree"))),
+    ("lean", (("BT", 64), ("decay", "anchored"))),
 )
-@pytest.mark.parametrize("name", EXTREMES)
+# Of decays, which the forms place each in their own way; the others go through them in turn.
+_OF_DECAYS: Final = ("some-resets", "all-resets", "sigmoid-saturated", "softplus-saturated")
+
+
+def _extremes() -> Iterator[Any]:
+    for i, name in enumerate(EXTREMES):
+        for j, (plan, knobs) in enumerate(_FORMS):
+            slow = name not in _OF_DECAYS and i % 3 != j
+            marks = [pytest.mark.slow] * slow
+            yield pytest.param(name, plan, knobs, id=f"{name}-{dict(knobs)['decay']}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "plan", "knobs"), [*_extremes()])
 def test_extreme_values(
     name: str, plan: str, knobs: tuple[tuple[str, int | str], ...], interpreter: Callable[..., Any]
 ) -> None:
@@ -108,8 +116,8 @@ def test_bounded_chunks_that_lose_all_they_can(plan: str, interpreter: Callable[
     assert not over
 
 
-# anchored chunks, and packed ones of both members, say most of it
-_SLOW: Final = ("log", "parallel", "kda-log")
+# anchored and bounded chunks, and packed ones of the other member, say most of it
+_SLOW: Final = ("log", "parallel", "packed", "kda-log")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +153,20 @@ def test_states_beyond_fp16_show(interpreter: Callable[..., Any]) -> None:
 
 
 def test_the_list_leaves_nothing_out() -> None:
-    """Every stage, every value of the knobs that change its code, every option and pattern."""
+    """Every stage, every value of the knobs that change its code, every option and pattern.
+
+    What is slow adds to that only the plans that keep a state of every so many chunks.
+    """
     assert len({case.name for case in CASES}) == len(CASES)
+    assert {case.plan for case in CASES} == {*PLANS}
     configs = [x for case in CASES for x in case.recipe.configs]
     assert {x.stage for x in configs} == {*STAGES}
-    assert {case.plan for case in CASES} == {*PLANS}
-    for stage in STAGES:
+    for stage in (x for x in STAGES if STAGES[x].every or x == "reprepare_factors"):
+        assert {x["BT"] for x in configs if x.stage == stage} == {16, 32, 64}
+    usual = [case for case in CASES if not case.slow]
+    assert {x for x in PLANS if PLANS[x].every == 0} < {case.plan for case in usual}
+    configs = [x for case in usual for x in case.recipe.configs]
+    for stage in (x for x in STAGES if not STAGES[x].every and x != "reprepare_factors"):
         assert {x["BT"] for x in configs if x.stage == stage} == {16, 32, 64}
     assert {x["decay"] for x in configs if "decay" in x} == {
         "log",
@@ -165,10 +181,10 @@ def test_the_list_leaves_nothing_out() -> None:
             assert {case.recipe[x]["decay"] for x in stages} == {"bounded"}, case.name
     assert {x["segments"] for x in configs if "segments" in x} == {"serial", "parallel"}
     for plan in (x for x in RECURRENCES["gdn2"].plans if PLANS[x].every == 0):
-        problems = [case.case.problem for case in CASES if case.plan == plan]
+        problems = [case.case.problem for case in usual if case.plan == plan]
         assert {x.gate for x in problems} == {"none", "softplus", "sigmoid"}
         for flag in ("varlen", "initial_state", "final_state", "state_v_first", "has_dt_bias"):
             assert {getattr(x, flag) for x in problems} == {True, False}
-    assert {case.case.pattern for case in CASES} == {*PATTERNS}
-    assert {case.case.problem.dtype for case in CASES} == {"fp32", "fp16"}
-    assert {0, 1, 15, 70} <= {case.case.shape.T for case in CASES}
+    assert {case.case.pattern for case in usual} == {*PATTERNS}
+    assert {case.case.problem.dtype for case in usual} == {"fp32", "fp16"}
+    assert {0, 1, 15, 70} <= {case.case.shape.T for case in usual}

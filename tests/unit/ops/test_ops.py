@@ -637,8 +637,15 @@ def test_a_gradient_of_one_input(op: str, name: str, interpreter: Callable[..., 
     _accurate(interpreter("op_checks:some_gradients", op, name))
 
 
-@BY_KERNELS
-@pytest.mark.parametrize("plan", [x for x in RECURRENCES["gdn2"].plans if not PLANS[x].every])
+@pytest.mark.parametrize(
+    ("op", "plan"),
+    [
+        # every plan, every member; the others of their product are slow
+        pytest.param(op, plan, marks=[pytest.mark.slow] * (i > 0 and i != j))
+        for i, op in enumerate(WITH_GATE)
+        for j, plan in enumerate(x for x in RECURRENCES["gdn2"].plans if not PLANS[x].every)
+    ],
+)
 def test_a_call_that_wants_no_gradient_gives_the_same_bits(
     op: str, plan: str, interpreter: Callable[..., Any]
 ) -> None:
