@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import gdn2gen
+from gdn2gen.base.device import named_device
 from gdn2gen.base.environment import is_batch_invariant
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.runtime.runner import Runner
+from gdn2gen.store.dispatch import find_recipe
 
 Check = Callable[..., Any]
 
@@ -47,3 +51,22 @@ def test_the_mode_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_batch_invariant()
     monkeypatch.delenv("GDN2GEN_BATCH_INVARIANT")
     assert not is_batch_invariant()
+
+
+@pytest.mark.parametrize("level", ["lean", "fast"])
+@pytest.mark.parametrize("op", ["gdn2", "gated_delta_rule", "gla", "mamba2"])
+def test_no_sequence_is_cut_into_segments(op: str, level: str) -> None:
+    """Neither forward nor backward, however long it is and whether packed or not: where it is cut
+    would depend on how many others there are."""
+    device, few = named_device("H200"), Regime(tokens=100_000, sequences=1, heads=1)
+    for varlen in (False, True):
+        problem = Problem(op=op, varlen=varlen)
+        assert find_recipe(problem, few, device, level=level).saved_segments > 1
+        with gdn2gen.batch_invariant():
+            found = find_recipe(problem, few, device, level=level)
+        assert found.saved_segments == 1
+        runner = Runner(found.recipe, found.agreed_segments)
+        plan = found.recipe.plan
+        scans = [x for x in plan.stages if "scan" in x]
+        assert all(found.recipe[x].get("segments", "serial") == "serial" for x in scans)
+        assert {runner.max_segments(x) for x in scans if "reverse" not in x} == {1}
