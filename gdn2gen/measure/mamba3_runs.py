@@ -139,11 +139,12 @@ class _Rounded(torch.autograd.Function):
         return dx.to(ctx.dtype).to(dx.dtype), None
 
 
-def rounded_angles(made: Named, dtype: torch.dtype) -> Tensor:
-    """dAngles in fp64, but for q and k of the scan and their gradients, which are rounded to
-    `dtype`: what the kernels hand each other, see `SHARED_ROUNDING`."""
+def rounded_angles(made: Named, dtype: torch.dtype) -> Named:
+    """dAngles in fp64, and that of a carried angle (`dangle`), which all tokens turn; but for q and
+    k of the scan and their gradients, which are rounded to `dtype`: what the kernels hand each
+    other, see `SHARED_ROUNDING`."""
     exact = {x: y.double() if y.is_floating_point() else y for x, y in made.items()}
-    exact["Angles"].requires_grad_()
+    turned = [exact[x].requires_grad_() for x in ("Angles", "angle") if x in exact]
     given = mamba3_arguments(exact)
     states = given.pop("Input_States", None)
     cu_seqlens, (B, T) = given.pop("cu_seqlens", None), exact["V"].shape[:2]
@@ -165,10 +166,10 @@ def rounded_angles(made: Named, dtype: torch.dtype) -> Tensor:
     rng = torch.Generator().manual_seed(1)
     seeds = [torch.randn(y.shape, generator=rng).to(y) for y in found]
     with_one = [i for i, y in enumerate(found) if y.requires_grad]
-    (made_of,) = torch.autograd.grad(
-        [found[i] for i in with_one], [exact["Angles"]], [seeds[i] for i in with_one]
+    gradients = torch.autograd.grad(
+        [found[i] for i in with_one], turned, [seeds[i] for i in with_one]
     )
-    return made_of
+    return dict(zip(("dAngles", "dangle"), gradients, strict=False))
 
 
 def pointing(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -212,7 +213,7 @@ def _check_accuracy(case: Mamba3Case, device: str) -> Result:
     mine, theirs = mamba3_results(made, _op_of(case))
     rounded: Named = {}
     if case.problem.dtype != "fp32" and case.problem.rotated:
-        rounded["dAngles"] = rounded_angles(made, TORCH_DTYPE[case.problem.dtype])
+        rounded = rounded_angles(made, TORCH_DTYPE[case.problem.dtype])
     return _judged(case, mine, theirs, rounded)
 
 
