@@ -44,9 +44,9 @@ _PLAIN: Final = replace(_LAYER, has_z=False, has_D=False)
 _SHAPE: Final = Shape("layer", 2, 1100, 64, groups=1)
 _PACKED: Final = Shape("packed", 1, 1500, 64, (0, 0, 700, 701, 1500), groups=1)
 _PATTERNS: Final = ("layer", "strong", "zero")
-# Times mamba_ssm's error; by default a quarter more, which one draw leaves to chance. drate is a sum
-# over all tokens of what states in bf16 have of their gradients: 6.4e-4 where theirs is 3.1e-4 in
-# chunks of 256, a quarter as many.
+# Times mamba_ssm's error; by default a quarter more, which one draw leaves to chance. drate is a
+# sum over all chunks of what states in bf16 have of their gradients: 6.4e-4 where theirs, in chunks
+# of 256 tokens and so a quarter as many, is 3.1e-4.
 _WORSE: Final = {"drate": 2.2}
 
 
