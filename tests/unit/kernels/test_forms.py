@@ -43,7 +43,7 @@ WORTH = {
     "scan_blocks2": (5295, "aa4abc49bc8c"),
     "rescan_blocks2": (1800, "fb953bba28cb"),
     "reverse_scan_blocks2": (5241, "4044ce370ba4"),
-    "grad_blocks2": (4248, "59b3818000a8"),
+    "grad_blocks2": (3840, "0944fe2a8f7f"),
     # of members whose heads share scores alone
     **dict.fromkeys(
         ("prepare_group", "scan_group", "rescan_group", "reverse_scan_group", "grad_group"),
