@@ -63,11 +63,11 @@ _PLAIN: Final = (
 _CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
 
 
-def _serial_tilelang(stage: Stage, *limits: Limit) -> tuple[Form, ...]:
-    """Its serial form in TileLang."""
+def _serial_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
+    """Its serial form in TileLang, of a template of its own."""
     heads = (Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V"))
     (form,) = (x for x in stage.forms if (x.language, x.name) == ("tilelang", "serial"))
-    return (replace(form, limits=(*form.limits, *_PLAIN, *heads, *limits)),)
+    return (replace(form, template=template, limits=(*form.limits, *_PLAIN, *heads, *limits)),)
 
 
 def _in_triton(stage: Stage, template: str) -> tuple[Form, ...]:
@@ -96,7 +96,7 @@ def _scan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of scan_states
         forms=(
             *_in_triton(SCAN_STATES, "scan_blocks"),
-            *(_serial_tilelang(SCAN_STATES) if every == 1 else ()),
+            *(_serial_tilelang(SCAN_STATES, "scan") if every == 1 else ()),
         ),
         every=every,
     )
@@ -129,7 +129,11 @@ def _reverse_scan_blocks(every: int) -> Stage:
         ),
         forms=(
             *_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
-            *(_serial_tilelang(REVERSE_SCAN, _CHUNKS_OF_32) if every == 1 else ()),
+            *(
+                _serial_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32)
+                if every == 1
+                else ()
+            ),
         ),
         later={},
         every=every,

@@ -45,7 +45,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest c59a01b1efbc0cb1; made by
+Template digest 8b1411eef9d720b8; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks1 --config \
       BK=64,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -174,7 +174,7 @@ def program():
             b_c = tile.alloc_fragment([BK, BT], "float32")
             b_products = tile.alloc_fragment([BT, BK], "float32")
             b_dbeta = tile.alloc_fragment([BT], "float32")
-            # in turn the decay G, products to be summed, dG, and what dA_log is the sum of
+            # in turn what is left of the decay, products to be summed, and dG
             b_dG = tile.alloc_fragment([BK, BT], "float32")
             b_dg = tile.alloc_fragment([BK, BT], "float32")
             # factors of pairs, rounded as products take them, then the first bits of dG and the next

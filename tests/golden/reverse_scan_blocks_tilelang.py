@@ -1,4 +1,4 @@
-"""Carry the gradient of the state through the chunks of a sequence, last to first.
+"""Carry the gradient of the state through the chunks of a sequence, last to first; dv and dw.
 
 One program per sequence, value head and slice of V; the mirror of the scan, with the gradient of
 the state held transposed, dS^T [BV, K]. The compiler gives the loads to a warp group of its own,
@@ -6,6 +6,7 @@ which fills 2 stages of shared memory ahead of the products.
 
     dR^T = dO^T Aqk + dS^T Ktail^T        dX^T = dR^T A
     dS^T <- dS^T Diag(gamma_C) + dO^T Qg + dR^T Y          Y = -A E
+    dv = dX w         dw = dX v
 
     v        [B, T, HV, V]     bf16  values
     w        [B, T, HV, V]     bf16  write gate
@@ -25,7 +26,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 5045e70fca409f32; made by
+Template digest 9931b24140b2267f; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=final_state --stage reverse_scan_blocks1 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -42,11 +43,12 @@ IO = "bfloat16"
 def program():
     """The program, for any number of sequences, tokens and heads."""
     import tilelang.language as tile
-    from tilelang.layout import make_swizzled_layout
 
     B, T, HV, NT, NZ = (
         tile.dynamic(name) for name in ("B", "T", "HV", "NT", "NZ")
     )
+    from tilelang.layout import make_swizzled_layout
+
     # a warp keeps whole rows of the state, so that one product's result is the next one's operand
     ROWS = tile.GemmWarpPolicy.FullRow
 
