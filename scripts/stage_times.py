@@ -4,7 +4,7 @@
 
 A member, a shape, a plan, then stages of it with the knobs in which each differs from its default;
 `STAGE` alone is the default. The other stages are at theirs. A config that fails the tuner's quick
-check is said to, and not timed; a fault of the GPU ends the script, so give what is least sure last.
+check is said to, and not timed; a fault of the GPU ends the script: give what is least sure last.
 """
 
 from __future__ import annotations

@@ -40,10 +40,11 @@ def compare(module: ModuleType, other: ModuleType, stage: str, K: int, found: li
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         tensors = {name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)}
-        launch(*args, **kwargs)
         written = [x for x in WRITES[stage] if x in tensors]
         for name in written:
+            given[name].fill_(float("nan"))
             tensors[name].fill_(float("nan"))
+        launch(*args, **kwargs)
         sizes = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG")}
         B, NT, NZ = len(tensors["do"]), len(tensors["dX"]), K // 16
         sizes |= {"B": B, "NT": NT, "NZ": NZ, "NK": K // 64}
