@@ -112,12 +112,6 @@ def context(problem: Compiled, stage: Stage, config: Config) -> dict[str, object
         "token_factors": partial(_token_factors, recurrence.erases),
         # of states that are kept on the way: how their distances are given
         "slot_unit": "" if getattr(problem, "odd_slots", False) else f" * {UNIT}",
-        # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
-        "pairs_in_fp32": problem.dtype == "fp16",
-        "pair_precision": _PAIR_PRECISION.get(problem.dtype, ""),
-        # groups of 16 values, and the power of two that covers them
-        "n_z": str(-(-problem.V // 16)),
-        "z_covered": str(1 << (-(-problem.V // 16) - 1).bit_length()),
     }
     return common | own
 
@@ -155,6 +149,12 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
         "chunk_loss": chunk_loss(problem, config.size("BT")),
+        # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
+        "pairs_in_fp32": problem.dtype == "fp16",
+        "pair_precision": _PAIR_PRECISION.get(problem.dtype, ""),
+        # groups of 16 values, and the power of two that covers them
+        "n_z": str(-(-problem.V // 16)),
+        "z_covered": str(1 << (-(-problem.V // 16) - 1).bit_length()),
     }
 
 

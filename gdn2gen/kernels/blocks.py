@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.anchors import INSIDE, bounded
+from gdn2gen.kernels.anchors import INSIDE, REACH, bounded
 from gdn2gen.kernels.gradients import GRAD_KEY
-from gdn2gen.kernels.limits import FP32, WIDE, Setting
+from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -55,6 +55,21 @@ def _kept(operand: Operand, every: int) -> Operand:
     return replace(operand, dims=dims)
 
 
+# Of the forms in TileLang, which were compiled for nothing else so far.
+_PLAIN: Final = (
+    Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),
+    Limit("arch", (None, "sm_90"), "others were not compiled for"),
+)
+_CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
+
+
+def _serial_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
+    """Its serial form in TileLang, of a template of its own."""
+    heads = (Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V"))
+    (form,) = (x for x in stage.forms if (x.language, x.name) == ("tilelang", "serial"))
+    return (replace(form, template=template, limits=(*form.limits, *_PLAIN, *heads, *limits)),)
+
+
 def _in_triton(stage: Stage, template: str) -> tuple[Form, ...]:
     """Its forms in Triton, of templates of their own."""
     return tuple(
@@ -78,7 +93,11 @@ def _scan_blocks(every: int) -> Stage:
         SCAN_STATES,
         name=f"scan_blocks{every}",
         outputs=tuple(_kept(x, every) if x is H else x for x in SCAN_STATES.outputs),
-        forms=_in_triton(SCAN_STATES, "scan_blocks"),
+        # of every chunk the contract is that of scan_states
+        forms=(
+            *_in_triton(SCAN_STATES, "scan_blocks"),
+            *(_serial_tilelang(SCAN_STATES, "scan") if every == 1 else ()),
+        ),
         every=every,
     )
 
@@ -108,7 +127,14 @@ def _reverse_scan_blocks(every: int) -> Stage:
             *scratch,
             REVERSE_SCAN.outputs[-1],
         ),
-        forms=_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
+        forms=(
+            *_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
+            *(
+                _serial_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32)
+                if every == 1
+                else ()
+            ),
+        ),
         later={},
         every=every,
     )
@@ -121,6 +147,7 @@ _ANCHORED: Final = Form(
     "triton",
     "grad_blocks",
     knobs={
+        "chunks": (1,),
         "BK": (16, 32, 64, 128),
         "num_warps": (2, 4, 8),
         "num_stages": (1, 2),  # of the loops that make states again alone
@@ -133,7 +160,42 @@ _ANCHORED: Final = Form(
         Setting({"BK": 16}, FP32),
     ),
     leads={},
-    limits=(INSIDE,),
+    limits=(
+        INSIDE,
+        # Illegal accesses and gradients off by 0.2 to 5.7e2 on an H200. What Triton wrote is right:
+        # for one in ten products of strong_decay_kernel ptxas 12.8.93, which comes with Triton 3.6,
+        # makes the operand's address of a register that holds something else, as the number of the
+        # thread; 12.9.86 and 13.0.88 make it of the right one.
+        Limit(
+            "BT",
+            (16, 32),
+            "in chunks of 64 ptxas 12.8 gives products of 64 rows operands at wrong addresses",
+            {"arch": ("sm_90",)},
+        ),
+    ),
+)
+# As TileLang's grad_key: loads ahead, and a warp group that takes 64 channels.
+_ANCHORED_TILELANG: Final = Form(
+    "anchored",
+    "tilelang",
+    "grad_blocks",
+    knobs={
+        "chunks": (1, 4, 16),
+        "BK": (64,),
+        "num_warps": (4,),
+        "num_stages": (1, 2),
+        "maxnreg": (0, 128),
+    },
+    defaults=(Setting({"chunks": 16, "maxnreg": 128}),),
+    limits=(
+        REACH,
+        INSIDE,
+        Limit("dtype", ("bf16",), "factors of pairs are out of the range of fp16"),
+        _CHUNKS_OF_32,
+        Limit("gate", ("none",), "the gate's activation is in Triton's form alone"),
+        *_PLAIN,
+        *(Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V")),
+    ),
 )
 
 
@@ -171,7 +233,11 @@ def _grad_blocks(every: int) -> Stage:
             *("BT K BT",) * 4,
             *("BT K V",) * (3 * (every - 1) // 2),
         ),
-        forms=(_ANCHORED, bounded(_ANCHORED, "grad_key")),
+        forms=(
+            _ANCHORED,
+            bounded(_ANCHORED, "grad_key"),
+            *((_ANCHORED_TILELANG,) if every == 1 else ()),
+        ),
         selector="decay",
         every=every,
     )

@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_blocks2="ea89350518c30620",
+    grad_blocks2="4239f6be271e2b39",
     prepare="741eb447aa169bb9",
     reverse_scan_blocks2="02dede1dbd1d8631",
     scan_blocks2="10d68c269993b54c",

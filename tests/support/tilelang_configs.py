@@ -33,6 +33,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
         "sum_decay": {"BK": K},
         "grad_value": {"BV": V, "maxnreg": 80},
         "grad_key": {"decay": decay, "BK": 64, "BV": V, "maxnreg": 128},
+        "grad_blocks1": {"decay": decay, "BK": 64, "maxnreg": 128},
     }
     config = default_config(stage, problem, BT=BT)
     config = config.replace(language="tilelang", **knobs, **own[stage])

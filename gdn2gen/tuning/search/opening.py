@@ -14,6 +14,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.render import stage_digest
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.plans import PLANS, is_optional
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tuning import space
 from gdn2gen.tuning.gpu.attempt import right
@@ -86,10 +87,18 @@ class Opening:
 
     def _compile(self, BT: int) -> Compiles:
         search = self._search
+        plans = [x for x in search.plans if self._why_invalid(x, BT) is None]
         return {
             stage: search.context.backend.compile(search.problem, search.default(stage, BT))
-            for stage in search.stages
+            for stage in dict.fromkeys(x for plan in plans for x in PLANS[plan].stages)
         }
+
+    def _why_invalid(self, plan: str, BT: int) -> str | None:
+        """Why some stage of a plan cannot serve in such chunks, as is known without a try."""
+        search = self._search
+        given = (search.default(stage, BT) for stage in PLANS[plan].stages)
+        arch = search.context.device.arch
+        return next(filter(None, (why_invalid(x, search.problem, arch) for x in given)), None)
 
     def _measure(self, BT: int, compiles: Compiles) -> str | None:
         """Measure the default of one chunk size; why it cannot serve, or None if it can.
@@ -122,8 +131,13 @@ class Opening:
         return None
 
     def _why_fails(self, plan: str, BT: int, compiles: Compiles) -> str | None:
-        """Why a plan's default does not compile or pass the check, filed in the ledger; or None."""
-        search = self._search
+        """Why a plan's default does not compile or pass the check, filed in the ledger; or None.
+
+        What is known to be invalid there is neither compiled nor run, nor filed.
+        """
+        search, invalid = self._search, self._why_invalid(plan, BT)
+        if invalid is not None:
+            return invalid
         for stage in PLANS[plan].stages:
             compiled = compiles[stage].result()
             if not compiled.ok:

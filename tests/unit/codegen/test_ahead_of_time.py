@@ -217,6 +217,24 @@ def test_tilelang_compiles_and_fits(
     assert 0 < used.registers <= 255
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("stage", ["grad_blocks1", "reverse_scan_blocks1"])
+@pytest.mark.tilelang
+def test_tilelang_of_blocks_compiles_and_fits(
+    stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs of grad_blocks are to share a multiprocessor, whose 228 KB they fill."""
+    problem, device = Problem(op), named_device("sm_90")
+    config = tilelang_config(stage, problem)
+    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes <= 64, f"{stage} [{config}]: {used}"
+    programs = 2 if stage == "grad_blocks1" else 1
+    assert programs * (used.shared_bytes + 1024) <= 228 * 1024
+
+
 @pytest.mark.parametrize(
     ("arch", "num_stages"), [("sm_90", 2), pytest.param("sm_80", 1, marks=pytest.mark.slow)]
 )

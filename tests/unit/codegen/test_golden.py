@@ -318,6 +318,16 @@ OUTPUTS: Final = {
     "grad_blocks_packed.py": partial(_blocks, "grad_blocks4", varlen=True),
     "grad_blocks_fp16.py": partial(_blocks, "grad_blocks1", dtype="fp16", K=64),
     "grad_blocks_kda.py": partial(_blocks, "grad_blocks2", op="kda"),
+    "grad_blocks_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks1"),
+    "grad_blocks_kda_tilelang.py": partial(
+        _member_tilelang, Problem("kda", K=64, V=64), "grad_blocks1"
+    ),
+    "reverse_scan_blocks_tilelang.py": partial(
+        _member_tilelang, Problem(final_state=True), "reverse_scan_blocks1"
+    ),
+    "reverse_scan_blocks_kda_tilelang.py": partial(
+        _member_tilelang, Problem("kda", K=64, V=64, l2norm=False), "reverse_scan_blocks1"
+    ),
     "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),
     "scan_group.py": partial(_groups, "scan_group"),

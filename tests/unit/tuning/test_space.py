@@ -30,11 +30,13 @@ PROBLEM = Problem()
 @pytest.mark.parametrize("K", [32, 128])
 def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
     problem = having(Problem(K=K, V=K), stage)
-    place = Place(problem, 64, "sm_90")
+    places = (Place(problem, BT, "sm_90") for BT in (64, 32))
+    place = next(x for x in places if any(form.serves(x) for form in STAGES[stage].forms))
+    assert place.BT == 64 or stage.startswith("grad_blocks")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         config = space.suggest(study.ask(), stage, place)
-        assert config["BT"] == 64
+        assert config["BT"] == place.BT
         assert config.get("BK", 0) <= K and config.get("BV", 0) <= K
         parameters = space.parameters(config, place)
         assert set(parameters) == set(space.distributions(stage, place))
@@ -96,6 +98,17 @@ def test_configs_that_took_the_gpu_down_are_not_tried_again(knobs, message):
     config = default_config("grad_key", PROBLEM, BT=32).replace(**knobs)
     reason = space.why_hopeless(config, PROBLEM, H200)
     assert reason is None if message is None else message in str(reason)
+
+
+@pytest.mark.parametrize("stage", ["grad_blocks1", "grad_blocks2", "grad_blocks4"])
+def test_chunks_of_64_with_operands_at_wrong_addresses_are_not_tried_again(stage):
+    """An H200 met illegal accesses, and gradients off by up to 5.7e2."""
+    for op in ("gdn2", "kda"):
+        for BK in (32, 64):
+            config = default_config(stage, Problem(op), BT=64).replace(BK=BK)
+            assert "at wrong addresses" in str(space.why_hopeless(config, Problem(op), H200))
+        right = default_config(stage, Problem(op), BT=32, arch="sm_90")
+        assert space.why_hopeless(right, Problem(op), H200) is None
 
 
 def test_neighbours_differ_in_one_knob_and_can_be_compiled():

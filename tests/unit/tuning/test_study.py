@@ -32,6 +32,7 @@ from gdn2gen.tuning.records.ledger import read_ledger
 from gdn2gen.tuning.run import tune
 from gdn2gen.tuning.search.finalists import Finals
 from gdn2gen.tuning.search.loop import Search
+from gdn2gen.tuning.search.opening import Opening
 from gdn2gen.tuning.search.verdicts import Measured, Verdict, better, pick
 from gdn2gen.tuning.views.progress import Progress
 
@@ -494,6 +495,18 @@ def test_a_plan_beside_its_levels_first_is_left_out_where_its_default_fails(tmp_
     assert "ptxas died" in report.skipped["plan states, BT=32"]
     (words,) = report.left_to_try
     assert "scan_states" not in words
+
+
+def test_a_plan_that_is_known_to_be_wrong_at_a_chunk_size_is_not_run_there():
+    """Seen on an H200: the plans of blocks in chunks of 64, two of which took the worker down."""
+    backend = FakeBackend()
+    context = SimpleNamespace(device=DEVICE, backend=backend)
+    opening = Opening(Search(context, PROBLEM, [SMALL], ["lean", "blocks2"]))
+    compiles = opening._compile(64)
+    assert {x.stage for x in backend.compiled} == set(PLANS["lean"].stages) == set(compiles)
+    assert "operands at wrong addresses" in str(opening._why_fails("blocks2", 64, compiles))
+    assert backend.checked == []
+    assert "grad_blocks2" in opening._compile(32)
 
 
 def test_a_plan_that_is_behind_by_its_stages_is_not_decided(tmp_path):

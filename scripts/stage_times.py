@@ -1,0 +1,64 @@
+"""Times of single stages under given configs, each checked first. Needs a GPU.
+
+    python scripts/stage_times.py gdn2 train4k blocks1 grad_blocks1:language=tilelang,chunks=16 ...
+
+A member, a shape, a plan, then stages of it with the knobs in which each differs from its default;
+`STAGE` alone is the default. The other stages are at theirs. A config that fails the tuner's quick
+check is said to, and not timed; a fault of the GPU ends the script: give what is least sure last.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from gdn2gen.base.device import present_device
+from gdn2gen.base.errors import ConfigError
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import SHAPES
+from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.validity import why_invalid
+
+
+def knob(written: str) -> tuple[str, Knob]:
+    name, found, value = written.partition("=")
+    if not found:
+        raise ConfigError(f"a knob is written name=value, but got {written!r}")
+    return name, int(value) if value.isdigit() else value
+
+
+def recipes(
+    problem: Problem, plan: str, given: Sequence[str], arch: str
+) -> Iterator[tuple[str, Recipe]]:
+    """Each stage that was asked for, and the plan with that stage alone off its default."""
+    for written in given:
+        stage, _, knobs = written.partition(":")
+        changed = dict(map(knob, filter(None, knobs.split(","))))
+        base = Recipe.default(problem, plan, arch=arch)
+        if stage not in base.plan.stages:
+            raise ConfigError(f"{plan} has the stages {', '.join(base.plan.stages)}, not {stage!r}")
+        config = default_config(stage, problem, BT=base.BT, arch=arch).replace(**changed)
+        reason = why_invalid(config, problem, arch)
+        if reason is not None:
+            raise ConfigError(f"{stage} [{config}]: {reason}")
+        yield stage, base.with_config(config)
+
+
+def main(op: str, shape: str, plan: str, *given: str) -> None:
+    from gdn2gen.tuning.gpu.jobs import check_quick, time_stages
+
+    for stage, recipe in list(recipes(Problem(op), plan, given, present_device().arch)):
+        checked = check_quick(recipe)
+        words = f"{stage} [{recipe[stage]}]"
+        if not checked.ok:
+            print(f"{words}: wrong, {checked.reason}", flush=True)
+            continue
+        timing = time_stages(recipe, (stage,), SHAPES[shape])[stage]
+        worst = max(checked.errors.items(), key=lambda x: x[1])
+        print(f"{words}: {timing.median:.3f} ms; {worst[0]} {worst[1]:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

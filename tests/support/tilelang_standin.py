@@ -1,0 +1,175 @@
+"""TileLang programs carried out in Python on arrays: what they compute, not how or how fast.
+
+Of the language what the programs of blocks use. Tiles hold NaN until they are written; values are
+rounded where a tile or tensor in bf16 takes them; products sum in fp64. Loads past the end of a
+tensor give zeros, and stores there are dropped, as TMA's are. Barriers and layouts do nothing here,
+so that races are not seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+BF16 = "bfloat16"
+
+
+def rounded(x: Any, dtype: str) -> Any:
+    if dtype != BF16:
+        return np.asarray(x, np.float32)
+    return torch.as_tensor(np.asarray(x, np.float32)).to(torch.bfloat16).float().numpy()
+
+
+class Tile:
+    """A tile or a tensor, or what a slice of it names."""
+
+    def __init__(self, array: Any, dtype: str, part: bool = False) -> None:
+        self.array, self.dtype, self.part = array, dtype, part
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.array[index]
+        return Tile(found, self.dtype, True) if isinstance(found, np.ndarray) else found
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.array[index] = rounded(value, self.dtype)
+
+
+class Kernel:
+    """The grid; outside of `run_all` a program begins, says how large it is, and ends."""
+
+    grid: tuple[int, ...] = ()
+    at: tuple[int, ...] | None = None
+
+    def __init__(self, *grid: int, threads: int) -> None:
+        Kernel.grid = tuple(map(int, grid))
+
+    def __enter__(self) -> tuple[int, ...]:
+        if Kernel.at is None:
+            raise _GridKnown
+        return Kernel.at
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _GridKnown(Exception):
+    pass
+
+
+def copy(source: Tile, target: Tile) -> None:
+    given = rounded(source.array, target.dtype)
+    if target.part:
+        target.array[...] = given[tuple(map(slice, target.array.shape))]
+    else:
+        target.array[...] = 0
+        target.array[tuple(map(slice, given.shape))] = given
+
+
+def gemm(
+    a: Tile,
+    b: Tile,
+    c: Tile,
+    transpose_A: bool = False,
+    transpose_B: bool = False,
+    policy: object = None,
+    clear_accum: bool = False,
+) -> None:
+    assert a.dtype == b.dtype == BF16
+    left = a.array.T if transpose_A else a.array
+    right = b.array.T if transpose_B else b.array
+    before = 0.0 if clear_accum else c.array
+    c.array[...] = before + left.astype(np.float64) @ right.astype(np.float64)
+
+
+def _language(sizes: Mapping[str, int]) -> SimpleNamespace:
+    def allocate(shape: list[int], dtype: str) -> Tile:
+        return Tile(np.full(shape, np.nan, np.float32), dtype)
+
+    def parallel(*extents: int) -> Iterator[Any]:
+        return (x if len(x) > 1 else x[0] for x in itertools.product(*map(range, extents)))
+
+    def fill_zero(x: Tile) -> None:
+        x.array[...] = 0
+
+    def reduce_sum(x: Tile, y: Tile, dim: int) -> None:
+        y.array[...] = x.array.sum(axis=dim)
+
+    def reduce_min(x: Tile, y: Tile, dim: int) -> None:
+        y.array[...] = x.array.min(axis=dim)
+
+    idle = (
+        "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
+        "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment"
+    )
+    return SimpleNamespace(
+        **dict.fromkeys(idle.split(), lambda *_, **__: None),
+        Tensor=lambda *_: None,
+        Kernel=Kernel,
+        GemmWarpPolicy=SimpleNamespace(FullRow=None),
+        Parallel=parallel,
+        Pipelined=lambda n, num_stages: range(n),
+        alloc_shared=allocate,
+        alloc_fragment=allocate,
+        alloc_local=allocate,
+        cast=lambda x, dtype: rounded(x, dtype)[()],
+        ceildiv=lambda a, b: -(-a // b),
+        clear=fill_zero,
+        copy=copy,
+        dynamic=lambda name: sizes[name],
+        exp2=lambda x: np.exp2(np.float32(x)),
+        float32="float32",
+        gemm=gemm,
+        if_then_else=lambda condition, a, b: a if condition else b,
+        min=min,
+        max=max,
+        prim_func=lambda f: f,
+        reduce_min=reduce_min,
+        reduce_sum=reduce_sum,
+        tma_copy=copy,
+        wgmma_gemm=gemm,
+    )
+
+
+@contextmanager
+def _imported_as_tilelang(sizes: Mapping[str, int]) -> Iterator[None]:
+    names = ("tilelang", "tilelang.language", "tilelang.layout")
+    package, language, layout = (ModuleType(x) for x in names)
+    vars(language).update(vars(_language(sizes)))
+    vars(package)["language"] = language
+    vars(layout)["make_swizzled_layout"] = lambda _: None
+    before = {x: sys.modules.pop(x, None) for x in names}
+    sys.modules.update(zip(names, (package, language, layout), strict=True))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def run_all(
+    module: ModuleType, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int], *scalars: float
+) -> dict[str, torch.Tensor]:
+    """The tensors after all of a module's programs, one after the other; `given` stays as it is."""
+    with _imported_as_tilelang(sizes):
+        body = module.program()
+    tensors = {
+        name: Tile(given[name].float().numpy().copy(), str(given[name].dtype).split(".")[1])
+        for name in body.__annotations__
+        if name in given
+    }
+    Kernel.at = None
+    with suppress(_GridKnown):
+        body(*tensors.values(), *scalars)
+    for at in itertools.product(*map(range, Kernel.grid)):
+        Kernel.at = at
+        body(*tensors.values(), *scalars)
+    return {name: torch.from_numpy(x.array) for name, x in tensors.items()}
