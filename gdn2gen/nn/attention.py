@@ -65,7 +65,7 @@ class SlidingWindowAttention(nn.Module):
         The cache keeps keys and values of the last `window` - 1 tokens, and how many there were.
         """
         B, T, hidden = x.shape
-        kept = None if cache is None else cache.of_layer(self.layer_idx, B)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, B, self)
         dim = hidden // self.num_heads
         q, k, v = (split(proj(x), self.num_heads, dim) for proj in self._projections())
         seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)

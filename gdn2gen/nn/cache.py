@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.nn._users import Users
 
 
 class Cache:
@@ -28,6 +31,15 @@ class Cache:
             raise InputError(f"batch_size must be at least 1, but got {batch_size}")
         self.batch_size = batch_size
         self.layers: dict[int, dict[str, Tensor]] = {}
+        self._users: dict[int, Users] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layers that it was used by: a copy is for any."""
+        return {name: x for name, x in self.__dict__.items() if name != "_users"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._users = {}
 
     def __repr__(self) -> str:
         return f"Cache(batch_size={self.batch_size}, layers={sorted(self.layers)})"
@@ -36,19 +48,23 @@ class Cache:
         """What a layer keeps, by name; nothing before its first call."""
         return self.layers.setdefault(index, {})
 
-    def of_layer(self, index: int | None, sequences: int) -> dict[str, Tensor]:
-        """`layer` for a call with so many sequences.
+    def of_layer(
+        self, index: int | None, sequences: int, layer: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """`layer` for a call with so many sequences, of `layer` if it is said.
 
-        Raises InputError where the layer has no number, or the cache is of another batch size.
+        Raises InputError where the layer has no number, the cache is of another batch size, or
+        several layers take turns under one number; a first change of layers is a warning. Of layers
+        that are compiled it is not told.
         """
         if index is None:
             raise InputError(
                 "a cache keeps layers apart by layer_idx, but this layer has None: give it a number"
             )
         if self.batch_size != sequences:
-            raise InputError(
-                f"the cache is of {self.batch_size} sequences, but these tokens are of {sequences}"
-            )
+            raise InputError(_of_other_sequences(self.batch_size, sequences))
+        if layer is not None and not torch.compiler.is_compiling():
+            self._users.setdefault(index, Users()).note(index, layer)
         return _usable(self.layer(index))
 
     def copy(self) -> Cache:
@@ -66,6 +82,8 @@ class Cache:
         """
         if rows is not None:
             _check_rows(rows)
+        else:
+            self._users.clear()
         for kept in self.layers.values():
             for x in _usable(kept).values():
                 if rows is None:
@@ -91,6 +109,10 @@ class Cache:
                 else:
                     kept[name] = chosen
         self.batch_size = rows.shape[0]
+
+
+def _of_other_sequences(known: int, given: int) -> str:
+    return f"the cache is of {known} sequences, but these tokens are of {given}"
 
 
 def _usable(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -121,11 +121,12 @@ class Layer(nn.Module):
             y [B, T, hidden].
 
         Raises:
-            InputError: wrong shapes, or a cache of another batch size.
+            InputError: wrong shapes, a cache of another batch size, or one in which another layer
+                has the same `layer_idx`.
             UnsupportedError: head dims that were not verified, on a GPU.
         """
         batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
-        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences, self)
         return batch.restored(self._mix(batch, kept))
 
 
