@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._heads import split
-from gdn2gen.nn.cache import Cache, write
+from gdn2gen.nn.cache import Cache, LayerCache, write
 
 
 class SlidingWindowAttention(nn.Module):
@@ -59,7 +59,7 @@ class SlidingWindowAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, cache: Cache | LayerCache | None = None) -> Tensor:
         """Attend from the tokens x [B, T, hidden], which follow those that the cache saw; y like x.
 
         The cache keeps keys and values of the last `window` - 1 tokens, and how many there were.

@@ -48,6 +48,10 @@ class Cache:
         """What a layer keeps, by name; nothing before its first call."""
         return self.layers.setdefault(index, {})
 
+    def part(self, index: int) -> LayerCache:
+        """What layers take as `cache` in place of the whole: the same tensors, found already."""
+        return LayerCache(self, index)
+
     def of_layer(
         self, index: int | None, sequences: int, layer: nn.Module | None = None
     ) -> dict[str, Tensor]:
@@ -109,6 +113,42 @@ class Cache:
                 else:
                     kept[name] = chosen
         self.batch_size = rows.shape[0]
+
+
+class LayerCache:
+    """What a `Cache` keeps of one layer (`Cache.part`).
+
+    A layer that is compiled by itself looks up its number in a `Cache` in its graph, so that every
+    layer of a model has a graph of its own; of this one it needs no number, and layers that are
+    alike share one graph. It is of the tensors that the whole has when it is made.
+    """
+
+    def __init__(self, whole: Cache, index: int) -> None:
+        self.whole = whole
+        self.index = index
+        self.kept = whole.layer(index)
+
+    def __repr__(self) -> str:
+        return f"{self.whole!r}.part({self.index})"
+
+    def of_layer(
+        self, index: int | None, sequences: int, layer: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """As the whole's.
+
+        Raises InputError for another layer's number, too; not where the layer is compiled, which
+        would make it a part of the graph.
+        """
+        if torch.compiler.is_compiling():
+            if self.whole.batch_size != sequences:
+                raise InputError(_of_other_sequences(self.whole.batch_size, sequences))
+            return self.kept
+        if index != self.index:
+            raise InputError(
+                f"this part of a cache is of layer_idx={self.index}, but this layer has "
+                f"layer_idx={index}: give it cache.part({index})"
+            )
+        return self.whole.of_layer(index, sequences, layer)
 
 
 def _of_other_sequences(known: int, given: int) -> str:
