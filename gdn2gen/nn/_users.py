@@ -45,7 +45,7 @@ class Users:
                 "of one layer: if both are of one model, give each a layer_idx of its own, or one "
                 "goes on from the other's states; if the first took the other's place, delete that "
                 "before, or call cache.reset() for new sequences",
-                stacklevel=6,
+                stacklevel=7,
             )
         elif not self._copies:
             self._copies = not _differ(layer, other)
