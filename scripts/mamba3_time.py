@@ -26,6 +26,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, tile_of
+from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.mamba3_times import kernel_runs, layer_inputs, stage_bytes
 from gdn2gen.measure.timing import copy_gbps, time_ms
 from gdn2gen.runtime import mamba3
@@ -113,16 +114,18 @@ def main() -> None:
         sweep(x)
         return
     sheet = Sheet("Mamba-3", ("of", "forward", "forward+backward"), words=("of",))
-    sheet.add("gdn2gen", *(f"{y:.3f}" for y in op_times(mamba3_siso_combined, x)))
+    for fast in (False, True):
+        own = partial(mamba3_siso_combined, disable_recompute=fast)
+        sheet.add(f"gdn2gen, {LEVELS[fast]}", *(f"{y:.3f}" for y in op_times(own, x)))
     try:
         theirs = import_module("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
         sheet.add("mamba_ssm", *(f"{y:.3f}" for y in op_times(theirs.mamba3_siso_combined, x)))
     except Exception as error:  # not installed, or another version: no reason to lose our figures
         console(stderr=True).print(f"without mamba_ssm: {error}")
     BT = tile_of("bf16", PROBLEM.state_size)
-    for fast, level in ((False, "as the op calls it"), (True, "with disable_recompute")):
+    for fast in (False, True):
         times = scan_times(x, BT, fast=fast)
-        sheet.add(f"chunk_simple_gla, {level}", *(f"{y:.3f}" for y in times))
+        sheet.add(f"chunk_simple_gla, {LEVELS[fast]}", *(f"{y:.3f}" for y in times))
     console().print(sheet)
     kernels = Sheet(
         "kernels around the scan", ("kernel", "ms", "of a copy", "times"), words=("kernel",)

@@ -242,7 +242,8 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
 
 def problem_of(row: Row) -> tuple[int, int, int, str]:
     """Rows of one problem and level share a block, large heads first; packing is in the shape."""
-    problem = {name: value for name, value in row["problem"].items() if name != "varlen"}
+    packing = ("varlen", "packed")
+    problem = {name: value for name, value in row["problem"].items() if name not in packing}
     return _order(problem, LEVELS.index(row["level"]))
 
 

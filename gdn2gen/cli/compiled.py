@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.terminal import console, status
 from gdn2gen.cli.options import (
+    LEVEL_WORDS,
     add_problem,
     add_shapes,
     add_target,
@@ -23,11 +23,6 @@ from gdn2gen.family.decoding import DECODING_FLAGS
 from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.kernels.plans import LEVELS
 
-_LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
-    "both": tuple(LEVELS),
-    **{level: (level,) for level in LEVELS},
-}
-
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
     add_problem(parser, extras=True, also=(MAMBA3,))
@@ -38,7 +33,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--level",
-        choices=tuple(_LEVELS),
+        choices=tuple(LEVEL_WORDS),
         default=LEVELS[0],
         help="lean saves memory, fast saves time (%(default)s)",
     )
@@ -96,7 +91,7 @@ def compile_command(args: argparse.Namespace) -> int:
         compiled = compile_kernels(
             args.out,
             args.shapes,
-            levels=_LEVELS[args.level],
+            levels=LEVEL_WORDS[args.level],
             backward=not args.forward_only,
             decode=args.decode,
             decode_fields=dict.fromkeys(named, True),

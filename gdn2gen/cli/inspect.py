@@ -79,8 +79,8 @@ def _explain_mamba3(args: argparse.Namespace) -> int:
     from gdn2gen.workflows.mamba3 import explain_mamba3
 
     problem, device = mamba3_problem_of(args), present_or_target(args.target)[0]
-    strict = True if args.strict else None
-    for found in explain_mamba3(problem, _shapes(args), args.target, strict):
+    level, strict = args.level or LEVELS[0], True if args.strict else None
+    for found in explain_mamba3(problem, _shapes(args), level, args.target, strict):
         if args.json:
             print(json.dumps({"shape": found.shape.name, **found.document}))
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,7 @@ from gdn2gen.base.errors import DeviceError, Gdn2genError, InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.cli.options import (
     ALL,
+    LEVEL_WORDS,
     add_lower_bound,
     add_op,
     add_shapes,
@@ -229,9 +231,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--level",
-        choices=LEVELS,
-        default="lean",
-        help="lean, or fast as with disable_recompute=True, FLA likewise (%(default)s)",
+        choices=tuple(LEVEL_WORDS),
+        default=LEVELS[0],
+        help="lean; fast as with disable_recompute=True, FLA likewise; or both, one after the "
+        "other (%(default)s)",
     )
     parser.add_argument(
         "--stages",
@@ -266,15 +269,15 @@ def bench(args: argparse.Namespace) -> int:
     _check_json(args.json)
     rows: list[Row] = []
     failed = {}
-    for one in asked:
+    for one, level in product(asked, LEVEL_WORDS[args.level]):
         try:
-            rows += _bench_one(one, path, device)
+            rows += _bench_one(one, level, path, device)
         except Gdn2genError as error:
             if args.op != ALL:
                 raise
-            failed[one.op] = str(error)
-    for op, why in failed.items():
-        out.print(terminal.plain(f"{op} is left out: {why}"))
+            failed[f"{one.op} at level {level}" if args.level == "both" else one.op] = str(error)
+    for left_out, why in failed.items():
+        out.print(terminal.plain(f"{left_out} is left out: {why}"))
     if args.json is not None:
         _write_json(args.json, rows_document(rows))
     if args.save:
@@ -282,8 +285,8 @@ def bench(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _bench_one(args: argparse.Namespace, path: Path, device: Device) -> list[Row]:
-    """Rows of one member, shown and, with --save, kept as they come."""
+def _bench_one(args: argparse.Namespace, level: str, path: Path, device: Device) -> list[Row]:
+    """Rows of one member at one level, shown and, with --save, kept as they come."""
     from gdn2gen.measure.mamba3_rows import bench_mamba3
     from gdn2gen.measure.results import rows_table, save_results
     from gdn2gen.measure.rows import bench_shapes
@@ -296,7 +299,7 @@ def _bench_one(args: argparse.Namespace, path: Path, device: Device) -> list[Row
     if vs == ANY_PEER:
         from gdn2gen.measure.peers import any_peer
 
-        vs, why = any_peer(args.op, args.level)
+        vs, why = any_peer(args.op, level)
         if vs is None:
             out.print(terminal.plain(why))
     with terminal.status(out) as say, verifying():
@@ -308,15 +311,16 @@ def _bench_one(args: argparse.Namespace, path: Path, device: Device) -> list[Row
             if args.save:
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
 
-        options: dict[str, Any] = {"vs": vs, "stages": args.stages, "on_row": show}
+        options: dict[str, Any] = {"vs": vs, "stages": args.stages, "level": level}
+        options["on_row"] = show
         if args.op == MAMBA3:
             refuse_of_mamba3(args)
             rows = bench_mamba3(shapes, K, V, args.dtype, **options)
         else:
-            options |= {"gate": args.gate, "l2norm": args.l2norm, "level": args.level}
+            options |= {"gate": args.gate, "l2norm": args.l2norm}
             options["bound"] = bound_option(args.gate, args.lower_bound)
             rows = bench_shapes(args.op, shapes, K, V, args.dtype, **options)
-    out.print(f"{args.op} on {device.name}, K={K} V={V} {args.dtype}, level {args.level}")
+    out.print(f"{args.op} on {device.name}, K={K} V={V} {args.dtype}, level {level}")
     out.print(rows_table(rows))
     return rows
 

@@ -25,12 +25,18 @@ from gdn2gen.family.problem import (
 from gdn2gen.family.recurrence import GATES, Usual
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import NAMED_SHAPES, SHAPES
+from gdn2gen.kernels.plans import LEVELS
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
 
 ALL: Final = "all"
 """What --op takes for every member, where it does."""
+LEVEL_WORDS: Final[Mapping[str, tuple[str, ...]]] = {
+    **{level: (level,) for level in LEVELS},
+    "both": tuple(LEVELS),
+}
+"""What --level takes where several levels may be meant, and those that it means."""
 ALL_SHAPES: Final = "all but mamba4k"
 _MAMBA3_USUAL: Final = Usual(head_dims=("128,64",), shapes=("mamba4k",))
 
@@ -145,12 +151,11 @@ def refuse_of_mamba3(args: argparse.Namespace) -> None:
         "--gate-dtype": getattr(args, "gate_dtype", "fp32") != "fp32",
         "--lower-bound": args.lower_bound is not None,
         "--no-l2norm": args.l2norm is False,
-        "--level fast": getattr(args, "level", None) == "fast",
     }
     found = [name for name, is_given in given.items() if is_given]
     if found:
         raise InputError(
-            f"--op {MAMBA3} has one gate, one level, and norms outside of its op: leave "
+            f"--op {MAMBA3} has one gate, and norms outside of its op: leave "
             f"{' and '.join(found)} out"
         )
 

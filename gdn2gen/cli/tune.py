@@ -12,6 +12,7 @@ from gdn2gen.base.paths import user_tuned_dir
 from gdn2gen.base.terminal import console, text_width
 from gdn2gen.cli.options import (
     ALL,
+    LEVEL_WORDS,
     add_budget,
     add_problem,
     add_shapes,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from gdn2gen.tuning import TuneReport
     from gdn2gen.tuning.mamba3 import Mamba3Report
 
-_LEVELS: Final = {"lean": ("lean",), "fast": ("fast",), "both": ("lean", "fast")}
 _TARGET_HELP: Final = (
     "work for this GPU or bare target without running anything on a GPU: compile, check in the "
     "interpreter, rank, file as predicted (without a GPU and without a name: sm_90)"
@@ -49,7 +49,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     add_target(parser, _TARGET_HELP)
     parser.add_argument(
         "--level",
-        choices=tuple(_LEVELS),
+        choices=tuple(LEVEL_WORDS),
         default="both",
         help="level to tune: lean saves memory, fast saves time (%(default)s)",
     )
@@ -97,7 +97,7 @@ def tune(args: argparse.Namespace) -> int:
             print(f"head dim {dim} ({number + 1} of {len(dims)}), {args.budget:.1f} minutes")
         if args.only_failing and not _leave_failing(args, folder):
             continue
-        search(args, folder, _LEVELS[args.level], args.storage)
+        search(args, folder, LEVEL_WORDS[args.level], args.storage)
     return 0
 
 
@@ -109,7 +109,7 @@ def _tune_every(args: argparse.Namespace, folder: Path) -> int:
     refuse(args, "--op all takes the head dims and the gate of each member", "head_dim", "gate")
     refuse(args, "--op all takes the head dims and the gate of each member", "lower_bound")
     device, _ = present_or_target(args.target)
-    levels = _LEVELS[args.level]
+    levels = LEVEL_WORDS[args.level]
     given = None if args.shapes is None else len(parse_shapes(args.shapes))
     mamba3 = usual_of(MAMBA3)
     sizes = usual_sizes() | {MAMBA3: (mamba3.head_dims, len(mamba3.shapes))}
@@ -121,7 +121,6 @@ def _tune_every(args: argparse.Namespace, folder: Path) -> int:
         fill_in(one)
         if args.only_failing and job.op != MAMBA3 and not _leave_failing(one, folder):
             return None
-        one.level = "both" if job.op == MAMBA3 else one.level
         return search(one, folder, levels, args.storage)
 
     asked = {"dtype": args.dtype, "gate_dtype": args.gate_dtype, "level": args.level}
@@ -151,7 +150,7 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     path = tuned_files.tuned_path(folder, problem.op, device)
     tuned_files.check_mergeable(path, device.name)
     file = tuned_files.read_tuned(path, device)
-    wanted = {(shape.regime, level) for shape in shapes for level in _LEVELS[args.level]}
+    wanted = {(shape.regime, level) for shape in shapes for level in LEVEL_WORDS[args.level]}
     entries = [
         entry
         for entry in (file.entries if file is not None else ())
@@ -171,7 +170,7 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     # of a pair, neither may fail
     holding = {(x.entry.regime, x.entry.level) for x in results if x.holds}
     holding -= {(x.entry.regime, x.entry.level) for x in results if not x.holds}
-    left = [x for x in shapes if {(x.regime, y) for y in _LEVELS[args.level]} - holding]
+    left = [x for x in shapes if {(x.regime, y) for y in LEVEL_WORDS[args.level]} - holding]
     print(f"{len(left)} of {len(shapes)} shapes to tune: {', '.join(x.name for x in left) or '-'}")
     args.shapes = ",".join(x.name for x in left)
     return bool(left)
@@ -221,7 +220,7 @@ def search(
     options = {"budget_minutes": args.budget, "target": args.target, "out_dir": folder}
     report: TuneReport | Mamba3Report
     if isinstance(problem, Mamba3Problem):
-        report = tune_mamba3(problem, shapes, storage=storage, **options)
+        report = tune_mamba3(problem, shapes, levels=levels, storage=storage, **options)
     else:
         report = workflow(shapes, levels=levels, storage=storage, **options, **words_of(problem))
     console().print(report.table())

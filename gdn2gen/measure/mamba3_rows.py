@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -44,17 +45,20 @@ def bench_mamba3(
     *,
     vs: str | None,
     stages: bool = False,
+    level: str = "lean",
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU, with D and Z, without and with states packed.
 
-    Backward is timed as forward+backward of `out`, for a gradient of every input. Raises
-    DeviceError without a GPU, and UnsupportedError when a peer is asked for and not installed.
+    `level`: of our scan; mamba_ssm's op knows none. Backward is timed as forward+backward of `out`,
+    for a gradient of every input. Raises DeviceError without a GPU, and UnsupportedError when a
+    peer is asked for and not installed.
     """
     from gdn2gen.ops.mamba3 import mamba3_siso_combined
 
     gbps = copy_gbps()
-    ops: list[Op] = [mamba3_siso_combined, *([mamba3_op(vs)] if vs else [])]
+    own = partial(mamba3_siso_combined, disable_recompute=level == "fast")
+    ops: list[Op] = [own, *([mamba3_op(vs)] if vs else [])]
     base = Mamba3Problem(dtype=dtype, state_size=K, head_dim=V, angles=K // 4, skip=True, gate=True)
     given = [_Timed(op, worst_errors(op, base, peer=i > 0)) for i, op in enumerate(ops)]
     rows = []
@@ -64,8 +68,8 @@ def bench_mamba3(
         row = Row(
             shape=shape,
             problem=problem,
-            level="lean",
-            recipe=_recipe_name(problem, shape),
+            level=level,
+            recipe=_recipe_name(problem, shape, level),
             ours=ours,
             fla=others[0] if others else None,
             floor_forward_ms=_floor_ms(problem, shape, False, gbps),
@@ -151,7 +155,7 @@ def _stage_rows(problem: Mamba3Problem, shape: Shape) -> list[StageRow]:
     return [StageRow(x, time_ms(run), int(moved[x]), 0, *ceilings) for x, run in runs.items()]
 
 
-def _recipe_name(problem: Mamba3Problem, shape: Shape) -> str:
+def _recipe_name(problem: Mamba3Problem, shape: Shape, level: str) -> str:
     """The scan's plan, and where its configs and those of the kernels around it come from."""
     from gdn2gen.base.device import present_device
     from gdn2gen.store.dispatch import find_recipe
@@ -159,7 +163,7 @@ def _recipe_name(problem: Mamba3Problem, shape: Shape) -> str:
 
     device = present_device(torch.cuda.current_device())
     regime = scan_shape(shape).regime
-    found = find_recipe(scan_problem(problem), regime, device)
+    found = find_recipe(scan_problem(problem), regime, device, level=level)
     known = known_around(problem, shape.H, shape.key_heads)
     around = nearest_parts(MAMBA3, AROUND, known, shape.B * shape.T, device)
     said = "rule" if around is None else "tuned"

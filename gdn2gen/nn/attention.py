@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._heads import split
-from gdn2gen.nn.cache import Cache, write
+from gdn2gen.nn.cache import Cache, LayerCache, write
 
 
 class SlidingWindowAttention(nn.Module):
@@ -59,13 +59,13 @@ class SlidingWindowAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, cache: Cache | LayerCache | None = None) -> Tensor:
         """Attend from the tokens x [B, T, hidden], which follow those that the cache saw; y like x.
 
         The cache keeps keys and values of the last `window` - 1 tokens, and how many there were.
         """
         B, T, hidden = x.shape
-        kept = None if cache is None else cache.of_layer(self.layer_idx, B)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, B, self)
         dim = hidden // self.num_heads
         q, k, v = (split(proj(x), self.num_heads, dim) for proj in self._projections())
         seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)

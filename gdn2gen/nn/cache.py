@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.nn._users import Users
 
 
 class Cache:
@@ -28,6 +31,15 @@ class Cache:
             raise InputError(f"batch_size must be at least 1, but got {batch_size}")
         self.batch_size = batch_size
         self.layers: dict[int, dict[str, Tensor]] = {}
+        self._users: dict[int, Users] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layers that it was used by: a copy is for any."""
+        return {name: x for name, x in self.__dict__.items() if name != "_users"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._users = {}
 
     def __repr__(self) -> str:
         return f"Cache(batch_size={self.batch_size}, layers={sorted(self.layers)})"
@@ -36,19 +48,27 @@ class Cache:
         """What a layer keeps, by name; nothing before its first call."""
         return self.layers.setdefault(index, {})
 
-    def of_layer(self, index: int | None, sequences: int) -> dict[str, Tensor]:
-        """`layer` for a call with so many sequences.
+    def part(self, index: int) -> LayerCache:
+        """What layers take as `cache` in place of the whole: the same tensors, found already."""
+        return LayerCache(self, index)
 
-        Raises InputError where the layer has no number, or the cache is of another batch size.
+    def of_layer(
+        self, index: int | None, sequences: int, layer: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """`layer` for a call with so many sequences, of `layer` if it is said.
+
+        Raises InputError where the layer has no number, the cache is of another batch size, or
+        several layers take turns under one number; a first change of layers is a warning. Of layers
+        that are compiled it is not told.
         """
         if index is None:
             raise InputError(
                 "a cache keeps layers apart by layer_idx, but this layer has None: give it a number"
             )
         if self.batch_size != sequences:
-            raise InputError(
-                f"the cache is of {self.batch_size} sequences, but these tokens are of {sequences}"
-            )
+            raise InputError(_of_other_sequences(self.batch_size, sequences))
+        if layer is not None and not torch.compiler.is_compiling():
+            self._users.setdefault(index, Users()).note(index, layer)
         return _usable(self.layer(index))
 
     def copy(self) -> Cache:
@@ -66,6 +86,8 @@ class Cache:
         """
         if rows is not None:
             _check_rows(rows)
+        else:
+            self._users.clear()
         for kept in self.layers.values():
             for x in _usable(kept).values():
                 if rows is None:
@@ -91,6 +113,46 @@ class Cache:
                 else:
                     kept[name] = chosen
         self.batch_size = rows.shape[0]
+
+
+class LayerCache:
+    """What a `Cache` keeps of one layer (`Cache.part`).
+
+    A layer that is compiled by itself looks up its number in a `Cache` in its graph, so that every
+    layer of a model has a graph of its own; of this one it needs no number, and layers that are
+    alike share one graph. It is of the tensors that the whole has when it is made.
+    """
+
+    def __init__(self, whole: Cache, index: int) -> None:
+        self.whole = whole
+        self.index = index
+        self.kept = whole.layer(index)
+
+    def __repr__(self) -> str:
+        return f"{self.whole!r}.part({self.index})"
+
+    def of_layer(
+        self, index: int | None, sequences: int, layer: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """As the whole's.
+
+        Raises InputError for another layer's number, too; not where the layer is compiled, which
+        would make it a part of the graph.
+        """
+        if torch.compiler.is_compiling():
+            if self.whole.batch_size != sequences:
+                raise InputError(_of_other_sequences(self.whole.batch_size, sequences))
+            return self.kept
+        if index != self.index:
+            raise InputError(
+                f"this part of a cache is of layer_idx={self.index}, but this layer has "
+                f"layer_idx={index}: give it cache.part({index})"
+            )
+        return self.whole.of_layer(index, sequences, layer)
+
+
+def _of_other_sequences(known: int, given: int) -> str:
+    return f"the cache is of {known} sequences, but these tokens are of {given}"
 
 
 def _usable(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._batch import Batch
-from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.cache import Cache, LayerCache
 
 STATE: Final = "state"
 RATES: Final = ("A_log", "dt_bias")
@@ -97,7 +97,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: Cache | LayerCache | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -111,6 +111,7 @@ class Layer(nn.Module):
         Args:
             x: [B, T, hidden]: the tokens.
             cache: what earlier tokens of the same sequences left; written with what these leave.
+                `cache.part(layer_idx)` in its place lets compiled layers share one graph.
             cu_seqlens: [N+1] int32 or int64: N sequences packed in one row (B = 1).
             cu_seqlens_cpu: its copy on the host, which the ops then check.
             attention_mask: [B, T] of any dtype: 0 where a token is padding, on either side or
@@ -121,11 +122,12 @@ class Layer(nn.Module):
             y [B, T, hidden].
 
         Raises:
-            InputError: wrong shapes, or a cache of another batch size.
+            InputError: wrong shapes, a cache of another batch size, or one in which another layer
+                has the same `layer_idx`.
             UnsupportedError: head dims that were not verified, on a GPU.
         """
         batch = Batch.of(x, self.hidden_size, cu_seqlens, cu_seqlens_cpu, attention_mask)
-        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences)
+        kept = None if cache is None else cache.of_layer(self.layer_idx, batch.sequences, self)
         return batch.restored(self._mix(batch, kept))
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn.attention import SlidingWindowAttention
-from gdn2gen.nn.cache import Cache
+from gdn2gen.nn.cache import Cache, LayerCache
 from gdn2gen.nn.deltanet import DeltaNet
 from gdn2gen.nn.gated_deltanet import GatedDeltaNet
 from gdn2gen.nn.gdn2 import GatedDeltaNet2
@@ -181,7 +181,10 @@ class LanguageModel(nn.Module):
         x: Tensor = self.embeddings(tokens)
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x, cache=cache)
+            if again:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache=None if cache is None else _part(cache, block))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -229,3 +232,12 @@ class LanguageModel(nn.Module):
                 chances = (last / temperature).softmax(-1)
                 found.append(torch.multinomial(chances, 1, generator=generator))
         return torch.cat(found, 1)
+
+
+def _part(cache: Cache, block: nn.Module) -> Cache | LayerCache:
+    """What a block takes: its own part, so that blocks which are compiled one by one share a graph.
+    Where all of a model is one graph, and for a layer of one's own, the whole."""
+    mixer = getattr(block, "mixer", None)
+    if torch.compiler.is_compiling() or not isinstance(mixer, Layer | SlidingWindowAttention):
+        return cache
+    return cache if mixer.layer_idx is None else cache.part(mixer.layer_idx)

@@ -89,11 +89,17 @@ class Mamba3Found:
 
 
 def find_mamba3(
-    problem: Mamba3Problem, shape: Shape, device: Device, *, strict: bool | None = None
+    problem: Mamba3Problem,
+    shape: Shape,
+    device: Device,
+    *,
+    level: str = "lean",
+    strict: bool | None = None,
 ) -> Mamba3Found:
-    """What a call at `shape` runs. `strict` is that of `find_recipe`, for the scan."""
+    """What a call at `shape` runs. `level` and `strict` are those of `find_recipe`, for the scan:
+    the kernels around it keep the same at either level."""
     scan = find_recipe(
-        scan_problem(problem), scan_shape(shape).regime, device, level="lean", strict=strict
+        scan_problem(problem), scan_shape(shape).regime, device, level=level, strict=strict
     )
     H, G, tokens, sequences = shape.H, shape.key_heads, shape.B * shape.T, shape.regime.sequences
     known = known_around(problem, H, G)

@@ -33,6 +33,7 @@ from gdn2gen.kernels.mamba3 import (
     mamba3_step_knobs,
 )
 from gdn2gen.kernels.parts import PartStage
+from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.mamba3_times import check_knobs, time_knobs
 from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.part_files import PartEntry, merge_parts, parts_path
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 # Of the time, for the scan: it has thousands of configs, and the others some forty a stage.
 _SCAN_PART: Final = 0.7
-# What calls of the scan keep of a forward: the op has no keyword for more.
-_LEVELS: Final = ("lean",)
 _AROUND: Final = MAMBA3_STAGES[:4]
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
@@ -102,6 +101,7 @@ def tune_mamba3(
     *,
     budget_minutes: float,
     out_dir: Path,
+    levels: Sequence[str] = LEVELS,
     storage: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -111,10 +111,10 @@ def tune_mamba3(
 ) -> Mamba3Report:
     """Tune `problem` at `shapes` on `device`, the present GPU, and file what passes.
 
-    `call` runs a function by its name (a worker's by default). Raises TuneError where nothing could
-    be filed.
+    `levels` are those of the scan. `call` runs a function by its name (a worker's by default).
+    Raises TuneError where nothing could be filed.
     """
-    check_arguments(shapes, _LEVELS, budget_minutes)
+    check_arguments(shapes, levels, budget_minutes)
     started, end = clock(), clock() + budget_minutes * 60
     report = Mamba3Report(problem, device, parts_path(out_dir, MAMBA3, device))
     shown = progress or console_progress()
@@ -125,7 +125,7 @@ def tune_mamba3(
             device,
             budget_minutes=budget_minutes * _SCAN_PART,
             out_dir=out_dir,
-            levels=_LEVELS,
+            levels=levels,
             storage=storage,
             progress=shown,
             command=command,
@@ -164,6 +164,7 @@ def without_gpu(
     *,
     budget_minutes: float,
     out_dir: Path,
+    levels: Sequence[str] = LEVELS,
     **options: Any,
 ) -> Mamba3Report:
     """The scan as `tune_without_gpu` does it. Knobs of the other kernels are timed, or a rule's."""
@@ -174,7 +175,7 @@ def without_gpu(
         device,
         budget_minutes=budget_minutes,
         out_dir=out_dir,
-        levels=_LEVELS,
+        levels=levels,
         **options,
     )
     report.skipped["kernels around the scan"] = "nothing ranks them without a GPU: a rule's knobs"

@@ -35,7 +35,6 @@ from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.pins import Pin
 from gdn2gen.workflows.mamba3 import (
     at_shape,
-    check_level,
     mamba3_problem,
     mamba3_stages,
     mamba3_step_stage,
@@ -120,12 +119,11 @@ def compile_kernels(
     if op == MAMBA3:
         if serving or decode_fields:
             raise InputError("mamba3 has no states in a pool: leave serving and decode_fields out")
-        check_level(levels_from(levels))
         asked = mamba3_problem(head_dim, value_dim, dtype, fields)
         tasks |= dict.fromkeys(_around(asked, shapes, decode, device, backward=backward))
-        # its scan is that of calls of chunk_simple_gla, which keep what level lean keeps
+        # its scan is that of calls of chunk_simple_gla, at the levels of its own
         scans = [scan_shape(x) for x in shapes_from(shapes)] if shapes else ()
-        shapes, levels, decode, problem = scans, LEVELS[0], (), scan_problem(asked)
+        shapes, decode, problem = scans, (), scan_problem(asked)
     else:
         problem = problem_from(op, head_dim, value_dim, dtype, fields)
     pins: list[Pin] = []

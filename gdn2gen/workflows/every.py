@@ -23,7 +23,7 @@ from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
-from gdn2gen.kernels.plans import LEVELS, plan_named, plans_of
+from gdn2gen.kernels.plans import plan_named, plans_of
 
 if TYPE_CHECKING:
     from gdn2gen.tuning import TuneReport
@@ -68,7 +68,7 @@ def jobs(usual: Mapping[str, tuple[Sequence[str], int]], levels: Sequence[str]) 
     found = []
     for op, (head_dims, shapes) in usual.items():
         if op == MAMBA3:
-            stages = {x.name for x in MAMBA3_STAGES} | _stages("simple_gla", LEVELS[:1])
+            stages = {x.name for x in MAMBA3_STAGES} | _stages("simple_gla", levels)
         else:
             stages = _stages(op, levels)
         weight = len(stages) * float(_FIXED_SHAPES + shapes)

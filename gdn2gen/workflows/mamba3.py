@@ -13,9 +13,8 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP, own_problem
-from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
-from gdn2gen.workflows.wanted import Shapes, present_or, shapes_from
+from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, shapes_from
 
 if TYPE_CHECKING:
     from gdn2gen.tuning.mamba3 import Mamba3Report
@@ -39,20 +38,14 @@ def mamba3_problem(
         raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error
 
 
-def check_level(levels: Iterable[str]) -> None:
-    """InputError unless all are the one that calls run: its op has no keyword for another."""
-    others = [x for x in levels if x != LEVELS[0]]
-    if others:
-        raise InputError(f"mamba3 has one level, {LEVELS[0]}, but got {', '.join(others)}")
-
-
 def explain_mamba3(
-    problem: Mamba3Problem, shapes: Shapes, target: str | None, strict: bool | None
+    problem: Mamba3Problem, shapes: Shapes, level: str, target: str | None, strict: bool | None
 ) -> list[Mamba3Found]:
     """What calls at these shapes run, one for each."""
     device, _ = present_or(target)
     return [
-        find_mamba3(at_shape(problem, x), x, device, strict=strict) for x in shapes_from(shapes)
+        find_mamba3(at_shape(problem, x), x, device, level=level, strict=strict)
+        for x in shapes_from(shapes)
     ]
 
 
@@ -61,17 +54,19 @@ def tune_mamba3(
     shapes: Shapes,
     *,
     budget_minutes: float,
+    levels: str | Iterable[str],
     target: str | None,
     out_dir: Path,
     storage: str | None = None,
     progress: Progress | None = None,
 ) -> Mamba3Report:
-    """Tune the scan, then what is around it; without a GPU, and for a named target, the scan
-    alone, as predicted: knobs around it are timed or come from a rule."""
+    """Tune the scan at `levels`, then what is around it; without a GPU, and for a named target, the
+    scan alone, as predicted: knobs around it are timed or come from a rule."""
     from gdn2gen.tuning import mamba3, tune_without_gpu
 
     device, present = present_or(target)
     options: dict[str, Any] = {"budget_minutes": budget_minutes, "out_dir": out_dir}
+    options["levels"] = levels_from(levels)
     if progress is not None:
         options["progress"] = progress
     if present:
@@ -97,11 +92,16 @@ def mamba3_step_stage(
     problem: Mamba3Problem, shape: Shape, device: Device
 ) -> tuple[Mamba3Problem, str, Config]:
     """The kernel of a step of as many sequences, to be compiled."""
-    if shape.T != 1:
-        raise InputError(f"a step is of one token, as in 64x1x{shape.H}, but got {shape.name}")
+    check_step_shape(shape)
     own = own_problem(MAMBA3_STEP, problem)
     knobs = find_mamba3(problem, shape, device).knobs[MAMBA3_STEP.name]
     return own, MAMBA3_STEP.name, default_config(MAMBA3_STEP.name, own).replace(**knobs)
+
+
+def check_step_shape(shape: Shape) -> None:
+    """InputError unless it is of one token."""
+    if shape.T != 1:
+        raise InputError(f"a step is of one token, as in 64x1x{shape.H}, but got {shape.name}")
 
 
 def at_shape(problem: Mamba3Problem, shape: Shape) -> Mamba3Problem:

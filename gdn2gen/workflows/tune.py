@@ -44,7 +44,7 @@ def tune(
     out_dir: the folder of tuned files (None: in a source tree its own, else the user's).
     storage: an Optuna storage that several GPUs or hosts share.
     The rest is as in `gdn2gen.explain`. Of `op="mamba3"` the scan is tuned and filed as one of
-    `simple_gla`, then the kernels around it; levels say nothing there.
+    `simple_gla` at these levels, then the kernels around it, which have none.
 
     `TuneReport.results` has the winner of each shape and level with its times, errors and recipe.
     Calls of this process find what was filed. Raises TuneError where nothing could be filed.
@@ -55,6 +55,7 @@ def tune(
             mamba3_problem(head_dim, value_dim, dtype, fields),
             shapes,
             budget_minutes=budget_minutes,
+            levels=levels,
             target=target,
             out_dir=folder,
             storage=storage,

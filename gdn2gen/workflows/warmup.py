@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 import gdn2gen
 from gdn2gen.base.device import present_device
 from gdn2gen.base.environment import interpreted
-from gdn2gen.base.errors import DeviceError
+from gdn2gen.base.errors import DeviceError, InputError
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
@@ -23,6 +25,9 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op
 from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
+from gdn2gen.workflows._mamba3_calls import call_mamba3, call_mamba3_step
+from gdn2gen.workflows.mamba3 import at_shape, mamba3_problem
 from gdn2gen.workflows.wanted import (
     Shapes,
     at,
@@ -42,9 +47,9 @@ class Warmed:
     shape: Shape
     level: str | None
     """None of a call over a few tokens."""
-    found: Found | None
-    """The recipe that it runs, and why; None of a call over a few tokens, and of one for
-    serving."""
+    found: Found | Mamba3Found | None
+    """The recipe that it runs, and why, of Mamba-3 with the knobs around it; None of a call over a
+    few tokens, and of one for serving."""
     seconds: float
     """That it took, of which most was for compiling and loading."""
 
@@ -76,13 +81,23 @@ def warmup(
     device: a GPU (the current one).
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
 
+    Of `op="mamba3"` head_dim is N, value_dim P, the fields those of `Mamba3Problem`, and `decode`
+    names steps of one token: `64x1x32/1` is one of 64 sequences.
+
     Returns what was called, with the recipe, its source and the seconds. Head dims that were not
     verified are refused as in any call. Raises DeviceError where there is no GPU.
     """
-    problem = problem_from(op, head_dim, value_dim, dtype, fields)
+    if op == MAMBA3 and (serving or decode_fields):
+        raise InputError("mamba3 has no states in a pool: leave serving and decode_fields out")
     place = _place(device)
+    there = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
+    if op == MAMBA3:
+        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        with there:
+            return _of_mamba3(asked, shapes, levels_from(levels), backward, decode, place)
+    problem = problem_from(op, head_dim, value_dim, dtype, fields)
     warmed = []
-    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+    with there:
         for shape in shapes_from(shapes) if shapes else ():
             for level in levels_from(levels):
                 wanted = at(problem, shape)
@@ -94,6 +109,29 @@ def warmup(
             warmed.append(_decoded(decoding, shape, place))
         if place.type == "cuda":
             torch.cuda.synchronize()
+    return warmed
+
+
+def _of_mamba3(
+    problem: Mamba3Problem,
+    shapes: Shapes,
+    levels: tuple[str, ...],
+    backward: bool,
+    decode: Shapes,
+    place: torch.device,
+) -> list[Warmed]:
+    warmed, gpu = [], present_device(place.index) if place.type == "cuda" else None
+    for shape, level in product(shapes_from(shapes) if shapes else (), levels):
+        started, wanted = time.monotonic(), at_shape(problem, shape)
+        call_mamba3(wanted, shape, level, place, backward=backward)
+        found = None if gpu is None else find_mamba3(wanted, shape, gpu, level=level)
+        took = time.monotonic() - started
+        warmed.append(Warmed("mamba3_siso_combined", shape, level, found, took))
+    for shape in shapes_from(decode) if decode else ():
+        started = time.monotonic()
+        call_mamba3_step(problem, shape, place)
+        took = time.monotonic() - started
+        warmed.append(Warmed("mamba3_siso_step", shape, None, None, took))
     return warmed
 
 

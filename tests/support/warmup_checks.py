@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
 import torch
 
 import gdn2gen
 from gdn2gen.base.environment import verifying
 from gdn2gen.codegen import build
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import Shape
+from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs
 
+DRAW: Final = ("layer", 0, "cpu")
 SIZES = {"K": 32, "V": 32, "op": "kda", "dtype": torch.float32}
 
 
@@ -91,3 +98,38 @@ def decoding_is_as_asked() -> bool:
     finally:
         decoding.fixed_launcher = load
     return True
+
+
+@verifying()
+def nothing_of_mamba3_is_loaded_after(backward: bool) -> list[tuple[str, str, str | None]]:
+    """Its calls, shapes and levels; of a level that was not asked for the scan's kernels were not
+    loaded."""
+    K = 40 if backward else 56  # that no other check has loaded kernels of
+    sizes = Mamba3Problem(dtype="fp32", state_size=K, head_dim=16, angles=6, skip=True, gate=True)
+    given = {"op": "mamba3", "head_dim": K, "value_dim": 16, "dtype": "fp32", "angles": 6}
+    given["backward"] = backward
+    warmed = gdn2gen.warmup("1x9x1", **given)
+    before = build.load.cache_info().misses
+    call_all(sizes, fast=False, backward=backward)
+    assert build.load.cache_info().misses == before, "a kernel of level lean was not warmed up"
+    more = gdn2gen.warmup("1x9x1", levels="fast", decode="2x1x1", **given)
+    loaded = build.load.cache_info().misses
+    assert (loaded > before + 1) == backward  # the step, and what keeps more for a backward
+    call_all(sizes, fast=True, backward=backward)
+    token = mamba3_inputs(replace(sizes, carried=True), Shape("a", 3, 1, 1), *DRAW)
+    for name in ("Q", "K", "V", "Z", "Angles"):
+        token[name] = token[name][:, 0]
+    for name in ("ADT", "DT", "Trap"):
+        token[name] = token[name][..., 0]
+    with torch.no_grad():
+        gdn2gen.mamba3_siso_step(**mamba3_arguments(token))
+    assert build.load.cache_info().misses == loaded, "a kernel was not warmed up"
+    return [(x.call, x.shape.name, x.level) for x in (*warmed, *more)]
+
+
+def call_all(problem: Mamba3Problem, *, fast: bool, backward: bool) -> None:
+    made = mamba3_inputs(problem, Shape("b", 1, 12, 1), *DRAW)
+    made["V"].requires_grad_(backward)
+    out = gdn2gen.mamba3_siso_combined(**made, disable_recompute=fast)
+    if backward:
+        torch.autograd.grad(out, made["V"], out)

@@ -278,6 +278,9 @@ def test_mambas_stand_in_the_table_at_their_own_shape(tmp_path: Path) -> None:
     for row in rows:
         row["shape"] = asdict(NAMED_SHAPES["mamba4k"])
     rows.append(_row("train2k", 9.0, problem=plain.document))
+    rows.insert(0, {**rows[2], "level": "fast", "fla": _side(1.75)})
+    packed = replace(found[2][1], packed=True)
+    rows.append(_row("varlen8k", 3.0, problem=packed.document, peer="mamba_ssm"))
     results = tmp_path / "docs/results/nvidia-h200.json"
     results.parent.mkdir(parents=True)
     results.write_text(json.dumps({"schema": 1, "gpu": "NVIDIA H200", "rows": rows}))
@@ -292,6 +295,11 @@ def test_mambas_stand_in_the_table_at_their_own_shape(tmp_path: Path) -> None:
     page = (tmp_path / "docs/results.md").read_text()
     assert page.index("**mamba2, K=128, V=64") < page.index("**mamba3, K=128, V=64")
     assert ", with z, softplus gate" in page and ", D and Z" in page
+    # packed or not, a block for each level
+    blocks = [x for x in page.split("\n**") if x.startswith("mamba3")]
+    levels = [x.partition("**")[0].rpartition(", ")[2] for x in blocks]
+    assert levels == ["level lean", "level fast"]
+    assert "varlen8k" in blocks[0] and "| 2.000 |" in blocks[0] and "| 1.750 |" in blocks[1]
 
 
 def test_times_on_file_stand_below_the_results(tmp_path: Path) -> None:

@@ -580,8 +580,41 @@ def test_bench_of_every_member(
     shown = capsys.readouterr().out
     assert "gla is left out: it hangs" in shown and "kda is measured alone" in shown
     assert json.loads(file.read_text())["rows"] == [*asked]
-    for words in ("--op all --gate softplus", "--op mamba3 --level fast"):
+    for words in ("--op all --gate softplus", "--op mamba3 --gate softplus"):
         assert program.main(["bench", *words.split()]) == 2
+
+
+@pytest.mark.parametrize(("op", "module"), [("gla", "rows"), ("mamba3", "mamba3_rows")])
+def test_bench_at_both_levels(
+    op: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from gdn2gen.measure import results
+
+    def fake(*_: Any, **options: Any) -> list[Any]:
+        return [options["level"]]
+
+    name = {"rows": "bench_shapes", "mamba3_rows": "bench_mamba3"}[module]
+    monkeypatch.setattr(device, "present_device", lambda: device.named_device("H200"))
+    monkeypatch.setattr(f"gdn2gen.measure.{module}.{name}", fake)
+    monkeypatch.setattr(results, "rows_table", lambda found: f"table of {found}")
+    monkeypatch.setattr(results, "rows_document", lambda found: {"rows": found})
+    file = tmp_path / "rows.json"
+    for level, rows in (("both", ["lean", "fast"]), ("fast", ["fast"]), ("lean", ["lean"])):
+        words = ["bench", "--op", op, "--shapes", "2x64x2", "--level", level, "--json", str(file)]
+        assert program.main(words) == 0
+        assert json.loads(file.read_text())["rows"] == rows
+        shown = capsys.readouterr().out
+        assert all(f"level {x}" in shown and f"table of ['{x}']" in shown for x in rows)
+
+
+@pytest.mark.parametrize("level", ["lean", "fast"])
+def test_explain_of_mamba3_at_a_level(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"explain --op mamba3 --shape mamba4k --device H200 --json --level {level}"
+    assert program.main(words.split()) == 0
+    scan = json.loads(capsys.readouterr().out)["scan"]
+    plan = {"lean": "linear_direct", "fast": "linear_direct_states"}[level]
+    assert (scan["level"], scan["plan"]) == (level, plan)
 
 
 def test_bench_asks_for_what_was_said(

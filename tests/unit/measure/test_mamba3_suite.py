@@ -166,7 +166,14 @@ def test_a_peer_whose_states_have_no_gradient_is_compared_by_the_rest() -> None:
         mamba3_runs.mamba3_results(made, detached)
 
 
-def test_rows_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", ["lean", "fast"])
+def test_rows_of_both_sides(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps = set()
+
+    def ours(**arguments: Any) -> Any:
+        keeps.add(arguments["disable_recompute"])
+        return mamba3_siso_combined(**arguments)
+
     def time_ms(run: Any) -> Timing:
         run()
         return Timing(2.0, 2.0, 2.0, 5)
@@ -188,11 +195,16 @@ def test_rows_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mamba3_rows, "peak_mib", lambda run: 10.0)
     monkeypatch.setattr(mamba3_rows, "copy_gbps", lambda: 4000.0)
     monkeypatch.setattr(mamba3_rows, "mamba3_op", peer)
+    monkeypatch.setattr("gdn2gen.ops.mamba3.mamba3_siso_combined", ours)
     monkeypatch.setattr(mamba3_rows, "_recipe_name", lambda *_: "linear_direct (default)")
     monkeypatch.setattr(mamba3_rows, "ACCURACY_SHAPE", Shape("a", 1, 4, 2, groups=1))
     monkeypatch.setattr(mamba3_rows, "ACCURACY_PATTERNS", ("layer",))
     shapes = [Shape("dense", 2, 9, 2, groups=1), Shape("packed", 1, 9, 2, (0, 4, 9), groups=1)]
-    found = mamba3_rows.bench_mamba3(shapes, 16, 16, "fp32", vs="mamba_ssm")
+    found = mamba3_rows.bench_mamba3(shapes, 16, 16, "fp32", vs="mamba_ssm", level=level)
+    assert {x.level for x in found} == {level} and keeps == {level == "fast"}
+    identities = {results._identity(results._row_document(x)) for x in found}
+    others = {results._identity(results._row_document(replace(x, level="-"))) for x in found}
+    assert len(identities) == 2 and not identities & others
     assert [x.problem.varlen for x in found] == [False, True]
     assert asked == ["layer", "zero", "strong"] * 2
     for row in found:

@@ -12,8 +12,9 @@ import torch
 from layer_cases import LAYERS, small, tokens
 from torch.utils.checkpoint import checkpoint
 
-from gdn2gen.nn import Cache
-from gdn2gen.nn.layer import RATES
+from gdn2gen.base.errors import InputError
+from gdn2gen.nn import Cache, LanguageModel
+from gdn2gen.nn.layer import RATES, Layer
 from gdn2gen.nn.mixer import Mixer
 
 # what all members share
@@ -45,6 +46,78 @@ def test_a_compiled_step_writes_into_the_cache(member: str) -> None:
             step = compiled(x[:, t : t + 1], cache=cache)
             torch.testing.assert_close(step, y[:, t : t + 1], rtol=1e-5, atol=1e-6)
     assert cache.layer(3)["state"].data_ptr() == place
+
+
+def _stacked(member: str, count: int) -> list[Layer]:
+    """Layers of one model, alike but for their weights and numbers."""
+    layers = [small(member) for _ in range(count)]
+    for index, layer in enumerate(layers):
+        layer.layer_idx = index
+        with torch.no_grad():
+            for x in layer.parameters():
+                x.mul_(1 + 0.1 * index)
+    return layers
+
+
+@pytest.mark.parametrize("member", ["gdn2", "mamba3"])
+def test_layers_compiled_one_by_one_share_a_graph(member: str) -> None:
+    """More of them than Dynamo compiles anew; with parts of a cache, which need no number."""
+    torch.compiler.reset()
+    layers, x, graphs = _stacked(member, 10), tokens(1, 5), list[object]()
+    cache, plain = Cache(1), Cache(1)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        for layer in layers:
+            layer(x[:, :3], cache=cache), layer(x[:, :3], cache=plain)
+        wanted = [[y(x[:, t : t + 1], cache=plain) for y in layers] for t in (3, 4)]
+        for layer in layers:
+            layer.compile(fullgraph=True, backend=backend)
+        for t, then in zip((3, 4), wanted, strict=True):
+            for layer, y in zip(layers, then, strict=True):
+                found = layer(x[:, t : t + 1], cache=cache.part(layer.layer_idx))
+                torch.testing.assert_close(found, y)
+    assert len(graphs) == 1
+    for index, kept in plain.layers.items():
+        torch.testing.assert_close(cache.layers[index], kept)
+
+
+def test_a_models_blocks_compiled_one_by_one_share_a_graph() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "num_layers": 3, "num_heads": 2, "head_dim": 16}
+    model, graphs = LanguageModel(11, **options), list[object]()
+    given = torch.arange(6)[None]
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        wanted, cache = model(given), Cache(1)
+        model(given[:, :4], cache=cache)
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=backend)
+        found = [model(given[:, t : t + 1], cache=cache) for t in (4, 5)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted[:, 4:], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_a_part_of_a_cache_is_of_one_layer() -> None:
+    layer, x, cache = small("gdn2"), tokens(2, 4), Cache(2)
+    with torch.no_grad():
+        y = [layer(x[:, :3], cache=cache.part(3)), layer(x[:, 3:], cache=cache)]
+        torch.testing.assert_close(torch.cat(y, 1), layer(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(InputError, match=r"has layer_idx=3: give it cache.part\(3\)"):
+            layer(x, cache=cache.part(1))
+        cache.reorder(torch.tensor([0]))
+        with pytest.raises(InputError, match="the cache is of 1 sequences, but these tokens are"):
+            layer(x, cache=cache.part(3))
+        assert layer(x[:1], cache=cache.part(3)).shape == x[:1].shape
+    assert repr(Cache(1).part(3)) == "Cache(batch_size=1, layers=[3]).part(3)"
 
 
 @pytest.mark.parametrize("member", MEMBERS)

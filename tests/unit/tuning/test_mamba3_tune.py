@@ -81,7 +81,7 @@ def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
     (problem, shapes, device), options = scan.asked  # type: ignore[attr-defined]
     assert (problem.op, problem.K, problem.V) == ("simple_gla", 128, 64)
     assert (shapes[0].H, shapes[0].key_heads, device) == (64, 64, H200)
-    assert options["levels"] == ("lean",) and options["budget_minutes"] < 100
+    assert options["levels"] == ("lean", "fast") and options["budget_minutes"] < 100
     around, *steps = report.entries
     assert {x: dict(y) for x, y in around.knobs.items()} == {
         f"mamba3_{x}": {"BT": 64, "BH": 2, "num_warps": 8}

@@ -119,9 +119,16 @@ def test_mamba3_is_its_scan_and_what_is_around_it(
     assert prologue.state_size == 64 and prologue.angles == 16 and prologue.skip
     assert epilogue.head_dim == 32 and epilogue.gate and problems["mamba3_step"].carried
     assert [x.problem.op for x in found.recipes] == ["simple_gla"]
-    for words, more in (("serving", {"serving": True}), ("one level", {"levels": "fast"})):
-        with pytest.raises(InputError, match=words):
-            compile_kernels(tmp_path / "b", "2x512x8/1", **options | more)
+    with pytest.raises(InputError, match="serving"):
+        compile_kernels(tmp_path / "b", "2x512x8/1", **options, serving=True)
+    around = [x for x in given if x[0] == "ship_stage" and x[1][1].startswith("mamba3")]
+    given.clear()
+    both = compile_kernels(
+        tmp_path / "b", "2x512x8/1", decode="4x1x8/1", levels=("lean", "fast"), **options
+    )
+    assert [x.plan.name for x in both.recipes] == ["linear_direct", "linear_direct_states"]
+    # those around the scan have no level
+    assert [x for x in given if x[0] == "ship_stage" and x[1][1].startswith("mamba3")] == around
     given.clear()
     compile_kernels(tmp_path / "c", "2x512x8/1", backward=False, **options)
     assert not any("backward" in task[1][1] for task in given if task[0] == "ship_stage")

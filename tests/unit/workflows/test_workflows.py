@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,49 @@ def test_explain_returns_what_calls_run() -> None:
         gdn2gen.explain("2x77x5", target="H200", strict=True)
     with pytest.raises(InputError, match="unknown shape 'train5k'"):
         gdn2gen.explain("train5k")
+
+
+def test_explain_of_mamba3_at_its_levels() -> None:
+    options: dict[str, Any] = {"op": "mamba3", "value_dim": 64, "target": "H200"}
+    lean, fast = (gdn2gen.explain("mamba4k", level=x, **options)[0] for x in ("lean", "fast"))
+    plans = [x.scan.recipe.plan.name for x in (lean, fast)]
+    assert plans == ["linear_direct", "linear_direct_states"] and lean.knobs == fast.knobs
+    assert "linear_direct_states" in fast.words(100)
+    with pytest.raises(DispatchError, match="level must be one of"):
+        gdn2gen.explain("mamba4k", level="slow", **options)
+
+
+def test_mamba3_is_tuned_at_the_levels_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gdn2gen import tuning
+
+    asked: list[Any] = []
+
+    def search(*_: Any, **options: Any) -> Any:
+        asked.append(options["levels"])
+        return SimpleNamespace(table=lambda: "the scan")
+
+    monkeypatch.setattr(tuning, "tune_without_gpu", search)
+    options: dict[str, Any] = {"op": "mamba3", "value_dim": 64, "target": "H200"}
+    gdn2gen.tune("mamba4k", out_dir=tmp_path, **options)
+    gdn2gen.tune("mamba4k", out_dir=tmp_path, levels="fast", **options)
+    words = ["tune", "--op", "mamba3", "--target", "H200", "--out"]
+    for level in ("lean", "fast", "both"):
+        assert program.main([*words, str(tmp_path), "--level", level]) == 0
+    both = ("lean", "fast")
+    assert asked == [both, ("fast",), ("lean",), ("fast",), both]
+
+
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mamba3_is_warmed_up_at_its_levels(backward: bool, interpreter: Callable[..., Any]) -> None:
+    assert interpreter("warmup_checks:nothing_of_mamba3_is_loaded_after", backward) == [
+        ("mamba3_siso_combined", "1x9x1", "lean"),
+        ("mamba3_siso_combined", "1x9x1", "fast"),
+        ("mamba3_siso_step", "2x1x1", None),
+    ]
+    with pytest.raises(InputError, match="leave serving and decode_fields out"):
+        gdn2gen.warmup(op="mamba3", serving=True)
 
 
 def test_verify_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
