@@ -84,7 +84,10 @@ def test_one_changed_digit_is_not_run(cache: Path, rendered: Rendered) -> None:
     assert path.read_text() == rendered.source
 
 
-def test_a_planted_bytecode_is_not_run(cache: Path, rendered: Rendered) -> None:
+def test_a_planted_bytecode_is_not_run(
+    cache: Path, rendered: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", None)  # beside its source, where others plant it
     path = _plant(cache, rendered, rendered.source)
     compiled = Path(importlib.util.cache_from_source(str(path)))
     compiled.parent.mkdir()
