@@ -107,6 +107,7 @@ def steps() -> list[Step]:
         Step("learn-repeat", "python scripts/recall.py repeat --rows runs/recall", True, 180.0),
         Step("learn-text", "python scripts/text.py train --rows runs/text --minutes 8", True),
         Step("time-mamba3", "python scripts/mamba3_time.py", True, 60.0),
+        Step("time-prefill", "python scripts/prefill_time.py", True, 30.0),
         Step("time-layers", "python scripts/layer_time.py --save", True, 60.0),
         Step(
             "model-speed",
