@@ -1,36 +1,55 @@
 """What a layer costs on a GPU, and its two kernels beside the recurrence: milliseconds, medians.
 
-    python scripts/layer_time.py [--layers gdn2 kda] [--batch 4] [--tokens 4096] [--sweep]
+    python scripts/layer_time.py [--layers gdn2 kda] [--batch 4] [--tokens 4096] [--save]
+    python scripts/layer_time.py --only layers [--minutes 4] [--alone] | --sweep
 
 bf16, 2048 channels in 16 heads, Mamba's 4096 in 64. The kernels are the short convolutions of q, k
 and v, and the gated norm; each is beside the floor, the time that a copy of its bytes would take
 (inputs read once, outputs written once), and beside flash-linear-attention's modules where these
 can be imported. A layer is timed with random weights, forward without gradients, and forward and
 backward with all of them. Every run begins with the L2 flushed.
---sweep times configs of the kernels, for the rules in
-kernels/parts.py.
+Rows are printed as they are measured: all of ours first, then flash-linear-attention's, layer by
+layer, whose first call tries its configs for up to minutes; --minutes begins no other of its
+layers after that, and --alone none at all. --save keeps rows in docs/layers/, one as soon as it is
+there, and makes the table of docs/experiments.md of all that are kept. --sweep times configs of
+the kernels, for the rules in kernels/parts.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
-from gdn2gen.base.environment import verifying
-from gdn2gen.base.terminal import Sheet, console
-from gdn2gen.kernels.limits import Knob
-from gdn2gen.measure.timing import copy_gbps, time_ms
-from gdn2gen.nn.model import MIXERS
-from gdn2gen.ops.parts import gated_rms_norm, short_convolution
-from gdn2gen.runtime import parts
+import torch  # noqa: E402
+from learning.record import Row, record, recorded  # noqa: E402
+from learning.report import NOTHING, put, table  # noqa: E402
+from learning.rows import machine  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from gdn2gen.base.device import slug_of  # noqa: E402
+from gdn2gen.base.environment import verifying  # noqa: E402
+from gdn2gen.base.terminal import Sheet, console  # noqa: E402
+from gdn2gen.kernels.limits import Knob  # noqa: E402
+from gdn2gen.measure.timing import copy_gbps, time_ms  # noqa: E402
+from gdn2gen.nn.model import MIXERS  # noqa: E402
+from gdn2gen.ops.parts import gated_rms_norm, short_convolution  # noqa: E402
+from gdn2gen.runtime import parts  # noqa: E402
+
+RECORDS: Final = ROOT / "docs/layers"
+PAGE: Final = ROOT / "docs/experiments.md"
+KEY: Final = ("what", "direction", "batch", "tokens")
+COLUMNS: Final = ("what", "direction", "ms", "floor ms", "x floor", "FLA ms", "FLA / ours")
+DIRECTIONS: Final = ("forward", "forward+backward")
 Run = Callable[[], Any]
 HIDDEN: Final = 2048
 HEADS: Final = 16
@@ -159,39 +178,46 @@ def ms(run: Run) -> float:
     return time_ms(run).median
 
 
-def part_rows(part: Part) -> Iterator[list[str]]:
+def part_rows(part: Part) -> Iterator[Row]:
     """A row for each direction, and one for both by autograd."""
     directions = (("forward", part.forward), ("backward", part.backward))
     for (name, run), nbytes in zip(directions, part.bytes, strict=True):
-        took, floor = ms(run), nbytes / copy_gbps() / 1e6
-        beside = ms(part.theirs[0]) if part.theirs and name == "forward" else None
-        yield [part.name, name, f"{took:.4f}", f"{floor:.4f}", f"{took / floor:.2f}", _ms(beside)]
-    beside = ms(part.theirs[1]) if part.theirs else None
-    yield [part.name, "forward+backward", f"{ms(part.both):.4f}", "", "", _ms(beside)]
+        floor = nbytes / copy_gbps() / 1e6
+        fla = ms(part.theirs[0]) if part.theirs and name == "forward" else None
+        yield _row(part.name, name, ms(run), fla, floor)
+    fla = ms(part.theirs[1]) if part.theirs else None
+    yield _row(part.name, "forward+backward", ms(part.both), fla)
 
 
-def layer_rows(member: str, batch: int, count: int) -> Iterator[list[str]]:
-    x = tokens(batch, count, HIDDEN).requires_grad_()
-    ours = MIXERS[member](HIDDEN, **OURS.get(member, SIZES)).to("cuda", DTYPE)
+def layer_rows(member: str, x: Tensor) -> Iterator[Row]:
+    """Ours, forward, and with the backward."""
+    ours = MIXERS[member](HIDDEN, **OURS.get(member, SIZES)).to(x.device, DTYPE)
     found = _layer_times(lambda: ours(x), [x, *ours.parameters()])
-    beside: tuple[float | None, float | None] = (None, None)
+    for name, took in zip(DIRECTIONS, found, strict=True):
+        yield _row(f"layer {member}", name, took)
+
+
+def their_times(member: str, x: Tensor) -> tuple[float, float] | None:
+    """Of flash-linear-attention's layer; None where there is none, or another version's."""
     make = _theirs(*THEIRS[member])
-    if make is not None:
-        try:
-            layer = make(hidden_size=HIDDEN, **OTHERS.get(member, SIZES)).to("cuda", DTYPE)
-            beside = _layer_times(lambda: layer(x)[0], [x, *layer.parameters()])
-        except Exception as error:  # another version's arguments: no reason to lose our own figures
-            console(stderr=True).print(f"flash-linear-attention's {member}: {error}")
-    for name, took, other in zip(("forward", "forward+backward"), found, beside, strict=True):
-        yield [f"layer {member}", name, f"{took:.3f}", "", "", _ms(other)]
+    if make is None:
+        return None
+    try:
+        layer = make(hidden_size=HIDDEN, **OTHERS.get(member, SIZES)).to(x.device, DTYPE)
+        return _layer_times(lambda: layer(x)[0], [x, *layer.parameters()])
+    except Exception as error:  # another version's arguments: no reason to lose what follows
+        console(stderr=True).print(f"flash-linear-attention's {member}: {error}")
+        return None
+
+
+def _row(
+    what: str, direction: str, took: float, fla: float | None = None, floor: float | None = None
+) -> Row:
+    return {"what": what, "direction": direction, "ms": took, "floor_ms": floor, "fla_ms": fla}
 
 
 def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> tuple[float, float]:
     return ms(torch.no_grad()(run)), ms(differentiated(run, into))
-
-
-def _ms(found: float | None) -> str:
-    return "-" if found is None else f"{found:.4f}"
 
 
 def sweep(part: Part) -> None:
@@ -224,35 +250,112 @@ def _knobs(stage: str) -> Iterator[dict[str, Knob]]:
 
 @verifying()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--layers", nargs="*", choices=tuple(MIXERS), default=list(MIXERS))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
-    args = parser.parse_args()
+    args = _arguments()
     torch.manual_seed(0)
     made = [make(args.batch, args.tokens) for make in (convolution, norm)]
     if args.sweep:
         for part in made:
             sweep(part)
         return
-    # a table for each, as soon as it is there
-    show("parts", [row for part in made for row in part_rows(part)])
-    for member in args.layers:
-        show(member, layer_rows(member, args.batch, args.tokens))
+    until = time.monotonic() + 60 * args.minutes
+    rows = Rows(args.batch, args.tokens, args.save)
+    if args.only != "layers":
+        for part in made:
+            rows.add(part_rows(part))
+    if args.only != "parts":
+        x = tokens(args.batch, args.tokens, HIDDEN).requires_grad_()
+        of_layers = {member: rows.add(layer_rows(member, x)) for member in args.layers}
+        for member, ours in of_layers.items():
+            if args.alone or time.monotonic() > until:
+                continue
+            theirs = their_times(member, x)
+            if theirs is not None:
+                both = zip(ours, theirs, strict=True)
+                rows.add({**row, "fla_ms": other} for row, other in both)
+    rows.show()
 
 
-def show(title: str, rows: Iterable[Sequence[str]]) -> None:
-    sheet = Sheet(
-        f"{title}: {torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
-        ("what", "direction", "ms", "floor ms", "x floor", "FLA ms"),
-        words=("what", "direction"),
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    for row in rows:
-        sheet.add(*row)
-    console().print(sheet)
+    parser.add_argument("--layers", nargs="*", choices=tuple(MIXERS), default=list(MIXERS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--only", choices=("parts", "layers"))
+    parser.add_argument("--alone", action="store_true", help="not flash-linear-attention's layers")
+    parser.add_argument("--minutes", type=float, default=5.0, help="then none of those begins (5)")
+    parser.add_argument("--save", action="store_true", help="keep rows in docs/layers")
+    parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
+    return parser.parse_args()
+
+
+class Rows:
+    """Those of a run, by what they are of: printed, and with `save` kept, as they come."""
+
+    def __init__(self, batch: int, count: int, save: bool) -> None:
+        self._size = {"batch": batch, "tokens": count}
+        self._save = save
+        self._rows: dict[tuple[Any, ...], Row] = {}
+
+    def add(self, rows: Iterable[Row]) -> list[Row]:
+        """Rows as they are measured; a later one of the same thing takes the place of the first."""
+        made = []
+        for row in rows:
+            whole = {**self._size, **row}
+            self._rows[tuple(whole[name] for name in KEY)] = whole
+            made.append(row)
+            console().print("  ".join(cells_of(whole)))
+            if self._save:
+                gpu = torch.cuda.get_device_name()
+                path = RECORDS / f"{slug_of(gpu)}.json"
+                known = [x for x in (recorded(RECORDS)) if x["gpu"] == gpu]
+                record(path, gpu, [_with_fla({**whole, "machine": machine()}, known)], KEY)
+                put(PAGE, "layers", page(recorded(RECORDS)))
+        return made
+
+    def show(self) -> None:
+        sheet = Sheet(
+            f"{torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
+            COLUMNS,
+            words=("what", "direction"),
+        )
+        for row in self._rows.values():
+            sheet.add(*cells_of(row))
+        console().print(sheet)
+
+
+def _with_fla(row: Row, known: Sequence[Row]) -> Row:
+    """What was measured of flash-linear-attention stays, where a new row lacks it."""
+    if row["fla_ms"] is None:
+        for other in known:
+            if all(other[name] == row[name] for name in KEY):
+                return {**row, "fla_ms": other["fla_ms"]}
+    return row
+
+
+def cells_of(row: Row) -> list[str]:
+    floor, fla, took = row["floor_ms"], row["fla_ms"], row["ms"]
+    return [
+        row["what"],
+        row["direction"],
+        f"{took:.4f}",
+        "-" if floor is None else f"{floor:.4f}",
+        "-" if floor is None else f"{took / floor:.2f}",
+        "-" if fla is None else f"{fla:.4f}",
+        "-" if fla is None else f"{fla / took:.2f}",
+    ]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """A table for each GPU and size."""
+    parts = []
+    for gpu, batch, count in dict.fromkeys((x["gpu"], x["batch"], x["tokens"]) for x in rows):
+        mine = [x for x in rows if (x["gpu"], x["batch"], x["tokens"]) == (gpu, batch, count)]
+        words = ", ".join(f"{name} {value}" for name, value in mine[0]["machine"].items())
+        lines = [cells_of(x) for x in mine]
+        parts += [f"{batch} x {count} tokens; {words}", "", table(COLUMNS, lines), ""]
+    return "\n".join(parts).rstrip() or NOTHING
 
 
 if __name__ == "__main__":

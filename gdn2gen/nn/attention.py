@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._heads import split
-from gdn2gen.nn.cache import Cache, LayerCache, write
+from gdn2gen.nn.cache import Cache, LayerCache, may_overwrite, write
 
 
 class SlidingWindowAttention(nn.Module):
@@ -62,7 +62,9 @@ class SlidingWindowAttention(nn.Module):
     def forward(self, x: Tensor, *, cache: Cache | LayerCache | None = None) -> Tensor:
         """Attend from the tokens x [B, T, hidden], which follow those that the cache saw; y like x.
 
-        The cache keeps keys and values of the last `window` - 1 tokens, and how many there were.
+        The cache keeps keys and values of the last `window` tokens, that of position p in row
+        p % window, and how many tokens there were. One token without gradients goes into the row
+        of the one that leaves the window, and moves nothing else.
         """
         B, T, hidden = x.shape
         kept = None if cache is None else cache.of_layer(self.layer_idx, B, self)
@@ -71,24 +73,40 @@ class SlidingWindowAttention(nn.Module):
         seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)
         at = seen[:, None] + torch.arange(T, device=x.device)  # [B, T], or [1, T] at first
         q, k = (_rotated(part, at, self.base) for part in (q, k))
-        earlier = 0
-        if kept:
-            earlier = kept["k"].shape[1]
-            k = torch.cat((kept["k"].to(k.dtype), k), 1)
-            v = torch.cat((kept["v"].to(v.dtype), v), 1)
-        # Torch's fastest kernels take no mask.
-        causal = not kept and self.window >= T
-        o = functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            None if causal else self._mask(seen, T, earlier),
-            is_causal=causal,
-        )
-        if kept is not None:
-            self._keep(kept, k, v, (seen + T).expand(B))
+        if kept and T == 1 and may_overwrite(kept, "k", trains=torch.is_grad_enabled()):
+            o = self._one(q, k, v, kept)
+        else:
+            o = self._many(q, k, v, kept, seen)
         y: Tensor = self.o_proj(o.transpose(1, 2).reshape(B, T, hidden))
         return y
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        """o [B, heads, 1, D] of a token, which is kept; rows need no order."""
+        seen = kept["seen"]
+        row = seen.remainder(self.window)[:, None, None, None].expand_as(k)
+        for name, x in (("k", k), ("v", v)):
+            kept[name].scatter_(1, row, x.to(kept[name].dtype))
+        there = torch.arange(self.window, device=seen.device) <= seen[:, None]
+        seen.add_(1)
+        return _attended(q, kept["k"].to(k.dtype), kept["v"].to(v.dtype), there[:, None, None])
+
+    def _many(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor] | None, seen: Tensor
+    ) -> Tensor:
+        """o [B, heads, T, D]."""
+        T, earlier = k.shape[1], 0
+        if kept:
+            earlier = self.window - 1
+            before = torch.arange(earlier, device=seen.device) - earlier
+            rows = (seen[:, None] + before).remainder(self.window)
+            k = torch.cat((_rows(kept["k"], rows).to(k.dtype), k), 1)
+            v = torch.cat((_rows(kept["v"], rows).to(v.dtype), v), 1)
+        # Torch's fastest kernels take no mask.
+        causal = not kept and self.window >= T
+        o = _attended(q, k, v, None if causal else self._mask(seen, T, earlier))
+        if kept is not None:
+            self._keep(kept, k, v, (seen + T).expand(k.shape[0]))
+        return o
 
     def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.q_proj, self.k_proj, self.v_proj
@@ -104,12 +122,24 @@ class SlidingWindowAttention(nn.Module):
     def _keep(self, kept: dict[str, Tensor], k: Tensor, v: Tensor, seen: Tensor) -> None:
         """The last rows, of a size that does not change, so that they may lie where they are."""
         trains = torch.is_grad_enabled()
-        for name, rows in (("k", k), ("v", v)):
-            last = rows[:, max(0, rows.shape[1] - (self.window - 1)) :]
-            missing = self.window - 1 - last.shape[1]
-            last = functional.pad(last, (0, 0, 0, 0, missing, 0)) if missing else last
-            write(kept, name, last, trains=trains)
+        missing = max(0, self.window - k.shape[1])
+        places = torch.arange(self.window, device=seen.device)
+        back = (seen[:, None] - 1 - places).remainder(self.window)
+        for name, x in (("k", k), ("v", v)):
+            x = functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+            write(kept, name, _rows(x, x.shape[1] - 1 - back), trains=trains)
         write(kept, "seen", seen, trains=trains)
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Of x [B, T, heads, D] those that rows [B, N] name."""
+    return x.gather(1, rows[..., None, None].expand(-1, -1, *x.shape[2:]))
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """o [B, heads, T, D] of q, k and v [B, T, heads, D]; causal where there is no mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
 def _rotated(x: Tensor, at: Tensor, base: float) -> Tensor:

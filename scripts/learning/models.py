@@ -14,6 +14,7 @@ layers in the same blocks, from the same weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +66,8 @@ class Sizes:
     expand: float = 1.0
     """Of Mamba's layers."""
     mamba_head_dim: int = 64
+    window: int | None = None
+    """Of the attention in every other block, where there is any."""
 
     @property
     def state(self) -> int:
@@ -84,7 +87,12 @@ def build(name: str, sizes: Sizes, seed: int) -> LanguageModel:
     member = name.removeprefix("fla:")
     ours = _model(member, sizes)
     theirs = _model(partial(Theirs, member=member), sizes, _options(member, sizes))
-    weights = {x.replace(".mixer.", ".mixer.layer."): y for x, y in ours.state_dict().items()}
+    # attention between them is ours on both sides
+    wrapped = [f"{x}." for x, part in theirs.named_modules() if isinstance(part, Theirs)]
+    weights = {}
+    for name, x in ours.state_dict().items():
+        inside = next((y for y in wrapped if name.startswith(y)), None)
+        weights[name if inside is None else f"{inside}layer.{name.removeprefix(inside)}"] = x
     theirs.load_state_dict(weights)
     return theirs
 
@@ -115,6 +123,7 @@ def _model(
         num_layers=sizes.layers,
         mixer=_ABLATED.get(mixer, mixer) if isinstance(mixer, str) else mixer,
         inner=sizes.inner,
+        window=sizes.window,
         **options,
     )
 
@@ -209,7 +218,44 @@ class Theirs(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        if cache is not None:
-            raise UnsupportedError("of a peer's layer no states are kept here: leave cache out")
-        y: Tensor = self.layer(x)[0]
+        if cache is None:
+            y: Tensor = self.layer(x)[0]
+            return y
+        kept = cache.of_layer(self.layer.layer_idx, x.shape[0])
+        y = self.layer(x, past_key_values=_Past(kept), use_cache=True)[0]
         return y
+
+
+class _Past:
+    """What its layers take for their cache, of one layer, kept in ours.
+
+    A layer returns its state in a new tensor. That one is kept, but for a graph, which has to find
+    it where it was: there it is copied, as a model on its layers would have to do.
+    """
+
+    def __init__(self, kept: dict[str, Tensor]) -> None:
+        self._kept = kept
+
+    def __len__(self) -> int:
+        """More than the number of any layer that is in here."""
+        return sys.maxsize if self._kept else 0
+
+    def __getitem__(self, _: int) -> dict[str, Any]:
+        tails = [x for name, x in self._kept.items() if name.startswith("tail")]
+        return {"recurrent_state": self._kept["state"], "conv_state": tuple(tails) or None}
+
+    def update(
+        self,
+        *,
+        recurrent_state: Tensor,
+        conv_state: tuple[Tensor, ...] | None = None,
+        **_: Any,
+    ) -> None:
+        new = {"state": recurrent_state}
+        new |= {f"tail{place}": x for place, x in enumerate(conv_state or ())}
+        capturing = recurrent_state.is_cuda and torch.cuda.is_current_stream_capturing()
+        for name, x in new.items():
+            if not capturing:
+                self._kept[name] = x
+            elif x is not self._kept[name]:
+                self._kept[name].copy_(x)

@@ -39,7 +39,7 @@ def path_of(folder: Path, *words: object) -> Path:
 
 
 def write_row(path: Path, row: Mapping[str, Any]) -> None:
-    replace_file(path, json.dumps({**row, "machine": _machine()}, indent=None) + "\n")
+    replace_file(path, json.dumps({**row, "machine": machine()}, indent=None) + "\n")
 
 
 def read_row(path: Path) -> Row | None:
@@ -77,7 +77,7 @@ def at_least_one(word: str) -> int:
     return number
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     name = torch.cuda.get_device_name() if has_gpu() else "CPU"
     return {"device": name, "date": time.strftime("%Y-%m-%d"), **dict(toolchain())}
 

@@ -75,7 +75,7 @@ class Trainer:
         # a tensor, so that a graph reads what it is now
         self._rate = torch.zeros((), device=device) if on_gpu else None
         self._optimizer = torch.optim.AdamW(
-            _groups(self.model, schedule.weight_decay),
+            groups(self.model, schedule.weight_decay),
             lr=0.0 if self._rate is None else self._rate,
             betas=(0.9, 0.95),
             **({"fused": True, "capturable": True} if on_gpu else {}),
@@ -235,7 +235,7 @@ def _wait(trainers: Sequence[Trainer]) -> None:
         torch.cuda.synchronize()
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and what is marked do not."""
     plain: list[Tensor] = []
     decayed: list[Tensor] = []

@@ -13,7 +13,7 @@ from mamba_equations import mamba_by_equations
 from torch import Tensor
 from two_processes import compare
 
-from gdn2gen.nn import Cache
+from gdn2gen.nn import Cache, LanguageModel
 
 pytestmark = pytest.mark.gpu
 
@@ -102,6 +102,29 @@ def test_a_graph_of_one_token_is_replayed(member: str) -> None:
             token.copy_(x[:, t : t + 1])
             graph.replay()
             assert torch.equal(out, layer(x[:, t : t + 1], cache=plain))
+
+
+def test_a_graph_of_a_model_that_attends_is_replayed() -> None:
+    """Attention's cache turns around its window in a graph, too; prompts are longer than it."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        64, hidden_size=256, num_layers=2, num_heads=2, head_dim=128, window=32, init_std=0.2
+    )
+    model = model.to(DEVICE).bfloat16()
+    tokens, cache = torch.randint(64, (3, 90), device=DEVICE), Cache(3)
+    token = tokens[:, :1].clone()
+    with torch.inference_mode():
+        model(tokens[:, :20], cache=cache)
+        plain, warm = cache.copy(), cache.copy()
+        model(token, cache=warm)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(token, cache=cache)
+        for t in range(20, 90):
+            token.copy_(tokens[:, t : t + 1])
+            graph.replay()
+            assert torch.equal(out, model(tokens[:, t : t + 1], cache=plain))
+        assert _error(out, model(tokens)[:, -1:]) < 0.03
 
 
 @pytest.mark.parametrize("member", [*LAYERS])

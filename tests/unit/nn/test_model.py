@@ -55,9 +55,31 @@ def test_attention_in_pieces(window: int) -> None:
         place = cache.layer(0)["k"].data_ptr()
         parts += [layer(x[:, t : t + 1], cache=cache) for t in range(6, 9)]
         torch.testing.assert_close(torch.cat(parts, 1), layer(x))
-        assert window == 1 or cache.layer(0)["k"].data_ptr() == place
+        assert cache.layer(0)["k"].data_ptr() == place
+        # a few tokens after single ones, whose rows lie in no order, and one after these
+        more = torch.cat((x, torch.randn(2, 4, 24)), 1)
+        parts += [layer(more[:, 9:12], cache=cache), layer(more[:, 12:], cache=cache)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(more))
         cache.reset(torch.tensor([1]))
         torch.testing.assert_close(layer(x[:, :1], cache=cache)[1], layer(x[1:, :1])[0])
+
+
+def test_a_token_moves_no_other() -> None:
+    """It takes the row of the one that leaves the window; sequences are at rows of their own."""
+    layer, x = SlidingWindowAttention(8, num_heads=1, window=4, layer_idx=0), torch.randn(2, 9, 8)
+    cache = Cache(2)
+    with torch.no_grad():
+        layer(x[:, :6], cache=cache)
+        cache.reset(torch.tensor([1]))
+        before = cache.copy().layer(0)
+        y = layer(x[:, 6:7], cache=cache)
+    torch.testing.assert_close(y[0], layer(x[:1, :7])[0, 6:])
+    torch.testing.assert_close(y[1], layer(x[1:, 6:7])[0])
+    after = cache.layer(0)
+    assert after["seen"].tolist() == [7, 1]
+    for name in "kv":
+        changed = (after[name] != before[name]).any(-1)[..., 0]
+        assert changed.nonzero().tolist() == [[0, 6 % 4], [1, 0]]
 
 
 @pytest.mark.parametrize("options", [{"mixer": "kda"}, {"window": 4}], ids=("kda", "hybrid"))
