@@ -49,6 +49,7 @@ _ALL_OPTIONS = {
     "activate_beta_kernel": {"num_warps": 1},
     "fold_beta_kernel": {"num_warps": 1},
     "fold_decay_kernel": {"num_warps": 1},
+    "fold_parts_kernel": {"num_warps": 1},
     "tail_kernel": {"num_warps": 1, "num_stages": 1},
     "place_kernel": {"num_warps": 4, "num_stages": 1},
     "sum_kernel": {"num_warps": 4, "num_stages": 1},
