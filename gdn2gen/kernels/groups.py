@@ -135,15 +135,32 @@ RESCAN_GROUP: Final = Stage(
         replace(DO, when="z"),
         S_SEG,
         *SEQUENCES,
+        # of the form whose gate goes through the chunks side by side
+        *(replace(x, scratch=True) for x in CHUNK_TABLE),
     ),
     outputs=(H, Operand("dz", "B T HV V", when="z"), _DY, replace(_DD, when="D and z")),
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("K V BT",),
-    # four warps would spill 384 bytes a thread where it makes o again
     forms=(
-        replace(_SERIAL, defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)}))),
+        # four warps would spill 384 bytes a thread where it makes o again
+        replace(
+            _SERIAL,
+            name="inside",
+            defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)})),
+        ),
+        # no chunk waits for what the gate needs
+        replace(
+            _SERIAL,
+            name="apart",
+            template="rescan_group_apart",
+            knobs={**_SERIAL.knobs, "heads": (1,)},
+            ahead=(Operand("k", "BT K"),),
+            scratch=("chunk_table",),
+        ),
     ),
+    selector="gating",
+    later={"gating": "inside"},
 )
 
 REVERSE_SCAN_GROUP: Final = Stage(

@@ -344,8 +344,8 @@ def _cases_of_groups() -> Iterator[KernelCase]:
     # three segments, of two chunks and one
     yield KernelCase(Case("groups", full, _shape(1, 75, 6), H=2), "grouped", knobs, 2)
     yield KernelCase(Case("groups-plain", plain, _shape(2, 45, 6), H=2), "grouped", knobs)
-    # where each slice of channels makes pairs of tokens anew
-    inside = (*knobs, ("pairs", "inside"))
+    # where each slice of channels makes pairs of tokens anew, and the gate waits for the scan
+    inside = (*knobs, ("pairs", "inside"), ("gating", "inside"))
     yield KernelCase(Case("groups", full, _shape(1, 45, 6), H=2), "grouped", inside)
     ends = _shape(1, 45, 6, (0, 0, 20, 20, 21, 45, 45))
     packed = replace(full, varlen=True, state_v_first=True)
