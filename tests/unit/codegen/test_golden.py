@@ -167,9 +167,9 @@ _GROUPS: Final = Problem(
 )  # fmt: skip
 
 
-def _groups(stage: str, **changes: bool) -> str:
+def _groups(stage: str, knobs: Mapping[str, str] = {}, **changes: bool) -> str:
     problem = replace(_GROUPS, **changes)
-    return render(problem, stage, default_config(stage, problem)).source
+    return render(problem, stage, default_config(stage, problem).replace(**knobs)).source
 
 
 def _tied_tilelang(stage: str) -> str:
@@ -324,6 +324,8 @@ OUTPUTS: Final = {
     "rescan_group_packed.py": partial(_groups, "rescan_group", varlen=True),
     "reverse_scan_group.py": partial(_groups, "reverse_scan_group", has_z=False),
     "grad_group.py": partial(_groups, "grad_group"),
+    "grad_group_inside.py": partial(_groups, "grad_group", {"pairs": "inside"}),
+    "rescan_group_inside.py": partial(_groups, "rescan_group", {"gating": "inside"}),
     "chunk_tables_mamba2.py": lambda: render_tables(replace(_GROUPS, varlen=True), 32).source,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
