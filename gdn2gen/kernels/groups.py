@@ -221,6 +221,11 @@ _APART: Final = replace(
     _INSIDE,
     name="apart",
     template="grad_group_apart",
+    defaults=(
+        # two programs to a multiprocessor, of chunks of 64 as of 32
+        Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 2}),
+        *_INSIDE.defaults[2:],
+    ),
     scratch=(*_OF_PAIRS, "taken", "written", "kept", "dscores"),
 )
 
