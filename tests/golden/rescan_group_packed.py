@@ -36,7 +36,7 @@ with decay_ij what the state keeps from token j to token i, head from the chunk'
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BT=64 BV=64 gating=apart heads=1 language=triton num_stages=2 num_warps=4
-Template digest d3946388406f9823; made by
+Template digest 7e37739622c0cd56; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=apart,heads=1,language=triton,num_stages=2,num_warps=4
@@ -191,8 +191,9 @@ def gate_group_kernel(
         b_dD = tl.sum(b_dx * b_x * b_v.to(tl.float32), 0)
         tl.store(dD + i_tile * V + o_v, b_dD)
         tl.store(dy + p_o, (b_dx * b_x).to(tl.bfloat16), mask=m_t)
-        b_dx *= b_y * (1.0 + b_x * (1.0 - b_sigmoid))
-        tl.store(dz + p_o, b_dx.to(tl.bfloat16), mask=m_t)
+        # first what is of z and dO, so that one tile alone is laid out as the product is
+        b_dx *= 1.0 + b_x * (1.0 - b_sigmoid)
+        tl.store(dz + p_o, (b_dx * b_y).to(tl.bfloat16), mask=m_t)
 
 
 def launch(
