@@ -158,7 +158,7 @@ WORDS: Final[Mapping[str, str]] = {
     "taken": "scratch: <q, dY S^T>: sums over a slice of channels",
     "written": "scratch: <k, v dS^T>: the same",
     "kept": "scratch: <S, dS>: the same",
-    "dscores": "scratch: gradient of scores, transposed: sums over heads of a group",
+    "dscores": "scratch: gradient of scores, transposed; sums over heads",
     "ddt": "gradient of dt",
     "drate": "gradient of rate: sums over the chunk's tokens",
     "dD": "gradient of D: sums over the chunk's tokens",

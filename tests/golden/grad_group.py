@@ -43,7 +43,7 @@ that. No term of it is taken from another, so that it is exact however strong th
     taken        [NT, HV, NK, BT]  fp32  scratch: <q, dY S^T>: sums over a slice of channels
     written      [NT, HV, NK, BT]  fp32  scratch: <k, v dS^T>: the same
     kept         [NT, HV, NK]      fp32  scratch: <S, dS>: the same
-    dscores      [NT, HP, BT, BT]  bf16  scratch: gradient of scores, transposed: sums over heads of a group
+    dscores      [NT, HP, BT, BT]  bf16  scratch: gradient of scores, transposed; sums over heads
     ddt          [B, T, HV]        bf16  gradient of dt
     drate        [NT, HV]          fp32  gradient of rate: sums over the chunk's tokens
     ddt_bias     [NT, HV]          fp32  gradient of dt_bias: sums over the chunk's tokens
