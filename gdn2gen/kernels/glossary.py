@@ -152,7 +152,7 @@ WORDS: Final[Mapping[str, str]] = {
     "decay_part": "gradient of the log decay: sums over a slice of channels",
     "step_part": "gradient of what a token writes, by its step: the same",
     "decay_pairs": "scratch: gradient of the log decay, of pairs",
-    "step_pairs": "scratch: gradient of what a token writes, by its step, of pairs",
+    "step_pairs": "scratch: the same of what a token writes, by its step",
     "head_decay": "scratch: decay from the chunk's start to a token",
     "tail_step": "scratch: step of a token, decayed to the chunk's end",
     "taken": "scratch: <q, dY S^T>: sums over a slice of channels",

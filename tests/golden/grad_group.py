@@ -37,7 +37,7 @@ that. No term of it is taken from another, so that it is exact however strong th
     dq           [B, T, HP, K]     bf16  gradient of q: sums over heads of a group
     dk           [B, T, HP, K]     bf16  gradient of k: sums over heads of a group
     decay_pairs  [NT, HV, BT]      fp32  scratch: gradient of the log decay, of pairs
-    step_pairs   [NT, HV, BT]      fp32  scratch: gradient of what a token writes, by its step, of pairs
+    step_pairs   [NT, HV, BT]      fp32  scratch: the same of what a token writes, by its step
     head_decay   [NT, HV, BT]      fp32  scratch: decay from the chunk's start to a token
     tail_step    [NT, HV, BT]      fp32  scratch: step of a token, decayed to the chunk's end
     taken        [NT, HV, NK, BT]  fp32  scratch: <q, dY S^T>: sums over a slice of channels
