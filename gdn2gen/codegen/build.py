@@ -40,7 +40,7 @@ _BARRIERS_BYTES = 1024
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
 BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
-_OWN_OPTIONS = {
+_OWN_OPTIONS: dict[str, dict[str, int]] = {
     "merge_kernel": {"num_warps": 8},
     "later_frames_kernel": {"maxnreg": 128},
 }
@@ -49,6 +49,8 @@ _ALL_OPTIONS = {
     "activate_beta_kernel": {"num_warps": 1},
     "fold_beta_kernel": {"num_warps": 1},
     "fold_decay_kernel": {"num_warps": 1},
+    "fold_parts_kernel": {"num_warps": 1},
+    "gate_group_kernel": {"num_warps": 4, "num_stages": 2},
     "tail_kernel": {"num_warps": 1, "num_stages": 1},
     "place_kernel": {"num_warps": 4, "num_stages": 1},
     "sum_kernel": {"num_warps": 4, "num_stages": 1},
@@ -173,6 +175,8 @@ def compile_kernel(
     known = (*stage.scalars_of(problem), "NT", "n_programs")
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
     own = _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
+    if name == "pair_group_kernel":
+        own = {"num_warps": module.PAIR_WARPS, "num_stages": module.STAGES}
     return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
 

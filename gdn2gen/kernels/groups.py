@@ -135,15 +135,32 @@ RESCAN_GROUP: Final = Stage(
         replace(DO, when="z"),
         S_SEG,
         *SEQUENCES,
+        # of the form whose gate goes through the chunks side by side
+        *(replace(x, scratch=True) for x in CHUNK_TABLE),
     ),
     outputs=(H, Operand("dz", "B T HV V", when="z"), _DY, replace(_DD, when="D and z")),
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("K V BT",),
-    # four warps would spill 384 bytes a thread where it makes o again
     forms=(
-        replace(_SERIAL, defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)}))),
+        # four warps would spill 384 bytes a thread where it makes o again
+        replace(
+            _SERIAL,
+            name="inside",
+            defaults=(*_SERIAL.defaults, Setting({"num_warps": 8}, {"BT": (64,)})),
+        ),
+        # no chunk waits for what the gate needs
+        replace(
+            _SERIAL,
+            name="apart",
+            template="rescan_group_apart",
+            knobs={**_SERIAL.knobs, "heads": (1,)},
+            ahead=(Operand("k", "BT K"),),
+            scratch=("chunk_table",),
+        ),
     ),
+    selector="gating",
+    later={"gating": "inside"},
 )
 
 REVERSE_SCAN_GROUP: Final = Stage(
@@ -168,14 +185,63 @@ REVERSE_SCAN_GROUP: Final = Stage(
     forms=(replace(_SERIAL, template="reverse_scan_group", ahead=_BACK),),
 )
 
+# Scratch of grad_group, of tokens and of pairs.
+_OF_PAIRS: Final = ("decay_pairs", "step_pairs", "head_decay", "tail_step")
+
+# A program makes pairs of tokens anew for each slice of channels.
+_INSIDE: Final = Form(
+    "inside",
+    "triton",
+    "grad_group",
+    knobs={
+        "heads": HEADS,
+        "BK": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": LOADS_AHEAD,
+        "maxnreg": (0, 128, 168, 208),
+    },
+    defaults=(
+        Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 1}),
+        Setting({"num_warps": 8}, {"BT": (64,)}),
+        Setting({"BK": 32}, {"arch": _NO_WGMMA}),
+        Setting({"BK": 32}, {"V": WIDE}),
+        # left alone, ptxas gives up at 32 registers a thread and 5 KB of spills; 1.8 KB
+        Setting({"BK": 16, "num_warps": 8, "maxnreg": 208}, FP32),
+    ),
+    leads={},
+    limits=(_ONLY_STEPS,),
+    ahead=(
+        *(Operand(name, "V BK") for name in ("h", "dh")),
+        *(Operand(name, "BT V") for name in ("v", "do")),
+    ),
+    scratch=("decay_part", "step_part"),
+)
+# Pairs are a kernel of their own, once for all channels.
+_APART: Final = replace(
+    _INSIDE,
+    name="apart",
+    template="grad_group_apart",
+    defaults=(
+        # two programs to a multiprocessor, of chunks of 64 as of 32
+        Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 2}),
+        *_INSIDE.defaults[2:],
+    ),
+    scratch=(*_OF_PAIRS, "taken", "written", "kept", "dscores"),
+)
+
 GRAD_GROUP: Final = Stage(
     name="grad_group",
     inputs=(*QK, _RATE, *_DT, *_STEPS, H, _V, DH, *_DO_OR_DY, *CHUNK_TABLE),
     outputs=(
         Operand("dq", "B T HP K"),
         Operand("dk", "B T HP K"),
-        Operand("decay_part", "NT HV NK BT", "fp32"),
-        Operand("step_part", "NT HV NK BT", "fp32"),
+        # of the form that has pairs inside, and of the one that has them apart
+        Operand("decay_part", "NT HV NK BT", "fp32", scratch=True),
+        Operand("step_part", "NT HV NK BT", "fp32", scratch=True),
+        *(Operand(name, "NT HV BT", "fp32", scratch=True) for name in _OF_PAIRS),
+        *(Operand(name, "NT HV NK BT", "fp32", scratch=True) for name in ("taken", "written")),
+        Operand("kept", "NT HV NK", "fp32", scratch=True),
+        Operand("dscores", "NT HP BT BT", scratch=True),
         Operand("ddt", "B T HV", "gate"),
         Operand("drate", "NT HV", "fp32", "rate"),
         Operand("ddt_bias", "NT HV", "fp32", "dt_bias"),
@@ -184,32 +250,7 @@ GRAD_GROUP: Final = Stage(
     scalars=_SCALARS,
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
     products=("BT K V", "BT K V", "BT BT V"),
-    forms=(
-        Form(
-            "groups",
-            "triton",
-            "grad_group",
-            knobs={
-                "heads": HEADS,
-                "BK": (16, 32, 64, 128),
-                "num_warps": (2, 4, 8),
-                "num_stages": LOADS_AHEAD,
-                "maxnreg": (0, 128, 168, 208),
-            },
-            defaults=(
-                Setting({"heads": 8, "BK": 64, "num_warps": 4, "num_stages": 1}),
-                Setting({"num_warps": 8}, {"BT": (64,)}),
-                Setting({"BK": 32}, {"arch": _NO_WGMMA}),
-                Setting({"BK": 32}, {"V": WIDE}),
-                # left alone, ptxas gives up at 32 registers a thread and 5 KB of spills; 1.8 KB
-                Setting({"BK": 16, "num_warps": 8, "maxnreg": 208}, FP32),
-            ),
-            leads={},
-            limits=(_ONLY_STEPS,),
-            ahead=(
-                *(Operand(name, "V BK") for name in ("h", "dh")),
-                *(Operand(name, "BT V") for name in ("v", "do")),
-            ),
-        ),
-    ),
+    forms=(_INSIDE, _APART),
+    selector="pairs",
+    later={"pairs": "inside"},
 )

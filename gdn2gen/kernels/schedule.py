@@ -200,5 +200,7 @@ def _buffer(operand: Operand, problem: Problem, config: Config, in_place: bool) 
     if "HP" in buffer.symbols:
         parts = f"HP{config.size('heads')}"
         symbols = tuple(parts if x == "HP" else x for x in buffer.symbols)
-        buffer = replace(buffer, symbols=symbols, cleared=problem.varlen)
+        # of what lies by tokens: those of no sequence have zeros
+        by_tokens = "T" in buffer.symbols
+        buffer = replace(buffer, symbols=symbols, cleared=problem.varlen and by_tokens)
     return replace(buffer, takes="G" if shares else None)

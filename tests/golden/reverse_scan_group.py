@@ -21,7 +21,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest cc223ef3c6f66117; made by
+Template digest 85d69250f4267f2e; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D --stage reverse_scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
@@ -92,11 +92,13 @@ def reverse_scan_group_kernel(
 
         i_row = i_t * BT + o_t
         m_o = (i_row < n_tokens)[None, :]
+        # well before the products that read it
+        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
+        b_do = tl.load(do + p_o, mask=m_o, other=0.0)
         p_k = ((i_start + i_row) * H + i_hq)[:, None] * K + o_k[None, :]
         b_k = tl.load(k + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
         b_q = tl.load(q + p_k, mask=(i_row < n_tokens)[:, None], other=0.0)
 
-        p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
         i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
         # decay from the chunk's start to a token, from there to its end, and over all of it
         b_head = tl.exp2(tl.cumsum(b_log_decay, 0))
@@ -111,7 +113,6 @@ def reverse_scan_group_kernel(
         b_dSd = b_dS.to(tl.bfloat16)
         b_dv = tl.dot(b_dSd, tl.trans(b_k))
         b_dv *= b_tail[None, :]
-        b_do = tl.load(do + p_o, mask=m_o, other=0.0)
         b_dv = tl.dot(b_do, b_P, b_dv)
         b_dv += b_do.to(tl.float32) * b_skip
         tl.store(dh + i_tile * K * V + o_v[:, None] * K + o_k[None, :], b_dSd)

@@ -24,7 +24,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest bb447839e173aa30; made by
+Template digest 19b0c769c2af0322; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
@@ -132,7 +132,8 @@ def scan_group_kernel(
             b_o = tl.dot(b_v, tl.trans(b_P), b_o)
             b_o += b_v.to(tl.float32) * b_skip
             b_x = b_z.to(tl.float32)
-            b_sigmoid = 1.0 / (1.0 + tl.exp(-b_x))
+            b_sigmoid = tl.rsqrt(1.0 + tl.exp2(b_x * -1.4426950408889634))
+            b_sigmoid *= b_sigmoid
             b_o *= b_x * b_sigmoid
             tl.store(o + p_o, b_o.to(tl.bfloat16), mask=m_o)
 

@@ -344,11 +344,16 @@ def _cases_of_groups() -> Iterator[KernelCase]:
     # three segments, of two chunks and one
     yield KernelCase(Case("groups", full, _shape(1, 75, 6), H=2), "grouped", knobs, 2)
     yield KernelCase(Case("groups-plain", plain, _shape(2, 45, 6), H=2), "grouped", knobs)
+    # where each slice of channels makes pairs of tokens anew, and the gate waits for the scan
+    inside = (*knobs, ("pairs", "inside"), ("gating", "inside"))
+    yield KernelCase(Case("groups", full, _shape(1, 45, 6), H=2), "grouped", inside)
     ends = _shape(1, 45, 6, (0, 0, 20, 20, 21, 45, 45))
-    packed = replace(full, varlen=True, state_v_first=True)
-    packed_knobs = (("BT", 32), ("heads", 1))
+    # values in two slices, and more of them than channels of a program
+    packed = replace(full, V=40, varlen=True, state_v_first=True)
+    packed_knobs = (("BT", 32), ("BK", 32), ("heads", 1))
     yield KernelCase(Case("groups-packed", packed, ends, "sparse", H=3), "grouped", packed_knobs)
-    half = replace(full, dtype="fp16", gate_dtype="bf16")
+    # values in two slices, no more of them than channels of a program
+    half = replace(full, V=40, dtype="fp16", gate_dtype="bf16")
     yield KernelCase(Case("groups-fp16", half, _shape(1, 75, 4), H=1), "grouped", (("BT", 64),))
     causal = Case("groups-causality", full, _shape(1, 22, 2), check="causality")
     yield KernelCase(causal, "grouped", knobs)

@@ -56,15 +56,11 @@ MORE: Final = {
     "grad_key-fp16-by-64-sm_90": 248,
     "grad_key-BT64-sm_90": 144,
     "grad_key-one-frame-sm_90": 296,
-    "grad_group-bf16-sm_80": 288,
-    "grad_group-bf16-sm_90": 144,
-    "grad_group-fp32-sm_90": 1856,
+    "grad_group-fp32-sm_90": 320,
 }
 # Defaults that spill more than the tuner would run, and were measured to be faster than what does
 # not: 1.12 ms instead of 1.48, and 4.03 instead of 6.92 (H200, train4k).
 FASTER: Final = ("grad_key-wide-fp16-sm_90", "grad_key-wide-fp32-sm_90")
-# And one of which nothing better is known: in fp32 products take three passes.
-LEAST: Final = ("grad_group-fp32-sm_90",)
 
 # Stages whose code depends on the gate.
 _DECAYING: Final = ("prepare", "grad_key", "sum_decay")
@@ -475,7 +471,7 @@ def test_compiles_and_fits(
 ) -> None:
     device = named_device(arch)
     used = compile_ahead(problem, config.stage, config, device)
-    judged = replace(used, spill_bytes=0) if request.node.callspec.id in (*FASTER, *LEAST) else used
+    judged = replace(used, spill_bytes=0) if request.node.callspec.id in FASTER else used
     assert why_unfit(judged, device) is None, f"{config.stage} [{config}] on {arch}: {used}"
     if _measured():
         assert used.spill_bytes <= spilled, f"{config.stage} [{config}] on {arch}: {used}"

@@ -151,7 +151,7 @@ _OUTSIDE: Final = Problem(
 
 
 def _outside(stage: str, **knobs: str | int) -> str:
-    return render(_OUTSIDE, stage, default_config(stage, _OUTSIDE).replace(**knobs)).source
+    return render(_OUTSIDE, stage, default_config(stage, _OUTSIDE).replace(**(knobs or {}))).source
 
 
 def _plain(op: str, stage: str) -> str:
@@ -167,9 +167,9 @@ _GROUPS: Final = Problem(
 )  # fmt: skip
 
 
-def _groups(stage: str, **changes: bool) -> str:
+def _groups(stage: str, knobs: dict[str, Knob] | None = None, **changes: bool) -> str:
     problem = replace(_GROUPS, **changes)
-    return render(problem, stage, default_config(stage, problem)).source
+    return render(problem, stage, default_config(stage, problem).replace(**(knobs or {}))).source
 
 
 def _tied_tilelang(stage: str) -> str:
@@ -178,7 +178,7 @@ def _tied_tilelang(stage: str) -> str:
 
 def _member_tilelang(problem: Problem, stage: str, **knobs: str | int) -> str:
     """Of a member whose decay is outside of products, or that erases nothing."""
-    return render(problem, stage, tilelang_config(stage, problem).replace(**knobs)).source
+    return render(problem, stage, tilelang_config(stage, problem).replace(**(knobs or {}))).source
 
 
 # tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
@@ -197,7 +197,7 @@ def _recurrent(problem: DecodingProblem) -> str:
 
 
 def _part(stage: str, problem: Compiled, **knobs: int) -> str:
-    return render(problem, stage, default_config(stage, problem).replace(**knobs)).source
+    return render(problem, stage, default_config(stage, problem).replace(**(knobs or {}))).source
 
 
 # q, k and v of packed sequences, some of which go on
@@ -334,6 +334,8 @@ OUTPUTS: Final = {
     "rescan_group_packed.py": partial(_groups, "rescan_group", varlen=True),
     "reverse_scan_group.py": partial(_groups, "reverse_scan_group", has_z=False),
     "grad_group.py": partial(_groups, "grad_group"),
+    "grad_group_inside.py": partial(_groups, "grad_group", {"pairs": "inside"}),
+    "rescan_group_inside.py": partial(_groups, "rescan_group", {"gating": "inside"}),
     "chunk_tables_mamba2.py": lambda: render_tables(replace(_GROUPS, varlen=True), 32).source,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
