@@ -3,19 +3,23 @@
     python scripts/stage_times.py gdn2 train4k blocks1 grad_blocks1:language=tilelang,chunks=16 ...
 
 A member, a shape, a plan, then stages of it with the knobs in which each differs from its default;
-`STAGE` alone is the default. The other stages are at theirs. A config that fails the tuner's quick
-check is said to, and not timed; a fault of the GPU ends the script: give what is least sure last.
+`STAGE` alone is the default, `STAGE:BT=32` that of such chunks. The other stages are at theirs. Of
+Mamba-2: K = 128, V = 64, with the parameters of its gate, D and z (shape mamba4k). A config that
+fails the tuner's quick check is said to, and not timed; a fault of the GPU ends the script: give
+what is least sure last.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from gdn2gen.base.device import present_device
 from gdn2gen.base.errors import ConfigError
-from gdn2gen.family.problem import Problem
-from gdn2gen.family.shapes import SHAPES
+from gdn2gen.family.problem import Problem, gate_parameters
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.shapes import NAMED_SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
@@ -36,7 +40,8 @@ def recipes(
     for written in given:
         stage, _, knobs = written.partition(":")
         changed = dict(map(knob, filter(None, knobs.split(","))))
-        base = Recipe.default(problem, plan, arch=arch)
+        BT = changed.pop("BT", None)
+        base = Recipe.default(problem, plan, None if BT is None else int(BT), arch=arch)
         if stage not in base.plan.stages:
             raise ConfigError(f"{plan} has the stages {', '.join(base.plan.stages)}, not {stage!r}")
         config = default_config(stage, problem, BT=base.BT, arch=arch).replace(**changed)
@@ -46,16 +51,24 @@ def recipes(
         yield stage, base.with_config(config)
 
 
+def problem_of(op: str) -> Problem:
+    """As most layers call it."""
+    usual = recurrence_named(op).usual
+    K, _, V = usual.head_dims[0].partition(",")
+    parameters: Mapping[str, Any] = gate_parameters(op, usual.gate)
+    return Problem(op, int(K), int(V or K), gate=usual.gate, **parameters)
+
+
 def main(op: str, shape: str, plan: str, *given: str) -> None:
     from gdn2gen.tuning.gpu.jobs import check_quick, time_stages
 
-    for stage, recipe in list(recipes(Problem(op), plan, given, present_device().arch)):
+    for stage, recipe in list(recipes(problem_of(op), plan, given, present_device().arch)):
         checked = check_quick(recipe)
         words = f"{stage} [{recipe[stage]}]"
         if not checked.ok:
             print(f"{words}: wrong, {checked.reason}", flush=True)
             continue
-        timing = time_stages(recipe, (stage,), SHAPES[shape])[stage]
+        timing = time_stages(recipe, (stage,), NAMED_SHAPES[shape])[stage]
         worst = max(checked.errors.items(), key=lambda x: x[1])
         print(f"{words}: {timing.median:.3f} ms; {worst[0]} {worst[1]:.1e}", flush=True)
 

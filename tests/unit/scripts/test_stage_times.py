@@ -27,6 +27,15 @@ def test_the_stage_named_alone_leaves_its_default(script: Any) -> None:
     assert found[1][1]["grad_blocks1"]["language"] == "tilelang"
 
 
+def test_a_member_is_timed_as_layers_call_it(script: Any) -> None:
+    """Mamba-2 with D and z, and in chunks that are asked for."""
+    assert script.problem_of("gdn2") == Problem()
+    problem = script.problem_of("mamba2")
+    assert (problem.K, problem.V, problem.has_D, problem.has_z) == (128, 64, True, True)
+    ((_, recipe),) = script.recipes(problem, "grouped", ["grad_group:BT=32,heads=8"], "sm_90")
+    assert recipe.BT == 32 and recipe["grad_group"]["heads"] == 8
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
