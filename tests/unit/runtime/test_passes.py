@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from taken import having
-from tilelang_configs import tilelang_by_chunk
+from tilelang_configs import tilelang_config
 
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
@@ -17,6 +17,7 @@ from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.schedule import Buffer
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime import passes
 from gdn2gen.runtime.layout import strides_of
 from gdn2gen.runtime.passes import allocator
@@ -51,16 +52,18 @@ _PROBLEM = Problem(
 
 
 def _configs() -> list[Config]:
-    """The default of every stage, and what there is in TileLang."""
+    """The default of every stage, and what there is in TileLang for batches of both kinds."""
     scans = ("scan", "scan_states", "rescan", "reverse_scan")
+    in_tilelang = [
+        tilelang_config(stage, _PROBLEM)
+        for stage in stages_of("gdn2")
+        if stage not in scans and any(x.language == "tilelang" for x in STAGES[stage].forms)
+    ]
+    packed = replace(_PROBLEM, varlen=True)
     return [
         *(default_config(stage, having(_PROBLEM, stage)) for stage in STAGES),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
-        *(
-            tilelang_by_chunk(stage, _PROBLEM)
-            for stage in stages_of("gdn2")
-            if stage not in scans and any(x.language == "tilelang" for x in STAGES[stage].forms)
-        ),
+        *(x for x in in_tilelang if why_invalid(x, packed, "sm_90") is None),
     ]
 
 
