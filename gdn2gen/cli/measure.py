@@ -311,8 +311,9 @@ def _bench_one(args: argparse.Namespace, level: str, path: Path, device: Device)
             if args.save:
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
 
-        options: dict[str, Any] = {"vs": vs, "stages": args.stages, "level": level}
-        options["on_row"] = show
+        options: dict[str, Any] = {
+            "vs": vs, "stages": args.stages, "level": level, "on_row": show,
+        }  # fmt: skip
         if args.op == MAMBA3:
             refuse_of_mamba3(args)
             rows = bench_mamba3(shapes, K, V, args.dtype, **options)

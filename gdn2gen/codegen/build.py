@@ -55,6 +55,8 @@ _ALL_OPTIONS = {
     "place_kernel": {"num_warps": 4, "num_stages": 1},
     "sum_kernel": {"num_warps": 4, "num_stages": 1},
 }
+# Likewise, and theirs are constants of the module, by these names.
+_OF_MODULE = {"pair_group_kernel": {"num_warps": "PAIR_WARPS", "num_stages": "STAGES"}}
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,8 @@ def compile_kernel(
     dtypes = {x.name: x.dtype_in(problem) for x in operands}
     known = (*stage.scalars_of(problem), "NT", "n_programs")
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
-    own = _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
-    if name == "pair_group_kernel":
-        own = {"num_warps": module.PAIR_WARPS, "num_stages": module.STAGES}
+    of_module = {option: getattr(module, x) for option, x in _OF_MODULE.get(name, {}).items()}
+    own = of_module or _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
     return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
 

@@ -97,12 +97,13 @@ def _only_triton(stage_name: str, module: ModuleType) -> bool:
     where that costs time."""
     if has_compiler() or (has_tilelang() and are_kept(module)):
         return False
-    needs = "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl, or a CUDA toolkit in CUDA_HOME"
-    if not has_tilelang():
-        needs = "tilelang"
+    remedy = "pip install tilelang"
+    if has_tilelang():
+        packages = "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl"
+        remedy = f"name a CUDA toolkit in CUDA_HOME, or pip install {packages}"
     warnings.warn(
         f"the tuned {stage_name} is written in TileLang. {why_no_compiler()}: the slower default "
-        f"in Triton runs instead. To have it: pip install {needs}",
+        f"in Triton runs instead. To have it, {remedy}",
         RuntimeWarning,
         stacklevel=2,
     )
