@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
-from gdn2gen.kernels.scans import MAX_SEGMENTS
+from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
+
+# Chunks of which programs of four, as they are tuned, would be one to a multiprocessor of an H200,
+# where two of `prepare` have room.
+_FEW_CHUNKS: Final = 512
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,27 @@ class Recipe:
         found = [self[x] for x in stages if x in self.plan.stages]
         return self.with_config(*(_serial(x, self.problem) for x in found))
 
+    def for_few(self, regime: Regime) -> Recipe:
+        """The same for sizes that leave most of a GPU idle, where it was chosen for larger ones.
+
+        Chunks have programs of their own, for a program takes them one after the other. And short
+        sequences, one segment each, have a serial scan, in the same language: a parallel one has
+        nothing to join there, but a kernel that copies states.
+        """
+        sequences = max(1, regime.sequences)
+        chunks = -(-regime.tokens // (sequences * self.BT))  # of a sequence
+        changed = {}
+        if "prepare" in self.plan.forward and chunks * sequences * regime.heads <= _FEW_CHUNKS:
+            changed["prepare"] = self["prepare"].replace(chunks=1)
+        short = chunks <= SEGMENT and sequences * regime.heads <= MAX_SEGMENTS
+        if "scan" in self.plan.forward and short:
+            changed["scan"] = _chained(self["scan"])
+        found = [
+            x for name, x in changed.items()
+            if x != self[name] and why_invalid(x, self.problem) is None
+        ]  # fmt: skip
+        return self.with_config(*found) if found else self
+
     def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
         """The same for other head dims: tiles no wider than these need, and the default config of
         a stage whose form has no kernels for them."""
@@ -110,10 +136,15 @@ class Recipe:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
 
 
+def _chained(config: Config) -> Config:
+    """Its serial form in the same language; there may be none."""
+    return config.replace(segments="serial", max_segments=MAX_SEGMENTS)
+
+
 def _serial(config: Config, problem: Problem) -> Config:
     """As tuned where the tuned form is in Triton, else the default of the serial one."""
     if language_of(config) == "triton":
-        found = config.replace(segments="serial", max_segments=MAX_SEGMENTS)
+        found = _chained(config)
         if why_invalid(found, problem) is None:
             return found
     place, stage = Place(problem, config.size("BT")), EVERY_STAGE[config.stage]

@@ -299,6 +299,13 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         recipe = best.entry.recipe_for(query.problem)
         source, file = TIERS[best.tier], best.path
         why = _why(best, query)
+    chosen, saved = recipe, None
+    if source != "exact":  # which was measured at these sizes
+        recipe = recipe.for_few(query.regime)
+    if recipe is not chosen:
+        saved = chosen.saved_segments
+        names = [x for x in chosen.by_stage if recipe[x] != chosen[x]]
+        why += f"; {' and '.join(names)} changed for so few chunks, which leave the GPU room"
     if passed is not None:
         notes = (*notes, _why_not(passed))
     if query.triton_alone and best is not None:
@@ -311,6 +318,7 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         file=file,
         regime=query.regime,
         device=query.device,
+        agreed_segments=saved,
     )
 
 

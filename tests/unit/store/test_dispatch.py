@@ -156,6 +156,66 @@ def test_exact_before_all(user, packaged):
     assert (found.regime, found.device) == (REGIME, H200)
 
 
+def _for_large(language, regime=REGIME):
+    """An entry of programs over four chunks, and a parallel scan."""
+    entry = make_entry(regime)
+    tiled = {
+        "language": "tilelang",
+        "chunks": 4,
+        "num_warps": 4,
+        "solve": "halves",
+        "maxnreg": 80,
+        "BK": 128,
+    }
+    changed = {"scan": {"language": language, "segments": "parallel", "max_segments": 64}}
+    if language == "tilelang":
+        changed["prepare"] = tiled
+    return make_entry(
+        regime,
+        configs=entry.configs | {x: entry.configs[x].replace(**y) for x, y in changed.items()},
+    )
+
+
+@pytest.mark.parametrize("language", ["triton", "tilelang"])
+def test_few_chunks_have_a_program_each_and_no_segments(user, language):
+    """From an entry of other sizes; what is saved has the segments that the entry says."""
+    entry = _for_large(language)
+    file_in(user, entry)
+
+    def chosen(*regime):
+        found = find(regime=Regime(*regime))
+        for stage, config in entry.configs.items():
+            assert stage in ("prepare", "scan") or found.recipe[stage] == config
+        assert found.saved_segments == 64
+        assert found.recipe["scan"]["language"] == language
+        assert (found.agreed_segments is None) == ("so few" not in found.why)
+        return found.recipe["prepare"]["chunks"], found.recipe["scan"]["segments"]
+
+    many = entry.configs["prepare"]["chunks"]
+    assert chosen(16, 1, 16) == chosen(1024, 1, 16) == (1, "serial")
+    # 528 programs are too many; 33 chunks are two segments
+    assert chosen(1056, 1, 16) == (many, "parallel")
+    assert chosen(1024, 1, 17) == (many, "serial")
+    assert chosen(1056, 1, 8) == (1, "parallel")
+    # of many sequences
+    assert chosen(64 * 32, 64, 4) == (1, "parallel")
+    assert chosen(16384, 4, 16) == chosen(8192, 1, 16) == (many, "parallel")
+
+
+def test_what_was_measured_at_few_chunks_stays(user):
+    file_in(user, _for_large("triton", Regime(64, 1, 16)))
+    found = find(regime=Regime(64, 1, 16))
+    assert (found.source, found.recipe["scan"]["segments"]) == ("exact", "parallel")
+    assert find(regime=Regime(32, 1, 16)).recipe["scan"]["segments"] == "serial"
+
+
+def test_few_chunks_are_none_of_a_batch_that_may_not_count(user, monkeypatch):
+    monkeypatch.setenv("GDN2GEN_BATCH_INVARIANT", "1")
+    file_in(user, _for_large("triton"))
+    few, many = (find(regime=Regime(x, 1, 16)).recipe for x in (64, 65536))
+    assert few == many
+
+
 def test_user_before_packaged(user, packaged, monkeypatch):
     file_in(packaged, make_entry(mark=3))
     assert mark_of(find()) == 3
