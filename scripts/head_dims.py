@@ -3,6 +3,7 @@
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
     python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's
     python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
+    python scripts/head_dims.py warm [K[,V] ...]      # ours, for a later measure or ours
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
 
@@ -37,6 +38,8 @@ SHAPE: Final = SHAPES["train4k"]
 NS: Final = 1e6 / (SHAPE.B * SHAPE.T * SHAPE.H)
 # A size compiles all of its kernels first, and FLA times hundreds.
 MOST_S: Final = 500.0
+# Each has a context on the GPU, tensors of train4k and compilers of its own.
+MOST_SIDE_BY_SIDE: Final = 8
 SQUARES: Final = tuple(f"{size}" for size in DIMS["K"])
 _STYLE: Final = """<style>
 text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
@@ -69,17 +72,17 @@ def measure(sizes: Iterable[str], names: tuple[str, ...] = ("ours", "fla")) -> N
         print(row, flush=True)
 
 
-def compile_theirs(sizes: Sequence[str]) -> None:
-    """Fill Triton's cache with every config that FLA's autotuning tries, sizes side by side, and
-    keep none of its choices: these want a GPU alone, which `measure` then needs for a minute a size
-    instead of four."""
+def compile_side_by_side(name: str, sizes: Sequence[str]) -> None:
+    """Fill the caches with every kernel that a measurement calls, sizes side by side. Of FLA's with
+    every config that its autotuning tries, and keep none of its choices: these want a GPU alone,
+    which `measure` then needs for a minute a size instead of four."""
     forget = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
 
     def one(size: str) -> None:
-        tried = in_a_process("times_of", "fla", problem_of(size), environment=forget)
-        print(f"fla at {size}: {'compiled' if tried.ok else tried.reason}", flush=True)
+        tried = in_a_process("times_of", name, problem_of(size), environment=forget)
+        print(f"{name} at {size}: {'compiled' if tried.ok else tried.reason}", flush=True)
 
-    with ThreadPoolExecutor(len(sizes)) as pool:
+    with ThreadPoolExecutor(MOST_SIDE_BY_SIDE) as pool:
         list(pool.map(one, sizes))
 
 
@@ -236,7 +239,9 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["ours"]:
         measure(sys.argv[2:] or SQUARES, ("ours",))
     elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
-        compile_theirs(sys.argv[2:])
+        compile_side_by_side("fla", sys.argv[2:])
+    elif sys.argv[1:2] == ["warm"]:
+        compile_side_by_side("ours", sys.argv[2:] or SQUARES)
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(sys.argv[2:])
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:

@@ -85,9 +85,12 @@ def _with(config: Config, knobs: dict[str, Any]) -> Config:
     """With those of `knobs` that its stage has, or the most it allows where that is less."""
     allowed = STAGES[config.stage].domains
     asked = {name: x for name, x in knobs.items() if name in allowed}
-    return config.replace(
-        **{name: max(y for y in allowed[name] if y <= x) for name, x in asked.items()}
-    )
+    changed: dict[str, Any] = {
+        name: max(y for y in allowed[name] if y <= x) for name, x in asked.items()
+    }
+    if config.stage == "rescan_group" and changed["heads"] > 1:
+        changed["gating"] = "inside"  # the other form has programs of one head alone
+    return config.replace(**changed)
 
 
 @pytest.mark.parametrize("BT", [16, 32, 64])
