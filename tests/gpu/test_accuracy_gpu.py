@@ -11,7 +11,6 @@ from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import run_reference
-from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -37,20 +36,6 @@ def check(
             results = run(recipe_of(name, level), inputs, grads)
         assert results.keys() == exact.keys()
         assert not off(results, exact, problem, pattern), level
-
-
-@pytest.mark.parametrize("name", ["bf16", "kda", "gdn", *LESS])
-def test_what_few_chunks_run(name: str) -> None:
-    """The recipe that a call of 16 chunks looks up, which is one of larger sizes, changed."""
-    problem, shape = PROBLEMS[name], sized(1, 500, 8)
-    inputs, grads = draw(problem, shape, "layer")
-    exact = run_reference(problem, inputs, grads)
-    for level in levels_of(name):
-        recipe = find_recipe(problem, shape.regime, level=level).recipe
-        assert recipe.for_few(shape.regime) == recipe
-        with poisoned():
-            results = run(recipe, inputs, grads)
-        assert not off(results, exact, problem, "layer"), level
 
 
 def patterns_of(name: str) -> tuple[str, ...]:
