@@ -1,12 +1,13 @@
 """Times of single stages under given configs, each checked first. Needs a GPU.
 
     python scripts/stage_times.py gdn2 train4k blocks1 grad_blocks1:language=tilelang,chunks=16 ...
+    python scripts/stage_times.py gdn2:256,512 train4k lean scan scan:language=tilelang,BV=64
 
-A member, a shape, a plan, then stages of it with the knobs in which each differs from its default;
-`STAGE` alone is the default, `STAGE:BT=32` that of such chunks. The other stages are at theirs. Of
-Mamba-2: K = 128, V = 64, with the parameters of its gate, D and z (shape mamba4k). A config that
-fails the tuner's quick check is said to, and not timed; a fault of the GPU ends the script: give
-what is least sure last.
+A member, with head dims where they are not its usual ones, a shape, a plan, then stages of it with
+the knobs in which each differs from its default; `STAGE` alone is the default, `STAGE:BT=32` that
+of such chunks. The other stages are at theirs. Of Mamba-2: K = 128, V = 64, with the parameters of
+its gate, D and z (shape mamba4k). A config that fails the tuner's quick check is said to, and not
+timed; a fault of the GPU ends the script: give what is least sure last.
 """
 
 from __future__ import annotations
@@ -51,18 +52,19 @@ def recipes(
         yield stage, base.with_config(config)
 
 
-def problem_of(op: str) -> Problem:
+def problem_of(member: str) -> Problem:
     """As most layers call it."""
+    op, _, head_dims = member.partition(":")
     usual = recurrence_named(op).usual
-    K, _, V = usual.head_dims[0].partition(",")
+    K, _, V = (head_dims or usual.head_dims[0]).partition(",")
     parameters: Mapping[str, Any] = gate_parameters(op, usual.gate)
     return Problem(op, int(K), int(V or K), gate=usual.gate, **parameters)
 
 
-def main(op: str, shape: str, plan: str, *given: str) -> None:
+def main(member: str, shape: str, plan: str, *given: str) -> None:
     from gdn2gen.tuning.gpu.jobs import check_quick, time_stages
 
-    for stage, recipe in list(recipes(problem_of(op), plan, given, present_device().arch)):
+    for stage, recipe in list(recipes(problem_of(member), plan, given, present_device().arch)):
         checked = check_quick(recipe)
         words = f"{stage} [{recipe[stage]}]"
         if not checked.ok:
