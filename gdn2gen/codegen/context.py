@@ -20,7 +20,7 @@ from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.kernels.anchors import anchor_range, chunk_loss
+from gdn2gen.kernels.anchors import CENTRED_RANGE, anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.languages import TILED_BY
@@ -148,6 +148,7 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "factor_dtype": _in_triton(problem.dtype_of("factor")),
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
+        "centred_range": CENTRED_RANGE,
         "chunk_loss": chunk_loss(problem, config.size("BT")),
         # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
         "pairs_in_fp32": problem.dtype == "fp16",
