@@ -26,10 +26,14 @@ OUTSIDE: Final = Limit(
 )
 
 
-CENTRED: Final = Limit(
-    "op",
-    tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
-    "it was written for members that erase nothing: use decay=anchored",
+# Of forms whose factors are centred about 1.
+CENTRED: Final = (
+    Limit(
+        "op",
+        tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
+        "it was written for members that erase nothing: use decay=anchored",
+    ),
+    Limit("arch", (None, "sm_90"), "its threads write what products of that generation read"),
 )
 # How far in log2 factors of one anchor may lie apart where they are centred, half of it above 1 and
 # half below: elements of q and k have 66 bits either way before fp32 ends.

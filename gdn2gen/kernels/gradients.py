@@ -251,13 +251,13 @@ _OUTSIDE_TILELANG: Final = replace(
     ),
     defaults=(*_ANCHORED_TILELANG.defaults, Setting({"maxnreg": 0}, {"BT": (64,)})),
 )
-# Pairs meet half of fp32's range below the chunk's start, and where a channel lost more in the middle
-# of dyadic blocks, in the same program: its time hardly depends on the decay.
+# Pairs meet half of fp32's range below the chunk's start, and where a channel lost more in the
+# middle of dyadic blocks, in the same program: its time hardly depends on the decay.
 _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
     template="grad_key_centred",
-    limits=(CENTRED, *_ANCHORED_TILELANG.limits),
+    limits=(*CENTRED, *_ANCHORED_TILELANG.limits),
 )
 
 GRAD_KEY: Final = Stage(

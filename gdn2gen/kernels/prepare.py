@@ -193,13 +193,13 @@ _OUTSIDE_TILELANG: Final = replace(
         Limit("maxnreg", (0, 128), "of pairs alone a thread holds 128", {"BT": (64,)}),
     ),
 )
-# Factors are centred about 1, and rows that one anchor does not reach are scored by dyadic blocks in
-# the same program: its time hardly depends on the decay.
+# Factors are centred about 1, and rows that one anchor does not reach are scored by dyadic blocks,
+# in the same program: its time hardly depends on the decay.
 _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
     template="prepare_centred",
-    limits=(CENTRED, *_ANCHORED_TILELANG.limits),
+    limits=(*CENTRED, *_ANCHORED_TILELANG.limits),
 )
 
 PREPARE: Final = Stage(

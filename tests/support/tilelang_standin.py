@@ -107,7 +107,8 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
 
     idle = (
         "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
-        "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment alloc_var fence_proxy_async"
+        "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment alloc_var "
+        "fence_proxy_async"
     )
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
@@ -185,7 +186,8 @@ def programs(body: Any, tensors: Mapping[str, Tile], scalars: tuple[float, ...])
     Kernel.at = None
     with suppress(_GridKnown):
         body(*tensors.values(), *scalars)
-    for Kernel.at in itertools.product(*map(range, Kernel.grid)):
+    for at in itertools.product(*map(range, Kernel.grid)):
+        Kernel.at = at
         yield
 
 

@@ -1,4 +1,4 @@
-"""TileLang programs whose threads do different things (`get_thread_binding`), carried out in Python.
+"""TileLang programs whose threads do different things, carried out in Python: `get_thread_binding`.
 
 A thread of Python for each of the program's; tiles are shared between them. What all do together, a
 product say, one of them does while the others wait: more barriers than the program has, so that
