@@ -148,7 +148,6 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "factor_dtype": _in_triton(problem.dtype_of("factor")),
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "anchor_range": anchor_range(problem, config.stage),
-        "centred_range": CENTRED_RANGE,
         "chunk_loss": chunk_loss(problem, config.size("BT")),
         # of pairs of tokens in grad_blocks, whose factors are out of the range of fp16
         "pairs_in_fp32": problem.dtype == "fp16",
@@ -222,6 +221,7 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
         # none, configs have one stage of loads and no register hand-over, and each is waited for.
         "overlaps": config.size("num_stages") > 1 or config.get("maxnreg", 0) != 0,
+        "centred_range": CENTRED_RANGE,
         # the widest power of two that values come in slices of
         "v_slice": V & -V,
         "tile_dtype": DTYPE[problem.dtype].full_name,

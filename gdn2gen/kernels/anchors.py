@@ -33,6 +33,7 @@ CENTRED: Final = (
         tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
         "it was written for members that erase nothing: use decay=anchored",
     ),
+    Limit("BT", (32,), "in chunks of 64 its grad_key spills 744 bytes a thread"),
     Limit("arch", (None, "sm_90"), "its threads write what products of that generation read"),
 )
 # How far in log2 factors of one anchor may lie apart where they are centred, half of it above 1 and
