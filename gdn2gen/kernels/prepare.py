@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OPS, OUTSIDE_OPS, recurrence_named
-from gdn2gen.kernels.anchors import INSIDE, OUTSIDE, REACH, bounded
+from gdn2gen.kernels.anchors import CENTRED, INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
@@ -193,6 +193,14 @@ _OUTSIDE_TILELANG: Final = replace(
         Limit("maxnreg", (0, 128), "of pairs alone a thread holds 128", {"BT": (64,)}),
     ),
 )
+# Factors are centred about 1, and rows that one anchor does not reach are scored by dyadic blocks,
+# in the same program: its time hardly depends on the decay.
+_CENTRED_TILELANG: Final = replace(
+    _ANCHORED_TILELANG,
+    name="centred",
+    template="prepare_centred",
+    limits=(*CENTRED, *_ANCHORED_TILELANG.limits),
+)
 
 PREPARE: Final = Stage(
     name="prepare",
@@ -219,6 +227,7 @@ PREPARE: Final = Stage(
         _ANCHORED_TILELANG,
         bounded(_ANCHORED_TILELANG, "prepare"),
         _OUTSIDE_TILELANG,
+        _CENTRED_TILELANG,
     ),
     later={"language": "triton", "chunks": 1},
 )

@@ -87,8 +87,8 @@ _FEWER: Final[dict[str, tuple[str, ...]]] = {
     "gdn-fp16-K64": ("fast", "tilelang direct_states"),
     "delta": ("lean", "tilelang direct"),
     "delta-packed": ("fast", "tilelang direct_states"),
-    "gla": ("lean", "default linear_fast", "fast", "tilelang linear_fast"),
-    "gla-packed": ("lean", "tilelang linear_states"),
+    "gla": ("lean", "default linear_fast", "fast", "tilelang linear_fast", "centred linear"),
+    "gla-packed": ("lean", "tilelang linear_states", "centred linear_fast"),
     "gla-fp16-K64": ("fast", "tilelang linear"),
     "simple-gla": ("lean", "tilelang linear_direct", "tilelang linear_direct_states"),
     "simple-gla-packed": ("fast", "tilelang linear_direct"),
@@ -125,6 +125,11 @@ def recipe_of(name: str, level: str) -> Recipe:
         return Recipe.default(problem, plan)
     if which == "tilelang":
         return tilelang_recipe(problem, plan)
+    if which == "centred":
+        recipe = tilelang_recipe(problem, plan)
+        for stage in ("prepare", "grad_key"):
+            recipe = recipe.with_config(recipe[stage].replace(decay="centred"))
+        return recipe
     device = present_device()
     return find_recipe(problem, TRAIN.regime, device, level=level, strict=False).recipe
 

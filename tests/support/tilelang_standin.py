@@ -3,7 +3,7 @@
 Of the language what the programs of blocks use. Tiles hold NaN until they are written; values are
 rounded where a tile or tensor in bf16 takes them; products sum in fp64. Loads past the end of a
 tensor give zeros, and stores there are dropped, as TMA's are. Barriers and layouts do nothing here,
-so that races are not seen.
+so that races are not seen. Threads that do different things are in `tilelang_threads`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Tile:
         self.array, self.dtype, self.part = array, dtype, part
 
     def __getitem__(self, index: Any) -> Any:
-        found = self.array[index]
+        try:
+            found = self.array[index]
+        except IndexError:  # within `if_then_else`, both of whose sides are evaluated here
+            return np.float32(0)
         return Tile(found, self.dtype, True) if isinstance(found, np.ndarray) else found
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -63,13 +66,11 @@ class _GridKnown(Exception):
     pass
 
 
-def copy(source: Tile, target: Tile) -> None:
+def copy(source: Tile, target: Tile, disable_tma: bool = False) -> None:
     given = rounded(source.array, target.dtype)
-    if target.part:
-        target.array[...] = given[tuple(map(slice, target.array.shape))]
-    else:
-        target.array[...] = 0
-        target.array[tuple(map(slice, given.shape))] = given
+    given = given[tuple(map(slice, target.array.shape))]
+    target.array[...] = 0
+    target.array[tuple(map(slice, given.shape))] = given
 
 
 def gemm(
@@ -88,7 +89,7 @@ def gemm(
     c.array[...] = before + left.astype(np.float64) @ right.astype(np.float64)
 
 
-def _language(sizes: Mapping[str, int]) -> SimpleNamespace:
+def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     def allocate(shape: list[int], dtype: str) -> Tile:
         return Tile(np.full(shape, np.nan, np.float32), dtype)
 
@@ -106,7 +107,8 @@ def _language(sizes: Mapping[str, int]) -> SimpleNamespace:
 
     idle = (
         "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
-        "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment"
+        "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment alloc_var "
+        "fence_proxy_async"
     )
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
@@ -132,20 +134,21 @@ def _language(sizes: Mapping[str, int]) -> SimpleNamespace:
         prim_func=lambda f: f,
         reduce_min=reduce_min,
         reduce_sum=reduce_sum,
+        serial=range,
+        unroll=range,
         tma_copy=copy,
         wgmma_gemm=gemm,
     )
 
 
 @contextmanager
-def _imported_as_tilelang(sizes: Mapping[str, int]) -> Iterator[None]:
-    names = ("tilelang", "tilelang.language", "tilelang.layout")
-    package, language, layout = (ModuleType(x) for x in names)
-    vars(language).update(vars(_language(sizes)))
-    vars(package)["language"] = language
-    vars(layout)["make_swizzled_layout"] = lambda _: None
-    before = {x: sys.modules.pop(x, None) for x in names}
-    sys.modules.update(zip(names, (package, language, layout), strict=True))
+def _imported_as_tilelang(names: Mapping[str, Any]) -> Iterator[None]:
+    modules = {x: ModuleType(x) for x in ("tilelang", "tilelang.language", "tilelang.layout")}
+    vars(modules["tilelang.language"]).update(names)
+    vars(modules["tilelang"])["language"] = modules["tilelang.language"]
+    vars(modules["tilelang.layout"])["make_swizzled_layout"] = lambda _: None
+    before = {x: sys.modules.pop(x, None) for x in modules}
+    sys.modules.update(modules)
     try:
         yield
     finally:
@@ -155,21 +158,45 @@ def _imported_as_tilelang(sizes: Mapping[str, int]) -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def run_all(
-    module: ModuleType, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int], *scalars: float
-) -> dict[str, torch.Tensor]:
-    """The tensors after all of a module's programs, one after the other; `given` stays as it is."""
-    with _imported_as_tilelang(sizes):
-        body = module.program()
-    tensors = {
-        name: Tile(given[name].float().numpy().copy(), str(given[name].dtype).split(".")[1])
+def _array(x: torch.Tensor) -> Any:
+    return (x.float() if x.is_floating_point() else x).numpy().copy()
+
+
+def body_of(module: ModuleType, names: Mapping[str, Any]) -> Any:
+    """The module's program, with TileLang's names as given."""
+    with _imported_as_tilelang(names):
+        return module.program()
+
+
+def tiles_of(body: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Tile]:
+    """Copies of its tensors, in the order of its parameters."""
+    return {
+        name: Tile(_array(given[name]), str(given[name].dtype).split(".")[1])
         for name in body.__annotations__
         if name in given
     }
+
+
+def _array(x: torch.Tensor) -> Any:
+    return (x.float() if x.is_floating_point() else x).numpy().copy()
+
+
+def programs(body: Any, tensors: Mapping[str, Tile], scalars: tuple[float, ...]) -> Iterator[None]:
+    """Each program of the grid in turn, for the caller to run."""
     Kernel.at = None
     with suppress(_GridKnown):
         body(*tensors.values(), *scalars)
     for at in itertools.product(*map(range, Kernel.grid)):
         Kernel.at = at
+        yield
+
+
+def run_all(
+    module: ModuleType, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int], *scalars: float
+) -> dict[str, torch.Tensor]:
+    """The tensors after all of a module's programs, one after the other; `given` stays as it is."""
+    body = body_of(module, vars(language(sizes)))
+    tensors = tiles_of(body, given)
+    for _ in programs(body, tensors, scalars):
         body(*tensors.values(), *scalars)
     return {name: torch.from_numpy(x.array) for name, x in tensors.items()}

@@ -305,6 +305,10 @@ OUTPUTS: Final = {
     "prepare_simple_gla_tilelang.py": partial(_member_tilelang, Problem("simple_gla"), "prepare"),
     "prepare_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "prepare"),
     "grad_key_gla_tilelang.py": partial(_member_tilelang, Problem("gla", varlen=True), "grad_key"),
+    "prepare_gla_centred.py": partial(_member_tilelang, Problem("gla"), "prepare", decay="centred"),
+    "grad_key_gla_centred.py": partial(
+        _member_tilelang, Problem("gla", varlen=True), "grad_key", decay="centred"
+    ),
     "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
