@@ -119,13 +119,16 @@ def _problem(
     )
 
 
-def _sizes(problem: ConvolutionProblem, x: Tensors) -> dict[str, int]:
-    """Channels of each tensor, and how far its rows lie apart, in units."""
+def _sizes(problem: ConvolutionProblem, x: Tensors, dx: Tensors | None = None) -> dict[str, int]:
+    """Channels of each tensor, and how far its rows and those of its gradient lie apart, in
+    units."""
     found = {}
     for i, part in enumerate(x):
         n = str(i) if problem.tensors > 1 else ""
         found[f"units{n}"] = part.shape[2] // UNIT
         found[f"x_row{n}"] = _row(part) // UNIT
+        if dx is not None:
+            found[f"dx_row{n}"] = _row(dx[i]) // UNIT
     return found
 
 
@@ -205,7 +208,7 @@ def convolve_backward(
     partial = empty((rows, problem.width + bool(bias), channels), torch.float32, device)
     rest = readable([*weight, *bias, *tail, *places, *dy])
     with _on(device):
-        loaded.launch(*x, *rest, *dx, *dweight, *dbias, partial, B=B, T=T, **_sizes(problem, x))
+        loaded.launch(*x, *rest, *dx, *dweight, *dbias, partial, B=B, T=T, **_sizes(problem, x, dx))
     return dx, dweight, dbias
 
 

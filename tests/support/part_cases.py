@@ -6,7 +6,8 @@ the worst error over the largest value, or that all was well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import passes
+from gdn2gen.runtime import parts, passes
 
 # By the coarsest dtype that rounds them.
 BOUNDS: Final = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -37,6 +38,8 @@ class Convolution:
     weight_dtype: torch.dtype | None = None
     views: bool = False
     """Of one packed projection."""
+    knobs: tuple[tuple[str, int], ...] = ()
+    """In place of those by the rule."""
     device: str = "cpu"
 
     def inputs(self) -> dict[str, list[Tensor]]:
@@ -67,6 +70,11 @@ class Convolution:
 
 def convolve(case: Convolution) -> float:
     """y, gradients and tails; without gradients the same bits."""
+    with forced(("short_conv", "short_conv_backward"), case.knobs):
+        return _convolve(case)
+
+
+def _convolve(case: Convolution) -> float:
     given, cu_seqlens = case.inputs(), case.cu_seqlens()
     tail = given.pop("tail", None)
     leaves = {name: [_leaf(part) for part in group] for name, group in given.items()}
@@ -96,6 +104,18 @@ def convolve(case: Convolution) -> float:
     right = torch.autograd.grad(wanted, _flat(exact), [part.double() for part in towards])
     assert all(torch.equal(a.double(), b) for a, b in zip(final, last, strict=True))
     return _worst([*y, *found], [*wanted, *right])
+
+
+@contextmanager
+def forced(stages: tuple[str, ...], knobs: tuple[tuple[str, int], ...]) -> Iterator[None]:
+    """Stages with these knobs, where there are any."""
+    for stage in stages:
+        parts.force(stage, dict(knobs) or None)
+    try:
+        yield
+    finally:
+        for stage in stages:
+            parts.force(stage, None)
 
 
 def step(case: Convolution) -> bool:
@@ -134,11 +154,17 @@ class Norm:
     eps: float = 1e-5
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None
+    knobs: tuple[tuple[str, int], ...] = ()
     device: str = "cpu"
 
 
 def norm(case: Norm) -> float:
     """y and gradients, twice the same."""
+    with forced(("gated_norm", "gated_norm_backward"), case.knobs):
+        return _norm(case)
+
+
+def _norm(case: Norm) -> float:
     torch.manual_seed(0)
     wide = case.weight_dtype or case.dtype
     x, gate = (torch.randn(*case.rows, case.size).to(case.device, case.dtype) for _ in range(2))
