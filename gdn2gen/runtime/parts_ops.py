@@ -129,8 +129,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, counts: tuple[int, ...], cu_seqlens: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        counts: tuple[int, ...],
+        room: parts.Room | None,
+        cu_seqlens: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        ctx.room = room
         rest = list(tensors)
         x, weight, bias, tail = ([rest.pop(0) for _ in range(count)] for count in counts)
         made = parts.convolve(x, weight, bias, tail, cu_seqlens, False)
@@ -142,8 +147,18 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, tail, places = _groups(ctx)
-        found = parts.convolve_backward(dy, x, weight, bias, tail, places)
-        return (None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
+        found = parts.convolve_backward(dy, x, weight, bias, tail, places, ctx.room)
+        return (None, None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
+
+
+def _room_of(x: Tensors) -> parts.Room | None:
+    """Where the function that made all of x wants its gradients, if it does."""
+    node: Any = x[0].grad_fn
+    room = getattr(node, "room", None)
+    if not isinstance(room, parts.Room) or len(room.offsets) != len(x):
+        return None
+    own = all([part.grad_fn is node and part.output_nr == i for i, part in enumerate(x)])
+    return room if own else None
 
 
 def convolve(
@@ -162,7 +177,7 @@ def convolve(
         return y
     counts = (len(x), len(weight), len(bias), len(tail))
     made: tuple[Tensor, ...] = _Convolution.apply(  # type: ignore[no-untyped-call]
-        counts, cu_seqlens, *x, *weight, *bias, *tail
+        counts, _room_of(x), cu_seqlens, *x, *weight, *bias, *tail
     )
     return [*made]
 
