@@ -151,16 +151,6 @@ class _Convolution(torch.autograd.Function):
         return (None, None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
 
 
-def _room_of(x: Tensors) -> parts.Room | None:
-    """Where the function that made all of x wants its gradients, if it does."""
-    node: Any = x[0].grad_fn
-    room = getattr(node, "room", None)
-    if not isinstance(room, parts.Room) or len(room.offsets) != len(x):
-        return None
-    own = all([part.grad_fn is node and part.output_nr == i for i, part in enumerate(x)])
-    return room if own else None
-
-
 def convolve(
     x: Tensors,
     weight: Tensors,
@@ -177,7 +167,7 @@ def convolve(
         return y
     counts = (len(x), len(weight), len(bias), len(tail))
     made: tuple[Tensor, ...] = _Convolution.apply(  # type: ignore[no-untyped-call]
-        counts, _room_of(x), cu_seqlens, *x, *weight, *bias, *tail
+        counts, parts.room_of(x), cu_seqlens, *x, *weight, *bias, *tail
     )
     return [*made]
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
+from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import parts, passes
+from gdn2gen.runtime import part_calls, parts, passes
 
 # By the coarsest dtype that rounds them.
 BOUNDS: Final = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -226,3 +228,48 @@ def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
         assert one.isfinite().all()
         errors.append(float((one.double() - other).abs().max() / other.abs().max()))
     return max(errors)
+
+
+def known() -> int:
+    """Calls like one before give its bits, by what was kept of it; how many of them were.
+
+    With a gradient and without, of views, and of a saved tensor that a hook laid out anew.
+    """
+    torch.manual_seed(0)
+    part_calls.KNOWN.clear()
+    whole = torch.randn(2, 9, 40)
+    x = [_leaf(whole[..., :16]), _leaf(whole[..., 16:])]
+    weight = [torch.randn(part.shape[2], 4).requires_grad_() for part in x]
+    rows, gate, scale = (_leaf(torch.randn(*shape)) for shape in ((5, 16), (5, 16), (16,)))
+    seen: list[Any] = []
+    look = part_calls.KNOWN.seen
+
+    def watched(*given: Any) -> Any:
+        seen.append(look(*given))
+        return seen[-1]
+
+    def run() -> list[Tensor]:
+        y = [*short_convolution(x, weight)[0], gated_rms_norm(rows, gate, scale)]
+        if not torch.is_grad_enabled():
+            return y
+        into = [*x, *weight, rows, gate, scale]
+        return [*y, *torch.autograd.grad(y, into, [part.detach().clone() for part in y])]
+
+    wanted = run()
+    anew = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: torch.empty(*t.shape, 2)[..., 0].copy_(t)
+    )
+    with (
+        patch.object(ops, "interpreted", lambda: False),
+        patch.object(part_calls.KNOWN, "seen", watched),
+    ):
+        for _ in range(3):
+            assert all(map(torch.equal, run(), wanted))
+        with torch.no_grad():
+            assert all(map(torch.equal, run(), wanted)) and all(map(torch.equal, run(), wanted))
+        with anew:
+            assert all(map(torch.equal, run(), wanted))
+        rows = _leaf(torch.empty(16, 5).t().copy_(rows.detach()))  # another kind, which is copied
+        assert all(map(torch.equal, run(), wanted))
+    part_calls.KNOWN.clear()
+    return sum(call is not None for call in seen)

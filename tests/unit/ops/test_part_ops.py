@@ -66,6 +66,11 @@ def test_no_length_leads_out_of_the_batch(interpreter: Check) -> None:
     interpreter("part_cases:bad_lengths")
 
 
+def test_calls_like_one_before(interpreter: Check) -> None:
+    # of seven pairs of calls all but the first, and one of other rows
+    assert interpreter("part_cases:known") == 14 - 2 - 1
+
+
 def test_compiled(interpreter: Check) -> None:
     interpreter("part_cases:compiled")
 
