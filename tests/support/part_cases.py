@@ -230,17 +230,18 @@ def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return max(errors)
 
 
-def known() -> int:
+def known(device: str = "cpu") -> int:
     """Calls like one before give its bits, by what was kept of it; how many of them were.
 
     With a gradient and without, of views, and of a saved tensor that a hook laid out anew.
     """
     torch.manual_seed(0)
     part_calls.KNOWN.clear()
-    whole = torch.randn(2, 9, 40)
+    whole = torch.randn(2, 9, 40, device=device)
     x = [_leaf(whole[..., :16]), _leaf(whole[..., 16:])]
-    weight = [torch.randn(part.shape[2], 4).requires_grad_() for part in x]
-    rows, gate, scale = (_leaf(torch.randn(*shape)) for shape in ((5, 16), (5, 16), (16,)))
+    weight = [_leaf(torch.randn(part.shape[2], 4, device=device)) for part in x]
+    shapes = (5, 16), (5, 16), (16,)
+    rows, gate, scale = (_leaf(torch.randn(*shape, device=device)) for shape in shapes)
     seen: list[Any] = []
     look = part_calls.KNOWN.seen
 
@@ -257,7 +258,7 @@ def known() -> int:
 
     wanted = run()
     anew = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: t, lambda t: torch.empty(*t.shape, 2)[..., 0].copy_(t)
+        lambda t: t, lambda t: t.new_empty(*t.shape, 2)[..., 0].copy_(t)
     )
     with (
         patch.object(ops, "interpreted", lambda: False),
@@ -269,7 +270,9 @@ def known() -> int:
             assert all(map(torch.equal, run(), wanted)) and all(map(torch.equal, run(), wanted))
         with anew:
             assert all(map(torch.equal, run(), wanted))
-        rows = _leaf(torch.empty(16, 5).t().copy_(rows.detach()))  # another kind, which is copied
+        rows = _leaf(
+            rows.new_empty(16, 5).t().copy_(rows.detach())
+        )  # another kind, which is copied
         assert all(map(torch.equal, run(), wanted))
     part_calls.KNOWN.clear()
     return sum(call is not None for call in seen)

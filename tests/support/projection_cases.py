@@ -14,15 +14,16 @@ from gdn2gen.runtime import passes
 from gdn2gen.runtime.parts import Room
 
 
-def convolved() -> int:
+def convolved(device: str = "cpu") -> int:
     """How often the convolution's gradients lay where the product wants them, of four backwards."""
     torch.manual_seed(0)
     gate = nn.Sequential(nn.Linear(24, 5, bias=False), nn.Linear(5, 7))
     modules: list[nn.Module] = [nn.Linear(24, n, bias=False) for n in (16, 16, 8, 3)]
     modules += [gate, nn.Linear(24, NARROW + 8), nn.Linear(24, 4)]
-    weights = [torch.randn(n, 4).requires_grad_() for n in (16, 16, 8)]
+    modules = [module.to(device) for module in modules]
+    weights = [torch.randn(n, 4, device=device).requires_grad_() for n in (16, 16, 8)]
     parameters = [p for module in modules for p in module.parameters()]
-    x = torch.randn(2, 9, 24).requires_grad_()
+    x = torch.randn(2, 9, 24, device=device).requires_grad_()
     towards: list[Tensor] = []
 
     def run(tokens: Projected, used: int) -> list[Tensor]:
