@@ -70,6 +70,7 @@ SIZES: Final[dict[str, Any]] = {"num_heads": HEADS, "head_dim": HIDDEN // HEADS}
 OURS: Final[dict[str, dict[str, Any]]] = {
     "mamba2": {},
     "mamba3": {},
+    "gated_delta_rule": {**SIZES, "expand_v": 1.0},
     "gla": {**SIZES, "expand_v": 1.0},
 }
 OTHERS: Final[dict[str, dict[str, Any]]] = {
