@@ -186,8 +186,9 @@ def convolution_knobs(
 
     A lane takes 8 bytes of a token in 16 bits, so that a multiprocessor has room for 24 warps of
     the forward and 16 of the backward (of 16 bytes 16, and 8), and loads a turn before it computes:
-    8 tokens, or 4 of x and dy. Runs are as long as leaves enough programs: each reads the tokens
-    before it once more, and in the backward those after it. Nothing of this was measured.
+    8 tokens, or 4 of x and dy, 2 of packed sequences, whose places take registers. Runs are as long
+    as leaves enough programs: each reads the tokens before it once more, and in the backward those
+    after it. Nothing of this was measured.
     """
     BD = max(64, min(_CHANNELS, covering(channels)))
     knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
@@ -198,7 +199,10 @@ def convolution_knobs(
         programs = -(-rows * -(-T // BT) // 4) * -(-channels // BD)
         if programs >= _PROGRAMS[stage.name] * sms:
             break
-    return knobs | {"BT": BT, "ahead": 4 if stage is SHORT_CONV_BACKWARD else 8, "early": 1}
+    ahead = 8
+    if stage is SHORT_CONV_BACKWARD:
+        ahead = 2 if problem.packed else 4
+    return knobs | {"BT": BT, "ahead": ahead, "early": 1}
 
 
 def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict[str, Knob]:
