@@ -106,9 +106,9 @@ class _Together(torch.autograd.Function):
         wants_x, *wants = ctx.needs_input_grad[2:]
         dy = [None if part is None else _rows(part) for part in given]
         whole = ctx.room.holding(given[: ctx.convolved])
-        shared = [i for i in ctx.narrow if dy[i] is not None]
-        if whole is not None:
-            shared = [*range(ctx.convolved), *shared]
+        narrow = [i for i in ctx.narrow if dy[i] is not None]
+        convolved = [] if whole is None else [*range(ctx.convolved)]
+        shared = [*convolved, *narrow]
         of_weights: list[Tensor | None] = [None] * count
         of_biases = [
             y.sum(0) if want and y is not None else None
@@ -118,11 +118,17 @@ class _Together(torch.autograd.Function):
         rows = _rows(x)
         if shared:
             together = _laid_out(whole, [dy[i] for i in shared], ctx.convolved)
-            sizes = [weights[i].shape[0] for i in shared]
-            if any(wants[i] for i in shared):
-                found = torch.split(together.t() @ rows, sizes)
-                for i, part in zip(shared, found, strict=True):
-                    of_weights[i] = part if wants[i] else None
+            begin = 0
+            for group in (convolved, narrow):
+                # not one product: 6400 rows of a weight's gradient are 400 tiles for 132
+                # multiprocessors, 6144 are 384
+                sizes = [weights[i].shape[0] for i in group]
+                columns = together[:, begin : begin + sum(sizes)]
+                begin += sum(sizes)
+                if any(wants[i] for i in group):
+                    found = torch.split(columns.t() @ rows, sizes)
+                    for i, part in zip(group, found, strict=True):
+                        of_weights[i] = part if wants[i] else None
             if wants_x:
                 dx = together @ torch.cat([weights[i] for i in shared])
         for i, y in enumerate(dy):
