@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.runtime.arguments import is_watched
-from gdn2gen.runtime.parts import Room
+from gdn2gen.runtime.room import Room
 
 NARROW: Final = 256
 """Columns up to which products are made as one: by itself such a one has too few tiles for a GPU,

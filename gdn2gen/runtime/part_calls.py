@@ -27,6 +27,7 @@ from gdn2gen.runtime import parts
 from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.passes import maker, poisoned
+from gdn2gen.runtime.room import Room, room_of
 
 Tensors = Sequence[Tensor]
 KNOWN: Final[Kinds[Any]] = Kinds(1024)
@@ -152,9 +153,7 @@ class KnownConvolution(_Call):
         n, m, _ = self.counts
         return tensors[:n], tensors[n : n + m], tensors[n + m :]
 
-    def backward(
-        self, dy: Tensors, tensors: Tensors, room: parts.Room | None
-    ) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensors, tensors: Tensors, room: Room | None) -> tuple[Tensor, ...]:
         """Gradients of x, weight and bias."""
         x, weight, bias = self.groups(tensors)
         lying = (*weight, *bias, *dy)
@@ -200,7 +199,7 @@ class _Norm(torch.autograd.Function):
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: tuple[KnownConvolution, parts.Room | None], *given: Tensor
+        ctx: Any, call: tuple[KnownConvolution, Room | None], *given: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*given)
@@ -232,5 +231,5 @@ def norm(call: KnownNorm, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
 def convolve(call: KnownConvolution, tensors: Tensors) -> list[Tensor]:
     if not wants_gradient(tensors):
         return call(*tensors)
-    room = parts.room_of(tensors[: call.counts[0]])
+    room = room_of(tensors[: call.counts[0]])
     return [*_apply_convolution((call, room), *tensors)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn2gen.runtime import parts
+from gdn2gen.runtime.room import Room, room_of
 
 _Library: Any = torch.library.Library  # untyped in torch
 _library = _Library("gdn2gen", "FRAGMENT")
@@ -131,7 +132,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any,
         counts: tuple[int, ...],
-        room: parts.Room | None,
+        room: Room | None,
         cu_seqlens: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -167,7 +168,7 @@ def convolve(
         return y
     counts = (len(x), len(weight), len(bias), len(tail))
     made: tuple[Tensor, ...] = _Convolution.apply(  # type: ignore[no-untyped-call]
-        counts, parts.room_of(x), cu_seqlens, *x, *weight, *bias, *tail
+        counts, room_of(x), cu_seqlens, *x, *weight, *bias, *tail
     )
     return [*made]
 

@@ -11,7 +11,7 @@ from gdn2gen.nn import projections
 from gdn2gen.nn.projections import NARROW, Projected
 from gdn2gen.ops.parts import short_convolution
 from gdn2gen.runtime import passes
-from gdn2gen.runtime.parts import Room
+from gdn2gen.runtime.room import Room
 
 
 def convolved(device: str = "cpu") -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gdn2gen.nn import GatedDeltaNet2, KimiDeltaAttention, projections
 from gdn2gen.nn.projections import Projected
-from gdn2gen.runtime.parts import Room
+from gdn2gen.runtime.room import Room
 
 
 @pytest.fixture
