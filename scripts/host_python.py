@@ -1,6 +1,6 @@
 """What a call costs the host on a machine without a GPU: all of it but the driver and the device.
 
-    python scripts/host_python.py [--op kda] [--profile forward]
+    python scripts/host_python.py [--op kda | --op parts] [--profile forward]
 
 Calls of 64 tokens and 4 heads at K = V = 128 in bf16, with the recipe that an H200 would run, on
 CPU tensors that are taken for a GPU's. Nothing above the driver is left out: checks, look-ups,
@@ -44,12 +44,14 @@ from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _call, _decode
-from gdn2gen.runtime import decoding, layout, lookup, passes
+from gdn2gen.ops import parts as part_ops
+from gdn2gen.runtime import decoding, layout, lookup, parts, passes
 
 Run = Callable[[], Any]
 CALLS: Final = 10
 RUNS: Final = 400
 PROFILED: Final = 2000
+PARTS: Final = "parts"
 STANDIN: Final = "GDN2GEN_DRIVER_STANDIN"
 """The environment's word for where the stand-in lies, in the process that runs with it."""
 
@@ -109,6 +111,8 @@ def stub() -> Callable[[], int]:
         lookup: ("device_of", lambda _: named_device("H200")),
         _call: ("by_kernels", lambda _: True),
         _decode: ("by_kernels", lambda _: True),
+        part_ops: ("by_kernels", lambda _: True),
+        parts: ("device_of", lambda _: named_device("H200")),
     }
     for module, (name, value) in replaced.items():
         setattr(module, name, value)
@@ -186,6 +190,36 @@ def step(op: str) -> Run:
     return decode
 
 
+def part_calls() -> dict[str, Run]:
+    """A layer's convolutions and its gated norm, of as many tokens and heads."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+
+    x, weight = ([drawn(*shape) for _ in range(3)] for shape in ((1, 64, 512), (512, 4)))
+    rows, gate, scale = drawn(1, 64, 4, 128), drawn(1, 64, 4, 128), drawn(128)
+
+    def convolve() -> list[Tensor]:
+        return gdn2gen.short_convolution(x, weight)[0]
+
+    def norm() -> list[Tensor]:
+        return [gdn2gen.gated_rms_norm(rows, gate, scale)]
+
+    calls: dict[str, Run] = {}
+    for name, run, into in (
+        ("convolve", convolve, [*x, *weight]),
+        ("norm", norm, [rows, gate, scale]),
+    ):
+        towards = [torch.randn_like(y) for y in x[:3]] if name == "convolve" else [gate.detach()]
+
+        def both(run: Any = run, into: Any = into, towards: Any = towards) -> Any:
+            return torch.autograd.grad(run(), into, towards)
+
+        calls[f"{name} forward"] = torch.no_grad()(run)
+        calls[f"{name} forward+backward"] = both
+    return calls
+
+
 def microseconds(run: Run) -> float:
     best = float("inf")
     for _ in range(RUNS):
@@ -209,12 +243,12 @@ def calls_of(op: str) -> dict[str, Run]:
 @verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--op", choices=OPS, default=OPS[0], help="(%(default)s)")
+    parser.add_argument("--op", choices=(*OPS, PARTS), default=OPS[0], help="(%(default)s)")
     parser.add_argument("--only", action="append", metavar="NAME", help="only calls of that name")
     parser.add_argument("--profile", metavar="NAME", help="also profile the calls of that name")
     args = parser.parse_args()
     launches = stub()
-    for name, run in calls_of(args.op).items():
+    for name, run in (part_calls() if args.op == PARTS else calls_of(args.op)).items():
         if args.only and name not in args.only:
             continue
         run()

@@ -34,12 +34,13 @@ import torch  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import machine  # noqa: E402
+from part_sweep import sweep  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console  # noqa: E402
-from gdn2gen.kernels.limits import Knob  # noqa: E402
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem  # noqa: E402
 from gdn2gen.measure.timing import copy_gbps, time_ms  # noqa: E402
 from gdn2gen.nn.model import MIXERS  # noqa: E402
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution  # noqa: E402
@@ -69,6 +70,7 @@ SIZES: Final[dict[str, Any]] = {"num_heads": HEADS, "head_dim": HIDDEN // HEADS}
 OURS: Final[dict[str, dict[str, Any]]] = {
     "mamba2": {},
     "mamba3": {},
+    "gated_delta_rule": {**SIZES, "expand_v": 1.0},
     "gla": {**SIZES, "expand_v": 1.0},
 }
 OTHERS: Final[dict[str, dict[str, Any]]] = {
@@ -86,6 +88,7 @@ class Part:
 
     name: str
     stages: tuple[str, str]
+    problem: PartProblem
     forward: Run
     backward: Run
     both: Run
@@ -133,6 +136,7 @@ def convolution(batch: int, count: int) -> Part:
     return Part(
         "short convolutions",
         ("short_conv", "short_conv_backward"),
+        ConvolutionProblem(width=WIDTH),
         partial(parts.convolve, *given, [], [], None, False),
         partial(parts.convolve_backward, dy, *given, [], [], []),
         differentiated(lambda: short_convolution(x, weight)[0], [*x, *weight]),
@@ -155,6 +159,7 @@ def norm(batch: int, count: int, activation: str = "sigmoid") -> Part:
     return Part(
         "gated norm",
         ("gated_norm", "gated_norm_backward"),
+        NormProblem(size=dim, activation=activation),
         partial(parts.norm, *given, 1e-5, activation),
         partial(parts.norm_backward, torch.randn_like(x), *given, 1e-5, activation),
         differentiated(
@@ -220,42 +225,20 @@ def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> tuple[float, 
     return ms(torch.no_grad()(run)), ms(differentiated(run, into))
 
 
-def sweep(part: Part) -> None:
-    """Configs of either direction, the fastest first."""
-    for stage, run in zip(part.stages, (part.forward, part.backward), strict=True):
-        found = []
-        for knobs in _knobs(stage):
-            parts.force(stage, knobs)
-            found.append((ms(run), knobs))
-        parts.force(stage, None)
-        sheet = Sheet(stage, (*found[0][1], "ms"), words=())
-        for took, knobs in sorted(found, key=lambda x: x[0])[:8]:
-            sheet.add(*map(str, knobs.values()), f"{took:.4f}")
-        console().print(sheet)
-
-
-def _knobs(stage: str) -> Iterator[dict[str, Knob]]:
-    if stage.startswith("gated_norm"):
-        for BR in (4, 8, 16, 32, 64):
-            for warps in (2, 4, 8):
-                for BT in (16, 32) if stage.endswith("backward") else (1, 2, 4):
-                    yield {"BR": BR, "num_warps": warps, "BT": BT}
-        return
-    for BT in (32, 64, 128, 256):
-        for BD in (128, 256):
-            for ahead in (2, 4, 8):
-                for warps in (2, 4):
-                    yield {"BT": BT, "BD": BD, "ahead": ahead, "BR": warps, "num_warps": warps}
-
-
 @verifying()
 def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
     made = [make(args.batch, args.tokens) for make in (convolution, norm)]
     if args.sweep:
-        for part in made:
-            sweep(part)
+        runs = [(part.stages, part.problem, (part.forward, part.backward)) for part in made]
+        sweep(
+            [
+                (x, problem, y)
+                for stages, problem, both in runs
+                for x, y in zip(stages, both, strict=True)
+            ]
+        )
         return
     until = time.monotonic() + 60 * args.minutes
     rows = Rows(args.batch, args.tokens, args.save)

@@ -9,7 +9,7 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
 from gdn2gen.codegen._mamba3_context import mamba3_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import NormProblem, PartProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.parts import suffixes
@@ -44,14 +44,22 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         "tensors": tensors,
         # channels of each tensor, in units of 8
         "units": units,
-        "sizes_of_tensors": [*units, *(f"x_row{n}" for n in tensors)],
+        "sizes_of_tensors": [f"{x}{n}" for x in ("units", "x_row", "dx_row") for n in tensors],
         # operands of the stage's own kernel, of the one that adds up partial sums, and of tails
         "own": [x for x in operands if _base(x) not in (*_SUMMED, "cu_seqlens", "final_tail")],
         "summed": [x for x in operands if _base(x) in _SUMMED],
         "tail_operands": [x for x in operands if _base(x) in _OF_TAILS],
+        # bits of all taps of a channel, where they are a number that a kernel can read at once
+        "tap_bits": _tap_bits(problem),
         "covered": covered,
         "d_inside": "o_d < D" if size != covered else "",
     }
+
+
+def _tap_bits(problem: PartProblem) -> int:
+    if not isinstance(problem, ConvolutionProblem) or DTYPE[problem.weight_dtype].nbytes != 2:
+        return 0
+    return 16 * problem.width if problem.width in (2, 4) else 0
 
 
 def _glossary(problem: PartProblem, operands: list[Operand]) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.parts import CHANNELS_STEP, ConvolutionProblem, NormProblem, PartProblem
 from gdn2gen.kernels.limits import Domain, Knob
@@ -21,9 +20,6 @@ from gdn2gen.kernels.stage import Form, Operand, Stage
 # Channels, and distances of rows, are given to kernels in as many elements, by which the compiler
 # knows that vector loads fit.
 UNIT: Final = CHANNELS_STEP
-# What one lane loads at once, and a warp.
-_VECTOR_BYTES: Final = 16
-_WARP_BYTES: Final = 32 * _VECTOR_BYTES
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,7 +55,7 @@ def suffixes(problem: PartProblem, of_each: bool = True) -> list[str]:
 
 
 # Scalars of each tensor, and of packed sequences alone.
-_OF_EACH: Final = ("units", "x_row")
+_OF_EACH: Final = ("units", "x_row", "dx_row")
 _PACKED: Final = ("bits",)
 
 _X: Final = Operand("x", "B T D")
@@ -78,7 +74,8 @@ _TOKENS: Final[Domain] = (16, 32, 64, 128, 256)
 _CONVOLVING: Final[dict[str, Domain]] = {
     "BR": (1, 2, 4, 8),
     "BD": (64, 128, 256, 512),
-    "ahead": (1, 2, 4, 8),
+    "ahead": (1, 2, 4, 8, 16),
+    "early": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1,),
 }
@@ -123,12 +120,13 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         Operand("dbias", "D", "weight", "bias"),
         _PARTIAL,
     ),
-    ("B", "T", "units", "x_row"),
+    ("B", "T", "units", "x_row", "dx_row"),
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
 _NORMING: Final[dict[str, Domain]] = {
     "BR": (1, 2, 4, 8, 16, 32, 64, 128),
+    "early": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1,),
 }
@@ -174,10 +172,11 @@ PART_STAGES: Final = (
 )
 
 # Programs to a multiprocessor at least, so that the last ones do not run alone; they share it with
-# three others.
-_PROGRAMS: Final = 8
-# Of the gated norm's backward: each leaves a row of partial sums.
-_SUMMING_PROGRAMS: Final = 4
+# three others, or with five.
+_PROGRAMS: Final = {"short_conv": 16, "short_conv_backward": 8}
+# Of the gated norm's backward at most: each leaves a row of partial sums.
+_SUMMING_PROGRAMS: Final = 16
+_CHANNELS: Final = 128
 
 
 def convolution_knobs(
@@ -185,35 +184,38 @@ def convolution_knobs(
 ) -> dict[str, Knob]:
     """The knobs for `rows` rows of T tokens of so many channels in all, on `sms` multiprocessors.
 
-    A lane takes 16 bytes of a token in the forward, 8 in 16 bits in the backward, which holds four
-    times as much beside them (168 registers a thread otherwise, 122 so). Runs are as long as leaves
-    enough programs: each reads the tokens before it once more, and in the backward those after it.
-    Nothing of this was measured.
+    A lane takes 8 bytes of a token in 16 bits, so that a multiprocessor has room for 24 warps of
+    the forward and 16 of the backward (of 16 bytes 16, and 8), and loads a turn before it computes:
+    8 tokens, or 4 of x and dy, 2 of packed sequences, whose places take registers. Runs are as long
+    as leaves enough programs: each reads the tokens before it once more, and in the backward those
+    after it. Nothing of this was measured.
     """
-    backward = stage is SHORT_CONV_BACKWARD
-    BD = _WARP_BYTES // DTYPE[problem.dtype].nbytes
-    BD = max(64, min(128 if backward else BD, covering(channels)))
+    BD = max(64, min(_CHANNELS, covering(channels)))
     knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
     if stage is SHORT_CONV_STEP:
-        return knobs | {"BT": 1, "BR": 4 if rows > 1 else 1, "ahead": 1}
+        return knobs | {"BT": 1, "BR": 4 if rows > 1 else 1, "ahead": 1, "early": 0}
     for BT in reversed(_TOKENS):
         assert isinstance(BT, int)
         programs = -(-rows * -(-T // BT) // 4) * -(-channels // BD)
-        if programs >= _PROGRAMS * sms:
+        if programs >= _PROGRAMS[stage.name] * sms:
             break
-    return knobs | {"BT": BT, "ahead": 4}
+    ahead = 8
+    if stage is SHORT_CONV_BACKWARD:
+        ahead = 2 if problem.packed else 4
+    return knobs | {"BT": BT, "ahead": ahead, "early": 1}
 
 
 def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict[str, Knob]:
     """The knobs for M rows on `sms` multiprocessors: a thread of four warps has 32 elements of a
-    tile, or 16 in the backward, whose programs are few. Nothing of this was measured."""
+    tile, or 8 in the backward, whose programs are fewer and load a tile before they need it.
+    Nothing of this was measured."""
     backward = stage is GATED_NORM_BACKWARD
-    BR = max(1, (2048 if backward else 4096) // covering(problem.size))
+    BR = max(1, (1024 if backward else 4096) // covering(problem.size))
     BT = 1
     if backward:
         fitting = (int(x) for x in _ROWS if -(-M // (BR * int(x))) <= _SUMMING_PROGRAMS * sms)
         BT = next(fitting, int(_ROWS[-1]))
-    return {"BR": min(BR, 128), "BT": BT, "num_warps": 4}
+    return {"BR": min(BR, 128), "BT": BT, "num_warps": 4, "early": int(backward)}
 
 
 def partial_rows(config_BT: int, BR: int, rows: int, T: int) -> int:

@@ -121,7 +121,7 @@ class Mixer(Layer):
 
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         heads = self.heads
-        tokens = Projected(batch.x, self._projections())
+        tokens = Projected(batch.x, self._projections(), 3 if self.use_short_conv else 0)
         q, k, v, tails = self._qkv(tokens, batch, kept)
         arguments = {
             "q": split(q, heads.H, heads.K),
@@ -162,7 +162,7 @@ class Mixer(Layer):
         return activate_gate(g, self.A_log, self.dt_bias, made.get("lower_bound"))
 
     def _projections(self) -> list[nn.Module]:
-        """Of the tokens, in any order."""
+        """Of the tokens: those that are convolved first."""
         names = ("q_proj", "k_proj", "v_proj", "g_proj", *self._gate_projections)
         return [getattr(self, name) for name in names]
 

@@ -7,17 +7,18 @@ TRITON_INTERPRET=1 tensors on the CPU run the kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError
 from gdn2gen.family import parts_reference as reference
 from gdn2gen.family.parts import ACTIVATIONS, CHANNELS_STEP, MOST_TENSORS, NORM_SIZES, WIDTHS
-from gdn2gen.runtime import parts, parts_ops
-from gdn2gen.runtime.arguments import by_kernels, is_watched
+from gdn2gen.runtime import part_calls, parts, parts_ops
+from gdn2gen.runtime.arguments import by_kernels, is_traced, is_watched
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 
 Tensors = Sequence[Tensor]
@@ -62,14 +63,26 @@ def short_convolution(
     """
     bias, given = (() if part is None else tuple(part) for part in (bias, tail))
     x, weight = tuple(x), tuple(weight)
+    short = None
+    if not (given or output_final_tail or cu_seqlens is not None):
+        short = _short_key("convolution", len(x), len(weight), len(bias))
+        call = None if short is None else part_calls.KNOWN.seen(short, (*x, *weight, *bias))
+        if call is not None:
+            return part_calls.convolve(call, (*x, *weight, *bias)), None
     _check_convolution(x, weight, bias, given, cu_seqlens)
     tensors = (*x, *weight, *bias, *given)
-    gradient = _wants_gradient(tensors)
+    gradient = part_calls.wants_gradient(tensors)
     # no kernel hands a gradient back to tails
-    if not _convolved_by_kernels(x, weight, bias, given) or (gradient and _wants_gradient(given)):
+    if not _convolved_by_kernels(x, weight, bias, given) or (
+        gradient and part_calls.wants_gradient(given)
+    ):
         return _by_torch(x, weight, bias, given, output_final_tail, cu_seqlens)
     given = tuple(part.to(x[0].dtype) for part in given)
     watched = is_watched(tensors)
+    if short is not None and not watched and _are_usual(x, (*weight, *bias)):
+        call = part_calls.KnownConvolution(x, weight, bias)
+        part_calls.KNOWN.note(short, tensors, call)
+        return part_calls.convolve(call, tensors), None
     if gradient:
         y = parts_ops.convolve(x, weight, bias, given, cu_seqlens, watched=watched)
         if not output_final_tail:
@@ -98,7 +111,7 @@ def short_convolution_step(
     tensors = (*x, *weight, *bias, *given)
     if x[0].shape[1] != 1:
         raise InputError(f"a step is of one token, but x is {tuple(x[0].shape)}")
-    if _wants_gradient(tensors):
+    if part_calls.wants_gradient(tensors):
         raise InputError("a step writes tails in place and has no gradient: use torch.no_grad()")
     for part, kept in zip(x, given, strict=True):
         if kept.dtype != part.dtype or not kept.is_contiguous():
@@ -139,6 +152,10 @@ def gated_rms_norm(
     Kernels are there for D that are multiples of 8 up to 1024, in bf16, fp16 and fp32; they are
     differentiable once.
     """
+    short = _short_key(type(eps), eps, activation)
+    call = None if short is None else part_calls.KNOWN.seen(short, (x, gate, weight))
+    if call is not None:
+        return part_calls.norm(call, x, gate, weight)
     if x.shape != gate.shape or weight.shape != x.shape[-1:]:
         raise InputError(
             f"x and gate must both be [..., D] and weight [D], but got {tuple(x.shape)}, "
@@ -151,9 +168,28 @@ def gated_rms_norm(
     if not (_is_norm_size(weight.shape[0]) and _has_kernels(tensors, (x, gate), (weight,))):
         return reference.gated_rms_norm(x, gate, weight, eps, activation)
     watched = is_watched(tensors)
-    if watched or _wants_gradient(tensors):
+    if short is not None and not watched and _are_usual((), tensors):
+        call = part_calls.KnownNorm(*tensors, eps, activation)
+        part_calls.KNOWN.note(short, tensors, call)
+        return part_calls.norm(call, *tensors)
+    if watched or part_calls.wants_gradient(tensors):
         return parts_ops.norm(x, gate, weight, eps, activation, watched=watched)
     return parts.norm(x, gate, weight, eps, activation)
+
+
+def _short_key(*options: Any) -> tuple[Any, ...] | None:
+    """Of all that a call and its kernels depend on beside its tensors; None where there is no
+    telling, or nothing to gain."""
+    if is_traced() or torch.autograd.forward_ad._current_level >= 0 or interpreted():
+        return None
+    return (by_kernels, *options)
+
+
+def _are_usual(rows: Tensors, dense: Tensors) -> bool:
+    """Whether they are as in most calls: as kernels take them, and not empty."""
+    if any([x.numel() == 0 or x.is_neg() for x in (*rows, *dense)]):
+        return False
+    return all([parts.in_rows(x) is x for x in rows]) and all([x.is_contiguous() for x in dense])
 
 
 # torch.compile knows no order between a set and what a mapping has (2.11).
@@ -164,10 +200,6 @@ def _is_norm_size(D: int) -> bool:
     """`D in NORM_SIZES`, for a tracer's symbol, too."""
     sizes = NORM_SIZES
     return sizes.start <= D < sizes.stop and D % sizes.step == 0
-
-
-def _wants_gradient(tensors: Iterable[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
 
 
 def _has_kernels(tensors: Tensors, x: Tensors, parameters: Tensors) -> bool:

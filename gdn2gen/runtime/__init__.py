@@ -19,7 +19,9 @@ decoding_op      its op in torch.library
 prefill_checks   checks of what a call over whole sequences takes for serving
 prefill          such a call: kernels between slots of a pool and the stages, states on the way
 prefill_op       its op in torch.library
+room             where gradients of several tensors lie, for one matrix product
 parts            launches of the kernels of a layer's parts
+part_calls       calls of these that are like one before
 parts_ops        their ops in torch.library, and autograd's own Functions
 mamba3_loaded    the kernels around Mamba-3's scan, and of its one token: forced, tuned or by a rule
 mamba3           their launches

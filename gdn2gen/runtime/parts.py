@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.lookup import device_of
 from gdn2gen.runtime.passes import empty
+from gdn2gen.runtime.room import Room
 
 Tensors = Sequence[Tensor]
 
@@ -46,7 +47,7 @@ class Convolved(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Loaded:
+class Loaded:
     """The kernels of a stage for calls of some sizes."""
 
     launch: Callable[..., None]
@@ -54,6 +55,8 @@ class _Loaded:
 
 
 _forced: dict[str, dict[str, Knob]] = {}
+ON_FORCE: Final[list[Callable[[], None]]] = []
+"""What else forgets what it knows when knobs are forced."""
 
 
 def force(stage: str, knobs: dict[str, Knob] | None) -> None:
@@ -62,34 +65,36 @@ def force(stage: str, knobs: dict[str, Knob] | None) -> None:
     _forced.pop(stage, None)
     if knobs is not None:
         _forced[stage] = knobs
-    _convolving.cache_clear()
-    _norming.cache_clear()
+    convolving.cache_clear()
+    norming.cache_clear()
+    for forget in ON_FORCE:
+        forget()
 
 
 @lru_cache(maxsize=512)
-def _convolving(
+def convolving(
     stage: PartStage,
     problem: ConvolutionProblem,
     rows: int,
     T: int,
     channels: int,
     device: torch.device,
-) -> _Loaded:
+) -> Loaded:
     gpu = device_of(device)
     knobs = convolution_knobs(stage, problem, rows, T, channels, gpu.sms)
     return _load(stage, problem, knobs, device)
 
 
 @lru_cache(maxsize=512)
-def _norming(stage: PartStage, problem: NormProblem, M: int, device: torch.device) -> _Loaded:
+def norming(stage: PartStage, problem: NormProblem, M: int, device: torch.device) -> Loaded:
     return _load(stage, problem, norm_knobs(stage, problem, M, device_of(device).sms), device)
 
 
 def _load(
     stage: PartStage, problem: PartProblem, knobs: dict[str, Knob], device: torch.device
-) -> _Loaded:
+) -> Loaded:
     config = default_config(stage.name, problem).replace(**knobs | _forced.get(stage.name, {}))
-    return _Loaded(_launcher(problem, config, device), config)
+    return Loaded(_launcher(problem, config, device), config)
 
 
 @lru_cache(maxsize=512)
@@ -104,8 +109,14 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _problem(
-    x: Tensors, weight: Tensors, bias: Tensors, *, packed: bool, initial: bool, final: bool
+def convolution_problem(
+    x: Tensors,
+    weight: Tensors,
+    bias: Tensors,
+    *,
+    packed: bool = False,
+    initial: bool = False,
+    final: bool = False,
 ) -> ConvolutionProblem:
     return ConvolutionProblem(
         dtype=DTYPE_NAME[x[0].dtype],
@@ -119,13 +130,16 @@ def _problem(
     )
 
 
-def _sizes(problem: ConvolutionProblem, x: Tensors) -> dict[str, int]:
-    """Channels of each tensor, and how far its rows lie apart, in units."""
+def sizes(problem: ConvolutionProblem, x: Tensors, dx: Tensors | None = None) -> dict[str, int]:
+    """Channels of each tensor, and how far its rows and those of its gradient lie apart, in
+    units."""
     found = {}
     for i, part in enumerate(x):
         n = str(i) if problem.tensors > 1 else ""
         found[f"units{n}"] = part.shape[2] // UNIT
         found[f"x_row{n}"] = _row(part) // UNIT
+        if dx is not None:
+            found[f"dx_row{n}"] = _row(dx[i]) // UNIT
     return found
 
 
@@ -162,7 +176,7 @@ def convolve(
     `bias` and `tail` may be empty; cu_seqlens is int32 or int64.
     """
     packed = cu_seqlens is not None
-    problem = _problem(x, weight, bias, packed=packed, initial=bool(tail), final=final)
+    problem = convolution_problem(x, weight, bias, packed=packed, initial=bool(tail), final=final)
     device, (B, T) = x[0].device, x[0].shape[:2]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     kept = problem.width - 1
@@ -177,10 +191,10 @@ def convolve(
         return made
     sequences = [] if cu_seqlens is None else readable([cu_seqlens.to(torch.int32)])
     x = [in_rows(part) for part in x]
-    scalars = {"B": B, "T": T, "N": N, **_sizes(problem, x)}
+    scalars = {"B": B, "T": T, "N": N, **sizes(problem, x)}
     if packed:
         scalars["bits"] = (N - 1).bit_length()
-    loaded = _convolving(SHORT_CONV, problem, B, T, sum(p.shape[2] for p in x), device)
+    loaded = convolving(SHORT_CONV, problem, B, T, sum(p.shape[2] for p in x), device)
     rest = readable([*weight, *bias, *tail])
     with _on(device):
         loaded.launch(*x, *rest, *sequences, *made.y, *made.final_tail, *made.places, **scalars)
@@ -188,41 +202,53 @@ def convolve(
 
 
 def convolve_backward(
-    dy: Tensors, x: Tensors, weight: Tensors, bias: Tensors, tail: Tensors, places: Tensors
+    dy: Tensors,
+    x: Tensors,
+    weight: Tensors,
+    bias: Tensors,
+    tail: Tensors,
+    places: Tensors,
+    room: Room | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of x, weight and bias; `places` are those that the forward made."""
-    problem = _problem(x, weight, bias, packed=bool(places), initial=bool(tail), final=False)
+    """Gradients of x, in `room` if there is one, of weight and bias; `places` are those that the
+    forward made."""
+    problem = convolution_problem(
+        x, weight, bias, packed=bool(places), initial=bool(tail), final=False
+    )
     device, (B, T) = x[0].device, x[0].shape[:2]
-    dx = [empty(part.shape, part.dtype, device) for part in x]
+    if room is None:
+        dx = [empty(part.shape, part.dtype, device) for part in x]
+    else:
+        dx = room.empty(B, T, x[0])
     dweight = [empty(part.shape, part.dtype, device) for part in weight]
     dbias = [empty(part.shape, part.dtype, device) for part in bias]
     if B * T == 0:
         return dx, [part.zero_() for part in dweight], [part.zero_() for part in dbias]
     x = [in_rows(part) for part in x]
     channels = sum(part.shape[2] for part in x)
-    loaded = _convolving(SHORT_CONV_BACKWARD, problem, B, T, channels, device)
+    loaded = convolving(SHORT_CONV_BACKWARD, problem, B, T, channels, device)
     rows = partial_rows(loaded.config.size("BT"), loaded.config.size("BR"), B, T)
     partial = empty((rows, problem.width + bool(bias), channels), torch.float32, device)
     rest = readable([*weight, *bias, *tail, *places, *dy])
     with _on(device):
-        loaded.launch(*x, *rest, *dx, *dweight, *dbias, partial, B=B, T=T, **_sizes(problem, x))
+        loaded.launch(*x, *rest, *dx, *dweight, *dbias, partial, B=B, T=T, **sizes(problem, x, dx))
     return dx, dweight, dbias
 
 
 def convolve_step(x: Tensors, weight: Tensors, bias: Tensors, tail: Tensors, y: Tensors) -> None:
     """One token of each sequence, x [N, 1, D], into y; `tail` [N, W-1, D] is moved on where it
     lies."""
-    problem = _problem(x, weight, bias, packed=False, initial=False, final=False)
+    problem = convolution_problem(x, weight, bias)
     device, N = x[0].device, x[0].shape[0]
     if N == 0:
         return
     x = [in_rows(part) for part in x]
-    loaded = _convolving(SHORT_CONV_STEP, problem, N, 1, sum(p.shape[2] for p in x), device)
+    loaded = convolving(SHORT_CONV_STEP, problem, N, 1, sum(p.shape[2] for p in x), device)
     with _on(device):
-        loaded.launch(*x, *readable([*weight, *bias]), *tail, *y, N=N, **_sizes(problem, x))
+        loaded.launch(*x, *readable([*weight, *bias]), *tail, *y, N=N, **sizes(problem, x))
 
 
-def _norm_problem(x: Tensor, weight: Tensor, activation: str) -> NormProblem:
+def norm_problem(x: Tensor, weight: Tensor, activation: str) -> NormProblem:
     return NormProblem(
         dtype=DTYPE_NAME[x.dtype],
         weight_dtype=DTYPE_NAME[weight.dtype],
@@ -233,11 +259,11 @@ def _norm_problem(x: Tensor, weight: Tensor, activation: str) -> NormProblem:
 
 def norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
     """The gated RMSNorm over the last dim."""
-    problem, device = _norm_problem(x, weight, activation), x.device
+    problem, device = norm_problem(x, weight, activation), x.device
     M = x.numel() // problem.size
     y = empty(x.shape, x.dtype, device)
     if M > 0:
-        loaded = _norming(GATED_NORM, problem, M, device)
+        loaded = norming(GATED_NORM, problem, M, device)
         with _on(device):
             loaded.launch(*readable([x, gate, weight]), y, eps=eps, M=M)
     return y
@@ -247,12 +273,12 @@ def norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and weight."""
-    problem, device = _norm_problem(x, weight, activation), x.device
+    problem, device = norm_problem(x, weight, activation), x.device
     M = x.numel() // problem.size
     dx, dgate, dweight = (empty(part.shape, part.dtype, device) for part in (x, gate, weight))
     if M == 0:
         return dx, dgate, dweight.zero_()
-    loaded = _norming(GATED_NORM_BACKWARD, problem, M, device)
+    loaded = norming(GATED_NORM_BACKWARD, problem, M, device)
     rows = partial_rows(loaded.config.size("BT"), loaded.config.size("BR"), 1, M)
     partial = empty((rows, problem.size), torch.float32, device)
     with _on(device):

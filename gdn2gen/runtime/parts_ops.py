@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn2gen.runtime import parts
+from gdn2gen.runtime.room import Room, room_of
 
 _Library: Any = torch.library.Library  # untyped in torch
 _library = _Library("gdn2gen", "FRAGMENT")
@@ -129,8 +130,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, counts: tuple[int, ...], cu_seqlens: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        counts: tuple[int, ...],
+        room: Room | None,
+        cu_seqlens: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        ctx.room = room
         rest = list(tensors)
         x, weight, bias, tail = ([rest.pop(0) for _ in range(count)] for count in counts)
         made = parts.convolve(x, weight, bias, tail, cu_seqlens, False)
@@ -142,8 +148,8 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, tail, places = _groups(ctx)
-        found = parts.convolve_backward(dy, x, weight, bias, tail, places)
-        return (None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
+        found = parts.convolve_backward(dy, x, weight, bias, tail, places, ctx.room)
+        return (None, None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
 
 
 def convolve(
@@ -162,7 +168,7 @@ def convolve(
         return y
     counts = (len(x), len(weight), len(bias), len(tail))
     made: tuple[Tensor, ...] = _Convolution.apply(  # type: ignore[no-untyped-call]
-        counts, cu_seqlens, *x, *weight, *bias, *tail
+        counts, room_of(x), cu_seqlens, *x, *weight, *bias, *tail
     )
     return [*made]
 

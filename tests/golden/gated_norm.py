@@ -10,10 +10,10 @@ A program takes BT tiles of BR rows.
     y       [M, D]  bf16  output
 
 Problem: gated_rms_norm bf16
-Config:  BR=32 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 8874214ae19e5cc2; made by
+Config:  BR=32 BT=32 early=0 language=triton num_stages=1 num_warps=1
+Template digest 42eba07a5fa66add; made by
     gdn2gen generate --dtype bf16 --with= --stage gated_norm --config \
-      BR=32,BT=32,language=triton,num_stages=1,num_warps=1
+      BR=32,BT=32,early=0,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -54,13 +54,16 @@ def gated_norm_kernel(
     o_d = tl.arange(0, BD)
     b_w = tl.load(weight + o_d).to(tl.float32)[None, :]
     i_row = tl.program_id(0).to(tl.int64) * (BR * BT)
+
     for i_t in range(BT):
         o_m = i_row + i_t * BR + tl.arange(0, BR)
         p_x = o_m[:, None] * D + o_d[None, :]
         m_x = (o_m < M)[:, None]
         b_x = tl.load(x + p_x, mask=m_x, other=0.0)
-        b_gate = tl.load(gate + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_gate = tl.load(gate + p_x, mask=m_x, other=0.0)
         b_x = b_x.to(tl.float32)
+        b_gate = b_gate.to(tl.float32)
+
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
         b_sigmoid = sigmoid(b_gate)
         b_active = b_sigmoid

@@ -19,10 +19,10 @@ these rows in their order.
     partial  [P, DS]  fp32  scratch: sums of programs for gradients of parameters
 
 Problem: gated_rms_norm bf16, size=96, activation=silu
-Config:  BR=16 BT=32 language=triton num_stages=1 num_warps=1
-Template digest d1e181cb22312842; made by
+Config:  BR=16 BT=32 early=0 language=triton num_stages=1 num_warps=1
+Template digest 9988cda569d89960; made by
     gdn2gen generate --dtype bf16 --with=size:96,activation:silu --stage gated_norm_backward \
-      --config BR=16,BT=32,language=triton,num_stages=1,num_warps=1
+      --config BR=16,BT=32,early=0,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -31,7 +31,7 @@ import triton.language as tl
 
 BR, BT = 16, 32
 D, BD = 96, 128
-BP, BC = 256, 16  # rows of partial sums that are added at once, and channels of a program that adds
+BP, BC = 1024, 8  # rows of partial sums that are added at once, and channels of a program that adds
 
 
 @triton.jit
@@ -69,25 +69,31 @@ def gated_norm_backward_kernel(
     b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     i_row = tl.program_id(0).to(tl.int64) * (BR * BT)
     b_sum = tl.zeros([BR, BD], tl.float32)
+
     for i_t in range(BT):
         o_m = i_row + i_t * BR + tl.arange(0, BR)
         p_x = o_m[:, None] * D + o_d[None, :]
         m_x = (o_m < M)[:, None] & m_d
         b_x = tl.load(x + p_x, mask=m_x, other=0.0)
         b_gate = tl.load(gate + p_x, mask=m_x, other=0.0)
-        b_dy = tl.load(dy + p_x, mask=m_x, other=0.0).to(tl.float32)
-        b_x, b_gate = b_x.to(tl.float32), b_gate.to(tl.float32)
+        b_dy = tl.load(dy + p_x, mask=m_x, other=0.0)
+        b_x = b_x.to(tl.float32)
+        b_gate = b_gate.to(tl.float32)
+        b_dy = b_dy.to(tl.float32)
+
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
         b_sigmoid = sigmoid(b_gate)
         b_active = b_gate * b_sigmoid
         b_xhat = b_x * b_rstd
-        b_dy_xhat = b_dy * b_xhat
-        b_sum += b_dy_xhat * b_active
-        b_mean = (tl.sum(b_dy_xhat * b_active * b_w, 1) / D)[:, None]
-        b_dx = b_rstd * (b_dy * b_active * b_w - b_xhat * b_mean)
-        b_dgate = b_dy_xhat * b_w * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
-        tl.store(dx + p_x, b_dx.to(tl.bfloat16), mask=m_x)
-        tl.store(dgate + p_x, b_dgate.to(tl.bfloat16), mask=m_x)
+        b_slope = b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+        # before the sum over channels, beside which fewer numbers then wait
+        tl.store(dgate + p_x, (b_dy * b_w * b_xhat * b_slope).to(tl.bfloat16), mask=m_x)
+        b_dxhat = b_dy * b_active
+        b_sum += b_dxhat * b_xhat
+        b_dxhat *= b_w
+        b_mean = (tl.sum(b_dxhat * b_xhat, 1) / D)[:, None]
+        tl.store(dx + p_x, (b_rstd * (b_dxhat - b_xhat * b_mean)).to(tl.bfloat16), mask=m_x)
+
     p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
     tl.store(p_partial, tl.sum(b_sum, 0), mask=o_d < D)
 
@@ -128,5 +134,5 @@ def launch(
     n_blocks = triton.cdiv(units * 8, BC)
     sum_kernel[(n_blocks,)](
         partial, dweight, n_programs, units,
-        BP=BP, BC=BC, num_warps=4, num_stages=1,
+        BP=BP, BC=BC, num_warps=8, num_stages=1,
     )  # fmt: skip

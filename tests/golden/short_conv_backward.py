@@ -19,18 +19,18 @@ What a program adds up of dweight is a row of `partial`, and sum_kernel adds the
     partial  [P, W+1, DS]  fp32  scratch: sums of programs for gradients of parameters
 
 Problem: short_convolution bf16, weight_dtype=fp32, tensors=1, width=3, bias
-Config:  BD=128 BR=4 BT=32 ahead=1 language=triton num_stages=1 num_warps=1
-Template digest b19ef0671cda095a; made by
+Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton num_stages=1 num_warps=1
+Template digest da1c3161f5941c0b; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32,tensors:1,width:3,bias --stage \
       short_conv_backward --config \
-      BD=128,BR=4,BT=32,ahead=1,language=triton,num_stages=1,num_warps=1
+      BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
 import triton.language as tl
 
 
-BR, BT, BD = 4, 32, 128
+BR, BT, BD = 4, 32, 64
 BP, BC = 32, 64  # rows of partial sums that are added at once, and channels of a program that adds
 W = 3  # taps
 
@@ -49,7 +49,7 @@ def sigmoid(x):
     return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-@triton.jit(do_not_specialize=["B", "T", "units", "x_row"])
+@triton.jit(do_not_specialize=["B", "T", "units", "x_row", "dx_row"])
 def short_conv_backward_kernel(
     x,
     weight,
@@ -61,6 +61,7 @@ def short_conv_backward_kernel(
     T,
     units,
     x_row,
+    dx_row,
     BR: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -78,19 +79,27 @@ def short_conv_backward_kernel(
     i_row = i_n.to(tl.int64) * T + i_first
     n_rows = tl.where(i_n < B, tl.minimum(T - i_first, BT), 0)
     p_x = x + i_row[:, None] * (x_row * 8) + o_d[None, :]
-    b_w0 = tl.load(weight + o_d * 3, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w1 = tl.load(weight + o_d * 3 + 1, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w2 = tl.load(weight + o_d * 3 + 2, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_bias = tl.load(bias + o_d, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-
     p_dy = dy + i_row[:, None] * n_d + o_d[None, :]
-    p_dx = dx + i_row[:, None] * n_d + o_d[None, :]
+    p_dx = dx + i_row[:, None] * (dx_row * 8) + o_d[None, :]
     b_place = i_first
     m_run = (n_rows > 0)[:, None] & m_d
     m_earlier = (b_place >= 2)[:, None]
     b_x0 = tl.load(p_x - 2 * x_row * 8, mask=m_run & m_earlier, other=0.0).to(tl.float32)
     m_earlier = (b_place >= 1)[:, None]
     b_x1 = tl.load(p_x - 1 * x_row * 8, mask=m_run & m_earlier, other=0.0).to(tl.float32)
+
+    # of the tokens after the run, those that hand something back to it
+    n_after = tl.where(i_n < B, tl.minimum(T - i_first, BT + 2), 0)
+    m_t = (0 < n_after)[:, None] & m_d
+    b_row0 = tl.load(p_x + 0 * x_row * 8, mask=m_t, other=0.0)
+    b_dy0 = tl.load(p_dy + 0 * n_d, mask=m_t, other=0.0)
+    m_t = (1 < n_after)[:, None] & m_d
+    b_row1 = tl.load(p_x + 1 * x_row * 8, mask=m_t, other=0.0)
+    b_dy1 = tl.load(p_dy + 1 * n_d, mask=m_t, other=0.0)
+    b_w0 = tl.load(weight + o_d * 3, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
+    b_w1 = tl.load(weight + o_d * 3 + 1, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
+    b_w2 = tl.load(weight + o_d * 3 + 2, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
+    b_bias = tl.load(bias + o_d, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
 
     # dx of the last tokens, the nearest first, as far as it is known
     b_dx1 = tl.zeros([BR, BD], tl.float32)
@@ -100,17 +109,18 @@ def short_conv_backward_kernel(
     b_sum2 = tl.zeros([BR, BD], tl.float32)
     b_sum3 = tl.zeros([BR, BD], tl.float32)
 
-    for i_t in range(0, BT, 1):
-        m_t0 = (i_t < n_rows)[:, None] & m_d
-        b_x2 = tl.load(p_x + i_t * x_row * 8, mask=m_t0, other=0.0)
-        b_dy0 = tl.load(p_dy + i_t * n_d, mask=m_t0, other=0.0)
-        b_x2 = b_x2.to(tl.float32)
+    for i_t in range(0, BT, 2):
+        b_x2 = b_row0.to(tl.float32)
+        b_d = b_dy0.to(tl.float32)
+        m_t = (i_t + 2 < n_after)[:, None] & m_d
+        b_row0 = tl.load(p_x + (i_t + 2) * x_row * 8, mask=m_t, other=0.0)
+        b_dy0 = tl.load(p_dy + (i_t + 2) * n_d, mask=m_t, other=0.0)
         b_pre = b_x0 * b_w0
         b_pre = b_pre + b_x1 * b_w1
         b_pre = b_pre + b_x2 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_dy0.to(tl.float32) * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
+        b_dpre = b_d * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
         b_sum0 += b_dpre * b_x0
         b_sum1 += b_dpre * b_x1
         b_sum2 += b_dpre * b_x2
@@ -119,43 +129,58 @@ def short_conv_backward_kernel(
         b_dx2 = b_dx1 + b_dpre * b_w1
         b_dx1 = b_dpre * b_w2
         m_dx = (i_t - 2 >= 0) & (i_t - 2 < n_rows)[:, None] & m_d
-        tl.store(p_dx + (i_t - 2) * n_d, b_dx.to(tl.bfloat16), mask=m_dx)
-        b_x0 = b_x1
-        b_x1 = b_x2
+        tl.store(p_dx + (i_t - 2) * dx_row * 8, b_dx.to(tl.bfloat16), mask=m_dx)
+        b_x3 = b_row1.to(tl.float32)
+        b_d = b_dy1.to(tl.float32)
+        m_t = (i_t + 3 < n_after)[:, None] & m_d
+        b_row1 = tl.load(p_x + (i_t + 3) * x_row * 8, mask=m_t, other=0.0)
+        b_dy1 = tl.load(p_dy + (i_t + 3) * n_d, mask=m_t, other=0.0)
+        b_pre = b_x1 * b_w0
+        b_pre = b_pre + b_x2 * b_w1
+        b_pre = b_pre + b_x3 * b_w2
+        b_pre = b_pre + b_bias
+        b_sigmoid = sigmoid(b_pre)
+        b_dpre = b_d * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
+        b_sum0 += b_dpre * b_x1
+        b_sum1 += b_dpre * b_x2
+        b_sum2 += b_dpre * b_x3
+        b_sum3 += b_dpre
+        b_dx = b_dx2 + b_dpre * b_w0
+        b_dx2 = b_dx1 + b_dpre * b_w1
+        b_dx1 = b_dpre * b_w2
+        m_dx = (i_t - 1 >= 0) & (i_t - 1 < n_rows)[:, None] & m_d
+        tl.store(p_dx + (i_t - 1) * dx_row * 8, b_dx.to(tl.bfloat16), mask=m_dx)
+        b_x0 = b_x2
+        b_x1 = b_x3
 
     # what the tokens after the run hand back to its last ones
     i_t = BT
-    n_after = tl.where(i_n < B, T - i_first, 0)
-    m_t0 = (i_t < n_after)[:, None] & m_d
-    b_x2 = tl.load(p_x + i_t * x_row * 8, mask=m_t0, other=0.0)
-    b_dy0 = tl.load(p_dy + i_t * n_d, mask=m_t0, other=0.0)
-    m_t1 = (i_t + 1 < n_after)[:, None] & m_d
-    b_x3 = tl.load(p_x + (i_t + 1) * x_row * 8, mask=m_t1, other=0.0)
-    b_dy1 = tl.load(p_dy + (i_t + 1) * n_d, mask=m_t1, other=0.0)
-    b_x2 = b_x2.to(tl.float32)
+    b_x2 = b_row0.to(tl.float32)
+    b_d = b_dy0.to(tl.float32)
     b_pre = b_x0 * b_w0
     b_pre = b_pre + b_x1 * b_w1
     b_pre = b_pre + b_x2 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_dy0.to(tl.float32) * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
+    b_dpre = b_d * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2
     m_dx = (i_t - 2 < n_rows)[:, None] & m_d
-    tl.store(p_dx + (i_t - 2) * n_d, b_dx.to(tl.bfloat16), mask=m_dx)
-    b_x3 = b_x3.to(tl.float32)
+    tl.store(p_dx + (i_t - 2) * dx_row * 8, b_dx.to(tl.bfloat16), mask=m_dx)
+    b_x3 = b_row1.to(tl.float32)
+    b_d = b_dy1.to(tl.float32)
     b_pre = b_x1 * b_w0
     b_pre = b_pre + b_x2 * b_w1
     b_pre = b_pre + b_x3 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_dy1.to(tl.float32) * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
+    b_dpre = b_d * b_sigmoid * (1.0 + b_pre * (1.0 - b_sigmoid))
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2
     m_dx = (i_t - 1 < n_rows)[:, None] & m_d
-    tl.store(p_dx + (i_t - 1) * n_d, b_dx.to(tl.bfloat16), mask=m_dx)
+    tl.store(p_dx + (i_t - 1) * dx_row * 8, b_dx.to(tl.bfloat16), mask=m_dx)
 
     n_all = n_d
     p_partial = partial + i_p.to(tl.int64) * (4 * n_all) + o_d
@@ -193,13 +218,13 @@ def sum_kernel(
 
 
 def launch(
-    x, weight, bias, dy, dx, dweight, dbias, partial, *, B, T, units, x_row
+    x, weight, bias, dy, dx, dweight, dbias, partial, *, B, T, units, x_row, dx_row
 ):
     """Gradients of B rows of tokens on the current stream."""
     n_blocks = triton.cdiv(units * 8, BD)
     n_programs = triton.cdiv(B * triton.cdiv(T, BT), BR)
     short_conv_backward_kernel[(n_programs * n_blocks,)](
-        x, weight, bias, dy, dx, partial, B, T, units, x_row,
+        x, weight, bias, dy, dx, partial, B, T, units, x_row, dx_row,
         BR=BR, BT=BT, BD=BD,
         num_warps=1, num_stages=1,
     )  # fmt: skip

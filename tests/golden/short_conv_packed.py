@@ -25,17 +25,17 @@ holds the last inputs in registers, so that each is read once.
     sequence       [T]          int32  number of the sequence that each token is of
 
 Problem: short_convolution bf16, packed, initial_tail, final_tail
-Config:  BD=256 BR=4 BT=32 ahead=2 language=triton num_stages=1 num_warps=1
-Template digest ce4379a891676788; made by
+Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton num_stages=1 num_warps=1
+Template digest aa5ea25500a5a943; made by
     gdn2gen generate --dtype bf16 --with=packed,initial_tail,final_tail --stage short_conv \
-      --config BD=256,BR=4,BT=32,ahead=2,language=triton,num_stages=1,num_warps=1
+      --config BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
 import triton.language as tl
 
 
-BR, BT, BD = 4, 32, 256
+BR, BT, BD = 4, 32, 64
 BN = 128  # tokens that a program of place_kernel looks up
 
 
@@ -100,11 +100,6 @@ def short_conv_kernel(
     i_row = i_first.to(tl.int64)
     n_rows = tl.minimum(T - i_first, BT)
     p_x = x + i_row[:, None] * (x_row * 8) + o_d[None, :]
-    b_w0 = tl.load(weight + o_d * 4, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w1 = tl.load(weight + o_d * 4 + 1, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w2 = tl.load(weight + o_d * 4 + 2, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w3 = tl.load(weight + o_d * 4 + 3, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-
     p_y = y + i_row[:, None] * n_d + o_d[None, :]
     b_place = tl.load(place + i_first, mask=n_rows > 0, other=0)
     i_n = tl.load(sequence + i_first, mask=n_rows > 0, other=0)
@@ -123,18 +118,27 @@ def short_conv_kernel(
     m_earlier = (b_place < 1)[:, None]
     b_x2 += tl.load(initial_tail + p_tail + 2 * n_d, mask=m_run & m_earlier, other=0.0).to(tl.float32)
 
+    m_t = (0 < n_rows)[:, None] & m_d
+    b_row0 = tl.load(p_x + 0 * x_row * 8, mask=m_t, other=0.0)
+    b_place0 = tl.load(place + i_first + 0, mask=0 < n_rows, other=3)
+    m_t = (1 < n_rows)[:, None] & m_d
+    b_row1 = tl.load(p_x + 1 * x_row * 8, mask=m_t, other=0.0)
+    b_place1 = tl.load(place + i_first + 1, mask=1 < n_rows, other=3)
+    b_taps = tl.load(weight.to(tl.pointer_type(tl.int64)) + o_d, mask=o_d < n_d, other=0)
+    b_w0 = b_taps.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w1 = (b_taps >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w2 = (b_taps >> 32).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w3 = (b_taps >> 48).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+
     for i_t in range(0, BT, 2):
-        m_t0 = (i_t < n_rows)[:, None] & m_d
-        b_x3 = tl.load(p_x + i_t * x_row * 8, mask=m_t0, other=0.0)
-        b_place0 = tl.load(place + i_first + i_t, mask=i_t < n_rows, other=3)
-        b_n0 = tl.load(sequence + i_first + i_t, mask=b_place0 == 0, other=0)
-        m_t1 = (i_t + 1 < n_rows)[:, None] & m_d
-        b_x4 = tl.load(p_x + (i_t + 1) * x_row * 8, mask=m_t1, other=0.0)
-        b_place1 = tl.load(place + i_first + i_t + 1, mask=i_t + 1 < n_rows, other=3)
-        b_n1 = tl.load(sequence + i_first + i_t + 1, mask=b_place1 == 0, other=0)
-        b_x3 = b_x3.to(tl.float32)
+        b_next0 = tl.load(place + i_first + i_t + 2, mask=i_t + 2 < n_rows, other=3)
+        b_next1 = tl.load(place + i_first + i_t + 3, mask=i_t + 3 < n_rows, other=3)
+        b_x3 = b_row0.to(tl.float32)
+        m_t = (i_t + 2 < n_rows)[:, None] & m_d
+        b_row0 = tl.load(p_x + (i_t + 2) * x_row * 8, mask=m_t, other=0.0)
         m_begins = (b_place0 == 0)[:, None]
-        p_tail = (b_n0.to(tl.int64) * 3)[:, None] * n_d + o_d[None, :]
+        b_n = tl.load(sequence + i_first + i_t, mask=b_place0 == 0, other=0)
+        p_tail = (b_n.to(tl.int64) * 3)[:, None] * n_d + o_d[None, :]
         b_tail = tl.load(initial_tail + p_tail, mask=m_begins & m_d, other=0.0).to(tl.float32)
         b_x0 = tl.where(m_begins, b_tail, b_x0)
         b_tail = tl.load(initial_tail + p_tail + 1 * n_d, mask=m_begins & m_d, other=0.0).to(tl.float32)
@@ -146,10 +150,14 @@ def short_conv_kernel(
         b_pre = b_pre + b_x2 * b_w2
         b_pre = b_pre + b_x3 * b_w3
         b_sigmoid = sigmoid(b_pre)
-        tl.store(p_y + i_t * n_d, (b_pre * b_sigmoid).to(tl.bfloat16), mask=m_t0)
-        b_x4 = b_x4.to(tl.float32)
+        m_t = (i_t < n_rows)[:, None] & m_d
+        tl.store(p_y + i_t * n_d, (b_pre * b_sigmoid).to(tl.bfloat16), mask=m_t)
+        b_x4 = b_row1.to(tl.float32)
+        m_t = (i_t + 3 < n_rows)[:, None] & m_d
+        b_row1 = tl.load(p_x + (i_t + 3) * x_row * 8, mask=m_t, other=0.0)
         m_begins = (b_place1 == 0)[:, None]
-        p_tail = (b_n1.to(tl.int64) * 3)[:, None] * n_d + o_d[None, :]
+        b_n = tl.load(sequence + i_first + i_t + 1, mask=b_place1 == 0, other=0)
+        p_tail = (b_n.to(tl.int64) * 3)[:, None] * n_d + o_d[None, :]
         b_tail = tl.load(initial_tail + p_tail, mask=m_begins & m_d, other=0.0).to(tl.float32)
         b_x1 = tl.where(m_begins, b_tail, b_x1)
         b_tail = tl.load(initial_tail + p_tail + 1 * n_d, mask=m_begins & m_d, other=0.0).to(tl.float32)
@@ -161,10 +169,13 @@ def short_conv_kernel(
         b_pre = b_pre + b_x3 * b_w2
         b_pre = b_pre + b_x4 * b_w3
         b_sigmoid = sigmoid(b_pre)
-        tl.store(p_y + (i_t + 1) * n_d, (b_pre * b_sigmoid).to(tl.bfloat16), mask=m_t1)
+        m_t = (i_t + 1 < n_rows)[:, None] & m_d
+        tl.store(p_y + (i_t + 1) * n_d, (b_pre * b_sigmoid).to(tl.bfloat16), mask=m_t)
         b_x0 = b_x2
         b_x1 = b_x3
         b_x2 = b_x4
+        b_place0 = b_next0
+        b_place1 = b_next1
 
 
 @triton.jit(do_not_specialize=["T", "N", "bits"])

@@ -18,10 +18,10 @@ A program takes BR sequences and BD channels.
     y2       [B, T, D]    bf16  output
 
 Problem: short_convolution bf16
-Config:  BD=64 BR=1 BT=1 ahead=1 language=triton num_stages=1 num_warps=1
-Template digest 3cffc21706ced3a3; made by
+Config:  BD=64 BR=1 BT=1 ahead=1 early=0 language=triton num_stages=1 num_warps=1
+Template digest 0033bb811d3c6fe7; made by
     gdn2gen generate --dtype bf16 --with= --stage short_conv_step --config \
-      BD=64,BR=1,BT=1,ahead=1,language=triton,num_stages=1,num_warps=1
+      BD=64,BR=1,BT=1,ahead=1,early=0,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -85,10 +85,12 @@ def short_conv_step_kernel(
     o_d = i_d * BD + tl.arange(0, BD)
     o_n = (i_p * BR + tl.arange(0, BR)).to(tl.int64)
     m_x = (o_n < N)[:, None] & (o_d < n_d)[None, :]
-    b_w0 = tl.load(weight + o_d * 4, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w1 = tl.load(weight + o_d * 4 + 1, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w2 = tl.load(weight + o_d * 4 + 2, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
-    b_w3 = tl.load(weight + o_d * 4 + 3, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
+    b_taps = tl.load(weight.to(tl.pointer_type(tl.int64)) + o_d, mask=o_d < n_d, other=0)
+    b_w0 = b_taps.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w1 = (b_taps >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w2 = (b_taps >> 32).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+    b_w3 = (b_taps >> 48).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)[None, :]
+
     p_tail = tail + o_n[:, None] * (3 * n_d) + o_d[None, :]
     b_x0 = tl.load(p_tail, mask=m_x, other=0.0).to(tl.float32)
     b_x1 = tl.load(p_tail + 1 * n_d, mask=m_x, other=0.0).to(tl.float32)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 import part_cases
+import projection_cases
 import pytest
 import torch
 from gpu_support import DEVICE
@@ -26,6 +27,12 @@ CONVOLUTIONS: Final = {
     ),
     "few": Convolution(channels=(264,), B=1, T=5, tail=True, dtype=FP16, width=3),
     "fp32": Convolution(B=2, T=517, channels=(128, 24), bias=True, width=2),
+    "loads when they are wanted": Convolution(
+        channels=(512, 256), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 4), ("BD", 256))
+    ),
+    "one turn": Convolution(
+        channels=(512,), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 16), ("BT", 16))
+    ),
     "views": Convolution(
         channels=(256, 256, 512), B=2, T=300, dtype=BF16, weight_dtype=FP32, views=True
     ),
@@ -35,6 +42,8 @@ NORMS: Final = {
     "few": Norm(rows=(3,), size=256, activation="sigmoid", dtype=FP16),
     "wide": Norm(rows=(2, 500), size=512, dtype=BF16, weight_dtype=FP32),
     "odd": Norm(rows=(2, 777), size=96, eps=0.1),
+    "loads early": Norm(rows=(2, 777), dtype=BF16, knobs=(("early", 1), ("BT", 4), ("BR", 8))),
+    "loads when they are wanted": Norm(rows=(777,), dtype=BF16, knobs=(("early", 0), ("BT", 16))),
 }
 
 
@@ -58,6 +67,14 @@ def test_steps() -> None:
 
 def test_no_length_leads_out_of_the_batch() -> None:
     part_cases.bad_lengths(str(DEVICE))
+
+
+def test_calls_like_one_before() -> None:
+    assert part_cases.known(str(DEVICE)) >= 11
+
+
+def test_projections_before_a_convolution() -> None:
+    assert projection_cases.convolved(str(DEVICE)) == 4
 
 
 def test_layouts_have_the_same_bits() -> None:

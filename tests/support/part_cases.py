@@ -6,16 +6,19 @@ the worst error over the largest value, or that all was well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
+from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import passes
+from gdn2gen.runtime import part_calls, parts, passes
 
 # By the coarsest dtype that rounds them.
 BOUNDS: Final = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -37,6 +40,8 @@ class Convolution:
     weight_dtype: torch.dtype | None = None
     views: bool = False
     """Of one packed projection."""
+    knobs: tuple[tuple[str, int], ...] = ()
+    """In place of those by the rule."""
     device: str = "cpu"
 
     def inputs(self) -> dict[str, list[Tensor]]:
@@ -67,6 +72,11 @@ class Convolution:
 
 def convolve(case: Convolution) -> float:
     """y, gradients and tails; without gradients the same bits."""
+    with forced(("short_conv", "short_conv_backward"), case.knobs):
+        return _convolve(case)
+
+
+def _convolve(case: Convolution) -> float:
     given, cu_seqlens = case.inputs(), case.cu_seqlens()
     tail = given.pop("tail", None)
     leaves = {name: [_leaf(part) for part in group] for name, group in given.items()}
@@ -96,6 +106,18 @@ def convolve(case: Convolution) -> float:
     right = torch.autograd.grad(wanted, _flat(exact), [part.double() for part in towards])
     assert all(torch.equal(a.double(), b) for a, b in zip(final, last, strict=True))
     return _worst([*y, *found], [*wanted, *right])
+
+
+@contextmanager
+def forced(stages: tuple[str, ...], knobs: tuple[tuple[str, int], ...]) -> Iterator[None]:
+    """Stages with these knobs, where there are any."""
+    for stage in stages:
+        parts.force(stage, dict(knobs) or None)
+    try:
+        yield
+    finally:
+        for stage in stages:
+            parts.force(stage, None)
 
 
 def step(case: Convolution) -> bool:
@@ -134,11 +156,17 @@ class Norm:
     eps: float = 1e-5
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None
+    knobs: tuple[tuple[str, int], ...] = ()
     device: str = "cpu"
 
 
 def norm(case: Norm) -> float:
     """y and gradients, twice the same."""
+    with forced(("gated_norm", "gated_norm_backward"), case.knobs):
+        return _norm(case)
+
+
+def _norm(case: Norm) -> float:
     torch.manual_seed(0)
     wide = case.weight_dtype or case.dtype
     x, gate = (torch.randn(*case.rows, case.size).to(case.device, case.dtype) for _ in range(2))
@@ -200,3 +228,51 @@ def _worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
         assert one.isfinite().all()
         errors.append(float((one.double() - other).abs().max() / other.abs().max()))
     return max(errors)
+
+
+def known(device: str = "cpu") -> int:
+    """Calls like one before give its bits, by what was kept of it; how many of them were.
+
+    With a gradient and without, of views, and of a saved tensor that a hook laid out anew.
+    """
+    torch.manual_seed(0)
+    part_calls.KNOWN.clear()
+    whole = torch.randn(2, 9, 40, device=device)
+    x = [_leaf(whole[..., :16]), _leaf(whole[..., 16:])]
+    weight = [_leaf(torch.randn(part.shape[2], 4, device=device)) for part in x]
+    shapes = (5, 16), (5, 16), (16,)
+    rows, gate, scale = (_leaf(torch.randn(*shape, device=device)) for shape in shapes)
+    seen: list[Any] = []
+    look = part_calls.KNOWN.seen
+
+    def watched(*given: Any) -> Any:
+        seen.append(look(*given))
+        return seen[-1]
+
+    def run() -> list[Tensor]:
+        y = [*short_convolution(x, weight)[0], gated_rms_norm(rows, gate, scale)]
+        if not torch.is_grad_enabled():
+            return y
+        into = [*x, *weight, rows, gate, scale]
+        return [*y, *torch.autograd.grad(y, into, [part.detach().clone() for part in y])]
+
+    wanted = run()
+    anew = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.new_empty(*t.shape, 2)[..., 0].copy_(t)
+    )
+    with (
+        patch.object(ops, "interpreted", lambda: False),
+        patch.object(part_calls.KNOWN, "seen", watched),
+    ):
+        for _ in range(3):
+            assert all(map(torch.equal, run(), wanted))
+        with torch.no_grad():
+            assert all(map(torch.equal, run(), wanted)) and all(map(torch.equal, run(), wanted))
+        with anew:
+            assert all(map(torch.equal, run(), wanted))
+        rows = _leaf(
+            rows.new_empty(16, 5).t().copy_(rows.detach())
+        )  # another kind, which is copied
+        assert all(map(torch.equal, run(), wanted))
+    part_calls.KNOWN.clear()
+    return sum(call is not None for call in seen)

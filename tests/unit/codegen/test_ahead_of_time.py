@@ -431,10 +431,11 @@ _PARTS: Final = {
 }
 # Registers a thread that leave as many warps to a multiprocessor as the memory's speed asks for.
 _REGISTERS: Final = {
-    "short_conv-plain": 128,
+    "short_conv-plain": 80,
+    "short_conv-packed": 128,
     "short_conv_backward-plain": 128,
     "gated_norm-norm": 64,
-    "gated_norm_backward-norm": 96,
+    "gated_norm_backward-norm": 80,
 }
 
 

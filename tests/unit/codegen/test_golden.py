@@ -347,8 +347,10 @@ OUTPUTS: Final = {
     "state_slots.py": _state_slots,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
-    "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, BD=256, ahead=2),
-    "short_conv_backward.py": partial(_part, "short_conv_backward", _WITH_BIAS, BR=4, BD=128),
+    "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
+    "short_conv_backward.py": partial(
+        _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1
+    ),
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),

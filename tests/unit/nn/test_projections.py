@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gdn2gen.nn import GatedDeltaNet2, KimiDeltaAttention, projections
 from gdn2gen.nn.projections import Projected
+from gdn2gen.runtime.room import Room
 
 
 @pytest.fixture
@@ -46,6 +47,41 @@ def test_a_layers_gradients_are_autograds(
     assert chained == [True]
     for a, b in zip(found, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_lie_where_the_product_wants_them(interpreter: Callable[..., int]) -> None:
+    assert interpreter("projection_cases:convolved") == 4
+
+
+def test_gradients_that_lie_elsewhere() -> None:
+    room = Room.of([8, 16], 3)
+    assert room.columns == 32
+    like = torch.zeros(1, dtype=torch.float16)
+    one, other = room.empty(2, 5, like), room.empty(2, 5, like)
+    whole = room.holding(one)
+    assert whole is not None and whole.shape == (10, 32)
+    assert whole.data_ptr() == one[0].data_ptr()
+    assert room.holding([one[0], other[1]]) is None
+    assert room.holding([one[0], one[1].clone()]) is None
+    assert room.holding([one[1], one[0]]) is None
+    assert room.holding([None, one[1]]) is None
+    assert Room.of([8, 16], 12).holding(one) is None
+    assert Room.of([], 3).holding([]) is None
+
+
+@pytest.mark.parametrize("many", [1, 10**6])
+def test_narrow_ones_without_gradients(
+    many: int, chained: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "_gains", lambda x: x.numel() >= many)
+    modules = [nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 5))]
+    modules.append(nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 4, bias=False)))
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        tokens = Projected(x, modules)
+        for module in modules:
+            torch.testing.assert_close(tokens.by(module), module(x))
+    assert chained == [many == 1]
 
 
 def test_what_gives_no_gradient_adds_none(chained: list[bool]) -> None:

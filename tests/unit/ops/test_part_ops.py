@@ -27,6 +27,12 @@ CONVOLUTIONS: Final = {
     "views": Convolution(channels=(64, 24), dtype=BF16, tail=True, views=True, T=40),
     "fp32 weights": Convolution(channels=(136,), dtype=BF16, weight_dtype=FP32, lengths=(21, 19)),
     "fp16": Convolution(channels=(8, 16), dtype=FP16, B=1, T=35),
+    "two taps": Convolution(channels=(24,), width=2, dtype=BF16, bias=True, T=18),
+    "loads when they are wanted": Convolution(T=37, knobs=(("early", 0), ("ahead", 2))),
+    "loads of part of what is after": Convolution(
+        channels=(16, 8), T=37, lengths=(5, 1, 12, 19), tail=True, knobs=(("ahead", 2),)
+    ),
+    "one turn": Convolution(channels=(8,), T=35, knobs=(("ahead", 16), ("BT", 16))),
 }
 NORMS: Final = {
     "silu": Norm(),
@@ -34,6 +40,8 @@ NORMS: Final = {
     "fp32 weights": Norm(dtype=BF16, weight_dtype=FP32, size=256, rows=(2, 5, 3)),
     "narrow": Norm(dtype=FP16, size=8, rows=(70,)),
     "wide": Norm(size=512, rows=(1,)),
+    "loads when they are wanted": Norm(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 4))),
+    "loads early": Norm(size=96, rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
 }
 
 
@@ -56,6 +64,11 @@ def test_steps(interpreter: Check) -> None:
 def test_no_length_leads_out_of_the_batch(interpreter: Check) -> None:
     part_cases.bad_lengths()
     interpreter("part_cases:bad_lengths")
+
+
+def test_calls_like_one_before(interpreter: Check) -> None:
+    # of seven pairs of calls all but the first, and one of other rows
+    assert interpreter("part_cases:known") == 14 - 2 - 1
 
 
 def test_compiled(interpreter: Check) -> None:

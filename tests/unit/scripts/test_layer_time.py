@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,14 @@ def test_ours_come_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = kept.read_text()
     assert "| layer kda | forward+backward | 2.0000 | - | - | 7.0000 | 3.50 |" in said
     assert "| layer gla | forward | 2.0000 | - | - | - | - |" in said
+
+
+def test_both_sides_have_the_same_sizes() -> None:
+    """Named for theirs, and of ours by default: GatedDeltaNet's values are twice its keys."""
+    for member, theirs in layer_time.OTHERS.items():
+        parameters = inspect.signature(layer_time.MIXERS[member]).parameters
+        usual = {name: x.default for name, x in parameters.items()}
+        ours = usual | layer_time.OURS.get(member, layer_time.SIZES)
+        for name in ("num_heads", "head_dim", "expand_v"):
+            if name in theirs and not member.startswith("mamba"):
+                assert ours[name] == theirs[name], f"{name} of {member}"
