@@ -325,6 +325,25 @@ def check_capacity(use_graph: object, max_num_seqs: object, cu_seqlens: object) 
         )
 
 
+def check_order(cu_seqlens: object, cu_seqlens_cpu: object, safe_gate: object) -> None:
+    """Of `chunk_gdn2`, where A_log and dt_bias once had the places of cu_seqlens and its copy, and
+    these those after: what was given so cannot be what these are. Raises InputError."""
+    for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            raise InputError(f"{name} must be int32 or int64, but got {x.dtype}; {_ORDER}")
+    if safe_gate is None or isinstance(safe_gate, Tensor):
+        found = "None" if safe_gate is None else f"a tensor of shape {tuple(safe_gate.shape)}"
+        raise InputError(f"safe_gate must be True or False, but got {found}; {_ORDER}")
+
+
+_ORDER: Final = (
+    "arguments by place come in flash-linear-attention 0.6.0's order (..., use_gate_in_kernel, "
+    "cu_seqlens, cu_seqlens_cpu, safe_gate, lower_bound, disable_recompute, "
+    "return_intermediate_states, state_v_first, A_log, dt_bias), and A_log and dt_bias no longer "
+    "before cu_seqlens: give them by name"
+)
+
+
 FLAGS = (
     "use_qk_l2norm_in_kernel",
     "use_gate_in_kernel",
