@@ -25,6 +25,7 @@ from gdn2gen.runtime.arguments import (
     is_traced,
     is_watched,
 )
+from gdn2gen.runtime.call import rows_of
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.lookup import find_runner, request_at
@@ -79,7 +80,7 @@ def call(
             if ready is not None:
                 o, state = ready.run(tensors)
                 return o, state if output_final_state else None
-            key = None if is_watched(tensors) else _key(short, given)
+            key = None if is_watched(tensors) else _key(short, given, signature, tensors)
             ready = None if key is None else _ready.get(key)
             if ready is not None:
                 if _is_as_kernels_take(signature, tensors, given, ready.dims):
@@ -100,7 +101,7 @@ def call(
         head_dims = check_head_dims(
             signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V
         )
-        tensors = _as_kernels_take(signature, tensors, dims)
+        tensors = _as_kernels_take(signature, tensors, dims, apart=not watched)
     options = (
         factor,
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
@@ -115,7 +116,7 @@ def call(
         )
     level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
-        _ready.keep(key, _Ready(dims, options, level))
+        _ready.keep(key, _Ready(dims, options, level, rows_of(signature, tensors)))
     o, state = autograd.run(
         op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
     )
@@ -125,8 +126,14 @@ def call(
 class _Ready:
     """A kind of call that has passed every check on what is not a value, and its kernels."""
 
-    def __init__(self, dims: Dims, options: tuple[Any, ...], level: str) -> None:
-        self.dims, self._options, self._level = dims, options, level
+    def __init__(
+        self,
+        dims: Dims,
+        options: tuple[Any, ...],
+        level: str,
+        rows: tuple[tuple[str, int], ...],
+    ) -> None:
+        self.dims, self._options, self._level, self._rows = dims, options, level, rows
         self._runners: dict[bool, SizedRunner] = {}
 
     def run(self, tensors: Sequence[Tensor | None], known: bool = True) -> Outputs:
@@ -144,7 +151,7 @@ class _Ready:
     def _runner(self, gradient: bool) -> SizedRunner:
         found = self._runners.get(gradient)
         if found is None:
-            request = request_at(self.dims, *self._options)
+            request = request_at(self.dims, *self._options, rows=self._rows)
             found = self._runners[gradient] = find_runner(request, self._level, gradient)
         return found
 
@@ -181,13 +188,23 @@ def _short_key(
     )
 
 
-def _key(short: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """The same with what the tensors are. Those that `is_watched` looked at."""
+def _key(
+    short: tuple[Any, ...],
+    given: Sequence[Tensor],
+    signature: Signature,
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Any, ...] | None:
+    """The same with what the tensors are, and how those lie whose rows may lie apart. Of tensors
+    that `is_watched` looked at."""
     device = device_of(given)
     if device is None:
         return None
     try:
-        return (*short, device, *map(_LOOK, given))
+        key = (*short, device, *map(_LOOK, given))
+        if signature.apart:
+            lying = [tensors[place] for place in signature.apart]
+            key = (*key, *[None if x is None else x.stride() for x in lying])
+        return key
     except RuntimeError:  # what is nested has no shape
         return None
 
@@ -208,17 +225,22 @@ _LOOK: Final = attrgetter("shape", "dtype", "layout")
 
 
 def _as_kernels_take(
-    signature: Signature, tensors: tuple[Tensor | None, ...], dims: Dims
+    signature: Signature, tensors: tuple[Tensor | None, ...], dims: Dims, *, apart: bool = True
 ) -> tuple[Tensor | None, ...]:
     """Row after row, and parameters in fp32 with all their dims; float64 only the reference takes.
+    With `apart`, rows of those that kernels read so may lie apart.
 
     Raises InputError for that.
     """
+    left = {x for x, _ in rows_of(signature, tensors)} if apart and signature.apart else ()
     for place in (0, signature.gate, *signature.states):
         x = tensors[place]
         if x is not None:
             check_narrow(signature.shown[place], x.dtype)
-    found = [None if x is None else x.contiguous() for x in tensors]
+    found = [
+        x if x is None or name in left else x.contiguous()
+        for name, x in zip(signature.names, tensors, strict=True)
+    ]
     for place in signature.parameters:
         x = found[place]
         if x is not None:
