@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
     by_kernels,
     check_arguments,
-    check_beta,
-    check_chunk_size,
-    check_flags,
-    check_gate,
     check_narrow,
-    check_scale,
-    device_of,
     is_traced,
     is_watched,
 )
@@ -29,11 +23,17 @@ from gdn2gen.runtime.call import rows_of
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.lookup import find_runner, request_at
+from gdn2gen.runtime.options import (
+    check_beta,
+    check_chunk_size,
+    check_flags,
+    check_gate,
+    check_scale,
+)
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
 from gdn2gen.store.dispatch import surroundings
-from gdn2gen.store.verified import current_look
 
 
 def call(
@@ -73,8 +73,9 @@ def call(
     serves = return_intermediate_states or serving is not NOT_SERVING
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
-        short = _short_key(signature, tensors, flags, scale, lower_bound, chunk_size)
-        if short is not None:
+        around = by_kernels, *surroundings()
+        short = short_key(signature, tensors, flags, (scale, lower_bound), around)
+        if short is not None and chunk_size is None:
             given = [x for x in tensors if x is not None]
             ready = _ready.seen(short, given)
             if ready is not None:
@@ -158,34 +159,6 @@ class _Ready:
 
 Outputs = tuple[Tensor, Tensor | None]
 _ready: Kinds[_Ready] = Kinds(1024)
-# A number that is equal may be of a type that is refused: True is 1.
-_NUMBERS: Final = frozenset({float, int, NoneType})
-
-
-def _short_key(
-    signature: Signature,
-    tensors: tuple[Tensor | None, ...],
-    flags: tuple[bool, ...],
-    scale: Any,
-    lower_bound: Any,
-    chunk_size: Any,
-) -> tuple[Any, ...] | None:
-    """All that the checks and the kernels of a call depend on, but for values, and for what its
-    tensors are; None where there is no telling."""
-    numbers = type(scale), type(lower_bound)
-    if not _NUMBERS.issuperset(numbers) or chunk_size is not None:
-        return None
-    return (
-        signature,
-        *map(type, tensors),
-        *flags,
-        scale,
-        lower_bound,
-        *numbers,
-        by_kernels,
-        current_look(),
-        *surroundings(),
-    )
 
 
 def _key(
@@ -194,19 +167,9 @@ def _key(
     signature: Signature,
     tensors: tuple[Tensor | None, ...],
 ) -> tuple[Any, ...] | None:
-    """The same with what the tensors are, and how those lie whose rows may lie apart. Of tensors
-    that `is_watched` looked at."""
-    device = device_of(given)
-    if device is None:
-        return None
-    try:
-        key = (*short, device, *map(_LOOK, given))
-        if signature.apart:
-            lying = [tensors[place] for place in signature.apart]
-            key = (*key, *[None if x is None else x.stride() for x in lying])
-        return key
-    except RuntimeError:  # what is nested has no shape
-        return None
+    """With how those lie whose rows may lie apart; all others may be copied."""
+    apart = [x for place in signature.apart if (x := tensors[place]) is not None]
+    return whole_key(short, given, _LOOK, lambda _: [x.stride() for x in apart])
 
 
 def _is_as_kernels_take(

@@ -22,8 +22,8 @@ from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
 from gdn2gen.ops._prefill import serving_of
-from gdn2gen.runtime.arguments import check_capacity, check_order
 from gdn2gen.runtime.autograd import op_of
+from gdn2gen.runtime.options import check_capacity, check_order
 from gdn2gen.runtime.signature import renamed
 
 _GDN2: Final = op_of(GDN2)
