@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.family.recurrence import (
@@ -41,7 +40,7 @@ MAMBA2: Final = Recurrence(
     inputs=(
         QUERY,
         KEY,
-        replace(VALUE, apart=True),
+        VALUE,
         Input(
             "dt", "B T HV",
             "step, >= 0: what a token decays by and writes; with `use_gate_in_kernel` before "

@@ -117,7 +117,7 @@ SCAN_GROUP: Final = Stage(
     inputs=(_V, *QK, *_STEPS, _SCORES, _SKIP, _GATE, *INITIAL, *SEQUENCES),
     outputs=(OUTPUT, S_SEG, Operand("final_state", "N HV K V", "fp32", "final_state")),
     scalars=_SCAN_SCALARS,
-    rows=("v", "z"),
+    rows=("z",),
     count="n_sequences",
     products=("K V BT", "BT V K", "BT V BT"),
     forms=(_SERIAL,),
@@ -142,7 +142,7 @@ RESCAN_GROUP: Final = Stage(
     ),
     outputs=(H, Operand("dz", "B T HV V", when="z"), _DY, replace(_DD, when="D and z")),
     scalars=_SCAN_SCALARS,
-    rows=("v", "z"),
+    rows=("z",),
     count="n_sequences",
     products=("K V BT",),
     forms=(
@@ -251,7 +251,7 @@ GRAD_GROUP: Final = Stage(
         replace(_DD, when="D, no z"),
     ),
     scalars=_SCALARS,
-    rows=("dt", "v"),
+    rows=("dt",),
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
     products=("BT K V", "BT K V", "BT BT V"),
     forms=(_INSIDE, _APART),

@@ -50,7 +50,7 @@ that. No term of it is taken from another, so that it is exact however strong th
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=apart
-Template digest 9cc30f36030154c7; made by
+Template digest fe999306e5242a51; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=apart
@@ -67,7 +67,7 @@ PAIR_WARPS = 4
 BH = 16  # heads of a program of fold_parts_kernel
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "v_row"])
+@triton.jit(do_not_specialize=["T", "H", "HV"])
 def pair_group_kernel(
     q,
     k,
@@ -83,7 +83,6 @@ def pair_group_kernel(
     T,
     H,
     HV,
-    v_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -121,8 +120,7 @@ def pair_group_kernel(
         o_v = tl.arange(0, V)
         p_o = (i_start * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
         b_do = tl.load(dy + p_o, mask=m_t[:, None], other=0.0)
-        p_v = i_start * (v_row * 8) + i_h * V + o_t[:, None] * (v_row * 8) + o_v[None, :]
-        b_v = tl.load(v + p_v, mask=m_t[:, None], other=0.0)
+        b_v = tl.load(v + p_o, mask=m_t[:, None], other=0.0)
         b_dP = tl.dot(b_v, tl.trans(b_do))
         b_log_decay = tl.load(log_decay + p_token)
         b_step = tl.load(step + p_token)
@@ -148,7 +146,7 @@ def pair_group_kernel(
     tl.store(dscores + p_scores, b_dscores.to(tl.bfloat16))
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "v_row"])
+@triton.jit(do_not_specialize=["T", "H", "HV"])
 def grad_group_kernel(
     q,
     k,
@@ -167,7 +165,6 @@ def grad_group_kernel(
     T,
     H,
     HV,
-    v_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -210,8 +207,7 @@ def grad_group_kernel(
         b_do = tl.load(dy + p_o, mask=m_t[:, None], other=0.0)
         b_dqh = tl.dot(b_do, b_h)
         b_dh = tl.load(dh + p_h)
-        p_v = i_start * (v_row * 8) + i_h * V + o_t[:, None] * (v_row * 8) + o_v[None, :]
-        b_v = tl.load(v + p_v, mask=m_t[:, None], other=0.0)
+        b_v = tl.load(v + p_o, mask=m_t[:, None], other=0.0)
         b_dkh = tl.dot(b_v, b_dh)
         # <S, dS> as the diagonal of a product, the smaller of two: tiles that only products read are
         # laid out without bank conflicts
@@ -309,18 +305,18 @@ def fold_parts_kernel(
 def launch(
     q, k, rate, dt, dt_bias, log_decay, step, h, v, dh, dy, dq, dk, decay_pairs, step_pairs,
     head_decay, tail_step, taken, written, kept, dscores, ddt, drate, ddt_bias, *, n_chunks, T,
-    H, HV, dt_row, v_row
+    H, HV, dt_row
 ):
     """Launch all three kernels on the current stream."""
     n_parts = H * -(-HV // H // HEADS)
     pair_group_kernel[(n_chunks * n_parts,)](
         q, k, log_decay, step, v, dy, dscores, decay_pairs, step_pairs, head_decay, tail_step,
-        T, H, HV, v_row,
+        T, H, HV,
         K=K, V=V, BT=BT, HEADS=HEADS, STAGES=STAGES, num_warps=PAIR_WARPS, num_stages=STAGES,
     )
     grad_group_kernel[(n_chunks * n_parts * (K // BK),)](
         q, k, h, v, dh, dy, dscores, head_decay, tail_step, dq, dk, taken, written, kept, T, H,
-        HV, v_row,
+        HV,
         K=K, V=V, BT=BT, BK=BK, HEADS=HEADS, STAGES=STAGES,
         num_warps=4, num_stages=2,
     )

@@ -42,7 +42,7 @@ grad_group_kernel: one program per chunk, HEADS heads of a group and slice of K.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=inside
-Template digest a81b0173ea263dba; made by
+Template digest 179da1761bd3fad6; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=inside
@@ -58,7 +58,7 @@ HEADS, STAGES = 8, 2
 BH = 16  # heads of a program of fold_step_kernel
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "v_row"])
+@triton.jit(do_not_specialize=["T", "H", "HV"])
 def grad_group_kernel(
     q,
     k,
@@ -75,7 +75,6 @@ def grad_group_kernel(
     T,
     H,
     HV,
-    v_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -120,8 +119,7 @@ def grad_group_kernel(
         b_do = tl.load(dy + p_o, mask=m_t[:, None], other=0.0)
         b_dqh = tl.dot(b_do, b_h)
         b_dh = tl.load(dh + p_h)
-        p_v = i_start * (v_row * 8) + i_h * V + o_t[:, None] * (v_row * 8) + o_v[None, :]
-        b_v = tl.load(v + p_v, mask=m_t[:, None], other=0.0)
+        b_v = tl.load(v + p_o, mask=m_t[:, None], other=0.0)
         b_dkh = tl.dot(b_v, b_dh)
         b_dP = tl.dot(b_do, tl.trans(b_v))
         b_SdS = tl.dot(tl.trans(b_dh), b_h)
@@ -215,12 +213,12 @@ def fold_step_kernel(
 
 def launch(
     q, k, rate, dt, dt_bias, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, ddt,
-    drate, ddt_bias, *, n_chunks, T, H, HV, dt_row, v_row
+    drate, ddt_bias, *, n_chunks, T, H, HV, dt_row
 ):
     """Launch both kernels on the current stream."""
     n_parts = H * -(-HV // H // HEADS)
     grad_group_kernel[(n_chunks * n_parts * (K // BK),)](
-        q, k, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, T, H, HV, v_row,
+        q, k, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, T, H, HV,
         K=K, V=V, BT=BT, BK=BK, HEADS=HEADS, STAGES=STAGES,
         num_warps=4, num_stages=2,
     )

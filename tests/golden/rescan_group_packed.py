@@ -36,7 +36,7 @@ with decay_ij what the state keeps from token j to token i, head from the chunk'
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BT=64 BV=64 gating=apart heads=1 language=triton num_stages=2 num_warps=4
-Template digest c3f9a8446c3ac7b3; made by
+Template digest bbe6d3030fa95415; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=apart,heads=1,language=triton,num_stages=2,num_warps=4
@@ -51,7 +51,7 @@ BT, BV = 64, 64
 HEADS = 8  # heads of a program of gate_group_kernel
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment", "v_row"])
+@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment"])
 def rescan_group_kernel(
     v,
     k,
@@ -66,7 +66,6 @@ def rescan_group_kernel(
     HV,
     NS,
     segment,
-    v_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -94,7 +93,7 @@ def rescan_group_kernel(
     n_tokens -= i_s * segment * BT
     # the loads that no product reads directly are not pipelined by the compiler: fetched one ahead
     m_v = (o_t < n_tokens)[None, :]
-    p_v = (i_start + o_t)[None, :] * (v_row * 8) + i_h * V + o_v[:, None]
+    p_v = ((i_start + o_t) * HV + i_h)[None, :] * V + o_v[:, None]
     b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
     m_next = o_t < BT * tl.minimum(n_chunks, 1)
     p_next = (i_first.to(tl.int64) * HV + i_h) * BT + o_t
@@ -105,7 +104,7 @@ def rescan_group_kernel(
         i_row = i_t * BT + o_t
         i_tile = (i_first + i_t).to(tl.int64) * HV + i_h
         m_v = (i_row + BT < n_tokens)[None, :]
-        p_v = (i_start + i_row + BT)[None, :] * (v_row * 8) + i_h * V + o_v[:, None]
+        p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
         b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
         p_next = (i_tile + HV * tl.minimum(n_chunks - 1 - i_t, 1)) * BT + o_t
         b_log_decay_next = tl.load(log_decay + p_next)
@@ -121,7 +120,7 @@ def rescan_group_kernel(
         b_S = tl.dot(b_outer, b_k, b_S)
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "v_row", "z_row"])
+@triton.jit(do_not_specialize=["T", "H", "HV", "z_row"])
 def gate_group_kernel(
     v,
     q,
@@ -139,7 +138,6 @@ def gate_group_kernel(
     T,
     H,
     HV,
-    v_row,
     z_row,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -183,8 +181,7 @@ def gate_group_kernel(
         b_do = tl.load(do + p_o, mask=m_t, other=0.0)
         b_h = tl.load(h + i_tile * K * V + o_v[:, None] * K + o_k[None, :])
         b_y = tl.dot(b_q, tl.trans(b_h))
-        p_v = i_start * (v_row * 8) + i_h * V + o_t[:, None] * (v_row * 8) + o_v[None, :]
-        b_v = tl.load(v + p_v, mask=m_t, other=0.0)
+        b_v = tl.load(v + p_o, mask=m_t, other=0.0)
         b_y = tl.dot(b_P, b_v, b_y * b_head[:, None])
         b_skip = tl.load(D + i_h * V + o_v)
         b_y += b_v.to(tl.float32) * b_skip[None, :]
@@ -203,18 +200,17 @@ def gate_group_kernel(
 
 def launch(
     v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, chunk_table,
-    h, dz, dy, dD, *, n_sequences, T, H, HV, NS, segment, v_row, z_row
+    h, dz, dy, dD, *, n_sequences, T, H, HV, NS, segment, z_row
 ):
     """Launch one program per segment, value head and slice of V on the current stream; then the gate."""
     rescan_group_kernel[(n_sequences * HV * NS * (V // BV),)](
-        v, k, log_decay, step, S_seg, cu_seqlens, chunk_offsets, h, T, H, HV, NS, segment, v_row,
+        v, k, log_decay, step, S_seg, cu_seqlens, chunk_offsets, h, T, H, HV, NS, segment,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=2,
     )
     # chunks that there are, or of a packed batch may be
     n_chunks = T // BT + n_sequences
     gate_group_kernel[(n_chunks * H * -(-HV // H // HEADS),)](
-        v, q, log_decay, step, scores, D, z, do, h, dz, dy, dD, chunk_table, T, H, HV, v_row,
-        z_row,
+        v, q, log_decay, step, scores, D, z, do, h, dz, dy, dD, chunk_table, T, H, HV, z_row,
         K=K, V=V, BT=BT, HEADS=HEADS, num_warps=4, num_stages=2,
     )
