@@ -3,7 +3,8 @@
 program   the command line itself
 options   options that several commands share
 inspect   explain, generate
-measure   verify, bench
+verify    verify
+measure   bench
 compiled  compile
 tune      tune, quick
 tuned     export, import, merge and compare tuned files

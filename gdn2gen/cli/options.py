@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.parts import PartProblem
@@ -327,3 +329,13 @@ def say_where(folder: Path) -> None:
 
     if folder not in (user_tuned_dir(), packaged_tuned_dir()):
         print(f"To have calls find these entries: export GDN2GEN_TUNED_DIR={folder}")
+
+
+def check_json(path: Path | None) -> None:
+    """Raise before anything is measured what would be raised when it is written."""
+    if path is not None:
+        check_replaceable(path)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(document, indent=1) + "\n")

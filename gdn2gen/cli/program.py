@@ -17,7 +17,7 @@ from gdn2gen import __version__
 from gdn2gen.base.environment import hush
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.base.terminal import plain
-from gdn2gen.cli import compiled, inspect, ledger, measure, report, tune, tuned
+from gdn2gen.cli import compiled, inspect, ledger, measure, report, tune, tuned, verify
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -78,7 +78,7 @@ COMMANDS: Final = (
     ),
     Command(
         "verify",
-        measure.add_verify,
+        verify.add_verify,
         "check accuracy on this GPU, or in the interpreter",
         "Compare every output and gradient with the fp64 reference, and check causality and "
         "bitwise repetition. Exit code 1 if a case fails.",

@@ -19,6 +19,7 @@ from gdn2gen.cli.options import (
     some_path,
     some_text,
 )
+from gdn2gen.family.mamba3_problem import PART_OPS
 
 if TYPE_CHECKING:
     from gdn2gen.base.device import Device
@@ -29,7 +30,7 @@ PAGE: Final = Path("gdn2gen-report.html")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    add_op(parser)
+    add_op(parser, also=PART_OPS)
     add_device(parser)
     parser.add_argument(
         "--storage",
@@ -57,11 +58,13 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page, and print what is on file."""
+    from gdn2gen.store.sharing import parts_of
     from gdn2gen.tuning.records.ledger import read_lines
     from gdn2gen.tuning.records.places import open_ledger, storage_path
     from gdn2gen.tuning.records.storage import read_storage
     from gdn2gen.tuning.views import page
     from gdn2gen.tuning.views.lines import fla_times, lines
+    from gdn2gen.tuning.views.parts import part_lines, parts_sheet
 
     out = args.out or (None if args.json else PAGE)
     if out is not None:
@@ -74,6 +77,7 @@ def report(args: argparse.Namespace) -> int:
     file = _file(args.op, device)
     fla, odd = fla_times(_results(args.results, device))
     rows = lines(file.entries if file else (), device, fla)
+    parts = part_lines(args.op, parts_of(args.op, device) if args.op in PART_OPS else ())
     odd += [words for x in rows for words in x.odd]
     sizes = {config.size("BT") for x in rows for config in x.entry.configs.values()}
     found = page.searches(searched, args.op, device, sizes) if searched else []
@@ -81,19 +85,26 @@ def report(args: argparse.Namespace) -> int:
     for words in (*odd, *odd_lines):
         warnings.warn(words, TunedFileWarning, stacklevel=1)
     if out is not None:
-        replace_file(out, page.page(device, _facts(file), rows, found, page.refused(found, ledger)))
+        refusals = page.refused(found, ledger)
+        replace_file(out, page.page(device, _facts(file), rows, found, refusals, parts))
     if args.json:
-        for x in rows:
-            print(json.dumps({"device": device.name, **x.document}))
+        for document in (x.document for shown in (rows, parts) for x in shown):
+            print(json.dumps({"device": device.name, **document}))
         return 0
     _print(rows, device)
-    print(f"wrote {out}: {len(rows)} entries, searches of {len(found)} stages")
+    if parts:
+        title = f"{device.name}, {args.op}: kernels that are in no plan, in ms"
+        console().print(parts_sheet(title, parts))
+    count = f"{len(rows)} entries" + (f", {len(parts)} kernels in no plan" if parts else "")
+    print(f"wrote {out}: {count}, searches of {len(found)} stages")
     return 0
 
 
 def _file(op: str, device: Device) -> TunedFile | None:
     from gdn2gen.store.sharing import on_file
 
+    if op in PART_OPS:
+        return None  # their scans are other ops'
     try:
         return on_file(op, device)
     except StoreError:

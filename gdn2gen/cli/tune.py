@@ -31,6 +31,7 @@ from gdn2gen.cli.options import (
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import parse_shapes
+from gdn2gen.kernels.plans import filed_levels
 
 if TYPE_CHECKING:
     from gdn2gen.tuning import TuneReport
@@ -150,7 +151,8 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     path = tuned_files.tuned_path(folder, problem.op, device)
     tuned_files.check_mergeable(path, device.name)
     file = tuned_files.read_tuned(path, device)
-    wanted = {(shape.regime, level) for shape in shapes for level in LEVEL_WORDS[args.level]}
+    levels = filed_levels(LEVEL_WORDS[args.level], problem.op)
+    wanted = {(shape.regime, level) for shape in shapes for level in levels}
     entries = [
         entry
         for entry in (file.entries if file is not None else ())
@@ -170,7 +172,7 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     # of a pair, neither may fail
     holding = {(x.entry.regime, x.entry.level) for x in results if x.holds}
     holding -= {(x.entry.regime, x.entry.level) for x in results if not x.holds}
-    left = [x for x in shapes if {(x.regime, y) for y in LEVEL_WORDS[args.level]} - holding]
+    left = [x for x in shapes if {(x.regime, y) for y in levels} - holding]
     print(f"{len(left)} of {len(shapes)} shapes to tune: {', '.join(x.name for x in left) or '-'}")
     args.shapes = ",".join(x.name for x in left)
     return bool(left)

@@ -9,7 +9,8 @@ from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.recurrent import UNIT, TokenStage, is_row_wise, row_of
+from gdn2gen.kernels.recurrent import TokenStage
+from gdn2gen.kernels.rows import UNIT, is_row_wise, row_of
 
 # The head that a program reads of a tensor with so many.
 _HEADS: Final = {"H": "i_hq", "HV": "i_h", "HG": "i_hg"}

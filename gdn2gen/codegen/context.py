@@ -25,7 +25,8 @@ from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
-from gdn2gen.kernels.recurrent import UNIT, TokenStage
+from gdn2gen.kernels.recurrent import TokenStage
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.kernels.slices import covering, slices_of
 from gdn2gen.kernels.stage import OF, Operand, Stage
 
@@ -109,6 +110,8 @@ def context(problem: Compiled, stage: Stage, config: Config) -> dict[str, object
         return common | token_context(stage, problem, config) | {"k_groups": groups}
     own = {
         "operand_dtype": _operand_dtype(problem),
+        # scalars that say how far rows of some operands lie apart
+        "rows": list(stage.rows_of(problem)),
         "token_factors": partial(_token_factors, recurrence.erases),
         # of states that are kept on the way: how their distances are given
         "slot_unit": "" if getattr(problem, "odd_slots", False) else f" * {UNIT}",

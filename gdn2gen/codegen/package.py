@@ -21,6 +21,7 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.rows import row_of, unit_of
 from gdn2gen.kernels.scans import SEGMENT
 from gdn2gen.kernels.schedule import (
     OUTPUTS,
@@ -175,6 +176,12 @@ def _arguments(step: Step, problem: Problem) -> tuple[str, ...]:
     values = {"n_sequences": "N", "n_chunks": "NT"}
     if problem.gate != "sigmoid":
         values["lower_bound"] = "0.0"
+    # packages copy what does not lie in one piece
+    values |= {
+        row_of(x.name): f"HV * {problem.V // unit_of(x.symbols)}" if "V" in x.symbols else "HV"
+        for x in recurrence_named(problem.op).inputs
+        if x.apart
+    }
     return (*step.tensors, *(f"{name}={values.get(name, name)}" for name in step.scalars))
 
 

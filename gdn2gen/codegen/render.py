@@ -21,7 +21,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.operands import OUTPUT
-from gdn2gen.kernels.recurrent import UNIT
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.kernels.schedule import cleared_of
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage

@@ -45,7 +45,7 @@ MAMBA2: Final = Recurrence(
             "dt", "B T HV",
             "step, >= 0: what a token decays by and writes; with `use_gate_in_kernel` before "
             "softplus(dt + dt_bias)",
-            "gate", draw="decay",
+            "gate", draw="decay", apart=True,
         ),
         STATE,
         # one number for a head, a sum over all tokens and channels, as `RATE` is
@@ -55,7 +55,10 @@ MAMBA2: Final = Recurrence(
         ),
         Input("dt_bias", "HV", "optional", "parameter", when="has_dt_bias", draw="bias"),
         Input("D", "HV V", "o grows by D v; none if None", "parameter", when="has_D"),
-        Input("z", "B T HV V", "o is then multiplied by silu(z); none if None", when="has_z"),
+        Input(
+            "z", "B T HV V", "o is then multiplied by silu(z); none if None",
+            when="has_z", apart=True,
+        ),
         SEQUENCES,
     ),
     decay=Decay("dt", HEAD_GATES),

@@ -15,6 +15,8 @@ HEAD_DIMS: Final = range(16, 513, CHANNELS_STEP)
 """Channels of v."""
 MAMBA3: Final = "mamba3"
 """What commands call it: its op over whole sequences, and all that is around its scan."""
+PART_OPS: Final = (MAMBA3,)
+"""Ops of which kernels are tuned that are in no plan."""
 STEP: Final = "mamba3_siso_step"
 """The op of one token, which is verified by itself."""
 

@@ -43,6 +43,9 @@ class Input:
     """What kernels call its gradient; d<name> if empty."""
     slack: float = 1.0
     """Times as far off as others its gradient may be."""
+    apart: bool = False
+    """Whether kernels over whole sequences read it where its rows of tokens lie apart, each in one
+    piece, as those of a slice of a projection do. All others are copied then."""
 
     @property
     def symbols(self) -> tuple[str, ...]:

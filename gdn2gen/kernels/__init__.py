@@ -3,6 +3,7 @@
 limits      where a kernel is to run, and what its knobs may be there
 slices      a head dim in slices whose widths are powers of two
 languages   what every kernel of a language is limited to
+rows        rows of a token that lie apart in memory
 stage       what a stage's contract and its forms are declared in
 operands    what stages read of the op's inputs, and hand to each other
 glossary    what each operand is, in words

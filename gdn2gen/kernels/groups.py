@@ -58,6 +58,7 @@ PREPARE_GROUP: Final = Stage(
     inputs=(*QK, _RATE, *_DT, *CHUNK_TABLE),
     outputs=(_SCORES, *_STEPS),
     scalars=_SCALARS,
+    rows=("dt",),
     products=("BT BT K",),
     forms=(
         Form(
@@ -116,6 +117,7 @@ SCAN_GROUP: Final = Stage(
     inputs=(_V, *QK, *_STEPS, _SCORES, _SKIP, _GATE, *INITIAL, *SEQUENCES),
     outputs=(OUTPUT, S_SEG, Operand("final_state", "N HV K V", "fp32", "final_state")),
     scalars=_SCAN_SCALARS,
+    rows=("z",),
     count="n_sequences",
     products=("K V BT", "BT V K", "BT V BT"),
     forms=(_SERIAL,),
@@ -140,6 +142,7 @@ RESCAN_GROUP: Final = Stage(
     ),
     outputs=(H, Operand("dz", "B T HV V", when="z"), _DY, replace(_DD, when="D and z")),
     scalars=_SCAN_SCALARS,
+    rows=("z",),
     count="n_sequences",
     products=("K V BT",),
     forms=(
@@ -248,6 +251,7 @@ GRAD_GROUP: Final = Stage(
         replace(_DD, when="D, no z"),
     ),
     scalars=_SCALARS,
+    rows=("dt",),
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
     products=("BT K V", "BT K V", "BT BT V"),
     forms=(_INSIDE, _APART),

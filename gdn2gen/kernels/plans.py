@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -106,6 +106,18 @@ def plans_of(level: str, op: str) -> tuple[str, ...]:
     """The plans of a level that serve a recurrence, the one without tuning first."""
     served = recurrence_named(op).plans
     return tuple(name for name in PLANS_OF[level] if name in served)
+
+
+def filed_level(level: str, op: str) -> str:
+    """Under which entries of a recurrence serve calls at `level`: the first of the same plans. What
+    keeps no more at level fast than at level lean is tuned once."""
+    served = plans_of(level, op)
+    return next(x for x in LEVELS if plans_of(x, op) == served)
+
+
+def filed_levels(levels: Iterable[str], op: str) -> tuple[str, ...]:
+    """The same of several, each once."""
+    return tuple(dict.fromkeys(filed_level(x, op) for x in levels))
 
 
 def stages_of(op: str) -> tuple[str, ...]:

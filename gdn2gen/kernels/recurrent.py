@@ -18,12 +18,10 @@ from gdn2gen.family.recurrence import Input
 from gdn2gen.family.registry import RECURRENCES, recurrence_named
 from gdn2gen.kernels.limits import WIDE, Domain, Knob, Setting
 from gdn2gen.kernels.operands import OUTPUT
+from gdn2gen.kernels.rows import is_row_wise, row_of
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
-# Distances of rows and slots are given to kernels in as many elements: 16 bytes of bf16, so that
-# vector loads know all that they want of an address.
-UNIT: Final = 8
 # What operands are where they lie; parameters and indices may be of other dtypes, too.
 _DTYPES: Final = {"parameter": "fp32", "index": "int32"}
 POOL: Final = Operand("state_pool", "slots HV K V", "state")
@@ -31,16 +29,6 @@ INDICES: Final = Operand("ssm_state_indices", "N", "int32")
 SPECULATIVE: Final = Operand("ssm_state_indices", "N 1+S", "int32")
 ACCEPTED: Final = Operand("num_accepted_tokens", "N", "int32")
 FINAL: Final = Operand("final_state", "N HV K V", "state")
-
-
-def row_of(name: str) -> str:
-    """The scalar that says how far two tokens of an operand lie apart."""
-    return f"{name}_row"
-
-
-def is_row_wise(dims: str) -> bool:
-    """Whether an operand of these dims has a row for each token."""
-    return dims.startswith("B T ")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

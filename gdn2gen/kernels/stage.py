@@ -39,6 +39,7 @@ from gdn2gen.kernels.limits import (
     Where,
     rounded_up,
 )
+from gdn2gen.kernels.rows import row_of
 from gdn2gen.kernels.slices import covering
 
 
@@ -257,6 +258,8 @@ class Stage:
     """More of them where scans read q and k themselves."""
     checkpoint_scalars: tuple[str, ...] = ()
     """And where states are kept on the way."""
+    rows: tuple[str, ...] = ()
+    """Operands whose rows of a token may lie apart: a scalar more says how far (`row_of`)."""
     count: str = "n_chunks"
     """The scalar that counts its programs, beside heads and slices; `n_sequences` of those that go
     from chunk to chunk."""
@@ -288,7 +291,15 @@ class Stage:
         assert isinstance(problem, Problem)
         outside = recurrence_named(problem.op).decays_by in OF["outside"]
         kept = self.checkpoint_scalars if keeps_checkpoints(problem) else ()
-        return (*self.scalars, *(self.outside_scalars if outside else ()), *kept)
+        return (
+            *(*self.scalars, *(self.outside_scalars if outside else ()), *kept),
+            *self.rows_of(problem),
+        )
+
+    def rows_of(self, problem: Problem) -> tuple[str, ...]:
+        """Those of them that say how far rows lie apart."""
+        given = {x.name for x in self.operands(problem)} if self.rows else ()
+        return tuple(row_of(x) for x in self.rows if x in given)
 
     def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Least bytes to move: every operand but scratch, read or written once."""

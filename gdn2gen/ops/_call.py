@@ -4,35 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.arguments import (
     Dims,
     by_kernels,
     check_arguments,
+    check_narrow,
+    is_traced,
+    is_watched,
+)
+from gdn2gen.runtime.call import rows_of
+from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.kinds import Kinds
+from gdn2gen.runtime.lookup import find_runner, request_at
+from gdn2gen.runtime.options import (
     check_beta,
     check_chunk_size,
     check_flags,
     check_gate,
-    check_narrow,
     check_scale,
-    device_of,
-    is_traced,
-    is_watched,
 )
-from gdn2gen.runtime.head_dims import check_head_dims
-from gdn2gen.runtime.kinds import Kinds
-from gdn2gen.runtime.lookup import find_runner, request_at
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
 from gdn2gen.store.dispatch import surroundings
-from gdn2gen.store.verified import current_look
 
 
 def call(
@@ -72,14 +73,15 @@ def call(
     serves = return_intermediate_states or serving is not NOT_SERVING
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
-        short = _short_key(signature, tensors, flags, scale, lower_bound, chunk_size)
-        if short is not None:
+        around = by_kernels, *surroundings()
+        short = short_key(signature, tensors, flags, (scale, lower_bound), around)
+        if short is not None and chunk_size is None:
             given = [x for x in tensors if x is not None]
             ready = _ready.seen(short, given)
             if ready is not None:
                 o, state = ready.run(tensors)
                 return o, state if output_final_state else None
-            key = None if is_watched(tensors) else _key(short, given)
+            key = None if is_watched(tensors) else _key(short, given, signature, tensors)
             ready = None if key is None else _ready.get(key)
             if ready is not None:
                 if _is_as_kernels_take(signature, tensors, given, ready.dims):
@@ -100,7 +102,7 @@ def call(
         head_dims = check_head_dims(
             signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V
         )
-        tensors = _as_kernels_take(signature, tensors, dims)
+        tensors = _as_kernels_take(signature, tensors, dims, apart=not watched)
     options = (
         factor,
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
@@ -115,7 +117,7 @@ def call(
         )
     level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
-        _ready.keep(key, _Ready(dims, options, level))
+        _ready.keep(key, _Ready(dims, options, level, rows_of(signature, tensors)))
     o, state = autograd.run(
         op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
     )
@@ -125,8 +127,14 @@ def call(
 class _Ready:
     """A kind of call that has passed every check on what is not a value, and its kernels."""
 
-    def __init__(self, dims: Dims, options: tuple[Any, ...], level: str) -> None:
-        self.dims, self._options, self._level = dims, options, level
+    def __init__(
+        self,
+        dims: Dims,
+        options: tuple[Any, ...],
+        level: str,
+        rows: tuple[tuple[str, int], ...],
+    ) -> None:
+        self.dims, self._options, self._level, self._rows = dims, options, level, rows
         self._runners: dict[bool, SizedRunner] = {}
 
     def run(self, tensors: Sequence[Tensor | None], known: bool = True) -> Outputs:
@@ -144,52 +152,24 @@ class _Ready:
     def _runner(self, gradient: bool) -> SizedRunner:
         found = self._runners.get(gradient)
         if found is None:
-            request = request_at(self.dims, *self._options)
+            request = request_at(self.dims, *self._options, rows=self._rows)
             found = self._runners[gradient] = find_runner(request, self._level, gradient)
         return found
 
 
 Outputs = tuple[Tensor, Tensor | None]
 _ready: Kinds[_Ready] = Kinds(1024)
-# A number that is equal may be of a type that is refused: True is 1.
-_NUMBERS: Final = frozenset({float, int, NoneType})
 
 
-def _short_key(
+def _key(
+    short: tuple[Any, ...],
+    given: Sequence[Tensor],
     signature: Signature,
     tensors: tuple[Tensor | None, ...],
-    flags: tuple[bool, ...],
-    scale: Any,
-    lower_bound: Any,
-    chunk_size: Any,
 ) -> tuple[Any, ...] | None:
-    """All that the checks and the kernels of a call depend on, but for values, and for what its
-    tensors are; None where there is no telling."""
-    numbers = type(scale), type(lower_bound)
-    if not _NUMBERS.issuperset(numbers) or chunk_size is not None:
-        return None
-    return (
-        signature,
-        *map(type, tensors),
-        *flags,
-        scale,
-        lower_bound,
-        *numbers,
-        by_kernels,
-        current_look(),
-        *surroundings(),
-    )
-
-
-def _key(short: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """The same with what the tensors are. Those that `is_watched` looked at."""
-    device = device_of(given)
-    if device is None:
-        return None
-    try:
-        return (*short, device, *map(_LOOK, given))
-    except RuntimeError:  # what is nested has no shape
-        return None
+    """With how those lie whose rows may lie apart; all others may be copied."""
+    apart = [x for place in signature.apart if (x := tensors[place]) is not None]
+    return whole_key(short, given, _LOOK, lambda _: [x.stride() for x in apart])
 
 
 def _is_as_kernels_take(
@@ -208,17 +188,22 @@ _LOOK: Final = attrgetter("shape", "dtype", "layout")
 
 
 def _as_kernels_take(
-    signature: Signature, tensors: tuple[Tensor | None, ...], dims: Dims
+    signature: Signature, tensors: tuple[Tensor | None, ...], dims: Dims, *, apart: bool = True
 ) -> tuple[Tensor | None, ...]:
     """Row after row, and parameters in fp32 with all their dims; float64 only the reference takes.
+    With `apart`, rows of those that kernels read so may lie apart.
 
     Raises InputError for that.
     """
+    left = {x for x, _ in rows_of(signature, tensors)} if apart and signature.apart else ()
     for place in (0, signature.gate, *signature.states):
         x = tensors[place]
         if x is not None:
             check_narrow(signature.shown[place], x.dtype)
-    found = [None if x is None else x.contiguous() for x in tensors]
+    found = [
+        x if x is None or name in left else x.contiguous()
+        for name, x in zip(signature.names, tensors, strict=True)
+    ]
     for place in signature.parameters:
         x = found[place]
         if x is not None:

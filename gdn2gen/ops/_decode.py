@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any, Final
 
 import torch
@@ -12,14 +11,10 @@ from torch import Tensor
 
 from gdn2gen.base.environment import values_of
 from gdn2gen.base.errors import InputError
+from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.runtime.arguments import (
     by_kernels,
-    check_beta,
-    check_flags,
-    check_gate,
-    check_scale,
     check_types,
-    device_of,
     is_traced,
     is_watched,
 )
@@ -33,9 +28,14 @@ from gdn2gen.runtime.decoding_checks import (
 from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.kinds import Kinds
+from gdn2gen.runtime.options import (
+    check_beta,
+    check_flags,
+    check_gate,
+    check_scale,
+)
 from gdn2gen.runtime.signature import Signature
 from gdn2gen.store.dispatch import forced
-from gdn2gen.store.verified import current_look
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -70,8 +70,9 @@ def decode(
     signature, given = op.signature, (*tensors, *serving)
     traced, key = is_traced(), None
     if not traced:
-        short = _short_key(signature, given, known, (scale, lower_bound, null_slot))
-        if short is not None:
+        around = by_kernels, forced(), forced_config(), values_of(_VARIABLES)
+        short = short_key(signature, given, known, (scale, lower_bound, null_slot), around)
+        if short is not None and given[0] is not None:
             present = [x for x in given if x is not None]
             plan = _plans.seen(short, present)
             if plan is not None:
@@ -121,47 +122,20 @@ def _launch(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Te
     return launch(plan, inputs, out, known=known)
 
 
-# A number that is equal may be of a type that is refused: True is 1.
-_NUMBERS: Final = frozenset({float, int, NoneType})
 _VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET", "GDN2GEN_BATCH_INVARIANT")
 _LOOK: Final = attrgetter("shape", "dtype")
 
 
-def _short_key(
-    signature: Signature, given: Tensors, flags: tuple[bool, ...], numbers: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
-    """All that the checks and the kernel of a call depend on, but for values, and for what its
-    tensors are; None where there is no telling."""
-    types = [*map(type, numbers)]
-    if given[0] is None or not _NUMBERS.issuperset(types):
-        return None
-    return (
-        signature,
-        *map(type, given),
-        *flags,
-        *numbers,
-        *types,
-        by_kernels,
-        forced(),
-        forced_config(),
-        current_look(),
-        values_of(_VARIABLES),
-    )
-
-
 def _key(short: tuple[Any, ...], present: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """The same with what the tensors are. Those that `is_watched` looked at."""
-    device = device_of(present)
-    if device is None:
-        return None
-    try:
-        looks = [*map(_LOOK, present)]
-        lying: Sequence[Any] = [*map(Tensor.is_contiguous, present)]
-        if not all(lying):
-            lying = [x.is_contiguous() or (x.layout, x.stride()) for x in present]
-    except RuntimeError:  # what is not dense has no strides, or no shape
-        return None
-    return (*short, device, *looks, *lying)
+    """With how all lie, since rows are read where they are."""
+    return whole_key(short, present, _LOOK, _lying)
+
+
+def _lying(present: Sequence[Tensor]) -> Sequence[Any]:
+    found = [*map(Tensor.is_contiguous, present)]
+    if all(found):
+        return found
+    return [x.is_contiguous() or (x.layout, x.stride()) for x in present]
 
 
 def _by_op(

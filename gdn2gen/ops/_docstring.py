@@ -103,6 +103,11 @@ _FLOAT16: Final = (
     "and the initial state down (o and states are linear in them), or the loss up, or use bfloat16."
 )
 
+_APART: Final = (
+    "Rows of {} may lie apart, as in slices of a projection: they are read as they lie if they "
+    "begin at multiples of 8 elements (the first at one of 16 bytes), but under a tracer."
+)
+
 
 def documented(recurrence: Recurrence) -> Callable[[_F], _F]:
     """Complete the docstring of a recurrence's op over whole sequences."""
@@ -188,7 +193,9 @@ def _argument(
 
 def _lines(recurrence: Recurrence, names: Iterable[str]) -> Iterator[str]:
     yield from _equations(recurrence)
-    yield from textwrap.wrap(f"{_sizes()} {_FLOAT16}", _WIDTH)
+    apart = [x.name for x in recurrence.inputs if x.apart]
+    rows = f" {_APART.format(' and '.join([', '.join(apart[:-1]), apart[-1]]))}" if apart else ""
+    yield from textwrap.wrap(f"{_sizes()} {_FLOAT16}{rows}", _WIDTH)
     yield from ("", "Args:")
     for name in names:
         yield from _argument(recurrence, name, _DECODING | _OPTIONS | _PREFILL)

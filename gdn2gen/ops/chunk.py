@@ -22,8 +22,8 @@ from gdn2gen.ops._call import call
 from gdn2gen.ops._decay import decay_of
 from gdn2gen.ops._docstring import documented
 from gdn2gen.ops._prefill import serving_of
-from gdn2gen.runtime.arguments import check_capacity
 from gdn2gen.runtime.autograd import op_of
+from gdn2gen.runtime.options import check_capacity, check_order
 from gdn2gen.runtime.signature import renamed
 
 _GDN2: Final = op_of(GDN2)
@@ -53,8 +53,6 @@ def chunk_gdn2(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     safe_gate: bool = False,
@@ -62,6 +60,8 @@ def chunk_gdn2(
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     state_v_first: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     chunk_size: int | None = None,
     *,
     state_pool: Tensor | None = None,
@@ -72,6 +72,8 @@ def chunk_gdn2(
     checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 over whole sequences, in chunks (arXiv 2605.22791)."""
+    if cu_seqlens is not None or cu_seqlens_cpu is not None or type(safe_gate) is not bool:
+        check_order(cu_seqlens, cu_seqlens_cpu, safe_gate)
     return call(  # type: ignore[no-any-return]
         _GDN2,
         (q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens),

@@ -59,7 +59,8 @@ def mamba_chunk_scan_combined(
         y_t = h_t C_t + D x_t                            out_t = y_t silu(z_t)
 
     b rows of l tokens; h heads; g groups of B and C, each of which serves h / g heads that follow
-    each other. P and N are V and K of `chunk_simple_gla`: its limits hold here.
+    each other. P and N are V and K of `chunk_simple_gla`: its limits hold here. dt and z may be
+    slices of a projection, as in `chunk_mamba2`; x, B and C are copied, if they are.
 
     Args:
         x: [b, l, h, P] bfloat16, float16 or float32.

@@ -3,7 +3,8 @@
 dtypes           torch's dtypes by the names of problems
 sequences        packed batches as the host knows them
 signature        how the ops of a recurrence take their arguments, made of its declaration
-arguments        checks of a call; bad input never reaches a kernel
+arguments        checks of a call's tensors; bad input never reaches a kernel
+options          checks of its options
 head_dims        head dims of a call, verified on such a GPU
 call             sizes and scalars of a call, by symbols
 kinds            calls that are known, by what of their tensors decides

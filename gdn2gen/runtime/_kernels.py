@@ -13,7 +13,7 @@ from torch import Tensor
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.schedule import outputs_of
-from gdn2gen.runtime._operands import readable
+from gdn2gen.runtime._operands import readable, row_of
 from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SAVED, SizedRunner
@@ -50,6 +50,18 @@ def sequences_of(cu_seqlens: Tensor | None) -> int | None:
     return None if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
+def as_lying(sized: SizedRunner, given: Sequence[Tensor]) -> tuple[SizedRunner, Sequence[Tensor]]:
+    """The kernels, and `given` as they read them. Where rows do not lie as far apart as they did
+    (hooks on saved tensors may lay any of them out anew), kernels for rows without gaps."""
+    rows = sized.rows
+    if not rows:
+        return sized, readable(given)
+    if any([row and row_of(x, 1) != row for x, row in zip(given, rows, strict=True)]):
+        return sized.dense, readable(given)
+    others = iter(readable([x for x, row in zip(given, rows, strict=True) if not row]))
+    return sized, [x if row else next(others) for x, row in zip(given, rows, strict=True)]
+
+
 def run_forward(
     sized: SizedRunner,
     given: Sequence[Tensor],
@@ -63,6 +75,7 @@ def run_forward(
     runner = sized.runner
     if not runner.backward_planned and any(x.requires_grad for x in given):
         runner.plan_backward()
+    sized, given = as_lying(sized, given)
     inputs = named_inputs(sized, given, cu_seqlens)
     results = sized.forward(inputs, into)
     sized.training.learn(inputs, None if cu_seqlens is None else cu_seqlens.dtype)
@@ -82,6 +95,7 @@ def run_inference(
         made = sized.inference.run(addresses, packed)
         if made is not None:
             return made[0], made[1] if sized.runner.problem.final_state else None
+    sized, given = as_lying(sized, given)
     inputs = named_inputs(sized, given, cu_seqlens)
     results = sized.infer(inputs)
     sized.inference.learn(inputs, packed)
@@ -104,8 +118,8 @@ def run_training(
 def named_inputs(
     sized: SizedRunner, given: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
-    """`given` as kernels read them, by name."""
-    tensors = dict(zip(sized.input_names, readable(given), strict=True))
+    """`given`, which lie as kernels read them, by name, with cu_seqlens as they do."""
+    tensors = dict(zip(sized.input_names, given, strict=True))
     if cu_seqlens is not None:
         (tensors[GIVEN_SEQUENCES],) = readable([cu_seqlens])
     return tensors
@@ -120,12 +134,12 @@ def run_backward(
     given: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of `given`. Hooks on saved tensors may have laid any of them out anew."""
-    found = {**dict(zip(sized.input_names, given, strict=True)), **saved, "o": o, "do": do}
+    sized, given = as_lying(sized, given)
+    found = {**saved, "o": o, "do": do}
     if dht is not None:
         found["dht"] = dht
-    lying = [*found.values()]
-    read = readable(lying)
-    tensors = found if read is lying else dict(zip(found, read, strict=True))
+    tensors = dict(zip(sized.input_names, given, strict=True))
+    tensors |= zip(found, readable([*found.values()]), strict=True)
     grads = sized.backward(tensors)
     folds = _folds(sized.runner.problem.op)
     return [folds[name](grads[grad], tensors[name]) for name, grad in sized.gradient_names]
@@ -141,12 +155,13 @@ def run_gradients(
 ) -> list[Tensor]:
     """`run_backward` from what `run_training` saved."""
     arrived, last = ((do,), False) if dht is None else ((do, dht), True)
-    quick = sized.backwards[last]
     lying: Sequence[Tensor] = (*given, saved, o, *arrived)
-    addresses = addresses_of(lying)
+    addresses = None if sized.rows else addresses_of(lying)
     if addresses is None:  # a sum's gradient is one number, in all places
-        lying = readable(lying)
-        addresses = addresses_of(lying)
+        sized, given = as_lying(sized, given)
+        lying = (*given, *readable((saved, o, *arrived)))
+        addresses = addresses_of(lying, known=True)
+    quick = sized.backwards[last]
     made = None if addresses is None else quick.run(addresses, None)
     if made is not None:
         folded = sized.folded.get(last) or _folded(sized, last, given, made)

@@ -1,4 +1,7 @@
-"""Checks of the public ops' arguments: bad input never reaches a kernel."""
+"""Checks of the public ops' tensors: bad input never reaches a kernel. And who is to compute.
+
+Options are checked in `runtime.options`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.environment import interpreted
-from gdn2gen.base.errors import InputError, UnsupportedError
-from gdn2gen.family.problem import DTYPES, check_lower_bound
-from gdn2gen.kernels.limits import CHUNKS
+from gdn2gen.base.errors import InputError
+from gdn2gen.family.problem import DTYPES
 from gdn2gen.runtime.dtypes import TORCH_DTYPE
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
@@ -93,21 +95,6 @@ def device_of(given: Sequence[Tensor]) -> torch.device | None:
     if _HOST in places and any([x.device != device for x in given]):
         return None
     return device
-
-
-def check_scale(scale: object) -> float | None:
-    """Raises InputError unless it is a number or None."""
-    if scale is None:
-        return None
-    if isinstance(scale, bool) or not isinstance(scale, float | int):
-        raise InputError(f"scale must be a number, but got {type(scale).__name__}")
-    try:
-        return float(scale)
-    except OverflowError:
-        raise InputError(
-            "scale must be a number that a float can hold, but got an int of "
-            f"{scale.bit_length()} bits"  # type: ignore[union-attr]
-        ) from None
 
 
 def check_arguments(
@@ -259,95 +246,6 @@ def _sequences(
             f"but got {tuple(cpu.shape)} on {cpu.device}"
         )
     return shape[0] - 1
-
-
-def check_gate(
-    signature: Signature,
-    use_gate_in_kernel: bool,
-    safe_gate: bool,
-    lower_bound: float | None,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-) -> None:
-    """Check that the gate's options fit together. Raises InputError."""
-    number = isinstance(lower_bound, int | float) and not isinstance(lower_bound, bool)
-    if lower_bound is not None and not number:
-        raise InputError(f"lower_bound must be a number, but got {type(lower_bound).__name__}")
-    if not use_gate_in_kernel:
-        for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
-            if value is not None and not (name == "lower_bound" and safe_gate):
-                raise InputError(f"{name} was given, but use_gate_in_kernel is False")
-    elif A_log is None and lower_bound is None and "A_log" in signature.gate_parameters:
-        wanted = "A_log, but got None"
-        if signature.bounded:
-            wanted = "A_log, or lower_bound for the bounded gate; got neither"
-        raise InputError(f"use_gate_in_kernel=True needs {wanted}")
-    if lower_bound is not None:
-        check_lower_bound(lower_bound)
-    if safe_gate and use_gate_in_kernel and lower_bound is None:
-        raise InputError("safe_gate=True with use_gate_in_kernel=True needs lower_bound")
-
-
-def check_chunk_size(chunk_size: object) -> None:
-    """Refuses a size by name: which one is fastest, a recipe says. Of all, results are the same."""
-    if chunk_size is None:
-        return
-    if type(chunk_size) is not int or chunk_size not in CHUNKS:
-        raise InputError(f"chunk_size must be one of {CHUNKS}, or None, but got {chunk_size!r}")
-    raise UnsupportedError(
-        f"chunk_size={chunk_size} was given, but tokens of a chunk are tuned: leave it out, or "
-        "force a recipe with gdn2gen.store.dispatch.forced_recipe"
-    )
-
-
-def check_beta(sigmoid: bool, neg_eigval: bool) -> None:
-    """Raises InputError where eigenvalues may be negative by a sigmoid that is not taken here."""
-    if neg_eigval and not sigmoid:
-        raise InputError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
-
-
-def check_capacity(use_graph: object, max_num_seqs: object, cu_seqlens: object) -> None:
-    """What flash-linear-attention is told of a CUDA graph, where any call may be captured here: its
-    shapes are the capacity. Raises InputError."""
-    if type(use_graph) is not bool:
-        raise InputError(f"use_graph must be True or False, but got {use_graph!r}")
-    if max_num_seqs is None:
-        return
-    if type(max_num_seqs) is not int:
-        raise InputError(
-            f"max_num_seqs must be an int or None, but got {type(max_num_seqs).__name__}"
-        )
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.numel() != max_num_seqs + 1:
-        found = f"{cu_seqlens.numel()} numbers" if isinstance(cu_seqlens, Tensor) else "None"
-        raise InputError(
-            f"max_num_seqs={max_num_seqs} wants cu_seqlens of {max_num_seqs + 1} numbers, but got "
-            f"{found}: repeat its last one for sequences without tokens"
-        )
-
-
-FLAGS = (
-    "use_qk_l2norm_in_kernel",
-    "use_gate_in_kernel",
-    "output_final_state",
-    "state_v_first",
-    "use_beta_sigmoid_in_kernel",
-    "allow_neg_eigval",
-    "safe_gate",
-    "disable_recompute",
-    "return_intermediate_states",
-)
-"""Flags of the public ops: those of `Options`, in their order, then the others."""
-
-
-def check_flags(*given: object) -> None:
-    """Raises InputError unless each of `FLAGS` is True or False: `"no"` would pass for True."""
-    if not _BOOL.issuperset(map(type, given)):
-        for name, value in zip(FLAGS, given, strict=True):
-            if type(value) is not bool:
-                raise InputError(f"{name} must be True or False, but got {value!r}")
-
-
-_BOOL = frozenset({bool})
 
 
 def _check_dtypes(signature: Signature, required: list[TensorLayout]) -> None:

@@ -25,6 +25,7 @@ from gdn2gen.runtime._derivatives import (
     refuse_batches,
 )
 from gdn2gen.runtime._kernels import (
+    as_lying,
     request_of,
     run_backward,
     run_forward,
@@ -36,6 +37,7 @@ from gdn2gen.runtime._kernels import (
 from gdn2gen.runtime._library import backward_fake, backward_op, forward_fake, forward_op
 from gdn2gen.runtime.arguments import Dims
 from gdn2gen.runtime.bound import addresses_of
+from gdn2gen.runtime.call import rows_of
 from gdn2gen.runtime.lookup import NOTHING, agree, agree_while_compiling, find_runner, request_at
 from gdn2gen.runtime.prefill_op import prefill_op
 from gdn2gen.runtime.runner import SizedRunner
@@ -80,9 +82,8 @@ def run(
         else:
             o, final_state, _ = op.forward(*tensors, *options, agreement)
         return o, final_state
-    return run_known(
-        tensors, lambda gradient: find_runner(request_at(dims, *options), level, gradient)
-    )
+    request = request_at(dims, *options, rows=rows_of(op.signature, tensors))
+    return run_known(tensors, lambda gradient: find_runner(request, level, gradient))
 
 
 def run_known(
@@ -93,14 +94,18 @@ def run_known(
 ) -> tuple[Tensor, Tensor | None]:
     """`run` by kernels, past torch.library: those of `runner`, told if a gradient is wanted.
 
-    `known`: the tensors are in rows without gaps, and none is negated lazily."""
+    `known`: the tensors lie as those kernels read them, and none is negated lazily."""
     *optional, cu_seqlens = tensors
-    given = [x for x in optional if x is not None]
+    given: Sequence[Tensor] = [x for x in optional if x is not None]
+    gradient = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+    sized = runner(gradient)
+    if sized.rows and not known:
+        sized, given = as_lying(sized, given)
+        known = cu_seqlens is None or cu_seqlens.is_contiguous()
     lying = given if cu_seqlens is None else [*given, cu_seqlens]
-    if not (torch.is_grad_enabled() and any([x.requires_grad for x in given])):
+    if not gradient:
         addresses = addresses_of(lying, known=known)
-        return run_inference(runner(False), given, cu_seqlens, addresses)
-    sized = runner(True)
+        return run_inference(sized, given, cu_seqlens, addresses)
     addresses = None if _saved_hooks(True) is not None else addresses_of(lying, known=known)
     # without wrappers of a transform that ended: they have no address
     apply = _Function.apply if addresses is None else _apply

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import RECURRENCES, recurrence_named
 from gdn2gen.kernels.groups import HEADS
 from gdn2gen.kernels.plans import EVERY
+from gdn2gen.kernels.rows import row_of, unit_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
+from gdn2gen.runtime._operands import row_of as row_between
 from gdn2gen.runtime.sequences import count_chunks
+from gdn2gen.runtime.signature import Signature
 
+# Inputs whose rows may lie apart, and their dims.
+ROW_WISE: Final = {
+    op: {x.name: x.symbols for x in recurrence_named(op).inputs if x.apart} for op in RECURRENCES
+}
 # Python's own would compare, and sizes may be symbols; untyped in torch.
 _max: Any = torch.sym_max
 _min: Any = torch.sym_min
+
+
+def rows_of(signature: Signature, tensors: Sequence[Tensor | None]) -> tuple[tuple[str, int], ...]:
+    """Of tensors as kernels read them: those whose rows lie apart, and how far (`Call.rows`)."""
+    found = []
+    for place in signature.apart:
+        x = tensors[place]
+        row = 0 if x is None else row_between(x, unit_of(signature.dims[place]))
+        if row:
+            found.append((signature.names[place], row))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,8 @@ class Call:
     """1 where the state before the first token is none of them."""
     slot_stride: int = 0
     """How far they lie apart, in the unit that the kernel was made for."""
+    rows: tuple[tuple[str, int], ...] = ()
+    """Of inputs whose rows of a token lie apart: how far, in elements."""
 
     def chunks(self, BT: int) -> int:
         return count_chunks(self.T, self.N, BT, self.packed)
@@ -90,6 +113,14 @@ class Call:
             "first_checkpoint": self.first_checkpoint,
             "slot_stride": self.slot_stride,
         }
+
+    def row_scalars(self, problem: Problem) -> dict[str, Any]:
+        """How far rows lie apart of the inputs that may lie so, by the names of the scalars."""
+        apart, found = dict(self.rows), {}
+        for name, dims in ROW_WISE[problem.op].items():
+            of_head = problem.V if dims[-1] == "V" else 1
+            found[row_of(name)] = apart.get(name, self.HV * of_head) // unit_of(dims)
+        return found
 
     def sizes(self, problem: Problem, BT: int, max_segments: int = MAX_SEGMENTS) -> dict[str, int]:
         return {

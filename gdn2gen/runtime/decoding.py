@@ -23,7 +23,8 @@ from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import OUTPUT
-from gdn2gen.kernels.recurrent import RECURRENT, UNIT, is_row_wise, knobs_for, row_of
+from gdn2gen.kernels.recurrent import RECURRENT, knobs_for
+from gdn2gen.kernels.rows import UNIT, is_row_wise, row_of
 from gdn2gen.runtime._loading import fixed_launcher
 from gdn2gen.runtime.arguments import Dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding

@@ -112,9 +112,10 @@ known_request = lru_cache(maxsize=512)(make_request)
 
 
 @lru_cache(maxsize=512)
-def request_at(dims: Dims, *options: Any) -> Request:
-    """The request of a call that was checked; `options` are `Options`."""
-    return known_request(*dims.key, *options)
+def request_at(dims: Dims, *options: Any, rows: tuple[tuple[str, int], ...] = ()) -> Request:
+    """The request of a call that was checked; `options` are `Options`, `rows` those of `Call`."""
+    request = known_request(*dims.key, *options)
+    return replace(request, call=replace(request.call, rows=rows)) if rows else request
 
 
 def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRunner:

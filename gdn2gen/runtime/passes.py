@@ -177,7 +177,7 @@ class _SizedStep:
     def __init__(self, loaded: Loaded, call: Call, problem: Problem, BT: int) -> None:
         step = loaded.step
         sizes = call.sizes(problem, BT, step.max_segments)
-        scalars = call.scalars(BT, step.max_segments)
+        scalars = call.scalars(BT, step.max_segments) | call.row_scalars(problem)
         made = [x for x in step.buffers if x.takes is None]
         self.name, self.freed, self.tensors = step.module, step.freed, step.tensors
         self.launch = sized_launch(loaded.launch, {name: scalars[name] for name in step.scalars})

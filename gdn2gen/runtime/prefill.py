@@ -21,7 +21,7 @@ from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.prefill import INTERMEDIATE_TOKENS, PrefillProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.recurrent import UNIT
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.runtime._kernels import named_inputs
 from gdn2gen.runtime._loading import launcher_of
 from gdn2gen.runtime.arguments import IO_DTYPES

@@ -187,6 +187,9 @@ class SizedRunner:
         self.runner = runner
         self.call = call
         self.input_names = runner.inputs
+        rows = dict(call.rows)
+        self.rows = tuple(rows.get(x, 0) for x in runner.inputs) if rows else ()
+        """How far rows of each input lie apart, 0 where they do not; nothing where none do."""
         self.saved_names = tuple(x.name for x in runner.saved)
         gradients = gradients_of(runner.problem)
         self.gradient_names = tuple((name, gradients[name]) for name in runner.inputs)
@@ -236,6 +239,11 @@ class SizedRunner:
             Quickly(lambda inputs: self._backward.bound(inputs, given)),
             Quickly(lambda inputs: self._backward_with_dht.bound(inputs, given)),
         )
+
+    @cached_property
+    def dense(self) -> SizedRunner:
+        """The same for inputs whose rows do not lie apart; what it saves is laid out alike."""
+        return self.runner.at(replace(self.call, rows=()))
 
     @cached_property
     def layout(self) -> Layout:

@@ -59,6 +59,8 @@ class Signature:
     """Places of those of the gate, by name: A_log, dt_bias."""
     states: tuple[int, ...]
     """Places of the states."""
+    apart: tuple[int, ...]
+    """Places of those whose rows may lie apart, see `Input.apart`."""
     conditions: tuple[str, ...]
     """The fields of `Problem` that say which of the others are given."""
     options: int
@@ -171,6 +173,7 @@ def signature_of(op: str) -> Signature:
             if x.name in ("A_log", "dt_bias")
         },
         states=places("state"),
+        apart=tuple(place for place, x in enumerate(recurrence.inputs) if x.apart),
         conditions=tuple(x.when for x in recurrence.optional),
         options=len(_OPTIONS) - (0 if recurrence.activates_beta else len(Options._field_defaults)),
         bounded=recurrence.bounded,

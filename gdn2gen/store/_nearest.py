@@ -14,6 +14,7 @@ from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.family.problem import DIMS, Problem, Regime
 from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
+from gdn2gen.kernels.plans import filed_level
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry, TunedFile
 
@@ -31,7 +32,7 @@ class Query(NamedTuple):
     regime: Regime
     device: Device
     level: str
-    """What the forward may keep; `tuned_files.LEVELS`."""
+    """What the forward may keep, as entries are filed (`plans.filed_level`)."""
     triton_alone: bool = False
     """Nothing but Triton can be compiled: entries that need no more come before all others."""
 
@@ -127,7 +128,8 @@ def _matches(
         gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
         for place, entry in enumerate(loaded.entries):
             minor = differing(key, entry)
-            if entry.level != query.level or minor is None:
+            level = filed_level(entry.level, query.problem.op)
+            if level != query.level or minor is None:
                 continue
             if query.triton_alone and not entry.needs_triton_alone:
                 continue

@@ -23,7 +23,7 @@ from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler, why_no_compiler
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
-from gdn2gen.kernels.plans import plans_of
+from gdn2gen.kernels.plans import filed_level, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import pins, tuned_files, verified
 from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
@@ -284,6 +284,7 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
     """`find_recipe` without its overrides; remembered until the files are looked at anew."""
     if query.level not in tuned_files.LEVELS:
         raise DispatchError(f"level must be one of {tuned_files.LEVELS}, but got {query.level!r}")
+    query = query._replace(level=filed_level(query.level, query.problem.op))
     best, passed, notes = nearest_entry(query, places)
     if best is None:
         plan = plans_of(query.level, query.problem.op)[0]

@@ -101,17 +101,27 @@ def find_mamba3(
     scan = find_recipe(
         scan_problem(problem), scan_shape(shape).regime, device, level=level, strict=strict
     )
-    H, G, tokens, sequences = shape.H, shape.key_heads, shape.B * shape.T, shape.regime.sequences
-    known = known_around(problem, H, G)
+    tokens, sequences = shape.B * shape.T, shape.regime.sequences
+    known = known_around(problem, shape.H, shape.key_heads)
     around = nearest_parts(MAMBA3, AROUND, known, tokens, device)
     step = nearest_parts(MAMBA3, ONE_TOKEN, known, sequences, device)
-    knobs: dict[str, dict[str, Knob]] = {}
-    BT = tile_of(problem.dtype, problem.state_size)
-    for stage in MAMBA3_STAGES[:4]:
-        knobs[stage.name] = mamba3_knobs(stage, problem, -(-tokens // BT), H, G, device.sms)
-    knobs[MAMBA3_STEP.name] = mamba3_step_knobs(problem, sequences, H, device.sms)
+    knobs = ruled(problem, shape, device)
     sources = dict.fromkeys(knobs, "rule")
     for entry in (around, step):
         for name, found in ({} if entry is None else entry.knobs).items():
             knobs[name], sources[name] = dict(found), "tuned"
     return Mamba3Found(problem, shape, device, scan, knobs, sources)
+
+
+def ruled(problem: Mamba3Problem, shape: Shape, device: Device) -> dict[str, dict[str, Knob]]:
+    """Knobs of the kernels around the scan, and of a step of as many sequences, by the rule on
+    sizes."""
+    H, G, BT = shape.H, shape.key_heads, tile_of(problem.dtype, problem.state_size)
+    tiles = -(-shape.B * shape.T // BT)
+    knobs = {
+        stage.name: mamba3_knobs(stage, problem, tiles, H, G, device.sms)
+        for stage in MAMBA3_STAGES
+        if stage is not MAMBA3_STEP
+    }
+    step = mamba3_step_knobs(problem, shape.regime.sequences, H, device.sms)
+    return {**knobs, MAMBA3_STEP.name: step}

@@ -56,6 +56,12 @@ class PartEntry:
         """What a file holds one entry for."""
         return json.dumps([self.kind, sorted(self.at.items()), self.tokens])
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        at = ", ".join(f"{x}={y}" for x, y in self.at.items())
+        return f"{self.kind}, {at}, tokens={self.tokens}"
+
     def config(self, stage: str, problem: Compiled) -> Config:
         """Raises ConfigError where the stage takes no such knobs."""
         return default_config(stage, problem).replace(**self.knobs[stage])
@@ -101,12 +107,27 @@ def parts_on_file(path: Path) -> list[PartEntry]:
     if not isinstance(document, dict) or document.get("schema") != PARTS_SCHEMA:
         raise StoreError(f"{path} has no schema {PARTS_SCHEMA}; mend it or move it away")
     try:
-        return [PartEntry(**x) for x in document["entries"]]
+        entries = [PartEntry(**x) for x in document["entries"]]
+        for entry in entries:
+            _check(entry)
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"{path} does not hold entries as `gdn2gen tune` files them ({error!r}); mend it or "
             "move it away"
         ) from error
+    return entries
+
+
+def _check(entry: PartEntry) -> None:
+    """TypeError for what is of other types than it should be; figures may still be anything."""
+    for name in ("at", "knobs", "templates", "measured", "errors"):
+        if not isinstance(getattr(entry, name), Mapping):
+            raise TypeError(f"{name} is {getattr(entry, name)!r}")
+    for stage in entry.knobs:
+        if not all(isinstance(x.get(stage), Mapping) for x in (entry.knobs, entry.measured)):
+            raise TypeError(f"knobs or measured.{stage} is none")
+    if not isinstance(entry.kind, str) or type(entry.tokens) is not int or entry.tokens < 1:
+        raise TypeError(f"kind is {entry.kind!r}, tokens {entry.tokens!r}")
 
 
 @lru_cache(maxsize=64)
@@ -124,10 +145,11 @@ def _on_file(path: Path, _look: int) -> tuple[PartEntry, ...]:
 
 def stale_parts(entry: PartEntry) -> list[str]:
     """Stages whose template changed, or whose knobs are none, since the entry was checked."""
-    return [x for x in entry.knobs if entry.templates.get(x) != _digest(x, entry)]
+    return [x for x in entry.knobs if entry.templates.get(x) != part_digest(x, entry)]
 
 
-def _digest(stage: str, entry: PartEntry) -> str:
+def part_digest(stage: str, entry: PartEntry) -> str:
+    """That of the stage's present template."""
     try:
         part = EVERY_STAGE[stage]
         assert isinstance(part, PartStage)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdn2gen.base.device import Device, filed_device, is_name_of, known_device, named_device
-from gdn2gen.base.errors import StoreError
+from gdn2gen.base.errors import StoreError, TunedFileWarning
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
+from gdn2gen.family.mamba3_problem import PART_OPS
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.store import tuned_files
+from gdn2gen.store.part_files import PartEntry, parts_on_file, parts_path, stale_parts
 from gdn2gen.store.tuned_files import Entry, TunedFile
 
 
@@ -26,7 +30,7 @@ def load_file(path: Path) -> TunedFile:
 
 def device_on_file(name: str) -> Device | None:
     """The GPU of that name, by what a tuned file of it says; None if there is no such file."""
-    for folder in (user_tuned_dir(), packaged_tuned_dir()):
+    for folder in _folders():
         for path in sorted(folder.glob("*/*.json")):
             with suppress(StoreError):
                 file = tuned_files.load_tuned(path)
@@ -66,15 +70,50 @@ def on_file(op: str, device: Device) -> TunedFile:
     return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
 
 
-def all_on_file(device: Device) -> list[Entry]:
-    """The same of every op, in order. Raises StoreError if nothing is tuned for any."""
-    tuned = [op for op in OPS if any(path.exists() for path in _paths(op, device))]
-    return [entry for op in tuned or OPS for entry in on_file(op, device).entries]
+def all_on_file(op: str | None, device: Device) -> tuple[list[Entry], list[tuple[str, PartEntry]]]:
+    """The same, and what calls find for kernels that are in no plan, with their op; of every op
+    where none is named. Raises StoreError if there is neither."""
+    parts = [(x, y) for x in PART_OPS if op in (x, None) for y in parts_of(x, device)]
+    if op in PART_OPS:
+        if not parts:
+            raise StoreError(
+                f"nothing is tuned for kernels in no plan of {op} on {device.name}; looked in "
+                f"{' and '.join(str(parts_path(x, op, device)) for x in _folders())}"
+            )
+        return [], parts
+    ops: Sequence[str] = [op] if op else [x for x in OPS if _is_tuned(x, device)]
+    if not ops and not parts:
+        ops = OPS  # which says what was looked for
+    return [entry for x in ops for entry in on_file(x, device).entries], parts
+
+
+def _is_tuned(op: str, device: Device) -> bool:
+    return any(path.exists() for path in _paths(op, device))
+
+
+def parts_of(op: str, device: Device) -> list[PartEntry]:
+    """The same of an op's kernels that are in no plan, in order; none where nothing is tuned, and a
+    warning of a file that cannot be read."""
+    best: dict[str, PartEntry] = {}
+    for folder in _folders():
+        try:
+            found = parts_on_file(parts_path(folder, op, device))
+        except StoreError as error:
+            warnings.warn(str(error), TunedFileWarning, stacklevel=2)
+            continue
+        for entry in found:
+            rival = best.get(entry.key)
+            if rival is None or (stale_parts(rival) and not stale_parts(entry)):
+                best[entry.key] = entry
+    return [best[key] for key in sorted(best)]
 
 
 def _paths(op: str, device: Device) -> list[Path]:
-    folders = (user_tuned_dir(), packaged_tuned_dir())
-    return [tuned_files.tuned_path(folder, op, device) for folder in folders]
+    return [tuned_files.tuned_path(folder, op, device) for folder in _folders()]
+
+
+def _folders() -> tuple[Path, Path]:
+    return user_tuned_dir(), packaged_tuned_dir()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     search    which config next
     filing    what a verdict leaves behind
     recheck   do the entries on file still hold
+    recheck_parts  the same of kernels that are in no plan
     retest    refused configs, tried again
     run       search the present GPU, and file the best
     offline   what can be done without a GPU

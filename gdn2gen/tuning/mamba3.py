@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.device import Device, toolchain
-from gdn2gen.base.environment import VERIFYING
 from gdn2gen.base.errors import TuneError
-from gdn2gen.base.outcome import Outcome
-from gdn2gen.base.terminal import Sheet, command_line, plain
-from gdn2gen.base.worker import Worker
+from gdn2gen.base.terminal import command_line, plain
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config
@@ -34,12 +31,13 @@ from gdn2gen.kernels.mamba3 import (
 )
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.measure.mamba3_times import check_knobs, time_knobs
 from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.part_files import PartEntry, merge_parts, parts_path
 from gdn2gen.store.tuned_files import digest_of, metadata_for
+from gdn2gen.tuning.gpu.parts import Call, check_parts, parts_worker, time_part
 from gdn2gen.tuning.run import check_arguments
 from gdn2gen.tuning.run import tune as tune_scan
+from gdn2gen.tuning.views.parts import part_lines, parts_sheet
 from gdn2gen.tuning.views.progress import Progress, console_progress
 from gdn2gen.tuning.views.report import TuneReport
 
@@ -51,11 +49,7 @@ _SCAN_PART: Final = 0.7
 _AROUND: Final = MAMBA3_STAGES[:4]
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
-# A kernel compiles in a second or two, and a check has a reference that goes token by token.
-_TIMEOUT_S: Final = 180.0
 Knobs = dict[str, Knob]
-Call = Callable[..., Outcome[Any]]
-"""`module:function`, its arguments, and `timeout`."""
 
 
 @dataclass
@@ -76,18 +70,8 @@ class Mamba3Report:
         from rich.console import Group
         from rich.text import Text
 
-        sheet = Sheet(
-            f"{MAMBA3} on {self.device.name}: kernels around the scan, in ms",
-            ("kernel", "at", "rule", "tuned", "knobs"),
-            words=("kernel", "at", "knobs"),
-        )
-        for entry in self.entries:
-            unit = "sequences" if entry.kind == ONE_TOKEN else "tokens"
-            at = f"{entry.tokens} {unit}, {entry.at['heads']} heads"
-            for stage, knobs in entry.knobs.items():
-                times = entry.measured[stage]
-                words = " ".join(f"{x}={y}" for x, y in knobs.items())
-                sheet.add(stage, at, f"{times['default_ms']:.4f}", f"{times['ms']:.4f}", words)
+        title = f"{MAMBA3} on {self.device.name}: kernels around the scan, in ms"
+        sheet = parts_sheet(title, part_lines(MAMBA3, self.entries))
         lines = [f"left out {x}: {why}" for x, why in self.skipped.items()]
         lines += [f"filed in {self.path}"] if self.entries else []
         parts = [*([self.scan.table()] if self.scan else []), sheet]
@@ -132,7 +116,7 @@ def tune_mamba3(
         )
     except TuneError as error:
         report.skipped["the scan"] = str(error)
-    worker = Worker({"GDN2GEN_UNVERIFIED": VERIFYING, "TRITON_INTERPRET": "0"})
+    worker = parts_worker()
     metadata = metadata_for(device, toolchain(), command or command_line())
     shown.start(f"tuning the kernels around {MAMBA3}'s scan on {device.name}", end - clock())
     try:
@@ -214,8 +198,7 @@ class _Run:
         BT = None if kind == ONE_TOKEN else int(next(iter(found.values()))[0]["BT"])
         knobs = {stage: x for stage, (x, _, _) in found.items()}
         problem = self._problem(kind)
-        target = f"{check_knobs.__module__}:{check_knobs.__name__}"
-        checked = self.call(target, problem, shape, BT, knobs, timeout=_TIMEOUT_S)
+        checked = check_parts(self.call, problem, shape, BT, knobs)
         errors, wrong = checked.value if checked.value is not None else ({}, checked.reason)
         if wrong:
             return None, wrong
@@ -289,10 +272,7 @@ class _Run:
         return (*best, first)
 
     def _time(self, stage: PartStage, kind: str, shape: Shape, knobs: Knobs) -> float | None:
-        forced = {x: y for x, y in knobs.items() if x != "BT"}
-        target = f"{time_knobs.__module__}:{time_knobs.__name__}"
-        given = (self._problem(kind), shape, stage.name, knobs["BT"], forced)
-        outcome = self.call(target, *given, timeout=_TIMEOUT_S)
+        outcome = time_part(self.call, self._problem(kind), shape, stage.name, knobs)
         config = default_config(stage.name, self.problem).replace(**knobs)
         said = f"{outcome.value:.4f} ms" if outcome.ok else outcome.detail
         self.shown.trial(config, outcome.status, said)

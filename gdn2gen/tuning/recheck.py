@@ -116,7 +116,7 @@ def _recheck(
         defaults[key] = timed_default.get() if timed_default.ok else None
     default = defaults[key]
     default_ms = default.forward_backward.median if default else None
-    detail = _why_slower(entry, now, default_ms)
+    detail = why_slower(entry.measured.get("forward_backward_ms"), now, default_ms)
     status: Status = "slower" if detail else "renewed" if stale else "holds"
     renewed = None
     if status == "renewed":
@@ -140,13 +140,15 @@ def _renewed(
     return entry
 
 
-def _why_slower(entry: Entry, now: float, default: float | None) -> str:
-    filed = entry.measured.get("forward_backward_ms")
+def why_slower(
+    filed: float | None, now: float, default: float | None, usual: str = "the default"
+) -> str:
+    """Nothing where it is not. `usual`: what the default is called."""
     words = []
     if filed and now > filed * (1 + SLOWER):
         words.append(f"{now / filed - 1:.0%} slower than when it was filed ({filed:.3f} ms)")
     if default and now > default * (1 + SLOWER):
-        words.append(f"{now / default - 1:.0%} slower than the default ({default:.3f} ms)")
+        words.append(f"{now / default - 1:.0%} slower than {usual} ({default:.3f} ms)")
     return ", ".join(words)
 
 

@@ -20,7 +20,7 @@ from gdn2gen.base.terminal import command_line
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import PLANS_OF, level_of, plans_of
+from gdn2gen.kernels.plans import PLANS_OF, filed_levels, level_of, plans_of
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.filing import entries_of, result_of
 from gdn2gen.tuning.gpu.backend import Backend, MeteredBackend, WorkerBackend
@@ -138,9 +138,10 @@ class _Run:
         metadata: Mapping[str, Any],
         report: TuneReport,
     ) -> None:
-        self.context, self.problem, self.levels = context, problem, levels
+        self.context, self.problem = context, problem
         self.path, self.metadata, self.report = path, metadata, report
-        self.plans = [plan for level in levels for plan in plans_of(level, problem.op)]
+        filed = filed_levels(levels, problem.op)
+        self.plans = [plan for level in filed for plan in plans_of(level, problem.op)]
         self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:

@@ -50,7 +50,7 @@ that. No term of it is taken from another, so that it is exact however strong th
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=apart
-Template digest 1ec606d8afdd9f11; made by
+Template digest fe999306e5242a51; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=apart
@@ -230,7 +230,7 @@ def grad_group_kernel(
     tl.store(dk + p_out, b_dk.to(tl.bfloat16), mask=m_t[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "HV"])
+@triton.jit(do_not_specialize=["T", "HV", "dt_row"])
 def fold_parts_kernel(
     rate,
     dt,
@@ -247,6 +247,7 @@ def fold_parts_kernel(
     ddt_bias,
     T,
     HV,
+    dt_row,
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -291,19 +292,20 @@ def fold_parts_kernel(
     b_step = tl.load(step + p_token, mask=m_th, other=0.0)
     tl.store(drate + i_tile, tl.sum(b_dg * b_step, 0), mask=m_h)
     b_dstep += b_dg * tl.load(rate + o_h, mask=m_h, other=0.0)[None, :]
-    p_dt = (i_start + o_t)[:, None] * HV + o_h[None, :]
     # through the activation
+    p_dt = (i_start + o_t)[:, None] * dt_row + o_h[None, :]
     b_x = tl.load(dt + p_dt, mask=m_th, other=0.0).to(tl.float32)
     b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0)[None, :]
     b_dstep *= 1.0 / (1.0 + tl.exp(-b_x))
     tl.store(ddt_bias + i_tile, tl.sum(tl.where(m_th, b_dstep, 0.0), 0), mask=m_h)
-    tl.store(ddt + p_dt, b_dstep.to(tl.bfloat16), mask=m_th)
+    p_ddt = (i_start + o_t)[:, None] * HV + o_h[None, :]
+    tl.store(ddt + p_ddt, b_dstep.to(tl.bfloat16), mask=m_th)
 
 
 def launch(
     q, k, rate, dt, dt_bias, log_decay, step, h, v, dh, dy, dq, dk, decay_pairs, step_pairs,
     head_decay, tail_step, taken, written, kept, dscores, ddt, drate, ddt_bias, *, n_chunks, T,
-    H, HV
+    H, HV, dt_row
 ):
     """Launch all three kernels on the current stream."""
     n_parts = H * -(-HV // H // HEADS)
@@ -320,6 +322,6 @@ def launch(
     )
     fold_parts_kernel[(n_chunks, -(-HV // BH))](
         rate, dt, dt_bias, log_decay, step, decay_pairs, step_pairs, taken, written, kept, ddt,
-        drate, ddt_bias, T, HV,
+        drate, ddt_bias, T, HV, dt_row,
         K=K, BT=BT, BK=BK, BH=BH, num_warps=1,
     )

@@ -42,7 +42,7 @@ grad_group_kernel: one program per chunk, HEADS heads of a group and slice of K.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=inside
-Template digest b9b8b85d548b99be; made by
+Template digest 179da1761bd3fad6; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=inside
@@ -161,7 +161,7 @@ def grad_group_kernel(
     tl.store(dk + p_out, b_dk.to(tl.bfloat16), mask=m_t[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "HV"])
+@triton.jit(do_not_specialize=["T", "HV", "dt_row"])
 def fold_step_kernel(
     rate,
     dt,
@@ -174,6 +174,7 @@ def fold_step_kernel(
     ddt_bias,
     T,
     HV,
+    dt_row,
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -200,18 +201,19 @@ def fold_step_kernel(
     b_step = tl.load(step + i_tile[None, :] * BT + o_t[:, None], mask=m_th, other=0.0)
     tl.store(drate + i_tile, tl.sum(b_dg * b_step, 0), mask=m_h)
     b_dstep += b_dg * tl.load(rate + o_h, mask=m_h, other=0.0)[None, :]
-    p_dt = (i_start + o_t)[:, None] * HV + o_h[None, :]
     # through the activation
+    p_dt = (i_start + o_t)[:, None] * dt_row + o_h[None, :]
     b_x = tl.load(dt + p_dt, mask=m_th, other=0.0).to(tl.float32)
     b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0)[None, :]
     b_dstep *= 1.0 / (1.0 + tl.exp(-b_x))
     tl.store(ddt_bias + i_tile, tl.sum(tl.where(m_th, b_dstep, 0.0), 0), mask=m_h)
-    tl.store(ddt + p_dt, b_dstep.to(tl.bfloat16), mask=m_th)
+    p_ddt = (i_start + o_t)[:, None] * HV + o_h[None, :]
+    tl.store(ddt + p_ddt, b_dstep.to(tl.bfloat16), mask=m_th)
 
 
 def launch(
     q, k, rate, dt, dt_bias, log_decay, step, h, v, dh, dy, dq, dk, decay_part, step_part, ddt,
-    drate, ddt_bias, *, n_chunks, T, H, HV
+    drate, ddt_bias, *, n_chunks, T, H, HV, dt_row
 ):
     """Launch both kernels on the current stream."""
     n_parts = H * -(-HV // H // HEADS)
@@ -221,6 +223,6 @@ def launch(
         num_warps=4, num_stages=2,
     )
     fold_step_kernel[(n_chunks, -(-HV // BH))](
-        rate, dt, dt_bias, step, decay_part, step_part, ddt, drate, ddt_bias, T, HV,
+        rate, dt, dt_bias, step, decay_part, step_part, ddt, drate, ddt_bias, T, HV, dt_row,
         K=K, BT=BT, BK=BK, BH=BH, num_warps=1,
     )

@@ -87,12 +87,12 @@ def chunk_gdn2(
     output_final_state=False,
     use_qk_l2norm_in_kernel=True,
     use_gate_in_kernel=True,
-    A_log=None,
-    dt_bias=None,
     cu_seqlens=None,
     cu_seqlens_cpu=None,
     lower_bound=None,
     state_v_first=False,
+    A_log=None,
+    dt_bias=None,
 ):
     """Return o [B, T, HV, V] and the final state (None unless asked for); differentiable.
 

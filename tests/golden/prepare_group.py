@@ -19,7 +19,7 @@ and step_kernel, a program per chunk and BH heads, which lie side by side in mem
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 3bebb0a1c9027a9f; made by
+Template digest e86fae96afa4b27f; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage prepare_group --config \
       BK=64,BT=64,language=triton,maxnreg=0,num_stages=2,num_warps=4
@@ -86,7 +86,7 @@ def prepare_group_kernel(
     tl.store(scores + p_score, b_scores.to(tl.bfloat16))
 
 
-@triton.jit(do_not_specialize=["T", "HV"])
+@triton.jit(do_not_specialize=["T", "HV", "dt_row"])
 def step_kernel(
     rate,
     dt,
@@ -95,6 +95,7 @@ def step_kernel(
     step,
     T,
     HV,
+    dt_row,
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):
@@ -108,7 +109,7 @@ def step_kernel(
     o_t = tl.arange(0, BT)
     m_h = o_h < HV
     m_th = (o_t < n_rows)[:, None] & m_h[None, :]
-    p_dt = (i_start + o_t)[:, None] * HV + o_h[None, :]
+    p_dt = (i_start + o_t)[:, None] * dt_row + o_h[None, :]
     b_step = tl.load(dt + p_dt, mask=m_th, other=0.0).to(tl.float32)
     b_step += tl.load(dt_bias + o_h, mask=m_h, other=0.0)[None, :]
     b_step = tl.where(m_th, softplus(b_step), 0.0)
@@ -120,7 +121,7 @@ def step_kernel(
 
 
 def launch(
-    q, k, rate, dt, dt_bias, scores, log_decay, step, *, n_chunks, T, H, HV
+    q, k, rate, dt, dt_bias, scores, log_decay, step, *, n_chunks, T, H, HV, dt_row
 ):
     """Launch both kernels on the current stream."""
     prepare_group_kernel[(n_chunks * H,)](
@@ -128,6 +129,6 @@ def launch(
         num_warps=4, num_stages=2,
     )
     step_kernel[(n_chunks, -(-HV // BH))](
-        rate, dt, dt_bias, log_decay, step, T, HV, BT=BT, BH=BH,
+        rate, dt, dt_bias, log_decay, step, T, HV, dt_row, BT=BT, BH=BH,
         num_warps=1,
     )

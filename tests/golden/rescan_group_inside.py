@@ -28,7 +28,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 gating=inside heads=1 language=triton num_stages=2 num_warps=4
-Template digest 19b0c769c2af0322; made by
+Template digest 2b3ab110fe3a2d9d; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=inside,heads=1,language=triton,num_stages=2,num_warps=4
@@ -42,7 +42,7 @@ K, V = 128, 64
 BT, BV = 64, 64
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment"])
+@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment", "z_row"])
 def rescan_group_kernel(
     v,
     q,
@@ -63,6 +63,7 @@ def rescan_group_kernel(
     HV,
     NS,
     segment,
+    z_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -110,7 +111,9 @@ def rescan_group_kernel(
         i_row = i_t * BT + o_t
         m_o = (i_row < n_tokens)[None, :]
         p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-        b_z = tl.load(z + p_o, mask=m_o, other=0.0)
+        # rows of z may lie apart
+        p_z = (i_start + i_row)[None, :] * (z_row * 8) + (i_h * V + o_v)[:, None]
+        b_z = tl.load(z + p_z, mask=m_o, other=0.0)
         m_v = (i_row + BT < n_tokens)[None, :]
         p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
         b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
@@ -161,11 +164,12 @@ def rescan_group_kernel(
 
 def launch(
     v, q, k, log_decay, step, scores, D, z, do, S_seg, h, dz, dy, dD, *, n_sequences, T, H, HV,
-    NS, segment
+    NS, segment, z_row
 ):
     """Launch one program per segment, value head and slice of V on the current stream."""
     rescan_group_kernel[(n_sequences * HV * NS * (V // BV),)](
         v, q, k, log_decay, step, scores, D, z, do, S_seg, h, dz, dy, dD, T, H, HV, NS, segment,
+        z_row,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=2,
     )

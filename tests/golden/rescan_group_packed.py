@@ -36,7 +36,7 @@ with decay_ij what the state keeps from token j to token i, head from the chunk'
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BT=64 BV=64 gating=apart heads=1 language=triton num_stages=2 num_warps=4
-Template digest 7e37739622c0cd56; made by
+Template digest bbe6d3030fa95415; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=apart,heads=1,language=triton,num_stages=2,num_warps=4
@@ -120,7 +120,7 @@ def rescan_group_kernel(
         b_S = tl.dot(b_outer, b_k, b_S)
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "H", "HV", "z_row"])
 def gate_group_kernel(
     v,
     q,
@@ -138,6 +138,7 @@ def gate_group_kernel(
     T,
     H,
     HV,
+    z_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -175,7 +176,8 @@ def gate_group_kernel(
         b_P = (b_scores * b_D * b_step[None, :]).to(tl.bfloat16)
         o_v = tl.arange(0, V)
         p_o = (i_start * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
-        b_z = tl.load(z + p_o, mask=m_t, other=0.0)
+        p_z = i_start * (z_row * 8) + i_h * V + o_t[:, None] * (z_row * 8) + o_v[None, :]
+        b_z = tl.load(z + p_z, mask=m_t, other=0.0)
         b_do = tl.load(do + p_o, mask=m_t, other=0.0)
         b_h = tl.load(h + i_tile * K * V + o_v[:, None] * K + o_k[None, :])
         b_y = tl.dot(b_q, tl.trans(b_h))
@@ -198,7 +200,7 @@ def gate_group_kernel(
 
 def launch(
     v, q, k, log_decay, step, scores, D, z, do, S_seg, cu_seqlens, chunk_offsets, chunk_table,
-    h, dz, dy, dD, *, n_sequences, T, H, HV, NS, segment
+    h, dz, dy, dD, *, n_sequences, T, H, HV, NS, segment, z_row
 ):
     """Launch one program per segment, value head and slice of V on the current stream; then the gate."""
     rescan_group_kernel[(n_sequences * HV * NS * (V // BV),)](
@@ -209,6 +211,6 @@ def launch(
     # chunks that there are, or of a packed batch may be
     n_chunks = T // BT + n_sequences
     gate_group_kernel[(n_chunks * H * -(-HV // H // HEADS),)](
-        v, q, log_decay, step, scores, D, z, do, h, dz, dy, dD, chunk_table, T, H, HV,
+        v, q, log_decay, step, scores, D, z, do, h, dz, dy, dD, chunk_table, T, H, HV, z_row,
         K=K, V=V, BT=BT, HEADS=HEADS, num_warps=4, num_stages=2,
     )

@@ -24,7 +24,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest 19b0c769c2af0322; made by
+Template digest 2b3ab110fe3a2d9d; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4
@@ -38,7 +38,7 @@ K, V = 128, 64
 BT, BV = 64, 64
 
 
-@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment"])
+@triton.jit(do_not_specialize=["T", "H", "HV", "NS", "segment", "z_row"])
 def scan_group_kernel(
     v,
     q,
@@ -55,6 +55,7 @@ def scan_group_kernel(
     HV,
     NS,
     segment,
+    z_row,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -97,8 +98,9 @@ def scan_group_kernel(
             b_v, b_log_decay, b_step = b_v_next, b_log_decay_next, b_step_next
             i_row = i_t * BT + o_t
             m_o = (i_row < n_tokens)[None, :]
-            p_o = ((i_start + i_row) * HV + i_h)[None, :] * V + o_v[:, None]
-            b_z = tl.load(z + p_o, mask=m_o, other=0.0)
+            # rows of z may lie apart
+            p_z = (i_start + i_row)[None, :] * (z_row * 8) + (i_h * V + o_v)[:, None]
+            b_z = tl.load(z + p_z, mask=m_o, other=0.0)
             m_v = (i_row + BT < n_tokens)[None, :]
             p_v = ((i_start + i_row + BT) * HV + i_h)[None, :] * V + o_v[:, None]
             b_v_next = tl.load(v + p_v, mask=m_v, other=0.0)
@@ -135,15 +137,18 @@ def scan_group_kernel(
             b_sigmoid = tl.rsqrt(1.0 + tl.exp2(b_x * -1.4426950408889634))
             b_sigmoid *= b_sigmoid
             b_o *= b_x * b_sigmoid
-            tl.store(o + p_o, b_o.to(tl.bfloat16), mask=m_o)
+            # offsets from the chunk's first row fit 32 bits
+            p_o = o + ((i_start + i_t * BT) * HV + i_h) * V
+            tl.store(p_o + o_t[None, :] * (HV * V) + o_v[:, None], b_o.to(tl.bfloat16), mask=m_o)
 
 
 def launch(
-    v, q, k, log_decay, step, scores, D, z, o, S_seg, *, n_sequences, T, H, HV, NS, segment
+    v, q, k, log_decay, step, scores, D, z, o, S_seg, *, n_sequences, T, H, HV, NS, segment,
+    z_row
 ):
     """Launch one program per sequence, value head and slice of V on the current stream."""
     scan_group_kernel[(n_sequences * HV * (V // BV),)](
-        v, q, k, log_decay, step, scores, D, z, o, S_seg, T, H, HV, NS, segment,
+        v, q, k, log_decay, step, scores, D, z, o, S_seg, T, H, HV, NS, segment, z_row,
         K=K, V=V, BT=BT, BV=BV,
         num_warps=4, num_stages=2,
     )

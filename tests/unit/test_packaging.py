@@ -24,8 +24,8 @@ FOLDERS = (
     "measure", "tuning", "workflows", "cli",
 )  # fmt: skip
 TUNING = (
-    "space", "records", "views", "gpu", "search", "filing", "recheck", "retest", "run", "offline",
-    "packages", "mamba3",
+    "space", "records", "views", "gpu", "search", "filing", "recheck", "recheck_parts", "retest",
+    "run", "offline", "packages", "mamba3",
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(FOLDERS)}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

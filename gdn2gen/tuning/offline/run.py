@@ -24,7 +24,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config, language_of
-from gdn2gen.kernels.plans import PLANS, plans_of
+from gdn2gen.kernels.plans import PLANS, filed_levels, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.store import tuned_files
@@ -159,10 +159,10 @@ class _Ranking:
         seed: int,
     ) -> None:
         self.findings, self.problem = findings, findings.problem
-        self.device, self.levels = device, levels
+        self.device, self.levels = device, filed_levels(levels, self.problem.op)
         self.backend, self.progress = backend, progress
         self.shapes = list(shapes)
-        plans = [PLANS[plan] for level in levels for plan in _ranked(level, self.problem.op)]
+        plans = [PLANS[plan] for level in self.levels for plan in _ranked(level, self.problem.op)]
         self.stages = tuple(dict.fromkeys(x for plan in plans for x in plan.stages))
         self.compiled = findings.compiled
         self.skipped: dict[str, str] = {}

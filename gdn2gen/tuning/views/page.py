@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import optuna
 
     from gdn2gen.tuning.records.ledger import Refusal
+    from gdn2gen.tuning.views.parts import PartLine
 
 TEMPLATE = "report/page.html.jinja"
 # Importances of fewer trials than this are noise.
@@ -153,9 +154,10 @@ def page(
     found: list[Line],
     stages: list[StageSearch],
     refusals: Counter[tuple[str, str]],
+    parts: Sequence[PartLine] = (),
 ) -> str:
     """The page as HTML. Raises TuneError if there is nothing to show."""
-    if not found and not stages:
+    if not found and not stages and not parts:
         raise TuneError(
             f"nothing of this op is tuned for {device.name}, and no search is on file: run "
             "`gdn2gen tune` first, or name the op, the GPU and the storage of a search"
@@ -173,6 +175,7 @@ def page(
         metadata=metadata,
         by_problem=_by_problem(timed),
         predicted=[x for x in found if x.tuned_ms is None],
+        parts=parts,
         beside_fla=any(x.fla_ms is not None for x in timed),
         stages=stages,
         refusals=refusals.most_common(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import mamba3_checks
@@ -17,6 +17,7 @@ import torch
 
 import gdn2gen
 from gdn2gen.base.errors import Gdn2genError, InputError
+from gdn2gen.family.registry import RECURRENCES
 
 REQUIRED: Final = inspect.Parameter.empty
 _FLAGS: Final = dict.fromkeys(("output_final_state", "use_qk_l2norm_in_kernel"), False)
@@ -38,10 +39,6 @@ class Peer:
     """What it takes beside, in **kwargs, and makes something of."""
     unserved: tuple[str, ...] = ()
     """Of both, what calls here have to be without."""
-    ordered: bool = True
-    """Whether ours come in the same order, as far as they serve."""
-    renamed: dict[str, Any] = field(default_factory=dict)
-    """Names whose defaults differ here, and why that is no other meaning."""
 
 
 _KDA_GATES: Final = {
@@ -75,7 +72,6 @@ PEERS: Final = {
         | _SEQUENCES,
         swallowed=("chunk_size",),
     ),
-    # its order is that of the releases before 0.6.0, where A_log and dt_bias had places
     "chunk_gdn2": Peer(
         _required("q k v g b w") | _STATES | {"use_qk_l2norm_in_kernel": False}
         | {"use_gate_in_kernel": False} | _SEQUENCES | {"safe_gate": False, "lower_bound": None}
@@ -83,7 +79,6 @@ PEERS: Final = {
         | {"state_v_first": False, "cp_context": None},
         swallowed=("A_log", "dt_bias", "chunk_size"),
         unserved=("cp_context",),
-        ordered=False,
     ),
     "fused_recurrent_kda": Peer(
         _required("q k v g beta") | {"A_log": None, "dt_bias": None} | _STATES
@@ -159,9 +154,8 @@ def test_names_order_and_defaults_are_the_peers(name: str) -> None:
     assert {*peer.swallowed} - {*peer.unserved} <= {*ours}
     # a caller who gives them by place, as far as all that is before them serves
     places = [x for x, y in ours.items() if y.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    if peer.ordered:
-        by_place = [x for x in served if x in places]
-        assert places[: len(by_place)] == by_place
+    by_place = [x for x in served if x in places]
+    assert places[: len(by_place)] == by_place
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -172,6 +166,43 @@ def test_what_does_not_serve_is_refused_by_its_name(name: str) -> None:
     for keyword in (*PEERS[name].unserved, "no_such_keyword"):
         with pytest.raises((TypeError, InputError), match=keyword):
             function(**given, **{keyword: None})
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_what_an_op_declares_it_takes_is_in_the_order_that_it_takes_it(name: str) -> None:
+    """Which packages of `gdn2gen generate` go by."""
+    (recurrence,) = [x for x in RECURRENCES.values() if x.public.chunk == name]
+    ours = list(inspect.signature(getattr(gdn2gen, name)).parameters)
+    declared = recurrence.public.arguments
+    assert [x for x in ours if x in declared] == [x for x in declared if x in ours]
+
+
+_FORMER: Final = {
+    "A_log": (torch.zeros(2),),
+    "A_log, dt_bias": (torch.zeros(2), torch.zeros(32)),
+    "dt_bias": (None, torch.zeros(32)),
+    "cu_seqlens": (None, None, torch.tensor([0, 4])),
+    "all before safe_gate": (torch.zeros(2), None, torch.tensor([0, 4]), torch.tensor([0, 4])),
+    "a flag": (None, None, None, None, False),
+}
+
+
+@pytest.mark.parametrize("given", _FORMER.values(), ids=_FORMER)
+def test_gdn2s_former_order_is_refused_and_named(given: tuple[Any, ...]) -> None:
+    tensors = [small("chunk_gdn2")[x] for x in "qkvgbw"]
+    with pytest.raises(InputError, match=r"0\.6\.0's order .*cu_seqlens, .*A_log, dt_bias\)"):
+        gdn2gen.chunk_gdn2(*tensors, None, None, False, True, True, *given)
+
+
+def test_gdn2s_arguments_by_place_are_those_by_name() -> None:
+    given, cu = small("chunk_gdn2"), torch.tensor([0, 3, 4])
+    options = {"scale": None, "initial_state": None, "output_final_state": True}
+    options |= {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True}
+    options |= {"cu_seqlens": cu, "cu_seqlens_cpu": cu, "safe_gate": True, "lower_bound": -2.0}
+    by_place = gdn2gen.chunk_gdn2(*given.values(), *options.values())
+    by_name = gdn2gen.chunk_gdn2(**given, **options)
+    for x, y in zip(by_place, by_name, strict=True):
+        assert x is not None and y is not None and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", SIZED)

@@ -16,7 +16,7 @@ from faked_driver import Driver, Launch, faked
 from recorded_launches import FLAGS, HEADS, make, packed
 from torch import Tensor
 
-from gdn2gen import chunk_gdn2, fused_recurrent_gdn2
+from gdn2gen import chunk_gdn2, chunk_mamba2, fused_recurrent_gdn2
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.codegen.frames import Described, Frames
 from gdn2gen.ops import _call, _decode
@@ -105,6 +105,46 @@ def test_bound_passes_launch_what_passes_do(layout: str, direction: str, driver:
         for one, other in zip(x.addresses, y.addresses, strict=True):
             if one:  # of no elements it has no address
                 assert seen.setdefault(one, other) == other, x.name
+
+
+def _mamba2(given: dict[str, Tensor], train: bool) -> Run:
+    k = torch.randn(1, 40, 1, 32)
+
+    def run() -> Any:
+        with torch.set_grad_enabled(train):
+            o, _ = chunk_mamba2(k, k, **given, use_gate_in_kernel=True)
+            return torch.autograd.grad(o.sum(), [*given.values()]) if train else o
+
+    return run
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_rows_that_lie_apart_are_read_there(
+    train: bool, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba-2's dt and z as slices of a projection, beside calls whose rows have no gaps."""
+    monkeypatch.setenv("GDN2GEN_UNVERIFIED", "1")
+    x = torch.randn(1, 40, 144)
+    v = torch.randn(1, 40, 2, 32)
+    slices = {"v": v, "dt": x[..., 64:66], "z": x[..., 80:].view(1, 40, 2, 32)}
+    assert not any(slices[name].is_contiguous() for name in ("dt", "z"))
+    tensors = {True: slices, False: {name: y.contiguous() for name, y in slices.items()}}
+    for given in tensors.values():
+        for y in given.values():
+            y.requires_grad_(train)
+    runs = {apart: _mamba2(given, train) for apart, given in tensors.items()}
+    for apart in (True, False, True):
+        launches = _bound(runs[apart], driver)
+        addresses = {y for launch in launches for y in launch.addresses}
+        for name, y in tensors[apart].items():
+            assert y.data_ptr() in addresses, name
+        scans = [x for x in launches if x.name.startswith("scan_group")]
+        assert len(scans) == 1
+        for scan in scans:
+            rows = (144 // 8,) if apart else (64 // 8,)
+            assert scan.scalars[5:] == rows
+        steps = [x for x in launches if "step_kernel" in x.name or "fold" in x.name]
+        assert {x.scalars[-1] for x in steps} == {144 if apart else 2}
 
 
 def test_a_repeated_call_looks_nothing_up(

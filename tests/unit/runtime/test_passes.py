@@ -76,4 +76,4 @@ def test_launches_take_the_operands_in_their_order(config: Config, packed: bool)
     (launch,) = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "launch"]
     stage = STAGES[config.stage]
     assert [x.arg for x in launch.args.args] == [x.name for x in config.operands(problem)]
-    assert {x.arg for x in launch.args.kwonlyargs} == {stage.count, *stage.scalars}
+    assert {x.arg for x in launch.args.kwonlyargs} == {stage.count, *stage.scalars_of(problem)}

@@ -18,7 +18,7 @@ from gdn2gen.codegen import render
 from gdn2gen.family.problem import USUAL_DIMS, Problem, Regime
 from gdn2gen.family.registry import OPS, RECURRENCES, recurrence_named
 from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.plans import PLANS, plan_named
+from gdn2gen.kernels.plans import PLANS, filed_levels, plan_named, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store import dispatch
@@ -534,3 +534,34 @@ def test_recipe_is_frozen_and_crosses_process_borders():
         recipe.configs = ()
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert {recipe: 1}[Recipe.of(PROBLEM, "lean", recipe.by_stage)] == 1
+
+
+@pytest.mark.parametrize("filed", ["lean", "fast"])
+@pytest.mark.parametrize("asked", ["lean", "fast"])
+def test_an_entry_of_the_only_plan_serves_both_levels(user, filed, asked):
+    """Mamba-2's, which keeps no more at level fast: it is tuned once."""
+    problem = Problem(op="mamba2", gate="softplus")
+    recipe = Recipe.default(problem, "grouped")
+    scan = recipe["scan_group"].replace(num_stages=3)
+    entry = dataclasses.replace(
+        make_entry(),
+        problem_key=problem.key,
+        level=filed,
+        plan="grouped",
+        configs=recipe.by_stage | {"scan_group": scan},
+        templates={stage: f"d-{stage}" for stage in recipe.by_stage},
+        gate=dict.fromkeys(always_checked("mamba2"), 1e-5),
+    )
+    path = tuned_path(user, "mamba2", H200)
+    write_tuned(path, TunedFile(metadata_for(H200, {}, "test", "2026"), [entry]))
+    found = find(problem, level=asked, strict=True)
+    assert found.source == "exact" and found.recipe["scan_group"] == scan
+    with pytest.raises(DispatchError, match="level must be one of"):
+        find(problem, level="brisk")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_levels_of_the_same_plans_are_one(op):
+    one = plans_of("lean", op) == plans_of("fast", op)
+    assert filed_levels(("fast", "lean"), op) == (("lean",) if one else ("fast", "lean"))
+    assert one == (op == "mamba2")

@@ -19,6 +19,7 @@ from gdn2gen.base import outcome
 from gdn2gen.base.device import has_gpu, named_device
 from gdn2gen.base.errors import DeviceError, TuneError
 from gdn2gen.base.outcome import Outcome
+from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels import plans
 from gdn2gen.kernels.config import default_config, language_of
@@ -29,7 +30,7 @@ from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.filing import entries_of
 from gdn2gen.tuning.records.ledger import read_ledger
-from gdn2gen.tuning.run import tune
+from gdn2gen.tuning.run import _Run, tune
 from gdn2gen.tuning.search.finalists import Finals
 from gdn2gen.tuning.search.loop import Search
 from gdn2gen.tuning.search.opening import Opening
@@ -227,6 +228,16 @@ def test_levels_share_the_trials_of_their_stages(tmp_path):
     assert {result.level for result in report.results} == {"lean", "fast"}
     singles = [config for _, _, config in _single_stage(backend)]
     assert len(singles) == len(set(singles))
+
+
+@pytest.mark.parametrize(
+    ("op", "plans"), [("mamba2", ["grouped"]), ("gla", ["linear", "linear_fast", "linear_states"])]
+)
+def test_a_plan_that_serves_both_levels_is_tuned_once(op, plans, monkeypatch):
+    monkeypatch.setattr("gdn2gen.tuning.run.Search", lambda *given: given[-1])
+    problem = Problem(op=op, gate="softplus" if op == "mamba2" else "none")
+    turns = _Run(None, problem, [SMALL], ("lean", "fast"), None, {}, None)
+    assert turns.search == turns.plans == plans
 
 
 def test_packed_shapes_are_tuned_apart_and_seeded_from_the_others(tmp_path):
