@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import textwrap
@@ -82,7 +83,7 @@ def render(problem: Compiled, stage_name: str, config: Config) -> Rendered:
         raise TemplateError(f"{name}: {error}") from error
     source = _tidy(text)
     try:
-        compile(source, name, "exec")
+        compile(source, name, "exec", ast.PyCF_ONLY_AST)
     except SyntaxError as error:
         raise TemplateError(
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
