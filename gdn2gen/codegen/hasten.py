@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import linecache
 import opcode
+from types import CodeType
 from typing import Any, Final
 
 from gdn2gen.codegen.shortcuts import Shortcuts
@@ -171,32 +172,53 @@ def _rewrite_at_once(interpreter: Any) -> None:
     """
     rewriter = interpreter.FunctionRewriter
     rewrite = rewriter.rewrite_ast
-    parsed: dict[str, dict[tuple[str, int], ast.FunctionDef]] = {}
 
     def rewrite_at_once(self: Any) -> Any:
         code = self.fn.__code__
-        if code.co_filename not in parsed:
-            parsed[code.co_filename] = _functions(code.co_filename)
+        path = code.co_filename
+        if path not in _FUNCTIONS:
+            try:
+                _FUNCTIONS[path] = _functions(ast.parse("".join(linecache.getlines(path))))
+            except SyntaxError:
+                _FUNCTIONS[path] = {}
         # once: the tree is changed
-        function = parsed[code.co_filename].pop((code.co_name, code.co_firstlineno), None)
+        function = _FUNCTIONS[path].pop((code.co_name, code.co_firstlineno), None)
         if function is None or _has_chain(code):
             return rewrite(self)
         function.decorator_list = []
         _make_tensors(function.body)
-        self.filename = code.co_filename
+        self.filename = path
         return self._compile_and_exec(ast.Module([function], []))
 
     rewriter.rewrite_ast = rewrite_at_once
 
 
-def _functions(filename: str) -> dict[tuple[str, int], ast.FunctionDef]:
-    """The functions of a file, by name and first line; none where there is no such source."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
-    except SyntaxError:
-        return {}
-    found = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
-    return {(x.name, min([x.lineno, *(y.lineno for y in x.decorator_list)])): x for x in found}
+def parse(source: str, name: str) -> None:
+    """Raise SyntaxError where this is no Python; what was parsed is kept for `compiled`."""
+    if len(_TREES) > 8:
+        _TREES.clear()
+    _TREES[source] = ast.parse(source, name)
+
+
+def compiled(source: str, path: str) -> CodeType:
+    """The code of a module, parsed here or before; and once for what is made of its kernels."""
+    tree = _TREES.pop(source, None) or ast.parse(source, path)
+    code = compile(tree, path, "exec", dont_inherit=True)
+    _FUNCTIONS[path] = _functions(tree)
+    return code
+
+
+_Functions = dict[tuple[str, int], ast.FunctionDef]
+_TREES: Final[dict[str, ast.Module]] = {}
+"""By source, of what was parsed and not compiled yet."""
+_FUNCTIONS: Final[dict[str, _Functions]] = {}
+"""By file, of what was not rewritten yet."""
+
+
+def _functions(tree: ast.Module) -> _Functions:
+    """The kernels and helpers of a module, by name and first line."""
+    found = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.decorator_list]
+    return {(x.name, min(y.lineno for y in x.decorator_list)): x for x in found}
 
 
 def _make_tensors(statements: list[ast.stmt]) -> None:

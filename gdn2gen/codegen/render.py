@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import re
 import textwrap
@@ -83,7 +82,12 @@ def render(problem: Compiled, stage_name: str, config: Config) -> Rendered:
         raise TemplateError(f"{name}: {error}") from error
     source = _tidy(text)
     try:
-        compile(source, name, "exec", ast.PyCF_ONLY_AST)
+        if environment.interpreted():
+            from gdn2gen.codegen.hasten import parse
+
+            parse(source, name)
+        else:
+            compile(source, name, "exec")
     except SyntaxError as error:
         raise TemplateError(
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"
