@@ -107,11 +107,12 @@ def test_ci_also_runs_what_pip_resolves() -> None:
     assert '\n"$scratch/resolved/bin/pip" "${install[@]}" -e \'.[test]\' &\n' in script
     _, resolved = script.split('eval "$test_command"')
     marked = "-m 'resolved and not slow'"
-    steps = ['wait "$installing"\n', "resolved/bin/activate", marked, "gdn2gen quick"]
+    ended = 'wait "$beside" || { cat "$scratch/quick" >&2; exit 1; }\n'
+    steps = ['wait "$beside"\n', "resolved/bin/activate", "gdn2gen quick", marked, ended]
     places = [resolved.index(step) for step in steps]
     assert places == sorted(places)
     assert 'pip "' not in resolved and "|| true" not in script
-    command = re.findall(r"^gdn2gen quick .*$", resolved, flags=re.M)
+    command = re.findall(r"^(gdn2gen quick .*) > ", resolved, flags=re.M)
     assert len(command) == 1
     program.build_parser().parse_args(shlex.split(command[0])[1:])
 
