@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.codegen.build import Resources
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels import validity
 from gdn2gen.kernels.config import SHARED_KNOBS, Config, default_of
@@ -34,9 +35,13 @@ _HOPELESS_CHAIN: Final = 2.5
 def asked(stage: str, place: Place) -> dict[str, Domain]:
     """Knobs that a sampler is asked for: those that the stage shares with no other, and what each
     may be in some form that serves there."""
-    return {
-        name: x for name, x in STAGES[stage].domains_at(place).items() if name not in SHARED_KNOBS
-    }
+    return _asked(stage, place.problem, place.BT, place.arch)
+
+
+@lru_cache(maxsize=1024)
+def _asked(stage: str, problem: Compiled, BT: int, arch: str | None) -> dict[str, Domain]:
+    found = STAGES[stage].domains_at(Place(problem, BT, arch))
+    return {name: x for name, x in found.items() if name not in SHARED_KNOBS}
 
 
 # A proposal next to the best looks at a hundred configs, mostly those of the one before.
@@ -99,10 +104,12 @@ def starts(stage: str, problem: Problem, device: Device, BT: int) -> tuple[Confi
     """
     place = Place(problem, BT, device.arch)
     nearest: dict[Form, tuple[int, Config]] = {}
+    defaults: dict[Form, Config] = {}
     for config in valid_configs(stage, problem, device, BT):
         form = config.form
-        start = default_of(stage, form, place)
-        apart = sum(config[name] != start[name] for name in config)
+        if form not in defaults:
+            defaults[form] = default_of(stage, form, place)
+        apart = sum(x != y for x, y in zip(config.knobs, defaults[form].knobs, strict=True))
         if form not in nearest or apart < nearest[form][0]:
             nearest[form] = apart, config
     return tuple(config for _, config in nearest.values())
