@@ -27,7 +27,8 @@ def hasten() -> None:
 
     Triton 3.6 to 3.9 check sums of integers for overflow only to drop what was found, make the
     table of NumPy's dtypes anew for every tile, and its shape and type, look through all their
-    names at every call of a helper, and take exclusive ors element by element.
+    names at every call of a helper, take exclusive ors element by element, work out anew what each
+    operation does (see `shortcuts`), and read a kernel's source twice.
     """
     if not importlib.metadata.version("triton").startswith(_KNOWN):
         return

@@ -13,11 +13,12 @@ does so still: the order of the result is the order of later sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import copysign
 from typing import Any, Final
 
 import numpy as np
+
+from gdn2gen.codegen._watching import Function, Plans, Watch
 
 _ARITHMETIC: Final = frozenset(("add", "sub", "mul", "truediv", "floordiv", "mod"))
 _COMPARING: Final = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
@@ -30,9 +31,6 @@ _INTEGERS: Final = frozenset(("int32", "int64"))
 _PLAIN: Final = _FLOATS | _INTEGERS | {"int1"}
 _BITWISE: Final = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
-_Function = Callable[..., Any]
-_Plans = dict[Any, _Function]
-
 
 class Shortcuts:
     """The operations of a process's interpreter that have shortcuts, by package and name."""
@@ -41,10 +39,9 @@ class Shortcuts:
         self._interpreter = interpreter
         self._tensor = language.core.tensor
         self._constexpr = language.core.constexpr
-        self._seen: list[tuple[Any, ...]] | None = None
-        self._watch(interpreter.InterpreterBuilder)
+        self._watch = Watch(interpreter, language)
 
-    def of(self, package: Any, name: str, member: _Function) -> _Function:
+    def of(self, package: Any, name: str, member: Function) -> Function:
         """`member` for a kernel, which gives no semantics: by a shortcut where there is one."""
         by_triton = self._bound(member)
         stem = name.strip("_")
@@ -56,7 +53,7 @@ class Shortcuts:
         shortcuts |= {**dict.fromkeys(_UNARY, self._computed), "dot": self._dot, "to": self._to}
         return shortcuts[name](by_triton) if name in shortcuts else by_triton
 
-    def _bound(self, member: _Function) -> _Function:
+    def _bound(self, member: Function) -> Function:
         # without its check that semantics were given
         function = getattr(member, "__wrapped__", member)
         semantic = getattr(self._interpreter, "interpreter_semantic", None)
@@ -69,70 +66,10 @@ class Shortcuts:
 
         return by_triton
 
-    # What Triton does
-
-    def _watch(self, builder: Any) -> None:
-        """Have `_seen` list what the builder is asked to compute, while there is such a list."""
-
-        def watch(name: str, note: _Function) -> None:
-            method = getattr(builder, name)
-
-            def noting(builder: Any, *args: Any) -> Any:
-                made = method(builder, *args)
-                if self._seen is not None:
-                    self._seen.append(note(*args))
-                return made
-
-            setattr(builder, name, noting)
-
-        for name in ("unary_op", "binary_op", "ternary_op"):
-            watch(name, lambda *args: (args[-1], *args[:-1]))
-        watch("create_idiv", lambda x, y: (_quotient, x, y))
-        watch("create_addptr", lambda x, y: ("add to a pointer", x, y))
-        for name in ("create_dot", "create_masked_load", "create_masked_store"):
-            watch(name, lambda *args: args[:3])
-
-    def _learn(
-        self,
-        plans: _Plans,
-        key: Any,
-        by_triton: _Function,
-        operands: tuple[Any, ...],
-        planned: _Function,
-    ) -> Any:
-        """Triton's result; what gives the same of these operands is kept for the next ones.
-
-        `planned` makes that of the result and of the one thing that the builder computed for it.
-        """
-        self._seen, before = [], self._seen
-        try:
-            made = by_triton(*operands)
-            seen = self._seen
-        finally:
-            self._seen = before
-        plan = (planned(made, *seen[0]) if len(seen) == 1 else None) or by_triton
-        plans[key] = plan if plan is by_triton or _are_same(made, plan(*operands)) else by_triton
-        return made
-
-    def _maker(self, made: Any) -> _Function:
-        """What makes tiles of other data like this one."""
-        shared = {name: x for name, x in vars(made).items() if name != "handle"}
-        new, tensor, handle = object.__new__, self._tensor, self._interpreter.TensorHandle
-        dtype = made.handle.dtype
-
-        def make(data: Any) -> Any:
-            held, tile = new(handle), new(tensor)
-            held.data, held.dtype, held.attr = data, dtype, {}
-            tile.__dict__.update(shared)
-            tile.handle = held
-            return tile
-
-        return make
-
     # What is computed element by element
 
-    def _computed(self, by_triton: _Function, is_reversed: bool = False) -> _Function:
-        plans: _Plans = {}
+    def _computed(self, by_triton: Function, is_reversed: bool = False) -> Function:
+        plans: Plans = {}
         tensor, constexpr = self._tensor, self._constexpr
 
         def operate(*operands: Any, **named: Any) -> Any:
@@ -145,11 +82,11 @@ class Shortcuts:
             if constexpr in key:
                 return operate(*[x.value if type(x) is constexpr else x for x in operands])
             if all(type(x) is tensor or _is_usual(x) for x in operands):
-                return self._learn(plans, key, by_triton, operands, planned(operands))
+                return self._watch.learn(plans, key, by_triton, operands, planned(operands))
             return by_triton(*operands)
 
-        def planned(operands: tuple[Any, ...]) -> _Function:
-            def plan(made: Any, function: Any, *handles: Any) -> _Function | None:
+        def planned(operands: tuple[Any, ...]) -> Function:
+            def plan(made: Any, function: Any, *handles: Any) -> Function | None:
                 if len(handles) != len(operands):
                     return None
                 if not callable(function):
@@ -163,8 +100,8 @@ class Shortcuts:
         return operate
 
     def _plan(
-        self, by_triton: _Function, made: Any, function: Any, handles: Any, operands: Any
-    ) -> _Function | None:
+        self, by_triton: Function, made: Any, function: Any, handles: Any, operands: Any
+    ) -> Function | None:
         """What calls the same function of NumPy for tiles and numbers of these kinds."""
         is_tile = [type(x) is self._tensor for x in operands]
         tiles = [x for x in operands if type(x) is self._tensor]
@@ -174,7 +111,7 @@ class Shortcuts:
             return None  # Triton computes with bits, NumPy with truths
         wanted = [x.data.dtype for x in handles]
         reads = [_reader(x, y) for x, y in zip(wanted, operands, strict=True)]
-        compute = _computing(function, reads, self._maker(made))
+        compute = _computing(function, reads, self._watch.maker(made))
         numbers = [i for i, known in enumerate(is_tile) if not known]
         blocks = [i for i, known in enumerate(is_tile) if known and operands[i].type.is_block()]
         if not numbers and len(blocks) in (0, len(operands)):
@@ -192,15 +129,15 @@ class Shortcuts:
         return plan
 
     def _pointer_plan(
-        self, by_triton: _Function, made: Any, operands: Any, handles: Any
-    ) -> _Function | None:
+        self, by_triton: Function, made: Any, operands: Any, handles: Any
+    ) -> Function | None:
         """A pointer and an offset, in whichever order; their order in memory says nothing."""
         pointer, offset = operands
         swapped = type(pointer) is not self._tensor or not pointer.dtype.is_ptr()
         if swapped:
             pointer, offset = offset, pointer
         width = max(1, handles[0].get_element_ty().primitive_bitwidth // 8)
-        make = self._maker(made)
+        make = self._watch.maker(made)
         if type(offset) is int:
 
             def moved(pointer: Any, offset: Any) -> Any:
@@ -219,8 +156,8 @@ class Shortcuts:
 
         return added
 
-    def _to(self, by_triton: _Function) -> _Function:
-        plans: _Plans = {}
+    def _to(self, by_triton: Function) -> Function:
+        plans: Plans = {}
 
         def to(x: Any, dtype: Any, *others: Any, **named: Any) -> Any:
             name = getattr(dtype, "name", None)
@@ -233,21 +170,21 @@ class Shortcuts:
                 return made
             return plans[key](x, dtype)
 
-        def planned(x: Any, made: Any) -> _Function | None:
+        def planned(x: Any, made: Any) -> Function | None:
             if made is x:
                 return lambda x, _: x
             given, wanted = x.dtype.name, made.dtype.name
             exact = wanted in _INTEGERS and given not in _FLOATS
             if given not in _PLAIN or not (wanted in _FLOATS or exact):
                 return None
-            make, dtype = self._maker(made), made.handle.data.dtype
+            make, dtype = self._watch.maker(made), made.handle.data.dtype
             return lambda x, _: make(x.handle.data.astype(dtype))
 
         return to
 
-    def _indexed(self, by_triton: _Function) -> _Function:
+    def _indexed(self, by_triton: Function) -> Function:
         """A tile with new axes of one."""
-        plans: _Plans = {}
+        plans: Plans = {}
 
         def indexed(x: Any, places: Any) -> Any:
             if type(places) is not tuple or not all(y is None or y == slice(None) for y in places):
@@ -255,7 +192,7 @@ class Shortcuts:
             key = (x.type.name, *[y is None for y in places])
             if key not in plans:
                 made = by_triton(x, places)
-                make, shape = self._maker(made), made.handle.data.shape
+                make, shape = self._watch.maker(made), made.handle.data.shape
                 plan = lambda x, _: make(x.handle.data.reshape(shape))  # noqa: E731
                 plans[key] = plan if x.type.is_block() and made is not x else by_triton
                 return made
@@ -265,23 +202,24 @@ class Shortcuts:
 
     # Memory, and products
 
-    def _load(self, by_triton: _Function) -> _Function:
-        plans: _Plans = {}
+    def _load(self, by_triton: Function) -> Function:
+        plans: Plans = {}
         tensor = self._tensor
         read = self._interpreter._interpreter.load
 
         def load(pointer: Any, mask: Any = None, other: Any = None, **named: Any) -> Any:
             is_given = type(mask) is tensor
-            if named or not (is_given or mask is None) or not (other is None or _is_nought(other)):
+            usual = (is_given or mask is None) and (other is None or _is_nought(other))
+            if named or not usual or type(pointer) is not tensor:
                 return by_triton(pointer, mask, other, **named)
             key = (pointer.type.name, mask.type.name if is_given else None, type(other))
             plan = plans.get(key)
             if plan is None:
-                return self._learn(plans, key, by_triton, (pointer, mask, other), planned)
+                return self._watch.learn(plans, key, by_triton, (pointer, mask, other), planned)
             return plan(pointer, mask, other)
 
-        def planned(made: Any, pointer: Any, mask: Any, other: Any) -> _Function | None:
-            make, data = self._maker(made), made.handle.data
+        def planned(made: Any, pointer: Any, mask: Any, other: Any) -> Function | None:
+            make, data = self._watch.maker(made), made.handle.data
             shape, dtype = data.shape, data.dtype
             if pointer.data.shape != shape or mask.data.dtype != bool:
                 return None
@@ -295,26 +233,29 @@ class Shortcuts:
 
         return load
 
-    def _store(self, by_triton: _Function) -> _Function:
-        plans: _Plans = {}
+    def _store(self, by_triton: Function) -> Function:
+        plans: Plans = {}
         tensor = self._tensor
         write = self._interpreter._interpreter.store
 
         def store(pointer: Any, value: Any, mask: Any = None, **named: Any) -> Any:
             is_given = type(mask) is tensor
-            if named or type(value) is not tensor or not (is_given or mask is None):
+            usual = (is_given or mask is None) and type(value) is type(pointer) is tensor
+            if named or not usual:
                 return by_triton(pointer, value, mask, **named)
             names = (pointer.type.name, value.type.name)
             key = (*names, mask.type.name if is_given else None)
             plan = plans.get(key)
             if plan is None:
-                return self._learn(plans, key, by_triton, (pointer, value, mask), planned(value))
+                return self._watch.learn(
+                    plans, key, by_triton, (pointer, value, mask), planned(value)
+                )
             return plan(pointer, value, mask)
 
-        def planned(value: Any) -> _Function:
+        def planned(value: Any) -> Function:
             given = value.handle
 
-            def plan(made: Any, pointer: Any, stored: Any, mask: Any) -> _Function | None:
+            def plan(made: Any, pointer: Any, stored: Any, mask: Any) -> Function | None:
                 names = {given.dtype.name, stored.dtype.name}
                 if pointer.data.shape != stored.data.shape or mask.data.dtype != bool:
                     return None
@@ -336,24 +277,26 @@ class Shortcuts:
 
         return store
 
-    def _dot(self, by_triton: _Function) -> _Function:
-        plans: _Plans = {}
+    def _dot(self, by_triton: Function) -> Function:
+        plans: Plans = {}
+        tensor = self._tensor
 
         def dot(x: Any, y: Any, acc: Any = None, input_precision: Any = None, **named: Any) -> Any:
-            if named:
+            usual = type(x) is type(y) is tensor and (acc is None or type(acc) is tensor)
+            if named or not usual:
                 return by_triton(x, y, acc, input_precision, **named)
             names = (x.type.name, y.type.name, None if acc is None else acc.type.name)
             key = (*names, input_precision)
             plan = plans.get(key)
             if plan is None:
                 operands = (x, y, acc, input_precision)
-                return self._learn(plans, key, by_triton, operands, planned)
+                return self._watch.learn(plans, key, by_triton, operands, planned)
             return plan(x, y, acc, input_precision)
 
-        def planned(made: Any, x: Any, y: Any, total: Any) -> _Function | None:
+        def planned(made: Any, x: Any, y: Any, total: Any) -> Function | None:
             if not {z.dtype.name for z in (x, y, total)} <= _FLOATS:
                 return None
-            make, dtype = self._maker(made), total.data.dtype
+            make, dtype = self._watch.maker(made), total.data.dtype
             nought = dtype.type(0)
 
             def plan(x: Any, y: Any, acc: Any, _: Any) -> Any:
@@ -365,11 +308,7 @@ class Shortcuts:
         return dot
 
 
-def _quotient(x: Any, y: Any) -> Any:
-    return (x - np.fmod(x, y)) // y
-
-
-def _reversed(function: _Function) -> _Function:
+def _reversed(function: Function) -> Function:
     return lambda x, y: function(y, x)
 
 
@@ -392,18 +331,18 @@ def _whole(data: Any, shape: tuple[int, ...]) -> Any:
     return full
 
 
-def _reader(wanted: Any, operand: Any) -> _Function:
+def _reader(wanted: Any, operand: Any) -> Function:
     """What reads an operand of this kind, as Triton had it when it computed."""
     handle = getattr(operand, "handle", None)
     if handle is None:
-        found: _Function = wanted.type
+        found: Function = wanted.type
         return found
     if handle.data.dtype == wanted:
         return lambda x: x.handle.data
     return lambda x: x.handle.data.astype(wanted)
 
 
-def _computing(function: _Function, reads: list[_Function], make: _Function) -> _Function:
+def _computing(function: Function, reads: list[Function], make: Function) -> Function:
     if len(reads) == 1:
         (one,) = reads
         return lambda x: make(function(one(x)))
@@ -412,13 +351,3 @@ def _computing(function: _Function, reads: list[_Function], make: _Function) -> 
         return lambda x, y: make(function(one(x), two(y)))
     one, two, three = reads
     return lambda x, y, z: make(function(one(x), two(y), three(z)))
-
-
-def _are_same(x: Any, y: Any) -> bool:
-    """Tiles of the same bits, which lie in memory in the same order."""
-    if x is y:
-        return True
-    a, b = x.handle.data, y.handle.data
-    if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
-        return False
-    return bool(x.dtype.is_ptr() or a.flags.c_contiguous == b.flags.c_contiguous)

@@ -71,7 +71,8 @@ hasten()
 """
     + """
 import contextlib, importlib, sys
-sys.modules["gdn2gen"] = None
+for name in ("gdn2gen", *(x for x in [*sys.modules] if x.startswith("gdn2gen."))):
+    sys.modules[name] = None
 import torch
 
 jobs = torch.load(sys.argv[1])
