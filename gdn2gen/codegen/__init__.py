@@ -7,6 +7,7 @@ digests      of the templates that a recipe is made from
 build        source to module to compiled kernel, ahead of time for any target
 interpreter  Triton's interpreter, mended and taught bf16
 hasten       Triton's interpreter without most of its own time
+shortcuts    what it does to tiles, by NumPy alone from the second time on
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 fixed        launches of one kernel whose scalars never change

@@ -79,15 +79,18 @@ def load(rendered: Rendered) -> ModuleType:
 
     The source is also written where tracebacks and profilers find it.
     """
+    path = str(_show(rendered))
     if environment.interpreted():
-        from gdn2gen.codegen.hasten import hasten
+        from gdn2gen.codegen.hasten import compiled, hasten
         from gdn2gen.codegen.interpreter import mend_loops, teach_bf16
 
         mend_loops()
         hasten()
         if "bfloat16" in rendered.source:
             teach_bf16()
-    path = str(_show(rendered))
+        code = compiled(rendered.source, path)
+    else:
+        code = compile(rendered.source, path, "exec", dont_inherit=True)
     install()
     # Triton and TileLang read the source of their kernels back: without a time, it stays as it is
     lines = rendered.source.splitlines(keepends=True)
@@ -97,7 +100,7 @@ def load(rendered: Rendered) -> ModuleType:
     sys.modules[rendered.module_name] = module
     hush()
     try:
-        exec(compile(rendered.source, path, "exec", dont_inherit=True), vars(module))
+        exec(code, vars(module))
     except BaseException:
         del sys.modules[rendered.module_name]
         raise

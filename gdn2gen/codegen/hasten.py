@@ -6,12 +6,20 @@ of 96 by 40 channels took, products and sums of NumPy were 1.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
 import inspect
+import linecache
+import opcode
+from types import CodeType
 from typing import Any, Final
 
+from gdn2gen.codegen.shortcuts import Shortcuts
+
 _KNOWN: Final = ("3.6.", "3.7.", "3.8.", "3.9.")
+_TO_TENSOR: Final = ast.parse("interpreter_semantic.to_tensor", mode="eval").body
+_FALSE: Final = ast.parse("False", mode="eval").body
 
 
 def hasten() -> None:
@@ -19,7 +27,8 @@ def hasten() -> None:
 
     Triton 3.6 to 3.9 check sums of integers for overflow only to drop what was found, make the
     table of NumPy's dtypes anew for every tile, and its shape and type, look through all their
-    names at every call of a helper, and take exclusive ors element by element.
+    names at every call of a helper, take exclusive ors element by element, work out anew what each
+    operation does (see `shortcuts`), and read a kernel's source twice.
     """
     if not importlib.metadata.version("triton").startswith(_KNOWN):
         return
@@ -44,6 +53,7 @@ def hasten() -> None:
     _patch_once(interpreter)
     _share_shapes()
     _unwrap_at_once()
+    _rewrite_at_once(interpreter)
 
 
 def _reduce_at_once(interpreter: Any) -> None:
@@ -70,6 +80,8 @@ def _patch_once(interpreter: Any) -> None:
     patch_all = interpreter._patch_lang
     builtins: dict[Any, list[str]] = {}
     languages: dict[Any, list[Any]] = {}
+    shortcuts = Shortcuts(interpreter, tl)
+    of_kernels: dict[tuple[Any, str], Any] = {}
 
     def patch(package: Any, builder: Any, scope: Any) -> None:
         if not builtins.get(package):
@@ -78,7 +90,9 @@ def _patch_once(interpreter: Any) -> None:
         for name in builtins[package]:
             member = getattr(package, name)
             if tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
+                if (package, name) not in of_kernels:
+                    of_kernels[package, name] = shortcuts.of(package, name, member)
+                scope.set_attr(package, name, of_kernels[package, name])
 
     def patch_once(function: Any) -> Any:
         if function not in languages:
@@ -149,3 +163,75 @@ def _unwrap_at_once() -> None:
         return x if type(x) in plain else unwrap(x)
 
     tl.core._unwrap_if_constexpr = unwrap_at_once
+
+
+def _rewrite_at_once(interpreter: Any) -> None:
+    """Parse a module once for all its functions, and go through their statements alone.
+
+    Triton reads a function's source twice, token by token, and then goes through its tree three
+    times: 20 ms of a kernel, which is as long as a program of it takes.
+    """
+    rewriter = interpreter.FunctionRewriter
+    rewrite = rewriter.rewrite_ast
+
+    def rewrite_at_once(self: Any) -> Any:
+        code = self.fn.__code__
+        path = code.co_filename
+        if path not in _FUNCTIONS:
+            try:
+                _FUNCTIONS[path] = _functions(ast.parse("".join(linecache.getlines(path))))
+            except SyntaxError:
+                _FUNCTIONS[path] = {}
+        # once: the tree is changed
+        function = _FUNCTIONS[path].pop((code.co_name, code.co_firstlineno), None)
+        if function is None or _has_chain(code):
+            return rewrite(self)
+        function.decorator_list = []
+        _make_tensors(function.body)
+        self.filename = path
+        return self._compile_and_exec(ast.Module([function], []))
+
+    rewriter.rewrite_ast = rewrite_at_once
+
+
+def parse(source: str, name: str) -> None:
+    """Raise SyntaxError where this is no Python; what was parsed is kept for `compiled`."""
+    if len(_TREES) > 8:
+        _TREES.clear()
+    _TREES[source] = ast.parse(source, name)
+
+
+def compiled(source: str, path: str) -> CodeType:
+    """The code of a module, parsed here or before; and once for what is made of its kernels."""
+    tree = _TREES.pop(source, None) or ast.parse(source, path)
+    code = compile(tree, path, "exec", dont_inherit=True)
+    _FUNCTIONS[path] = _functions(tree)
+    return code
+
+
+_Functions = dict[tuple[str, int], ast.FunctionDef]
+_TREES: Final[dict[str, ast.Module]] = {}
+"""By source, of what was parsed and not compiled yet."""
+_FUNCTIONS: Final[dict[str, _Functions]] = {}
+"""By file, of what was not rewritten yet."""
+
+
+def _functions(tree: ast.Module) -> _Functions:
+    """The kernels and helpers of a module, by name and first line."""
+    found = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.decorator_list]
+    return {(x.name, min(y.lineno for y in x.decorator_list)): x for x in found}
+
+
+def _make_tensors(statements: list[ast.stmt]) -> None:
+    """Have every value that is assigned be a tensor, as Triton's rewriter does."""
+    for x in statements:
+        if isinstance(x, ast.Assign):
+            x.value = ast.copy_location(ast.Call(_TO_TENSOR, [x.value, _FALSE], []), x.value)
+        for name in ("body", "orelse", "finalbody"):
+            _make_tensors(getattr(x, name, []))
+
+
+def _has_chain(code: Any) -> bool:
+    """Whether there may be a comparison of three values, which Triton 3.9 writes anew."""
+    nested = any(inspect.iscode(x) for x in code.co_consts)
+    return nested or opcode.opmap["COPY"] in code.co_code[::2]

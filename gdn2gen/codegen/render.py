@@ -82,7 +82,12 @@ def render(problem: Compiled, stage_name: str, config: Config) -> Rendered:
         raise TemplateError(f"{name}: {error}") from error
     source = _tidy(text)
     try:
-        compile(source, name, "exec")
+        if environment.interpreted():
+            from gdn2gen.codegen.hasten import parse
+
+            parse(source, name)
+        else:
+            compile(source, name, "exec")
     except SyntaxError as error:
         raise TemplateError(
             f"{name} rendered to something that is not Python: line {error.lineno}: {error.msg}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Literal, get_args
 
 from gdn2gen.base.errors import DispatchError, UnsupportedError
@@ -122,8 +123,12 @@ def filed_levels(levels: Iterable[str], op: str) -> tuple[str, ...]:
 
 def stages_of(op: str) -> tuple[str, ...]:
     """The stages of the plans that serve a recurrence, each once."""
-    served = recurrence_named(op).plans
-    return tuple(dict.fromkeys(stage for plan in served for stage in PLANS[plan].stages))
+    return _stages(recurrence_named(op).plans)
+
+
+@cache
+def _stages(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(stage for plan in names for stage in PLANS[plan].stages))
 
 
 def level_of(plan_name: str) -> Level:

@@ -27,6 +27,7 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.languages import LANGUAGE_NAMES, LANGUAGES, TILED_BY, multiple_of
 from gdn2gen.kernels.limits import (
@@ -92,33 +93,34 @@ def keeps_checkpoints(problem: Compiled) -> bool:
 
 def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
-    recurrence = recurrence_named(problem.op)
-    inputs = recurrence.named
-    conditions = {
-        "always": True,
-        "b": "b" in inputs,
-        "w": "w" in inputs,
-        "w, rounded": "w" in inputs and problem.dtype != "fp32",
-        "beta": "beta" in inputs,
-        "erases": recurrence.erases,
-        "only writes": not recurrence.erases,
-        "l2norm": problem.l2norm,
-        "gate": problem.gate != "none",
-        "A_log": problem.has_A_log,
-        "dt_bias": problem.has_dt_bias,
-        "rate": problem.has_rate,
-        "D": problem.has_D,
-        "z": problem.has_z,
-        "D and z": problem.has_D and problem.has_z,
-        "D, no z": problem.has_D and not problem.has_z,
-        "no z": not problem.has_z,
-        "varlen": problem.varlen,
-        "initial_state": problem.initial_state,
-        "final_state": problem.final_state,
-        "checkpoints": keeps_checkpoints(problem),
-        "segments": not keeps_checkpoints(problem),
-    }
-    return is_of(operand, problem.op) and conditions[operand.when]
+    member = recurrence_named(problem.op)
+    return member.decays_by in OF[operand.of] and _WHEN[operand.when](problem, member)
+
+
+_WHEN: Final[Mapping[str, Callable[[Problem, Recurrence], bool]]] = {
+    "always": lambda problem, member: True,
+    "b": lambda problem, member: "b" in member.named,
+    "w": lambda problem, member: "w" in member.named,
+    "w, rounded": lambda problem, member: "w" in member.named and problem.dtype != "fp32",
+    "beta": lambda problem, member: "beta" in member.named,
+    "erases": lambda problem, member: member.erases,
+    "only writes": lambda problem, member: not member.erases,
+    "l2norm": lambda problem, member: problem.l2norm,
+    "gate": lambda problem, member: problem.gate != "none",
+    "A_log": lambda problem, member: problem.has_A_log,
+    "dt_bias": lambda problem, member: problem.has_dt_bias,
+    "rate": lambda problem, member: problem.has_rate,
+    "D": lambda problem, member: problem.has_D,
+    "z": lambda problem, member: problem.has_z,
+    "D and z": lambda problem, member: problem.has_D and problem.has_z,
+    "D, no z": lambda problem, member: problem.has_D and not problem.has_z,
+    "no z": lambda problem, member: not problem.has_z,
+    "varlen": lambda problem, member: problem.varlen,
+    "initial_state": lambda problem, member: problem.initial_state,
+    "final_state": lambda problem, member: problem.final_state,
+    "checkpoints": lambda problem, member: keeps_checkpoints(problem),
+    "segments": lambda problem, member: not keeps_checkpoints(problem),
+}
 
 
 @dataclass(frozen=True)

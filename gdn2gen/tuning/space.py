@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.codegen.build import Resources
+from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels import validity
 from gdn2gen.kernels.config import SHARED_KNOBS, Config, default_of
@@ -33,11 +35,17 @@ _HOPELESS_CHAIN: Final = 2.5
 def asked(stage: str, place: Place) -> dict[str, Domain]:
     """Knobs that a sampler is asked for: those that the stage shares with no other, and what each
     may be in some form that serves there."""
-    return {
-        name: x for name, x in STAGES[stage].domains_at(place).items() if name not in SHARED_KNOBS
-    }
+    return _asked(stage, place.problem, place.BT, place.arch)
 
 
+@lru_cache(maxsize=1024)
+def _asked(stage: str, problem: Compiled, BT: int, arch: str | None) -> dict[str, Domain]:
+    found = STAGES[stage].domains_at(Place(problem, BT, arch))
+    return {name: x for name, x in found.items() if name not in SHARED_KNOBS}
+
+
+# A proposal next to the best looks at a hundred configs, mostly those of the one before.
+@lru_cache(maxsize=2**16)
 def why_hopeless(config: Config, problem: Problem, device: Device) -> str | None:
     """Why `config` need not even be compiled for `device`, or None."""
     return why_invalid(config, problem, device.arch) or _why_too_wide(config, problem, device)
@@ -88,30 +96,36 @@ def valid_configs(stage: str, problem: Problem, device: Device, BT: int) -> Iter
             yield config
 
 
-def starts(stage: str, problem: Problem, device: Device, BT: int) -> list[Config]:
+@lru_cache(maxsize=256)
+def starts(stage: str, problem: Problem, device: Device, BT: int) -> tuple[Config, ...]:
     """For each form of the stage, the valid config nearest to where it starts.
 
     Tried first: a form with 18 configs beside one with 660 would hardly be drawn in a short search.
     """
     place = Place(problem, BT, device.arch)
     nearest: dict[Form, tuple[int, Config]] = {}
+    defaults: dict[Form, Config] = {}
     for config in valid_configs(stage, problem, device, BT):
         form = config.form
-        start = default_of(stage, form, place)
-        apart = sum(config[name] != start[name] for name in config)
+        if form not in defaults:
+            defaults[form] = default_of(stage, form, place)
+        apart = sum(x != y for x, y in zip(config.knobs, defaults[form].knobs, strict=True))
         if form not in nearest or apart < nearest[form][0]:
             nearest[form] = apart, config
-    return [config for _, config in nearest.values()]
+    return tuple(config for _, config in nearest.values())
 
 
-def neighbours(config: Config, problem: Problem, device: Device) -> Iterator[Config]:
+@lru_cache(maxsize=2**12)
+def neighbours(config: Config, problem: Problem, device: Device) -> tuple[Config, ...]:
     """Every config worth compiling that differs in one of the stage's own knobs."""
-    place = Place(problem, config.size("BT"), device.arch)
-    for name, domain in asked(config.stage, place).items():
-        for value in domain:
-            other = config.replace(**{name: value})
-            if other != config and why_hopeless(other, problem, device) is None:
-                yield other
+    domains = asked(config.stage, Place(problem, config.size("BT"), device.arch))
+    others = [
+        config.replace(**{name: value})
+        for name, domain in domains.items()
+        for value in domain
+        if value != config[name]
+    ]
+    return tuple(x for x in others if why_hopeless(x, problem, device) is None)
 
 
 def stages_moved(config: Config) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
         }
     )
 
+    # what it has imported stays, and is not looked through for garbage
+    assert worker.call("interpreting:prepare", timeout=120).ok
+
     def call(name: str, *args: Any) -> Any:
         outcome: Outcome[Any] = worker.call(name, *args, timeout=300)
         assert outcome.ok, outcome.reason

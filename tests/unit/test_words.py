@@ -237,8 +237,15 @@ def test_closed_and_full_streams(command: str, redirection: str) -> None:
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["explain --device H200", "report --device H200 --out PAGE"])
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [
+        ("explain --device H200", ""),
+        ("explain --device H200", "1"),
+        ("report --device H200 --out PAGE", ""),
+        pytest.param("report --device H200 --out PAGE", "1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_reader_that_goes_is_no_error(command: str, unbuffered: str, tmp_path: Path) -> None:
     put(tmp_path / "cache/tuned", document(*(entry(1000 * n) for n in range(1, 40))))
     page = tmp_path / "page.html"

@@ -3,7 +3,6 @@ only themselves."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -16,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from source_tree import ROOT
 
 from gdn2gen.base import device
 from gdn2gen.base.errors import FileError, InputError
 from gdn2gen.cli import program
 from gdn2gen.codegen import _package_files
-from gdn2gen.codegen import hasten as hastening
-from gdn2gen.codegen.interpreter import mend_loops
 from gdn2gen.codegen.package import generate_package, package_source, package_texts
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
@@ -59,19 +57,24 @@ TIED = Problem("kda", K=64, V=32, dtype="fp32", initial_state=True)
 TIED_WIDE = replace(TIED, dtype="fp16", beta_fp32=True)
 TIED_FULL = replace(FULL, op="kda", K=64, beta_sigmoid=True, neg_eigval=True)
 
-# Runs in a process that cannot import gdn2gen, in Triton's interpreter: for each (package, calls)
-# the outputs and gradients of each call, or what it raised. NumPy may be newer than Triton knows.
-_CHILD = (
-    f"""
-from __future__ import annotations
-{inspect.getsource(mend_loops)}
+# Begins a process that cannot import gdn2gen, in Triton's interpreter, which is hastened as
+# elsewhere. NumPy may be newer than Triton knows.
+_WITHOUT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from gdn2gen.codegen.hasten import hasten
+from gdn2gen.codegen.interpreter import mend_loops
 mend_loops()
-exec({inspect.getsource(hastening)!r})
 hasten()
+del sys.path[0]
+for name in [x for x in sys.modules if x.split(".")[0] == "gdn2gen"]:
+    sys.modules[name] = None
 """
+# For each (package, calls) the outputs and gradients of each call, or what it raised.
+_CHILD = (
+    _WITHOUT
     + """
-import contextlib, importlib, sys
-sys.modules["gdn2gen"] = None
+import contextlib, importlib
 import torch
 
 jobs = torch.load(sys.argv[1])
@@ -390,7 +393,7 @@ def test_a_package_of_mamba2_is_right(fields: dict[str, Any], tmp_path: Path) ->
         "mamba2", K=32, V=24, dtype="fp32", final_state=True, has_D=True, **given | fields
     )
     generated(tmp_path / "made", Recipe.default(problem))
-    done = _own_test(tmp_path)
+    done = _own_test(tmp_path, as_it_is=True)
     assert done.returncode == 0, done.stderr
     found = {x.split()[0] for x in done.stdout.splitlines()}
     assert {"o", "final_state", "dq", "ddt", "drate", "ddt_bias", "dD"} <= found
@@ -425,10 +428,14 @@ def test_mamba3_has_no_package_and_says_what_there_is(
     assert not (tmp_path / "made").exists()
 
 
-def _own_test(folder: Path) -> subprocess.CompletedProcess[str]:
+_OWN_TEST = "import runpy; runpy.run_module('made.test_kernels', run_name='__main__')"
+
+
+def _own_test(folder: Path, *, as_it_is: bool = False) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"TRITON_INTERPRET": "1"}
     env.pop("PYTHONPATH", None)
-    words = [sys.executable, "-W", "ignore", "-m", "made.test_kernels"]
+    how = ["-m", "made.test_kernels"] if as_it_is else ["-c", _WITHOUT + _OWN_TEST]
+    words = [sys.executable, "-W", "ignore", *how]
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 

@@ -70,11 +70,11 @@ def test_blocks_of_any_size_have_the_same_forms_in_triton() -> None:
 
 @pytest.mark.parametrize("stage", OWN_FORMS)
 def test_the_same_configs_are_worth_compiling(stage: str) -> None:
-    lines = [
-        f"{problem.document} {arch} {config}"
-        for problem, arch, BT in itertools.product(PROBLEMS, ARCHS, (16, 32, 64))
-        for config in sorted(map(str, space.valid_configs(stage, problem, named_device(arch), BT)))
-    ]
+    lines = []
+    for problem, arch, BT in itertools.product(PROBLEMS, ARCHS, (16, 32, 64)):
+        configs = space.valid_configs(stage, problem, named_device(arch), BT)
+        place = f"{problem.document} {arch}"
+        lines += [f"{place} {config}" for config in sorted(map(str, configs))]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     assert (len(lines), digest) == WORTH[stage]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, Final
@@ -593,6 +594,22 @@ def test_fakes_agree_with_the_reference(op: str, gated: bool) -> None:
 
 
 BY_KERNELS: Final = pytest.mark.parametrize("op", WITH_GATE)
+
+
+def _pairs(*values: tuple[Any, ...]) -> list[Any]:
+    """Members and what they are combined with, all pairs of two; the rest of the product is slow.
+
+    Of members and one thing more: every member, and every value, and the other half is slow.
+    """
+    found = []
+    for places in itertools.product(*(range(len(x)) for x in (WITH_GATE, *values))):
+        given = [x[i] for x, i in zip((WITH_GATE, *values), places, strict=True)]
+        marks = [pytest.mark.slow] * (sum(places) % 2)
+        names = [{True: "gated", False: "plain"}.get(x, x) for x in reversed(given)]
+        found.append(pytest.param(*given, id="-".join(names), marks=marks))
+    return found
+
+
 # Of the others, what lacks arguments may go wrong by.
 _OPCHECKS: Final = ("test_schema", "test_faketensor", "test_autograd_registration")
 OF_OTHERS: Final[dict[str, tuple[Any, ...]]] = {
@@ -669,9 +686,7 @@ def test_autograd(op: str, check: str, interpreter: Callable[..., Any]) -> None:
     interpreter(f"op_checks:{check}", op)
 
 
-@BY_KERNELS
-@pytest.mark.parametrize("level", ["lean", "fast"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("op", "gated", "level"), _pairs((False, True), ("lean", "fast")))
 @pytest.mark.resolved
 def test_opcheck(op: str, gated: bool, level: str, interpreter: Callable[..., Any]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -679,29 +694,28 @@ def test_opcheck(op: str, gated: bool, level: str, interpreter: Callable[..., An
     assert found == dict.fromkeys(tests, "SUCCESS")
 
 
-@BY_KERNELS
-@pytest.mark.parametrize("level", ["lean", "fast"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("op", "level", "gated"), _pairs(("lean", "fast"), (False, True)))
 def test_fakes_agree_with_kernels(
     op: str, level: str, gated: bool, interpreter: Callable[..., Any]
 ) -> None:
     interpreter("op_checks:fakes_agree", op, level, gated)
 
 
-@BY_KERNELS
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("op", "gated"), _pairs((False, True)))
 @pytest.mark.resolved
 def test_torch_compile(op: str, gated: bool, interpreter: Callable[..., Any]) -> None:
     interpreter("op_checks:compiled", op, gated)
 
 
-@BY_KERNELS
+# of all members also test_compiled_lengths.py
+@pytest.mark.parametrize(
+    "op", [pytest.param(x, marks=[pytest.mark.slow] * (x != "gdn2")) for x in WITH_GATE]
+)
 def test_torch_compile_at_other_lengths(op: str, interpreter: Callable[..., Any]) -> None:
     interpreter("op_checks:compiled_at_other_lengths", op)
 
 
-@BY_KERNELS
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("op", "gated"), _pairs((True, False)))
 def test_opcheck_with_dynamic_sizes(op: str, gated: bool, interpreter: Callable[..., Any]) -> None:
     interpreter("op_checks:opcheck", op, ("test_aot_dispatch_dynamic",), gated, "lean")
 

@@ -56,6 +56,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "gdn2gen.tuning.records.stored.packaged_tuned_dir", lambda: tmp_path / "packaged"
     )
+    # one process writes: test_storage and test_joined are of others, and of the lock
+    monkeypatch.setattr("gdn2gen.tuning.records.journal._Lock.acquire", lambda self: True)
+    monkeypatch.setattr("gdn2gen.tuning.records.journal._Lock.release", lambda self: None)
 
 
 def run(backend, tmp_path, shapes=(SMALL,), minutes=3.0, levels=("lean",), **kwargs):
