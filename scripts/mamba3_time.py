@@ -11,9 +11,10 @@ of the kernels, for the rules in kernels/mamba3.py.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,11 +26,19 @@ from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, tile_of
+from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, tile_of
+from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, chunk_of
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.measure.mamba3_times import kernel_runs, layer_inputs, stage_bytes
+from gdn2gen.measure.mamba3_times import (
+    chunk_runs,
+    kernel_runs,
+    layer_inputs,
+    runs_of,
+    stage_bytes,
+)
 from gdn2gen.measure.timing import copy_gbps, time_ms
 from gdn2gen.runtime import mamba3
+from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force
 
 Run = Callable[[], Any]
@@ -71,30 +80,37 @@ def scan_times(x: dict[str, Tensor], BT: int, *, fast: bool) -> tuple[float, flo
     return ms(torch.no_grad()(run)), ms(lambda: torch.autograd.grad(run(), [q, k, v, decay], do))
 
 
-def floors(shape: Shape, BT: int) -> dict[str, float]:
+def floors(shape: Shape, BT: int, kind: str) -> dict[str, float]:
     """Milliseconds that a copy of the bytes of each stage's operands takes."""
-    moved = stage_bytes(PROBLEM, shape, BT)
+    moved = stage_bytes(PROBLEM, shape, BT, kind)
     return {name: found / copy_gbps() / 1e6 for name, found in moved.items()}
 
 
 def sweep(x: dict[str, Tensor]) -> None:
-    for stage in MAMBA3_STAGES[:4]:
-        found = []
-        for BT, knobs in configs():
-            force(stage.name, knobs)
-            found.append((ms(kernel_runs(PROBLEM, x, BT)[stage.name]), BT, knobs))
-            force(stage.name, None)
-        sheet = Sheet(stage.name, ("BT", "BH", "num_warps", "ms"), words=())
-        for took, BT, knobs in sorted(found, key=lambda y: y[0])[:8]:
-            sheet.add(str(BT), *map(str, knobs.values()), f"{took:.4f}")
-        console().print(sheet)
+    """The fastest configs of each kernel over chunks, and around a scan."""
+    for kind, stages in ((CHUNKS, MAMBA3_CHUNK_STAGES), (AROUND, MAMBA3_AROUND)):
+        for stage in stages:
+            names = [y for y in ("BH", "BV", "num_warps") if y in stage.domains]
+            found = []
+            for BT, knobs in configs(names):
+                force(stage.name, knobs)
+                try:
+                    took = ms(runs_of(kind, PROBLEM, x, BT)[stage.name])
+                    found.append((took, BT, knobs))
+                except Exception as error:  # what does not fit shared memory is no config
+                    console(stderr=True).print(f"{stage.name} BT={BT} {knobs}: {error}")
+                force(stage.name, None)
+            sheet = Sheet(stage.name, ("BT", *names, "ms"), words=())
+            for took, BT, knobs in sorted(found, key=lambda y: y[0])[:8]:
+                sheet.add(str(BT), *(str(knobs[y]) for y in names), f"{took:.4f}")
+            console().print(sheet)
 
 
-def configs() -> Iterator[tuple[int, dict[str, Knob]]]:
-    for BT in (16, 32, 64):
-        for BH in (1, 4, 8, 16, 32, 64):
-            for warps in (2, 4, 8):
-                yield BT, {"BH": BH, "num_warps": warps}
+def configs(names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
+    domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8)}
+    for BT in (32, 64):
+        for values in product(*(domains[y] for y in names)):
+            yield BT, dict(zip(names, values, strict=True))
 
 
 @verifying()
@@ -114,9 +130,13 @@ def main() -> None:
         sweep(x)
         return
     sheet = Sheet("Mamba-3", ("of", "forward", "forward+backward"), words=("of",))
-    for fast in (False, True):
-        own = partial(mamba3_siso_combined, disable_recompute=fast)
-        sheet.add(f"gdn2gen, {LEVELS[fast]}", *(f"{y:.3f}" for y in op_times(own, x)))
+    for chosen in (True, False):
+        way = "over chunks" if chosen else "around a scan"
+        for fast in (False, True):
+            own = partial(mamba3_siso_combined, disable_recompute=fast)
+            with chunks_forced(chosen):
+                times = op_times(own, x)
+            sheet.add(f"gdn2gen, {way}, {LEVELS[fast]}", *(f"{y:.3f}" for y in times))
     try:
         theirs = import_module("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
         sheet.add("mamba_ssm", *(f"{y:.3f}" for y in op_times(theirs.mamba3_siso_combined, x)))
@@ -127,11 +147,11 @@ def main() -> None:
         times = scan_times(x, BT, fast=fast)
         sheet.add(f"chunk_simple_gla, {LEVELS[fast]}", *(f"{y:.3f}" for y in times))
     console().print(sheet)
-    kernels = Sheet(
-        "kernels around the scan", ("kernel", "ms", "of a copy", "times"), words=("kernel",)
-    )
-    beside = floors(shape, BT)
-    for name, run in kernel_runs(PROBLEM, x, BT).items():
+    kernels = Sheet("kernels", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
+    beside, runs = floors(shape, BT, AROUND), kernel_runs(PROBLEM, x, BT)
+    BT = chunk_of("bf16", PROBLEM.state_size)
+    beside, runs = beside | floors(shape, BT, CHUNKS), runs | chunk_runs(x, BT)
+    for name, run in runs.items():
         took = ms(run)
         kernels.add(name, f"{took:.4f}", f"{beside[name]:.4f}", f"{took / beside[name]:.2f}")
     console().print(kernels)

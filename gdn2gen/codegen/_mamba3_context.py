@@ -5,11 +5,13 @@ from __future__ import annotations
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.slices import NARROWEST
 
 
-def mamba3_context(problem: Mamba3Problem) -> dict[str, object]:
+def mamba3_context(problem: Mamba3Problem, config: Config) -> dict[str, object]:
     N, P, S = problem.state_size, problem.head_dim, problem.angles
+    BV = int(config["BV"]) if "BV" in config else P
     BN, BS, BP = _covering(N - 2 * S), _covering(S), _covering(P)
     return {
         "S": S,
@@ -29,6 +31,12 @@ def mamba3_context(problem: Mamba3Problem) -> dict[str, object]:
         },
         # sine and cosine by the GPU's own instructions
         "approximate": problem.dtype != "fp32" and not environment.interpreted(),
+        # slices of values, and whether the last one is wider than what there is
+        "n_v": -(-P // BV),
+        "narrow": P % BV != 0,
+        # products as exact as fp32 has them
+        "exact": problem.dtype == "fp32",
+        "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "trap_dtype": f"tl.{DTYPE[problem.trap_dtype].full_name}",
         "angle_dtype": f"tl.{DTYPE[problem.angle_dtype].full_name}",
     }

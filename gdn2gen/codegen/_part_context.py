@@ -27,7 +27,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
     units = [f"units{n}" for n in tensors]
     size = problem.size if isinstance(problem, NormProblem) else 0
     covered = covering(size) if size else 0
-    more = mamba3_context(problem) if isinstance(problem, Mamba3Problem) else {}
+    more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
     return more | {
         "problem": problem,
         "config": config,

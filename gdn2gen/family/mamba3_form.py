@@ -176,17 +176,25 @@ def after(x: Inputs, o: Tensor, own: Tensor, first: Tensor | None) -> Tensor:
 
 def carried_in(x: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """H_0 [sequences, H, P, N], and what first tokens see of it, [sequences, H, P]."""
-    if x.states is None:
+    state = state_in(x)
+    if x.states is None or state is None:
         return None, None
-    at, (angle, ssm, k, v) = x.ends.first, x.states
-    decay, dt, trap = (_wide(y.mT[at]) for y in (x.ADT, x.DT, x.Trap))
-    # an empty sequence hands on what it was given
-    share = ((-trap).sigmoid() * dt)[..., None] * x.ends.some
-    state = ssm + (share * v)[..., None] * k[:, :, None]
-    theta = angle + math.pi * dt[..., None] * _wide(x.Angles[at]).tanh()
+    at = x.ends.first
+    decay, dt = (_wide(y.mT[at]) for y in (x.ADT, x.DT))
+    theta = x.states.angle + math.pi * dt[..., None] * _wide(x.Angles[at]).tanh()
     query = rotate(_biased(x.Q[at].to(x.wide), x.Q_bias), theta)
     # no product of matrices, which autocast would narrow
     return state, decay.exp()[..., None] * (state * query[:, :, None]).sum(-1)
+
+
+def state_in(x: Inputs) -> Tensor | None:
+    """H_0 alone."""
+    if x.states is None:
+        return None
+    dt, trap = (_wide(y.mT[x.ends.first]) for y in (x.DT, x.Trap))
+    # an empty sequence hands on what it was given
+    share = ((-trap).sigmoid() * dt)[..., None] * x.ends.some
+    return x.states.ssm + (share * x.states.v)[..., None] * x.states.k[:, :, None]
 
 
 def carried_out(x: Inputs, angle: Tensor, ssm: Tensor) -> States:

@@ -16,6 +16,7 @@ groups      the stages of members whose heads share the scores of a group
 recurrent   the stage of the mode that goes token by token
 parts       the stages of a layer's parts: short convolutions, the gated norm
 mamba3      the stages around Mamba-3's scan
+mamba3_chunks    those of Mamba-3 by kernels of its own, over chunks
 stages      every stage by its name
 config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem

@@ -16,7 +16,8 @@ from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand
 
-_TOKENS: Final[Domain] = (16, 32, 64)
+MAMBA3_TOKENS: Final[Domain] = (16, 32, 64)
+"""Tokens of a tile."""
 _KNOBS: Final[dict[str, Domain]] = {
     "BH": (1, 2, 4, 8, 16, 32, 64),
     "num_warps": (1, 2, 4, 8),
@@ -24,13 +25,13 @@ _KNOBS: Final[dict[str, Domain]] = {
 }
 
 
-def _stage(
+def mamba3_stage(
     name: str,
     inputs: tuple[Operand, ...],
     outputs: tuple[Operand, ...],
     scalars: tuple[str, ...],
     knobs: dict[str, Domain] = _KNOBS,
-    chunks: Domain = _TOKENS,
+    chunks: Domain = MAMBA3_TOKENS,
 ) -> PartStage:
     return PartStage(
         made_for=Mamba3Problem,
@@ -58,7 +59,7 @@ _GIVEN: Final = (
 _TURNS: Final = Operand("turns", "M H S", "int32", "rotated")
 _SIZES: Final = ("B", "T", "H", "G", "n_tiles", "n_sequences", "angle_row", "angle_head")
 
-MAMBA3_PROLOGUE: Final = _stage(
+MAMBA3_PROLOGUE: Final = mamba3_stage(
     "mamba3_prologue",
     (
         *_GIVEN,
@@ -77,7 +78,7 @@ MAMBA3_PROLOGUE: Final = _stage(
     ),
     _SIZES,
 )
-MAMBA3_PROLOGUE_BACKWARD: Final = _stage(
+MAMBA3_PROLOGUE_BACKWARD: Final = mamba3_stage(
     "mamba3_prologue_backward",
     (
         *_GIVEN,
@@ -116,10 +117,10 @@ _VALUES: Final = (
     Operand("first", "n H P", "fp32", "carried"),
     _TILES,
 )
-MAMBA3_EPILOGUE: Final = _stage(
+MAMBA3_EPILOGUE: Final = mamba3_stage(
     "mamba3_epilogue", _VALUES, (Operand("out", "B T H P"),), ("T", "H", "n_tiles")
 )
-MAMBA3_EPILOGUE_BACKWARD: Final = _stage(
+MAMBA3_EPILOGUE_BACKWARD: Final = mamba3_stage(
     "mamba3_epilogue_backward",
     (*_VALUES, Operand("dout", "B T H P")),
     (
@@ -136,7 +137,7 @@ _ROWS: Final[dict[str, Domain]] = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1,),
 }
-MAMBA3_STEP: Final = _stage(
+MAMBA3_STEP: Final = mamba3_stage(
     "mamba3_step",
     (
         Operand("Q", "B G N"),
@@ -165,11 +166,11 @@ MAMBA3_STEP: Final = _stage(
     _ROWS,
     (1,),
 )
-MAMBA3_STAGES: Final = (
+MAMBA3_AROUND: Final = (
     *(MAMBA3_PROLOGUE, MAMBA3_PROLOGUE_BACKWARD),
     *(MAMBA3_EPILOGUE, MAMBA3_EPILOGUE_BACKWARD),
-    MAMBA3_STEP,
 )
+MAMBA3_STAGES: Final = (*MAMBA3_AROUND, MAMBA3_STEP)
 
 AROUND: Final = "around"
 """What files call the kernels before and after the scan, which share a tile and are tuned

@@ -10,18 +10,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.mamba3 import AROUND, known_around
+from gdn2gen.kernels.mamba3 import AROUND
+from gdn2gen.kernels.mamba3_chunks import CHUNKS, by_chunks
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results
-from gdn2gen.measure.mamba3_times import DEVICE, floor_bytes, kernel_runs, layer_inputs, stage_bytes
+from gdn2gen.measure.mamba3_times import DEVICE, floor_bytes, layer_inputs, runs_of, stage_bytes
 from gdn2gen.measure.peers import mamba3_op
 from gdn2gen.measure.rows import Row, StageRow
 from gdn2gen.measure.sides import ACCURACY_PATTERNS, DECAY_PATTERN, DECAYS, Errors, Side, Times
 from gdn2gen.measure.timing import copy_gbps, peak_mib, product_tflops, time_ms
 from gdn2gen.runtime.mamba3_loaded import tile_at
-from gdn2gen.store.part_files import nearest_parts
 
 # A reference goes token by token.
 ACCURACY_SHAPE: Final = Shape("accuracy", 1, 512, 16, groups=1)
@@ -140,31 +140,31 @@ def _floor_ms(problem: Mamba3Problem, shape: Shape, backward: bool, gbps: float)
     return floor_bytes(problem, backward) * shape.B * shape.T * shape.H / gbps / 1e6
 
 
-def _tile(problem: Mamba3Problem, shape: Shape) -> int:
+def _tile(problem: Mamba3Problem, shape: Shape, kind: str) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
-    return tile_at(problem, shape.B * shape.T, shape.H, shape.key_heads, device)
+    return tile_at(problem, shape.B * shape.T, shape.H, shape.key_heads, device, kind)
 
 
 def _stage_rows(problem: Mamba3Problem, shape: Shape) -> list[StageRow]:
-    """The kernels around the scan; its own are a benchmark of `simple_gla`."""
+    """Its own kernels; of a scan they are around, that is a benchmark of `simple_gla`."""
     dense = replace(problem, packed=False), replace(shape, cu_seqlens=None)
-    BT = _tile(*dense)
-    moved = stage_bytes(*dense, BT)
-    runs = kernel_runs(dense[0], layer_inputs(*dense), BT)
+    kind = CHUNKS if by_chunks(problem.dtype) else AROUND
+    BT = _tile(*dense, kind)
+    moved = stage_bytes(*dense, BT, kind)
+    runs = runs_of(kind, dense[0], layer_inputs(*dense), BT)
     ceilings = copy_gbps(), product_tflops(problem.dtype)
     return [StageRow(x, time_ms(run), int(moved[x]), 0, *ceilings) for x, run in runs.items()]
 
 
 def _recipe_name(problem: Mamba3Problem, shape: Shape, level: str) -> str:
-    """The scan's plan, and where its configs and those of the kernels around it come from."""
+    """What runs, and where its knobs come from: kernels over chunks, or the scan's plan and the
+    kernels around it."""
     from gdn2gen.base.device import present_device
-    from gdn2gen.store.dispatch import find_recipe
-    from gdn2gen.store.mamba3 import scan_problem, scan_shape
+    from gdn2gen.store.mamba3 import find_mamba3
 
     device = present_device(torch.cuda.current_device())
-    regime = scan_shape(shape).regime
-    found = find_recipe(scan_problem(problem), regime, device, level=level)
-    known = known_around(problem, shape.H, shape.key_heads)
-    around = nearest_parts(MAMBA3, AROUND, known, shape.B * shape.T, device)
-    said = "rule" if around is None else "tuned"
-    return f"{found.recipe.plan.name} ({found.source}), around it {said}"
+    found = find_mamba3(problem, shape, device, level=level)
+    own = "tuned" if "tuned" in {y for x, y in found.sources.items() if "step" not in x} else "rule"
+    if found.scan is None:
+        return f"chunks ({own})"
+    return f"{found.scan.recipe.plan.name} ({found.scan.source}), around it {own}"

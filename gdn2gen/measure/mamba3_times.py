@@ -15,11 +15,13 @@ from gdn2gen.family.mamba3 import States
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
+from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP
+from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES
 from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs, run_mamba3_case
 from gdn2gen.measure.timing import time_ms
 from gdn2gen.runtime import mamba3
+from gdn2gen.runtime.mamba3_chunks import Given, launches
 from gdn2gen.runtime.mamba3_loaded import force, force_tile
 
 Run = Callable[[], Any]
@@ -27,6 +29,7 @@ Configs = Mapping[str, Mapping[str, Knob]]
 DEVICE: Final = "cuda"
 # Of operands that heads share: bytes of one head are those of all.
 _SHARED: Final = ("Angles",)
+_OF_CHUNKS: Final = tuple(x.name for x in MAMBA3_CHUNK_STAGES)
 # Where knobs are checked: a reference goes token by token.
 _CHECKED_TOKENS: Final = 150
 _CHECKED: Final = ("layer", "strong", "mixed")
@@ -59,6 +62,21 @@ def kernel_runs(problem: Mamba3Problem, x: Mapping[str, Tensor], BT: int) -> dic
     }
 
 
+def chunk_runs(x: Mapping[str, Tensor], BT: int) -> dict[str, Run]:
+    """Each of the kernels over chunks, likewise."""
+    numbers, biases = [x["ADT"], x["DT"], x["Trap"]], [x["Q_bias"], x["K_bias"]]
+    D, Z = x.get("D"), x.get("Z")
+    given = Given(
+        x["Q"], x["K"], x["V"], numbers, biases, x["Angles"], D, Z, None, None, [], BT
+    )  # fmt: skip
+    return launches(given, torch.randn_like(x["V"]))
+
+
+def runs_of(kind: str, problem: Mamba3Problem, x: Mapping[str, Tensor], BT: int) -> dict[str, Run]:
+    """Those of a kind, which share a tile."""
+    return chunk_runs(x, BT) if kind == CHUNKS else kernel_runs(problem, x, BT)
+
+
 def time_knobs(
     problem: Mamba3Problem, shape: Shape, stage: str, BT: int, knobs: Mapping[str, Knob]
 ) -> float:
@@ -68,14 +86,15 @@ def time_knobs(
     try:
         with verifying():
             run = _step_run(problem, shape) if stage == MAMBA3_STEP.name else None
-            return time_ms(run or _runs(problem, shape, BT)[stage]).median
+            kind = CHUNKS if stage in _OF_CHUNKS else AROUND
+            return time_ms(run or _runs(kind, problem, shape, BT)[stage]).median
     finally:
         force(stage, None)
 
 
 @lru_cache(maxsize=1)
-def _runs(problem: Mamba3Problem, shape: Shape, BT: int) -> dict[str, Run]:
-    return kernel_runs(problem, layer_inputs(problem, shape), BT)
+def _runs(kind: str, problem: Mamba3Problem, shape: Shape, BT: int) -> dict[str, Run]:
+    return runs_of(kind, problem, layer_inputs(problem, shape), BT)
 
 
 @lru_cache(maxsize=1)
@@ -122,8 +141,10 @@ def check_knobs(
     return errors, ""
 
 
-def stage_bytes(problem: Mamba3Problem, shape: Shape, BT: int) -> dict[str, float]:
-    """Bytes of the operands of each stage around the scan, every one moved once."""
+def stage_bytes(
+    problem: Mamba3Problem, shape: Shape, BT: int, kind: str = AROUND
+) -> dict[str, float]:
+    """Bytes of the operands of each stage of a kind, every one moved once."""
     B, T, H = shape.B, shape.T, shape.H
     sizes = dict(B=B, T=T, H=H, G=shape.key_heads, N=problem.state_size, P=problem.head_dim)
     sizes |= dict(S=problem.angles, n=shape.regime.sequences, M=B * -(-T // BT), R=1)
@@ -132,7 +153,7 @@ def stage_bytes(problem: Mamba3Problem, shape: Shape, BT: int) -> dict[str, floa
             y.nbytes(problem, sizes) / (H if y.name in _SHARED else 1)
             for y in stage.operands(problem)
         )
-        for stage in MAMBA3_STAGES[:4]
+        for stage in (MAMBA3_CHUNK_STAGES if kind == CHUNKS else MAMBA3_AROUND)
     }
 
 

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.mamba3 import States, one_token
-from gdn2gen.family.mamba3_form import Ends, Inputs, after, before, carried_in, carried_out
+from gdn2gen.family.mamba3_form import (
+    Ends,
+    Inputs,
+    after,
+    before,
+    carried_in,
+    carried_out,
+    state_in,
+)
 from gdn2gen.family.mamba3_problem import MAMBA3, STEP
 from gdn2gen.ops._mamba3_checks import check, check_step
 from gdn2gen.ops.chunk import chunk_simple_gla
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime.arguments import is_watched
 from gdn2gen.runtime.head_dims import check_head_dims
+from gdn2gen.runtime.mamba3_chunk_ops import chosen, run_chunks
 from gdn2gen.runtime.mamba3_ops import Around, serves
 from gdn2gen.runtime.sequences import check_cu_seqlens
 
@@ -106,6 +115,9 @@ def mamba3_siso_combined(
     around = None
     if serves(x):
         check_head_dims(MAMBA3, V.dtype, V.device, K.shape[3], V.shape[3])
+        if chosen(x):
+            made, last, angle = run_chunks(x, state_in(x), disable_recompute)
+            return (made, *carried_out(x, angle, last)) if return_final_states else made
         around = Around(x)
     state, first = carried_in(x)
     q, k, decay, own, angle = before(x) if around is None else around.before()

@@ -107,7 +107,7 @@ def prologue(
     """
     call = _call_before(Q, K, numbers, Angles, angle_state, tiles, BT, D is not None)
     B, T, H, N, S = call.B, call.T, call.H, Q.shape[3], Angles.shape[3]
-    angles, row, head = _angle_view(Angles)
+    angles, row, head = angle_view(Angles)
     given = [Q, K, *numbers, *biases, *([angles] if S else []), *([D] if D is not None else [])]
     given += [angle_state] if S and angle_state is not None else []
     q, k = (call.empty(B, T, H, N, dtype=Q.dtype) for _ in "qk")
@@ -135,7 +135,7 @@ def prologue_backward(
     own and the last angles."""
     call = _call_before(Q, K, numbers, Angles, angle_state, tiles, BT, False)
     B, T, H, G, N, S = call.B, call.T, call.H, call.G, Q.shape[3], Angles.shape[3]
-    angles, row, head = _angle_view(Angles)
+    angles, row, head = angle_view(Angles)
     parts = H // G // int(call.knobs(MAMBA3_PROLOGUE_BACKWARD)["BH"])
     dQ, dK = (call.empty(parts, B, T, G, N) for _ in "QK")
     dbiases = [call.empty(call.n_tiles, H, N) for _ in "qk"]
@@ -232,7 +232,7 @@ def _call_before(
         carried=angle_state is not None,
         packed=bool(tiles),
     )
-    counts = _counts(B, T, tiles, BT)
+    counts = count_tiles(B, T, tiles, BT)
     return _Call(problem, BT, B, T, Angles.shape[2], G, *counts, Q.device, current_look())
 
 
@@ -247,18 +247,18 @@ def _call_after(
         carried=first is not None,
         packed=bool(tiles),
     )
-    counts = _counts(B, T, tiles, BT)
+    counts = count_tiles(B, T, tiles, BT)
     return _Call(problem, BT, B, T, H, 1, *counts, V.device, current_look())
 
 
-def _counts(B: int, T: int, tiles: Tensors, BT: int) -> tuple[int, int]:
+def count_tiles(B: int, T: int, tiles: Tensors, BT: int) -> tuple[int, int]:
     """Of tiles and of sequences."""
     if tiles:
         return tiles[0].shape[0], tiles[1].shape[0] - 1
     return count_chunks(T, B, BT, False), B
 
 
-def _angle_view(Angles: Tensor) -> tuple[Tensor, int, int]:
+def angle_view(Angles: Tensor) -> tuple[Tensor, int, int]:
     """Angles as kernels read them, and how far tokens and heads lie apart: one of them for all
     heads is read as it lies. What is not contiguous here, `readable` would copy."""
     B, T, H, S = Angles.shape

@@ -15,7 +15,6 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import (
     AROUND,
-    MAMBA3_PROLOGUE,
     MAMBA3_STEP,
     ONE_TOKEN,
     known_around,
@@ -24,6 +23,7 @@ from gdn2gen.kernels.mamba3 import (
     mamba3_step_knobs,
     tile_of,
 )
+from gdn2gen.kernels.mamba3_chunks import CHUNKS, chunk_knobs, chunk_of, chunk_problem
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime.lookup import device_of
@@ -40,7 +40,7 @@ def force(stage: str, knobs: dict[str, Knob] | None) -> None:
     _forced.pop(stage, None)
     if knobs is not None:
         _forced[stage] = knobs
-    for cache in (_tile_at, knobs_of, stage_launch, step_launcher):
+    for cache in (_tile_at, knobs_of, stage_launch, step_launcher, chunk_knobs_of, chunk_launch):
         cache.cache_clear()
 
 
@@ -54,11 +54,14 @@ def counted_tokens(tokens: int) -> int:
     return _ANY_TOKENS if is_batch_invariant() else tokens
 
 
-def tile_at(problem: Mamba3Problem, tokens: int, H: int, G: int, device: torch.device) -> int:
-    """Tokens of a tile, which all kernels of a call share: what is tuned for it, or the rule's."""
+def tile_at(
+    problem: Mamba3Problem, tokens: int, H: int, G: int, device: torch.device, kind: str = AROUND
+) -> int:
+    """Tokens of a tile, which all kernels of a kind share in a call: what is tuned for it, or the
+    rule's."""
     if _forced_tile:
         return _forced_tile[0]
-    return _tile_at(problem, counted_tokens(tokens), H, G, device, current_look())
+    return _tile_at(problem, counted_tokens(tokens), H, G, device, kind, current_look())
 
 
 def force_tile(BT: int | None) -> None:
@@ -74,13 +77,19 @@ def counted_sequences(sequences: int) -> int:
 
 @lru_cache(maxsize=512)
 def _tile_at(
-    problem: Mamba3Problem, tokens: int, H: int, G: int, device: torch.device, _look: int
+    problem: Mamba3Problem,
+    tokens: int,
+    H: int,
+    G: int,
+    device: torch.device,
+    kind: str,
+    _look: int,
 ) -> int:
-    known = known_around(problem, H, G)
-    found = nearest_parts(MAMBA3, AROUND, known, tokens, device_of(device))
-    if found is None or MAMBA3_PROLOGUE.name not in found.knobs:
-        return tile_of(problem.dtype, problem.state_size)
-    return int(found.knobs[MAMBA3_PROLOGUE.name]["BT"])
+    found = nearest_parts(MAMBA3, kind, known_around(problem, H, G), tokens, device_of(device))
+    if found is not None and found.knobs:
+        return int(next(iter(found.knobs.values()))["BT"])
+    rule = chunk_of if kind == CHUNKS else tile_of
+    return rule(problem.dtype, problem.state_size)
 
 
 @lru_cache(maxsize=512)
@@ -137,3 +146,40 @@ def step_launcher(
         knobs |= tuned.knobs.get(MAMBA3_STEP.name, {})
     knobs |= _forced.get(MAMBA3_STEP.name, {})
     return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)
+
+
+@lru_cache(maxsize=512)
+def chunk_knobs_of(
+    stage: PartStage,
+    problem: Mamba3Problem,
+    BT: int,
+    tiles: int,
+    H: int,
+    G: int,
+    device: torch.device,
+    _look: int,
+) -> dict[str, Any]:
+    """Of one of the kernels over chunks, for a call of this problem."""
+    gpu = device_of(device)
+    found = chunk_knobs(stage, problem, tiles, H, G, gpu.sms)
+    tuned = nearest_parts(MAMBA3, CHUNKS, known_around(problem, H, G), tiles * BT, gpu)
+    # the other direction of a call may be under way with another tile
+    if tuned is not None and tuned.knobs.get(stage.name, {}).get("BT") == BT:
+        found |= tuned.knobs[stage.name]
+    return found | {"BT": BT} | _forced.get(stage.name, {})
+
+
+@lru_cache(maxsize=512)
+def chunk_launch(
+    stage: PartStage,
+    problem: Mamba3Problem,
+    BT: int,
+    tiles: int,
+    H: int,
+    G: int,
+    device: torch.device,
+    look: int,
+) -> Callable[..., None]:
+    knobs = chunk_knobs_of(stage, problem, BT, tiles, H, G, device, look)
+    own = chunk_problem(stage, problem)
+    return _loaded(own, stage.name, tuple(sorted(knobs.items())), device)

@@ -4,7 +4,7 @@ format       what a tuned file says, as text and as dataclasses
 tuned_files  tuned/<op>/<gpu>.json: read, merged under a lock, replaced at one stroke
 part_files   tuned/<op>/parts/<gpu>.json: knobs of kernels that are in no plan
 dispatch     (problem, regime, device) to a recipe, and why
-mamba3       what a call of Mamba-3 runs: its scan's recipe, and knobs around it
+mamba3       what a call of Mamba-3 runs: knobs of its kernels, or a scan's recipe beside them
 pins         recipes of a process as data, and taken by another
 verified     what the accuracy suite has passed, by architecture
 sizes        head dims that were never tuned: the recipe of the nearest ones

@@ -1,7 +1,8 @@
-"""What a call of Mamba-3 runs, and why: its scan's recipe, and the knobs of the kernels around it.
+"""What a call of Mamba-3 runs, and why: the knobs of its kernels over chunks, or its scan's recipe
+and those of the kernels around it.
 
-The scan is `chunk_simple_gla`'s, found where calls of that find theirs; what is around it comes
-from tuned/mamba3/parts, or from a rule on the sizes.
+Knobs come from tuned/mamba3/parts, or from a rule on the sizes; the scan is `chunk_simple_gla`'s,
+found where calls of that find theirs.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import (
     AROUND,
-    MAMBA3_STAGES,
+    MAMBA3_AROUND,
     MAMBA3_STEP,
     ONE_TOKEN,
     known_around,
@@ -24,6 +26,15 @@ from gdn2gen.kernels.mamba3 import (
     mamba3_step_knobs,
     tile_of,
 )
+from gdn2gen.kernels.mamba3_chunks import (
+    CHUNKS,
+    MAMBA3_CHUNK_STAGES,
+    MAMBA3_TURNS,
+    by_chunks,
+    chunk_knobs,
+    chunk_of,
+)
+from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, recipe_document
 from gdn2gen.store.part_files import nearest_parts
 from gdn2gen.store.verified import Place, is_verified
@@ -55,17 +66,20 @@ class Mamba3Found:
     problem: Mamba3Problem
     shape: Shape
     device: Device
-    scan: Found
+    scan: Found | None
+    """None where kernels of its own go over chunks."""
     knobs: dict[str, dict[str, Knob]]
-    """Of the kernels around the scan, and of a step of as many sequences, by stage."""
+    """Of its own kernels, and of a step of as many sequences, by stage."""
     sources: dict[str, str]
     """`tuned` or `rule`, by stage."""
 
     @property
     def document(self) -> dict[str, Any]:
         """For JSON."""
-        around = {x: {"config": dict(y), "source": self.sources[x]} for x, y in self.knobs.items()}
-        return {"op": MAMBA3, "scan": recipe_document(self.scan), "around": around}
+        own = {x: {"config": dict(y), "source": self.sources[x]} for x, y in self.knobs.items()}
+        if self.scan is None:
+            return {"op": MAMBA3, "kernels": own}
+        return {"op": MAMBA3, "scan": recipe_document(self.scan), "around": own}
 
     def words(self, width: int) -> str:
         """For people."""
@@ -84,8 +98,10 @@ class Mamba3Found:
             f"tune on {self.device.name}: gdn2gen tune --op {MAMBA3} {dims} --shapes "
             f"{self.shape.name}"
         )
-        lines.append("the scan between them is chunk_simple_gla's:")
-        return "\n".join([*lines, explain_recipe(self.scan, width)])
+        if self.scan is not None:
+            lines.append("the scan between them is chunk_simple_gla's:")
+            lines.append(explain_recipe(self.scan, width))
+        return "\n".join(lines)
 
 
 def find_mamba3(
@@ -97,31 +113,38 @@ def find_mamba3(
     strict: bool | None = None,
 ) -> Mamba3Found:
     """What a call at `shape` runs. `level` and `strict` are those of `find_recipe`, for the scan:
-    the kernels around it keep the same at either level."""
-    scan = find_recipe(
-        scan_problem(problem), scan_shape(shape).regime, device, level=level, strict=strict
-    )
+    all other kernels are the same at either level."""
+    scan = None
+    if not by_chunks(problem.dtype):
+        scan = find_recipe(
+            scan_problem(problem), scan_shape(shape).regime, device, level=level, strict=strict
+        )
+    elif level not in LEVELS:
+        raise DispatchError(f"level must be one of {', '.join(LEVELS)}, but got {level!r}")
     tokens, sequences = shape.B * shape.T, shape.regime.sequences
-    known = known_around(problem, shape.H, shape.key_heads)
-    around = nearest_parts(MAMBA3, AROUND, known, tokens, device)
+    known, kind = known_around(problem, shape.H, shape.key_heads), AROUND if scan else CHUNKS
+    tiled = nearest_parts(MAMBA3, kind, known, tokens, device)
     step = nearest_parts(MAMBA3, ONE_TOKEN, known, sequences, device)
-    knobs = ruled(problem, shape, device)
+    knobs = ruled(problem, shape, device, kind)
     sources = dict.fromkeys(knobs, "rule")
-    for entry in (around, step):
+    for entry in (tiled, step):
         for name, found in ({} if entry is None else entry.knobs).items():
             knobs[name], sources[name] = dict(found), "tuned"
     return Mamba3Found(problem, shape, device, scan, knobs, sources)
 
 
-def ruled(problem: Mamba3Problem, shape: Shape, device: Device) -> dict[str, dict[str, Knob]]:
-    """Knobs of the kernels around the scan, and of a step of as many sequences, by the rule on
-    sizes."""
-    H, G, BT = shape.H, shape.key_heads, tile_of(problem.dtype, problem.state_size)
-    tiles = -(-shape.B * shape.T // BT)
+def ruled(
+    problem: Mamba3Problem, shape: Shape, device: Device, kind: str
+) -> dict[str, dict[str, Knob]]:
+    """Knobs of the kernels of a kind, `AROUND` or `CHUNKS`, and of a step of as many sequences, by
+    the rules on sizes."""
+    H, G, around = shape.H, shape.key_heads, kind == AROUND
+    BT = (tile_of if around else chunk_of)(problem.dtype, problem.state_size)
+    tiles, by_rule = -(-shape.B * shape.T // BT), mamba3_knobs if around else chunk_knobs
     knobs = {
-        stage.name: mamba3_knobs(stage, problem, tiles, H, G, device.sms)
-        for stage in MAMBA3_STAGES
-        if stage is not MAMBA3_STEP
+        stage.name: by_rule(stage, problem, tiles, H, G, device.sms)
+        for stage in (MAMBA3_AROUND if around else MAMBA3_CHUNK_STAGES)
+        if stage is not MAMBA3_TURNS or problem.rotated
     }
     step = mamba3_step_knobs(problem, shape.regime.sequences, H, device.sms)
     return {**knobs, MAMBA3_STEP.name: step}

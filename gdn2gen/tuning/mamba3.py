@@ -1,6 +1,7 @@
-"""Tune Mamba-3: its scan as that of `chunk_simple_gla`, then the kernels around it and its step.
+"""Tune Mamba-3: its kernels over chunks and its step; or where calls run those, its scan as that of
+`chunk_simple_gla`, and the kernels around it.
 
-The scan is filed where calls of `chunk_simple_gla` look (tuned/simple_gla); the others have few
+That scan is filed where calls of `chunk_simple_gla` look (tuned/simple_gla); the others have few
 knobs, so that a climb from the rule's to their neighbours finds the best, and go to
 tuned/mamba3/parts. Kernels run in a worker: one that crashes or hangs costs its knobs, not the run.
 """
@@ -22,12 +23,19 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import (
     AROUND,
-    MAMBA3_STAGES,
+    MAMBA3_AROUND,
     MAMBA3_STEP,
     ONE_TOKEN,
     known_around,
     mamba3_knobs,
     mamba3_step_knobs,
+)
+from gdn2gen.kernels.mamba3_chunks import (
+    CHUNKS,
+    MAMBA3_CHUNK_STAGES,
+    by_chunks,
+    chunk_knobs,
+    chunk_problem,
 )
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
@@ -46,7 +54,7 @@ if TYPE_CHECKING:
 
 # Of the time, for the scan: it has thousands of configs, and the others some forty a stage.
 _SCAN_PART: Final = 0.7
-_AROUND: Final = MAMBA3_STAGES[:4]
+_STAGES: Final = {AROUND: MAMBA3_AROUND, CHUNKS: MAMBA3_CHUNK_STAGES}
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
 Knobs = dict[str, Knob]
@@ -59,7 +67,7 @@ class Mamba3Report:
     problem: Mamba3Problem
     device: Device
     path: Path
-    """The file that entries of the kernels around the scan were merged into."""
+    """The file that entries of all kernels but the scan were merged into."""
     scan: TuneReport | None = None
     entries: list[PartEntry] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -70,7 +78,7 @@ class Mamba3Report:
         from rich.console import Group
         from rich.text import Text
 
-        title = f"{MAMBA3} on {self.device.name}: kernels around the scan, in ms"
+        title = f"{MAMBA3} on {self.device.name}: its kernels, in ms"
         sheet = parts_sheet(title, part_lines(MAMBA3, self.entries))
         lines = [f"left out {x}: {why}" for x, why in self.skipped.items()]
         lines += [f"filed in {self.path}"] if self.entries else []
@@ -95,33 +103,34 @@ def tune_mamba3(
 ) -> Mamba3Report:
     """Tune `problem` at `shapes` on `device`, the present GPU, and file what passes.
 
-    `levels` are those of the scan. `call` runs a function by its name (a worker's by default).
-    Raises TuneError where nothing could be filed.
+    `levels` are those of the scan, where there is one. `call` runs a function by its name (a
+    worker's by default). Raises TuneError where nothing could be filed.
     """
     check_arguments(shapes, levels, budget_minutes)
     started, end = clock(), clock() + budget_minutes * 60
     report = Mamba3Report(problem, device, parts_path(out_dir, MAMBA3, device))
     shown = progress or console_progress()
-    try:
-        report.scan = scan(
-            scan_problem(replace(problem, packed=False, carried=False)),
-            [scan_shape(x) for x in shapes],
-            device,
-            budget_minutes=budget_minutes * _SCAN_PART,
-            out_dir=out_dir,
-            levels=levels,
-            storage=storage,
-            progress=shown,
-            command=command,
-        )
-    except TuneError as error:
-        report.skipped["the scan"] = str(error)
+    if not by_chunks(problem.dtype):
+        try:
+            report.scan = scan(
+                scan_problem(replace(problem, packed=False, carried=False)),
+                [scan_shape(x) for x in shapes],
+                device,
+                budget_minutes=budget_minutes * _SCAN_PART,
+                out_dir=out_dir,
+                levels=levels,
+                storage=storage,
+                progress=shown,
+                command=command,
+            )
+        except TuneError as error:
+            report.skipped["the scan"] = str(error)
     worker = parts_worker()
     metadata = metadata_for(device, toolchain(), command or command_line())
-    shown.start(f"tuning the kernels around {MAMBA3}'s scan on {device.name}", end - clock())
+    shown.start(f"tuning {MAMBA3}'s own kernels on {device.name}", end - clock())
     try:
         run = _Run(problem, device, call or worker.call, clock, shown)
-        jobs = [*_jobs(shapes)]
+        jobs = [*_jobs(shapes, CHUNKS if by_chunks(problem.dtype) else AROUND)]
         for number, (kind, shape) in enumerate(jobs):
             share = max(0.0, end - clock()) / (len(jobs) - number)
             entry, why = run.entry(kind, shape, clock() + share)
@@ -151,8 +160,13 @@ def without_gpu(
     levels: Sequence[str] = LEVELS,
     **options: Any,
 ) -> Mamba3Report:
-    """The scan as `tune_without_gpu` does it. Knobs of the other kernels are timed, or a rule's."""
+    """The scan as `tune_without_gpu` does it, where there is one. Knobs of the other kernels are
+    timed, or a rule's."""
     report = Mamba3Report(problem, device, parts_path(out_dir, MAMBA3, device))
+    why = "nothing ranks them without a GPU: a rule's knobs"
+    if by_chunks(problem.dtype):
+        report.skipped["its kernels"] = why
+        return report
     report.scan = scan(
         scan_problem(replace(problem, packed=False, carried=False)),
         [scan_shape(x) for x in shapes],
@@ -162,14 +176,14 @@ def without_gpu(
         levels=levels,
         **options,
     )
-    report.skipped["kernels around the scan"] = "nothing ranks them without a GPU: a rule's knobs"
+    report.skipped["kernels around the scan"] = why
     return report
 
 
-def _jobs(shapes: Sequence[Shape]) -> Iterator[tuple[str, Shape]]:
+def _jobs(shapes: Sequence[Shape], kind: str) -> Iterator[tuple[str, Shape]]:
     """What is searched, one after the other. Packed tokens lie in the same tiles as others."""
     for shape in shapes:
-        yield AROUND, replace(shape, cu_seqlens=None)
+        yield kind, replace(shape, cu_seqlens=None)
     for H, groups in dict.fromkeys((x.H, x.key_heads) for x in shapes):
         for B in STEP_SEQUENCES:
             yield ONE_TOKEN, Shape(f"{B}x1x{H}", B, 1, H, groups=groups)
@@ -192,7 +206,7 @@ class _Run:
 
     def entry(self, kind: str, shape: Shape, end: float) -> tuple[PartEntry | None, str]:
         """What is to be filed, or why nothing is."""
-        found = self._around(shape, end) if kind == AROUND else self._step(shape, end)
+        found = self._step(shape, end) if kind == ONE_TOKEN else self._tiled(kind, shape, end)
         if not found:
             return None, "no knobs ran"
         BT = None if kind == ONE_TOKEN else int(next(iter(found.values()))[0]["BT"])
@@ -202,13 +216,14 @@ class _Run:
         errors, wrong = checked.value if checked.value is not None else ({}, checked.reason)
         if wrong:
             return None, wrong
+        of_stages = [(x, y, _own(x, kind, problem)) for x, y in knobs.items()]
         return PartEntry(
             kind=kind,
             at=known_around(problem, shape.H, shape.key_heads),
             tokens=shape.B * shape.T,
             knobs=knobs,
             templates={
-                x: digest_of(default_config(x, problem).replace(**y)) for x, y in knobs.items()
+                x: digest_of(default_config(x, own).replace(**y)) for x, y, own in of_stages
             },
             measured={x: {"ms": y, "default_ms": z} for x, (_, y, z) in found.items()},
             errors=errors,
@@ -217,24 +232,25 @@ class _Run:
     def _problem(self, kind: str) -> Mamba3Problem:
         return replace(self.problem, carried=kind == ONE_TOKEN)
 
-    def _around(self, shape: Shape, end: float) -> dict[str, tuple[Knobs, float, float]]:
+    def _tiled(self, kind: str, shape: Shape, end: float) -> dict[str, tuple[Knobs, float, float]]:
         """Of the tile that is the fastest in sum: by stage its knobs, their time and the rule's."""
         best: dict[str, tuple[Knobs, float, float]] = {}
         rule: dict[str, float] = {}
         sizes = (shape.H, shape.key_heads, self.device.sms)
-        tiles = [x for x in _AROUND[0].chunks if isinstance(x, int)]
-        usual = mamba3_knobs(_AROUND[0], self.problem, 1, *sizes)["BT"]
+        stages, by_rule = _STAGES[kind], chunk_knobs if kind == CHUNKS else mamba3_knobs
+        tiles = [x for x in stages[0].chunks if isinstance(x, int)]
+        usual = by_rule(stages[0], self.problem, 1, *sizes)["BT"]
         for BT in sorted(tiles, key=lambda x: x != usual):
             found: dict[str, tuple[Knobs, float, float]] = {}
-            for stage in _AROUND:
+            for stage in stages:
                 count = shape.B * -(-shape.T // BT)
-                start = mamba3_knobs(stage, self.problem, count, *sizes) | {"BT": BT}
-                climbed = self._climb(stage, AROUND, shape, start, end, len(tiles) * len(_AROUND))
+                start = by_rule(stage, self.problem, count, *sizes) | {"BT": BT}
+                climbed = self._climb(stage, kind, shape, start, end, len(tiles) * len(stages))
                 if climbed is None:
                     break
                 rule.setdefault(stage.name, climbed[2])
                 found[stage.name] = (*climbed[:2], rule[stage.name])
-            whole = len(found) == len(_AROUND)
+            whole = len(found) == len(stages)
             if whole and (not best or _sum(found) < _sum(best)):
                 best = found
         return best
@@ -273,10 +289,17 @@ class _Run:
 
     def _time(self, stage: PartStage, kind: str, shape: Shape, knobs: Knobs) -> float | None:
         outcome = time_part(self.call, self._problem(kind), shape, stage.name, knobs)
-        config = default_config(stage.name, self.problem).replace(**knobs)
+        own = _own(stage.name, kind, self.problem)
+        config = default_config(stage.name, own).replace(**knobs)
         said = f"{outcome.value:.4f} ms" if outcome.ok else outcome.detail
         self.shown.trial(config, outcome.status, said)
         return outcome.value
+
+
+def _own(stage: str, kind: str, problem: Mamba3Problem) -> Mamba3Problem:
+    """What is compiled into a stage over chunks; of the others templates say no less of a whole."""
+    by_name = {x.name: x for x in MAMBA3_CHUNK_STAGES}
+    return chunk_problem(by_name[stage], problem) if kind == CHUNKS else problem
 
 
 def neighbours(stage: PartStage, knobs: Mapping[str, Knob], shape: Shape) -> Iterator[Knobs]:

@@ -1,4 +1,4 @@
-"""The same of kernels that are in no plan, those around Mamba-3's scan: do their entries hold?"""
+"""The same of kernels that are in no plan, those of Mamba-3: do their entries hold?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.base.terminal import Sheet
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import NAMED_SHAPES, Shape
-from gdn2gen.kernels.mamba3 import ONE_TOKEN
+from gdn2gen.kernels.mamba3 import AROUND, ONE_TOKEN
+from gdn2gen.kernels.mamba3_chunks import CHUNKS
 from gdn2gen.store.mamba3 import ruled
 from gdn2gen.store.part_files import PartEntry, part_digest, stale_parts
 from gdn2gen.tuning.gpu.parts import Call, check_parts, time_part
@@ -56,7 +57,7 @@ def _recheck(op: str, entry: PartEntry, device: Device, call: Call) -> Rechecked
     stale = bool(stale_parts(entry))
     try:
         problem, shape = _problem(entry), _shape(entry)
-        rule = ruled(problem, shape, device)
+        rule = ruled(problem, shape, device, AROUND if entry.kind == AROUND else CHUNKS)
         for stage in entry.knobs:
             entry.config(stage, problem)
             int(rule[stage]["BT"]), int(entry.knobs[stage]["BT"])

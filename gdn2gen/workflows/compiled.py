@@ -28,6 +28,7 @@ from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.mamba3_chunks import by_chunks
 from gdn2gen.kernels.plans import LEVELS, keeps_least
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import find_recipe, in_triton
@@ -122,7 +123,8 @@ def compile_kernels(
         asked = mamba3_problem(head_dim, value_dim, dtype, fields)
         tasks |= dict.fromkeys(_around(asked, shapes, decode, device, backward=backward))
         # its scan is that of calls of chunk_simple_gla, at the levels of its own
-        scans = [scan_shape(x) for x in shapes_from(shapes)] if shapes else ()
+        wanted = shapes_from(shapes) if shapes and not by_chunks(asked.dtype) else ()
+        scans = [scan_shape(x) for x in wanted]
         shapes, decode, problem = scans, (), scan_problem(asked)
     else:
         problem = problem_from(op, head_dim, value_dim, dtype, fields)

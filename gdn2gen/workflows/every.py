@@ -22,7 +22,8 @@ from gdn2gen.base.terminal import Sheet
 from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
+from gdn2gen.kernels.mamba3 import MAMBA3_STEP
+from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.plans import plan_named, plans_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def jobs(usual: Mapping[str, tuple[Sequence[str], int]], levels: Sequence[str]) 
     found = []
     for op, (head_dims, shapes) in usual.items():
         if op == MAMBA3:
-            stages = {x.name for x in MAMBA3_STAGES} | _stages("simple_gla", levels)
+            # as it is tuned, in bf16
+            stages = {x.name for x in (*MAMBA3_CHUNK_STAGES, MAMBA3_STEP)}
         else:
             stages = _stages(op, levels)
         weight = len(stages) * float(_FIXED_SHAPES + shapes)

@@ -1,24 +1,33 @@
-"""What the commands do of Mamba-3, which is its own kernels around `chunk_simple_gla`'s scan."""
+"""What the commands do of Mamba-3, which is its own kernels, or in fp32 those around
+`chunk_simple_gla`'s scan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP, own_problem
+from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP, own_problem
+from gdn2gen.kernels.mamba3_chunks import (
+    MAMBA3_CHUNK_STAGES,
+    MAMBA3_GRADIENT,
+    MAMBA3_REVERSE_STATES,
+    chunk_problem,
+)
 from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
 from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, shapes_from
 
 if TYPE_CHECKING:
     from gdn2gen.tuning.mamba3 import Mamba3Report
     from gdn2gen.tuning.views.progress import Progress
+
+_BACKWARD: Final = (MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT)
 
 
 def mamba3_problem(
@@ -60,8 +69,9 @@ def tune_mamba3(
     storage: str | None = None,
     progress: Progress | None = None,
 ) -> Mamba3Report:
-    """Tune the scan at `levels`, then what is around it; without a GPU, and for a named target, the
-    scan alone, as predicted: knobs around it are timed or come from a rule."""
+    """Tune its own kernels; or in fp32 the scan at `levels`, then what is around it. Without a GPU,
+    and for a named target, the scan alone, as predicted: knobs of others are timed or come from a
+    rule."""
     from gdn2gen.tuning import mamba3, tune_without_gpu
 
     device, present = present_or(target)
@@ -79,12 +89,13 @@ def tune_mamba3(
 def mamba3_stages(
     problem: Mamba3Problem, shape: Shape, device: Device, *, backward: bool
 ) -> Iterator[tuple[Mamba3Problem, str, Config]]:
-    """The kernels around the scan of a call, to be compiled."""
+    """The kernels of a call but for its scan, to be compiled."""
     found = find_mamba3(problem, shape, device)
-    for stage in MAMBA3_STAGES:
-        if stage is MAMBA3_STEP or (stage.name.endswith("backward") and not backward):
+    for stage in MAMBA3_AROUND if found.scan else MAMBA3_CHUNK_STAGES:
+        skipped = not backward and (stage.name.endswith("backward") or stage in _BACKWARD)
+        if skipped or stage.name not in found.knobs:
             continue
-        own = own_problem(stage, problem)
+        own = own_problem(stage, problem) if found.scan else chunk_problem(stage, problem)
         yield own, stage.name, default_config(stage.name, own).replace(**found.knobs[stage.name])
 
 

@@ -42,7 +42,7 @@ of dTheta are made of sums of tiles first.
 
 Problem: mamba3 bf16, skip, gate, carried
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 7454db19519a4438; made by
+Template digest 72959754e02a2710; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried --stage mamba3_prologue_backward \
       --config BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """

@@ -31,7 +31,7 @@ in units of 2^-32 as int32: sums of tiles first, then what comes before each.
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest b9636250c55e604b; made by
+Template digest d2e6c89467582e2e; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_prologue \
       --config BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """

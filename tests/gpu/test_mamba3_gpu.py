@@ -20,12 +20,11 @@ from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_cases import MAMBA3_CASES, Mamba3Case
 from gdn2gen.measure.mamba3_rows import bench_mamba3
 from gdn2gen.measure.mamba3_runs import (
-    SHARED_ROUNDING,
     mamba3_inputs,
     mamba3_results,
-    rounded_angles,
     run_mamba3_case,
 )
+from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
 from gdn2gen.tuning.mamba3 import tune_mamba3
@@ -52,10 +51,8 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     with poisoned():
         mine, theirs = results(made)
     found, bounds = relative_errors(mine, theirs), dict.fromkeys(theirs, BOUNDS[dtype])
-    if dtype != torch.float32:
-        rounded = rounded_angles(made, dtype)
-        for x, error in relative_errors(rounded, {x: theirs[x] for x in rounded}).items():
-            bounds[x] = max(bounds[x], SHARED_ROUNDING * error)
+    # no more than the others, though they are sums over all later tokens: 4e-3 after 700 in bf16
+    bounds |= dict.fromkeys({"dAngles", "dDT"} & {*bounds}, BOUNDS[dtype] / 3)
     assert not {x: y for x, y in found.items() if not y < bounds[x]}, found
 
 
@@ -65,7 +62,9 @@ def test_steps_are_the_whole() -> None:
 
 
 def test_compiled() -> None:
-    check_compiled(str(DEVICE))
+    for chosen in (True, False):
+        with chunks_forced(chosen):
+            check_compiled(str(DEVICE))
 
 
 def test_the_same_bits_twice_and_before_later_tokens() -> None:
@@ -79,6 +78,17 @@ def test_the_same_bits_twice_and_before_later_tokens() -> None:
         made[name][..., 1001:] *= 2.5
     changed = mamba3_siso_combined(**made)
     assert torch.equal(first[0][:, :1001], changed[:, :1001])
+
+
+def test_over_chunks_is_as_around_a_scan() -> None:
+    """Both ways in both dtypes, whatever a call takes."""
+    for dtype in (torch.bfloat16, torch.float32):
+        made = draw(LAYER | {"states": True}, dtype, str(DEVICE))
+        for chosen in (True, False):
+            with chunks_forced(chosen), poisoned():
+                mine, theirs = results(made)
+            found = relative_errors(mine, theirs)
+            assert max(found.values()) < BOUNDS[dtype], (chosen, found)
 
 
 # its autotuning takes minutes, and its times, which others on the GPU would spoil
@@ -112,28 +122,32 @@ def test_the_suite_at_a_models_head_dims(case: Mamba3Case) -> None:
 
 
 @pytest.mark.gpu_alone
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_one_minute_tune_files_entries_that_calls_find(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path / "tuned"))
-    problem, device = Mamba3Problem(angles=32, skip=True, gate=True), present_device()
+    problem, device = Mamba3Problem(angles=32, skip=True, gate=True, dtype=dtype), present_device()
     shape = Shape("1x1024x8/1", 1, 1024, 8, groups=1)
     report = tune_mamba3(
         problem, [shape], device,
         budget_minutes=2.0, out_dir=tmp_path / "tuned", progress=Progress(), command="test",
         levels=("fast",),
     )  # fmt: skip
-    assert report.scan is not None and {x.level for x in report.scan.results} == {"fast"}
-    assert [x.kind for x in report.entries] == ["around", *["step"] * 4], report.skipped
+    kind = "chunks" if dtype == "bf16" else "around"
+    assert [x.kind for x in report.entries] == [kind, *["step"] * 4], report.skipped
+    levels = {x.level for x in report.scan.results} if report.scan is not None else set()
+    assert levels == (set() if dtype == "bf16" else {"fast"})
     reload()
     found = find_mamba3(problem, shape, device, level="fast")
-    assert {*found.sources.values()} == {"tuned"} and found.scan.source != "default"
+    assert {*found.sources.values()} == {"tuned"}
+    assert found.scan is None or found.scan.source != "default"
     made = mamba3_inputs(problem, shape, "layer", 0, "cuda")
     errors = relative_errors(
         *mamba3_results(made, partial(mamba3_siso_combined, disable_recompute=True))
     )
-    assert max(errors.values()) < LIMITS["bf16"], errors
+    assert max(errors.values()) < LIMITS[dtype], errors
 
 
 @pytest.mark.gpu_alone
@@ -141,7 +155,6 @@ def test_a_one_minute_tune_files_entries_that_calls_find(
 def test_bench_measures_both_decays_and_every_kernel(level: str) -> None:
     shape = Shape("1x1024x8/1", 1, 1024, 8, groups=1)
     (row,) = bench_mamba3([shape], 128, 64, "bf16", vs=None, stages=True, level=level)
-    plan = {"lean": "linear_direct ", "fast": "linear_direct_states "}[level]
-    assert row.level == level and row.recipe.startswith(plan)
-    assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 4
+    assert row.level == level and row.recipe.startswith("chunks (")
+    assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 5
     assert row.ours.forward.median > row.floor_forward_ms

@@ -19,15 +19,18 @@ from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.mamba3 import States, recurrent
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.mamba3 import MAMBA3_STAGES, MAMBA3_STEP
+from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP
+from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.measure import mamba3_times
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_results, pointing
 from gdn2gen.measure.timing import Timing
 from gdn2gen.ops import mamba3
 from gdn2gen.runtime import mamba3 as kernels
-from gdn2gen.runtime import mamba3_ops, passes
-from gdn2gen.runtime.mamba3_loaded import force, tile_at
+from gdn2gen.runtime import mamba3_chunk_ops, mamba3_ops, passes
+from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
+from gdn2gen.runtime.mamba3_loaded import force, force_tile, tile_at
 from gdn2gen.store.dispatch import reload
 
 LIMIT: Final = 1e-5
@@ -58,7 +61,7 @@ def draw(
         return torch.randn(size, generator=rng)
 
     cu_seqlens = case.get("cu_seqlens")
-    b, T = 1 if cu_seqlens else 2, case.get("T", 40)
+    b, T = 1 if cu_seqlens else case.get("rows", 2), case.get("T", 40)
     T = cu_seqlens[-1] if cu_seqlens and T else T
     S, groups, decay = case.get("angles", 6), case.get("groups", 1), case.get("decay", 1.0)
     DT = 0.5 * normal(b, H, T).abs()
@@ -111,14 +114,45 @@ def poisoned_errors(name: str, dtype: str = "float32") -> dict[str, float]:
         return errors(name, dtype)
 
 
+def chunk_errors(name: str, dtype: str = "float32") -> dict[str, float]:
+    """By the kernels over chunks, of which sequences have some."""
+    force_tile(16)
+    try:
+        with chunks_forced(True):
+            return poisoned_errors(name, dtype)
+    finally:
+        force_tile(None)
+
+
+def angle_errors(chosen: bool, tokens: int) -> dict[str, float]:
+    """In bf16 after tokens that decay little: by kernels over chunks, or around a scan."""
+    case = {"sizes": (1, 16, 32), "angles": 8, "T": tokens, "Z": True, "decay": 0.1, "rows": 1}
+    with chunks_forced(chosen), poisoned():
+        return relative_errors(*results(draw(case, torch.bfloat16)))
+
+
 def blocks_of_heads() -> dict[str, float]:
     """Errors where programs take two heads each, of one group, and sums go over many tiles."""
-    stages = [x.name for x in MAMBA3_STAGES if x is not MAMBA3_STEP]
+    return _with_knobs([x.name for x in MAMBA3_AROUND], {"BH": 2}, LONG)
+
+
+def slices_and_blocks() -> dict[str, float]:
+    """Of kernels over chunks: programs of two heads each, and of slices of values."""
+    case = {"sizes": (4, 40, 24), "Z": True, "states": True, "T": 40, "rows": 1}
+    force_tile(32)
+    try:
+        with chunks_forced(True):
+            return _with_knobs([x.name for x in MAMBA3_CHUNK_STAGES], {"BH": 2, "BV": 16}, case)
+    finally:
+        force_tile(None)
+
+
+def _with_knobs(stages: list[str], knobs: dict[str, Any], case: dict[str, Any]) -> dict[str, float]:
     for name in stages:
-        force(name, {"BH": 2})
+        force(name, {x: y for x, y in knobs.items() if x in EVERY_STAGE[name].domains})
     try:
         with poisoned():
-            return relative_errors(*results(draw(LONG)))
+            return relative_errors(*results(draw(case)))
     finally:
         for name in stages:
             force(name, None)
@@ -227,6 +261,11 @@ def check_compiled(device: str = "cpu", backend: str = "aot_eager") -> bool:
     return True
 
 
+def check_compiled_over_chunks() -> bool:
+    with chunks_forced(True):
+        return check_compiled()
+
+
 def check_ops() -> bool:
     """What torch wants of ops in its library."""
     x = draw(CASES["packed"])
@@ -240,6 +279,9 @@ def check_ops() -> bool:
     own = torch.randn(1, 40, 2)
     after = (x["V"].detach() * 2, x["V"], own, x["Z"], x["v"], tiles, 16)
     torch.library.opcheck(mamba3_ops.EPILOGUE, after, test_utils=checks)
+    states = x["angle"], x["ssm"]
+    whole = (x["Q"], x["K"], x["V"], numbers, biases, x["Angles"], None, x["Z"], *states)
+    torch.library.opcheck(mamba3_chunk_ops.CHUNKED, (*whole, tiles, 16, 1), test_utils=checks)
     return True
 
 
@@ -275,12 +317,23 @@ def timed_and_checked() -> tuple[list[str], dict[str, float], str, str]:
             return Timing(1.0, 1.0, 1.0, 5)
 
         patch.setattr(mamba3_times, "time_ms", time_ms)
-        around = {x.name: {"BT": 32, "BH": 2, "num_warps": 1} for x in MAMBA3_STAGES[:4]}
-        for stage, knobs in around.items():
+        around = {x.name: {"BT": 32, "BH": 2, "num_warps": 1} for x in MAMBA3_AROUND}
+        chunks = {
+            x.name: {"BT": 32, "BH": 2, "BV": 16, "num_warps": 1} for x in MAMBA3_CHUNK_STAGES
+        }
+        chunks = {
+            x: {z: w for z, w in y.items() if z in EVERY_STAGE[x].domains}
+            for x, y in chunks.items()
+        }
+        for stage, knobs in (around | chunks).items():
             forced = {x: y for x, y in knobs.items() if x != "BT"}
             assert mamba3_times.time_knobs(problem, shape, stage, 32, forced) == 1.0
             ran.append(stage)
         errors, wrong = mamba3_times.check_knobs(problem, shape, 32, around)
+        with chunks_forced(True):
+            more, wrong_chunks = mamba3_times.check_knobs(problem, shape, 32, chunks)
+        errors = {x: max(y, more[x]) for x, y in errors.items()}
+        wrong += wrong_chunks
         carried = replace(problem, carried=True)
         step = {MAMBA3_STEP.name: {"BT": 1, "BR": 16, "num_warps": 1}}
         one = replace(shape, T=1)

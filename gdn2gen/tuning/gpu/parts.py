@@ -1,4 +1,4 @@
-"""Kernels that are in no plan, those around Mamba-3's scan, timed and checked in a worker: one that
+"""Kernels that are in no plan, those of Mamba-3, timed and checked in a worker: one that
 crashes or hangs costs its knobs, not the run."""
 
 from __future__ import annotations

@@ -612,6 +612,8 @@ def test_bench_at_both_levels(
 def test_explain_of_mamba3_at_a_level(level: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"explain --op mamba3 --shape mamba4k --device H200 --json --level {level}"
     assert program.main(words.split()) == 0
+    assert "mamba3_gradient" in json.loads(capsys.readouterr().out)["kernels"]
+    assert program.main([*words.split(), "--dtype", "fp32"]) == 0
     scan = json.loads(capsys.readouterr().out)["scan"]
     plan = {"lean": "linear_direct", "fast": "linear_direct_states"}[level]
     assert (scan["level"], scan["plan"]) == (level, plan)

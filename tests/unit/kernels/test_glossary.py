@@ -14,6 +14,7 @@ from gdn2gen.family.registry import DECODING_OPS, OPS
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
+from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -46,10 +47,13 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
     return {x.split()[0]: x for x in lines}
 
 
+_PARTS = (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES)
+
+
 def test_there_are_words_for_operands_and_no_others() -> None:
     of_chunks = {y.name for x in STAGES.values() for y in (*x.inputs, *x.outputs)}
     of_tokens = {x.name for op in DECODING_OPS for x in RECURRENT.operands(of_op(GUESSED, op))}
-    of_parts = {y.name for x in (*PART_STAGES, *MAMBA3_STAGES) for y in (*x.inputs, *x.outputs)}
+    of_parts = {y.name for x in _PARTS for y in (*x.inputs, *x.outputs)}
     assert {*WORDS} == of_chunks | of_tokens | of_parts
 
 

@@ -17,7 +17,8 @@ from gdn2gen.base.errors import StoreError, TunedFileWarning, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import NAMED_SHAPES
-from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_PROLOGUE, ONE_TOKEN, known_around, mamba3_knobs
+from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_PROLOGUE, ONE_TOKEN, known_around
+from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_OUTPUT, chunk_knobs
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3, scan_problem
 from gdn2gen.store.part_files import merge_parts, nearest_parts, parts_on_file, parts_path
@@ -27,12 +28,14 @@ from gdn2gen.tuning.views.progress import Progress
 H200 = named_device("H200")
 SHAPE = NAMED_SHAPES["mamba4k"]
 PROBLEM = Mamba3Problem(skip=True, gate=True)
+# whose kernels are around a scan
+SCANNED = replace(PROBLEM, dtype="fp32")
 
 
 class Gpu:
     """Stands in for a worker: kernels take as long as their knobs are far from the best."""
 
-    BEST: Final = {"BT": 64, "BH": 2, "num_warps": 8, "BR": 16}
+    BEST: Final = {"BT": 64, "BH": 2, "num_warps": 8, "BR": 16, "BV": 32}
 
     def __init__(self, wrong: str = "") -> None:
         self.now, self.wrong = 0.0, wrong
@@ -51,7 +54,7 @@ class Gpu:
         stage, BT, knobs = given
         knobs = {**knobs, "BT": BT}
         self.timed.append({"stage": stage, **knobs})
-        if stage == "mamba3_epilogue" and knobs["num_warps"] == 1:
+        if stage in ("mamba3_epilogue", "mamba3_output") and knobs["num_warps"] == 1:
             return Outcome(outcome.CRASHED, detail="signal 11")
         steps = [abs(self._log(y) - self._log(self.BEST[x])) for x, y in knobs.items()
                  if x in self.BEST and not (stage == "mamba3_step" and x == "BT")]  # fmt: skip
@@ -67,9 +70,11 @@ def scan(*given: Any, **options: Any) -> Any:
     return SimpleNamespace(results=[1], table=lambda: "the scan")
 
 
-def tuned(folder: Path, gpu: Gpu, minutes: float = 100.0, **options: Any) -> Mamba3Report:
+def tuned(
+    folder: Path, gpu: Gpu, minutes: float = 100.0, problem: Any = PROBLEM, **options: Any
+) -> Mamba3Report:
     return tune_mamba3(
-        PROBLEM, [SHAPE], H200,
+        problem, [SHAPE], H200,
         budget_minutes=minutes, out_dir=folder, progress=Progress(), call=gpu.call, clock=gpu.clock,
         command="gdn2gen tune --op mamba3", **{"scan": scan, **options},
     )  # fmt: skip
@@ -77,15 +82,17 @@ def tuned(folder: Path, gpu: Gpu, minutes: float = 100.0, **options: Any) -> Mam
 
 def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
     gpu = Gpu()
+    scan.asked = None  # type: ignore[attr-defined]
     report = tuned(tmp_path, gpu)
-    (problem, shapes, device), options = scan.asked  # type: ignore[attr-defined]
-    assert (problem.op, problem.K, problem.V) == ("simple_gla", 128, 64)
-    assert (shapes[0].H, shapes[0].key_heads, device) == (64, 64, H200)
-    assert options["levels"] == ("lean", "fast") and options["budget_minutes"] < 100
-    around, *steps = report.entries
-    assert {x: dict(y) for x, y in around.knobs.items()} == {
-        f"mamba3_{x}": {"BT": 64, "BH": 2, "num_warps": 8}
-        for x in ("prologue", "prologue_backward", "epilogue", "epilogue_backward")
+    assert scan.asked is None and report.scan is None  # type: ignore[attr-defined]
+    chunks, *steps = report.entries
+    assert chunks.kind == CHUNKS
+    assert {x: dict(y) for x, y in chunks.knobs.items()} == {
+        "mamba3_turns": {"BT": 64, "BH": 2, "num_warps": 8},
+        "mamba3_states": {"BT": 64, "BV": 32, "num_warps": 8},
+        "mamba3_output": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8},
+        "mamba3_reverse_states": {"BT": 64, "BV": 32, "num_warps": 8},
+        "mamba3_gradient": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8},
     }
     assert [x.tokens for x in steps] == [*STEP_SEQUENCES]
     assert all(x.knobs["mamba3_step"]["BR"] == 16 for x in steps)
@@ -100,8 +107,22 @@ def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
     assert len(frozen) == len({*frozen})  # nothing twice
 
 
+def test_around_a_scan_it_climbs_after_that(tmp_path: Path) -> None:
+    report = tuned(tmp_path, Gpu(), problem=SCANNED)
+    (problem, shapes, device), options = scan.asked  # type: ignore[attr-defined]
+    assert (problem.op, problem.K, problem.V) == ("simple_gla", 128, 64)
+    assert (shapes[0].H, shapes[0].key_heads, device) == (64, 64, H200)
+    assert options["levels"] == ("lean", "fast") and options["budget_minutes"] < 100
+    around = report.entries[0]
+    assert (around.kind, report.scan.table()) == (AROUND, "the scan")  # type: ignore[union-attr]
+    assert {x: dict(y) for x, y in around.knobs.items()} == {
+        f"mamba3_{x}": {"BT": 64, "BH": 2, "num_warps": 8}
+        for x in ("prologue", "prologue_backward", "epilogue", "epilogue_backward")
+    }
+
+
 def test_what_fails_its_check_is_not_filed(tmp_path: Path) -> None:
-    report = tuned(tmp_path, Gpu(wrong="dK 4e-01"))
+    report = tuned(tmp_path, Gpu(wrong="dK 4e-01"), problem=SCANNED)
     assert report.entries == [] and "dK 4e-01" in report.skipped["around at mamba4k"]
     assert not parts_path(tmp_path, "mamba3", H200).exists()
 
@@ -109,15 +130,17 @@ def test_what_fails_its_check_is_not_filed(tmp_path: Path) -> None:
         raise TuneError("no default config works")
 
     with pytest.raises(TuneError, match=r"(?s)no default config works.*dK 4e-01"):
-        tuned(tmp_path, Gpu(wrong="dK 4e-01"), scan=no_scan)
+        tuned(tmp_path, Gpu(wrong="dK 4e-01"), scan=no_scan, problem=SCANNED)
+    with pytest.raises(TuneError, match="chunks at mamba4k: dK 4e-01"):
+        tuned(tmp_path, Gpu(wrong="dK 4e-01"))
 
 
 def test_time_that_is_over_leaves_the_rules_knobs(tmp_path: Path) -> None:
     gpu = Gpu()
     report = tuned(tmp_path, gpu, minutes=0.01)
-    assert len(gpu.timed) == 3 * 4 + len(STEP_SEQUENCES)
-    rule = mamba3_knobs(MAMBA3_PROLOGUE, PROBLEM, 4 * 64, 64, 1, H200.sms)
-    assert report.entries[0].knobs["mamba3_prologue"] == rule | {"BT": 64}
+    assert len(gpu.timed) == 3 * 5 + len(STEP_SEQUENCES)
+    rule = chunk_knobs(MAMBA3_OUTPUT, PROBLEM, 4 * 64, 64, 1, H200.sms)
+    assert report.entries[0].knobs["mamba3_output"] == rule | {"BT": 64}
 
 
 def test_heads_of_a_program_are_of_one_group() -> None:
@@ -144,24 +167,27 @@ def test_calls_find_the_nearest_entry(folder: Path) -> None:
         (32769, False),
         (8191, False),
     ):
-        assert (nearest_parts("mamba3", AROUND, known, tokens, H200) is not None) == found
+        assert (nearest_parts("mamba3", CHUNKS, known, tokens, H200) is not None) == found
     near = nearest_parts("mamba3", ONE_TOKEN, known, 100, H200)
     assert near is not None and near.tokens == 64
-    assert nearest_parts("mamba3", AROUND, known | {"heads": 32}, 16384, H200) is None
-    assert nearest_parts("mamba3", AROUND, known, 16384, named_device("H100")) is None
+    assert nearest_parts("mamba3", CHUNKS, known | {"heads": 32}, 16384, H200) is None
+    assert nearest_parts("mamba3", CHUNKS, known, 16384, named_device("H100")) is None
     found = find_mamba3(PROBLEM, SHAPE, H200)
     assert found.sources == dict.fromkeys(found.knobs, "tuned") | {"mamba3_step": "tuned"}
-    assert found.knobs["mamba3_epilogue"]["BT"] == 64
-    assert found.scan.recipe.problem == scan_problem(PROBLEM)
+    assert found.knobs["mamba3_gradient"]["BT"] == 64 and found.scan is None
+    assert {*found.document} == {"op", "kernels"}
     other = find_mamba3(PROBLEM, replace(SHAPE, H=32), H200)
     assert {*other.sources.values()} == {"rule"} and "(rule)" in other.words(100)
+    scanned = find_mamba3(SCANNED, SHAPE, H200)
+    assert scanned.scan is not None and scanned.scan.recipe.problem == scan_problem(SCANNED)
+    assert {*scanned.document} == {"op", "scan", "around"}
 
 
 def test_entries_of_other_templates_are_passed_over(folder: Path) -> None:
     report = tuned(folder, Gpu())
-    stale = replace(report.entries[0], templates={"mamba3_prologue": "another"})
+    stale = replace(report.entries[0], templates={"mamba3_output": "another"})
     merge_parts(report.path, {"gpu": H200.name}, [stale])
-    assert nearest_parts("mamba3", AROUND, known_around(PROBLEM, 64, 1), 16384, H200) is None
+    assert nearest_parts("mamba3", CHUNKS, known_around(PROBLEM, 64, 1), 16384, H200) is None
 
 
 def test_files_that_are_not_ours_stay(folder: Path) -> None:
@@ -182,7 +208,7 @@ def test_files_that_are_not_ours_stay(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_worker_times_and_checks_what_it_is_given(interpreter: Callable[..., Any]) -> None:
     ran, errors, wrong, wrong_step = interpreter("mamba3_checks:timed_and_checked")
-    assert len(ran) == 4 and wrong == wrong_step == ""
+    assert len(ran) == 9 and wrong == wrong_step == ""
     assert {"out", "dQ", "dAngles", "dZ"} <= {*errors} and 0 < max(errors.values()) < 1e-4
 
 
@@ -191,7 +217,7 @@ def test_tuned_knobs_compute_the_same(tmp_path: Path, interpreter: Callable[...,
     device, small = named_device("sm_90"), Mamba3Problem(
         dtype="fp32", state_size=24, head_dim=16, angles=6, skip=True, gate=True
     )  # fmt: skip
-    entry = tuned(tmp_path / "other", Gpu()).entries[0]
+    entry = tuned(tmp_path / "other", Gpu(), problem=SCANNED).entries[0]
     knobs = {x: {**y, "BT": 32, "BH": 2, "num_warps": 1} for x, y in entry.knobs.items()}
     entry = replace(entry, at=known_around(small, 2, 1), tokens=40, knobs=knobs)
     merge_parts(parts_path(tmp_path, "mamba3", device), {"gpu": device.name}, [entry])

@@ -122,8 +122,6 @@ def test_every_member_has_its_jobs() -> None:
     # more shapes and more stages take more time
     assert weights["gdn2"] > weights["mamba2"] > 0 < weights["mamba3"]
     assert weights["gdn2"] > weights["gla"]
-    lean = jobs({"mamba3": (("128,64",), 1)}, ("lean",))[0].weight
-    assert weights["mamba3"] > lean  # its scan's plan of the other level has stages of its own
 
 
 def test_the_command_searches_each_at_its_own_sizes(

@@ -67,6 +67,11 @@ def test_explain_returns_what_calls_run() -> None:
 
 def test_explain_of_mamba3_at_its_levels() -> None:
     options: dict[str, Any] = {"op": "mamba3", "value_dim": 64, "target": "H200"}
+    own = gdn2gen.explain("mamba4k", **options)[0]
+    assert own.scan is None and "mamba3_gradient" in own.words(100)
+    with pytest.raises(DispatchError, match="level must be one of"):
+        gdn2gen.explain("mamba4k", level="slow", **options)
+    options["dtype"] = "fp32"
     lean, fast = (gdn2gen.explain("mamba4k", level=x, **options)[0] for x in ("lean", "fast"))
     plans = [x.scan.recipe.plan.name for x in (lean, fast)]
     assert plans == ["linear_direct", "linear_direct_states"] and lean.knobs == fast.knobs
@@ -87,10 +92,10 @@ def test_mamba3_is_tuned_at_the_levels_asked_for(
         return SimpleNamespace(table=lambda: "the scan")
 
     monkeypatch.setattr(tuning, "tune_without_gpu", search)
-    options: dict[str, Any] = {"op": "mamba3", "value_dim": 64, "target": "H200"}
+    options: dict[str, Any] = {"op": "mamba3", "value_dim": 64, "target": "H200", "dtype": "fp32"}
     gdn2gen.tune("mamba4k", out_dir=tmp_path, **options)
     gdn2gen.tune("mamba4k", out_dir=tmp_path, levels="fast", **options)
-    words = ["tune", "--op", "mamba3", "--target", "H200", "--out"]
+    words = ["tune", "--op", "mamba3", "--target", "H200", "--dtype", "fp32", "--out"]
     for level in ("lean", "fast", "both"):
         assert program.main([*words, str(tmp_path), "--level", level]) == 0
     both = ("lean", "fast")

@@ -1,0 +1,200 @@
+"""The stages of Mamba-3 by kernels of its own: rotations, states, outputs, and gradients.
+
+A chunk is a tile of BT tokens, and symbols in `dims` are those of `kernels.mamba3`. Queries and
+keys of a group are read and turned where they are used. What needs a state reads it: a scan leaves
+one at the start of each chunk, one back its gradient at the end, and all else runs chunks side by
+side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.kernels.limits import Domain, Knob
+from gdn2gen.kernels.mamba3 import MAMBA3_TOKENS, mamba3_stage
+from gdn2gen.kernels.parts import PartStage
+from gdn2gen.kernels.slices import covering
+from gdn2gen.kernels.stage import Operand
+
+_HEADS: Final[Domain] = (1, 2, 4, 8, 16, 32, 64)
+_VALUES: Final[Domain] = (16, 32, 64, 128)
+_WARPS: Final[Domain] = (1, 2, 4, 8)
+_BY_HEADS: Final[dict[str, Domain]] = {"BH": _HEADS, "num_warps": _WARPS, "num_stages": (1,)}
+_BY_VALUES: Final[dict[str, Domain]] = {"BV": _VALUES, "num_warps": _WARPS, "num_stages": (1,)}
+
+_TILES: Final = (
+    Operand("tiles", "M 4", "int32", "varlen"),
+    Operand("tile_starts", "n+1", "int32", "varlen"),
+)
+_NUMBERS: Final = (
+    Operand("ADT", "B H T", "fp32"),
+    Operand("DT", "B H T", "fp32"),
+    Operand("Trap", "B H T", "trap"),
+)
+_ANGLES: Final = Operand("Angles", "B T H S", "angle", "rotated")
+_ROTATION: Final = (
+    Operand("theta", "B T H S", "int32", "rotated"),
+    Operand("turns", "M H S", "int32", "rotated"),
+)
+_Q: Final = Operand("Q", "B T G N")
+_K: Final = Operand("K", "B T G N")
+_V: Final = Operand("V", "B T H P")
+_Z: Final = Operand("Z", "B T H P", when="gate")
+_Q_BIAS: Final = Operand("Q_bias", "H N", "weight")
+_K_BIAS: Final = Operand("K_bias", "H N", "weight")
+_D: Final = Operand("D", "H", "weight", "skip")
+_H: Final = Operand("h", "M H P N")
+_DH: Final = Operand("dh", "M H P N")
+_Y: Final = Operand("ungated", "B T H P", when="gate")
+_DOUT: Final = Operand("dout", "B T H P")
+
+MAMBA3_TURNS: Final = mamba3_stage(
+    "mamba3_turns",
+    (
+        Operand("DT", "B H T", "fp32"),
+        _ANGLES,
+        Operand("angle_state", "n H S", "fp32", "carries_angles"),
+        *_TILES,
+    ),
+    (*_ROTATION, Operand("last_angle", "n H S", "fp32", "rotated")),
+    ("T", "H", "n_tiles", "n_sequences", "angle_row", "angle_head"),
+    _BY_HEADS,
+)
+MAMBA3_STATES: Final = mamba3_stage(
+    "mamba3_states",
+    (
+        *(_K, _V, *_NUMBERS, _K_BIAS, *_ROTATION),
+        Operand("initial_ssm", "n H P N", "fp32", "carried"),
+        *_TILES,
+    ),
+    (_H, Operand("final_ssm", "n H P N", "fp32")),
+    ("T", "H", "G", "n_sequences"),
+    _BY_VALUES,
+)
+MAMBA3_OUTPUT: Final = mamba3_stage(
+    "mamba3_output",
+    (_Q, _K, _V, *_NUMBERS, _Q_BIAS, _K_BIAS, *_ROTATION, _D, _Z, _H, _TILES[0]),
+    (Operand("out", "B T H P"), _Y),
+    ("T", "H", "G", "n_tiles", "keep"),
+    _BY_HEADS | _BY_VALUES,
+)
+MAMBA3_REVERSE_STATES: Final = mamba3_stage(
+    "mamba3_reverse_states",
+    (
+        *(_Q, _NUMBERS[0], _Q_BIAS, *_ROTATION, _Z, _DOUT),
+        Operand("dfinal_ssm", "n H P N", "fp32"),
+        *_TILES,
+    ),
+    (_DH, Operand("dinitial_ssm", "n H P N", "fp32", "carried")),
+    ("T", "H", "G", "n_sequences"),
+    _BY_VALUES,
+)
+MAMBA3_GRADIENT: Final = mamba3_stage(
+    "mamba3_gradient",
+    (
+        *(_Q, _K, _V, *_NUMBERS, _Q_BIAS, _K_BIAS, _ANGLES, *_ROTATION, _D, _Z),
+        *(_H, _DH, _Y, _DOUT, _TILES[0]),
+        Operand("dlast_angle", "n H S", "fp32", "rotated"),
+        Operand("dlast_turn", "n H S", "fp32", "rotated"),
+    ),
+    (
+        Operand("dQ", "B T G N"),
+        Operand("dK", "B T G N"),
+        Operand("dv", "B T H P"),
+        Operand("dZ", "B T H P", when="gate"),
+        Operand("dQ_bias_part", "M H N", "fp32"),
+        Operand("dK_bias_part", "M H N", "fp32"),
+        Operand("dADT", "B H T", "fp32"),
+        Operand("dDT", "B H T", "fp32"),
+        Operand("dTrap", "B H T", "trap"),
+        Operand("dAngles", "B T H S", "angle", "rotated"),
+        Operand("down", "B T H", "fp32"),
+        Operand("q_turned", "B T H N"),
+        Operand("k_turned", "B T H N"),
+        Operand("dy", "B T H P", when="gate"),
+        Operand("dQ_head", "B T H N"),
+        Operand("dK_head", "B T H N"),
+        Operand("dweight_s", "B H T", "fp32"),
+        Operand("down_dt", "B H T", "fp32"),
+        Operand("dtheta", "B T H S", "fp32", "rotated"),
+        Operand("dtheta_sums", "M H S", "fp32", "rotated"),
+    ),
+    ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
+    _BY_HEADS | _BY_VALUES,
+)
+MAMBA3_CHUNK_STAGES: Final = (
+    *(MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_OUTPUT),
+    *(MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT),
+)
+CHUNKS: Final = "chunks"
+"""What files call these kernels, which share a tile and are tuned together."""
+# Programs to a multiprocessor at least.
+_PROGRAMS: Final = 4
+# Bytes of a tile of queries or keys, and of a state, that fit beside what a program makes of them.
+_TILE_BYTES: Final = 64 * 128 * 2
+
+
+def by_chunks(dtype: str) -> bool:
+    """Whether these kernels are what a call runs, and not those around the scan of simple_gla.
+
+    In 16 bits they are: they move half the bytes, and hand on no dq and dk that are rounded. In
+    fp32 tiles of q, k and a state leave too little of the registers.
+    """
+    return dtype != "fp32"
+
+
+def chunk_of(dtype: str, state_size: int) -> int:
+    """Tokens of a chunk without tuning: rows of q that take 16 KB."""
+    BT = _TILE_BYTES // (DTYPE[dtype].nbytes * covering(state_size))
+    return min(max(BT, int(MAMBA3_TOKENS[0])), int(MAMBA3_TOKENS[-1]))
+
+
+def chunk_problem(stage: PartStage, problem: Mamba3Problem) -> Mamba3Problem:
+    """What is compiled into a stage."""
+    usual, own = Mamba3Problem(), problem
+    if stage is MAMBA3_TURNS:
+        own = replace(own, head_dim=usual.head_dim)
+    if stage in (MAMBA3_TURNS, MAMBA3_REVERSE_STATES):
+        own = replace(own, trap_dtype=usual.trap_dtype)
+    if stage in (MAMBA3_TURNS, MAMBA3_STATES):
+        own = replace(own, gate=False)
+    if stage in (MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_REVERSE_STATES):
+        own = replace(own, skip=False)
+    if stage in (MAMBA3_OUTPUT, MAMBA3_GRADIENT):
+        own = replace(own, carried=False)
+    if stage not in (MAMBA3_TURNS, MAMBA3_GRADIENT):
+        own = replace(own, angle_dtype=usual.angle_dtype)
+    return own
+
+
+def chunk_knobs(
+    stage: PartStage, problem: Mamba3Problem, tiles: int, H: int, G: int, sms: int
+) -> dict[str, Knob]:
+    """The knobs for so many chunks, H heads and G groups on `sms` multiprocessors.
+
+    Scans over chunks are as many programs as there are sequences, heads and slices of values;
+    others take as many heads, one after another, as leave enough programs, and four warps, since
+    eight compute rows of 64 tokens twice. Nothing of this was measured.
+    """
+    narrow = problem.dtype != "fp32"
+    BT, BV = chunk_of(problem.dtype, problem.state_size), min(covering(problem.head_dim), 64)
+    knobs: dict[str, Knob] = {"BT": BT, "num_warps": 4}
+    if stage in (MAMBA3_STATES, MAMBA3_REVERSE_STATES):
+        wide = not narrow or covering(problem.state_size) > 128
+        # few programs, whose every chunk waits for the one before: more warps hide more of that
+        return knobs | {"BV": min(BV, 32) if wide else BV, "num_warps": 8}
+    BH = 1
+    for heads in _HEADS:
+        assert isinstance(heads, int)
+        many = heads <= 8 and tiles * (H // heads) >= _PROGRAMS * sms
+        if (H // G) % heads == 0 and many:
+            BH = heads
+    knobs["BH"] = BH
+    if stage is MAMBA3_TURNS:
+        return knobs
+    if not narrow:
+        BV = min(BV, 32)
+    return knobs | {"BV": BV}

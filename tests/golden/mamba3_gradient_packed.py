@@ -1,0 +1,549 @@
+
+
+"""Gradients of Mamba-3, chunk by chunk, from the states before each chunk and their gradients after it.
+
+Rows of pairs are tokens j that write, columns tokens i > j that read; q and k are biased and turned, dS is the
+gradient of the state after the chunk, and P_ji = L_ji s_j <k_j, q_i> with L_ji the decay from j to i:
+
+    dy_i     = dout_i,   dc_i = <dy_i, v_i>
+    dP_ji    = <v_j, dy_i>,   dscores_ji = L_ji s_j dP_ji,   dscores_ii = lambda_i dt_i dc_i
+    dv_j     = sum of P_ji dy_i + tail_j s_j dS^T k_j + c_j dy_j
+    dq_i     = head_i S dy_i + sum of dscores_ji k_j
+    dk_j     = tail_j s_j dS v_j + sum of dscores_ji q_i
+    ds_j     = sum of L_ji dP_ji <k_j, q_i> + tail_j <k_j, dS v_j>
+    dADT_t   = sum over j < t <= i of P_ji dP_ji + sum over i >= t of head_i <q_i, S dy_i>
+               + sum over j < t of tail_j s_j <k_j, dS v_j> + gamma_C <S, dS>
+    dTheta_t = dq_t x q_t + dk_t x k_t,   a x b = a1 b0 - a0 b1 of each pair
+    dturn_t  = sum of dTheta from t to the end of the chunk, less dS x S there and more by dS x S
+               of the last state, and dlast_angle
+    d(lambda_t dt_t) = ds_t + dc_t <q_t, k_t>,   d((1 - lambda_t) dt_t) = ds_(t - 1)
+
+dturn is the sum of dTheta over all later tokens, in which pairs of these cancel: what is left is of pairs across
+the token. So those across the end of the chunk come from the state there, and its gradient, and no sum goes further; and
+dTheta is made of dq and dk in fp32, and of q and k as products read them.
+
+A program takes a chunk and a head. heads_kernel takes a chunk and a group: it turns dq and dk of each head back and
+adds them up, and leaves what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`. numbers_kernel
+takes a chunk for BH heads one after another.
+
+    Q             [B, T, G, N]  bf16   queries, without biases
+    K             [B, T, G, N]  bf16   keys, without biases
+    V             [B, T, H, P]  bf16   values
+    ADT           [B, H, T]     fp32   log decay
+    DT            [B, H, T]     fp32   steps
+    Trap          [B, H, T]     fp32   trapezoidal factor, before its sigmoid
+    Q_bias        [H, N]        fp32   added to queries
+    K_bias        [H, N]        fp32   added to keys
+    Angles        [B, T, H, S]  fp32   rates of rotation, before tanh
+    theta         [B, T, H, S]  int32  Theta of each token within its tile, in units of 2^-32 turns
+    turns         [M, H, S]     int32  Theta before each tile, in units of 2^-32 turns
+    D             [H]           fp32   factor of a token's own value, added to o
+    h             [M, H, P, N]  bf16   state at the chunk's start, transposed
+    dh            [M, H, P, N]  bf16   gradient of the state at the chunk's end, transposed
+    dout          [B, T, H, P]  bf16   gradient of out
+    tiles         [M, 4]        int32  sequence and first token of each tile, tokens before it and from it on
+    dlast_angle   [n, H, S]     fp32   gradient of last_angle
+    dlast_turn    [n, H, S]     fp32   what a turn of the last state's keys changes
+    dQ            [B, T, G, N]  bf16   gradient of Q
+    dK            [B, T, G, N]  bf16   gradient of K
+    dv            [B, T, H, P]  bf16   gradient of v
+    dQ_bias_part  [M, H, N]     fp32   gradient of Q_bias from each tile
+    dK_bias_part  [M, H, N]     fp32   gradient of K_bias from each tile
+    dADT          [B, H, T]     fp32   gradient of ADT
+    dDT           [B, H, T]     fp32   gradient of DT
+    dTrap         [B, H, T]     fp32   gradient of Trap
+    dAngles       [B, T, H, S]  fp32   gradient of Angles
+    down          [B, T, H]     fp32   gradient of own
+    q_turned      [B, T, H, N]  bf16   scratch: each head's queries, biased and turned
+    k_turned      [B, T, H, N]  bf16   scratch: each head's keys, biased and turned
+    dQ_head       [B, T, H, N]  bf16   scratch: gradient of each head's queries, biased and turned
+    dK_head       [B, T, H, N]  bf16   scratch: gradient of each head's keys, biased and turned
+    dweight_s     [B, H, T]     fp32   scratch: gradient of s
+    down_dt       [B, H, T]     fp32   scratch: gradient of lambda dt
+    dtheta        [B, T, H, S]  fp32   scratch: gradient of each token's Theta
+    dtheta_sums   [M, H, S]     fp32   scratch: sums of it over tiles, then over what comes after each
+
+Problem: mamba3 bf16, head_dim=80, skip, carried, packed
+Config:  BH=1 BT=32 BV=64 language=triton num_stages=1 num_warps=1
+Template digest a1227d16a5ba312f; made by
+    gdn2gen generate --dtype bf16 --with=head_dim:80,skip,carried,packed --stage mamba3_gradient \
+      --config BH=1,BT=32,BV=64,language=triton,num_stages=1,num_warps=1
+"""
+
+import triton
+import triton.language as tl
+
+
+BT, BH, BV = 32, 1, 64
+N, P, S = 128, 80, 32  # channels of keys and values, and pairs that are rotated
+BN, BS = 64, 32  # tiles of what is not rotated, and of pairs
+NO_TURN = tl.constexpr(-2147483648)  # what stands for a Theta that is no number
+LOG2E = tl.constexpr(1.4426950408889634)
+# a decay below it is none that a sum in fp32 could show, and differences stay numbers
+SMALLEST_LOG2 = tl.constexpr(-150.0)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), fp32."""
+    # approximate to 2 units in the last place; -log2(e), 1.0
+    asm: tl.constexpr = """{
+        .reg .f32 t;
+        mul.ftz.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.ftz.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+    }"""
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tanh(x):
+    """fp32, to 2e-7 of its value."""
+    a = tl.abs(x)
+    t = tl.exp(-2.0 * a)
+    x2 = x * x
+    # by its series where 1 - t would lose digits
+    s = -0.053968253968 + x2 * 0.021869488536
+    s = a * (1.0 + x2 * (-0.333333333333 + x2 * (0.133333333333 + x2 * s)))
+    y = tl.where(a < 0.3, s, (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def in_int32(x):
+    """x turns in units of 2^-32."""
+    x -= tl.floor(x + 0.5)
+    return tl.floor(tl.minimum(x * 4294967296.0, 2147483520.0) + 0.5).to(tl.int32)
+
+
+@triton.jit
+def cosine_and_sine(n):
+    """Of n turns in units of 2^-32; off by 5e-7."""
+    x = n.to(tl.float32) * 1.4629180792671596e-09  # pi / 2^31
+    cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return cos, sin
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
+def mamba3_gradient_kernel(
+    Trap,
+    Q,
+    K,
+    V,
+    ADT,
+    DT,
+    Q_bias,
+    K_bias,
+    theta,
+    turns,
+    D,
+    h,
+    dh,
+    dout,
+    tiles,
+    dv,
+    dADT,
+    down,
+    q_turned,
+    k_turned,
+    dQ_head,
+    dK_head,
+    dweight_s,
+    down_dt,
+    dtheta,
+    dtheta_sums,
+    T,
+    H,
+    G,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    BS: tl.constexpr,
+):
+    i_tile, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
+    i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
+    n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
+    i_b = 0
+    i_row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
+    o_r = 2 * S + tl.arange(0, BN)
+
+    o_j, o_i = o_t[:, None], o_t[None, :]
+    # what is computed of the inputs goes through memory once: tiles that are loaded are operands of products as they
+    # lie, where what is computed would be computed again for each layout that a product wants (2,900 bytes of spills)
+    p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+    p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+    b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+    p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+    b_before = tl.load(p_turns)
+    b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+    b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+    b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
+    b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
+    b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
+    b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+    b_qc = b_qc.to(tl.bfloat16)
+    b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
+    b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+    b_kc = b_kc.to(tl.bfloat16)
+    b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
+    b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
+    b_qr = b_qr.to(tl.bfloat16)
+    b_kr = b_kr.to(tl.bfloat16)
+
+    p_row = (i_row + o_t) * H + i_h
+    p_head = p_row[:, None] * N
+    tl.store(q_turned + p_head + o_c[None, :], b_qc, mask=m_t[:, None])
+    tl.store(k_turned + p_head + o_c[None, :], b_kc, mask=m_t[:, None])
+    tl.store(q_turned + p_head + o_r[None, :], b_qr, mask=m_t[:, None])
+    tl.store(k_turned + p_head + o_r[None, :], b_kr, mask=m_t[:, None])
+    b_down = tl.zeros([BT], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_dout = tl.load(dout + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_dy = b_dout.to(tl.float32)
+        b_down += tl.sum(b_dy * b_v.to(tl.float32), 1)
+    tl.debug_barrier()
+
+    b_qc = tl.load(q_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0)
+    b_kc = tl.load(k_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0)
+    b_qr = tl.load(q_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0)
+    b_kr = tl.load(k_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0)
+    b_scores = tl.dot(b_kc, tl.trans(b_qc))
+    b_scores = tl.dot(b_kr, tl.trans(b_qr), b_scores)
+
+    p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+    b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
+    b_share = sigmoid(tl.load(Trap + p_number, mask=m_t, other=0.0).to(tl.float32))
+    b_own = b_share * b_dt
+    m_next = o_t < n_left - 1
+    b_dt_next = tl.load(DT + p_number + 1, mask=m_next, other=0.0)
+    b_trap_next = tl.load(Trap + p_number + 1, mask=m_next, other=0.0).to(tl.float32)
+    b_weight = b_own + sigmoid(-b_trap_next) * b_dt_next
+    b_adt = tl.load(ADT + p_number, mask=m_t, other=0.0)
+    b_log_decay = tl.maximum(b_adt * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+    b_G = tl.cumsum(b_log_decay, 0)
+    b_head = tl.exp2(b_G)
+    b_L = b_G[None, :] - b_G[:, None]
+    b_L = tl.exp2(tl.where(o_i > o_j, b_L, float("-inf")))
+    b_tail = tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay) * b_weight
+    b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
+    b_dP = tl.zeros([BT, BT], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_dP = tl.dot(b_v, tl.trans(b_dy), b_dP)
+    # of pairs: what goes to values and scores, to s, and to every token between the two
+    b_P = b_scores * b_L
+    b_Pd = (b_P * b_weight[:, None]).to(tl.bfloat16)
+    b_P *= b_dP
+    b_dscores = tl.where(o_j == o_i, (b_own * b_down)[:, None], b_dP * b_L * b_weight[:, None]).to(tl.bfloat16)
+    b_ds = tl.sum(b_P, 1)
+    b_P *= b_weight[:, None]
+    # sums over i >= t, [j, t], in two parts, which have 16 bits of it
+    b_ones = tl.where(o_j >= o_i, 1.0, 0.0).to(tl.bfloat16)
+    b_high = (b_P.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    b_later = tl.dot(b_high.to(tl.bfloat16), b_ones)
+    b_later = tl.dot((b_P - b_high).to(tl.bfloat16), b_ones, b_later)
+    b_dadt = tl.sum(tl.where(o_j < o_i, b_later, 0.0), 0)
+
+    if n_before > 0:
+        # of pairs across the chunk's start, what the sum of dTheta from there on has: for the chunk before
+        b_across = tl.zeros([BS], tl.float32)
+        for i_v in range(0, P, BV):
+            o_v = i_v + tl.arange(0, BV)
+            p_start = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+            b_h0, b_h1 = tl.split(tl.reshape(tl.load(h + p_start + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0).to(tl.float32), [BV, BS, 2]))
+            b_dh0, b_dh1 = tl.split(tl.reshape(tl.load(dh + p_start - H * P * N + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0).to(tl.float32), [BV, BS, 2]))
+            b_across += tl.sum(b_dh0 * b_h1 - b_dh1 * b_h0, 0)
+        p_sums = dtheta_sums + ((i_tile - 1) * H + i_h).to(tl.int64) * S + o_s
+        tl.store(p_sums, b_across)
+
+    # queries
+    b_met = tl.zeros([BT], tl.float32)
+    b_d = tl.zeros([BT, BN], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_state = tl.load(h + p_h + o_r[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_d = tl.dot(b_dy, b_state, b_d)
+    # read again: from the products on it would take registers all the way
+    b_x = tl.load(q_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b_met += tl.sum(b_x * b_d, 1)
+    b_d = tl.dot(tl.trans(b_dscores), b_kr, b_d * b_head[:, None])
+    tl.store(dQ_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+    b_d = tl.zeros([BT, 2 * BS], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_state = tl.load(h + p_h + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_d = tl.dot(b_dy, b_state, b_d)
+    # read again: from the products on it would take registers all the way
+    b_x = tl.load(q_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b_met += tl.sum(b_x * b_d, 1)
+    b_d = tl.dot(tl.trans(b_dscores), b_kc, b_d * b_head[:, None])
+    tl.store(dQ_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+    b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+    b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+    b_dtheta = b_d1 * b_x0 - b_d0 * b_x1
+
+    # a token decays what it and later ones take of the state
+    b_dadt += tl.cumsum(b_head * b_met, 0, reverse=True)
+    b_c = b_own * b_dot
+    b_c += tl.load(D + i_h)
+    b_kept = 0.0
+
+    # values and keys
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_hc = tl.load(h + p_h + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_hr = tl.load(h + p_h + o_r[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+
+        b_dhc = tl.load(dh + p_h + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_dhr = tl.load(dh + p_h + o_r[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+
+        b_dv = tl.dot(b_kc, tl.trans(b_dhc))
+        b_dv = tl.dot(b_kr, tl.trans(b_dhr), b_dv)
+
+        b_dv *= b_tail[:, None]
+        b_dv = tl.dot(b_Pd, b_dy, b_dv)
+        b_dv += b_c[:, None] * b_dy.to(tl.float32)
+        tl.store(dv + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None] & (o_v < P)[None, :])
+        # <S, dS> as the diagonal of a product
+        b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
+        b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
+
+        b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
+    b_met = tl.zeros([BT], tl.float32)
+    b_d = tl.zeros([BT, BN], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_state = tl.load(dh + p_h + o_r[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_d = tl.dot(b_v, b_state, b_d)
+    # read again: from the products on it would take registers all the way
+    b_x = tl.load(k_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b_met += tl.sum(b_x * b_d, 1)
+    b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
+    tl.store(dK_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+    b_d = tl.zeros([BT, 2 * BS], tl.float32)
+    for i_v in range(0, P, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+        b_state = tl.load(dh + p_h + o_c[None, :], mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0)
+        b_d = tl.dot(b_v, b_state, b_d)
+    # read again: from the products on it would take registers all the way
+    b_x = tl.load(k_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b_met += tl.sum(b_x * b_d, 1)
+    b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
+    tl.store(dK_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+    b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+    b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+    b_dtheta += b_d1 * b_x0 - b_d0 * b_x1
+
+    # and what earlier ones write
+    b_dadt += tl.sum(tl.where(o_j < o_i, (b_tail * b_met)[:, None], 0.0), 0)
+    b_dadt += tl.exp2(tl.sum(b_log_decay, 0)) * b_kept
+    b_ds += tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay) * b_met
+    tl.store(dtheta + p_theta, b_dtheta, mask=m_t[:, None])
+    tl.store(dADT + p_number, b_dadt, mask=m_t)
+    tl.store(down + p_row, b_down, mask=m_t)
+    tl.store(dweight_s + p_number, b_ds, mask=m_t)
+    tl.store(down_dt + p_number, b_ds + b_down * b_dot, mask=m_t)
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
+def heads_kernel(
+    theta,
+    turns,
+    tiles,
+    dQ_head,
+    dK_head,
+    dQ,
+    dK,
+    dQ_bias_part,
+    dK_bias_part,
+    T,
+    H,
+    G,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """dQ and dK of a chunk and group: sums over heads, turned back; and the chunk's part of the biases' gradients."""
+    i_tile, i_g = tl.program_id(0) // G, tl.program_id(0) % G
+    # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
+    i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
+    n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
+    i_b = 0
+    i_row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
+    o_r = 2 * S + tl.arange(0, BN)
+
+    b_sum_qc = tl.zeros([BT, 2 * BS], tl.float32)
+    b_sum_kc = tl.zeros([BT, 2 * BS], tl.float32)
+    b_sum_qr = tl.zeros([BT, BN], tl.float32)
+    b_sum_kr = tl.zeros([BT, BN], tl.float32)
+    for i in range(H // G):
+        i_h = i_g * (H // G) + i
+        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
+        p_bias = (i_tile * H + i_h).to(tl.int64) * N
+        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_d = tl.load(dQ_head + p_head + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_x0, b_x1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        b_d = tl.reshape(tl.join(b_x0 * b_cos + b_x1 * b_sin, b_x1 * b_cos - b_x0 * b_sin), [BT, 2 * BS])
+        b_sum_qc += b_d
+        tl.store(dQ_bias_part + p_bias + o_c, tl.sum(b_d, 0))
+        b_d = tl.load(dK_head + p_head + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_x0, b_x1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        b_d = tl.reshape(tl.join(b_x0 * b_cos + b_x1 * b_sin, b_x1 * b_cos - b_x0 * b_sin), [BT, 2 * BS])
+        b_sum_kc += b_d
+        tl.store(dK_bias_part + p_bias + o_c, tl.sum(b_d, 0))
+        b_d = tl.load(dQ_head + p_head + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_sum_qr += b_d
+        tl.store(dQ_bias_part + p_bias + o_r, tl.sum(b_d, 0))
+        b_d = tl.load(dK_head + p_head + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_sum_kr += b_d
+        tl.store(dK_bias_part + p_bias + o_r, tl.sum(b_d, 0))
+    p_group = ((i_row + o_t) * G + i_g)[:, None] * N
+    tl.store(dQ + p_group + o_c[None, :], b_sum_qc.to(tl.bfloat16), mask=m_t[:, None])
+    tl.store(dK + p_group + o_c[None, :], b_sum_kc.to(tl.bfloat16), mask=m_t[:, None])
+    tl.store(dQ + p_group + o_r[None, :], b_sum_qr.to(tl.bfloat16), mask=m_t[:, None])
+    tl.store(dK + p_group + o_r[None, :], b_sum_kr.to(tl.bfloat16), mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
+def numbers_kernel(
+    DT,
+    Trap,
+    Angles,
+    tiles,
+    dweight_s,
+    down_dt,
+    dtheta,
+    dtheta_sums,
+    dDT,
+    dTrap,
+    dAngles,
+    dlast_angle,
+    dlast_turn,
+    T,
+    H,
+    angle_row,
+    angle_head,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Gradients of dt, trap and angles."""
+    n_blocks = H // BH
+    i_tile = tl.program_id(0) // n_blocks
+    # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
+    i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
+    n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
+    i_b = 0
+    i_row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_s = tl.arange(0, BS)
+    for i in range(BH):
+        i_h = (tl.program_id(0) % n_blocks) * BH + i
+        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+        b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
+        b_share = sigmoid(tl.load(Trap + p_number, mask=m_t, other=0.0).to(tl.float32))
+        b_down = tl.load(down_dt + p_number, mask=m_t, other=0.0)
+        b_dbefore = tl.load(dweight_s + p_number - 1, mask=m_later, other=0.0)
+        b_ddt = b_share * b_down + (1.0 - b_share) * b_dbefore
+        b_dtrap = (b_down - b_dbefore) * b_dt * b_share * (1.0 - b_share)
+        tl.store(dTrap + p_number, b_dtrap.to(tl.float32), mask=m_t)
+        p_angle = (i_row + o_t) * angle_row + i_h * angle_head
+        b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
+        b_x = b_dt[:, None] * b_rate
+        p_dangle = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        b_dtheta = tl.load(dtheta + p_dangle, mask=m_t[:, None], other=0.0)
+        p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
+        b_after = tl.load(dlast_angle + p_last)
+        # nothing comes after the last tile
+        m_after = o_s < tl.where(n_left > BT, S, 0)
+        b_after += tl.load(p_sums, mask=m_after, other=0.0) + tl.load(dlast_turn + p_last, mask=m_after, other=0.0)
+        b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0, reverse=True)
+        b_ddt += 6.283185307179586 * tl.sum(b_dturn * b_rate, 1)
+        # rate is half of tanh
+        b_slope = 3.141592653589793 * (1.0 - 4.0 * b_rate * b_rate)
+        b_dangle = b_dturn * b_dt[:, None] * b_slope
+        tl.store(dAngles + p_dangle, b_dangle.to(tl.float32), mask=m_t[:, None])
+        tl.store(dDT + p_number, b_ddt, mask=m_t)
+
+
+def launch(
+    Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, theta, turns, D, h, dh, dout, tiles,
+    dlast_angle, dlast_turn, dQ, dK, dv, dQ_bias_part, dK_bias_part, dADT, dDT, dTrap, dAngles,
+    down, q_turned, k_turned, dQ_head, dK_head, dweight_s, down_dt, dtheta, dtheta_sums, *, T,
+    H, G, n_tiles, angle_row, angle_head
+):
+    """Gradients of sequences that are packed in one row on the current stream."""
+    mamba3_gradient_kernel[(n_tiles * H,)](
+        Trap, Q, K, V, ADT, DT, Q_bias, K_bias, theta, turns, D, h, dh, dout, tiles, dv, dADT,
+        down, q_turned, k_turned, dQ_head, dK_head, dweight_s, down_dt, dtheta, dtheta_sums, T,
+        H, G,
+        N=N, P=P, S=S, BT=BT, BV=BV, BN=BN, BS=BS,
+        num_warps=1, num_stages=1,
+    )  # fmt: skip
+    heads_kernel[(n_tiles * G,)](
+        theta, turns, tiles, dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,
+        N=N, S=S, BT=BT, BN=BN, BS=BS, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    numbers_kernel[(n_tiles * (H // BH),)](
+        DT, Trap, Angles, tiles, dweight_s, down_dt, dtheta, dtheta_sums, dDT, dTrap, dAngles,
+        dlast_angle, dlast_turn, T, H, angle_row, angle_head,
+        S=S, BT=BT, BH=BH, BS=BS, num_warps=4, num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,163 @@
+"""Mamba-3's rotations: by how much queries and keys are turned.
+
+    Theta_t  = Theta_(t - 1) + dt_t pi tanh(angle_t)           mod 2 pi
+
+Angles are added up in turns, in units of 2^-32 as int32, so that sums are exact in any order and begin anew where
+a turn does: of each token what it has of them within its tile, and what comes before each tile. A Theta that is
+no number is the smallest int32, which no other is.
+
+A program takes a tile of BT tokens of one sequence, for BH heads one after another.
+
+    DT           [B, H, T]     fp32   steps
+    Angles       [B, T, H, S]  fp32   rates of rotation, before tanh
+    angle_state  [n, H, S]     fp32   Theta before the first token, radians
+    tiles        [M, 4]        int32  sequence and first token of each tile, tokens before it and from it on
+    tile_starts  [n+1]         int32  first tile of each sequence
+    theta        [B, T, H, S]  int32  Theta of each token within its tile, in units of 2^-32 turns
+    turns        [M, H, S]     int32  Theta before each tile, in units of 2^-32 turns
+    last_angle   [n, H, S]     fp32   Theta after the last token, radians
+
+Problem: mamba3 bf16, skip, gate, carried, packed
+Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
+Template digest 69dbb722773a89c8; made by
+    gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_turns --config \
+      BH=8,BT=32,language=triton,num_stages=1,num_warps=1
+"""
+
+import triton
+import triton.language as tl
+
+
+BT, BH = 32, 8
+S, BS = 32, 32  # pairs of channels that are rotated, and the tile that covers them
+AHEAD = 16  # tiles whose angles are added up at once
+NO_TURN = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def tanh(x):
+    """fp32, to 2e-7 of its value."""
+    a = tl.abs(x)
+    t = tl.exp(-2.0 * a)
+    x2 = x * x
+    # by its series where 1 - t would lose digits
+    s = -0.053968253968 + x2 * 0.021869488536
+    s = a * (1.0 + x2 * (-0.333333333333 + x2 * (0.133333333333 + x2 * s)))
+    y = tl.where(a < 0.3, s, (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def in_int32(x):
+    """x turns in units of 2^-32."""
+    x -= tl.floor(x + 0.5)
+    return tl.floor(tl.minimum(x * 4294967296.0, 2147483520.0) + 0.5).to(tl.int32)
+
+
+@triton.jit
+def cosine_and_sine(n):
+    """Of n turns in units of 2^-32; off by 5e-7."""
+    x = n.to(tl.float32) * 1.4629180792671596e-09  # pi / 2^31
+    cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return cos, sin
+
+
+@triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
+def mamba3_turns_kernel(
+    DT,
+    Angles,
+    tiles,
+    theta,
+    turns,
+    T,
+    H,
+    angle_row,
+    angle_head,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Theta of each token within its tile, and by how much the tile turns."""
+    n_blocks = H // BH
+    i_tile = tl.program_id(0) // n_blocks
+    # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
+    i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
+    n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
+    i_b = 0
+    i_row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_s = tl.arange(0, BS)
+    b_rate = tl.zeros([BT, BS], tl.float32)
+    for i in range(BH):
+        i_h = (tl.program_id(0) % n_blocks) * BH + i
+        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+        b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
+        if (i == 0) | (angle_head != 0):
+            # of all heads, where they share their angles
+            p_angle = (i_row + o_t) * angle_row + i_h * angle_head
+            b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
+        b_x = b_dt[:, None] * b_rate
+        b_turn = in_int32(b_x)
+        b_theta = tl.maximum(tl.cumsum(b_turn, 0), NO_TURN + 1)
+        b_x *= 0.0
+        b_theta = tl.where(b_x == b_x, b_theta, NO_TURN)
+        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        tl.store(theta + p_theta, b_theta, mask=m_t[:, None])
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        tl.store(p_turns, tl.sum(b_turn, 0))
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def prefix_kernel(
+    angle_state,
+    tile_starts,
+    turns,
+    last_angle,
+    T,
+    H,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """In place of how much a tile turns, Theta before it; and Theta after the last one."""
+    i_n, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    o_s = tl.arange(0, BS)
+    i_begin, i_end = tl.load(tile_starts + i_n), tl.load(tile_starts + i_n + 1)
+
+    p_state = angle_state + (i_n * H + i_h).to(tl.int64) * S + o_s
+    b_angle = tl.load(p_state)
+    b_sum = in_int32(b_angle * 0.15915494309189535)  # 1 / 2 pi
+    for i_0 in range(i_begin, i_end, AHEAD):
+        o_i = i_0 + tl.arange(0, AHEAD)
+        p_turns = turns + (o_i * H + i_h).to(tl.int64)[:, None] * S + o_s[None, :]
+        m_turns = (o_i < i_end)[:, None]
+        b_tiles = tl.load(p_turns, mask=m_turns, other=0)
+        tl.store(p_turns, b_sum[None, :] + tl.cumsum(b_tiles, 0) - b_tiles, mask=m_turns)
+        b_sum += tl.sum(b_tiles, 0)
+    b_last = b_sum.to(tl.float32)
+    b_last = tl.where(b_last < 0.0, b_last + 4294967296.0, b_last) * 1.4629180792671596e-09  # pi / 2^31
+    b_last = tl.where(i_begin < i_end, b_last, b_angle)
+    tl.store(last_angle + (i_n * H + i_h).to(tl.int64) * S + o_s, b_last)
+
+
+def launch(
+    DT, Angles, angle_state, tiles, tile_starts, theta, turns, last_angle, *, T, H, n_tiles,
+    n_sequences, angle_row, angle_head
+):
+    """Theta in sequences that are packed in one row on the current stream."""
+    mamba3_turns_kernel[(n_tiles * (H // BH),)](
+        DT, Angles, tiles, theta, turns, T, H, angle_row, angle_head,
+        S=S, BT=BT, BH=BH, BS=BS,
+        num_warps=1, num_stages=1,
+    )  # fmt: skip
+    prefix_kernel[(n_sequences * H,)](
+        angle_state, tile_starts, turns, last_angle, T, H,
+        S=S, BT=BT, BS=BS, AHEAD=AHEAD, num_warps=1, num_stages=1,
+    )  # fmt: skip
