@@ -35,8 +35,8 @@ H200 = named_device("H200")
 SHAPE = NAMED_SHAPES["mamba4k"]
 PROBLEM = Mamba3Problem(skip=True, gate=True)
 STEP_SHAPE: Final = Shape("64x1x64", 64, 1, 64, groups=1)
-RULE: Final = ruled(PROBLEM, SHAPE, H200)
-RULE |= {MAMBA3_STEP.name: ruled(PROBLEM, STEP_SHAPE, H200)[MAMBA3_STEP.name]}
+RULE: Final = ruled(PROBLEM, SHAPE, H200, AROUND)
+RULE |= {MAMBA3_STEP.name: ruled(PROBLEM, STEP_SHAPE, H200, AROUND)[MAMBA3_STEP.name]}
 
 
 def entry(ms: float = 1.0, kind: str = AROUND, **knobs: int) -> PartEntry:
