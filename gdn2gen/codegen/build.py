@@ -21,6 +21,7 @@ from gdn2gen.base.environment import hush, hush_tilelang
 from gdn2gen.base.errors import BuildError
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import code_dir
+from gdn2gen.codegen.faults import why_wrong
 from gdn2gen.codegen.nvrtc import compiler_for, has_compiler, why_no_compiler
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.codegen.shipped import install, source_of
@@ -170,7 +171,10 @@ def compile_kernel(
     options: dict[str, int],
     device: Device,
 ) -> Any:
-    """What Triton makes of one kernel of a stage's module. `options`: of the stage's own kernel."""
+    """What Triton makes of one kernel of a stage's module. `options`: of the stage's own kernel.
+
+    Raises BuildError where a compiler is known to have gone wrong.
+    """
     stage, kernel = EVERY_STAGE[stage_name], getattr(module, name)
     operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     dtypes = {x.name: x.dtype_in(problem) for x in operands}
@@ -178,7 +182,11 @@ def compile_kernel(
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
     of_module = {option: getattr(module, x) for option, x in _OF_MODULE.get(name, {}).items()}
     own = of_module or _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
-    return compile_for_triton(module, kernel, dtypes, scalars, own, device)
+    compiled = compile_for_triton(module, kernel, dtypes, scalars, own, device)
+    wrong = why_wrong(compiled.asm)
+    if wrong:
+        raise BuildError(f"{name} would compute something else: {wrong}")
+    return compiled
 
 
 def compile_for_triton(
