@@ -171,10 +171,7 @@ def compile_kernel(
     options: dict[str, int],
     device: Device,
 ) -> Any:
-    """What Triton makes of one kernel of a stage's module. `options`: of the stage's own kernel.
-
-    Raises BuildError where a compiler is known to have gone wrong.
-    """
+    """What Triton makes of one kernel of a stage's module. `options`: of the stage's own kernel."""
     stage, kernel = EVERY_STAGE[stage_name], getattr(module, name)
     operands = [x for x in stage.operands(problem) if x.name in kernel.arg_names]
     dtypes = {x.name: x.dtype_in(problem) for x in operands}
@@ -182,11 +179,7 @@ def compile_kernel(
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
     of_module = {option: getattr(module, x) for option, x in _OF_MODULE.get(name, {}).items()}
     own = of_module or _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
-    compiled = compile_for_triton(module, kernel, dtypes, scalars, own, device)
-    wrong = why_wrong(compiled.asm)
-    if wrong:
-        raise BuildError(f"{name} would compute something else: {wrong}")
-    return compiled
+    return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
 
 def compile_for_triton(
@@ -198,7 +191,8 @@ def compile_for_triton(
     device: Device,
 ) -> Any:
     """One kernel compiled as its launches specialise it: `dtypes` of its tensors and the names of
-    its scalars; all else are constants of the module."""
+    its scalars; all else are constants of the module. Raises BuildError where a compiler is known
+    to have got it wrong."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -224,11 +218,15 @@ def compile_for_triton(
         _, signature, constants, attributes = pack(
             make_backend(target), dict(options), bound, known, None
         )
-    return triton.compile(
+    compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=target,
         options=dict(options),
     )
+    wrong = why_wrong(compiled.asm)
+    if wrong:
+        raise BuildError(f"{kernel.__name__} would compute something else: {wrong}")
+    return compiled
 
 
 _ALIGNED = [["tt.divisibility", 16]]

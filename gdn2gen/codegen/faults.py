@@ -1,6 +1,7 @@
 """Known faults of compilers, found in what they made of a kernel (docs/experiments.md tells more).
 
-Neither can be seen in the kernel's text, and any knob may bring it or take it away. Both show in what was compiled, so that such a kernel is refused before it runs.
+Neither can be seen in the kernel's text, and any knob may bring it or take it away. Both show in
+what was compiled, so that such a kernel is refused before it runs.
 """
 
 from __future__ import annotations
