@@ -5,6 +5,7 @@ context      what templates are given
 render       template to source
 digests      of the templates that a recipe is made from
 build        source to module to compiled kernel, ahead of time for any target
+faults       what compilers are known to get wrong, in what they made
 interpreter  Triton's interpreter, mended and taught bf16
 hasten       Triton's interpreter without most of its own time
 shortcuts    what it does to tiles, by NumPy alone from the second time on

@@ -21,6 +21,7 @@ from gdn2gen.base.environment import hush, hush_tilelang
 from gdn2gen.base.errors import BuildError
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.paths import code_dir
+from gdn2gen.codegen.faults import why_wrong
 from gdn2gen.codegen.nvrtc import compiler_for, has_compiler, why_no_compiler
 from gdn2gen.codegen.render import Rendered, render
 from gdn2gen.codegen.shipped import install, source_of
@@ -193,7 +194,8 @@ def compile_for_triton(
     device: Device,
 ) -> Any:
     """One kernel compiled as its launches specialise it: `dtypes` of its tensors and the names of
-    its scalars; all else are constants of the module."""
+    its scalars; all else are constants of the module. Raises BuildError where a compiler is known
+    to have got it wrong."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -219,11 +221,15 @@ def compile_for_triton(
         _, signature, constants, attributes = pack(
             make_backend(target), dict(options), bound, known, None
         )
-    return triton.compile(
+    compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=target,
         options=dict(options),
     )
+    wrong = why_wrong(compiled.asm)
+    if wrong:
+        raise BuildError(f"{kernel.__name__} would compute something else: {wrong}")
+    return compiled
 
 
 _ALIGNED = [["tt.divisibility", 16]]

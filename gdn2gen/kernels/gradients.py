@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
+from gdn2gen.family.registry import CHANNEL_OPS, LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.anchors import CENTRED, INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
-from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
+from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -120,6 +120,13 @@ GRAD_VALUE: Final = Stage(
 # cost less than slices of 16: at train4k fp16 takes 1.12 ms instead of 1.48, fp32 4.03 instead of
 # 6.92.
 _WIDE_SLICES: Final = Setting({"BK": 32, "num_warps": 2}, {"arch": ("sm_90",), "BT": (16, 32)})
+# Where four warps multiply by wgmma, whose operands ptxas 12.8.93 then loses: with slices of 16 and
+# of 32 channels, at K = V = 64 and 128. Two warps have no wgmma, and spill 88 bytes.
+_NARROW_WGMMA: Final[Where] = {
+    "BT": (64,),
+    "op": tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
+    "dtype": ("bf16", "fp16"),
+}
 # Pairs meet in the middle of dyadic blocks.
 _LOG: Final = Form(
     "log",
@@ -140,9 +147,19 @@ _LOG: Final = Form(
         Setting({"BV": 32, "num_warps": 4}, FP32),
         Setting({"num_warps": 4}, {"BT": (64,)}),
         _WIDE_SLICES,
+        Setting({"num_warps": 2}, _NARROW_WGMMA),
     ),
     leads={},
-    limits=(INSIDE,),
+    limits=(
+        INSIDE,
+        # dq and dg were infinite on an H200. Slices of 64 channels, which pass, spill 792 bytes.
+        Limit(
+            "num_warps",
+            (1, 2),
+            "ptxas 12.8 gives products of more warps operands at wrong addresses",
+            {**_NARROW_WGMMA, "arch": ("sm_90",)},
+        ),
+    ),
 )
 # Pairs meet at the chunk's start, and tokens that lost much since at later anchors.
 _ANCHORED: Final = Form(
@@ -163,8 +180,8 @@ _ANCHORED: Final = Form(
     limits=(
         REACH,
         INSIDE,
-        # Seen nine times on an H200, and never with other sizes; not understood. Products of 64
-        # rows go by wgmma there, and that of BK by BK, S dS, does not.
+        # Seen nine times on an H200, and never with other sizes: ptxas 12.8.93 loses the address of
+        # an operand of wgmma (`codegen.faults`).
         Limit(
             "BK",
             (64, 128),
