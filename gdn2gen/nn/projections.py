@@ -18,6 +18,7 @@ NARROW: Final = 256
 and reads and writes as many bytes of tokens as any other."""
 MANY: Final = 1024
 """Tokens from which on that is worth laying their weights beside each other."""
+_unsafe_view: Final[Any] = torch.ops.aten._unsafe_view.default
 
 
 class Projected:
@@ -90,13 +91,13 @@ class _Together(torch.autograd.Function):
             beside = _beside(rows, [weights[i] for i in narrow])
             # kernels want theirs without gaps; products do not care
             made = {
-                i: y if inner[i] else y.contiguous().view(*x.shape[:-1], y.shape[1])
-                for i, y in zip(narrow, beside, strict=True)
+                i: y if inner[i] else y.contiguous() for i, y in zip(narrow, beside, strict=True)
             }
-        return tuple(
-            made[i] if i in made else functional.linear(rows if inner[i] else x, weight, bias)
-            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
-        )
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            y = made[i] if i in made else functional.linear(rows, weight, bias)
+            # no view of another tensor, which nobody could write to
+            made[i] = y if inner[i] else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+        return tuple([made[i] for i in range(count)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -167,9 +167,11 @@ def _key(
     signature: Signature,
     tensors: tuple[Tensor | None, ...],
 ) -> tuple[Any, ...] | None:
-    """With how those lie whose rows may lie apart; all others may be copied."""
-    apart = [x for place in signature.apart if (x := tensors[place]) is not None]
-    return whole_key(short, given, _LOOK, lambda _: [x.stride() for x in apart])
+    """With whose rows lie apart, as kernels read them, and how far; all others may be copied.
+
+    Not by strides: with the same ones, what begins at an odd address is copied.
+    """
+    return whole_key(short, given, _LOOK, lambda _: rows_of(signature, tensors))
 
 
 def _is_as_kernels_take(

@@ -136,7 +136,7 @@ class _Convolution(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.room = room
+        ctx.into = room  # not `room`, which says where those of y are wanted
         rest = list(tensors)
         x, weight, bias, tail = ([rest.pop(0) for _ in range(count)] for count in counts)
         made = parts.convolve(x, weight, bias, tail, cu_seqlens, False)
@@ -148,7 +148,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, tail, places = _groups(ctx)
-        found = parts.convolve_backward(dy, x, weight, bias, tail, places, ctx.room)
+        found = parts.convolve_backward(dy, x, weight, bias, tail, places, ctx.into)
         return (None, None, None, *found[0], *found[1], *found[2], *[None] * len(tail))
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import gdn2gen
+from gdn2gen.runtime import autograd
 from gdn2gen.runtime.runner import SizedRunner
+from gdn2gen.store import verified
 
 B, T, H, N, P = 2, 20, 2, 16, 16
 NAMES = ("dt", "z")
@@ -50,6 +52,8 @@ def _seen() -> Iterator[list[dict[str, int]]]:
         patch.object(SizedRunner, names[1], watched(SizedRunner.infer)),
         patch.object(SizedRunner, names[2], watched(SizedRunner.backward)),
         patch.dict(os.environ, {"GDN2GEN_UNVERIFIED": "1"}),
+        # of what is not verified every call looks anew, and none would be a known one
+        patch.object(verified, "look_anew", lambda: None),
     ):
         yield found
 
@@ -131,3 +135,29 @@ def copied() -> list[list[str]]:
         (addresses,) = seen
         read.append([x for x in NAMES if addresses[x] == given[x].data_ptr()])
     return read
+
+
+def after_an_odd_address() -> list[list[int]]:
+    """How far rows lie apart for kernels that are handed addresses, of z and dt: where dt begins at
+    an odd one, and in later calls, with the same strides, does not."""
+    wide = torch.randn(B * T * 9 + 4, generator=torch.Generator().manual_seed(1))
+    odd, even = (wide.as_strided((B, T, H), (T * 9, 9, 1), first) for first in (1, 4))
+    plain = _slices(_projection())
+    plain["v"] = plain["v"].contiguous()
+    found: list[list[int]] = []
+    run = autograd.run_inference
+
+    def watched(sized: SizedRunner, given: Any, cu_seqlens: Any, addresses: Any) -> Any:
+        if addresses is not None:
+            apart = [0 if x.is_contiguous() else x.stride(1) for x in given]
+            assert apart == [*(sized.rows or (0,) * len(given))]
+            found.append([x for x in apart if x])
+        # else they are looked at again
+        return run(sized, given, cu_seqlens, addresses)
+
+    with patch.object(autograd, "run_inference", watched):
+        for dt in (odd, even, even, even, odd, odd):
+            given = {**plain, "dt": dt}
+            expected = _with_environment({x: y.contiguous() for x, y in given.items()}, False)
+            assert all(map(torch.equal, _with_environment(given, False), expected))
+    return found

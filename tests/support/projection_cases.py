@@ -11,7 +11,7 @@ from gdn2gen.nn import projections
 from gdn2gen.nn.projections import NARROW, Projected
 from gdn2gen.ops.parts import short_convolution
 from gdn2gen.runtime import passes
-from gdn2gen.runtime.room import Room
+from gdn2gen.runtime.room import Room, room_of
 
 
 def convolved(device: str = "cpu") -> int:
@@ -28,6 +28,7 @@ def convolved(device: str = "cpu") -> int:
 
     def run(tokens: Projected, used: int) -> list[Tensor]:
         y, _ = short_convolution([tokens.by(module) for module in modules[:3]], weights)
+        assert room_of(y) is None
         y += [tokens.by(module) for module in modules[3:used]]
         towards.extend(torch.randn_like(part) for part in y[len(towards) :])
         into = [x, *weights, *parameters]

@@ -99,6 +99,21 @@ def test_what_gives_no_gradient_adds_none(chained: list[bool]) -> None:
     assert all(chained)
 
 
+def test_results_may_be_written_to(chained: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of linear layers, also where several are of one product."""
+    monkeypatch.setattr(projections, "MANY", 1)
+    modules = [nn.Linear(5, 3, bias=False), nn.Linear(5, 4, bias=False), nn.Linear(5, 300)]
+    x = torch.randn(2, 4, 5, requires_grad=True)
+    tokens = Projected(x, modules)
+    made = [
+        [tokens.by(module).mul_(2) for module in modules],
+        [2 * module(x) for module in modules],
+    ]
+    found, right = (torch.autograd.grad(sum(z.square().sum() for z in y), x)[0] for y in made)
+    torch.testing.assert_close(found, right)
+    assert chained == [True]
+
+
 def test_what_is_more_than_a_linear_layer_is_called_as_it_is(chained: list[bool]) -> None:
     class Widened(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -32,6 +32,12 @@ def test_what_lies_otherwise_is_copied(interpreter: Callable[..., Any]) -> None:
     assert shifted == ["dt"] and expanded == turned == negated == [] and bent == []
 
 
+def test_a_call_like_one_that_began_at_an_odd_address(interpreter: Callable[..., Any]) -> None:
+    """What was copied then is read as it lies now, by kernels that know of it."""
+    found = interpreter("apart_checks:after_an_odd_address")
+    assert [x for x in found if x] == [[72], *[[9, 72]] * 3]
+
+
 @pytest.mark.parametrize("op", RECURRENCES)
 def test_every_stage_that_reads_such_an_input_is_told_how_far_its_rows_lie_apart(op: str) -> None:
     problem = Problem(op, has_z=True, has_D=True) if op == "mamba2" else Problem(op)
