@@ -12,14 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gdn2gen.family.compiled import Compiled
-from gdn2gen.family.parts import CHANNELS_STEP, ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
-
-# Channels, and distances of rows, are given to kernels in as many elements, by which the compiler
-# knows that vector loads fit.
-UNIT: Final = CHANNELS_STEP
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -188,24 +184,23 @@ def convolution_knobs(
     the forward and 16 of the backward (of 16 bytes 16, and 8). The forward's runs of 16 tokens are
     loaded whole: 0.104 ms of three times 2048 channels of 4 x 4096 tokens on an H200, 0.113 where
     runs of 64 load 8 tokens a turn before they compute. So do the backward, 4 tokens of x and dy
-    (0.184), and packed sequences, whose places take registers (not measured). Runs are as long as
-    leaves enough programs: each reads the tokens before it once more, and in the backward those
+    (0.184), and packed sequences, whose places take registers (not measured): with runs as long as
+    leaves enough programs, for each reads the tokens before it once more, and in the backward those
     after it.
     """
     BD = max(64, min(_CHANNELS, covering(channels)))
     knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
     if stage is SHORT_CONV_STEP:
         return knobs | {"BT": 1, "BR": 4 if rows > 1 else 1, "ahead": 1, "early": 0}
+    if stage is SHORT_CONV and not problem.packed:
+        return knobs | {"BT": 16, "ahead": 16, "early": 0}
     for BT in reversed(_TOKENS):
         assert isinstance(BT, int)
         programs = -(-rows * -(-T // BT) // 4) * -(-channels // BD)
         if programs >= _PROGRAMS[stage.name] * sms:
             break
-    if stage is SHORT_CONV_BACKWARD:
-        return knobs | {"BT": BT, "ahead": 2 if problem.packed else 4, "early": 1}
-    if problem.packed:
-        return knobs | {"BT": BT, "ahead": 8, "early": 1}
-    return knobs | {"BT": 16, "ahead": 16, "early": 0}
+    ahead = 8 if stage is SHORT_CONV else 2 if problem.packed else 4
+    return knobs | {"BT": BT, "ahead": ahead, "early": 1}
 
 
 def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict[str, Knob]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-# Distances of rows and slots are given to kernels in as many elements: 16 bytes of bf16, so that
-# vector loads know all that they want of an address.
+# Distances of rows and slots, and channels of a layer's parts, are given to kernels in as many
+# elements: 16 bytes of bf16, so that vector loads know all that they want of an address.
 UNIT: Final = 8
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.schedule import outputs_of
-from gdn2gen.runtime._operands import readable, row_of
+from gdn2gen.runtime._operands import readable, row_between
 from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.lookup import Request, known_request
 from gdn2gen.runtime.runner import SAVED, SizedRunner
@@ -56,7 +56,7 @@ def as_lying(sized: SizedRunner, given: Sequence[Tensor]) -> tuple[SizedRunner, 
     rows = sized.rows
     if not rows:
         return sized, readable(given)
-    if any([row and row_of(x, 1) != row for x, row in zip(given, rows, strict=True)]):
+    if any([row and row_between(x, 1) != row for x, row in zip(given, rows, strict=True)]):
         return sized.dense, readable(given)
     others = iter(readable([x for x, row in zip(given, rows, strict=True) if not row]))
     return sized, [x if row else next(others) for x, row in zip(given, rows, strict=True)]

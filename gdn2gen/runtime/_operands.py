@@ -41,7 +41,7 @@ def _is_readable(x: Tensor) -> bool:
     return in_place and x.is_contiguous() and not x.is_neg()
 
 
-def row_of(x: Tensor, unit: int) -> int:
+def row_between(x: Tensor, unit: int) -> int:
     """How far the rows of x [B, T, ...] lie apart, in elements, where they do and kernels read them
     so; else 0.
 

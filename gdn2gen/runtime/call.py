@@ -15,7 +15,7 @@ from gdn2gen.kernels.groups import HEADS
 from gdn2gen.kernels.plans import EVERY
 from gdn2gen.kernels.rows import row_of, unit_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
-from gdn2gen.runtime._operands import row_of as row_between
+from gdn2gen.runtime._operands import row_between
 from gdn2gen.runtime.sequences import count_chunks
 from gdn2gen.runtime.signature import Signature
 

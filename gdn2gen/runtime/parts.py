@@ -20,12 +20,12 @@ from gdn2gen.kernels.parts import (
     SHORT_CONV,
     SHORT_CONV_BACKWARD,
     SHORT_CONV_STEP,
-    UNIT,
     PartStage,
     convolution_knobs,
     norm_knobs,
     partial_rows,
 )
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn2gen.kernels.parts import UNIT
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.runtime.passes import empty
 
 
