@@ -7,7 +7,7 @@
 For whoever moves or mends templates. Every form of every stage, and every config on file, is
 rendered for many problems from both trees. Texts may differ in docstrings and comments, and name
 another digest; where anything else differs, the script says so, renews nothing of it and exits 1. A
-template that changed the kernels of one op is renewed for the others.
+template that changed the kernels of one op, or of one gate, is renewed for the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -75,6 +76,7 @@ _TILES: Final[tuple[dict[str, Knob], ...]] = (
 )
 
 Case = dict[str, Any]
+Filed = tuple[str, str, str]
 
 
 def cases() -> Iterator[Case]:
@@ -136,6 +138,8 @@ def _flags(problem: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 def _with_tiles(problem: Problem, stage: str, form: dict[str, Knob]) -> Config | None:
     """A config of this form, if any is valid."""
     default = {**default_config(stage, problem), **form}
+    if any(y not in STAGES[stage].domains.get(x, (y,)) for x, y in form.items()):
+        return None
     for tiles in _TILES:
         known = default | {x: y for x, y in tiles.items() if y in STAGES[stage].domains.get(x, ())}
         config = Config.of(stage, known)
@@ -221,12 +225,12 @@ def main() -> int:
     given = [*cases()]
     old, new = rendered_at(args.revision, given), render_all(given)
     counts: Counter[str] = Counter()
-    # by op and digest, which is one of a template's files, whatever they make of them
-    renewed: dict[tuple[str, str], str] = {}
-    changed: dict[tuple[str, str], str] = {}
+    # by op, gate and digest, which is one of a template's files, whatever they make of them
+    renewed: dict[Filed, str] = {}
+    changed: dict[Filed, str] = {}
     for case, before, after in zip(given, old, new, strict=True):
         result = compared(before, after)
-        filed = case["problem"]["op"], before[0]
+        filed = case["problem"]["op"], case["problem"]["gate"], before[0]
         counts[result if result in ("same", "words", "new") else "other"] += 1
         if result in ("same", "words"):
             renewed[filed] = after[0]
@@ -239,7 +243,7 @@ def main() -> int:
     for text in changed.values():
         print(f"\n{text}")
     if args.renew:
-        _renew({x: y for x, y in renewed.items() if x not in changed and x[1] != y})
+        _renew({x: y for x, y in renewed.items() if x not in changed and x[2] != y})
     return bool(changed)
 
 
@@ -250,14 +254,17 @@ def _label(case: Case) -> str:
     return " ".join([*told, *(f"{x}={y}" for x, y in case["knobs"].items())])
 
 
-def _renew(renewed: dict[tuple[str, str], str]) -> None:
+def _renew(renewed: dict[Filed, str]) -> None:
     """Put the new digests where the old ones are filed; entries that were stale stay so."""
     for path in sorted((ROOT / "tuned").glob("*/*.json")):
-        text = old = path.read_text()
-        for (op, before), after in renewed.items():
-            if op == path.parent.name:
-                text = text.replace(f'"{before}"', f'"{after}"')
-        if text != old:
+        old = path.read_text()
+        parts = re.split(r'(?="problem": )', old)  # an entry each, after the head
+        for i, part in enumerate(parts):
+            gate = re.search(r'"gate": "(\w+)"', part)
+            for (op, of, before), after in renewed.items():
+                if gate is not None and (op, of) == (path.parent.name, gate[1]):
+                    parts[i] = parts[i].replace(f'"{before}"', f'"{after}"')
+        if (text := "".join(parts)) != old:
             replace_file(path, text)
             print(f"{path.relative_to(ROOT)}: digests renewed")
 

@@ -63,8 +63,8 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_blocks2="4239f6be271e2b39",
-    prepare="741eb447aa169bb9",
+    grad_blocks2="3ee5b856233b0c39",
+    prepare="32a309676c9e0686",
     reverse_scan_blocks2="02dede1dbd1d8631",
     scan_blocks2="10d68c269993b54c",
 )

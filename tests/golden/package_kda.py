@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="3b7d77ba1d2d9cc6",
+    grad_key="1865320eddd04534",
     grad_value="2ccd42e4b0b9511f",
-    prepare="8ea6ecd271884620",
+    prepare="6720b80b65d9c4c4",
     rescan="2ac4d373c1af9340",
     reverse_scan="c407e4599910970b",
     scan="93d188e3bba7f460",
-    sum_decay="30c034661c7a2505",
+    sum_decay="694cbd0ccc9543cd",
 )
 
 

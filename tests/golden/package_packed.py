@@ -65,13 +65,13 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="b18ca0ab346c4f52",
+    grad_key="4644fb56e4122dc7",
     grad_value="d0d6de9eeeeecdf7",
-    prepare="741eb447aa169bb9",
+    prepare="32a309676c9e0686",
     rescan="36b3242087daeab4",
     reverse_scan="367fc47fb856000e",
     scan="1f3e2126b133e67c",
-    sum_decay="118c223f3aceffaa",
+    sum_decay="d58ed146a31600b3",
 )
 
 

@@ -63,10 +63,10 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="b52af289ea74bf6e",
+    grad_key="7473c75a94b75967",
     grad_value="215e5ea4d76ab1c8",
-    prepare="234122a5a16749f0",
-    reprepare="6916cbdd230ddc64",
+    prepare="130d04a78509a487",
+    reprepare="a0f182f9b81470a8",
     rescan="d4eef6427c8f9227",
     reverse_scan="dc1bb544ef2fb9e8",
     scan="39ea41aa53339413",

@@ -19,7 +19,7 @@ One program per chunk, value head and slice of K.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=1 language=triton maxnreg=0 num_stages=1 num_warps=2
-Template digest 7b0880cd88e87254; made by
+Template digest 162dbe1d0d0619e7; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reprepare_factors --config \
       BK=64,BT=32,chunks=1,language=triton,maxnreg=0,num_stages=1,num_warps=2
