@@ -1,6 +1,6 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
-    python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--sweep]
+    python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone] [--sweep]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--alone", action="store_true", help="without mamba_ssm's op")
     parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -129,32 +130,44 @@ def main() -> None:
     if args.sweep:
         sweep(x)
         return
-    sheet = Sheet("Mamba-3", ("of", "forward", "forward+backward"), words=("of",))
+    time_kernels(x, shape)
+    time_ops(x, alone=args.alone)
+
+
+def time_kernels(x: dict[str, Tensor], shape: Shape) -> None:
+    """Each kernel of both ways, beside a copy of its bytes."""
+    sheet = Sheet("kernels", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
+    around, chunk = tile_of("bf16", PROBLEM.state_size), chunk_of("bf16", PROBLEM.state_size)
+    beside = floors(shape, around, AROUND) | floors(shape, chunk, CHUNKS)
+    for name, run in (kernel_runs(PROBLEM, x, around) | chunk_runs(x, chunk)).items():
+        took = ms(run)
+        sheet.add(name, f"{took:.4f}", f"{beside[name]:.4f}", f"{took / beside[name]:.2f}")
+    console().print(sheet)
+
+
+def time_ops(x: dict[str, Tensor], *, alone: bool) -> None:
+    """The op by both ways, its scan alone, and mamba_ssm's; a line as soon as it is known."""
+
+    def told(of: str, times: tuple[float, float]) -> None:
+        console().print(f"{of:<40}{times[0]:9.3f}{times[1]:9.3f}")
+
+    console().print(f"{'Mamba-3':<40}{'forward':>9}{'and back':>9}")
     for chosen in (True, False):
         way = "over chunks" if chosen else "around a scan"
         for fast in (False, True):
             own = partial(mamba3_siso_combined, disable_recompute=fast)
             with chunks_forced(chosen):
-                times = op_times(own, x)
-            sheet.add(f"gdn2gen, {way}, {LEVELS[fast]}", *(f"{y:.3f}" for y in times))
+                told(f"gdn2gen, {way}, {LEVELS[fast]}", op_times(own, x))
+    for fast in (False, True):
+        BT = tile_of("bf16", PROBLEM.state_size)
+        told(f"chunk_simple_gla, {LEVELS[fast]}", scan_times(x, BT, fast=fast))
+    if alone:
+        return
     try:
         theirs = import_module("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
-        sheet.add("mamba_ssm", *(f"{y:.3f}" for y in op_times(theirs.mamba3_siso_combined, x)))
+        told("mamba_ssm", op_times(theirs.mamba3_siso_combined, x))
     except Exception as error:  # not installed, or another version: no reason to lose our figures
         console(stderr=True).print(f"without mamba_ssm: {error}")
-    BT = tile_of("bf16", PROBLEM.state_size)
-    for fast in (False, True):
-        times = scan_times(x, BT, fast=fast)
-        sheet.add(f"chunk_simple_gla, {LEVELS[fast]}", *(f"{y:.3f}" for y in times))
-    console().print(sheet)
-    kernels = Sheet("kernels", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
-    beside, runs = floors(shape, BT, AROUND), kernel_runs(PROBLEM, x, BT)
-    BT = chunk_of("bf16", PROBLEM.state_size)
-    beside, runs = beside | floors(shape, BT, CHUNKS), runs | chunk_runs(x, BT)
-    for name, run in runs.items():
-        took = ms(run)
-        kernels.add(name, f"{took:.4f}", f"{beside[name]:.4f}", f"{took / beside[name]:.2f}")
-    console().print(kernels)
 
 
 if __name__ == "__main__":
