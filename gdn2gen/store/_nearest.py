@@ -22,7 +22,7 @@ Tier = Literal["exact", "nearest", "transferred", "predicted"]
 TIERS: Final[tuple[Tier, ...]] = ("exact", "nearest", "transferred", "predicted")
 
 # They move the speed only a little: an entry that differs in these alone still serves.
-_MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
+MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
 
 
 class Query(NamedTuple):
@@ -185,7 +185,7 @@ def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
         return None
     names = [name for name, value in key.items() if filed.get(name) != value]
     for name in names:
-        if name in _MINOR_KEYS:
+        if name in MINOR_KEYS:
             continue
         size, wider = key[name], filed.get(name)
         if name not in DIMS or not isinstance(size, int) or rounded_up(size, TILED_BY) != wider:

@@ -129,6 +129,25 @@ def test_a_plan_that_is_on_file_is_decided_though_its_stages_look_slow(
     assert finals.is_behind(SHAPES[1], "states")
 
 
+def test_another_gate_lends_its_recipes_after_ones_own(path: Path) -> None:
+    """They are what a call runs until the search has filed something better."""
+    file_at(path, SHAPES[:1])
+    gated = replace(PROBLEM, gate="softplus", gate_dtype="bf16", has_A_log=True)
+    (lent,) = stored_recipes(gated, ["lean"], SHAPES[:1], path, H200)
+    assert lent.recipe == Recipe.of(gated, "lean", numbered(0).by_stage)
+    assert lent.is_for(SHAPES[0], "lean")
+    own = replace(tuned_files.read_tuned(path).entries[0], problem_key=gated.key)  # type: ignore[union-attr]
+    tuned_files.merge_entries(
+        path,
+        tuned_files.metadata_for(H200, {}, "a test"),
+        [replace(own, configs=numbered(1).by_stage)],
+    )
+    first, second = stored_recipes(gated, ["lean"], SHAPES[:1], path, H200)
+    assert first.recipe["scan"] == numbered(1)["scan"] != second.recipe["scan"]
+    bounded = replace(gated, gate="sigmoid", bound=2)
+    assert [x.recipe["scan"] for x in stored_recipes(bounded, ["lean"], SHAPES[:1], path, H200)]
+
+
 def test_another_member_lends_its_recipes_after_ones_own(path: Path) -> None:
     """Their kernels are of the same templates, and so what is fast is nearly the same."""
     file_at(path, SHAPES[:2])
