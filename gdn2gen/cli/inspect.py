@@ -131,9 +131,9 @@ def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
     if args.op == MAMBA3 and args.stage is None:
         raise InputError(
-            f"--op {MAMBA3} has no package: one call of it runs two ops of kernels, its own and "
-            "chunk_simple_gla's, and a package is of one. `gdn2gen generate --op simple_gla "
-            "--head-dim 128,64` makes one of its scan; --stage NAME prints any of its own kernels; "
+            f"--op {MAMBA3} has no package: a package is of one plan of stages, and its kernels "
+            "are in none. In fp32 they lie around a scan of chunk_simple_gla's, of which `gdn2gen "
+            "generate --op simple_gla --head-dim 128,64` makes one; --stage NAME prints any; "
             "`gdn2gen compile --op mamba3` makes a folder of all, compiled, for calls of gdn2gen"
         )
     if args.stage is not None:

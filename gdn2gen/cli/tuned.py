@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base.errors import StoreError
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.cli.options import add_device, add_op, present_or_target, say_where, some_path
-from gdn2gen.store.format import entry_to
+from gdn2gen.family.mamba3_problem import PART_OPS
+from gdn2gen.store.format import Entry, TunedFile, entry_to
 
 if TYPE_CHECKING:
-    from gdn2gen.store.sharing import Difference
-    from gdn2gen.store.tuned_files import TunedFile
+    from gdn2gen.store.part_files import PartEntry
+    from gdn2gen.store.sharing import AnyFile, Difference
 
 
 def add_tuned(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "write all that calls find for one GPU as one file",
         "gdn2gen tuned export --device H200 --to h200.json",
     )
-    add_op(export)
+    add_op(export, also=PART_OPS)
     add_device(export)
     export.add_argument(
         "--to", type=some_path, metavar="FILE", help="the file to write (standard output)"
@@ -39,7 +41,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "gdn2gen tuned import h200.json",
     )
     take.add_argument("file", type=some_path, metavar="FILE", help="what `tuned export` wrote")
-    add_op(take)
+    add_op(take, also=PART_OPS)
     take.add_argument(
         "--out",
         type=some_path,
@@ -85,16 +87,21 @@ def _action(actions: Any, name: str, words: str, example: str) -> argparse.Argum
 
 def export_tuned(args: argparse.Namespace) -> int:
     """Write what is on file for a GPU."""
+    from gdn2gen.base.files import replace_file
     from gdn2gen.store.format import format_file
-    from gdn2gen.store.sharing import on_file
+    from gdn2gen.store.part_files import format_parts
+    from gdn2gen.store.sharing import on_file, parts_on_device
     from gdn2gen.store.tuned_files import write_tuned
 
     device, _ = present_or_target(args.device)
-    file = on_file(args.op, device)
+    file: AnyFile = (parts_on_device if args.op in PART_OPS else on_file)(args.op, device)
     if args.to is None:
-        sys.stdout.write(format_file(file))
+        sys.stdout.write(format_file(file) if isinstance(file, TunedFile) else format_parts(file))
         return 0
-    write_tuned(args.to, file)
+    if isinstance(file, TunedFile):
+        write_tuned(args.to, file)
+    else:
+        replace_file(args.to, format_parts(file))
     print(f"wrote {len(file.entries)} entries of {device.name} to {args.to}")
     return 0
 
@@ -102,18 +109,20 @@ def export_tuned(args: argparse.Namespace) -> int:
 def import_tuned(args: argparse.Namespace) -> int:
     """Merge a file into the user's own of the same GPU."""
     from gdn2gen.base.paths import user_tuned_dir
-    from gdn2gen.store.sharing import device_of, load_file
+    from gdn2gen.store.part_files import parts_path
+    from gdn2gen.store.sharing import device_of, load_file, ops_of
     from gdn2gen.store.tuned_files import tuned_path
 
     file = load_file(args.file)
-    device, others = device_of(file), _ops(file) - {args.op}
+    device, others = device_of(file), ops_of(file) - {args.op}
     if others:
         raise StoreError(
             f"{args.file} holds entries of {', '.join(sorted(others))}, and those of {args.op} "
             "were to be imported; give the --op that it is of"
         )
     folder = args.out or user_tuned_dir()
-    _merge(tuned_path(folder, args.op, device), [args.file])
+    place = tuned_path if isinstance(file, TunedFile) else parts_path
+    _merge(place(folder, args.op, device), [args.file])
     say_where(folder)
     return 0
 
@@ -126,8 +135,7 @@ def merge_tuned(args: argparse.Namespace) -> int:
 
 def _merge(path: Path, sources: list[Path]) -> None:
     """Merge `sources` into `path`, and say what came of each; StoreError before any is merged."""
-    from gdn2gen.store import tuned_files
-    from gdn2gen.store.sharing import load_file
+    from gdn2gen.store.sharing import load_file, ops_of
 
     files = [(source, load_file(source)) for source in sources]
     gpus = {str(file.metadata["gpu"]) for _, file in files}
@@ -136,22 +144,42 @@ def _merge(path: Path, sources: list[Path]) -> None:
             f"a tuned file is of one GPU, but these are of {', '.join(sorted(gpus))}; merge those "
             "of each GPU by themselves"
         )
-    ops = set().union(*(_ops(file) for _, file in files))
+    ops = set().union(*(ops_of(file) for _, file in files))
     if len(ops) > 1:
         raise StoreError(
             f"a tuned file is of one op, but these are of {', '.join(sorted(ops))}; merge those of "
             "each op by themselves"
         )
+    _check_kinds([*sources, *([path] if path.is_file() else [])])
     for source, file in files:
-        merged = tuned_files.merge_entries(path, file.metadata, file.entries)
-        taken = sum(entry in merged.entries for entry in file.entries)
-        stale = sum(map(tuned_files.is_stale, file.entries))
+        merged, stale = _merge_one(path, file)
+        taken = sum(entry in merged for entry in file.entries)
         note = f"; {stale} are of other templates, and calls pass over them" if stale else ""
         print(f"{source}: {taken} of {len(file.entries)} entries are now in {path}{note}")
 
 
-def _ops(file: TunedFile) -> set[str]:
-    return {str(entry.problem_key["op"]) for entry in file.entries}
+def _merge_one(path: Path, file: AnyFile) -> tuple[list[Entry] | list[PartEntry], int]:
+    """What the file at `path` then holds, and how many of the merged entries are stale."""
+    from gdn2gen.store import part_files, tuned_files
+
+    if isinstance(file, TunedFile):
+        merged = tuned_files.merge_entries(path, file.metadata, file.entries)
+        return [*merged.entries], sum(map(tuned_files.is_stale, file.entries))
+    parts = part_files.merge_parts(path, file.metadata, file.entries, keep_better=True)
+    return parts, sum(bool(part_files.stale_parts(x)) for x in file.entries)
+
+
+def _check_kinds(paths: list[Path]) -> None:
+    """StoreError unless all are files of recipes, or all of kernels that are in no plan."""
+    from gdn2gen.store.sharing import of_parts
+
+    parts = [str(x) for x in paths if of_parts(x)]
+    recipes = [str(x) for x in paths if str(x) not in parts]
+    if recipes and parts:
+        raise StoreError(
+            f"{', '.join(parts)} holds kernels that are in no plan, and {', '.join(recipes)} "
+            "recipes of plans; give files of one kind"
+        )
 
 
 def diff_tuned(args: argparse.Namespace) -> int:
@@ -159,8 +187,9 @@ def diff_tuned(args: argparse.Namespace) -> int:
     from gdn2gen.store.sharing import diff, load_file
 
     old, new = load_file(args.old), load_file(args.new)
+    _check_kinds([args.old, args.new])
     found = diff(old, new)
-    unread = [x.raw for x in old.unread] != [x.raw for x in new.unread]
+    unread = _unread(old) != _unread(new)
     if args.json:
         for x in found:
             print(json.dumps(_document(x)))
@@ -176,7 +205,11 @@ def diff_tuned(args: argparse.Namespace) -> int:
     return 1 if found or unread else 0
 
 
-def _say_gpus(old: TunedFile, new: TunedFile) -> None:
+def _unread(file: AnyFile) -> list[Any]:
+    return [x.raw for x in file.unread] if isinstance(file, TunedFile) else []
+
+
+def _say_gpus(old: AnyFile, new: AnyFile) -> None:
     names = [str(file.metadata["gpu"]) for file in (old, new)]
     if names[0] != names[1]:
         print(f"note: {names[0]} against {names[1]}")
@@ -193,9 +226,14 @@ def _print(found: list[Difference], args: argparse.Namespace) -> None:
 def _document(x: Difference) -> dict[str, Any]:
     sides = {}
     for name, entry in (("old", x.old), ("new", x.new)):
-        sides[name] = None if entry is None else entry_to(entry)
+        sides[name] = None if entry is None else _raw(entry)
     knobs = {name: {"old": old, "new": new} for name, (old, new) in x.knobs.items()}
     return {"entry": x.label, **sides, "knobs": knobs, "ratio": x.ratio}
+
+
+def _raw(entry: Entry | PartEntry) -> dict[str, Any]:
+    """As a file holds it."""
+    return entry_to(entry) if isinstance(entry, Entry) else asdict(entry)
 
 
 def _what(x: Difference) -> str:
@@ -208,7 +246,8 @@ def _what(x: Difference) -> str:
 def _time(x: Difference) -> str:
     if x.old is None or x.new is None:
         return f"only in the {'new' if x.old is None else 'old'} file"
-    if x.ratio is None:
-        return f"{x.old.provenance} -> {x.new.provenance}"
-    before, after = (entry.measured["forward_backward_ms"] for entry in (x.old, x.new))
-    return f"{before:.3f} -> {after:.3f} ms ({x.ratio:.2f}x)"
+    before, after = x.times
+    if before is None or after is None:
+        return " -> ".join(y.provenance if isinstance(y, Entry) else "-" for y in (x.old, x.new))
+    digits = 3 if isinstance(x.new, Entry) else 4
+    return f"{before:.{digits}f} -> {after:.{digits}f} ms ({x.ratio:.2f}x)"

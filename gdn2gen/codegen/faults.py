@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 # As in `/*1760*/ @!UP3 UIADD3 UR8, UP0, UR60, 0x20, URZ ;`
@@ -119,7 +120,7 @@ class _Instruction:
         number = self.operands[2]
         return number.lstrip("-").startswith("0x") and bool(int(number, 16) & _SWIZZLED)
 
-    @property
+    @cached_property
     def writes(self) -> frozenset[str]:
         """Registers that it may write, and rather one too many."""
         found: set[str] = set()
@@ -169,11 +170,12 @@ def _reached(
 ) -> Iterator[tuple[list[_Instruction], set[str]]]:
     """Each block with the registers that may have been written on some way to it."""
     known: dict[str, set[str]] = {label: set() for label, _, _ in blocks}
+    written = [frozenset[str]().union(*(x.writes for x in block)) for _, block, _ in blocks]
     changed = True
     while changed:
         changed = False
-        for label, block, following in blocks:
-            out = known[label].union(*(x.writes for x in block))
+        for (label, _, following), own in zip(blocks, written, strict=True):
+            out = known[label] | own
             for x in following:
                 if x in known and not out <= known[x]:
                     known[x] |= out

@@ -9,6 +9,11 @@ from typing import Final
 # elements: 16 bytes of bf16, so that vector loads know all that they want of an address.
 UNIT: Final = 8
 
+# Elements between rows up to which kernels over chunks, and convolutions, take them as they lie.
+# Inside a tile they count tokens in 32 bits, times this: of 64 tokens 2^31 is reached at 33 M, in a
+# run of 256 and its taps at 8 M. Views so far apart are none that anybody makes on purpose.
+FARTHEST: Final = 2**22
+
 
 def row_of(name: str) -> str:
     """The scalar that says how far two tokens of an operand lie apart."""

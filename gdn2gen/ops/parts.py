@@ -17,6 +17,7 @@ from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import InputError
 from gdn2gen.family import parts_reference as reference
 from gdn2gen.family.parts import ACTIVATIONS, CHANNELS_STEP, MOST_TENSORS, NORM_SIZES, WIDTHS
+from gdn2gen.kernels.rows import FARTHEST
 from gdn2gen.runtime import part_calls, parts, parts_ops
 from gdn2gen.runtime.arguments import by_kernels, is_traced, is_watched
 from gdn2gen.runtime.dtypes import DTYPE_NAME
@@ -218,7 +219,7 @@ def _has_kernels(tensors: Tensors, x: Tensors, parameters: Tensors) -> bool:
 def _convolved_by_kernels(x: Tensors, weight: Tensors, bias: Tensors, tail: Tensors) -> bool:
     widths = {w.shape[1] for w in weight}
     channels = [part.shape[2] for part in x]
-    if len(widths) > 1 or any([D % CHANNELS_STEP for D in channels]):
+    if len(widths) > 1 or any([D % CHANNELS_STEP or D > FARTHEST for D in channels]):
         return False
     return _has_kernels((*x, *weight, *bias, *tail), x, (*weight, *bias))
 

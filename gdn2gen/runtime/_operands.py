@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gdn2gen.kernels.rows import FARTHEST
 from gdn2gen.runtime.layout import strides_of
 
 ALIGNMENT: Final = 16
@@ -45,7 +46,8 @@ def row_between(x: Tensor, unit: int) -> int:
     """How far the rows of x [B, T, ...] lie apart, in elements, where they do and kernels read them
     so; else 0.
 
-    Rows are then of one piece each, as far from each other everywhere, by multiples of `unit`.
+    Rows are then of one piece each, as far from each other everywhere, by multiples of `unit`, and
+    no farther than kernels can count in 32 bits.
     """
     if x.is_contiguous() or x.is_neg():
         return 0
@@ -59,8 +61,8 @@ def row_between(x: Tensor, unit: int) -> int:
     row = x.stride(0) if T == 1 else x.stride(1)
     even = B == 1 or T == 1 or x.stride(0) == T * row
     in_one_piece = x.stride()[2:] == strides_of(tuple(heads))
-    apart = even and in_one_piece and row % unit == 0 and row >= prod(heads)
-    return row if apart else 0
+    apart = even and in_one_piece and row % unit == 0
+    return row if apart and prod(heads) <= row <= FARTHEST else 0
 
 
 def _copy(x: Tensor) -> Tensor:

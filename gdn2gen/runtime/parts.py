@@ -25,7 +25,7 @@ from gdn2gen.kernels.parts import (
     norm_knobs,
     partial_rows,
 )
-from gdn2gen.kernels.rows import UNIT
+from gdn2gen.kernels.rows import FARTHEST, UNIT
 from gdn2gen.runtime._loading import stage_launcher
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
@@ -152,12 +152,13 @@ def _row(x: Tensor) -> int:
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x [B, T, D], or a copy where its rows of channels do not lie evenly, 16 bytes apart."""
+    """x [B, T, D], or a copy where its rows of channels do not lie evenly, 16 bytes apart, and no
+    farther than kernels can count."""
     B, T, D = x.shape
     dense = x.stride(2) == 1
     row = _row(x)
     even = B <= 1 or T <= 1 or x.stride(0) == T * x.stride(1)
-    apart = row % UNIT == 0 and row >= D
+    apart = row % UNIT == 0 and D <= row <= FARTHEST
     if dense and even and apart and x.data_ptr() % 16 == 0 and not x.is_neg():
         return x
     return torch.clone(x, memory_format=torch.contiguous_format)

@@ -50,9 +50,7 @@ def check_claims(
 
 
 def _check_times(problem: Problem, regime: Regime, measured: Mapping[str, Any], gpu: str) -> None:
-    known = known_device(gpu)
-    listed = known.memory_gbps if known else None
-    gbps = listed * _OVERCLOCKED if listed else _UNKNOWN_GBPS
+    gbps = most_gbps(gpu)
     for name, ms in measured.items():
         if not name.endswith("_ms"):
             continue
@@ -62,6 +60,13 @@ def _check_times(problem: Problem, regime: Regime, measured: Mapping[str, Any], 
                 f"measured.{name} is {ms!r} ms, but {gpu} takes {least:.3g} ms to move the least "
                 "bytes of this problem"
             )
+
+
+def most_gbps(gpu: str) -> float:
+    """What the memory of the GPU of that name may move at most, in GB/s."""
+    known = known_device(gpu)
+    listed = known.memory_gbps if known else None
+    return listed * _OVERCLOCKED if listed else _UNKNOWN_GBPS
 
 
 def always_checked(op: str) -> tuple[str, ...]:

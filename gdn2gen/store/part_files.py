@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from gdn2gen.base import paths
 from gdn2gen.base.device import Device
@@ -29,6 +29,8 @@ from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.store.tuned_files import current_look, digest_of, look_anew
 
 PARTS_SCHEMA: Final = "parts-1"
+# What stands in for the digest of a template where a kernel takes no such knobs.
+_NO_KNOBS: Final = "<no such knobs>"
 # Times as many or as few tokens as an entry was measured at, for which it still serves.
 _FARTHEST: Final = 2.0
 
@@ -70,9 +72,28 @@ class PartEntry:
         """Whether it is of such a call, as far as is known of that."""
         return self.kind == kind and all(self.at.get(x) == y for x, y in known.items())
 
+    @property
+    def ms(self) -> float:
+        """Of all of its kernels together; infinite where a time is none."""
+        times = [self.measured[x].get("ms") for x in self.knobs]
+        return sum(x for x in times if is_time(x)) if all(map(is_time, times)) else math.inf
+
     def distance(self, tokens: int) -> float:
         """Times more or fewer, at least 1."""
         return max(self.tokens / tokens, tokens / self.tokens) if tokens else math.inf
+
+
+@dataclass(frozen=True)
+class PartsFile:
+    """Everything in one file. `metadata` says of which GPU, toolchain, command and date."""
+
+    metadata: Mapping[str, Any]
+    entries: tuple[PartEntry, ...]
+
+
+def is_time(value: object) -> TypeGuard[float]:
+    """Whether a file gives milliseconds that something may have taken."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def parts_path(folder: Path, op: str, device: Device) -> Path:
@@ -98,13 +119,20 @@ def nearest_parts(
 def parts_on_file(path: Path) -> list[PartEntry]:
     """All entries of a file, none where there is none. Raises StoreError for what is no such
     file."""
+    file = load_parts(path)
+    return [] if file is None else [*file.entries]
+
+
+def load_parts(path: Path) -> PartsFile | None:
+    """The file at `path`, or None where there is none. Raises StoreError for what is no such
+    file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return []
+        return None
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({error}); mend it or move it away") from error
-    if not isinstance(document, dict) or document.get("schema") != PARTS_SCHEMA:
+    if not holds_parts(document):
         raise StoreError(f"{path} has no schema {PARTS_SCHEMA}; mend it or move it away")
     try:
         entries = [PartEntry(**x) for x in document["entries"]]
@@ -115,7 +143,12 @@ def parts_on_file(path: Path) -> list[PartEntry]:
             f"{path} does not hold entries as `gdn2gen tune` files them ({error!r}); mend it or "
             "move it away"
         ) from error
-    return entries
+    return PartsFile({x: y for x, y in document.items() if x != "entries"}, tuple(entries))
+
+
+def holds_parts(document: object) -> bool:
+    """Whether what a file holds says that it is such a file."""
+    return isinstance(document, dict) and document.get("schema") == PARTS_SCHEMA
 
 
 def _check(entry: PartEntry) -> None:
@@ -145,7 +178,8 @@ def _on_file(path: Path, _look: int) -> tuple[PartEntry, ...]:
 
 def stale_parts(entry: PartEntry) -> list[str]:
     """Stages whose template changed, or whose knobs are none, since the entry was checked."""
-    return [x for x in entry.knobs if entry.templates.get(x) != part_digest(x, entry)]
+    found = {x: part_digest(x, entry) for x in entry.knobs}
+    return [x for x, y in found.items() if y == _NO_KNOBS or entry.templates.get(x) != y]
 
 
 def part_digest(stage: str, entry: PartEntry) -> str:
@@ -155,35 +189,54 @@ def part_digest(stage: str, entry: PartEntry) -> str:
         assert isinstance(part, PartStage)
         return digest_of(entry.config(stage, part.made_for()))
     except (AssertionError, Gdn2genError, KeyError, TypeError):
-        return "<no such knobs>"
+        return _NO_KNOBS
 
 
-def merge_parts(path: Path, metadata: Mapping[str, Any], entries: Iterable[PartEntry]) -> None:
-    """Add entries to the file at `path`; one of the same key takes the place of the other.
+def rank_parts(entry: PartEntry) -> tuple[bool, float]:
+    """Less is better: not stale, then milliseconds."""
+    return bool(stale_parts(entry)), entry.ms
 
-    Other processes may merge at the same time. Raises StoreError, and changes nothing, if the file
-    there is not ours, is of another GPU, or cannot be written.
+
+def merge_parts(
+    path: Path,
+    metadata: Mapping[str, Any],
+    entries: Iterable[PartEntry],
+    *,
+    keep_better: bool = False,
+) -> list[PartEntry]:
+    """Add entries to the file at `path`, and return all that it then holds.
+
+    One of the same key takes the place of the other, or, with `keep_better`, only if `rank_parts`
+    is less. A merge that changes no entry leaves the file alone. Other processes may merge at the
+    same time. Raises StoreError, and changes nothing, if the file there is not ours, is of another
+    GPU, or cannot be written.
     """
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock")):
             check_replaceable(path)
-            kept = {x.key: x for x in parts_on_file(path)}
-            _check_gpu(path, str(metadata["gpu"]))
-            kept |= {x.key: x for x in entries}
-            replace_file(path, _text(metadata, [kept[key] for key in sorted(kept)]))
+            old = load_parts(path)
+            if old is not None:
+                _check_gpu(path, old, str(metadata["gpu"]))
+            kept = {x.key: x for x in (old.entries if old else ())}
+            for x in entries:
+                rival = kept.get(x.key)
+                if rival is None or not keep_better or rank_parts(x) < rank_parts(rival):
+                    kept[x.key] = x
+            merged = [kept[key] for key in sorted(kept)]
+            if old is None or merged != sorted(old.entries, key=lambda x: x.key):
+                replace_file(path, format_parts(PartsFile(metadata, tuple(merged))))
     except OSError as error:
         raise StoreError(
             f"{path} cannot be written: {error}; what was there is unchanged"
         ) from error
     look_anew()
+    return merged
 
 
-def _check_gpu(path: Path, gpu: str) -> None:
-    if not path.exists():
-        return
-    found = json.loads(path.read_text(encoding="utf-8")).get("gpu")
+def _check_gpu(path: Path, file: PartsFile, gpu: str) -> None:
+    found = file.metadata.get("gpu")
     if found != gpu:
         raise StoreError(
             f"nothing is merged: {path} is of the GPU {found!r}, but the new entries are of "
@@ -191,8 +244,8 @@ def _check_gpu(path: Path, gpu: str) -> None:
         )
 
 
-def _text(metadata: Mapping[str, Any], entries: Iterable[PartEntry]) -> str:
-    """One line for an entry."""
-    head = json.dumps({**metadata, "schema": PARTS_SCHEMA}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(asdict(x))}" for x in entries)
+def format_parts(file: PartsFile) -> str:
+    """The text of a file: one line for an entry."""
+    head = json.dumps({**file.metadata, "schema": PARTS_SCHEMA}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(asdict(x))}" for x in file.entries)
     return f'{head},\n "entries": [\n{lines}\n ]\n}}\n'

@@ -1,9 +1,14 @@
-"""Tuned files between machines: all that is on file for a GPU, and what two files differ in."""
+"""Tuned files between machines: all that is on file for a GPU, and what two files differ in.
+
+Files of recipes, and those of kernels that are in no plan (`part_files`).
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +20,68 @@ from gdn2gen.family.mamba3_problem import PART_OPS
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.store import tuned_files
-from gdn2gen.store.part_files import PartEntry, parts_on_file, parts_path, stale_parts
+from gdn2gen.store._part_claims import check_part, op_of
+from gdn2gen.store.part_files import (
+    PartEntry,
+    PartsFile,
+    holds_parts,
+    load_parts,
+    parts_path,
+    stale_parts,
+)
 from gdn2gen.store.tuned_files import Entry, TunedFile
 
+AnyFile = TunedFile | PartsFile
 
-def load_file(path: Path) -> TunedFile:
-    """The tuned file at `path`; StoreError if there is none or it cannot be used."""
+
+def load_file(path: Path) -> AnyFile:
+    """The tuned file at `path`, of either kind; StoreError if there is none or it cannot be used.
+
+    Entries of recipes that cannot be used are skipped, with a warning; of a file of kernels that
+    are in no plan every entry must be one that calls could run.
+    """
+    if of_parts(path):
+        return _checked_parts(path)
     file = tuned_files.load_tuned(path)
     if file is None:
         raise StoreError(f"there is no tuned file {path}")
     tuned_files.warn_unread(path, file)
     return file
+
+
+def of_parts(path: Path) -> bool:
+    """Whether the file there says that it is of kernels that are in no plan."""
+    try:
+        return holds_parts(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever reads it next says what it is
+
+
+def _checked_parts(path: Path) -> PartsFile:
+    file = load_parts(path)
+    if file is None:
+        raise StoreError(f"there is no tuned file {path}")
+    for name, kind in (("gpu", str), ("arch", str), ("sms", int)):
+        if type(file.metadata.get(name)) is not kind:
+            raise StoreError(
+                f"{path} cannot be used: {name} must be of {kind.__name__}, but is "
+                f"{file.metadata.get(name)!r}; export it again"
+            )
+    for entry in file.entries:
+        try:
+            check_part(entry, file.metadata["gpu"])
+        except StoreError as error:
+            raise StoreError(
+                f"{path} cannot be used: its entry {entry.label} is not valid: {error}"
+            ) from error
+    return file
+
+
+def ops_of(file: AnyFile) -> set[str]:
+    """The ops that its entries are of, as far as this gdn2gen knows them."""
+    if isinstance(file, TunedFile):
+        return {str(x.problem_key["op"]) for x in file.entries}
+    return {op for op in map(op_of, file.entries) if op is not None}
 
 
 def device_on_file(name: str) -> Device | None:
@@ -36,6 +92,11 @@ def device_on_file(name: str) -> Device | None:
                 file = tuned_files.load_tuned(path)
                 if file is not None and is_name_of(name, str(file.metadata["gpu"])):
                     return device_of(file)
+        for path in sorted(folder.glob("*/parts/*.json")):
+            with suppress(StoreError):
+                parts = _checked_parts(path)
+                if is_name_of(name, parts.metadata["gpu"]):
+                    return device_of(parts)
     return None
 
 
@@ -44,7 +105,7 @@ def device_called(name: str) -> Device:
     return known_device(name) or device_on_file(name) or named_device(name)
 
 
-def device_of(file: TunedFile) -> Device:
+def device_of(file: AnyFile) -> Device:
     """The GPU of a tuned file."""
     metadata = file.metadata
     return filed_device(str(metadata["gpu"]), str(metadata["arch"]), int(metadata["sms"]))
@@ -76,10 +137,7 @@ def all_on_file(op: str | None, device: Device) -> tuple[list[Entry], list[tuple
     parts = [(x, y) for x in PART_OPS if op in (x, None) for y in parts_of(x, device)]
     if op in PART_OPS:
         if not parts:
-            raise StoreError(
-                f"nothing is tuned for kernels in no plan of {op} on {device.name}; looked in "
-                f"{' and '.join(str(parts_path(x, op, device)) for x in _folders())}"
-            )
+            raise _no_parts(op, device)
         return [], parts
     ops: Sequence[str] = [op] if op else [x for x in OPS if _is_tuned(x, device)]
     if not ops and not parts:
@@ -94,18 +152,44 @@ def _is_tuned(op: str, device: Device) -> bool:
 def parts_of(op: str, device: Device) -> list[PartEntry]:
     """The same of an op's kernels that are in no plan, in order; none where nothing is tuned, and a
     warning of a file that cannot be read."""
+    return _best(_parts_files(op, device))
+
+
+def parts_on_device(op: str, device: Device) -> PartsFile:
+    """The same as a file. Raises StoreError if there is nothing."""
+    files = _parts_files(op, device)
+    entries = _best(files)
+    if not entries:
+        raise _no_parts(op, device)
+    return PartsFile(files[0].metadata, tuple(entries))
+
+
+def _best(files: Sequence[PartsFile]) -> list[PartEntry]:
     best: dict[str, PartEntry] = {}
+    for entry in (entry for file in files for entry in file.entries):
+        rival = best.get(entry.key)
+        if rival is None or (stale_parts(rival) and not stale_parts(entry)):
+            best[entry.key] = entry
+    return [best[key] for key in sorted(best)]
+
+
+def _parts_files(op: str, device: Device) -> list[PartsFile]:
+    found = []
     for folder in _folders():
         try:
-            found = parts_on_file(parts_path(folder, op, device))
+            file = load_parts(parts_path(folder, op, device))
         except StoreError as error:
-            warnings.warn(str(error), TunedFileWarning, stacklevel=2)
+            warnings.warn(str(error), TunedFileWarning, stacklevel=3)
             continue
-        for entry in found:
-            rival = best.get(entry.key)
-            if rival is None or (stale_parts(rival) and not stale_parts(entry)):
-                best[entry.key] = entry
-    return [best[key] for key in sorted(best)]
+        found += [file] if file is not None else []
+    return found
+
+
+def _no_parts(op: str, device: Device) -> StoreError:
+    looked = " and ".join(str(parts_path(x, op, device)) for x in _folders())
+    return StoreError(
+        f"nothing is tuned for kernels in no plan of {op} on {device.name}; looked in {looked}"
+    )
 
 
 def _paths(op: str, device: Device) -> list[Path]:
@@ -118,10 +202,11 @@ def _folders() -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One problem, regime and level in two files; an entry is None where a file has none."""
+    """What one call finds in two files: of a problem, regime and level, or of kernels in no plan.
+    An entry is None where a file has none."""
 
-    old: Entry | None
-    new: Entry | None
+    old: Entry | PartEntry | None
+    new: Entry | PartEntry | None
     knobs: dict[str, tuple[Knob | None, Knob | None]] = field(default_factory=dict)
     """Changed knobs, as `stage.knob`: (old, new)."""
 
@@ -132,17 +217,25 @@ class Difference:
         return entry.label
 
     @property
+    def times(self) -> tuple[float | None, float | None]:
+        """Milliseconds of old and new: of forward and backward, or of all kernels of an entry."""
+        return _ms(self.old), _ms(self.new)
+
+    @property
     def ratio(self) -> float | None:
-        """New forward+backward time over old; None unless both were measured."""
-        times = [
-            entry.measured.get("forward_backward_ms") if entry is not None else None
-            for entry in (self.old, self.new)
-        ]
-        return times[1] / times[0] if times[0] and times[1] else None
+        """New time over old; None unless both were measured."""
+        old, new = self.times
+        return new / old if old and new else None
 
 
-def diff(old: TunedFile, new: TunedFile) -> list[Difference]:
-    """Every problem, regime and level that differs between two files, in order."""
+def _ms(entry: Entry | PartEntry | None) -> float | None:
+    if isinstance(entry, PartEntry):
+        return entry.ms if entry.ms < math.inf else None
+    return None if entry is None else entry.measured.get("forward_backward_ms")
+
+
+def diff(old: AnyFile, new: AnyFile) -> list[Difference]:
+    """Every entry that differs between two files of one kind, in order."""
     before = {entry.key: entry for entry in old.entries}
     after = {entry.key: entry for entry in new.entries}
     found = []
@@ -153,7 +246,9 @@ def diff(old: TunedFile, new: TunedFile) -> list[Difference]:
     return found
 
 
-def _changed(a: Entry | None, b: Entry | None) -> dict[str, tuple[Knob | None, Knob | None]]:
+def _changed(
+    a: Entry | PartEntry | None, b: Entry | PartEntry | None
+) -> dict[str, tuple[Knob | None, Knob | None]]:
     if a is None or b is None:
         return {}
     one, two = _knobs(a), _knobs(b)
@@ -161,9 +256,12 @@ def _changed(a: Entry | None, b: Entry | None) -> dict[str, tuple[Knob | None, K
     return {x: (one.get(x), two.get(x)) for x in names if one.get(x) != two.get(x)}
 
 
-def _knobs(entry: Entry) -> dict[str, Knob]:
+def _knobs(entry: Entry | PartEntry) -> dict[str, Knob]:
+    by_stage: Mapping[str, Mapping[str, Knob]] = (
+        entry.knobs if isinstance(entry, PartEntry) else entry.configs
+    )
     return {
         f"{stage}.{name}": value
-        for stage, config in entry.configs.items()
+        for stage, config in by_stage.items()
         for name, value in config.items()
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import gdn2gen
+from gdn2gen.kernels.rows import FARTHEST, UNIT
 from gdn2gen.runtime import autograd
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.store import verified
@@ -60,6 +61,7 @@ def _seen() -> Iterator[list[dict[str, int]]]:
 
 def _run(given: dict[str, Tensor], packed: bool) -> tuple[Tensor, ...]:
     """o, the final state and, if anything wants it, the gradients of what is given."""
+    B, T = given["v"].shape[:2]
     k = torch.linspace(-1, 1, B * T * N).view(B, T, 1, N)
     if packed:
         k, given = k.view(1, B * T, 1, N), {x: y.flatten(0, 1)[None] for x, y in given.items()}
@@ -129,6 +131,26 @@ def copied() -> list[list[str]]:
     read = []
     for given in kinds:
         expected = _with_environment({x: y.contiguous() for x, y in given.items()}, False)
+        with _seen() as seen:
+            found = _run(given, False)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        (addresses,) = seen
+        read.append([x for x in NAMES if addresses[x] == given[x].data_ptr()])
+    return read
+
+
+def far() -> list[list[str]]:
+    """The same of rows as far apart as kernels read them, and one unit farther: of what lies
+    between them nothing is touched, and so takes no memory."""
+    plain = {x: y[:1, :3].contiguous() for x, y in _slices(_projection()).items()}
+    read = []
+    for row in (FARTHEST, FARTHEST + UNIT):
+        given = dict(plain)
+        for name in NAMES:
+            dense = plain[name]
+            strides = (3 * row, row, *dense.stride()[2:])
+            given[name] = torch.empty_strided(dense.shape, strides).copy_(dense)
+        expected = _with_environment(plain, False)
         with _seen() as seen:
             found = _run(given, False)
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

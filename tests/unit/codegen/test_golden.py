@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -402,7 +402,8 @@ def _parsed(path: Path) -> nodes.Template:
     return jinja2.Environment().parse(path.read_text())
 
 
-def _wanted(template: str) -> set[str]:
+@cache
+def _wanted(template: str) -> frozenset[str]:
     """Undeclared variables of a template and of the shared pieces that it imports."""
     folder = templates_dir()
     tree = _parsed(folder / template)
@@ -410,7 +411,7 @@ def _wanted(template: str) -> set[str]:
     for other in meta.find_referenced_templates(tree):
         assert other is not None, f"{template} imports a template by a computed name"
         wanted |= _wanted(other)
-    return wanted
+    return frozenset(wanted)
 
 
 def _forms(stage: str, language: str) -> list[Form]:

@@ -27,20 +27,23 @@ def ruled(problem: DecodingProblem, sequences: int, heads: int = 16) -> Config:
     return default_config("recurrent", problem).replace(**knobs)
 
 
-# Of sm_90 at K = V = 128, small batches and large ones: every op, one token and several.
+# Of sm_90 at K = V = 128, small batches and large ones: every op, one token and several; all pairs
+# of them, and the rest of the product is slow.
 COMPILED: Final = [
     pytest.param(DecodingProblem(op=op, **flags, **gate, state_v_first=v), batch, "sm_90",
-                 id=f"{op}-{name}-{'V' if v else 'K'}-first-B{batch}")
-    for (op, gate), (name, flags), (v, batch) in itertools.product(
-        (("gdn2", _GATED), ("kda", {**_GATED, "beta_sigmoid": True})),
-        (("one", {**_POOL, "one_token": True}), ("guessed", _GUESSED)),
-        ((False, 256), (True, 256), (True, 1)),
+                 id=f"{op}-{name}-{'V' if v else 'K'}-first-B{batch}",
+                 marks=[pytest.mark.slow] * ((i + j + k) % 2))
+    for (i, (op, gate)), (j, (name, flags)), (k, (v, batch)) in itertools.product(
+        enumerate((("gdn2", _GATED), ("kda", {**_GATED, "beta_sigmoid": True}))),
+        enumerate((("one", {**_POOL, "one_token": True}), ("guessed", _GUESSED))),
+        enumerate(((False, 256), (True, 256), (True, 1))),
     )
 ] + [
     pytest.param(DecodingProblem(K=256, V=512, **_GUESSED, state_v_first=True), 64, "sm_90",
                  id="wide"),
     pytest.param(DecodingProblem(K=96, V=48, **_POOL, strided=True), 8, "sm_90", id="masked"),
-    *(pytest.param(DecodingProblem(**_GUESSED, state_bf16=True), 64, arch, id=arch)
+    *(pytest.param(DecodingProblem(**_GUESSED, state_bf16=True), 64, arch, id=arch,
+                   marks=[pytest.mark.slow] * (arch == "sm_86"))
       for arch in ("sm_80", "sm_86", "sm_100", "sm_120")),
 ]  # fmt: skip
 

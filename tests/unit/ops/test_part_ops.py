@@ -13,6 +13,7 @@ from part_cases import BOUNDS, Convolution, Norm
 
 from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.base.errors import InputError
+from gdn2gen.ops import parts as ops
 
 Check = Callable[..., Any]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -130,3 +131,14 @@ def test_norms_that_do_not_fit() -> None:
         gated_rms_norm(X, X[:1], W[:, 0])
     with pytest.raises(InputError, match="but got 'relu'"):
         gated_rms_norm(X, X, W[:, 0], activation="relu")
+
+
+def test_more_channels_than_kernels_can_count_are_convolved_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even rows without gaps are then too far apart."""
+    x, weight = (torch.zeros(shape, device="meta") for shape in ((1, 2, 16), (16, 4)))
+    monkeypatch.setattr(ops, "by_kernels", lambda device: True)
+    assert ops._convolved_by_kernels([x], [weight], [], [])
+    monkeypatch.setattr(ops, "FARTHEST", 8)
+    assert not ops._convolved_by_kernels([x], [weight], [], [])

@@ -6,12 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from numpy.lib.stride_tricks import as_strided
 
+from gdn2gen.family.parts import WIDTHS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
+from gdn2gen.kernels.rows import FARTHEST, UNIT
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.runtime._operands import row_between
+from gdn2gen.runtime.parts import in_rows
 
 ALL = ["dt", "z"]
 
@@ -30,6 +37,37 @@ def test_hooks_may_lay_them_out_anew(interpreter: Callable[..., Any]) -> None:
 def test_what_lies_otherwise_is_copied(interpreter: Callable[..., Any]) -> None:
     shifted, expanded, bent, turned, negated = interpreter("apart_checks:copied")
     assert shifted == ["dt"] and expanded == turned == negated == [] and bent == []
+
+
+def test_rows_that_lie_too_far_apart_are_copied(interpreter: Callable[..., Any]) -> None:
+    assert interpreter("apart_checks:far") == [ALL, []]
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [(FARTHEST, FARTHEST), (FARTHEST + UNIT, 0), (2**25, 0), (2**31, 0), (2**33, 0)],
+)
+def test_a_distance_that_no_kernel_can_count_is_none(row: int, found: int) -> None:
+    """Of views without the memory that they claim."""
+    few = torch.zeros(64).numpy()
+    bytes_apart = tuple(4 * x for x in (7 * row, row, 8, 1))
+    view = torch.from_numpy(as_strided(few, (3, 7, 2, 8), bytes_apart))
+    assert view.stride() == (7 * row, row, 8, 1)
+    assert row_between(view, UNIT) == found
+    x = view[:, :, 0]
+    if found:
+        assert in_rows(x) is x
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "clone", lambda *_, **__: "copied")  # nobody could read it
+        assert in_rows(x) == "copied"
+
+
+def test_kernels_count_tokens_in_32_bits_up_to_there() -> None:
+    """Those of a tile, and of a convolution's run with the taps before it."""
+    stages = (*STAGES.values(), *PART_STAGES)
+    tokens = max(x for stage in stages for x in stage.chunks if isinstance(x, int))
+    assert (tokens + max(WIDTHS)) * FARTHEST < 2**31
 
 
 def test_a_call_like_one_that_began_at_an_odd_address(interpreter: Callable[..., Any]) -> None:
