@@ -9,7 +9,9 @@ import hashlib
 import inspect
 from functools import cache
 
-from gdn2gen.codegen import _dependent
+from gdn2gen.codegen import _dependent, _resident
+from gdn2gen.codegen._dependent import dependent
+from gdn2gen.codegen._resident import resident
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
@@ -19,11 +21,15 @@ from gdn2gen.kernels.extras import follows_tables, is_first, known
 def rewritten(source: str, problem: Compiled, config: Config) -> str:
     """The text of a stage with its config's extras."""
     extras = known(config)
+    if not extras:
+        return source
+    assert isinstance(problem, Problem)
+    if "programs" in extras:
+        source = resident(source, problem, config)
     if "pdl" in extras:
-        assert isinstance(problem, Problem)
         stage = config.stage
         first = is_first(stage, problem.op) and not follows_tables(stage, problem)
-        source = _dependent.dependent(source, first=first, says=extras["pdl"] == "signal")
+        source = dependent(source, first=first, says=extras["pdl"] == "signal")
     return source
 
 
@@ -36,5 +42,5 @@ def with_extras(digest: str, config: Config) -> str:
 
 @cache
 def _digest() -> str:
-    modules = (_dependent,)
+    modules = (_dependent, _resident)
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]
