@@ -1,7 +1,9 @@
 """prepare in TileLang with as many programs as run at once: its text with another grid.
 
 A program has a head, and takes every `n_slots`th chunk of it, of all sequences, until none is left.
-So no division stands in what a chunk needs, but for the one by which a load finds its sequence.
+Which sequence a chunk is of takes a product and no division: of six loads each would divide, 40
+instructions before it begins. In a variable that is assigned in the loop it could not be kept:
+TileLang 0.1.15 assigns it in the warps that compute alone, and those that load read what it was.
 """
 
 from __future__ import annotations
@@ -33,6 +35,15 @@ def multiprocessors(device):
 
 
 '''
+_RECIPROCAL: Final = '''def reciprocal_of(n_chunks, n_all):
+    """2^44 / n_chunks, rounded up: a product with it says which sequence of n_all chunks one is of."""
+    found = -(-(2**44) // n_chunks)
+    if n_all * (found * n_chunks - 2**44) >= 2**44:
+        raise OverflowError(f"{n_all} chunks in sequences of {n_chunks} are more than are told apart")
+    return found
+
+
+'''
 _COMMON: Final = (
     _Edit(
         r"One program per CHUNKS chunks and value head\.",
@@ -50,17 +61,17 @@ _DENSE: Final = (
         r"with tile\.Kernel\(\n.*CHUNKS\), HV, B, (threads=\d+)\n *\) as \(i_x, i_h, i_b\):\n",
         r"with tile.Kernel(n_slots, HV, \1) as (i_x, i_h):\n",
     ),
-    _Edit(
-        r"( +)i_first = i_x \* CHUNKS\n",
-        r"\1# held in a variable: a load would divide again for its sequence\n"
-        r'\1i_b = tile.alloc_var("int32")\n',
-    ),
+    _Edit(r" +i_first = i_x \* CHUNKS\n", ""),
+    _Edit(r"( {8}n_slots: tile\.int32,\n)", r"\1        reciprocal: tile.int64,\n"),
+    _Edit(r"(slots\(n_chunks, HV\)),\n", r"\1, reciprocal_of(-(-T // BT), n_chunks),\n"),
+    _Edit(r"(?m)^(def launch\()$", _RECIPROCAL + r"\1"),
     _Edit(
         r"tile\.Pipelined\(\n.*CHUNKS, n_chunks - i_first\), (num_stages=\d)\n *\):\n"
         r"( +)i_c = .*\n *i_row = .*\n",
         r"tile.Pipelined(tile.ceildiv(NT - i_x, n_slots), \1):\n"
         r"\2i_c = i_x + i_n * n_slots\n"
-        r"\2i_b = i_c // n_chunks\n"
+        r"\2# i_c // n_chunks, for reciprocal is 2^44 / n_chunks, rounded up\n"
+        r'\2i_b = tile.cast(tile.cast(i_c, "int64") * reciprocal >> 44, "int32")\n'
         r"\2i_row = (i_c - i_b * n_chunks) * BT\n",
     ),
 )

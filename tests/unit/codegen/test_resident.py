@@ -34,6 +34,10 @@ def module_of(problem: Problem, config: Config) -> ModuleType:
     return load(render(problem, "prepare", config))
 
 
+def reciprocal(n_chunks: int) -> int:
+    return -(-(2**44) // n_chunks)
+
+
 def given(B: int, T: int, H: int, NT: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(3)
     x = {name: torch.randn(B, T, H, K, generator=rng).bfloat16() for name in ("q", "k", "b")}
@@ -54,7 +58,8 @@ def compare(problem: Problem, tensors: dict[str, Tensor], n_slots: int, chunks: 
     config = config_of(problem)
     own = tilelang_threads.run_all(module_of(problem, config), tensors, sizes, 0.25, 0.0)
     other = module_of(problem, config.replace(programs="resident", pdl="signal"))
-    all_at_once = tilelang_threads.run_all(other, tensors, sizes, 0.25, 0.0, n_slots)
+    given = (n_slots,) if problem.varlen else (n_slots, reciprocal(-(-T // BT)))
+    all_at_once = tilelang_threads.run_all(other, tensors, sizes, 0.25, 0.0, *given)
     written = {name for name in own if torch.isnan(tensors[name]).any()}
     assert len(written) == 8
     for name in written:
@@ -100,20 +105,23 @@ def taken(problem: Problem, B: int, T: int, HV: int, n_slots: int) -> Counter[tu
     NT = B * -(-T // BT)
     sizes = {"B": B, "T": T, "H": HV, "HV": HV, "HG": HV, "NT": NT}
     names = vars(language(sizes))
-    nothing = "copy tma_copy gemm clear alloc_shared alloc_fragment alloc_local cast exp2 rsqrt"
+    nothing = "copy tma_copy gemm clear alloc_shared alloc_fragment alloc_local exp2 rsqrt"
+    cast = names["cast"]
     names |= dict.fromkeys(nothing.split(), lambda *_, **__: _Any())
     none = "Parallel unroll vectorized grid"
     names |= dict.fromkeys(none.split(), lambda *_: ())
-    names |= {"get_thread_binding": lambda: 64, "int32": "int32"}
+    names["get_thread_binding"] = lambda: 64
+    names["cast"] = lambda x, dtype: x if isinstance(x, _Any) else cast(x, dtype)
     module = module_of(problem, config_of(problem).replace(programs="resident"))
     body = body_of(module, names)
-    tensors = {x: _Any() for x in body.__annotations__ if x not in ("scale", "lower_bound")}
-    del tensors["n_slots"]
+    operands = config_of(problem).operands(problem)
+    tensors = {x.name: _Any() for x in operands}
+    scalars = 1.0, 0.0, n_slots, reciprocal(-(-T // BT))
     found: Counter[tuple[int, ...]] = Counter()
-    for _ in programs(body, tensors, (1.0, 0.0, n_slots)):
+    for _ in programs(body, tensors, scalars):
         for x in tensors.values():
             x.seen.clear()
-        body(*tensors.values(), 1.0, 0.0, n_slots)
+        body(*tensors.values(), *scalars)
         loaded = [(x[0], x[1].start, x[2]) for x in tensors["g"].seen]
         stored = [x[:2] for x in tensors["Ktail"].seen]
         assert loaded and len(loaded) == len(stored)
@@ -134,6 +142,26 @@ def test_every_chunk_is_taken_once(B: int, T: int, HV: int, n_slots: int) -> Non
         for i_h in range(HV)
     }
     assert taken(PROBLEM, B, T, HV, n_slots) == dict.fromkeys(wanted, 1)
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 1000])
+@pytest.mark.parametrize("n_chunks", [1, 2, 3, 7, 128, 1000, 2**16 - 1])
+def test_a_product_stands_for_the_division(n_chunks: int, sequences: int) -> None:
+    """At both ends of a sequence."""
+    module = module_of(PROBLEM, config_of(PROBLEM).replace(programs="resident"))
+    found = module.reciprocal_of(n_chunks, n_chunks * sequences)
+    assert found == reciprocal(n_chunks)
+    for i in {0, sequences // 2, sequences - 1}:
+        for chunk in (i * n_chunks, (i + 1) * n_chunks - 1):
+            assert chunk * found >> 44 == i and chunk * found < 2**63
+
+
+def test_a_product_that_could_not_is_refused() -> None:
+    module = module_of(PROBLEM, config_of(PROBLEM).replace(programs="resident"))
+    n_chunks = 2**22 + 1
+    assert (2**6 * n_chunks - 1) * reciprocal(n_chunks) >> 44 != 2**6 - 1
+    with pytest.raises(OverflowError, match="told apart"):
+        module.reciprocal_of(n_chunks, 2**6 * n_chunks)
 
 
 @pytest.mark.parametrize(("multiprocessors", "heads", "slots"), [(132, 16, 24), (132, 500, 1)])
@@ -162,7 +190,8 @@ def test_launch_says_how_many_programs(problem: Problem, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "later_frames_kernel", defaultdict(_Launch), raising=False)
     operands = [x.name for x in config.operands(problem)]
     module.launch(*operands, scale=1.0, lower_bound=0.0, n_chunks=9, T=40, H=1, HV=2, HG=1)
-    assert seen == [(*operands, 1.0, 0.0, ("slots", 9, 2))]
+    batch = () if problem.varlen else (reciprocal(2),)
+    assert seen == [(*operands, 1.0, 0.0, ("slots", 9, 2), *batch)]
 
 
 class _Launch:
