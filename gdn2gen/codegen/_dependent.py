@@ -27,11 +27,11 @@ _CALLS: Final = {
     "triton": ("tl.extra.cuda.gdc_wait()", "tl.extra.cuda.gdc_launch_dependents()"),
     "tilelang": ("tile.pdl_sync()", "tile.pdl_trigger()"),
 }
-_NOTE: Final = '''# Launched before the kernel before them in the pass has ended; they wait for it before all else.
+_NOTE: Final = """# Launched before the kernel before has ended; for that they wait first of all.
 EARLY = ({names})
 
 
-'''
+"""
 
 
 class Launched(NamedTuple):

@@ -36,10 +36,10 @@ def multiprocessors(device):
 
 '''
 _RECIPROCAL: Final = '''def reciprocal_of(n_chunks, n_all):
-    """2^44 / n_chunks, rounded up: a product with it says which sequence of n_all chunks one is of."""
+    """2^44 / n_chunks, rounded up: times one of n_all chunks it says which sequence that is of."""
     found = -(-(2**44) // n_chunks)
     if n_all * (found * n_chunks - 2**44) >= 2**44:
-        raise OverflowError(f"{n_all} chunks in sequences of {n_chunks} are more than are told apart")
+        raise OverflowError(f"{n_all} chunks in sequences of {n_chunks}: too many to be told apart")
     return found
 
 

@@ -38,11 +38,10 @@ _DEVICE: Final = {
 
 
 def _declared(source: str) -> str:
-    return "".join(
-        f'static __device__ __forceinline__ void {name}() {{ asm volatile("{x};" ::: "memory"); }}\n'
-        for name, x in _DEVICE.items()
-        if name in source
-    )
+    used = {name: x for name, x in _DEVICE.items() if name in source}
+    head = "static __device__ __forceinline__ void"
+    body = 'asm volatile("{};" ::: "memory");'
+    return "".join(f"{head} {name}() {{ {body.format(x)} }}\n" for name, x in used.items())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Knobs that a config may have beside those of its form, and says nothing of where they are off.
 
-No search asks for them, and without them a kernel is what it was, to the letter. What they change is
-written into the rendered text (`codegen._rewriting`), so that no template's digest is another one.
+No search asks for them, and without them a kernel is what it was, to the letter. What they change
+is written into the rendered text (`codegen._rewriting`): no template's digest is another one.
 """
 
 from __future__ import annotations

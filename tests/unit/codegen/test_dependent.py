@@ -123,7 +123,7 @@ def test_a_pass_begins_when_all_before_it_has_ended(op: str) -> None:
         problem = recipe.problem
         trees = [ast.parse(render(problem, x, recipe[x]).source) for x in stages]
         first = launched(trees[0])
-        always = [i for i, x in enumerate(first) if x.always][0]
+        always = next(i for i, x in enumerate(first) if x.always)
         may_be_first = {x.name for x in first[: always + 1]}
         tables = problem.varlen and stages == recipe.plan.forward
         assert ({*early(trees[0])} >= may_be_first) if tables else (
