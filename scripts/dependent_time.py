@@ -4,11 +4,12 @@
     python scripts/dependent_time.py passes [--op gdn2] [--shapes few8k,train4k] [--level lean fast]
 
 What a call would run (from what is on file for the nearest sizes, and changed for few chunks), and
-the same with `pdl` in all of its stages, in turns. `prefill`: one sequence at K = V = 128, forward,
-microseconds of one of 20 calls of a CUDA graph, each on inputs of its own, as in prefill_time.py.
+the same with `pdl` in its stages, in turns: kernels that begin as the programs before them end
+(`wait`), and as these say that they may (`signal`). `prefill`: one sequence at K = V = 128,
+forward, microseconds of one of 20 calls of a CUDA graph, each on its own inputs (prefill_time.py).
 `passes`: forward, and forward and backward, ms of a CUDA graph of one, the L2 flushed before it.
-Both recipes must make the same bits, in 20 calls each, and the second one passes the tuner's quick
-check; what does not is said, and not timed.
+All recipes must make the same bits, in 20 calls each, and pass the tuner's quick check; what does
+not is said, and not timed.
 """
 
 from __future__ import annotations
@@ -38,51 +39,52 @@ from gdn2gen.measure.accuracy import public_op, run_op  # noqa: E402
 from gdn2gen.measure.check import drawn, forced  # noqa: E402
 from gdn2gen.ops import chunk  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
-from gdn2gen.tuning.gpu.jobs import check_quick, time_recipe  # noqa: E402
+from gdn2gen.tuning.gpu.jobs import RecipeTiming, check_quick, time_recipe  # noqa: E402
 
 REPEATS: Final = 20
 TURNS: Final = 2
-NAMES: Final = ("as it is", "pdl")
+NAMES: Final = ("as it is", "wait", "signal")
 
 
-def both(problem: Problem, shape: Shape, level: str) -> tuple[Recipe, Recipe]:
+def recipes_of(problem: Problem, shape: Shape, level: str) -> list[Recipe]:
     """What a call runs, and the same with launches that depend on programs of the one before."""
     device = present_device()
     plain = find_recipe(problem, shape.regime, device, level=level).recipe
-    return plain, plain.dependent(device.arch)
+    return [plain, *(plain.dependent(device.arch, signals=x) for x in (False, True))]
 
 
-def differs(problem: Problem, shape: Shape, recipes: tuple[Recipe, Recipe]) -> str:
-    """Why the second recipe is not to be timed; "" where it makes the bits of the first."""
-    checked = check_quick(recipes[1])
-    if not checked.ok:
-        return checked.reason
+def differs(problem: Problem, shape: Shape, recipes: list[Recipe]) -> str:
+    """Why they are not to be timed; "" where all make the bits of the first."""
     inputs, grads = drawn(problem, shape, "layer", "cuda")
     with forced(recipes[0]):
         expected = run_op(public_op(problem.op), problem, inputs, grads)
-    with forced(recipes[1]):
-        for turn in range(REPEATS):
-            found = run_op(public_op(problem.op), problem, inputs, grads)
-            moved = [x for x, y in expected.items() if not torch.equal(y, found[x])]
-            if moved:
-                return f"{', '.join(moved)} have other bits in call {turn + 1}"
+    for recipe, name in zip(recipes[1:], NAMES[1:], strict=True):
+        checked = check_quick(recipe)
+        if not checked.ok:
+            return f"{name}: {checked.reason}"
+        with forced(recipe):
+            for turn in range(REPEATS):
+                found = run_op(public_op(problem.op), problem, inputs, grads)
+                moved = [x for x, y in expected.items() if not torch.equal(y, found[x])]
+                if moved:
+                    return f"{name}: other bits of {', '.join(moved)} in call {turn + 1}"
     return ""
 
 
 def prefill(op: str, tokens: int, heads: int) -> list[str]:
     shape = Shape(f"1x{tokens}x{heads}", 1, tokens, heads)
     problem = Problem(op, DIM, DIM, final_state=True)
-    recipes = both(problem, shape, "lean")
+    recipes = recipes_of(problem, shape, "lean")
     reason = differs(problem, shape, recipes)
     if reason:
-        return [f"{op} {shape.name}", "-", "-", f"wrong: {reason}"]
+        return [f"{op} {shape.name}", *"---", f"wrong: {reason}"]
     function: Callable[..., Any] = getattr(chunk, recurrence_named(op).public.chunk)
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in recipes]
     for _ in range(TURNS):
         for recipe, found in zip(recipes, times, strict=True):
             with forced(recipe):
                 found.append(graph_us(forward(op, tokens, heads, function, "cuda"), CALLS))
-    with forced(recipes[1]):
+    with forced(recipes[-1]):
         seen = launches(forward(op, tokens, heads, function, "cuda"))
     alone = ", ".join(f"{name.removesuffix('_kernel')[:24]} {x:.1f}" for name, x in seen)
     return [f"{op} {shape.name}", *(f"{min(x):.1f}" for x in times), alone]
@@ -94,17 +96,22 @@ def passes(op: str, shape: Shape, level: str) -> list[str]:
     gate: dict[str, Any] = dict(gate_parameters(op, member.usual.gate))
     problem = Problem(op, int(K), int(V or K), gate=member.usual.gate, **gate)
     problem = replace(problem, varlen=shape.cu_seqlens is not None)
-    recipes = both(problem, shape, level)
+    recipes = recipes_of(problem, shape, level)
     reason = differs(problem, shape, recipes)
     name = f"{op} {shape.name} {level} ({recipes[0].plan.name})"
     if reason:
-        return [name, "-", "-", f"wrong: {reason}"]
-    found: list[list[str]] = [[], []]
+        return [name, *"---", f"wrong: {reason}"]
+    found: list[list[RecipeTiming]] = [[] for _ in recipes]
     for _ in range(TURNS):
-        for recipe, words in zip(recipes, found, strict=True):
-            timed = time_recipe(recipe, shape, with_peak=False)
-            words.append(f"{timed.forward.median:.3f} / {timed.forward_backward.median:.3f}")
-    return [name, *(min(x) for x in found), "; ".join(", ".join(x) for x in found)]
+        for recipe, times in zip(recipes, found, strict=True):
+            times.append(time_recipe(recipe, shape, with_peak=False))
+    cells = [
+        f"{min(x.forward.median for x in times):.3f} / "
+        f"{min(x.forward_backward.median for x in times):.3f}"
+        for times in found
+    ]
+    spread = [f"{x.forward.median:.3f} / {x.forward_backward.median:.3f}" for y in found for x in y]
+    return [name, *cells, ", ".join(spread)]
 
 
 @verifying()

@@ -8,7 +8,7 @@ from typing import Final
 
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
-from gdn2gen.kernels.extras import EXTRAS, OFF
+from gdn2gen.kernels.extras import OFF
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
@@ -123,12 +123,13 @@ class Recipe:
         ]  # fmt: skip
         return self.with_config(*found) if found else self
 
-    def dependent(self, arch: str | None = None) -> Recipe:
+    def dependent(self, arch: str | None = None, *, signals: bool = True) -> Recipe:
         """The same with launches that begin before the one before them in the pass has ended, in
-        every stage that can: each says so as early as it may."""
+        every stage that can; `signals`: as its programs say, and not as they end."""
+        values = ("signal", "wait") if signals else ("wait",)
         found = []
         for config in self.configs:
-            others = (config.replace(pdl=x) for x in reversed(EXTRAS["pdl"]))
+            others = (config.replace(pdl=x) for x in values)
             valid = (x for x in others if why_invalid(x, self.problem, arch) is None)
             found.append(next(valid, config))
         return self.with_config(*found)

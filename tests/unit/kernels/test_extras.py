@@ -42,6 +42,9 @@ def test_recipes_with_and_without() -> None:
     recipe = Recipe.default(Problem())
     other = recipe.dependent("sm_90")
     assert [x["pdl"] for x in other.configs] == ["signal", "wait", *["signal"] * 4, "wait"]
+    waiting = recipe.dependent("sm_90", signals=False)
+    assert [x.get("pdl") for x in waiting.configs] == [None, "wait", None, *["wait"] * 4]
+    assert other.independent() == waiting.independent()
     assert other.independent() == recipe == recipe.independent()
     assert recipe.distance(other) == other.distance(recipe) == len(recipe.configs)
     assert other.dependent("sm_90") == other
