@@ -31,21 +31,25 @@ from gdn2gen.measure.check import forced
 
 pytestmark = pytest.mark.gpu
 
+# Each is some ten kernels to compile.
 RECIPES: Final = (
     ("bf16", "lean"),
-    ("bf16", "default fast"),
     ("bf16", "tilelang states"),
-    ("bf16", "default blocks1"),
-    ("fp32", "default lean"),
     ("packed", "tilelang lean"),
-    ("packed", "default fast"),
     ("kda", "tilelang lean"),
-    ("kda-packed", "tilelang lean"),
-    ("gdn", "tilelang direct"),
     ("gdn-packed", "default direct"),
     ("gla", "tilelang linear"),
+)
+MORE: Final = (
+    ("bf16", "default fast"),
+    ("bf16", "default blocks1"),
+    ("fp32", "default lean"),
+    ("packed", "default fast"),
+    ("kda-packed", "tilelang lean"),
+    ("gdn", "tilelang direct"),
     ("simple-gla-packed", "default linear_direct"),
 )
+EVERY: Final = (*RECIPES, *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE))
 # A few programs, which end soon; more chunks than programs that run at once; 40 segments, packed.
 SHAPES: Final = {"few": sized(1, 40, 2), "many": sized(2, 2500, 16), "long": sized(1, 9000, 2)}
 LENGTHS: Final = (0, 1, 1, 1300, 1301, 2400, 2500)
@@ -93,7 +97,7 @@ def drawn(problem: Problem, size: str) -> list[tuple[Tensors, Tensors]]:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize(("name", "level"), RECIPES)
+@pytest.mark.parametrize(("name", "level"), EVERY)
 def test_calls_in_a_row_on_memory_that_is_used_again(name: str, level: str, size: str) -> None:
     """Whose buffers the last call has just freed; inputs are written just before, and outputs are
     read and freed just after."""
@@ -112,7 +116,7 @@ def test_calls_in_a_row_on_memory_that_is_used_again(name: str, level: str, size
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize(("name", "level"), RECIPES)
+@pytest.mark.parametrize(("name", "level"), EVERY)
 def test_graphs(name: str, level: str, size: str) -> None:
     """Of two calls one after the other, replayed without a pause on other contents."""
     plain, other = pair(name, level)
