@@ -83,12 +83,14 @@ def load(rendered: Rendered) -> ModuleType:
     path = str(_show(rendered))
     if environment.interpreted():
         from gdn2gen.codegen.hasten import compiled, hasten
-        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16
+        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16, teach_waits
 
         mend_loops()
         hasten()
         if "bfloat16" in rendered.source:
             teach_bf16()
+        if "gdc_" in rendered.source:
+            teach_waits()
         code = compiled(rendered.source, path)
     else:
         code = compile(rendered.source, path, "exec", dont_inherit=True)
@@ -182,6 +184,8 @@ def compile_kernel(
     scalars = [x for x in kernel.arg_names if x in known or x.startswith("units")]
     of_module = {option: getattr(module, x) for option, x in _OF_MODULE.get(name, {}).items()}
     own = of_module or _ALL_OPTIONS.get(name) or options | _OWN_OPTIONS.get(name, {})
+    if name in getattr(module, "EARLY", ()):
+        own = own | {"launch_pdl": True}
     return compile_for_triton(module, kernel, dtypes, scalars, own, device)
 
 

@@ -34,6 +34,8 @@ _INT: Final = 1  # kTVMFFIInt
 _FLOAT: Final = 3  # kTVMFFIFloat
 _WORDS: Final = 6
 """Words of 8 bytes of a DLTensor."""
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, then 64 bytes of value: it is allowed.
+_DEPENDENT: Final = (6, 1, *[0] * 7)
 # DLDataTypeCode, by dtype.
 _CODES: Final[Mapping[torch.dtype, int]] = {
     torch.int32: 0,
@@ -81,6 +83,8 @@ class _Kernel(NamedTuple):
     scalars: tuple[int, ...]
     """Words."""
     hidden: int
+    dependent: bool
+    """Whether it may begin before the launch before it has ended, for which it waits itself."""
 
 
 class _Program(NamedTuple):
@@ -217,7 +221,8 @@ class Frame:
         block = what.threads, 1, 1
         halves = [x, y, z, *block, what.shared, 0]
         pairs = [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
-        config = array("Q", (*pairs, 0, 0, 0))  # the stream, and no attributes
+        attributes = self._place(array("Q", _DEPENDENT)) if what.dependent else 0
+        config = array("Q", (*pairs, 0, attributes, int(what.dependent)))  # the stream comes later
         self._streams.append(memoryview(config)[4:5])
         scalars = self._place(array("Q", (*what.scalars, 0)))
         nothing = scalars + 8 * len(what.scalars)
@@ -286,14 +291,14 @@ def _kernel(launch: Launch, kernel: DirectKernel, compiled: Any) -> _Kernel | No
         metadata.shared,
         tuple(words),  # type: ignore[arg-type]
         len(hidden),
+        bool(getattr(metadata, "launch_pdl", False)),
     )
 
 
 def _is_plain(metadata: Any) -> bool:
-    """Whether a launch wants no attributes, and no memory of Triton's."""
+    """Whether a launch wants no attributes but that of `dependent`, and no memory of Triton's."""
     unwanted = (
         "launch_cooperative_grid",
-        "launch_pdl",
         "global_scratch_size",
         "profile_scratch_size",
         "tensordesc_meta",

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gdn2gen.base.environment import cuda_compiler
 from gdn2gen.base.errors import BuildError
@@ -27,6 +27,21 @@ from gdn2gen.base.folders import private_dir
 # From here on NVRTC keeps what it has read of headers: that scan took 1.1 s without. Threads that
 # compile at once wait for each other while one reads.
 _KEEPS_HEADERS = (12, 8)
+
+
+# Functions that nvcc knows, and NVRTC by a header that includes what no wheel has: one instruction
+# of PTX each.
+_DEVICE: Final = {
+    "cudaGridDependencySynchronize": "griddepcontrol.wait",
+    "cudaTriggerProgrammaticLaunchCompletion": "griddepcontrol.launch_dependents",
+}
+
+
+def _declared(source: str) -> str:
+    used = {name: x for name, x in _DEVICE.items() if name in source}
+    head = "static __device__ __forceinline__ void"
+    body = 'asm volatile("{};" ::: "memory");'
+    return "".join(f"{head} {name}() {{ {body.format(x)} }}\n" for name, x in used.items())
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Nvrtc:
         if self.version >= _KEEPS_HEADERS:
             given += ["-pch", f"--pch-dir={_headers_read()}"]
         call, program = self._functions, ctypes.c_void_p()
-        text = f"#include <tl_templates/cuda/nvrtc_std.h>\n{source}"
+        text = f"#include <tl_templates/cuda/nvrtc_std.h>\n{_declared(source)}{source}"
         call.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None)
         try:
             words = (ctypes.c_char_p * len(given))(*(word.encode() for word in given))

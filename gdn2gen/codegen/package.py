@@ -131,8 +131,9 @@ def _beside(recipe: Recipe, name: str, command: str, origin: str) -> str:
 
 
 def _sources(recipe: Recipe) -> dict[str, str]:
-    """Of the modules beside `__init__.py`, by name."""
-    problem = recipe.problem
+    """Of the modules beside `__init__.py`, by name. Launches follow each other: what a package
+    launches before a stage, and that it launches anything, is its caller's."""
+    problem, recipe = recipe.problem, recipe.independent()
     found = {x.stage: render(problem, x.stage, x).source for x in recipe.configs}
     if problem.varlen:
         found["chunk_tables"] = render_tables(problem, recipe.BT).source

@@ -13,6 +13,7 @@ import jinja2
 
 from gdn2gen.base import environment
 from gdn2gen.base.errors import ConfigError, TemplateError
+from gdn2gen.codegen._rewriting import rewritten, with_extras
 from gdn2gen.codegen.context import context
 from gdn2gen.codegen.templates import templates, text_digest
 from gdn2gen.family.compiled import Compiled
@@ -50,8 +51,8 @@ def template_name(form: Form) -> str:
 
 
 def template_digest(config: Config) -> str:
-    """Digest of what the template that serves `config` says: 16 hex digits."""
-    return text_digest([template_name(config.form)])
+    """Digest of what the template that serves `config` says, and its extras: 16 hex digits."""
+    return with_extras(text_digest([template_name(config.form)]), config)
 
 
 def stage_digest(stage_name: str) -> str:
@@ -80,7 +81,7 @@ def render(problem: Compiled, stage_name: str, config: Config) -> Rendered:
         )
     except jinja2.TemplateError as error:
         raise TemplateError(f"{name}: {error}") from error
-    source = _tidy(text)
+    source = rewritten(_tidy(text), problem, config)
     try:
         if environment.interpreted():
             from gdn2gen.codegen.hasten import parse

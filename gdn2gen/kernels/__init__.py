@@ -18,6 +18,7 @@ parts       the stages of a layer's parts: short convolutions, the gated norm
 mamba3      the stages around Mamba-3's scan
 mamba3_chunks    those of Mamba-3 by kernels of its own, over chunks
 stages      every stage by its name
+extras      knobs that a config may have beside those of its form
 config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem
 floor       bytes and time that no kernel can do without

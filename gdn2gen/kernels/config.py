@@ -10,6 +10,7 @@ from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import STEP_OPS
+from gdn2gen.kernels.extras import EXTRAS, OFF
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.kernels.stage import Form, Operand, Stage
@@ -30,18 +31,24 @@ class Config(Mapping[str, Knob]):
 
     @classmethod
     def of(cls, stage: str, knobs: Mapping[str, Knob]) -> Config:
-        """Check `knobs` against the domains of `stage` (all must be given) and freeze them."""
+        """Check `knobs` against the domains of `stage` and freeze them.
+
+        All must be given, but for extras: a config without one has it off.
+        """
         if stage not in EVERY_STAGE:
             raise ConfigError(f"unknown stage {stage!r}; known: {', '.join(EVERY_STAGE)}")
         domains = EVERY_STAGE[stage].domains
-        if set(knobs) != set(domains):
+        extra = {name: (*EXTRAS[name], OFF) for name in knobs if name in {*EXTRAS} - {*domains}}
+        if set(knobs) != {*domains, *extra}:
             raise ConfigError(f"{stage} takes the knobs {sorted(domains)}, but got {sorted(knobs)}")
+        domains = {**domains, **extra}
         for name, value in knobs.items():
             if value not in domains[name]:
                 raise ConfigError(
                     f"{stage}.{name} must be one of {domains[name]}, but got {value!r}"
                 )
-        return cls(stage, tuple(sorted(knobs.items())))
+        on = {name: x for name, x in knobs.items() if name not in extra or x != OFF}
+        return cls(stage, tuple(sorted(on.items())))
 
     def __getitem__(self, name: str) -> Knob:
         for key, value in self.knobs:

@@ -8,6 +8,7 @@ from typing import Final
 
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
+from gdn2gen.kernels.extras import OFF
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
@@ -122,6 +123,23 @@ class Recipe:
         ]  # fmt: skip
         return self.with_config(*found) if found else self
 
+    def dependent(self, arch: str | None = None, *, signals: bool = True) -> Recipe:
+        """The same with launches that begin before the one before them in the pass has ended, in
+        every stage that can; `signals`: as its programs say, and not as they end."""
+        values = ("signal", "wait") if signals else ("wait",)
+        found = []
+        for config in self.configs:
+            others = (config.replace(pdl=x) for x in values)
+            valid = (x for x in others if why_invalid(x, self.problem, arch) is None)
+            found.append(next(valid, config))
+        return self.with_config(*found)
+
+    def independent(self) -> Recipe:
+        """The same with launches that follow each other, as those are that nothing comes before."""
+        if not any("pdl" in x for x in self.configs):
+            return self
+        return self.with_config(*(x.replace(pdl=OFF) for x in self.configs if "pdl" in x))
+
     def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
         """The same for other head dims: tiles no wider than these need, and the default config of
         a stage whose form has no kernels for them."""
@@ -130,7 +148,7 @@ class Recipe:
     def distance(self, other: Recipe) -> int:
         """Number of knobs in which two recipes of one plan differ."""
         pairs = zip(self.configs, other.configs, strict=True)
-        return sum(a[name] != b[name] for a, b in pairs for name in a)
+        return sum(a.get(name) != b.get(name) for a, b in pairs for name in {*a, *b})
 
     def __str__(self) -> str:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)

@@ -9,6 +9,7 @@ from typing import Final
 
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.extras import why_no_extra
 from gdn2gen.kernels.limits import Limit, Place
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.slices import covering
@@ -39,7 +40,7 @@ def why_invalid(config: Config, problem: Compiled, arch: str | None = None) -> s
     reason = _why_off_limits(config, form, place)
     if reason is None and form.refuses is not None:
         reason = form.refuses(place)
-    return reason
+    return reason or why_no_extra(config, form, config.stage, place)
 
 
 def valid_configs(stage: str, place: Place) -> Iterator[Config]:

@@ -76,7 +76,13 @@ class Runner:
 
     def at(self, call: Call) -> SizedRunner:
         """The same for all calls of these sizes."""
-        return _sized(self, call)
+        # of a call without tokens the first stages launch nothing: others would be a pass's first
+        return _sized(self._independent if call.T == 0 else self, call)
+
+    @cached_property
+    def _independent(self) -> Runner:
+        recipe = self.recipe.independent()
+        return self if recipe is self.recipe else Runner(recipe, self._agreed_segments)
 
     def layout_at(self, call: Call) -> Layout:
         """Of what the forward saves, as one buffer; formulas where sizes are symbols."""

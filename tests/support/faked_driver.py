@@ -23,6 +23,7 @@ from gdn2gen.runtime import _loading
 
 _SIZES = {"i32": ("<i", 4), "fp32": ("<f", 4), "i64": ("<q", 8)}
 _HIDDEN = 2
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Launch(NamedTuple):
@@ -32,6 +33,8 @@ class Launch(NamedTuple):
     stream: int
     addresses: tuple[int, ...]
     scalars: tuple[float, ...]
+    dependent: bool = False
+    """Whether it may begin before the launch before it has ended."""
 
 
 class Driver:
@@ -65,7 +68,10 @@ class Driver:
         assert not extra
         name, kinds = self.functions[function - 1]
         *size, _, stream, attributes, many = struct.unpack("<8IQQQ", ctypes.string_at(config, 56))
-        assert (attributes, many) == (0, 0)
+        assert many == bool(attributes)
+        if many:  # the attribute's number, and its value
+            words = struct.unpack("<9Q", ctypes.string_at(attributes, 72))
+            assert words == (_SERIALIZATION, 1, *[0] * 7)
         count = len(kinds) + _HIDDEN
         places = struct.unpack(f"<{count}Q", ctypes.string_at(parameters, 8 * count))
         found: list[Any] = []
@@ -75,7 +81,8 @@ class Driver:
         assert found[len(kinds) :] == [0] * _HIDDEN
         tensors = sum(x[0] == "*" for x in kinds)
         addresses, scalars = tuple(found[:tensors]), tuple(found[tensors : len(kinds)])
-        self.launched.append(Launch(name, tuple(size[:3]), size[3], stream, addresses, scalars))
+        place = name, tuple(size[:3]), size[3], stream, addresses, scalars
+        self.launched.append(Launch(*place, bool(many)))
         return self.fails_with
 
     def _words(self, code: int, words: Any) -> int:
@@ -103,28 +110,31 @@ class _Kernel:
             kinds = [_kind(x) for x in given]
             where = tuple([x.data_ptr() for x in tensors])
             threads, size = 32 * named["num_warps"], (*grid, 1, 1)[:3]
-            noted = Launch(self.name, size, threads, 0, where, scalars)
+            early = named.get("launch_pdl", False)
+            noted = Launch(self.name, size, threads, 0, where, scalars, early)
             self._driver.through_triton.append(noted)
             if self._compiled is None:
                 types = {x.name: "constexpr" if x.is_constexpr else _kind(y) for x, y in pairs}
                 self._compiled = SimpleNamespace(
-                    run=self._again(threads),
+                    run=self._again(threads, early),
                     function=self._driver.function(self.name, kinds),
                     packed_metadata=(),
-                    metadata=SimpleNamespace(num_warps=named["num_warps"], shared=64, name="x"),
+                    metadata=SimpleNamespace(
+                        num_warps=named["num_warps"], shared=64, name="x", launch_pdl=early
+                    ),
                     src=SimpleNamespace(signature=types),
                 )
             return self._compiled
 
         return launch
 
-    def _again(self, threads: int) -> Callable[..., None]:
+    def _again(self, threads: int, early: bool) -> Callable[..., None]:
         """Triton's launcher, without its binder."""
 
         def run(*given: Any) -> None:
             arguments = [x for x, y in zip(given[9:], self.params, strict=True)
                          if not y.is_constexpr]  # fmt: skip
-            noted = Launch(self.name, given[:3], threads, given[3], (), tuple(arguments))
+            noted = Launch(self.name, given[:3], threads, given[3], (), tuple(arguments), early)
             self._driver.through_triton.append(noted)
 
         return run

@@ -108,7 +108,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     idle = (
         "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
         "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment alloc_var "
-        "fence_proxy_async"
+        "fence_proxy_async pdl_sync pdl_trigger"
     )
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
@@ -120,7 +120,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         alloc_shared=allocate,
         alloc_fragment=allocate,
         alloc_local=allocate,
-        cast=lambda x, dtype: rounded(x, dtype)[()],
+        cast=lambda x, dtype: int(x) if dtype.startswith("int") else rounded(x, dtype)[()],
         ceildiv=lambda a, b: -(-a // b),
         clear=fill_zero,
         copy=copy,
@@ -128,12 +128,15 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
         gemm=gemm,
+        int32="int32",
+        int64="int64",
         if_then_else=lambda condition, a, b: a if condition else b,
         min=min,
         max=max,
         prim_func=lambda f: f,
         reduce_min=reduce_min,
         reduce_sum=reduce_sum,
+        rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
         unroll=range,
         tma_copy=copy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -146,3 +147,20 @@ config = scan if stage == "scan" else tilelang_by_chunk(stage, problem)
 used = compile_ahead(problem, stage, config, named_device("sm_90"))
 print(used.registers, used.spill_bytes)
 """
+
+
+@needs_nvrtc
+def test_waits_for_the_launch_before_are_known() -> None:
+    """Which nvcc knows by itself."""
+    found = find_nvrtc()
+    assert isinstance(found, Nvrtc)
+    templates = Path(importlib.util.find_spec("tilelang").origin).parent / "src"  # type: ignore
+    source = """extern "C" __global__ void kernel(int *x) {
+        cudaGridDependencySynchronize();
+        cudaTriggerProgrammaticLaunchCompletion();
+        *x = 1;
+    }"""
+    options = [f"-I{templates}", "-std=c++17"]
+    assert b"kernel" in found.compile(source, "sm_90a", options)
+    assert nvrtc._declared("int x;") == ""
+    assert "griddepcontrol.wait" in nvrtc._declared(source)

@@ -19,6 +19,9 @@ from torch import Tensor
 from gdn2gen import chunk_gdn2, chunk_mamba2, fused_recurrent_gdn2
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.codegen.frames import Described, Frames
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.check import forced
 from gdn2gen.ops import _call, _decode
 from gdn2gen.runtime import bound, decoding, decoding_op, kinds, passes
 from gdn2gen.runtime.bound import Made, Worked
@@ -105,6 +108,33 @@ def test_bound_passes_launch_what_passes_do(layout: str, direction: str, driver:
         for one, other in zip(x.addresses, y.addresses, strict=True):
             if one:  # of no elements it has no address
                 assert seen.setdefault(one, other) == other, x.name
+
+
+def _early(launches: list[Launch]) -> dict[str, bool]:
+    return {x.name: x.dependent for x in launches}
+
+
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+def test_launches_depend_on_programs_where_kernels_wait(layout: str, driver: Driver) -> None:
+    """Through Triton, and bound: of a pass all but the first, and none of a call without tokens."""
+    inputs = make() if layout == "batch" else packed(0, 20, 40)
+    flags = {"output_final_state": True}
+    recipe = Recipe.default(Problem(K=32, V=64)).dependent()
+    follows = {x: False for x in ("chunk_tables_kernel", "prepare_kernel", "reprepare_kernel")}
+    with forced(recipe):
+        run = _train(inputs, **flags)
+        driver.through_triton.clear()
+        run()
+        general = _early(driver.through_triton)
+        quick = _early(_bound(run, driver))
+        driver.through_triton.clear()
+        if layout == "batch":
+            _train(make(T=0), **flags)()
+            assert driver.through_triton and not any(_early(driver.through_triton).values())
+    assert general == quick and len(quick) >= 7
+    if layout == "packed":
+        follows |= {"prepare_kernel": True, "clear_kernel": False}
+    assert quick == {x: follows.get(x, True) for x in quick}
 
 
 def _mamba2(given: dict[str, Tensor], train: bool) -> Run:

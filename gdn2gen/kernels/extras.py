@@ -1,0 +1,91 @@
+"""Knobs that a config may have beside those of its form, and says nothing of where they are off.
+
+No search asks for them, and without them a kernel is what it was, to the letter. What they change
+is written into the rendered text (`codegen._rewriting`): no template's digest is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import recurrence_named
+from gdn2gen.kernels.limits import Domain, Knob, Place
+from gdn2gen.kernels.plans import PLANS, Plan, stages_of
+from gdn2gen.kernels.stage import Form
+
+OFF: Final = "off"
+EXTRAS: Final[Mapping[str, Domain]] = {
+    # A launch that begins before the one before it in the pass has ended (programmatic dependent
+    # launch). `wait`: the stage's kernels begin as soon as all programs before them have ended or
+    # said that they may, and wait for what those made. `signal`: and all say so as they begin.
+    "pdl": ("wait", "signal"),
+    # As many programs as run at once, each of which takes chunks until none is left.
+    "programs": ("resident",),
+}
+_WITHOUT: Final = ("sm_80", "sm_86", "sm_89")
+"""Where no launch depends on programs of another."""
+_TAKE_ALL: Final = ("anchored", "bounded")
+"""Forms of prepare whose programs may take chunks until none is left."""
+# Programs to a multiprocessor that a TileLang kernel of so many registers a thread is made for.
+RESIDENT: Final[Mapping[Knob, int]] = {0: 1, 64: 4, 80: 3, 128: 2}
+
+
+def is_first(stage: str, op: str) -> bool:
+    """Whether a pass of some plan that serves the recurrence begins with it."""
+    return any(stage in (x.forward[0], x.backward[0]) for x in _plans(op))
+
+
+def is_last(stage: str, op: str) -> bool:
+    """Whether one ends with it."""
+    return any(stage in (x.forward[-1], x.backward[-1]) for x in _plans(op))
+
+
+def follows_tables(stage: str, problem: Problem) -> bool:
+    """Whether the tables of a packed batch are made in the launch before it."""
+    return problem.varlen and any(stage == x.forward[0] for x in _plans(problem.op))
+
+
+def known(knobs: Mapping[str, Knob]) -> dict[str, Knob]:
+    """Those of `knobs` that are extras and are on."""
+    return {name: x for name, x in knobs.items() if name in EXTRAS and x != OFF}
+
+
+def why_no_extra(knobs: Mapping[str, Knob], form: Form, stage: str, place: Place) -> str | None:
+    """Why a config of that form cannot have the extras that it has, or None."""
+    given = known(knobs)
+    if "pdl" in given:
+        reason = _why_no_pdl(str(given["pdl"]), stage, place)
+        if reason is not None:
+            return f"pdl={given['pdl']}: {reason}"
+    if "programs" in given:
+        reason = _why_not_resident(knobs, form, stage)
+        if reason is not None:
+            return f"programs={given['programs']}: {reason}"
+    return None
+
+
+def _why_no_pdl(value: str, stage: str, place: Place) -> str | None:
+    problem = place.problem
+    if not isinstance(problem, Problem) or stage not in stages_of(problem.op):
+        return "only stages of plans have kernels before and after them in a pass"
+    if place.arch in _WITHOUT:
+        return f"{place.arch} has no launches that depend on programs; sm_90 and later have"
+    if value == "signal" and is_last(stage, problem.op):
+        return "a pass ends with it, and what comes next is not known; use pdl=wait"
+    if value == "wait" and is_first(stage, problem.op):
+        return "a pass begins with it, and what came before is not known; use pdl=signal"
+    return None
+
+
+def _why_not_resident(knobs: Mapping[str, Knob], form: Form, stage: str) -> str | None:
+    if stage != "prepare" or form.language != "tilelang" or form.name not in _TAKE_ALL:
+        return f"only prepare in TileLang has it, of decay={' or '.join(_TAKE_ALL)}"
+    if knobs["chunks"] != 1:
+        return f"a program takes one chunk after the other: chunks=1, not {knobs['chunks']}"
+    return None
+
+
+def _plans(op: str) -> list[Plan]:
+    return [PLANS[x] for x in recurrence_named(op).plans]

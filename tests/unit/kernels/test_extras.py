@@ -1,0 +1,76 @@
+"""Knobs that a config may have beside those of its form."""
+
+from __future__ import annotations
+
+import pytest
+from tilelang_configs import tilelang_by_chunk
+
+from gdn2gen.base.errors import ConfigError
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.extras import EXTRAS
+from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import EVERY_STAGE
+from gdn2gen.kernels.validity import valid_configs, why_invalid
+from gdn2gen.store.format import configs_from
+
+
+def test_a_config_is_without_them_unless_they_are_on() -> None:
+    config = default_config("scan", Problem())
+    assert config == config.replace(pdl="off") and "pdl" not in config
+    on = config.replace(pdl="wait")
+    assert on["pdl"] == "wait" and on != config and on.replace(pdl="off") == config
+    # as files have it
+    assert configs_from({"scan": dict(on)}) == {"scan": on}
+    with pytest.raises(ConfigError, match=r"pdl must be one of .*'off'.*, but got 'always'"):
+        config.replace(pdl="always")
+    with pytest.raises(ConfigError, match=r"scan takes the knobs .*, but got .*'other'"):
+        Config.of("scan", {**config, "other": 1})
+
+
+def test_none_is_a_knob_of_a_form() -> None:
+    """Nor does a search ask for any."""
+    for stage in EVERY_STAGE.values():
+        assert not {*stage.domains} & {*EXTRAS}
+    place = Place(Problem(K=32, V=32), 32, "sm_90")
+    assert not any({*x} & {*EXTRAS} for x in valid_configs("scan", place))
+
+
+def test_recipes_with_and_without() -> None:
+    recipe = Recipe.default(Problem())
+    other = recipe.dependent("sm_90")
+    assert [x["pdl"] for x in other.configs] == ["signal", "wait", *["signal"] * 4, "wait"]
+    waiting = recipe.dependent("sm_90", signals=False)
+    assert [x.get("pdl") for x in waiting.configs] == [None, "wait", None, *["wait"] * 4]
+    assert other.independent() == waiting.independent()
+    assert other.independent() == recipe == recipe.independent()
+    assert recipe.distance(other) == other.distance(recipe) == len(recipe.configs)
+    assert other.dependent("sm_90") == other
+
+
+PREPARE = tilelang_by_chunk("prepare", Problem(), chunks=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "words"),
+    [
+        (PREPARE.replace(chunks=4), Problem(), "chunks=1, not 4"),
+        (default_config("prepare", Problem()), Problem(), "only prepare in TileLang"),
+        (default_config("scan", Problem()), Problem(), "only prepare in TileLang"),
+        (
+            tilelang_by_chunk("prepare", Problem("gated_delta_rule"), chunks=1),
+            Problem("gated_delta_rule"),
+            "of decay=anchored or bounded",
+        ),
+    ],
+)
+def test_programs_that_take_what_is_left_are_of_prepare(
+    config: Config, problem: Problem, words: str
+) -> None:
+    assert why_invalid(PREPARE.replace(programs="resident"), Problem()) is None
+    reason = why_invalid(config.replace(programs="resident"), problem)
+    assert reason is not None and words in reason
+    with pytest.raises(ConfigError, match="programs=resident"):
+        render(problem, config.stage, config.replace(programs="resident"))
