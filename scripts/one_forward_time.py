@@ -225,6 +225,13 @@ def check(kernel: Any, x: Tensors, words: str) -> None:
             raise SystemExit(f"{words}: {name} was of other bits the second time")
 
 
+def check_all(kernel: Any) -> None:
+    for B, T, H, patterns in CHECKS:
+        for pattern in patterns:
+            check(kernel, drawn(B, T, H, pattern), f"{B}x{T}x{H} {pattern}")
+    check(compiled(STARTS), drawn(2, 300, 3, "mixed", starts=True), "from a state")
+
+
 def time_shape(word: str, kernels: Mapping[str, Any], segment: int) -> None:
     from decode_time import graph_us
     from prefill_time import forward
@@ -253,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--segment", type=int, default=32)
+    parser.add_argument("--only-time", action="store_true", help="no checks: for a profiler")
     parser.add_argument("--compile", type=read)
     parser.add_argument("--for-present", action="store_true", help="compile for the present GPU")
     given = parser.parse_args()
@@ -265,10 +273,8 @@ def main() -> None:
     compile_all([*VARIANTS.values(), STARTS])
     kernels = {name: compiled(options) for name, options in VARIANTS.items()}
     with verifying():
-        for B, T, H, patterns in CHECKS:
-            for pattern in patterns:
-                check(kernels["one kernel"], drawn(B, T, H, pattern), f"{B}x{T}x{H} {pattern}")
-        check(compiled(STARTS), drawn(2, 300, 3, "mixed", starts=True), "from a state")
+        if not given.only_time:
+            check_all(kernels["one kernel"])
         for word in given.shapes:
             time_shape(word, kernels, given.segment)
 

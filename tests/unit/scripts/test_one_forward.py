@@ -1,4 +1,4 @@
-"""The forward in one kernel (`scripts/one_forward`): its arithmetic, its barriers, what it takes."""
+"""The forward in one kernel (`scripts/one_forward`): arithmetic, barriers, what it takes."""
 
 from __future__ import annotations
 
