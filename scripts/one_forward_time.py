@@ -1,6 +1,6 @@
-"""GDN-2's forward in one kernel (`scripts/one_forward`): is it right, and how fast, on sm_90.
+"""A forward in one kernel (`scripts/one_forward`): is it right, and how fast, on sm_90.
 
-    python scripts/one_forward_time.py [--shapes train4k wide8k few8k 1x64x16 ...] [--segment 32]
+    python scripts/one_forward_time.py [--op kda] [--shapes train4k wide8k 1x64x16 ...]
 
 Every check against the fp64 reference and against prepare's own results comes first, from one chunk
 up, so that where a run stops says what it stopped at; then times, each of a CUDA graph of several
@@ -16,6 +16,7 @@ compiles one of them, with the options of `program`, and says what it takes; no 
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,9 +38,9 @@ from gdn2gen.family.inputs import PATTERNS, make_inputs  # noqa: E402
 from gdn2gen.family.registry import recurrence_named  # noqa: E402
 from gdn2gen.measure.accuracy import relative_errors  # noqa: E402
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
-VARIANTS: Final[Mapping[str, Options]] = {
+VARIANTS: Final[dict[str, Options]] = {
     "one kernel": {},
     "o and state alone": {"keeps": False},
     "one frame alone": {"frames": False},
@@ -118,10 +119,11 @@ def say_resources(options: Options) -> None:
     print(f"{written(options) or 'as it is'}: registers and stack {used}, {shared} B shared")
 
 
-def drawn(B: int, T: int, H: int, pattern: str = "layer", starts: bool = False) -> Tensors:
+def drawn(op: str, B: int, T: int, H: int, pattern: str = "layer", starts: bool = False) -> Tensors:
     return make_inputs(
-        B, T, H, K, V, dtype=torch.bfloat16, device="cuda", pattern=pattern, initial_state=starts
-    )
+        B, T, H, K, V, op=op, dtype=torch.bfloat16, device="cuda", pattern=pattern,
+        initial_state=starts,
+    )  # fmt: skip
 
 
 def room(x: Tensors, segment: int) -> Tensors:
@@ -149,24 +151,25 @@ def room(x: Tensors, segment: int) -> Tensors:
 
 
 def run(kernel: Any, x: Tensors, out: Tensors, segment: int) -> None:
-    given = [x[name] for name in ("q", "k", "v", "g", "b", "w")]
+    tied = "beta" in x
+    gates = (x["g"], x["beta" if tied else "b"], x["v" if tied else "w"])
     state = x.get("initial_state", out["initial_state"])
     results = [out[name] for name in out if name != "initial_state"]
-    kernel(*given, state, *results, SCALE, segment)
+    kernel(x["q"], x["k"], x["v"], *gates, state, *results, SCALE, segment)
 
 
 def again(kernel: Any, x: Tensors, out: Tensors, segment: int, _: int) -> None:
     run(kernel, x, out, segment)
 
 
-def beside(stage: str) -> ModuleType:
+def beside(op: str, stage: str) -> ModuleType:
     """Prepare or scan, in TileLang, as on file."""
     from gdn2gen.codegen.build import load
     from gdn2gen.codegen.render import render
     from gdn2gen.family.problem import Problem
     from gdn2gen.kernels.config import default_config
 
-    problem = Problem()
+    problem = Problem(op)
     config = default_config(stage, problem, BT=BT, arch="sm_90")
     own: dict[str, Any] = PREPARE if stage == "prepare" else SCAN
     return load(render(problem, stage, config.replace(language="tilelang", **own)))
@@ -175,31 +178,31 @@ def beside(stage: str) -> ModuleType:
 class Stages:
     """Prepare, then scan."""
 
-    def __init__(self, x: Tensors, segment: int) -> None:
-        self.modules = {stage: beside(stage) for stage in ("prepare", "scan")}
-        self.x, self.out, self.segment = x, room(x, segment), segment
+    def __init__(self, op: str, x: Tensors, segment: int) -> None:
         B, T, H, _ = x["q"].shape
         NT = B * -(-T // BT)
+        self.out = room(x, segment)
         for name in ("Qg", "Y", "Ktail"):
             self.out[name] = torch.empty(NT, H, BT, K, device="cuda", dtype=torch.bfloat16)
         self.out["gamma_C"] = torch.empty(NT, H, K, device="cuda")
+        self.out["k_beta"] = torch.empty(NT, H, BT, device="cuda")
+        scalars = {
+            "scale": SCALE, "lower_bound": 0.0, "n_chunks": NT, "n_sequences": B, "T": T,
+            "H": H, "HV": H, "HG": H, "NS": self.out["S_seg"].shape[2], "segment": segment,
+        }  # fmt: skip
+        given = self.out | x | scalars
+        self.launches = []
+        for stage in ("prepare", "scan"):
+            launch = beside(op, stage).launch
+            names = inspect.signature(launch).parameters
+            self.launches.append(partial(launch, **{name: given[name] for name in names}))
 
     def __call__(self) -> None:
-        all_of = self.x | self.out
-        T, H = self.x["q"].shape[1:3]
-        kept = [all_of[n] for n in ("q_rstd", "k_rstd", "A", "Aqk", "Qg", "Y", "Ktail", "gamma_C")]
-        self.modules["prepare"].launch(
-            *(self.x[name] for name in ("q", "k", "g", "b")), *kept,
-            scale=SCALE, lower_bound=0.0, n_chunks=len(kept[0]), T=T, H=H, HV=H, HG=H,
-        )  # fmt: skip
-        names = ("v", "w", "Qg", "Y", "Ktail", "gamma_C", "A", "Aqk", "o", "S_seg")
-        self.modules["scan"].launch(
-            *(all_of[name] for name in names), n_sequences=len(self.x["q"]),
-            T=T, HV=H, NS=self.out["S_seg"].shape[2], segment=self.segment,
-        )  # fmt: skip
+        for launch in self.launches:
+            launch()
 
 
-def check(kernel: Any, x: Tensors, words: str) -> None:
+def check(op: str, kernel: Any, x: Tensors, words: str) -> None:
     """o and the state against the fp64 reference, the rest against prepare and scan; bits twice."""
     segment = 4
     out, again = room(x, segment), room(x, segment)
@@ -208,11 +211,11 @@ def check(kernel: Any, x: Tensors, words: str) -> None:
     torch.cuda.synchronize()
     exact = {name: value.double() for name, value in x.items()}
     o, state = reference.chunk(
-        recurrence_named("gdn2"), exact, use_qk_l2norm_in_kernel=True, compute_dtype=torch.float64
+        recurrence_named(op), exact, use_qk_l2norm_in_kernel=True, compute_dtype=torch.float64
     )
     expected = {"o": o, "final_state": state}
     if "initial_state" not in x:
-        stages = Stages(x, segment)
+        stages = Stages(op, x, segment)
         stages()
         kept = ("q_rstd", "k_rstd", "A", "Aqk", "S_seg")
         expected |= {name: stages.out[name] for name in kept}
@@ -225,14 +228,15 @@ def check(kernel: Any, x: Tensors, words: str) -> None:
             raise SystemExit(f"{words}: {name} was of other bits the second time")
 
 
-def check_all(kernel: Any) -> None:
+def check_all(op: str, kernel: Any) -> None:
     for B, T, H, patterns in CHECKS:
         for pattern in patterns:
-            check(kernel, drawn(B, T, H, pattern), f"{B}x{T}x{H} {pattern}")
-    check(compiled(STARTS), drawn(2, 300, 3, "mixed", starts=True), "from a state")
+            check(op, kernel, drawn(op, B, T, H, pattern), f"{B}x{T}x{H} {pattern}")
+    kernel = compiled({"op": op} | STARTS)
+    check(op, kernel, drawn(op, 2, 300, 3, "mixed", starts=True), "from a state")
 
 
-def time_shape(word: str, kernels: Mapping[str, Any], segment: int) -> None:
+def time_shape(op: str, word: str, kernels: Mapping[str, Any], segment: int) -> None:
     from decode_time import graph_us
     from prefill_time import forward
 
@@ -242,11 +246,12 @@ def time_shape(word: str, kernels: Mapping[str, Any], segment: int) -> None:
     (shape,) = parse_shapes(word)
     B, T, H = shape.B, shape.T, shape.H
     calls = 5 if B * T * H >= 2**16 else 20
-    x = drawn(B, T, H)
+    x = drawn(op, B, T, H)
     rows = {}
     if B == 1:
-        rows["the op, on file"] = graph_us(forward("gdn2", T, H, chunk.chunk_gdn2, "cuda"), calls)
-    stages = Stages(x, segment)
+        function = getattr(chunk, recurrence_named(op).public.chunk)
+        rows["the op, on file"] = graph_us(forward(op, T, H, function, "cuda"), calls)
+    stages = Stages(op, x, segment)
     rows["prepare + scan"] = graph_us(lambda _: stages(), calls)
     out = room(x, segment)
     for name, kernel in kernels.items():
@@ -258,6 +263,7 @@ def time_shape(word: str, kernels: Mapping[str, Any], segment: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", choices=("gdn2", "kda"), default="gdn2")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--segment", type=int, default=32)
     parser.add_argument("--only-time", action="store_true", help="no checks: for a profiler")
@@ -270,13 +276,14 @@ def main() -> None:
         else:
             say_resources(given.compile)
         return
-    compile_all([*VARIANTS.values(), STARTS])
-    kernels = {name: compiled(options) for name, options in VARIANTS.items()}
+    op = {"op": given.op}
+    compile_all([op | options for options in (*VARIANTS.values(), STARTS)])
+    kernels = {name: compiled(op | options) for name, options in VARIANTS.items()}
     with verifying():
         if not given.only_time:
-            check_all(kernels["one kernel"])
+            check_all(given.op, kernels["one kernel"])
         for word in given.shapes:
-            time_shape(word, kernels, given.segment)
+            time_shape(given.op, word, kernels, given.segment)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,25 @@ from one_forward.sizes import BELOW, BT, GROUP, PART, RANGE
 
 
 class Factors(NamedTuple):
-    """The macros."""
+    """The macros, and by which a key writes."""
 
     write_rows: Any
     later_frames: Any
+    beta: Any
 
 
-def factors_of(tile: Any) -> Factors:
+def factors_of(tile: Any, tied: bool) -> Factors:
     """Of the program's tiles `own`, and of a group's own tiles and its threads' `mine`."""
+
+    def gate(mine: Any, i: Any, c: Any) -> Any:
+        """By which a key erases."""
+        if tied:
+            return 1.0
+        return tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
+
+    def beta(mine: Any, i: Any) -> Any:
+        """By which a key writes."""
+        return mine.s_beta[mine.i_token + i] if tied else 1.0
 
     @tile.macro
     def write_rows(own: Any, mine: Any, scale: Any, zero: Any) -> None:
@@ -28,9 +39,7 @@ def factors_of(tile: Any) -> Factors:
                 )
             for c in tile.vectorized(2):
                 own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
-                    mine.x_k[i, c]
-                    * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
-                    * tile.exp2(mine.x_G[i, c] + zero)
+                    mine.x_k[i, c] * gate(mine, i, c) * tile.exp2(mine.x_G[i, c] + zero)
                 )
             for c in tile.vectorized(2):
                 own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
@@ -51,7 +60,7 @@ def factors_of(tile: Any) -> Factors:
                     * mine.s_rstd[mine.i_token + i]
                 )
                 own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
-                    key * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32") * row
+                    key * gate(mine, i, c) * row
                 )
                 own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
                     tile.cast(mine.s_kq[BT + mine.i_token + i, mine.i_channel + c], "float32")
@@ -59,7 +68,7 @@ def factors_of(tile: Any) -> Factors:
                     * row
                 )
                 own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
-                    key * tile.if_then_else(x >= -RANGE, tile.exp2(-x), 0.0)
+                    key * beta(mine, i) * tile.if_then_else(x >= -RANGE, tile.exp2(-x), 0.0)
                 )
 
     @tile.macro
@@ -119,9 +128,9 @@ def factors_of(tile: Any) -> Factors:
             mine.x_gamma[c] = 1.0
         for i in tile.unroll(PART):
             for c in tile.unroll(2):
-                mine.x_k[i, c] *= tile.exp2(mine.x_C[c] - mine.x_G[i, c])
+                mine.x_k[i, c] *= beta(mine, i) * tile.exp2(mine.x_C[c] - mine.x_G[i, c])
         for i, j in tile.Parallel(BT, BT):
             mine.s_T[j, i] = b_T[i, j]
             own.s_Aqk[mine.slot, i, j] = tile.if_then_else(i > j, b_Aqk[i, j], 0.0)
 
-    return Factors(write_rows, later_frames)
+    return Factors(write_rows, later_frames, beta)

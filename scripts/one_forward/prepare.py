@@ -22,9 +22,9 @@ from one_forward.sizes import (
 )
 
 
-def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
+def prepare_of(tile: Any, tied: bool, keeps: bool, frames: bool, prepares: bool) -> Any:
     """The macro, of the program's arguments `x`, its tiles and place `own`, and which group."""
-    factors, invert = factors_of(tile), inverse_of(tile)
+    factors, invert = factors_of(tile, tied), inverse_of(tile)
 
     @tile.macro
     def load_chunk(x: Any, own: Any, mine: Any, row: Any) -> None:
@@ -44,9 +44,18 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
         tile.tma_copy(
             x.g[own.i_b, row : row + BT, own.i_h, :], mine.s_g, barrier=loaded[mine.group]
         )
-        tile.tma_copy(
-            x.b[own.i_b, row : row + BT, own.i_h, :], mine.s_b, barrier=loaded[mine.group]
-        )
+        if tied:
+            # 32 numbers that lie apart, held in registers until the chunk's turn
+            if mine.i_thread < BT:
+                mine.x_beta[0] = 0.0
+                if row + mine.i_thread < own.T:
+                    mine.x_beta[0] = tile.cast(
+                        x.b[own.i_b, row + mine.i_thread, own.i_h], "float32"
+                    )
+        else:
+            tile.tma_copy(
+                x.b[own.i_b, row : row + BT, own.i_h, :], mine.s_b, barrier=loaded[mine.group]
+            )
         if tile.shuffle_elect(GROUP):
             tile.barrier_arrive(loaded[mine.group])
 
@@ -62,6 +71,8 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
                 mine.s_rstd[i] = tile.rsqrt(b_norms[i, j] + 1e-6)
             if i + BT == j:
                 mine.s_self[i] = b_norms[i, j] * x.scale
+        if tied and mine.i_thread < BT:
+            mine.s_beta[mine.i_thread] = mine.x_beta[0]
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
                 mine.x_G[i, c] = mine.s_g[mine.i_token + i, mine.i_channel + c] * log2e
@@ -94,7 +105,7 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
         factors.write_rows(own, mine, x.scale, 0.0)
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
-                mine.x_k[i, c] *= tile.exp2(-mine.x_G[i, c])
+                mine.x_k[i, c] *= factors.beta(mine, i) * tile.exp2(-mine.x_G[i, c])
             for c in tile.vectorized(2):
                 own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_k[i, c]
         for c in tile.unroll(2):
@@ -133,7 +144,10 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
         if mine.i_thread >= GROUP - BT:
             i_own = mine.i_thread - (GROUP - BT)
             own.s_Aqk[mine.slot, i_own, i_own] = (
-                mine.s_self[i_own] * mine.s_rstd[i_own] * mine.s_rstd[BT + i_own]
+                mine.s_self[i_own]
+                * mine.s_rstd[i_own]
+                * mine.s_rstd[BT + i_own]
+                * (mine.s_beta[i_own] if tied else 1.0)
             )
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
@@ -186,7 +200,10 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
     def prepare(x: Any, own: Any, group: Any) -> None:
         i_thread = tile.get_thread_binding() - GROUP * (group + 1)
         s_kq = tile.alloc_shared([2 * BT, K], IO)
-        s_b = tile.alloc_shared([BT, K], IO)
+        # of the gates, one or the other
+        s_b = None if tied else tile.alloc_shared([BT, K], IO)
+        s_beta = tile.alloc_shared([BT], "float32") if tied else None
+        x_beta = tile.alloc_local([1], "float32") if tied else None
         s_g = tile.alloc_shared([BT, K], "float32")
         s_self = tile.alloc_shared([BT], "float32")
         s_total = tile.alloc_shared([PARTS, K], "float32")
@@ -203,7 +220,8 @@ def prepare_of(tile: Any, keeps: bool, frames: bool, prepares: bool) -> Any:
         mine = SimpleNamespace(
             group=group, barrier=2 + group, slot=slot, i_thread=i_thread,
             i_channel=i_thread % (K // 2) * 2, i_part=i_part, i_token=i_part * PART,
-            s_kq=s_kq, s_b=s_b, s_g=s_g, s_self=s_self, s_total=s_total, s_rstd=s_rstd, s_T=s_T,
+            s_kq=s_kq, s_b=s_b, s_beta=s_beta, x_beta=x_beta, s_g=s_g, s_self=s_self,
+            s_total=s_total, s_rstd=s_rstd, s_T=s_T,
             x_G=x_G, x_k=x_k, x_before=x_before, x_C=x_C, x_gamma=x_gamma,
         )  # fmt: skip
         n_own = tile.ceildiv(own.n_chunks - slot, SLOTS)

@@ -20,6 +20,7 @@ PASSES: Final = {
 
 
 def program(
+    op: str = "gdn2",
     keeps: bool = True,
     starts: bool = False,
     frames: bool = True,
@@ -27,15 +28,18 @@ def program(
 ) -> Any:
     """The program, for any number of sequences, tokens and heads.
 
-    `keeps`: what plan lean keeps for the backward is written, too. `starts`: from an initial state.
-    `frames`: with `later_frames`. `without`: "scan" or "prepare" has its waits and signals alone,
-    so that the time is the other's (and the results are not).
+    `op`: gdn2, or kda, whose beta is b here, and which reads no w. `keeps`: what plan lean keeps
+    for the backward is written, too. `starts`: from an initial state. `frames`: with
+    `later_frames`. `without`: "scan" or "prepare" has its waits and signals alone, so that the time
+    is the other's (and the results are not).
     """
     import tilelang.language as tile
 
     B, T, H, NT, NS = (tile.dynamic(x) for x in ("B", "T", "H", "NT", "NS"))
-    scan = scan_of(tile, keeps, starts, without != "scan")
-    prepare = prepare_of(tile, keeps, frames, without != "prepare")
+    tied = op == "kda"
+    erase = [B, T, H] if tied else [B, T, H, K]
+    scan = scan_of(tile, tied, keeps, starts, without != "scan")
+    prepare = prepare_of(tile, tied, keeps, frames, without != "prepare")
 
     @tile.prim_func
     def forward(
@@ -43,7 +47,7 @@ def program(
         k: tile.Tensor([B, T, H, K], IO),
         v: tile.Tensor([B, T, H, V], IO),
         g: tile.Tensor([B, T, H, K], "float32"),
-        b: tile.Tensor([B, T, H, K], IO),
+        b: tile.Tensor(erase, IO),
         w: tile.Tensor([B, T, H, V], IO),
         initial_state: tile.Tensor([B, H, K, V], "float32"),
         o: tile.Tensor([B, T, H, V], IO),
@@ -64,7 +68,7 @@ def program(
             s_Aqk = tile.alloc_shared([SLOTS, BT, BT], IO)
             s_gamma = tile.alloc_shared([SLOTS, K], "float32")
             s_v = tile.alloc_shared([2, BT, BV], IO)
-            s_w = tile.alloc_shared([2, BT, BV], IO)
+            s_w = None if tied else tile.alloc_shared([2, BT, BV], IO)
             s_o = tile.alloc_shared([BT, BV], IO)
             full = tile.alloc_cluster_barrier([COPIES] * SLOTS)
             empty = tile.alloc_cluster_barrier([2 * WARPS] * SLOTS)
@@ -76,7 +80,7 @@ def program(
                 scale=scale, segment=segment,
             )  # fmt: skip
             own = SimpleNamespace(
-                i_v=i_v, i_h=i_h, i_b=i_b, n_chunks=tile.ceildiv(T, BT), s_rows=s_rows,
+                i_v=i_v, i_h=i_h, i_b=i_b, T=T, n_chunks=tile.ceildiv(T, BT), s_rows=s_rows,
                 s_keys=s_keys, s_A=s_A, s_Aqk=s_Aqk, s_gamma=s_gamma, s_v=s_v, s_w=s_w, s_o=s_o,
                 full=full, empty=empty, loaded=loaded, values=values,
             )  # fmt: skip

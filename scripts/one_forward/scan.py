@@ -9,7 +9,7 @@ from one_forward.sizes import BT, BV, GROUP, IO, SLOTS, WARPS, K
 BARRIER = 1  # of the group's threads
 
 
-def scan_of(tile: Any, keeps: bool, starts: bool, scans: bool) -> Any:
+def scan_of(tile: Any, tied: bool, keeps: bool, starts: bool, scans: bool) -> Any:
     """The macro, of the program's arguments `x`, its tiles and place `own`."""
     rows = tile.GemmWarpPolicy.FullRow
 
@@ -22,24 +22,26 @@ def scan_of(tile: Any, keeps: bool, starts: bool, scans: bool) -> Any:
             own.s_v[stage, :, :],
             barrier=own.values[stage],
         )
-        tile.tma_copy(
-            x.w[own.i_b, row : row + BT, own.i_h, own.i_v * BV : (own.i_v + 1) * BV],
-            own.s_w[stage, :, :],
-            barrier=own.values[stage],
-        )
+        if not tied:
+            tile.tma_copy(
+                x.w[own.i_b, row : row + BT, own.i_h, own.i_v * BV : (own.i_v + 1) * BV],
+                own.s_w[stage, :, :],
+                barrier=own.values[stage],
+            )
         if tile.shuffle_elect(GROUP):
             tile.barrier_arrive(own.values[stage])
 
     @tile.macro
     def write_values(own: Any, i_t: Any) -> None:
-        """Z = w v takes the place of v."""
+        """Z = w v takes the place of v, which it is where the gates are tied."""
         stage = i_t % 2
         tile.mbarrier_wait_parity(own.values[stage], i_t // 2 % 2)
-        for i, j in tile.Parallel(BT, BV):
-            own.s_v[stage, i, j] = tile.cast(own.s_v[stage, i, j], "float32") * tile.cast(
-                own.s_w[stage, i, j], "float32"
-            )
-        tile.fence_proxy_async()
+        if not tied:
+            for i, j in tile.Parallel(BT, BV):
+                own.s_v[stage, i, j] = tile.cast(own.s_v[stage, i, j], "float32") * tile.cast(
+                    own.s_w[stage, i, j], "float32"
+                )
+            tile.fence_proxy_async()
 
     @tile.macro
     def products(own: Any, b_S: Any, b_Sd: Any, b_R: Any, b_Rd: Any, b_o: Any, i_t: Any) -> None:

@@ -35,9 +35,12 @@ def monkeypatch_module() -> object:
         yield patch
 
 
-def carried_out(program: object, T: int, pattern: str) -> dict[str, float]:
+def carried_out(program: object, op: str, T: int, pattern: str) -> dict[str, float]:
     """Errors of o and the state, of those that are kept, and of rows of zeros past the end."""
-    x = make_inputs(1, T, 1, 128, 128, dtype=torch.bfloat16, pattern=pattern, initial_state=True)
+    x = make_inputs(
+        1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True
+    )
+    gates = {"b": x["beta"], "w": x["v"]} if op == "kda" else {}
     chunks = -(-T // 32)
     half = {"dtype": torch.bfloat16}
     written = {
@@ -50,13 +53,13 @@ def carried_out(program: object, T: int, pattern: str) -> dict[str, float]:
         "S_seg": torch.full((1, 1, -(-chunks // SEGMENT), 128, 128), torch.nan),
     }
     sizes = {"B": 1, "T": T, "H": 1, "NT": chunks, "NS": -(-chunks // SEGMENT)}
-    found = run_all(program, x | written, sizes, SCALE, SEGMENT, starts=True)
+    found = run_all(program, x | gates | written, sizes, SCALE, SEGMENT, op=op, starts=True)
     exact = {name: value.double() for name, value in x.items()}
 
     def until(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         given = {n: v if n == "initial_state" else v[:, :tokens] for n, v in exact.items()}
         return reference.recurrent(
-            recurrence_named("gdn2"),
+            recurrence_named(op),
             given,
             use_qk_l2norm_in_kernel=True,
             compute_dtype=torch.float64,
@@ -83,10 +86,13 @@ def _rstd(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("T", "pattern"), [(7, "layer"), (40, "strong"), (140, "mixed")])
-def test_results_and_barriers(program: object, T: int, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "T", "pattern"),
+    [("gdn2", 7, "layer"), ("gdn2", 140, "mixed"), ("kda", 40, "strong")],
+)
+def test_results_and_barriers(program: object, op: str, T: int, pattern: str) -> None:
     """Five chunks take each slot once, and one twice; every wait ends, and none too early."""
-    errors = carried_out(program, T, pattern)
+    errors = carried_out(program, op, T, pattern)
     assert max(errors.values()) < 1e-2, errors
 
 
