@@ -1,4 +1,4 @@
-"""GDN-2's forward in one kernel, in TileLang for sm_90: no workspace in global memory.
+"""The forward of GDN-2 and KDA in one kernel, in TileLang for sm_90: no workspace in memory.
 
 Two programs, a cluster, take a head of a sequence, each half of its values. Of either program one
 group of 128 threads scans, and two prepare, in turn, each every fourth chunk, into a slot of its
