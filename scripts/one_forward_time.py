@@ -228,10 +228,23 @@ def check(op: str, kernel: Any, x: Tensors, words: str) -> None:
             raise SystemExit(f"{words}: {name} was of other bits the second time")
 
 
+def check_causal(op: str, kernel: Any) -> None:
+    """A token that forgets all, and is in no first frame, moves no bit before it."""
+    x = drawn(op, 2, 96, 4)
+    before, after = room(x, 4), room(x, 4)
+    run(kernel, x, before, 4)
+    x["g"][:, 45] = -300.0
+    run(kernel, x, after, 4)
+    if not torch.equal(before["o"][:, :45], after["o"][:, :45]):
+        raise SystemExit("a token moved what lies before it")
+    print("causal, bit for bit", flush=True)
+
+
 def check_all(op: str, kernel: Any) -> None:
     for B, T, H, patterns in CHECKS:
         for pattern in patterns:
             check(op, kernel, drawn(op, B, T, H, pattern), f"{B}x{T}x{H} {pattern}")
+    check_causal(op, kernel)
     kernel = compiled({"op": op} | STARTS)
     check(op, kernel, drawn(op, 2, 300, 3, "mixed", starts=True), "from a state")
 

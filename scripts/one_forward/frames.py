@@ -73,11 +73,13 @@ def factors_of(tile: Any, tied: bool) -> Factors:
 
     @tile.macro
     def later_frames(own: Any, mine: Any, scale: Any, stamp: Any) -> None:
-        """The scores, with factors that no channel is out of range of.
+        """The scores of rows that are not in the first frame, with factors in range.
 
         A frame's rows are its anchor and what lies up to RANGE below, its columns these and all
         earlier tokens; every row of a channel is in one frame. The next anchor is the first token
-        below the frame. `stamp` in s_T's margin says that there is one more.
+        below the frame. `stamp` in s_T's margin says that there is one more, and which rows are
+        written: the others keep what the first product gave them, so that a later token's decay
+        moves no bit of theirs.
         """
         x_anchor = tile.alloc_local([2], "float32")
         x_next = tile.alloc_local([2], "float32")
@@ -88,6 +90,10 @@ def factors_of(tile: Any, tied: bool) -> Factors:
         tile.clear(b_Aqk)
         for c in tile.unroll(2):
             x_anchor[c] = 0.0
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                if mine.x_G[i, c] < -RANGE:
+                    mine.s_T[mine.i_token + i, BT + 2] = stamp
         for i_frame in tile.serial(BT):
             if mine.s_T[0, BT] == stamp + i_frame:
                 tile.sync_threads(mine.barrier, GROUP)
@@ -130,7 +136,8 @@ def factors_of(tile: Any, tied: bool) -> Factors:
             for c in tile.unroll(2):
                 mine.x_k[i, c] *= beta(mine, i) * tile.exp2(mine.x_C[c] - mine.x_G[i, c])
         for i, j in tile.Parallel(BT, BT):
-            mine.s_T[j, i] = b_T[i, j]
-            own.s_Aqk[mine.slot, i, j] = tile.if_then_else(i > j, b_Aqk[i, j], 0.0)
+            if mine.s_T[i, BT + 2] == stamp:
+                mine.s_T[j, i] = b_T[i, j]
+                own.s_Aqk[mine.slot, i, j] = tile.if_then_else(i > j, b_Aqk[i, j], 0.0)
 
     return Factors(write_rows, later_frames, beta)

@@ -127,16 +127,13 @@ def prepare_of(tile: Any, tied: bool, keeps: bool, frames: bool, prepares: bool)
         tile.gemm(
             own.s_rows[mine.slot, :, :], own.s_keys[mine.slot, :, :], b_scores, transpose_B=True
         )
+        for i, j in tile.Parallel(2 * BT, BT):
+            if i < BT:
+                mine.s_T[j, i] = b_scores[i, j]
+            else:
+                own.s_Aqk[mine.slot, i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
         if frames and mine.s_T[0, BT] == stamp:
             factors.later_frames(own, mine, x.scale, stamp)
-        else:
-            for i, j in tile.Parallel(2 * BT, BT):
-                if i < BT:
-                    mine.s_T[j, i] = b_scores[i, j]
-                else:
-                    own.s_Aqk[mine.slot, i - BT, j] = tile.if_then_else(
-                        i - BT > j, b_scores[i, j], 0.0
-                    )
 
     @tile.macro
     def write_tail(own: Any, mine: Any) -> None:
@@ -228,6 +225,8 @@ def prepare_of(tile: Any, tied: bool, keeps: bool, frames: bool, prepares: bool)
         if i_thread == 0:
             s_T[0, BT] = 0.0  # no stamp
             s_T[0, BT + 1] = 0.0
+        if i_thread < BT:
+            s_T[i_thread, BT + 2] = 0.0
         if prepares and slot < own.n_chunks:
             load_chunk(x, own, mine, slot * BT)
 
