@@ -39,7 +39,7 @@ _SCALAR_DTYPES = {"scale": "fp32", "lower_bound": "fp32", "eps": "fp32"}
 # it took 0.401 ms at long32k instead of 0.324.
 _BARRIERS_BYTES = 1024
 # Options of a Triton kernel in a TileLang module, as its `launch` passes them.
-BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
+_BESIDE_TILELANG = {"num_warps": 4, "num_stages": 1}
 # Kernels whose options are not all the config's.
 _OWN_OPTIONS: dict[str, dict[str, int]] = {
     "merge_kernel": {"num_warps": 8},
@@ -287,9 +287,14 @@ def _compile_tilelang(
     finally:
         CUDABinaryCache.save = save
     for name in [x for x in vars(module) if x.endswith("_kernel")]:
-        compile_kernel(module, name, problem, stage_name, BESIDE_TILELANG, device)
+        compile_kernel(module, name, problem, stage_name, beside_tilelang(module), device)
     most = [max(column) for column in zip(*used, strict=True)]
     return most[0], most[1], most[2], most[3]
+
+
+def beside_tilelang(module: ModuleType) -> dict[str, int]:
+    """Options of a Triton kernel in a TileLang module: it may say how many warps that takes."""
+    return _BESIDE_TILELANG | {"num_warps": getattr(module, "STRONG_WARPS", 4)}
 
 
 def _threads(source: str) -> int:

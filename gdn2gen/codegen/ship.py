@@ -18,7 +18,7 @@ from typing import Any
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import BuildError
 from gdn2gen.codegen.build import (
-    BESIDE_TILELANG,
+    beside_tilelang,
     compile_for_triton,
     compile_kernel,
     launch_options,
@@ -57,7 +57,7 @@ def ship_stage(
         options = launch_options(config)
         if language_of(config) == "tilelang":
             keep_for(module, device.arch)
-            options = BESIDE_TILELANG
+            options = beside_tilelang(module)
         for name in [x for x in vars(module) if x.endswith("_kernel")]:
             _launchable(compile_kernel(module, name, problem, stage, options, device), present)
 

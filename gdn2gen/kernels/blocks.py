@@ -7,9 +7,10 @@ again where it is read: both recursions are separable in the channels of keys, g
     S_(c+1) = Diag(gamma_C) S_c + Ktail^T R        dS_c = Diag(gamma_C) dS_(c+1) + Qg^T dO - E^T dX
 
 so that grad_blocks, a program of which takes a chunk and a slice of channels, has all it needs: it
-goes from the block's start up to its chunk, and from the block's end down to it. It sums the decay
-itself, and makes dT and dAqk of what it reads. So no stage leaves the sum of the decay, and dv and
-dw are the reverse scan's, of dX as it is in fp32.
+goes from the block's start up to its chunk, and from the block's end down to it. (In TileLang a
+program takes the block, and makes of pairs of tokens what would come of the state between them.) It
+sums the decay itself, and makes dT and dAqk of what it reads. So no stage leaves the sum of the
+decay, and dv and dw are the reverse scan's, of dX as it is in fp32.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _scan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of scan_states
         forms=(
             *_in_triton(SCAN_STATES, "scan_blocks"),
-            *(_serial_tilelang(SCAN_STATES, "scan") if every == 1 else ()),
+            *_serial_tilelang(SCAN_STATES, "scan" if every == 1 else "scan_blocks"),
         ),
         every=every,
     )
@@ -129,11 +130,7 @@ def _reverse_scan_blocks(every: int) -> Stage:
         ),
         forms=(
             *_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
-            *(
-                _serial_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32)
-                if every == 1
-                else ()
-            ),
+            *_serial_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32),
         ),
         later={},
         every=every,
@@ -174,17 +171,17 @@ _ANCHORED: Final = Form(
         ),
     ),
 )
-# As TileLang's grad_key: loads ahead, and a warp group that takes 64 channels.
+# As TileLang's grad_key: loads ahead, and warp groups that take 64 channels each.
 _ANCHORED_TILELANG: Final = Form(
     "anchored",
     "tilelang",
     "grad_blocks",
     knobs={
         "chunks": (1, 4, 16),
-        "BK": (64,),
+        "BK": (64, 128),
         "num_warps": (4,),
-        "num_stages": (1, 2),
-        "maxnreg": (0, 128),
+        "num_stages": (1,),
+        "maxnreg": (128, 168),
     },
     defaults=(Setting({"chunks": 16, "maxnreg": 128}),),
     limits=(
@@ -195,6 +192,15 @@ _ANCHORED_TILELANG: Final = Form(
         Limit("gate", ("none",), "the gate's activation is in Triton's form alone"),
         *_PLAIN,
         *(Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V")),
+    ),
+)
+# Blocks of two, each of which is within one program.
+_PAIRS_TILELANG: Final = replace(
+    _ANCHORED_TILELANG,
+    knobs={**_ANCHORED_TILELANG.knobs, "chunks": (2, 4, 16)},
+    defaults=(
+        Setting({"chunks": 16, "BK": 128, "maxnreg": 168}),
+        Setting({"maxnreg": 128}, {"K": (64,)}),
     ),
 )
 
@@ -236,7 +242,7 @@ def _grad_blocks(every: int) -> Stage:
         forms=(
             _ANCHORED,
             bounded(_ANCHORED, "grad_key"),
-            *((_ANCHORED_TILELANG,) if every == 1 else ()),
+            *((_ANCHORED_TILELANG if every == 1 else _PAIRS_TILELANG,) if every < 4 else ()),
         ),
         selector="decay",
         every=every,

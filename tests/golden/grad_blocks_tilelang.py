@@ -40,7 +40,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest c3cbb65632c87229; made by
+Template digest a94c60af0f4dd2c9; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks1 --config \
       BK=64,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -56,6 +56,7 @@ K, V = 128, 128
 BT, BK, CHUNKS = 32, 64, 4
 IO, GATE = "bfloat16", "float32"
 LOOKED_AT = 4  # chunks a program of strong_decay_kernel
+STRONG_WARPS = 4
 LEAST = 2.0**-96
 LEAST_GAMMA = tl.constexpr(LEAST)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -104,12 +105,10 @@ def program():
             tile.ceildiv(tile.ceildiv(T, BT), CHUNKS) * (K // BK), HV, B, threads=128
         ) as (i_x, i_h, i_b):
             n_chunks = tile.ceildiv(T, BT)
-
             # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
             tile.annotate_min_blocks_per_sm(2)
             tile.annotate_producer_reg_dealloc(24)
             tile.annotate_consumer_reg_alloc(232)
-
             i_k = i_x % (K // BK)
             i_first = i_x // (K // BK) * CHUNKS
             i_hq, i_hg = i_h // (HV // H), i_h // (HV // HG)
@@ -133,6 +132,7 @@ def program():
             s_k_rstd = tile.alloc_shared([BT], "float32")
             s_q_dot = tile.alloc_shared([BT], "float32")
             s_k_dot = tile.alloc_shared([BT], "float32")
+            s_z_dot = tile.alloc_shared([BT], "float32")
             s_later = tile.alloc_shared([BT, BT], IO)
             s_dq = tile.alloc_shared([BT, BK], IO)
             s_dk = tile.alloc_shared([BT, BK], IO)
@@ -141,8 +141,8 @@ def program():
 
             b_dq = tile.alloc_fragment([BK, BT], "float32")
             b_de = tile.alloc_fragment([BK, BT], "float32")
-            b_scores = tile.alloc_fragment([BT, BT], "float32")
-            b_last = tile.alloc_fragment([BK, BT], IO)
+            b_dAqk = tile.alloc_fragment([BT, BT], "float32")
+            b_dT = tile.alloc_fragment([BT, BT], "float32")
             b_dO_O = tile.alloc_fragment([BT, V], "float32")
             b_dot = tile.alloc_fragment([BT], "float32")
             b_z = tile.alloc_fragment([BT, 8], "float32")
@@ -151,8 +151,8 @@ def program():
             b_SdS = tile.alloc_fragment([BK, BK], "float32")
             b_dgamma = tile.alloc_fragment([BK], "float32")
             b_dG_C = tile.alloc_fragment([BK], "float32")
-            b_gamma = tile.alloc_fragment([BK], "float32")
-            b_least = tile.alloc_fragment([1], "float32")
+            i_lane = tile.get_lane_idx()
+            b_least = tile.alloc_local([1], "float32")
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
@@ -164,15 +164,16 @@ def program():
             # in turn what is left of the decay, products to be summed, and dG
             b_dG = tile.alloc_fragment([BK, BT], "float32")
             b_dg = tile.alloc_fragment([BK, BT], "float32")
-            # factors of pairs, rounded as products take them, then the first bits of dG and the next
+            # factors of pairs, rounded as products take them; of the decay and of dG the first bits
+            # and the next
             b_first = tile.alloc_fragment([BK, BT], IO)
             b_next = tile.alloc_fragment([BK, BT], IO)
+            b_last = tile.alloc_fragment([BK, BT], IO)
 
             for i, j in tile.Parallel(BT, BT):
                 s_later[i, j] = tile.if_then_else(i >= j, tile.cast(1, IO), tile.cast(0, IO))
-            for i_n in tile.Pipelined(
-                tile.min(CHUNKS, n_chunks - i_first), num_stages=1
-            ):
+            n_own = tile.min(CHUNKS, n_chunks - i_first)
+            for i_n in tile.Pipelined(n_own, num_stages=1):
                 i_c = i_b * n_chunks + i_first + i_n
                 i_row = (i_first + i_n) * BT
                 n_rows = tile.min(T - i_row, BT)
@@ -186,50 +187,50 @@ def program():
                 tile.copy(g[i_b, i_row : i_row + BT, i_hg, o_k : o_k + BK], s_G)
                 tile.copy(k[i_b, i_row : i_row + BT, i_hq, o_k : o_k + BK], s_k)
                 tile.copy(q[i_b, i_row : i_row + BT, i_hq, o_k : o_k + BK], s_q)
-                tile.copy(b[i_b, i_row : i_row + BT, i_hg, o_k : o_k + BK], s_b)
                 tile.copy(gamma_C[i_c, i_h, o_k : o_k + BK], s_gamma)
+                tile.copy(b[i_b, i_row : i_row + BT, i_hg, o_k : o_k + BK], s_b)
                 tile.copy(k_rstd[i_c, i_h, :], s_k_rstd)
                 tile.copy(q_rstd[i_c, i_h, :], s_q_rstd)
 
                 # fetched beside the products, straight into registers: shared memory is full
                 for i, j in tile.Parallel(BT, 8):
                     b_z[i, j] = z_dot[i_c, i_h, i, j]
-                tile.clear(b_scores)
-                tile.gemm(s_do, s_R, b_scores, transpose_B=True)
+                # through the state; no product waits for another, or for what follows
+                tile.wgmma_gemm(s_h, s_do, b_dq, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_h, s_dX, b_de, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dh, s_R, b_dk, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
+                # rows of S dS as the diagonal of a product: cheaper than reading both tiles again
+                tile.wgmma_gemm(s_dh, s_h, b_SdS, transpose_A=True, clear_accum=True, policy=ROWS)
+
+                tile.clear(b_dAqk)
+                tile.gemm(s_do, s_R, b_dAqk, transpose_B=True)
+                tile.clear(b_dT)
+                tile.gemm(s_dX, s_R, b_dT, transpose_B=True)
                 for i, j in tile.Parallel(BT, BT):
-                    s_dAqk[i, j] = tile.if_then_else(i > j, b_scores[i, j], 0.0)
+                    s_dAqk[i, j] = tile.if_then_else(i > j, b_dAqk[i, j], 0.0)
                     if i == j:
-                        s_diagonal[i] = b_scores[i, j]
-                tile.clear(b_scores)
-                tile.gemm(s_dX, s_R, b_scores, transpose_B=True)
-                for i, j in tile.Parallel(BT, BT):
-                    s_dT[i, j] = tile.if_then_else(i > j, -b_scores[i, j], 0.0)
+                        s_diagonal[i] = b_dAqk[i, j]
+                    s_dT[i, j] = tile.if_then_else(i > j, -b_dT[i, j], 0.0)
                     if i == j:
-                        s_k_dot[i] = b_scores[i, j]
+                        s_k_dot[i] = 2.0 * b_dT[i, j]
                 for i, j in tile.Parallel(BT, V):
                     b_dO_O[i, j] = tile.cast(s_do[i, j], "float32") * tile.cast(s_o[i, j], "float32")
                 tile.reduce_sum(b_dO_O, b_dot, dim=1)
                 for i in tile.Parallel(BT):
                     s_q_dot[i] = b_dot[i]
-                hold[0] = tile.cast(s_o[0, 0], "float32")
-
                 # <k, dk> = <dX, 2 R - w v>
                 tile.reduce_sum(b_z, b_z_dot, dim=1)
                 for i in tile.Parallel(BT):
-                    b_z_dot[i] = 2.0 * s_k_dot[i] - b_z_dot[i]
-                for i in tile.Parallel(BT):
-                    s_k_dot[i] = b_z_dot[i]
+                    s_z_dot[i] = b_z_dot[i]
 
-                # through the state
-                tile.clear(b_dq)
-                tile.gemm(s_h, s_do, b_dq, transpose_A=True, transpose_B=True, policy=ROWS)
-                tile.clear(b_de)
-                tile.gemm(s_h, s_dX, b_de, transpose_A=True, transpose_B=True, policy=ROWS)
-                tile.clear(b_dk)
-                tile.gemm(s_dh, s_R, b_dk, transpose_A=True, transpose_B=True, policy=ROWS)
-                # rows of S dS as the diagonal of a product: cheaper than reading both tiles again
-                tile.clear(b_SdS)
-                tile.gemm(s_dh, s_h, b_SdS, transpose_A=True, policy=ROWS)
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_h[0, 0], "float32")
+                hold[0] = tile.cast(s_do[0, 0], "float32")
+                hold[0] = tile.cast(s_dX[0, 0], "float32")
+                hold[0] = tile.cast(s_dh[0, 0], "float32")
+                hold[0] = tile.cast(s_R[0, 0], "float32")
+                hold[0] = tile.cast(s_o[0, 0], "float32")
+
                 for i, j in tile.Parallel(BK, BK):
                     b_SdS[i, j] = tile.if_then_else(i == j, b_SdS[i, j], 0.0)
                 tile.reduce_sum(b_SdS, b_dgamma, dim=1)
@@ -241,86 +242,90 @@ def program():
                     b_dG[i, j] = tile.if_then_else(
                         b_dG[i, j] < smallest_log2, smallest_log2, b_dG[i, j]
                     )
+                # loops of their own: two values are rounded by one instruction, four times as fast
+                for i, j in tile.Parallel(BK, BT):
                     b_first[i, j] = b_dG[i, j]
+                for i, j in tile.Parallel(BK, BT):
                     b_dG[i, j] -= tile.cast(b_first[i, j], "float32")
                     b_next[i, j] = b_dG[i, j]
-                    b_last[i, j] = b_dG[i, j] - tile.cast(b_next[i, j], "float32")
-                tile.clear(b_dg)
-                tile.gemm(b_last, s_later, b_dg, transpose_B=True, policy=ROWS)
-                tile.gemm(b_next, s_later, b_dg, transpose_B=True, policy=ROWS)
-                tile.gemm(b_first, s_later, b_dg, transpose_B=True, policy=ROWS)
                 for i, j in tile.Parallel(BK, BT):
-                    b_row[i, j] = tile.exp2(b_dg[i, j])
-                    b_column[i, j] = tile.exp2(-b_dg[i, j])
+                    b_last[i, j] = b_dG[i, j] - tile.cast(b_next[i, j], "float32")
+                tile.wgmma_gemm(b_last, s_later, b_dg, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_next, s_later, b_dg, transpose_B=True, policy=ROWS)
+                tile.wgmma_gemm(b_first, s_later, b_dg, transpose_B=True, policy=ROWS)
+                for i, j in tile.Parallel(BK, BT):
                     b_k[i, j] = tile.cast(s_k[j, i], "float32") * s_k_rstd[j]
                     b_q[i, j] = tile.cast(s_q[j, i], "float32") * (s_q_rstd[j] * scale)
                     b_b[i, j] = tile.cast(s_b[j, i], "float32")
-                    b_dk[i, j] *= s_gamma[i]
+                tile.wait_wgmma(0)
+
+                for i, j in tile.Parallel(BK, BT):
+                    b_row[i, j] = tile.exp2(b_dg[i, j])
+                    b_column[i, j] = tile.exp2(-b_dg[i, j])
                     b_de[i, j] = -b_de[i, j]
+                for i, j in tile.Parallel(BK, BT):
+                    b_first[i, j] = b_k[i, j] * b_column[i, j]
+                    b_next[i, j] = b_q[i, j] * b_row[i, j]
+                    b_last[i, j] = b_k[i, j] * b_b[i, j] * b_row[i, j]
                 # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes
                 # from its own dG. Left out of both, as in strong_decay_kernel.
                 for i, j in tile.Parallel(BK, BT):
-                    b_first[i, j] = b_k[i, j] * b_column[i, j]
+                    b_dk[i, j] *= s_gamma[i]
                     b_dG[i, j] = tile.if_then_else(
                         j < n_rows - 1, b_dk[i, j] * tile.cast(b_first[i, j], "float32"), 0.0
                     )
                 tile.reduce_sum(b_dG, b_dG_C, dim=1)
                 for i in tile.Parallel(BK):
-                    b_gamma[i] = s_gamma[i]
-                    b_dG_C[i] += b_gamma[i] * b_dgamma[i]
-                tile.reduce_min(b_gamma, b_least, dim=0)
+                    b_dG_C[i] += s_gamma[i] * b_dgamma[i]
+                # by every warp for itself: none waits for another
+                b_least[0] = tile.warp_reduce_min(tile.min(s_gamma[i_lane], s_gamma[i_lane + 32]))
 
                 # through the scores
-                tile.gemm(b_first, s_dAqk, b_dq, transpose_B=True, policy=ROWS)
-                tile.gemm(b_first, s_dT, b_de, transpose_B=True, policy=ROWS)
-                for i, j in tile.Parallel(BK, BT):
-                    b_first[i, j] = b_q[i, j] * b_row[i, j]
-                    b_next[i, j] = b_k[i, j] * b_b[i, j] * b_row[i, j]
-                tile.gemm(b_first, s_dAqk, b_dk, policy=ROWS)
-                tile.gemm(b_next, s_dT, b_dk, policy=ROWS)
+                tile.wgmma_gemm(b_first, s_dAqk, b_dq, transpose_B=True, policy=ROWS)
+                tile.wgmma_gemm(b_first, s_dT, b_de, transpose_B=True, policy=ROWS)
+                tile.wgmma_gemm(b_next, s_dAqk, b_dk, policy=ROWS)
+                tile.wgmma_gemm(b_last, s_dT, b_dk, policy=ROWS)
+                tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_G[0, 0], "float32")
                 hold[0] = tile.cast(s_k[0, 0], "float32")
                 hold[0] = tile.cast(s_q[0, 0], "float32")
-                hold[0] = tile.cast(s_b[0, 0], "float32")
                 hold[0] = tile.cast(s_gamma[0], "float32")
 
                 # A pair adds to dG_i what it takes from dG_j, and under strong decay little else
                 # remains: both ends take the factors as the products did, rounded, so that it cancels.
                 for i, j in tile.Parallel(BK, BT):
                     b_dG[i, j] = (
-                        tile.cast(b_first[i, j], "float32") * b_dq[i, j]
-                        + tile.cast(b_next[i, j], "float32") * b_de[i, j]
+                        tile.cast(b_next[i, j], "float32") * b_dq[i, j]
+                        + tile.cast(b_last[i, j], "float32") * b_de[i, j]
                     )
-                    b_first[i, j] = b_k[i, j] * b_column[i, j]
                     b_dG[i, j] -= tile.if_then_else(
                         j < n_rows - 1, tile.cast(b_first[i, j], "float32") * b_dk[i, j], 0.0
                     )
+                for i, j in tile.Parallel(BK, BT):
+                    b_first[i, j] = b_dG[i, j]
+                for i, j in tile.Parallel(BK, BT):
+                    b_next[i, j] = b_dG[i, j] - tile.cast(b_first[i, j], "float32")
+                # the sum over each token and all later ones as a product with ones, of the first 8
+                # bits and of the next 8
+                tile.wgmma_gemm(b_next, s_later, b_dg, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(b_first, s_later, b_dg, policy=ROWS)
                 # what the last chunk stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
                 tile.sync_threads()
-                # b_q holds scale q, and b_dq the gradient of q over scale
+                # b_q holds scale q, and b_dq the gradient of q over scale; b is read again: held, it would spill
                 for i, j in tile.Parallel(BK, BT):
                     b_dq[i, j] *= b_row[i, j]
                     b_de[i, j] *= b_row[i, j]
                     b_dk[i, j] *= b_column[i, j]
-                    b_first[i, j] = b_dG[i, j]
-                    b_next[i, j] = b_dG[i, j] - tile.cast(b_first[i, j], "float32")
                     s_db[j, i] = b_de[i, j] * b_k[i, j]
                     b_dq[i, j] += s_diagonal[j] * b_k[i, j]
-                    b_dk[i, j] += s_diagonal[j] * b_q[i, j] + b_de[i, j] * b_b[i, j]
+                    b_dk[i, j] += s_diagonal[j] * b_q[i, j] + b_de[i, j] * tile.cast(s_b[j, i], "float32")
                     s_dq[j, i] = s_q_rstd[j] * (scale * b_dq[i, j] - b_q[i, j] * (s_q_dot[j] / scale))
-                    s_dk[j, i] = s_k_rstd[j] * (b_dk[i, j] - b_k[i, j] * s_k_dot[j])
-
-                # the sum over each token and all later ones as a product with ones, of the first 8
-                # bits and of the next 8
-                tile.clear(b_dg)
-                tile.gemm(b_next, s_later, b_dg, policy=ROWS)
-                tile.gemm(b_first, s_later, b_dg, policy=ROWS)
-                hold[0] = tile.cast(s_diagonal[0], "float32")
+                    s_dk[j, i] = s_k_rstd[j] * (b_dk[i, j] - b_k[i, j] * (s_k_dot[j] - s_z_dot[j]))
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_b[0, 0], "float32")
                 hold[0] = tile.cast(s_q_rstd[0], "float32")
                 hold[0] = tile.cast(s_k_rstd[0], "float32")
-                hold[0] = tile.cast(s_q_dot[0], "float32")
-                hold[0] = tile.cast(s_k_dot[0], "float32")
 
                 for i, j in tile.Parallel(BK, BT):
                     s_dg[j, i] = b_dg[i, j] + b_dG_C[i]
@@ -561,5 +566,5 @@ def launch(
         q, k, g, b, q_rstd, k_rstd, gamma_C, h, R, dh, dX, do, o, z_dot, dq, dk, dg, db, scale,
         lower_bound, T, H, HV, HG,
         NT=n_chunks, K=K, V=V, BT=BT, BK=BK, LOOKED_AT=LOOKED_AT,
-        num_warps=4, num_stages=1,
+        num_warps=STRONG_WARPS, num_stages=1,
     )

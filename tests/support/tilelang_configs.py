@@ -34,6 +34,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
         "grad_value": {"BV": V, "maxnreg": 80},
         "grad_key": {"decay": decay, "BK": 64, "BV": V, "maxnreg": 128},
         "grad_blocks1": {"decay": decay, "BK": 64, "maxnreg": 128},
+        "grad_blocks2": {"decay": decay, "BK": K, "maxnreg": 128 if K == 64 else 168},
     }
     config = default_config(stage, problem, BT=BT)
     config = config.replace(language="tilelang", **knobs, **own[stage])

@@ -8,6 +8,7 @@ so that races are not seen. Threads that do different things are in `tilelang_th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,13 @@ def gemm(
     c.array[...] = before + left.astype(np.float64) @ right.astype(np.float64)
 
 
+def least(*given: Any) -> Any:
+    """Of numbers, or element by element of what the lanes of a warp have."""
+    if not any(isinstance(x, Tile | np.ndarray) for x in given):
+        return min(given)
+    return functools.reduce(np.minimum, (getattr(x, "array", x) for x in given))
+
+
 def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     def allocate(shape: list[int], dtype: str) -> Tile:
         return Tile(np.full(shape, np.nan, np.float32), dtype)
@@ -127,11 +135,13 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         dynamic=lambda name: sizes[name],
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
+        int32="int32",
         gemm=gemm,
         int32="int32",
         int64="int64",
         if_then_else=lambda condition, a, b: a if condition else b,
-        min=min,
+        get_lane_idx=lambda: np.arange(32),
+        min=least,
         max=max,
         prim_func=lambda f: f,
         reduce_min=reduce_min,
@@ -139,6 +149,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
         unroll=range,
+        warp_reduce_min=np.min,
         tma_copy=copy,
         wgmma_gemm=gemm,
     )

@@ -332,6 +332,13 @@ OUTPUTS: Final = {
     "reverse_scan_blocks_kda_tilelang.py": partial(
         _member_tilelang, Problem("kda", K=64, V=64, l2norm=False), "reverse_scan_blocks1"
     ),
+    "scan_blocks_tilelang.py": partial(
+        _member_tilelang, Problem(initial_state=True), "scan_blocks2"
+    ),
+    "reverse_scan_blocks2_tilelang.py": partial(
+        _member_tilelang, Problem(), "reverse_scan_blocks2"
+    ),
+    "grad_blocks2_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks2"),
     "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),
     "scan_group.py": partial(_groups, "scan_group"),

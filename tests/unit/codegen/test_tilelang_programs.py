@@ -8,20 +8,40 @@ import sys
 
 import pytest
 from source_tree import SUPPORT, python_path
+from tilelang_configs import tilelang_config
 
-# a chunk that ends early among them
+from gdn2gen.codegen.build import beside_tilelang, load
+from gdn2gen.codegen.render import render
+from gdn2gen.family.problem import Problem
+
+# a chunk that ends early among them, and one that is alone in its block
 CASES = [
-    ("gdn2", "64", "36", "layer"),
-    pytest.param("kda", "128", "70", "layer", marks=pytest.mark.slow),
-    pytest.param("gdn2", "128", "70", "zero", marks=pytest.mark.slow),
+    ("gdn2", "64", "36", "layer", "1"),
+    ("gdn2", "64", "36", "layer", "2"),
+    pytest.param("kda", "128", "70", "layer", "1", marks=pytest.mark.slow),
+    pytest.param("gdn2", "128", "70", "zero", "1", marks=pytest.mark.slow),
+    pytest.param("kda", "64", "70", "layer", "2", marks=pytest.mark.slow),
+    pytest.param("gdn2", "128", "134", "zero", "2", marks=pytest.mark.slow),
+    pytest.param("gdn2", "64", "230", "layer", "4", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("op", "K", "T", "pattern"), CASES)
-def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern):
+def test_strong_decay_of_128_channels_takes_8_warps():
+    """Four would spill 2,480 bytes a thread; what is compiled ahead is what is launched."""
+    for BK, warps in ((64, 4), (128, 8)):
+        config = tilelang_config("grad_blocks1", Problem()).replace(BK=BK)
+        rendered = render(Problem(), "grad_blocks1", config)
+        assert "num_warps=STRONG_WARPS, num_stages=1," in rendered.source
+        assert beside_tilelang(load(rendered)) == {"num_warps": warps, "num_stages": 1}
+
+
+@pytest.mark.parametrize(("op", "K", "T", "pattern", "every"), CASES)
+def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern, every):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     command = [sys.executable, "-W", "ignore", str(SUPPORT / "tilelang_checks.py")]
-    command += [op, K, T, pattern]
+    command += [op, K, T, pattern, every]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "grad_blocks1 dg" in done.stdout and "reverse_scan_blocks1 dv" in done.stdout
+    made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
+    made += [f"grad_blocks{every} dg"] * (every != "4")
+    assert all(x in done.stdout for x in made)

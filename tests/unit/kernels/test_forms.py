@@ -40,10 +40,10 @@ WORTH = {
     "grad_value": (6072, "245575cc52c6"),
     "grad_key": (44403, "71a2b97453b7"),
     "reprepare_factors": (2160, "8670be95a346"),
-    "scan_blocks2": (5295, "aa4abc49bc8c"),
+    "scan_blocks2": (5319, "2dcd952104bb"),
     "rescan_blocks2": (1800, "fb953bba28cb"),
-    "reverse_scan_blocks2": (5241, "4044ce370ba4"),
-    "grad_blocks2": (3840, "d4b53e14c41b"),
+    "reverse_scan_blocks2": (5249, "0ff54f80f9b9"),
+    "grad_blocks2": (3852, "00e5df19ee0c"),
     # of members whose heads share scores alone
     **dict.fromkeys(
         ("prepare_group", "scan_group", "rescan_group", "reverse_scan_group", "grad_group"),
@@ -58,14 +58,13 @@ OWN_FORMS = tuple(x for x in STAGES if x not in OTHER_BLOCKS)
 
 
 def test_blocks_of_any_size_have_the_same_forms_in_triton() -> None:
-    """And those of one chunk others in TileLang."""
+    """And one in TileLang: not of rescan, nor of gradients in blocks of 4."""
     for stage in OTHER_BLOCKS:
-        alike = STAGES[f"{stage[:-1]}2"].forms
-        assert {x.language for x in alike} == {"triton"}
+        alike = [x for x in STAGES[f"{stage[:-1]}2"].forms if x.language == "triton"]
         found = [x for x in STAGES[stage].forms if x.language == "triton"]
         assert [(x.template, x.knobs) for x in found] == [(x.template, x.knobs) for x in alike]
         others = len(STAGES[stage].forms) - len(found)
-        assert others == (STAGES[stage].every == 1 and not stage.startswith("rescan"))
+        assert others == (not stage.startswith("rescan") and stage != "grad_blocks4")
 
 
 @pytest.mark.parametrize("stage", OWN_FORMS)
@@ -85,8 +84,8 @@ def test_no_product_of_knobs_is_made_to_be_refused() -> None:
     made = {x: len([*valid_configs(x, place)]) for x in OWN_FORMS}
     worth = {x: len([*space.valid_configs(x, Problem(), device, 32)]) for x in OWN_FORMS}
     others = [x for x in OWN_FORMS if x == "reprepare_factors" or STAGES[x].every]
-    assert sum(made[x] for x in others) == 588
-    assert (sum(made.values()), sum(worth.values())) == (3178 + 588, 3118 + 588)
+    assert sum(made[x] for x in others) == 608
+    assert (sum(made.values()), sum(worth.values())) == (3178 + 608, 3118 + 608)
     assert {x for x in made if made[x] != worth[x]} == {"grad_key"}
 
 
