@@ -252,6 +252,22 @@ _APART: Final = replace(
     ),
     scratch=(*_OF_PAIRS, "taken", "written", "kept", "dscores"),
 )
+# A program has pairs of tokens for its slice of channels, and leaves sums of tokens with their decays.
+_ONCE: Final = Form(
+    "once",
+    "tilelang",
+    "grad_group",
+    knobs={
+        "heads": HEADS,
+        "BK": (64, 128),
+        "num_warps": (4,),
+        "num_stages": LOADS_AHEAD,
+        "maxnreg": (0, 128),
+    },
+    defaults=(Setting({"heads": 16, "maxnreg": 128}),),
+    limits=(*_IN_TILELANG, Limit("V", (64,), "values are the 64 rows of <S, dS>")),
+    scratch=("decay_pairs", "step_pairs", "taken", "written", "kept"),
+)
 
 GRAD_GROUP: Final = Stage(
     name="grad_group",
@@ -275,7 +291,7 @@ GRAD_GROUP: Final = Stage(
     rows=("dt",),
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
     products=("BT K V", "BT K V", "BT BT V"),
-    forms=(_INSIDE, _APART),
+    forms=(_INSIDE, _APART, _ONCE),
     selector="pairs",
     later={"pairs": "inside"},
 )
