@@ -91,6 +91,8 @@ def gemm(
 
 def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     def allocate(shape: list[int], dtype: str) -> Tile:
+        if dtype == "int32":
+            return Tile(np.zeros(shape, np.int64), dtype)
         return Tile(np.full(shape, np.nan, np.float32), dtype)
 
     def parallel(*extents: int) -> Iterator[Any]:
@@ -113,6 +115,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
         Tensor=lambda *_: None,
+        StridedTensor=lambda *_: None,
         Kernel=Kernel,
         GemmWarpPolicy=SimpleNamespace(FullRow=None),
         Parallel=parallel,
@@ -127,6 +130,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         dynamic=lambda name: sizes[name],
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
+        int32="int32",
         gemm=gemm,
         if_then_else=lambda condition, a, b: a if condition else b,
         min=min,
@@ -134,6 +138,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         prim_func=lambda f: f,
         reduce_min=reduce_min,
         reduce_sum=reduce_sum,
+        rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
         unroll=range,
         tma_copy=copy,
