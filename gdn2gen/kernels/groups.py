@@ -259,7 +259,7 @@ _ONCE: Final = Form(
     "grad_group",
     knobs={
         "heads": HEADS,
-        "BK": (64, 128),
+        "BK": (64,),
         "num_warps": (4,),
         "num_stages": LOADS_AHEAD,
         "maxnreg": (0, 128),

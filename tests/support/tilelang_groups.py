@@ -4,7 +4,7 @@ They need TRITON_INTERPRET=1 before triton is imported, so the tests call this i
 own: `python tilelang_groups.py STAGES TOKENS FLAGS [PATTERN]`, each of the first and third a list
 with commas. Every launch of a stage is carried out by its program's text (tilelang_threads.py), on
 the tensors of Triton's kernel, whose results are compared; the op goes on with the program's, and
-its outputs and gradients are held to the fp64 reference.
+its outputs and gradients are held to what Triton's are off the fp64 reference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.family.tolerances import limit_of
 from gdn2gen.kernels.config import Config, default_of
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.recipe import Recipe
@@ -70,13 +69,16 @@ def _parameters(module: ModuleType) -> list[str]:
 
 
 def exchange(module: ModuleType, other: ModuleType, stage: str, found: list[str]) -> None:
-    """Have each launch of `module` be `other`'s, and compare what they write."""
+    """Have each launch of `module` be `other`'s once `found` holds a line, and compare what they
+    write."""
     launch, names = module.launch, list(inspect.signature(module.launch).parameters)
     outputs = {x.name for x in STAGES[stage].outputs if not x.scratch}
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         launch(*args, **kwargs)
+        if not found:
+            return
         mine: dict[str, Any] = {}
         for name in inspect.signature(other.launch).parameters:
             x = given.get(name)
@@ -90,7 +92,7 @@ def exchange(module: ModuleType, other: ModuleType, stage: str, found: list[str]
         chunks = given["log_decay"].shape[0]
         sizes = {x: given.get(x, 1) for x in ("T", "H", "HV", "NS")}
         sizes |= {"B": given["k"].shape[0], "NT": chunks, "HP": given["H"]}
-        sizes |= {"N1": given["n_sequences"] + 1} if "n_sequences" in given else {}
+        sizes |= {"N": given.get("n_sequences", 1), "N1": given.get("n_sequences", 1) + 1}
         sizes |= {"z_batch": 1, "z_token": 1}
         vars(other)["compiled"] = lambda: by_text(other, sizes)
         other.launch(**mine)
@@ -104,7 +106,9 @@ def exchange(module: ModuleType, other: ModuleType, stage: str, found: list[str]
             found.append(f"{stage} {name} {off:.1e}")
             if not (kept.any() and off < LIMIT):
                 raise AssertionError(found[-1])
-            given[name].copy_(mine[name])
+            # of chunks that there are not, what the runtime put there stays
+            written = ~mine[name].isnan()
+            given[name][written] = mine[name][written]
 
     vars(module)["launch"] = both
 
@@ -121,19 +125,22 @@ def main(stages: str, tokens: str, flags: str, pattern: str = "layer") -> None:
     problem = replace(FULL, **changes)
     recipe = Recipe.default(problem, "grouped", BT, arch="sm_90")
     T, found = int(tokens), list[str]()
+    ends = (0, 0, T // 3, T) if problem.varlen else None
+    shape = Shape("tiny", 1, T, 2, ends, groups=1)
+    inputs, seeds = drawn(problem, shape, pattern, "cpu")
+    right = run_reference(problem, inputs, seeds)
     for stage in stages.split(","):
         other = load(render(problem, stage, in_tilelang(stage, problem)))
         exchange(load(render(problem, stage, recipe[stage])), other, stage, found)
-    ends = (0, 0, T // 3, T) if problem.varlen else None
-    shape = Shape("tiny", 1, T, 2, ends, groups=1)
     with forced(recipe):
-        inputs, seeds = drawn(problem, shape, pattern, "cpu")
-        results = run_op(public_op("mamba2"), problem, inputs, seeds)
+        before = relative_errors(run_op(public_op("mamba2"), problem, inputs, seeds), right)
+        found.append(f"{tokens} tokens, {pattern}")
+        after = relative_errors(run_op(public_op("mamba2"), problem, inputs, seeds), right)
     print("\n".join(found))
-    assert {x.split()[0] for x in found} == {*stages.split(",")}, "a stage was not launched"
-    for name, off in relative_errors(results, run_reference(problem, inputs, seeds)).items():
-        print(f"reference {name} {off:.1e}")
-        assert off < limit_of("bf16", pattern), name
+    assert {x.split()[0] for x in found[1:]} == {*stages.split(",")}, "a stage was not launched"
+    for name, off in after.items():
+        print(f"reference {name} {off:.1e}, {before[name]:.1e} by Triton")
+        assert off < 1.3 * before[name] + 5e-4, name
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TileLang's programs of blocks, carried out in Python, make what Triton's kernels do."""
+"""TileLang's programs of blocks and groups, carried out in Python, make what Triton's kernels do."""
 
 from __future__ import annotations
 
@@ -17,11 +17,33 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("op", "K", "T", "pattern"), CASES)
-def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern):
+STAGES = "scan_group,rescan_group,reverse_scan_group,grad_group"
+# two chunks, of which the second ends early; or three sequences, one without tokens
+OF_GROUPS = [
+    (STAGES, "66", "", "layer"),
+    pytest.param(STAGES, "100", "varlen", "sparse", marks=pytest.mark.slow),
+    pytest.param(STAGES, "100", "-has_z", "zero", marks=pytest.mark.slow),
+    pytest.param(STAGES, "90", "varlen,-has_z,-has_D", "layer", marks=pytest.mark.slow),
+    pytest.param(STAGES, "150", "-has_D,state_v_first", "strong", marks=pytest.mark.slow),
+]
+
+
+def run(script: str, *arguments: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
-    command = [sys.executable, "-W", "ignore", str(SUPPORT / "tilelang_checks.py")]
-    command += [op, K, T, pattern]
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "grad_blocks1 dg" in done.stdout and "reverse_scan_blocks1 dv" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(("op", "K", "T", "pattern"), CASES)
+def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern):
+    printed = run("tilelang_checks.py", op, K, T, pattern)
+    assert "grad_blocks1 dg" in printed and "reverse_scan_blocks1 dv" in printed
+
+
+@pytest.mark.parametrize(("stages", "T", "flags", "pattern"), OF_GROUPS)
+def test_programs_of_groups_make_what_tritons_kernels_do(stages, T, flags, pattern):
+    printed = run("tilelang_groups.py", stages, T, flags, pattern)
+    assert all(f"{x} d" in printed for x in ("reverse_scan_group", "grad_group"))
+    assert "reference dq" in printed
