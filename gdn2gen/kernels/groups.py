@@ -252,7 +252,7 @@ _APART: Final = replace(
     ),
     scratch=(*_OF_PAIRS, "taken", "written", "kept", "dscores"),
 )
-# A program has pairs of tokens for its slice of channels, and leaves sums of tokens with their decays.
+# A program has pairs of tokens for its slice of channels, and leaves a token's sums with its decay.
 _ONCE: Final = Form(
     "once",
     "tilelang",

@@ -1,4 +1,4 @@
-"""The TileLang forms of Mamba-2's stages in the place of Triton's, within the op in the interpreter.
+"""The TileLang forms of Mamba-2's stages in the place of Triton's, within the interpreted op.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_groups.py STAGES TOKENS FLAGS [PATTERN]`, each of the first and third a list

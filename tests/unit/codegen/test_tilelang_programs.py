@@ -1,4 +1,4 @@
-"""TileLang's programs of blocks and groups, carried out in Python, make what Triton's kernels do."""
+"""TileLang's programs of blocks and groups, carried out in Python, make what Triton's do."""
 
 from __future__ import annotations
 
