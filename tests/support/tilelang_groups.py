@@ -1,8 +1,8 @@
 """The TileLang forms of Mamba-2's stages in the place of Triton's, within the interpreted op.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python tilelang_groups.py STAGES TOKENS FLAGS [PATTERN]`, each of the first and third a list
-with commas. Every launch of a stage is carried out by its program's text (tilelang_threads.py), on
+own: `python tilelang_groups.py STAGES TOKENS FLAGS PATTERN [HEADS]`, the first and third lists with
+commas. Every launch of a stage is carried out by its program's text (tilelang_threads.py), on
 the tensors of Triton's kernel, whose results are compared; the op goes on with the program's, and
 its outputs and gradients are held to what Triton's are off the fp64 reference.
 """
@@ -120,13 +120,13 @@ def _scratch(name: str, given: Mapping[str, Any]) -> torch.Tensor:
     return torch.full([sizes[x] for x in dims.split()], float("nan"))
 
 
-def main(stages: str, tokens: str, flags: str, pattern: str = "layer") -> None:
+def main(stages: str, tokens: str, flags: str, pattern: str, heads: str = "2") -> None:
     changes = {x.lstrip("-"): not x.startswith("-") for x in flags.split(",") if x}
     problem = replace(FULL, **changes)
     recipe = Recipe.default(problem, "grouped", BT, arch="sm_90")
     T, found = int(tokens), list[str]()
     ends = (0, 0, T // 3, T) if problem.varlen else None
-    shape = Shape("tiny", 1, T, 2, ends, groups=1)
+    shape = Shape("tiny", 1, T, int(heads), ends, groups=1)
     inputs, seeds = drawn(problem, shape, pattern, "cpu")
     right = run_reference(problem, inputs, seeds)
     for stage in stages.split(","):
