@@ -31,7 +31,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 gating=inside heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest 008d01d629ffdc6e; made by
+Template digest 012231873568c550; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=inside,heads=1,language=tilelang,num_stages=1,num_warps=4
@@ -52,9 +52,11 @@ def program():
     import tilelang.language as tile
     from tilelang.layout import make_swizzled_layout
 
-    B, T, HV, H, NT, NS, z_batch, z_token = (
-        tile.dynamic(name) for name in ("B", "T", "HV", "H", "NT", "NS", "z_batch", "z_token")
+    B, T, HV, H, NT, NS = (
+        tile.dynamic(name) for name in ("B", "T", "HV", "H", "NT", "NS")
     )
+    # how far rows of z lie apart, and sequences of them
+    z_token, z_batch = (tile.dynamic(name, "int64") for name in ("z_token", "z_batch"))
     # a warp keeps whole rows, so that one product's result is the next one's operand
     ROWS = tile.GemmWarpPolicy.FullRow
 
@@ -226,9 +228,6 @@ def program():
                 tile.wait_wgmma(1)
                 hold[0] = tile.cast(s_k[0, 0], "float32")
 
-                hold[0] = tile.cast(s_z[0, 0], "float32")
-                hold[0] = tile.cast(s_do[0, 0], "float32")
-
                 # meanwhile
                 for i, j in tile.Parallel(BT, BV):
                     b_sigmoid[i, j] = tile.rsqrt(1.0 + tile.exp2(b_z[i, j] * -1.4426950408889634))
@@ -240,6 +239,9 @@ def program():
                 # before dy is rounded: a sum over all tokens shows what each of them lost
                 for i, j in tile.Parallel(BT, BV):
                     b_dD[i, j] += b_dy[i, j] * tile.cast(s_v[i, j], "float32")
+                hold[0] = tile.cast(s_z[0, 0], "float32")
+                hold[0] = tile.cast(s_do[0, 0], "float32")
+
                 tile.copy(b_dy, b_od)
                 tile.tma_store_wait(2)
                 tile.copy(b_od, s_dy)

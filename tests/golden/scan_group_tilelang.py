@@ -28,7 +28,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest 008d01d629ffdc6e; made by
+Template digest 012231873568c550; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,initial_state,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=tilelang,num_stages=1,num_warps=4
@@ -49,9 +49,11 @@ def program():
     import tilelang.language as tile
     from tilelang.layout import make_swizzled_layout
 
-    B, T, HV, H, NT, NS, z_batch, z_token = (
-        tile.dynamic(name) for name in ("B", "T", "HV", "H", "NT", "NS", "z_batch", "z_token")
+    B, T, HV, H, NT, NS = (
+        tile.dynamic(name) for name in ("B", "T", "HV", "H", "NT", "NS")
     )
+    # how far rows of z lie apart, and sequences of them
+    z_token, z_batch = (tile.dynamic(name, "int64") for name in ("z_token", "z_batch"))
     # a warp keeps whole rows, so that one product's result is the next one's operand
     ROWS = tile.GemmWarpPolicy.FullRow
 
@@ -210,13 +212,13 @@ def program():
                 tile.wait_wgmma(1)
                 hold[0] = tile.cast(s_k[0, 0], "float32")
 
-                hold[0] = tile.cast(s_z[0, 0], "float32")
-
                 # meanwhile
                 for i, j in tile.Parallel(BT, BV):
                     b_sigmoid[i, j] = tile.rsqrt(1.0 + tile.exp2(b_z[i, j] * -1.4426950408889634))
                     b_sigmoid[i, j] *= b_sigmoid[i, j]
                     b_sigmoid[i, j] *= b_z[i, j]
+                hold[0] = tile.cast(s_z[0, 0], "float32")
+
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_v[0, 0], "float32")
 

@@ -127,7 +127,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         ceildiv=lambda a, b: -(-a // b),
         clear=fill_zero,
         copy=copy,
-        dynamic=lambda name: sizes[name],
+        dynamic=lambda name, dtype="int32": sizes[name],
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
         int32="int32",
