@@ -115,13 +115,16 @@ def exchange(module: ModuleType, other: ModuleType, stage: str, found: list[str]
 
 def _scratch(name: str, given: Mapping[str, Any]) -> torch.Tensor:
     NT, HV, _ = given["log_decay"].shape
-    sizes = {"NT": NT, "HV": HV, "BT": BT, "NK": 1}
+    sizes = {"NT": NT, "HV": HV, "BT": BT, "NK": given["k"].shape[-1] // 64}
     dims = next(x.dims for x in STAGES["grad_group"].outputs if x.name == name)
     return torch.full([sizes[x] for x in dims.split()], float("nan"))
 
 
 def main(stages: str, tokens: str, flags: str, pattern: str, heads: str = "2") -> None:
-    changes = {x.lstrip("-"): not x.startswith("-") for x in flags.split(",") if x}
+    given = [x for x in flags.split(",") if x]
+    changes: dict[str, Any] = {x.lstrip("-"): not x.startswith("-") for x in given}
+    if changes.pop("wide", False):  # keys in two slices
+        changes["K"] = 128
     problem = replace(FULL, **changes)
     recipe = Recipe.default(problem, "grouped", BT, arch="sm_90")
     T, found = int(tokens), list[str]()

@@ -23,6 +23,7 @@ OF_GROUPS = [
     (STAGES.removeprefix("scan_group,"), "65", "", "layer", "1"),
     pytest.param(STAGES, "100", "varlen", "sparse", "2", marks=pytest.mark.slow),
     pytest.param(STAGES, "100", "-has_z", "zero", "2", marks=pytest.mark.slow),
+    pytest.param(STAGES, "70", "wide", "layer", "2", marks=pytest.mark.slow),
     pytest.param(STAGES, "90", "varlen,-has_z,-has_D", "layer", "2", marks=pytest.mark.slow),
     pytest.param(STAGES, "150", "-has_D,state_v_first", "strong", "2", marks=pytest.mark.slow),
 ]
