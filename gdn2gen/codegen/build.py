@@ -50,6 +50,7 @@ _ALL_OPTIONS = {
     "activate_beta_kernel": {"num_warps": 1},
     "fold_beta_kernel": {"num_warps": 1},
     "fold_decay_kernel": {"num_warps": 1},
+    "fold_heads_kernel": {"num_warps": 1},
     "fold_parts_kernel": {"num_warps": 1},
     "gate_group_kernel": {"num_warps": 4, "num_stages": 2},
     "tail_kernel": {"num_warps": 1, "num_stages": 1},

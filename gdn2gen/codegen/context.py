@@ -19,7 +19,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.kernels.anchors import CENTRED_RANGE, anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
@@ -223,7 +223,10 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         "sequences": "(N1 - 1)" if problem.varlen else "B",
         # Products and stores that others overlap with are of sm_90 and later; on sm_80, which has
         # none, configs have one stage of loads and no register hand-over, and each is waited for.
-        "overlaps": config.size("num_stages") > 1 or config.get("maxnreg", 0) != 0,
+        # Stages of groups are of sm_90 alone.
+        "overlaps": config.size("num_stages") > 1
+        or config.get("maxnreg", 0) != 0
+        or problem.op in STEP_OPS,
         "centred_range": CENTRED_RANGE,
         # the widest power of two that values come in slices of
         "v_slice": V & -V,

@@ -50,7 +50,8 @@ _FORMATS: Final[Mapping[str, str]] = {"i32": "<i4x", "i64": "<q", "fp32": "<f4x"
 
 
 class Described(NamedTuple):
-    """What of a tensor of a pass never changes: rows without gaps."""
+    """What of a tensor of a pass never changes: rows without gaps, but for inputs whose rows lie
+    apart, in known calls of one kind as far."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -111,6 +111,23 @@ _SERIAL: Final = Form(
     ahead=(Operand("q", "BT K"), Operand("k", "BT K")),
 )
 _BACK: Final = (*_SERIAL.ahead, Operand("do", "BT BV"))
+# Its products have the 64 tokens of a chunk as rows, and 64 values of a state.
+_IN_TILELANG: Final = (
+    _ONLY_STEPS,
+    Limit("arch", (None, "sm_90"), "it was written for products of that arch's warp groups"),
+    Limit("dtype", ("bf16",), "factors of fp16 would leave its range"),
+    Limit("BT", (64,), "tokens are the 64 rows of a warp group's products"),
+    Limit("K", (64, 128), "other head dims were not compiled"),
+    Limit("V", (64, 128), "other head dims were not compiled"),
+)
+_SERIAL_TILELANG: Final = Form(
+    "serial",
+    "tilelang",
+    "scan_group",
+    # with one stage of loads, two programs to a multiprocessor
+    knobs={"heads": (1,), "BV": (64,), "num_warps": (4,), "num_stages": (1, 2, 3)},
+    limits=_IN_TILELANG,
+)
 
 SCAN_GROUP: Final = Stage(
     name="scan_group",
@@ -120,7 +137,7 @@ SCAN_GROUP: Final = Stage(
     rows=("z",),
     count="n_sequences",
     products=("K V BT", "BT V K", "BT V BT"),
-    forms=(_SERIAL,),
+    forms=(_SERIAL, _SERIAL_TILELANG),
 )
 
 RESCAN_GROUP: Final = Stage(
@@ -161,6 +178,7 @@ RESCAN_GROUP: Final = Stage(
             ahead=(Operand("k", "BT K"),),
             scratch=("chunk_table",),
         ),
+        replace(_SERIAL_TILELANG, name="inside"),
     ),
     selector="gating",
     later={"gating": "inside"},
@@ -185,7 +203,10 @@ REVERSE_SCAN_GROUP: Final = Stage(
     scalars=_SCAN_SCALARS,
     count="n_sequences",
     products=("BT V BT", "BT V K", "K V BT"),
-    forms=(replace(_SERIAL, template="reverse_scan_group", ahead=_BACK),),
+    forms=(
+        replace(_SERIAL, template="reverse_scan_group", ahead=_BACK),
+        replace(_SERIAL_TILELANG, template="reverse_scan_group"),
+    ),
 )
 
 # Scratch of grad_group, of tokens and of pairs.
@@ -231,6 +252,22 @@ _APART: Final = replace(
     ),
     scratch=(*_OF_PAIRS, "taken", "written", "kept", "dscores"),
 )
+# A program has pairs of tokens for its slice of channels, and leaves a token's sums with its decay.
+_ONCE: Final = Form(
+    "once",
+    "tilelang",
+    "grad_group",
+    knobs={
+        "heads": HEADS,
+        "BK": (64,),
+        "num_warps": (4,),
+        "num_stages": LOADS_AHEAD,
+        "maxnreg": (0, 128),
+    },
+    defaults=(Setting({"heads": 16, "maxnreg": 128}),),
+    limits=(*_IN_TILELANG, Limit("V", (64,), "values are the 64 rows of <S, dS>")),
+    scratch=("decay_pairs", "step_pairs", "taken", "written", "kept"),
+)
 
 GRAD_GROUP: Final = Stage(
     name="grad_group",
@@ -254,7 +291,7 @@ GRAD_GROUP: Final = Stage(
     rows=("dt",),
     # of the state for q and k; of pairs. What is made once for all heads is left out, and <S, dS>
     products=("BT K V", "BT K V", "BT BT V"),
-    forms=(_INSIDE, _APART),
+    forms=(_INSIDE, _APART, _ONCE),
     selector="pairs",
     later={"pairs": "inside"},
 )

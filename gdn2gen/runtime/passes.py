@@ -128,10 +128,7 @@ class Pass:
     ) -> Bound | None:
         """The pass bound to its launches, for inputs like these, in their order; None where some of
         it has to go its own way, or is not known before the pass has run. See `bind`."""
-        described = {
-            name: Described((*x.shape,), strides_of((*x.shape,)), x.dtype)
-            for name, x in inputs.items()
-        }
+        described = {name: _described(x) for name, x in inputs.items()}
         steps = [x.worked(described) for x in self._steps]
         pieces = () if saved is None else saved.pieces
         keep = [x for x in self._keep if x not in pieces]
@@ -193,6 +190,12 @@ class _SizedStep:
         if hasattr(launch, "of_dtype"):
             launch = launch.of_dtype(inputs[self.tensors[0]].dtype)
         return Worked(launch, self.tensors, self.made, self.taken, self.freed)
+
+
+def _described(x: Tensor) -> Described:
+    """Rows lie apart in what only kernels read that know of it."""
+    shape = (*x.shape,)
+    return Described(shape, strides_of(shape) if x.is_contiguous() else x.stride(), x.dtype)
 
 
 def _made(buffer: Buffer, sizes: Mapping[str, int], device: torch.device) -> Made:

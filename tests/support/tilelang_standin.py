@@ -99,6 +99,8 @@ def least(*given: Any) -> Any:
 
 def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     def allocate(shape: list[int], dtype: str) -> Tile:
+        if dtype == "int32":
+            return Tile(np.zeros(shape, np.int64), dtype)
         return Tile(np.full(shape, np.nan, np.float32), dtype)
 
     def parallel(*extents: int) -> Iterator[Any]:
@@ -121,6 +123,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
         Tensor=lambda *_: None,
+        StridedTensor=lambda *_: None,
         Kernel=Kernel,
         GemmWarpPolicy=SimpleNamespace(FullRow=None),
         Parallel=parallel,
@@ -132,7 +135,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         ceildiv=lambda a, b: -(-a // b),
         clear=fill_zero,
         copy=copy,
-        dynamic=lambda name: sizes[name],
+        dynamic=lambda name, dtype="int32": sizes[name],
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
         int32="int32",

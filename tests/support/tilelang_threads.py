@@ -7,6 +7,7 @@ what it computes is seen, but no race.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -28,6 +29,8 @@ class Threads:
         self.lock = threading.Lock()
         self.tiles: list[Tile] = []
         self.own = threading.local()
+        self.warps = [threading.Barrier(32) for _ in range(count // 32)]
+        self.lanes: list[Any] = [None] * count
 
     def wait(self) -> None:
         self.barrier.wait(timeout=120)
@@ -57,6 +60,20 @@ class Threads:
                 self.tiles.append(Tile(np.full(shape, np.nan, np.float32), dtype))
             return self.tiles[number]
 
+    def shuffled(self, source: Callable[[int, int], int]) -> Callable[[Any, int], Any]:
+        """What a lane has of another one, `source` of its own number; of none, what it gave."""
+
+        def by_lane(value: Any, distance: int) -> Any:
+            index = self.own.index
+            self.lanes[index] = value
+            self.warps[index // 32].wait(timeout=120)
+            other = source(index % 32, distance)
+            found = self.lanes[index // 32 * 32 + other] if 0 <= other < 32 else value
+            self.warps[index // 32].wait(timeout=120)
+            return found
+
+        return by_lane
+
     def run(self, work: Callable[[], None]) -> None:
         faults: list[BaseException] = []
         self.tiles.clear()
@@ -67,7 +84,8 @@ class Threads:
                 work()
             except BaseException as fault:
                 faults.append(fault)
-                self.barrier.abort()
+                for barrier in (self.barrier, *self.warps):
+                    barrier.abort()
 
         threads = [threading.Thread(target=one, args=(x,)) for x in range(self.count)]
         for thread in threads:
@@ -83,13 +101,16 @@ def run_all(
     module: ModuleType, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int], *scalars: float
 ) -> dict[str, torch.Tensor]:
     """As `tilelang_standin.run_all`."""
-    threads, names = Threads(module.THREADS), vars(language(sizes))
+    threads, names = Threads(getattr(module, "THREADS", 128)), vars(language(sizes))
     names |= {x: threads.together(names[x]) for x in TOGETHER.split()}
     names |= dict.fromkeys(("alloc_shared", "alloc_fragment"), threads.shared)
     names |= {
         "Parallel": threads.parallel(names["Parallel"]),
         "get_thread_binding": lambda: threads.own.index,
         "grid": names["Parallel"],
+        "shfl_down": threads.shuffled(operator.add),
+        "shfl_up": threads.shuffled(operator.sub),
+        "shfl_xor": threads.shuffled(operator.xor),
         "sync_threads": threads.wait,
         "vectorized": range,
     }

@@ -20,8 +20,8 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.limits import Knob
+from gdn2gen.kernels.config import Config, default_config, default_of
+from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.mamba3 import (
     MAMBA3_STAGES,
     MAMBA3_STEP,
@@ -270,6 +270,33 @@ def test_tilelang_of_blocks_compiles_and_fits(
     assert used.spill_bytes <= most, f"{stage} [{config}]: {used}"
     programs = 2 if stage == "grad_blocks1" else 1
     assert programs * (used.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage", ["scan_group", "rescan_group", "reverse_scan_group", "grad_group"]
+)
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.tilelang
+def test_tilelang_of_groups_compiles_and_two_programs_fit(
+    stage: str, varlen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    problem = Problem(
+        "mamba2",
+        V=64,
+        gate="softplus",
+        has_rate=True,
+        has_dt_bias=True,
+        has_D=True,
+        has_z=True,
+        varlen=varlen,
+    )
+    form = next(x for x in STAGES[stage].forms if x.language == "tilelang")
+    config = default_of(stage, form, Place(problem, 64, "sm_90"))
+    used = compile_ahead(problem, stage, config, named_device("sm_90"))
+    assert used.registers == 128 and used.spill_bytes <= 96, f"{stage} [{config}]: {used}"
+    assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,12 @@ def _groups(stage: str, knobs: dict[str, Knob] | None = None, **changes: bool) -
     return render(problem, stage, default_config(stage, problem).replace(**(knobs or {}))).source
 
 
+def _groups_tilelang(stage: str, **changes: bool) -> str:
+    problem = replace(_GROUPS, **changes)
+    form = next(x for x in STAGES[stage].forms if x.language == "tilelang")
+    return render(problem, stage, default_of(stage, form, Place(problem, 64, "sm_90"))).source
+
+
 def _tied_tilelang(stage: str) -> str:
     return render(_TIED, stage, tilelang_by_chunk(stage, _TIED)).source
 
@@ -347,6 +353,18 @@ OUTPUTS: Final = {
     "grad_group.py": partial(_groups, "grad_group"),
     "grad_group_inside.py": partial(_groups, "grad_group", {"pairs": "inside"}),
     "rescan_group_inside.py": partial(_groups, "rescan_group", {"gating": "inside"}),
+    "scan_group_tilelang.py": partial(_groups_tilelang, "scan_group", initial_state=True),
+    "rescan_group_tilelang.py": partial(_groups_tilelang, "rescan_group"),
+    "rescan_group_tilelang_packed.py": partial(
+        _groups_tilelang, "rescan_group", varlen=True, has_z=False
+    ),
+    "reverse_scan_group_tilelang.py": partial(
+        _groups_tilelang, "reverse_scan_group", varlen=True, final_state=True
+    ),
+    "grad_group_tilelang.py": partial(_groups_tilelang, "grad_group"),
+    "grad_group_tilelang_packed.py": partial(
+        _groups_tilelang, "grad_group", varlen=True, has_z=False
+    ),
     "chunk_tables_mamba2.py": lambda: render_tables(replace(_GROUPS, varlen=True), 32).source,
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,

@@ -1,4 +1,4 @@
-"""TileLang's programs of blocks, carried out in Python, make what Triton's kernels do."""
+"""TileLang's programs of blocks and groups, carried out in Python, make what Triton's do."""
 
 from __future__ import annotations
 
@@ -24,6 +24,39 @@ CASES = [
     pytest.param("gdn2", "128", "134", "zero", "2", marks=pytest.mark.slow),
     pytest.param("gdn2", "64", "230", "layer", "4", marks=pytest.mark.slow),
 ]
+STAGES = "scan_group,rescan_group,reverse_scan_group,grad_group"
+# two chunks, of which the second ends early; or three sequences, one without tokens
+OF_GROUPS = [
+    (STAGES.removeprefix("scan_group,"), "65", "", "layer", "1"),
+    pytest.param(STAGES, "100", "varlen", "sparse", "2", marks=pytest.mark.slow),
+    pytest.param(STAGES, "100", "-has_z", "zero", "2", marks=pytest.mark.slow),
+    pytest.param(STAGES, "70", "wide", "layer", "2", marks=pytest.mark.slow),
+    pytest.param(STAGES, "90", "varlen,-has_z,-has_D", "layer", "2", marks=pytest.mark.slow),
+    pytest.param(STAGES, "150", "-has_D,state_v_first", "strong", "2", marks=pytest.mark.slow),
+]
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("op", "K", "T", "pattern", "every"), CASES)
+def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern, every):
+    printed = run("tilelang_checks.py", op, K, T, pattern, every)
+    made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
+    made += [f"grad_blocks{every} dg"] * (every != "4")
+    assert all(x in printed for x in made)
+
+
+@pytest.mark.parametrize(("stages", "T", "flags", "pattern", "heads"), OF_GROUPS)
+def test_programs_of_groups_make_what_tritons_kernels_do(stages, T, flags, pattern, heads):
+    printed = run("tilelang_groups.py", stages, T, flags, pattern, heads)
+    assert all(f"{x} d" in printed for x in ("reverse_scan_group", "grad_group"))
+    assert "reference dq" in printed
 
 
 def test_strong_decay_of_128_channels_takes_8_warps():
@@ -33,15 +66,3 @@ def test_strong_decay_of_128_channels_takes_8_warps():
         rendered = render(Problem(), "grad_blocks1", config)
         assert "num_warps=STRONG_WARPS, num_stages=1," in rendered.source
         assert beside_tilelang(load(rendered)) == {"num_warps": warps, "num_stages": 1}
-
-
-@pytest.mark.parametrize(("op", "K", "T", "pattern", "every"), CASES)
-def test_programs_of_blocks_make_what_tritons_kernels_do(op, K, T, pattern, every):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
-    command = [sys.executable, "-W", "ignore", str(SUPPORT / "tilelang_checks.py")]
-    command += [op, K, T, pattern, every]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
-    made += [f"grad_blocks{every} dg"] * (every != "4")
-    assert all(x in done.stdout for x in made)

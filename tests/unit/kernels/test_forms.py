@@ -176,3 +176,28 @@ def test_what_stands_in_for_another_language_takes_the_same_operands(stage: str)
             assert found["language"] == "triton" and found["BT"] == place.BT
             assert why_invalid(found, place.problem) is None
             assert found.operands(place.problem) == config.operands(place.problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "knobs", "arch", "words"),
+    [
+        ({"dtype": "fp16"}, {}, "sm_90", "dtype of bf16, not fp16: factors of fp16 would leave"),
+        ({}, {"BT": 32}, "sm_90", "BT of 64, not 32: tokens are the 64 rows"),
+        ({"K": 80}, {}, "sm_90", "K of 64, 128, not 96: other head dims were not compiled"),
+        ({"V": 128}, {}, "sm_90", "V of 64, not 128: values are the 64 rows of <S, dS>"),
+        (
+            {},
+            {"maxnreg": 0},
+            "sm_80",
+            "not sm_80: it was written for products of that arch's warp groups",
+        ),
+    ],
+)
+def test_groups_in_tilelang_say_what_they_do_not_serve(changes, knobs, arch, words) -> None:
+    served = Problem("mamba2", V=64, gate="softplus", has_rate=True, has_D=True, has_z=True)
+    form = next(x for x in STAGES["grad_group"].forms if x.language == "tilelang")
+    config = default_of("grad_group", form, Place(served, 64, "sm_90"))
+    for problem in (served, replace(served, varlen=True, initial_state=True, has_dt_bias=True)):
+        assert why_invalid(config, problem, "sm_90") is None
+    reason = why_invalid(config.replace(**knobs), replace(served, **changes), arch)
+    assert reason is not None and words in reason

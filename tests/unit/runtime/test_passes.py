@@ -31,6 +31,14 @@ def test_strides_are_those_of_torch(shape: tuple[int, ...]) -> None:
         assert made.is_contiguous()
 
 
+def test_programs_are_told_how_far_rows_of_an_input_lie_apart() -> None:
+    """Of a slice of a projection as torch says; else as if a dim of one had no distance."""
+    apart = torch.empty(2, 5, 48)[..., 16:].view(2, 5, 4, 8)
+    assert passes._described(apart).strides == (240, 48, 8, 1)
+    one = torch.empty(1, 5, 4, 8).as_strided((1, 5, 4, 8), (3, 32, 8, 1))
+    assert passes._described(one).strides == (160, 32, 8, 1)
+
+
 def test_buffers_on_a_gpu_skip_the_dispatcher_where_torch_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,238 @@
+"""Carry the gradient of the state through the chunks of a sequence, last to first, heads by the q and k of a group.
+
+One program per sequence, value head and slice of V; the mirror of the scan, with the gradient of
+the state held transposed, dS^T [BV, K], in registers. dY is the gradient of o before its gate.
+
+    dv = P^T dY + (k dS) tail step + D dY          P_ij = decay_ij step_j <q_i, k_j>
+    dS^T <- dS^T gamma_C + (dY^T head) q
+
+where decay_ij is what the state keeps from token j to token i, head from the chunk's start to a token,
+tail from a token to the chunk's end, and gamma_C over all of it: factors of no channel. Rows of P^T are
+tokens j: scores are made here, of the k and q that the state needs anyway.
+
+The compiler gives the loads to a warp group of its own, and every tile a barrier: two programs share a multiprocessor.
+
+    q              [B, T, H, K]     bf16   queries
+    k              [B, T, H, K]     bf16   keys
+    log_decay      [NT, HV, BT]     fp32   decay of each token, log2
+    step           [NT, HV, BT]     fp32   step of each token, after its activation
+    scores         [NT, H, BT, BT]  bf16   <q_i, k_j> of a group, as they are
+    D              [HV, V]          fp32   factor of a token's own value, added to o
+    dy             [B, T, HV, V]    bf16   gradient of o before its gate
+    dht            [N, HV, K, V]    fp32   gradient of final_state
+    cu_seqlens     [N+1]            int32  first token of each sequence
+    chunk_offsets  [N+1]            int32  first chunk of each sequence
+    dh             [NT, HV, V, K]   bf16   gradient of the state at the chunk's end, transposed
+    dv             [B, T, HV, V]    bf16   gradient of v
+
+Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
+Config:  BT=64 BV=64 heads=1 language=tilelang num_stages=1 num_warps=4
+Template digest 0860da8879499a84; made by
+    gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
+      softplus --with=dt_bias,varlen,final_state,rate,D,z --stage reverse_scan_group \
+      --config BT=64,BV=64,heads=1,language=tilelang,num_stages=1,num_warps=4
+"""
+
+from functools import cache
+
+
+K, V = 128, 64
+BT, BV = 64, 64
+IO = "bfloat16"
+# exp2 by the hardware, flushing what is below 2^-126 to zero
+PASSES = {"tl.enable_fast_math": True}
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+    from tilelang.layout import make_swizzled_layout
+
+    B, T, H, NT, HV, N, N1 = (
+        tile.dynamic(name) for name in ("B", "T", "H", "NT", "HV", "N", "N1")
+    )
+    # a warp keeps whole rows, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    @tile.prim_func
+    def reverse_scan_group(
+        q: tile.Tensor([B, T, H, K], "bfloat16"),
+        k: tile.Tensor([B, T, H, K], "bfloat16"),
+        log_decay: tile.Tensor([NT, HV, BT], "float32"),
+        step: tile.Tensor([NT, HV, BT], "float32"),
+        scores: tile.Tensor([NT, H, BT, BT], "bfloat16"),
+        D: tile.Tensor([HV, V], "float32"),
+        dy: tile.Tensor([B, T, HV, V], "bfloat16"),
+        dht: tile.Tensor([N, HV, K, V], "float32"),
+        cu_seqlens: tile.Tensor([N1], "int32"),
+        chunk_offsets: tile.Tensor([N1], "int32"),
+        dh: tile.Tensor([NT, HV, V, K], "bfloat16"),
+        dv: tile.Tensor([B, T, HV, V], "bfloat16"),
+    ):
+        # three dims: divisions in every address would be a third of all instructions, or 5 of 6
+        with tile.Kernel(
+            V // BV, HV, (N1 - 1), threads=128
+        ) as (i_v, i_h, i_n):
+            # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
+            tile.annotate_min_blocks_per_sm(2)
+            tile.annotate_producer_reg_dealloc(24)
+            tile.annotate_consumer_reg_alloc(232)
+
+            i_first = chunk_offsets[i_n]
+            n_chunks = chunk_offsets[i_n + 1] - i_first
+            i_b = 0
+            i_start = cu_seqlens[i_n]
+            n_tokens = cu_seqlens[i_n + 1] - i_start
+
+            # held in a variable: the compiler would divide again for every load
+            i_hq = tile.alloc_var("int32")
+            i_hq = i_h // (HV // H)
+            i_thread = tile.get_thread_binding()
+            s_k = tile.alloc_shared([BT, K], IO)
+            s_q = tile.alloc_shared([BT, K], IO)
+            s_dy = tile.alloc_shared([BT, BV], IO)
+            s_own_q = tile.alloc_shared([BT, K], IO)
+            s_own_dy = tile.alloc_shared([BT, BV], IO)
+            # the state as products read it, and as it is kept
+            s_dh = tile.alloc_shared([BV, K], IO)
+            b_dh = tile.alloc_fragment([BV, K], IO)
+            b_S = tile.alloc_fragment([BV, K], "float32")
+            b_added = tile.alloc_fragment([BV, BT], "float32")
+            b_outer = tile.alloc_fragment([BV, BT], IO)
+            b_P = tile.alloc_fragment([BT, BT], "float32")
+            b_Pd = tile.alloc_fragment([BT, BT], IO)
+            b_o = tile.alloc_fragment([BT, BV], "float32")
+            b_od = tile.alloc_fragment([BT, BV], IO)
+            s_skip = tile.alloc_shared([BV], "float32")
+            s_log_decay = tile.alloc_shared([BT], "float32")
+            s_step = tile.alloc_shared([BT], "float32")
+            # decay since the chunk's start, its exponential, and that of the decay to its end, times the step
+            s_G = tile.alloc_shared([BT], "float32")
+            s_steps = tile.alloc_shared([BT], "float32")
+            s_head = tile.alloc_shared([BT], "float32")
+            s_tail = tile.alloc_shared([BT], "float32")
+            x_sum = tile.alloc_local([4], "float32")
+            s_dv = tile.alloc_shared([BT, BV], IO)
+            # A tile is given back for the next load after the last line that reads it. Values that
+            # were read must have been used by then, so that line is one of its own, into `hold`.
+            hold = tile.alloc_local([1], "float32")
+            for j in tile.Parallel(BV):
+                s_skip[j] = D[i_h, i_v * BV + j]
+
+            for i, j in tile.Parallel(BV, K):
+                b_S[i, j] = dht[i_n, i_h, j, i_v * BV + i]
+            for i_back in tile.Pipelined(n_chunks, num_stages=1):
+                i_t = n_chunks - 1 - i_back
+                i_c = i_first + i_t
+                i_row = i_start + i_t * BT
+                tile.copy(k[i_b, i_row : i_row + BT, i_hq, :], s_k)
+                tile.copy(q[i_b, i_row : i_row + BT, i_hq, :], s_q)
+                tile.copy(log_decay[i_c, i_h, :], s_log_decay)
+                tile.copy(step[i_c, i_h, :], s_step)
+                tile.copy(dy[i_b, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_dy)
+
+                for i, j in tile.Parallel(BT, K):
+                    s_own_q[i, j] = tile.if_then_else(i_t * BT + i < n_tokens, s_q[i, j], tile.cast(0, IO))
+                for i, j in tile.Parallel(BT, BV):
+                    s_own_dy[i, j] = tile.if_then_else(i_t * BT + i < n_tokens, s_dy[i, j], tile.cast(0, IO))
+                for i, j in tile.Parallel(BV, BT):
+                    b_outer[i, j] = s_own_dy[j, i]
+                tile.copy(b_S, b_dh)
+                tile.tma_store_wait(0)
+                if i_thread < 32:
+                    x_sum[0] = s_log_decay[2 * i_thread]
+                    x_sum[1] = x_sum[0] + s_log_decay[2 * i_thread + 1]
+                    x_sum[2] = tile.shfl_up(x_sum[1], 1)
+                    x_sum[1] += tile.if_then_else(i_thread >= 1, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_up(x_sum[1], 2)
+                    x_sum[1] += tile.if_then_else(i_thread >= 2, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_up(x_sum[1], 4)
+                    x_sum[1] += tile.if_then_else(i_thread >= 4, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_up(x_sum[1], 8)
+                    x_sum[1] += tile.if_then_else(i_thread >= 8, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_up(x_sum[1], 16)
+                    x_sum[1] += tile.if_then_else(i_thread >= 16, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_up(x_sum[1], 1)
+                    x_sum[0] += tile.if_then_else(i_thread >= 1, x_sum[2], 0.0)
+                    for n in tile.unroll(2):
+                        s_G[2 * i_thread + n] = x_sum[n]
+                        s_head[2 * i_thread + n] = tile.exp2(x_sum[n])
+                elif i_thread < 64:
+                    x_sum[0] = s_log_decay[2 * i_thread - 63]
+                    x_sum[1] = x_sum[0] + s_log_decay[2 * i_thread - 64]
+                    x_sum[2] = tile.shfl_down(x_sum[1], 1)
+                    x_sum[1] += tile.if_then_else(i_thread < 63, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_down(x_sum[1], 2)
+                    x_sum[1] += tile.if_then_else(i_thread < 62, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_down(x_sum[1], 4)
+                    x_sum[1] += tile.if_then_else(i_thread < 60, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_down(x_sum[1], 8)
+                    x_sum[1] += tile.if_then_else(i_thread < 56, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_down(x_sum[1], 16)
+                    x_sum[1] += tile.if_then_else(i_thread < 48, x_sum[2], 0.0)
+                    x_sum[2] = tile.shfl_down(x_sum[1], 1)
+                    x_sum[2] = tile.if_then_else(i_thread < 63, x_sum[2], 0.0)
+                    x_sum[0] += x_sum[2]
+                    x_sum[3] = s_step[2 * i_thread - 63]
+                    s_tail[2 * i_thread - 63] = tile.exp2(x_sum[2]) * x_sum[3]
+                    s_steps[2 * i_thread - 63] = x_sum[3]
+                    x_sum[3] = s_step[2 * i_thread - 64]
+                    s_tail[2 * i_thread - 64] = tile.exp2(x_sum[0]) * x_sum[3]
+                    s_steps[2 * i_thread - 64] = x_sum[3]
+                tile.copy(b_dh, s_dh)
+                tile.tma_copy(s_dh, dh[i_c, i_h, i_v * BV : (i_v + 1) * BV, :])
+                tile.wgmma_gemm(s_k, s_q, b_P, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_k, s_dh, b_o, transpose_B=True, clear_accum=True, policy=ROWS)
+                for i, j in tile.Parallel(BV, BT):
+                    b_added[i, j] = tile.cast(b_outer[i, j], "float32") * s_head[j]
+                tile.copy(b_added, b_outer)
+                hold[0] = s_log_decay[0]
+                hold[0] = s_step[0]
+                for i, j in tile.Parallel(BV, K):
+                    b_S[i, j] *= s_head[BT - 1]
+                tile.wgmma_gemm(b_outer, s_own_q, b_S, policy=ROWS)
+                tile.wait_wgmma(2)
+
+                for i, j in tile.Parallel(BT, BT):
+                    b_P[i, j] = tile.if_then_else(i <= j and i_t * BT + j < n_tokens, b_P[i, j] * tile.exp2(s_G[j] - s_G[i]) * s_steps[i], 0.0)
+                tile.copy(b_P, b_Pd)
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_k[0, 0], "float32")
+
+                for i, j in tile.Parallel(BT, BV):
+                    b_o[i, j] = b_o[i, j] * s_tail[i] + tile.cast(s_dy[i, j], "float32") * s_skip[j]
+
+                tile.wgmma_gemm(b_Pd, s_own_dy, b_o, policy=ROWS)
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+
+                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_dy[0, 0], "float32")
+
+                tile.copy(b_o, b_od)
+                tile.copy(b_od, s_dv)
+                for i, j in tile.Parallel(BT, BV):
+                    if i_t * BT + i < n_tokens:
+                        dv[i_b, i_row + i, i_h, i_v * BV + j] = s_dv[i, j]
+
+            tile.tma_store_wait(0)
+
+    return reverse_scan_group
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program(), pass_configs=PASSES)
+
+
+def launch(
+    q, k, log_decay, step, scores, D, dy, dht, cu_seqlens, chunk_offsets, dh, dv, *,
+    n_sequences, T, H, HV, NS, segment
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        return
+    compiled()(q, k, log_decay, step, scores, D, dy, dht, cu_seqlens, chunk_offsets, dh, dv)
