@@ -192,9 +192,10 @@ class _Call:
         dQ, dK, dV, dZ = (self.like(y) for y in (x.Q, x.K, x.V, x.Z))
         heads = [self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "QK"]
         dbiases = [self.empty("n_tiles", "H", "N") for _ in "qk"]
-        dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(10))
+        dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(11))
         dTrap, down = self.like(x.numbers[2]), self.empty("B", "T", "H")
         dAngles = self.empty("B", "T", "H", "S", dtype=x.Angles.dtype)
+        kept = self.empty("n_tiles", "H")
         sums = [self.empty(*x, "H", "S") for x in (("B", "T"), ("B", "T"), ("n_tiles",))]
         self.launch(
             MAMBA3_GRADIENT,
@@ -202,7 +203,7 @@ class _Call:
             *(*self.rotation(made.theta, made.turns), x.D, x.Z, h, dh, made.y if gate else None),
             *(dout, *x.tiles[:1], *((dangle, dturn) if rotated else ())),
             *(dQ, dK, dV, dZ if gate else None, *dbiases, dADT, dDT, dTrap),
-            *(dAngles if rotated else None, down, *heads, *numbers),
+            *(dAngles if rotated else None, down, *heads, *numbers, kept),
             *(sums if rotated else ()),
         )
         none = down.new_empty(0)
