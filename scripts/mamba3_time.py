@@ -90,7 +90,7 @@ def sweep(x: dict[str, Tensor]) -> None:
     """The fastest configs of each kernel over chunks, and around a scan."""
     for kind, stages in ((CHUNKS, MAMBA3_CHUNK_STAGES), (AROUND, MAMBA3_AROUND)):
         for stage in stages:
-            names = [y for y in ("BH", "BV", "num_warps") if y in stage.domains]
+            names = [y for y in ("BH", "BV", "num_warps", "maxnreg") if y in stage.domains]
             found = []
             for BT, knobs in configs(names):
                 force(stage.name, knobs)
@@ -107,7 +107,7 @@ def sweep(x: dict[str, Tensor]) -> None:
 
 
 def configs(names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
-    domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8)}
+    domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
     for BT in (32, 64):
         for values in product(*(domains[y] for y in names)):
             yield BT, dict(zip(names, values, strict=True))

@@ -112,18 +112,24 @@ MAMBA3_GRADIENT: Final = mamba3_stage(
         Operand("dTrap", "B H T", "trap"),
         Operand("dAngles", "B T H S", "angle", "rotated"),
         Operand("down", "B T H", "fp32"),
-        Operand("q_turned", "B T H N"),
-        Operand("k_turned", "B T H N"),
-        Operand("dy", "B T H P", when="gate"),
         Operand("dQ_head", "B T H N"),
         Operand("dK_head", "B T H N"),
+        Operand("within", "B H T", "fp32"),
+        Operand("tail_decay", "B H T", "fp32"),
+        Operand("weight_s", "B H T", "fp32"),
+        Operand("own_dt", "B H T", "fp32"),
         Operand("dweight_s", "B H T", "fp32"),
         Operand("down_dt", "B H T", "fp32"),
+        Operand("dread", "B H T", "fp32"),
+        Operand("read_q", "B H T", "fp32"),
+        Operand("written_k", "B H T", "fp32"),
+        Operand("kept_state", "M H", "fp32"),
         Operand("dtheta", "B T H S", "fp32", "rotated"),
+        Operand("dtheta_k", "B T H S", "fp32", "rotated"),
         Operand("dtheta_sums", "M H S", "fp32", "rotated"),
     ),
     ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
-    _BY_HEADS | _BY_VALUES,
+    _BY_HEADS | _BY_VALUES | {"maxnreg": (0, 168, 128)},
 )
 MAMBA3_CHUNK_STAGES: Final = (
     *(MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_OUTPUT),
@@ -197,4 +203,8 @@ def chunk_knobs(
         return knobs
     if not narrow:
         BV = min(BV, 32)
-    return knobs | {"BV": BV}
+    knobs["BV"] = BV
+    if stage is MAMBA3_GRADIENT:
+        # three programs to a multiprocessor, whose products wait for one another, for some spills
+        knobs["maxnreg"] = 168 if narrow and covering(problem.state_size) <= 128 else 0
+    return knobs

@@ -190,22 +190,21 @@ class _Call:
         """All but those of states."""
         x, gate, rotated = self.x, self.x.Z is not None, self.problem.rotated
         dQ, dK, dV, dZ = (self.like(y) for y in (x.Q, x.K, x.V, x.Z))
-        turned, heads = (
-            [self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "QK"] for _ in range(2)
-        )
+        heads = [self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "QK"]
         dbiases = [self.empty("n_tiles", "H", "N") for _ in "qk"]
-        dADT, dDT, dweight, down_dt = (self.empty("B", "H", "T") for _ in range(4))
+        dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(11))
         dTrap, down = self.like(x.numbers[2]), self.empty("B", "T", "H")
         dAngles = self.empty("B", "T", "H", "S", dtype=x.Angles.dtype)
-        sums = (self.empty("B", "T", "H", "S"), self.empty("n_tiles", "H", "S"))
+        kept = self.empty("n_tiles", "H")
+        sums = [self.empty(*x, "H", "S") for x in (("B", "T"), ("B", "T"), ("n_tiles",))]
         self.launch(
             MAMBA3_GRADIENT,
             *(x.Q, x.K, x.V, *x.numbers, *x.biases, *self.rotated),
             *(*self.rotation(made.theta, made.turns), x.D, x.Z, h, dh, made.y if gate else None),
             *(dout, *x.tiles[:1], *((dangle, dturn) if rotated else ())),
             *(dQ, dK, dV, dZ if gate else None, *dbiases, dADT, dDT, dTrap),
-            *(dAngles if rotated else None, down, *turned, self.like(x.V) if gate else None),
-            *(*heads, dweight, down_dt, *(sums if rotated else ())),
+            *(dAngles if rotated else None, down, *heads, *numbers, kept),
+            *(sums if rotated else ()),
         )
         none = down.new_empty(0)
         return Gradients(

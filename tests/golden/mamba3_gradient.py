@@ -1,5 +1,3 @@
-
-
 """Gradients of Mamba-3, chunk by chunk, from the states before each chunk and their gradients after it.
 
 Rows of pairs are tokens j that write, columns tokens i > j that read; q and k are biased and turned, dS is the
@@ -22,9 +20,12 @@ dturn is the sum of dTheta over all later tokens, in which pairs of these cancel
 the token. So those across the end of the chunk come from the state there, and its gradient, and no sum goes further; and
 dTheta is made of dq and dk in fp32, and of q and k as products read them.
 
-A program takes a chunk and a head. heads_kernel takes a chunk and a group: it turns dq and dk of each head back and
-adds them up, and leaves what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`. numbers_kernel
-takes a chunk for BH heads one after another.
+weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. A program of
+values_kernel, and one of mamba3_gradient_kernel, takes a chunk and a head: the first has pairs of tokens and what comes
+of values, the second dq and dk. heads_kernel takes a chunk, a group and a slice of channels: it turns dq and dk of each
+head back and adds them up, and leaves what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`.
+numbers_kernel takes a chunk for BH heads one after another, and adds up what is of tokens: of `read_q` and `dread`, what
+each reads of the state and of pairs, and of `written_k`, what it writes to the state.
 
     Q             [B, T, G, N]  bf16   queries, without biases
     K             [B, T, G, N]  bf16   keys, without biases
@@ -56,21 +57,27 @@ takes a chunk for BH heads one after another.
     dTrap         [B, H, T]     fp32   gradient of Trap
     dAngles       [B, T, H, S]  fp32   gradient of Angles
     down          [B, T, H]     fp32   gradient of own
-    q_turned      [B, T, H, N]  bf16   scratch: each head's queries, biased and turned
-    k_turned      [B, T, H, N]  bf16   scratch: each head's keys, biased and turned
-    dy            [B, T, H, P]  bf16   gradient of y
     dQ_head       [B, T, H, N]  bf16   scratch: gradient of each head's queries, biased and turned
     dK_head       [B, T, H, N]  bf16   scratch: gradient of each head's keys, biased and turned
+    within        [B, H, T]     fp32   scratch: log2 of the decay from the chunk's start to each token
+    tail_decay    [B, H, T]     fp32   scratch: decay from each token to the chunk's end
+    weight_s      [B, H, T]     fp32   scratch: s
+    own_dt        [B, H, T]     fp32   scratch: lambda dt
     dweight_s     [B, H, T]     fp32   scratch: gradient of s
     down_dt       [B, H, T]     fp32   scratch: gradient of lambda dt
+    dread         [B, H, T]     fp32   scratch: gradient of what pairs leave of each token that reads
+    read_q        [B, H, T]     fp32   scratch: q's product with its gradient by the state, before decay
+    written_k     [B, H, T]     fp32   scratch: k's product with its gradient by the state, before decay
+    kept_state    [M, H]        fp32   scratch: <S, dS> of each tile
     dtheta        [B, T, H, S]  fp32   scratch: gradient of each token's Theta
+    dtheta_k      [B, T, H, S]  fp32   scratch: what keys have of it
     dtheta_sums   [M, H, S]     fp32   scratch: sums of it over tiles, then over what comes after each
 
 Problem: mamba3 bf16, skip, gate
-Config:  BH=8 BT=32 BV=64 language=triton num_stages=1 num_warps=1
-Template digest a1227d16a5ba312f; made by
+Config:  BH=8 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
+Template digest 1a30d259211ca886; made by
     gdn2gen generate --dtype bf16 --with=skip,gate --stage mamba3_gradient --config \
-      BH=8,BT=32,BV=64,language=triton,num_stages=1,num_warps=1
+      BH=8,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
 
 import triton
@@ -80,6 +87,7 @@ import triton.language as tl
 BT, BH, BV = 32, 8, 64
 N, P, S = 128, 64, 32  # channels of keys and values, and pairs that are rotated
 BN, BS = 64, 32  # tiles of what is not rotated, and of pairs
+BC = 64  # channels of a slice that heads_kernel takes
 NO_TURN = tl.constexpr(-2147483648)  # what stands for a Theta that is no number
 LOG2E = tl.constexpr(1.4426950408889634)
 # a decay below it is none that a sum in fp32 could show, and differences stay numbers
@@ -129,340 +137,21 @@ def cosine_and_sine(n):
     return cos, sin
 
 
-@triton.jit(do_not_specialize=["T", "H", "G"])
-def mamba3_gradient_kernel(
-    Trap,
-    Q,
-    K,
-    V,
+@triton.jit(do_not_specialize=["T", "H"])
+def weights_kernel(
     ADT,
     DT,
-    Q_bias,
-    K_bias,
-    theta,
-    turns,
-    D,
-    Z,
-    h,
-    dh,
-    ungated,
-    dout,
-    dv,
-    dZ,
-    dADT,
-    down,
-    q_turned,
-    k_turned,
-    dy,
-    dQ_head,
-    dK_head,
-    dweight_s,
-    down_dt,
-    dtheta,
-    dtheta_sums,
-    T,
-    H,
-    G,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    S: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-):
-    i_tile, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    NT = tl.cdiv(T, BT)
-    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
-    n_before, n_left = i_t, T - i_t
-    i_b = i_n
-    i_row = i_b.to(tl.int64) * T + i_t
-    o_t = tl.arange(0, BT)
-    m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
-    o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
-    o_r = 2 * S + tl.arange(0, BN)
-
-    o_j, o_i = o_t[:, None], o_t[None, :]
-    # what is computed of the inputs goes through memory once: tiles that are loaded are operands of products as they
-    # lie, where what is computed would be computed again for each layout that a product wants (2,900 bytes of spills)
-    p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
-    p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-    b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
-    p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-    b_before = tl.load(p_turns)
-    b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
-    b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-    b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
-    b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
-    b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
-    b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-    b_qc = b_qc.to(tl.bfloat16)
-    b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
-    b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-    b_kc = b_kc.to(tl.bfloat16)
-    b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
-    b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
-    b_qr = b_qr.to(tl.bfloat16)
-    b_kr = b_kr.to(tl.bfloat16)
-
-    p_row = (i_row + o_t) * H + i_h
-    p_head = p_row[:, None] * N
-    tl.store(q_turned + p_head + o_c[None, :], b_qc, mask=m_t[:, None])
-    tl.store(k_turned + p_head + o_c[None, :], b_kc, mask=m_t[:, None])
-    tl.store(q_turned + p_head + o_r[None, :], b_qr, mask=m_t[:, None])
-    tl.store(k_turned + p_head + o_r[None, :], b_kr, mask=m_t[:, None])
-    b_down = tl.zeros([BT], tl.float32)
-    i_v = 0
-    o_v = i_v + tl.arange(0, BV)
-    p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-    p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-    b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-    b_dout = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
-    b_dy = b_dout.to(tl.float32)
-    b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
-    b_y = tl.load(ungated + p_v, mask=m_t[:, None], other=0.0)
-    b_zf = b_z.to(tl.float32)
-    b_sigmoid = sigmoid(b_zf)
-    b_dz = b_dy * b_y.to(tl.float32) * b_sigmoid * (1.0 + b_zf * (1.0 - b_sigmoid))
-    tl.store(dZ + p_v, b_dz.to(tl.bfloat16), mask=m_t[:, None])
-    b_dy *= b_zf * b_sigmoid
-    tl.store(dy + p_v, b_dy.to(tl.bfloat16), mask=m_t[:, None])
-    b_down += tl.sum(b_dy * b_v.to(tl.float32), 1)
-    tl.debug_barrier()
-
-    b_qc = tl.load(q_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0)
-    b_kc = tl.load(k_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0)
-    b_qr = tl.load(q_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0)
-    b_kr = tl.load(k_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0)
-    b_scores = tl.dot(b_kc, tl.trans(b_qc))
-    b_scores = tl.dot(b_kr, tl.trans(b_qr), b_scores)
-
-    p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-    b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
-    b_share = sigmoid(tl.load(Trap + p_number, mask=m_t, other=0.0).to(tl.float32))
-    b_own = b_share * b_dt
-    m_next = o_t < n_left - 1
-    b_dt_next = tl.load(DT + p_number + 1, mask=m_next, other=0.0)
-    b_trap_next = tl.load(Trap + p_number + 1, mask=m_next, other=0.0).to(tl.float32)
-    b_weight = b_own + sigmoid(-b_trap_next) * b_dt_next
-    b_adt = tl.load(ADT + p_number, mask=m_t, other=0.0)
-    b_log_decay = tl.maximum(b_adt * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
-    b_G = tl.cumsum(b_log_decay, 0)
-    b_head = tl.exp2(b_G)
-    b_L = b_G[None, :] - b_G[:, None]
-    b_L = tl.exp2(tl.where(o_i > o_j, b_L, float("-inf")))
-    b_tail = tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay) * b_weight
-    b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
-    i_v = 0
-    o_v = i_v + tl.arange(0, BV)
-    p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-    p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-    b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-    b_dy = tl.load(dy + p_v, mask=m_t[:, None], other=0.0)
-    b_dP = tl.dot(b_v, tl.trans(b_dy))
-    # of pairs: what goes to values and scores, to s, and to every token between the two
-    b_P = b_scores * b_L
-    b_Pd = (b_P * b_weight[:, None]).to(tl.bfloat16)
-    b_P *= b_dP
-    b_dscores = tl.where(o_j == o_i, (b_own * b_down)[:, None], b_dP * b_L * b_weight[:, None]).to(tl.bfloat16)
-    b_ds = tl.sum(b_P, 1)
-    b_P *= b_weight[:, None]
-    # sums over i >= t, [j, t], in two parts, which have 16 bits of it
-    b_ones = tl.where(o_j >= o_i, 1.0, 0.0).to(tl.bfloat16)
-    b_high = (b_P.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    b_later = tl.dot(b_high.to(tl.bfloat16), b_ones)
-    b_later = tl.dot((b_P - b_high).to(tl.bfloat16), b_ones, b_later)
-    b_dadt = tl.sum(tl.where(o_j < o_i, b_later, 0.0), 0)
-
-    if n_before > 0:
-        # of pairs across the chunk's start, what the sum of dTheta from there on has: for the chunk before
-        b_across = tl.zeros([BS], tl.float32)
-        for i_v in range(0, P, BV):
-            o_v = i_v + tl.arange(0, BV)
-            p_start = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-            b_h0, b_h1 = tl.split(tl.reshape(tl.load(h + p_start + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
-            b_dh0, b_dh1 = tl.split(tl.reshape(tl.load(dh + p_start - H * P * N + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
-            b_across += tl.sum(b_dh0 * b_h1 - b_dh1 * b_h0, 0)
-        p_sums = dtheta_sums + ((i_tile - 1) * H + i_h).to(tl.int64) * S + o_s
-        tl.store(p_sums, b_across)
-
-    # queries
-    b_hc = tl.load(h + p_h + o_c[None, :])
-    b_hr = tl.load(h + p_h + o_r[None, :])
-
-    b_met = tl.zeros([BT], tl.float32)
-    b_d = tl.dot(b_dy, b_hr)
-    # read again: from the products on it would take registers all the way
-    b_x = tl.load(q_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_met += tl.sum(b_x * b_d, 1)
-    b_d = tl.dot(tl.trans(b_dscores), b_kr, b_d * b_head[:, None])
-    tl.store(dQ_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-    b_d = tl.dot(b_dy, b_hc)
-    # read again: from the products on it would take registers all the way
-    b_x = tl.load(q_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_met += tl.sum(b_x * b_d, 1)
-    b_d = tl.dot(tl.trans(b_dscores), b_kc, b_d * b_head[:, None])
-    tl.store(dQ_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-    b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
-    b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-    b_dtheta = b_d1 * b_x0 - b_d0 * b_x1
-
-    # a token decays what it and later ones take of the state
-    b_dadt += tl.cumsum(b_head * b_met, 0, reverse=True)
-    b_c = b_own * b_dot
-    b_c += tl.load(D + i_h)
-    b_kept = 0.0
-
-    # values and keys
-    i_v = 0
-    o_v = i_v + tl.arange(0, BV)
-    p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-    p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-    b_dhc = tl.load(dh + p_h + o_c[None, :])
-    b_dhr = tl.load(dh + p_h + o_r[None, :])
-
-    b_dv = tl.dot(b_kc, tl.trans(b_dhc))
-    b_dv = tl.dot(b_kr, tl.trans(b_dhr), b_dv)
-
-    b_dv *= b_tail[:, None]
-    b_dv = tl.dot(b_Pd, b_dy, b_dv)
-    b_dv += b_c[:, None] * b_dy.to(tl.float32)
-    tl.store(dv + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None])
-    # <S, dS> as the diagonal of a product
-    b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
-    b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
-
-    b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
-    b_met = tl.zeros([BT], tl.float32)
-    b_d = tl.dot(b_v, b_dhr)
-    # read again: from the products on it would take registers all the way
-    b_x = tl.load(k_turned + p_head + o_r[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_met += tl.sum(b_x * b_d, 1)
-    b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
-    tl.store(dK_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-    b_d = tl.dot(b_v, b_dhc)
-    # read again: from the products on it would take registers all the way
-    b_x = tl.load(k_turned + p_head + o_c[None, :], mask=m_t[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_met += tl.sum(b_x * b_d, 1)
-    b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
-    tl.store(dK_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-    b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
-    b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-    b_dtheta += b_d1 * b_x0 - b_d0 * b_x1
-
-    # and what earlier ones write
-    b_dadt += tl.sum(tl.where(o_j < o_i, (b_tail * b_met)[:, None], 0.0), 0)
-    b_dadt += tl.exp2(tl.sum(b_log_decay, 0)) * b_kept
-    b_ds += tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay) * b_met
-    tl.store(dtheta + p_theta, b_dtheta, mask=m_t[:, None])
-    tl.store(dADT + p_number, b_dadt, mask=m_t)
-    tl.store(down + p_row, b_down, mask=m_t)
-    tl.store(dweight_s + p_number, b_ds, mask=m_t)
-    tl.store(down_dt + p_number, b_ds + b_down * b_dot, mask=m_t)
-
-
-@triton.jit(do_not_specialize=["T", "H", "G"])
-def heads_kernel(
-    theta,
-    turns,
-    dQ_head,
-    dK_head,
-    dQ,
-    dK,
-    dQ_bias_part,
-    dK_bias_part,
-    T,
-    H,
-    G,
-    N: tl.constexpr,
-    S: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-):
-    """dQ and dK of a chunk and group: sums over heads, turned back; and the chunk's part of the biases' gradients."""
-    i_tile, i_g = tl.program_id(0) // G, tl.program_id(0) % G
-    NT = tl.cdiv(T, BT)
-    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
-    n_before, n_left = i_t, T - i_t
-    i_b = i_n
-    i_row = i_b.to(tl.int64) * T + i_t
-    o_t = tl.arange(0, BT)
-    m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
-    o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
-    o_r = 2 * S + tl.arange(0, BN)
-
-    b_sum_qc = tl.zeros([BT, 2 * BS], tl.float32)
-    b_sum_kc = tl.zeros([BT, 2 * BS], tl.float32)
-    b_sum_qr = tl.zeros([BT, BN], tl.float32)
-    b_sum_kr = tl.zeros([BT, BN], tl.float32)
-    for i in range(H // G):
-        i_h = i_g * (H // G) + i
-        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
-        p_bias = (i_tile * H + i_h).to(tl.int64) * N
-        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
-        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        b_before = tl.load(p_turns)
-        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
-        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-        b_d = tl.load(dQ_head + p_head + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_x0, b_x1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-        b_d = tl.reshape(tl.join(b_x0 * b_cos + b_x1 * b_sin, b_x1 * b_cos - b_x0 * b_sin), [BT, 2 * BS])
-        b_sum_qc += b_d
-        tl.store(dQ_bias_part + p_bias + o_c, tl.sum(b_d, 0))
-        b_d = tl.load(dK_head + p_head + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_x0, b_x1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-        b_d = tl.reshape(tl.join(b_x0 * b_cos + b_x1 * b_sin, b_x1 * b_cos - b_x0 * b_sin), [BT, 2 * BS])
-        b_sum_kc += b_d
-        tl.store(dK_bias_part + p_bias + o_c, tl.sum(b_d, 0))
-        b_d = tl.load(dQ_head + p_head + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_sum_qr += b_d
-        tl.store(dQ_bias_part + p_bias + o_r, tl.sum(b_d, 0))
-        b_d = tl.load(dK_head + p_head + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_sum_kr += b_d
-        tl.store(dK_bias_part + p_bias + o_r, tl.sum(b_d, 0))
-    p_group = ((i_row + o_t) * G + i_g)[:, None] * N
-    tl.store(dQ + p_group + o_c[None, :], b_sum_qc.to(tl.bfloat16), mask=m_t[:, None])
-    tl.store(dK + p_group + o_c[None, :], b_sum_kc.to(tl.bfloat16), mask=m_t[:, None])
-    tl.store(dQ + p_group + o_r[None, :], b_sum_qr.to(tl.bfloat16), mask=m_t[:, None])
-    tl.store(dK + p_group + o_r[None, :], b_sum_kr.to(tl.bfloat16), mask=m_t[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
-def numbers_kernel(
-    DT,
     Trap,
-    Angles,
-    dweight_s,
-    down_dt,
-    dtheta,
-    dtheta_sums,
-    dDT,
-    dTrap,
-    dAngles,
-    dlast_angle,
-    dlast_turn,
+    within,
+    tail_decay,
+    weight_s,
+    own_dt,
     T,
     H,
-    angle_row,
-    angle_head,
-    S: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
-    BS: tl.constexpr,
 ):
-    """Gradients of dt, trap and angles."""
+    """Of each token and head log2 of the decay from the chunk's start, the decay to its end, s, and lambda dt."""
     n_blocks = H // BH
     i_tile = tl.program_id(0) // n_blocks
     NT = tl.cdiv(T, BT)
@@ -475,29 +164,460 @@ def numbers_kernel(
     m_begins = (o_t + n_before == 0) & m_t
     m_ends = o_t == n_left - 1
     m_later = m_t & (o_t + n_before > 0)
+    o_h = (tl.program_id(0) % n_blocks) * BH + tl.arange(0, BH)
+    p_number = (i_b * H + o_h)[:, None].to(tl.int64) * T + i_t + o_t[None, :]
+    m_number = m_t[None, :] & (o_h < H)[:, None]
+    m_next = (o_t < n_left - 1)[None, :] & (o_h < H)[:, None]
+    b_own = sigmoid(tl.load(Trap + p_number, mask=m_number, other=0.0).to(tl.float32))
+    b_own *= tl.load(DT + p_number, mask=m_number, other=0.0)
+    b_trap = tl.load(Trap + p_number + 1, mask=m_next, other=0.0).to(tl.float32)
+    b_next = sigmoid(-b_trap) * tl.load(DT + p_number + 1, mask=m_next, other=0.0)
+    b_adt = tl.load(ADT + p_number, mask=m_number, other=0.0)
+    b_log_decay = tl.maximum(b_adt * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(within + p_number, tl.cumsum(b_log_decay, 1), mask=m_number)
+    b_tail = tl.exp2(tl.cumsum(b_log_decay, 1, reverse=True) - b_log_decay)
+    tl.store(tail_decay + p_number, b_tail, mask=m_number)
+    tl.store(weight_s + p_number, b_own + b_next, mask=m_number)
+    tl.store(own_dt + p_number, b_own, mask=m_number)
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
+def mamba3_gradient_kernel(
+    Q,
+    K,
+    V,
+    Q_bias,
+    K_bias,
+    theta,
+    turns,
+    within,
+    tail_decay,
+    weight_s,
+    own_dt,
+    D,
+    Z,
+    h,
+    dh,
+    ungated,
+    dout,
+    dv,
+    dZ,
+    dQ_head,
+    dK_head,
+    down,
+    dweight_s,
+    down_dt,
+    dread,
+    read_q,
+    written_k,
+    kept_state,
+    dtheta,
+    dtheta_k,
+    dtheta_sums,
+    T,
+    H,
+    G,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Of a chunk and head the gradients of values, or of queries, or of keys."""
+    # of the same inputs, side by side: the memory reads them once
+    i_part, i_h = tl.program_id(0) % 3, tl.program_id(0) // 3 % H
+    i_tile = tl.program_id(0) // 3 // H
+    NT = tl.cdiv(T, BT)
+    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
+    n_before, n_left = i_t, T - i_t
+    i_b = i_n
+    i_row = i_b.to(tl.int64) * T + i_t
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
+    o_r = 2 * S + tl.arange(0, BN)
+
+    if i_part == 0:
+        # rows are tokens j that write, columns tokens i that read
+        o_j, o_i = o_t[:, None], o_t[None, :]
+        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[None, :] - b_G[:, None]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
+
+        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_qr = b_qr.to(tl.bfloat16)
+        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_kr = b_kr.to(tl.bfloat16)
+        b_scores = tl.dot(b_kr, tl.trans(b_qr))
+        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
+        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_qc = b_qc.to(tl.bfloat16)
+        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
+        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_kc = b_kc.to(tl.bfloat16)
+        b_scores = tl.dot(b_kc, tl.trans(b_qc), b_scores)
+        b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
+        b_scores *= b_L
+        b_Pd = (b_scores * b_weight[:, None]).to(tl.bfloat16)
+        b_down = tl.zeros([BT], tl.float32)
+        i_v = 0
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
+        b_dy_f = b_dy.to(tl.float32)
+        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
+        b_zf = b_z.to(tl.float32)
+        b_sigmoid = sigmoid(b_zf)
+        b_y = tl.load(ungated + p_v, mask=m_t[:, None], other=0.0)
+        b_dz = b_dy_f * b_y.to(tl.float32) * b_sigmoid * (1.0 + b_zf * (1.0 - b_sigmoid))
+        tl.store(dZ + p_v, b_dz.to(tl.bfloat16), mask=m_t[:, None])
+        b_dy_f *= b_zf * b_sigmoid
+        b_dy = b_dy_f.to(tl.bfloat16)
+
+        b_down += tl.sum(b_dy_f * b_v.to(tl.float32), 1)
+        b_dP = tl.dot(b_v, tl.trans(b_dy))
+        b_scores *= b_dP
+        b_ds = tl.sum(b_scores, 1)
+        tl.store(dweight_s + p_number, b_ds, mask=m_t)
+        tl.store(down_dt + p_number, b_ds + b_down * b_dot, mask=m_t)
+        tl.store(down + (i_row + o_t) * H + i_h, b_down, mask=m_t)
+        tl.store(dread + p_number, tl.sum(b_scores * b_weight[:, None], 0), mask=m_t)
+        b_c = b_own * b_dot
+        b_c += tl.load(D + i_h)
+        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
+
+        b_dhc = tl.load(dh + p_h + o_c[None, :])
+        b_dhr = tl.load(dh + p_h + o_r[None, :])
+
+        b_dv = tl.dot(b_kc, tl.trans(b_dhc))
+        b_dv = tl.dot(b_kr, tl.trans(b_dhr), b_dv)
+
+        b_dv *= b_tail[:, None]
+        b_dv = tl.dot(b_Pd, b_dy, b_dv)
+        b_dv += b_c[:, None] * b_dy.to(tl.float32)
+        tl.store(dv + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None])
+        if n_left > BT:
+            # of pairs across the chunk's end, what the sum of dTheta from there on has
+            b_across = tl.zeros([BS], tl.float32)
+            for i_v in range(0, P, BV):
+                o_v = i_v + tl.arange(0, BV)
+                p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+                p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+                b_h0, b_h1 = tl.split(tl.reshape(tl.load(h + p_h + H * P * N + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
+                b_dh0, b_dh1 = tl.split(tl.reshape(tl.load(dh + p_h + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
+                b_across += tl.sum(b_dh0 * b_h1 - b_dh1 * b_h0, 0)
+            p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
+            tl.store(p_sums, b_across)
+
+    if i_part == 1:
+        # rows are tokens i that read: what is made of pairs is then an operand as it lies
+        o_j, o_i = o_t[None, :], o_t[:, None]
+        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
+        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[:, None] - b_G[None, :]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[:, None], b_L, float("-inf")))
+        b_L = tl.where(o_j == o_i, b_own[None, :], b_L * b_weight[None, :])
+        b_kept = 0.0
+        i_v = 0
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
+        b_dy_f = b_dy.to(tl.float32)
+        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
+        b_zf = b_z.to(tl.float32)
+        b_sigmoid = sigmoid(b_zf)
+        b_dy_f *= b_zf * b_sigmoid
+        b_dy = b_dy_f.to(tl.bfloat16)
+
+        b_dP = tl.dot(b_dy, tl.trans(b_v))
+        # <S, dS> as the diagonal of a product
+        b_hc = tl.load(h + p_h + o_c[None, :])
+        b_hr = tl.load(h + p_h + o_r[None, :])
+
+        b_dhc = tl.load(dh + p_h + o_c[None, :])
+        b_dhr = tl.load(dh + p_h + o_r[None, :])
+
+        b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
+        b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
+
+        b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
+        b_dscores = (b_dP * b_L).to(tl.bfloat16)
+        tl.store(kept_state + i_tile * H + i_h, b_kept)
+        b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
+        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_kr = b_kr.to(tl.bfloat16)
+        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_qr = b_qr.to(tl.bfloat16)
+        b_d = tl.dot(b_dy, b_hr)
+        b_x = b_qr.to(tl.float32)
+        b_met = tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_kr, b_d * b_head[:, None])
+        tl.store(dQ_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
+        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_kc = b_kc.to(tl.bfloat16)
+        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
+        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_qc = b_qc.to(tl.bfloat16)
+        b_d = tl.dot(b_dy, b_hc)
+        b_x = b_qc.to(tl.float32)
+        b_met += tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_kc, b_d * b_head[:, None])
+        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        tl.store(dtheta + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
+        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
+        tl.store(dQ_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+
+        tl.store(read_q + p_number, b_met, mask=m_t)
+    if i_part == 2:
+        o_j, o_i = o_t[:, None], o_t[None, :]
+        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
+        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[None, :] - b_G[:, None]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
+        b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[:, None])
+        i_v = 0
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
+        b_dy_f = b_dy.to(tl.float32)
+        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
+        b_zf = b_z.to(tl.float32)
+        b_sigmoid = sigmoid(b_zf)
+        b_dy_f *= b_zf * b_sigmoid
+        b_dy = b_dy_f.to(tl.bfloat16)
+
+        b_dP = tl.dot(b_v, tl.trans(b_dy))
+        b_dscores = (b_dP * b_L).to(tl.bfloat16)
+        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
+        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_qr = b_qr.to(tl.bfloat16)
+        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
+        b_kr = b_kr.to(tl.bfloat16)
+        b_dhr = tl.load(dh + p_h + o_r[None, :])
+        b_d = tl.dot(b_v, b_dhr)
+        b_x = b_kr.to(tl.float32)
+        b_met = tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
+        tl.store(dK_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
+        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
+        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_qc = b_qc.to(tl.bfloat16)
+        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
+        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
+        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
+        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
+        b_kc = b_kc.to(tl.bfloat16)
+        b_dhc = tl.load(dh + p_h + o_c[None, :])
+        b_d = tl.dot(b_v, b_dhc)
+        b_x = b_kc.to(tl.float32)
+        b_met += tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
+        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        tl.store(dtheta_k + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
+        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
+        tl.store(dK_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+
+        tl.store(written_k + p_number, b_met, mask=m_t)
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
+def heads_kernel(
+    dQ_head,
+    dK_head,
+    dQ,
+    dK,
+    dQ_bias_part,
+    dK_bias_part,
+    T,
+    H,
+    G,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dQ or dK of a chunk, group and slice of channels: sums over heads; and what biases have of each."""
+    i_part = tl.program_id(0) % 4
+    i_g = tl.program_id(0) // 4 % G
+    i_tile = tl.program_id(0) // 4 // G
+    NT = tl.cdiv(T, BT)
+    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
+    n_before, n_left = i_t, T - i_t
+    i_b = i_n
+    i_row = i_b.to(tl.int64) * T + i_t
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    o_n = i_part // 2 * BC + tl.arange(0, BC)
+    p_head = ((i_row + o_t) * H + i_g * (H // G))[:, None] * N + o_n[None, :]
+    p_bias = (i_tile * H + i_g * (H // G)).to(tl.int64) * N + o_n
+    p_group = ((i_row + o_t) * G + i_g)[:, None] * N + o_n[None, :]
+    b_sum = tl.zeros([BT, BC], tl.float32)
+    if i_part % 2 == 0:
+        for i in range(H // G):
+            b_d = tl.load(dQ_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_sum += b_d
+            tl.store(dQ_bias_part + p_bias + i * N, tl.sum(b_d, 0))
+        tl.store(dQ + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])
+    if i_part % 2 == 1:
+        for i in range(H // G):
+            b_d = tl.load(dK_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_sum += b_d
+            tl.store(dK_bias_part + p_bias + i * N, tl.sum(b_d, 0))
+        tl.store(dK + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
+def numbers_kernel(
+    DT,
+    Trap,
+    Angles,
+    dlast_angle,
+    dlast_turn,
+    within,
+    tail_decay,
+    weight_s,
+    dweight_s,
+    down_dt,
+    dread,
+    read_q,
+    written_k,
+    kept_state,
+    dtheta,
+    dtheta_k,
+    dtheta_sums,
+    dADT,
+    dDT,
+    dTrap,
+    dAngles,
+    T,
+    H,
+    angle_row,
+    angle_head,
+    S: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Gradients of decays, dt, trap and angles."""
+    n_blocks = H // BH
+    i_tile = tl.program_id(0) // n_blocks
+    NT = tl.cdiv(T, BT)
+    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
+    n_before, n_left = i_t, T - i_t
+    i_b = i_n
+    i_row = i_b.to(tl.int64) * T + i_t
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    m_begins = (o_t + n_before == 0) & m_t
+    m_ends = o_t == n_left - 1
+    m_later = m_t & (o_t + n_before > 0)
+    # the last token first, so that sums over all later ones go with the order
+    o_t = BT - 1 - o_t
+    m_t = o_t < n_left
+    m_later = m_t & (o_t + n_before > 0)
     o_s = tl.arange(0, BS)
+    b_rate = tl.zeros([BT, BS], tl.float32)
     for i in range(BH):
         i_h = (tl.program_id(0) % n_blocks) * BH + i
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
         b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
         b_share = sigmoid(tl.load(Trap + p_number, mask=m_t, other=0.0).to(tl.float32))
-        b_down = tl.load(down_dt + p_number, mask=m_t, other=0.0)
+        b_written = tl.load(written_k + p_number, mask=m_t, other=0.0)
+        b_written *= tl.load(tail_decay + p_number, mask=m_t, other=0.0)
+        b_down = tl.load(down_dt + p_number, mask=m_t, other=0.0) + b_written
         b_dbefore = tl.load(dweight_s + p_number - 1, mask=m_later, other=0.0)
+        # in another tile it has another tail
+        b_tail_before = tl.load(tail_decay + p_number - 1, mask=m_later, other=0.0)
+        b_dbefore += b_tail_before * tl.load(written_k + p_number - 1, mask=m_later, other=0.0)
         b_ddt = b_share * b_down + (1.0 - b_share) * b_dbefore
         b_dtrap = (b_down - b_dbefore) * b_dt * b_share * (1.0 - b_share)
         tl.store(dTrap + p_number, b_dtrap.to(tl.float32), mask=m_t)
-        p_angle = (i_row + o_t) * angle_row + i_h * angle_head
-        b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
-        b_x = b_dt[:, None] * b_rate
+        # what earlier tokens write, less what they read, and what it and later ones read
+        b_new = tl.load(dweight_s + p_number, mask=m_t, other=0.0) + b_written
+        b_new *= tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_new -= tl.load(dread + p_number, mask=m_t, other=0.0)
+        b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
+        b_read = b_head * tl.load(read_q + p_number, mask=m_t, other=0.0) - b_new
+        # the chunk's decay, of its last token
+        b_whole = tl.sum(tl.where(o_t == tl.minimum(n_left, BT) - 1, b_head, 0.0), 0)
+        b_whole *= tl.load(kept_state + i_tile * H + i_h)
+        tl.store(dADT + p_number, tl.sum(b_new, 0) + b_whole + tl.cumsum(b_read, 0), mask=m_t)
+        if (i == 0) | (angle_head != 0):
+            # of all heads, where they share their angles
+            p_angle = (i_row + o_t) * angle_row + i_h * angle_head
+            b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
         p_dangle = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
         b_dtheta = tl.load(dtheta + p_dangle, mask=m_t[:, None], other=0.0)
+        b_dtheta += tl.load(dtheta_k + p_dangle, mask=m_t[:, None], other=0.0)
         p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
         p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
         b_after = tl.load(dlast_angle + p_last)
         # nothing comes after the last tile
         m_after = o_s < tl.where(n_left > BT, S, 0)
         b_after += tl.load(p_sums, mask=m_after, other=0.0) + tl.load(dlast_turn + p_last, mask=m_after, other=0.0)
-        b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0, reverse=True)
+        b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0)
         b_ddt += 6.283185307179586 * tl.sum(b_dturn * b_rate, 1)
         # rate is half of tanh
         b_slope = 3.141592653589793 * (1.0 - 4.0 * b_rate * b_rate)
@@ -509,23 +629,29 @@ def numbers_kernel(
 def launch(
     Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, theta, turns, D, Z, h, dh, ungated, dout,
     dlast_angle, dlast_turn, dQ, dK, dv, dZ, dQ_bias_part, dK_bias_part, dADT, dDT, dTrap,
-    dAngles, down, q_turned, k_turned, dy, dQ_head, dK_head, dweight_s, down_dt, dtheta,
-    dtheta_sums, *, T, H, G, n_tiles, angle_row, angle_head
+    dAngles, down, dQ_head, dK_head, within, tail_decay, weight_s, own_dt, dweight_s, down_dt,
+    dread, read_q, written_k, kept_state, dtheta, dtheta_k, dtheta_sums, *, T, H, G, n_tiles,
+    angle_row, angle_head
 ):
     """Gradients of B rows on the current stream."""
-    mamba3_gradient_kernel[(n_tiles * H,)](
-        Trap, Q, K, V, ADT, DT, Q_bias, K_bias, theta, turns, D, Z, h, dh, ungated, dout, dv,
-        dZ, dADT, down, q_turned, k_turned, dy, dQ_head, dK_head, dweight_s, down_dt, dtheta,
-        dtheta_sums, T, H, G,
+    weights_kernel[(n_tiles * (H // BH),)](
+        ADT, DT, Trap, within, tail_decay, weight_s, own_dt, T, H,
+        BT=BT, BH=BH, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    mamba3_gradient_kernel[(3 * n_tiles * H,)](
+        Q, K, V, Q_bias, K_bias, theta, turns, within, tail_decay, weight_s, own_dt, D, Z, h,
+        dh, ungated, dout, dv, dZ, dQ_head, dK_head, down, dweight_s, down_dt, dread, read_q,
+        written_k, kept_state, dtheta, dtheta_k, dtheta_sums, T, H, G,
         N=N, P=P, S=S, BT=BT, BV=BV, BN=BN, BS=BS,
         num_warps=1, num_stages=1,
     )  # fmt: skip
-    heads_kernel[(n_tiles * G,)](
-        theta, turns, dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,
-        N=N, S=S, BT=BT, BN=BN, BS=BS, num_warps=8, num_stages=1,
+    heads_kernel[(n_tiles * G * 4,)](
+        dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,
+        N=N, BT=BT, BC=BC, num_warps=4, num_stages=1,
     )  # fmt: skip
     numbers_kernel[(n_tiles * (H // BH),)](
-        DT, Trap, Angles, dweight_s, down_dt, dtheta, dtheta_sums, dDT, dTrap, dAngles,
-        dlast_angle, dlast_turn, T, H, angle_row, angle_head,
+        DT, Trap, Angles, dlast_angle, dlast_turn, within, tail_decay, weight_s, dweight_s,
+        down_dt, dread, read_q, written_k, kept_state, dtheta, dtheta_k, dtheta_sums, dADT, dDT,
+        dTrap, dAngles, T, H, angle_row, angle_head,
         S=S, BT=BT, BH=BH, BS=BS, num_warps=4, num_stages=1,
     )  # fmt: skip
