@@ -123,12 +123,15 @@ class Recipe:
         ]  # fmt: skip
         return self.with_config(*found) if found else self
 
-    def dependent(self, arch: str | None = None, *, signals: bool = True) -> Recipe:
+    def dependent(
+        self, arch: str | None = None, *, signals: bool = True, backward: bool = True
+    ) -> Recipe:
         """The same with launches that begin before the one before them in the pass has ended, in
-        every stage that can; `signals`: as its programs say, and not as they end."""
+        every stage that can, or the forward's alone; `signals`: as its programs say, and not as
+        they end."""
         values = ("signal", "wait") if signals else ("wait",)
         found = []
-        for config in self.configs:
+        for config in self.configs if backward else map(self.__getitem__, self.plan.forward):
             others = (config.replace(pdl=x) for x in values)
             valid = (x for x in others if why_invalid(x, self.problem, arch) is None)
             found.append(next(valid, config))
