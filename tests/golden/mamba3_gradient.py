@@ -75,7 +75,7 @@ each reads of the state and of pairs, and of `written_k`, what it writes to the 
 
 Problem: mamba3 bf16, skip, gate
 Config:  BH=8 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 2fa8051d0110dc3d; made by
+Template digest 4b655d966dd7b306; made by
     gdn2gen generate --dtype bf16 --with=skip,gate --stage mamba3_gradient --config \
       BH=8,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
@@ -517,14 +517,22 @@ def heads_kernel(
     p_group = ((i_row + o_t) * G + i_g)[:, None] * N + o_n[None, :]
     b_sum = tl.zeros([BT, BC], tl.float32)
     if i_part % 2 == 0:
+        # of the first head; then each is read while the one before it is added up
+        b_next = tl.load(dQ_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
-            b_d = tl.load(dQ_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_d = b_next.to(tl.float32)
+            m_next = m_t & (i + 1 < H // G)
+            b_next = tl.load(dQ_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dQ_bias_part + p_bias + i * N, tl.sum(b_d, 0))
         tl.store(dQ + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])
     if i_part % 2 == 1:
+        # of the first head; then each is read while the one before it is added up
+        b_next = tl.load(dK_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
-            b_d = tl.load(dK_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_d = b_next.to(tl.float32)
+            m_next = m_t & (i + 1 < H // G)
+            b_next = tl.load(dK_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dK_bias_part + p_bias + i * N, tl.sum(b_d, 0))
         tl.store(dK + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])
