@@ -73,7 +73,7 @@ each reads of the state and of pairs, and of `written_k`, what it writes to the 
 
 Problem: mamba3 bf16, head_dim=80, skip, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 4b655d966dd7b306; made by
+Template digest 105c14faeba563f2; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,carried,packed --stage mamba3_gradient \
       --config BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
@@ -536,7 +536,7 @@ def heads_kernel(
         b_next = tl.load(dQ_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
             b_d = b_next.to(tl.float32)
-            m_next = m_t & (i + 1 < H // G)
+            m_next = m_t & (o_t * 0 + i + 1 < H // G)
             b_next = tl.load(dQ_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dQ_bias_part + p_bias + i * N, tl.sum(b_d, 0))
@@ -546,7 +546,7 @@ def heads_kernel(
         b_next = tl.load(dK_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
             b_d = b_next.to(tl.float32)
-            m_next = m_t & (i + 1 < H // G)
+            m_next = m_t & (o_t * 0 + i + 1 < H // G)
             b_next = tl.load(dK_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dK_bias_part + p_bias + i * N, tl.sum(b_d, 0))
