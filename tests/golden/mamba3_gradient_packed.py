@@ -20,12 +20,12 @@ dturn is the sum of dTheta over all later tokens, in which pairs of these cancel
 the token. So those across the end of the chunk come from the state there, and its gradient, and no sum goes further; and
 dTheta is made of dq and dk in fp32, and of q and k as products read them.
 
-weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. A program of
-values_kernel, and one of mamba3_gradient_kernel, takes a chunk and a head: the first has pairs of tokens and what comes
-of values, the second dq and dk. heads_kernel takes a chunk, a group and a slice of channels: it turns dq and dk of each
-head back and adds them up, and leaves what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`.
-numbers_kernel takes a chunk for BH heads one after another, and adds up what is of tokens: of `read_q` and `dread`, what
-each reads of the state and of pairs, and of `written_k`, what it writes to the state.
+weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. Then programs take
+a chunk and a head: of three that lie next to each other one has pairs of tokens and what comes of values, one dq and one dk,
+both turned back. heads_kernel takes a chunk, a group and a slice of channels: it adds dq and dk of heads up, and leaves
+what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads
+one after another, and adds up what is of tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less
+all X_.i of i < t (`dread`).
 
     Q             [B, T, G, N]  bf16   queries, without biases
     K             [B, T, G, N]  bf16   keys, without biases
@@ -73,7 +73,7 @@ each reads of the state and of pairs, and of `written_k`, what it writes to the 
 
 Problem: mamba3 bf16, head_dim=80, skip, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 105c14faeba563f2; made by
+Template digest 04f50bd8d53b5ec8; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,carried,packed --stage mamba3_gradient \
       --config BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
