@@ -25,6 +25,9 @@ _WARPS: Final[Domain] = (1, 2, 4, 8)
 _BY_HEADS: Final[dict[str, Domain]] = {"BH": _HEADS, "num_warps": _WARPS, "num_stages": (1,)}
 _BY_VALUES: Final[dict[str, Domain]] = {"BV": _VALUES, "num_warps": _WARPS, "num_stages": (1,)}
 
+# Registers that leave room for two, three and four programs of four warps.
+_BY_REGISTERS: Final[dict[str, Domain]] = _BY_HEADS | _BY_VALUES | {"maxnreg": (0, 168, 128)}
+
 _TILES: Final = (
     Operand("tiles", "M 4", "int32", "varlen"),
     Operand("tile_starts", "n+1", "int32", "varlen"),
@@ -79,7 +82,7 @@ MAMBA3_OUTPUT: Final = mamba3_stage(
     (_Q, _K, _V, *_NUMBERS, _Q_BIAS, _K_BIAS, *_ROTATION, _D, _Z, _H, _TILES[0]),
     (Operand("out", "B T H P"), _Y),
     ("T", "H", "G", "n_tiles", "keep"),
-    _BY_HEADS | _BY_VALUES,
+    _BY_REGISTERS,
 )
 MAMBA3_REVERSE_STATES: Final = mamba3_stage(
     "mamba3_reverse_states",
@@ -129,7 +132,7 @@ MAMBA3_GRADIENT: Final = mamba3_stage(
         Operand("dtheta_sums", "M H S", "fp32", "rotated"),
     ),
     ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
-    _BY_HEADS | _BY_VALUES | {"maxnreg": (0, 168, 128)},
+    _BY_REGISTERS,
 )
 MAMBA3_CHUNK_STAGES: Final = (
     *(MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_OUTPUT),
@@ -203,8 +206,6 @@ def chunk_knobs(
         return knobs
     if not narrow:
         BV = min(BV, 32)
-    knobs["BV"] = BV
-    if stage is MAMBA3_GRADIENT:
-        # three programs to a multiprocessor, whose products wait for one another, for some spills
-        knobs["maxnreg"] = 168 if narrow and covering(problem.state_size) <= 128 else 0
-    return knobs
+    # three programs of the gradient to a multiprocessor, for some spills: products wait in turn
+    most = stage is MAMBA3_GRADIENT and narrow and covering(problem.state_size) <= 128
+    return knobs | {"BV": BV, "maxnreg": 168 if most else 0}

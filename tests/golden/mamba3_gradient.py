@@ -20,12 +20,12 @@ dturn is the sum of dTheta over all later tokens, in which pairs of these cancel
 the token. So those across the end of the chunk come from the state there, and its gradient, and no sum goes further; and
 dTheta is made of dq and dk in fp32, and of q and k as products read them.
 
-weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. A program of
-values_kernel, and one of mamba3_gradient_kernel, takes a chunk and a head: the first has pairs of tokens and what comes
-of values, the second dq and dk. heads_kernel takes a chunk, a group and a slice of channels: it turns dq and dk of each
-head back and adds them up, and leaves what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`.
-numbers_kernel takes a chunk for BH heads one after another, and adds up what is of tokens: of `read_q` and `dread`, what
-each reads of the state and of pairs, and of `written_k`, what it writes to the state.
+weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. Then programs take
+a chunk and a head: of three that lie next to each other one has pairs of tokens and what comes of values, one dq and one dk,
+both turned back. heads_kernel takes a chunk, a group and a slice of channels: it adds dq and dk of heads up, and leaves
+what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads
+one after another, and adds up what is of tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less
+all X_.i of i < t (`dread`).
 
     Q             [B, T, G, N]  bf16   queries, without biases
     K             [B, T, G, N]  bf16   keys, without biases
@@ -75,7 +75,7 @@ each reads of the state and of pairs, and of `written_k`, what it writes to the 
 
 Problem: mamba3 bf16, skip, gate
 Config:  BH=8 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 1a30d259211ca886; made by
+Template digest 04f50bd8d53b5ec8; made by
     gdn2gen generate --dtype bf16 --with=skip,gate --stage mamba3_gradient --config \
       BH=8,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
@@ -247,12 +247,25 @@ def mamba3_gradient_kernel(
         o_j, o_i = o_t[:, None], o_t[None, :]
         p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[None, :] - b_G[:, None]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
+        b_down = tl.zeros([BT], tl.float32)
+        i_v = 0
+        o_v = i_v + tl.arange(0, BV)
+        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
+        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
+        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
+        b_dy_f = b_dy.to(tl.float32)
+        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
+        b_zf = b_z.to(tl.float32)
+        b_sigmoid = sigmoid(b_zf)
+        b_y = tl.load(ungated + p_v, mask=m_t[:, None], other=0.0)
+        b_dz = b_dy_f * b_y.to(tl.float32) * b_sigmoid * (1.0 + b_zf * (1.0 - b_sigmoid))
+        tl.store(dZ + p_v, b_dz.to(tl.bfloat16), mask=m_t[:, None])
+        b_dy_f *= b_zf * b_sigmoid
+        b_dy = b_dy_f.to(tl.bfloat16)
 
+        b_down += tl.sum(b_dy_f * b_v.to(tl.float32), 1)
+        b_dP = tl.dot(b_v, tl.trans(b_dy))
         b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
         b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
         b_qr = b_qr.to(tl.bfloat16)
@@ -277,28 +290,14 @@ def mamba3_gradient_kernel(
         b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
         b_kc = b_kc.to(tl.bfloat16)
         b_scores = tl.dot(b_kc, tl.trans(b_qc), b_scores)
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[None, :] - b_G[:, None]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
         b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
         b_scores *= b_L
         b_Pd = (b_scores * b_weight[:, None]).to(tl.bfloat16)
-        b_down = tl.zeros([BT], tl.float32)
-        i_v = 0
-        o_v = i_v + tl.arange(0, BV)
-        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
-        b_dy_f = b_dy.to(tl.float32)
-        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
-        b_zf = b_z.to(tl.float32)
-        b_sigmoid = sigmoid(b_zf)
-        b_y = tl.load(ungated + p_v, mask=m_t[:, None], other=0.0)
-        b_dz = b_dy_f * b_y.to(tl.float32) * b_sigmoid * (1.0 + b_zf * (1.0 - b_sigmoid))
-        tl.store(dZ + p_v, b_dz.to(tl.bfloat16), mask=m_t[:, None])
-        b_dy_f *= b_zf * b_sigmoid
-        b_dy = b_dy_f.to(tl.bfloat16)
-
-        b_down += tl.sum(b_dy_f * b_v.to(tl.float32), 1)
-        b_dP = tl.dot(b_v, tl.trans(b_dy))
         b_scores *= b_dP
         b_ds = tl.sum(b_scores, 1)
         tl.store(dweight_s + p_number, b_ds, mask=m_t)
@@ -338,13 +337,6 @@ def mamba3_gradient_kernel(
         p_head = ((i_row + o_t) * H + i_h)[:, None] * N
         p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[:, None] - b_G[None, :]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[:, None], b_L, float("-inf")))
-        b_L = tl.where(o_j == o_i, b_own[None, :], b_L * b_weight[None, :])
-        b_kept = 0.0
         i_v = 0
         o_v = i_v + tl.arange(0, BV)
         p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
@@ -359,19 +351,13 @@ def mamba3_gradient_kernel(
         b_dy = b_dy_f.to(tl.bfloat16)
 
         b_dP = tl.dot(b_dy, tl.trans(b_v))
-        # <S, dS> as the diagonal of a product
-        b_hc = tl.load(h + p_h + o_c[None, :])
-        b_hr = tl.load(h + p_h + o_r[None, :])
-
-        b_dhc = tl.load(dh + p_h + o_c[None, :])
-        b_dhr = tl.load(dh + p_h + o_r[None, :])
-
-        b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
-        b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
-
-        b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[:, None] - b_G[None, :]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[:, None], b_L, float("-inf")))
+        b_L = tl.where(o_j == o_i, b_own[None, :], b_L * b_weight[None, :])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
-        tl.store(kept_state + i_tile * H + i_h, b_kept)
         b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
         b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
         b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
@@ -379,6 +365,7 @@ def mamba3_gradient_kernel(
         b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
         b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
         b_qr = b_qr.to(tl.bfloat16)
+        b_hr = tl.load(h + p_h + o_r[None, :])
         b_d = tl.dot(b_dy, b_hr)
         b_x = b_qr.to(tl.float32)
         b_met = tl.sum(b_x * b_d, 1)
@@ -400,6 +387,7 @@ def mamba3_gradient_kernel(
         b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
         b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
         b_qc = b_qc.to(tl.bfloat16)
+        b_hc = tl.load(h + p_h + o_c[None, :])
         b_d = tl.dot(b_dy, b_hc)
         b_x = b_qc.to(tl.float32)
         b_met += tl.sum(b_x * b_d, 1)
@@ -416,12 +404,6 @@ def mamba3_gradient_kernel(
         p_head = ((i_row + o_t) * H + i_h)[:, None] * N
         p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[None, :] - b_G[:, None]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
-        b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[:, None])
         i_v = 0
         o_v = i_v + tl.arange(0, BV)
         p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
@@ -436,7 +418,27 @@ def mamba3_gradient_kernel(
         b_dy = b_dy_f.to(tl.bfloat16)
 
         b_dP = tl.dot(b_v, tl.trans(b_dy))
+        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
+        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
+        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
+        b_L = b_G[None, :] - b_G[:, None]
+        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
+        b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[:, None])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
+        # <S, dS> as the diagonal of a product
+        b_kept = 0.0
+
+        b_hc = tl.load(h + p_h + o_c[None, :])
+        b_hr = tl.load(h + p_h + o_r[None, :])
+
+        b_dhc = tl.load(dh + p_h + o_c[None, :])
+        b_dhr = tl.load(dh + p_h + o_r[None, :])
+
+        b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
+        b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
+
+        b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
+        tl.store(kept_state + i_tile * H + i_h, b_kept)
         b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
         b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
         b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
@@ -515,14 +517,22 @@ def heads_kernel(
     p_group = ((i_row + o_t) * G + i_g)[:, None] * N + o_n[None, :]
     b_sum = tl.zeros([BT, BC], tl.float32)
     if i_part % 2 == 0:
+        # of the first head; then each is read while the one before it is added up
+        b_next = tl.load(dQ_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
-            b_d = tl.load(dQ_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_d = b_next.to(tl.float32)
+            m_next = m_t & (o_t * 0 + i + 1 < H // G)
+            b_next = tl.load(dQ_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dQ_bias_part + p_bias + i * N, tl.sum(b_d, 0))
         tl.store(dQ + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])
     if i_part % 2 == 1:
+        # of the first head; then each is read while the one before it is added up
+        b_next = tl.load(dK_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
-            b_d = tl.load(dK_head + p_head + i * N, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_d = b_next.to(tl.float32)
+            m_next = m_t & (o_t * 0 + i + 1 < H // G)
+            b_next = tl.load(dK_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
             tl.store(dK_bias_part + p_bias + i * N, tl.sum(b_d, 0))
         tl.store(dK + p_group, b_sum.to(tl.bfloat16), mask=m_t[:, None])

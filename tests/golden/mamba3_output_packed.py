@@ -28,10 +28,10 @@ group, and turns them. y is left for the backward where `keep` is not 0.
     ungated  [B, T, H, P]  bf16   output before its gate, y
 
 Problem: mamba3 bf16, skip, gate, carried, packed
-Config:  BH=8 BT=32 BV=64 language=triton num_stages=1 num_warps=1
-Template digest c3027c43b2e1ea03; made by
+Config:  BH=8 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
+Template digest 8adb26724943e18f; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_output --config \
-      BH=8,BT=32,BV=64,language=triton,num_stages=1,num_warps=1
+      BH=8,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
 
 import triton

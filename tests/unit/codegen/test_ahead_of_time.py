@@ -549,7 +549,7 @@ _OVER_CHUNKS: Final = {
     "mamba3_states": 0,
     "mamba3_output": 96,
     "mamba3_reverse_states": 0,
-    "mamba3_gradient": 800,
+    "mamba3_gradient": 640,
 }
 
 

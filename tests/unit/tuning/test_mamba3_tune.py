@@ -90,9 +90,9 @@ def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
     assert {x: dict(y) for x, y in chunks.knobs.items()} == {
         "mamba3_turns": {"BT": 64, "BH": 2, "num_warps": 8},
         "mamba3_states": {"BT": 64, "BV": 32, "num_warps": 8},
-        "mamba3_output": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8},
+        "mamba3_output": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 0},
         "mamba3_reverse_states": {"BT": 64, "BV": 32, "num_warps": 8},
-        "mamba3_gradient": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8},
+        "mamba3_gradient": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 168},
     }
     assert [x.tokens for x in steps] == [*STEP_SEQUENCES]
     assert all(x.knobs["mamba3_step"]["BR"] == 16 for x in steps)
