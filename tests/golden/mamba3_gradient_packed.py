@@ -73,7 +73,7 @@ all X_.i of i < t (`dread`).
 
 Problem: mamba3 bf16, head_dim=80, skip, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 04f50bd8d53b5ec8; made by
+Template digest 4a06c429b3715ca0; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,carried,packed --stage mamba3_gradient \
       --config BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """
@@ -620,16 +620,19 @@ def numbers_kernel(
         b_ddt = b_share * b_down + (1.0 - b_share) * b_dbefore
         b_dtrap = (b_down - b_dbefore) * b_dt * b_share * (1.0 - b_share)
         tl.store(dTrap + p_number, b_dtrap.to(tl.float32), mask=m_t)
-        # what earlier tokens write, less what they read, and what it and later ones read
-        b_new = tl.load(dweight_s + p_number, mask=m_t, other=0.0) + b_written
-        b_new *= tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_new -= tl.load(dread + p_number, mask=m_t, other=0.0)
+        # what earlier tokens of the chunk write, less what they read: the sum of all less that of later ones
+        # would be rounded where the last token writes much and all before it is forgotten
+        m_inner = m_t & (o_t > 0)
+        b_new = tl.where(m_inner, b_dbefore, 0.0) * tl.load(weight_s + p_number - 1, mask=m_inner, other=0.0)
+        b_new -= tl.load(dread + p_number - 1, mask=m_inner, other=0.0)
+        # and what it and later ones read of the state
         b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
-        b_read = b_head * tl.load(read_q + p_number, mask=m_t, other=0.0) - b_new
+        b_read = b_head * tl.load(read_q + p_number, mask=m_t, other=0.0)
         # the chunk's decay, of its last token
         b_whole = tl.sum(tl.where(o_t == tl.minimum(n_left, BT) - 1, b_head, 0.0), 0)
         b_whole *= tl.load(kept_state + i_tile * H + i_h)
-        tl.store(dADT + p_number, tl.sum(b_new, 0) + b_whole + tl.cumsum(b_read, 0), mask=m_t)
+        b_dadt = tl.cumsum(b_new, 0, reverse=True) + b_whole + tl.cumsum(b_read, 0)
+        tl.store(dADT + p_number, b_dadt, mask=m_t)
         if (i == 0) | (angle_head != 0):
             # of all heads, where they share their angles
             p_angle = (i_row + o_t) * angle_row + i_h * angle_head
