@@ -42,6 +42,8 @@ class Match(NamedTuple):
 
     tier: int
     """Index into `TIERS`."""
+    stands_in: bool
+    """Whether it is there for machines without a compiler for TileLang, and this is none."""
     minor: int
     """How many minor keys of the problem differ."""
     gpu_distance: float
@@ -126,6 +128,7 @@ def _matches(
             continue
         gpu = str(loaded.metadata["gpu"])
         gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
+        stand_ins = set() if query.triton_alone else tuned_files.seconds_of_pairs(loaded.entries)
         for place, entry in enumerate(loaded.entries):
             minor = differing(key, entry)
             level = filed_level(entry.level, query.problem.op)
@@ -136,8 +139,9 @@ def _matches(
             distance = regime_distance(query.regime, entry.regime)
             # an entry that was filed without a bound holds for every bound
             exact = distance == 0 and not {*minor} - {"bound"}
-            tier = TIERS.index(_tier(entry, exact, own))
-            rank = (tier, len(minor), gpu_distance, distance, folder)
+            stands_in = entry.key in stand_ins
+            tier = TIERS.index(_tier(entry, exact and not stands_in, own))
+            rank = (tier, stands_in, len(minor), gpu_distance, distance, folder)
             found.append(Match(*rank, path, place, entry, gpu))
     return found
 

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from tilelang_configs import tilelang_config
 
 from gdn2gen.base import paths
 from gdn2gen.base.device import named_device
@@ -310,6 +311,24 @@ def test_what_needs_triton_alone_serves_where_nothing_else_compiles(user, in_til
     found = find()
     assert found.source == "exact"
     assert "no entry needs Triton alone: scan, rescan run Triton's default" in found.why
+
+
+def test_what_stands_in_for_tilelang_serves_after_what_is_in_it(user):
+    """Blocks in TileLang take no packed sequences. Their stand-in in Triton does; but another
+    size's recipe in TileLang is faster (2.09 and 1.42 ms at train4k on an H200)."""
+    blocks = make_entry(plan="blocks2", level="lean", mark=2)
+    serves_less = {**blocks.configs, "grad_blocks2": tilelang_config("grad_blocks2", PROBLEM)}
+    times = {"forward_ms": 0.5, "forward_backward_ms": 1.0}
+    fast = dataclasses.replace(blocks, configs=serves_less, measured=times)
+    scan = make_entry(mark=3).configs["scan"].replace(language="tilelang")
+    other = make_entry(Regime(16384, 8, 16), configs={**make_entry().configs, "scan": scan})
+    packed = Problem(varlen=True)
+    file_in(user, fast, blocks, other)
+    assert find().recipe["grad_blocks2"] == serves_less["grad_blocks2"]
+    found = find(packed)
+    assert (found.source, found.recipe["scan"]) == ("nearest", scan)
+    file_in(user, fast, blocks)  # better than a default
+    assert (find(packed).source, mark_of(find(packed))) == ("nearest", 2)
 
 
 @pytest.mark.parametrize("initialized", [False, True])
