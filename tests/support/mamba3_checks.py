@@ -40,6 +40,13 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "packed": {"cu_seqlens": (0, 0, 7, 8, 40, 40), "states": True, "Z": True},
     "packed-from-nothing": {"cu_seqlens": (0, 0, 7, 8, 40), "D": True},
     "strong": {"decay": 60.0, "states": True, "groups": 2},
+    # at every token as much: the last one writes 5e8 times what is left of all before it
+    "steady": {
+        "nats": 20.0,
+        "cu_seqlens": (0, 0, 1, 1, 18, 18, 35, 36),
+        "states": True,
+        "Z": True,
+    },
     "no-angles": {"angles": 0, "states": True},
     "all-angles": {"angles": 12, "sizes": (4, 16, 24), "groups": 2},
     "one-token": {"T": 1, "states": True, "D": True},
@@ -71,6 +78,8 @@ def draw(
         "Q_bias": 1.0 + 0.1 * normal(H, N), "K_bias": 1.0 + 0.1 * normal(H, N),
         "Angles": 2.0 * normal(b, T, H, S),
     }  # fmt: skip
+    if "nats" in case:
+        made["ADT"] = torch.full_like(DT, -case["nats"])
     if case.get("D"):
         made["D"] = normal(H)
     if case.get("Z"):
