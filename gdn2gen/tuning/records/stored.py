@@ -31,6 +31,8 @@ class Stored:
 
     regime: tuple[tuple[str, int], ...]
     recipe: Recipe
+    own: bool = True
+    """Whether it is on file for the problem itself, and not for one near it."""
 
     def is_for(self, shape: Shape, plan: str) -> bool:
         return self.recipe.plan.name == plan and dict(self.regime) == shape.regime.key
@@ -53,7 +55,8 @@ def stored_recipes(
         like = [x for x in entries if x.plan in plans and _is_member(x, problem)]
         for entry in _nearest(like, problem, shapes):
             recipe = entry.recipe_for(problem).fitted(problem, device.arch)
-            yield Stored(tuple(entry.regime_key.items()), recipe)
+            own = dict(entry.problem_key) == problem.key
+            yield Stored(tuple(entry.regime_key.items()), recipe, own)
 
 
 def lent_configs(

@@ -100,6 +100,20 @@ def test_a_final_has_the_recipe_on_file_of_its_own_shape(monkeypatch: pytest.Mon
     assert finals.choose(SHAPES[5], "fast") == [Recipe.default(PROBLEM, "fast")]
 
 
+def test_ones_own_recipe_on_file_comes_before_any_of_another_gate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many those are, and though the user's file, which is read first, has none but them.
+    A final would file what is slower than what it had."""
+    regime = tuple(SHAPES[0].regime.key.items())
+    stored = [Stored(regime, numbered(x), own=x == 5) for x in range(6)]
+    search: Any = SimpleNamespace(problem=PROBLEM, trials={}, base=_base)
+    finals = Finals(search, stored)
+    monkeypatch.setattr(finals, "_warm", lambda candidates: None)
+    monkeypatch.setattr(finals, "_passes", lambda recipe: True)
+    assert numbered(5) in finals.choose(SHAPES[0], "lean")
+
+
 def test_what_is_on_file_stands_in_a_final_however_little_time_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -144,6 +158,7 @@ def test_another_gate_lends_its_recipes_after_ones_own(path: Path) -> None:
     )
     first, second = stored_recipes(gated, ["lean"], SHAPES[:1], path, H200)
     assert first.recipe["scan"] == numbered(1)["scan"] != second.recipe["scan"]
+    assert (lent.own, first.own, second.own) == (False, True, False)
     bounded = replace(gated, gate="sigmoid", bound=2)
     assert [x.recipe["scan"] for x in stored_recipes(bounded, ["lean"], SHAPES[:1], path, H200)]
 
