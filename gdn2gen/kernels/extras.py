@@ -24,8 +24,8 @@ EXTRAS: Final[Mapping[str, Domain]] = {
     # As many programs as run at once, each of which takes chunks until none is left.
     "programs": ("resident",),
 }
-_WITHOUT: Final = ("sm_80", "sm_86", "sm_89")
-"""Where no launch depends on programs of another."""
+_SINCE: Final = 90
+"""Number of the first architecture whose launches may depend on programs of others."""
 _TAKE_ALL: Final = ("anchored", "bounded")
 """Forms of prepare whose programs may take chunks until none is left."""
 # Programs to a multiprocessor that a TileLang kernel of so many registers a thread is made for.
@@ -70,13 +70,19 @@ def _why_no_pdl(value: str, stage: str, place: Place) -> str | None:
     problem = place.problem
     if not isinstance(problem, Problem) or stage not in stages_of(problem.op):
         return "only stages of plans have kernels before and after them in a pass"
-    if place.arch in _WITHOUT:
+    if place.arch is not None and _number(place.arch) < _SINCE:
         return f"{place.arch} has no launches that depend on programs; sm_90 and later have"
     if value == "signal" and is_last(stage, problem.op):
         return "a pass ends with it, and what comes next is not known; use pdl=wait"
     if value == "wait" and is_first(stage, problem.op):
         return "a pass begins with it, and what came before is not known; use pdl=signal"
     return None
+
+
+def _number(arch: str) -> int:
+    """90 of `sm_90`; 0 of what is no such name, as a file may have it."""
+    number = arch.removeprefix("sm_")
+    return int(number) if number.isdecimal() else 0
 
 
 def _why_not_resident(knobs: Mapping[str, Knob], form: Form, stage: str) -> str | None:

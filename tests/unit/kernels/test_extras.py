@@ -50,6 +50,16 @@ def test_recipes_with_and_without() -> None:
     assert other.dependent("sm_90") == other
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "gfx942"])
+def test_no_launch_overlaps_before_sm_90(arch: str) -> None:
+    """On no architecture, those among them that no table lists: ptxas knows no such instruction."""
+    recipe = Recipe.default(Problem())
+    assert recipe.dependent(arch) == recipe
+    reason = why_invalid(recipe["scan"].replace(pdl="wait"), Problem(), arch)
+    assert reason is not None and f"pdl=wait: {arch} has no launches" in reason
+    assert Recipe.default(Problem()).dependent("sm_103") == recipe.dependent("sm_90")
+
+
 PREPARE = tilelang_by_chunk("prepare", Problem(), chunks=1)
 
 
