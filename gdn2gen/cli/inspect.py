@@ -35,6 +35,7 @@ from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
+from gdn2gen.kernels.validity import why_invalid
 
 SHAPE: Final = "train4k"
 
@@ -204,6 +205,10 @@ def _print_stage(args: argparse.Namespace) -> int:
     if args.language is not None:
         words = f"{words} language={args.language}"
     config = parse_config(args.stage, words, problem, arch)
+    reason = why_invalid(config, problem, arch)
+    if reason is not None:
+        where = "" if arch is None else f" on {arch}"
+        raise ConfigError(f"{args.stage} [{config}] cannot serve this problem{where}: {reason}")
     sys.stdout.write(render(problem, args.stage, config).source)
     if device is not None:
         from gdn2gen.codegen.build import compile_ahead

@@ -330,6 +330,16 @@ def test_config_words() -> None:
         parse_config("prepare", "solve=", problem)
 
 
+def test_a_kernel_that_the_target_cannot_run_is_refused_in_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is printed, and not by what ptxas says of an instruction."""
+    words = ["generate", "--stage", "scan", "--target", "sm_80", "--config", "pdl=wait"]
+    assert program.main(words) != 0
+    out, err = capsys.readouterr()
+    assert not out and "cannot serve this problem on sm_80: pdl=wait" in err
+
+
 # Tune and quick, with a fake tuner
 
 
