@@ -309,7 +309,8 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         why += f"; {' and '.join(names)} changed for so few chunks, which leave the GPU room"
         # one sequence of 16, 64, 256 tokens, 16 heads, on an H200: 12.1, 15.0, 22.2 us became
         # 11.3, 14.1, 21.3; at 1024 they are the same
-        recipe = recipe.dependent(query.device.arch, backward=False)
+        plain, recipe = recipe, recipe.dependent(query.device.arch, backward=False)
+        why += ", and launches of the forward overlap" if recipe != plain else ""
     if passed is not None:
         notes = (*notes, _why_not(passed))
     if query.triton_alone and best is not None:

@@ -203,6 +203,19 @@ def test_few_chunks_have_a_program_each_and_no_segments(user, language):
     assert chosen(16384, 4, 16) == chosen(8192, 1, 16) == (many, "parallel")
 
 
+def test_launches_of_few_chunks_overlap_where_a_gpu_has_such(user):
+    """In the forward alone, and `explain` says so."""
+    for device, overlaps in ((H200, True), (named_device("A100"), False)):
+        file_in(user, _for_large("triton"), device=device)
+        found = find(regime=Regime(64, 1, 16), device=device)
+        forward = {x: found.recipe[x].get("pdl") for x in found.recipe.plan.forward}
+        expected = {"prepare": "signal", "scan": "wait"} if overlaps else {}
+        assert {x: y for x, y in forward.items() if y} == expected
+        assert not any("pdl" in found.recipe[x] for x in found.recipe.plan.backward)
+        assert ("launches of the forward overlap" in found.why) == overlaps
+        assert "so few chunks" in explain_recipe(found)
+
+
 def test_what_was_measured_at_few_chunks_stays(user):
     file_in(user, _for_large("triton", Regime(64, 1, 16)))
     found = find(regime=Regime(64, 1, 16))
