@@ -138,7 +138,6 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         dynamic=lambda name, dtype="int32": sizes[name],
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
-        int32="int32",
         gemm=gemm,
         int32="int32",
         int64="int64",
@@ -192,10 +191,6 @@ def tiles_of(body: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Tile]:
         for name in body.__annotations__
         if name in given
     }
-
-
-def _array(x: torch.Tensor) -> Any:
-    return (x.float() if x.is_floating_point() else x).numpy().copy()
 
 
 def programs(body: Any, tensors: Mapping[str, Tile], scalars: tuple[float, ...]) -> Iterator[None]:
