@@ -47,9 +47,10 @@ NAMES: Final = ("as it is", "wait", "signal")
 
 
 def recipes_of(problem: Problem, shape: Shape, level: str) -> list[Recipe]:
-    """What a call runs, and the same with launches that depend on programs of the one before."""
+    """What a call runs, with launches that follow each other, and with those that depend on
+    programs of the one before."""
     device = present_device()
-    plain = find_recipe(problem, shape.regime, device, level=level).recipe
+    plain = find_recipe(problem, shape.regime, device, level=level).recipe.independent()
     return [plain, *(plain.dependent(device.arch, signals=x) for x in (False, True))]
 
 

@@ -66,7 +66,10 @@ TIED_FLAGS: Final[tuple[dict[str, Any], ...]] = (
 # And of one whose beta may be wider than q, where that is.
 WIDE_FLAGS: Final[tuple[dict[str, Any], ...]] = ({"beta_fp32": True, "varlen": True},)
 # Knobs that choose between pieces of a template; the others are numbers in it.
-_FORMS: Final = ("language", "decay", "solve", "segments", "BT", "chunks", "maxnreg")
+_FORMS: Final = (
+    *("language", "decay", "solve", "segments", "gating", "pairs"),
+    *("BT", "chunks", "maxnreg"),
+)
 _TILES: Final[tuple[dict[str, Knob], ...]] = (
     {},
     {"num_warps": 1, "BK": 32, "BV": 32},

@@ -80,5 +80,6 @@ KDA: Final = Recurrence(
         *("lean", "fast", "states"),
         *("blocks1", "blocks2", "blocks4"),
         *("blocks1_states", "blocks2_states", "blocks4_states"),
+        *("whole", "whole_blocks2"),
     ),
 )

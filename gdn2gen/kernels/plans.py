@@ -29,6 +29,9 @@ class Plan:
     backward: tuple[str, ...]
     every: int = 0
     """Chunks from one state that is kept between stages to the next; 0 where stages keep all."""
+    instead: str = ""
+    """Of a plan whose stages serve some problems alone, the one that keeps the same in stages that
+    serve all; "" where its own do."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -52,6 +55,9 @@ def _blocks(every: int) -> tuple[Plan, Plan]:
         Plan(f"blocks{every}_states", ("prepare", f"scan_blocks{every}"), backward, every),
     )
 
+
+_WHOLE = ("forward",)
+_BLOCKS2 = _blocks(2)[0]
 
 PLANS: Final = {
     plan.name: plan
@@ -85,6 +91,10 @@ PLANS: Final = {
         # Fewer bytes, timed by stage alone: states between chunks are made again, no stage is the
         # value side's own, and no sum of the decay is kept.
         *(plan for every in EVERY for plan in _blocks(every)),
+        # What `lean` and `blocks2` do, whose prepare and scan are one kernel: 896 bytes a token and
+        # head are not written and read again.
+        Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
+        Plan("whole_blocks2", _WHOLE, _BLOCKS2.backward, _BLOCKS2.every, instead=_BLOCKS2.name),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
@@ -93,6 +103,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "lean": (
         *("lean", "direct", "linear", "linear_direct", "grouped"),
         *(f"blocks{every}" for every in EVERY),
+        *("whole", "whole_blocks2"),
     ),
     "fast": (
         *("fast", "states", "direct_states"),
@@ -143,7 +154,7 @@ def is_optional(plan_name: str, op: str) -> bool:
 
 def keeps_least(plan: Plan) -> bool:
     """Whether its forward writes nothing more than that of the least level."""
-    return plan.forward[-1] in ("scan", "scan_group")
+    return plan.forward[-1] in ("scan", "scan_group", *_WHOLE)
 
 
 def plan_named(name: str) -> Plan:

@@ -97,10 +97,19 @@ class Recipe:
         changed = {config.stage: config for config in configs}
         return Recipe.of(self.problem, self.plan.name, {**self.by_stage, **changed})
 
+    def everywhere(self, arch: str | None = None) -> Recipe:
+        """What does the same and keeps the same in stages that serve every problem, and have forms
+        in Triton: those that its plan has not are at their defaults (`Plan.instead`)."""
+        if not self.plan.instead:
+            return self
+        default = Recipe.default(self.problem, self.plan.instead, self.BT, arch=arch)
+        return default.with_config(*(x for x in self.configs if x.stage in default.by_stage))
+
     def serial(self, *stages: str) -> Recipe:
         """The same with one chain per sequence, in Triton, in those of the stages that it has."""
-        found = [self[x] for x in stages if x in self.plan.stages]
-        return self.with_config(*(_serial(x, self.problem) for x in found))
+        recipe = self.everywhere()
+        found = [recipe[x] for x in stages if x in recipe.plan.stages]
+        return recipe.with_config(*(_serial(x, self.problem) for x in found))
 
     def for_few(self, regime: Regime) -> Recipe:
         """The same for sizes that leave most of a GPU idle, where it was chosen for larger ones.
@@ -145,8 +154,12 @@ class Recipe:
 
     def fitted(self, problem: Problem, arch: str | None = None) -> Recipe:
         """The same for other head dims: tiles no wider than these need, and the default config of
-        a stage whose form has no kernels for them."""
-        return Recipe(problem, self.plan, tuple(fitted(x, problem, arch) for x in self.configs))
+        a stage whose form has no kernels for them; of a plan that has none, the one instead."""
+        own = [self[x] for x in self.plan.forward]
+        refused = any(why_invalid(x, problem, arch) is not None for x in own)
+        recipe = self.everywhere(arch) if refused else self
+        configs = (fitted(x, problem, arch) for x in recipe.configs)
+        return Recipe(problem, recipe.plan, tuple(configs))
 
     def distance(self, other: Recipe) -> int:
         """Number of knobs in which two recipes of one plan differ."""
@@ -155,6 +168,14 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
+
+
+def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:
+    """Whether the plan can serve the problem there: all can but those that name one instead."""
+    if not plan_for(plan, problem.op).instead:
+        return True
+    configs = Recipe.default(problem, plan, arch=arch).configs
+    return all(why_invalid(x, problem, arch) is None for x in configs)
 
 
 def _chained(config: Config) -> Config:

@@ -22,6 +22,20 @@ from gdn2gen.codegen.sized import sized_launch
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, in_triton, language_of
+from gdn2gen.kernels.recipe import Recipe
+
+
+def runnable(recipe: Recipe) -> Recipe:
+    """The recipe, or what does and keeps the same where nothing here compiles a stage of it that
+    has no form in Triton."""
+    if not recipe.plan.instead:
+        return recipe
+    if interpreted():
+        return recipe.everywhere()
+    modules = {x: build.load(render(recipe.problem, x, recipe[x])) for x in recipe.plan.forward}
+    if any(_only_triton(stage, module) for stage, module in modules.items()):
+        return recipe.everywhere()
+    return recipe
 
 
 def stage_launcher(problem: Compiled, config: Config) -> Callable[..., None]:

@@ -17,7 +17,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.schedule import OUTPUTS, Step, given_inputs, gradients_of, saved_by, schedule
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.runtime._loading import stage_launcher, table_launchers
+from gdn2gen.runtime._loading import runnable, stage_launcher, table_launchers
 from gdn2gen.runtime.bound import Bound
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
@@ -34,7 +34,7 @@ class Runner:
     """
 
     def __init__(self, recipe: Recipe, agreed_segments: int | None = None) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = runnable(recipe)
         self._agreed_segments = agreed_segments
         self.problem = recipe.problem
         self.backward_planned = False

@@ -16,13 +16,11 @@ from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.kernels.plans import filed_level
 from gdn2gen.store import tuned_files
+from gdn2gen.store.format import MINOR_KEYS
 from gdn2gen.store.tuned_files import Entry, TunedFile
 
 Tier = Literal["exact", "nearest", "transferred", "predicted"]
 TIERS: Final[tuple[Tier, ...]] = ("exact", "nearest", "transferred", "predicted")
-
-# They move the speed only a little: an entry that differs in these alone still serves.
-MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
 
 
 class Query(NamedTuple):

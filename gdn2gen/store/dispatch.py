@@ -222,15 +222,16 @@ def reload() -> None:
 
 def in_triton(found: Found) -> Found:
     """The same with Triton's default config, at its chunk size, for every stage in TileLang."""
-    recipe = found.recipe
+    recipe = found.recipe.everywhere()
     instead = [
         default_config(config.stage, recipe.problem, BT=config.size("BT"))
         for config in recipe.configs
         if language_of(config) != "triton"
     ]
     why = found.why
-    if instead:
-        stages = ", ".join(config.stage for config in instead)
+    replaced = [x.stage for x in found.recipe.configs if language_of(x) != "triton"]
+    if replaced:
+        stages = ", ".join(replaced)
         why += f"; Triton was asked for, so defaults stand in for {stages} in TileLang"
     return replace(found, recipe=recipe.with_config(*instead), why=why, language="triton")
 

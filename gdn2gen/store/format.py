@@ -43,6 +43,8 @@ _PROBLEM_TYPES: Final[Mapping[str, type]] = {
 # In the keys of problems whose gate has a bound that is known.
 _BOUND_TYPE: Final[Mapping[str, type]] = {"bound": int}
 _TRITON_ALONE: Final = "triton"
+# Of a problem's: they move the speed only a little; an entry that differs in these alone serves.
+MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
 _REGIME_TYPES: Final = dict.fromkeys(Regime(1, 1, 1).key, int)
 _MEASURED_KEYS: Final = (
     "forward_ms",

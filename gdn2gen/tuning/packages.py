@@ -89,7 +89,7 @@ def prove(
         else:
             say("checking in Triton's interpreter")
             interpreted = _interpretable(recipe)
-            where, checked = _place(recipe, interpreted), right(backend.interpret(interpreted))
+            where, checked = _place(recipe), right(backend.interpret(interpreted))
     finally:
         backend.close()
     if not checked.ok:
@@ -127,13 +127,13 @@ def _compiled(
 
 def _interpretable(recipe: Recipe) -> Recipe:
     """The same with Triton's default for every stage in another language."""
+    recipe = recipe.everywhere()
     others = [x.stage for x in recipe.configs if language_of(x) != "triton"]
     return recipe.with_config(*(default_config(x, recipe.problem, BT=recipe.BT) for x in others))
 
 
-def _place(recipe: Recipe, interpreted: Recipe) -> str:
-    pairs = zip(recipe.configs, interpreted.configs, strict=True)
-    stages = [a.stage for a, b in pairs if language_of(a) != language_of(b)]
+def _place(recipe: Recipe) -> str:
+    stages = [x.stage for x in recipe.configs if language_of(x) != "triton"]
     where = "Triton's interpreter in fp32"
     return f"{where} (not {', '.join(stages)}, in TileLang)" if stages else where
 

@@ -20,7 +20,8 @@ from gdn2gen.base.terminal import command_line
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import PLANS_OF, filed_levels, level_of, plans_of
+from gdn2gen.kernels.plans import PLANS, PLANS_OF, filed_levels, level_of, plans_of
+from gdn2gen.kernels.recipe import is_served
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.filing import entries_of, result_of
 from gdn2gen.tuning.gpu.backend import Backend, MeteredBackend, WorkerBackend
@@ -141,7 +142,11 @@ class _Run:
         self.context, self.problem = context, problem
         self.path, self.metadata, self.report = path, metadata, report
         filed = filed_levels(levels, problem.op)
-        self.plans = [plan for level in filed for plan in plans_of(level, problem.op)]
+        given = [plan for level in filed for plan in plans_of(level, problem.op)]
+        self.plans = [
+            x for x in given
+            if not PLANS[x].instead or is_served(x, problem, context.device.arch)
+        ]  # fmt: skip
         self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:
@@ -182,6 +187,10 @@ class _Run:
         """What is decided, one after the other: a plan at a shape."""
         return [(shape, plan) for shape in self.search.shapes for plan in self.plans]
 
+    def _last(self, plan: str) -> str:
+        """The last plan of the same level."""
+        return [x for x in self.plans if level_of(x) == level_of(plan)][-1]
+
     def _decide(self, finals: Finals, window: Window) -> None:
         turns = self._turns()
         finals.compile_ahead(turns)
@@ -195,7 +204,7 @@ class _Run:
                     self.report.skipped[f"{shape.name} {plan}"] = finals.why_none(plan)
                 else:
                     found.append(verdict)
-            if found and plan == plans_of(level_of(plan), self.problem.op)[-1]:
+            if found and plan == self._last(plan):
                 best = better(found)
                 self.report.results.append(result_of(best))
                 tuned_files.merge_entries(self.path, self.metadata, entries_of(best))

@@ -208,7 +208,13 @@ def _serving(recipe: Recipe) -> Iterator[Task]:
         return
     pooled = replace(recipe.problem, initial_state=True, final_state=True)
     yield from _tasks(replace(recipe, problem=pooled), backward=False)
-    scan = recipe.serial("scan")["scan"]
+    apart = recipe.serial("scan")
+    scan = apart["scan"]
+    # where the recipe's own is a stage that keeps no states on the way
+    for stage in apart.plan.forward[:-1]:
+        if stage not in recipe.plan.forward:
+            for problem in dict.fromkeys((recipe.problem, pooled)):
+                yield "ship_stage", (problem, stage, apart[stage])
     for problem in dict.fromkeys((recipe.problem, pooled)):
         yield "ship_stage", (PrefillProblem.of(problem, problem.dtype, False), "scan", scan)
     for pool, indices in product(("fp32", "bf16"), ("int32", "int64")):

@@ -201,6 +201,12 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
             lambda number: [Barrier(x, cluster, (rank, number, i)) for i, x in enumerate(counts)]
         )
 
+    def cluster_barriers(counts: list[int]) -> list[Barrier]:
+        """The other program may arrive at them, and write beside them, once they are there."""
+        found = barriers(counts)
+        current().everyone.wait(PATIENCE)
+        return found
+
     def arrive(barrier: Barrier, program: int | None = None) -> None:
         rank, number, i = barrier.at
         if program is not None and program != rank:
@@ -311,7 +317,7 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
         "And": lambda a, b: bool(a) and bool(b),
         "Parallel": parallel,
         "alloc_barrier": barriers,
-        "alloc_cluster_barrier": barriers,
+        "alloc_cluster_barrier": cluster_barriers,
         "alloc_fragment": shared,
         "alloc_local": tile,
         "alloc_shared": shared,

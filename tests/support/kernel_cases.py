@@ -108,7 +108,8 @@ def _shape(B: int, T: int, HV: int, cu_seqlens: tuple[int, ...] | None = None) -
 
 
 # Of GDN-2, whose kernels the cases are of but where they name another member.
-_PLANS: Final = tuple(x for x in RECURRENCES["gdn2"].plans if PLANS[x].every == 0)
+_IN_TRITON: Final = tuple(x for x in RECURRENCES["gdn2"].plans if not PLANS[x].instead)
+_PLANS: Final = tuple(x for x in _IN_TRITON if PLANS[x].every == 0)
 # Plan, chunk size and decay in full product, the plan first so that neighbours differ in it; the
 # tiles follow along.
 _KNOBS: Final = tuple(
@@ -282,7 +283,7 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
     odd = replace(_STATES, K=80, V=40)
     tied = replace(_STATES, op="kda", K=64, beta_sigmoid=True, varlen=True)
     parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
-    for plan in (x for x in RECURRENCES["gdn2"].plans if PLANS[x].every):
+    for plan in (x for x in _IN_TRITON if PLANS[x].every):
         for name, problem, shape, pattern, knobs, segment in (
             ("packed-16", packed, ends, "mixed", small, 32),
             ("bounded-32", bounded, _shape(1, 200, 1), "strong", (("BT", 32), BOUNDED), 32),

@@ -48,9 +48,10 @@ def _ranked(level: str, op: str) -> list[str]:
     """The plans of a level that are ranked without a GPU.
 
     Not those with states of blocks: by their bytes they would come first, and how far what
-    grad_blocks computes holds them back was not measured yet.
+    grad_blocks computes holds them back was not measured yet. Nor those that the interpreter, which
+    knows Triton alone, could not check.
     """
-    return [x for x in plans_of(level, op) if not PLANS[x].every]
+    return [x for x in plans_of(level, op) if not PLANS[x].every and not PLANS[x].instead]
 
 
 class OfflineBackend(Protocol):

@@ -17,7 +17,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.store import tuned_files
-from gdn2gen.store._nearest import MINOR_KEYS
+from gdn2gen.store.format import MINOR_KEYS
 from gdn2gen.store.sizes import dims_apart
 
 # Beside those of the searched shapes themselves. Of four in all, which were of train4k and wide8k,

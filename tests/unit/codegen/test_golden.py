@@ -260,7 +260,13 @@ def _blocks(stage: str, segments: str = "serial", **changes: Any) -> str:
     return render(problem, stage, config).source
 
 
+def _forward(problem: Problem) -> str:
+    return render(problem, "forward", default_config("forward", problem)).source
+
+
 OUTPUTS: Final = {
+    "forward.py": partial(_forward, Problem(initial_state=True, final_state=True)),
+    "forward_kda.py": partial(_forward, Problem("kda", beta_sigmoid=True, neg_eigval=True)),
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
     "prepare_anchored_packed.py": partial(_anchored, "prepare"),

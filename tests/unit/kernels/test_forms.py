@@ -44,6 +44,7 @@ WORTH = {
     "rescan_blocks2": (1800, "fb953bba28cb"),
     "reverse_scan_blocks2": (5249, "0ff54f80f9b9"),
     "grad_blocks2": (3852, "00e5df19ee0c"),
+    "forward": (1, "264c47a1a45f"),
     # of members whose heads share scores alone
     **dict.fromkeys(
         ("prepare_group", "scan_group", "rescan_group", "reverse_scan_group", "grad_group"),
@@ -55,6 +56,8 @@ WORTH = {
 # Stages of blocks of 1 and 4 chunks have the forms of those of 2.
 OTHER_BLOCKS = tuple(x for x in STAGES if STAGES[x].every in (1, 4))
 OWN_FORMS = tuple(x for x in STAGES if x not in OTHER_BLOCKS)
+# Those that have no form in Triton, and serve some problems alone.
+IN_TILELANG_ALONE = ("forward",)
 
 
 def test_blocks_of_any_size_have_the_same_forms_in_triton() -> None:
@@ -85,7 +88,7 @@ def test_no_product_of_knobs_is_made_to_be_refused() -> None:
     worth = {x: len([*space.valid_configs(x, Problem(), device, 32)]) for x in OWN_FORMS}
     others = [x for x in OWN_FORMS if x == "reprepare_factors" or STAGES[x].every]
     assert sum(made[x] for x in others) == 608
-    assert (sum(made.values()), sum(worth.values())) == (3178 + 608, 3118 + 608)
+    assert (sum(made.values()), sum(worth.values())) == (3179 + 608, 3119 + 608)
     assert {x for x in made if made[x] != worth[x]} == {"grad_key"}
 
 
@@ -111,7 +114,7 @@ def test_every_form_starts_within_its_own_knobs(stage: str) -> None:
         place = Place(problem, 32, arch)
         config = default_of(stage, form, place)
         assert config.form is form
-        if form is STAGES[stage].default_form(place):
+        if form is STAGES[stage].default_form(place) and stage not in IN_TILELANG_ALONE:
             assert config == default_config(stage, problem, BT=32, arch=arch)
             assert why_invalid(config, problem, arch) is None
 
@@ -162,7 +165,7 @@ def test_a_tile_of_64_bytes_has_one_stage() -> None:
     assert why_invalid(ahead.replace(BT=32), Problem(op="kda")) is None
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [x for x in STAGES if x not in IN_TILELANG_ALONE])
 def test_what_stands_in_for_another_language_takes_the_same_operands(stage: str) -> None:
     """A call loads it for a config in TileLang where nothing compiles that, and passes these."""
     places = [

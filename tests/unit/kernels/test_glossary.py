@@ -60,7 +60,7 @@ def test_there_are_words_for_operands_and_no_others() -> None:
 @pytest.mark.parametrize(("op", "stage"), [(op, stage) for op in OPS for stage in stages_of(op)])
 @pytest.mark.parametrize("problem", [PLAIN, FULL], ids=["plain", "full"])
 def test_a_kernel_says_what_each_argument_is(problem: Problem, op: str, stage: str) -> None:
-    problem = of_op(problem, op)
+    problem = of_op(PLAIN if stage == "forward" else problem, op)
     names = [x.name for x in default_config(stage, problem).operands(problem)]
     assert [*glossary(problem, stage)] == names
 

@@ -51,14 +51,22 @@ def test_every_template_is_rendered() -> None:
     assert found == stages - others - {TABLES_TEMPLATE, SLOTS_TEMPLATE}
 
 
-def test_what_changed_for_one_op_is_renewed_for_the_others(
+def test_what_changed_for_one_op_or_gate_is_renewed_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One digest names a template's files, whatever an op's kernels are made of them."""
     files = [tmp_path / "tuned" / op / "gpu.json" for op in ("gdn2", "kda")]
     for path in files:
         path.parent.mkdir(parents=True)
-        path.write_text('{"templates": {"grad_key": "old"}}')
+        entries = [
+            {"problem": {"gate": gate}, "templates": {"grad_key": "old"}}
+            for gate in ("none", "softplus")
+        ]
+        path.write_text(json.dumps({"entries": entries}))
     monkeypatch.setattr(same_text, "ROOT", tmp_path)
-    same_text._renew({("gdn2", "old"): "new", ("kda", "other"): "newer"})
-    assert [json.loads(x.read_text())["templates"]["grad_key"] for x in files] == ["new", "old"]
+    same_text._renew({("gdn2", "none", "old"): "new", ("kda", "none", "other"): "newer"})
+    found = [
+        [entry["templates"]["grad_key"] for entry in json.loads(x.read_text())["entries"]]
+        for x in files
+    ]
+    assert found == [["new", "old"], ["old", "old"]]

@@ -98,7 +98,7 @@ def find(problem=PROBLEM, regime=REGIME, device=H200, **options):
     return find_recipe(problem, regime, device, **options)
 
 
-@pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
+@pytest.mark.parametrize("plan", [x for x in RECURRENCES["gdn2"].plans if not PLANS[x].instead])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_default_is_valid_for_every_problem(plan, dtype):
     for K in USUAL_DIMS:
@@ -597,3 +597,22 @@ def test_only_levels_of_the_same_plans_are_one(op):
     one = plans_of("lean", op) == plans_of("fast", op)
     assert filed_levels(("fast", "lean"), op) == (("lean",) if one else ("fast", "lean"))
     assert one == (op == "mamba2")
+
+
+def test_an_entry_may_choose_a_forward_in_one_kernel_and_others_serve_what_it_does_not(user):
+    """Packed sequences and a gate in the kernels take the plan of an entry that serves them."""
+    configs = {x: default_config(x, PROBLEM) for x in PLANS["whole"].stages}
+    whole = make_entry(
+        plan="lean",
+        configs=configs,
+        templates={x: f"d-{x}" for x in configs},
+        measured={"forward_ms": 0.5, "forward_backward_ms": 1.0},
+    )
+    whole = dataclasses.replace(whole, plan="whole")
+    file_in(user, whole, make_entry(mark=3))
+    found = find()
+    assert (found.source, found.recipe.plan.name) == ("exact", "whole")
+    assert "cluster" not in found.why and "plan      whole" in explain_recipe(found)
+    for problem in (Problem(varlen=True), Problem(gate="softplus", has_A_log=True)):
+        assert (find(problem).recipe.plan.name, mark_of(find(problem))) == ("lean", 3)
+    assert find(level="fast").source == "default"

@@ -43,7 +43,7 @@ def few_plans(request, monkeypatch):
     """Searches of three plans instead of nine, but for a test of the others."""
     if "of_blocks" not in request.node.name:
         few = {
-            level: tuple(x for x in names if not PLANS[x].every)
+            level: tuple(x for x in names if not (PLANS[x].every or PLANS[x].instead))
             for level, names in plans.PLANS_OF.items()
         }
         monkeypatch.setattr(plans, "PLANS_OF", few)

@@ -1,0 +1,666 @@
+"""A forward in one kernel: what the scan reads of a chunk passes through no memory.
+
+    T     = strict lower triangle of  (gamma b k) (k / gamma)^T        A = (I + T)^-1
+    Aqk   = lower triangle of  scale (gamma q) (k / gamma)^T
+    Qg    = scale gamma q      E = gamma b k      Y = -A E      Ktail = (gamma_C / gamma) k
+                                                                gamma = exp(cumulative decay)
+
+    R^T = (w v)^T A^T + S^T Y^T          Y = -A E
+    O^T = S^T Qg^T + R^T Aqk^T
+    S^T <- S^T Diag(gamma_C) + R^T Ktail
+
+Two programs, a cluster, take a head of a sequence, each half of its values. Of either program one
+group of 128 threads scans, and two prepare, in turn, each every fourth chunk, into a slot of its
+own in shared memory, of which the other program gets a copy:
+
+    chunk        0         1         2         3         4      ...
+    program      0         1         0         1         0
+    group        0         0         1         1         0
+    slot         0         1         2         3         0
+
+A slot is `full` once it was made and copied, `empty` once both programs have scanned it. What a
+group reads it loads itself, one chunk ahead: no group only loads. A chunk in which a channel loses
+more than 2^-RANGE is scored frame by frame, and so is exact, too.
+
+    q              [B, T, H, K]       bf16  queries; normalised in the kernel
+    k              [B, T, H, K]       bf16  keys; normalised in the kernel
+    g              [B, T, HG, K]      fp32  log decay
+    b              [B, T, HG, K]      bf16  erase gate
+    v              [B, T, HV, V]      bf16  values
+    w              [B, T, HV, V]      bf16  write gate
+    initial_state  [N, HV, K, V]      fp32  state before the first token
+    o              [B, T, HV, V]      bf16  output
+    q_rstd         [NT, HV, BT]       fp32  1 / norm of q
+    k_rstd         [NT, HV, BT]       fp32  1 / norm of k
+    A              [NT, HV, BT, BT]   bf16  inverse of I + T, lower triangle
+    Aqk            [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
+    S_seg          [N, HV, NS, V, K]  fp32  state at the segment's start, transposed
+    final_state    [N, HV, K, V]      fp32  state after the last token
+
+Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
+Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
+Template digest 638d1276a01ca860; made by
+    gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
+      --with=initial_state,final_state --stage forward --config \
+      BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
+"""
+
+from functools import cache
+from types import SimpleNamespace
+
+K, V = 128, 128
+BT, BV = 32, 64
+HALF = BT // 2
+IO = "bfloat16"
+GROUP, GROUPS = 128, 2  # threads; groups that prepare, in each of two programs
+WARPS = 4  # of a group
+SLOTS, COPIES = 2 * GROUPS, 5  # tiles of a slot
+# of a thread that prepares: two channels, and a part of the tokens
+PARTS = 2
+PART = BT // PARTS
+# factors stay within 2^RANGE of their anchor; an anchor below all
+RANGE, BELOW = 104.0, -1e30
+# 2^smallest_log2 is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences
+log2e, smallest_log2 = 1.4426950408889634, -150.0
+PASSES = {
+    "tl.enable_fast_math": True,
+    # roles and barriers are all written out
+    "tl.disable_warp_specialized": True,
+    "tl.disable_thread_storage_sync": True,
+    "tl.disable_shared_memory_reuse": True,
+    # what a warp does with T and with Aqk is decided once, not for each of its elements
+    "tl.loop_unswitching_allow_non_trivial_else": True,
+}
+
+
+def program():
+    """The program, for any number of sequences, tokens and heads."""
+    import tilelang.language as tile
+
+    B, T, H, HG, HV, NT, NS = (
+        tile.dynamic(name) for name in ("B", "T", "H", "HG", "HV", "NT", "NS")
+    )
+    # a warp keeps whole rows of the state, so that one product's result is the next one's operand
+    ROWS = tile.GemmWarpPolicy.FullRow
+
+    @tile.macro
+    def load_values(x, own, i_t):
+        stage = i_t % 2
+        row = i_t * BT
+        tile.tma_copy(
+            x.v[own.i_b, row : row + BT, own.i_h, own.i_v * BV : (own.i_v + 1) * BV],
+            own.s_v[stage, :, :],
+            barrier=own.values[stage],
+        )
+        tile.tma_copy(
+            x.w[own.i_b, row : row + BT, own.i_h, own.i_v * BV : (own.i_v + 1) * BV],
+            own.s_w[stage, :, :],
+            barrier=own.values[stage],
+        )
+        if tile.shuffle_elect(GROUP):
+            tile.barrier_arrive(own.values[stage])
+
+    @tile.macro
+    def write_values(own, i_t):
+        """w v takes the place of v."""
+        stage = i_t % 2
+        tile.mbarrier_wait_parity(own.values[stage], i_t // 2 % 2)
+        for i, j in tile.Parallel(BT, BV):
+            own.s_v[stage, i, j] = tile.cast(own.s_v[stage, i, j], "float32") * tile.cast(
+                own.s_w[stage, i, j], "float32"
+            )
+        tile.fence_proxy_async()
+
+    @tile.macro
+    def products(own, b_S, b_Sd, b_R, b_Rd, b_o, i_t):
+        slot = i_t % SLOTS
+        tile.wgmma_gemm(
+            b_Sd, own.s_rows[slot, 0:BT, :], b_R, transpose_B=True, clear_accum=True, policy=ROWS
+        )
+        tile.wgmma_gemm(
+            own.s_v[i_t % 2, :, :], own.s_A[slot, :, :], b_R,
+            transpose_A=True, transpose_B=True, policy=ROWS,
+        )
+        tile.wgmma_gemm(
+            b_Sd, own.s_rows[slot, BT : 2 * BT, :], b_o,
+            transpose_B=True, clear_accum=True, policy=ROWS,
+        )
+        for i, j in tile.Parallel(BV, K):
+            b_S[i, j] *= own.s_gamma[slot, j]
+        tile.wait_wgmma(1)  # R, but not o
+        tile.copy(b_R, b_Rd)
+        tile.wgmma_gemm(b_Rd, own.s_keys[slot, :, :], b_S, policy=ROWS)
+        tile.wgmma_gemm(b_Rd, own.s_Aqk[slot, :, :], b_o, transpose_B=True, policy=ROWS)
+
+    @tile.macro
+    def scan(x, own):
+        """S^T [BV, K] stays in the group's registers, as in the stage scan."""
+        i_thread = tile.get_thread_binding()
+        b_S = tile.alloc_fragment([BV, K], "float32")
+        b_Sd = tile.alloc_fragment([BV, K], IO)
+        b_R = tile.alloc_fragment([BV, BT], "float32")
+        b_Rd = tile.alloc_fragment([BV, BT], IO)
+        b_o = tile.alloc_fragment([BV, BT], "float32")
+        b_o_rows = tile.alloc_fragment([BT, BV], IO)
+        # a thread's part of a result, in the order in which stores transpose it
+        by_channels = tile.Fragment(
+            [BT, BV],
+            forward_thread_fn=lambda i, j: j // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+            forward_index_fn=lambda i, j: i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+        )
+        tile.annotate_layout({b_o_rows: by_channels})
+        n_kept = tile.alloc_local([1], "int32")
+        n_kept[0] = 0
+
+        load_values(x, own, 0)
+        if own.n_chunks > 1:
+            load_values(x, own, 1)
+        for i, j in tile.Parallel(BV, K):
+            b_S[i, j] = x.initial_state[own.i_b, own.i_h, j, own.i_v * BV + i]
+        write_values(own, 0)
+        tile.sync_threads(1, GROUP)
+
+        for i_t in tile.serial(own.n_chunks):
+            slot = i_t % SLOTS
+            if i_t == n_kept[0] * x.segment:
+                for i, j in tile.Parallel(BV, K):
+                    x.S_seg[own.i_b, own.i_h, n_kept[0], own.i_v * BV + i, j] = b_S[i, j]
+                n_kept[0] += 1
+            tile.copy(b_S, b_Sd)
+            tile.mbarrier_wait_parity(own.full[slot], i_t // SLOTS % 2)
+            products(own, b_S, b_Sd, b_R, b_Rd, b_o, i_t)
+            if i_t + 1 < own.n_chunks:
+                write_values(own, i_t + 1)
+            tile.wait_wgmma(0)
+            if i_thread % (GROUP // WARPS) == 0:
+                tile.mbarrier_arrive(own.empty[slot], 0)
+                tile.mbarrier_arrive(own.empty[slot], 1)
+            for i, j in tile.Parallel(BV, BT):
+                b_o_rows[j, i] = b_o[i, j]
+            tile.tma_store_wait(0)
+            # the next chunk's values are there, this one's were read, and o of the last one stored
+            tile.sync_threads(1, GROUP)
+            if i_t + 2 < own.n_chunks:
+                load_values(x, own, i_t + 2)
+            tile.copy(b_o_rows, own.s_o)
+            tile.fence_proxy_async()
+            tile.sync_threads(1, GROUP)
+            tile.tma_copy(
+                own.s_o,
+                x.o[
+                    own.i_b,
+                    i_t * BT : (i_t + 1) * BT,
+                    own.i_h,
+                    own.i_v * BV : (own.i_v + 1) * BV,
+                ],
+            )
+        tile.tma_store_wait(0)
+        for i, j in tile.Parallel(BV, K):
+            x.final_state[own.i_b, own.i_h, j, own.i_v * BV + i] = b_S[i, j]
+
+    @tile.macro
+    def write_rows(own, mine, scale, zero):
+        """k, normalised, to x_k; -E and Qg of the thread's part. `zero` is added to the decay."""
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                mine.x_k[i, c] = (
+                    tile.cast(mine.s_kq[mine.i_token + i, mine.i_channel + c], "float32")
+                    * mine.s_rstd[mine.i_token + i]
+                )
+            for c in tile.vectorized(2):
+                own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
+                    mine.x_k[i, c]
+                    * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
+                    * tile.exp2(mine.x_G[i, c] + zero)
+                )
+            for c in tile.vectorized(2):
+                own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
+                    tile.cast(mine.s_kq[BT + mine.i_token + i, mine.i_channel + c], "float32")
+                    * (mine.s_rstd[BT + mine.i_token + i] * scale)
+                    * tile.exp2(mine.x_G[i, c] + zero)
+                )
+
+    @tile.macro
+    def write_frame(own, mine, scale, x_anchor):
+        """-E, Qg and keys of one frame, zero outside of it."""
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                x = mine.x_G[i, c] - x_anchor[c]
+                row = tile.if_then_else(tile.And(x <= 0.0, x >= -RANGE), tile.exp2(x), 0.0)
+                key = (
+                    tile.cast(mine.s_kq[mine.i_token + i, mine.i_channel + c], "float32")
+                    * mine.s_rstd[mine.i_token + i]
+                )
+                own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
+                    key
+                    * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
+                    * row
+                )
+                own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
+                    tile.cast(mine.s_kq[BT + mine.i_token + i, mine.i_channel + c], "float32")
+                    * (mine.s_rstd[BT + mine.i_token + i] * scale)
+                    * row
+                )
+                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
+                    key
+                    * tile.if_then_else(x >= -RANGE, tile.exp2(-x), 0.0)
+                )
+
+    @tile.macro
+    def later_frames(own, mine, scale, stamp):
+        """The scores of rows that are not in the first frame, with factors in range.
+
+        A frame's rows are its anchor and what lies up to RANGE below, its columns these and all
+        earlier tokens; every row of a channel is in one frame. The next anchor is the first token
+        below the frame. `stamp` in s_T's margin says that there is one more, and which rows are
+        written: the others keep what the first product gave them, so that a later token's decay
+        moves no bit of theirs.
+        """
+        x_anchor = tile.alloc_local([2], "float32")
+        x_next = tile.alloc_local([2], "float32")
+        # products of 32 rows, by mma: with one of wgmma here, ptxas waits for each of the kernel's
+        b_T = tile.alloc_fragment([BT, BT], "float32")
+        b_Aqk = tile.alloc_fragment([BT, BT], "float32")
+        tile.clear(b_T)
+        tile.clear(b_Aqk)
+        for c in tile.unroll(2):
+            x_anchor[c] = 0.0
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                if mine.x_G[i, c] < -RANGE:
+                    mine.s_T[mine.i_token + i, BT + 2] = stamp
+        for i_frame in tile.serial(BT):
+            if mine.s_T[0, BT] == stamp + i_frame:
+                tile.sync_threads(mine.barrier, GROUP)
+                write_frame(own, mine, scale, x_anchor)
+                for c in tile.unroll(2):
+                    x_next[c] = BELOW
+                for i in tile.unroll(PART):
+                    for c in tile.unroll(2):
+                        x_next[c] = tile.max(
+                            x_next[c],
+                            tile.if_then_else(
+                                mine.x_G[i, c] - x_anchor[c] < -RANGE, mine.x_G[i, c], BELOW
+                            ),
+                        )
+                for c in tile.unroll(2):
+                    mine.s_total[mine.i_part, mine.i_channel + c] = x_next[c]
+                tile.sync_threads(mine.barrier, GROUP)
+                for c in tile.unroll(2):
+                    x_anchor[c] = tile.max(
+                        mine.s_total[0, mine.i_channel + c], mine.s_total[1, mine.i_channel + c]
+                    )
+                    if x_anchor[c] > BELOW:
+                        mine.s_T[0, BT] = stamp + i_frame + 1
+                tile.gemm(
+                    own.s_rows[mine.slot, 0:BT, :], own.s_keys[mine.slot, :, :], b_T,
+                    transpose_B=True,
+                )
+                tile.gemm(
+                    own.s_rows[mine.slot, BT : 2 * BT, :], own.s_keys[mine.slot, :, :], b_Aqk,
+                    transpose_B=True,
+                )
+                tile.sync_threads(mine.barrier, GROUP)
+        # a zero that the compiler does not know of: it would keep the exponentials in registers
+        # that it has not, of chunks without such frames, too
+        write_rows(own, mine, scale, mine.s_T[0, BT + 1])
+        # Ktail, which cannot be made of k / gamma
+        for c in tile.unroll(2):
+            mine.x_gamma[c] = 1.0
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                mine.x_k[i, c] *= (
+                    tile.exp2(mine.x_C[c] - mine.x_G[i, c])
+                )
+        for i, j in tile.Parallel(BT, BT):
+            if mine.s_T[i, BT + 2] == stamp:
+                mine.s_T[j, i] = b_T[i, j]
+                own.s_Aqk[mine.slot, i, j] = tile.if_then_else(i > j, b_Aqk[i, j], 0.0)
+
+    @tile.macro
+    def halves(mine):
+        """A column of the inverse of either half a thread, by substitution."""
+        x_A = tile.alloc_local([HALF], "float32")
+        i_half = mine.i_thread // HALF * HALF
+        for i in tile.unroll(HALF):
+            x_A[i] = tile.if_then_else(i_half + i == mine.i_thread, 1.0, 0.0)
+        for m in tile.unroll(HALF - 1):
+            for i in tile.unroll(m + 1, HALF):
+                x_A[i] += mine.s_T[i_half + m, i_half + i] * x_A[m]
+        # A11 where T is not looked at, A22, transposed, where the totals of the decay were
+        if mine.i_thread < HALF:
+            for i in tile.unroll(HALF):
+                mine.s_T[HALF + i, mine.i_thread] = x_A[i]
+        else:
+            for i in tile.unroll(HALF // 4):
+                for c in tile.vectorized(4):
+                    mine.s_total[
+                        (mine.i_thread - HALF) * HALF // K,
+                        (mine.i_thread - HALF) * HALF % K + i * 4 + c,
+                    ] = x_A[i * 4 + c]
+
+    @tile.macro
+    def invert(own, mine):
+        """s_A of the slot, from s_T, which has -T transposed."""
+        if mine.i_thread < BT:
+            halves(mine)
+        tile.sync_threads(mine.barrier, GROUP)
+        # A21 = A22 (-T21 A11); of each quarter of A two columns of a row a thread
+        x_A21 = tile.alloc_local([2], "float32")
+        i_i = mine.i_thread * 2 // HALF
+        i_j = mine.i_thread * 2 % HALF
+        for c in tile.vectorized(2):
+            own.s_A[mine.slot, i_i, i_j + c] = mine.s_T[HALF + i_i, i_j + c]
+        for c in tile.vectorized(2):
+            own.s_A[mine.slot, i_i, HALF + i_j + c] = 0.0
+        for c in tile.unroll(2):
+            x_A21[c] = mine.s_total[(i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i]
+        for c in tile.vectorized(2):
+            own.s_A[mine.slot, HALF + i_i, HALF + i_j + c] = x_A21[c]
+        for c in tile.vectorized(2):
+            x_A21[c] = 0.0
+        for m in tile.unroll(HALF):
+            for c in tile.vectorized(2):
+                x_A21[c] += mine.s_T[m, HALF + i_i] * mine.s_T[HALF + m, i_j + c]
+        for c in tile.vectorized(2):
+            mine.s_T[i_i, i_j + c] = x_A21[c]  # where T11 was
+        tile.sync_threads(mine.barrier, GROUP)
+        for c in tile.vectorized(2):
+            x_A21[c] = 0.0
+        for m in tile.unroll(HALF):
+            for c in tile.vectorized(2):
+                x_A21[c] += mine.s_total[m * HALF // K, m * HALF % K + i_i] * mine.s_T[m, i_j + c]
+        for c in tile.vectorized(2):
+            own.s_A[mine.slot, HALF + i_i, i_j + c] = x_A21[c]
+        tile.sync_threads(mine.barrier, GROUP)
+
+    @tile.macro
+    def load_chunk(x, own, mine, row):
+        loaded = own.loaded
+        for half in tile.unroll(2):
+            # 64 channels of a tile lie together in shared memory
+            tile.tma_copy(
+                x.k[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
+                mine.s_kq[0:BT, half * 64 : half * 64 + 64],
+                barrier=loaded[mine.group],
+            )
+            tile.tma_copy(
+                x.q[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
+                mine.s_kq[BT : 2 * BT, half * 64 : half * 64 + 64],
+                barrier=loaded[mine.group],
+            )
+        tile.tma_copy(
+            x.g[own.i_b, row : row + BT, own.i_hg, :], mine.s_g, barrier=loaded[mine.group]
+        )
+        tile.tma_copy(
+            x.b[own.i_b, row : row + BT, own.i_hg, :], mine.s_b, barrier=loaded[mine.group]
+        )
+        if tile.shuffle_elect(GROUP):
+            tile.barrier_arrive(loaded[mine.group])
+
+    @tile.macro
+    def norms_and_decay(x, mine):
+        """s_rstd, s_self; x_G, but for what lies before the thread's own tokens, and x_C."""
+        # a token with itself, where no decay lies between, and the norms, from one product
+        b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
+        tile.clear(b_norms)
+        tile.gemm(mine.s_kq, mine.s_kq, b_norms, transpose_B=True)
+        for i, j in tile.Parallel(2 * BT, 2 * BT):
+            if i == j:
+                mine.s_rstd[i] = tile.rsqrt(b_norms[i, j] + 1e-6)
+            if i + BT == j:
+                mine.s_self[i] = b_norms[i, j] * x.scale
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                mine.x_G[i, c] = mine.s_g[mine.i_token + i, mine.i_channel + c] * log2e
+        for i, c in tile.grid(PART, 2):
+            mine.x_G[i, c] = tile.if_then_else(
+                mine.x_G[i, c] < smallest_log2, smallest_log2, mine.x_G[i, c]
+            )
+        for i in tile.unroll(1, PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] += mine.x_G[i - 1, c]
+        for c in tile.vectorized(2):
+            mine.s_total[mine.i_part, mine.i_channel + c] = mine.x_G[PART - 1, c]
+        tile.sync_threads(mine.barrier, GROUP)
+        for c in tile.unroll(2):
+            mine.x_before[c] = 0.0
+            mine.x_C[c] = 0.0
+        for m in tile.unroll(PARTS):
+            for c in tile.unroll(2):
+                mine.x_before[c] += tile.if_then_else(
+                    m < mine.i_part, mine.s_total[m, mine.i_channel + c], 0.0
+                )
+                mine.x_C[c] += mine.s_total[m, mine.i_channel + c]
+
+    @tile.macro
+    def write_factors(x, own, mine, stamp):
+        """-E, Qg, k / gamma and gamma_C; `stamp` where a channel is out of the first frame."""
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] += mine.x_before[c]
+        write_rows(own, mine, x.scale, 0.0)
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                mine.x_k[i, c] *= (
+                    tile.exp2(-mine.x_G[i, c])
+                )
+            for c in tile.vectorized(2):
+                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_k[i, c]
+        for c in tile.unroll(2):
+            mine.x_gamma[c] = tile.exp2(mine.x_C[c])
+        if mine.i_part == 0:
+            for c in tile.vectorized(2):
+                own.s_gamma[mine.slot, mine.i_channel + c] = mine.x_gamma[c]
+            for c in tile.unroll(2):
+                if mine.x_C[c] < -RANGE:
+                    mine.s_T[0, BT] = stamp
+        tile.fence_proxy_async()
+        tile.sync_threads(mine.barrier, GROUP)
+
+    @tile.macro
+    def score(x, own, mine, stamp):
+        """-T transposed to s_T, and Aqk but for its diagonal."""
+        b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
+        tile.clear(b_scores)
+        tile.gemm(
+            own.s_rows[mine.slot, :, :], own.s_keys[mine.slot, :, :], b_scores, transpose_B=True
+        )
+        for i, j in tile.Parallel(2 * BT, BT):
+            if i < BT:
+                mine.s_T[j, i] = b_scores[i, j]
+            else:
+                own.s_Aqk[mine.slot, i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
+        if mine.s_T[0, BT] == stamp:
+            later_frames(own, mine, x.scale, stamp)
+
+    @tile.macro
+    def write_tail(own, mine):
+        """The diagonal of Aqk, and Ktail in place of k / gamma."""
+        if mine.i_thread >= GROUP - BT:
+            i_own = mine.i_thread - (GROUP - BT)
+            own.s_Aqk[mine.slot, i_own, i_own] = (
+                mine.s_self[i_own]
+                * mine.s_rstd[i_own]
+                * mine.s_rstd[BT + i_own]
+            )
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
+                    mine.x_k[i, c] * mine.x_gamma[c]
+                )
+
+    @tile.macro
+    def write_Y(own, mine):
+        """Y in place of -E."""
+        b_Y = tile.alloc_fragment([BT, K], "float32")
+        tile.clear(b_Y)
+        tile.gemm(own.s_A[mine.slot, :, :], own.s_rows[mine.slot, 0:BT, :], b_Y)
+        tile.sync_threads(mine.barrier, GROUP)
+        tile.copy(b_Y, own.s_rows[mine.slot, 0:BT, :])
+
+    @tile.macro
+    def hand_over(own, mine):
+        """The slot to the group that scans, and a copy of it to the other program's."""
+        other = 1 - own.i_v
+        slot = mine.slot
+        tile.fence_proxy_async()
+        tile.sync_threads(mine.barrier, GROUP)
+        if mine.i_thread == 0:
+            tile.copy_cluster(
+                own.s_rows[slot, :, :], own.s_rows[slot, :, :],
+                dst_block=other, remote_barrier=own.full[slot],
+            )
+            tile.copy_cluster(
+                own.s_keys[slot, :, :], own.s_keys[slot, :, :],
+                dst_block=other, remote_barrier=own.full[slot],
+            )
+            tile.copy_cluster(
+                own.s_A[slot, :, :], own.s_A[slot, :, :],
+                dst_block=other, remote_barrier=own.full[slot],
+            )
+            tile.copy_cluster(
+                own.s_Aqk[slot, :, :], own.s_Aqk[slot, :, :],
+                dst_block=other, remote_barrier=own.full[slot],
+            )
+            tile.copy_cluster(
+                own.s_gamma[slot, :], own.s_gamma[slot, :],
+                dst_block=other, remote_barrier=own.full[slot],
+            )
+        # as many arrivals as the other program gets
+        if mine.i_thread < COPIES:
+            tile.mbarrier_arrive(own.full[slot])
+
+    @tile.macro
+    def prepare(x, own, group):
+        i_thread = tile.get_thread_binding() - GROUP * (group + 1)
+        s_kq = tile.alloc_shared([2 * BT, K], IO)
+        s_b = tile.alloc_shared([BT, K], IO)
+        s_g = tile.alloc_shared([BT, K], "float32")
+        s_self = tile.alloc_shared([BT], "float32")
+        s_total = tile.alloc_shared([PARTS, K], "float32")
+        s_rstd = tile.alloc_shared([2 * BT], "float32")
+        # rows so long that what a warp writes of the scores lies in banks of its own
+        s_T = tile.alloc_shared([BT, BT + 4], "float32")
+        x_G = tile.alloc_local([PART, 2], "float32")
+        x_k = tile.alloc_local([PART, 2], "float32")
+        x_before = tile.alloc_local([2], "float32")
+        x_C = tile.alloc_local([2], "float32")
+        x_gamma = tile.alloc_local([2], "float32")
+        slot = 2 * group + own.i_v  # and the first chunk
+        i_part = i_thread // (K // 2)
+        mine = SimpleNamespace(
+            group=group, barrier=2 + group, slot=slot, i_thread=i_thread,
+            i_channel=i_thread % (K // 2) * 2, i_part=i_part, i_token=i_part * PART,
+            s_kq=s_kq, s_b=s_b, s_g=s_g, s_self=s_self,
+            s_total=s_total, s_rstd=s_rstd, s_T=s_T,
+            x_G=x_G, x_k=x_k, x_before=x_before, x_C=x_C, x_gamma=x_gamma,
+        )
+        n_own = tile.ceildiv(own.n_chunks - slot, SLOTS)
+        if i_thread == 0:
+            s_T[0, BT] = 0.0  # no stamp
+            s_T[0, BT + 1] = 0.0
+        if i_thread < BT:
+            s_T[i_thread, BT + 2] = 0.0
+        if slot < own.n_chunks:
+            load_chunk(x, own, mine, slot * BT)
+
+        for i_n in tile.serial(n_own):
+            i_t = slot + i_n * SLOTS
+            i_c = own.i_b * own.n_chunks + i_t
+            stamp = tile.cast((i_n + 1) * 64, "float32")
+            tile.mbarrier_wait_parity(own.loaded[group], i_n % 2)
+            norms_and_decay(x, mine)
+            tile.mbarrier_wait_parity(own.empty[slot], (i_n + 1) % 2)
+            write_factors(x, own, mine, stamp)
+            if i_thread < BT:
+                x.k_rstd[i_c, own.i_h, i_thread] = s_rstd[i_thread]
+                x.q_rstd[i_c, own.i_h, i_thread] = s_rstd[BT + i_thread]
+            score(x, own, mine, stamp)
+            tile.sync_threads(mine.barrier, GROUP)
+            if i_n + 1 < n_own:
+                load_chunk(x, own, mine, (i_t + SLOTS) * BT)
+            write_tail(own, mine)
+            invert(own, mine)
+            write_Y(own, mine)
+            tile.copy(own.s_A[slot, :, :], x.A[i_c, own.i_h, :, :], disable_tma=True)
+            tile.copy(own.s_Aqk[slot, :, :], x.Aqk[i_c, own.i_h, :, :], disable_tma=True)
+            hand_over(own, mine)
+
+    @tile.prim_func
+    def forward(
+        q: tile.Tensor([B, T, H, K], "bfloat16"),
+        k: tile.Tensor([B, T, H, K], "bfloat16"),
+        g: tile.Tensor([B, T, HG, K], "float32"),
+        b: tile.Tensor([B, T, HG, K], "bfloat16"),
+        v: tile.Tensor([B, T, HV, V], "bfloat16"),
+        w: tile.Tensor([B, T, HV, V], "bfloat16"),
+        initial_state: tile.Tensor([B, HV, K, V], "float32"),
+        o: tile.Tensor([B, T, HV, V], "bfloat16"),
+        q_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        k_rstd: tile.Tensor([NT, HV, BT], "float32"),
+        A: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        Aqk: tile.Tensor([NT, HV, BT, BT], "bfloat16"),
+        S_seg: tile.Tensor([B, HV, NS, V, K], "float32"),
+        final_state: tile.Tensor([B, HV, K, V], "float32"),
+        scale: tile.float32,
+        segment: tile.int32,
+    ):
+        threads = GROUP * (1 + GROUPS)
+        with tile.Kernel(2, HV, B, threads=threads, cluster_dims=2) as (i_v, i_h, i_b):
+            s_rows = tile.alloc_shared([SLOTS, 2 * BT, K], IO)  # -E, then Y = -A E; and Qg
+            s_keys = tile.alloc_shared([SLOTS, BT, K], IO)  # k / gamma, then Ktail
+            s_A = tile.alloc_shared([SLOTS, BT, BT], IO)
+            s_Aqk = tile.alloc_shared([SLOTS, BT, BT], IO)
+            s_gamma = tile.alloc_shared([SLOTS, K], "float32")
+            s_v = tile.alloc_shared([2, BT, BV], IO)
+            s_w = tile.alloc_shared([2, BT, BV], IO)
+            s_o = tile.alloc_shared([BT, BV], IO)
+            full = tile.alloc_cluster_barrier([COPIES] * SLOTS)
+            empty = tile.alloc_cluster_barrier([2 * WARPS] * SLOTS)
+            loaded = tile.alloc_barrier([1] * GROUPS)
+            values = tile.alloc_barrier([1] * 2)
+            x = SimpleNamespace(
+                q=q, k=k, g=g, b=b,
+                v=v, w=w, initial_state=initial_state, o=o,
+                q_rstd=q_rstd, k_rstd=k_rstd, A=A, Aqk=Aqk,
+                S_seg=S_seg, final_state=final_state, scale=scale, segment=segment,
+            )
+            own = SimpleNamespace(
+                i_v=i_v, i_h=i_h, i_b=i_b, i_hq=i_h // (HV // H), i_hg=i_h // (HV // HG),
+                T=T, n_chunks=tile.ceildiv(T, BT), s_rows=s_rows, s_keys=s_keys, s_A=s_A,
+                s_Aqk=s_Aqk, s_gamma=s_gamma, s_v=s_v, s_w=s_w, s_o=s_o,
+                full=full, empty=empty, loaded=loaded, values=values,
+            )
+
+            # one chain of branches: after several apart ptxas would wait for each product
+            if tile.get_thread_binding() < GROUP:
+                scan(x, own)
+            elif tile.get_thread_binding() < 2 * GROUP:
+                prepare(x, own, 0)
+            else:
+                prepare(x, own, 1)
+            # the other program may write here, and be written to, until both are through
+            tile.cluster_sync()
+
+    return forward
+
+
+@cache
+def compiled():
+    """The program, compiled for the present GPU (10 s where no cache has it)."""
+    import tilelang
+
+    return tilelang.compile(program(), pass_configs=PASSES)
+
+
+def launch(
+    q, k, g, b, v, w, initial_state, o, q_rstd, k_rstd, A, Aqk, S_seg, final_state, *,
+    n_sequences, scale, T, H, HV, HG, NS, segment
+):
+    """Launch one program per sequence, value head and slice of V on the current stream."""
+    if T == 0:  # no tile that TMA could load
+        final_state.copy_(initial_state)
+        return
+    compiled()(q, k, g, b, v, w, initial_state, o, q_rstd, k_rstd, A, Aqk, S_seg, final_state,
+        scale, segment)

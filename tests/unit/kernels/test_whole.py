@@ -1,0 +1,148 @@
+"""Plans whose forward is one kernel: what they serve, what they keep, what runs in their place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gdn2gen.base.device import named_device
+from gdn2gen.codegen.render import render
+from gdn2gen.family.prefill import PrefillProblem
+from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.registry import OPS, RECURRENCES
+from gdn2gen.kernels.config import default_config, language_of
+from gdn2gen.kernels.plans import PLANS, is_optional, keeps_least, level_of
+from gdn2gen.kernels.recipe import Recipe, is_served
+from gdn2gen.kernels.schedule import saved_by
+from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.runtime import _loading
+from gdn2gen.store.dispatch import Found, find_recipe, forced_recipe, in_triton
+from gdn2gen.tuning import space
+
+WHOLE = tuple(name for name, plan in PLANS.items() if plan.instead)
+H200 = named_device("H200")
+
+
+def test_they_are_of_two_members_and_nobody_s_default() -> None:
+    assert WHOLE == ("whole", "whole_blocks2")
+    for op in OPS:
+        served = {*WHOLE} <= {*RECURRENCES[op].plans}
+        assert served == (op in ("gdn2", "kda"))
+        assert served or not {*WHOLE} & {*RECURRENCES[op].plans}
+    for plan in WHOLE:
+        assert level_of(plan) == "lean" and is_optional(plan, "gdn2")
+        assert keeps_least(PLANS[plan])
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("plan", WHOLE)
+def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
+    """So that a forward of either serves a backward of the other."""
+    problem = Problem(op, initial_state=True, final_state=True)
+    recipe = Recipe.default(problem, plan)
+    apart = recipe.everywhere()
+    assert apart.plan.name == PLANS[plan].instead
+    assert saved_by(recipe) == saved_by(apart)
+    assert recipe.saved_segments == apart.saved_segments
+    assert recipe.plan.backward == apart.plan.backward
+    assert [recipe[x] for x in recipe.plan.backward] == [apart[x] for x in apart.plan.backward]
+    assert all(why_invalid(x, problem) is None for x in (*recipe.configs, *apart.configs))
+    assert recipe.for_few(Regime(64, 1, 4)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "words"),
+    [
+        ({"varlen": True}, None, "varlen of False, not True: packed sequences take prepare"),
+        ({"dtype": "fp16"}, None, "dtype of bf16, not fp16"),
+        ({"gate_dtype": "bf16"}, None, "gate_dtype of fp32, not bf16"),
+        ({"l2norm": False}, None, "l2norm of True, not False"),
+        ({"gate": "sigmoid"}, None, "gate of none, not sigmoid: the gate's activation is in prep"),
+        ({"K": 64}, None, "takes K=128 and V=128, not K=64"),
+        ({"K": 120, "V": 256}, None, "takes K=128 and V=128, not K=120, V=256"),
+        ({}, "sm_80", "not 2: its waits for asynchronous copies"),
+        ({}, "sm_100", "not sm_100"),
+    ],
+)
+def test_what_it_does_not_serve_is_refused_in_words(
+    changes: dict[str, Any], arch: str | None, words: str
+) -> None:
+    problem = replace(Problem(), **changes)
+    config = default_config("forward", Problem())
+    reason = why_invalid(config, problem, arch)
+    assert reason is not None and words in reason
+    assert is_served("whole", Problem(), "sm_90")
+    assert not is_served("whole", problem, arch)
+    assert is_served("lean", problem, arch)
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+def test_options_that_add_arguments_are_served(op: str) -> None:
+    tied = {"beta_sigmoid": True, "neg_eigval": True, "beta_fp32": True} if op == "kda" else {}
+    problem = Problem(op, initial_state=True, final_state=True, state_v_first=True, **tied)
+    config = default_config("forward", problem)
+    assert why_invalid(config, problem, "sm_90") is None
+    source = render(problem, "forward", config).source
+    assert ("2.0 / (1.0 + tile.exp(-mine.x_beta[0]))" in source) == (op == "kda")
+    assert "x.initial_state[own.i_b, own.i_h, own.i_v * BV + i, j]" in source
+
+
+def test_other_head_dims_and_chunks_take_two_kernels() -> None:
+    recipe = Recipe.default(Problem(), "whole_blocks2")
+    assert recipe.fitted(Problem(), "sm_90") == recipe
+    found = recipe.fitted(Problem(K=64, V=64), "sm_90")
+    assert found.plan.name == "blocks2"
+    assert all(why_invalid(x, found.problem, "sm_90") is None for x in found.configs)
+    config = default_config("forward", Problem())
+    assert "BT of 32, not 64" in str(why_invalid(config.replace(BT=64), Problem()))
+
+
+def test_a_scan_that_can_keep_states_on_the_way_is_that_of_two_kernels() -> None:
+    problem = Problem(initial_state=True, final_state=True)
+    recipe = Recipe.default(problem, "whole").serial("scan")
+    assert recipe.plan.name == "lean" and recipe["scan"]["segments"] == "serial"
+    assert why_invalid(recipe["scan"], PrefillProblem.of(problem, "bf16", False)) is None
+
+
+def test_where_triton_is_asked_for_two_kernels_run() -> None:
+    found = in_triton(Found(Recipe.default(Problem(), "whole"), "exact", "it is on file"))
+    assert found.recipe.plan.name == "lean" and found.recipe.needs_triton_alone
+    assert "defaults stand in for forward in TileLang" in found.why
+
+
+def test_where_nothing_compiles_it_two_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.default(Problem(), "whole")
+    monkeypatch.setattr(_loading, "interpreted", lambda: False)
+    for name, found in (("has_compiler", False), ("has_tilelang", False)):
+        monkeypatch.setattr(_loading, name, lambda found=found: found)
+    with pytest.warns(RuntimeWarning, match="the tuned forward is written in TileLang"):
+        assert _loading.runnable(recipe) == recipe.everywhere()
+    monkeypatch.setattr(_loading, "has_compiler", lambda: True)
+    assert _loading.runnable(recipe) == recipe
+    monkeypatch.setattr(_loading, "interpreted", lambda: True)
+    assert _loading.runnable(recipe) == recipe.everywhere()
+
+
+def test_it_is_in_the_search() -> None:
+    config = default_config("forward", Problem())
+    assert [*space.valid_configs("forward", Problem(), H200, 32)] == [config]
+    assert space.starts("forward", Problem(), H200, 32) == (config,)
+    assert not [*space.valid_configs("forward", Problem(varlen=True), H200, 32)]
+
+
+def test_no_launch_of_it_depends_on_another() -> None:
+    config = default_config("forward", Problem())
+    for value in ("wait", "signal"):
+        reason = why_invalid(config.replace(pdl=value), Problem(), "sm_90")
+        assert reason is not None and "its groups begin by turns" in reason
+    recipe = Recipe.default(Problem(), "whole", arch="sm_90").dependent("sm_90")
+    assert "pdl" not in recipe["forward"] and recipe["rescan"]["pdl"] == "signal"
+
+
+def test_a_call_runs_what_was_forced() -> None:
+    recipe = Recipe.default(Problem(), "whole", arch="sm_90")
+    with forced_recipe(recipe):
+        found = find_recipe(Problem(), Regime(16384, 4, 16), H200)
+    assert found.recipe == recipe and language_of(found.recipe["forward"]) == "tilelang"
