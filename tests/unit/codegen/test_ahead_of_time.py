@@ -154,6 +154,8 @@ def _measured() -> bool:
 def _cases() -> Iterator[object]:
     for arch in ARCHES:
         for stage in STAGES:
+            if stage == "forward":  # which test_forward compiles: it serves one problem alone
+                continue
             problem = _with(_STATES, stage)
             if problem.op != _STATES.op and arch not in ("sm_80", "sm_90"):
                 continue
@@ -167,7 +169,7 @@ def _cases() -> Iterator[object]:
     others = {"all": _ALL, "bounded": _BOUNDED, "fp32": _FP32}
     for name, problem in others.items():
         for stage in STAGES if name == "fp32" else stages_of(problem.op):
-            if STAGES[stage].every or stage == "reprepare_factors":
+            if STAGES[stage].every or stage in ("reprepare_factors", "forward"):
                 continue
             given = _with(problem, stage)
             yield _case(name, given, "sm_90", default_config(stage, given))
