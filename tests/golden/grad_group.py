@@ -50,7 +50,7 @@ that. No term of it is taken from another, so that it is exact however strong th
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=apart
-Template digest fe999306e5242a51; made by
+Template digest 8e8c9bdaf021506a; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=apart

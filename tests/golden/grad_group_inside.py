@@ -42,7 +42,7 @@ grad_group_kernel: one program per chunk, HEADS heads of a group and slice of K.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BK=64 BT=64 heads=8 language=triton maxnreg=0 num_stages=2 num_warps=4 pairs=inside
-Template digest 179da1761bd3fad6; made by
+Template digest 81847b2dfd5118a0; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage grad_group --config \
       BK=64,BT=64,heads=8,language=triton,maxnreg=0,num_stages=2,num_warps=4,pairs=inside

@@ -47,7 +47,7 @@ barrier of its own.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BK=64 BT=64 heads=16 language=tilelang maxnreg=128 num_stages=1 num_warps=4 pairs=once
-Template digest f11c8ad55b0d5ac0; made by
+Template digest 2f705645e9ddc7bb; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D --stage grad_group --config \
       BK=64,BT=64,heads=16,language=tilelang,maxnreg=128,num_stages=1,num_warps=4,pairs=once
