@@ -88,8 +88,8 @@ PLANS: Final = {
             ("prepare_group", "scan_group"),
             ("rescan_group", "reverse_scan_group", "grad_group"),
         ),
-        # Fewer bytes, timed by stage alone: states between chunks are made again, no stage is the
-        # value side's own, and no sum of the decay is kept.
+        # Fewer bytes: states between chunks are made again, no stage is the value side's own, and
+        # no sum of the decay is kept.
         *(plan for every in EVERY for plan in _blocks(every)),
         # What `lean` and `blocks2` do, whose prepare and scan are one kernel: 896 bytes a token and
         # head are not written and read again.

@@ -20,7 +20,7 @@ from gdn2gen.base.terminal import command_line
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import PLANS, PLANS_OF, filed_levels, level_of, plans_of
+from gdn2gen.kernels.plans import PLANS_OF, filed_levels, level_of, plans_of
 from gdn2gen.kernels.recipe import is_served
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.filing import entries_of, result_of
@@ -143,10 +143,7 @@ class _Run:
         self.path, self.metadata, self.report = path, metadata, report
         filed = filed_levels(levels, problem.op)
         given = [plan for level in filed for plan in plans_of(level, problem.op)]
-        self.plans = [
-            x for x in given
-            if not PLANS[x].instead or is_served(x, problem, context.device.arch)
-        ]  # fmt: skip
+        self.plans = [x for x in given if is_served(x, problem, context.device.arch)]
         self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:

@@ -47,9 +47,9 @@ _INTERPRETER_SECONDS: Final = 300.0
 def _ranked(level: str, op: str) -> list[str]:
     """The plans of a level that are ranked without a GPU.
 
-    Not those with states of blocks: by their bytes they would come first, and how far what
-    grad_blocks computes holds them back was not measured yet. Nor those that the interpreter, which
-    knows Triton alone, could not check.
+    Not those with states of blocks: by their bytes they would come first by far, and what
+    grad_blocks computes leaves 4 to 8% of that on an H200, in TileLang alone. Nor those that the
+    interpreter, which knows Triton alone, could not check.
     """
     return [x for x in plans_of(level, op) if not PLANS[x].every and not PLANS[x].instead]
 
