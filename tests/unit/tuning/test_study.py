@@ -239,7 +239,8 @@ def test_levels_share_the_trials_of_their_stages(tmp_path):
 def test_a_plan_that_serves_both_levels_is_tuned_once(op, plans, monkeypatch):
     monkeypatch.setattr("gdn2gen.tuning.run.Search", lambda *given: given[-1])
     problem = Problem(op=op, gate="softplus" if op == "mamba2" else "none")
-    turns = _Run(None, problem, [SMALL], ("lean", "fast"), None, {}, None)
+    context = SimpleNamespace(device=named_device("H200"))
+    turns = _Run(context, problem, [SMALL], ("lean", "fast"), None, {}, None)
     assert turns.search == turns.plans == plans
 
 
