@@ -22,14 +22,22 @@ _NUMBERED: Final = re.compile(r"(U?[RP])(\d+)")
 # Registers that one operand may take.
 _FOUR: Final = re.compile(r"128|^LDSM|^HMMA|^IMMA")
 _TWO: Final = re.compile(r"64|WIDE|^CS2R|^D[A-Z]+")
-# Bits of a descriptor's upper half that say how the tile is swizzled; no sum of addresses has them.
+# Of a descriptor's upper half those bits that say how the tile is swizzled, and those that are 0: a
+# sum of addresses has none of the former, and -1 all of both.
 _SWIZZLED: Final = 0b11 << 30
+_UNUSED: Final = 0x3FFFC000
 # `mul.wide.u32 %rd1, %r1, 268435456` is a number of 32 bits, shifted, that no thread may leave.
 _PRODUCT: Final = re.compile(r"mul\.wide\.u32\s+(%rd\d+), %r\d+, (\d+);")
 _SHIFTED: Final = re.compile(r"shl\.b64\s+(%rd\d+), %rd\d+, (\d+);")
 _JOINED: Final = re.compile(r"or\.b64\s+%rd\d+, (%rd\d+), (%rd\d+);")
 _MOST_THREADS: Final = 1024
 _ZEROS: Final = frozenset(("RZ", "URZ"))
+# What leaves no 0 in a register of a kernel that is right: a size or an address that was given, the
+# number of a thread, a shift of either, a descriptor.
+_NO_ZERO: Final = frozenset(
+    ("LDC", "ULDC", "S2R", "S2UR", "SHF", "USHF", "IMAD", "UIMAD", "UIADD3")
+)
+_Written = dict[str, frozenset[str]]
 
 
 def why_wrong(assembly: Mapping[str, Any]) -> str:
@@ -65,11 +73,12 @@ def mixed_halves(ptx: str) -> str:
 def lost_descriptor(sass: str) -> str:
     """The fault of ptxas 12.8.93: an operand of wgmma whose address was in no register any more.
 
-    The halves of its descriptor are sums with an immediate each. Either reads a register that
-    nothing has written, or both read one value, of which only one half can be.
+    The halves of its descriptor are sums with an immediate each: the lower one of an address, the
+    upper one of 0. Either reads a register that nothing has written, or both read one value, of
+    which only one half can be, or the upper one what only another purpose can have put there.
     """
     for block, known in _reached(_blocks(sass)):
-        written = set(known)
+        written = dict(known)
         last: dict[str, int] = {}
         lower: dict[str, tuple[str, int, bool]] = {}
         for i, x in enumerate(block):
@@ -77,11 +86,12 @@ def lost_descriptor(sass: str) -> str:
                 base, at, defined = lower.get(x.operands[4], ("", 0, True))
                 source = x.operands[1]
                 same = source == base and last.get(source, -1) == at
-                if (
-                    (same and source not in _ZEROS)
-                    or not defined
-                    or (base and source not in written | _ZEROS)
+                before = written.get(source, frozenset())
+                if source not in _ZEROS and (
+                    same or (base and not before) or (before and before <= _NO_ZERO)
                 ):
+                    defined = False
+                if not defined:
                     return (
                         "ptxas gives wgmma an operand at a wrong address: "
                         f"{x.name} {', '.join(x.operands)}"
@@ -90,10 +100,14 @@ def lost_descriptor(sass: str) -> str:
                 lower.pop(register, None)
             if x.is_lower:
                 source = x.operands[2]
-                lower[x.operands[1]] = source, last.get(source, -1), source in written | _ZEROS
+                lower[x.operands[1]] = (
+                    source,
+                    last.get(source, -1),
+                    source in written or source in _ZEROS,
+                )
             for register in x.writes:
                 last[register] = i
-            written |= x.writes
+            _write(x, written)
     return ""
 
 
@@ -118,7 +132,9 @@ class _Instruction:
         if self.name not in ("IADD3.X", "UIADD3.X") or len(self.operands) < 5:
             return False
         number = self.operands[2]
-        return number.lstrip("-").startswith("0x") and bool(int(number, 16) & _SWIZZLED)
+        if not number.lstrip("-").startswith("0x"):
+            return False
+        return bool(int(number, 16) & _SWIZZLED) and not int(number, 16) & _UNUSED
 
     @cached_property
     def writes(self) -> frozenset[str]:
@@ -130,6 +146,14 @@ class _Instruction:
                 first = int(match[2])
                 found |= {f"{match[1]}{i}" for i in range(first, first + self._width)}
         return frozenset(found)
+
+    @property
+    def left(self) -> str:
+        """Its kind, which says what it leaves in a register; "" if that may be 0."""
+        stem, _, rest = self.name.partition(".")
+        wide = "64" in rest or "WIDE" in rest
+        # a sum of 64 bits is a descriptor itself
+        return "" if "MOV" in rest or (wide and self.name != "UIADD3.64") else stem
 
     @property
     def _second(self) -> bool:
@@ -159,27 +183,40 @@ def _blocks(sass: str) -> list[tuple[str, list[_Instruction], list[str]]]:
         blocks[-1][2].extend(_TARGET.findall(line))
         if x.name.split(".")[0] in ("BRA", "EXIT", "RET"):
             follows = f"after {len(blocks)}"
-            if x.conditional or x.name != "BRA":
+            # BRA.U has its condition among its operands
+            if x.conditional or x.name not in ("BRA", "EXIT"):
                 blocks[-1][2].append(follows)
             blocks.append((follows, [], []))
     return blocks
 
 
+def _write(x: _Instruction, written: _Written) -> None:
+    """Note by what `x` writes registers, beside what may be there where it is conditional."""
+    for register in x.writes:
+        before = written.get(register, frozenset()) if x.conditional else frozenset()
+        written[register] = before | {x.left}
+
+
 def _reached(
     blocks: list[tuple[str, list[_Instruction], list[str]]],
-) -> Iterator[tuple[list[_Instruction], set[str]]]:
-    """Each block with the registers that may have been written on some way to it."""
-    known: dict[str, set[str]] = {label: set() for label, _, _ in blocks}
-    written = [frozenset[str]().union(*(x.writes for x in block)) for _, block, _ in blocks]
-    changed = True
-    while changed:
-        changed = False
-        for (label, _, following), own in zip(blocks, written, strict=True):
-            out = known[label] | own
-            for x in following:
-                if x in known and not out <= known[x]:
-                    known[x] |= out
-                    changed = True
+) -> Iterator[tuple[list[_Instruction], _Written]]:
+    """Each block with what may have written each register last, on some way to it."""
+    known: dict[str, _Written] = {label: {} for label, _, _ in blocks}
+    waiting = [label for label, _, _ in blocks]
+    named = {label: (block, following) for label, block, following in blocks}
+    while waiting:
+        label = waiting.pop(0)
+        block, following = named[label]
+        out = dict(known[label])
+        for x in block:
+            _write(x, out)
+        for after in following:
+            if after not in known:
+                continue
+            more = {r: y for r, y in out.items() if not y <= known[after].get(r, frozenset())}
+            known[after] |= {r: y | known[after].get(r, frozenset()) for r, y in more.items()}
+            if more and after not in waiting:
+                waiting.append(after)
     return ((block, known[label]) for label, block, _ in blocks)
 
 

@@ -69,20 +69,38 @@ ROUND = _sass(
     ".L_x_1:",
     "UIADD3 UR10, UP0, UR4, 0x2, URZ",
     "UIADD3.X UR11, UR5, 0x40000040, URZ, UP0, !UPT",
-    "UIADD3.64 UR4, UR8, 0x80, URZ",
+    "UMOV UR4, UR8",
+    "UMOV UR5, URZ",
     "@P0 BRA `(.L_x_1)",
     "EXIT",
 )
-# A pair whose upper half is no descriptor's: an address.
+# Both hold something else after a branch: mamba3_gradient with P = 96.
+HELD = _sass(
+    "ULDC UR14, c[0x0][0x2ec]",
+    "USHF.R.U32.HI UR15, URZ, 0x1, UR47",
+    "@P0 BRA `(.L_x_1)",
+    "UMOV UR14, 0x400",
+    "UMOV UR15, URZ",
+    "EXIT",
+    ".L_x_1:",
+    "UIADD3 UR14, UP1, UR14, 0x40, URZ",
+    "UIADD3.X UR15, UR15, -0x7fffffe0, URZ, UP1, !UPT",
+)
+# Pairs whose upper half is no descriptor's: an address, and one that goes back.
 ADDRESS = _sass("IADD3 R2, P0, R4, 0x40, RZ", "IADD3.X R3, R4, 0x1, RZ, P0, !PT")
+BACK = _sass(
+    "SHF.R.S32.HI R4, RZ, 0x1f, R3",
+    "IADD3 R2, P0, R3, -0x40, RZ",
+    "IADD3.X R3, R4, -0x1, RZ, P0, !PT",
+)
 
 
-@pytest.mark.parametrize("sass", [UNWRITTEN, ITSELF, THREAD])
+@pytest.mark.parametrize("sass", [UNWRITTEN, ITSELF, THREAD, HELD])
 def test_an_operand_at_a_lost_address_is_found(sass: str) -> None:
     assert "wrong address" in lost_descriptor(sass)
 
 
-@pytest.mark.parametrize("sass", [CLEARED, ONE_WAY, ROUND, ADDRESS, ""])
+@pytest.mark.parametrize("sass", [CLEARED, ONE_WAY, ROUND, ADDRESS, BACK, ""])
 def test_an_operand_at_an_address_that_is_known_passes(sass: str) -> None:
     assert not lost_descriptor(sass)
 
