@@ -48,14 +48,18 @@ def narrowings(dtype: str, dtypes: Mapping[str, str]) -> dict[str, float]:
 def over(
     errors: Mapping[str, float], limit: float, op: str, rounding: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """The errors above `limit`, NaN among them, with the slack of the recurrence, and beside it
-    what `rounding` takes of a tensor."""
-    slack, taken = slack_of(op), rounding or {}
-    return {
-        name: x
-        for name, x in errors.items()
-        if not x <= limit * slack.get(name, 1.0) + taken.get(name, 0.0)
-    }
+    """The errors above `limit`, NaN among them; of some more is allowed (`wider_limits`)."""
+    wider = wider_limits(limit, slack_of(op), rounding or {})
+    return {name: x for name, x in errors.items() if not x <= wider.get(name, limit)}
+
+
+def wider_limits(
+    limit: float, slack: Mapping[str, float], rounding: Mapping[str, float]
+) -> dict[str, float]:
+    """Of outputs and gradients that may be off by more than `limit`: its slack times as much, and
+    beside that what rounding takes of them."""
+    wider = {x: limit * slack.get(x, 1.0) + rounding.get(x, 0.0) for x in {*slack, *rounding}}
+    return {name: x for name, x in wider.items() if x > limit}
 
 
 def widest_limit(dtype: str) -> float:

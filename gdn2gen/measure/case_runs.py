@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.family.tolerances import LIMITS, limit_of, over, roundings_of
+from gdn2gen.family.tolerances import (
+    LIMITS,
+    limit_of,
+    over,
+    roundings_of,
+    slack_of,
+    wider_limits,
+)
 from gdn2gen.measure.accuracy import (
     inputs_of,
     op_flags,
@@ -44,11 +51,14 @@ class Result:
     limit: float = 0.0
     message: str = ""
     seconds: float = 0.0
+    wider: dict[str, float] = field(default_factory=dict)
+    """Of those that may be off by more than `limit`."""
 
     @property
-    def worst(self) -> tuple[str, float] | None:
-        """Name and error of the least accurate output."""
-        return max(self.errors.items(), key=lambda item: item[1], default=None)
+    def worst(self) -> tuple[str, float, float] | None:
+        """Name, error and limit of the output that comes nearest to its limit."""
+        found = [(x, error, self.wider.get(x, self.limit)) for x, error in self.errors.items()]
+        return max(found, key=lambda x: x[1] / x[2] if x[2] else x[1], default=None)
 
 
 def run_case(case: Case, device: str) -> Result:
@@ -114,11 +124,12 @@ def _check_accuracy(case: Case, device: str) -> Result:
     inputs, grads = case_inputs(case, device)
     exact = run_reference(case.problem, inputs, grads)
     errors = errors_in_range(_run(case, inputs, grads), exact, case.problem.dtype)
-    limit = limit_of(case.problem.dtype, case.pattern)
-    bad = over(errors, limit, case.problem.op, roundings_of(case.problem))
+    limit, roundings = limit_of(case.problem.dtype, case.pattern), roundings_of(case.problem)
+    bad = over(errors, limit, case.problem.op, roundings)
     wrong = [f"{name} {error:.1e}" for name, error in bad.items()]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
-    return Result(case.name, case.check, not wrong, errors, limit, message)
+    wider = wider_limits(limit, slack_of(case.problem.op), roundings)
+    return Result(case.name, case.check, not wrong, errors, limit, message, wider=wider)
 
 
 def _check_causality(case: Case, device: str) -> Result:

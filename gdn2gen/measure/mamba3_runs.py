@@ -16,7 +16,7 @@ from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.mamba3 import States, recurrent
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.family.tolerances import limit_of, narrowings
+from gdn2gen.family.tolerances import limit_of, narrowings, wider_limits
 from gdn2gen.measure.case_runs import REPEATS, Result, errors_in_range
 from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.runtime.dtypes import DTYPE_NAME, TORCH_DTYPE
@@ -162,9 +162,10 @@ def _judged(case: Mamba3Case, mine: Named, theirs: Named) -> Result:
     dtype = case.problem.dtype
     limit, errors = limit_of(dtype, case.pattern), errors_in_range(mine, theirs, dtype)
     taken = narrowings(dtype, {x: DTYPE_NAME[y.dtype] for x, y in mine.items()})
-    wrong = [f"{x} {y:.1e}" for x, y in errors.items() if not y <= limit + taken.get(x, 0.0)]
+    wider = wider_limits(limit, {}, taken)
+    wrong = [f"{x} {y:.1e}" for x, y in errors.items() if not y <= wider.get(x, limit)]
     message = f"above {limit:.1e}: {', '.join(wrong)}" if wrong else ""
-    return Result(case.name, case.check, not wrong, errors, limit, message)
+    return Result(case.name, case.check, not wrong, errors, limit, message, wider=wider)
 
 
 def _check_steps(case: Mamba3Case, device: str) -> Result:

@@ -189,7 +189,7 @@ def _place_of(case: AnyCase) -> Place:
 
 
 def results_table(results: Sequence[Result]) -> Sheet:
-    """One line per case: its check, its worst error beside the limit, and the verdict."""
+    """One line per case: its check, the error nearest to its limit, that limit, and the verdict."""
     from rich.text import Text
 
     table = Sheet(
@@ -200,7 +200,7 @@ def results_table(results: Sequence[Result]) -> Sheet:
     for result in results:
         worst = result.worst
         name, error = ("", "") if worst is None else (worst[0], f"{worst[1]:.1e}")
-        limit = f"{result.limit:.1e}" if result.limit else ""
+        limit = f"{worst[2]:.1e}" if worst is not None and worst[2] else ""
         verdict = Text("ok") if result.passed else Text("FAILED", style="red")
         seconds = f"{result.seconds:.1f}"
         table.add(result.name, result.check, name, error, limit, seconds, verdict)

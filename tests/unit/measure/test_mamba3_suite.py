@@ -84,6 +84,9 @@ def test_a_gradient_in_fewer_bits_than_q_is_as_near_as_those_are() -> None:
     narrow = {x for x, y in result.errors.items() if y > result.limit}
     assert narrow == {"dTrap", "dAngles"}
     assert all(result.errors[x] < 2e-3 for x in narrow)
+    # what is shown of it is the limit that was its own
+    assert result.worst is not None
+    assert result.worst[0] in narrow and result.worst[1] < result.worst[2] > result.limit
 
 
 def _off(**arguments: Any) -> Any:
