@@ -176,9 +176,13 @@ def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin 
     return found
 
 
-def record(recipe: Recipe, regime: Regime, device: Device, level: str) -> None:
-    """Note what a call runs."""
+def record(
+    recipe: Recipe, regime: Regime, device: Device, level: str, *, again: bool = True
+) -> None:
+    """Note what a call runs; unless `again`, only if no call of these sizes was noted."""
     key = (recipe.problem, regime, level, device.name)
+    if key in _recorded and not again:
+        return
     if key not in _recorded and len(_recorded) >= _MOST:
         _recorded.pop(next(iter(_recorded)), None)
     _recorded[key] = Pin(recipe, regime, level, device.name, device.arch)

@@ -41,6 +41,7 @@ __all__ = [
     "Provenance",
     "TunedFile",
     "Unread",
+    "by_size",
     "check_configs",
     "check_entry",
     "check_mergeable",
@@ -51,9 +52,12 @@ __all__ = [
     "look_anew",
     "merge_entries",
     "metadata_for",
+    "rank",
     "read_tuned",
-    "seconds_of_pairs",
+    "serves_as_much",
+    "speed",
     "stale_stages",
+    "stand_ins",
     "tuned_path",
     "warn_unread",
     "write_tuned",
@@ -225,7 +229,8 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
     fit before stale ones, measured before transferred before predicted, then the shorter
     `forward_backward_ms` (and `forward_ms`), of predicted ones the lower cost; a tie keeps the old
     one. Beside an entry that needs TileLang, the best one that does not stays, too, for machines
-    that cannot compile it. Other processes may merge at the same time (`<path>.lock` orders them).
+    that cannot compile it; beside one that refuses options of calls, the best one that serves all.
+    Other processes may merge at the same time (`<path>.lock` orders them).
     A merge that changes no entry leaves the file alone.
 
     Raises StoreError, and changes nothing, if an entry is not valid, or if the file at `path`
@@ -242,7 +247,8 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
             if rival is None or rank(entry) < rank(rival):
                 best[entry.key] = entry
         _drop_outdone(best)
-        unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in best)
+        known = {key[:-1] for key in best}
+        unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in known)
         merged = tuple(best[key] for key in sorted(best))
         if old is not None and merged == _by_key(old.entries) and unread == old.unread:
             return old
@@ -279,24 +285,50 @@ def _mergeable(path: Path, gpu: object) -> TunedFile | None:
     return old
 
 
-def seconds_of_pairs(entries: Iterable[Entry]) -> set[tuple[str, ...]]:
-    """Keys of the entries that are there for machines without a compiler for TileLang alone."""
-    keys = {entry.key for entry in entries}
-    return {key for key in keys if key[-1] and (*key[:-1], "") in keys}
+def by_size(entries: Iterable[Entry]) -> dict[tuple[str, ...], list[Entry]]:
+    """Those of one problem, regime and level together, the fastest first."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.size, []).append(entry)
+    return {size: sorted(rivals, key=speed) for size, rivals in found.items()}
+
+
+def stand_ins(entries: Iterable[Entry]) -> dict[tuple[str, ...], str]:
+    """Keys of the entries beside which there is a faster one of their size, and what they are there
+    for: machines with no compiler for TileLang, calls with options that the faster ones refuse."""
+    found = {}
+    for rivals in by_size(entries).values():
+        for number, entry in enumerate(rivals[1:], start=1):
+            faster, words = rivals[:number], []
+            if entry.needs_triton_alone and not any(x.needs_triton_alone for x in faster):
+                words.append("Triton alone")
+            if entry.serves_every_option and not any(x.serves_every_option for x in faster):
+                words.append("every option")
+            found[entry.key] = ", ".join(words)
+    return found
 
 
 def _drop_outdone(best: dict[tuple[str, ...], Entry]) -> None:
-    """Of a pair, drop the one that needs TileLang if it is no better; the other if it is stale, or
-    was not measured, where the first is neither.
+    """Of the entries of a size, drop what is no better than one that serves as much; and what is
+    stale, or was not measured, where the best is neither.
     """
-    for key, alone in [pair for pair in best.items() if pair[1].needs_triton_alone]:
-        other = (*key[:-1], "")
-        if other not in best:
+    for rivals in by_size(best.values()).values():
+        if len(rivals) == 1:
             continue
-        if rank(alone) <= rank(best[other]):
-            del best[other]
-        elif rank(alone)[:2] > rank(best[other])[:2]:
-            del best[key]
+        ranks = {x.key: rank(x) for x in rivals}
+        least = min(ranks.values())
+        for entry in rivals:
+            mine = ranks[entry.key]
+            more = (x for x in rivals if x.key != entry.key and serves_as_much(x, entry))
+            if mine[:2] > least[:2] or any(ranks[x.key] <= mine for x in more):
+                del best[entry.key]
+
+
+def serves_as_much(a: Entry, b: Entry) -> bool:
+    """Whether `a` serves all machines and all calls that `b` does."""
+    return (a.needs_triton_alone or not b.needs_triton_alone) and (
+        a.serves_every_option or not b.serves_every_option
+    )
 
 
 def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:
@@ -322,9 +354,13 @@ def rank(entry: Entry) -> tuple[float, ...]:
 
     A later ranking of a target knows all that an earlier one did.
     """
+    return (is_stale(entry), *speed(entry))
+
+
+def speed(entry: Entry) -> tuple[float, ...]:
+    """The same whether it is stale or not."""
     cost = entry.measured.get("predicted_bytes")
     return (
-        is_stale(entry),
         PROVENANCES.index(entry.provenance),
         entry.measured.get("forward_backward_ms", math.inf),
         entry.measured.get("forward_ms", math.inf),
