@@ -37,6 +37,8 @@ class Verdict:
     """Others came within 1% of the best time."""
     in_triton: Measured | None = None
     """The best that needs Triton alone, if the winner does not: for machines with nothing else."""
+    serving_all: Measured | None = None
+    """The best that serves every option, if the winner does not: for calls that it refuses."""
 
 
 def pick(measured: Sequence[Measured], default: Recipe) -> tuple[Measured, bool]:
@@ -64,15 +66,19 @@ def better(verdicts: Sequence[Verdict]) -> Verdict:
     """
     fastest = min(x.winner.forward_backward.median for x in verdicts)
     best = next(x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE))
-    return replace(best, default=verdicts[0].default, in_triton=_in_triton(best, verdicts))
+    in_triton, serving_all = None, None
+    if not best.winner.recipe.needs_triton_alone:
+        found = [x.in_triton or x.winner for x in verdicts]
+        in_triton = _least([x for x in found if x.recipe.needs_triton_alone])
+    if not best.winner.recipe.serves_every_option:
+        found = [x.serving_all or x.winner for x in verdicts]
+        serving_all = _least([x for x in found if x.recipe.serves_every_option])
+    default = verdicts[0].default
+    return replace(best, default=default, in_triton=in_triton, serving_all=serving_all)
 
 
-def _in_triton(best: Verdict, verdicts: Sequence[Verdict]) -> Measured | None:
-    if best.winner.recipe.needs_triton_alone:
-        return None
-    found = [x.in_triton or x.winner for x in verdicts]
-    alone = [x for x in found if x.recipe.needs_triton_alone]
-    return min(alone, key=lambda x: x.forward_backward.median, default=None)
+def _least(measured: Sequence[Measured]) -> Measured | None:
+    return min(measured, key=lambda x: x.forward_backward.median, default=None)
 
 
 def combine(rounds: Sequence[Timing]) -> Timing:

@@ -528,8 +528,8 @@ def test_what_needs_triton_alone_stays_beside_what_is_faster(
     for entry in pair[::order]:
         merge_entries(path, METADATA, [entry])
     assert read_tuned(path).entries == tuple(pair[x] for x in kept)
-    second = tuned_files.seconds_of_pairs(pair[x] for x in kept)
-    assert second == ({alone.key} if len(kept) == 2 else set())
+    others = tuned_files.stand_ins(pair[x] for x in kept)
+    assert others == ({alone.key: "Triton alone"} if len(kept) == 2 else {})
     merge_entries(path, METADATA, [make_entry(ms=1.75)])
     times = [x.measured["forward_backward_ms"] for x in read_tuned(path).entries]
     assert times == ([1.5, 1.75] if 0 in kept else [1.75])
