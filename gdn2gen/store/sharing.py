@@ -248,15 +248,28 @@ def _ms(entry: Entry | PartEntry | None) -> float | None:
 
 
 def diff(old: AnyFile, new: AnyFile) -> list[Difference]:
-    """Every entry that differs between two files of one kind, in order."""
+    """Every entry that differs between two files of one kind, in order.
+
+    Where either file has one entry of a size alone, and they serve other options, these are one
+    difference: the same calls find them.
+    """
     before = {entry.key: entry for entry in old.entries}
     after = {entry.key: entry for entry in new.entries}
+    alone = {_but_options(x): key for key, x in after.items() if key not in before}
+    partners = {
+        key: alone[_but_options(x)] for key, x in before.items()
+        if key not in after and _but_options(x) in alone
+    }  # fmt: skip
     found = []
-    for key in sorted({*before, *after}):
-        a, b = before.get(key), after.get(key)
+    for key in sorted({*before, *after} - {*partners.values()}):
+        a, b = before.get(key), after.get(partners.get(key, key))
         if a != b:
             found.append(Difference(a, b, _changed(a, b)))
     return found
+
+
+def _but_options(entry: Entry | PartEntry) -> object:
+    return entry.key[:-1] if isinstance(entry, Entry) else entry.key
 
 
 def _changed(

@@ -39,17 +39,14 @@ class Sums:
         """Those that serve calls with every option."""
         return serves_every_option(config, self._search.problem)
 
-    def ranked(
-        self, stage: str, shape: Shape, BT: int, kept: Kept = any_config
-    ) -> list[tuple[Config, float]]:
+    def ranked(self, stage: str, shape: Shape, BT: int) -> list[tuple[Config, float]]:
         """Fastest first; nothing of a plan whose default failed at this chunk size."""
         trials = self._search.trials[BT].get(stage)
-        return [x for x in trials.ranked(shape) if kept(x[0])] if trials is not None else []
+        return trials.ranked(shape) if trials is not None else []
 
     def at(self, shape: Shape, plan: str, BT: int, kept: Kept = any_config) -> float:
         """Milliseconds; infinite where a stage has none."""
-        ranked = [self.ranked(stage, shape, BT, kept) for stage in PLANS[plan].stages]
-        return sum(x[0][1] for x in ranked) if all(ranked) else _NONE
+        return sum(ms for _, ms in self._first(shape, plan, BT, kept)) or _NONE
 
     def least(self, shape: Shape, plan: str, kept: Kept = any_config) -> float:
         """Of all chunk sizes."""
@@ -61,11 +58,19 @@ class Sums:
 
     def best(self, shape: Shape, plan: str, BT: int, kept: Kept = any_config) -> Recipe | None:
         """None where a stage has none."""
-        ranked = {x: self.ranked(x, shape, BT, kept) for x in PLANS[plan].stages}
-        if not all(ranked.values()):
-            return None
-        configs = {stage: found[0][0] for stage, found in ranked.items()}
-        return Recipe.of(self._search.problem, plan, configs)
+        first = {x.stage: x for x, _ in self._first(shape, plan, BT, kept)}
+        return Recipe.of(self._search.problem, plan, first) if first else None
+
+    def _first(self, shape: Shape, plan: str, BT: int, kept: Kept) -> list[tuple[Config, float]]:
+        """The fastest of each stage; nothing where a stage has none."""
+        found = []
+        for stage in PLANS[plan].stages:
+            # as few as are needed are asked: of hundreds, whether calls have an option
+            first = next((x for x in self.ranked(stage, shape, BT) if kept(x[0])), None)
+            if first is None:
+                return []
+            found.append(first)
+        return found
 
     def is_behind(self, shape: Shape, plan: str, kept: Kept = any_config) -> bool:
         """Whether another plan of its level is faster; one that nothing is kept of is."""
