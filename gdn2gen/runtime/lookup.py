@@ -140,7 +140,7 @@ def find_for(request: Request, level: str, gradient: bool, *, scan_apart: bool =
     if not (gradient or keeps_least(found.recipe.plan) or is_batch_invariant()):
         # no use to have a scan keep states; unless only what keeps them is tuned
         try:
-            leaner = _find(request, LEVELS[0], strict=False)
+            leaner = _find(request, LEVELS[0], strict=False, scan_apart=scan_apart)
         except DispatchError:  # pinned are others, strictly
             leaner = found
         if leaner.source == found.source:

@@ -185,13 +185,12 @@ def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Fou
         pin, why = pins.shipped(problem, regime, device, level), "compiled ahead for {} on {}"
     if pin is None:
         return None
-    recipe = pin.at(problem)
-    try:
-        tuned_files.check_configs(recipe.plan.name, recipe.by_stage, problem)
-    except Gdn2genError as error:
+    reason = pin.why_unfit(problem)
+    if reason is not None:
         raise DispatchError(
-            f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {error}"
-        ) from error
+            f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {reason}"
+        )
+    recipe = pin.at(problem)
     return Found(recipe, "pinned", why.format(pin, pin.gpu), regime=regime, device=device)
 
 
