@@ -1,8 +1,8 @@
 """Finalists: recipes of the best stages, checked in full and timed in turns at each shape.
 
 The winner of a search is often noise, so the default and the best few run interleaved, forward and
-backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
-default, else to the recipe that differs from it in the fewest knobs.
+backward, until their intervals part; what is within 1% of the best ties, and a tie goes to what
+serves every option, then to the default, else to what differs from it in the fewest knobs.
 """
 
 from __future__ import annotations

@@ -45,16 +45,17 @@ def pick(measured: Sequence[Measured], default: Recipe) -> tuple[Measured, bool]
     """The winner, and whether others tied with the fastest.
 
     Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
-    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then the
-    default wins, then what differs from it in the fewest knobs.
+    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then
+    what serves every option wins, then the default, then what differs from it in the fewest knobs.
     """
     fastest = min(x.forward_backward.median for x in measured)
     tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
     forward = min(x.forward.median for x in tied)
     best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
 
-    def simplicity(x: Measured) -> tuple[int, float]:
-        return x.recipe.distance(default), x.forward_backward.median
+    def simplicity(x: Measured) -> tuple[bool, int, float]:
+        few = not x.recipe.serves_every_option
+        return few, x.recipe.distance(default), x.forward_backward.median
 
     return min(best, key=simplicity), len(tied) > 1
 

@@ -22,7 +22,7 @@ from gdn2gen.tuning.filing import entries_of
 from gdn2gen.tuning.records.stored import Stored
 from gdn2gen.tuning.run import tune
 from gdn2gen.tuning.search.finalists import Finals
-from gdn2gen.tuning.search.verdicts import Measured, Verdict, better
+from gdn2gen.tuning.search.verdicts import Measured, Verdict, better, pick
 from gdn2gen.tuning.views.progress import Progress
 
 LEAN = Recipe.default(PROBLEM, "lean")
@@ -97,6 +97,15 @@ def test_what_is_on_file_for_calls_with_options_stands_in_a_final() -> None:
 def _measured(recipe: Recipe, ms: float) -> Measured:
     timing = Timing(ms, ms, ms, 10)
     return Measured(recipe, timing, timing, 0.0, {})
+
+
+def test_a_tie_goes_to_what_serves_every_option() -> None:
+    near, far = _measured(PARALLEL, 1.0), LEAN.with_config(LEAN["scan"].replace(num_stages=3))
+    wide = far.with_config(LEAN["rescan"].replace(num_stages=3))
+    winner, tied = pick([near, _measured(wide, 1.009)], LEAN)
+    assert tied and winner.recipe == wide and wide.distance(LEAN) > PARALLEL.distance(LEAN)
+    winner, tied = pick([near, _measured(wide, 1.02)], LEAN)
+    assert not tied and winner.recipe == PARALLEL
 
 
 @pytest.mark.parametrize(("lean_ms", "blocks_ms"), [(1.4, 1.5), (1.5, 1.4), (1.4, None)])
