@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +14,7 @@ from typing import Any
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import FileError, Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.base.files import check_replaceable, locked, replace_file
-from gdn2gen.codegen import render
-from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import LEVELS, Level, plan_named
+from gdn2gen.kernels.plans import LEVELS, Level
 from gdn2gen.store.format import (
     PROVENANCES,
     TUNED_SCHEMA,
@@ -30,6 +27,17 @@ from gdn2gen.store.format import (
     format_file,
     parse_file,
     raw_key,
+)
+from gdn2gen.store.ranking import (
+    by_size,
+    digest_of,
+    drop_outdone,
+    is_stale,
+    rank,
+    serves_as_much,
+    speed,
+    stale_stages,
+    stand_ins,
 )
 
 __all__ = [
@@ -145,25 +153,6 @@ def warn_unread(path: Path, file: TunedFile) -> None:
         )
 
 
-def stale_stages(entry: Entry) -> list[str]:
-    """Stages of the entry whose template is not the one it was checked under."""
-    stages = plan_named(entry.plan).stages
-    return [name for name in stages if entry.templates.get(name) != digest_of(entry.configs[name])]
-
-
-def is_stale(entry: Entry) -> bool:
-    """Whether any template of the entry changed (or is missing) since the entry was checked."""
-    return bool(stale_stages(entry))
-
-
-def digest_of(config: Config) -> str:
-    """Digest of the template of a config; none fits where it cannot be read."""
-    try:
-        return render.template_digest(config)
-    except OSError:
-        return "<no template>"
-
-
 def write_tuned(path: Path, file: TunedFile) -> None:
     """Replace `path` by `file` at one stroke: a reader sees the old file or the new one.
 
@@ -246,7 +235,7 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
             rival = best.get(entry.key)
             if rival is None or rank(entry) < rank(rival):
                 best[entry.key] = entry
-        _drop_outdone(best)
+        drop_outdone(best)
         known = {key[:-1] for key in best}
         unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in known)
         merged = tuple(best[key] for key in sorted(best))
@@ -285,52 +274,6 @@ def _mergeable(path: Path, gpu: object) -> TunedFile | None:
     return old
 
 
-def by_size(entries: Iterable[Entry]) -> dict[tuple[str, ...], list[Entry]]:
-    """Those of one problem, regime and level together, the fastest first."""
-    found: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in entries:
-        found.setdefault(entry.size, []).append(entry)
-    return {size: sorted(rivals, key=speed) for size, rivals in found.items()}
-
-
-def stand_ins(entries: Iterable[Entry]) -> dict[tuple[str, ...], str]:
-    """Keys of the entries beside which there is a faster one of their size, and what they are there
-    for: machines with no compiler for TileLang, calls with options that the faster ones refuse."""
-    found = {}
-    for rivals in by_size(entries).values():
-        for number, entry in enumerate(rivals[1:], start=1):
-            faster, words = rivals[:number], []
-            if entry.needs_triton_alone and not any(x.needs_triton_alone for x in faster):
-                words.append("Triton alone")
-            if entry.serves_every_option and not any(x.serves_every_option for x in faster):
-                words.append("every option")
-            found[entry.key] = ", ".join(words)
-    return found
-
-
-def _drop_outdone(best: dict[tuple[str, ...], Entry]) -> None:
-    """Of the entries of a size, drop what is no better than one that serves as much; and what is
-    stale, or was not measured, where the best is neither.
-    """
-    for rivals in by_size(best.values()).values():
-        if len(rivals) == 1:
-            continue
-        ranks = {x.key: rank(x) for x in rivals}
-        least = min(ranks.values())
-        for entry in rivals:
-            mine = ranks[entry.key]
-            more = (x for x in rivals if x.key != entry.key and serves_as_much(x, entry))
-            if mine[:2] > least[:2] or any(ranks[x.key] <= mine for x in more):
-                del best[entry.key]
-
-
-def serves_as_much(a: Entry, b: Entry) -> bool:
-    """Whether `a` serves all machines and all calls that `b` does."""
-    return (a.needs_triton_alone or not b.needs_triton_alone) and (
-        a.serves_every_option or not b.serves_every_option
-    )
-
-
 def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:
     """In the tuned file at `path`, put the second of each pair in place of the first.
 
@@ -347,25 +290,6 @@ def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> 
         kept = tuple(x for x in found if x is not None)
         if kept != file.entries:
             write_tuned(path, replace(file, entries=kept))
-
-
-def rank(entry: Entry) -> tuple[float, ...]:
-    """Less is better: not stale, then provenance, then milliseconds, or the cost that is predicted.
-
-    A later ranking of a target knows all that an earlier one did.
-    """
-    return (is_stale(entry), *speed(entry))
-
-
-def speed(entry: Entry) -> tuple[float, ...]:
-    """The same whether it is stale or not."""
-    cost = entry.measured.get("predicted_bytes")
-    return (
-        PROVENANCES.index(entry.provenance),
-        entry.measured.get("forward_backward_ms", math.inf),
-        entry.measured.get("forward_ms", math.inf),
-        cost if isinstance(cost, int | float) else math.inf,
-    )
 
 
 def _by_key(entries: Iterable[Entry]) -> tuple[Entry, ...]:
