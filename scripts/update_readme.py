@@ -27,7 +27,7 @@ from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
 from gdn2gen.family.shapes import NAMED_SHAPES as SHAPES  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS  # noqa: E402
 from gdn2gen.measure.results import read_results  # noqa: E402
-from gdn2gen.store.tuned_files import Entry, load_tuned  # noqa: E402
+from gdn2gen.store.tuned_files import Entry, load_tuned, stand_ins  # noqa: E402
 from gdn2gen.tuning.views.charts import Bar, bars  # noqa: E402
 
 MAMBA3_TITLE: Final = "Mamba-3"
@@ -223,12 +223,14 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
     names = {str(shape.regime.key): shape.name for shape in SHAPES.values()}
     sides = ["forward", *(f"forward+backward, {level}" for level in LEVELS)]
     found: dict[str, dict[str, float]] = {side: {} for side in sides}
+    others = stand_ins(entries)
     for entry in entries:
+        if entry.key in others:
+            continue
         shape, times = names.get(str(entry.regime_key), ""), entry.measured
         if entry.level == LEVELS[0]:
-            found["forward"].setdefault(shape, times["forward_ms"])
-        # the first of a pair is the faster; the other needs Triton alone
-        found[f"forward+backward, {entry.level}"].setdefault(shape, times["forward_backward_ms"])
+            found["forward"][shape] = times["forward_ms"]
+        found[f"forward+backward, {entry.level}"][shape] = times["forward_backward_ms"]
     columns = [name for name in SHAPES if any(name in times for times in found.values())]
     problem = problem_words(dict(entries[0].problem_key))
     yield f"**{problem}: by the tuner, as CUDA graphs, ms**"

@@ -22,6 +22,7 @@ stages      every stage by its name
 extras      knobs that a config may have beside those of its form
 config      one set of knobs of a stage; the one without tuning
 validity    which configs can serve a problem
+options     which calls a config serves of those that find what is filed for its problem
 floor       bytes and time that no kernel can do without
 plans       chains of stages, and the levels that they serve
 recipe      Recipe: problem, plan, configs

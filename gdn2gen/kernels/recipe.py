@@ -10,6 +10,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
 from gdn2gen.kernels.extras import OFF
 from gdn2gen.kernels.limits import Place
+from gdn2gen.kernels.options import serves_every_option
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
@@ -82,6 +83,13 @@ class Recipe:
     def needs_triton_alone(self) -> bool:
         """Whether no stage is in another language, which not every machine can compile."""
         return all(language_of(config) == "triton" for config in self.configs)
+
+    @property
+    def serves_every_option(self) -> bool:
+        """Whether no call that may run what is filed for the problem is refused, whatever its
+        options. States on the way are one of them, which a scan of its own keeps."""
+        configs = self.configs
+        return not self.plan.instead and all(serves_every_option(x, self.problem) for x in configs)
 
     def max_segments(self, stage: str) -> int:
         """Segments of all heads and sequences at most; rescans start from what scans kept."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.extras import why_no_extra
+from gdn2gen.kernels.extras import known, why_no_extra
 from gdn2gen.kernels.limits import Limit, Place
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.slices import covering
@@ -41,6 +41,17 @@ def why_invalid(config: Config, problem: Compiled, arch: str | None = None) -> s
     if reason is None and form.refuses is not None:
         reason = form.refuses(place)
     return reason or why_no_extra(config, form, config.stage, place)
+
+
+def why_not_there(config: Config, problem: Compiled, arch: str) -> str | None:
+    """Why knobs of `config` beside those of its form cannot be on at GPUs of `arch`, or None.
+
+    Of what is run there as it was given: that the rest of it serves is known, or found out.
+    """
+    if not known(config):
+        return None
+    place = Place(problem, config.size("BT"), arch)
+    return why_no_extra(config, config.form, config.stage, place)
 
 
 def valid_configs(stage: str, place: Place) -> Iterator[Config]:

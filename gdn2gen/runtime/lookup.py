@@ -133,13 +133,14 @@ def _found(
     return _runner(find_for(request, level, gradient)).at(request.call)
 
 
-def find_for(request: Request, level: str, gradient: bool) -> Found:
-    """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?"""
-    found = _find(request, level)
+def find_for(request: Request, level: str, gradient: bool, *, scan_apart: bool = False) -> Found:
+    """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?
+    `scan_apart` as in `find_recipe`."""
+    found = _find(request, level, scan_apart=scan_apart)
     if not (gradient or keeps_least(found.recipe.plan) or is_batch_invariant()):
         # no use to have a scan keep states; unless only what keeps them is tuned
         try:
-            leaner = _find(request, LEVELS[0], strict=False)
+            leaner = _find(request, LEVELS[0], strict=False, scan_apart=scan_apart)
         except DispatchError:  # pinned are others, strictly
             leaner = found
         if leaner.source == found.source:
@@ -147,14 +148,19 @@ def find_for(request: Request, level: str, gradient: bool) -> Found:
     return found
 
 
-def _find(request: Request, level: str, strict: bool | None = None) -> Found:
-    """`strict` as in `find_recipe`."""
+def _find(
+    request: Request, level: str, strict: bool | None = None, *, scan_apart: bool = False
+) -> Found:
+    """`strict` and `scan_apart` as in `find_recipe`."""
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
     device = device_of(call.device)
-    found = find_recipe(request.problem, regime, device, level=level, strict=strict)
+    found = find_recipe(
+        request.problem, regime, device, level=level, strict=strict, scan_apart=scan_apart
+    )
     if found.source != "forced":
-        pins.record(found.recipe, regime, device, level)
+        # a call that keeps states on the way may run another one than the rest of its size
+        pins.record(found.recipe, regime, device, level, again=not scan_apart)
     return found
 
 
@@ -208,6 +214,7 @@ def agree(request: Request, level: str) -> str:
     found = forced()
     if found is None:
         return str(Agreement.on(level, _find(request, level)))
+    dispatch.check_there(found.recipe, device_of(request.call.device))
     text = f"{_FORCED}{found.recipe}"
     _forced_recipes[text] = found.recipe  # autograd's threads could not see it
     return text

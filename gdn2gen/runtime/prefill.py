@@ -130,7 +130,8 @@ def _sized(request: Request, kept: dict[str, Any], slots: _Slots | None) -> Size
 def _runner(
     request: Request, checkpoints: str, odd_slots: bool, _surroundings: tuple[Any, ...]
 ) -> Runner:
-    recipe = find_for(request, "lean", gradient=False).recipe
+    apart = checkpoints != ""
+    recipe = find_for(request, "lean", gradient=False, scan_apart=apart).recipe
     if not checkpoints:
         return Runner(recipe)
     keeping = PrefillProblem.of(recipe.problem, checkpoints, odd_slots)

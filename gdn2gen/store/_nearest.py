@@ -14,7 +14,8 @@ from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.family.problem import DIMS, Problem, Regime
 from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
-from gdn2gen.kernels.plans import filed_level
+from gdn2gen.kernels.plans import filed_level, plan_named
+from gdn2gen.kernels.validity import why_not_there
 from gdn2gen.store import tuned_files
 from gdn2gen.store.format import MINOR_KEYS
 from gdn2gen.store.tuned_files import Entry, TunedFile
@@ -33,6 +34,8 @@ class Query(NamedTuple):
     """What the forward may keep, as entries are filed (`plans.filed_level`)."""
     triton_alone: bool = False
     """Nothing but Triton can be compiled: entries that need no more come before all others."""
+    scan_apart: bool = False
+    """Its scan keeps states on the way: nothing serves whose forward has no scan of its own."""
 
 
 class Match(NamedTuple):
@@ -47,6 +50,8 @@ class Match(NamedTuple):
     gpu_distance: float
     distance: float
     """Of the regimes."""
+    slower: int
+    """Entries of its file and size that are faster: it serves calls that those refuse."""
     folder: int
     """Index of the place."""
     path: str
@@ -68,6 +73,14 @@ class Nearest(NamedTuple):
     best: Match | None
     passed: Match | None
     notes: tuple[str, ...]
+    refused: Refused | None = None
+
+
+class Refused(NamedTuple):
+    """The first entry before the best one that does not serve the call, and why."""
+
+    match: Match
+    why: str
 
 
 def nearest_entry(query: Query, places: Sequence[Place]) -> Nearest:
@@ -86,8 +99,8 @@ def _nearest(query: Query, places: Sequence[Place]) -> Nearest:
     notes: list[str] = []
     own = [(n, place.own) for n, place in enumerate(places)]
     found = _matches(own, query, notes, own=True)
-    best, passed = _first_fresh(found, query.problem)
-    if best is None or TIERS[best.tier] not in ("exact", "nearest"):
+    nearest = _first_fresh(found, query)
+    if nearest.best is None or TIERS[nearest.best.tier] not in ("exact", "nearest"):
         others = [
             (n, path)
             for n, place in enumerate(places)
@@ -95,20 +108,23 @@ def _nearest(query: Query, places: Sequence[Place]) -> Nearest:
             if path != place.own
         ]
         found += _matches(others, query, notes, own=False)
-        best, passed = _first_fresh(found, query.problem)
-    return Nearest(best, passed, tuple(notes))
+        nearest = _first_fresh(found, query)
+    return nearest._replace(notes=tuple(notes))
 
 
-def _first_fresh(found: list[Match], problem: Problem) -> tuple[Match | None, Match | None]:
-    """The least match that fits and is not stale, and the least one before it that is."""
-    passed = None
+def _first_fresh(found: list[Match], query: Query) -> Nearest:
+    """The least match that fits and is not stale; before it the least that is, and the least that
+    does not fit."""
+    passed, refused = None, None
     for match in sorted(found):
-        if not _fits(match.entry, problem):
-            continue
-        if not tuned_files.is_stale(match.entry):
-            return match, passed
-        passed = passed or match
-    return None, passed
+        why = _why_unfit(match.entry, query)
+        if why is not None:
+            refused = refused or Refused(match, why)
+        elif not tuned_files.is_stale(match.entry):
+            return Nearest(match, passed, (), refused)
+        else:
+            passed = passed or match
+    return Nearest(None, passed, (), refused)
 
 
 def _matches(
@@ -126,20 +142,23 @@ def _matches(
             continue
         gpu = str(loaded.metadata["gpu"])
         gpu_distance = 0.0 if own else _gpu_distance(device, loaded)
-        stand_ins = set() if query.triton_alone else tuned_files.seconds_of_pairs(loaded.entries)
-        for place, entry in enumerate(loaded.entries):
-            minor = differing(key, entry)
-            level = filed_level(entry.level, query.problem.op)
-            if level != query.level or minor is None:
-                continue
-            if query.triton_alone and not entry.needs_triton_alone:
-                continue
+        given = [
+            (place, entry, minor) for place, entry in enumerate(loaded.entries)
+            if (minor := differing(key, entry)) is not None
+            and filed_level(entry.level, query.problem.op) == query.level
+            and (entry.needs_triton_alone or not query.triton_alone)
+        ]  # fmt: skip
+        sizes = tuned_files.by_size(entry for _, entry, _ in given)
+        for place, entry, minor in given:
+            faster = [
+                x for x in sizes[entry.size] if tuned_files.speed(x) < tuned_files.speed(entry)
+            ]
             distance = regime_distance(query.regime, entry.regime)
             # an entry that was filed without a bound holds for every bound
             exact = distance == 0 and not {*minor} - {"bound"}
-            stands_in = entry.key in stand_ins
+            stands_in = entry.needs_triton_alone and not all(x.needs_triton_alone for x in faster)
             tier = TIERS.index(_tier(entry, exact and not stands_in, own))
-            rank = (tier, stands_in, len(minor), gpu_distance, distance, folder)
+            rank = (tier, stands_in, len(minor), gpu_distance, distance, len(faster), folder)
             found.append(Match(*rank, path, place, entry, gpu))
     return found
 
@@ -195,12 +214,21 @@ def differing(key: Mapping[str, object], entry: Entry) -> list[str] | None:
     return names
 
 
-def _fits(entry: Entry, problem: Problem) -> bool:
+def _why_unfit(entry: Entry, query: Query) -> str | None:
+    """Why an entry cannot serve a call, or None if it can."""
+    plan = plan_named(entry.plan)
+    if query.scan_apart and plan.instead:
+        return f"plan {plan.name} has no scan of its own, which could keep states on the way"
     try:
-        tuned_files.check_configs(entry.plan, entry.configs, problem)
-    except Gdn2genError:
-        return False
-    return True
+        tuned_files.check_configs(entry.plan, entry.configs, query.problem)
+    except Gdn2genError as error:
+        return str(error)
+    arch, problem = query.device.arch, query.problem
+    for stage, config in entry.configs.items():
+        reason = why_not_there(config, problem, arch)
+        if reason is not None:
+            return f"{stage} [{config}] cannot run there: {reason}"
+    return None
 
 
 def regime_distance(a: Regime, b: Regime) -> float:

@@ -17,6 +17,7 @@ from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP, ONE_TOKEN
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, MAMBA3_TURNS
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.stages import EVERY_STAGE
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store._claims import most_gbps
 from gdn2gen.store.part_files import PartEntry, is_time, stale_parts
 
@@ -35,9 +36,9 @@ def op_of(entry: PartEntry) -> str | None:
     return ops.pop() if len(ops) == 1 else None
 
 
-def check_part(entry: PartEntry, gpu: str) -> None:
+def check_part(entry: PartEntry, gpu: str, arch: str) -> None:
     """Raise StoreError with the reason, unless a call could run the entry, or could under its
-    templates where these are others, and its times and errors can be a GPU's."""
+    templates where these are others, and its times and errors can be that GPU's."""
     for stage in entry.knobs:
         for name in ("ms", "default_ms"):
             value = entry.measured[stage].get(name)
@@ -49,7 +50,7 @@ def check_part(entry: PartEntry, gpu: str) -> None:
     if stale_parts(entry):
         return  # calls pass over it, and nobody knows its kernels' knobs
     problem = _problem(entry)
-    _check_stages(entry, problem)
+    _check_stages(entry, problem, arch)
     least = _least_bytes(entry, problem) / most_gbps(gpu) / 1e6
     if entry.ms < least:
         raise StoreError(
@@ -74,8 +75,8 @@ def _problem(entry: PartEntry) -> Mamba3Problem:
     return problem
 
 
-def _check_stages(entry: PartEntry, problem: Mamba3Problem) -> None:
-    """That it has knobs of all kernels of its kind, which share a tile."""
+def _check_stages(entry: PartEntry, problem: Mamba3Problem, arch: str) -> None:
+    """That it has knobs of all kernels of its kind, which serve there and share a tile."""
     if entry.kind not in _STAGES:
         raise StoreError(f"kind must be one of {', '.join(_STAGES)}, but is {entry.kind!r}")
     stages = _STAGES[entry.kind]
@@ -88,9 +89,14 @@ def _check_stages(entry: PartEntry, problem: Mamba3Problem) -> None:
     for stage, knobs in entry.knobs.items():
         _check_values(f"knobs.{stage}", knobs)
     try:
-        tiles = {x: entry.config(x, problem)["BT"] for x in entry.knobs}
+        configs = {x: entry.config(x, problem) for x in entry.knobs}
     except Gdn2genError as error:
         raise StoreError(str(error)) from error
+    for stage, config in configs.items():
+        reason = why_invalid(config, problem, arch)
+        if reason is not None:
+            raise StoreError(f"{stage} [{config}] cannot serve this problem: {reason}")
+    tiles = {x: config["BT"] for x, config in configs.items()}
     if len({*tiles.values()}) > 1:
         raise StoreError(f"the kernels of an entry share BT, but it is {tiles}")
 

@@ -25,8 +25,9 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import filed_level, plans_of
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.validity import why_not_there
 from gdn2gen.store import pins, tuned_files, verified
-from gdn2gen.store._nearest import TIERS, Match, Place, Query, differing, nearest_entry
+from gdn2gen.store._nearest import TIERS, Match, Place, Query, Refused, differing, nearest_entry
 from gdn2gen.store._words import (
     explain_recipe,
     generate_command,
@@ -39,6 +40,7 @@ from gdn2gen.store._words import (
 __all__ = [
     "Found",
     "Source",
+    "check_there",
     "explain_recipe",
     "find_recipe",
     "forced",
@@ -89,6 +91,7 @@ def find_recipe(
     *,
     level: str = "lean",
     strict: bool | None = None,
+    scan_apart: bool = False,
 ) -> Found:
     """The recipe for a call, the first that there is of:
 
@@ -101,6 +104,10 @@ def find_recipe(
 
     Before all of these comes what is pinned (`pins.pin`), or compiled ahead for such a call.
 
+    An entry that refuses the call's options (packed sequences, a gate in the kernel) is passed
+    over: of its size there may be a slower one that serves them all, which is exact, too.
+    `scan_apart`: the call keeps states on the way, as a scan of its own can.
+
     With GDN2GEN_BATCH_INVARIANT it is the same recipe for all sizes of a batch.
 
     The tuned files are read once in a process (see `tuned_files.current_look`). Where a GPU is in
@@ -112,22 +119,31 @@ def find_recipe(
     """
     forced = _FORCED.get()
     if forced is not None:
-        return forced if forced.recipe.problem == problem else _forced_for(forced, problem)
+        found = forced if forced.recipe.problem == problem else _forced_for(forced, problem)
+        if device is not None:
+            check_there(found.recipe, device)
+        return found
     if device is None:
         device = present_device()
     if is_batch_invariant():
         return _batch_invariant(problem, regime, device, level, strict)
-    return _find(problem, regime, device, level, strict)
+    return _find(problem, regime, device, level, strict, scan_apart=scan_apart)
 
 
 def _find(
-    problem: Problem, regime: Regime, device: Device, level: str, strict: bool | None
+    problem: Problem,
+    regime: Regime,
+    device: Device,
+    level: str,
+    strict: bool | None,
+    *,
+    scan_apart: bool = False,
 ) -> Found:
     pinned = _pinned(problem, regime, device, level)
     if pinned is not None:
         return pinned
     places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
-    query = Query(problem, regime, device, level, _only_triton_compiles())
+    query = Query(problem, regime, device, level, _only_triton_compiles(), scan_apart)
     found = _look_up(query, places, tuned_files.current_look())
     if found.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
@@ -169,13 +185,12 @@ def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Fou
         pin, why = pins.shipped(problem, regime, device, level), "compiled ahead for {} on {}"
     if pin is None:
         return None
-    recipe = pin.at(problem)
-    try:
-        tuned_files.check_configs(recipe.plan.name, recipe.by_stage, problem)
-    except Gdn2genError as error:
+    reason = pin.why_unfit(problem)
+    if reason is not None:
         raise DispatchError(
-            f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {error}"
-        ) from error
+            f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {reason}"
+        )
+    recipe = pin.at(problem)
     return Found(recipe, "pinned", why.format(pin, pin.gpu), regime=regime, device=device)
 
 
@@ -251,6 +266,18 @@ def forced_recipe(recipe: Recipe) -> Iterator[Recipe]:
         _FORCED.reset(token)
 
 
+def check_there(recipe: Recipe, device: Device) -> None:
+    """Raise DispatchError where launches of a forced recipe are none of the device's: their
+    instructions would be refused by its assembler, in its own words."""
+    for config in recipe.configs:
+        reason = why_not_there(config, recipe.problem, device.arch)
+        if reason is not None:
+            raise DispatchError(
+                f"the forced recipe cannot run on {device.name}: {config.stage} [{config}]: "
+                f"{reason}; force `recipe.independent()` there"
+            )
+
+
 def forced() -> Found | None:
     """What the innermost `forced_recipe` forces, or None."""
     return _FORCED.get()
@@ -286,7 +313,7 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
     if query.level not in tuned_files.LEVELS:
         raise DispatchError(f"level must be one of {tuned_files.LEVELS}, but got {query.level!r}")
     query = query._replace(level=filed_level(query.level, query.problem.op))
-    best, passed, notes = nearest_entry(query, places)
+    best, passed, notes, refused = nearest_entry(query, places)
     if best is None:
         plan = plans_of(query.level, query.problem.op)[0]
         recipe = Recipe.default(query.problem, plan, arch=query.device.arch)
@@ -312,6 +339,8 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         # 11.3, 14.1, 21.3; at 1024 they are the same
         plain, recipe = recipe, recipe.dependent(query.device.arch, backward=False)
         why += ", and launches of the forward overlap" if recipe != plain else ""
+    if refused is not None:
+        notes = (*notes, _why_refused(refused))
     if passed is not None:
         notes = (*notes, _why_not(passed))
     if query.triton_alone and best is not None:
@@ -350,6 +379,10 @@ def _why_triton(entry: tuned_files.Entry) -> str:
         return f"{why}: looked for entries that need Triton alone"
     stages = ", ".join(x for x, config in entry.configs.items() if language_of(config) != "triton")
     return f"{why}, and no entry needs Triton alone: {stages} run Triton's default configs"
+
+
+def _why_refused(refused: Refused) -> str:
+    return f"the entry [{refused.match.entry.label}] does not serve the call: {refused.why}"
 
 
 def _why_not(passed: Match) -> str:

@@ -43,6 +43,7 @@ _PROBLEM_TYPES: Final[Mapping[str, type]] = {
 # In the keys of problems whose gate has a bound that is known.
 _BOUND_TYPE: Final[Mapping[str, type]] = {"bound": int}
 _TRITON_ALONE: Final = "triton"
+_EVERY_OPTION: Final = "every option"
 # Of a problem's: they move the speed only a little; an entry that differs in these alone serves.
 MINOR_KEYS: Final = ("l2norm", "gate", "gate_dtype", "bound")
 _REGIME_TYPES: Final = dict.fromkeys(Regime(1, 1, 1).key, int)
@@ -84,9 +85,16 @@ class Entry:
         return Regime(**self.regime_key)
 
     @property
+    def size(self) -> tuple[str, ...]:
+        """What its entries compete for: problem, regime and level."""
+        return _key(self.problem_key, self.regime_key, self.level, self.configs)[:-1]
+
+    @property
     def key(self) -> tuple[str, ...]:
-        """What a file holds one entry for: problem, regime, level, and whether Triton is enough."""
-        return _key(self.problem_key, self.regime_key, self.level, self.configs)
+        """What a file holds one entry for: problem, regime, level, whether Triton is enough, and
+        whether calls with every option are served. The last two follow from the configs."""
+        known = _key(self.problem_key, self.regime_key, self.level, self.configs)
+        return (*known, _EVERY_OPTION if self.serves_every_option else "")
 
     def recipe_for(self, problem: Problem) -> Recipe:
         """The plan and configs, for a problem that they serve."""
@@ -95,7 +103,16 @@ class Entry:
     @property
     def needs_triton_alone(self) -> bool:
         """Whether no stage is in another language, which not every machine can compile."""
-        return self.key[-1] == _TRITON_ALONE
+        return _language(self.configs) == _TRITON_ALONE
+
+    @property
+    def serves_every_option(self) -> bool:
+        """Whether it serves all calls that may find it, whatever their options
+        (`Recipe.serves_every_option`)."""
+        key = dict(self.problem_key)
+        flags = gate_parameters(str(key["op"]), str(key["gate"]))
+        problem = Problem(**{**key, **flags})  # type: ignore[arg-type]
+        return self.recipe_for(problem).serves_every_option
 
     @property
     def label(self) -> str:
@@ -103,6 +120,7 @@ class Entry:
         words = [f"{name}={value}" for name, value in self.problem_key.items() if name != "op"]
         words += [f"{name}={value}" for name, value in self.regime_key.items()]
         words += ["language=triton"] if self.needs_triton_alone else []
+        words += [] if self.serves_every_option else ["options=some"]
         return " ".join((str(self.problem_key["op"]), *words, f"level={self.level}"))
 
 
@@ -248,7 +266,7 @@ def format_file(file: TunedFile) -> str:
 
 
 def raw_key(raw: Any) -> tuple[str, ...] | None:
-    """`Entry.key` of an entry that was not read, as far as it has one."""
+    """`Entry.key` but for its last part, of an entry that was not read, as far as it has one."""
     try:
         key = _key(raw["problem"], raw["regime"], raw["level"], raw["configs"])
     except (TypeError, KeyError, AttributeError):
@@ -263,11 +281,16 @@ def _key(
     configs: Mapping[str, Mapping[str, Any]],
 ) -> tuple[str, ...]:
     """Texts that sort as their numbers do; what Triton is enough for comes after what it is not."""
-    languages = {knobs.get("language", "triton") for knobs in configs.values()}
     values = [problem[name] for name in _PROBLEM_TYPES] + [problem.get("bound", 0)]
     values += [regime[name] for name in _REGIME_TYPES]
     texts = (f"{x:012d}" if type(x) is int else str(x) for x in values)
-    return (*texts, level, _TRITON_ALONE if languages == {"triton"} else "")
+    return (*texts, level, _language(configs))
+
+
+def _language(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether Triton is enough for them."""
+    languages = {knobs.get("language", "triton") for knobs in configs.values()}
+    return _TRITON_ALONE if languages == {"triton"} else ""
 
 
 def entry_to(entry: Entry) -> dict[str, Any]:

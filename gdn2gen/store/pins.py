@@ -76,6 +76,14 @@ class Pin:
         """Whether it is for such calls, whatever their sizes and optional arguments."""
         return self.level == level and self.recipe.problem.key == problem.key
 
+    def why_unfit(self, problem: Problem) -> str | None:
+        """Why its recipe cannot run a call that it is for, given its options; None if it can."""
+        try:
+            tuned_files.check_configs(self.recipe.plan.name, self.recipe.by_stage, problem)
+        except Gdn2genError as error:
+            return str(error)
+        return None
+
     def at(self, problem: Problem) -> Recipe:
         """The recipe for a problem that it serves."""
         return Recipe.of(problem, self.recipe.plan.name, self.recipe.by_stage)
@@ -108,9 +116,9 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
         torch.distributed.broadcast_object_list(recipes)
         gdn2gen.pin(recipes[0])
 
-    A call at other sizes runs what is pinned for the nearest ones of its problem and level. A call
-    of which nothing is pinned is looked up as ever, or with `strict` refused (DispatchError). An
-    empty mapping ends it.
+    A call at other sizes runs what is pinned for the nearest ones of its problem and level, of
+    those that serve its options. A call of which nothing is pinned is looked up as ever, or with
+    `strict` refused (DispatchError). An empty mapping ends it.
 
     Raises InputError for what no process gave, DispatchError that names both recipes where this
     process ran a call by another one before, where a template differs from what the recipe was made
@@ -176,9 +184,13 @@ def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin 
     return found
 
 
-def record(recipe: Recipe, regime: Regime, device: Device, level: str) -> None:
-    """Note what a call runs."""
+def record(
+    recipe: Recipe, regime: Regime, device: Device, level: str, *, again: bool = True
+) -> None:
+    """Note what a call runs; unless `again`, only if no call of these sizes was noted."""
     key = (recipe.problem, regime, level, device.name)
+    if key in _recorded and not again:
+        return
     if key not in _recorded and len(_recorded) >= _MOST:
         _recorded.pop(next(iter(_recorded)), None)
     _recorded[key] = Pin(recipe, regime, level, device.name, device.arch)
@@ -220,7 +232,9 @@ def _of_folder(folder: Path) -> _Taken:
 
 @lru_cache(maxsize=1024)
 def _nearest(taken: _Taken, problem: Problem, regime: Regime, level: str, arch: str) -> Pin | None:
-    """The one for such calls whose sizes are the nearest, of such GPUs if there is one; or None."""
+    """The one for such calls whose sizes are the nearest, or None: of such GPUs, if there is one,
+    and of what can run the call, if that is, since another call's recipe may refuse its options."""
     serving = [x for x in taken.pins if x.serves(problem, level)]
     there = [x for x in serving if x.arch == arch] or serving
+    there = [x for x in there if x.why_unfit(problem) is None] or there
     return min(there, key=lambda x: regime_distance(x.regime, regime), default=None)

@@ -69,7 +69,7 @@ def _checked_parts(path: Path) -> PartsFile:
             )
     for entry in file.entries:
         try:
-            check_part(entry, file.metadata["gpu"])
+            check_part(entry, file.metadata["gpu"], file.metadata["arch"])
         except StoreError as error:
             raise StoreError(
                 f"{path} cannot be used: its entry {entry.label} is not valid: {error}"
@@ -122,13 +122,26 @@ def on_file(op: str, device: Device) -> TunedFile:
     if not found:
         looked = " and ".join(map(str, paths))
         raise StoreError(f"nothing is tuned for {op} on {device.name}; looked at {looked}")
-    best: dict[tuple[str, ...], Entry] = {}
-    for entry in (entry for file in found for entry in file.entries):
-        rival = best.get(entry.key)
-        # stale or not, and provenance: not the times, which come after them
-        if rival is None or tuned_files.rank(entry)[:2] < tuned_files.rank(rival)[:2]:
-            best[entry.key] = entry
-    return TunedFile(found[0].metadata, tuple(best[key] for key in sorted(best)))
+    kept: list[Entry] = []
+    for file in found:
+        added = _not_replaced(file.entries, kept, ties=True)
+        kept = [*_not_replaced(kept, added, ties=False), *added]
+    return TunedFile(found[0].metadata, tuple(sorted(kept, key=lambda x: x.key)))
+
+
+def _not_replaced(entries: Sequence[Entry], rivals: Sequence[Entry], *, ties: bool) -> list[Entry]:
+    """Those that calls may find beside the rivals, which win ties or do not: what serves as much
+    and is less stale, or better known, comes before them."""
+
+    def merit(entry: Entry) -> tuple[float, ...]:
+        return tuned_files.rank(entry)[:2]  # not the times, which come after them
+
+    def replaces(rival: Entry, entry: Entry) -> bool:
+        wins = merit(rival) <= merit(entry) if ties else merit(rival) < merit(entry)
+        return wins and tuned_files.serves_as_much(rival, entry)
+
+    there = tuned_files.by_size(rivals)
+    return [x for x in entries if not any(replaces(y, x) for y in there.get(x.size, ()))]
 
 
 def all_on_file(op: str | None, device: Device) -> tuple[list[Entry], list[tuple[str, PartEntry]]]:
@@ -235,15 +248,28 @@ def _ms(entry: Entry | PartEntry | None) -> float | None:
 
 
 def diff(old: AnyFile, new: AnyFile) -> list[Difference]:
-    """Every entry that differs between two files of one kind, in order."""
+    """Every entry that differs between two files of one kind, in order.
+
+    Where either file has one entry of a size alone, and they serve other options, these are one
+    difference: the same calls find them.
+    """
     before = {entry.key: entry for entry in old.entries}
     after = {entry.key: entry for entry in new.entries}
+    alone = {_but_options(x): key for key, x in after.items() if key not in before}
+    partners = {
+        key: alone[_but_options(x)] for key, x in before.items()
+        if key not in after and _but_options(x) in alone
+    }  # fmt: skip
     found = []
-    for key in sorted({*before, *after}):
-        a, b = before.get(key), after.get(key)
+    for key in sorted({*before, *after} - {*partners.values()}):
+        a, b = before.get(key), after.get(partners.get(key, key))
         if a != b:
             found.append(Difference(a, b, _changed(a, b)))
     return found
+
+
+def _but_options(entry: Entry | PartEntry) -> object:
+    return entry.key[:-1] if isinstance(entry, Entry) else entry.key
 
 
 def _changed(

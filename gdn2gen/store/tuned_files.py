@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +14,7 @@ from typing import Any
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import FileError, Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.base.files import check_replaceable, locked, replace_file
-from gdn2gen.codegen import render
-from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.plans import LEVELS, Level, plan_named
+from gdn2gen.kernels.plans import LEVELS, Level
 from gdn2gen.store.format import (
     PROVENANCES,
     TUNED_SCHEMA,
@@ -31,6 +28,17 @@ from gdn2gen.store.format import (
     parse_file,
     raw_key,
 )
+from gdn2gen.store.ranking import (
+    by_size,
+    digest_of,
+    drop_outdone,
+    is_stale,
+    rank,
+    serves_as_much,
+    speed,
+    stale_stages,
+    stand_ins,
+)
 
 __all__ = [
     "LEVELS",
@@ -41,6 +49,7 @@ __all__ = [
     "Provenance",
     "TunedFile",
     "Unread",
+    "by_size",
     "check_configs",
     "check_entry",
     "check_mergeable",
@@ -51,9 +60,12 @@ __all__ = [
     "look_anew",
     "merge_entries",
     "metadata_for",
+    "rank",
     "read_tuned",
-    "seconds_of_pairs",
+    "serves_as_much",
+    "speed",
     "stale_stages",
+    "stand_ins",
     "tuned_path",
     "warn_unread",
     "write_tuned",
@@ -141,25 +153,6 @@ def warn_unread(path: Path, file: TunedFile) -> None:
         )
 
 
-def stale_stages(entry: Entry) -> list[str]:
-    """Stages of the entry whose template is not the one it was checked under."""
-    stages = plan_named(entry.plan).stages
-    return [name for name in stages if entry.templates.get(name) != digest_of(entry.configs[name])]
-
-
-def is_stale(entry: Entry) -> bool:
-    """Whether any template of the entry changed (or is missing) since the entry was checked."""
-    return bool(stale_stages(entry))
-
-
-def digest_of(config: Config) -> str:
-    """Digest of the template of a config; none fits where it cannot be read."""
-    try:
-        return render.template_digest(config)
-    except OSError:
-        return "<no template>"
-
-
 def write_tuned(path: Path, file: TunedFile) -> None:
     """Replace `path` by `file` at one stroke: a reader sees the old file or the new one.
 
@@ -225,7 +218,8 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
     fit before stale ones, measured before transferred before predicted, then the shorter
     `forward_backward_ms` (and `forward_ms`), of predicted ones the lower cost; a tie keeps the old
     one. Beside an entry that needs TileLang, the best one that does not stays, too, for machines
-    that cannot compile it. Other processes may merge at the same time (`<path>.lock` orders them).
+    that cannot compile it; beside one that refuses options of calls, the best one that serves all.
+    Other processes may merge at the same time (`<path>.lock` orders them).
     A merge that changes no entry leaves the file alone.
 
     Raises StoreError, and changes nothing, if an entry is not valid, or if the file at `path`
@@ -241,8 +235,9 @@ def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Ent
             rival = best.get(entry.key)
             if rival is None or rank(entry) < rank(rival):
                 best[entry.key] = entry
-        _drop_outdone(best)
-        unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in best)
+        drop_outdone(best)
+        known = {key[:-1] for key in best}
+        unread = tuple(x for x in (old.unread if old else ()) if raw_key(x.raw) not in known)
         merged = tuple(best[key] for key in sorted(best))
         if old is not None and merged == _by_key(old.entries) and unread == old.unread:
             return old
@@ -279,26 +274,6 @@ def _mergeable(path: Path, gpu: object) -> TunedFile | None:
     return old
 
 
-def seconds_of_pairs(entries: Iterable[Entry]) -> set[tuple[str, ...]]:
-    """Keys of the entries that are there for machines without a compiler for TileLang alone."""
-    keys = {entry.key for entry in entries}
-    return {key for key in keys if key[-1] and (*key[:-1], "") in keys}
-
-
-def _drop_outdone(best: dict[tuple[str, ...], Entry]) -> None:
-    """Of a pair, drop the one that needs TileLang if it is no better; the other if it is stale, or
-    was not measured, where the first is neither.
-    """
-    for key, alone in [pair for pair in best.items() if pair[1].needs_triton_alone]:
-        other = (*key[:-1], "")
-        if other not in best:
-            continue
-        if rank(alone) <= rank(best[other]):
-            del best[other]
-        elif rank(alone)[:2] > rank(best[other])[:2]:
-            del best[key]
-
-
 def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> None:
     """In the tuned file at `path`, put the second of each pair in place of the first.
 
@@ -315,21 +290,6 @@ def amend_entries(path: Path, amended: Sequence[tuple[Entry, Entry | None]]) -> 
         kept = tuple(x for x in found if x is not None)
         if kept != file.entries:
             write_tuned(path, replace(file, entries=kept))
-
-
-def rank(entry: Entry) -> tuple[float, ...]:
-    """Less is better: not stale, then provenance, then milliseconds, or the cost that is predicted.
-
-    A later ranking of a target knows all that an earlier one did.
-    """
-    cost = entry.measured.get("predicted_bytes")
-    return (
-        is_stale(entry),
-        PROVENANCES.index(entry.provenance),
-        entry.measured.get("forward_backward_ms", math.inf),
-        entry.measured.get("forward_ms", math.inf),
-        cost if isinstance(cost, int | float) else math.inf,
-    )
 
 
 def _by_key(entries: Iterable[Entry]) -> tuple[Entry, ...]:

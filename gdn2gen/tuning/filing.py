@@ -37,7 +37,10 @@ def result_of(verdict: Verdict) -> ShapeResult:
 
 
 def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
-    """The winner's, and that of the best which needs Triton alone if the winner does not."""
+    """The winner's; if it does not need Triton alone, that of the best which does, and if it does
+    not serve every option, that of the best which does."""
+    filed = (verdict.winner, verdict.in_triton, verdict.serving_all)
+    found = {x.recipe: x for x in filed if x is not None}
     return [
         entry_for(
             x.recipe,
@@ -46,8 +49,7 @@ def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
             gate={name: float(f"{error:.3g}") for name, error in x.errors.items()},
             provenance="measured",
         )
-        for x in (verdict.winner, verdict.in_triton)
-        if x is not None
+        for x in found.values()
     ]
 
 

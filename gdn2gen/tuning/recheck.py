@@ -175,7 +175,7 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
     tables: dict[str, Sheet] = {}
     columns = ("shape", "level", "filed", "now", "default", "verdict")
     results = list(results)
-    second = tuned_files.seconds_of_pairs([x.entry for x in results])
+    others = tuned_files.stand_ins([x.entry for x in results])
     for x in results:
         problem = words_of(x.entry)
         if problem not in tables:
@@ -185,6 +185,6 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
         times = ["-" if ms is None else f"{ms:.3f}" for ms in (filed, x.now_ms, x.default_ms)]
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
         name = x.shape.name if x.shape is not None else str(x.entry.regime)
-        name += ", Triton alone" if x.entry.key in second else ""
+        name += "".join(f", {y}" for y in (others.get(x.entry.key),) if y)
         tables[problem].add(name, x.entry.level, *times, verdict)
     return Group(*tables.values())

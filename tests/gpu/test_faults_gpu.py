@@ -176,7 +176,7 @@ def test_a_killed_tune_goes_on_where_it_was(
     assert prepared and not {x.params["decay"] for x in prepared} & BROKEN_FORMS.keys()
     file = tuned_files.load_tuned(tuned_files.tuned_path(package / "filed", "gdn2", device), device)
     assert file is not None
-    assert file.entries and len(file.entries) == 1 + len(tuned_files.seconds_of_pairs(file.entries))
+    assert file.entries and len(file.entries) == 1 + len(tuned_files.stand_ins(file.entries))
     for entry in file.entries:
         assert entry.provenance == "measured"
         assert entry.configs["prepare"]["decay"] not in BROKEN_FORMS

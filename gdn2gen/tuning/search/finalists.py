@@ -1,8 +1,8 @@
 """Finalists: recipes of the best stages, checked in full and timed in turns at each shape.
 
 The winner of a search is often noise, so the default and the best few run interleaved, forward and
-backward, until their intervals part; what is within 1% of the best ties, and a tie goes to the
-default, else to the recipe that differs from it in the fewest knobs.
+backward, until their intervals part; what is within 1% of the best ties, and a tie goes to what
+serves every option, then to the default, else to what differs from it in the fewest knobs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.config import Config, language_of
-from gdn2gen.kernels.plans import PLANS, level_of, plans_of
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.plans import PLANS, level_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult, full_problem
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tuning.gpu.attempt import right
 from gdn2gen.tuning.records.stored import Stored
 from gdn2gen.tuning.search.loop import Search, Window
-from gdn2gen.tuning.search.verdicts import TIE, Measured, Verdict, combine, is_decided, pick
+from gdn2gen.tuning.search.sums import Kept, Sums, any_config, in_triton
+from gdn2gen.tuning.search.verdicts import Measured, Verdict, combine, is_decided, pick
 
 _MOST: Final = 6
 _MIN_ROUNDS: Final = 3
@@ -47,6 +48,7 @@ class Finals:
         self._stored = list(stored)
         self._checks: dict[Recipe, CheckResult] = {}
         self._compiles: dict[Config, Future[Outcome[Resources]]] = {}
+        self._sums = Sums(search)
         self._won: dict[Shape, Recipe] = {}
         """Who won at each shape for the plan that was first: its stages have proved themselves."""
         self._seconds: list[float] = []
@@ -69,13 +71,17 @@ class Finals:
     def is_behind(self, shape: Shape, plan: str) -> bool:
         """Whether a plan need not be decided.
 
-        By its stages it is slower than another of its level, and no recipe of it is on file.
+        By its stages it is slower than another of its level, also of what serves every option, and
+        no recipe of it is on file.
         """
         if self._on_file(shape, plan):
             return False
-        others = plans_of(level_of(plan), self._search.problem.op)
-        least = min(self._least_sum(shape, x) for x in others)
-        return self._least_sum(shape, plan) > least * (1 + TIE)
+        return self._sums.is_behind(shape, plan) and not self._is_widest(shape, plan)
+
+    def _is_widest(self, shape: Shape, plan: str) -> bool:
+        """Whether the best recipe that serves every option is of this plan, by its stages."""
+        own = not PLANS[plan].instead
+        return own and not self._sums.is_behind(shape, plan, self._sums.wide)
 
     def verdict(self, shape: Shape, plan: str, window: Window) -> Verdict | None:
         """Winner at one shape, or None if nothing passed the full check."""
@@ -91,12 +97,15 @@ class Finals:
         default = next((x for x in measured if x.recipe == self._default(plan)), None)
         winner, tied = pick(measured, self._default(plan))
         alone = [x for x in measured if x.recipe.needs_triton_alone]
-        in_triton = pick(alone, self._default(plan))[0] if alone else None
+        wide = [x for x in measured if x.recipe.serves_every_option]
+        in_triton, serving_all = (
+            pick(x, self._default(plan))[0] if x else None for x in (alone, wide)
+        )
         self._won.setdefault(shape, winner.recipe)
         label = f"{shape.name} {plan} forward+backward"
         default_ms = default.forward_backward.median if default else None
         progress.best_so_far(label, winner.forward_backward.median, default_ms)
-        return Verdict(shape, level_of(plan), winner, default, tied, in_triton)
+        return Verdict(shape, level_of(plan), winner, default, tied, in_triton, serving_all)
 
     def why_none(self, plan: str) -> str:
         """Why there is no verdict: what the default failed at."""
@@ -115,20 +124,20 @@ class Finals:
         return max(2, min(_MOST, int(left / max(mean(self._seconds), 1e-9))))
 
     def choose(self, shape: Shape, plan: str, most: int = _MOST) -> list[Recipe]:
-        """The default, what is on file and the best in Triton, then the best by the sum of their
-        stages; all pass the check.
+        """The default, what is on file, the best in Triton and the best that serves every option,
+        then the best by the sum of their stages; all pass the check.
         """
-        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
+        sizes = self._sums.sizes(shape, plan)
         best: list[Recipe] = []
         for BT in sizes[: most - 1]:
-            sum_ms = self._sum_ms(shape, plan, BT)
-            if best and sum_ms > _FAR * self._sum_ms(shape, plan, best[0].BT):
+            sum_ms = self._sums.at(shape, plan, BT)
+            if best and sum_ms > _FAR * self._sums.at(shape, plan, best[0].BT):
                 break
             found = self._best_passing(shape, plan, BT)
             if found is not None:
                 best.append(found)
-        stored = self._on_file(shape, plan)
-        known = [self._default(plan), *stored, *self._in_triton(shape, plan)]
+        known = [*self._known(shape, plan), *self._in_triton(shape, plan)]
+        known += self._serving_all(shape, plan)
         chosen = [*known, *self._carried(shape, plan), *best]
         if sizes:
             chosen += self._runners_up(shape, plan, sizes[0])
@@ -137,8 +146,9 @@ class Finals:
         return [x for x in unique if self._passes(x)]
 
     def _on_file(self, shape: Shape, plan: str) -> list[Recipe]:
-        """The recipes on file for this shape, two at most, whatever time is left; those of the
-        problem itself before those of one near it, in whatever files they are.
+        """The recipes on file for this shape, two at most, whatever time is left, and of those that
+        need Triton alone or serve every option one; those of the problem itself before those of one
+        near it, in whatever files they are.
 
         Without, a search of 37 s over nine stages ended at 0.665 ms (head dim 64, train2k, fast)
         where 0.615 was on file.
@@ -147,13 +157,27 @@ class Finals:
         found = [x.recipe for x in sorted(there, key=lambda x: not x.own)]
         alone = [x for x in found if x.needs_triton_alone]
         others = [x for x in found if not x.needs_triton_alone]
-        return [*list(dict.fromkeys(others))[:2], *alone[:1]]
+        wide = [x for x in others if x.serves_every_option]
+        return list(dict.fromkeys([*list(dict.fromkeys(others))[:2], *wide[:1], *alone[:1]]))
 
     def _in_triton(self, shape: Shape, plan: str) -> list[Recipe]:
         """The best by the sum of its stages of those that need Triton alone."""
-        sums = {BT: self._sum_ms(shape, plan, BT, "triton") for BT in self._search.trials}
-        best = self._best(shape, plan, min(sums, key=sums.__getitem__), "triton") if sums else None
+        sizes = self._sums.sizes(shape, plan, in_triton)
+        best = self._sums.best(shape, plan, sizes[0], in_triton) if sizes else None
         return [best] if best else []
+
+    def _serving_all(self, shape: Shape, plan: str) -> list[Recipe]:
+        """The same of those that serve every option, unless another plan has a faster one. What
+        fails the check is replaced, as of the best.
+
+        Without, calls with an option ran another size's entry, or Triton alone: of train4k, where
+        blocks of two in TileLang won, packed batches took 2.09 ms in place of 1.42.
+        """
+        if not self._is_widest(shape, plan):
+            return []
+        BT = self._sums.sizes(shape, plan, self._sums.wide)[0]
+        found = self._best_passing(shape, plan, BT, self._sums.wide)
+        return [found] if found else []
 
     def _carried(self, shape: Shape, plan: str) -> list[Recipe]:
         """What won for the plan that was first, completed by this plan's best.
@@ -167,42 +191,19 @@ class Finals:
             return []
         problem = self._search.problem
         # a winner from what was on file may have chunks that were not searched
-        found = self._best(shape, plan, won.BT) if won.BT in self._search.trials else None
+        found = self._sums.best(shape, plan, won.BT) if won.BT in self._search.trials else None
         best = found or self._search.base(plan, won.BT)
         return [Recipe.of(problem, plan, {**best.by_stage, **won.by_stage})]
 
     def _default(self, plan: str) -> Recipe:
         return self._search.base(plan)
 
-    def _sum_ms(self, shape: Shape, plan: str, BT: int, language: str = "") -> float:
-        ranked = [self._ranked(stage, shape, BT, language) for stage in PLANS[plan].stages]
-        return sum(x[0][1] for x in ranked) if all(ranked) else float("inf")
-
-    def _ranked(
-        self, stage: str, shape: Shape, BT: int, language: str = ""
-    ) -> list[tuple[Config, float]]:
-        """Fastest first, of one language if it is named; nothing of a plan whose default failed at
-        this chunk size.
-        """
-        trials = self._search.trials[BT].get(stage)
-        ranked = [] if trials is None else trials.ranked(shape)
-        return [x for x in ranked if not language or language_of(x[0]) == language]
-
-    def _least_sum(self, shape: Shape, plan: str) -> float:
-        sums = (self._sum_ms(shape, plan, BT) for BT in self._search.trials)
-        return min(sums, default=float("inf"))
-
-    def _best(self, shape: Shape, plan: str, BT: int, language: str = "") -> Recipe | None:
-        ranked = {x: self._ranked(x, shape, BT, language) for x in PLANS[plan].stages}
-        if not all(ranked.values()):
-            return None
-        configs = {stage: found[0][0] for stage, found in ranked.items()}
-        return Recipe.of(self._search.problem, plan, configs)
-
-    def _best_passing(self, shape: Shape, plan: str, BT: int) -> Recipe | None:
+    def _best_passing(
+        self, shape: Shape, plan: str, BT: int, kept: Kept = any_config
+    ) -> Recipe | None:
         """Best composition that passes in full; a stage that is to blame is replaced."""
         for _ in range(_MAX_REPAIRS):
-            recipe = self._best(shape, plan, BT)
+            recipe = self._sums.best(shape, plan, BT, kept)
             if recipe is None or self._passes(recipe):
                 return recipe
             if not self._withdraw_guilty(recipe):
@@ -223,12 +224,12 @@ class Finals:
 
     def _runners_up(self, shape: Shape, plan: str, BT: int) -> list[Recipe]:
         """The best recipe with one close second in place of a stage's first."""
-        best = self._best(shape, plan, BT)
+        best = self._sums.best(shape, plan, BT)
         if best is None:
             return []
         found = []
         for stage in PLANS[plan].stages:
-            ranked = self._ranked(stage, shape, BT)
+            ranked = self._sums.ranked(stage, shape, BT)
             if len(ranked) > 1 and ranked[1][1] < ranked[0][1] * (1 + _CLOSE):
                 found.append((ranked[0][1], best.with_config(ranked[1][0])))
         return [x for _, x in sorted(found, key=lambda pair: -pair[0])]
@@ -269,12 +270,17 @@ class Finals:
 
     def _likely(self, shape: Shape, plan: str) -> list[Recipe]:
         """What `choose` will look at, if all of it passes the check."""
-        sizes = sorted(self._search.trials, key=lambda BT: self._sum_ms(shape, plan, BT))
-        best = [self._best(shape, plan, BT) for BT in sizes[:1]]
+        sizes = self._sums.sizes(shape, plan)
+        likely = [self._sums.best(shape, plan, BT) for BT in sizes[:1]]
+        if self._is_widest(shape, plan):
+            wide = self._sums.wide
+            likely.append(
+                self._sums.best(shape, plan, self._sums.sizes(shape, plan, wide)[0], wide)
+            )
         close = self._runners_up(shape, plan, sizes[0])[:_LIKELY_CLOSE] if sizes else []
         known = [*self._known(shape, plan), *self._in_triton(shape, plan)]
         known += self._carried(shape, plan)
-        return [*known, *(x for x in best if x is not None), *close]
+        return [*known, *(x for x in likely if x is not None), *close]
 
     def _measure(self, finalists: Sequence[Recipe], shape: Shape, window: Window) -> list[Measured]:
         """Time in turns: three rounds, then until decided, out of rounds or out of time."""

@@ -37,22 +37,25 @@ class Verdict:
     """Others came within 1% of the best time."""
     in_triton: Measured | None = None
     """The best that needs Triton alone, if the winner does not: for machines with nothing else."""
+    serving_all: Measured | None = None
+    """The best that serves every option, if the winner does not: for calls that it refuses."""
 
 
 def pick(measured: Sequence[Measured], default: Recipe) -> tuple[Measured, bool]:
     """The winner, and whether others tied with the fastest.
 
     Within 1% of the fastest those win whose forward is within 1% of the best among them: where the
-    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then the
-    default wins, then what differs from it in the fewest knobs.
+    host issues more slowly than the GPU works, whole passes tie and forwards still differ. Then
+    what serves every option wins, then the default, then what differs from it in the fewest knobs.
     """
     fastest = min(x.forward_backward.median for x in measured)
     tied = [x for x in measured if x.forward_backward.median <= fastest * (1 + TIE)]
     forward = min(x.forward.median for x in tied)
     best = [x for x in tied if x.forward.median <= forward * (1 + TIE)]
 
-    def simplicity(x: Measured) -> tuple[int, float]:
-        return x.recipe.distance(default), x.forward_backward.median
+    def simplicity(x: Measured) -> tuple[bool, int, float]:
+        few = not x.recipe.serves_every_option
+        return few, x.recipe.distance(default), x.forward_backward.median
 
     return min(best, key=simplicity), len(tied) > 1
 
@@ -64,15 +67,19 @@ def better(verdicts: Sequence[Verdict]) -> Verdict:
     """
     fastest = min(x.winner.forward_backward.median for x in verdicts)
     best = next(x for x in verdicts if x.winner.forward_backward.median <= fastest * (1 + TIE))
-    return replace(best, default=verdicts[0].default, in_triton=_in_triton(best, verdicts))
+    in_triton, serving_all = None, None
+    if not best.winner.recipe.needs_triton_alone:
+        found = [x.in_triton or x.winner for x in verdicts]
+        in_triton = _least([x for x in found if x.recipe.needs_triton_alone])
+    if not best.winner.recipe.serves_every_option:
+        found = [x.serving_all or x.winner for x in verdicts]
+        serving_all = _least([x for x in found if x.recipe.serves_every_option])
+    default = verdicts[0].default
+    return replace(best, default=default, in_triton=in_triton, serving_all=serving_all)
 
 
-def _in_triton(best: Verdict, verdicts: Sequence[Verdict]) -> Measured | None:
-    if best.winner.recipe.needs_triton_alone:
-        return None
-    found = [x.in_triton or x.winner for x in verdicts]
-    alone = [x for x in found if x.recipe.needs_triton_alone]
-    return min(alone, key=lambda x: x.forward_backward.median, default=None)
+def _least(measured: Sequence[Measured]) -> Measured | None:
+    return min(measured, key=lambda x: x.forward_backward.median, default=None)
 
 
 def combine(rounds: Sequence[Timing]) -> Timing:

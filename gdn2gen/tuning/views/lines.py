@@ -97,11 +97,11 @@ def is_number(value: object) -> TypeGuard[float]:
 def lines(entries: Iterable[Entry], device: Device, fla: Iterable[FlaTime]) -> list[Line]:
     """What is on file, in the order of the shapes; one that lost its times is not.
 
-    Nor is one beside which a faster one needs TileLang.
+    Nor is one beside which there is a faster one, which needs TileLang, or refuses options.
     """
     times = {(x.shape, x.problem, x.level): x.ms for x in fla}
     entries = list(entries)
-    second = tuned_files.seconds_of_pairs(entries)
+    second = tuned_files.stand_ins(entries)
     made = (_line(entry, device, times) for entry in entries if entry.key not in second)
     found = [x for x in made if x.tuned_ms is not None or x.entry.provenance == "predicted"]
     order = list(SHAPES)

@@ -22,6 +22,7 @@ from gdn2gen.store.part_files import (
     PartsFile,
     format_parts,
     merge_parts,
+    part_digest,
     parts_on_file,
     parts_path,
 )
@@ -107,6 +108,13 @@ def _changed(**changes: Any) -> PartEntry:
     return replace(entry(), **changes)
 
 
+def _knob(stage: str, **knobs: int | str) -> PartEntry:
+    """With knobs of one kernel that no search files; its digests are as they were filed."""
+    odd = entry()
+    odd = replace(odd, knobs=odd.knobs | {stage: {**odd.knobs[stage], **knobs}})
+    return replace(odd, templates={x: part_digest(x, odd) for x in odd.knobs})
+
+
 _OF_ONE = {"mamba3_epilogue": entry().knobs["mamba3_epilogue"]}
 
 
@@ -127,6 +135,10 @@ _OF_ONE = {"mamba3_epilogue": entry().knobs["mamba3_epilogue"]}
         (_changed(at={**entry().at, "colour": 1}), "of no problem that there is"),
         (_changed(at={**entry().at, "groups": 3}), "heads must be a multiple of groups"),
         (_changed(at={**entry().at, "dtype": "fp8"}), "at.dtype must be one of"),
+        (
+            _knob("mamba3_epilogue", pdl="wait"),
+            "pdl=wait: only stages of plans have kernels before",
+        ),
     ],
 )
 def test_what_cannot_be_true_is_refused(

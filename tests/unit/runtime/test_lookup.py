@@ -33,11 +33,11 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.ops import _call
-from gdn2gen.runtime import call, lookup, runner
+from gdn2gen.runtime import call, lookup, prefill, runner
 from gdn2gen.runtime._kernels import request_of
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.signature import signature_of
-from gdn2gen.store import dispatch
+from gdn2gen.store import dispatch, pins
 from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import Found, forced_recipe
 from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
@@ -319,12 +319,37 @@ def test_without_a_gradient_a_serial_scan_keeps_no_segments(launched, monkeypatc
         assert scan_launch(launched, **inputs)[:3] == ("scan", 25, 2)
 
 
+def test_what_keeps_states_on_the_way_is_looked_up_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a forward with a scan of its own; and it is not pinned for the calls that keep none."""
+    asked: list[bool] = []
+    plans = {False: "whole", True: "lean"}
+
+    def find(problem: Problem, *_: Any, scan_apart: bool, **__: Any) -> Found:
+        asked.append(scan_apart)
+        return Found(Recipe.default(problem, plans[scan_apart], arch="sm_90"), "exact", "")
+
+    monkeypatch.setattr(lookup, "find_recipe", find)
+    monkeypatch.setattr(prefill, "Runner", lambda recipe: recipe)
+    dims = {"K": 128, "V": 128}
+    sized = call.Call(1, 64, 1, 1, 1, 1, 1.0, None, packed=False, device=torch.device("cpu"))
+    request: Any = lookup.Request(Problem(**dims, initial_state=True, final_state=True), sized)
+    pins.forget()
+    made: Any = [prefill._runner.__wrapped__(request, x, False, ()) for x in ("", "bf16", "")]
+    assert asked == [False, True, False]
+    assert [x.plan.name for x in made] == ["whole", "lean", "whole"]
+    assert made[1].problem.checkpoints == "bf16"
+    prefill._runner.__wrapped__(request, "bf16", False, ())
+    (pinned,) = gdn2gen.pin()["recipes"]
+    assert pinned["plan"] == "whole"
+    pins.forget()
+
+
 def test_without_a_gradient_no_states_are_kept(launched, monkeypatch) -> None:
     """Unless nothing but the plan that keeps them is tuned."""
     states = Recipe.default(Problem(K=32, V=64), "states")
     tuned = {"lean": "exact", "fast": "exact"}
 
-    def find(problem: Problem, *_: Any, level: str, strict: bool | None) -> Found:
+    def find(problem: Problem, *_: Any, level: str, strict: bool | None, **__: Any) -> Found:
         if dispatch.forced() is not None:
             return Found(states, "forced", "")
         recipe = Recipe.default(problem, "lean" if level == "lean" else "states")

@@ -344,6 +344,126 @@ def test_what_stands_in_for_tilelang_serves_after_what_is_in_it(user):
     assert (find(packed).source, mark_of(find(packed))) == ("nearest", 2)
 
 
+@pytest.fixture
+def sized():
+    """Three entries of a size: the fastest refuses options, a slower one in TileLang serves all,
+    and so does one in Triton alone."""
+    blocks = make_entry(plan="blocks2", level="lean", mark=2)
+    few = {**blocks.configs, "grad_blocks2": tilelang_config("grad_blocks2", PROBLEM)}
+    scan = make_entry(mark=3).configs["scan"].replace(language="tilelang", num_stages=3)
+
+    def timed(entry, ms):
+        return dataclasses.replace(entry, measured={"forward_ms": 0.5, "forward_backward_ms": ms})
+
+    narrow = timed(dataclasses.replace(blocks, configs=few), 1.0)
+    wide = timed(make_entry(configs={**make_entry().configs, "scan": scan}), 1.4)
+    return narrow, wide, timed(make_entry(mark=1), 2.0)
+
+
+PACKED = Problem(varlen=True)
+GATED = Problem(gate="softplus", has_A_log=True)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_calls_with_options_find_what_serves_them_all_at_their_size(user, sized, order):
+    """Before whatever other sizes have, and before what needs Triton alone; it is exact."""
+    narrow, wide, alone = sized
+    other = dataclasses.replace(wide, regime_key=Regime(16384, 8, 16).key)
+    file_in(user, *(narrow, wide, alone, other)[::order])
+    assert find(strict=True).recipe.configs == (*narrow.configs.values(),)
+    found = find(PACKED, strict=True)
+    assert (found.source, found.recipe.by_stage) == ("exact", wide.configs)
+    assert found.recipe.problem.varlen
+    assert f"the entry [{narrow.label}] does not serve the call: grad_blocks2" in found.why
+    assert "packed sequences are in Triton's forms alone" in found.why
+    gated = find(GATED)  # of another gate nothing is exact
+    assert (gated.source, gated.recipe.by_stage) == ("nearest", wide.configs)
+    near = find(PACKED, Regime(16384, 5, 16))  # by distance first
+    assert (near.source, near.recipe.by_stage) == ("nearest", wide.configs)
+    assert near.recipe.by_stage == find(PACKED, Regime(16384, 8, 16)).recipe.by_stage
+    plain = find(regime=Regime(16384, 5, 16))
+    assert plain.recipe.by_stage == narrow.configs
+
+
+def test_what_serves_every_option_steps_in_for_what_is_stale(user, sized):
+    narrow, wide, alone = sized
+    stale = dataclasses.replace(narrow, templates={})
+    file_in(user, stale, wide, alone)
+    found = find()
+    assert (found.source, found.stale, found.recipe.by_stage) == ("exact", True, wide.configs)
+
+
+def test_where_nothing_compiles_tilelang_options_are_served_in_triton(user, sized, monkeypatch):
+    narrow, wide, alone = sized
+    parallel = alone.configs["scan"].replace(segments="parallel")
+    times = {"forward_ms": 0.5, "forward_backward_ms": 1.9}
+    faster = dataclasses.replace(alone, configs={**alone.configs, "scan": parallel}, measured=times)
+    file_in(user, narrow, wide, alone, faster)
+    monkeypatch.setattr(dispatch, "_only_triton_compiles", lambda: True)
+    assert find().recipe["scan"] == parallel
+    assert find(PACKED).recipe.by_stage == alone.configs
+    assert find(PACKED).source == "exact"
+
+
+def test_a_users_file_comes_before_the_packaged_one_for_either_call(user, packaged, sized):
+    narrow, wide, _ = sized
+    scan = wide.configs["scan"].replace(num_stages=2)
+    mine = dataclasses.replace(wide, configs={**wide.configs, "scan": scan})
+    file_in(packaged, narrow, wide)
+    file_in(user, mine)  # all that the user has there
+    assert find().recipe["scan"] == find(PACKED).recipe["scan"] == scan
+    file_in(user, narrow, mine)
+    assert find().recipe.by_stage == narrow.configs
+    assert find(PACKED).recipe["scan"] == scan
+    # of the user's file what is left is slower than the packaged best
+    file_in(user, dataclasses.replace(narrow, templates={}), mine)
+    assert find().recipe.by_stage == narrow.configs
+
+
+def test_states_on_the_way_are_kept_by_a_scan_of_its_own(user, sized):
+    _, wide, alone = sized
+    whole = make_entry(level="lean")
+    recipe = Recipe.default(PROBLEM, "whole")
+    whole = dataclasses.replace(
+        whole,
+        plan="whole",
+        configs=recipe.by_stage,
+        templates={x: f"d-{x}" for x in recipe.plan.stages},
+        measured={"forward_ms": 0.5, "forward_backward_ms": 1.0},
+    )
+    file_in(user, whole, wide, alone)
+    assert find().recipe.plan.name == "whole"
+    found = find(scan_apart=True)
+    assert found.recipe.by_stage == wide.configs
+    assert "plan whole has no scan of its own" in found.why
+    file_in(user, whole)
+    assert find(scan_apart=True).source == "default"
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H200"])
+def test_launches_that_no_gpu_of_the_kind_has_are_refused_in_words(user, gpu):
+    """ptxas would say that it knows no such instruction."""
+    device = named_device(gpu)
+    recipe = Recipe.default(PROBLEM).dependent("sm_90")
+    file_in(user, make_entry(mark=1), device=device)
+    wanted = make_entry(configs=recipe.by_stage, measured={"forward_backward_ms": 1.0})
+    file_in(user, wanted, device=device)
+    with forced_recipe(recipe):
+        if gpu == "H200":
+            assert find(device=device).recipe == recipe
+        else:
+            words = r"forced recipe cannot run on NVIDIA A100.*pdl=.*sm_80 has no launches"
+            with pytest.raises(DispatchError, match=words):
+                find(device=device)
+            with pytest.raises(DispatchError, match=words):
+                find(PACKED, device=device)
+        with forced_recipe(recipe.independent()):
+            assert find(device=device).recipe == recipe.independent()
+    found = find(device=device)
+    assert found.source == ("exact" if gpu == "H200" else "default")
+    assert ("cannot run there: pdl=" in found.why) == (gpu == "A100")
+
+
 @pytest.mark.parametrize("initialized", [False, True])
 @pytest.mark.parametrize("compiles", [False, True])
 def test_compilers_matter_to_a_process_with_a_gpu(initialized, compiles, monkeypatch):

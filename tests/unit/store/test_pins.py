@@ -47,6 +47,21 @@ def _run() -> Found:
     return found
 
 
+def test_a_call_with_options_runs_what_is_pinned_for_such_calls() -> None:
+    """However near the sizes of a recipe that refuses them: a rank that ran both has both."""
+    parallel = _default(segments="parallel")["recipes"]
+    packed = Problem(varlen=True)
+    ran = find_recipe(packed, SMALL, H200).recipe
+    far = [pins.Pin(ran, SMALL, "lean", H200.name, "sm_90").document]
+    gdn2gen.pin({"recipes": [*parallel, *far]})
+    assert find_recipe(PROBLEM, TRAIN, H200).recipe["scan"]["segments"] == "parallel"
+    assert find_recipe(packed, TRAIN, H200).recipe == ran
+    gdn2gen.pin({"recipes": parallel})
+    words = "does not fit the call's .*packed sequences are one segment each"
+    with pytest.raises(DispatchError, match=words):
+        find_recipe(packed, TRAIN, H200)
+
+
 def test_looking_is_not_running() -> None:
     gdn2gen.explain("train4k", target="sm_80")
     assert gdn2gen.pin()["recipes"] == []

@@ -20,7 +20,7 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import plan_named, stages_of
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.store import format, tuned_files
+from gdn2gen.store import format, sharing, tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.store.tuned_files import (
@@ -528,11 +528,111 @@ def test_what_needs_triton_alone_stays_beside_what_is_faster(
     for entry in pair[::order]:
         merge_entries(path, METADATA, [entry])
     assert read_tuned(path).entries == tuple(pair[x] for x in kept)
-    second = tuned_files.seconds_of_pairs(pair[x] for x in kept)
-    assert second == ({alone.key} if len(kept) == 2 else set())
+    others = tuned_files.stand_ins(pair[x] for x in kept)
+    assert others == ({alone.key: "Triton alone"} if len(kept) == 2 else {})
     merge_entries(path, METADATA, [make_entry(ms=1.75)])
     times = [x.measured["forward_backward_ms"] for x in read_tuned(path).entries]
     assert times == ([1.5, 1.75] if 0 in kept else [1.75])
+
+
+def _refusing(ms, **changes):
+    """Its scan is parallel: packed sequences are none of its."""
+    configs = {**make_entry().configs}
+    configs["scan"] = configs["scan"].replace(segments="parallel", **changes.pop("knobs", {}))
+    return make_entry(ms=ms, configs=configs, **changes)
+
+
+_FEW = _refusing(1.2, knobs={"language": "tilelang", "BV": 64})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("entries", "kept", "others"),
+    [
+        ((_FEW, _in_tilelang(1.5), make_entry(ms=2.0)), (0, 1, 2),
+         {1: "every option", 2: "Triton alone"}),
+        ((_FEW, make_entry(ms=2.0)), (0, 1), {1: "Triton alone, every option"}),
+        ((_FEW, _in_tilelang(1.5), _refusing(1.8), make_entry(ms=2.0)), (0, 1, 2, 3),
+         {1: "every option", 2: "Triton alone", 3: ""}),
+        # one that serves as much and is no slower leaves no use for another
+        ((_FEW, _in_tilelang(1.2), make_entry(ms=2.0)), (1, 2), {2: "Triton alone"}),
+        ((_FEW, _in_tilelang(1.5), make_entry(ms=1.4)), (0, 2), {2: "Triton alone, every option"}),
+        ((_FEW, _in_tilelang(1.5), make_entry(ms=1.1)), (2,), {}),
+        ((_FEW, _in_tilelang(1.5), _refusing(1.1)), (2, 1), {1: "every option"}),
+        # nor does one that calls pass over, beside one that they do not
+        ((_FEW, _in_tilelang(1.5, templates={})), (0,), {}),
+        ((dataclasses.replace(_FEW, templates={}), _in_tilelang(1.5)), (1,), {}),
+        ((_FEW, _in_tilelang(1.5, provenance="transferred")), (0,), {}),
+    ],
+)  # fmt: skip
+def test_what_serves_every_option_stays_beside_what_is_faster(
+    tmp_path, order, entries, kept, others
+):
+    path = tmp_path / "x.json"
+    for entry in entries[::order]:
+        merge_entries(path, METADATA, [entry])
+    found = read_tuned(path).entries
+    assert {x.key: x for x in found} == {entries[x].key: entries[x] for x in kept}
+    assert list(found) == sorted(found, key=lambda x: x.key)
+    assert tuned_files.stand_ins(found) == {entries[x].key: y for x, y in others.items()}
+    text = path.read_bytes()
+    write_tuned(path, read_tuned(path))
+    assert path.read_bytes() == text and b"option" not in text  # it is not said, it follows
+
+
+def test_what_an_entry_serves_is_told_by_its_label():
+    assert "options=some level=lean" in _FEW.label
+    assert "options" not in _in_tilelang(1.0).label
+    assert "language=triton options=some level=lean" in _refusing(1.0).label
+    assert len({x.key for x in (_FEW, _in_tilelang(1.0), _refusing(1.0), make_entry())}) == 4
+
+
+def test_an_entry_that_cannot_be_read_gives_way_whatever_options_it_served(tmp_path):
+    path = tmp_path / "x.json"
+    write_tuned(path, TunedFile(METADATA, (_FEW,)))
+    raw = json.loads(path.read_text())
+    raw["entries"][0]["plan"] = "of a newer version"
+    path.write_text(json.dumps(raw))
+    assert len(merge_entries(path, METADATA, [make_entry()]).unread) == 1  # in Triton alone
+    assert not merge_entries(path, METADATA, [_in_tilelang(1.0)]).unread
+
+
+def test_what_is_exported_is_what_calls_find(tmp_path, monkeypatch):
+    """The user's entries, and packaged ones that serve more, or are less stale."""
+    user, packaged = tmp_path / "user", tmp_path / "packaged"
+    monkeypatch.setattr(sharing, "user_tuned_dir", lambda: user)
+    monkeypatch.setattr(sharing, "packaged_tuned_dir", lambda: packaged)
+
+    def exported(mine, theirs):
+        for folder, entries in ((user, mine), (packaged, theirs)):
+            path = tuned_files.tuned_path(folder, "gdn2", DEVICE)
+            write_tuned(path, TunedFile(METADATA, tuple(entries)))
+        return [x.measured["forward_backward_ms"] for x in sharing.on_file("gdn2", DEVICE).entries]
+
+    wide, alone = _in_tilelang(1.5), make_entry(ms=2.0)
+    assert exported([], [_FEW, wide, alone]) == [1.2, 1.5, 2.0]
+    assert exported([_in_tilelang(1.7)], [_FEW, wide, alone]) == [1.7, 2.0]
+    assert exported([_refusing(1.3, knobs={"language": "tilelang", "BV": 64})], [_FEW, wide]) == [
+        1.3,
+        1.5,
+    ]
+    stale = dataclasses.replace(_in_tilelang(1.7), templates={})
+    assert exported([stale], [_FEW, wide, alone]) == [1.2, 1.5, 2.0]
+    assert exported([_FEW, stale], [alone]) == [1.2, 2.0]
+    assert exported([_FEW, stale], []) == [1.2, 1.7]
+
+
+def test_a_difference_is_told_where_the_other_file_serves_other_options():
+    old = TunedFile(METADATA, (_in_tilelang(1.5), make_entry(ms=2.0)))
+    new = TunedFile(METADATA, (_FEW, make_entry(ms=2.0)))
+    (found,) = sharing.diff(old, new)
+    assert found.times == (1.5, 1.2) and "scan.segments" in found.knobs
+    (back,) = sharing.diff(new, old)
+    assert back.ratio == 1.5 / 1.2
+    both = TunedFile(METADATA, (_FEW, _in_tilelang(1.5), make_entry(ms=2.0)))
+    (found,) = sharing.diff(old, both)
+    assert (found.old, found.new) == (None, _FEW)
+    assert not sharing.diff(both, both)
 
 
 def test_is_stale(monkeypatch):

@@ -193,7 +193,7 @@ def test_processes_join_one_study_and_survive_a_kill(
     for entry in file.entries:
         assert entry.provenance == "measured" and not tuned_files.is_stale(entry)
     # one, and if it needs TileLang the best that does not beside it
-    assert len(file.entries) == 1 + len(tuned_files.seconds_of_pairs(file.entries))
+    assert len(file.entries) == 1 + len(tuned_files.stand_ins(file.entries))
     # the next run takes over what the killed one was at, and knows all that the others found
     done = len(trials(storage, TrialState.COMPLETE))
     left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)} - {None}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gdn2gen.base import outcome
 from gdn2gen.base.device import named_device
@@ -23,8 +25,9 @@ from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
-from gdn2gen.tuning.recheck import recheck
+from gdn2gen.tuning.recheck import Rechecked, recheck, recheck_table
 from gdn2gen.tuning.records.entries import problem_of, words_of
+from gdn2gen.tuning.views.lines import lines
 
 H200 = named_device("H200")
 
@@ -236,3 +239,22 @@ def test_both_need_a_gpu(monkeypatch, capsys):
     assert "no GPU" in capsys.readouterr().err
     assert program.main(["tune", "--only-failing"]) == program.EXIT_USAGE
     assert "present GPU" in capsys.readouterr().err
+
+
+def test_what_slower_entries_of_a_size_are_for_is_said() -> None:
+    """A report has the fastest alone."""
+
+    def of_scan(ms: float, **knobs: Any) -> tuned_files.Entry:
+        return entry(ms=ms, **knobs)
+
+    few = of_scan(1.0, language="tilelang", BV=64, segments="parallel")
+    wide, alone = of_scan(1.5, language="tilelang", BV=64), of_scan(2.0)
+    entries = [few, wide, alone]
+    table = recheck_table(Rechecked(x, SHAPES["train4k"], "holds") for x in entries)
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(table)
+    rows = [x.split("lean")[0] for x in console.export_text().splitlines() if "train4k" in x]
+    words = [x.replace("│", "").strip() for x in rows]
+    assert words == ["train4k", "train4k, every option", "train4k, Triton alone"]
+    assert [x.entry for x in lines(entries[::-1], H200, ())] == [few]
+    assert [x.entry for x in lines([alone, wide], H200, ())] == [wide]

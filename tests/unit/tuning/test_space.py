@@ -142,6 +142,25 @@ def test_what_is_proposed_lies_next_to_the_best_of_each_form_that_may_win():
     assert climb.next_to_best({}, lambda x: True, PROBLEM, H200, random.Random(0)) is None
 
 
+@pytest.mark.parametrize("ms", [1.2, 1.9])
+def test_a_quarter_of_what_is_proposed_is_for_calls_with_options(ms):
+    """Where the forms that serve all are too slow to win, parallel scans refuse packed batches."""
+    serial = default_config("scan", PROBLEM)
+    parallel = serial.replace(segments="parallel")
+    means = {parallel: 1.0, serial.replace(BV=16): ms * 1.2, serial: ms}
+    draw = random.Random(0)
+    drawn = [
+        climb.next_to_best(means, lambda x: x not in means, PROBLEM, H200, draw)
+        for _ in range(200)
+    ]  # fmt: skip
+    if ms > 1.3:
+        assert 30 < sum(x["segments"] == "serial" for x in drawn) < 70
+        near = {*space.neighbours(serial, PROBLEM, H200)}
+        assert {x for x in drawn if x["segments"] == "serial"} <= near
+    else:  # both forms as they come
+        assert sum(x["segments"] == "serial" for x in drawn) > 70
+
+
 def test_the_loser_of_two_forms_of_a_scan_is_timed_at_every_shape():
     assert space.is_hopeless("grad_key", 1.4, 1.0) and not space.is_hopeless("grad_key", 1.2, 1.0)
     assert space.is_hopeless("scan", 2.6, 1.0) and not space.is_hopeless("scan", 1.9, 1.0)
