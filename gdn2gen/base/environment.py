@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,24 @@ def _encoded(names: tuple[str, ...]) -> tuple[Any, ...]:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+_WITHOUT_ASSEMBLY: Final = ContextVar("without_assembly", default=False)
+
+
+def knows_assembly() -> bool:
+    """Whether kernels that are rendered now may have a GPU's own instructions."""
+    return not (interpreted() or _WITHOUT_ASSEMBLY.get())
+
+
+@contextmanager
+def without_assembly() -> Iterator[None]:
+    """Inside, kernels are rendered as for Triton's interpreter, which runs them without a GPU."""
+    token = _WITHOUT_ASSEMBLY.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_ASSEMBLY.reset(token)
 
 
 # Of GDN2GEN_UNVERIFIED in processes that verify, which need not be warned.

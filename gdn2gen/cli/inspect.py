@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.errors import ConfigError, InputError
 from gdn2gen.base.terminal import console, status, text_width
@@ -36,6 +36,10 @@ from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
 from gdn2gen.kernels.validity import why_invalid
+
+if TYPE_CHECKING:
+    from gdn2gen.tuning.mamba3_packages import Mamba3Package
+    from gdn2gen.tuning.packages import Package
 
 SHAPE: Final = "train4k"
 
@@ -130,13 +134,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
-    if args.op == MAMBA3 and args.stage is None:
-        raise InputError(
-            f"--op {MAMBA3} has no package: a package is of one plan of stages, and its kernels "
-            "are in none. In fp32 they lie around a scan of chunk_simple_gla's, of which `gdn2gen "
-            "generate --op simple_gla --head-dim 128,64` makes one; --stage NAME prints any; "
-            "`gdn2gen compile --op mamba3` makes a folder of all, compiled, for calls of gdn2gen"
-        )
     if args.stage is not None:
         refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level", "tune")
         return _print_stage(args)
@@ -154,40 +151,46 @@ def generate(args: argparse.Namespace) -> int:
         names = ", ".join(x.name for x in shapes)
         raise InputError(f"a package is made for one shape, but got {names}")
     from gdn2gen.cli.tune import search
-    from gdn2gen.store.dispatch import explain_recipe, reload
-    from gdn2gen.tuning import packages
+    from gdn2gen.store.dispatch import reload
+    from gdn2gen.tuning import mamba3_packages, packages
     from gdn2gen.workflows.tune import own_folder
 
-    problem = _at(problem_of(args), shapes[0])
     level = args.level or LEVELS[0]
+    problem = mamba3_problem_of(args) if args.op == MAMBA3 else problem_of(args)
     if args.tune is not None:
         args.budget, args.shapes = args.tune, shapes[0].name
         search(args, own_folder(), (level,))
         reload()
     device, present = present_or_target(args.target)
+    given = (shapes[0], device, args.out)
+    options: dict[str, Any] = {"present": present, "level": level, "force": args.force}
+    options["language"] = args.language
+    package: Package | Mamba3Package
     with status(console()) as say:
-        package = packages.make(
-            problem,
-            shapes[0],
-            device,
-            args.out,
-            present=present,
-            level=level,
-            language=args.language,
-            force=args.force,
-            say=say,
-        )
-    found, files = package.found, package.files
-    print(explain_recipe(found, text_width()))
+        if isinstance(problem, Problem):
+            package = packages.make(_at(problem, shapes[0]), *given, **options, say=say)
+        else:
+            asked = replace(problem, packed=problem.packed or shapes[0].cu_seqlens is not None)
+            package = mamba3_packages.make_mamba3(asked, *given, **options, say=say)
+    _say_written(package)
+    return 0
+
+
+def _say_written(package: Package | Mamba3Package) -> None:
+    from gdn2gen.store.dispatch import Found, explain_recipe
+
+    found, needs, hint = package.found, "torch and triton", ""
+    if isinstance(found, Found):
+        print(explain_recipe(found, text_width()))
+        if any(language_of(x) == "tilelang" for x in found.recipe.configs):
+            needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"
+    else:
+        print(found.words(text_width()))
     if package.proof is not None:
         print(package.proof.words)
-    needs, hint = "torch and triton", ""
-    if any(language_of(x) == "tilelang" for x in found.recipe.configs):
-        needs, hint = "torch, triton and tilelang", " (--language triton: nor tilelang)"
-    print(f"wrote {len(files)} files, which need {needs} but not gdn2gen{hint}:")
-    for file in files:
+    print(f"wrote {len(package.files)} files, which need {needs} but not gdn2gen{hint}:")
+    for file in package.files:
         print(f"  {file}")
-    return 0
 
 
 def _print_stage(args: argparse.Namespace) -> int:

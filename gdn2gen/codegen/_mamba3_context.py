@@ -30,7 +30,7 @@ def mamba3_context(problem: Mamba3Problem, config: Config) -> dict[str, object]:
             "p": "o_p < P" if BP != P else "",
         },
         # sine and cosine by the GPU's own instructions
-        "approximate": problem.dtype != "fp32" and not environment.interpreted(),
+        "approximate": problem.dtype != "fp32" and environment.knows_assembly(),
         # slices of values, and whether the last one is wider than what there is
         "n_v": -(-P // BV),
         "narrow": P % BV != 0,

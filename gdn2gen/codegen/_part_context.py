@@ -35,7 +35,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         "scalars": scalars,
         "glossary": _glossary(problem, stage.operands(problem)),
         # Triton's interpreter knows no assembly
-        "interpreted": environment.interpreted(),
+        "interpreted": not environment.knows_assembly(),
         # a page may say in which dtype a decay comes
         "decays": False,
         "io_dtype": _in_triton(problem.dtype),

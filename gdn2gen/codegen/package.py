@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import textwrap
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from gdn2gen.base.dtypes import DTYPE
+from gdn2gen.codegen._mamba3_package import configs_of, mamba3_package_texts
 from gdn2gen.codegen._package_arguments import of_recurrence
 from gdn2gen.codegen._package_files import check_folder, write_package
+from gdn2gen.codegen._package_text import filled, made_for, wrapped, wrapped_command
 from gdn2gen.codegen.render import render, render_tables
 from gdn2gen.codegen.templates import templates
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.problem import LEAST_BOUND, Problem
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import language_of
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.rows import row_of, unit_of
@@ -34,11 +35,16 @@ from gdn2gen.kernels.schedule import (
     schedule,
 )
 
-__all__ = ["check_folder", "generate_package", "package_source", "package_texts"]
+__all__ = [
+    "check_folder",
+    "configs_of",
+    "generate_mamba3_package",
+    "generate_package",
+    "package_source",
+    "package_texts",
+]
 
 TEMPLATE: Final = "package/__init__.py.jinja"
-_LINE: Final = 100
-_GENERATE: Final = "gdn2gen generate "
 
 
 def generate_package(
@@ -53,6 +59,22 @@ def generate_package(
     `force`) files that were edited since they were generated.
     """
     return write_package(Path(out_dir), package_texts(recipe, command, origin), force=force)
+
+
+def generate_mamba3_package(
+    problem: Mamba3Problem,
+    knobs: Mapping[str, Mapping[str, Knob]],
+    out_dir: str | Path,
+    command: str,
+    *,
+    origin: str = "",
+    fast: bool = False,
+    force: bool = False,
+) -> list[Path]:
+    """The same of Mamba-3's kernels over chunks, with these knobs by stage. `fast`: the package
+    keeps the states before chunks for its backward unless a call says otherwise."""
+    texts = mamba3_package_texts(problem, knobs, command=command, origin=origin, fast=fast)
+    return write_package(Path(out_dir), texts, force=force)
 
 
 def package_texts(recipe: Recipe, command: str, origin: str = "") -> dict[str, str]:
@@ -87,7 +109,7 @@ def package_source(recipe: Recipe, command: str) -> str:
             BT=recipe.BT,
             torch_dtype=_in_torch(problem.dtype),
             torch_gate_dtype=_in_torch(problem.gate_dtype),
-            command=_wrapped_command(command),
+            command=wrapped_command(command),
             inputs=inputs,
             scalars=scalars,
             gradients=[folded.get(name, "None") for name in (*inputs, *scalars)],
@@ -97,12 +119,12 @@ def package_source(recipe: Recipe, command: str) -> str:
             lower_bound=_least_bound(recipe),
             allocation=partial(_allocation, problem=problem),
             arguments=partial(_arguments, problem=problem),
-            wrapped=_wrapped,
+            wrapped=wrapped,
             parts_of_heads=_parts_of_heads((*forward, *backward)),
             SEGMENT=SEGMENT,
             max_segments=recipe.saved_segments,
             every=plan.every if plan.every > 1 else 0,
-            made_for={name: _made_for(x) for name, x in _sources(recipe).items()},
+            made_for={name: made_for(x) for name, x in _sources(recipe).items()},
         )
     )
     return text.rstrip() + "\n"
@@ -123,8 +145,8 @@ def _beside(recipe: Recipe, name: str, command: str, origin: str) -> str:
             tied=recurrence.tied,
             given=given_inputs(problem),
             languages=" and ".join(["triton", *(x for x in languages if x != "triton")]),
-            command=_wrapped_command(command),
-            origin=textwrap.fill(origin or "not said", _LINE, subsequent_indent="    "),
+            command=wrapped_command(command),
+            origin=filled(origin),
         )
     )
     return text.rstrip() + "\n"
@@ -138,12 +160,6 @@ def _sources(recipe: Recipe) -> dict[str, str]:
     if problem.varlen:
         found["chunk_tables"] = render_tables(problem, recipe.BT).source
     return found
-
-
-def _made_for(source: str) -> str:
-    """Digest of the docstring of a module, as the package compares it."""
-    words = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _least_bound(recipe: Recipe) -> int:
@@ -208,19 +224,3 @@ def _shapes_read(recurrence: Recurrence, folded: Mapping[str, str]) -> set[str]:
     """Inputs of which the backward needs sizes and dtypes, if nothing else."""
     sized = {recurrence.inputs[place].name for place in recurrence.sized_by}
     return sized | {name for name, words in folded.items() if words.startswith("_fold(")}
-
-
-def _wrapped(words: Iterable[str], indent: int = 0) -> str:
-    """Words with commas between them, in lines of at most 100 columns, each indented."""
-    lines = textwrap.wrap(", ".join(words), _LINE - indent - 1)
-    return "\n".join(" " * indent + line for line in lines) + ","
-
-
-def _wrapped_command(command: str) -> str:
-    # a backslash ends every line but the last, for the shell as for the docstring
-    program, words = command[: len(_GENERATE)], command[len(_GENERATE) :]
-    lines = textwrap.wrap(words, _LINE - 25, break_long_words=False, break_on_hyphens=False)
-    return program + " \\\n      ".join(lines)
-
-
-__all__ = ["generate_package", "package_source"]

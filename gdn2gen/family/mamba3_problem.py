@@ -98,3 +98,20 @@ class Mamba3Problem(PartProblem):
     def dtype_of(self, role: str) -> str:
         of_numbers = {"trap": self.trap_dtype, "angle": self.angle_dtype}
         return of_numbers.get(role) or super().dtype_of(role)
+
+
+def usual_mamba3_problem(
+    head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
+) -> Mamba3Problem:
+    """`head_dim` is N, `value_dim` P (N if None); half of the channels are rotated, and D and Z
+    given, unless `fields`, those of `Mamba3Problem`, say otherwise.
+
+    Raises InputError for others.
+    """
+    usual = {"angles": head_dim // 4, "skip": True, "gate": True}
+    P = head_dim if value_dim is None else value_dim
+    given: dict[str, Any] = {"dtype": dtype, "state_size": head_dim, "head_dim": P}
+    try:
+        return Mamba3Problem(**given | usual | fields)
+    except TypeError as error:
+        raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error

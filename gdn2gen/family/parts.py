@@ -53,15 +53,17 @@ class PartProblem:
         return tuple(found)
 
     def with_extras(self, words: Iterable[str]) -> Self:
-        """Fields by words as in `extras`. Raises InputError for others."""
+        """Fields by words as in `extras`, a flag that is not to be set as `name:no`. Raises
+        InputError for others."""
         known = {x.name: x.default for x in fields(self)}
         given: dict[str, Any] = {}
         for word in words:
             name, _, value = word.partition(":")
-            if name not in known or bool(value) == isinstance(known[name], bool):
+            flag = isinstance(known.get(name), bool)
+            if name not in known or (value not in ("", "no") if flag else not value):
                 said = ", ".join(x if y is False else f"{x}:VALUE" for x, y in known.items())
                 raise InputError(f"{self.op} takes any of {said}, but got {word!r}")
-            given[name] = int(value) if value.isdecimal() else value or True
+            given[name] = value != "no" if flag else int(value) if value.isdecimal() else value
         return replace(self, **given)
 
 

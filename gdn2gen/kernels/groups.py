@@ -14,6 +14,7 @@ from typing import Final
 from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
+    CHECKPOINTS,
     CHUNK_TABLE,
     DH,
     DO,
@@ -25,6 +26,7 @@ from gdn2gen.kernels.operands import (
     VW,
     H,
 )
+from gdn2gen.kernels.scans import CHECKPOINT_SCALARS, NO_CHECKPOINTS
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
 HEADS: Final = (1, 2, 4, 8, 16, 32)
@@ -126,14 +128,19 @@ _SERIAL_TILELANG: Final = Form(
     "scan_group",
     # with one stage of loads, two programs to a multiprocessor
     knobs={"heads": (1,), "BV": (64,), "num_warps": (4,), "num_stages": (1, 2, 3)},
-    limits=_IN_TILELANG,
+    limits=(*_IN_TILELANG, NO_CHECKPOINTS),
 )
 
 SCAN_GROUP: Final = Stage(
     name="scan_group",
-    inputs=(_V, *QK, *_STEPS, _SCORES, _SKIP, _GATE, *INITIAL, *SEQUENCES),
-    outputs=(OUTPUT, S_SEG, Operand("final_state", "N HV K V", "fp32", "final_state")),
+    inputs=(_V, *QK, *_STEPS, _SCORES, _SKIP, _GATE, *INITIAL, *SEQUENCES, *CHECKPOINTS),
+    outputs=(
+        OUTPUT,
+        replace(S_SEG, when="segments"),
+        Operand("final_state", "N HV K V", "fp32", "final_state"),
+    ),
     scalars=_SCAN_SCALARS,
+    checkpoint_scalars=CHECKPOINT_SCALARS,
     rows=("z",),
     count="n_sequences",
     products=("K V BT", "BT V K", "BT V BT"),

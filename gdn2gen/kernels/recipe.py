@@ -9,8 +9,12 @@ from typing import Final
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
 from gdn2gen.kernels.extras import OFF
+<<<<<<< HEAD
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.options import serves_every_option
+=======
+from gdn2gen.kernels.limits import Knob, Place
+>>>>>>> w-feat
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
@@ -119,6 +123,10 @@ class Recipe:
         found = [recipe[x] for x in stages if x in recipe.plan.stages]
         return recipe.with_config(*(_serial(x, self.problem) for x in found))
 
+    def keeping(self) -> Recipe:
+        """The same with a scan that can keep states on the way."""
+        return self.serial(*(name for name, x in EVERY_STAGE.items() if x.checkpoint_scalars))
+
     def for_few(self, regime: Regime) -> Recipe:
         """The same for sizes that leave most of a GPU idle, where it was chosen for larger ones.
 
@@ -187,8 +195,9 @@ def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:
 
 
 def _chained(config: Config) -> Config:
-    """Its serial form in the same language; there may be none."""
-    return config.replace(segments="serial", max_segments=MAX_SEGMENTS)
+    """Its serial form in the same language; there may be none. Some stages have no other."""
+    chained: dict[str, Knob] = {"segments": "serial", "max_segments": MAX_SEGMENTS}
+    return config.replace(**{name: x for name, x in chained.items() if name in config})
 
 
 def _serial(config: Config, problem: Problem) -> Config:

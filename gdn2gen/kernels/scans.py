@@ -39,6 +39,8 @@ SEGMENT: Final = 32
 MAX_SEGMENTS: Final = 132
 
 _SCALARS: Final = ("T", "HV", "NS", "segment")
+# Columns of checkpoint_slots, which segment the first is of, and how far slots lie apart.
+CHECKPOINT_SCALARS: Final = ("NC", "first_checkpoint", "slot_stride")
 _FINAL: Final = Operand("final_state", "N HV K V", "fp32", "final_state")
 # Of the parallel forms: from a segment's start to its end; gradients at its end.
 _M_SEG: Final = Operand("M_seg", "N HV NS K K", "fp32", scratch=True)
@@ -95,7 +97,7 @@ _SERIAL_TILELANG: Final = Form(
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
 
-_NO_CHECKPOINTS: Final = Limit(
+NO_CHECKPOINTS: Final = Limit(
     "checkpoints", ("",), "only the serial scan in Triton keeps states on the way"
 )
 
@@ -113,7 +115,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         limits=(
             *serial.limits,
             segments,
-            *(() if serial.language == "triton" else (_NO_CHECKPOINTS,)),
+            *(() if serial.language == "triton" else (NO_CHECKPOINTS,)),
         ),
     )
     parallel = replace(
@@ -124,7 +126,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         limits=(
             *serial.limits,
             Limit("varlen", (False,), "packed sequences are one segment each"),
-            _NO_CHECKPOINTS,
+            NO_CHECKPOINTS,
         ),
         # BV are also rows of the transition
         tiles=(*TILES, ("BV", "K")),
@@ -151,8 +153,7 @@ SCAN: Final = Stage(
     outputs=(OUTPUT, replace(S_SEG, when="segments"), _M_SEG, _FINAL),
     scalars=_SCALARS,
     outside_scalars=("H",),
-    # columns of checkpoint_slots, which segment the first is of, and how far slots lie apart
-    checkpoint_scalars=("NC", "first_checkpoint", "slot_stride"),
+    checkpoint_scalars=CHECKPOINT_SCALARS,
     count="n_sequences",
     products=(*_CARRY, *_MAKE_O),
     selector="segments",

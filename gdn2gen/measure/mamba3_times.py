@@ -21,6 +21,7 @@ from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs, run_mamba3_case
 from gdn2gen.measure.timing import time_ms
 from gdn2gen.runtime import mamba3
+from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_chunks import Given, launches
 from gdn2gen.runtime.mamba3_loaded import force, force_tile
 
@@ -112,10 +113,15 @@ def _step_run(problem: Mamba3Problem, shape: Shape) -> Run:
 
 
 def check_knobs(
-    problem: Mamba3Problem, shape: Shape, BT: int | None, configs: Configs
+    problem: Mamba3Problem,
+    shape: Shape,
+    BT: int | None,
+    configs: Configs,
+    device: str | None = None,
 ) -> tuple[dict[str, float], str]:
     """Errors against fp64 with these knobs, in hostile patterns, and that they repeat bit for bit;
-    and what is wrong, if anything is. `BT`: the tile of a call over sequences; None for a step."""
+    and what is wrong, if anything is. `BT`: the tile of a call over sequences; None for a step.
+    `device`: the GPU if None."""
     tokens = min(shape.T, _CHECKED_TOKENS) if BT is not None else 5
     small = Shape("check", 1 if BT is not None else 3, tokens, shape.H, groups=shape.key_heads)
     wanted = [("accuracy", x) for x in _CHECKED] + [("repeat", "layer")]
@@ -125,11 +131,13 @@ def check_knobs(
     for stage, knobs in configs.items():
         force(stage, {x: y for x, y in knobs.items() if x != "BT"})
     force_tile(BT)
+    # whichever dtype it is: the kernels that the knobs are of
+    of_chunks = any(x in _OF_CHUNKS for x in configs)
     try:
         for check, pattern in wanted:
-            with verifying():
+            with verifying(), chunks_forced(of_chunks):
                 case = Mamba3Case(f"{check}-{pattern}", problem, small, pattern, check)
-                result = run_mamba3_case(case, DEVICE)
+                result = run_mamba3_case(case, device or DEVICE)
             for name, error in result.errors.items():
                 errors[name] = max(error, errors.get(name, 0.0))
             if not result.passed:

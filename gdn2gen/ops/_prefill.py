@@ -92,7 +92,7 @@ def prefill(
     check_prefill(
         dims,
         state_v_first,
-        q,
+        (signature.shown[0], q),
         pools,
         initial=initial is not None,
         null_slot=serving.null_slot,

@@ -370,12 +370,20 @@ def chunk_mamba2(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     disable_recompute: bool = False,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-2 over whole sequences, in the words of the family (arXiv 2405.21060).
 
     As mamba_ssm takes it: `mamba_chunk_scan_combined`.
     """
-    found: tuple[Tensor, Tensor | None] = call(
+    return call(  # type: ignore[no-any-return]
         _MAMBA2,
         (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),
         scale=None,
@@ -384,5 +392,13 @@ def chunk_mamba2(
         disable_recompute=disable_recompute,
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        return_intermediate_states=return_intermediate_states,
+        serving=serving_of(
+            state_pool,
+            ssm_state_indices,
+            has_initial_state,
+            null_slot,
+            checkpoint_every_n_tokens,
+            checkpoint_state_indices,
+        ),
     )
-    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.mamba2 import step_sizes
 from gdn2gen.ops._call import call
+from gdn2gen.ops._prefill import NOT_SERVING, Serving, serving_of
 from gdn2gen.ops.chunk import MAMBA2_OP, SIMPLE_GLA_OP
 from gdn2gen.runtime.signature import renamed
 
@@ -50,6 +51,14 @@ def mamba_chunk_scan_combined(
     return_final_states: bool = False,
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,
+    *,
+    return_intermediate_states: bool = False,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    checkpoint_every_n_tokens: int | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Mamba-2 over whole sequences, in chunks (arXiv 2405.21060).
 
@@ -84,24 +93,48 @@ def mamba_chunk_scan_combined(
         return_final_states: also return the state after the last token of each row.
         return_varlen_states: also return those after the last of each packed sequence.
         state_dtype: float32 or None: states are float32.
+        return_intermediate_states: also return the states before tokens 0, 64, 128, ... of each
+            sequence, as the other ops of the family do; there is no backward then.
+        state_pool: [slots, h, P, N] float32 or bfloat16: states, read and written in place, in
+            place of `initial_states`; there is no backward then.
+        ssm_state_indices, has_initial_state, null_slot: of that pool, as in `chunk_gdn2`.
+        checkpoint_every_n_tokens, checkpoint_state_indices: slots for states on the way, as there.
 
     Returns:
-        out [b, l, h, P] in the dtype of x; or a tuple of it, the final states [b, h, P, N] and the
-        packed sequences' [sequences, h, P, N], as far as they are asked for.
+        out [b, l, h, P] in the dtype of x; or a tuple of it, the final states [b, h, P, N] (the
+        pool, if there is one), the packed sequences' [sequences, h, P, N], and those on the way
+        [b, NT, h, P, N] in the dtype of x, as far as they are asked for.
 
     Raises:
         InputError: a wrong rank, shape, dtype, device or value, before any launch.
         UnsupportedError: head dims or options that were not verified.
     """
     _check_options(chunk_size, dt_softplus, dt_limit, return_final_states, return_varlen_states)
+    serving = serving_of(
+        state_pool,
+        ssm_state_indices,
+        has_initial_state,
+        null_slot,
+        checkpoint_every_n_tokens,
+        checkpoint_state_indices,
+    )
     if state_dtype not in (None, torch.float32):
         raise UnsupportedError(f"states are float32, but got state_dtype={state_dtype}")
     if return_varlen_states and cu_seqlens is None:
         raise InputError("return_varlen_states=True needs cu_seqlens, but got None")
     _check_tensors(x, dt, A, B, C, D, z, dt_bias, seq_idx)
     wants_states = return_final_states or return_varlen_states
+    restarts = seq_idx is not None and cu_seqlens is None
+    _check_serving(serving, return_intermediate_states, restarts)
+    if state_pool is not None and (initial_states is not None or return_varlen_states):
+        name = "return_varlen_states" if initial_states is None else "initial_states"
+        raise InputError(
+            f"{name} and state_pool were given, but with a pool each sequence's state comes from "
+            f"its slot and goes there: leave {name} out"
+        )
     if seq_idx is not None and cu_seqlens is None:
         steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+        on_the_way: list[Tensor] = []
         found_y, states = _restarted(x, steps, A, B, C, D, z, initial_states, seq_idx, wants_states)
     else:
         # a softplus is above 0
@@ -110,7 +143,7 @@ def mamba_chunk_scan_combined(
             dt, dt_bias = step_sizes(dt, dt_bias, dt_softplus, dt_limit), None
         D = D if D is None or D.dim() == 2 else D[:, None].expand(D.shape[0], x.shape[3])
         z = None if z is None else z.to(x.dtype)
-        found_y, states = call(
+        found_y, states, *on_the_way = call(
             _MAMBA2,
             (C, B, x, dt, initial_states, A, dt_bias, D, z, cu_seqlens),
             scale=None,
@@ -119,12 +152,16 @@ def mamba_chunk_scan_combined(
             disable_recompute=False,
             state_v_first=True,
             cu_seqlens_cpu=None,
+            return_intermediate_states=return_intermediate_states,
+            serving=serving,
         )
     found = [found_y]
     if states is not None:
         # of a packed row, the last sequence's state is the row's
-        found += [states if cu_seqlens is None else states[-1:]] if return_final_states else []
+        whole = cu_seqlens is None or state_pool is not None
+        found += [states if whole else states[-1:]] if return_final_states else []
         found += [states] if return_varlen_states else []
+    found += on_the_way
     return tuple(found) if len(found) > 1 else found[0]
 
 
@@ -184,6 +221,19 @@ def _check_options(
         raise InputError(
             f"`0 <= dt_limit[0] <= dt_limit[1]` must hold, but got {dt_limit!r}: a step below 0 "
             "would let the state grow"
+        )
+
+
+def _check_serving(serving: Serving, intermediate: object, restarts: bool) -> None:
+    """That what goes to slots is of whole sequences; the kernels' op checks the rest."""
+    if type(intermediate) is not bool:
+        raise InputError(
+            f"return_intermediate_states must be True or False, but got {intermediate!r}"
+        )
+    if restarts and (intermediate or serving is not NOT_SERVING):
+        raise UnsupportedError(
+            "seq_idx was given without cu_seqlens, but states in a pool or on the way are those of "
+            "whole sequences: pack them, and say where they begin by cu_seqlens"
         )
 
 

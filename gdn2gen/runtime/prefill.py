@@ -135,7 +135,7 @@ def _runner(
     if not checkpoints:
         return Runner(recipe)
     keeping = PrefillProblem.of(recipe.problem, checkpoints, odd_slots)
-    return Runner(replace(recipe.serial("scan"), problem=keeping))
+    return Runner(replace(recipe.keeping(), problem=keeping))
 
 
 def _rows(call: Any, cu_seqlens: Tensor | None) -> Tensor:

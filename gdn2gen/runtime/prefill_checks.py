@@ -20,7 +20,7 @@ POOLS = ("state_pool", "ssm_state_indices", "has_initial_state", "checkpoint_sta
 def check_prefill(
     dims: Dims,
     state_v_first: bool,
-    q: Tensor,
+    q: tuple[str, Tensor],
     pools: Sequence[Tensor | None],
     *,
     initial: bool,
@@ -28,7 +28,8 @@ def check_prefill(
     every: object,
     intermediate: bool,
 ) -> None:
-    """Ranks, shapes, dtypes and devices of `POOLS`, and what goes with what. Raises InputError."""
+    """Ranks, shapes, dtypes and devices of `POOLS`, and what goes with what. `q`: what its caller
+    calls it, and itself. Raises InputError."""
     for name, x in zip(POOLS, pools, strict=True):
         if x is not None and not isinstance(x, Tensor):
             raise InputError(f"{name} must be a tensor or None, but got {type(x).__name__}")
@@ -39,7 +40,7 @@ def check_prefill(
     for name, layout in named.items():
         if layout is not None:
             check_dense(name, layout.layout)
-    check_devices({"q": TensorLayout.of(q), **named})
+    check_devices({q[0]: TensorLayout.of(q[1]), **named})
     pool, indices, flags, checkpoints = (named[name] for name in POOLS)
     check_pool(pool, indices, dims, state_v_first, initial=initial)
     if pools[0] is not None:

@@ -23,9 +23,6 @@ from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
 from gdn2gen.runtime.passes import Loaded, Pass, poisoned
 
-# The stage that makes states, and may keep some of them for who asks (`PrefillProblem`).
-_KEEPING: Final = "scan"
-
 
 class Runner:
     """A recipe with its kernels loaded; `at` the sizes of a call it runs either direction.
@@ -91,7 +88,8 @@ class Runner:
 
     def launcher(self, problem: Problem, stage_name: str) -> Callable[..., None]:
         """The launch function of a stage."""
-        if stage_name != _KEEPING:
+        # who makes states may keep some of them for who asks (`PrefillProblem`)
+        if not STAGES[stage_name].checkpoint_scalars:
             problem = plain(problem)
         return stage_launcher(problem, self.recipe[stage_name])
 

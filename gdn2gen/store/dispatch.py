@@ -172,7 +172,7 @@ def _batch_invariant(
     not that of the same tokens in a packed batch."""
     usual = replace(_ANY_BATCH, heads=regime.heads)
     found = _find(replace(problem, varlen=True), usual, device, level, strict)
-    recipe = found.recipe.serial("scan")
+    recipe = found.recipe.keeping()
     why = f"{found.why}; results may not depend on the batch (GDN2GEN_BATCH_INVARIANT)"
     recipe = replace(recipe, problem=problem)
     return replace(found, recipe=recipe, why=why, agreed_segments=1)

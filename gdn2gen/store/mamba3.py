@@ -111,11 +111,14 @@ def find_mamba3(
     *,
     level: str = "lean",
     strict: bool | None = None,
+    kind: str | None = None,
 ) -> Mamba3Found:
     """What a call at `shape` runs. `level` and `strict` are those of `find_recipe`, for the scan:
-    all other kernels are the same at either level."""
+    all other kernels are the same at either level. `kind`: `AROUND` or `CHUNKS`, whatever calls in
+    this dtype run."""
     scan = None
-    if not by_chunks(problem.dtype):
+    usual = CHUNKS if by_chunks(problem.dtype) else AROUND
+    if (kind or usual) == AROUND:
         scan = find_recipe(
             scan_problem(problem), scan_shape(shape).regime, device, level=level, strict=strict
         )

@@ -11,6 +11,8 @@
     retest    refused configs, tried again
     run       search the present GPU, and file the best
     offline   what can be done without a GPU
+    proof     what is known of kernels before they go into a package
+    mamba3_packages  packages of Mamba-3's kernels
     packages  packages of kernels that have not run yet
     mamba3    Mamba-3: the scan, and the kernels around it
 

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gdn2gen.base.device import Device, has_gpu, present_device
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.package import check_folder, generate_package
+from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.recipe import Recipe
@@ -22,36 +25,16 @@ from gdn2gen.store.sizes import find_recipe_of_any_size
 from gdn2gen.store.verified import Place, is_verified
 from gdn2gen.tuning.gpu.attempt import fitting, right
 from gdn2gen.tuning.gpu.backend import WorkerBackend
+from gdn2gen.tuning.mamba3_packages import Mamba3Package, make_mamba3
 from gdn2gen.tuning.offline.run import ProcessBackend
+from gdn2gen.tuning.proof import Proof
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What is known of a recipe: how its kernels compiled, and how far off their results are."""
+class RecipeProof(Proof):
+    """And of which recipe that is."""
 
     recipe: Recipe
-    resources: dict[str, Resources]
-    """By stage, for the target."""
-    instead: dict[str, str]
-    """Stages that run their default config, and why not the one that was wanted."""
-    where: str
-    """The GPU that the results were checked on, or what was there instead of one."""
-    errors: dict[str, float]
-    """Worst relative error of each output and gradient against the fp64 reference."""
-
-    @property
-    def words(self) -> str:
-        """One paragraph of it, for a reader."""
-        spilled = max(x.spill_bytes for x in self.resources.values())
-        shared = max(x.shared_bytes for x in self.resources.values())
-        name, error = max(self.errors.items(), key=lambda x: x[1])
-        said = [
-            f"compiled: {len(self.resources)} stages, at most {shared} bytes of shared memory and "
-            f"{spilled} spilled a thread",
-            f"checked on {self.where}: worst {name}, off by {error:.1e}",
-        ]
-        said += [f"{stage} runs its default: {why}" for stage, why in self.instead.items()]
-        return "\n".join(said)
 
 
 def is_proven(found: Found) -> bool:
@@ -72,7 +55,7 @@ def prove(
     *,
     present: bool,
     say: Callable[[str], None] = lambda _: None,
-) -> Proof:
+) -> RecipeProof:
     """Compile every stage for `device`, and compare the results with the fp64 reference: on the GPU
     if it is `present`, else in Triton's interpreter in fp32.
 
@@ -97,7 +80,7 @@ def prove(
             f"the kernels of {recipe} failed their check on {where}, and nothing was written: "
             f"{checked.reason}"
         )
-    return Proof(recipe, resources, instead, where, dict(checked.get().errors))
+    return RecipeProof(resources, instead, where, dict(checked.get().errors), recipe)
 
 
 def _compiled(
@@ -138,7 +121,7 @@ def _place(recipe: Recipe) -> str:
     return f"{where} (not {', '.join(stages)}, in TileLang)" if stages else where
 
 
-def proven(found: Found, proof: Proof) -> Found:
+def proven(found: Found, proof: RecipeProof) -> Found:
     """`found` with the recipe that was proven."""
     why = found.why
     if proof.instead:
@@ -164,48 +147,50 @@ def generate(
     head_dim: int = 128,
     value_dim: int | None = None,
     dtype: str = "bf16",
-    shape: str = "train4k",
+    shape: str | None = None,
     level: str = "lean",
     language: str | None = None,
     target: str | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
     **fields: object,
-) -> Package:
+) -> Package | Mamba3Package:
     """Write a package of kernels to `out_dir`, as `gdn2gen generate` does.
 
     head_dim, value_dim: K, a multiple of 8 from 16 to 256, and V, one from 16 to 512 (K if None).
-    shape: the name of a shape, or sizes BxTxH, whose tuned configs are taken.
+    shape: the name of a shape, or sizes BxTxH, whose tuned configs are taken (train4k; of
+        `op="mamba2"` and `"mamba3"` mamba4k).
     language: `triton` for a package that does not need TileLang.
     target: GPU or architecture; by default the present GPU, or sm_90 where there is none.
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
+
+    Of `op="mamba3"` head_dim is N, value_dim P, and the fields are those of `Mamba3Problem`: D and
+    Z are given and half of the channels rotated unless they say otherwise.
 
     Recipes that never ran at these head dims are compiled and checked first (see `prove`). Raises
     UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
     and InputError for a folder that holds anything but an earlier package.
     """
-    shapes = parse_shapes(shape)
+    usual = "mamba4k" if op in (*STEP_OPS, MAMBA3) else "train4k"
+    shapes = parse_shapes(usual if shape is None else shape)
     if len(shapes) != 1:
         raise InputError(f"a package is made for one shape, but got {shape!r}")
     if language not in (None, "triton"):
         raise InputError(f"a package is as tuned or language='triton', but got {language!r}")
     wanted = shapes[0]
+    present = target is None and has_gpu()
+    device = present_device() if present else device_called(target or "sm_90")
+    options: dict[str, Any] = dict(
+        present=present, level=level, language=language, force=force, say=say
+    )
+    if op == MAMBA3:
+        asked = usual_mamba3_problem(head_dim, value_dim, dtype, dict(fields))
+        asked = replace(asked, packed=asked.packed or wanted.cu_seqlens is not None)
+        return make_mamba3(asked, wanted, device, out_dir, **options)
     V = head_dim if value_dim is None else value_dim
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
-    present = target is None and has_gpu()
-    device = present_device() if present else device_called(target or "sm_90")
-    return make(
-        problem,
-        wanted,
-        device,
-        out_dir,
-        present=present,
-        level=level,
-        language=language,
-        force=force,
-        say=say,
-    )
+    return make(problem, wanted, device, out_dir, **options)
 
 
 def make(

@@ -208,17 +208,18 @@ def _serving(recipe: Recipe) -> Iterator[Task]:
         return
     pooled = replace(recipe.problem, initial_state=True, final_state=True)
     yield from _tasks(replace(recipe, problem=pooled), backward=False)
-    apart = recipe.serial("scan")
-    scan = apart["scan"]
+    apart = recipe.keeping()
+    last = apart.plan.forward[-1]
+    scan = apart[last]
     # where the recipe's own is a stage that keeps no states on the way
     for stage in apart.plan.forward[:-1]:
         if stage not in recipe.plan.forward:
             for problem in dict.fromkeys((recipe.problem, pooled)):
                 yield "ship_stage", (problem, stage, apart[stage])
     for problem in dict.fromkeys((recipe.problem, pooled)):
-        yield "ship_stage", (PrefillProblem.of(problem, problem.dtype, False), "scan", scan)
+        yield "ship_stage", (PrefillProblem.of(problem, problem.dtype, False), last, scan)
     for pool, indices in product(("fp32", "bf16"), ("int32", "int64")):
-        yield "ship_stage", (PrefillProblem.of(pooled, pool, False), "scan", scan)
+        yield "ship_stage", (PrefillProblem.of(pooled, pool, False), last, scan)
         for flagged, checkpoints in product((False, True), (False, True)):
             yield "ship_slots", (pooled, pool, indices, flagged, checkpoints)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
-from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.mamba3_problem import Mamba3Problem, usual_mamba3_problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP, own_problem
@@ -30,21 +30,7 @@ if TYPE_CHECKING:
 _BACKWARD: Final = (MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT)
 
 
-def mamba3_problem(
-    head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
-) -> Mamba3Problem:
-    """`head_dim` is N, `value_dim` P (N if None); half of the channels are rotated, and D and Z
-    given, unless `fields`, those of `Mamba3Problem`, say otherwise.
-
-    Raises InputError for others.
-    """
-    usual = {"angles": head_dim // 4, "skip": True, "gate": True}
-    P = head_dim if value_dim is None else value_dim
-    given: dict[str, Any] = {"dtype": dtype, "state_size": head_dim, "head_dim": P}
-    try:
-        return Mamba3Problem(**given | usual | fields)
-    except TypeError as error:
-        raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error
+mamba3_problem = usual_mamba3_problem
 
 
 def explain_mamba3(

@@ -24,7 +24,7 @@ tail from a token to the chunk's end, and gamma_C over all of it: factors of no 
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=triton num_stages=2 num_warps=4
-Template digest 2b3ab110fe3a2d9d; made by
+Template digest f43650211490a25f; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=triton,num_stages=2,num_warps=4

@@ -20,7 +20,7 @@ from prefill_cases import BF16, Case, Drawn
 from torch import Tensor
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import OPS, STEP_OPS
+from gdn2gen.family.registry import OPS
 from gdn2gen.measure.accuracy import op_flags, public_op, run_op
 
 pytestmark = pytest.mark.gpu
@@ -119,10 +119,8 @@ def test_inference(op: str) -> None:
 # Prefill for serving
 
 
-# Mamba-2's op takes no pools.
-SERVING: Final = tuple(op for op in OPS if op not in STEP_OPS)
 PREFILL: Final = {
-    **{op: Case(op=op, lengths=(70, 0, 128, 5, 0), every=64, K=64, V=64) for op in SERVING},
+    **{op: Case(op=op, lengths=(70, 0, 128, 5, 0), every=64, K=64, V=64) for op in OPS},
     "bf16": Case(lengths=(70, 0, 128, 5, 0), dtype=BF16, state_dtype=BF16, every=128, v_first=True),
     "rows": Case(op="kda", lengths=None, N=5, T=130, every=64),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +13,7 @@ import torch
 from gpu_support import DEVICE
 from mamba3_checks import arguments, check_compiled, check_steps, draw, poisoned, results
 
+import gdn2gen
 from gdn2gen import mamba3_siso_combined
 from gdn2gen.base.device import present_device
 from gdn2gen.family.mamba3_problem import Mamba3Problem
@@ -164,3 +167,19 @@ def test_bench_measures_both_decays_and_every_kernel(level: str) -> None:
     assert row.level == level and row.recipe.startswith("chunks (")
     assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 5
     assert row.ours.forward.median > row.floor_forward_ms
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_package_passes_its_own_test(dtype: str, tmp_path: Path) -> None:
+    """In a process that cannot import gdn2gen."""
+    package = gdn2gen.generate(
+        tmp_path / "made", op="mamba3", head_dim=128, value_dim=64, dtype=dtype, shape="1x512x8/1",
+        carried=True, packed=True,
+    )  # fmt: skip
+    assert package.files
+    words = "import sys; sys.modules['gdn2gen'] = None; import runpy"
+    words += "; runpy.run_module('made.test_kernels', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

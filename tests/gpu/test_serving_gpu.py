@@ -22,12 +22,18 @@ from gdn2gen.measure.accuracy import public_op, run_op
 
 pytestmark = pytest.mark.gpu
 
-# Mamba-2's op takes no pools, and has none over a few tokens.
-SERVING: Final = DECODING_OPS
 LAYER: Final = Case(K=128, V=128, H=4, HV=4, every=64, dtype=BF16)
+ALL_OF_MAMBA2: Final = ("rate", "dt_bias", "D", "z")
+MAMBA2: Final = replace(LAYER, op="mamba2", V=64, H=1, HV=8, beside=ALL_OF_MAMBA2)
 CASES: Final = {
-    "fp32": [Case(op=op, every=64) for op in SERVING],
-    "a layer's sizes": [replace(LAYER, op=op) for op in SERVING],
+    "fp32": [Case(op=op, every=64) for op in OPS],
+    "a layer's sizes": [replace(LAYER, op=op) for op in OPS],
+    "mamba2": [
+        *(replace(MAMBA2, v_first=x, state_dtype=BF16 if x else FP32) for x in (False, True)),
+        replace(MAMBA2, H=2, HV=6, dtype=torch.float16, every=128, gap=3),
+        replace(MAMBA2, lengths=None, padding=(1,), T=1000),
+        replace(MAMBA2, lengths=(5000, 64, 0, 3000), every=1024, beside=("D",)),
+    ],
     "V first": [replace(LAYER, op=op, v_first=True, state_dtype=BF16) for op in ("gdn2", "kda")],
     "other dims": [Case(K=96, V=192, H=2, HV=4, every=64, dtype=BF16), Case(K=80, V=48, every=128)],
     "slots at odd places": [replace(LAYER, gap=3), replace(LAYER, gap=5, state_dtype=BF16)],
@@ -43,14 +49,14 @@ def test_beside_fp64(name: str) -> None:
     prefill_cases.check_all(CASES[name], DEVICE)
 
 
-@pytest.mark.parametrize("op", SERVING)
+@pytest.mark.parametrize("op", OPS)
 def test_states_on_the_way(op: str) -> None:
     for case in (Case(op=op), replace(LAYER, op=op), replace(LAYER, op=op, lengths=None, T=1000)):
         prefill_cases.intermediate(case, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("op", SERVING)
+@pytest.mark.parametrize("op", OPS)
 def test_pieces_have_the_bits_of_one_call(op: str, dtype: torch.dtype) -> None:
     with gdn2gen.batch_invariant():
         prefill_cases.in_pieces(op, DEVICE, dtype)
@@ -127,7 +133,7 @@ def test_a_sequence_alone_and_among_others(
 
 
 @pytest.mark.parametrize("v_first", [False, True])
-@pytest.mark.parametrize("op", SERVING)
+@pytest.mark.parametrize("op", DECODING_OPS)
 def test_decoding_alone_and_among_others(op: str, v_first: bool, invariant: None) -> None:
     """A step of 200 sequences, which takes other tiles without the mode, and of each of three."""
     case = decoding_cases.Case(
@@ -146,6 +152,6 @@ def test_decoding_alone_and_among_others(op: str, v_first: bool, invariant: None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", SERVING)
+@pytest.mark.parametrize("op", DECODING_OPS)
 def test_prefill_and_decode_agree(op: str, dtype: torch.dtype) -> None:
     assert invariant_checks.prefill_then_decode(op, dtype, DEVICE) < 1

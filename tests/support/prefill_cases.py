@@ -14,6 +14,7 @@ import torch
 from decoding_cases import BOUNDS, error, same_bits
 from torch import Tensor
 
+import gdn2gen
 from gdn2gen.base.environment import verifying
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.prefill_reference import prefill
@@ -49,6 +50,8 @@ class Case:
     every: int = 0
     index_dtype: torch.dtype = torch.int32
     uncovered: int = 0
+    beside: tuple[str, ...] = ()
+    """Inputs that calls may leave out, and this one does not."""
 
     @property
     def sequences(self) -> int:
@@ -60,6 +63,7 @@ class Case:
         found = {
             "use_qk_l2norm_in_kernel": member.normalises,
             "state_v_first": self.v_first and member.takes("state_v_first"),
+            "use_gate_in_kernel": "dt_bias" in self.beside,
         }
         return {name: x for name, x in found.items() if member.takes(name)}
 
@@ -84,6 +88,7 @@ def draw(case: Case, device: str = "cpu") -> Drawn:
     inputs = make_inputs(
         B, T, case.H, case.K, case.V, op=case.op, HV=case.HV, dtype=case.dtype, device=device
     )
+    inputs |= _beside(case, B, T, device)
     if cu_seqlens is not None:
         inputs["cu_seqlens"] = cu_seqlens.to(device)
     N = case.sequences
@@ -118,6 +123,24 @@ def draw(case: Case, device: str = "cpu") -> Drawn:
         serving["checkpoint_state_indices"] = wide.to(device)[:, :C]
         serving["checkpoint_every_n_tokens"] = case.every
     return Drawn(inputs, serving, storage)
+
+
+def _beside(case: Case, B: int, T: int, device: str) -> dict[str, Tensor]:
+    """Mamba-2's own; z as the half of a projection, whose rows lie apart."""
+    if not case.beside:
+        return {}
+    generator = torch.Generator(device).manual_seed(7)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator)
+
+    made = {
+        "rate": -torch.rand(case.HV, device=device, generator=generator),
+        "dt_bias": normal(case.HV) - 1,
+        "D": normal(case.HV, case.V),
+        "z": normal(B, T, case.HV, 2 * case.V).to(case.dtype)[..., case.V :],
+    }
+    return {name: made[name] for name in case.beside}
 
 
 def exact(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor]:
@@ -210,19 +233,29 @@ def intermediate(case: Case, device: str = "cpu") -> dict[str, float]:
 
 @verifying()
 def in_pieces(op: str, device: str = "cpu", dtype: torch.dtype = FP32) -> bool:
-    """Sequences in three calls that go on from their slots: the bits of one call."""
-    case = Case(op=op, lengths=None, N=1, T=140, padding=(), begins=None, dtype=dtype)
+    """Sequences in three calls that go on from their slots: the bits of one call, where results do
+    not depend on the batch."""
+    beside = ("rate", "dt_bias", "D", "z") if op == "mamba2" else ()
+    case = Case(
+        op=op, lengths=None, N=1, T=140, padding=(), begins=None, dtype=dtype, beside=beside
+    )
     whole, cut = draw(case, device), draw(case, device)
     op_of = public_op(op)
-    with torch.no_grad():
+    with torch.no_grad(), gdn2gen.batch_invariant():
         expected, _ = op_of(**whole.inputs, **whole.serving, **case.flags)
         parts = []
         for start, end in ((0, 64), (64, 128), (128, 140)):
-            inputs = {name: x[:, start:end] for name, x in cut.inputs.items()}
+            inputs = _tokens(cut.inputs, case, start, end)
             parts.append(op_of(**inputs, **cut.serving, **case.flags)[0])
     assert torch.equal(torch.cat(parts, 1), expected)
     assert same_bits(whole.storage, cut.storage)
     return True
+
+
+def _tokens(inputs: dict[str, Tensor], case: Case, start: int, end: int) -> dict[str, Tensor]:
+    """Of what has a row for each token only those."""
+    of_tokens = {x.name for x in recurrence_named(case.op).inputs if x.symbols[:2] == ("B", "T")}
+    return {x: y[:, start:end] if x in of_tokens else y for x, y in inputs.items()}
 
 
 @verifying()

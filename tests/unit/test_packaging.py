@@ -25,7 +25,7 @@ FOLDERS = (
 )  # fmt: skip
 TUNING = (
     "space", "records", "views", "gpu", "search", "filing", "recheck", "recheck_parts", "retest",
-    "run", "offline", "packages", "mamba3",
+    "run", "offline", "proof", "mamba3_packages", "packages", "mamba3",
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(FOLDERS)}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

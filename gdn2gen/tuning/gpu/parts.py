@@ -16,12 +16,24 @@ from gdn2gen.measure.mamba3_times import Configs, check_knobs, time_knobs
 
 # A kernel compiles in a second or two, and a check has a reference that goes token by token.
 _TIMEOUT_S: Final = 180.0
+_INTERPRETER_TIMEOUT_S: Final = 300.0
 Call = Callable[..., Outcome[Any]]
 """`module:function`, its arguments, and `timeout`, as `Worker.call` has it."""
 
 
 def parts_worker() -> Worker:
     return Worker({"GDN2GEN_UNVERIFIED": VERIFYING, "TRITON_INTERPRET": "0"})
+
+
+def interpreting_worker() -> Worker:
+    """Where there is no GPU, or for another one."""
+    return Worker(
+        {
+            "GDN2GEN_UNVERIFIED": VERIFYING,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
 
 
 def time_part(
@@ -39,3 +51,11 @@ def check_parts(
     """Errors by output, and what is wrong, if anything is; `BT` None: of a step."""
     target = f"{check_knobs.__module__}:{check_knobs.__name__}"
     return call(target, problem, shape, BT, knobs, timeout=_TIMEOUT_S)
+
+
+def interpret_parts(
+    call: Call, problem: Mamba3Problem, shape: Shape, BT: int, knobs: Configs
+) -> Outcome[tuple[dict[str, float], str]]:
+    """The same in Triton's interpreter."""
+    target = f"{check_knobs.__module__}:{check_knobs.__name__}"
+    return call(target, problem, shape, BT, knobs, "cpu", timeout=_INTERPRETER_TIMEOUT_S)

@@ -3,7 +3,6 @@ only themselves."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
@@ -11,13 +10,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from source_tree import ROOT
+from bare_packages import ask
 
 from gdn2gen.base import device
 from gdn2gen.base.errors import FileError, InputError
@@ -59,132 +57,6 @@ TIED = Problem("kda", K=64, V=32, dtype="fp32", initial_state=True)
 TIED_WIDE = replace(TIED, dtype="fp16", beta_fp32=True)
 TIED_FULL = replace(FULL, op="kda", K=64, beta_sigmoid=True, neg_eigval=True)
 
-# Begins a process that cannot import gdn2gen, in Triton's interpreter, which is hastened as
-# elsewhere. NumPy may be newer than Triton knows.
-_WITHOUT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from gdn2gen.codegen.hasten import hasten
-from gdn2gen.codegen.interpreter import mend_loops
-mend_loops()
-hasten()
-del sys.path[0]
-for name in [x for x in sys.modules if x.split(".")[0] == "gdn2gen"]:
-    sys.modules[name] = None
-"""
-# For each (package, calls) the outputs and gradients of each call, or what it raised; or what a
-# package's own test says. One folder after the other, whose modules are forgotten.
-_CHILD = (
-    _WITHOUT
-    + """
-import contextlib, importlib, io, json, os, runpy, traceback
-import torch
-
-
-def answers_of(jobs):
-    answers = []
-    for package, calls in jobs:
-        module = importlib.import_module(package)
-        answers += [answer_of(module, call) for call in calls]
-    return answers
-
-
-def answer_of(module, call):
-    leaves = {
-        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in call["arguments"].items()
-    }
-    if call.get("negative"):
-        # views whose values torch negates where it reads them
-        leaves = {
-            name: torch._neg_view(-x) if getattr(x, "requires_grad", False) else x
-            for name, x in leaves.items()
-        }
-        call["gradients"] = {k: torch._neg_view(-x) for k, x in call["gradients"].items()}
-    (name,) = module.__all__
-    function, hooks = getattr(module, name), contextlib.nullcontext()
-    if call.get("hooked"):
-        # hooks that give back what was saved with strides
-        unpack = lambda x: torch.stack((x, x), -1)[..., 0]
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)
-    if call.get("mapped"):
-        plain, rest = function, dict(leaves)
-        rest.pop("v")
-        function = lambda v, **_: torch.vmap(lambda v: plain(v=v, **rest))(v[None])
-    try:
-        with hooks:
-            o, state = function(**leaves)
-    except (ValueError, TypeError) as error:
-        return type(error).__name__, str(error)
-    found = {"o": o.detach()}
-    outputs, seeds = [o], [call["gradients"]["o"]]
-    if state is not None:
-        found["final_state"] = state.detach()
-        outputs.append(state)
-        seeds.append(call["gradients"]["final_state"])
-    names = [name for name, x in leaves.items() if getattr(x, "requires_grad", False)]
-    grads = torch.autograd.grad(outputs, [leaves[name] for name in names], seeds)
-    return found | {f"d{name}": x for name, x in zip(names, grads)}
-
-
-def carry_out(question, answer):
-    if question:
-        torch.save(answers_of(torch.load(question)), answer)
-    else:
-        runpy.run_module("made.test_kernels", run_name="__main__")
-
-
-for line in sys.stdin:
-    folder, *paths = json.loads(line)
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-    known, code = set(sys.modules), 0
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-    ):
-        try:
-            carry_out(*paths)
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-    del sys.path[0]
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
-            del sys.modules[name]
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-)
-
-
-@cache
-def _child() -> subprocess.Popen[str]:
-    """The one process for all tests here: to begin one takes 3 s of a core."""
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    env.pop("PYTHONPATH", None)
-    child = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    atexit.register(child.kill)
-    return child
-
-
-def _ask(folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """What the child makes of a folder: of a file of jobs, or of the package's own test."""
-    child = _child()
-    assert child.stdin is not None and child.stdout is not None
-    child.stdin.write(json.dumps([str(folder), *map(str, paths or ("", ""))]) + "\n")
-    child.stdin.flush()
-    code, out, err = json.loads(child.stdout.readline())
-    return subprocess.CompletedProcess([], code, out, err)
-
 
 def _call(problem: Problem, shape: Shape, **changes: Any) -> dict[str, dict[str, Any]]:
     arguments = inputs_of(problem, shape, "layer", 0, "cpu") | op_flags(problem)
@@ -195,7 +67,7 @@ def _call(problem: Problem, shape: Shape, **changes: Any) -> dict[str, dict[str,
 def _run(folder: Path, jobs: list[tuple[str, list[dict[str, dict[str, Any]]]]]) -> list[Any]:
     question, answer = folder / "jobs.pt", folder / "answers.pt"
     torch.save(jobs, question)
-    done = _ask(folder, question, answer)
+    done = ask(folder, question, answer)
     assert done.returncode == 0, done.stderr
     answers: list[Any] = torch.load(answer)
     return answers
@@ -476,19 +348,10 @@ def test_what_a_package_of_mamba2_was_not_made_for_is_refused(tmp_path: Path) ->
     ]  # fmt: skip
 
 
-def test_mamba3_has_no_package_and_says_what_there_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert program.main(["generate", "--op", "mamba3", "--out", str(tmp_path / "made")]) == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert "a package is of one" in shown and "--op simple_gla --head-dim 128,64" in shown
-    assert not (tmp_path / "made").exists()
-
-
 def _own_test(folder: Path, *, as_it_is: bool = False) -> subprocess.CompletedProcess[str]:
     """`as_it_is`: as a user runs it, in a process of its own."""
     if not as_it_is:
-        return _ask(folder)
+        return ask(folder)
     env = os.environ | {"TRITON_INTERPRET": "1"}
     env.pop("PYTHONPATH", None)
     words = [sys.executable, "-W", "ignore", "-m", "made.test_kernels"]

@@ -246,6 +246,11 @@ def _scan_checkpoints() -> str:
     return render(problem, "scan", default_config("scan", problem)).source
 
 
+def _scan_group_checkpoints() -> str:
+    problem = PrefillProblem.of(replace(_GROUPS, varlen=True), "fp32", odd_slots=False)
+    return render(problem, "scan_group", default_config("scan_group", problem)).source
+
+
 def _state_slots() -> str:
     given = {"indexed": True, "flagged": True, "checkpoints": True, "odd_slots": False}
     return render_slots(_PACKED, **given).source
@@ -375,6 +380,7 @@ OUTPUTS: Final = {
     "chunk_tables.py": lambda: render_tables(_PACKED, 32).source,
     "chunk_tables_kda.py": lambda: render_tables(replace(_PACKED, op="kda"), 32).source,
     "scan_checkpoints.py": _scan_checkpoints,
+    "scan_group_checkpoints.py": _scan_group_checkpoints,
     "state_slots.py": _state_slots,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),

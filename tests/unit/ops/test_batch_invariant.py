@@ -11,7 +11,9 @@ import torch
 import gdn2gen
 from gdn2gen.base.device import named_device
 from gdn2gen.base.environment import is_batch_invariant
+from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime.runner import Runner
 from gdn2gen.store.dispatch import find_recipe
 
@@ -69,4 +71,7 @@ def test_no_sequence_is_cut_into_segments(op: str, level: str) -> None:
         plan = found.recipe.plan
         scans = [x for x in plan.stages if "scan" in x]
         assert all(found.recipe[x].get("segments", "serial") == "serial" for x in scans)
+        if level == "lean":  # calls that keep states on the way have the bits of those that do not
+            keeping = PrefillProblem.of(problem, "bf16", False)
+            assert why_invalid(found.recipe[plan.forward[-1]], keeping) is None
         assert {runner.max_segments(x) for x in scans if "reverse" not in x} == {1}

@@ -11,9 +11,10 @@ import pytest
 import torch
 from mamba_checks import CASES, LIMIT, draw, errors
 
-from gdn2gen import mamba_chunk_scan_combined
+from gdn2gen import chunk_mamba2, mamba_chunk_scan_combined
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.mamba2 import step_sizes
+from gdn2gen.family.prefill import PREFILL_KEYWORDS
 
 Check = Callable[..., Any]
 
@@ -47,7 +48,12 @@ def test_the_signature_is_that_of_mamba_ssm() -> None:
         "return_final_states": False,
         "return_varlen_states": False,
         "state_dtype": None,
+        # ours, by name alone
+        "return_intermediate_states": False,
+        **dict.fromkeys(PREFILL_KEYWORDS),
     }
+    by_name = [x for x, y in found.items() if y.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert by_name == ["return_intermediate_states", *PREFILL_KEYWORDS]
     assert [*found][:9] == ["x", "dt", "A", "B", "C", "chunk_size", "D", "z", "dt_bias"]
 
 
@@ -99,3 +105,75 @@ def test_states_are_float32() -> None:
         mamba_chunk_scan_combined(**made, chunk_size=64, state_dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="chunk"):
         mamba_chunk_scan_combined(**made)  # type: ignore[call-arg]
+
+
+def _served(**changes: Any) -> dict[str, Any]:
+    """Packed sequences in slots 4, -1 and 1 of seven; slot 2 is of the state after 64 tokens."""
+    made, options = draw({"cu_seqlens": (0, 2, 3, 75), "D": (4,)}, T=75)
+    made.pop("initial_states")
+    return {
+        **made,
+        **options,
+        "chunk_size": 64,
+        "state_pool": torch.randn(7, 4, 16, 24, generator=torch.Generator().manual_seed(2)),
+        "ssm_state_indices": torch.tensor([4, -1, 1]),
+        "has_initial_state": torch.tensor([True, True, False]),
+        "checkpoint_every_n_tokens": 64,
+        "checkpoint_state_indices": torch.tensor([[-1], [5], [2]]),
+        **changes,
+    }
+
+
+def test_states_in_a_pool_are_those_of_the_family() -> None:
+    """By its names; kernels are the same, and slots that nothing names stay as they were."""
+    given = _served()
+    before = given["state_pool"].clone()
+    out, pool = mamba_chunk_scan_combined(**given, return_final_states=True)
+    assert pool is given["state_pool"]
+    again = _served()
+    names = {"x": "v", "A": "rate", "B": "k", "C": "q"}
+    passed = {names.get(x, x): y for x, y in again.items() if x not in ("chunk_size", "D")}
+    o, _ = chunk_mamba2(**passed, state_v_first=True, D=again["D"][:, None].expand(4, 16))
+    assert torch.equal(out, o) and torch.equal(pool, again["state_pool"])
+    assert [n for n in range(7) if not torch.equal(pool[n], before[n])] == [1, 2, 4]
+
+
+def test_states_on_the_way_come_last() -> None:
+    given = {x: y for x, y in _served().items() if x not in ("state_pool", *PREFILL_KEYWORDS)}
+    found = mamba_chunk_scan_combined(
+        **given,
+        return_final_states=True,
+        return_varlen_states=True,
+        return_intermediate_states=True,
+    )
+    assert [tuple(x.shape) for x in found] == [
+        (1, 75, 4, 16), (1, 4, 16, 24), (3, 4, 16, 24), (1, 4, 4, 16, 24)
+    ]  # fmt: skip
+    piece = {x: y[:, 3:67] if x in ("x", "dt", "B", "C") else y for x, y in given.items()}
+    piece.pop("cu_seqlens")
+    _, after = mamba_chunk_scan_combined(**piece, return_final_states=True)
+    torch.testing.assert_close(found[3][0, 3], after[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"initial_states": torch.zeros(3, 4, 16, 24)}, "initial_states and state_pool"),
+        ({"return_varlen_states": True}, "return_varlen_states and state_pool"),
+        ({"state_pool": torch.zeros(7, 4, 24, 16)}, r"state_pool must be \[slots, 4, 16, 24\]"),
+        ({"state_pool": torch.zeros(7, 4, 16, 24, device="meta")}, "on cpu like C"),
+        ({"state_pool": None}, "ssm_state_indices name slots of state_pool"),
+        ({"checkpoint_every_n_tokens": 96}, "checkpoint_every_n_tokens must be a multiple of 64"),
+        ({"return_intermediate_states": True}, "leave one out"),
+        ({"return_intermediate_states": 1}, "return_intermediate_states must be True or False"),
+        ({"cu_seqlens": None, "seq_idx": torch.zeros(1, 75).int()}, "seq_idx was given without"),
+        ({"x": torch.zeros(1, 75, 4, 16, requires_grad=True)}, "x requires a gradient.*no_grad"),
+    ],
+)  # fmt: skip
+def test_what_serving_does_not_take_is_refused(change: dict[str, Any], said: str) -> None:
+    given = _served(**change)
+    before = None if given["state_pool"] is None else given["state_pool"].clone()
+    with pytest.raises((InputError, UnsupportedError), match=said):
+        mamba_chunk_scan_combined(**given)
+    if before is not None and before.device.type == "cpu":
+        assert torch.equal(given["state_pool"], before)

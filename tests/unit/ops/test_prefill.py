@@ -18,10 +18,13 @@ from gdn2gen.measure.accuracy import public_op
 Check = Callable[..., Any]
 CHECKS: Final = prefill_cases
 
-# Mamba-2's op takes no pools.
-SERVING: Final = tuple(op for op in OPS if op != "mamba2")
+SERVING: Final = OPS
 CASES: Final = {
     **{op: [Case(op=op, every=64)] for op in SERVING},
+    "mamba2 with all": [
+        Case(op="mamba2", every=64, v_first=True, beside=("rate", "dt_bias", "D", "z")),
+        Case(op="mamba2", lengths=None, HV=3, every=128, beside=("D",), padding=(1,), gap=3),
+    ],
     "a batch": [Case(lengths=None, every=64, padding=(1,), v_first=True)],
     "other dims": [Case(op="kda", K=40, V=24, HV=2, every=64, v_first=True)],
     "slots at odd places": [Case(gap=3, every=64, index_dtype=torch.int64)],
@@ -42,20 +45,21 @@ def test_beside_fp64(name: str, run: Check) -> None:
     [
         Case(lengths=(64, 0, 129)),
         Case(op="simple_gla", lengths=None, v_first=True),
+        Case(op="mamba2", lengths=(64, 0, 129), v_first=True, beside=("rate", "D", "z")),
         Case(op="kda", lengths=None, T=64, K=40),
     ],
-    ids=["packed", "batch", "whole"],
+    ids=["packed", "batch", "mamba2", "whole"],
 )
 def test_states_on_the_way(case: Case, run: Check) -> None:
     run("intermediate", case)
 
 
-@pytest.mark.parametrize("op", ["gdn2", "gated_delta_rule"])
+@pytest.mark.parametrize("op", ["gdn2", "gated_delta_rule", "mamba2"])
 def test_pieces_have_the_bits_of_one_call(op: str, interpreter: Check) -> None:
     interpreter("prefill_cases:in_pieces", op)
 
 
-@pytest.mark.parametrize("op", ["gdn2", "gla"])
+@pytest.mark.parametrize("op", ["gdn2", "gla", "mamba2"])
 def test_opcheck(op: str) -> None:
     prefill_cases.opcheck(op, 64 if op == "gdn2" else 0)
 

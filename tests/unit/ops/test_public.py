@@ -20,6 +20,4 @@ def test_arguments_are_declared_in_their_order(op: str) -> None:
     assert tuple(x for x in parameters if x not in keywords) == names
     states = () if "return_intermediate_states" in names else ("return_intermediate_states",)
     graphs = ("use_graph", "max_num_seqs") if op == "kda" else ()
-    # Mamba-2's op takes no pools
-    serving = () if op == "mamba2" else (*states, *graphs, *PREFILL_KEYWORDS)
-    assert (*keywords,) == serving
+    assert (*keywords,) == (*states, *graphs, *PREFILL_KEYWORDS)

@@ -15,6 +15,11 @@ from source_tree import ROOT
 from gdn2gen import compile_kernels
 from gdn2gen.base.errors import InputError
 from gdn2gen.codegen import shipped
+from gdn2gen.family.prefill import PrefillProblem
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OPS
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.workflows import compiled, wanted
 
 
@@ -95,6 +100,17 @@ def test_prefill_for_serving_runs_what_ships(tmp_path: Path) -> None:
     assert found["launched"].count("scan_kernel") == 6
     assert [x for x in found["started"] if "--version" not in x] == []
     assert [*elsewhere.rglob("*.cubin")] == [] and found["written"] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_prefill_for_serving_ships_the_scan_that_keeps_states(op: str) -> None:
+    recipe = Recipe.default(Problem(op=op, K=128, V=64))
+    given = [task[1] for task in compiled._serving(recipe) if task[0] == "ship_stage"]
+    keeping = [x for x in given if isinstance(x[0], PrefillProblem)]
+    assert {x[1] for x in keeping} == {"scan_group" if op == "mamba2" else "scan"}
+    assert len(keeping) == 6  # in the dtype of q with a pool and without; in a pool of either dtype
+    for problem, stage, config in given:
+        assert why_invalid(config, problem) is None, stage
 
 
 def test_mamba3_is_its_scan_and_what_is_around_it(
