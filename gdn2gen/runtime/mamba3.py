@@ -89,6 +89,14 @@ def tables(cu_seqlens: Tensor, T: int, BT: int) -> list[Tensor]:
     return [torch.stack((sequence, first, before, left), 1).int(), starts.int()]
 
 
+def clear(tiles: Tensors, *made: Tensor) -> None:
+    """Zeros for tokens of no sequence, which no kernel writes: where a packed batch ends the host
+    does not know. Sums over all tokens would have whatever lies there."""
+    if tiles:
+        for x in made:
+            x.zero_()
+
+
 def prologue(
     Q: Tensor,
     K: Tensor,
@@ -143,6 +151,7 @@ def prologue_backward(
     dTrap = call.empty(B, H, T, dtype=numbers[2].dtype)
     dAngles = call.empty(B, T, H, S, dtype=Angles.dtype)
     dstate = call.empty(call.n_sequences, H, S)
+    clear(tiles, dQ, dK, dADT, dDT, dTrap, dAngles)
     made = [dQ, dK, *dbiases, dADT, dDT, dTrap, *([dAngles] if S else [])]
     made += [dstate] if S and angle_state is not None else []
     scratch = [call.empty(B, T, H, S), call.empty(call.n_tiles, H, S)] if S else []
@@ -177,6 +186,7 @@ def epilogue(
     """out of the scan's o."""
     call = _call_after(V, Z, first, tiles, BT)
     out = call.empty(*V.shape, dtype=V.dtype)
+    clear(tiles, out)
     given = [x for x in (o, V, own, Z, first) if x is not None]
     call.launch(MAMBA3_EPILOGUE, *given, *tiles[:1], out)
     return out
@@ -197,6 +207,7 @@ def epilogue_backward(
     do, dV = (call.empty(*V.shape, dtype=V.dtype) for _ in range(2))
     dZ = call.empty(*(V.shape if Z is not None else (0,)), dtype=V.dtype)
     down = call.empty(*V.shape[:3])
+    clear(tiles, do, dV, dZ, down)
     # of sequences without tokens nothing is written
     dfirst = own.new_zeros(() if first is None else first.shape)
     given = [x for x in (o, V, own, Z, first) if x is not None]

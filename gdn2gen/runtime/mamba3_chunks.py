@@ -22,7 +22,7 @@ from gdn2gen.kernels.mamba3_chunks import (
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
-from gdn2gen.runtime.mamba3 import angle_view, count_tiles
+from gdn2gen.runtime.mamba3 import angle_view, clear, count_tiles
 from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
@@ -128,10 +128,12 @@ class _Call:
         return empty(shape, dtype, self.x.V.device)
 
     def like(self, given: Tensor | None) -> Tensor:
-        """A gradient's place, of the same shape and dtype; empty where there is nothing."""
+        """A result's place, of the same shape and dtype; empty where there is nothing."""
         if given is None:
             return self.x.V.new_empty(0)
-        return empty(tuple(given.shape), given.dtype, given.device)
+        made = empty(tuple(given.shape), given.dtype, given.device)
+        clear(self.x.tiles, made)
+        return made
 
     @property
     def rotated(self) -> list[Tensor]:
@@ -195,6 +197,7 @@ class _Call:
         dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(11))
         dTrap, down = self.like(x.numbers[2]), self.empty("B", "T", "H")
         dAngles = self.empty("B", "T", "H", "S", dtype=x.Angles.dtype)
+        clear(x.tiles, dADT, dDT, down, dAngles)
         kept = self.empty("n_tiles", "H")
         sums = [self.empty(*x, "H", "S") for x in (("B", "T"), ("B", "T"), ("n_tiles",))]
         self.launch(

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
-from gdn2gen.runtime.arguments import Dims, TensorLayout, check_dense, check_devices
+from gdn2gen.runtime.arguments import (
+    Dims,
+    TensorLayout,
+    by_kernels,
+    check_dense,
+    check_devices,
+    check_narrow,
+)
 from gdn2gen.runtime.decoding import Strided, slot_stride_of
 from gdn2gen.runtime.decoding_checks import INDEX_DTYPES, check_null_slot, check_pool
 
@@ -44,6 +51,8 @@ def check_prefill(
     pool, indices, flags, checkpoints = (named[name] for name in POOLS)
     check_pool(pool, indices, dims, state_v_first, initial=initial)
     if pools[0] is not None:
+        if by_kernels(pools[0].device):
+            check_narrow("state_pool", pools[0].dtype)
         slot_stride_of(Strided(pools[0].shape, pools[0].dtype, pools[0].stride()))
     check_null_slot(null_slot, indices is not None)
     for name, layout in (("ssm_state_indices", indices), ("has_initial_state", flags)):

@@ -27,6 +27,7 @@ from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_results, pointing
 from gdn2gen.measure.timing import Timing
 from gdn2gen.ops import mamba3
+from gdn2gen.runtime import arguments as arguments_of_ops
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime import mamba3_chunk_ops, mamba3_ops, passes
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
@@ -189,6 +190,52 @@ def part_of(made: dict[str, Any], part: slice) -> dict[str, Any]:
     """The arguments of some tokens."""
     tokens = {x: made[x][:, part] for x in ("Q", "K", "V", "Angles", "Z") if x in made}
     return made | tokens | {x: made[x][..., part] for x in ("ADT", "DT", "Trap")}
+
+
+@verifying()
+def check_uncovered(chosen: bool) -> bool:
+    """Tokens after the last sequence's, of which on a GPU the host knows nothing: zeros, and the
+    gradients of those before them, and of what all share, are as without them."""
+    case = {"cu_seqlens": (0, 0, 7, 8, 30), "D": True, "Z": True, "states": True}
+    made, longer = draw(case), draw(case | {"cu_seqlens": (0, 0, 7, 8, 30, 40)})
+    for name, x in longer.items():
+        if name in ("angle", "ssm", "k", "v", "cu_seqlens", "D", "Q_bias", "K_bias"):
+            longer[name] = made[name]
+        else:
+            part = (..., slice(30)) if name in ("ADT", "DT", "Trap") else (slice(None), slice(30))
+            x[part] = made[name]
+    found = []
+    with pytest.MonkeyPatch.context() as patch, chunks_forced(chosen), poisoned():
+        for module in (mamba3, arguments_of_ops):
+            patch.setattr(module, "check_cu_seqlens", lambda *_: None)
+        for given in (made, longer):
+            leaves = {x: y.requires_grad_() for x, y in given.items() if y.is_floating_point()}
+            out = mamba3_siso_combined(**arguments(given | leaves))
+            found.append(
+                (
+                    out,
+                    dict(
+                        zip(
+                            leaves,
+                            torch.autograd.grad(out.square().sum(), leaves.values()),
+                            strict=True,
+                        )
+                    ),
+                )
+            )
+    (out, gradients), (whole, others) = found
+    assert torch.equal(whole[:, :30], out) and not whole[:, 30:].any()
+    for name, x in others.items():
+        y = gradients[name]
+        if name in ("ADT", "DT", "Trap"):
+            x, rest = x[..., :30], x[..., 30:]
+        elif x.shape != y.shape:
+            x, rest = x[:, :30], x[:, 30:]
+        else:
+            rest = x.new_zeros(1)
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert not rest.any(), name
+    return True
 
 
 @verifying()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import gdn2gen
 from gdn2gen.base.environment import verifying
+from gdn2gen.base.errors import InputError
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.prefill_reference import prefill
 from gdn2gen.family.registry import recurrence_named
@@ -229,6 +230,19 @@ def intermediate(case: Case, device: str = "cpu") -> dict[str, float]:
     }
     assert max(errors.values()) < 2 * BOUNDS[case.dtype], (case, errors)
     return errors
+
+
+@verifying()
+def with_wide_pool(every: int) -> str:
+    """What kernels say of a pool in fp64."""
+    drawn = draw(Case(every=every))
+    drawn.serving["state_pool"] = drawn.serving["state_pool"].double()
+    try:
+        with torch.no_grad():
+            public_op("gdn2")(**drawn.inputs, **drawn.serving)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 @verifying()

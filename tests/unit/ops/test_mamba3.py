@@ -89,6 +89,12 @@ def test_packed_sequences_are_each_by_itself(run: Check) -> None:
     run("check_packed")
 
 
+@pytest.mark.parametrize("chosen", [True, False], ids=["chunks", "around"])
+def test_tokens_of_no_sequence(chosen: bool, interpreter: Check) -> None:
+    """dD was a sum over what lay in memory there."""
+    interpreter("mamba3_checks:check_uncovered", chosen)
+
+
 def test_no_output_depends_on_a_later_token(run: Check) -> None:
     run("check_causal")
 

@@ -47,8 +47,11 @@ def test_beside_fp64(name: str, run: Check) -> None:
         Case(op="simple_gla", lengths=None, v_first=True),
         Case(op="mamba2", lengths=(64, 0, 129), v_first=True, beside=("rate", "D", "z")),
         Case(op="kda", lengths=None, T=64, K=40),
+        Case(op="gated_delta_rule", lengths=(64, 0, 66)),
+        Case(op="delta_rule", lengths=(3, 65)),
+        Case(op="gla", lengths=(65, 1)),
     ],
-    ids=["packed", "batch", "mamba2", "whole"],
+    ids=["packed", "batch", "mamba2", "whole", "gated_delta_rule", "delta_rule", "gla"],
 )
 def test_states_on_the_way(case: Case, run: Check) -> None:
     run("intermediate", case)
@@ -73,8 +76,8 @@ def test_a_server_in_small(op: str, run: Check) -> None:
     run("prefill_then_steps", op)
 
 
-def _changed(**changes: Any) -> dict[str, Any]:
-    drawn = draw(Case(every=64))
+def _changed(op: str = "gdn2", **changes: Any) -> dict[str, Any]:
+    drawn = draw(Case(op=op, every=64))
     return {**drawn.inputs, **drawn.serving, **changes}
 
 
@@ -95,15 +98,46 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "every-bool": ({"checkpoint_every_n_tokens": True}, "multiple of 64"),
     "table-shape": ({"checkpoint_state_indices": torch.zeros(3, 2).int()}, r"\[N, C\] with N=4"),
     "both": ({"return_intermediate_states": True}, "leave one out"),
+    "indices-list": ({"ssm_state_indices": [0, 1, 2, 3]}, "must be a tensor or None, but got list"),
+    "flags-list": ({"has_initial_state": [True] * 4}, "must be a tensor or None, but got list"),
+    "null-float": ({"null_slot": 1.0}, "null_slot must be an int or None"),
+    "every-none": ({"checkpoint_every_n_tokens": 0}, "multiple of 64"),
+    "every-below": ({"checkpoint_every_n_tokens": -64}, "multiple of 64"),
+    "table-row": ({"checkpoint_state_indices": torch.zeros(4).int()}, r"\[N, C\] with N=4"),
+    "table-dtype": ({"checkpoint_state_indices": torch.zeros(4, 2)}, "int32 or int64"),
+    "pool-few": (
+        {"ssm_state_indices": None, "state_pool": torch.zeros(2, 2, 32, 32)},
+        "a slot for each of",
+    ),
+    "pool-apart": ({"state_pool": torch.zeros(9, 2, 32, 64)[..., ::2]}, "written in place"),
+    "pool-sparse": ({"state_pool": torch.zeros(9, 2, 32, 32).to_sparse()}, "to_dense"),
+    "falling": ({"cu_seqlens": torch.tensor([0, 100, 50, 150, 203])}, "must not fall"),
     "device": ({"state_pool": torch.zeros(9, 2, 32, 32, device="meta")}, "must be on cpu like q"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
-    changes, words = REFUSED[name]
-    with pytest.raises(InputError, match=words):
-        gdn2gen.chunk_gdn2(**_changed(**changes))
+@pytest.mark.parametrize("op", SERVING)
+def test_refused(op: str) -> None:
+    """Of every member by the same words, and nothing was written before."""
+    for changes, words in REFUSED.values():
+        given = _changed(op, **changes)
+        pools = [given["state_pool"]] if "state_pool" not in changes else []
+        before = [x.clone() for x in pools]
+        with pytest.raises(InputError, match=words):
+            public_op(op)(**given)
+        assert all(map(torch.equal, pools, before)), words
+
+
+@pytest.mark.parametrize("every", [0, 64])
+def test_a_pool_in_float64_is_the_references_alone(every: int, interpreter: Check) -> None:
+    """Kernels crashed on it where states were kept on the way, and were silent where not."""
+    said = interpreter("prefill_cases:with_wide_pool", every)
+    assert "state_pool must be float32 or narrower, but got torch.float64" in said
+    case = Case(every=every)
+    drawn = draw(case)
+    drawn.serving["state_pool"] = drawn.serving["state_pool"].double()
+    o, _ = gdn2gen.chunk_gdn2(**drawn.inputs, **drawn.serving, **case.flags)
+    assert o.isfinite().all()
 
 
 def test_there_is_no_backward() -> None:
