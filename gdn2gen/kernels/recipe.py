@@ -9,12 +9,8 @@ from typing import Final
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config, default_of, language_of
 from gdn2gen.kernels.extras import OFF
-<<<<<<< HEAD
-from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.options import serves_every_option
-=======
 from gdn2gen.kernels.limits import Knob, Place
->>>>>>> w-feat
+from gdn2gen.kernels.options import serves_every_option
 from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
