@@ -98,6 +98,14 @@ def gemm(
     c.array[...] = before + product.reshape(c.array.shape)
 
 
+def reinterpret(x: Any, dtype: str) -> Any:
+    """The bits of a number as another; of one in bf16 the first half of what fp32 has."""
+    if dtype == "float32":
+        return np.uint32(x).view(np.float32)
+    bits = int(np.float32(x).view(np.uint32))
+    return bits >> 16 if dtype == "uint16" else bits
+
+
 def least(*given: Any) -> Any:
     """Of numbers, or element by element of what the lanes of a warp have."""
     if not any(isinstance(x, Tile | np.ndarray) for x in given):
@@ -139,7 +147,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         alloc_shared=allocate,
         alloc_fragment=allocate,
         alloc_local=allocate,
-        cast=lambda x, dtype: int(x) if dtype.startswith("int") else rounded(x, dtype)[()],
+        cast=lambda x, dtype: int(x) if "int" in dtype else rounded(x, dtype)[()],
         ceildiv=lambda a, b: -(-a // b),
         clear=fill_zero,
         copy=copy,
@@ -156,9 +164,11 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         max=max,
         prim_func=lambda f: f,
         reduce_min=reduce_min,
+        reinterpret=reinterpret,
         reduce_sum=reduce_sum,
         rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
+        uint32=int,
         unroll=range,
         warp_reduce_min=np.min,
         tma_copy=copy,
