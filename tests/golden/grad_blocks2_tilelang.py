@@ -49,7 +49,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 2ae794e68d226468; made by
+Template digest f30ed0f06630c0db; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -72,8 +72,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
 SMALLEST_LOG2 = tl.constexpr(-150.0)
 
-# exp2 and division by the hardware, flushing what is below 2^-126 to zero
-PASSES = {"tl.enable_fast_math": True}
+# exp2 and division by the hardware, flushing what is below 2^-126 to zero; threads meet where the
+# program says, and nowhere else
+PASSES = {"tl.enable_fast_math": True, "tl.disable_thread_storage_sync": True}
+MEETING = 3  # the barrier of the threads that compute
 
 
 def program():
@@ -228,6 +230,8 @@ def program():
 
             for i, j in tile.Parallel(BT, BT):
                 s_later[i, j] = tile.if_then_else(i >= j, tile.cast(1, IO), tile.cast(0, IO))
+            tile.fence_proxy_async()
+            tile.sync_threads()
             n_own = tile.min(CHUNKS, n_chunks - i_first)
             for i_n in tile.Pipelined(n_own, num_stages=1):
                 i_t = i_first + n_own - 1 - i_n
@@ -292,6 +296,9 @@ def program():
                 for i in tile.Parallel(BT):
                     s_z_dot[i] = b_z_dot[i]
 
+                # what was stored, for the products and all threads
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 256)
                 # as a product with ones, of the first 8 bits, the next 8 and the last: all that fp32
                 # has. Cut off and not rounded, which takes half the instructions
                 for i, j in tile.Parallel(BK, BT):
@@ -426,7 +433,7 @@ def program():
                     b_results[j, i + BK] = tile.cast(b_dk[i, j], IO)
                 # what the last chunk stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
-                tile.sync_threads()
+                tile.sync_threads(MEETING, 256)
                 tile.copy(b_results, s_results)
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_q_rstd[0], "float32")
@@ -434,6 +441,8 @@ def program():
 
                 for i, j in tile.Parallel(BK, BT):
                     s_dg[j, i] = b_dg[i, j] + b_dG_C[i]
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 256)
 
                 if b_least[0] >= LEAST:
                     tile.tma_copy(s_results[:, 0 * BK : 1 * BK], dq[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])

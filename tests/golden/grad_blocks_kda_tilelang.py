@@ -45,7 +45,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 2ae794e68d226468; made by
+Template digest f30ed0f06630c0db; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks1 --config \
       BK=64,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -71,8 +71,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
 SMALLEST_LOG2 = tl.constexpr(-150.0)
 
-# exp2 and division by the hardware, flushing what is below 2^-126 to zero
-PASSES = {"tl.enable_fast_math": True}
+# exp2 and division by the hardware, flushing what is below 2^-126 to zero; threads meet where the
+# program says, and nowhere else
+PASSES = {"tl.enable_fast_math": True, "tl.disable_thread_storage_sync": True}
+MEETING = 3  # the barrier of the threads that compute
 
 
 def program():
@@ -213,6 +215,8 @@ def program():
 
             for i, j in tile.Parallel(BT, BT):
                 s_later[i, j] = tile.if_then_else(i >= j, tile.cast(1, IO), tile.cast(0, IO))
+            tile.fence_proxy_async()
+            tile.sync_threads()
             n_own = tile.min(CHUNKS, n_chunks - i_first)
             for i_n in tile.Pipelined(n_own, num_stages=1):
                 i_c = i_b * n_chunks + i_first + i_n
@@ -265,6 +269,9 @@ def program():
                 for i in tile.Parallel(BT):
                     s_z_dot[i] = b_z_dot[i]
 
+                # what was stored, for the products and all threads
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 128)
                 # as a product with ones, of the first 8 bits, the next 8 and the last: all that fp32
                 # has. Cut off and not rounded, which takes half the instructions
                 for i, j in tile.Parallel(BK, BT):
@@ -369,7 +376,7 @@ def program():
                     b_results[j, i + BK] = tile.cast(b_dk[i, j], IO)
                 # what the last chunk stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
-                tile.sync_threads()
+                tile.sync_threads(MEETING, 128)
                 tile.copy(b_results, s_results)
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_k_beta[0], "float32")
@@ -378,6 +385,8 @@ def program():
 
                 for i, j in tile.Parallel(BK, BT):
                     s_dg[j, i] = b_dg[i, j] + b_dG_C[i]
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 128)
 
                 # Summed where a token is a row: channels are spread over all warps, which would wait
                 # for each other 8 times (0.04 ms of 0.45 at train4k, H200).
