@@ -40,7 +40,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 6dda584dbd7c4971; made by
+Template digest f30ed0f06630c0db; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks1 --config \
       BK=64,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -63,8 +63,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of this is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences.
 SMALLEST_LOG2 = tl.constexpr(-150.0)
 
-# exp2 and division by the hardware, flushing what is below 2^-126 to zero
-PASSES = {"tl.enable_fast_math": True}
+# exp2 and division by the hardware, flushing what is below 2^-126 to zero; threads meet where the
+# program says, and nowhere else
+PASSES = {"tl.enable_fast_math": True, "tl.disable_thread_storage_sync": True}
+MEETING = 3  # the barrier of the threads that compute
 
 
 def program():
@@ -74,8 +76,10 @@ def program():
     B, T, H, HG, NT, HV, NZ = (
         tile.dynamic(name) for name in ("B", "T", "H", "HG", "NT", "HV", "NZ")
     )
+    from tilelang.layout import make_swizzled_layout
+
     # a warp keeps whole channels, so that one product's result is the next one's operand
-    ROWS = tile.GemmWarpPolicy.FullRow
+    ROWS, COLUMNS = tile.GemmWarpPolicy.FullRow, tile.GemmWarpPolicy.FullCol
     log2e, smallest_log2 = LOG2E.value, SMALLEST_LOG2.value
 
     @tile.prim_func
@@ -116,11 +120,11 @@ def program():
 
             s_h = tile.alloc_shared([V, BK], IO)
             s_dh = tile.alloc_shared([V, BK], IO)
-            s_do = tile.alloc_shared([BT, V], IO)
-            s_dX = tile.alloc_shared([BT, V], IO)
+            # one above the other, so that one product is of both
+            s_dO_dX = tile.alloc_shared([2 * BT, V], IO)
             s_R = tile.alloc_shared([BT, V], IO)
-            s_dT = tile.alloc_shared([BT, BT], IO)
-            s_dAqk = tile.alloc_shared([BT, BT], IO)
+            # dAqk above -dT
+            s_scores = tile.alloc_shared([2 * BT, BT], IO)
             s_q = tile.alloc_shared([BT, BK], IO)
             s_k = tile.alloc_shared([BT, BK], IO)
             s_b = tile.alloc_shared([BT, BK], IO)
@@ -134,21 +138,23 @@ def program():
             s_k_dot = tile.alloc_shared([BT], "float32")
             s_z_dot = tile.alloc_shared([BT], "float32")
             s_later = tile.alloc_shared([BT, BT], IO)
-            s_dq = tile.alloc_shared([BT, BK], IO)
-            s_dk = tile.alloc_shared([BT, BK], IO)
-            s_db = tile.alloc_shared([BT, BK], IO)
+            # results side by side: dq, dk, db
+            s_results = tile.alloc_shared([BT, 3 * BK], IO)
             s_dg = tile.alloc_shared([BT, BK], GATE)
 
+            # dq and -de, side by side; dk
+            b_outer = tile.alloc_fragment([BK, 2 * BT], "float32")
+            b_inner = tile.alloc_fragment([BK, BT], "float32")
+            b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
+            b_rounded = tile.alloc_fragment([2 * BT, BT], IO)
             b_dq = tile.alloc_fragment([BK, BT], "float32")
             b_de = tile.alloc_fragment([BK, BT], "float32")
-            b_dAqk = tile.alloc_fragment([BT, BT], "float32")
-            b_dT = tile.alloc_fragment([BT, BT], "float32")
             b_dO_O = tile.alloc_fragment([BT, V], "float32")
             b_dot = tile.alloc_fragment([BT], "float32")
             b_z = tile.alloc_fragment([BT, 8], "float32")
             b_z_dot = tile.alloc_fragment([BT], "float32")
             b_dk = tile.alloc_fragment([BK, BT], "float32")
-            b_SdS = tile.alloc_fragment([BK, BK], "float32")
+            b_SdS = tile.alloc_fragment([BK, 64], "float32")
             b_dgamma = tile.alloc_fragment([BK], "float32")
             b_dG_C = tile.alloc_fragment([BK], "float32")
             i_lane = tile.get_lane_idx()
@@ -164,115 +170,153 @@ def program():
             # in turn what is left of the decay, products to be summed, and dG
             b_dG = tile.alloc_fragment([BK, BT], "float32")
             b_dg = tile.alloc_fragment([BK, BT], "float32")
-            # factors of pairs, rounded as products take them; of the decay and of dG the first bits
-            # and the next
+            # factors of pairs, rounded as products take them: k / gamma; gamma q and -gamma e
+            b_column_k = tile.alloc_fragment([BK, BT], IO)
+            b_row_qe = tile.alloc_fragment([BK, 2 * BT], IO)
+            # of the decay and of dG the first bits and the next
+            b_head = tile.alloc_fragment([BK, BT], "float32")
             b_first = tile.alloc_fragment([BK, BT], IO)
             b_next = tile.alloc_fragment([BK, BT], IO)
             b_last = tile.alloc_fragment([BK, BT], IO)
+            # tiles of tokens as they lie in shared memory, on their way there or from there
+            b_k_rows = tile.alloc_fragment([BT, BK], IO)
+            b_q_rows = tile.alloc_fragment([BT, BK], IO)
+            b_b_rows = tile.alloc_fragment([BT, BK], IO)
+            b_results = tile.alloc_fragment([BT, 3 * BK], IO)
+            # a thread's part of a result, in the order in which loads and stores transpose it
+            by_channels, all_by_channels = (
+                tile.Fragment(
+                    [BT, n * BK],
+                    forward_thread_fn=lambda i, j: j % BK // 16 * 32 + j % 8 * 4 + i % 8 // 2,
+                    forward_index_fn=lambda i, j: j // BK * (BT // 2) + i // 8 * 4 + j % 16 // 8 * 2 + i % 2,
+                )
+                for n in (1, 3)
+            )
+            tile.annotate_layout({
+                s_k: make_swizzled_layout(s_k),
+                s_q: make_swizzled_layout(s_q),
+                s_b: make_swizzled_layout(s_b),
+                s_G: make_swizzled_layout(s_G),
+                b_k_rows: by_channels,
+                b_q_rows: by_channels,
+                b_b_rows: by_channels,
+                b_results: all_by_channels,
+            })
 
             for i, j in tile.Parallel(BT, BT):
                 s_later[i, j] = tile.if_then_else(i >= j, tile.cast(1, IO), tile.cast(0, IO))
+            tile.fence_proxy_async()
+            tile.sync_threads()
             n_own = tile.min(CHUNKS, n_chunks - i_first)
             for i_n in tile.Pipelined(n_own, num_stages=1):
                 i_c = i_b * n_chunks + i_first + i_n
                 i_row = (i_first + i_n) * BT
                 n_rows = tile.min(T - i_row, BT)
 
-                tile.copy(h[i_c, i_h, :, o_k : o_k + BK], s_h)
-                tile.copy(do[i_b, i_row : i_row + BT, i_h, :], s_do)
-                tile.copy(o[i_b, i_row : i_row + BT, i_h, :], s_o)
-                tile.copy(dX[i_c, i_h, :, :], s_dX)
-                tile.copy(dh[i_c, i_h, :, o_k : o_k + BK], s_dh)
+                # by 64 columns, whose rows lie one after the other
+                tile.copy(do[i_b, i_row : i_row + BT, i_h, 0:64], s_dO_dX[0:BT, 0:64])
+                tile.copy(dX[i_c, i_h, :, 0:64], s_dO_dX[BT : 2 * BT, 0:64])
+                tile.copy(do[i_b, i_row : i_row + BT, i_h, 64:128], s_dO_dX[0:BT, 64:128])
+                tile.copy(dX[i_c, i_h, :, 64:128], s_dO_dX[BT : 2 * BT, 64:128])
                 tile.copy(R[i_c, i_h, :, :], s_R)
+                tile.copy(h[i_c, i_h, :, o_k : o_k + BK], s_h)
+                tile.copy(dh[i_c, i_h, :, o_k : o_k + BK], s_dh)
+                tile.copy(o[i_b, i_row : i_row + BT, i_h, :], s_o)
                 tile.copy(g[i_b, i_row : i_row + BT, i_hg, o_k : o_k + BK], s_G)
                 tile.copy(k[i_b, i_row : i_row + BT, i_hq, o_k : o_k + BK], s_k)
                 tile.copy(q[i_b, i_row : i_row + BT, i_hq, o_k : o_k + BK], s_q)
-                tile.copy(gamma_C[i_c, i_h, o_k : o_k + BK], s_gamma)
                 tile.copy(b[i_b, i_row : i_row + BT, i_hg, o_k : o_k + BK], s_b)
+                tile.copy(gamma_C[i_c, i_h, o_k : o_k + BK], s_gamma)
                 tile.copy(k_rstd[i_c, i_h, :], s_k_rstd)
                 tile.copy(q_rstd[i_c, i_h, :], s_q_rstd)
 
                 # fetched beside the products, straight into registers: shared memory is full
                 for i, j in tile.Parallel(BT, 8):
                     b_z[i, j] = z_dot[i_c, i_h, i, j]
-                # through the state; no product waits for another, or for what follows
-                tile.wgmma_gemm(s_h, s_do, b_dq, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wgmma_gemm(s_h, s_dX, b_de, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wgmma_gemm(s_dh, s_R, b_dk, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
-                # rows of S dS as the diagonal of a product: cheaper than reading both tiles again
+                # no product waits for another, or for what follows
+                tile.wgmma_gemm(s_dO_dX, s_R, b_scores, transpose_B=True, clear_accum=True, policy=COLUMNS)
+                tile.wgmma_gemm(s_h, s_dO_dX, b_outer, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dh, s_R, b_inner, transpose_A=True, transpose_B=True, clear_accum=True, policy=ROWS)
+                # rows of S dS as the diagonal of a product: cheaper than reading both tiles again.
                 tile.wgmma_gemm(s_dh, s_h, b_SdS, transpose_A=True, clear_accum=True, policy=ROWS)
 
-                tile.clear(b_dAqk)
-                tile.gemm(s_do, s_R, b_dAqk, transpose_B=True)
-                tile.clear(b_dT)
-                tile.gemm(s_dX, s_R, b_dT, transpose_B=True)
-                for i, j in tile.Parallel(BT, BT):
-                    s_dAqk[i, j] = tile.if_then_else(i > j, b_dAqk[i, j], 0.0)
+                tile.wait_wgmma(3)
+
+                for i, j in tile.Parallel(2 * BT, BT):
+                    b_rounded[i, j] = tile.if_then_else(i % BT > j, b_scores[i, j], 0.0)
                     if i == j:
-                        s_diagonal[i] = b_dAqk[i, j]
-                    s_dT[i, j] = tile.if_then_else(i > j, -b_dT[i, j], 0.0)
-                    if i == j:
-                        s_k_dot[i] = 2.0 * b_dT[i, j]
+                        s_diagonal[j] = b_scores[i, j]
+                    if i == j + BT:
+                        s_k_dot[j] = 2.0 * b_scores[i, j]
+                tile.copy(b_rounded, s_scores)
                 for i, j in tile.Parallel(BT, V):
-                    b_dO_O[i, j] = tile.cast(s_do[i, j], "float32") * tile.cast(s_o[i, j], "float32")
+                    b_dO_O[i, j] = tile.cast(s_dO_dX[i, j], "float32") * tile.cast(s_o[i, j], "float32")
                 tile.reduce_sum(b_dO_O, b_dot, dim=1)
                 for i in tile.Parallel(BT):
-                    s_q_dot[i] = b_dot[i]
+                    s_q_dot[i] = b_dot[i] / (scale * scale)
                 # <k, dk> = <dX, 2 R - w v>
                 tile.reduce_sum(b_z, b_z_dot, dim=1)
                 for i in tile.Parallel(BT):
                     s_z_dot[i] = b_z_dot[i]
 
-                tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_h[0, 0], "float32")
-                hold[0] = tile.cast(s_do[0, 0], "float32")
-                hold[0] = tile.cast(s_dX[0, 0], "float32")
-                hold[0] = tile.cast(s_dh[0, 0], "float32")
-                hold[0] = tile.cast(s_R[0, 0], "float32")
-                hold[0] = tile.cast(s_o[0, 0], "float32")
-
-                for i, j in tile.Parallel(BK, BK):
-                    b_SdS[i, j] = tile.if_then_else(i == j, b_SdS[i, j], 0.0)
-                tile.reduce_sum(b_SdS, b_dgamma, dim=1)
-
-                # as a product with ones, of the first 8 bits, the next 8 and the last: all that fp32 has
+                # what was stored, for the products and all threads
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 128)
+                # as a product with ones, of the first 8 bits, the next 8 and the last: all that fp32
+                # has. Cut off and not rounded, which takes half the instructions
                 for i, j in tile.Parallel(BK, BT):
                     b_dG[i, j] = tile.cast(s_G[j, i], "float32") * log2e
                     # not by a maximum, which would drop a NaN
                     b_dG[i, j] = tile.if_then_else(
                         b_dG[i, j] < smallest_log2, smallest_log2, b_dG[i, j]
                     )
-                # loops of their own: two values are rounded by one instruction, four times as fast
                 for i, j in tile.Parallel(BK, BT):
-                    b_first[i, j] = b_dG[i, j]
+                    b_head[i, j] = tile.reinterpret(tile.reinterpret(b_dG[i, j], "uint32") & tile.uint32(0xFFFF0000), "float32")
+                    b_first[i, j] = b_head[i, j]
+                    b_dG[i, j] -= b_head[i, j]
                 for i, j in tile.Parallel(BK, BT):
-                    b_dG[i, j] -= tile.cast(b_first[i, j], "float32")
-                    b_next[i, j] = b_dG[i, j]
-                for i, j in tile.Parallel(BK, BT):
-                    b_last[i, j] = b_dG[i, j] - tile.cast(b_next[i, j], "float32")
+                    b_head[i, j] = tile.reinterpret(tile.reinterpret(b_dG[i, j], "uint32") & tile.uint32(0xFFFF0000), "float32")
+                    b_next[i, j] = b_head[i, j]
+                    b_last[i, j] = b_dG[i, j] - b_head[i, j]
                 tile.wgmma_gemm(b_last, s_later, b_dg, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wgmma_gemm(b_next, s_later, b_dg, transpose_B=True, policy=ROWS)
                 tile.wgmma_gemm(b_first, s_later, b_dg, transpose_B=True, policy=ROWS)
+                hold[0] = tile.cast(s_G[0, 0], "float32")
+
+                tile.wait_wgmma(3)
+                hold[0] = tile.cast(s_dO_dX[0, 0], "float32")
+                hold[0] = tile.cast(s_R[0, 0], "float32")
+                hold[0] = tile.cast(s_h[0, 0], "float32")
+                hold[0] = tile.cast(s_dh[0, 0], "float32")
+                hold[0] = tile.cast(s_o[0, 0], "float32")
+
+                for i, j in tile.Parallel(BK, 64):
+                    b_SdS[i, j] = tile.if_then_else(i % 64 == j, b_SdS[i, j], 0.0)
+                tile.reduce_sum(b_SdS, b_dgamma, dim=1)
+
+                tile.copy(s_k, b_k_rows)
+                tile.copy(s_q, b_q_rows)
+                tile.copy(s_b, b_b_rows)
                 for i, j in tile.Parallel(BK, BT):
-                    b_k[i, j] = tile.cast(s_k[j, i], "float32") * s_k_rstd[j]
-                    b_q[i, j] = tile.cast(s_q[j, i], "float32") * (s_q_rstd[j] * scale)
-                    b_b[i, j] = tile.cast(s_b[j, i], "float32")
+                    b_k[i, j] = tile.cast(b_k_rows[j, i], "float32") * s_k_rstd[j]
+                    b_q[i, j] = tile.cast(b_q_rows[j, i], "float32") * (s_q_rstd[j] * scale)
+                    b_b[i, j] = tile.cast(b_b_rows[j, i], "float32")
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BK, BT):
                     b_row[i, j] = tile.exp2(b_dg[i, j])
-                    b_column[i, j] = tile.exp2(-b_dg[i, j])
-                    b_de[i, j] = -b_de[i, j]
+                    b_column[i, j] = 1.0 / b_row[i, j]
                 for i, j in tile.Parallel(BK, BT):
-                    b_first[i, j] = b_k[i, j] * b_column[i, j]
-                    b_next[i, j] = b_q[i, j] * b_row[i, j]
-                    b_last[i, j] = b_k[i, j] * b_b[i, j] * b_row[i, j]
+                    b_column_k[i, j] = b_k[i, j] * b_column[i, j]
+                    b_row_qe[i, j] = b_q[i, j] * b_row[i, j]
+                for i, j in tile.Parallel(BK, BT):
+                    b_row_qe[i, j + BT] = -(b_k[i, j] * b_b[i, j] * b_row[i, j])
                 # The chunk's last token reaches the end undecayed: it would add to dG_C what it takes
                 # from its own dG. Left out of both, as in strong_decay_kernel.
                 for i, j in tile.Parallel(BK, BT):
-                    b_dk[i, j] *= s_gamma[i]
+                    b_dk[i, j] = b_inner[i, j] * s_gamma[i]
                     b_dG[i, j] = tile.if_then_else(
-                        j < n_rows - 1, b_dk[i, j] * tile.cast(b_first[i, j], "float32"), 0.0
+                        j < n_rows - 1, b_dk[i, j] * tile.cast(b_column_k[i, j], "float32"), 0.0
                     )
                 tile.reduce_sum(b_dG, b_dG_C, dim=1)
                 for i in tile.Parallel(BK):
@@ -281,25 +325,23 @@ def program():
                 b_least[0] = tile.warp_reduce_min(tile.min(s_gamma[i_lane], s_gamma[i_lane + 32]))
 
                 # through the scores
-                tile.wgmma_gemm(b_first, s_dAqk, b_dq, transpose_B=True, policy=ROWS)
-                tile.wgmma_gemm(b_first, s_dT, b_de, transpose_B=True, policy=ROWS)
-                tile.wgmma_gemm(b_next, s_dAqk, b_dk, policy=ROWS)
-                tile.wgmma_gemm(b_last, s_dT, b_dk, policy=ROWS)
-                tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_G[0, 0], "float32")
+                tile.wgmma_gemm(b_column_k, s_scores, b_outer, transpose_B=True, policy=ROWS)
+                tile.wgmma_gemm(b_row_qe, s_scores, b_dk, policy=ROWS)
                 hold[0] = tile.cast(s_k[0, 0], "float32")
                 hold[0] = tile.cast(s_q[0, 0], "float32")
+                hold[0] = tile.cast(s_b[0, 0], "float32")
+
+                tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_gamma[0], "float32")
 
                 # A pair adds to dG_i what it takes from dG_j, and under strong decay little else
                 # remains: both ends take the factors as the products did, rounded, so that it cancels.
                 for i, j in tile.Parallel(BK, BT):
-                    b_dG[i, j] = (
-                        tile.cast(b_next[i, j], "float32") * b_dq[i, j]
-                        + tile.cast(b_last[i, j], "float32") * b_de[i, j]
-                    )
+                    b_dG[i, j] = tile.cast(b_row_qe[i, j], "float32") * b_outer[i, j]
+                for i, j in tile.Parallel(BK, BT):
+                    b_dG[i, j] += tile.cast(b_row_qe[i, j + BT], "float32") * b_outer[i, j + BT]
                     b_dG[i, j] -= tile.if_then_else(
-                        j < n_rows - 1, tile.cast(b_first[i, j], "float32") * b_dk[i, j], 0.0
+                        j < n_rows - 1, tile.cast(b_column_k[i, j], "float32") * b_dk[i, j], 0.0
                     )
                 for i, j in tile.Parallel(BK, BT):
                     b_first[i, j] = b_dG[i, j]
@@ -309,31 +351,40 @@ def program():
                 # bits and of the next 8
                 tile.wgmma_gemm(b_next, s_later, b_dg, clear_accum=True, policy=ROWS)
                 tile.wgmma_gemm(b_first, s_later, b_dg, policy=ROWS)
+                # b_q holds scale q, and b_dq the gradient of q over scale
+                for i, j in tile.Parallel(BK, BT):
+                    b_de[i, j] = -(b_outer[i, j + BT] * b_row[i, j])
+                for i, j in tile.Parallel(BK, BT):
+                    b_dq[i, j] = b_outer[i, j] * b_row[i, j]
+                    b_dk[i, j] *= b_column[i, j]
+                    b_dq[i, j] += s_diagonal[j] * b_k[i, j]
+                    b_dk[i, j] += s_diagonal[j] * b_q[i, j]
+                    b_dk[i, j] += b_de[i, j] * tile.cast(b_b_rows[j, i], "float32")
+                    b_dq[i, j] = (b_dq[i, j] - b_q[i, j] * s_q_dot[j]) * (s_q_rstd[j] * scale)
+                    b_dk[i, j] = (b_dk[i, j] - b_k[i, j] * (s_k_dot[j] - s_z_dot[j])) * s_k_rstd[j]
+                for i, j in tile.Parallel(BK, BT):
+                    b_results[j, i + 2 * BK] = tile.cast(b_de[i, j] * b_k[i, j], IO)
+                for i, j in tile.Parallel(BK, BT):
+                    b_results[j, i] = tile.cast(b_dq[i, j], IO)
+                for i, j in tile.Parallel(BK, BT):
+                    b_results[j, i + BK] = tile.cast(b_dk[i, j], IO)
                 # what the last chunk stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
-                tile.sync_threads()
-                # b_q holds scale q, and b_dq the gradient of q over scale; b is read again: held, it would spill
-                for i, j in tile.Parallel(BK, BT):
-                    b_dq[i, j] *= b_row[i, j]
-                    b_de[i, j] *= b_row[i, j]
-                    b_dk[i, j] *= b_column[i, j]
-                    s_db[j, i] = b_de[i, j] * b_k[i, j]
-                    b_dq[i, j] += s_diagonal[j] * b_k[i, j]
-                    b_dk[i, j] += s_diagonal[j] * b_q[i, j] + b_de[i, j] * tile.cast(s_b[j, i], "float32")
-                    s_dq[j, i] = s_q_rstd[j] * (scale * b_dq[i, j] - b_q[i, j] * (s_q_dot[j] / scale))
-                    s_dk[j, i] = s_k_rstd[j] * (b_dk[i, j] - b_k[i, j] * (s_k_dot[j] - s_z_dot[j]))
+                tile.sync_threads(MEETING, 128)
+                tile.copy(b_results, s_results)
                 tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_b[0, 0], "float32")
                 hold[0] = tile.cast(s_q_rstd[0], "float32")
                 hold[0] = tile.cast(s_k_rstd[0], "float32")
 
                 for i, j in tile.Parallel(BK, BT):
                     s_dg[j, i] = b_dg[i, j] + b_dG_C[i]
+                tile.fence_proxy_async()
+                tile.sync_threads(MEETING, 128)
 
                 if b_least[0] >= LEAST:
-                    tile.tma_copy(s_dq, dq[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
-                    tile.tma_copy(s_dk, dk[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
-                    tile.tma_copy(s_db, db[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    tile.tma_copy(s_results[:, 0 * BK : 1 * BK], dq[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    tile.tma_copy(s_results[:, 1 * BK : 2 * BK], dk[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
+                    tile.tma_copy(s_results[:, 2 * BK : 3 * BK], db[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
                     tile.tma_copy(s_dg, dg[i_b, i_row : i_row + BT, i_h, o_k : o_k + BK])
 
             tile.tma_store_wait(0)

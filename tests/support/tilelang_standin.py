@@ -35,6 +35,10 @@ class Tile:
         self.array, self.dtype, self.part = array, dtype, part
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) and isinstance(getattr(index[-1], "start", 0), np.ndarray):
+            first, last = index[-1].start, index[-1].stop
+            by_group = [self.array[:, a:b] for a, b in zip(first, last, strict=True)]
+            return Tile(np.stack(by_group), self.dtype, True)
         try:
             found = self.array[index]
         except IndexError:  # within `if_then_else`, both of whose sides are evaluated here
@@ -87,7 +91,19 @@ def gemm(
     left = a.array.T if transpose_A else a.array
     right = b.array.T if transpose_B else b.array
     before = 0.0 if clear_accum else c.array
-    c.array[...] = before + left.astype(np.float64) @ right.astype(np.float64)
+    if b.array.ndim == 3:  # what each warp group multiplies its rows of the left operand by
+        left = left.reshape(len(b.array), -1, left.shape[1])
+        right = b.array
+    product = left.astype(np.float64) @ right.astype(np.float64)
+    c.array[...] = before + product.reshape(c.array.shape)
+
+
+def reinterpret(x: Any, dtype: str) -> Any:
+    """The bits of a number as another; of one in bf16 the first half of what fp32 has."""
+    if dtype == "float32":
+        return np.uint32(x).view(np.float32)
+    bits = int(np.float32(x).view(np.uint32))
+    return bits >> 16 if dtype == "uint16" else bits
 
 
 def least(*given: Any) -> Any:
@@ -125,13 +141,13 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         Tensor=lambda *_: None,
         StridedTensor=lambda *_: None,
         Kernel=Kernel,
-        GemmWarpPolicy=SimpleNamespace(FullRow=None),
+        GemmWarpPolicy=SimpleNamespace(FullRow=None, FullCol=None),
         Parallel=parallel,
         Pipelined=lambda n, num_stages: range(n),
         alloc_shared=allocate,
         alloc_fragment=allocate,
         alloc_local=allocate,
-        cast=lambda x, dtype: int(x) if dtype.startswith("int") else rounded(x, dtype)[()],
+        cast=lambda x, dtype: int(x) if "int" in dtype else rounded(x, dtype)[()],
         ceildiv=lambda a, b: -(-a // b),
         clear=fill_zero,
         copy=copy,
@@ -143,13 +159,16 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         int64="int64",
         if_then_else=lambda condition, a, b: a if condition else b,
         get_lane_idx=lambda: np.arange(32),
+        get_thread_binding=lambda: np.arange(0, 256, 128),  # a thread of either warp group
         min=least,
         max=max,
         prim_func=lambda f: f,
         reduce_min=reduce_min,
+        reinterpret=reinterpret,
         reduce_sum=reduce_sum,
         rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
+        uint32=int,
         unroll=range,
         warp_reduce_min=np.min,
         tma_copy=copy,
