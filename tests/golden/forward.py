@@ -39,7 +39,7 @@ more than 2^-RANGE is scored frame by frame, and so is exact, too.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 4768d7ea45a6d51b; made by
+Template digest 9d9e46bff5f095dc; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage forward --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
@@ -61,8 +61,9 @@ PART = BT // PARTS
 STEP = 4  # tokens whose factors are under way together
 # factors stay within 2^RANGE of their anchor; an anchor below all
 RANGE, BELOW = 104.0, -1e30
-# its exp is 0 in fp32: a clamp changes no result, and keeps g = -inf out of differences
-log2e, smallest_log = 1.4426950408889634, -104.0
+# 2^smallest_log2 and exp(smallest_log) are 0 in fp32: a clamp changes no result, and keeps
+# g = -inf out of differences
+log2e, smallest_log2, smallest_log = 1.4426950408889634, -150.0, -104.0
 PASSES = {
     "tl.enable_fast_math": True,
     # roles and barriers are all written out
@@ -201,16 +202,24 @@ def program():
 
     @tile.macro
     def sum_decay(own, mine):
-        """x_G, but for what lies before the thread's own tokens."""
+        """x_G, but for what lies before the thread's own tokens.
+
+        To the same bits wherever it stands: no product here is free to be fused with what is
+        added later.
+        """
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
                 mine.x_G[i, c] = own.s_g[mine.group, mine.i_token + i, mine.i_channel + c]
-        for i, c in tile.grid(PART, 2):
-            mine.x_G[i, c] = tile.if_then_else(
-                mine.x_G[i, c] < smallest_log, smallest_log, mine.x_G[i, c]
-            )
         for c in tile.unroll(2):
             mine.x_G[0, c] *= log2e
+            mine.x_G[0, c] = tile.if_then_else(
+                mine.x_G[0, c] < smallest_log2, smallest_log2, mine.x_G[0, c]
+            )
+        for i in tile.unroll(1, PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] = tile.if_then_else(
+                    mine.x_G[i, c] < smallest_log, smallest_log, mine.x_G[i, c]
+                )
         for i in tile.unroll(1, PART):
             for c in tile.unroll(2):
                 mine.x_G[i, c] = mine.x_G[i, c] * log2e + mine.x_G[i - 1, c]
