@@ -11,7 +11,7 @@
 
 Two programs, a cluster, take a head of a sequence, each half of its values. Of either program one
 group of 128 threads scans, and two prepare, in turn, each every fourth chunk, into a slot of its
-own in shared memory, of which the other program gets a copy:
+own in shared memory, of which the other program gets a copy, what is ready first first:
 
     chunk        0         1         2         3         4      ...
     program      0         1         0         1         0
@@ -39,7 +39,7 @@ more than 2^-RANGE is scored frame by frame, and so is exact, too.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 638d1276a01ca860; made by
+Template digest 9d9e46bff5f095dc; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage forward --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
@@ -53,15 +53,17 @@ BT, BV = 32, 64
 HALF = BT // 2
 IO = "bfloat16"
 GROUP, GROUPS = 128, 2  # threads; groups that prepare, in each of two programs
-WARPS = 4  # of a group
+WARP, WARPS = 32, 4  # threads of a warp, and warps of a group
 SLOTS, COPIES = 2 * GROUPS, 5  # tiles of a slot
 # of a thread that prepares: two channels, and a part of the tokens
 PARTS = 2
 PART = BT // PARTS
+STEP = 4  # tokens whose factors are under way together
 # factors stay within 2^RANGE of their anchor; an anchor below all
 RANGE, BELOW = 104.0, -1e30
-# 2^smallest_log2 is 0 in fp32: a clamp that changes no result, and keeps g = -inf out of differences
-log2e, smallest_log2 = 1.4426950408889634, -150.0
+# 2^smallest_log2 and exp(smallest_log) are 0 in fp32: a clamp changes no result, and keeps
+# g = -inf out of differences
+log2e, smallest_log2, smallest_log = 1.4426950408889634, -150.0, -104.0
 PASSES = {
     "tl.enable_fast_math": True,
     # roles and barriers are all written out
@@ -199,25 +201,79 @@ def program():
             x.final_state[own.i_b, own.i_h, j, own.i_v * BV + i] = b_S[i, j]
 
     @tile.macro
-    def write_rows(own, mine, scale, zero):
-        """k, normalised, to x_k; -E and Qg of the thread's part. `zero` is added to the decay."""
+    def sum_decay(own, mine):
+        """x_G, but for what lies before the thread's own tokens.
+
+        To the same bits wherever it stands: no product here is free to be fused with what is
+        added later.
+        """
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
-                mine.x_k[i, c] = (
-                    tile.cast(mine.s_kq[mine.i_token + i, mine.i_channel + c], "float32")
-                    * mine.s_rstd[mine.i_token + i]
+                mine.x_G[i, c] = own.s_g[mine.group, mine.i_token + i, mine.i_channel + c]
+        for c in tile.unroll(2):
+            mine.x_G[0, c] *= log2e
+            mine.x_G[0, c] = tile.if_then_else(
+                mine.x_G[0, c] < smallest_log2, smallest_log2, mine.x_G[0, c]
+            )
+        for i in tile.unroll(1, PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] = tile.if_then_else(
+                    mine.x_G[i, c] < smallest_log, smallest_log, mine.x_G[i, c]
                 )
+        for i in tile.unroll(1, PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] = mine.x_G[i, c] * log2e + mine.x_G[i - 1, c]
+
+    @tile.macro
+    def make_rows(own, mine, scale, zero):
+        """k, normalised, to x_k; -E and Qg to x_rows. `zero` is added to the decay."""
+        for n in tile.unroll(PART // STEP):
+            # read before any is used: a token at a time, each would wait for its own
+            for i in tile.vectorized(STEP):
+                mine.x_rstd[0, i] = own.s_rstd[mine.group, mine.i_token + n * STEP + i]
+            for i in tile.vectorized(STEP):
+                mine.x_rstd[1, i] = own.s_rstd[mine.group, BT + mine.i_token + n * STEP + i]
+            for i in tile.unroll(STEP):
+                for c in tile.vectorized(2):
+                    mine.x_read[0, i, c] = own.s_kq[
+                        mine.group, mine.i_token + n * STEP + i, mine.i_channel + c
+                    ]
+                for c in tile.vectorized(2):
+                    mine.x_read[1, i, c] = own.s_kq[
+                        mine.group, BT + mine.i_token + n * STEP + i, mine.i_channel + c
+                    ]
+                for c in tile.vectorized(2):
+                    mine.x_read[2, i, c] = own.s_b[
+                        mine.group, mine.i_token + n * STEP + i, mine.i_channel + c
+                    ]
+            for i in tile.unroll(STEP):
+                for c in tile.vectorized(2):
+                    mine.x_k[n * STEP + i, c] = (
+                        tile.cast(mine.x_read[0, i, c], "float32") * mine.x_rstd[0, i]
+                    )
+                for c in tile.vectorized(2):
+                    mine.x_factor[c] = tile.exp2(mine.x_G[n * STEP + i, c] + zero)
+                for c in tile.vectorized(2):
+                    mine.x_rows[0, n * STEP + i, c] = -(
+                        mine.x_k[n * STEP + i, c]
+                        * tile.cast(mine.x_read[2, i, c], "float32")
+                        * mine.x_factor[c]
+                    )
+                for c in tile.vectorized(2):
+                    mine.x_rows[1, n * STEP + i, c] = (
+                        tile.cast(mine.x_read[1, i, c], "float32")
+                        * (mine.x_rstd[1, i] * scale)
+                        * mine.x_factor[c]
+                    )
+
+    @tile.macro
+    def store_rows(own, mine):
+        for i in tile.unroll(PART):
             for c in tile.vectorized(2):
-                own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
-                    mine.x_k[i, c]
-                    * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
-                    * tile.exp2(mine.x_G[i, c] + zero)
-                )
+                own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_rows[0, i, c]
             for c in tile.vectorized(2):
                 own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
-                    tile.cast(mine.s_kq[BT + mine.i_token + i, mine.i_channel + c], "float32")
-                    * (mine.s_rstd[BT + mine.i_token + i] * scale)
-                    * tile.exp2(mine.x_G[i, c] + zero)
+                    mine.x_rows[1, i, c]
                 )
 
     @tile.macro
@@ -228,17 +284,23 @@ def program():
                 x = mine.x_G[i, c] - x_anchor[c]
                 row = tile.if_then_else(tile.And(x <= 0.0, x >= -RANGE), tile.exp2(x), 0.0)
                 key = (
-                    tile.cast(mine.s_kq[mine.i_token + i, mine.i_channel + c], "float32")
-                    * mine.s_rstd[mine.i_token + i]
+                    tile.cast(
+                        own.s_kq[mine.group, mine.i_token + i, mine.i_channel + c], "float32"
+                    )
+                    * own.s_rstd[mine.group, mine.i_token + i]
                 )
                 own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
                     key
-                    * tile.cast(mine.s_b[mine.i_token + i, mine.i_channel + c], "float32")
+                    * tile.cast(
+                        own.s_b[mine.group, mine.i_token + i, mine.i_channel + c], "float32"
+                    )
                     * row
                 )
                 own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
-                    tile.cast(mine.s_kq[BT + mine.i_token + i, mine.i_channel + c], "float32")
-                    * (mine.s_rstd[BT + mine.i_token + i] * scale)
+                    tile.cast(
+                        own.s_kq[mine.group, BT + mine.i_token + i, mine.i_channel + c], "float32"
+                    )
+                    * (own.s_rstd[mine.group, BT + mine.i_token + i] * scale)
                     * row
                 )
                 own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
@@ -263,14 +325,18 @@ def program():
         b_Aqk = tile.alloc_fragment([BT, BT], "float32")
         tile.clear(b_T)
         tile.clear(b_Aqk)
+        sum_decay(own, mine)  # again: no registers hold it until here
+        for i in tile.unroll(PART):
+            for c in tile.unroll(2):
+                mine.x_G[i, c] += mine.x_before[c]
         for c in tile.unroll(2):
             x_anchor[c] = 0.0
         for i in tile.unroll(PART):
             for c in tile.unroll(2):
                 if mine.x_G[i, c] < -RANGE:
-                    mine.s_T[mine.i_token + i, BT + 2] = stamp
+                    own.s_T[mine.group, mine.i_token + i, BT + 2] = stamp
         for i_frame in tile.serial(BT):
-            if mine.s_T[0, BT] == stamp + i_frame:
+            if own.s_T[mine.group, 0, BT] == stamp + i_frame:
                 tile.sync_threads(mine.barrier, GROUP)
                 write_frame(own, mine, scale, x_anchor)
                 for c in tile.unroll(2):
@@ -284,14 +350,15 @@ def program():
                             ),
                         )
                 for c in tile.unroll(2):
-                    mine.s_total[mine.i_part, mine.i_channel + c] = x_next[c]
+                    own.s_total[mine.group, mine.i_part, mine.i_channel + c] = x_next[c]
                 tile.sync_threads(mine.barrier, GROUP)
                 for c in tile.unroll(2):
                     x_anchor[c] = tile.max(
-                        mine.s_total[0, mine.i_channel + c], mine.s_total[1, mine.i_channel + c]
+                        own.s_total[mine.group, 0, mine.i_channel + c],
+                        own.s_total[mine.group, 1, mine.i_channel + c],
                     )
                     if x_anchor[c] > BELOW:
-                        mine.s_T[0, BT] = stamp + i_frame + 1
+                        own.s_T[mine.group, 0, BT] = stamp + i_frame + 1
                 tile.gemm(
                     own.s_rows[mine.slot, 0:BT, :], own.s_keys[mine.slot, :, :], b_T,
                     transpose_B=True,
@@ -303,7 +370,8 @@ def program():
                 tile.sync_threads(mine.barrier, GROUP)
         # a zero that the compiler does not know of: it would keep the exponentials in registers
         # that it has not, of chunks without such frames, too
-        write_rows(own, mine, scale, mine.s_T[0, BT + 1])
+        make_rows(own, mine, scale, own.s_T[mine.group, 0, BT + 1])
+        store_rows(own, mine)
         # Ktail, which cannot be made of k / gamma
         for c in tile.unroll(2):
             mine.x_gamma[c] = 1.0
@@ -313,63 +381,94 @@ def program():
                     tile.exp2(mine.x_C[c] - mine.x_G[i, c])
                 )
         for i, j in tile.Parallel(BT, BT):
-            if mine.s_T[i, BT + 2] == stamp:
-                mine.s_T[j, i] = b_T[i, j]
+            if own.s_T[mine.group, i, BT + 2] == stamp:
+                own.s_T[mine.group, j, i] = b_T[i, j]
                 own.s_Aqk[mine.slot, i, j] = tile.if_then_else(i > j, b_Aqk[i, j], 0.0)
 
     @tile.macro
-    def halves(mine):
+    def copy_early(own, mine):
+        """What of the slot is ready before A is: a thread of a warp each."""
+        slot = mine.slot
+        if mine.i_thread == 0 * WARP:
+            tile.copy_cluster(
+                own.s_keys[slot, :, :], own.s_keys[slot, :, :],
+                dst_block=1 - own.i_v, remote_barrier=own.full[slot],
+            )
+        if mine.i_thread == 1 * WARP:
+            tile.copy_cluster(
+                own.s_Aqk[slot, :, :], own.s_Aqk[slot, :, :],
+                dst_block=1 - own.i_v, remote_barrier=own.full[slot],
+            )
+        if mine.i_thread == 2 * WARP:
+            tile.copy_cluster(
+                own.s_gamma[slot, :], own.s_gamma[slot, :],
+                dst_block=1 - own.i_v, remote_barrier=own.full[slot],
+            )
+
+    @tile.macro
+    def halves(own, mine):
         """A column of the inverse of either half a thread, by substitution."""
         x_A = tile.alloc_local([HALF], "float32")
-        i_half = mine.i_thread // HALF * HALF
+        i_own = mine.i_thread % BT
+        i_half = i_own // HALF * HALF
         for i in tile.unroll(HALF):
-            x_A[i] = tile.if_then_else(i_half + i == mine.i_thread, 1.0, 0.0)
+            x_A[i] = tile.if_then_else(i_half + i == i_own, 1.0, 0.0)
         for m in tile.unroll(HALF - 1):
             for i in tile.unroll(m + 1, HALF):
-                x_A[i] += mine.s_T[i_half + m, i_half + i] * x_A[m]
+                x_A[i] += own.s_T[mine.group, i_half + m, i_half + i] * x_A[m]
         # A11 where T is not looked at, A22, transposed, where the totals of the decay were
-        if mine.i_thread < HALF:
+        if i_own < HALF:
             for i in tile.unroll(HALF):
-                mine.s_T[HALF + i, mine.i_thread] = x_A[i]
+                own.s_T[mine.group, HALF + i, i_own] = x_A[i]
         else:
             for i in tile.unroll(HALF // 4):
                 for c in tile.vectorized(4):
-                    mine.s_total[
-                        (mine.i_thread - HALF) * HALF // K,
-                        (mine.i_thread - HALF) * HALF % K + i * 4 + c,
+                    own.s_total[
+                        mine.group,
+                        (i_own - HALF) * HALF // K,
+                        (i_own - HALF) * HALF % K + i * 4 + c,
                     ] = x_A[i * 4 + c]
 
     @tile.macro
     def invert(own, mine):
         """s_A of the slot, from s_T, which has -T transposed."""
-        if mine.i_thread < BT:
-            halves(mine)
+        # the last warp: the first has loads to start
+        if mine.i_warp == WARPS - 1:
+            halves(own, mine)
         tile.sync_threads(mine.barrier, GROUP)
+        copy_early(own, mine)
         # A21 = A22 (-T21 A11); of each quarter of A two columns of a row a thread
         x_A21 = tile.alloc_local([2], "float32")
         i_i = mine.i_thread * 2 // HALF
         i_j = mine.i_thread * 2 % HALF
         for c in tile.vectorized(2):
-            own.s_A[mine.slot, i_i, i_j + c] = mine.s_T[HALF + i_i, i_j + c]
+            own.s_A[mine.slot, i_i, i_j + c] = own.s_T[mine.group, HALF + i_i, i_j + c]
         for c in tile.vectorized(2):
             own.s_A[mine.slot, i_i, HALF + i_j + c] = 0.0
         for c in tile.unroll(2):
-            x_A21[c] = mine.s_total[(i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i]
+            x_A21[c] = own.s_total[
+                mine.group, (i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i
+            ]
         for c in tile.vectorized(2):
             own.s_A[mine.slot, HALF + i_i, HALF + i_j + c] = x_A21[c]
         for c in tile.vectorized(2):
             x_A21[c] = 0.0
         for m in tile.unroll(HALF):
             for c in tile.vectorized(2):
-                x_A21[c] += mine.s_T[m, HALF + i_i] * mine.s_T[HALF + m, i_j + c]
+                x_A21[c] += (
+                    own.s_T[mine.group, m, HALF + i_i] * own.s_T[mine.group, HALF + m, i_j + c]
+                )
         for c in tile.vectorized(2):
-            mine.s_T[i_i, i_j + c] = x_A21[c]  # where T11 was
+            own.s_T[mine.group, i_i, i_j + c] = x_A21[c]  # where T11 was
         tile.sync_threads(mine.barrier, GROUP)
         for c in tile.vectorized(2):
             x_A21[c] = 0.0
         for m in tile.unroll(HALF):
             for c in tile.vectorized(2):
-                x_A21[c] += mine.s_total[m * HALF // K, m * HALF % K + i_i] * mine.s_T[m, i_j + c]
+                x_A21[c] += (
+                    own.s_total[mine.group, m * HALF // K, m * HALF % K + i_i]
+                    * own.s_T[mine.group, m, i_j + c]
+                )
         for c in tile.vectorized(2):
             own.s_A[mine.slot, HALF + i_i, i_j + c] = x_A21[c]
         tile.sync_threads(mine.barrier, GROUP)
@@ -381,47 +480,45 @@ def program():
             # 64 channels of a tile lie together in shared memory
             tile.tma_copy(
                 x.k[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
-                mine.s_kq[0:BT, half * 64 : half * 64 + 64],
+                own.s_kq[mine.group, 0:BT, half * 64 : half * 64 + 64],
                 barrier=loaded[mine.group],
             )
             tile.tma_copy(
                 x.q[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
-                mine.s_kq[BT : 2 * BT, half * 64 : half * 64 + 64],
+                own.s_kq[mine.group, BT : 2 * BT, half * 64 : half * 64 + 64],
                 barrier=loaded[mine.group],
             )
         tile.tma_copy(
-            x.g[own.i_b, row : row + BT, own.i_hg, :], mine.s_g, barrier=loaded[mine.group]
+            x.g[own.i_b, row : row + BT, own.i_hg, :],
+            own.s_g[mine.group, :, :],
+            barrier=loaded[mine.group],
         )
         tile.tma_copy(
-            x.b[own.i_b, row : row + BT, own.i_hg, :], mine.s_b, barrier=loaded[mine.group]
+            x.b[own.i_b, row : row + BT, own.i_hg, :],
+            own.s_b[mine.group, :, :],
+            barrier=loaded[mine.group],
         )
         if tile.shuffle_elect(GROUP):
             tile.barrier_arrive(loaded[mine.group])
 
     @tile.macro
-    def norms_and_decay(x, mine):
+    def norms_and_decay(x, own, mine):
         """s_rstd, s_self; x_G, but for what lies before the thread's own tokens, and x_C."""
         # a token with itself, where no decay lies between, and the norms, from one product
         b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
-        tile.clear(b_norms)
-        tile.gemm(mine.s_kq, mine.s_kq, b_norms, transpose_B=True)
+        tile.wgmma_gemm(
+            own.s_kq[mine.group, :, :], own.s_kq[mine.group, :, :], b_norms,
+            transpose_B=True, clear_accum=True,
+        )
+        sum_decay(own, mine)
+        for c in tile.vectorized(2):
+            own.s_total[mine.group, mine.i_part, mine.i_channel + c] = mine.x_G[PART - 1, c]
+        tile.wait_wgmma(0)
         for i, j in tile.Parallel(2 * BT, 2 * BT):
             if i == j:
-                mine.s_rstd[i] = tile.rsqrt(b_norms[i, j] + 1e-6)
+                own.s_rstd[mine.group, i] = tile.rsqrt(b_norms[i, j] + 1e-6)
             if i + BT == j:
-                mine.s_self[i] = b_norms[i, j] * x.scale
-        for i in tile.unroll(PART):
-            for c in tile.vectorized(2):
-                mine.x_G[i, c] = mine.s_g[mine.i_token + i, mine.i_channel + c] * log2e
-        for i, c in tile.grid(PART, 2):
-            mine.x_G[i, c] = tile.if_then_else(
-                mine.x_G[i, c] < smallest_log2, smallest_log2, mine.x_G[i, c]
-            )
-        for i in tile.unroll(1, PART):
-            for c in tile.unroll(2):
-                mine.x_G[i, c] += mine.x_G[i - 1, c]
-        for c in tile.vectorized(2):
-            mine.s_total[mine.i_part, mine.i_channel + c] = mine.x_G[PART - 1, c]
+                own.s_self[mine.group, i] = b_norms[i, j] * x.scale
         tile.sync_threads(mine.barrier, GROUP)
         for c in tile.unroll(2):
             mine.x_before[c] = 0.0
@@ -429,32 +526,40 @@ def program():
         for m in tile.unroll(PARTS):
             for c in tile.unroll(2):
                 mine.x_before[c] += tile.if_then_else(
-                    m < mine.i_part, mine.s_total[m, mine.i_channel + c], 0.0
+                    m < mine.i_part, own.s_total[mine.group, m, mine.i_channel + c], 0.0
                 )
-                mine.x_C[c] += mine.s_total[m, mine.i_channel + c]
+                mine.x_C[c] += own.s_total[mine.group, m, mine.i_channel + c]
 
     @tile.macro
-    def write_factors(x, own, mine, stamp):
-        """-E, Qg, k / gamma and gamma_C; `stamp` where a channel is out of the first frame."""
+    def write_factors(x, own, mine, i_n, stamp):
+        """-E, Qg, k / gamma and gamma_C; `stamp` where a channel is out of the first frame.
+
+        All is made in registers, packed, before the slot is waited for: it is scanned meanwhile.
+        """
         for i in tile.unroll(PART):
             for c in tile.unroll(2):
                 mine.x_G[i, c] += mine.x_before[c]
-        write_rows(own, mine, x.scale, 0.0)
+        make_rows(own, mine, x.scale, 0.0)
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
                 mine.x_k[i, c] *= (
                     tile.exp2(-mine.x_G[i, c])
                 )
             for c in tile.vectorized(2):
-                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_k[i, c]
+                mine.x_keys[i, c] = mine.x_k[i, c]
         for c in tile.unroll(2):
             mine.x_gamma[c] = tile.exp2(mine.x_C[c])
+        tile.mbarrier_wait_parity(own.empty[mine.slot], (i_n + 1) % 2)
+        store_rows(own, mine)
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_keys[i, c]
         if mine.i_part == 0:
             for c in tile.vectorized(2):
                 own.s_gamma[mine.slot, mine.i_channel + c] = mine.x_gamma[c]
             for c in tile.unroll(2):
                 if mine.x_C[c] < -RANGE:
-                    mine.s_T[0, BT] = stamp
+                    own.s_T[mine.group, 0, BT] = stamp
         tile.fence_proxy_async()
         tile.sync_threads(mine.barrier, GROUP)
 
@@ -468,64 +573,62 @@ def program():
         )
         for i, j in tile.Parallel(2 * BT, BT):
             if i < BT:
-                mine.s_T[j, i] = b_scores[i, j]
+                own.s_T[mine.group, j, i] = b_scores[i, j]
             else:
                 own.s_Aqk[mine.slot, i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
-        if mine.s_T[0, BT] == stamp:
+        if own.s_T[mine.group, 0, BT] == stamp:
             later_frames(own, mine, x.scale, stamp)
 
     @tile.macro
     def write_tail(own, mine):
         """The diagonal of Aqk, and Ktail in place of k / gamma."""
-        if mine.i_thread >= GROUP - BT:
-            i_own = mine.i_thread - (GROUP - BT)
+        if mine.i_warp == 1:
+            i_own = mine.i_thread % BT
             own.s_Aqk[mine.slot, i_own, i_own] = (
-                mine.s_self[i_own]
-                * mine.s_rstd[i_own]
-                * mine.s_rstd[BT + i_own]
+                own.s_self[mine.group, i_own]
+                * own.s_rstd[mine.group, i_own]
+                * own.s_rstd[mine.group, BT + i_own]
             )
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
                 own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
                     mine.x_k[i, c] * mine.x_gamma[c]
                 )
+        tile.fence_proxy_async()
 
     @tile.macro
-    def write_Y(own, mine):
-        """Y in place of -E."""
+    def write_norms(x, own, mine, i_c):
+        """What the backward is to have of them, by one warp."""
+        i_own = mine.i_thread % BT
+        x.k_rstd[i_c, own.i_h, i_own] = own.s_rstd[mine.group, i_own]
+        x.q_rstd[i_c, own.i_h, i_own] = own.s_rstd[mine.group, BT + i_own]
+
+    @tile.macro
+    def write_Y(x, own, mine, i_c):
+        """Y in place of -E; what is kept of A and Aqk."""
         b_Y = tile.alloc_fragment([BT, K], "float32")
         tile.clear(b_Y)
         tile.gemm(own.s_A[mine.slot, :, :], own.s_rows[mine.slot, 0:BT, :], b_Y)
+        tile.copy(own.s_A[mine.slot, :, :], x.A[i_c, own.i_h, :, :], disable_tma=True)
+        tile.copy(own.s_Aqk[mine.slot, :, :], x.Aqk[i_c, own.i_h, :, :], disable_tma=True)
         tile.sync_threads(mine.barrier, GROUP)
         tile.copy(b_Y, own.s_rows[mine.slot, 0:BT, :])
 
     @tile.macro
     def hand_over(own, mine):
         """The slot to the group that scans, and a copy of it to the other program's."""
-        other = 1 - own.i_v
         slot = mine.slot
         tile.fence_proxy_async()
         tile.sync_threads(mine.barrier, GROUP)
-        if mine.i_thread == 0:
+        if mine.i_thread == 0 * WARP:
             tile.copy_cluster(
                 own.s_rows[slot, :, :], own.s_rows[slot, :, :],
-                dst_block=other, remote_barrier=own.full[slot],
+                dst_block=1 - own.i_v, remote_barrier=own.full[slot],
             )
-            tile.copy_cluster(
-                own.s_keys[slot, :, :], own.s_keys[slot, :, :],
-                dst_block=other, remote_barrier=own.full[slot],
-            )
+        if mine.i_thread == 1 * WARP:
             tile.copy_cluster(
                 own.s_A[slot, :, :], own.s_A[slot, :, :],
-                dst_block=other, remote_barrier=own.full[slot],
-            )
-            tile.copy_cluster(
-                own.s_Aqk[slot, :, :], own.s_Aqk[slot, :, :],
-                dst_block=other, remote_barrier=own.full[slot],
-            )
-            tile.copy_cluster(
-                own.s_gamma[slot, :], own.s_gamma[slot, :],
-                dst_block=other, remote_barrier=own.full[slot],
+                dst_block=1 - own.i_v, remote_barrier=own.full[slot],
             )
         # as many arrivals as the other program gets
         if mine.i_thread < COPIES:
@@ -533,35 +636,32 @@ def program():
 
     @tile.macro
     def prepare(x, own, group):
-        i_thread = tile.get_thread_binding() - GROUP * (group + 1)
-        s_kq = tile.alloc_shared([2 * BT, K], IO)
-        s_b = tile.alloc_shared([BT, K], IO)
-        s_g = tile.alloc_shared([BT, K], "float32")
-        s_self = tile.alloc_shared([BT], "float32")
-        s_total = tile.alloc_shared([PARTS, K], "float32")
-        s_rstd = tile.alloc_shared([2 * BT], "float32")
-        # rows so long that what a warp writes of the scores lies in banks of its own
-        s_T = tile.alloc_shared([BT, BT + 4], "float32")
+        """A text for both groups: two, and the scan's, do not stay where instructions are kept."""
+        i_thread = tile.get_thread_binding()
         x_G = tile.alloc_local([PART, 2], "float32")
         x_k = tile.alloc_local([PART, 2], "float32")
+        x_read = tile.alloc_local([3, STEP, 2], IO)
+        x_rstd = tile.alloc_local([2, STEP], "float32")
+        x_rows = tile.alloc_local([2, PART, 2], IO)
+        x_keys = tile.alloc_local([PART, 2], IO)
+        x_factor = tile.alloc_local([2], "float32")
         x_before = tile.alloc_local([2], "float32")
         x_C = tile.alloc_local([2], "float32")
         x_gamma = tile.alloc_local([2], "float32")
         slot = 2 * group + own.i_v  # and the first chunk
         i_part = i_thread // (K // 2)
         mine = SimpleNamespace(
-            group=group, barrier=2 + group, slot=slot, i_thread=i_thread,
+            group=group, barrier=2 + group, slot=slot, i_thread=i_thread, i_warp=i_thread // WARP,
             i_channel=i_thread % (K // 2) * 2, i_part=i_part, i_token=i_part * PART,
-            s_kq=s_kq, s_b=s_b, s_g=s_g, s_self=s_self,
-            s_total=s_total, s_rstd=s_rstd, s_T=s_T,
-            x_G=x_G, x_k=x_k, x_before=x_before, x_C=x_C, x_gamma=x_gamma,
+            x_G=x_G, x_k=x_k, x_before=x_before, x_C=x_C, x_gamma=x_gamma, x_read=x_read,
+            x_rstd=x_rstd, x_factor=x_factor, x_rows=x_rows, x_keys=x_keys,
         )
         n_own = tile.ceildiv(own.n_chunks - slot, SLOTS)
         if i_thread == 0:
-            s_T[0, BT] = 0.0  # no stamp
-            s_T[0, BT + 1] = 0.0
+            own.s_T[group, 0, BT] = 0.0  # no stamp
+            own.s_T[group, 0, BT + 1] = 0.0
         if i_thread < BT:
-            s_T[i_thread, BT + 2] = 0.0
+            own.s_T[group, i_thread, BT + 2] = 0.0
         if slot < own.n_chunks:
             load_chunk(x, own, mine, slot * BT)
 
@@ -570,21 +670,17 @@ def program():
             i_c = own.i_b * own.n_chunks + i_t
             stamp = tile.cast((i_n + 1) * 64, "float32")
             tile.mbarrier_wait_parity(own.loaded[group], i_n % 2)
-            norms_and_decay(x, mine)
-            tile.mbarrier_wait_parity(own.empty[slot], (i_n + 1) % 2)
-            write_factors(x, own, mine, stamp)
-            if i_thread < BT:
-                x.k_rstd[i_c, own.i_h, i_thread] = s_rstd[i_thread]
-                x.q_rstd[i_c, own.i_h, i_thread] = s_rstd[BT + i_thread]
+            norms_and_decay(x, own, mine)
+            write_factors(x, own, mine, i_n, stamp)
             score(x, own, mine, stamp)
             tile.sync_threads(mine.barrier, GROUP)
             if i_n + 1 < n_own:
                 load_chunk(x, own, mine, (i_t + SLOTS) * BT)
             write_tail(own, mine)
+            if mine.i_warp == 2:
+                write_norms(x, own, mine, i_c)
             invert(own, mine)
-            write_Y(own, mine)
-            tile.copy(own.s_A[slot, :, :], x.A[i_c, own.i_h, :, :], disable_tma=True)
-            tile.copy(own.s_Aqk[slot, :, :], x.Aqk[i_c, own.i_h, :, :], disable_tma=True)
+            write_Y(x, own, mine, i_c)
             hand_over(own, mine)
 
     @tile.prim_func
@@ -606,7 +702,7 @@ def program():
         scale: tile.float32,
         segment: tile.int32,
     ):
-        threads = GROUP * (1 + GROUPS)
+        threads = (GROUP, 1 + GROUPS)
         with tile.Kernel(2, HV, B, threads=threads, cluster_dims=2) as (i_v, i_h, i_b):
             s_rows = tile.alloc_shared([SLOTS, 2 * BT, K], IO)  # -E, then Y = -A E; and Qg
             s_keys = tile.alloc_shared([SLOTS, BT, K], IO)  # k / gamma, then Ktail
@@ -616,6 +712,15 @@ def program():
             s_v = tile.alloc_shared([2, BT, BV], IO)
             s_w = tile.alloc_shared([2, BT, BV], IO)
             s_o = tile.alloc_shared([BT, BV], IO)
+            # of the groups that prepare: what they load, and what they keep
+            s_kq = tile.alloc_shared([GROUPS, 2 * BT, K], IO)
+            s_b = tile.alloc_shared([GROUPS, BT, K], IO)
+            s_g = tile.alloc_shared([GROUPS, BT, K], "float32")
+            s_self = tile.alloc_shared([GROUPS, BT], "float32")
+            s_total = tile.alloc_shared([GROUPS, PARTS, K], "float32")
+            s_rstd = tile.alloc_shared([GROUPS, 2 * BT], "float32")
+            # rows so long that what a warp writes of the scores lies in banks of its own
+            s_T = tile.alloc_shared([GROUPS, BT, BT + 4], "float32")
             full = tile.alloc_cluster_barrier([COPIES] * SLOTS)
             empty = tile.alloc_cluster_barrier([2 * WARPS] * SLOTS)
             loaded = tile.alloc_barrier([1] * GROUPS)
@@ -630,16 +735,16 @@ def program():
                 i_v=i_v, i_h=i_h, i_b=i_b, i_hq=i_h // (HV // H), i_hg=i_h // (HV // HG),
                 T=T, n_chunks=tile.ceildiv(T, BT), s_rows=s_rows, s_keys=s_keys, s_A=s_A,
                 s_Aqk=s_Aqk, s_gamma=s_gamma, s_v=s_v, s_w=s_w, s_o=s_o,
+                s_kq=s_kq, s_b=s_b, s_g=s_g, s_self=s_self,
+                s_total=s_total, s_rstd=s_rstd, s_T=s_T,
                 full=full, empty=empty, loaded=loaded, values=values,
             )
 
             # one chain of branches: after several apart ptxas would wait for each product
-            if tile.get_thread_binding() < GROUP:
+            if tile.get_thread_binding(1) == 0:
                 scan(x, own)
-            elif tile.get_thread_binding() < 2 * GROUP:
-                prepare(x, own, 0)
             else:
-                prepare(x, own, 1)
+                prepare(x, own, tile.get_thread_binding(1) - 1)
             # the other program may write here, and be written to, until both are through
             tile.cluster_sync()
 

@@ -15,6 +15,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -76,8 +77,8 @@ class Barrier:
 class Cluster:
     """The threads of a cluster of `programs`, their tiles and barriers."""
 
-    def __init__(self, programs: int, threads: int, seed: int) -> None:
-        self.programs, self.threads = programs, threads
+    def __init__(self, programs: int, threads: tuple[int, ...], seed: int) -> None:
+        self.programs, self.sizes, self.threads = programs, threads, prod(threads)
         self.changed = threading.Condition()
         self.broken = False
         self.own = threading.local()
@@ -87,7 +88,7 @@ class Cluster:
         self.products: dict[Any, deque[Callable[[], None]]] = defaultdict(deque)
         self.late: list[tuple[Callable[[], None], Callable[[], None]]] = []
         self.random = random.Random(seed)
-        self.everyone = threading.Barrier(programs * threads)
+        self.everyone = threading.Barrier(self.programs * self.threads)
 
     # what a thread is
 
@@ -103,9 +104,9 @@ class Cluster:
     def group(self) -> tuple[int, int]:
         return self.rank, self.thread // 128
 
-    def binding(self) -> int:
+    def binding(self, dim: int) -> int:
         self.own.apart = True  # what is allocated from here on is the group's own
-        return self.thread
+        return self.thread // prod(self.sizes[:dim]) % self.sizes[dim]
 
     def allocate(self, make: Callable[[Any], Any]) -> Any:
         owner = self.group if self.own.apart else (self.rank,)
@@ -325,7 +326,7 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
         "cast": lambda x, dtype: rounded(x, dtype)[()],
         "cluster_sync": lambda: current().everyone.wait(PATIENCE) and None,
         "copy_cluster": copy_cluster,
-        "get_thread_binding": lambda: current().binding(),
+        "get_thread_binding": lambda dim=0: current().binding(dim),
         "grid": lambda *x: itertools.product(*map(range, x)),
         "int32": "int32",
         "macro": lambda f: f,
@@ -347,10 +348,11 @@ class _Launch:
     """The kernel of a cluster: a program of it is what runs in this thread."""
 
     grid: tuple[int, ...] = ()
-    threads = programs = 0
+    threads: tuple[int, ...] = ()
+    programs = 0
     at: tuple[int, ...] | None = None
 
-    def __init__(self, *grid: int, threads: int, cluster_dims: int) -> None:
+    def __init__(self, *grid: int, threads: tuple[int, ...], cluster_dims: int) -> None:
         _Launch.grid, _Launch.threads, _Launch.programs = tuple(grid), threads, cluster_dims
 
     def __enter__(self) -> tuple[int, ...]:

@@ -37,6 +37,19 @@ def carried_out(
         1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True,
         HV=shared,
     )  # fmt: skip
+    found, written = results(problem, x)
+    assert all(found[name].isfinite().all() for name in written)
+    if v_first:
+        found["final_state"] = found["final_state"].transpose(-1, -2)
+    return relative_errors(found, expected(op, x, T))
+
+
+def results(
+    problem: Problem, x: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """All tensors after the kernel, and the names of those that it writes."""
+    op, v_first = problem.op, problem.state_v_first
+    _, T, shared, _ = x["v"].shape
     chunks = -(-T // 32)
     segments = -(-chunks // SEGMENT)
     state_dims = (1, shared, 128, 128)
@@ -58,10 +71,7 @@ def carried_out(
     HG = x["g"].shape[2]
     sizes = {"B": 1, "T": T, "H": 1, "HV": shared, "HG": HG, "NT": chunks, "NS": segments}
     found = run_all(module_of(problem), given | written, sizes, SCALE, SEGMENT)
-    assert all(found[name].isfinite().all() for name in written)
-    if v_first:
-        found["final_state"] = found["final_state"].transpose(-1, -2)
-    return relative_errors(found, expected(op, x, T))
+    return found, tuple(written)
 
 
 def expected(op: str, x: dict[str, torch.Tensor], T: int) -> dict[str, torch.Tensor]:
@@ -114,6 +124,22 @@ def test_results_and_barriers(op: str, T: int, pattern: str, shared: int, v_firs
     """Five chunks take each slot once, and one twice; every wait ends, and none too early."""
     errors = carried_out(op, T, pattern, shared=shared, v_first=v_first)
     assert max(errors.values()) < 1e-2, errors
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs() -> None:
+    """It takes the chunk into later frames, where the decay is summed once more."""
+    problem = Problem(initial_state=True, final_state=True)
+    x = make_inputs(
+        1, 32, 1, 128, 128, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
+    )
+    changed = x | {"g": x["g"].clone()}
+    changed["g"][:, 20:, :, ::3] = -12.0
+    (usual, _), (strong, _) = results(problem, x), results(problem, changed)
+    assert torch.equal(usual["o"][:, :20], strong["o"][:, :20])
+    assert not torch.equal(usual["o"][:, 20:], strong["o"][:, 20:])
+    assert relative_errors(strong, expected("gdn2", changed, 32))["o"] < 4e-3
 
 
 @pytest.mark.slow
