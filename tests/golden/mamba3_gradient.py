@@ -69,7 +69,7 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
 
 Problem: mamba3 bf16, skip
 Config:  BH=8 BT=32 BV=64 language=triton maxnreg=168 num_stages=1 num_warps=1 parts=2
-Template digest 93fdafad4a69833e; made by
+Template digest ea78fb11dabb70c0; made by
     gdn2gen generate --dtype bf16 --with=skip --stage mamba3_gradient --config \
       BH=8,BT=32,BV=64,language=triton,maxnreg=168,num_stages=1,num_warps=1,parts=2
 """
@@ -196,11 +196,16 @@ def mamba3_gradient_kernel(
         i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
         b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
         b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None], other=0.0)
-        b_dP = tl.dot(b_v, tl.trans(b_dy))
         b_qc = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
         b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
         b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+
+        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
+        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
+
+        b_dP = tl.dot(b_v, tl.trans(b_dy))
+
         b_scores = tl.dot(b_kc, tl.trans(b_qc))
         b_scores = tl.dot(b_kr, tl.trans(b_qr), b_scores)
 
@@ -225,9 +230,6 @@ def mamba3_gradient_kernel(
         b_c = b_own * b_dot
         b_c += tl.load(D + i_h)
 
-        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
-        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
-
         b_dv = tl.dot(b_kc, tl.trans(b_dhc))
         b_dv = tl.dot(b_kr, tl.trans(b_dhr), b_dv)
 
@@ -236,13 +238,13 @@ def mamba3_gradient_kernel(
         b_dv += b_c[:, None] * b_dy.to(tl.float32)
         tl.store(dv + i_token * P + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None])
         b_x = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_r[None, :])))
+        b_d = tl.dot(b_v, b_dhr)
         b_x = b_x.to(tl.float32)
         b_met = tl.sum(b_x * b_d, 1)
         b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
         tl.store(dK_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
         b_x = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_c[None, :])))
+        b_d = tl.dot(b_v, b_dhc)
         b_x = b_x.to(tl.float32)
         b_met += tl.sum(b_x * b_d, 1)
         b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
@@ -272,7 +274,17 @@ def mamba3_gradient_kernel(
         i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
         b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
         b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None], other=0.0)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+
+        b_hc = tl.load(h + i_state + (p_h + o_c[None, :]))
+        b_hr = tl.load(h + i_state + (p_h + o_r[None, :]))
+
+        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
+        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
+
         b_dP = tl.dot(b_dy, tl.trans(b_v))
+
         b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
         b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
         # of no token nothing is kept: nothing else masks those after the last one
@@ -282,16 +294,14 @@ def mamba3_gradient_kernel(
         b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[None, :])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
         b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
-        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
         b_x = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.dot(b_dy, tl.load(h + i_state + (p_h + o_r[None, :])))
+        b_d = tl.dot(b_dy, b_hr)
         b_x = b_x.to(tl.float32)
         b_met = tl.sum(b_x * b_d, 1)
         b_d = tl.dot(b_dscores, b_kr, b_d * b_head[:, None])
         tl.store(dQ_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
         b_x = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.dot(b_dy, tl.load(h + i_state + (p_h + o_c[None, :])))
+        b_d = tl.dot(b_dy, b_hc)
         b_x = b_x.to(tl.float32)
         b_met += tl.sum(b_x * b_d, 1)
         b_d = tl.dot(b_dscores, b_kc, b_d * b_head[:, None])
@@ -310,12 +320,6 @@ def mamba3_gradient_kernel(
         tl.store(read_q + p_number, b_met, mask=m_t)
         # <S, dS> as the diagonal of a product
         b_kept = 0.0
-
-        b_hc = tl.load(h + i_state + (p_h + o_c[None, :]))
-        b_hr = tl.load(h + i_state + (p_h + o_r[None, :]))
-
-        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
-        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
 
         b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
         b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)

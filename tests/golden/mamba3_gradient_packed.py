@@ -70,7 +70,7 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
 
 Problem: mamba3 bf16, head_dim=80, skip, gate, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1 parts=3
-Template digest 93fdafad4a69833e; made by
+Template digest ea78fb11dabb70c0; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,gate,carried,packed --stage \
       mamba3_gradient --config \
       BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1,parts=3
@@ -202,9 +202,10 @@ def mamba3_gradient_kernel(
             b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
             b_dP = tl.dot(b_v, tl.trans(b_dy), b_dP)
         b_qc = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
         b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
         b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+
         b_scores = tl.dot(b_kc, tl.trans(b_qc))
         b_scores = tl.dot(b_kr, tl.trans(b_qr), b_scores)
 
@@ -256,6 +257,9 @@ def mamba3_gradient_kernel(
             b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
             b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
             b_dP = tl.dot(b_dy, tl.trans(b_v), b_dP)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+
         b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
         b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
         # of no token nothing is kept: nothing else masks those after the last one
@@ -265,8 +269,6 @@ def mamba3_gradient_kernel(
         b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[None, :])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
         b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
-        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
         b_x = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
         b_d = tl.zeros([BT, BN], tl.float32)
         for i_v in range(0, P, BV):
@@ -348,7 +350,6 @@ def mamba3_gradient_kernel(
             b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
             b_dP = tl.dot(b_v, tl.trans(b_dy), b_dP)
         b_qc = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-
         b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
 
         b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)

@@ -23,7 +23,7 @@ heads one after another. y is left for the backward where `keep` is not 0.
 
 Problem: mamba3 bf16, angles=0, skip, gate, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=128 num_stages=1 num_warps=1
-Template digest fc25b5a6dec9bf40; made by
+Template digest d9d08d6230f63ae1; made by
     gdn2gen generate --dtype bf16 --with=angles:0,skip,gate,carried,packed --stage mamba3_output \
       --config BH=1,BT=32,BV=64,language=triton,maxnreg=128,num_stages=1,num_warps=1
 """
@@ -98,6 +98,14 @@ def mamba3_output_kernel(
         o_head = (o_t * (H * N))[:, None]
         b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
         b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        # all that is multiplied is asked for before the first product waits
+        i_v = 0
+        o_v = i_v + tl.arange(0, BV)
+        p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+        i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+        b_hr = tl.load(h + i_state + (p_h + o_r[None, :]), mask=(o_v < n_left * P)[:, None], other=0.0)
+
+        b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
         b_P = tl.dot(b_qr, tl.trans(b_kr))
 
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
@@ -111,14 +119,7 @@ def mamba3_output_kernel(
         b_c = b_own * tl.sum(tl.where(o_j == o_i, b_P, 0.0), 1)
         b_P = (b_P * b_L * b_weight[None, :]).to(tl.bfloat16)
         b_c += tl.load(D + i_h)
-        i_v = 0
-        o_v = i_v + tl.arange(0, BV)
-        p_v = (o_t * (H * P))[:, None] + o_v[None, :]
-        i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
-        b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
         b_z = tl.load(Z + i_token * P + p_v, mask=m_t[:, None], other=0.0)
-        b_hr = tl.load(h + i_state + (p_h + o_r[None, :]), mask=(o_v < n_left * P)[:, None], other=0.0)
-
         b_y = tl.dot(b_qr, tl.trans(b_hr))
 
         b_y *= b_head[:, None]

@@ -550,10 +550,10 @@ _OVER_CHUNKS: Final = {
     "mamba3_turns": 0,
     "mamba3_rotate": 0,
     "mamba3_states": 0,
-    "mamba3_output": 120,
+    "mamba3_output": 96,
     "mamba3_gate": 0,
     "mamba3_reverse_states": 0,
-    "mamba3_gradient": 280,
+    "mamba3_gradient": 390,
 }
 
 
