@@ -1,11 +1,13 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
-    python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone] [--sweep]
+    python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone]
+        [--sweep | --forms]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
 (`kernels.mamba3`, every operand once). Every run begins with the L2 flushed. --sweep times configs
-of the kernels, for the rules in kernels/mamba3.py.
+of the kernels, for the rules in kernels/mamba3.py; --forms the few arrangements of those over
+chunks that the rules choose among.
 """
 
 from __future__ import annotations
@@ -43,6 +45,29 @@ from gdn2gen.runtime.mamba3_loaded import force
 
 Run = Callable[[], Any]
 PROBLEM = Mamba3Problem(state_size=128, head_dim=64, angles=32, skip=True, gate=True)
+
+
+# Beside the rule's own.
+FORMS: dict[str, tuple[dict[str, Any], ...]] = {
+    "mamba3_rotate": ({"BH": 4}, {"num_warps": 8}, {"BH": 8, "num_warps": 8}),
+    "mamba3_states": ({"BV": 32}, {"BV": 32, "num_warps": 4}),
+    "mamba3_output": (
+        *({"maxnreg": 0}, {"maxnreg": 168}, {"BH": 4, "maxnreg": 0}),
+        {"BH": 4, "maxnreg": 0, "num_stages": 2},
+        {"BH": 8, "maxnreg": 0, "num_stages": 2},
+    ),
+    "mamba3_gate": (
+        {"BR": 32},
+        {"BR": 128},
+        {"BR": 32, "num_warps": 2},
+        {"BR": 128, "num_warps": 8},
+    ),
+    "mamba3_reverse_states": ({"BV": 32}, {"BV": 32, "num_warps": 4}),
+    "mamba3_gradient": (
+        *({"parts": 3}, {"parts": 3, "maxnreg": 128}, {"maxnreg": 0}, {"maxnreg": 128}),
+        *({"parts": 3, "maxnreg": 0}, {"BH": 4}, {"BH": 2}),
+    ),
+}
 
 
 def ms(run: Run) -> float:
@@ -106,6 +131,22 @@ def sweep(x: dict[str, Tensor]) -> None:
             console().print(sheet)
 
 
+def forms(x: dict[str, Tensor]) -> None:
+    """Each kernel over chunks by the rule, and in its other arrangements."""
+    runs = chunk_runs(x, chunk_of("bf16", PROBLEM.state_size))
+    sheet = Sheet("arrangements", ("kernel", "knobs", "ms"), words=("kernel", "knobs"))
+    for stage, others in FORMS.items():
+        for knobs in ({}, *others):
+            force(stage, knobs)
+            try:
+                took = f"{ms(runs[stage]):.4f}"
+            except Exception as error:  # what does not fit shared memory is no config
+                took = str(error).splitlines()[0][:40]
+            force(stage, None)
+            sheet.add(stage, ", ".join(f"{y}={z}" for y, z in knobs.items()) or "the rule's", took)
+    console().print(sheet)
+
+
 def configs(names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
     domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
     for BT in (32, 64):
@@ -123,12 +164,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--alone", action="store_true", help="without mamba_ssm's op")
     parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
+    parser.add_argument("--forms", action="store_true", help="time a few arrangements instead")
     args = parser.parse_args()
     torch.manual_seed(0)
     shape = Shape("asked", args.batch, args.tokens, args.heads, groups=1)
     x = layer_inputs(PROBLEM, shape)
-    if args.sweep:
-        sweep(x)
+    if args.sweep or args.forms:
+        (sweep if args.sweep else forms)(x)
         return
     time_kernels(x, shape)
     time_ops(x, alone=args.alone)

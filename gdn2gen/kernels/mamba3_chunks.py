@@ -1,9 +1,9 @@
 """The stages of Mamba-3 by kernels of its own: rotations, states, outputs, and gradients.
 
 A chunk is a tile of BT tokens, and symbols in `dims` are those of `kernels.mamba3`. Queries and
-keys of a group are read and turned where they are used. What needs a state reads it: a scan leaves
-one at the start of each chunk, one back its gradient at the end, and all else runs chunks side by
-side.
+keys of each head are turned once, and the gate is taken off once: all products read plain tiles.
+What needs a state reads it: a scan leaves one at the start of each chunk, one back its gradient at
+the end, and all else runs chunks side by side.
 """
 
 from __future__ import annotations
@@ -24,9 +24,19 @@ _VALUES: Final[Domain] = (16, 32, 64, 128)
 _WARPS: Final[Domain] = (1, 2, 4, 8)
 _BY_HEADS: Final[dict[str, Domain]] = {"BH": _HEADS, "num_warps": _WARPS, "num_stages": (1,)}
 _BY_VALUES: Final[dict[str, Domain]] = {"BV": _VALUES, "num_warps": _WARPS, "num_stages": (1,)}
+# Two programs of eight warps to a multiprocessor: of one, a scan would take two rounds.
+_BY_SCAN: Final[dict[str, Domain]] = _BY_VALUES | {"maxnreg": (0, 128)}
+
+_BY_ROWS: Final[dict[str, Domain]] = {
+    "BR": (16, 32, 64, 128),
+    "num_warps": _WARPS,
+    "num_stages": (1,),
+}
 
 # Registers that leave room for two, three and four programs of four warps.
-_BY_REGISTERS: Final[dict[str, Domain]] = _BY_HEADS | _BY_VALUES | {"maxnreg": (0, 168, 128)}
+_BY_REGISTERS: Final[dict[str, Domain]] = (
+    _BY_HEADS | _BY_VALUES | {"maxnreg": (0, 168, 128), "num_stages": (1, 2)}
+)
 
 _TILES: Final = (
     Operand("tiles", "M 4", "int32", "varlen"),
@@ -42,17 +52,27 @@ _ROTATION: Final = (
     Operand("theta", "B T H S", "int32", "rotated"),
     Operand("turns", "M H S", "int32", "rotated"),
 )
-_Q: Final = Operand("Q", "B T G N")
-_K: Final = Operand("K", "B T G N")
+_BIASED: Final = (
+    *(Operand("Q", "B T G N"), Operand("K", "B T G N")),
+    *(Operand("Q_bias", "H N", "weight"), Operand("K_bias", "H N", "weight")),
+)
+_Q: Final = Operand("q", "B T H N")
+_K: Final = Operand("k", "B T H N")
+# Of each token and head, in the layout of the scans' programs.
+_WEIGHTS: Final = (
+    Operand("within", "B H T", "fp32"),
+    Operand("tail_decay", "B H T", "fp32"),
+    Operand("weight_s", "B H T", "fp32"),
+    Operand("own_dt", "B H T", "fp32"),
+)
 _V: Final = Operand("V", "B T H P")
 _Z: Final = Operand("Z", "B T H P", when="gate")
-_Q_BIAS: Final = Operand("Q_bias", "H N", "weight")
-_K_BIAS: Final = Operand("K_bias", "H N", "weight")
 _D: Final = Operand("D", "H", "weight", "skip")
 _H: Final = Operand("h", "M H P N")
 _DH: Final = Operand("dh", "M H P N")
 _Y: Final = Operand("ungated", "B T H P", when="gate")
-_DOUT: Final = Operand("dout", "B T H P")
+_DY: Final = Operand("dy", "B T H P")
+_DOWN: Final = Operand("down", "B T H", "fp32")
 
 MAMBA3_TURNS: Final = mamba3_stage(
     "mamba3_turns",
@@ -66,40 +86,54 @@ MAMBA3_TURNS: Final = mamba3_stage(
     ("T", "H", "n_tiles", "n_sequences", "angle_row", "angle_head"),
     _BY_HEADS,
 )
+MAMBA3_ROTATE: Final = mamba3_stage(
+    "mamba3_rotate",
+    (*_BIASED, *_NUMBERS, *_ROTATION, _TILES[0]),
+    (_Q, _K, *_WEIGHTS),
+    ("T", "H", "G", "n_tiles"),
+    _BY_HEADS,
+)
 MAMBA3_STATES: Final = mamba3_stage(
     "mamba3_states",
     (
-        *(_K, _V, *_NUMBERS, _K_BIAS, *_ROTATION),
+        *(_K, _V, *_WEIGHTS[:3]),
         Operand("initial_ssm", "n H P N", "fp32", "carried"),
         *_TILES,
     ),
     (_H, Operand("final_ssm", "n H P N", "fp32")),
-    ("T", "H", "G", "n_sequences"),
-    _BY_VALUES,
+    ("T", "H", "n_sequences"),
+    _BY_SCAN,
 )
 MAMBA3_OUTPUT: Final = mamba3_stage(
     "mamba3_output",
-    (_Q, _K, _V, *_NUMBERS, _Q_BIAS, _K_BIAS, *_ROTATION, _D, _Z, _H, _TILES[0]),
+    (_Q, _K, _V, _NUMBERS[0], _WEIGHTS[0], *_WEIGHTS[2:], _D, _Z, _H, _TILES[0]),
     (Operand("out", "B T H P"), _Y),
-    ("T", "H", "G", "n_tiles", "keep"),
+    ("T", "H", "n_tiles", "keep"),
     _BY_REGISTERS,
+)
+MAMBA3_GATE: Final = mamba3_stage(
+    "mamba3_gate",
+    (_V, _Z, _Y, Operand("dout", "B T H P")),
+    (replace(_DY, when="gate"), Operand("dZ", "B T H P", when="gate"), _DOWN),
+    ("B", "T", "H"),
+    _BY_ROWS,
 )
 MAMBA3_REVERSE_STATES: Final = mamba3_stage(
     "mamba3_reverse_states",
     (
-        *(_Q, _NUMBERS[0], _Q_BIAS, *_ROTATION, _Z, _DOUT),
+        *(_Q, _WEIGHTS[0], _DY),
         Operand("dfinal_ssm", "n H P N", "fp32"),
         *_TILES,
     ),
     (_DH, Operand("dinitial_ssm", "n H P N", "fp32", "carried")),
-    ("T", "H", "G", "n_sequences"),
-    _BY_VALUES,
+    ("T", "H", "n_sequences"),
+    _BY_SCAN,
 )
 MAMBA3_GRADIENT: Final = mamba3_stage(
     "mamba3_gradient",
     (
-        *(_Q, _K, _V, *_NUMBERS, _Q_BIAS, _K_BIAS, _ANGLES, *_ROTATION, _D, _Z),
-        *(_H, _DH, _Y, _DOUT, _TILES[0]),
+        *(_Q, _K, _V, *_NUMBERS, *_WEIGHTS, _ANGLES, *_ROTATION, _D),
+        *(_DY, _DOWN, _H, _DH, _TILES[0]),
         Operand("dlast_angle", "n H S", "fp32", "rotated"),
         Operand("dlast_turn", "n H S", "fp32", "rotated"),
     ),
@@ -107,20 +141,14 @@ MAMBA3_GRADIENT: Final = mamba3_stage(
         Operand("dQ", "B T G N"),
         Operand("dK", "B T G N"),
         Operand("dv", "B T H P"),
-        Operand("dZ", "B T H P", when="gate"),
         Operand("dQ_bias_part", "M H N", "fp32"),
         Operand("dK_bias_part", "M H N", "fp32"),
         Operand("dADT", "B H T", "fp32"),
         Operand("dDT", "B H T", "fp32"),
         Operand("dTrap", "B H T", "trap"),
         Operand("dAngles", "B T H S", "angle", "rotated"),
-        Operand("down", "B T H", "fp32"),
         Operand("dQ_head", "B T H N"),
         Operand("dK_head", "B T H N"),
-        Operand("within", "B H T", "fp32"),
-        Operand("tail_decay", "B H T", "fp32"),
-        Operand("weight_s", "B H T", "fp32"),
-        Operand("own_dt", "B H T", "fp32"),
         Operand("dweight_s", "B H T", "fp32"),
         Operand("down_dt", "B H T", "fp32"),
         Operand("dread", "B H T", "fp32"),
@@ -132,11 +160,11 @@ MAMBA3_GRADIENT: Final = mamba3_stage(
         Operand("dtheta_sums", "M H S", "fp32", "rotated"),
     ),
     ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
-    _BY_REGISTERS,
+    _BY_REGISTERS | {"parts": (2, 3)},
 )
 MAMBA3_CHUNK_STAGES: Final = (
-    *(MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_OUTPUT),
-    *(MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT),
+    *(MAMBA3_TURNS, MAMBA3_ROTATE, MAMBA3_STATES, MAMBA3_OUTPUT),
+    *(MAMBA3_GATE, MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT),
 )
 CHUNKS: Final = "chunks"
 """What files call these kernels, which share a tile and are tuned together."""
@@ -164,18 +192,23 @@ def chunk_of(dtype: str, state_size: int) -> int:
 def chunk_problem(stage: PartStage, problem: Mamba3Problem) -> Mamba3Problem:
     """What is compiled into a stage."""
     usual, own = Mamba3Problem(), problem
-    if stage is MAMBA3_TURNS:
+    if stage in (MAMBA3_TURNS, MAMBA3_ROTATE):
         own = replace(own, head_dim=usual.head_dim)
-    if stage in (MAMBA3_TURNS, MAMBA3_REVERSE_STATES):
+    if stage is MAMBA3_GATE:
+        own = replace(own, state_size=usual.state_size, angles=0, packed=False)
+    if stage not in (MAMBA3_ROTATE, MAMBA3_GRADIENT):
         own = replace(own, trap_dtype=usual.trap_dtype)
-    if stage in (MAMBA3_TURNS, MAMBA3_STATES):
+    if stage not in (MAMBA3_OUTPUT, MAMBA3_GATE):
         own = replace(own, gate=False)
-    if stage in (MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_REVERSE_STATES):
+    if stage not in (MAMBA3_OUTPUT, MAMBA3_GRADIENT):
         own = replace(own, skip=False)
-    if stage in (MAMBA3_OUTPUT, MAMBA3_GRADIENT):
+    if stage not in (MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_REVERSE_STATES):
         own = replace(own, carried=False)
     if stage not in (MAMBA3_TURNS, MAMBA3_GRADIENT):
         own = replace(own, angle_dtype=usual.angle_dtype)
+    if stage not in (MAMBA3_TURNS, MAMBA3_ROTATE, MAMBA3_GRADIENT):
+        # what reads queries and keys that are turned knows of no turn
+        own = replace(own, angles=0)
     return own
 
 
@@ -184,9 +217,10 @@ def chunk_knobs(
 ) -> dict[str, Knob]:
     """The knobs for so many chunks, H heads and G groups on `sms` multiprocessors.
 
-    Scans over chunks are as many programs as there are sequences, heads and slices of values;
-    others take as many heads, one after another, as leave enough programs, and four warps, since
-    eight compute rows of 64 tokens twice. Nothing of this was measured.
+    Scans over chunks are as many programs as there are sequences, heads and slices of values. Of
+    others those that read angles take as many heads, one after another, as leave enough programs;
+    those of one head hold fewer registers, so that more of them hide each other's waits. All have
+    four warps, since eight compute rows of 64 tokens twice. Nothing of this was measured.
     """
     narrow = problem.dtype != "fp32"
     BT, BV = chunk_of(problem.dtype, problem.state_size), min(covering(problem.head_dim), 64)
@@ -194,18 +228,23 @@ def chunk_knobs(
     if stage in (MAMBA3_STATES, MAMBA3_REVERSE_STATES):
         wide = not narrow or covering(problem.state_size) > 128
         # few programs, whose every chunk waits for the one before: more warps hide more of that
-        return knobs | {"BV": min(BV, 32) if wide else BV, "num_warps": 8}
+        knobs |= {"num_warps": 8, "maxnreg": 0 if wide else 128}
+        return knobs | {"BV": min(BV, 32) if wide else BV}
+    if stage is MAMBA3_GATE:
+        return knobs | {"BR": 32 if covering(problem.head_dim) > 128 else 64}
     BH = 1
-    for heads in _HEADS:
+    for heads in _HEADS if stage in (MAMBA3_TURNS, MAMBA3_GRADIENT) else ():
         assert isinstance(heads, int)
         many = heads <= 8 and tiles * (H // heads) >= _PROGRAMS * sms
         if (H // G) % heads == 0 and many:
             BH = heads
     knobs["BH"] = BH
-    if stage is MAMBA3_TURNS:
+    if stage in (MAMBA3_TURNS, MAMBA3_ROTATE):
         return knobs
-    if not narrow:
-        BV = min(BV, 32)
-    # three programs of the gradient to a multiprocessor, for some spills: products wait in turn
-    most = stage is MAMBA3_GRADIENT and narrow and covering(problem.state_size) <= 128
-    return knobs | {"BV": BV, "maxnreg": 168 if most else 0}
+    # four programs of the output to a multiprocessor, and three of the gradient for some spills:
+    # at 128 registers each of its products is waited for by itself
+    most = narrow and covering(problem.state_size) <= 128
+    knobs |= {"BV": BV if narrow else min(BV, 32), "maxnreg": 0}
+    if stage is MAMBA3_OUTPUT:
+        return knobs | ({"maxnreg": 128} if most else {})
+    return knobs | {"parts": 2} | ({"maxnreg": 168} if most else {})

@@ -53,7 +53,7 @@ def chosen(x: Inputs) -> bool:
 
 def run_chunks(x: Inputs, state: Tensor | None, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out, and the state and Theta after the last tokens. `state`: H_0 of `mamba3_form`; `fast`:
-    keep the states before chunks for the backward."""
+    keep for the backward the states before chunks, and queries and keys as they are turned."""
     watched = is_watched((x.Q, x.K, x.V, x.ADT, x.DT, x.Trap, x.Angles, x.Z, x.D, state))
     dtype, (B, T, H, P) = DTYPE_NAME[x.V.dtype], x.V.shape
     G, N = x.Q.shape[2:]
@@ -125,6 +125,8 @@ def _chunked_fake(
         number.new_empty((n_tiles, H, S), dtype=torch.int32),
         V.new_empty(V.shape if keeps_y else (0,)),
         V.new_empty((n_tiles, H, P, N) if keep == MUCH else (0,)),
+        *(V.new_empty((B, T, H, N) if keep == MUCH else (0,)) for _ in "qk"),
+        *(number.new_empty((B, H, T) if keep == MUCH else (0,)) for _ in range(4)),
     )
 
 
@@ -178,6 +180,10 @@ def _chunked_backward_fake(
     return dQ, dK, dV, wide[:3], wide[3:], dAngles, dD, like(Z), dangle, like(ssm_state)
 
 
+# Of what the forward makes, all but `out` and the last angles.
+_KEPT: Final = len(Made._fields) - 2
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     Q, K, V, numbers, biases, *rest, tiles, ctx.BT, _ = inputs
     ctx.save_for_backward(Q, K, V, *numbers, *biases, *rest, output[1], *output[3:], *tiles)
@@ -185,7 +191,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     Q, K, V, *rest = ctx.saved_tensors
-    numbers, biases, given, made, tiles = rest[:3], rest[3:5], rest[5:10], rest[10:15], rest[15:]
+    numbers, biases, given, rest = rest[:3], rest[3:5], rest[5:10], rest[10:]
+    made, tiles = rest[:_KEPT], rest[_KEPT:]
     D, Z, angle_state, ssm_state = given[1:]
     # of what nobody used there is none
     dout, *others = gradients[:3]
@@ -213,7 +220,7 @@ CHUNKED_BACKWARD: Final = _define(
 )
 CHUNKED: Final = _define(
     "mamba3_chunks",
-    f"({_TENSORS}, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, int keep) -> ({', '.join(['Tensor'] * len(Made._fields))})",
     _chunked,
     _chunked_fake,
     _gradients,

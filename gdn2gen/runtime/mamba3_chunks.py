@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.mamba3_chunks import (
+    MAMBA3_GATE,
     MAMBA3_GRADIENT,
     MAMBA3_OUTPUT,
     MAMBA3_REVERSE_STATES,
+    MAMBA3_ROTATE,
     MAMBA3_STATES,
     MAMBA3_TURNS,
 )
@@ -32,7 +34,7 @@ Some = Sequence[Tensor]
 NOTHING: Final = 0
 """What the forward keeps where no backward comes;"""
 LITTLE: Final = 1
-"""for one that makes the states before chunks again;"""
+"""for one that turns queries and keys and makes the states before chunks again;"""
 MUCH: Final = 2
 """for one that finds them."""
 
@@ -68,7 +70,26 @@ class Made(NamedTuple):
     y: Tensor
     """out before its gate; empty without one, and where no backward was to come."""
     h: Tensor
-    """The state before each chunk; empty where that was not to be kept."""
+    """The state before each chunk; empty where that was not to be kept,"""
+    q: Tensor
+    """and so is `Turned`."""
+    k: Tensor
+    within: Tensor
+    tail_decay: Tensor
+    weight_s: Tensor
+    own_dt: Tensor
+
+
+class Turned(NamedTuple):
+    """What all products read: each head's queries and keys, biased and turned; and of each token
+    and head log2 of the decay from the chunk's start, the decay to its end, s, and lambda dt."""
+
+    q: Tensor
+    k: Tensor
+    within: Tensor
+    tail_decay: Tensor
+    weight_s: Tensor
+    own_dt: Tensor
 
 
 class Gradients(NamedTuple):
@@ -153,76 +174,113 @@ class _Call:
             self.launch(MAMBA3_TURNS, *given, theta, turns, angle)
         return theta, turns, angle
 
-    def states(self, theta: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, theta: Tensor, turns: Tensor) -> Turned:
+        x = self.x
+        q, k = (self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "qk")
+        made = Turned(q, k, *(self.empty("B", "H", "T") for _ in range(4)))
+        given = (x.Q, x.K, *x.biases, *x.numbers, *self.rotation(theta, turns))
+        self.launch(MAMBA3_ROTATE, *given, *x.tiles[:1], *made)
+        return made
+
+    def states(self, turned: Turned) -> tuple[Tensor, Tensor]:
         """The state before each chunk, and after the last tokens."""
         x = self.x
         h = self.empty("n_tiles", "H", "P", "N", dtype=x.V.dtype)
         ssm = self.empty("n_sequences", "H", "P", "N")
-        given = (x.K, x.V, *x.numbers, x.biases[1], *self.rotation(theta, turns))
-        self.launch(MAMBA3_STATES, *given, x.ssm_state, *x.tiles, h, ssm)
+        given = (turned.k, x.V, *turned[2:5], x.ssm_state)
+        self.launch(MAMBA3_STATES, *given, *x.tiles, h, ssm)
         return h, ssm
 
-    def output(
-        self, theta: Tensor, turns: Tensor, h: Tensor, keeps_y: bool
-    ) -> tuple[Tensor, Tensor]:
+    def output(self, turned: Turned, h: Tensor, keeps_y: bool) -> tuple[Tensor, Tensor]:
         """out, and y where there is a gate and it is to be kept."""
         x, out = self.x, self.like(self.x.V)
         keeps_y = keeps_y and x.Z is not None
         self.sizes["keep"] = int(keeps_y)
         y = self.like(x.V) if keeps_y else out.new_empty(0)
-        given = (x.Q, x.K, x.V, *x.numbers, *x.biases, *self.rotation(theta, turns), x.D, x.Z, h)
         # where y is not to be kept, nothing is written to it
         kept = None if x.Z is None else y if keeps_y else out
+        numbers = (x.numbers[0], turned.within, turned.weight_s, turned.own_dt)
+        given = (*turned[:2], x.V, *numbers, x.D, x.Z, h)
         self.launch(MAMBA3_OUTPUT, *given, *x.tiles[:1], out, kept)
         return out, y
 
-    def reverse_states(self, made: Made, dout: Tensor, dssm: Tensor) -> tuple[Tensor, Tensor]:
+    def gate(self, y: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of y and Z, and of what each token has of its own value."""
+        x, down = self.x, self.empty("B", "T", "H")
+        if x.Z is None:
+            self.launch(MAMBA3_GATE, x.V, dout, down)
+            return dout, self.like(None), down
+        dy, dZ = self.like(x.V), self.like(x.Z)
+        self.launch(MAMBA3_GATE, x.V, x.Z, y, dout, dy, dZ, down)
+        return dy, dZ, down
+
+    def reverse_states(self, turned: Turned, dy: Tensor, dssm: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the states after each chunk, and before the first tokens."""
         x = self.x
         dh = self.empty("n_tiles", "H", "P", "N", dtype=x.V.dtype)
         first = self.like(x.ssm_state)
-        rotation = self.rotation(made.theta, made.turns)
-        given = (x.Q, x.numbers[0], x.biases[0], *rotation, x.Z, dout, dssm, *x.tiles, dh)
+        given = (turned.q, turned.within, dy, dssm, *x.tiles, dh)
         self.launch(MAMBA3_REVERSE_STATES, *given, None if x.ssm_state is None else first)
         return dh, first
 
-    def gradient(
-        self, made: Made, h: Tensor, dh: Tensor, dout: Tensor, dangle: Tensor, dturn: Tensor
-    ) -> Gradients:
+    def gradient(self, made: Made, back: _Back, dangle: Tensor, dturn: Tensor) -> Gradients:
         """All but those of states."""
-        x, gate, rotated = self.x, self.x.Z is not None, self.problem.rotated
-        dQ, dK, dV, dZ = (self.like(y) for y in (x.Q, x.K, x.V, x.Z))
+        x, rotated = self.x, self.problem.rotated
+        dQ, dK, dV = (self.like(y) for y in (x.Q, x.K, x.V))
         heads = [self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "QK"]
         dbiases = [self.empty("n_tiles", "H", "N") for _ in "qk"]
-        dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(11))
-        dTrap, down = self.like(x.numbers[2]), self.empty("B", "T", "H")
+        dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(7))
+        dTrap = self.like(x.numbers[2])
         dAngles = self.empty("B", "T", "H", "S", dtype=x.Angles.dtype)
         clear(x.tiles, dADT, dDT, down, dAngles)
         kept = self.empty("n_tiles", "H")
         sums = [self.empty(*x, "H", "S") for x in (("B", "T"), ("B", "T"), ("n_tiles",))]
         self.launch(
             MAMBA3_GRADIENT,
-            *(x.Q, x.K, x.V, *x.numbers, *x.biases, *self.rotated),
-            *(*self.rotation(made.theta, made.turns), x.D, x.Z, h, dh, made.y if gate else None),
-            *(dout, *x.tiles[:1], *((dangle, dturn) if rotated else ())),
-            *(dQ, dK, dV, dZ if gate else None, *dbiases, dADT, dDT, dTrap),
-            *(dAngles if rotated else None, down, *heads, *numbers, kept),
+            *(*back.turned[:2], x.V, *x.numbers, *back.turned[2:], *self.rotated),
+            *(*self.rotation(made.theta, made.turns), x.D, back.dy, back.down, back.h, back.dh),
+            *(*x.tiles[:1], *((dangle, dturn) if rotated else ())),
+            *(dQ, dK, dV, *dbiases, dADT, dDT, dTrap),
+            *(dAngles if rotated else None, *heads, *numbers, kept),
             *(sums if rotated else ()),
         )
-        none = down.new_empty(0)
+        none = kept.new_empty(0)
         return Gradients(
             *(dQ, dK, dV, [dADT, dDT, dTrap], [y.sum(0) for y in dbiases], dAngles),
-            *(down.sum((0, 1)) if x.D is not None else none, dZ, none, none),
+            *(back.down.sum((0, 1)) if x.D is not None else none, back.dZ, none, none),
         )
+
+
+class _Back(NamedTuple):
+    """What products of the backward read: what is turned, without a gate, and states."""
+
+    turned: Turned
+    h: Tensor
+    dy: Tensor
+    dZ: Tensor
+    down: Tensor
+    dh: Tensor
+
+
+def _back(call: _Call, made: Made, dout: Tensor, dssm: Tensor) -> tuple[_Back, Tensor]:
+    """That, and the gradient of the state before the first tokens."""
+    kept = made.h.numel() > 0
+    turned = Turned(*made[7:]) if kept else call.rotate(made.theta, made.turns)
+    h = made.h if kept else call.states(turned)[0]
+    dy, dZ, down = call.gate(made.y, dout)
+    dh, first = call.reverse_states(turned, dy, dssm)
+    return _Back(turned, h, dy, dZ, down, dh), first
 
 
 def forward(x: Given, keep: int) -> Made:
     """`keep`: what the backward wants, none of NOTHING, LITTLE or MUCH."""
     call = _Call(x)
     theta, turns, angle = call.turns()
-    h, ssm = call.states(theta, turns)
-    out, y = call.output(theta, turns, h, keep != NOTHING)
-    return Made(out, ssm, angle, theta, turns, y, h if keep == MUCH else h.new_empty(0))
+    turned = call.rotate(theta, turns)
+    h, ssm = call.states(turned)
+    out, y = call.output(turned, h, keep != NOTHING)
+    kept = [h, *turned] if keep == MUCH else [h.new_empty(0) for _ in (h, *turned)]
+    return Made(out, ssm, angle, theta, turns, y, *kept)
 
 
 def backward(
@@ -230,14 +288,13 @@ def backward(
 ) -> Gradients:
     """Gradients by those of the results; None of what nobody used."""
     call = _Call(x)
-    h = made.h if made.h.numel() else call.states(made.theta, made.turns)[0]
     n, H, P, N, S = (call.sizes[y] for y in ("n_sequences", "H", "P", "N", "S"))
     dangle = made.ssm.new_zeros(n, H, S) if dangle is None else dangle
     # what a turn of all tokens changes by the last state, which turns with them
     dturn = torch.zeros_like(dangle) if dssm is None else _across(dssm, made.ssm, S)
     dssm = made.ssm.new_zeros(n, H, P, N) if dssm is None else dssm
-    dh, dssm_state = call.reverse_states(made, dout, dssm)
-    found = call.gradient(made, h, dh, dout, dangle, dturn)
+    back, dssm_state = _back(call, made, dout, dssm)
+    found = call.gradient(made, back, dangle, dturn)
     if x.angle_state is None or x.ssm_state is None:
         return found
     # of pairs across the first token's start
@@ -248,15 +305,17 @@ def backward(
 def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
     """Each stage of a forward and its backward by its name, to be run by itself."""
     call, made = _Call(x), forward(x, MUCH)
-    theta, turns, last = made.theta, made.turns, torch.zeros_like(made.angle)
-    dssm = torch.zeros_like(made.ssm)
-    dh, _ = call.reverse_states(made, dout, dssm)
+    last, dssm = torch.zeros_like(made.angle), torch.zeros_like(made.ssm)
+    back, _ = _back(call, made, dout, dssm)
+    turned = back.turned
     return {
         "mamba3_turns": call.turns,
-        "mamba3_states": lambda: call.states(theta, turns),
-        "mamba3_output": lambda: call.output(theta, turns, made.h, True),
-        "mamba3_reverse_states": lambda: call.reverse_states(made, dout, dssm),
-        "mamba3_gradient": lambda: call.gradient(made, made.h, dh, dout, last, last),
+        "mamba3_rotate": lambda: call.rotate(made.theta, made.turns),
+        "mamba3_states": lambda: call.states(turned),
+        "mamba3_output": lambda: call.output(turned, made.h, True),
+        "mamba3_gate": lambda: call.gate(made.y, dout),
+        "mamba3_reverse_states": lambda: call.reverse_states(turned, back.dy, dssm),
+        "mamba3_gradient": lambda: call.gradient(made, back, last, last),
     }
 
 

@@ -16,6 +16,7 @@ from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP, own_problem
 from gdn2gen.kernels.mamba3_chunks import (
     MAMBA3_CHUNK_STAGES,
+    MAMBA3_GATE,
     MAMBA3_GRADIENT,
     MAMBA3_REVERSE_STATES,
     chunk_problem,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from gdn2gen.tuning.mamba3 import Mamba3Report
     from gdn2gen.tuning.views.progress import Progress
 
-_BACKWARD: Final = (MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT)
+_BACKWARD: Final = (MAMBA3_GATE, MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT)
 
 
 mamba3_problem = usual_mamba3_problem

@@ -1,9 +1,9 @@
 """Gradients of Mamba-3, chunk by chunk, from the states before each chunk and their gradients after it.
 
-Rows of pairs are tokens j that write, columns tokens i > j that read; q and k are biased and turned, dS is the
-gradient of the state after the chunk, and P_ji = L_ji s_j <k_j, q_i> with L_ji the decay from j to i:
+Rows of pairs are tokens j that write, columns tokens i > j that read; q and k are biased and turned, dy is before
+the gate, dc_i = <dy_i, v_i>, dS is the gradient of the state after the chunk, and P_ji = L_ji s_j <k_j, q_i> with L_ji
+the decay from j to i:
 
-    dy_i     = dout_i silu(z_i),   dz_i = dout_i y_i silu'(z_i),   dc_i = <dy_i, v_i>
     dP_ji    = <v_j, dy_i>,   dscores_ji = L_ji s_j dP_ji,   dscores_ii = lambda_i dt_i dc_i
     dv_j     = sum of P_ji dy_i + tail_j s_j dS^T k_j + c_j dy_j
     dq_i     = head_i S dy_i + sum of dscores_ji k_j
@@ -20,49 +20,43 @@ dturn is the sum of dTheta over all later tokens, in which pairs of these cancel
 the token. So those across the end of the chunk come from the state there, and its gradient, and no sum goes further; and
 dTheta is made of dq and dk in fp32, and of q and k as products read them.
 
-weights_kernel makes the numbers of a token and head that others read, each in the layout that it wants. Then programs take
-a chunk and a head: of three that lie next to each other one has pairs of tokens and what comes of values, one dq and one dk,
-both turned back. heads_kernel takes a chunk, a group and a slice of channels: it adds dq and dk of heads up, and leaves
-what the chunk has of each head's biases in `dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads
-one after another, and adds up what is of tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less
-all X_.i of i < t (`dread`).
+Programs take a chunk and a head, and lie next to each other: one has what is of values of tokens that write (pairs, dv),
+and dk, one what is of tokens that read (dq, <S, dS>); dq and dk are turned back. heads_kernel takes a chunk, a group
+and a slice of channels: it adds dq and dk of heads up, and leaves what the chunk has of each head's biases in
+`dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads one after another, and adds up what is of
+tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
 
-    Q             [B, T, G, N]  bf16   queries, without biases
-    K             [B, T, G, N]  bf16   keys, without biases
+    q             [B, T, H, N]  bf16   queries
+    k             [B, T, H, N]  bf16   keys
     V             [B, T, H, P]  bf16   values
     ADT           [B, H, T]     fp32   log decay
     DT            [B, H, T]     fp32   steps
     Trap          [B, H, T]     fp32   trapezoidal factor, before its sigmoid
-    Q_bias        [H, N]        fp32   added to queries
-    K_bias        [H, N]        fp32   added to keys
+    within        [B, H, T]     fp32   scratch: log2 of the decay from the chunk's start to each token
+    tail_decay    [B, H, T]     fp32   scratch: decay from each token to the chunk's end
+    weight_s      [B, H, T]     fp32   scratch: s
+    own_dt        [B, H, T]     fp32   scratch: lambda dt
     Angles        [B, T, H, S]  fp32   rates of rotation, before tanh
     theta         [B, T, H, S]  int32  Theta of each token within its tile, in units of 2^-32 turns
     turns         [M, H, S]     int32  Theta before each tile, in units of 2^-32 turns
     D             [H]           fp32   factor of a token's own value, added to o
-    Z             [B, T, H, P]  bf16   output gate, before SiLU
+    dy            [B, T, H, P]  bf16   gradient of y
+    down          [B, T, H]     fp32   gradient of own
     h             [M, H, P, N]  bf16   state at the chunk's start, transposed
     dh            [M, H, P, N]  bf16   gradient of the state at the chunk's end, transposed
-    ungated       [B, T, H, P]  bf16   output before its gate, y
-    dout          [B, T, H, P]  bf16   gradient of out
     dlast_angle   [n, H, S]     fp32   gradient of last_angle
     dlast_turn    [n, H, S]     fp32   what a turn of the last state's keys changes
     dQ            [B, T, G, N]  bf16   gradient of Q
     dK            [B, T, G, N]  bf16   gradient of K
     dv            [B, T, H, P]  bf16   gradient of v
-    dZ            [B, T, H, P]  bf16   gradient of Z
     dQ_bias_part  [M, H, N]     fp32   gradient of Q_bias from each tile
     dK_bias_part  [M, H, N]     fp32   gradient of K_bias from each tile
     dADT          [B, H, T]     fp32   gradient of ADT
     dDT           [B, H, T]     fp32   gradient of DT
     dTrap         [B, H, T]     fp32   gradient of Trap
     dAngles       [B, T, H, S]  fp32   gradient of Angles
-    down          [B, T, H]     fp32   gradient of own
     dQ_head       [B, T, H, N]  bf16   scratch: gradient of each head's queries, biased and turned
     dK_head       [B, T, H, N]  bf16   scratch: gradient of each head's keys, biased and turned
-    within        [B, H, T]     fp32   scratch: log2 of the decay from the chunk's start to each token
-    tail_decay    [B, H, T]     fp32   scratch: decay from each token to the chunk's end
-    weight_s      [B, H, T]     fp32   scratch: s
-    own_dt        [B, H, T]     fp32   scratch: lambda dt
     dweight_s     [B, H, T]     fp32   scratch: gradient of s
     down_dt       [B, H, T]     fp32   scratch: gradient of lambda dt
     dread         [B, H, T]     fp32   scratch: gradient of what pairs leave of each token that reads
@@ -73,11 +67,11 @@ all X_.i of i < t (`dread`).
     dtheta_k      [B, T, H, S]  fp32   scratch: what keys have of it
     dtheta_sums   [M, H, S]     fp32   scratch: sums of it over tiles, then over what comes after each
 
-Problem: mamba3 bf16, skip, gate
-Config:  BH=8 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 4a06c429b3715ca0; made by
-    gdn2gen generate --dtype bf16 --with=skip,gate --stage mamba3_gradient --config \
-      BH=8,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
+Problem: mamba3 bf16, skip
+Config:  BH=8 BT=32 BV=64 language=triton maxnreg=168 num_stages=1 num_warps=1 parts=2
+Template digest ea78fb11dabb70c0; made by
+    gdn2gen generate --dtype bf16 --with=skip --stage mamba3_gradient --config \
+      BH=8,BT=32,BV=64,language=triton,maxnreg=168,num_stages=1,num_warps=1,parts=2
 """
 
 import triton
@@ -87,11 +81,9 @@ import triton.language as tl
 BT, BH, BV = 32, 8, 64
 N, P, S = 128, 64, 32  # channels of keys and values, and pairs that are rotated
 BN, BS = 64, 32  # tiles of what is not rotated, and of pairs
+PARTS = tl.constexpr(2)  # programs of a chunk and head that have products
 BC = 64  # channels of a slice that heads_kernel takes
 NO_TURN = tl.constexpr(-2147483648)  # what stands for a Theta that is no number
-LOG2E = tl.constexpr(1.4426950408889634)
-# a decay below it is none that a sum in fp32 could show, and differences stay numbers
-SMALLEST_LOG2 = tl.constexpr(-150.0)
 
 
 @triton.jit
@@ -138,56 +130,10 @@ def cosine_and_sine(n):
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def weights_kernel(
-    ADT,
-    DT,
-    Trap,
-    within,
-    tail_decay,
-    weight_s,
-    own_dt,
-    T,
-    H,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-):
-    """Of each token and head log2 of the decay from the chunk's start, the decay to its end, s, and lambda dt."""
-    n_blocks = H // BH
-    i_tile = tl.program_id(0) // n_blocks
-    NT = tl.cdiv(T, BT)
-    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
-    n_before, n_left = i_t, T - i_t
-    i_b = i_n
-    i_row = i_b.to(tl.int64) * T + i_t
-    o_t = tl.arange(0, BT)
-    m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
-    o_h = (tl.program_id(0) % n_blocks) * BH + tl.arange(0, BH)
-    p_number = (i_b * H + o_h)[:, None].to(tl.int64) * T + i_t + o_t[None, :]
-    m_number = m_t[None, :] & (o_h < H)[:, None]
-    m_next = (o_t < n_left - 1)[None, :] & (o_h < H)[:, None]
-    b_own = sigmoid(tl.load(Trap + p_number, mask=m_number, other=0.0).to(tl.float32))
-    b_own *= tl.load(DT + p_number, mask=m_number, other=0.0)
-    b_trap = tl.load(Trap + p_number + 1, mask=m_next, other=0.0).to(tl.float32)
-    b_next = sigmoid(-b_trap) * tl.load(DT + p_number + 1, mask=m_next, other=0.0)
-    b_adt = tl.load(ADT + p_number, mask=m_number, other=0.0)
-    b_log_decay = tl.maximum(b_adt * LOG2E, SMALLEST_LOG2, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(within + p_number, tl.cumsum(b_log_decay, 1), mask=m_number)
-    b_tail = tl.exp2(tl.cumsum(b_log_decay, 1, reverse=True) - b_log_decay)
-    tl.store(tail_decay + p_number, b_tail, mask=m_number)
-    tl.store(weight_s + p_number, b_own + b_next, mask=m_number)
-    tl.store(own_dt + p_number, b_own, mask=m_number)
-
-
-@triton.jit(do_not_specialize=["T", "H", "G"])
 def mamba3_gradient_kernel(
-    Q,
-    K,
+    q,
+    k,
     V,
-    Q_bias,
-    K_bias,
     theta,
     turns,
     within,
@@ -195,16 +141,13 @@ def mamba3_gradient_kernel(
     weight_s,
     own_dt,
     D,
-    Z,
+    dy,
+    down,
     h,
     dh,
-    ungated,
-    dout,
     dv,
-    dZ,
     dQ_head,
     dK_head,
-    down,
     dweight_s,
     down_dt,
     dread,
@@ -216,7 +159,6 @@ def mamba3_gradient_kernel(
     dtheta_sums,
     T,
     H,
-    G,
     N: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
@@ -225,10 +167,10 @@ def mamba3_gradient_kernel(
     BN: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Of a chunk and head the gradients of values, or of queries, or of keys."""
+    """Of a chunk and head what is of tokens that write, or of tokens that read."""
     # of the same inputs, side by side: the memory reads them once
-    i_part, i_h = tl.program_id(0) % 3, tl.program_id(0) // 3 % H
-    i_tile = tl.program_id(0) // 3 // H
+    i_part, i_h = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % H
+    i_tile = tl.program_id(0) // PARTS // H
     NT = tl.cdiv(T, BT)
     i_n, i_t = i_tile // NT, (i_tile % NT) * BT
     n_before, n_left = i_t, T - i_t
@@ -245,71 +187,48 @@ def mamba3_gradient_kernel(
     if i_part == 0:
         # rows are tokens j that write, columns tokens i that read
         o_j, o_i = o_t[:, None], o_t[None, :]
-        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+        i_token = i_row * H + i_h
+        o_head = (o_t * (H * N))[:, None]
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_down = tl.zeros([BT], tl.float32)
         i_v = 0
         o_v = i_v + tl.arange(0, BV)
-        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
-        b_dy_f = b_dy.to(tl.float32)
-        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
-        b_zf = b_z.to(tl.float32)
-        b_sigmoid = sigmoid(b_zf)
-        b_y = tl.load(ungated + p_v, mask=m_t[:, None], other=0.0)
-        b_dz = b_dy_f * b_y.to(tl.float32) * b_sigmoid * (1.0 + b_zf * (1.0 - b_sigmoid))
-        tl.store(dZ + p_v, b_dz.to(tl.bfloat16), mask=m_t[:, None])
-        b_dy_f *= b_zf * b_sigmoid
-        b_dy = b_dy_f.to(tl.bfloat16)
+        p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+        i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+        b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None], other=0.0)
+        b_qc = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
 
-        b_down += tl.sum(b_dy_f * b_v.to(tl.float32), 1)
+        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
+        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
+
         b_dP = tl.dot(b_v, tl.trans(b_dy))
-        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_qr = b_qr.to(tl.bfloat16)
-        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_kr = b_kr.to(tl.bfloat16)
-        b_scores = tl.dot(b_kr, tl.trans(b_qr))
-        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
-        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        b_before = tl.load(p_turns)
-        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
-        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
-        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_qc = b_qc.to(tl.bfloat16)
-        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
-        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_kc = b_kc.to(tl.bfloat16)
-        b_scores = tl.dot(b_kc, tl.trans(b_qc), b_scores)
+
+        b_scores = tl.dot(b_kc, tl.trans(b_qc))
+        b_scores = tl.dot(b_kr, tl.trans(b_qr), b_scores)
+
         b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
         b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[None, :] - b_G[:, None]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
+        # of no token nothing is kept: nothing else masks those after the last one
+        b_G = tl.load(within + p_number, mask=m_t, other=float("-inf"))
+        b_L = b_G[None, :] - tl.load(within + p_number, mask=m_t, other=0.0)[:, None]
+        b_L = tl.exp2(tl.where(o_i > o_j, b_L, float("-inf")))
+        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
         b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
         b_scores *= b_L
+        b_L *= b_weight[:, None]
+        b_dscores = (b_dP * tl.where(o_j == o_i, b_own[:, None], b_L)).to(tl.bfloat16)
+        b_dP *= b_scores
         b_Pd = (b_scores * b_weight[:, None]).to(tl.bfloat16)
-        b_scores *= b_dP
-        b_ds = tl.sum(b_scores, 1)
+        b_ds = tl.sum(b_dP, 1)
         tl.store(dweight_s + p_number, b_ds, mask=m_t)
+        b_down = tl.load(down + (i_row + o_t) * H + i_h, mask=m_t, other=0.0)
         tl.store(down_dt + p_number, b_ds + b_down * b_dot, mask=m_t)
-        tl.store(down + (i_row + o_t) * H + i_h, b_down, mask=m_t)
-        tl.store(dread + p_number, tl.sum(b_scores * b_weight[:, None], 0), mask=m_t)
+        tl.store(dread + p_number, tl.sum(b_dP * b_weight[:, None], 0), mask=m_t)
         b_c = b_own * b_dot
         b_c += tl.load(D + i_h)
-        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
-
-        b_dhc = tl.load(dh + p_h + o_c[None, :])
-        b_dhr = tl.load(dh + p_h + o_r[None, :])
 
         b_dv = tl.dot(b_kc, tl.trans(b_dhc))
         b_dv = tl.dot(b_kr, tl.trans(b_dhr), b_dv)
@@ -317,169 +236,108 @@ def mamba3_gradient_kernel(
         b_dv *= b_tail[:, None]
         b_dv = tl.dot(b_Pd, b_dy, b_dv)
         b_dv += b_c[:, None] * b_dy.to(tl.float32)
-        tl.store(dv + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None])
-        if n_left > BT:
-            # of pairs across the chunk's end, what the sum of dTheta from there on has
-            b_across = tl.zeros([BS], tl.float32)
-            for i_v in range(0, P, BV):
-                o_v = i_v + tl.arange(0, BV)
-                p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-                p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-                b_h0, b_h1 = tl.split(tl.reshape(tl.load(h + p_h + H * P * N + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
-                b_dh0, b_dh1 = tl.split(tl.reshape(tl.load(dh + p_h + o_c[None, :]).to(tl.float32), [BV, BS, 2]))
-                b_across += tl.sum(b_dh0 * b_h1 - b_dh1 * b_h0, 0)
-            p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
-            tl.store(p_sums, b_across)
-
-    if i_part == 1:
-        # rows are tokens i that read: what is made of pairs is then an operand as it lies
-        o_j, o_i = o_t[None, :], o_t[:, None]
-        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
-        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
-        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        i_v = 0
-        o_v = i_v + tl.arange(0, BV)
-        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
-        b_dy_f = b_dy.to(tl.float32)
-        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
-        b_zf = b_z.to(tl.float32)
-        b_sigmoid = sigmoid(b_zf)
-        b_dy_f *= b_zf * b_sigmoid
-        b_dy = b_dy_f.to(tl.bfloat16)
-
-        b_dP = tl.dot(b_dy, tl.trans(b_v))
-        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[:, None] - b_G[None, :]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[:, None], b_L, float("-inf")))
-        b_L = tl.where(o_j == o_i, b_own[None, :], b_L * b_weight[None, :])
-        b_dscores = (b_dP * b_L).to(tl.bfloat16)
-        b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
-        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_kr = b_kr.to(tl.bfloat16)
-        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_qr = b_qr.to(tl.bfloat16)
-        b_hr = tl.load(h + p_h + o_r[None, :])
-        b_d = tl.dot(b_dy, b_hr)
-        b_x = b_qr.to(tl.float32)
+        tl.store(dv + i_token * P + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None])
+        b_x = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.dot(b_v, b_dhr)
+        b_x = b_x.to(tl.float32)
         b_met = tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_kr, b_d * b_head[:, None])
-        tl.store(dQ_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
+        b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
+        tl.store(dK_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+        b_x = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.dot(b_v, b_dhc)
+        b_x = b_x.to(tl.float32)
+        b_met += tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
+        p_theta = (o_t * (H * S))[:, None] + o_s[None, :]
+        b_theta = tl.load(theta + i_token * S + p_theta, mask=m_t[:, None], other=0)
         p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
         b_before = tl.load(p_turns)
         b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
         b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
-        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_kc = b_kc.to(tl.bfloat16)
-        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
-        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_qc = b_qc.to(tl.bfloat16)
-        b_hc = tl.load(h + p_h + o_c[None, :])
-        b_d = tl.dot(b_dy, b_hc)
-        b_x = b_qc.to(tl.float32)
-        b_met += tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_kc, b_d * b_head[:, None])
         b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
         b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-        tl.store(dtheta + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
+        tl.store(dtheta_k + i_token * S + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
         b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
-        tl.store(dQ_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
+        tl.store(dK_head + i_token * N + (o_head + o_c[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
 
-        tl.store(read_q + p_number, b_met, mask=m_t)
-    if i_part == 2:
-        o_j, o_i = o_t[:, None], o_t[None, :]
-        p_head = ((i_row + o_t) * H + i_h)[:, None] * N
-        p_group = ((i_row + o_t) * G + i_h // (H // G))[:, None] * N
+        tl.store(written_k + p_number, b_met, mask=m_t)
+
+    if i_part == 1:
+        # rows are tokens i that read: what is made of pairs is then an operand as it lies
+        o_j, o_i = o_t[None, :], o_t[:, None]
+        i_token = i_row * H + i_h
+        o_head = (o_t * (H * N))[:, None]
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
         i_v = 0
         o_v = i_v + tl.arange(0, BV)
-        p_v = ((i_row + o_t) * H + i_h)[:, None] * P + o_v[None, :]
-        p_h = (i_tile * H + i_h).to(tl.int64) * P * N + o_v[:, None] * N
-        b_v = tl.load(V + p_v, mask=m_t[:, None], other=0.0)
-        b_dy = tl.load(dout + p_v, mask=m_t[:, None], other=0.0)
-        b_dy_f = b_dy.to(tl.float32)
-        b_z = tl.load(Z + p_v, mask=m_t[:, None], other=0.0)
-        b_zf = b_z.to(tl.float32)
-        b_sigmoid = sigmoid(b_zf)
-        b_dy_f *= b_zf * b_sigmoid
-        b_dy = b_dy_f.to(tl.bfloat16)
+        p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+        i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+        b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None], other=0.0)
+        b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None], other=0.0)
+        b_kc = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_kr = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
 
-        b_dP = tl.dot(b_v, tl.trans(b_dy))
+        b_hc = tl.load(h + i_state + (p_h + o_c[None, :]))
+        b_hr = tl.load(h + i_state + (p_h + o_r[None, :]))
+
+        b_dhc = tl.load(dh + i_state + (p_h + o_c[None, :]))
+        b_dhr = tl.load(dh + i_state + (p_h + o_r[None, :]))
+
+        b_dP = tl.dot(b_dy, tl.trans(b_v))
+
         b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
         b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        b_G = tl.load(within + p_number, mask=m_t, other=0.0)
-        b_L = b_G[None, :] - b_G[:, None]
-        b_L = tl.exp2(tl.where((o_i > o_j) & m_t[None, :], b_L, float("-inf")))
-        b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[:, None])
+        # of no token nothing is kept: nothing else masks those after the last one
+        b_G = tl.load(within + p_number, mask=m_t, other=float("-inf"))
+        b_L = b_G[:, None] - tl.load(within + p_number, mask=m_t, other=0.0)[None, :]
+        b_L = tl.exp2(tl.where(o_i > o_j, b_L, float("-inf")))
+        b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[None, :])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
+        b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
+        b_x = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.dot(b_dy, b_hr)
+        b_x = b_x.to(tl.float32)
+        b_met = tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_kr, b_d * b_head[:, None])
+        tl.store(dQ_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+        b_x = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.dot(b_dy, b_hc)
+        b_x = b_x.to(tl.float32)
+        b_met += tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_kc, b_d * b_head[:, None])
+        p_theta = (o_t * (H * S))[:, None] + o_s[None, :]
+        b_theta = tl.load(theta + i_token * S + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        tl.store(dtheta + i_token * S + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
+        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
+        tl.store(dQ_head + i_token * N + (o_head + o_c[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+
+        tl.store(read_q + p_number, b_met, mask=m_t)
         # <S, dS> as the diagonal of a product
         b_kept = 0.0
-
-        b_hc = tl.load(h + p_h + o_c[None, :])
-        b_hr = tl.load(h + p_h + o_r[None, :])
-
-        b_dhc = tl.load(dh + p_h + o_c[None, :])
-        b_dhr = tl.load(dh + p_h + o_r[None, :])
 
         b_SdS = tl.dot(b_dhc, tl.trans(b_hc))
         b_SdS = tl.dot(b_dhr, tl.trans(b_hr), b_SdS)
 
         b_kept += tl.sum(tl.sum(tl.where(o_v[:, None] == o_v[None, :], b_SdS, 0.0), 1), 0)
         tl.store(kept_state + i_tile * H + i_h, b_kept)
-        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
-        b_qr = tl.load(Q + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qr += tl.load(Q_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_qr = b_qr.to(tl.bfloat16)
-        b_kr = tl.load(K + p_group + o_r[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kr += tl.load(K_bias + i_h * N + o_r).to(tl.float32)[None, :]
-        b_kr = b_kr.to(tl.bfloat16)
-        b_dhr = tl.load(dh + p_h + o_r[None, :])
-        b_d = tl.dot(b_v, b_dhr)
-        b_x = b_kr.to(tl.float32)
-        b_met = tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
-        tl.store(dK_head + p_head + o_r[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_theta = tl.load(theta + p_theta, mask=m_t[:, None], other=0)
-        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        b_before = tl.load(p_turns)
-        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
-        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-        b_qc = tl.load(Q + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_qc += tl.load(Q_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_qc, [BT, BS, 2]))
-        b_qc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_qc = b_qc.to(tl.bfloat16)
-        b_kc = tl.load(K + p_group + o_c[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)
-        b_kc += tl.load(K_bias + i_h * N + o_c).to(tl.float32)[None, :]
-        b_x0, b_x1 = tl.split(tl.reshape(b_kc, [BT, BS, 2]))
-        b_kc = tl.reshape(tl.join(b_x0 * b_cos - b_x1 * b_sin, b_x1 * b_cos + b_x0 * b_sin), [BT, 2 * BS])
-        b_kc = b_kc.to(tl.bfloat16)
-        b_dhc = tl.load(dh + p_h + o_c[None, :])
-        b_d = tl.dot(b_v, b_dhc)
-        b_x = b_kc.to(tl.float32)
-        b_met += tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
-        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
-        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-        tl.store(dtheta_k + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
-        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
-        tl.store(dK_head + p_head + o_c[None, :], b_d.to(tl.bfloat16), mask=m_t[:, None])
-
-        tl.store(written_k + p_number, b_met, mask=m_t)
+        if n_left > BT:
+            # of pairs across the chunk's end, what the sum of dTheta from there on has
+            b_across = tl.zeros([BS], tl.float32)
+            for i_v in range(0, P, BV):
+                o_v = i_v + tl.arange(0, BV)
+                p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+                i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+                b_h0, b_h1 = tl.split(tl.reshape(tl.load(h + i_state + H * P * N + (p_h + o_c[None, :])).to(tl.float32), [BV, BS, 2]))
+                b_dh0, b_dh1 = tl.split(tl.reshape(tl.load(dh + i_state + (p_h + o_c[None, :])).to(tl.float32), [BV, BS, 2]))
+                b_across += tl.sum(b_dh0 * b_h1 - b_dh1 * b_h0, 0)
+            p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
+            tl.store(p_sums, b_across)
 
 
 @triton.jit(do_not_specialize=["T", "H", "G"])
@@ -640,23 +498,18 @@ def numbers_kernel(
 
 
 def launch(
-    Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, theta, turns, D, Z, h, dh, ungated, dout,
-    dlast_angle, dlast_turn, dQ, dK, dv, dZ, dQ_bias_part, dK_bias_part, dADT, dDT, dTrap,
-    dAngles, down, dQ_head, dK_head, within, tail_decay, weight_s, own_dt, dweight_s, down_dt,
-    dread, read_q, written_k, kept_state, dtheta, dtheta_k, dtheta_sums, *, T, H, G, n_tiles,
-    angle_row, angle_head
+    q, k, V, ADT, DT, Trap, within, tail_decay, weight_s, own_dt, Angles, theta, turns, D, dy,
+    down, h, dh, dlast_angle, dlast_turn, dQ, dK, dv, dQ_bias_part, dK_bias_part, dADT, dDT,
+    dTrap, dAngles, dQ_head, dK_head, dweight_s, down_dt, dread, read_q, written_k, kept_state,
+    dtheta, dtheta_k, dtheta_sums, *, T, H, G, n_tiles, angle_row, angle_head
 ):
     """Gradients of B rows on the current stream."""
-    weights_kernel[(n_tiles * (H // BH),)](
-        ADT, DT, Trap, within, tail_decay, weight_s, own_dt, T, H,
-        BT=BT, BH=BH, num_warps=1, num_stages=1,
-    )  # fmt: skip
-    mamba3_gradient_kernel[(3 * n_tiles * H,)](
-        Q, K, V, Q_bias, K_bias, theta, turns, within, tail_decay, weight_s, own_dt, D, Z, h,
-        dh, ungated, dout, dv, dZ, dQ_head, dK_head, down, dweight_s, down_dt, dread, read_q,
-        written_k, kept_state, dtheta, dtheta_k, dtheta_sums, T, H, G,
+    mamba3_gradient_kernel[(2 * n_tiles * H,)](
+        q, k, V, theta, turns, within, tail_decay, weight_s, own_dt, D, dy, down, h, dh, dv,
+        dQ_head, dK_head, dweight_s, down_dt, dread, read_q, written_k, kept_state, dtheta,
+        dtheta_k, dtheta_sums, T, H,
         N=N, P=P, S=S, BT=BT, BV=BV, BN=BN, BS=BS,
-        num_warps=1, num_stages=1,
+        num_warps=1, num_stages=1, maxnreg=168,
     )  # fmt: skip
     heads_kernel[(n_tiles * G * 4,)](
         dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,

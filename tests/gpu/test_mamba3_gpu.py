@@ -28,6 +28,7 @@ from gdn2gen.measure.mamba3_runs import (
     run_mamba3_case,
 )
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
+from gdn2gen.runtime.mamba3_loaded import force
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
 from gdn2gen.tuning.mamba3 import tune_mamba3
@@ -81,6 +82,28 @@ def test_the_same_bits_twice_and_before_later_tokens() -> None:
         made[name][..., 1001:] *= 2.5
     changed = mamba3_siso_combined(**made)
     assert torch.equal(first[0][:, :1001], changed[:, :1001])
+
+
+FORMS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "three programs": {"mamba3_gradient": {"parts": 3}},
+    "four to a multiprocessor": {"mamba3_gradient": {"parts": 3, "maxnreg": 128}},
+    "heads in a pipeline": {"mamba3_output": {"BH": 4, "maxnreg": 0, "num_stages": 2}},
+}
+
+
+@pytest.mark.parametrize("name", ["layer", "packed", "strong"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_no_rule_takes(form: str, name: str) -> None:
+    made = draw(CASES[name], torch.bfloat16, str(DEVICE))
+    for stage, knobs in FORMS[form].items():
+        force(stage, dict(knobs))
+    try:
+        with poisoned():
+            found = relative_errors(*results(made))
+    finally:
+        for stage in FORMS[form]:
+            force(stage, None)
+    assert max(found.values()) < BOUNDS[torch.bfloat16] / 3, found
 
 
 def test_over_chunks_is_as_around_a_scan() -> None:
@@ -165,7 +188,7 @@ def test_bench_measures_both_decays_and_every_kernel(level: str) -> None:
     shape = Shape("1x1024x8/1", 1, 1024, 8, groups=1)
     (row,) = bench_mamba3([shape], 128, 64, "bf16", vs=None, stages=True, level=level)
     assert row.level == level and row.recipe.startswith("chunks (")
-    assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 5
+    assert {*row.ours.decays} == {"weak", "strong"} and len(row.stages) == 7
     assert row.ours.forward.median > row.floor_forward_ms
 
 

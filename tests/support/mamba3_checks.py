@@ -147,12 +147,13 @@ def blocks_of_heads() -> dict[str, float]:
 
 
 def slices_and_blocks() -> dict[str, float]:
-    """Of kernels over chunks: programs of two heads each, and of slices of values."""
+    """Of kernels over chunks: programs of two heads each, slices of values, keys by themselves."""
     case = {"sizes": (4, 40, 24), "Z": True, "states": True, "T": 40, "rows": 1}
     force_tile(32)
     try:
         with chunks_forced(True):
-            return _with_knobs([x.name for x in MAMBA3_CHUNK_STAGES], {"BH": 2, "BV": 16}, case)
+            knobs = {"BH": 2, "BV": 16, "parts": 3}
+            return _with_knobs([x.name for x in MAMBA3_CHUNK_STAGES], knobs, case)
     finally:
         force_tile(None)
 

@@ -548,10 +548,12 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str) -> N
 # Bytes a thread that Mamba-3's kernels over chunks may spill; by Triton 3.6 they spill fewer.
 _OVER_CHUNKS: Final = {
     "mamba3_turns": 0,
+    "mamba3_rotate": 0,
     "mamba3_states": 0,
     "mamba3_output": 96,
+    "mamba3_gate": 0,
     "mamba3_reverse_states": 0,
-    "mamba3_gradient": 640,
+    "mamba3_gradient": 390,
 }
 
 

@@ -398,14 +398,20 @@ OUTPUTS: Final = {
     "mamba3_epilogue.py": partial(_part, "mamba3_epilogue", Mamba3Problem(gate=True), BH=8),
     "mamba3_epilogue_backward_packed.py": partial(_part, "mamba3_epilogue_backward", _MAMBA3),
     "mamba3_turns_packed.py": partial(_part, "mamba3_turns", _MAMBA3, BH=8),
-    "mamba3_states.py": partial(_part, "mamba3_states", Mamba3Problem(), BV=64),
-    "mamba3_output_packed.py": partial(_part, "mamba3_output", _MAMBA3, BH=8, BV=64),
-    "mamba3_reverse_states_packed.py": partial(_part, "mamba3_reverse_states", _MAMBA3, BV=64),
+    "mamba3_rotate_packed.py": partial(_part, "mamba3_rotate", _MAMBA3),
+    "mamba3_states.py": partial(_part, "mamba3_states", Mamba3Problem(angles=0), BV=64),
+    "mamba3_output_packed.py": partial(
+        _part, "mamba3_output", replace(_MAMBA3, angles=0), BV=64, maxnreg=128
+    ),
+    "mamba3_gate.py": partial(_part, "mamba3_gate", Mamba3Problem(gate=True)),
+    "mamba3_reverse_states_packed.py": partial(
+        _part, "mamba3_reverse_states", replace(_MAMBA3, angles=0), BV=64, maxnreg=128
+    ),
     "mamba3_gradient.py": partial(
-        _part, "mamba3_gradient", Mamba3Problem(skip=True, gate=True), BH=8, BV=64
+        _part, "mamba3_gradient", Mamba3Problem(skip=True), BH=8, BV=64, maxnreg=168
     ),
     "mamba3_gradient_packed.py": partial(
-        _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80, gate=False), BV=64
+        _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80), BV=64, parts=3
     ),
     "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,

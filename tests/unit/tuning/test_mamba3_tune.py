@@ -18,7 +18,12 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import NAMED_SHAPES
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_PROLOGUE, ONE_TOKEN, known_around
-from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_OUTPUT, chunk_knobs
+from gdn2gen.kernels.mamba3_chunks import (
+    CHUNKS,
+    MAMBA3_CHUNK_STAGES,
+    MAMBA3_OUTPUT,
+    chunk_knobs,
+)
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3, scan_problem
 from gdn2gen.store.part_files import merge_parts, nearest_parts, parts_on_file, parts_path
@@ -89,10 +94,14 @@ def test_it_climbs_to_the_best_and_files_it(tmp_path: Path) -> None:
     assert chunks.kind == CHUNKS
     assert {x: dict(y) for x, y in chunks.knobs.items()} == {
         "mamba3_turns": {"BT": 64, "BH": 2, "num_warps": 8},
-        "mamba3_states": {"BT": 64, "BV": 32, "num_warps": 8},
-        "mamba3_output": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 0},
-        "mamba3_reverse_states": {"BT": 64, "BV": 32, "num_warps": 8},
-        "mamba3_gradient": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 168},
+        "mamba3_rotate": {"BT": 64, "BH": 2, "num_warps": 8},
+        "mamba3_states": {"BT": 64, "BV": 32, "num_warps": 8, "maxnreg": 128},
+        "mamba3_output": {"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 128},
+        "mamba3_gate": {"BT": 64, "BR": 16, "num_warps": 8},
+        "mamba3_reverse_states": {"BT": 64, "BV": 32, "num_warps": 8, "maxnreg": 128},
+        "mamba3_gradient": {
+            **{"BT": 64, "BH": 2, "BV": 32, "num_warps": 8, "maxnreg": 168, "parts": 2}
+        },
     }
     assert [x.tokens for x in steps] == [*STEP_SEQUENCES]
     assert all(x.knobs["mamba3_step"]["BR"] == 16 for x in steps)
@@ -138,7 +147,7 @@ def test_what_fails_its_check_is_not_filed(tmp_path: Path) -> None:
 def test_time_that_is_over_leaves_the_rules_knobs(tmp_path: Path) -> None:
     gpu = Gpu()
     report = tuned(tmp_path, gpu, minutes=0.01)
-    assert len(gpu.timed) == 3 * 5 + len(STEP_SEQUENCES)
+    assert len(gpu.timed) == 3 * len(MAMBA3_CHUNK_STAGES) + len(STEP_SEQUENCES)
     rule = chunk_knobs(MAMBA3_OUTPUT, PROBLEM, 4 * 64, 64, 1, H200.sms)
     assert report.entries[0].knobs["mamba3_output"] == rule | {"BT": 64}
 

@@ -127,11 +127,12 @@ def test_mamba3_is_its_scan_and_what_is_around_it(
     options: dict[str, Any] = {"op": "mamba3", "head_dim": 64, "value_dim": 32, "target": "H200"}
     own = compile_kernels(tmp_path / "own", "2x512x8/1", decode="4x1x8/1", **options)
     stages = [task[1][1] for task in given if task[0] == "ship_stage"]
-    over_chunks = ("turns", "states", "output", "reverse_states", "gradient", "step")
+    forward = ("turns", "rotate", "states", "output")
+    over_chunks = (*forward, "gate", "reverse_states", "gradient", "step")
     assert stages == [f"mamba3_{x}" for x in over_chunks] and own.recipes == []
     given.clear()
     compile_kernels(tmp_path / "own-c", "2x512x8/1", backward=False, **options)
-    assert [x[1][1] for x in given if x[0] == "ship_stage"] == stages[:3]
+    assert [x[1][1] for x in given if x[0] == "ship_stage"] == stages[:4]
     given.clear()
     options["dtype"] = "fp32"
     found = compile_kernels(tmp_path / "a", "2x512x8/1", decode="4x1x8/1", **options)
