@@ -207,6 +207,7 @@ class _Call:
     def gate(self, y: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of y and Z, and of what each token has of its own value."""
         x, down = self.x, self.empty("B", "T", "H")
+        clear(x.tiles, down)
         if x.Z is None:
             self.launch(MAMBA3_GATE, x.V, dout, down)
             return dout, self.like(None), down
@@ -232,7 +233,7 @@ class _Call:
         dADT, dDT, *numbers = (self.empty("B", "H", "T") for _ in range(7))
         dTrap = self.like(x.numbers[2])
         dAngles = self.empty("B", "T", "H", "S", dtype=x.Angles.dtype)
-        clear(x.tiles, dADT, dDT, down, dAngles)
+        clear(x.tiles, dADT, dDT, dAngles)
         kept = self.empty("n_tiles", "H")
         sums = [self.empty(*x, "H", "S") for x in (("B", "T"), ("B", "T"), ("n_tiles",))]
         self.launch(
