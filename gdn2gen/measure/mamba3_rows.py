@@ -17,7 +17,7 @@ from gdn2gen.kernels.mamba3_chunks import CHUNKS, by_chunks
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results
 from gdn2gen.measure.mamba3_times import DEVICE, floor_bytes, layer_inputs, runs_of, stage_bytes
-from gdn2gen.measure.peers import mamba3_op
+from gdn2gen.measure.peers import mamba3_op, untuned
 from gdn2gen.measure.rows import Row, StageRow
 from gdn2gen.measure.sides import ACCURACY_PATTERNS, DECAY_PATTERN, DECAYS, Errors, Side, Times
 from gdn2gen.measure.timing import copy_gbps, peak_mib, product_tflops, time_ms
@@ -88,7 +88,9 @@ def worst_errors(op: Op, problem: Mamba3Problem, *, peer: bool) -> dict[str, Err
     worst: dict[str, Errors] = {}
     for pattern in ACCURACY_PATTERNS:
         made = mamba3_inputs(problem, ACCURACY_SHAPE, pattern, 0, DEVICE)
-        for name, error in relative_errors(*mamba3_results(made, op, peer=peer)).items():
+        with untuned():
+            results = mamba3_results(made, op, peer=peer)
+        for name, error in relative_errors(*results).items():
             if name not in worst or error > worst[name].error:
                 worst[name] = Errors(error, pattern)
     return worst

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
@@ -34,6 +35,36 @@ def peer_op(peer: str, op: str, level: str) -> OpFunction:
     if peer == "flash_qla":
         return flash_qla_op(op)
     return fla_op(op, level) if peer == "fla" else mamba_ssm_op(op)
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside, Triton's autotuners, as peers have them, take their first config, or search where
+    that does not run, and forget it: errors want no fastest one, and a search takes minutes."""
+    from triton.errors import TritonError
+    from triton.runtime.autotuner import Autotuner
+
+    run, prune = Autotuner.run, Autotuner.prune_configs
+    found: dict[int, dict[Any, Any]] = {}
+
+    def with_the_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept, self.cache = self.cache, found.setdefault(id(self), {})
+        self.prune_configs = lambda given: prune(self, given)[:1]
+        try:
+            return run(self, *args, **kwargs)
+        except TritonError:
+            self.cache.clear()
+            del self.prune_configs
+            return run(self, *args, **kwargs)
+        finally:
+            self.cache = kept
+            vars(self).pop("prune_configs", None)
+
+    Autotuner.run = with_the_first
+    try:
+        yield
+    finally:
+        Autotuner.run = run
 
 
 def any_peer(op: str, level: str) -> tuple[str | None, str]:
