@@ -115,15 +115,19 @@ def _asked(problem: Problem, call: Call) -> Problem:
     member = recurrence_named(problem.op)
     takes = member.public.recurrent_arguments
     gated = call.in_kernel and "use_gate_in_kernel" in takes
+    last = {
+        f"has_{x}": call.in_kernel and x in takes for x in ("D", "z")
+    }  # what follows a state
     return replace(
         problem,
         initial_state=False,
         final_state=False,
         l2norm="use_qk_l2norm_in_kernel" in takes,
         gate="softplus" if gated else "none",
-        has_A_log=gated,
+        has_A_log=gated and "A_log" in member.named,
         has_dt_bias=gated,
         beta_sigmoid=call.in_kernel and "use_beta_sigmoid_in_kernel" in takes,
+        **last,
     )
 
 

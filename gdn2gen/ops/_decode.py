@@ -87,8 +87,8 @@ def decode(
                 o, state = _launch(plan, given)
                 return o, state if serving[2] is None or not output_final_state else serving[2]
     watched = traced or is_watched(given)
-    parameters = [tensors[place] for place in signature.parameters]
-    check_gate(signature, use_gate_in_kernel, False, lower_bound, *parameters)
+    parameters = {name: tensors[place] for name, place in signature.gate_parameters.items()}
+    check_gate(signature, use_gate_in_kernel, False, lower_bound, **parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options = (
         check_scale(scale),
