@@ -115,9 +115,6 @@ def _asked(problem: Problem, call: Call) -> Problem:
     member = recurrence_named(problem.op)
     takes = member.public.recurrent_arguments
     gated = call.in_kernel and "use_gate_in_kernel" in takes
-    last = {
-        f"has_{x}": call.in_kernel and x in takes for x in ("D", "z")
-    }  # what follows a state
     return replace(
         problem,
         initial_state=False,
@@ -127,7 +124,8 @@ def _asked(problem: Problem, call: Call) -> Problem:
         has_A_log=gated and "A_log" in member.named,
         has_dt_bias=gated,
         beta_sigmoid=call.in_kernel and "use_beta_sigmoid_in_kernel" in takes,
-        **last,
+        has_D=call.in_kernel and "D" in takes,
+        has_z=call.in_kernel and "z" in takes,
     )
 
 

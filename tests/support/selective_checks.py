@@ -195,20 +195,21 @@ def nothing_is_copied() -> bool:
     """What a layer gives is read as it lies: slices of its projection, and what is repeated."""
     from gdn2gen.ops import _decode
 
+    module: Any = _decode
     seen = []
-    launch = _decode.launch
+    launch = module.launch
 
     def noting(plan: Any, *args: Any, **keywords: Any) -> Any:
         seen.append(plan)
         return launch(plan, *args, **keywords)
 
-    _decode.launch = noting
+    module.launch = noting
     try:
         check(Case(views=True))
     finally:
-        _decode.launch = launch
+        module.launch = launch
     (plan,) = seen
-    return plan.copied == () and plan.problem.one_token and plan.problem.strided
+    return plan.copied == () and bool(plan.problem.one_token and plan.problem.strided)
 
 
 def whole_graphs() -> int:
