@@ -212,6 +212,37 @@ def nothing_is_copied() -> bool:
     return plan.copied == () and bool(plan.problem.one_token and plan.problem.strided)
 
 
+@verifying()
+def known_calls() -> bool:
+    """A call that is known by its own tensors is one like it, and nothing else: the same bits, on
+    other tensors; and what is wrong is refused after it, too."""
+    from gdn2gen.base.errors import Gdn2genError
+
+    for case in (Case(views=True), Case(T=2), Case(lengths=(2, 0, 1), indices="")):
+        for _ in range(3):
+            check(case)
+        given, _ = draw(case, "cpu")
+        dt, x = given["dt"], given["x"]
+        wrong: tuple[dict[str, Any], ...] = (
+            {"dt": dt.contiguous()}, {"dt_softplus": 1}, {"C": given["C"][:1]},
+            {"null_slot": True}, {"x": x.half()}, {"A": given["A"].contiguous()},
+        )  # fmt: skip
+        for change in wrong:
+            try:
+                selective_state_update(**given | change)
+            except Gdn2genError:
+                continue
+            raise AssertionError(f"not refused: {[*change]}")
+    for softplus in (True, False, True):  # flags and what torch makes are others' kinds
+        check(Case(softplus=softplus))
+        check(Case(softplus=softplus, bias=False))
+    given, _ = draw(Case(), "cpu")
+    first = selective_state_update(**given)
+    given, _ = draw(Case(), "cpu")
+    given["z"] = given["z"].double().float()
+    return torch.equal(selective_state_update(**given, out=torch.empty_like(first)), first)
+
+
 def whole_graphs() -> int:
     """Of calls of several sizes; how many were made."""
     torch._dynamo.reset()

@@ -30,6 +30,10 @@ def test_a_buffer_and_what_is_read_as_it_lies(interpreter: Check) -> None:
     assert interpreter("selective_checks:nothing_is_copied")
 
 
+def test_calls_that_are_known(interpreter: Check) -> None:
+    assert interpreter("selective_checks:known_calls")
+
+
 def test_one_whole_graph_serves_all_sizes() -> None:
     assert selective_checks.whole_graphs() == 1
 
