@@ -23,6 +23,7 @@ __all__ = [
     "fused_recurrent_gdn2",
     "fused_recurrent_gla",
     "fused_recurrent_kda",
+    "fused_recurrent_mamba2",
     "fused_recurrent_simple_gla",
     "gated_rms_norm",
     "generate",
@@ -31,6 +32,7 @@ __all__ = [
     "mamba_chunk_scan_combined",
     "pin",
     "reload",
+    "selective_state_update",
     "short_convolution",
     "short_convolution_step",
     "tune",
@@ -58,8 +60,10 @@ if TYPE_CHECKING:
         fused_recurrent_gdn2,
         fused_recurrent_gla,
         fused_recurrent_kda,
+        fused_recurrent_mamba2,
         fused_recurrent_simple_gla,
     )
+    from gdn2gen.ops.selective import selective_state_update
     from gdn2gen.store.dispatch import reload
     from gdn2gen.store.pins import pin
     from gdn2gen.tuning.packages import generate
@@ -86,6 +90,7 @@ _HOMES = {
     "fused_recurrent_gdn2": "gdn2gen.ops.recurrent",
     "fused_recurrent_gla": "gdn2gen.ops.recurrent",
     "fused_recurrent_kda": "gdn2gen.ops.recurrent",
+    "fused_recurrent_mamba2": "gdn2gen.ops.recurrent",
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "gated_rms_norm": "gdn2gen.ops.parts",
     "generate": "gdn2gen.tuning.packages",
@@ -94,6 +99,7 @@ _HOMES = {
     "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",
     "pin": "gdn2gen.store.pins",
     "reload": "gdn2gen.store.dispatch",
+    "selective_state_update": "gdn2gen.ops.selective",
     "short_convolution": "gdn2gen.ops.parts",
     "short_convolution_step": "gdn2gen.ops.parts",
     "tune": "gdn2gen.workflows.tune",

@@ -1,4 +1,5 @@
-"""What a step of decoding costs: one token of B sequences at K = V = 128, on a GPU.
+"""What a step of decoding costs: one token of B sequences at K = V = 128, on a GPU; of Mamba-2 at a
+state of 128 and heads of 64, with skip, gate and one group of B and C, by selective_state_update.
 
     python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm] [--sweep]
 
@@ -6,7 +7,8 @@ Time is that of a CUDA graph of many calls, for one of them: each has slots of i
 state lies in the L2 (with --warm all have the same); the median of 20 replays. The floor is the
 time that a copy of the same bytes would take: the state read and written, the token's tensors read,
 o written. Host time is that of one call of 200, the least of six runs. Beside it
-flash-linear-attention's op, where it is installed: it takes fp32 states and writes new ones.
+flash-linear-attention's op, where it is installed: it takes fp32 states and writes new ones; and of
+Mamba-2 mamba_ssm's, on the same slots.
 --sweep times every config, for the rule in kernels/recurrent.py. Figures of two versions compare if
 they are of one GPU, taken in turns.
 """
@@ -25,6 +27,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdn2gen import selective_state_update
 from gdn2gen.base.environment import verifying
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.decoding import DecodingProblem
@@ -40,6 +43,7 @@ from gdn2gen.runtime import decoding
 
 Run = Callable[[int], Any]
 DIM: Final = 128
+SELECTIVE: Final = "mamba_ssm.ops.triton.selective_state_update"
 # Of states that the calls of a graph take together: more than the L2 of any GPU so far.
 COLD_BYTES: Final = 2**29
 MOST_CALLS: Final = 200
@@ -60,8 +64,17 @@ class Step:
     warm: bool
 
     @property
+    def stepped(self) -> bool:
+        """Mamba-2, whose op and peer have mamba_ssm's words."""
+        return recurrence_named(self.op).stepped
+
+    @property
+    def V(self) -> int:
+        return 64 if self.stepped else DIM
+
+    @property
     def state_bytes(self) -> int:
-        return self.batch * self.heads * DIM * DIM * STATES[self.state].itemsize
+        return self.batch * self.heads * DIM * self.V * STATES[self.state].itemsize
 
     @property
     def calls(self) -> int:
@@ -83,6 +96,49 @@ class Step:
         there = dict(recurrence_named(self.op).public.recurrent_names)
         return {there.get(name, name): x for name, x in made.items()}
 
+    def selective_inputs(self) -> dict[str, Any]:
+        """The same of Mamba-2, in mamba_ssm's words: slices of one projection, and what is one
+        number a head repeated."""
+        heads, P = self.heads, self.V
+        sizes = [heads * P, heads * P, DIM, DIM, heads]
+        row = torch.randn(self.batch, sum(sizes), device="cuda", dtype=torch.bfloat16)
+        z, x, B, C, dt = torch.split(row, sizes, -1)
+        rate, bias, D = torch.rand(3, heads, device="cuda")
+        return {
+            "x": x.view(self.batch, heads, P),
+            "dt": dt[..., None].expand(-1, -1, P),
+            "A": (-1.0 - rate)[:, None, None].expand(-1, P, DIM),
+            "B": B[:, None],
+            "C": C[:, None],
+            "D": D[:, None].expand(-1, P),
+            "z": z.view(self.batch, heads, P),
+            "dt_bias": (bias - 4.0)[:, None].expand(-1, P),
+            "dt_softplus": True,
+        }
+
+    def selective(self, function: Callable[..., Any], **keywords: Any) -> Run:
+        """Call number i of an op with mamba_ssm's arguments, on slots of its own."""
+        inputs = self.selective_inputs()
+        sets = 1 if self.warm else self.calls
+        slots = sets * self.batch
+        shape = (slots, self.heads, self.V, DIM)
+        pool = torch.randn(shape, device="cuda", dtype=STATES[self.state])
+        rows = list(torch.randperm(slots, device="cuda").int().view(sets, self.batch))
+
+        def run(i: int) -> None:
+            function(pool, **inputs, state_batch_indices=rows[i % sets], **keywords)
+
+        return run
+
+    def mamba_ssm(self) -> Run | None:
+        """None where its Triton files cannot be imported."""
+        try:
+            function = import_module(SELECTIVE).selective_state_update
+        except Exception as error:  # its modules import much that may be missing
+            console(stderr=True).print(f"without mamba_ssm: {error}")
+            return None
+        return self.selective(function)
+
     def flags(self) -> dict[str, Any]:
         """What a layer has the kernel do, as far as the op takes it."""
         wanted = {
@@ -96,6 +152,9 @@ class Step:
 
     def ours(self) -> Run:
         """Call number i, on slots of its own, into buffers that are there."""
+        if self.stepped:
+            out = torch.empty(self.batch, self.heads, self.V, device="cuda", dtype=torch.bfloat16)
+            return self.selective(selective_state_update, out=out)
         function = getattr(recurrent, recurrence_named(self.op).public.recurrent)
         inputs, flags = self.inputs(), self.flags()
         sets = 1 if self.warm else self.calls
@@ -110,8 +169,11 @@ class Step:
 
         return run
 
-    def fla(self) -> Run | None:
-        """The same by flash-linear-attention; None where it is not, or takes no such state."""
+    def peer(self) -> Run | None:
+        """The same by flash-linear-attention; None where it is not, or takes no such state. Of
+        Mamba-2 by mamba_ssm."""
+        if self.stepped:
+            return self.mamba_ssm()
         public = recurrence_named(self.op).public
         if self.state != "fp32":
             return None
@@ -130,9 +192,14 @@ class Step:
         return run
 
     def floor_us(self) -> float:
-        names = {"A_log", "dt_bias"}
-        token = sum(x.nbytes for name, x in self.inputs().items() if name not in names)
-        o = self.batch * self.heads * DIM * 2
+        names = {"A_log", "dt_bias", "A", "D", "dt_softplus"}
+        inputs = self.selective_inputs() if self.stepped else self.inputs()
+        token = sum(
+            x.nbytes // (self.V if name == "dt" else 1)  # repeated over a head
+            for name, x in inputs.items()
+            if name not in names
+        )
+        o = self.batch * self.heads * self.V * 2
         return (2 * self.state_bytes + token + o) / copy_gbps() / 1e3
 
 
@@ -180,8 +247,9 @@ def configs(step: Step) -> Iterator[Config]:
     problem = DecodingProblem(
         op=step.op,
         K=DIM,
-        V=DIM,
-        state_v_first=step.v_first and recurrence_named(step.op).takes("state_v_first"),
+        V=step.V,
+        state_v_first=(step.v_first or step.stepped)
+        and recurrence_named(step.op).takes("state_v_first"),
         state_bf16=step.state == "bf16",
     )
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):
@@ -211,15 +279,15 @@ def row(step: Step) -> list[str]:
     cells = [str(step.batch), step.state, f"{us:.2f}", f"{floor:.2f}", f"{us / floor:.2f}"]
     cells.append(f"{host:.1f}")
     del ours
-    fla = step.fla()
-    if fla is None:
+    peer = step.peer()
+    if peer is None:
         return [*cells, "-", "-"]
     try:
-        fla(0)
+        peer(0)
     except Exception as error:  # another version's arguments: no reason to lose our own figures
-        console(stderr=True).print(f"flash-linear-attention's {step.op}: {error}")
+        console(stderr=True).print(f"the peer's {step.op}: {error}")
         return [*cells, "-", "-"]
-    return [*cells, f"{graph_us(fla, step.calls):.2f}", f"{host_us(fla):.1f}"]
+    return [*cells, f"{graph_us(peer, step.calls):.2f}", f"{host_us(peer):.1f}"]
 
 
 @verifying()
@@ -248,9 +316,11 @@ def main() -> None:
             return
         # a table for each op, as soon as it is there
         for op, of_op in groupby(steps, lambda step: step.op):
+            peer = "mamba_ssm" if recurrence_named(op).stepped else "FLA"
+            columns = ("B", "state", "us", "floor us", "x floor", "host us")
             sheet = Sheet(
                 f"{op}: {torch.cuda.get_device_name()}, {copy_gbps():.0f} GB/s by a copy",
-                ("B", "state", "us", "floor us", "x floor", "host us", "FLA us", "FLA host us"),
+                (*columns, f"{peer} us", f"{peer} host us"),
                 words=("state",),
             )
             for step in of_op:

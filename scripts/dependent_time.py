@@ -32,7 +32,7 @@ from gdn2gen.base.device import present_device  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console  # noqa: E402
 from gdn2gen.family.problem import Problem, gate_parameters  # noqa: E402
-from gdn2gen.family.registry import DECODING_OPS, OPS, recurrence_named  # noqa: E402
+from gdn2gen.family.registry import DECODING_OPS, OPS, STEP_OPS, recurrence_named  # noqa: E402
 from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
 from gdn2gen.kernels.recipe import Recipe  # noqa: E402
 from gdn2gen.measure.accuracy import public_op, run_op  # noqa: E402
@@ -131,8 +131,9 @@ def main() -> None:
     sheet = Sheet(torch.cuda.get_device_name(), ("call", *NAMES, last), words=("call", last))
     for op in args.op:
         if args.what == "prefill":
-            if op not in DECODING_OPS:
-                parser.error(f"prefill is of {', '.join(DECODING_OPS)}, not of {op}")
+            if op in STEP_OPS:
+                of = ", ".join(x for x in DECODING_OPS if x not in STEP_OPS)
+                parser.error(f"prefill is of {of}, not of {op}")
             rows = (prefill(op, x, args.heads) for x in args.tokens)
         else:
             rows = (passes(op, x, level) for x in args.shapes for level in args.level)

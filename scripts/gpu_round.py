@@ -97,6 +97,7 @@ def steps() -> list[Step]:
             Step(f"tune-{op}", f"gdn2gen tune --op {op} --budget 3", True, 60.0),
             Step(f"bench-{op}", bench, True, 60.0),
         ]
+    made.append(Step("decode-mamba2", "python scripts/decode_time.py --op mamba2", True))
     apart = "GDN2GEN_BOUND=0"
     for name in ("graphs", "packed", "recurrent", "bits", "faults", "torch"):
         made.append(Step(f"unbound-{name}", f"{apart} {_BESIDE} tests/gpu/test_{name}_gpu.py"))

@@ -154,20 +154,25 @@ def directions(op: str, cu_seqlens: tuple[int, ...] | None) -> tuple[Run, Run]:
             1, 64, 4, 128, 128, op=op, dtype=torch.bfloat16, cu_seqlens=cu_seqlens
         ).items()
     }
-    function = public_op(op)
+    function, flags = public_op(op), norm_of(op)
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return function(**inputs, use_qk_l2norm_in_kernel=True)[0]
+            return function(**inputs, **flags)[0]
 
     do = torch.randn_like(inputs["v"])
 
     def both() -> tuple[Tensor, ...]:
-        o, _ = function(**inputs, use_qk_l2norm_in_kernel=True)
+        o, _ = function(**inputs, **flags)
         return torch.autograd.grad(o, leaves, do)
 
     return forward, both
+
+
+def norm_of(op: str) -> dict[str, bool]:
+    """The norm in the kernel, where there is one."""
+    return {"use_qk_l2norm_in_kernel": True} if recurrence_named(op).normalises else {}
 
 
 def step(op: str) -> Run:
@@ -181,11 +186,33 @@ def step(op: str) -> Run:
         with torch.no_grad():
             return function(
                 **rows,
-                use_qk_l2norm_in_kernel=True,
+                **norm_of(op),
                 state_pool=pool,
                 ssm_state_indices=slots,
                 output_final_state=True,
             )
+
+    return decode
+
+
+def selective_step() -> Run:
+    """The same of Mamba-2 in mamba_ssm's words, as its layers give them: slices of a projection."""
+    h, P, N = 16, 64, 128
+    z, x, B, C, dt = torch.split(
+        torch.randn(1, h * (2 * P + 1) + 2 * N, dtype=torch.bfloat16), [h * P, h * P, N, N, h], -1
+    )
+    A, D, bias = -torch.ones(h), torch.ones(h), torch.zeros(h)
+    state = torch.zeros(8, h, P, N)
+    given: dict[str, Any] = {
+        "x": x.view(1, h, P), "dt": dt[..., None].expand(1, h, P), "B": B[:, None],
+        "A": A[:, None, None].expand(h, P, N), "C": C[:, None], "D": D[:, None].expand(h, P),
+        "z": z.view(1, h, P), "dt_bias": bias[:, None].expand(h, P), "dt_softplus": True,
+        "state_batch_indices": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+
+    def decode() -> Any:
+        with torch.no_grad():
+            return gdn2gen.selective_state_update(state, **given)
 
     return decode
 
@@ -235,6 +262,8 @@ def calls_of(op: str) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     if hasattr(gdn2gen, str(recurrence_named(op).public.recurrent)):
         runs["decode"] = step(op)
+    if recurrence_named(op).stepped:
+        runs["selective_state_update"] = selective_step()
     for name, lengths in (("", None), ("packed ", (0, 20, 64))):
         runs[f"{name}forward"], runs[f"{name}forward+backward"] = directions(op, lengths)
     return runs

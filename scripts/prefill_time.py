@@ -28,7 +28,7 @@ from decode_time import graph_us  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console  # noqa: E402
 from gdn2gen.family.inputs import make_inputs  # noqa: E402
-from gdn2gen.family.registry import DECODING_OPS, recurrence_named  # noqa: E402
+from gdn2gen.family.registry import DECODING_OPS, STEP_OPS, recurrence_named  # noqa: E402
 from gdn2gen.ops import chunk  # noqa: E402
 
 Run = Callable[[int], Any]
@@ -94,7 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", choices=DECODING_OPS, default=["gdn2"])
+    ops = [op for op in DECODING_OPS if op not in STEP_OPS]  # of flash-linear-attention
+    parser.add_argument("--op", nargs="+", choices=ops, default=["gdn2"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 256, 1024])
     parser.add_argument("--heads", type=int, default=16)
     args = parser.parse_args()

@@ -39,10 +39,12 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
         "write": _role(member, member.write),
         "rows": token_rows,
         "parameters": {
-            x.name: _parameter(x.symbols) for x in member.inputs if x.dtype == "parameter"
+            x.name: _parameter(x.name, x.symbols) for x in member.inputs if x.dtype == "parameter"
         },
         # whose elements are loaded one by one, from wherever they are
-        "single": [x.name for x in operands if not {"K", "V"} & {*x.dims.split()}],
+        "single": [
+            x.name for x in operands if x.dims == "HV V" or not {"K", "V"} & {*x.dims.split()}
+        ],
         "scalars": list(stage.scalars_of(problem)),
         # what the state is read from, "" where it begins with zeros
         "entry": state,
@@ -69,7 +71,10 @@ def _row(name: str, dims: list[str], problem: DecodingProblem) -> str:
     return f"{row} * {UNIT} + {head} * {dim}" if dim else f"{row} + {head}"
 
 
-def _parameter(dims: tuple[str, ...]) -> str:
-    """Where a parameter of the gate begins for the program's head."""
+def _parameter(name: str, dims: tuple[str, ...]) -> str:
+    """Where a parameter begins for the program's head; of one for values, where these are: it may
+    be one number a head, repeated by a stride of 0."""
     head = _HEADS[dims[0]]
+    if dims[1:] == ("V",):
+        return f"{head} * {name}_row + o_v * {name}_column"
     return f"{head} * K" if len(dims) > 1 else head

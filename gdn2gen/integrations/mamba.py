@@ -9,8 +9,8 @@
 
 What is replaced: `mamba_chunk_scan_combined` and `mamba_split_conv1d_scan_combined` of Mamba-2 (the
 latter is what its layers train on: convolution, scan, norm and projection), and
-`mamba3_siso_combined` of Mamba-3. A call that ours does not take goes to the original, and says so
-once.
+`selective_state_update`, by which they decode; and `mamba3_siso_combined` of Mamba-3. A call that
+ours does not take goes to the original, and says so once: so do all of Mamba-1's steps.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from gdn2gen.ops.mamba import mamba_chunk_scan_combined
 from gdn2gen.ops.parts import short_convolution
 
 _MAMBA2: Final = "mamba_ssm.ops.triton.ssd_combined"
+_STEP: Final = "mamba_ssm.ops.triton.selective_state_update"
 _MAMBA3: Final = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
 
 
@@ -70,6 +71,7 @@ def refused() -> dict[str, dict[str, int]]:
 def _replacements() -> Iterator[Replacement]:
     yield Replacement(_MAMBA2, "mamba_chunk_scan_combined", runs(gdn2gen.mamba_chunk_scan_combined))
     yield Replacement(_MAMBA2, "mamba_split_conv1d_scan_combined", _split)
+    yield Replacement(_STEP, "selective_state_update", runs(gdn2gen.selective_state_update))
     yield Replacement(_MAMBA3, "mamba3_siso_combined", runs(gdn2gen.mamba3_siso_combined))
 
 

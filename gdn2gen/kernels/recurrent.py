@@ -56,7 +56,7 @@ class TokenStage(Stage):
         symbols = {symbol for x in operands for symbol in x.dims.split()}
         rows = [row_of(x.name) for x in operands if problem.strided and is_row_wise(x.dims)]
         wanted = {
-            "scale": True,
+            "scale": not recurrence_named(problem.op).stepped,
             "lower_bound": problem.gate == "sigmoid",
             "N": problem.varlen,
             "T": not problem.one_token,
@@ -68,6 +68,8 @@ class TokenStage(Stage):
             "index_row": problem.indexed,
             "index_width": problem.speculative,
             "null_slot": problem.indexed,
+            "D_row": problem.has_D,
+            "D_column": problem.has_D,
         }
         return (*(name for name, is_read in wanted.items() if is_read), *rows)
 
@@ -78,7 +80,7 @@ def _operand(x: Input) -> Operand:
 
 _SCALARS: Final = (
     *("scale", "lower_bound", "N", "T", "H", "HV", "HG"),
-    *("slots", "slot_stride", "index_row", "index_width", "null_slot"),
+    *("slots", "slot_stride", "index_row", "index_width", "null_slot", "D_row", "D_column"),
 )
 _ROW_WISE: Final = {
     x.name for member in RECURRENCES.values() for x in member.inputs if is_row_wise(x.dims)

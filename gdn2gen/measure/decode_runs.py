@@ -121,9 +121,11 @@ def _asked(problem: Problem, call: Call) -> Problem:
         final_state=False,
         l2norm="use_qk_l2norm_in_kernel" in takes,
         gate="softplus" if gated else "none",
-        has_A_log=gated,
+        has_A_log=gated and "A_log" in member.named,
         has_dt_bias=gated,
         beta_sigmoid=call.in_kernel and "use_beta_sigmoid_in_kernel" in takes,
+        has_D=call.in_kernel and "D" in takes,
+        has_z=call.in_kernel and "z" in takes,
     )
 
 

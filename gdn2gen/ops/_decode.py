@@ -70,13 +70,12 @@ def decode(
     signature, given = op.signature, (*tensors, *serving)
     traced, key = is_traced(), None
     if not traced:
-        around = by_kernels, forced(), forced_config(), values_of(_VARIABLES)
-        short = short_key(signature, given, known, (scale, lower_bound, null_slot), around)
+        short = short_key(signature, given, known, (scale, lower_bound, null_slot), surroundings())
         if short is not None and given[0] is not None:
             present = [x for x in given if x is not None]
             plan = _plans.seen(short, present)
             if plan is not None:
-                o, state = _launch(plan, given, known=True)
+                o, state = launch_plan(plan, given, known=True)
                 return o, state if serving[2] is None or not output_final_state else serving[2]
             key = None if is_watched(given) else _key(short, present)
             plan = None if key is None else _plans.get(key)
@@ -84,11 +83,11 @@ def decode(
                 refuse_gradients(signature, given)
                 if not any([x.is_neg() or x.requires_grad for x in present]):
                     _plans.note(short, present, plan)
-                o, state = _launch(plan, given)
+                o, state = launch_plan(plan, given)
                 return o, state if serving[2] is None or not output_final_state else serving[2]
     watched = traced or is_watched(given)
-    parameters = [tensors[place] for place in signature.parameters]
-    check_gate(signature, use_gate_in_kernel, False, lower_bound, *parameters)
+    parameters = {name: tensors[place] for name, place in signature.gate_parameters.items()}
+    check_gate(signature, use_gate_in_kernel, False, lower_bound, **parameters)
     check_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options = (
         check_scale(scale),
@@ -105,14 +104,19 @@ def decode(
         plan = plan_of(signature, given, options, null_slot)
         if key is not None:
             _plans.keep(key, plan)
-        o, state = _launch(plan, given)
+        o, state = launch_plan(plan, given)
     return o, state if pool is None or not output_final_state else pool
 
 
 _plans: Kinds[Plan] = Kinds(2048)
 
 
-def _launch(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Tensor | None]:
+def surroundings() -> tuple[Any, ...]:
+    """What else than its arguments the kernels of a call depend on."""
+    return by_kernels, forced(), forced_config(), values_of(_VARIABLES)
+
+
+def launch_plan(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Tensor | None]:
     """`given` are the tensors of the signature, and of `SERVING`; `known`: none of them is negated
     lazily."""
     *inputs, out = given
@@ -120,6 +124,20 @@ def _launch(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Te
     if cu_seqlens is not None:
         check_lengths(cu_seqlens, plan.dims.T)
     return launch(plan, inputs, out, known=known)
+
+
+def lasting_plan(
+    op: DecodingOp, given: Tensors, options: tuple[Any, ...], null_slot: int | None
+) -> Plan | None:
+    """The plan of a call that has been made, if its kernel reads all that was `given` where it
+    lies, so that a caller may know such calls by what these were made of; else None."""
+    present = [x for x in given if x is not None]
+    if not by_kernels(present[0].device) or is_watched(given):
+        return None
+    if any([x.is_neg() or x.requires_grad for x in present]):
+        return None
+    plan = plan_of(op.signature, given, options, null_slot)
+    return None if plan.copied else plan
 
 
 _VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET", "GDN2GEN_BATCH_INVARIANT")

@@ -18,6 +18,7 @@ from gdn2gen.family.gated_delta_rule import GATED_DELTA_RULE
 from gdn2gen.family.gdn2 import GDN2
 from gdn2gen.family.gla import GLA
 from gdn2gen.family.kda import KDA
+from gdn2gen.family.mamba2 import MAMBA2
 from gdn2gen.family.simple_gla import SIMPLE_GLA
 from gdn2gen.ops._decay import channels_of, decay_of, factor_of, refuse_decays, refuse_reverse
 from gdn2gen.ops._decode import decode
@@ -31,6 +32,7 @@ _GATED_DELTA_RULE: Final = decoding_op(GATED_DELTA_RULE)
 _DELTA_RULE: Final = decoding_op(DELTA_RULE)
 _GLA: Final = decoding_op(GLA)
 _SIMPLE_GLA: Final = decoding_op(SIMPLE_GLA)
+MAMBA2_STEP: Final = decoding_op(MAMBA2)
 # The same for errors that name what was given in place of g.
 _BY_GAMMA: Final = replace(_SIMPLE_GLA, signature=renamed(_SIMPLE_GLA.signature, g="g_gamma"))
 
@@ -274,6 +276,45 @@ def fused_recurrent_simple_gla(
         (ssm_state_indices, num_accepted_tokens, state_pool, out),
         scale=scale,
         output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        null_slot=null_slot,
+    )
+
+
+@decoding_documented(MAMBA2)
+def fused_recurrent_mamba2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_gate_in_kernel: bool = False,
+    rate: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    state_pool: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2 over a few tokens of each sequence (arXiv 2405.21060), in the words of the family;
+    `selective_state_update` has those of state-spaces/mamba.
+
+    q is C, k is B, v is x, rate is A. D may be one number a head, expanded: it is read as it lies.
+    """
+    return decode(
+        MAMBA2_STEP,
+        (q, k, v, dt, initial_state, rate, dt_bias, D, z, cu_seqlens),
+        (ssm_state_indices, num_accepted_tokens, state_pool, out),
+        scale=1.0,
+        output_final_state=output_final_state,
+        use_gate_in_kernel=use_gate_in_kernel,
         state_v_first=state_v_first,
         null_slot=null_slot,
     )

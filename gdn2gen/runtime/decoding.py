@@ -260,12 +260,25 @@ def _scalars(
         stride = slot_stride_of(pool)
         found["slots"] = pool.shape[0]
         found["slot_stride"] = stride if problem.odd_slots else stride // UNIT
+    if "D" in tensors:
+        found["D_row"], found["D_column"] = _steps_of(tensors["D"]) or (dims.V, 1)
     if "ssm_state_indices" in tensors:
         indices = tensors["ssm_state_indices"]
         width = prod(indices.shape[1:])
         found["index_width"] = width
         found["index_row"] = indices.stride[0] if _is_dense(indices, 1) else width
     return found
+
+
+# Elements between numbers of D that kernels count in 32 bits, whatever the head.
+_FAR: Final = 2**20
+
+
+def _steps_of(D: Strided) -> tuple[int, int] | None:
+    """Elements of D from head to head and from value to value, 0 where one number is repeated; None
+    where it is given as one row, or lies too far apart."""
+    steps = D.stride if len(D.shape) == 2 else ()
+    return (steps[0], steps[1]) if steps and max(steps) <= _FAR else None
 
 
 def slot_stride_of(pool: Strided) -> int:
@@ -297,6 +310,7 @@ def _scattered(signature: Signature, tensors: Mapping[str, Strided]) -> list[str
         name
         for name, dims in zip(signature.names, signature.dims, strict=True)
         if not is_row_wise(" ".join(dims))
+        and not (name == "D" and name in tensors and _steps_of(tensors[name]))
     ]
     found = [x for x in (*names, "num_accepted_tokens") if x in tensors]
     scattered = [x for x in found if not _is_dense(tensors[x], 0)]

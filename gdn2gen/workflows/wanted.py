@@ -31,7 +31,7 @@ def problem_from(
 
 _OF_EITHER: Final = (
     *("op", "K", "V", "dtype", "gate_dtype", "l2norm", "gate", "has_A_log", "has_dt_bias"),
-    *("beta_sigmoid", "neg_eigval", "beta_fp32"),
+    *("beta_sigmoid", "neg_eigval", "beta_fp32", "has_rate", "has_D", "has_z"),
 )
 
 

@@ -39,6 +39,7 @@ GATED: Final[dict[str, dict[str, Any]]] = {op: {} for op in DECODING_OPS} | {
     "gdn2": {"gate": "softplus"},
     "kda": {"gate": "sigmoid", "beta": "neg"},
     "gated_delta_rule": {"gate": "softplus", "beta": "neg"},
+    "mamba2": {"gate": "softplus", "rate": True, "skip": "tied", "output_gate": True},
 }
 # As a layer calls it at a few sequences, and at so many that tiles are as large as they get.
 LAYER: Final = Case(K=128, V=128, H=16, HV=16, N=4, dtype=BF16, gap=8)

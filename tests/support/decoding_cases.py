@@ -57,6 +57,12 @@ class Case:
     l2norm: bool = True
     beta: str = ""
     """`sigmoid`, or `neg` for twice that."""
+    rate: bool = False
+    """Of a step: also the rate that it decays by."""
+    skip: str = ""
+    """D: `tied` for one number a head, repeated by a stride of 0, or `full`."""
+    output_gate: bool = False
+    """z."""
     v_first: bool = False
     gap: int = 0
     """Elements between slots."""
@@ -139,24 +145,34 @@ def draw(case: Case, device: str) -> Drawn:
         B, T, case.H, case.K, case.V,
         op=case.op, HV=case.HV, HG=case.HG, dtype=case.dtype, gate_dtype=case.gate_dtype,
         factor_dtype=case.factor_dtype, device=device, pattern=case.pattern, seed=case.seed,
+        rate=case.rate,
     )  # fmt: skip
     generator = torch.Generator(device).manual_seed(case.seed + 1)
     if cu_seqlens is not None:
         inputs["cu_seqlens"] = cu_seqlens.to(device)
+    member = recurrence_named(case.op)
     if case.gate != "none":
-        inputs["g"] = torch.empty_like(inputs["g"]).normal_(generator=generator)
+        assert member.decay is not None
+        g = inputs[member.decay.input].normal_(generator=generator)
         if case.parameters:
-            heads = inputs["g"].shape[2]
+            heads = g.shape[2]
             rate = torch.empty(heads, device=device).uniform_(0.5, 4.0, generator=generator)
-            sizes = {"HG": heads, "K": case.K}
-            dims = [sizes[x] for x in recurrence_named(case.op).named["dt_bias"].symbols]
+            sizes = {"HG": heads, "HV": heads, "K": case.K}
+            dims = [sizes[x] for x in member.named["dt_bias"].symbols]
             bias = torch.empty(dims, device=device).uniform_(-4, 0, generator=generator)
-            inputs["A_log"] = rate.log().to(case.parameter_dtype)
+            if not member.stepped:
+                inputs["A_log"] = rate.log().to(case.parameter_dtype)
             inputs["dt_bias"] = bias.to(case.parameter_dtype)
     if case.beta:
         inputs["beta"].normal_(generator=generator)
+    if case.output_gate:
+        inputs["z"] = torch.empty_like(inputs["v"]).normal_(generator=generator)
     if case.wide_rows:
         inputs |= _in_one_tensor({x: y for x, y in inputs.items() if y.ndim > 2 and x != "beta"})
+    if case.skip:
+        D = torch.empty(case.HV, case.V if case.skip == "full" else 1, device=device)
+        D = D.normal_(generator=generator).to(case.parameter_dtype)
+        inputs["D"] = D.expand(case.HV, case.V)
     N = case.N if case.lengths is None else len(case.lengths)
     drawn = Drawn(inputs, {})
     inner = (case.V, case.K) if case.values_first else (case.K, case.V)

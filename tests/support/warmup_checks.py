@@ -66,7 +66,7 @@ def nothing_is_loaded_after() -> list[tuple[str, str, str | None]]:
 @verifying()
 def decoding_is_as_asked() -> bool:
     """Each field of a decoding problem makes the kernel that `gdn2gen compile` makes for it."""
-    from gdn2gen.family.problem import Problem
+    from gdn2gen.family.problem import Problem, gate_parameters
     from gdn2gen.family.shapes import Shape
     from gdn2gen.runtime import decoding
     from gdn2gen.workflows.wanted import decoding_problem_from
@@ -95,6 +95,15 @@ def decoding_is_as_asked() -> bool:
             )
             problem = Problem(op="kda", K=32, V=32, dtype="fp32")
             assert made[-1] == decoding_problem_from(problem, fields, shape), (T, fields, made[-1])
+        # and what a member has beside: a rate, a skip and a gate
+        own = {"gate": "softplus", **gate_parameters("mamba2", "softplus"), "has_dt_bias": True}
+        served = {"pool": True, "indexed": True, "strided": True}
+        gdn2gen.warmup(
+            (), op="mamba2", head_dim=32, dtype="fp32", decode=(token := Shape("2x1x2", 2, 1, 2)),
+            decode_fields=served, **own,
+        )  # fmt: skip
+        problem = Problem(op="mamba2", K=32, V=32, dtype="fp32", **own)
+        assert made[-1] == decoding_problem_from(problem, served, token), made[-1]
     finally:
         decoding.fixed_launcher = load
     return True

@@ -198,6 +198,14 @@ _ONE_TOKEN: Final = DecodingProblem(
 )  # fmt: skip
 
 
+# and one token of a layer of Mamba-2
+_STEP: Final = DecodingProblem(
+    op="mamba2", V=64, gate="softplus", gate_dtype="bf16", has_rate=True, has_dt_bias=True,
+    has_D=True, has_z=True, state_v_first=True, pool=True, indexed=True, one_token=True,
+    strided=True,
+)  # fmt: skip
+
+
 def _recurrent(problem: DecodingProblem) -> str:
     return render(problem, "recurrent", default_config("recurrent", problem)).source
 
@@ -384,6 +392,7 @@ OUTPUTS: Final = {
     "state_slots.py": _state_slots,
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
+    "recurrent_mamba2_one_token.py": partial(_recurrent, _STEP),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
     "short_conv_backward.py": partial(
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1

@@ -21,6 +21,7 @@ from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.integrations import mamba
 
 MAMBA2 = "mamba_ssm.ops.triton.ssd_combined"
+STEP = "mamba_ssm.ops.triton.selective_state_update"
 MAMBA3 = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
 
 
@@ -62,9 +63,10 @@ def _stand_in(ours: Any) -> Any:
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     names = ["mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.mamba3"]
-    made = {name: ModuleType(name) for name in (*names, MAMBA2, MAMBA3, "a_layer")}
+    made = {name: ModuleType(name) for name in (*names, MAMBA2, STEP, MAMBA3, "a_layer")}
     functions = {
         MAMBA2: [mamba_split_conv1d_scan_combined, _stand_in(gdn2gen.mamba_chunk_scan_combined)],
+        STEP: [_stand_in(gdn2gen.selective_state_update)],
         MAMBA3: [_stand_in(gdn2gen.mamba3_siso_combined)],
     }
     for name, module in made.items():
@@ -80,7 +82,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 def test_ours_stand_for_theirs_and_give_way(theirs: dict[str, ModuleType]) -> None:
     layer = theirs["a_layer"]
     report = mamba.register()
-    assert len(report.replaced) == 3 and not report.missing
+    assert len(report.replaced) == 4 and not report.missing
     assert all("a_layer" in places for places in report.replaced.values())
     made, options = draw(CASES["layer"])
     inputs = {**made, **options, "chunk_size": 64}
@@ -169,6 +171,27 @@ def test_states_of_the_layers_op(theirs: dict[str, ModuleType]) -> None:
         torch.ones(2, 4), 64, return_final_states=True,
     )  # fmt: skip
     assert y.shape == (1, 4, 8) and state.shape == (1, 2, 4, 4)
+
+
+def test_the_step_of_its_layers(theirs: dict[str, ModuleType]) -> None:
+    """As Mamba-2's layers call it; and Mamba-1's, which has no heads, as it was."""
+    mamba.register()
+    function = theirs["a_layer"].selective_state_update
+    x, dt, B = torch.randn(3, 4, 16), torch.randn(3, 4), torch.randn(3, 2, 24)
+    state, A, D = torch.randn(3, 4, 16, 24), -torch.rand(4), torch.randn(4)
+    given = {
+        "x": x, "dt": dt[..., None].expand(-1, -1, 16), "B": B, "C": torch.randn_like(B),
+        "A": A[:, None, None].expand(-1, 16, 24), "D": D[:, None].expand(-1, 16),
+        "dt_bias": D[:, None].expand(-1, 16), "z": None, "dt_softplus": True,
+    }  # fmt: skip
+    other = state.clone()
+    y = function(state, **given)
+    assert not mamba.refused()
+    assert torch.equal(y, gdn2gen.selective_state_update(other, **given))
+    assert torch.equal(state, other)
+    flat = (torch.zeros(3, 64, 16), torch.zeros(3, 64), torch.zeros(3, 64), torch.zeros(64, 16))
+    with pytest.warns(RuntimeWarning, match=r"kernels for heads of Mamba-2.* call mamba_ssm's"):
+        assert function(*flat, torch.zeros(3, 16), torch.zeros(3, 16)) == "theirs"
 
 
 @pytest.mark.parametrize("member", ["mamba2", "mamba3"])

@@ -39,6 +39,14 @@ COMPILED: Final = [
         enumerate(((False, 256), (True, 256), (True, 1))),
     )
 ] + [
+    pytest.param(
+        DecodingProblem(
+            op="mamba2", V=64, **_POOL, one_token=True, strided=True, gate="softplus",
+            gate_dtype="bf16", has_rate=True, has_dt_bias=True, has_D=True, has_z=True,
+            state_v_first=True,
+        ),
+        256, "sm_90", id="mamba2-one-V-first-B256",
+    ),
     pytest.param(DecodingProblem(K=256, V=512, **_GUESSED, state_v_first=True), 64, "sm_90",
                  id="wide"),
     pytest.param(DecodingProblem(K=96, V=48, **_POOL, strided=True), 8, "sm_90", id="masked"),
@@ -79,6 +87,10 @@ def test_scalars_are_those_that_are_read() -> None:
     """Each costs a launch a little: of one token there are none of lengths."""
     plain = RECURRENT.scalars_of(DecodingProblem(one_token=True))
     assert plain == ("scale", "H", "HV", "HG")
+    step = DecodingProblem(op="mamba2", one_token=True)
+    assert RECURRENT.scalars_of(step) == ("H", "HV")
+    skipping = RECURRENT.scalars_of(DecodingProblem(op="mamba2", one_token=True, has_D=True))
+    assert skipping == ("H", "HV", "D_row", "D_column")
     all_of_them = {*RECURRENT.scalars}
     for op in ("gdn2", "kda"):
         problem = DecodingProblem(op=op, gate="sigmoid", **_GUESSED, strided=True)

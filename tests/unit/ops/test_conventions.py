@@ -114,6 +114,11 @@ PEERS: Final = {
         | {"dt_softplus": False, "dt_limit": (0.0, math.inf), "return_final_states": False}
         | {"return_varlen_states": False, "state_dtype": None},
     ),
+    "selective_state_update": Peer(
+        _required("state x dt A B C")
+        | {"D": None, "z": None, "dt_bias": None, "dt_softplus": False}
+        | {"state_batch_indices": None},
+    ),
     "mamba3_siso_combined": Peer(
         _required("Q K V ADT DT Trap Q_bias K_bias Angles")
         | {"D": None, "Z": None, "Input_States": None, "chunk_size": 64}
@@ -135,6 +140,11 @@ def small(name: str) -> dict[str, Any]:
     if name == "mamba_chunk_scan_combined":
         return {"x": normal(1, 4, 2, 16), "dt": normal(1, 4, 2).abs(), "A": -torch.ones(2),
                 "B": normal(1, 4, 1, 16), "C": normal(1, 4, 1, 16), "chunk_size": 64}  # fmt: skip
+    if name == "selective_state_update":
+        one = normal(1, 2, 16)
+        given = {"state": normal(1, 2, 16, 16), "x": one, "dt": normal(1, 2, 1).abs()}
+        given |= {"A": torch.zeros(2, 1, 1).expand(2, 16, 16), "B": one[:, :1], "C": one[:, :1]}
+        return given | {"dt": given["dt"].expand(1, 2, 16)}
     shapes = {"beta": (1, 4, 2), "g": (1, 4, 2, 16)}
     shapes |= {"g": (1, 4, 2)} if "gated_delta" in name or "simple" in name else {}
     drawn = [x for x, y in PEERS[name].signature.items() if y is REQUIRED]

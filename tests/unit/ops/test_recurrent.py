@@ -47,6 +47,15 @@ CASES: Final = {
         Case(op="simple_gla", states="speculative", T=3, HV=4, H=2, v_first=True),
         Case(op="simple_gla", K=40, V=24, lengths=(2, 0, 3), states="slots", wide_rows=True),
     ],
+    "mamba2": [
+        Case(op="mamba2", K=40, V=24, HV=4, H=2, rate=True, skip="tied", output_gate=True,
+             gate="softplus", dtype=FP16, state_dtype=BF16, v_first=True, gap=3, N=4, padding=(1,)),
+        Case(op="mamba2", HV=4, states="speculative", T=3, rate=True, skip="full", holes=True,
+             v_first=True),
+        Case(op="mamba2", lengths=(2, 0, 3), uncovered=1, states="initial", output_gate=True,
+             wide_rows=True, rate=True, gate="softplus", parameters=False),
+        Case(op="mamba2", states="none", T=2),
+    ],
     "given and final states": [
         Case(states=x, T=t, v_first=v, state_dtype=d)
         for x, t, v, d in (("none", 3, True, FP32), ("initial", 3, False, BF16),

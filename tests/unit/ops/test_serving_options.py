@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import pytest
 import torch
-from test_conventions import PEERS, small
+from test_conventions import small
 
 import gdn2gen
 from gdn2gen.base.errors import Gdn2genError, InputError
 from gdn2gen.family.prefill import PREFILL_KEYWORDS
-from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.registry import DECODING_OPS, OPS, recurrence_named
 
 # Beside them the flag of batch-invariant mode, which is no argument.
 OPTIONS: Final = ("cu_seqlens", "state_v_first", "return_intermediate_states", *PREFILL_KEYWORDS)
@@ -25,7 +25,7 @@ _ON_THE_WAY: Final = {
     "checkpoint_state_indices",
     "has_initial_state",
 }
-_STEPS: Final = [name for name in PEERS if name.startswith("fused_recurrent_")]
+_STEPS: Final = [str(recurrence_named(op).public.recurrent) for op in DECODING_OPS]
 LACKING: Final[dict[str, set[str]]] = {
     **{recurrence_named(op).public.chunk: set() for op in OPS},
     **{name: _ON_THE_WAY for name in _STEPS},
@@ -37,6 +37,8 @@ LACKING: Final[dict[str, set[str]]] = {
     # four states a sequence, by `Input_States`
     "mamba3_siso_combined": {"state_v_first", "return_intermediate_states", *_POOLS},
     "mamba3_siso_step": {*OPTIONS},
+    # mamba_ssm's words: `state` is the pool, `state_batch_indices` say whose slots
+    "selective_state_update": {*OPTIONS} - {"cu_seqlens", "null_slot"},
 }
 
 
@@ -50,7 +52,7 @@ def _given(name: str) -> dict[str, Any]:
         states = [torch.zeros(b, h, x) for x in (shapes["Angles"].shape[2], n, p)]
         angle, k, v = states
         return {**given, **shapes, "Input_States": (angle, torch.zeros(b, h, p, n), k, v)}
-    if name == "chunk_mamba2":
+    if name in ("chunk_mamba2", "fused_recurrent_mamba2"):
         given = small("mamba_chunk_scan_combined")
         return {"q": given["C"], "k": given["B"], "v": given["x"], "dt": given["dt"]}
     return small(name)
@@ -60,7 +62,7 @@ def test_the_table_names_every_op() -> None:
     public = {
         name
         for name in gdn2gen.__all__
-        if name.startswith(("chunk_", "fused_recurrent_", "mamba")) and name != "mamba"
+        if name.startswith(("chunk_", "fused_recurrent_", "mamba", "selective_"))
     }
     assert {*LACKING} == public
 
@@ -81,7 +83,8 @@ def test_an_option_is_taken_or_refused_by_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", LACKING)
 def test_batch_invariant_mode_takes_every_op(name: str) -> None:
     function, given = getattr(gdn2gen, name), _given(name)
-    found = function(**given)
+    state = {"state": given["state"].clone()} if "state" in given else {}  # written in place
+    found = function(**given | state)
     with gdn2gen.batch_invariant():
         again = function(**given)
     found, again = (x if isinstance(x, tuple) else (x,) for x in (found, again))
