@@ -284,7 +284,8 @@ def test_explain_as_json(capsys: Any) -> None:
     exact, near = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (exact["shape"], exact["source"], exact["tune"]) == ("train4k", "exact", None)
     assert exact["device"]["name"] == "NVIDIA H200"
-    assert exact["configs"]["scan"]["BT"] in (16, 32, 64)
+    assert len({x["BT"] for x in exact["configs"].values()}) == 1
+    assert exact["configs"].keys() >= {"grad_key"} or exact["configs"].keys() >= {"grad_blocks2"}
     assert near["source"] == "nearest"
     assert near["tune"] == "gdn2gen tune --head-dim 128 --shapes 2x77x5 --level lean"
 
