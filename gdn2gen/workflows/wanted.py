@@ -39,7 +39,8 @@ def decoding_problem_from(
     problem: Problem, fields: Mapping[str, bool], shape: Shape
 ) -> DecodingProblem:
     """The decoding problem of the same recurrence, dims, dtypes and gate; `fields` are its own.
-    States of Mamba-2 are V first unless these say otherwise, as `selective_state_update` has them.
+    States of Mamba-2 are V first unless these say otherwise, and its D is one number a head, as
+    `selective_state_update` has them.
 
     Raises InputError for a recurrence that has no op over a few tokens.
     """
@@ -50,6 +51,7 @@ def decoding_problem_from(
         )
     given: dict[str, Any] = {name: getattr(problem, name) for name in _OF_EITHER}
     given["state_v_first"] = recurrence_named(problem.op).stepped
+    given["tied_D"] = fields.get("has_D", problem.has_D)
     return DecodingProblem(**{**given, "one_token": shape.T == 1, **fields})
 
 
