@@ -11,6 +11,7 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.rows import UNIT, is_row_wise, row_of
+from gdn2gen.kernels.stage import Operand
 
 # The head that a program reads of a tensor with so many.
 _HEADS: Final = {"H": "i_hq", "HV": "i_h", "HG": "i_hg"}
@@ -39,18 +40,20 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
         "write": _role(member, member.write),
         "rows": token_rows,
         "parameters": {
-            x.name: _parameter(x.name, x.symbols) for x in member.inputs if x.dtype == "parameter"
+            x.name: _parameter(x.symbols) for x in member.inputs if x.dtype == "parameter"
         },
         # whose elements are loaded one by one, from wherever they are
-        "single": [
-            x.name for x in operands if x.dims == "HV V" or not {"K", "V"} & {*x.dims.split()}
-        ],
+        "single": [x.name for x in operands if _is_single(x, problem)],
         "scalars": list(stage.scalars_of(problem)),
         # what the state is read from, "" where it begins with zeros
         "entry": state,
         "v_inside": "o_v < V" if problem.V % config.size("BV") else "",
         "slot_unit": "" if problem.odd_slots else f" * {UNIT}",
     }
+
+
+def _is_single(x: Operand, problem: DecodingProblem) -> bool:
+    return not {"K", "V"} & {*x.dims.split()} or (x.name == "D" and problem.tied_D)
 
 
 def _role(member: Recurrence, name: str | None) -> Role | None:
@@ -71,10 +74,7 @@ def _row(name: str, dims: list[str], problem: DecodingProblem) -> str:
     return f"{row} * {UNIT} + {head} * {dim}" if dim else f"{row} + {head}"
 
 
-def _parameter(name: str, dims: tuple[str, ...]) -> str:
-    """Where a parameter begins for the program's head; of one for values, where these are: it may
-    be one number a head, repeated by a stride of 0."""
+def _parameter(dims: tuple[str, ...]) -> str:
+    """Where a parameter begins for the program's head."""
     head = _HEADS[dims[0]]
-    if dims[1:] == ("V",):
-        return f"{head} * {name}_row + o_v * {name}_column"
-    return f"{head} * K" if len(dims) > 1 else head
+    return f"{head} * {dims[1]}" if len(dims) > 1 else head

@@ -26,6 +26,7 @@ DECODING_FLAGS: Final = (
     "one_token",
     "strided",
     "odd_slots",
+    "tied_D",
 )
 DECODING_EXTRAS: Final = {**EXTRAS, **{x: x for x in DECODING_FLAGS}}
 
@@ -51,6 +52,8 @@ class DecodingProblem(Problem):
     """Rows of tokens do not follow each other at once, as in views of a packed projection."""
     odd_slots: bool = False
     """Slots do not begin at multiples of 8 elements, which vector loads want."""
+    tied_D: bool = False
+    """D is one number a head, repeated by a stride of 0: it is read once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +64,7 @@ class DecodingProblem(Problem):
             "odd_slots": "pool",
             "speculative": "indexed",
             "accepted": "speculative",
+            "tied_D": "has_D",
         }
         for name, needed in needs.items():
             if getattr(self, name) and not getattr(self, needed):

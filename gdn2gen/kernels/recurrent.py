@@ -68,8 +68,7 @@ class TokenStage(Stage):
             "index_row": problem.indexed,
             "index_width": problem.speculative,
             "null_slot": problem.indexed,
-            "D_row": problem.has_D,
-            "D_column": problem.has_D,
+            "D_row": problem.tied_D,
         }
         return (*(name for name, is_read in wanted.items() if is_read), *rows)
 
@@ -80,7 +79,7 @@ def _operand(x: Input) -> Operand:
 
 _SCALARS: Final = (
     *("scale", "lower_bound", "N", "T", "H", "HV", "HG"),
-    *("slots", "slot_stride", "index_row", "index_width", "null_slot", "D_row", "D_column"),
+    *("slots", "slot_stride", "index_row", "index_width", "null_slot", "D_row"),
 )
 _ROW_WISE: Final = {
     x.name for member in RECURRENCES.values() for x in member.inputs if is_row_wise(x.dims)

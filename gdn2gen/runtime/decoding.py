@@ -229,6 +229,7 @@ def _problem(
         one_token=dims.T == 1 and "cu_seqlens" not in tensors,
         strided=strided,
         odd_slots=pool is not None and slot_stride_of(pool) % UNIT != 0,
+        tied_D=_is_tied(tensors.get("D")),
     )
 
 
@@ -260,8 +261,8 @@ def _scalars(
         stride = slot_stride_of(pool)
         found["slots"] = pool.shape[0]
         found["slot_stride"] = stride if problem.odd_slots else stride // UNIT
-    if "D" in tensors:
-        found["D_row"], found["D_column"] = _steps_of(tensors["D"]) or (dims.V, 1)
+    if problem.tied_D:
+        found["D_row"] = tensors["D"].stride[0]
     if "ssm_state_indices" in tensors:
         indices = tensors["ssm_state_indices"]
         width = prod(indices.shape[1:])
@@ -274,11 +275,9 @@ def _scalars(
 _FAR: Final = 2**20
 
 
-def _steps_of(D: Strided) -> tuple[int, int] | None:
-    """Elements of D from head to head and from value to value, 0 where one number is repeated; None
-    where it is given as one row, or lies too far apart."""
-    steps = D.stride if len(D.shape) == 2 else ()
-    return (steps[0], steps[1]) if steps and max(steps) <= _FAR else None
+def _is_tied(D: Strided | None) -> bool:
+    """Whether D is one number a head, repeated, and no farther apart than kernels count."""
+    return D is not None and D.stride[1:] == (0,) and D.stride[0] <= _FAR
 
 
 def slot_stride_of(pool: Strided) -> int:
@@ -309,8 +308,7 @@ def _scattered(signature: Signature, tensors: Mapping[str, Strided]) -> list[str
     names = [
         name
         for name, dims in zip(signature.names, signature.dims, strict=True)
-        if not is_row_wise(" ".join(dims))
-        and not (name == "D" and name in tensors and _steps_of(tensors[name]))
+        if not is_row_wise(" ".join(dims)) and not (name == "D" and _is_tied(tensors.get(name)))
     ]
     found = [x for x in (*names, "num_accepted_tokens") if x in tensors]
     scattered = [x for x in found if not _is_dense(tensors[x], 0)]

@@ -11,7 +11,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import DECODING_OPS
+from gdn2gen.family.registry import DECODING_OPS, recurrence_named
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.store.sharing import device_called
 
@@ -39,6 +39,8 @@ def decoding_problem_from(
     problem: Problem, fields: Mapping[str, bool], shape: Shape
 ) -> DecodingProblem:
     """The decoding problem of the same recurrence, dims, dtypes and gate; `fields` are its own.
+    States of Mamba-2 are V first unless these say otherwise, and its D is one number a head, as
+    `selective_state_update` has them.
 
     Raises InputError for a recurrence that has no op over a few tokens.
     """
@@ -48,6 +50,8 @@ def decoding_problem_from(
             f"are those of {', '.join(DECODING_OPS)}"
         )
     given: dict[str, Any] = {name: getattr(problem, name) for name in _OF_EITHER}
+    given["state_v_first"] = recurrence_named(problem.op).stepped
+    given["tied_D"] = fields.get("has_D", problem.has_D)
     return DecodingProblem(**{**given, "one_token": shape.T == 1, **fields})
 
 

@@ -225,6 +225,8 @@ def _decoded(problem: DecodingProblem, shape: Shape, place: torch.device) -> War
         }
     if problem.varlen and shape.cu_seqlens is None:
         inputs["cu_seqlens"] = torch.arange(shape.T + 1, dtype=torch.int32, device=place)
+    if problem.tied_D:
+        inputs["D"] = inputs["D"][:, :1].expand_as(inputs["D"])
     given: dict[str, Any] = {}
     if problem.pool:
         given = _pool(problem, shape, inputs.get("cu_seqlens"), place)

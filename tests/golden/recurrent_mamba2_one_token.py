@@ -22,10 +22,10 @@ padding: a sequence that would read it gets zeros in o, and no slot of it is wri
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=1 BV=16 language=triton num_stages=1 num_warps=1
-Template digest 4954e646e04c411d; made by
+Template digest 1fd825810f91f694; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
-      softplus --with=dt_bias,state_v_first,rate,D,z,pool,indexed,one_token,strided --stage \
-      recurrent --config BT=1,BV=16,language=triton,num_stages=1,num_warps=1
+      softplus --with=dt_bias,state_v_first,rate,D,z,pool,indexed,one_token,strided,tied_D \
+      --stage recurrent --config BT=1,BV=16,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
@@ -50,8 +50,8 @@ def softplus(x):
 
 @triton.jit(
     do_not_specialize=[
-        "H", "HV", "slots", "slot_stride", "index_row", "null_slot", "D_row", "D_column",
-        "q_row", "k_row", "v_row", "dt_row", "z_row", "o_row"
+        "H", "HV", "slots", "slot_stride", "index_row", "null_slot", "D_row", "q_row", "k_row",
+        "v_row", "dt_row", "z_row", "o_row"
     ],
     do_not_specialize_on_alignment=[
         "dt", "rate", "dt_bias", "D", "ssm_state_indices"
@@ -76,7 +76,6 @@ def recurrent_kernel(
     index_row,
     null_slot,
     D_row,
-    D_column,
     q_row,
     k_row,
     v_row,
@@ -97,7 +96,7 @@ def recurrent_kernel(
 
     b_rate = tl.load(rate + i_h).to(tl.float32)
     b_bias = tl.load(dt_bias + i_h).to(tl.float32)
-    b_D = tl.load(D + i_h * D_row + o_v * D_column).to(tl.float32)
+    b_D = tl.load(D + i_h * D_row).to(tl.float32)
     p_slot = ssm_state_indices + i_n.to(tl.int64) * index_row
     i_slot = tl.load(p_slot).to(tl.int64)
     # the token is on its way while the slot's index is, and the state while the token is made ready
@@ -130,14 +129,12 @@ def recurrent_kernel(
 
 def launch(
     q, k, v, dt, rate, dt_bias, D, z, state_pool, ssm_state_indices, o, *, n_sequences, H, HV,
-    slots, slot_stride, index_row, null_slot, D_row, D_column, q_row, k_row, v_row, dt_row,
-    z_row, o_row
+    slots, slot_stride, index_row, null_slot, D_row, q_row, k_row, v_row, dt_row, z_row, o_row
 ):
     """Launch one program per sequence, value head and BV values on the current stream."""
     recurrent_kernel[(n_sequences * HV * (V // BV),)](
         q, k, v, dt, rate, dt_bias, D, z, state_pool, ssm_state_indices, o, H, HV, slots,
-        slot_stride, index_row, null_slot, D_row, D_column, q_row, k_row, v_row, dt_row, z_row,
-        o_row,
+        slot_stride, index_row, null_slot, D_row, q_row, k_row, v_row, dt_row, z_row, o_row,
         K=K, V=V, BV=BV,
         num_warps=1, num_stages=1,
     )

@@ -256,3 +256,22 @@ def whole_graphs() -> int:
     for b in (3, 5, 4):
         check(Case(b=b), call=call)
     return len(made)
+
+
+@verifying()
+def nothing_is_loaded_after_warmup() -> bool:
+    """`warmup(decode=...)` loads the kernel that a layer's step runs."""
+    import gdn2gen
+    from gdn2gen.codegen import build
+    from gdn2gen.family.problem import gate_parameters
+
+    case = Case(P=16, N=32, views=True)
+    own = {**gate_parameters("mamba2", "softplus"), "has_dt_bias": True, "gate": "softplus"}
+    served = {"pool": True, "indexed": True, "strided": True}
+    gdn2gen.warmup(
+        (), op="mamba2", head_dim=case.N, value_dim=case.P, dtype="fp32",
+        decode="3x1x4", decode_fields=served, **own,
+    )  # fmt: skip
+    loaded = build.load.cache_info().misses
+    check(case)
+    return bool(loaded) and build.load.cache_info().misses == loaded

@@ -202,7 +202,7 @@ _ONE_TOKEN: Final = DecodingProblem(
 _STEP: Final = DecodingProblem(
     op="mamba2", V=64, gate="softplus", gate_dtype="bf16", has_rate=True, has_dt_bias=True,
     has_D=True, has_z=True, state_v_first=True, pool=True, indexed=True, one_token=True,
-    strided=True,
+    strided=True, tied_D=True,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ COMPILED: Final = [
         DecodingProblem(
             op="mamba2", V=64, **_POOL, one_token=True, strided=True, gate="softplus",
             gate_dtype="bf16", has_rate=True, has_dt_bias=True, has_D=True, has_z=True,
-            state_v_first=True,
+            tied_D=True, state_v_first=True,
         ),
         256, "sm_90", id="mamba2-one-V-first-B256",
     ),
@@ -89,8 +89,9 @@ def test_scalars_are_those_that_are_read() -> None:
     assert plain == ("scale", "H", "HV", "HG")
     step = DecodingProblem(op="mamba2", one_token=True)
     assert RECURRENT.scalars_of(step) == ("H", "HV")
-    skipping = RECURRENT.scalars_of(DecodingProblem(op="mamba2", one_token=True, has_D=True))
-    assert skipping == ("H", "HV", "D_row", "D_column")
+    skipping = {"op": "mamba2", "one_token": True, "has_D": True}
+    assert RECURRENT.scalars_of(DecodingProblem(**skipping)) == ("H", "HV")
+    assert RECURRENT.scalars_of(DecodingProblem(**skipping, tied_D=True))[2:] == ("D_row",)
     all_of_them = {*RECURRENT.scalars}
     for op in ("gdn2", "kda"):
         problem = DecodingProblem(op=op, gate="sigmoid", **_GUESSED, strided=True)
@@ -105,6 +106,7 @@ def test_scalars_are_those_that_are_read() -> None:
         ({"pool": True, "speculative": True}, "speculative needs indexed"),
         ({**_POOL, "accepted": True}, "accepted needs speculative"),
         ({"one_token": True, "varlen": True}, "no one_token"),
+        ({"tied_D": True}, "tied_D needs has_D"),
     ],
 )
 def test_problems_that_cannot_be(flags: dict[str, bool], said: str) -> None:

@@ -30,6 +30,10 @@ def test_a_buffer_and_what_is_read_as_it_lies(interpreter: Check) -> None:
     assert interpreter("selective_checks:nothing_is_copied")
 
 
+def test_a_process_that_was_warmed_up_loads_nothing(interpreter: Check) -> None:
+    assert interpreter("selective_checks:nothing_is_loaded_after_warmup")
+
+
 def test_calls_that_are_known(interpreter: Check) -> None:
     assert interpreter("selective_checks:known_calls")
 
