@@ -64,8 +64,8 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "mamba3_reverse_states": ({"BV": 32}, {"BV": 32, "num_warps": 4}),
     "mamba3_gradient": (
-        *({"parts": 3}, {"parts": 3, "maxnreg": 128}, {"maxnreg": 0}, {"maxnreg": 128}),
-        *({"parts": 3, "maxnreg": 0}, {"BH": 4}, {"BH": 2}),
+        *({"maxnreg": 128}, {"maxnreg": 0}, {"BH": 4}, {"BH": 2}),
+        *({"parts": 2}, {"parts": 2, "maxnreg": 0}, {"parts": 2, "maxnreg": 128}),
     ),
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
-from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem, usual_mamba3_problem
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.family.problem import (
     DIMS,
@@ -136,12 +136,10 @@ def fill_in(args: argparse.Namespace) -> None:
 def mamba3_problem_of(args: argparse.Namespace) -> Mamba3Problem:
     """The same of --op mamba3, of which --with names fields. Raises InputError for what is of
     recurrences alone."""
-    from gdn2gen.workflows.mamba3 import mamba3_problem
-
     fill_in(args)
     refuse_of_mamba3(args)
     K, V = parse_head_dim(args.head_dim, getattr(args, "value_dim", None))
-    problem = mamba3_problem(K, V, args.dtype, {})
+    problem = usual_mamba3_problem(K, V, args.dtype, {})
     words = (x.strip() for x in (getattr(args, "extras", None) or "").split(","))
     return problem.with_extras(x for x in words if x)
 

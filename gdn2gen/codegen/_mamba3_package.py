@@ -41,8 +41,10 @@ _GIVEN: Final = (
     Operand("initial_ssm", "n H P N", "fp32", "carried"),
 )
 _TILES: Final = ("tiles", "tile_starts")
-# Gradients of the results, and what a turn of all tokens changes by the last state.
+# Gradients of the results, and what a turn of all tokens changes by the last state; without a gate
+# the gradient before it is that of the result.
 _ARRIVING: Final = ("dout", "dfinal_ssm", "dlast_angle", "dlast_turn")
+_UNGATED: Final = "dy"
 # What stages call the gradient of an input, in parts or not; elsewhere d and its name.
 _GRADIENTS: Final = {"D": "down"}
 # Made again in the backward where it was not kept.
@@ -100,7 +102,7 @@ def _words(
         [x for x in MAMBA3_CHUNK_STAGES if x.name in configs],
         lambda stage: chunk_problem(stage, problem),
         inputs,
-        _ARRIVING,
+        _ARRIVING if problem.gate else (*_ARRIVING, _UNGATED),
     )
     made = [x.name for step in forward for x in step.makes]
     read = {x for step in backward for x in step.reads}

@@ -85,7 +85,7 @@ WORDS: Final[Mapping[str, str]] = {
     "first": "what first tokens see of the state before them",
     "out": "output",
     "ddecay": "gradient of decay",
-    "down": "gradient of own",
+    "down": "gradient of the factor of a token's own value",
     "dlast_angle": "gradient of last_angle",
     "dQ_part": "gradient of Q from some heads of a group",
     "dK_part": "gradient of K from some heads of a group",

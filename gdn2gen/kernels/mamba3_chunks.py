@@ -160,7 +160,7 @@ MAMBA3_GRADIENT: Final = mamba3_stage(
         Operand("dtheta_sums", "M H S", "fp32", "rotated"),
     ),
     ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
-    _BY_REGISTERS | {"parts": (2, 3)},
+    _BY_REGISTERS | {"parts": (3, 2)},
 )
 MAMBA3_CHUNK_STAGES: Final = (
     *(MAMBA3_TURNS, MAMBA3_ROTATE, MAMBA3_STATES, MAMBA3_OUTPUT),

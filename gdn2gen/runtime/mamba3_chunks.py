@@ -266,7 +266,7 @@ class _Back(NamedTuple):
 def _back(call: _Call, made: Made, dout: Tensor, dssm: Tensor) -> tuple[_Back, Tensor]:
     """That, and the gradient of the state before the first tokens."""
     kept = made.h.numel() > 0
-    turned = Turned(*made[7:]) if kept else call.rotate(made.theta, made.turns)
+    turned = Turned(*made[-len(Turned._fields) :]) if kept else call.rotate(made.theta, made.turns)
     h = made.h if kept else call.states(turned)[0]
     dy, dZ, down = call.gate(made.y, dout)
     dh, first = call.reverse_states(turned, dy, dssm)

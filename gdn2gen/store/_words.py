@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gdn2gen.codegen.nvrtc import why_no_compiler
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.shapes import SHAPES, shape_of
-from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.store import tuned_files
+from gdn2gen.store._nearest import TIERS, Match, Query, Refused, differing
+from gdn2gen.store.format import Entry
 from gdn2gen.store.verified import Place, is_verified
 
 if TYPE_CHECKING:
@@ -125,6 +129,46 @@ def _config_line(config: Config, width: int) -> str:
     text = f"    {config.stage:<13} {config}"
     indent = " " * min(18, width // 4)
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False)
+
+
+def why_matched(best: Match, query: Query) -> str:
+    """Which entry runs, and in what it is not the call's own."""
+    entry, key = best.entry, query.problem.key
+    words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
+    if best.distance:
+        words.append(f"its regime is the nearest to {words_of_key(query.regime.key)}")
+    minor = differing(key, entry)
+    if minor:
+        given = ", ".join(f"{name}={key[name]}" for name in minor)
+        words.append(f"the call has {given}, which moves the speed only a little")
+    if TIERS[best.tier] == "transferred":
+        words.append(f"nothing was measured on {query.device.name} itself")
+    if entry.provenance == "predicted":
+        words.append("ranked without a GPU, never timed")
+    return "; ".join(words)
+
+
+def why_triton(entry: Entry) -> str:
+    """Why TileLang cannot be compiled here, and what was looked for instead."""
+    why = why_no_compiler()
+    if entry.needs_triton_alone:
+        return f"{why}: looked for entries that need Triton alone"
+    stages = ", ".join(x for x, config in entry.configs.items() if language_of(config) != "triton")
+    return f"{why}, and no entry needs Triton alone: {stages} run Triton's default configs"
+
+
+def why_refused(refused: Refused) -> str:
+    """Which entry was nearer, and which of the call's options it does not take."""
+    return f"the entry [{refused.match.entry.label}] does not serve the call: {refused.why}"
+
+
+def why_passed(passed: Match) -> str:
+    """Which entry was nearer, and which of its templates changed."""
+    stages = ", ".join(tuned_files.stale_stages(passed.entry))
+    return (
+        f"passed over the stale entry [{passed.entry.label}] of {passed.path}, for the templates "
+        f"of {stages} changed since it was checked; `gdn2gen tune` checks it again"
+    )
 
 
 def words_of(problem: Problem) -> str:

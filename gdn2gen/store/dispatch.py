@@ -20,21 +20,24 @@ from gdn2gen.base import paths
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
-from gdn2gen.codegen.nvrtc import has_compiler, why_no_compiler
+from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import filed_level, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_not_there
 from gdn2gen.store import pins, tuned_files, verified
-from gdn2gen.store._nearest import TIERS, Match, Place, Query, Refused, differing, nearest_entry
+from gdn2gen.store._nearest import TIERS, Place, Query, nearest_entry
 from gdn2gen.store._words import (
     explain_recipe,
     generate_command,
     recipe_document,
     tune_command,
+    why_matched,
+    why_passed,
+    why_refused,
+    why_triton,
     words_of,
-    words_of_key,
 )
 
 __all__ = [
@@ -327,7 +330,7 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
     else:
         recipe = best.entry.recipe_for(query.problem)
         source, file = TIERS[best.tier], best.path
-        why = _why(best, query)
+        why = why_matched(best, query)
     chosen, saved = recipe, None
     if source != "exact":  # which was measured at these sizes
         recipe = recipe.for_few(query.regime)
@@ -340,11 +343,11 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         plain, recipe = recipe, recipe.dependent(query.device.arch, backward=False)
         why += ", and launches of the forward overlap" if recipe != plain else ""
     if refused is not None:
-        notes = (*notes, _why_refused(refused))
+        notes = (*notes, why_refused(refused))
     if passed is not None:
-        notes = (*notes, _why_not(passed))
+        notes = (*notes, why_passed(passed))
     if query.triton_alone and best is not None:
-        notes = (*notes, _why_triton(best.entry))
+        notes = (*notes, why_triton(best.entry))
     return Found(
         recipe,
         source,
@@ -354,40 +357,4 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         regime=query.regime,
         device=query.device,
         agreed_segments=saved,
-    )
-
-
-def _why(best: Match, query: Query) -> str:
-    entry, key = best.entry, query.problem.key
-    words = [f"entry [{entry.label}] of {best.gpu}, {entry.provenance}"]
-    if best.distance:
-        words.append(f"its regime is the nearest to {words_of_key(query.regime.key)}")
-    minor = differing(key, entry)
-    if minor:
-        given = ", ".join(f"{name}={key[name]}" for name in minor)
-        words.append(f"the call has {given}, which moves the speed only a little")
-    if TIERS[best.tier] == "transferred":
-        words.append(f"nothing was measured on {query.device.name} itself")
-    if entry.provenance == "predicted":
-        words.append("ranked without a GPU, never timed")
-    return "; ".join(words)
-
-
-def _why_triton(entry: tuned_files.Entry) -> str:
-    why = why_no_compiler()
-    if entry.needs_triton_alone:
-        return f"{why}: looked for entries that need Triton alone"
-    stages = ", ".join(x for x, config in entry.configs.items() if language_of(config) != "triton")
-    return f"{why}, and no entry needs Triton alone: {stages} run Triton's default configs"
-
-
-def _why_refused(refused: Refused) -> str:
-    return f"the entry [{refused.match.entry.label}] does not serve the call: {refused.why}"
-
-
-def _why_not(passed: Match) -> str:
-    stages = ", ".join(tuned_files.stale_stages(passed.entry))
-    return (
-        f"passed over the stale entry [{passed.entry.label}] of {passed.path}, for the templates "
-        f"of {stages} changed since it was checked; `gdn2gen tune` checks it again"
     )

@@ -23,7 +23,7 @@ from gdn2gen.codegen.ship import (
     ship_tables,
     surroundings,
 )
-from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem, usual_mamba3_problem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
@@ -36,7 +36,6 @@ from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.pins import Pin
 from gdn2gen.workflows.mamba3 import (
     at_shape,
-    mamba3_problem,
     mamba3_stages,
     mamba3_step_stage,
 )
@@ -120,7 +119,7 @@ def compile_kernels(
     if op == MAMBA3:
         if serving or decode_fields:
             raise InputError("mamba3 has no states in a pool: leave serving and decode_fields out")
-        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        asked = usual_mamba3_problem(head_dim, value_dim, dtype, fields)
         tasks |= dict.fromkeys(_around(asked, shapes, decode, device, backward=backward))
         # its scan is that of calls of chunk_simple_gla, at the levels of its own
         wanted = shapes_from(shapes) if shapes and not by_chunks(asked.dtype) else ()

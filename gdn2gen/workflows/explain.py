@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gdn2gen.family.mamba3_problem import MAMBA3
+from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
 from gdn2gen.store.dispatch import Found, find_recipe
 from gdn2gen.store.mamba3 import Mamba3Found
-from gdn2gen.workflows.mamba3 import explain_mamba3, mamba3_problem
+from gdn2gen.workflows.mamba3 import explain_mamba3
 from gdn2gen.workflows.wanted import Shapes, at, present_or, problem_from, shapes_from
 
 
@@ -38,7 +38,7 @@ def explain(
     `store.dispatch.recipe_document` makes a dict of it, `explain_recipe` a text.
     """
     if op == MAMBA3:
-        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        asked = usual_mamba3_problem(head_dim, value_dim, dtype, fields)
         return explain_mamba3(asked, shapes, level, target, strict)
     problem = problem_from(op, head_dim, value_dim, dtype, fields)
     device, _ = present_or(target)

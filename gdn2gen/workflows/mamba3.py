@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
-from gdn2gen.family.mamba3_problem import Mamba3Problem, usual_mamba3_problem
+from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP, own_problem
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from gdn2gen.tuning.views.progress import Progress
 
 _BACKWARD: Final = (MAMBA3_GATE, MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT)
-
-
-mamba3_problem = usual_mamba3_problem
 
 
 def explain_mamba3(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
-from gdn2gen.family.mamba3_problem import MAMBA3
-from gdn2gen.workflows.mamba3 import mamba3_problem, tune_mamba3
+from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
+from gdn2gen.workflows.mamba3 import tune_mamba3
 from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, problem_from, shapes_from
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def tune(
     folder = own_folder() if out_dir is None else Path(out_dir)
     if op == MAMBA3:
         return tune_mamba3(
-            mamba3_problem(head_dim, value_dim, dtype, fields),
+            usual_mamba3_problem(head_dim, value_dim, dtype, fields),
             shapes,
             budget_minutes=budget_minutes,
             levels=levels,

@@ -17,7 +17,7 @@ from gdn2gen.base.device import present_device
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import DeviceError, InputError
 from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
+from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem, usual_mamba3_problem
 from gdn2gen.family.prefill import INTERMEDIATE_TOKENS
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
@@ -27,7 +27,7 @@ from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, publ
 from gdn2gen.store.dispatch import Found, find_recipe
 from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
 from gdn2gen.workflows._mamba3_calls import call_mamba3, call_mamba3_step
-from gdn2gen.workflows.mamba3 import at_shape, mamba3_problem
+from gdn2gen.workflows.mamba3 import at_shape
 from gdn2gen.workflows.wanted import (
     Shapes,
     at,
@@ -92,7 +92,7 @@ def warmup(
     place = _place(device)
     there = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
     if op == MAMBA3:
-        asked = mamba3_problem(head_dim, value_dim, dtype, fields)
+        asked = usual_mamba3_problem(head_dim, value_dim, dtype, fields)
         with there:
             return _of_mamba3(asked, shapes, levels_from(levels), backward, decode, place)
     problem = problem_from(op, head_dim, value_dim, dtype, fields)

@@ -13,7 +13,7 @@ sequence, for BH heads one after another.
 
 Problem: mamba3 bf16, gate
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest c87d55278ce0117a; made by
+Template digest d58178785692fd77; made by
     gdn2gen generate --dtype bf16 --with=gate --stage mamba3_epilogue --config \
       BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """

@@ -16,13 +16,13 @@ after another.
     dout    [B, T, H, P]  bf16   gradient of out
     do      [B, T, H, P]  bf16   gradient of o
     dV      [B, T, H, P]  bf16   gradient of V, but for the scan's part
-    down    [B, T, H]     fp32   gradient of own
+    down    [B, T, H]     fp32   gradient of the factor of a token's own value
     dZ      [B, T, H, P]  bf16   gradient of Z
     dfirst  [n, H, P]     fp32   gradient of first
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=1 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 1f6e2e7493b96fee; made by
+Template digest 9701656d091ff534; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage \
       mamba3_epilogue_backward --config BH=1,BT=32,language=triton,num_stages=1,num_warps=1
 """

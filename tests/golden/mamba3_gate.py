@@ -11,7 +11,7 @@ A program takes BR rows, each of a token and head.
     dout     [B, T, H, P]  bf16  gradient of out
     dy       [B, T, H, P]  bf16  gradient of y
     dZ       [B, T, H, P]  bf16  gradient of Z
-    down     [B, T, H]     fp32  gradient of own
+    down     [B, T, H]     fp32  gradient of the factor of a token's own value
 
 Problem: mamba3 bf16, gate
 Config:  BR=16 BT=32 language=triton num_stages=1 num_warps=1

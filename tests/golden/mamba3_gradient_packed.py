@@ -21,7 +21,7 @@ the token. So those across the end of the chunk come from the state there, and i
 dTheta is made of dq and dk in fp32, and of q and k as products read them.
 
 Programs take a chunk and a head, and lie next to each other: one has what is of values of tokens that write (pairs, dv),
-one dk, one what is of tokens that read (dq, <S, dS>); dq and dk are turned back. heads_kernel takes a chunk, a group
+and dk, one what is of tokens that read (dq, <S, dS>); dq and dk are turned back. heads_kernel takes a chunk, a group
 and a slice of channels: it adds dq and dk of heads up, and leaves what the chunk has of each head's biases in
 `dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads one after another, and adds up what is of
 tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
@@ -41,7 +41,7 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
     turns         [M, H, S]     int32  Theta before each tile, in units of 2^-32 turns
     D             [H]           fp32   factor of a token's own value, added to o
     dy            [B, T, H, P]  bf16   gradient of y
-    down          [B, T, H]     fp32   gradient of own
+    down          [B, T, H]     fp32   gradient of the factor of a token's own value
     h             [M, H, P, N]  bf16   state at the chunk's start, transposed
     dh            [M, H, P, N]  bf16   gradient of the state at the chunk's end, transposed
     tiles         [M, 4]        int32  sequence and first token of each tile, tokens before it and from it on
@@ -69,11 +69,11 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
     dtheta_sums   [M, H, S]     fp32   scratch: sums of it over tiles, then over what comes after each
 
 Problem: mamba3 bf16, head_dim=80, skip, gate, carried, packed
-Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1 parts=3
-Template digest ea78fb11dabb70c0; made by
+Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1 parts=2
+Template digest e6d385b0a6e31b58; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,gate,carried,packed --stage \
       mamba3_gradient --config \
-      BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1,parts=3
+      BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1,parts=2
 """
 
 import triton
@@ -83,7 +83,7 @@ import triton.language as tl
 BT, BH, BV = 32, 1, 64
 N, P, S = 128, 80, 32  # channels of keys and values, and pairs that are rotated
 BN, BS = 64, 32  # tiles of what is not rotated, and of pairs
-PARTS = tl.constexpr(3)  # programs of a chunk and head that have products
+PARTS = tl.constexpr(2)  # programs of a chunk and head that have products
 BC = 64  # channels of a slice that heads_kernel takes
 NO_TURN = tl.constexpr(-2147483648)  # what stands for a Theta that is no number
 
@@ -181,9 +181,6 @@ def mamba3_gradient_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
     o_r = 2 * S + tl.arange(0, BN)
 
@@ -218,6 +215,8 @@ def mamba3_gradient_kernel(
         b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
         b_dot = tl.sum(tl.where(o_j == o_i, b_scores, 0.0), 1)
         b_scores *= b_L
+        b_L *= b_weight[:, None]
+        b_dscores = (b_dP * tl.where(o_j == o_i, b_own[:, None], b_L)).to(tl.bfloat16)
         b_dP *= b_scores
         b_Pd = (b_scores * b_weight[:, None]).to(tl.bfloat16)
         b_ds = tl.sum(b_dP, 1)
@@ -242,6 +241,44 @@ def mamba3_gradient_kernel(
             b_dv = tl.dot(b_Pd, b_dy, b_dv)
             b_dv += b_c[:, None] * b_dy.to(tl.float32)
             tl.store(dv + i_token * P + p_v, b_dv.to(tl.bfloat16), mask=m_t[:, None] & (o_v < P)[None, :])
+        # read anew, so that it lies as the product leaves what it meets
+        b_x = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.zeros([BT, BN], tl.float32)
+        for i_v in range(0, P, BV):
+            o_v = i_v + tl.arange(0, BV)
+            p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+            i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+            b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+            b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_r[None, :]), mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0), b_d)
+        b_x = b_x.to(tl.float32)
+        b_met = tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
+        tl.store(dK_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+        # read anew, so that it lies as the product leaves what it meets
+        b_x = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
+        b_d = tl.zeros([BT, 2 * BS], tl.float32)
+        for i_v in range(0, P, BV):
+            o_v = i_v + tl.arange(0, BV)
+            p_v = (o_t * (H * P))[:, None] + o_v[None, :]
+            i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
+            b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
+            b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_c[None, :]), mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0), b_d)
+        b_x = b_x.to(tl.float32)
+        b_met += tl.sum(b_x * b_d, 1)
+        b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
+        p_theta = (o_t * (H * S))[:, None] + o_s[None, :]
+        b_theta = tl.load(theta + i_token * S + p_theta, mask=m_t[:, None], other=0)
+        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+        b_before = tl.load(p_turns)
+        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
+        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
+        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
+        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
+        tl.store(dtheta_k + i_token * S + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
+        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
+        tl.store(dK_head + i_token * N + (o_head + o_c[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+
+        tl.store(written_k + p_number, b_met, mask=m_t)
 
     if i_part == 1:
         # rows are tokens i that read: what is made of pairs is then an operand as it lies
@@ -269,6 +306,7 @@ def mamba3_gradient_kernel(
         b_L = tl.where(o_j == o_i, b_own[:, None], b_L * b_weight[None, :])
         b_dscores = (b_dP * b_L).to(tl.bfloat16)
         b_head = tl.exp2(tl.load(within + p_number, mask=m_t, other=0.0))
+        # read anew, so that it lies as the product leaves what it meets
         b_x = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
         b_d = tl.zeros([BT, BN], tl.float32)
         for i_v in range(0, P, BV):
@@ -281,6 +319,7 @@ def mamba3_gradient_kernel(
         b_met = tl.sum(b_x * b_d, 1)
         b_d = tl.dot(b_dscores, b_kr, b_d * b_head[:, None])
         tl.store(dQ_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
+        # read anew, so that it lies as the product leaves what it meets
         b_x = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
         b_d = tl.zeros([BT, 2 * BS], tl.float32)
         for i_v in range(0, P, BV):
@@ -335,69 +374,6 @@ def mamba3_gradient_kernel(
             p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
             tl.store(p_sums, b_across)
 
-    if i_part == 2:
-        # rows are tokens j that write, columns tokens i that read
-        o_j, o_i = o_t[:, None], o_t[None, :]
-        i_token = i_row * H + i_h
-        o_head = (o_t * (H * N))[:, None]
-        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_dP = tl.zeros([BT, BT], tl.float32)
-        for i_v in range(0, P, BV):
-            o_v = i_v + tl.arange(0, BV)
-            p_v = (o_t * (H * P))[:, None] + o_v[None, :]
-            i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
-            b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
-            b_dy = tl.load(dy + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
-            b_dP = tl.dot(b_v, tl.trans(b_dy), b_dP)
-        b_qc = tl.load(q + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_qr = tl.load(q + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
-
-        b_weight = tl.load(weight_s + p_number, mask=m_t, other=0.0)
-        b_own = tl.load(own_dt + p_number, mask=m_t, other=0.0)
-        # of no token nothing is kept: nothing else masks those after the last one
-        b_G = tl.load(within + p_number, mask=m_t, other=float("-inf"))
-        b_L = b_G[None, :] - tl.load(within + p_number, mask=m_t, other=0.0)[:, None]
-        b_L = tl.exp2(tl.where(o_i > o_j, b_L, float("-inf")))
-        b_tail = tl.load(tail_decay + p_number, mask=m_t, other=0.0) * b_weight
-        b_L *= b_weight[:, None]
-        b_dscores = (b_dP * tl.where(o_j == o_i, b_own[:, None], b_L)).to(tl.bfloat16)
-        b_x = tl.load(k + i_token * N + (o_head + o_r[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.zeros([BT, BN], tl.float32)
-        for i_v in range(0, P, BV):
-            o_v = i_v + tl.arange(0, BV)
-            p_v = (o_t * (H * P))[:, None] + o_v[None, :]
-            i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
-            b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
-            b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_r[None, :]), mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0), b_d)
-        b_x = b_x.to(tl.float32)
-        b_met = tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_qr, b_d * b_tail[:, None])
-        tl.store(dK_head + i_token * N + (o_head + o_r[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
-        b_x = tl.load(k + i_token * N + (o_head + o_c[None, :]), mask=m_t[:, None], other=0.0)
-        b_d = tl.zeros([BT, 2 * BS], tl.float32)
-        for i_v in range(0, P, BV):
-            o_v = i_v + tl.arange(0, BV)
-            p_v = (o_t * (H * P))[:, None] + o_v[None, :]
-            i_state, p_h = (i_tile * H + i_h).to(tl.int64) * P * N, o_v[:, None] * N
-            b_v = tl.load(V + i_token * P + p_v, mask=m_t[:, None] & (o_v < P)[None, :], other=0.0)
-            b_d = tl.dot(b_v, tl.load(dh + i_state + (p_h + o_c[None, :]), mask=(o_v < n_left * P)[:, None] & (o_v < P)[:, None], other=0.0), b_d)
-        b_x = b_x.to(tl.float32)
-        b_met += tl.sum(b_x * b_d, 1)
-        b_d = tl.dot(b_dscores, b_qc, b_d * b_tail[:, None])
-        p_theta = (o_t * (H * S))[:, None] + o_s[None, :]
-        b_theta = tl.load(theta + i_token * S + p_theta, mask=m_t[:, None], other=0)
-        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        b_before = tl.load(p_turns)
-        b_cos, b_sin = cosine_and_sine(b_theta + b_before[None, :])
-        b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
-        b_x0, b_x1 = tl.split(tl.reshape(b_x, [BT, BS, 2]))
-        b_d0, b_d1 = tl.split(tl.reshape(b_d, [BT, BS, 2]))
-        tl.store(dtheta_k + i_token * S + p_theta, b_d1 * b_x0 - b_d0 * b_x1, mask=m_t[:, None])
-        b_d = tl.reshape(tl.join(b_d0 * b_cos + b_d1 * b_sin, b_d1 * b_cos - b_d0 * b_sin), [BT, 2 * BS])
-        tl.store(dK_head + i_token * N + (o_head + o_c[None, :]), b_d.to(tl.bfloat16), mask=m_t[:, None])
-
-        tl.store(written_k + p_number, b_met, mask=m_t)
-
 
 @triton.jit(do_not_specialize=["T", "H", "G"])
 def heads_kernel(
@@ -426,9 +402,6 @@ def heads_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_n = i_part // 2 * BC + tl.arange(0, BC)
     p_head = ((i_row + o_t) * H + i_g * (H // G))[:, None] * N + o_n[None, :]
     p_bias = (i_tile * H + i_g * (H // G)).to(tl.int64) * N + o_n
@@ -439,6 +412,7 @@ def heads_kernel(
         b_next = tl.load(dQ_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
             b_d = b_next.to(tl.float32)
+            # as a block, which is what the interpreter takes for a mask
             m_next = m_t & (o_t * 0 + i + 1 < H // G)
             b_next = tl.load(dQ_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
@@ -449,6 +423,7 @@ def heads_kernel(
         b_next = tl.load(dK_head + p_head, mask=m_t[:, None], other=0.0)
         for i in range(H // G):
             b_d = b_next.to(tl.float32)
+            # as a block, which is what the interpreter takes for a mask
             m_next = m_t & (o_t * 0 + i + 1 < H // G)
             b_next = tl.load(dK_head + p_head + (i + 1) * N, mask=m_next[:, None], other=0.0)
             b_sum += b_d
@@ -499,9 +474,6 @@ def numbers_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     # the last token first, so that sums over all later ones go with the order
     o_t = BT - 1 - o_t
     m_t = o_t < n_left
@@ -550,8 +522,8 @@ def numbers_kernel(
         m_after = o_s < tl.where(n_left > BT, S, 0)
         b_after += tl.load(p_sums, mask=m_after, other=0.0) + tl.load(dlast_turn + p_last, mask=m_after, other=0.0)
         b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0)
+        # rate is half of tanh, a turn 2 pi
         b_ddt += 6.283185307179586 * tl.sum(b_dturn * b_rate, 1)
-        # rate is half of tanh
         b_slope = 3.141592653589793 * (1.0 - 4.0 * b_rate * b_rate)
         b_dangle = b_dturn * b_dt[:, None] * b_slope
         tl.store(dAngles + p_dangle, b_dangle.to(tl.float32), mask=m_t[:, None])
@@ -565,7 +537,7 @@ def launch(
     kept_state, dtheta, dtheta_k, dtheta_sums, *, T, H, G, n_tiles, angle_row, angle_head
 ):
     """Gradients of sequences that are packed in one row on the current stream."""
-    mamba3_gradient_kernel[(3 * n_tiles * H,)](
+    mamba3_gradient_kernel[(2 * n_tiles * H,)](
         q, k, V, theta, turns, within, tail_decay, weight_s, own_dt, D, dy, down, h, dh, tiles,
         dv, dQ_head, dK_head, dweight_s, down_dt, dread, read_q, written_k, kept_state, dtheta,
         dtheta_k, dtheta_sums, T, H,

@@ -23,7 +23,7 @@ heads one after another. y is left for the backward where `keep` is not 0.
 
 Problem: mamba3 bf16, angles=0, skip, gate, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=128 num_stages=1 num_warps=1
-Template digest d9d08d6230f63ae1; made by
+Template digest d92efaef55869179; made by
     gdn2gen generate --dtype bf16 --with=angles:0,skip,gate,carried,packed --stage mamba3_output \
       --config BH=1,BT=32,BV=64,language=triton,maxnreg=128,num_stages=1,num_warps=1
 """
@@ -84,9 +84,6 @@ def mamba3_output_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_r = tl.arange(0, BN)
 
     # rows are tokens i that read, columns tokens j that write

@@ -24,7 +24,7 @@ of dTheta are made of sums of tiles first.
     dq            [B, T, H, N]     bf16   gradient of q, per value head
     dk            [B, T, H, N]     bf16   gradient of k, per value head
     ddecay        [B, T, H]        fp32   gradient of decay
-    down          [B, T, H]        fp32   gradient of own
+    down          [B, T, H]        fp32   gradient of the factor of a token's own value
     dlast_angle   [n, H, S]        fp32   gradient of last_angle
     dQ_part       [R, B, T, G, N]  fp32   gradient of Q from some heads of a group
     dK_part       [R, B, T, G, N]  fp32   gradient of K from some heads of a group
@@ -42,7 +42,7 @@ of dTheta are made of sums of tiles first.
 
 Problem: mamba3 bf16, skip, gate, carried
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 72959754e02a2710; made by
+Template digest b880343f73e9fd10; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried --stage mamba3_prologue_backward \
       --config BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """

@@ -31,7 +31,7 @@ in units of 2^-32 as int32: sums of tiles first, then what comes before each.
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest d2e6c89467582e2e; made by
+Template digest 62e0dba1081798d2; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_prologue \
       --config BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """

@@ -25,7 +25,7 @@ another. weights_kernel makes the numbers: log2 of the decay from the chunk's st
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=1 BT=32 language=triton num_stages=1 num_warps=1
-Template digest f68688e62bbf7d51; made by
+Template digest e9d0d1f6b2133620; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_rotate --config \
       BH=1,BT=32,language=triton,num_stages=1,num_warps=1
 """
@@ -111,9 +111,6 @@ def weights_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_h = (tl.program_id(0) % n_blocks) * BH + tl.arange(0, BH)
     p_number = (i_b * H + o_h)[:, None].to(tl.int64) * T + i_t + o_t[None, :]
     m_number = m_t[None, :] & (o_h < H)[:, None]
@@ -161,9 +158,6 @@ def mamba3_rotate_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_s, o_c = tl.arange(0, BS), tl.arange(0, 2 * BS)
     o_r = 2 * S + tl.arange(0, BN)
 

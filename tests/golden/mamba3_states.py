@@ -15,7 +15,7 @@ values: it goes from chunk to chunk and holds the state transposed, [BV, channel
 
 Problem: mamba3 bf16, angles=0
 Config:  BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1
-Template digest 997d656ba034b996; made by
+Template digest 0f3e7f23eead5535; made by
     gdn2gen generate --dtype bf16 --with=angles:0 --stage mamba3_states --config \
       BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1
 """

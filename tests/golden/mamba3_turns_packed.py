@@ -19,7 +19,7 @@ A program takes a tile of BT tokens of one sequence, for BH heads one after anot
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 69dbb722773a89c8; made by
+Template digest 689dadf5556b2661; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_turns --config \
       BH=8,BT=32,language=triton,num_stages=1,num_warps=1
 """
@@ -89,9 +89,6 @@ def mamba3_turns_kernel(
     i_row = i_t.to(tl.int64)
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
-    m_begins = (o_t + n_before == 0) & m_t
-    m_ends = o_t == n_left - 1
-    m_later = m_t & (o_t + n_before > 0)
     o_s = tl.arange(0, BS)
     b_rate = tl.zeros([BT, BS], tl.float32)
     for i in range(BH):

@@ -147,12 +147,13 @@ def blocks_of_heads() -> dict[str, float]:
 
 
 def slices_and_blocks() -> dict[str, float]:
-    """Of kernels over chunks: programs of two heads each, slices of values, keys by themselves."""
+    """Of kernels over chunks: programs of two heads each, slices of values, and what is of
+    tokens that write in one program."""
     case = {"sizes": (4, 40, 24), "Z": True, "states": True, "T": 40, "rows": 1}
     force_tile(32)
     try:
         with chunks_forced(True):
-            knobs = {"BH": 2, "BV": 16, "parts": 3}
+            knobs = {"BH": 2, "BV": 16, "parts": 2}
             return _with_knobs([x.name for x in MAMBA3_CHUNK_STAGES], knobs, case)
     finally:
         force_tile(None)

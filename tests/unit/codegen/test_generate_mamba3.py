@@ -28,6 +28,7 @@ from gdn2gen.codegen.package import generate_mamba3_package
 from gdn2gen.family.mamba3_problem import Mamba3Problem, usual_mamba3_problem
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, chunk_problem
+from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.store.mamba3 import find_mamba3, ruled
 from gdn2gen.tuning import mamba3_packages
@@ -185,15 +186,11 @@ def test_what_is_written(dtype: str, tmp_path: Path) -> None:
     ours = inspect.signature(gdn2gen.mamba3_siso_combined).parameters
     assert [x.arg for x in function.args.args] == [*ours]
     # which Triton's interpreter could not run
-    assembly = (tmp_path / "made/mamba3_states.py").read_text().count("inline_asm")
+    assembly = (tmp_path / "made/mamba3_rotate.py").read_text().count("inline_asm")
     assert (assembly > 0) == (dtype == "bf16")
 
 
 # Of whatever stages there are
-
-
-def _own(problem: Mamba3Problem) -> Any:
-    return lambda stage: chunk_problem(stage, problem)
 
 
 def test_launches_follow_from_what_stages_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,18 +199,22 @@ def test_launches_follow_from_what_stages_read(monkeypatch: pytest.MonkeyPatch) 
     *others, gradient = MAMBA3_CHUNK_STAGES
     moved = [x for x in gradient.outputs if x.name in ("dADT", "dDT", "dTrap", "dAngles")]
     first = replace(gradient, outputs=tuple(x for x in gradient.outputs if x not in moved))
-    scratch = tuple(x for x in first.outputs if x.name in ("down", "within"))
+    scratch = tuple(x for x in first.outputs if x.name in ("down_dt", "dread"))
     second = replace(gradient, name="numbers", inputs=(*gradient.inputs, *scratch), outputs=moved)
     given = ("Q", "K", "V", "ADT", "DT", "Trap", "Q_bias", "K_bias", "Angles", "D", "Z")
     arriving = ("dout", "dfinal_ssm", "dlast_angle", "dlast_turn")
-    forward, backward = launches_of((*others, first, second), _own(problem), given, arriving)
+
+    def own(stage: PartStage) -> Mamba3Problem:
+        return chunk_problem(gradient if stage in (first, second) else stage, problem)
+
+    forward, backward = launches_of((*others, first, second), own, given, arriving)
     assert [x.module for x in (*forward, *backward)] == [
         *(x.name for x in others), "mamba3_gradient", "numbers"
     ]  # fmt: skip
-    assert {"down", "within"} <= {*backward[-1].reads}
+    assert {"down_dt", "dread"} <= {*backward[-1].reads}
     assert [x.name for x in backward[-1].makes] == [x.name for x in moved]
-    with pytest.raises(TemplateError, match="numbers reads down, within, which no call is given"):
-        launches_of((*others, second), _own(problem), given, arriving)
+    with pytest.raises(TemplateError, match="numbers reads down_dt, dread, which no call is given"):
+        launches_of((*others, second), own, given, arriving)
 
 
 def test_gradients_in_parts_are_summed() -> None:

@@ -420,7 +420,7 @@ OUTPUTS: Final = {
         _part, "mamba3_gradient", Mamba3Problem(skip=True), BH=8, BV=64, maxnreg=168
     ),
     "mamba3_gradient_packed.py": partial(
-        _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80), BV=64, parts=3
+        _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80), BV=64, parts=2
     ),
     "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,
