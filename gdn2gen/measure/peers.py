@@ -44,21 +44,26 @@ def untuned() -> Iterator[None]:
     from triton.errors import TritonError
     from triton.runtime.autotuner import Autotuner
 
-    run, prune = Autotuner.run, Autotuner.prune_configs
-    found: dict[int, dict[Any, Any]] = {}
+    run = Autotuner.run
+    # by the tuner itself: another one may be made where one lay that is gone
+    found: dict[Any, dict[Any, Any]] = {}
 
     def with_the_first(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept, self.cache = self.cache, found.setdefault(id(self), {})
-        self.prune_configs = lambda given: prune(self, given)[:1]
+        kept, self.cache = self.cache, found.setdefault(self, {})
+        # its class's own, or its own
+        prune, own = self.prune_configs, vars(self).get("prune_configs")
+        self.prune_configs = lambda *given: [*prune(*given)][:1]
         try:
             return run(self, *args, **kwargs)
         except TritonError:
             self.cache.clear()
-            del self.prune_configs
+            self.prune_configs = prune
             return run(self, *args, **kwargs)
         finally:
             self.cache = kept
             vars(self).pop("prune_configs", None)
+            if own is not None:
+                self.prune_configs = own
 
     Autotuner.run = with_the_first
     try:

@@ -14,11 +14,12 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.runtime.arguments import (
     by_kernels,
+    check_dense,
     check_types,
     is_traced,
     is_watched,
 )
-from gdn2gen.runtime.decoding import Plan, decoding_name, forced_config
+from gdn2gen.runtime.decoding import Plan, check_in_place, decoding_name, forced_config
 from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
@@ -96,6 +97,8 @@ def decode(
     )[: signature.options]
     if watched:
         _check_types(signature, tensors, serving)
+    else:
+        _check_dense(signature, tensors, serving)
     refuse_gradients(signature, given)
     pool, q = serving[2], tensors[0]
     if watched or q is None or not by_kernels(q.device):
@@ -179,6 +182,8 @@ def _by_op(
     if cu_seqlens is not None and not watched:
         check_lengths(cu_seqlens, dims.T)
     *indices, out = serving
+    if not watched:
+        check_in_place(serving[2], out)
     o = v.new_empty(v.shape) if out is None else out
     final_state = None
     if output_final_state and serving[2] is None:
@@ -189,6 +194,13 @@ def _by_op(
         final_state = q.new_empty((dims.N, dims.HV, *inner), dtype=dtype)
     op.call(*tensors, *indices, o, final_state, *options, null_slot)
     return o, final_state
+
+
+def _check_dense(signature: Signature, tensors: Tensors, serving: Tensors) -> None:
+    """That nothing is nested, which has no shape to check."""
+    for name, x in zip((*signature.shown, *SERVING), (*tensors, *serving), strict=True):
+        if isinstance(x, Tensor) and x.is_nested:
+            check_dense(name, torch.jagged)
 
 
 def _check_types(signature: Signature, tensors: Tensors, serving: Tensors) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gdn2gen.base.errors import InputError, UnsupportedError
@@ -19,7 +20,7 @@ from gdn2gen.ops._decode import decode, lasting_plan, launch_plan, surroundings
 from gdn2gen.ops._known import short_key
 from gdn2gen.ops.recurrent import MAMBA2_STEP
 from gdn2gen.runtime import passes
-from gdn2gen.runtime.arguments import is_traced
+from gdn2gen.runtime.arguments import check_dense, is_traced
 from gdn2gen.runtime.decoding import Plan
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.signature import renamed
@@ -135,8 +136,8 @@ def selective_state_update(
             state_v_first=True,
             null_slot=null_slot,
         )
-    except InputError as error:
-        raise InputError(_in_their_words(str(error))) from None
+    except (InputError, UnsupportedError) as error:
+        raise type(error)(_in_their_words(str(error))) from None
     # none of what the kernel read was made by torch
     if short is not None and (bias is None) is (dt_bias is None) and gate_is_own:
         _note(short, own, (*views, *serving), dt_softplus, null_slot)
@@ -204,6 +205,8 @@ def _check(
         if not (isinstance(y, Tensor) or (y is None and name in _OPTIONAL)):
             wanted = "a tensor or None" if name in _OPTIONAL else "a tensor"
             raise InputError(f"{name} must be {wanted}, but got {type(y).__name__}")
+        if y is not None and y.is_nested:  # it has no shape
+            check_dense(name, torch.jagged)
     if type(dt_softplus) is not bool:
         raise InputError(f"dt_softplus must be True or False, but got {dt_softplus!r}")
     if x.dim() not in (3, 4) or state.dim() != 4 or B.dim() != x.dim():
@@ -220,6 +223,8 @@ def _check(
     for name, tensor, shape in shapes:
         if tensor is not None and tensor.shape != shape:
             raise InputError(f"{name} must be {tuple(shape)}, but got {tuple(tensor.shape)}")
+    if out is not None and out.dtype != x.dtype:
+        raise InputError(f"out must have the dtype of x, {x.dtype}, but got {out.dtype}")
     if P == 0 or N == 0:
         raise InputError(f"head dims must be at least 1, but got P={P}, N={N}")
     _check_tied("dt", dt, dt.stride()[-1:])

@@ -293,6 +293,26 @@ def slot_stride_of(pool: Strided) -> int:
     return stride
 
 
+def check_in_place(pool: Tensor | None, out: Tensor | None) -> None:
+    """That both can be written where they lie, as kernels write them. Raises InputError."""
+    if pool is not None:
+        slot_stride_of(Strided(pool.shape, pool.dtype, pool.stride()))
+    if out is not None:
+        _out_row(Strided(out.shape, out.dtype, out.stride()), prod(out.shape[2:]))
+
+
+def _out_row(x: Strided, plain: int) -> int:
+    """Elements from row to row of `out`. Raises InputError where a kernel could not write them."""
+    row = _row_stride(x, plain, UNIT)
+    if row is None:
+        raise InputError(
+            "out is written in place: heads and channels of a row must follow each other, "
+            f"rows begin at multiples of {UNIT} elements and not overlap, but its strides "
+            f"are {x.stride} for {tuple(x.shape)}"
+        )
+    return row
+
+
 def _is_dense(x: Strided, first: int) -> bool:
     """Whether the dims from `first` on follow each other in memory."""
     size = 1
@@ -336,13 +356,10 @@ class _Rows(NamedTuple):
         for name, rank in row_wise.items():
             x, unit = tensors.get(name), UNIT if rank > 3 else 1
             plain = dims.HV * dims.V if x is None else prod(x.shape[2:])
-            row = plain if x is None else _row_stride(x, plain, unit)
-            if row is None and name == "o":
-                raise InputError(
-                    "out is written in place: heads and channels of a row must follow each other, "
-                    f"rows begin at multiples of {UNIT} elements and not overlap, but its strides "
-                    f"are {tensors[name].stride} for {tuple(tensors[name].shape)}"
-                )
+            if x is not None and name == "o":
+                row: int | None = _out_row(x, plain)
+            else:
+                row = plain if x is None else _row_stride(x, plain, unit)
             if row is None:
                 copied.append(name)
                 row = plain

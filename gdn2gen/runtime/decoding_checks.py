@@ -52,11 +52,11 @@ def check_decoding(
     check_null_slot(null_slot, indices is not None)
     if indices is not None:
         _check_indices(indices, accepted, dims, packed=given["cu_seqlens"] is not None)
-    v = given["v"]
+    v, shown = given["v"], signature.shown[signature.names.index("v")]
     assert v is not None
     if out is not None and (tuple(out.shape), out.dtype) != (tuple(v[0]), v[1]):
         raise InputError(
-            f"out must be {tuple(v[0])} in the dtype of v, {v[1]}, "
+            f"out must be {tuple(v[0])} in the dtype of {shown}, {v[1]}, "
             f"but got {tuple(out.shape)} in {out.dtype}"
         )
     return dims

@@ -11,6 +11,7 @@ tensors; what these do not know, the long key does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ call, keeping one costs more than it saves."""
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _Guards: Any = getattr(_guards, "TensorGuards", None)
+_is_nested = attrgetter("is_nested")
 
 
 class Kinds(Generic[Kind]):
@@ -40,7 +42,11 @@ class Kinds(Generic[Kind]):
     def seen(self, short: tuple[Any, ...], given: Sequence[Tensor]) -> Kind | None:
         """The kind of a call like one of the last few: `short` is of all that are no tensors, and
         of which are `given`."""
-        for is_like, kind in self._seen.get(short, ()):
+        kinds = self._seen.get(short, ())
+        # what is nested has no strides: torch's function throws where nothing catches it
+        if kinds and any(map(_is_nested, given)):
+            return None
+        for is_like, kind in kinds:
             if is_like(*given):
                 return kind
         return None

@@ -170,14 +170,14 @@ def _chunked_backward_fake(
     tiles: Some,
     BT: int,
 ) -> tuple[Any, ...]:
-    def like(given: Tensor | None) -> Tensor:
-        return V.new_empty(0) if given is None else given.new_empty(given.shape)
+    def like(given: Tensor | None, typed: Tensor = V) -> Tensor:
+        return typed.new_empty(0) if given is None else given.new_empty(given.shape)
 
     wide = [like(x) for x in (*numbers, *biases)]
     dD = numbers[0].new_empty((V.shape[2],) if D is not None else (0,))
-    dangle = like(angle_state)
+    dangle, dssm = like(angle_state, numbers[0]), like(ssm_state, numbers[0])
     dQ, dK, dV, dAngles = (like(x) for x in (Q, K, V, Angles))
-    return dQ, dK, dV, wide[:3], wide[3:], dAngles, dD, like(Z), dangle, like(ssm_state)
+    return dQ, dK, dV, wide[:3], wide[3:], dAngles, dD, like(Z), dangle, dssm
 
 
 # Of what the forward makes, all but `out` and the last angles.

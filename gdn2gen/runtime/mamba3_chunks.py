@@ -280,7 +280,7 @@ def forward(x: Given, keep: int) -> Made:
     turned = call.rotate(theta, turns)
     h, ssm = call.states(turned)
     out, y = call.output(turned, h, keep != NOTHING)
-    kept = [h, *turned] if keep == MUCH else [h.new_empty(0) for _ in (h, *turned)]
+    kept = [h, *turned] if keep == MUCH else [y.new_empty(0) for y in (h, *turned)]
     return Made(out, ssm, angle, theta, turns, y, *kept)
 
 

@@ -433,3 +433,29 @@ def fast_errors() -> tuple[list[bool], dict[str, float]]:
         made = draw(CASES["packed"])
         fast = results(made, op=partial(mamba3_siso_combined, disable_recompute=True))
     return told, relative_errors(*fast)
+
+
+@verifying()
+def fakes_are_like_what_is_made() -> bool:
+    """What a tracer is told of results in 16 bits has their shapes and dtypes, kept or not."""
+    ops: Any = mamba3_chunk_ops
+
+    def looks(found: Any) -> list[Any]:
+        flat = itertools.chain.from_iterable(x if isinstance(x, list) else [x] for x in found)
+        return [(tuple(x.shape), x.dtype) for x in flat]
+
+    for case, keep in itertools.product(({}, CASES["packed"]), (0, 1, 2)):
+        x = draw(case, torch.float16)
+        tiles = [] if not case else kernels.tables(x["cu_seqlens"], 40, 16)
+        given = (
+            *(x[y] for y in "QKV"), [x[y] for y in ("ADT", "DT", "Trap")],
+            [x["Q_bias"], x["K_bias"]], x["Angles"], None, x.get("Z"), x.get("angle"),
+            x.get("ssm"), tiles, 16,
+        )  # fmt: skip
+        made = ops._chunked(*given, keep)
+        assert looks(made) == looks(ops._chunked_fake(*given, keep)), (case, keep)
+        if keep:
+            back = ([torch.ones_like(made[0]), made[1], made[2]], [made[1], *made[3:]], *given)
+            found, faked = ops._chunked_backward(*back), ops._chunked_backward_fake(*back)
+            assert looks(found) == looks(faked), (case, keep)
+    return True

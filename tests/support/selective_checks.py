@@ -5,6 +5,7 @@ Each check raises AssertionError, or returns errors.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -181,6 +182,13 @@ def check_all(name: str, device: str = "cpu") -> list[dict[str, float]]:
     return [check(case, device) for case in CASES[name]]
 
 
+def nested(x: Tensor) -> Tensor:
+    """Its rows as torch nests them, in one piece: without sizes and strides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor([*x])
+
+
 def into_a_buffer() -> bool:
     given, _ = draw(Case(), "cpu")
     out = torch.empty_like(given["x"])
@@ -226,6 +234,7 @@ def known_calls() -> bool:
         wrong: tuple[dict[str, Any], ...] = (
             {"dt": dt.contiguous()}, {"dt_softplus": 1}, {"C": given["C"][:1]},
             {"null_slot": True}, {"x": x.half()}, {"A": given["A"].contiguous()},
+            {"x": nested(x)},
         )  # fmt: skip
         for change in wrong:
             try:

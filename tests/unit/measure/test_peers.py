@@ -57,3 +57,24 @@ def test_one_that_does_not_fit_is_searched_for() -> None:
     with untuned():
         assert tuner.run(8) == 64
     assert not tuner.cache
+
+
+def test_a_tuner_of_another_class_prunes_its_own_way() -> None:
+    """And one context within another leaves the tuner as it was, whatever fails."""
+    searched: list[int] = []
+    tuner = autotuner(Kernel(32), searched)
+
+    class Own(type(tuner)):
+        def prune_configs(self, _: Any) -> tuple[Any, ...]:
+            return (*self.configs[1:],)
+
+    tuner.__class__ = Own
+    with untuned(), untuned():
+        assert tuner.run(8) == 64
+    with untuned():
+        assert tuner.run(8) == 64
+    assert not tuner.cache and "prune_configs" not in vars(tuner)
+    nothing_fits = autotuner(Kernel(16, 32, 64), searched)
+    with pytest.raises(triton.runtime.errors.OutOfResources), untuned(), untuned():
+        nothing_fits.run(8)
+    assert "prune_configs" not in vars(nothing_fits)

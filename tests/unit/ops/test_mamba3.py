@@ -229,3 +229,7 @@ def test_as_torch_sees_it(interpreter: Check) -> None:
 def test_compiled(interpreter: Check) -> None:
     assert interpreter("mamba3_checks:check_compiled")
     assert interpreter("mamba3_checks:check_compiled_over_chunks")
+
+
+def test_a_tracer_is_told_what_is_made(interpreter: Check) -> None:
+    assert interpreter("mamba3_checks:fakes_are_like_what_is_made")

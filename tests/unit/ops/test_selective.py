@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import selective_checks
 import torch
-from selective_checks import CASES, Case, draw
+from selective_checks import CASES, Case, draw, nested
 
 from gdn2gen import selective_state_update
 from gdn2gen.base.errors import InputError, UnsupportedError
@@ -66,6 +66,12 @@ BAD: Final[dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]]] = 
     "null_slot": (lambda x: {"null_slot": 0, "state_batch_indices": None},
                   "null_slot is of state_batch_indices"),
     "out": (lambda x: {"out": x["x"][:2]}, "out must be (3, 4, 16), but got (2, 4, 16)"),
+    "out in fp16": (lambda x: {"out": x["x"].half()}, "out must have the dtype of x"),
+    "rows over each other": (lambda x: {"out": x["x"][:1].expand(3, 4, 16)},
+                             "out is written in place: heads and channels of a row must follow"),
+    "slots over each other": (lambda x: {"state": x["state"][:1].expand(6, -1, -1, -1)},
+                              "state is written in place"),
+    "nested": (lambda x: {"z": nested(x["z"])}, "z must be a dense tensor, but is nested"),
 }  # fmt: skip
 REFUSED: Final[dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]]] = {
     "dt": (_written_out("dt"), "dt must be one number a head, repeated over its channels"),
@@ -75,6 +81,8 @@ REFUSED: Final[dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]]
                  "kernels for heads of Mamba-2"),
     "a gradient": (lambda x: {"x": x["x"].requires_grad_()},
                    "selective_state_update has no backward, but x requires a gradient"),
+    "a state's gradient": (lambda x: {"state": x["state"].detach().requires_grad_()},
+                           "selective_state_update has no backward, but state requires a gradient"),
 }  # fmt: skip
 
 
