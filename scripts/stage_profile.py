@@ -35,7 +35,7 @@ from gdn2gen.family.shapes import NAMED_SHAPES  # noqa: E402
 _NCU: Final = ("ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off")
 _LINES: Final = "lines.csv"
 # Where warps may wait for others or for what they began, or go elsewhere: one place ends there.
-_MEETING: Final = re.compile(r"\b(BAR|WARPSYNC|SYNCS|DEPBAR|BRA|BSYNC|EXIT|WARPGROUP\.DEPBAR)\b")
+_MEETING: Final = re.compile(r"\b(BAR|WARPSYNC|SYNCS|DEPBAR|BRA|BSYNC|EXIT)\b")
 _BYTES: Final = 16  # of an instruction
 
 

@@ -35,7 +35,7 @@ from gdn2gen.runtime.options import (
     check_gate,
     check_scale,
 )
-from gdn2gen.runtime.signature import Signature
+from gdn2gen.runtime.signature import Options, Signature
 from gdn2gen.store.dispatch import forced
 
 Tensors = tuple[Tensor | None, ...]
@@ -69,6 +69,8 @@ def decode(
     )
     check_flags(*known, False, False, False)
     signature, given = op.signature, (*tensors, *serving)
+    # what is returned as the state, unless it is none of the caller's
+    pool = serving[2] if output_final_state else None
     traced, key = is_traced(), None
     if not traced:
         short = short_key(signature, given, known, (scale, lower_bound, null_slot), surroundings())
@@ -77,7 +79,7 @@ def decode(
             plan = _plans.seen(short, present)
             if plan is not None:
                 o, state = launch_plan(plan, given, known=True)
-                return o, state if serving[2] is None or not output_final_state else serving[2]
+                return o, state if pool is None else pool
             key = None if is_watched(given) else _key(short, present)
             plan = None if key is None else _plans.get(key)
             if plan is not None:
@@ -85,7 +87,7 @@ def decode(
                 if not any([x.is_neg() or x.requires_grad for x in present]):
                     _plans.note(short, present, plan)
                 o, state = launch_plan(plan, given)
-                return o, state if serving[2] is None or not output_final_state else serving[2]
+                return o, state if pool is None else pool
     watched = traced or is_watched(given)
     parameters = {name: tensors[place] for name, place in signature.gate_parameters.items()}
     check_gate(signature, use_gate_in_kernel, False, lower_bound, **parameters)
@@ -100,7 +102,7 @@ def decode(
     else:
         _check_dense(signature, tensors, serving)
     refuse_gradients(signature, given)
-    pool, q = serving[2], tensors[0]
+    q = tensors[0]
     if watched or q is None or not by_kernels(q.device):
         o, state = _by_op(op, tensors, serving, options, null_slot, watched=watched)
     else:
@@ -108,7 +110,7 @@ def decode(
         if key is not None:
             _plans.keep(key, plan)
         o, state = launch_plan(plan, given)
-    return o, state if pool is None or not output_final_state else pool
+    return o, state if pool is None else pool
 
 
 _plans: Kinds[Plan] = Kinds(2048)
@@ -130,7 +132,7 @@ def launch_plan(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor
 
 
 def lasting_plan(
-    op: DecodingOp, given: Tensors, options: tuple[Any, ...], null_slot: int | None
+    op: DecodingOp, given: Tensors, options: Options, null_slot: int | None
 ) -> Plan | None:
     """The plan of a call that has been made, if its kernel reads all that was `given` where it
     lies, so that a caller may know such calls by what these were made of; else None."""
@@ -139,7 +141,7 @@ def lasting_plan(
         return None
     if any([x.is_neg() or x.requires_grad for x in present]):
         return None
-    plan = plan_of(op.signature, given, options, null_slot)
+    plan = plan_of(op.signature, given, options[: op.signature.options], null_slot)
     return None if plan.copied else plan
 
 

@@ -23,7 +23,7 @@ from gdn2gen.runtime import passes
 from gdn2gen.runtime.arguments import check_dense, is_traced
 from gdn2gen.runtime.decoding import Plan
 from gdn2gen.runtime.kinds import Kinds
-from gdn2gen.runtime.signature import renamed
+from gdn2gen.runtime.signature import Options, renamed
 
 _NAME: Final = "selective_state_update"
 # Errors name what callers of Mamba's op give: tensors of the recurrence, and those of its states.
@@ -167,7 +167,8 @@ def _note(
 ) -> None:
     """Know a call like this one again, if a kernel read all of its tensors as they lie; `given`
     are the views of them that it was called with."""
-    x, options = own[2], (1.0, None, False, dt_softplus, False, True)
+    x = own[2]
+    options = Options(1.0, None, False, dt_softplus, output_final_state=False, state_v_first=True)
     plan = lasting_plan(_STEP, given, options, null_slot)
     if plan is not None and x is not None:
         made = passes.maker(tuple(x.shape), x.dtype, x.device)
