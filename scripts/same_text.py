@@ -3,6 +3,7 @@
     python scripts/same_text.py           # against HEAD
     python scripts/same_text.py main      # against another revision
     python scripts/same_text.py --renew   # and file the new digests where the old ones are filed
+    python scripts/same_text.py --less compiled LOADS   # whatever these names stand for in a module
 
 For whoever moves or mends templates. Every form of every stage, and every config on file, is
 rendered for many problems from both trees. Texts may differ in docstrings and comments, and name
@@ -23,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from io import BytesIO
 from itertools import product
@@ -194,16 +195,24 @@ def rendered_at(revision: str, given: list[Case]) -> list[list[str]]:
     return found
 
 
-def code_of(source: str) -> str:
-    """A module without its docstrings and comments."""
+def code_of(source: str, less: Sequence[str] = ()) -> str:
+    """A module without its docstrings and comments, and without what has one of these names."""
     tree = ast.parse(source)
+    tree.body = [x for x in tree.body if _name(x) not in less]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 
-def compared(old: list[str], new: list[str]) -> str:
+def _name(statement: ast.stmt) -> str:
+    match statement:
+        case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
+            return name
+    return ""
+
+
+def compared(old: list[str], new: list[str], less: Sequence[str] = ()) -> str:
     """`same`, `words` (docstrings and comments), `new` (none before), or the lines that differ."""
     if new[1].replace(new[0] or "-", "") == old[1].replace(old[0] or "-", ""):
         return "same"
@@ -211,7 +220,7 @@ def compared(old: list[str], new: list[str]) -> str:
         return "new"
     if not new[0]:
         return f"- {old[1][:200]}\n+ {new[1][:200]}"
-    before, after = code_of(old[1]).splitlines(), code_of(new[1]).splitlines()
+    before, after = (code_of(x[1], less).splitlines() for x in (old, new))
     lines = difflib.unified_diff(before, after, lineterm="", n=0)
     return "\n".join([*lines][2:14]) or "words"
 
@@ -220,6 +229,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("revision", nargs="?", default="HEAD")
     parser.add_argument("--renew", action="store_true", help="renew digests under tuned/")
+    parser.add_argument("--less", nargs="+", default=[], metavar="NAME", help="not compared")
     parser.add_argument("--list", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:
@@ -232,7 +242,7 @@ def main() -> int:
     renewed: dict[Filed, str] = {}
     changed: dict[Filed, str] = {}
     for case, before, after in zip(given, old, new, strict=True):
-        result = compared(before, after)
+        result = compared(before, after, args.less)
         filed = case["problem"]["op"], case["problem"]["gate"], before[0]
         counts[result if result in ("same", "words", "new") else "other"] += 1
         if result in ("same", "words"):

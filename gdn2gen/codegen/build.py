@@ -277,9 +277,11 @@ def _compile_tilelang(
         # wgmma and the register hand-over between warp groups need the architecture's own target
         arch = device.arch + ("a" if device.arch in ("sm_90", "sm_100") else "")
         target = {"kind": "cuda", "arch": arch}
-        passes = getattr(module, "PASSES", None)
+        passes = getattr(module, "PASSES", {}) | getattr(module, "LOADS", {})
         for name in [x for x in vars(module) if x.endswith("program")]:
             with compiler_for():
+                if hasattr(module, "one_warp_loads"):
+                    module.one_warp_loads()
                 program = getattr(module, name)()
                 kernel = tilelang.compile(program, target=target, pass_configs=passes)
             source = kernel.get_kernel_source()

@@ -156,13 +156,20 @@ def compiler_for(target: str | None = None) -> AbstractContextManager[Any]:
     if cuda_compiler() is not None:
         return nullcontext()
     from tilelang.backend.target import determine_target
-    from tilelang.contrib import nvcc
 
-    nvcc.compile_cuda = _compile_cuda
+    _hand_over()
     if target is None:
         return nullcontext()
     found: AbstractContextManager[Any] = determine_target(target, return_object=True)
     return found
+
+
+@cache
+def _hand_over() -> None:
+    """Once: modules put something before it (`one_warp_loads`), on which other threads rely."""
+    from tilelang.contrib import nvcc
+
+    nvcc.compile_cuda = _compile_cuda
 
 
 def _compile_cuda(

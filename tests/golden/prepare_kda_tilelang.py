@@ -31,7 +31,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 2633b256cf8e912a; made by
+Template digest 47b633f1b81c4c8b; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -305,12 +305,45 @@ def program():
     return prepare
 
 
+# a mark on programs for `one_warp_loads`, and for whoever keeps what was compiled
+LOADS = {"tl.device_compile_flags": ["-DONE_WARP_LOADS"]}
+
+
+def one_warp_loads():
+    """Of the four warps to which TileLang gives the loads, let only the one that loads go on.
+
+    One thread loads, and waits until a tile was read before it fills it again. All four warps wait
+    with it, and a wait tells the phases of its barrier by one bit: a warp that is held up while two
+    of them pass waits for the next, and at the end for one that never comes.
+    """
+    import re
+
+    from tilelang.contrib import nvcc
+
+    compile_cuda = nvcc.compile_cuda
+    if compile_cuda.__name__ == "compile_loads":
+        return
+    loading = re.compile(
+        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?", re.M
+    )
+
+    def compile_loads(source, *arguments, options=None, **named):
+        if "-DONE_WARP_LOADS" in (options or ()):
+            source, found = loading.subn(r"\g<0>    if (((int)threadIdx.x) >= 32) return;\n", source)
+            if found != source.count("threadIdx.x) < 128) {"):
+                raise RuntimeError("TileLang's text has loads in a place that is not known")
+        return compile_cuda(source, *arguments, options=options, **named)
+
+    nvcc.compile_cuda = compile_loads
+
+
 @cache
 def compiled():
     """The program, compiled for the present GPU (10 s where no cache has it)."""
     import tilelang
 
-    return tilelang.compile(program(), pass_configs=PASSES)
+    one_warp_loads()
+    return tilelang.compile(program(), pass_configs=PASSES | LOADS)
 
 
 # Factors stay within this range in log2 of their anchor: fp32 and bf16 end at 2^127, and the rest is

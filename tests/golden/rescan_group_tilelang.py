@@ -31,7 +31,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 gating=inside heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest 012231873568c550; made by
+Template digest c03c9ee6986c6c43; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,rate,D,z --stage rescan_group --config \
       BT=64,BV=64,gating=inside,heads=1,language=tilelang,num_stages=1,num_warps=4
@@ -273,12 +273,45 @@ def program():
     return rescan_group
 
 
+# a mark on programs for `one_warp_loads`, and for whoever keeps what was compiled
+LOADS = {"tl.device_compile_flags": ["-DONE_WARP_LOADS"]}
+
+
+def one_warp_loads():
+    """Of the four warps to which TileLang gives the loads, let only the one that loads go on.
+
+    One thread loads, and waits until a tile was read before it fills it again. All four warps wait
+    with it, and a wait tells the phases of its barrier by one bit: a warp that is held up while two
+    of them pass waits for the next, and at the end for one that never comes.
+    """
+    import re
+
+    from tilelang.contrib import nvcc
+
+    compile_cuda = nvcc.compile_cuda
+    if compile_cuda.__name__ == "compile_loads":
+        return
+    loading = re.compile(
+        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?", re.M
+    )
+
+    def compile_loads(source, *arguments, options=None, **named):
+        if "-DONE_WARP_LOADS" in (options or ()):
+            source, found = loading.subn(r"\g<0>    if (((int)threadIdx.x) >= 32) return;\n", source)
+            if found != source.count("threadIdx.x) < 128) {"):
+                raise RuntimeError("TileLang's text has loads in a place that is not known")
+        return compile_cuda(source, *arguments, options=options, **named)
+
+    nvcc.compile_cuda = compile_loads
+
+
 @cache
 def compiled():
     """The program, compiled for the present GPU (10 s where no cache has it)."""
     import tilelang
 
-    return tilelang.compile(program(), pass_configs=PASSES)
+    one_warp_loads()
+    return tilelang.compile(program(), pass_configs=PASSES | LOADS)
 
 
 def launch(

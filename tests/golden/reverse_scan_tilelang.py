@@ -24,7 +24,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 1cc6742a1be98f4c; made by
+Template digest 5a08d539d0d03d7e; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -166,12 +166,45 @@ def program():
     return reverse_scan
 
 
+# a mark on programs for `one_warp_loads`, and for whoever keeps what was compiled
+LOADS = {"tl.device_compile_flags": ["-DONE_WARP_LOADS"]}
+
+
+def one_warp_loads():
+    """Of the four warps to which TileLang gives the loads, let only the one that loads go on.
+
+    One thread loads, and waits until a tile was read before it fills it again. All four warps wait
+    with it, and a wait tells the phases of its barrier by one bit: a warp that is held up while two
+    of them pass waits for the next, and at the end for one that never comes.
+    """
+    import re
+
+    from tilelang.contrib import nvcc
+
+    compile_cuda = nvcc.compile_cuda
+    if compile_cuda.__name__ == "compile_loads":
+        return
+    loading = re.compile(
+        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?", re.M
+    )
+
+    def compile_loads(source, *arguments, options=None, **named):
+        if "-DONE_WARP_LOADS" in (options or ()):
+            source, found = loading.subn(r"\g<0>    if (((int)threadIdx.x) >= 32) return;\n", source)
+            if found != source.count("threadIdx.x) < 128) {"):
+                raise RuntimeError("TileLang's text has loads in a place that is not known")
+        return compile_cuda(source, *arguments, options=options, **named)
+
+    nvcc.compile_cuda = compile_loads
+
+
 @cache
 def compiled():
     """The program, compiled for the present GPU (10 s where no cache has it)."""
     import tilelang
 
-    return tilelang.compile(program())
+    one_warp_loads()
+    return tilelang.compile(program(), pass_configs=LOADS)
 
 
 def launch(

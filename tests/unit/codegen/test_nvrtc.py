@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,12 +93,16 @@ def test_tilelang_keeps_nvcc_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
 
     before = nvcc.compile_cuda
     monkeypatch.setattr(nvcc, "compile_cuda", before)  # so that it is put back
+    monkeypatch.setattr(nvrtc, "_hand_over", cache(nvrtc._hand_over.__wrapped__))
     monkeypatch.setattr(nvrtc, "cuda_compiler", lambda: "/usr/bin/nvcc")
     with nvrtc.compiler_for("cuda"):
         assert nvcc.compile_cuda is before
     monkeypatch.setattr(nvrtc, "cuda_compiler", lambda: None)
     with nvrtc.compiler_for():
         assert nvcc.compile_cuda is nvrtc._compile_cuda
+    monkeypatch.setattr(nvcc, "compile_cuda", before)
+    with nvrtc.compiler_for():
+        assert nvcc.compile_cuda is before, "what was put before it since then stays"
 
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC is not installed")
