@@ -1,0 +1,109 @@
+"""What decays a model's gates have, and what a pass takes under them.
+
+    python scripts/decay_regimes.py                       # patterns on file, shares alone: no GPU
+    python scripts/decay_regimes.py --time train4k        # and times of GDN-2's and KDA's passes
+    python scripts/decay_regimes.py PATTERN.json layer strong [--time 4x4096x16] [--vs fla]
+
+Kernels score the pairs of a chunk at one anchor where every channel of a slice keeps at least 2^-96
+over the chunk, and take frame by frame what lost more. Of each pattern: how many channels of a
+chunk of 32 tokens lose more, how many chunks have such a channel among 64, and frames at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
+
+import torch  # noqa: E402
+
+from gdn2gen.base.environment import verifying  # noqa: E402
+from gdn2gen.family.decays import DecayPattern  # noqa: E402
+from gdn2gen.family.inputs import make_inputs  # noqa: E402
+from gdn2gen.family.problem import Problem  # noqa: E402
+from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
+from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op  # noqa: E402
+from gdn2gen.measure.timing import time_ms  # noqa: E402
+
+GATES: Final = ROOT / "docs/learning/gates"
+OPS: Final = ("gdn2", "kda")
+CHUNK: Final = 32
+RANGE: Final = 96.0
+"""In log2, of one anchor."""
+
+
+def shares(pattern: str | DecayPattern, K: int) -> tuple[float, float, int]:
+    """Channels of a chunk that lose more than RANGE, chunks with one, and the most frames."""
+    g = make_inputs(4, 1024, 16, K, 16, pattern=pattern)["g"]
+    loss = (g.double() / -torch.log(torch.tensor(2.0))).unflatten(1, (-1, CHUNK))
+    total = loss[:, :, 1:].sum(2)
+    strong = total > RANGE
+    frames = torch.ceil(total.clamp(max=RANGE * (CHUNK - 1)) / RANGE).amax()
+    return float(strong.double().mean()), float(strong.any(-1).double().mean()), int(frames)
+
+
+def passes(op: str, shape: Shape, pattern: str | DecayPattern, K: int, theirs: bool) -> list[str]:
+    """Times of a forward, and of forward and backward, lean and fast; FLA's beside them."""
+    problem = Problem(op=op, K=K, V=K)
+    inputs = inputs_of(problem, shape, pattern, 0, "cuda")
+    do = output_gradients(problem, shape, 0, "cuda")["o"]
+    leaves = {x: y.detach().requires_grad_() for x, y in inputs.items()}
+    flags = op_flags(problem)
+    ours = [partial(public_op(op), **flags, disable_recompute=x) for x in (False, True)]
+    found = []
+    for function in [*ours, *([_fla(op)] if theirs else [])]:
+
+        def both(run: Any = function) -> object:
+            return torch.autograd.grad(run(**leaves)[0], [*leaves.values()], do)
+
+        with torch.no_grad():
+            forward = time_ms(partial(function, **inputs)).median
+        found.append(f"{forward:.3f} / {time_ms(both).median:.3f}")
+    return found
+
+
+def _fla(op: str) -> Any:
+    from gdn2gen.measure.fla import fla_op
+
+    return partial(fla_op(op), use_qk_l2norm_in_kernel=True)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("patterns", nargs="*", help="files, or names of patterns (those on file)")
+    parser.add_argument("--time", metavar="SHAPE", help="also time passes, on the GPU")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--vs", choices=("fla",), help="beside this peer")
+    args = parser.parse_args(words)
+    given = args.patterns or [
+        *("layer", "strong"),
+        *(str(x) for op in OPS for x in sorted(GATES.glob(f"*-{op}.json"))),
+    ]
+    for word in given:
+        pattern = DecayPattern.load(word) if word.endswith(".json") else word
+        channels, chunks, frames = shares(pattern, args.head_dim)
+        name = Path(word).stem
+        print(
+            f"{name}: {channels:.1%} of channels lose more than 2^-{RANGE:g} over {CHUNK} tokens, "
+            f"{chunks:.1%} of chunks have one, at most {frames} frames",
+            flush=True,
+        )
+        if args.time:
+            shape = parse_shapes(args.time)[0]
+            with verifying():
+                for op in OPS:
+                    times = passes(op, shape, pattern, args.head_dim, args.vs == "fla")
+                    print(f"  {op}: lean, fast{', FLA' * bool(args.vs)}: {', '.join(times)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
