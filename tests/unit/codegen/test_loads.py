@@ -1,7 +1,7 @@
 """Of the warps to which TileLang gives the loads only the one that loads waits.
 
-The others would wait beside it, and for ever once two phases of a barrier have passed them by: on an
-H200, training on three streams ended so after some hundred steps.
+The others would wait beside it, and for ever once two phases of a barrier have passed them by: on
+an H200, training on three streams ended so after some hundred steps.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def handed_over(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     return sources[0]
 
 
-@pytest.mark.parametrize(
-    "stage", ["rescan", pytest.param("grad_key", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stage", ["rescan", pytest.param("grad_key", marks=pytest.mark.slow)])
 def test_warps_that_load_nothing_end(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(K=64, V=64)
     source = handed_over(load(render(problem, stage, tilelang_config(stage, problem))), monkeypatch)

@@ -6,8 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
