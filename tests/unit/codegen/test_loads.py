@@ -80,7 +80,7 @@ def compile_loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any
 
 
 def test_programs_of_others_are_left_alone(compile_loads: Callable[..., Any]) -> None:
-    text = f"{BEGINS}    mbarrier[3].wait(1);\n"
+    text = f"{BEGINS}    mbarrier[3].wait((i_n & 1) ^ 1);\n"
     assert compile_loads(text, "cubin", options=["-std=c++20"]) == text
     assert compile_loads(text, "cubin") == text
     assert compile_loads(text, "cubin", options=MARK) == text.replace(BEGINS, BEGINS + ENDS)
@@ -88,7 +88,21 @@ def test_programs_of_others_are_left_alone(compile_loads: Callable[..., Any]) ->
     assert compile_loads(without, "cubin", options=MARK) == without
 
 
-def test_a_text_that_is_not_known_is_refused(compile_loads: Callable[..., Any]) -> None:
+WAITS: Final = "    mbarrier[3].wait(((i_n & 1) ^ 1));\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(f"  for (;;) {{\n  {BEGINS}{WAITS}", id="within a loop"),
+        pytest.param(f"  if (128 <= ((int)threadIdx.x)) {{\n{WAITS}", id="the other way round"),
+        pytest.param(f"{BEGINS}    s_k[0] = 0;\n  }}\n{BEGINS}{WAITS}", id="a fill before"),
+        pytest.param(f"{BEGINS}    s_k[0] = 0;\n  }}\n", id="a fill alone"),
+    ],
+)
+def test_a_text_that_is_not_known_is_refused(
+    text: str, compile_loads: Callable[..., Any]
+) -> None:
     """As another TileLang may write it: rather no kernel than one that may wait for ever."""
     with pytest.raises(RuntimeError, match="loads in a place that is not known"):
-        compile_loads(f"  for (;;) {{\n  {BEGINS}", "cubin", options=MARK)
+        compile_loads(text, "cubin", options=MARK)
