@@ -169,7 +169,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
         uint32=int,
-        unroll=range,
+        unroll=lambda *bounds, unroll_factor=0: range(*bounds),
         warp_reduce_min=np.min,
         tma_copy=copy,
         wgmma_gemm=gemm,
