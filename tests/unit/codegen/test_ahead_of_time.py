@@ -141,6 +141,9 @@ def _case(name: str, problem: Problem, arch: str, config: Config) -> object:
     # of no gate a scan knows, and elementwise stages do in fp32 what they do in bf16
     slow |= name == "bounded" and config.stage not in _DECAYING
     slow |= name == "fp32" and config.stage.endswith(("_states", "grad_value", "sum_decay"))
+    # rescan walks over chunks as the scan does; and in chunks of 64 these two hold the least
+    slow |= name in ("all", "fp32") and config.stage == "rescan"
+    slow |= name == "BT64" and config.stage in ("reprepare", "grad_value")
     marks = [pytest.mark.slow] * slow
     # what another Triton may change is seen in each stage once, but for those that are alike
     seen = (name, arch) == ("bf16", "sm_90") and config.stage not in _ALIKE
