@@ -100,9 +100,7 @@ WAITS: Final = "    mbarrier[3].wait(((i_n & 1) ^ 1));\n"
         pytest.param(f"{BEGINS}    s_k[0] = 0;\n  }}\n", id="a fill alone"),
     ],
 )
-def test_a_text_that_is_not_known_is_refused(
-    text: str, compile_loads: Callable[..., Any]
-) -> None:
+def test_a_text_that_is_not_known_is_refused(text: str, compile_loads: Callable[..., Any]) -> None:
     """As another TileLang may write it: rather no kernel than one that may wait for ever."""
     with pytest.raises(RuntimeError, match="loads in a place that is not known"):
         compile_loads(text, "cubin", options=MARK)
