@@ -1,9 +1,9 @@
 """The TileLang forms of blocks beside Triton's, whose launches they take the tensors of.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python tilelang_checks.py gdn2 64 40 layer 1`, a member, head dim, tokens, gate pattern, and
-chunks of a block; then, of the scans in segments alone, chunks of a segment, and flags of the
-problem.
+own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
+and chunks of a block; then, of the scans in segments alone, chunks of a segment, and flags of the
+problem, `twice` (two sequences and heads) and `stateless`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.measure.case_runs import errors_in_range
 from gdn2gen.measure.check import drawn, exact, forced
@@ -120,28 +121,33 @@ def compare(
 
 
 def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
-    given: dict[str, Any] = dict.fromkeys(("initial_state", "final_state", *flags), True)
+    many = 2 if "twice" in flags else 1
+    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless"}, True)
+    if "stateless" not in flags:
+        given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
     recipe = Recipe.default(problem, f"blocks{every}_states", 32, arch="sm_90")
     found: list[str] = []
     stages = [x for x in (f"{x}{every}" for x in WRITES) if x != "grad_blocks4"]
     others = {x: tilelang_config(x, problem) for x in stages}
     if segment:
-        call.SEGMENT, stages = int(segment), stages[:2]
+        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
         others = {x: others[x].replace(segments="parallel") for x in stages}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)
-    shape = Shape("tiny", 1, int(T), 1)
+    shape = Shape("tiny", many, int(T), many)
     with forced(recipe):
         made = run_op(public_op(op), problem, *drawn(problem, shape, pattern, "cpu"))
     print("\n".join(found))
     assert len({x.split()[0] for x in found}) == len(stages), "a stage was not launched"
     errors = errors_in_range(made, exact(problem, shape, pattern, "cpu"), problem.dtype)
-    print(" ".join(f"{name} {x:.1e}" for name, x in errors.items()))
-    assert not over(errors, limit_of(problem.dtype, pattern), op, roundings_of(problem))
+    print("reference", *(f"{name} {x:.1e}" for name, x in errors.items()))
+    assert not over(errors, limit_of(problem.dtype, pattern), op, roundings_of(problem)), errors
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for case in sys.argv[1:]:
+        print(f"== {case}")
+        main(*case.split())
