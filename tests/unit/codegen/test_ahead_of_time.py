@@ -288,6 +288,22 @@ def test_tilelang_of_blocks_compiles_and_fits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("stage", ["scan_blocks2", "reverse_scan_blocks2"])
+@pytest.mark.tilelang
+def test_tilelang_of_blocks_in_segments_has_two_programs_to_a_multiprocessor(
+    stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fold and of the scan itself, with two stages of loads; all segments run at once so."""
+    problem = Problem(op, initial_state=True, final_state=True)
+    config = tilelang_config(stage, problem).replace(segments="parallel")
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, named_device("sm_90"))
+    assert (used.registers, used.spill_bytes) == (128, 0), f"{stage} [{config}]: {used}"
+    assert _programs(used) == blocks_per_sm(used, named_device("sm_90")) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["scan_group", "rescan_group", "reverse_scan_group", "grad_group"]
 )
