@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import CHANNEL_OPS, LINEAR_OPS, OUTSIDE_OPS
+from gdn2gen.family.registry import CHANNEL_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.limits import Limit, Place
 from gdn2gen.kernels.stage import Form
 
@@ -28,11 +28,6 @@ OUTSIDE: Final = Limit(
 
 # Of forms whose factors are centred about 1.
 CENTRED: Final = (
-    Limit(
-        "op",
-        tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
-        "it was written for members that erase nothing: use decay=anchored",
-    ),
     Limit("BT", (32,), "in chunks of 64 its grad_key spills 744 bytes a thread"),
     Limit("arch", (None, "sm_90"), "its threads write what products of that generation read"),
 )

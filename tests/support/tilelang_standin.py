@@ -139,6 +139,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
         Tensor=lambda *_: None,
+        abs=abs,
         StridedTensor=lambda *_: None,
         Kernel=Kernel,
         GemmWarpPolicy=SimpleNamespace(FullRow=None, FullCol=None),
