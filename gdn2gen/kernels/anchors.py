@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import CHANNEL_OPS, OUTSIDE_OPS
+from gdn2gen.family.registry import CHANNEL_OPS, LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.limits import Limit, Place
 from gdn2gen.kernels.stage import Form
 
@@ -25,7 +25,8 @@ OUTSIDE: Final = Limit(
     "op", OUTSIDE_OPS, "a decay per channel is inside of products, as in decay=anchored"
 )
 
-
+# Those of the first whose chunks have an inverse.
+ERASING_OPS: Final = tuple(x for x in CHANNEL_OPS if x not in LINEAR_OPS)
 # Of forms whose factors are centred about 1.
 CENTRED: Final = (
     Limit("BT", (32,), "in chunks of 64 its grad_key spills 744 bytes a thread"),

@@ -61,7 +61,8 @@ def program(op: str, stage: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
     nothing |= {"dg": torch.full(rows, torch.nan), "dbeta_part": torch.full((*chunks[:2], 1, BT), torch.nan)}
     G = -x["lost"].double().clamp(max=150).cumsum(1)
     given = {**nothing, "gamma_C": G[:, -1].exp2().float(), "G": G.float(), **x}
-    given |= {"k_beta": x["beta"].transpose(1, 2)}
+    # what is made of beta, and what only kernels of beta read
+    given |= {"k_beta": x["beta"].transpose(1, 2), "beta_dot": x["dAqk_diagonal"], "dbeta": x["beta"]}
     runner = tilelang_threads if stage == "prepare" else tilelang_standin
     return runner.run_all(module, given, SIZES, SCALE, 0.0)
 
