@@ -56,7 +56,9 @@ def main(stage: str, op: str, K: str, T: str, pattern: Any, *more: str) -> None:
     packed = "packed" in more
     problem = Problem(op, K=int(K), V=int(K), varlen=packed)
     problem = replace(problem, initial_state=True, final_state=True)
-    recipe = Recipe.default(problem, "linear_fast" if op in LINEAR_OPS else "fast", 32, arch="sm_90")
+    recipe = Recipe.default(
+        problem, "linear_fast" if op in LINEAR_OPS else "fast", 32, arch="sm_90"
+    )
     decay = "anchored" if "anchored" in more else "centred"
     config = tilelang_by_chunk(stage, problem).replace(decay=decay)
     names = [x.name for x in config.operands(problem)]

@@ -334,9 +334,7 @@ OUTPUTS: Final = {
     "grad_key_gla_centred.py": partial(
         _member_tilelang, Problem("gla", varlen=True), "grad_key", decay="centred"
     ),
-    "prepare_centred_tilelang.py": partial(
-        _member_tilelang, Problem(), "prepare", decay="centred"
-    ),
+    "prepare_centred_tilelang.py": partial(_member_tilelang, Problem(), "prepare", decay="centred"),
     "grad_key_kda_centred_packed.py": partial(
         _member_tilelang,
         Problem("kda", K=64, V=64, varlen=True, gate="softplus", has_A_log=True, has_dt_bias=True),
