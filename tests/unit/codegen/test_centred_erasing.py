@@ -81,7 +81,7 @@ def keys(op: str, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def decays(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Between tokens j <= i, [BT, BT, K] in fp64, 0 above; from before the chunk, and to its end."""
+    """Between tokens j <= i, [BT, BT, K] in fp64, 0 above; from the chunk's start; to its end."""
     G = -x["lost"].double().clamp(max=150).cumsum(1)[0, :, 0]
     lower = torch.ones(BT, BT).tril().bool()[..., None]
     between = torch.where(lower, G[:, None] - G[None, :], -torch.inf).exp2()
