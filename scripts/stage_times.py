@@ -7,9 +7,9 @@
 A member, with head dims where they are not its usual ones, a shape, a plan, then stages of it with
 the knobs in which each differs from its default; `STAGE` alone is the default, `STAGE:BT=32` that
 of such chunks. The other stages are at theirs. Of Mamba-2: K = 128, V = 64, with the parameters of
-its gate, D and z (shape mamba4k). `--decay`, a gate pattern or a file of one, may be given several times: a
-time each, a layer's without. A config that fails the tuner's quick check is said to, and not
-timed; a fault of the GPU ends the script: give what is least sure last.
+its gate, D and z (shape mamba4k). `--decay`, a gate pattern or a file of one, may be
+given several times, for a time each: a layer's without. A config that fails the tuner's quick check
+is said to, and not timed; a fault of the GPU ends the script: give what is least sure last.
 """
 
 from __future__ import annotations
