@@ -55,7 +55,7 @@ takes alike.
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=64 chunks=4 decay=centred language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest e6a67a7f645527d9; made by
+Template digest 1ab6efd5c15cdc2b; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=64,chunks=4,decay=centred,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -204,7 +204,6 @@ def program():
             b_dg_sum = tile.alloc_fragment([BK], "float32")
 
             s_pairs = tile.alloc_shared([BT, BT], IO)
-            s_pairs_T = tile.alloc_shared([BT, BT], IO)
             b_pairs = tile.alloc_fragment([BT, BT], IO)
             b_pairs_T = tile.alloc_fragment([BT, BT], IO)
             n_levels = tile.alloc_var("int32")
@@ -325,9 +324,6 @@ def program():
                             s_pairs[i, j] = tile.if_then_else(
                                 (i ^ j) >> i_level == 1, b_pairs[i, j], tile.cast(0, IO)
                             )
-                            s_pairs_T[i, j] = tile.if_then_else(
-                                (i ^ j) >> i_level == 1, b_pairs_T[i, j], tile.cast(0, IO)
-                            )
                         tile.fence_proxy_async()
                         for i, j in tile.Parallel(BK, BT):
                             b_column[i, j] = b_row[i, j] - s_G[tile.min((((j >> i_level) | 1) << i_level) - 1, i_last), i]
@@ -343,12 +339,17 @@ def program():
                             b_dg[i, j] *= tile.cast(b_first[i, j], "float32")
                             b_dG[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_dg[i, j], -b_dg[i, j])
                         # and another the upper tokens' de and the rest of the lower ones'
+                        for i, j in tile.Parallel(BT, BT):
+                            s_pairs[i, j] = tile.if_then_else(
+                                (i ^ j) >> i_level == 1, b_pairs_T[i, j], tile.cast(0, IO)
+                            )
+                        tile.fence_proxy_async()
                         for i, j in tile.Parallel(BK, BT):
                             b_first[i, j] = b_column[i, j] * tile.if_then_else(
                                 (j >> i_level) % 2 == 1, b_k[i, j], b_c[i, j]
                             )
                         tile.clear(b_dg)
-                        tile.gemm(b_first, s_pairs_T, b_dg, policy=ROWS)
+                        tile.gemm(b_first, s_pairs, b_dg, policy=ROWS)
                         for i, j in tile.Parallel(BK, BT):
                             b_de[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_column[i, j] * b_dg[i, j], 0.0)
                             b_dk[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 0.0, b_column[i, j] * b_dg[i, j])

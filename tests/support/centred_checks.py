@@ -2,8 +2,8 @@
 
 It needs TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python centred_checks.py grad_key gdn2 64 70 strong`, a stage, op, head dim, tokens and gate
-pattern or a file of one, `packed`, and `anchored` for another form than centred. Triton's kernels
-make the rest. Prints the worst errors.
+pattern or a file of one, `packed`, `softplus` for a gate in the kernels, and `anchored` for another
+form than centred. Triton's kernels make the rest. Prints the worst errors.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def main(stage: str, op: str, K: str, T: str, pattern: Any, *more: str) -> None:
     packed = "packed" in more
     problem = Problem(op, K=int(K), V=int(K), varlen=packed)
     problem = replace(problem, initial_state=True, final_state=True)
+    if "softplus" in more:
+        problem = replace(problem, gate="softplus", has_A_log=True, has_dt_bias=True)
     recipe = Recipe.default(
         problem, "linear_fast" if op in LINEAR_OPS else "fast", 32, arch="sm_90"
     )
