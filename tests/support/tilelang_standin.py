@@ -153,6 +153,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         clear=fill_zero,
         copy=copy,
         dynamic=lambda name, dtype="int32": sizes[name],
+        exp=lambda x: np.exp(np.float32(x)),
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
         gemm=gemm,

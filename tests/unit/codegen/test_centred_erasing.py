@@ -169,14 +169,18 @@ def test_rows_do_not_see_what_later_tokens_decay_by(op: str) -> None:
         assert not torch.equal(found[name][0, 0, 20:], moved[name][0, 0, 20:])
 
 
+_MORE: Final = {"sparse": ("packed",), "uniform": ("packed", "softplus")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["strong", "sparse", "zero", "mixed", "mqar"])
+@pytest.mark.parametrize("pattern", ["strong", "uniform", "sparse", "zero", "mixed", "mqar"])
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("stage", ["prepare", "grad_key"])
 def test_within_the_op(stage: str, op: str, pattern: str) -> None:
+    more = _MORE.get(pattern, ())
     pattern = str(ROOT / "docs/learning/gates/mqar-gdn2.json") if pattern == "mqar" else pattern
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     command = [sys.executable, "-W", "ignore", str(SUPPORT / "centred_checks.py")]
-    command += [stage, op, "64", "40", pattern, *(["packed"] if pattern == "sparse" else [])]
+    command += [stage, op, "64", "40", pattern, *more]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
