@@ -68,7 +68,7 @@ class Lane:
 def wait_for(events: Sequence[torch.cuda.Event]) -> bool:
     """Whether all came within the time that any of them may take."""
     until = time.monotonic() + _PATIENCE_S
-    while not all(x.query() for x in events):
+    while not all(x.query() for x in events):  # type: ignore[no-untyped-call]
         if time.monotonic() > until:
             return False
         time.sleep(0.001)

@@ -12,6 +12,7 @@ chunk of 32 tokens lose more, how many chunks have such a channel among 64, and 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from gdn2gen.family.inputs import make_inputs  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
 from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
 from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op  # noqa: E402
+from gdn2gen.measure.peers import fla_op  # noqa: E402
 from gdn2gen.measure.timing import time_ms  # noqa: E402
 
 GATES: Final = ROOT / "docs/learning/gates"
@@ -41,8 +43,8 @@ RANGE: Final = 96.0
 def shares(pattern: str | DecayPattern, K: int) -> tuple[float, float, int]:
     """Channels of a chunk that lose more than RANGE, chunks with one, and the most frames."""
     g = make_inputs(4, 1024, 16, K, 16, pattern=pattern)["g"]
-    loss = (g.double() / -torch.log(torch.tensor(2.0))).unflatten(1, (-1, CHUNK))
-    total = loss[:, :, 1:].sum(2)
+    loss = -g.double() / math.log(2.0)
+    total = loss.reshape(g.shape[0], -1, CHUNK, *g.shape[2:])[:, :, 1:].sum(2)
     strong = total > RANGE
     frames = torch.ceil(total.clamp(max=RANGE * (CHUNK - 1)) / RANGE).amax()
     return float(strong.double().mean()), float(strong.any(-1).double().mean()), int(frames)
@@ -69,9 +71,7 @@ def passes(op: str, shape: Shape, pattern: str | DecayPattern, K: int, theirs: b
 
 
 def _fla(op: str) -> Any:
-    from gdn2gen.measure.fla import fla_op
-
-    return partial(fla_op(op), use_qk_l2norm_in_kernel=True)
+    return partial(fla_op(op, "lean"), use_qk_l2norm_in_kernel=True)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -80,6 +80,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("patterns", nargs="*", help="files, or names of patterns (those on file)")
     parser.add_argument("--time", metavar="SHAPE", help="also time passes, on the GPU")
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vs", choices=("fla",), help="beside this peer")
     args = parser.parse_args(words)
@@ -99,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if args.time:
             shape = parse_shapes(args.time)[0]
             with verifying():
-                for op in OPS:
+                for op in args.op:
                     times = passes(op, shape, pattern, args.head_dim, args.vs == "fla")
                     print(f"  {op}: lean, fast{', FLA' * bool(args.vs)}: {', '.join(times)}")
     return 0

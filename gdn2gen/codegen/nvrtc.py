@@ -13,6 +13,7 @@ import importlib.util
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from gdn2gen.base.folders import private_dir
 # From here on NVRTC keeps what it has read of headers: that scan took 1.1 s without. Threads that
 # compile at once wait for each other while one reads.
 _KEEPS_HEADERS = (12, 8)
+_HANDING_OVER: Final = threading.Lock()
 
 
 # Functions that nvcc knows, and NVRTC by a header that includes what no wheel has: one instruction
@@ -157,7 +159,8 @@ def compiler_for(target: str | None = None) -> AbstractContextManager[Any]:
         return nullcontext()
     from tilelang.backend.target import determine_target
 
-    _hand_over()
+    with _HANDING_OVER:
+        _hand_over()
     if target is None:
         return nullcontext()
     found: AbstractContextManager[Any] = determine_target(target, return_object=True)
@@ -166,7 +169,10 @@ def compiler_for(target: str | None = None) -> AbstractContextManager[Any]:
 
 @cache
 def _hand_over() -> None:
-    """Once: modules put something before it (`one_warp_loads`), on which other threads rely."""
+    """Once: modules put something before it (`one_warp_loads`), on which other threads rely.
+
+    `cache` alone would let two threads in that come together, and the later one take that away.
+    """
     from tilelang.contrib import nvcc
 
     nvcc.compile_cuda = _compile_cuda

@@ -15,6 +15,7 @@ decay, and dv and dw are the reverse scan's, of dX as it is in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -64,20 +65,26 @@ _PLAIN: Final = (
 _CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
 
 
-def _serial_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
-    """Its serial form in TileLang, of a template of its own."""
-    heads = (Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V"))
-    (form,) = (x for x in stage.forms if (x.language, x.name) == ("tilelang", "serial"))
-    return (replace(form, template=template, limits=(*form.limits, *_PLAIN, *heads, *limits)),)
+def _in_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
+    """Its forms in TileLang, of templates of their own."""
+    heads = tuple(Limit(x, (64, 128), "others were not compiled for") for x in ("K", "V"))
+    return tuple(
+        replace(x, limits=(*x.limits, *_PLAIN, *heads, *limits))
+        for x in _made_of(template, stage, "tilelang")
+    )
 
 
 def _in_triton(stage: Stage, template: str) -> tuple[Form, ...]:
     """Its forms in Triton, of templates of their own."""
-    return tuple(
-        replace(x, template=x.template.replace(x.template.removesuffix("_parallel"), template))
-        for x in stage.forms
-        if x.language == "triton"
-    )
+    return tuple(_made_of(template, stage, "triton"))
+
+
+def _made_of(template: str, stage: Stage, language: str) -> Iterator[Form]:
+    """The stage's forms in a language, of `template` and, in segments, of the one beside it."""
+    for x in stage.forms:
+        if x.language == language:
+            segments = "_parallel" * x.template.endswith("_parallel")
+            yield replace(x, template=f"{template}{segments}")
 
 
 REPREPARE_FACTORS: Final = replace(
@@ -97,7 +104,7 @@ def _scan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of scan_states
         forms=(
             *_in_triton(SCAN_STATES, "scan_blocks"),
-            *_serial_tilelang(SCAN_STATES, "scan" if every == 1 else "scan_blocks"),
+            *_in_tilelang(SCAN_STATES, "scan" if every == 1 else "scan_blocks"),
         ),
         every=every,
     )
@@ -130,7 +137,7 @@ def _reverse_scan_blocks(every: int) -> Stage:
         ),
         forms=(
             *_in_triton(REVERSE_SCAN, "reverse_scan_blocks"),
-            *_serial_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32),
+            *_in_tilelang(REVERSE_SCAN, "reverse_scan_blocks", _CHUNKS_OF_32),
         ),
         later={},
         every=every,

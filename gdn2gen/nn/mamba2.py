@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.mamba2 import step_sizes
@@ -18,7 +17,7 @@ from gdn2gen.nn.convolution import ShortConvolution, convolve_batch
 from gdn2gen.nn.layer import RATES, STATE, Layer, draw_rates, requires_gradient
 from gdn2gen.nn.norm import GroupedRMSNorm
 from gdn2gen.ops.chunk import chunk_mamba2
-from gdn2gen.ops.recurrent import fused_recurrent_simple_gla
+from gdn2gen.ops.recurrent import fused_recurrent_mamba2
 from gdn2gen.runtime.head_dims import runs_here
 
 _TAILS = ("x_tail", "B_tail", "C_tail")
@@ -166,10 +165,7 @@ class Mamba2(Layer):
         trains: bool,
     ) -> Tensor:
         """y [B, T, heads, P], gated if z is given, and the state into the cache."""
-        bias: Tensor | None = self.dt_bias
-        bounded = self.dt_limit != (0.0, math.inf)
-        if bounded:
-            dt, bias = step_sizes(dt, bias, True, self.dt_limit), None
+        dt, bias, bounded = self._limited(dt)
         y, state = chunk_mamba2(
             q,
             k,
@@ -192,7 +188,7 @@ class Mamba2(Layer):
 
     def _steps(self, x: Tensor) -> bool:
         """Whether one token goes to an op over few tokens: not where that would be refused."""
-        name, N, P = fused_recurrent_simple_gla.__name__, self.state_size, self.head_dim
+        name, N, P = fused_recurrent_mamba2.__name__, self.state_size, self.head_dim
         return x.device.type != "cuda" or runs_here(name, x.dtype, x.device, N, P)
 
     def _step(
@@ -205,21 +201,28 @@ class Mamba2(Layer):
         batch: Batch,
         kept: dict[str, Tensor],
     ) -> Tensor:
-        """y of a token a sequence; the state is moved on where it lies.
-
-        The recurrence is simple gated linear attention's with v = dt x and g = A dt.
-        """
-        dt = step_sizes(dt, self.dt_bias, True, self.dt_limit)
+        """y of a token a sequence, gated if z is given; the state is moved on where it lies."""
+        dt, bias, bounded = self._limited(dt)
         shape = (batch.sequences, self.num_heads, self.head_dim, self.state_size)
-        o, _ = fused_recurrent_simple_gla(
+        y, _ = fused_recurrent_mamba2(
             q,
             k,
-            (v * dt[..., None]).to(v.dtype),
-            -self.A_log.exp() * dt,
-            scale=1.0,
+            v,
+            dt,
+            use_gate_in_kernel=not bounded,
+            rate=-self.A_log.exp(),
+            dt_bias=bias,
+            D=self.D[:, None].expand(-1, self.head_dim),
+            z=z,
             state_v_first=True,
             cu_seqlens=batch.cu_seqlens,
             state_pool=in_place(kept, STATE, shape, v),
         )
-        y = o.to(dt.dtype) + self.D[:, None] * v
-        return (y if z is None else y * functional.silu(z.to(dt.dtype))).to(v.dtype)
+        return y
+
+    def _limited(self, dt: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """The steps, or what the ops make steps of and its bias; and whether they have limits, of
+        which the ops know nothing."""
+        if self.dt_limit == (0.0, math.inf):
+            return dt, self.dt_bias, False
+        return step_sizes(dt, self.dt_bias, True, self.dt_limit), None, True

@@ -37,7 +37,7 @@ more than 2^-RANGE is scored frame by frame, and so is exact, too.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest b37804e3bba4263f; made by
+Template digest c060235e1290bb6f; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage forward --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
@@ -53,10 +53,11 @@ IO = "bfloat16"
 GROUP, GROUPS = 128, 2  # threads; groups that prepare, in each of two programs
 WARP, WARPS = 32, 4  # threads of a warp, and warps of a group
 SLOTS, COPIES = 2 * GROUPS, 5  # tiles of a slot
-# of a thread that prepares: two channels, and a part of the tokens
+# of a thread that prepares: two channels, and a part of the tokens, where these are summed; else
+# eight channels of every eighth token
 PARTS = 2
 PART = BT // PARTS
-STEP = 4  # tokens whose factors are under way together
+ROW_TOKENS = BT // 8
 # factors stay within 2^RANGE of their anchor; an anchor below all
 RANGE, BELOW = 104.0, -1e30
 # 2^smallest_log2 and exp(smallest_log) are 0 in fp32: a clamp changes no result, and keeps
@@ -147,7 +148,9 @@ def program():
         write_values(own, 0)
         tile.sync_threads(1, GROUP)
 
-        for i_t in tile.serial(own.n_chunks):
+        for i_n in tile.serial(own.n_chunks):
+            # known to be a warp's, so that descriptors are not made anew for each product
+            i_t = tile.shfl_sync(i_n, 0)
             slot = i_t % SLOTS
             if i_t == n_kept[0] * x.segment:
                 for i, j in tile.Parallel(BV, K):
@@ -159,6 +162,7 @@ def program():
             if i_t + 1 < own.n_chunks:
                 write_values(own, i_t + 1)
             tile.wait_wgmma(0)
+            # one lane for its warp, whose others are as far: they made the same products
             if i_thread % (GROUP // WARPS) == 0:
                 tile.mbarrier_arrive(own.empty[slot], 0)
                 tile.mbarrier_arrive(own.empty[slot], 1)
@@ -185,11 +189,7 @@ def program():
 
     @tile.macro
     def sum_decay(own, mine):
-        """x_G, but for what lies before the thread's own tokens.
-
-        To the same bits wherever it stands: no product here is free to be fused with what is
-        added later.
-        """
+        """Over either half of the tokens, in place, two channels a thread."""
         for i in tile.unroll(PART):
             for c in tile.vectorized(2):
                 mine.x_G[i, c] = own.s_g[mine.group, mine.i_token + i, mine.i_channel + c]
@@ -206,52 +206,62 @@ def program():
         for i in tile.unroll(1, PART):
             for c in tile.unroll(2):
                 mine.x_G[i, c] = mine.x_G[i, c] * log2e + mine.x_G[i - 1, c]
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                own.s_g[mine.group, mine.i_token + i, mine.i_channel + c] = mine.x_G[i, c]
 
     @tile.macro
-    def make_rows(own, mine, scale, zero):
-        """k, normalised, to x_k; -E and Qg to x_rows. `zero` is added to the decay."""
-        for n in tile.unroll(PART // STEP):
-            # read before any is used: a token at a time, each would wait for its own
-            for i in tile.vectorized(STEP):
-                mine.x_rstd[0, i] = own.s_rstd[mine.group, mine.i_token + n * STEP + i]
-            for i in tile.vectorized(STEP):
-                mine.x_rstd[1, i] = own.s_rstd[mine.group, BT + mine.i_token + n * STEP + i]
-            for i in tile.unroll(STEP):
-                for c in tile.vectorized(2):
-                    mine.x_read[0, i, c] = own.s_kq[
-                        mine.group, mine.i_token + n * STEP + i, mine.i_channel + c
+    def make_rows(own, mine, scale):
+        """k, normalised, to x_k; -E and Qg to x_rows; the decay's sum to x_sum.
+
+        Here a thread has eight channels of every eighth token, so that it reads and writes 16 bytes
+        at a time: where a token lies takes more instructions than what is done with its channels.
+        """
+        for h in tile.unroll(2):
+            for c in tile.vectorized(4):
+                mine.x_before[4 * h + c] = own.s_g[mine.group, PART - 1, mine.i_lane + 4 * h + c]
+        for n in tile.unroll(ROW_TOKENS):
+            mine.x_rstd[0] = tile.rsqrt(own.s_squares[mine.group, mine.i_row + 8 * n] + 1e-6)
+            mine.x_rstd[1] = tile.rsqrt(own.s_squares[mine.group, BT + mine.i_row + 8 * n] + 1e-6) * scale
+            for h in tile.unroll(2):
+                for c in tile.vectorized(4):
+                    mine.x_sum[n, 4 * h + c] = own.s_g[
+                        mine.group, mine.i_row + 8 * n, mine.i_lane + 4 * h + c
                     ]
+            for c in tile.vectorized(8):
+                mine.x_read[0, c] = own.s_kq[mine.group, mine.i_row + 8 * n, mine.i_lane + c]
+            for c in tile.vectorized(8):
+                mine.x_read[1, c] = own.s_kq[mine.group, BT + mine.i_row + 8 * n, mine.i_lane + c]
+            for h in tile.unroll(4):
                 for c in tile.vectorized(2):
-                    mine.x_read[1, i, c] = own.s_kq[
-                        mine.group, BT + mine.i_token + n * STEP + i, mine.i_channel + c
-                    ]
-            for i in tile.unroll(STEP):
+                    if n >= ROW_TOKENS // 2:
+                        mine.x_sum[n, 2 * h + c] += mine.x_before[2 * h + c]
                 for c in tile.vectorized(2):
-                    mine.x_k[n * STEP + i, c] = (
-                        tile.cast(mine.x_read[0, i, c], "float32") * mine.x_rstd[0, i]
+                    mine.x_k[n, 2 * h + c] = (
+                        tile.cast(mine.x_read[0, 2 * h + c], "float32") * mine.x_rstd[0]
                     )
                 for c in tile.vectorized(2):
-                    mine.x_factor[c] = tile.exp2(mine.x_G[n * STEP + i, c] + zero)
+                    mine.x_factor[c] = tile.exp2(mine.x_sum[n, 2 * h + c])
                 for c in tile.vectorized(2):
-                    mine.x_rows[0, n * STEP + i, c] = -(
-                        mine.x_k[n * STEP + i, c]
+                    mine.x_rows[0, n, 2 * h + c] = -(
+                        mine.x_k[n, 2 * h + c]
                         * mine.x_factor[c]
                     )
                 for c in tile.vectorized(2):
-                    mine.x_rows[1, n * STEP + i, c] = (
-                        tile.cast(mine.x_read[1, i, c], "float32")
-                        * (mine.x_rstd[1, i] * scale)
+                    mine.x_rows[1, n, 2 * h + c] = (
+                        tile.cast(mine.x_read[1, 2 * h + c], "float32")
+                        * mine.x_rstd[1]
                         * mine.x_factor[c]
                     )
 
     @tile.macro
     def store_rows(own, mine):
-        for i in tile.unroll(PART):
-            for c in tile.vectorized(2):
-                own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_rows[0, i, c]
-            for c in tile.vectorized(2):
-                own.s_rows[mine.slot, BT + mine.i_token + i, mine.i_channel + c] = (
-                    mine.x_rows[1, i, c]
+        for n in tile.unroll(ROW_TOKENS):
+            for c in tile.vectorized(8):
+                own.s_rows[mine.slot, mine.i_row + 8 * n, mine.i_lane + c] = mine.x_rows[0, n, c]
+            for c in tile.vectorized(8):
+                own.s_rows[mine.slot, BT + mine.i_row + 8 * n, mine.i_lane + c] = (
+                    mine.x_rows[1, n, c]
                 )
 
     @tile.macro
@@ -265,7 +275,7 @@ def program():
                     tile.cast(
                         own.s_kq[mine.group, mine.i_token + i, mine.i_channel + c], "float32"
                     )
-                    * own.s_rstd[mine.group, mine.i_token + i]
+                    * tile.rsqrt(own.s_squares[mine.group, mine.i_token + i] + 1e-6)
                 )
                 own.s_rows[mine.slot, mine.i_token + i, mine.i_channel + c] = -(
                     key
@@ -275,7 +285,7 @@ def program():
                     tile.cast(
                         own.s_kq[mine.group, BT + mine.i_token + i, mine.i_channel + c], "float32"
                     )
-                    * (own.s_rstd[mine.group, BT + mine.i_token + i] * scale)
+                    * (tile.rsqrt(own.s_squares[mine.group, BT + mine.i_token + i] + 1e-6) * scale)
                     * row
                 )
                 own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
@@ -301,10 +311,14 @@ def program():
         b_Aqk = tile.alloc_fragment([BT, BT], "float32")
         tile.clear(b_T)
         tile.clear(b_Aqk)
-        sum_decay(own, mine)  # again: no registers hold it until here
+        for i in tile.unroll(PART):
+            for c in tile.vectorized(2):
+                mine.x_G[i, c] = own.s_g[mine.group, mine.i_token + i, mine.i_channel + c]
         for i in tile.unroll(PART):
             for c in tile.unroll(2):
-                mine.x_G[i, c] += mine.x_before[c]
+                mine.x_G[i, c] += tile.if_then_else(
+                    mine.i_part > 0, own.s_g[mine.group, PART - 1, mine.i_channel + c], 0.0
+                )
         for c in tile.unroll(2):
             x_anchor[c] = 0.0
         for i in tile.unroll(PART):
@@ -344,19 +358,21 @@ def program():
                     transpose_B=True,
                 )
                 tile.sync_threads(mine.barrier, GROUP)
-        # a zero that the compiler does not know of: it would keep the exponentials in registers
-        # that it has not, of chunks without such frames, too
-        make_rows(own, mine, scale, own.s_T[mine.group, 0, BT + 1])
+        make_rows(own, mine, scale)
         store_rows(own, mine)
         # Ktail, which cannot be made of k / gamma
-        for c in tile.unroll(2):
-            mine.x_gamma[c] = 1.0
-        for i in tile.unroll(PART):
-            for c in tile.unroll(2):
-                mine.x_k[i, c] *= (
-                    tile.exp2(mine.x_C[c] - mine.x_G[i, c])
-                    * own.s_beta[mine.group, mine.i_token + i]
+        for n in tile.unroll(ROW_TOKENS):
+            for c in tile.unroll(8):
+                mine.x_k[n, c] *= (
+                    tile.exp2(
+                        own.s_g[mine.group, BT - 1, mine.i_lane + c]
+                        + mine.x_before[c]
+                        - mine.x_sum[n, c]
+                    )
+                    * own.s_beta[mine.group, mine.i_row + 8 * n]
                 )
+        for c in tile.unroll(8):
+            mine.x_gamma[c] = 1.0
         for i, j in tile.Parallel(BT, BT):
             if own.s_T[mine.group, i, BT + 2] == stamp:
                 own.s_T[mine.group, j, i] = b_T[i, j]
@@ -383,28 +399,41 @@ def program():
             )
 
     @tile.macro
-    def halves(own, mine):
-        """A column of the inverse of either half a thread, by substitution."""
-        x_A = tile.alloc_local([HALF], "float32")
-        i_own = mine.i_thread % BT
-        i_half = i_own // HALF * HALF
-        for i in tile.unroll(HALF):
-            x_A[i] = tile.if_then_else(i_half + i == i_own, 1.0, 0.0)
-        for m in tile.unroll(HALF - 1):
-            for i in tile.unroll(m + 1, HALF):
-                x_A[i] += own.s_T[mine.group, i_half + m, i_half + i] * x_A[m]
-        # A11 where T is not looked at, A22, transposed, where the totals of the decay were
-        if i_own < HALF:
-            for i in tile.unroll(HALF):
-                own.s_T[mine.group, HALF + i, i_own] = x_A[i]
-        else:
-            for i in tile.unroll(HALF // 4):
+    def substitute(own, mine, x_A, x_T, first, rows):
+        """Four rows of a half's inverse, from `first` on, in the place of T's four columns there.
+
+        x_A has a column from that row on, and moves up by four. What is past the half is of no use.
+        """
+        i_half = mine.i_thread % BT // HALF * HALF
+        for m in tile.unroll(4):
+            for i in tile.unroll(rows // 4):
                 for c in tile.vectorized(4):
-                    own.s_total[
-                        mine.group,
-                        (i_own - HALF) * HALF // K,
-                        (i_own - HALF) * HALF % K + i * 4 + c,
-                    ] = x_A[i * 4 + c]
+                    x_T[i * 4 + c] = own.s_T[
+                        mine.group, i_half + first + m, i_half + first + i * 4 + c
+                    ]
+            for i in tile.unroll(m + 1, rows):
+                x_A[i] += x_T[i] * x_A[m]
+        tile.sync_warp()  # all its threads have read what each writes a part of
+        for m in tile.unroll(4):
+            own.s_T[mine.group, i_half + first + m, mine.i_thread % BT] = x_A[m]
+        for i in tile.unroll(rows - 4):
+            x_A[i] = x_A[i + 4]
+
+    @tile.macro
+    def halves(own, mine):
+        """A column of the inverse of either half a thread, by substitution.
+
+        In two loops of few instructions: three warps wait for the one that does it, and what runs
+        once is fetched no faster than it runs.
+        """
+        x_A = tile.alloc_local([HALF], "float32")
+        x_T = tile.alloc_local([HALF], "float32")
+        for i in tile.unroll(HALF):
+            x_A[i] = tile.if_then_else(i == mine.i_thread % HALF, 1.0, 0.0)
+        for n in tile.unroll(HALF // 8, unroll_factor=1):
+            substitute(own, mine, x_A, x_T, n * 4, HALF)
+        for n in tile.unroll(HALF // 8, unroll_factor=1):
+            substitute(own, mine, x_A, x_T, HALF // 2 + n * 4, HALF // 2)
 
     @tile.macro
     def invert(own, mine):
@@ -416,57 +445,54 @@ def program():
         copy_early(own, mine)
         # A21 = A22 (-T21 A11); of each quarter of A two columns of a row a thread
         x_A21 = tile.alloc_local([2], "float32")
+        x_A22 = tile.alloc_local([4], "float32")
         i_i = mine.i_thread * 2 // HALF
         i_j = mine.i_thread * 2 % HALF
         for c in tile.vectorized(2):
-            own.s_A[mine.slot, i_i, i_j + c] = own.s_T[mine.group, HALF + i_i, i_j + c]
+            own.s_A[mine.slot, i_i, i_j + c] = own.s_T[mine.group, i_i, i_j + c]
         for c in tile.vectorized(2):
             own.s_A[mine.slot, i_i, HALF + i_j + c] = 0.0
-        for c in tile.unroll(2):
-            x_A21[c] = own.s_total[
-                mine.group, (i_j + c) * HALF // K, (i_j + c) * HALF % K + i_i
-            ]
         for c in tile.vectorized(2):
-            own.s_A[mine.slot, HALF + i_i, HALF + i_j + c] = x_A21[c]
+            own.s_A[mine.slot, HALF + i_i, HALF + i_j + c] = own.s_T[
+                mine.group, HALF + i_i, HALF + i_j + c
+            ]
         for c in tile.vectorized(2):
             x_A21[c] = 0.0
         for m in tile.unroll(HALF):
             for c in tile.vectorized(2):
-                x_A21[c] += (
-                    own.s_T[mine.group, m, HALF + i_i] * own.s_T[mine.group, HALF + m, i_j + c]
-                )
+                x_A21[c] += own.s_T[mine.group, m, HALF + i_i] * own.s_T[mine.group, m, i_j + c]
         for c in tile.vectorized(2):
-            own.s_T[mine.group, i_i, i_j + c] = x_A21[c]  # where T11 was
+            own.s_T[mine.group, HALF + i_i, i_j + c] = x_A21[c]  # where T is not looked at
         tile.sync_threads(mine.barrier, GROUP)
         for c in tile.vectorized(2):
             x_A21[c] = 0.0
-        for m in tile.unroll(HALF):
-            for c in tile.vectorized(2):
-                x_A21[c] += (
-                    own.s_total[mine.group, m * HALF // K, m * HALF % K + i_i]
-                    * own.s_T[mine.group, m, i_j + c]
-                )
+        for n in tile.unroll(HALF // 4):
+            for m in tile.vectorized(4):
+                x_A22[m] = own.s_T[mine.group, HALF + i_i, HALF + n * 4 + m]
+            for m in tile.unroll(4):
+                for c in tile.vectorized(2):
+                    x_A21[c] += x_A22[m] * own.s_T[mine.group, HALF + n * 4 + m, i_j + c]
         for c in tile.vectorized(2):
             own.s_A[mine.slot, HALF + i_i, i_j + c] = x_A21[c]
         tile.sync_threads(mine.barrier, GROUP)
 
     @tile.macro
-    def load_chunk(x, own, mine, row):
+    def load_chunk(x, own, mine, row, i_hq, i_hg):
         loaded = own.loaded
         for half in tile.unroll(2):
             # 64 channels of a tile lie together in shared memory
             tile.tma_copy(
-                x.k[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
+                x.k[own.i_b, row : row + BT, i_hq, half * 64 : half * 64 + 64],
                 own.s_kq[mine.group, 0:BT, half * 64 : half * 64 + 64],
                 barrier=loaded[mine.group],
             )
             tile.tma_copy(
-                x.q[own.i_b, row : row + BT, own.i_hq, half * 64 : half * 64 + 64],
+                x.q[own.i_b, row : row + BT, i_hq, half * 64 : half * 64 + 64],
                 own.s_kq[mine.group, BT : 2 * BT, half * 64 : half * 64 + 64],
                 barrier=loaded[mine.group],
             )
         tile.tma_copy(
-            x.g[own.i_b, row : row + BT, own.i_hg, :],
+            x.g[own.i_b, row : row + BT, i_hg, :],
             own.s_g[mine.group, :, :],
             barrier=loaded[mine.group],
         )
@@ -481,7 +507,7 @@ def program():
 
     @tile.macro
     def norms_and_decay(x, own, mine):
-        """s_rstd, s_self; x_G, but for what lies before the thread's own tokens, and x_C."""
+        """s_squares, s_self; in s_g the decay summed, but for what lies before the second half."""
         # a token with itself, where no decay lies between, and the norms, from one product
         b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
         tile.wgmma_gemm(
@@ -489,26 +515,15 @@ def program():
             transpose_B=True, clear_accum=True,
         )
         sum_decay(own, mine)
-        for c in tile.vectorized(2):
-            own.s_total[mine.group, mine.i_part, mine.i_channel + c] = mine.x_G[PART - 1, c]
         tile.wait_wgmma(0)
         for i, j in tile.Parallel(2 * BT, 2 * BT):
             if i == j:
-                own.s_rstd[mine.group, i] = tile.rsqrt(b_norms[i, j] + 1e-6)
+                own.s_squares[mine.group, i] = b_norms[i, j]
             if i + BT == j:
-                own.s_self[mine.group, i] = b_norms[i, j] * x.scale
+                own.s_self[mine.group, i] = b_norms[i, j]
         if mine.i_thread < BT:
             own.s_beta[mine.group, mine.i_thread] = mine.x_beta[0]
         tile.sync_threads(mine.barrier, GROUP)
-        for c in tile.unroll(2):
-            mine.x_before[c] = 0.0
-            mine.x_C[c] = 0.0
-        for m in tile.unroll(PARTS):
-            for c in tile.unroll(2):
-                mine.x_before[c] += tile.if_then_else(
-                    m < mine.i_part, own.s_total[mine.group, m, mine.i_channel + c], 0.0
-                )
-                mine.x_C[c] += own.s_total[mine.group, m, mine.i_channel + c]
 
     @tile.macro
     def write_factors(x, own, mine, i_n, stamp):
@@ -516,30 +531,29 @@ def program():
 
         All is made in registers, packed, before the slot is waited for: it is scanned meanwhile.
         """
-        for i in tile.unroll(PART):
-            for c in tile.unroll(2):
-                mine.x_G[i, c] += mine.x_before[c]
-        make_rows(own, mine, x.scale, 0.0)
-        for i in tile.unroll(PART):
-            for c in tile.vectorized(2):
-                mine.x_k[i, c] *= (
-                    tile.exp2(-mine.x_G[i, c])
-                    * own.s_beta[mine.group, mine.i_token + i]
-                )
-            for c in tile.vectorized(2):
-                mine.x_keys[i, c] = mine.x_k[i, c]
-        for c in tile.unroll(2):
-            mine.x_gamma[c] = tile.exp2(mine.x_C[c])
+        make_rows(own, mine, x.scale)
+        for n in tile.unroll(ROW_TOKENS):
+            for h in tile.unroll(4):
+                for c in tile.vectorized(2):
+                    mine.x_k[n, 2 * h + c] *= (
+                        tile.exp2(-mine.x_sum[n, 2 * h + c])
+                        * own.s_beta[mine.group, mine.i_row + 8 * n]
+                    )
+                for c in tile.vectorized(2):
+                    mine.x_keys[n, 2 * h + c] = mine.x_k[n, 2 * h + c]
         tile.mbarrier_wait_parity(own.empty[mine.slot], (i_n + 1) % 2)
         store_rows(own, mine)
-        for i in tile.unroll(PART):
-            for c in tile.vectorized(2):
-                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = mine.x_keys[i, c]
-        if mine.i_part == 0:
-            for c in tile.vectorized(2):
-                own.s_gamma[mine.slot, mine.i_channel + c] = mine.x_gamma[c]
-            for c in tile.unroll(2):
-                if mine.x_C[c] < -RANGE:
+        for n in tile.unroll(ROW_TOKENS):
+            for c in tile.vectorized(8):
+                own.s_keys[mine.slot, mine.i_row + 8 * n, mine.i_lane + c] = mine.x_keys[n, c]
+        if mine.i_row == 7:  # of the last token, too
+            for h in tile.unroll(2):
+                for c in tile.vectorized(4):
+                    own.s_gamma[mine.slot, mine.i_lane + 4 * h + c] = tile.exp2(
+                        mine.x_sum[ROW_TOKENS - 1, 4 * h + c]
+                    )
+            for c in tile.unroll(8):
+                if mine.x_sum[ROW_TOKENS - 1, c] < -RANGE:
                     own.s_T[mine.group, 0, BT] = stamp
         tile.fence_proxy_async()
         tile.sync_threads(mine.barrier, GROUP)
@@ -557,33 +571,38 @@ def program():
                 own.s_T[mine.group, j, i] = b_scores[i, j]
             else:
                 own.s_Aqk[mine.slot, i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
+        for h in tile.unroll(2):
+            for c in tile.vectorized(4):
+                mine.x_gamma[4 * h + c] = own.s_gamma[mine.slot, mine.i_lane + 4 * h + c]
         if own.s_T[mine.group, 0, BT] == stamp:
             later_frames(own, mine, x.scale, stamp)
 
     @tile.macro
-    def write_tail(own, mine):
+    def write_tail(own, mine, scale):
         """The diagonal of Aqk, and Ktail in place of k / gamma."""
         if mine.i_warp == 1:
             i_own = mine.i_thread % BT
             own.s_Aqk[mine.slot, i_own, i_own] = (
                 own.s_self[mine.group, i_own]
-                * own.s_rstd[mine.group, i_own]
-                * own.s_rstd[mine.group, BT + i_own]
+                * scale
+                * tile.rsqrt(own.s_squares[mine.group, i_own] + 1e-6)
+                * tile.rsqrt(own.s_squares[mine.group, BT + i_own] + 1e-6)
                 * own.s_beta[mine.group, i_own]
             )
-        for i in tile.unroll(PART):
-            for c in tile.vectorized(2):
-                own.s_keys[mine.slot, mine.i_token + i, mine.i_channel + c] = (
-                    mine.x_k[i, c] * mine.x_gamma[c]
-                )
+        for n in tile.unroll(ROW_TOKENS):
+            for h in tile.unroll(4):
+                for c in tile.vectorized(2):
+                    mine.x_keys[n, 2 * h + c] = mine.x_k[n, 2 * h + c] * mine.x_gamma[2 * h + c]
+            for c in tile.vectorized(8):
+                own.s_keys[mine.slot, mine.i_row + 8 * n, mine.i_lane + c] = mine.x_keys[n, c]
         tile.fence_proxy_async()
 
     @tile.macro
     def write_norms(x, own, mine, i_c):
         """What the backward is to have of them, by one warp."""
         i_own = mine.i_thread % BT
-        x.k_rstd[i_c, own.i_h, i_own] = own.s_rstd[mine.group, i_own]
-        x.q_rstd[i_c, own.i_h, i_own] = own.s_rstd[mine.group, BT + i_own]
+        x.k_rstd[i_c, own.i_h, i_own] = tile.rsqrt(own.s_squares[mine.group, i_own] + 1e-6)
+        x.q_rstd[i_c, own.i_h, i_own] = tile.rsqrt(own.s_squares[mine.group, BT + i_own] + 1e-6)
         x.k_beta[i_c, own.i_h, i_own] = own.s_beta[mine.group, i_own]
 
     @tile.macro
@@ -623,49 +642,62 @@ def program():
         i_thread = tile.get_thread_binding()
         x_beta = tile.alloc_local([1], "float32")
         x_G = tile.alloc_local([PART, 2], "float32")
-        x_k = tile.alloc_local([PART, 2], "float32")
-        x_read = tile.alloc_local([2, STEP, 2], IO)
-        x_rstd = tile.alloc_local([2, STEP], "float32")
-        x_rows = tile.alloc_local([2, PART, 2], IO)
-        x_keys = tile.alloc_local([PART, 2], IO)
+        x_sum = tile.alloc_local([ROW_TOKENS, 8], "float32")
+        x_before = tile.alloc_local([8], "float32")
+        x_k = tile.alloc_local([ROW_TOKENS, 8], "float32")
+        x_read = tile.alloc_local([2, 8], IO)
+        x_rows = tile.alloc_local([2, ROW_TOKENS, 8], IO)
+        x_keys = tile.alloc_local([ROW_TOKENS, 8], IO)
         x_factor = tile.alloc_local([2], "float32")
-        x_before = tile.alloc_local([2], "float32")
-        x_C = tile.alloc_local([2], "float32")
-        x_gamma = tile.alloc_local([2], "float32")
+        x_rstd = tile.alloc_local([2], "float32")
+        x_gamma = tile.alloc_local([8], "float32")
         slot = 2 * group + own.i_v  # and the first chunk
         i_part = i_thread // (K // 2)
         mine = SimpleNamespace(
             group=group, barrier=2 + group, slot=slot, i_thread=i_thread, i_warp=i_thread // WARP,
             i_channel=i_thread % (K // 2) * 2, i_part=i_part, i_token=i_part * PART,
-            x_G=x_G, x_k=x_k, x_before=x_before, x_C=x_C, x_gamma=x_gamma, x_read=x_read,
-            x_rstd=x_rstd, x_factor=x_factor, x_rows=x_rows, x_keys=x_keys, x_beta=x_beta,
+            i_row=i_thread // (K // 8), i_lane=i_thread % (K // 8) * 8, x_G=x_G, x_sum=x_sum,
+            x_before=x_before, x_k=x_k, x_read=x_read, x_rows=x_rows, x_keys=x_keys,
+            x_factor=x_factor, x_rstd=x_rstd, x_gamma=x_gamma, x_beta=x_beta,
         )
         n_own = tile.ceildiv(own.n_chunks - slot, SLOTS)
         if i_thread == 0:
             own.s_T[group, 0, BT] = 0.0  # no stamp
-            own.s_T[group, 0, BT + 1] = 0.0
+            # heads of q and k, and of the decay: a division each, or a register, for every load
+            own.s_T[group, 0, BT + 1] = tile.cast(own.i_hq, "float32")
+            own.s_T[group, 0, BT + 3] = tile.cast(own.i_hg, "float32")
         if i_thread < BT:
             own.s_T[group, i_thread, BT + 2] = 0.0
         if slot < own.n_chunks:
-            load_chunk(x, own, mine, slot * BT)
+            load_chunk(x, own, mine, slot * BT, own.i_hq, own.i_hg)
 
         for i_n in tile.serial(n_own):
+            # the same of a whole warp, so that ptxas keeps what depends on it once a warp
+            group_now = tile.shfl_sync(group, 0)
+            slot_now = 2 * group_now + own.i_v
+            now = SimpleNamespace(
+                **(vars(mine) | dict(group=group_now, barrier=2 + group_now, slot=slot_now))
+            )
             i_t = slot + i_n * SLOTS
             i_c = own.i_b * own.n_chunks + i_t
             stamp = tile.cast((i_n + 1) * 64, "float32")
-            tile.mbarrier_wait_parity(own.loaded[group], i_n % 2)
-            norms_and_decay(x, own, mine)
-            write_factors(x, own, mine, i_n, stamp)
-            score(x, own, mine, stamp)
-            tile.sync_threads(mine.barrier, GROUP)
+            tile.mbarrier_wait_parity(own.loaded[now.group], i_n % 2)
+            norms_and_decay(x, own, now)
+            write_factors(x, own, now, i_n, stamp)
+            score(x, own, now, stamp)
+            tile.sync_threads(now.barrier, GROUP)
             if i_n + 1 < n_own:
-                load_chunk(x, own, mine, (i_t + SLOTS) * BT)
-            write_tail(own, mine)
-            if mine.i_warp == 2:
-                write_norms(x, own, mine, i_c)
-            invert(own, mine)
-            write_Y(x, own, mine, i_c)
-            hand_over(own, mine)
+                load_chunk(
+                    x, own, now, (i_t + SLOTS) * BT,
+                    tile.cast(own.s_T[now.group, 0, BT + 1], "int32"),
+                    tile.cast(own.s_T[now.group, 0, BT + 3], "int32"),
+                )
+            write_tail(own, now, x.scale)
+            if now.i_warp == 2:
+                write_norms(x, own, now, i_c)
+            invert(own, now)
+            write_Y(x, own, now, i_c)
+            hand_over(own, now)
 
     @tile.prim_func
     def forward(
@@ -699,7 +731,7 @@ def program():
             s_g = tile.alloc_shared([GROUPS, BT, K], "float32")
             s_self = tile.alloc_shared([GROUPS, BT], "float32")
             s_total = tile.alloc_shared([GROUPS, PARTS, K], "float32")
-            s_rstd = tile.alloc_shared([GROUPS, 2 * BT], "float32")
+            s_squares = tile.alloc_shared([GROUPS, 2 * BT], "float32")
             # rows so long that what a warp writes of the scores lies in banks of its own
             s_T = tile.alloc_shared([GROUPS, BT, BT + 4], "float32")
             full = tile.alloc_cluster_barrier([COPIES] * SLOTS)
@@ -717,7 +749,7 @@ def program():
                 T=T, n_chunks=tile.ceildiv(T, BT), s_rows=s_rows, s_keys=s_keys, s_A=s_A,
                 s_Aqk=s_Aqk, s_gamma=s_gamma, s_v=s_v, s_o=s_o,
                 s_kq=s_kq, s_beta=s_beta, s_g=s_g, s_self=s_self,
-                s_total=s_total, s_rstd=s_rstd, s_T=s_T,
+                s_total=s_total, s_squares=s_squares, s_T=s_T,
                 full=full, empty=empty, loaded=loaded, values=values,
             )
 

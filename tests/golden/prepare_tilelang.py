@@ -29,7 +29,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 47b633f1b81c4c8b; made by
+Template digest e667b48dbd9994a9; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -317,14 +317,19 @@ def one_warp_loads():
     compile_cuda = nvcc.compile_cuda
     if compile_cuda.__name__ == "compile_loads":
         return
-    loading = re.compile(
-        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?", re.M
+    begin = re.compile(
+        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n"
+        r"(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?",
+        re.MULTILINE,
     )
+    end = "    if (((int)threadIdx.x) >= 32) return;\n"
 
     def compile_loads(source, *arguments, options=None, **named):
         if "-DONE_WARP_LOADS" in (options or ()):
-            source, found = loading.subn(r"\g<0>    if (((int)threadIdx.x) >= 32) return;\n", source)
-            if found != source.count("threadIdx.x) < 128) {"):
+            # whoever loads waits for the phase before the one that others wait for
+            loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
+            source, found = begin.subn(lambda x: x[0] + end, source)
+            if found != loads or found != source.count("threadIdx.x) < 128) {"):
                 raise RuntimeError("TileLang's text has loads in a place that is not known")
         return compile_cuda(source, *arguments, options=options, **named)
 

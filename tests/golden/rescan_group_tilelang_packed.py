@@ -21,7 +21,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BT=64 BV=64 gating=inside heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest c03c9ee6986c6c43; made by
+Template digest 8d31039fb7a0909e; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D --stage rescan_group --config \
       BT=64,BV=64,gating=inside,heads=1,language=tilelang,num_stages=1,num_warps=4
@@ -199,14 +199,19 @@ def one_warp_loads():
     compile_cuda = nvcc.compile_cuda
     if compile_cuda.__name__ == "compile_loads":
         return
-    loading = re.compile(
-        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?", re.M
+    begin = re.compile(
+        r"^  if \(\(\(int\)threadIdx\.x\) < 128\) \{\n"
+        r"(    tl::warpgroup_reg_dealloc<\d+>\(\);\n)?",
+        re.MULTILINE,
     )
+    end = "    if (((int)threadIdx.x) >= 32) return;\n"
 
     def compile_loads(source, *arguments, options=None, **named):
         if "-DONE_WARP_LOADS" in (options or ()):
-            source, found = loading.subn(r"\g<0>    if (((int)threadIdx.x) >= 32) return;\n", source)
-            if found != source.count("threadIdx.x) < 128) {"):
+            # whoever loads waits for the phase before the one that others wait for
+            loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
+            source, found = begin.subn(lambda x: x[0] + end, source)
+            if found != loads or found != source.count("threadIdx.x) < 128) {"):
                 raise RuntimeError("TileLang's text has loads in a place that is not known")
         return compile_cuda(source, *arguments, options=options, **named)
 

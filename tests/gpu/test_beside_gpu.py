@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.gpu_alone]
 
 
 @pytest.mark.parametrize(
-    ("member", "level"), [("gdn2:64", "lean"), ("gdn2:128", "fast"), ("gated_delta_rule:64", "lean")]
+    ("member", "level"),
+    [("gdn2:64", "lean"), ("gdn2:128", "fast"), ("gated_delta_rule:64", "lean")],
 )
 def test_passes_beside_each_other_end(member: str, level: str) -> None:
     """Of many short sequences, as small models train on; to the same bits as alone."""

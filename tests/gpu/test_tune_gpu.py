@@ -14,6 +14,7 @@ from gdn2gen.family.tolerances import limit_of
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure import check, rows, timing
 from gdn2gen.measure.accuracy import run_op
 from gdn2gen.ops.chunk import chunk_gdn2
@@ -92,14 +93,24 @@ def test_scans_in_tilelang_pass_the_gate(packed, plan):
         (Problem(V=64, dtype="fp16"), "lean"),
         (Problem(), "states"),
         (Problem(K=64, V=64), "states"),
+        (Problem(), "blocks2"),
+        (Problem(K=64, V=64), "blocks1_states"),
+        (Problem("kda"), "blocks2_states"),
+        (Problem(state_v_first=True, l2norm=False), "blocks4_states"),
     ],
-    ids=["plain", "K=64", "V=64", "states", "states-64"],
+    ids=[
+        *("plain", "K=64", "V=64", "states", "states-64"),
+        *("blocks", "blocks-of-1", "kda-blocks", "blocks-of-4"),
+    ],
 )
 def test_segments_in_tilelang_pass_the_gate(problem, plan, num_stages):
-    """Two segments, and five with a last one of two chunks, of which one has eight tokens."""
+    """Two segments, and five of 27 and 26 chunks, the last of which has eight tokens.
+
+    A block of two chunks, or of four, lies in two segments there.
+    """
     full = check.full_problem(problem)
     recipe = Recipe.default(full, plan, BT=32)
-    for stage in ("scan" if plan == "lean" else "scan_states", "reverse_scan"):
+    for stage in [x for x in PLANS[plan].stages if STAGES[x].selector == "segments"]:
         config = default_config(stage, full, BT=32).replace(
             language="tilelang", segments="parallel", num_stages=num_stages
         )

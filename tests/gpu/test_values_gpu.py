@@ -92,6 +92,12 @@ def _recipes() -> dict[str, Recipe]:
         "simple-gla-tilelang-parallel": _recipe(
             _SIMPLE_GLA, "tilelang", "linear_direct", segments="parallel"
         ),
+        "tilelang-blocks-parallel": _recipe(
+            _STATES, "tilelang", "blocks2_states", segments="parallel"
+        ),
+        "kda-tilelang-blocks-parallel": _recipe(
+            replace(_KDA, K=128, V=128), "tilelang", "blocks2_states", segments="parallel"
+        ),
         "simple-gla-tilelang-packed": _recipe(
             replace(_SIMPLE_GLA, varlen=True), "tilelang", "linear_direct_states"
         ),
@@ -147,6 +153,7 @@ def _lazily_negative(x: Tensor, _: int) -> Tensor:
         *("triton", "tilelang", "tilelang-K128", "tilelang-softplus", "tilelang-packed"),
         *("kda-triton", "kda-tilelang-K128", "kda-tilelang-packed-softplus"),
         *("gdn-tilelang", "gdn-tilelang-packed", "simple-gla-tilelang-parallel"),
+        "tilelang-blocks-parallel",
     ],
 )
 def test_views_are_read_as_their_copies_are(name: str, how: View) -> None:

@@ -1,12 +1,10 @@
-"""One of several processes that join a study: `python joined_tune.py STORAGE OUT SECONDS`.
+"""What one of several processes does that join a study.
 
 Its GPU is a fake one whose compiles and gates take real time, so that the processes overlap.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,23 +26,19 @@ class SlowBackend(FakeBackend):
         return time.monotonic()
 
 
-def main(storage: str, out: str, seconds: str) -> None:
+def join(storage: str, out: Path, seconds: float) -> list[str]:
+    """The configs that were timed by this process."""
     backend = SlowBackend()
     tune(
         PROBLEM,
         [SMALL],
         DEVICE,
-        budget_minutes=float(seconds) / 60,
-        out_dir=Path(out),
+        budget_minutes=seconds / 60,
+        out_dir=out,
         storage=storage,
         levels=("lean",),
         backend=backend,
         clock=backend.clock,
         progress=Progress(),
     )
-    timed = [str(x.by_stage[stages[0]]) for x, stages, _ in backend.timed if len(stages) == 1]
-    print(json.dumps(timed))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return [str(x.by_stage[stages[0]]) for x, stages, _ in backend.timed if len(stages) == 1]

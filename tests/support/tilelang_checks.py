@@ -1,35 +1,42 @@
 """The TileLang forms of blocks beside Triton's, whose launches they take the tensors of.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python tilelang_checks.py gdn2 64 40 layer 1`, a member, head dim, tokens, gate pattern, and
-chunks of a block.
+own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
+and chunks of a block; then, of the scans in segments alone, chunks of a segment, and flags of the
+problem, `twice` (two sequences and heads) and `stateless`.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from tilelang_configs import tilelang_config
 from tilelang_standin import run_all
+from torch import Tensor
 
 from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import public_op, run_op
-from gdn2gen.measure.check import drawn, forced
+from gdn2gen.measure.case_runs import errors_in_range
+from gdn2gen.measure.check import drawn, exact, forced
+from gdn2gen.runtime import call
 
 WRITES = {
     "scan_blocks": ("o", "h", "R", "final_state"),
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
+SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
 # blocks of two they round the state between the chunks, and TileLang's what takes its place.
@@ -54,22 +61,52 @@ def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
 
+def _by_program(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the stage's program leaves, carried out on copies."""
+    tensors = {name: x for name, x in given.items() if torch.is_tensor(x)}
+    return run_all(module, tensors, _sizes(module, given), *_scalars(stage, given))
+
+
+def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same of several programs, with kernels in Triton between them: by the module's launch."""
+    mine = {name: x.clone() if torch.is_tensor(x) else x for name, x in given.items()}
+    for name in SCRATCH & {*mine}:
+        mine[name].fill_(float("nan"))
+    names = [name for name, x in mine.items() if torch.is_tensor(x)]
+
+    def compiled(program: str) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            tensors = dict(zip(names, args[:-1], strict=True))
+            sizes = _sizes(module, given)
+            for name, x in run_all(module, tensors, sizes, args[-1], program=program).items():
+                tensors[name].copy_(x)
+
+        return run
+
+    vars(module)["compiled"] = lambda: compiled("program")
+    vars(module)["compiled_fold"] = lambda: compiled("fold_program")
+    module.launch(**mine)
+    return {name: mine[name] for name in names}
+
+
 def compare(
     module: ModuleType, other: ModuleType, stage: str, every: int, found: list[str]
 ) -> None:
-    """Have each launch of `module` run `other`'s programs on its tensors, too."""
+    """Have each launch of `module` run `other`'s programs on its tensors, too.
+
+    What comes after it reads what those left.
+    """
     launch, writes = module.launch, WRITES[stage.rstrip("0123456789")]
     names = list(inspect.signature(launch).parameters)
+    run = _by_launch if hasattr(other, "fold_program") else _by_program
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)}
-        written = [x for x in writes if x in tensors]
+        written = [x for x in writes if x in given]
         for name in written:
             given[name].fill_(float("nan"))
-            tensors[name].fill_(float("nan"))
+        results = run(other, stage, given)
         launch(*args, **kwargs)
-        results = run_all(other, tensors, _sizes(other, given), *_scalars(stage, given))
         for name in written:
             # what is past the last token is written by some, and read by none
             wanted = given[name].float()
@@ -78,23 +115,39 @@ def compare(
             found.append(f"{stage} {name} {off:.1e}")
             if not (kept.any() and off < LIMITS[every]):  # a NaN is no less
                 raise AssertionError(found[-1])
+            given[name][kept] = results[name][kept].to(given[name].dtype)
 
     vars(module)["launch"] = both
 
 
-def main(op: str, K: str, T: str, pattern: str, every: str) -> None:
-    problem = Problem(op, K=int(K), V=int(K), initial_state=True, final_state=True)
+def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
+    many = 2 if "twice" in flags else 1
+    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless"}, True)
+    if "stateless" not in flags:
+        given |= {"initial_state": True, "final_state": True}
+    problem = Problem(op, K=int(K), V=int(K), **given)
     recipe = Recipe.default(problem, f"blocks{every}_states", 32, arch="sm_90")
     found: list[str] = []
     stages = [x for x in (f"{x}{every}" for x in WRITES) if x != "grad_blocks4"]
+    others = {x: tilelang_config(x, problem) for x in stages}
+    if segment:
+        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
+        others = {x: others[x].replace(segments="parallel") for x in stages}
     for stage in stages:
-        other = load(render(problem, stage, tilelang_config(stage, problem)))
+        other = load(render(problem, stage, others[stage]))
         compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)
+    shape = Shape("tiny", many, int(T), many)
     with forced(recipe):
-        run_op(public_op(op), problem, *drawn(problem, Shape("tiny", 1, int(T), 1), pattern, "cpu"))
+        made = run_op(public_op(op), problem, *drawn(problem, shape, pattern, "cpu"))
     print("\n".join(found))
     assert len({x.split()[0] for x in found}) == len(stages), "a stage was not launched"
+    errors = errors_in_range(made, exact(problem, shape, pattern, "cpu"), problem.dtype)
+    print("reference", *(f"{name} {x:.1e}" for name, x in errors.items()))
+    assert not over(errors, limit_of(problem.dtype, pattern), op, roundings_of(problem)), errors
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for case in sys.argv[1:]:
+        print(f"== {case}")
+        main(*case.split())

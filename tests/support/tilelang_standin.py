@@ -171,7 +171,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         rsqrt=lambda x: np.float32(1) / np.sqrt(np.float32(x)),
         serial=range,
         uint32=int,
-        unroll=range,
+        unroll=lambda *bounds, unroll_factor=0: range(*bounds),
         warp_reduce_min=np.min,
         tma_copy=copy,
         wgmma_gemm=gemm,
@@ -199,10 +199,10 @@ def _array(x: torch.Tensor) -> Any:
     return (x.float() if x.is_floating_point() else x).numpy().copy()
 
 
-def body_of(module: ModuleType, names: Mapping[str, Any]) -> Any:
-    """The module's program, with TileLang's names as given."""
+def body_of(module: ModuleType, names: Mapping[str, Any], program: str = "program") -> Any:
+    """A program of the module, with TileLang's names as given."""
     with _imported_as_tilelang(names):
-        return module.program()
+        return vars(module)[program]()
 
 
 def tiles_of(body: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Tile]:
@@ -225,11 +225,22 @@ def programs(body: Any, tensors: Mapping[str, Tile], scalars: tuple[float, ...])
 
 
 def run_all(
-    module: ModuleType, given: Mapping[str, torch.Tensor], sizes: Mapping[str, int], *scalars: float
+    module: ModuleType,
+    given: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    *scalars: float,
+    program: str = "program",
 ) -> dict[str, torch.Tensor]:
-    """The tensors after all of a module's programs, one after the other; `given` stays as it is."""
-    body = body_of(module, vars(language(sizes)))
+    """The tensors after all of a module's programs, one after the other; `given` stays as it is.
+
+    What holds NaN at first may be written by one of them: which is last on a GPU nobody knows.
+    """
+    body = body_of(module, vars(language(sizes)), program)
     tensors = tiles_of(body, given)
     for _ in programs(body, tensors, scalars):
+        before = {name: x.array.copy() for name, x in tensors.items()}
         body(*tensors.values(), *scalars)
+        for name, x in tensors.items():
+            again = (x.array != before[name]) & (before[name] == before[name])
+            assert not again.any(), f"two programs write to {name}"
     return {name: torch.from_numpy(x.array) for name, x in tensors.items()}

@@ -15,6 +15,9 @@ from tilelang_configs import tilelang_config
 from gdn2gen.base.environment import cuda_compiler
 from gdn2gen.codegen import nvrtc
 from gdn2gen.codegen.background import compile_in_thread
+from gdn2gen.codegen.build import load
+from gdn2gen.codegen.programs import compiled_program
+from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import _loading, runner
@@ -69,7 +72,7 @@ def test_a_compiled_program_is_kept_and_runs_without_tilelang(
     """A process of its own loads it; the compiler is not asked again, nor TileLang imported."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "tilelang"))
     monkeypatch.setenv("GDN2GEN_CACHE_DIR", str(tmp_path / "cache"))
-    load = f"""
+    program = f"""
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,32 +87,28 @@ kept.unlink()  # of the other one this process has pages
 kept.write_bytes(half)
 load()  # for which TileLang is imported
 """
-    subprocess.run([sys.executable, "-c", _COMPILE], check=True)
+    _compile()
     (kept,) = (tmp_path / "cache" / "programs").glob("*.so")
     assert kept.name.startswith(f"{_NAME}-compiled_fold-")
-    assert _printed(load, str(kept))[:2] == ["Function False", "compiled anew"]
+    assert _printed(program, str(kept))[:2] == ["Function False", "compiled anew"]
     assert not kept.exists()
 
 
 _NAME: Final = "gdn2_scan_made_up"
 # Of the stage that compiles soonest: what is kept of a program depends on none.
 _PROGRAM: Final = tilelang_config("sum_decay", Problem())
-_COMPILE: Final = f"""
-from types import ModuleType
-import tilelang
-from gdn2gen.codegen import build
-from gdn2gen.kernels.config import Config
-from gdn2gen.family.problem import Problem
-from gdn2gen.codegen.programs import compiled_program
-from gdn2gen.codegen.render import render
-config = Config.of("sum_decay", {dict(_PROGRAM)})
-module = build.load(render(Problem(), "sum_decay", config))
-target = dict(kind="cuda", arch="sm_90a")
-named = ModuleType({_NAME!r})
-compiled_program(
-    named, "compiled_fold", lambda: tilelang.compile(module.program(), target=target)
-)
-"""
+
+
+def _compile() -> None:
+    import tilelang
+
+    module = load(render(Problem(), "sum_decay", _PROGRAM))
+    target = {"kind": "cuda", "arch": "sm_90a"}
+    compiled_program(
+        ModuleType(_NAME),
+        "compiled_fold",
+        lambda: tilelang.compile(module.program(), target=target),
+    )
 
 
 def _printed(program: str, *arguments: str) -> list[str]:

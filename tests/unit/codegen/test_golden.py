@@ -370,6 +370,18 @@ OUTPUTS: Final = {
     "reverse_scan_blocks2_tilelang.py": partial(
         _member_tilelang, Problem(), "reverse_scan_blocks2"
     ),
+    "scan_blocks_parallel_tilelang.py": partial(
+        _member_tilelang,
+        Problem(initial_state=True, state_v_first=True),
+        "scan_blocks4",
+        segments="parallel",
+    ),
+    "reverse_scan_blocks_parallel_tilelang.py": partial(
+        _member_tilelang,
+        Problem("kda", initial_state=True, final_state=True),
+        "reverse_scan_blocks2",
+        segments="parallel",
+    ),
     "grad_blocks2_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks2"),
     "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),

@@ -1,7 +1,7 @@
 """Of the warps to which TileLang gives the loads only the one that loads waits.
 
-The others would wait beside it, and for ever once two phases of a barrier have passed them by: on an
-H200, training on three streams ended so after some hundred steps.
+The others would wait beside it, and for ever once two phases of a barrier have passed them by: on
+an H200, training on three streams ended so after some hundred steps.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def handed_over(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     return sources[0]
 
 
-@pytest.mark.parametrize(
-    "stage", ["rescan", pytest.param("grad_key", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stage", ["rescan", pytest.param("grad_key", marks=pytest.mark.slow)])
 def test_warps_that_load_nothing_end(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(K=64, V=64)
     source = handed_over(load(render(problem, stage, tilelang_config(stage, problem))), monkeypatch)
@@ -82,7 +80,7 @@ def compile_loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any
 
 
 def test_programs_of_others_are_left_alone(compile_loads: Callable[..., Any]) -> None:
-    text = f"{BEGINS}    mbarrier[3].wait(1);\n"
+    text = f"{BEGINS}    mbarrier[3].wait((i_n & 1) ^ 1);\n"
     assert compile_loads(text, "cubin", options=["-std=c++20"]) == text
     assert compile_loads(text, "cubin") == text
     assert compile_loads(text, "cubin", options=MARK) == text.replace(BEGINS, BEGINS + ENDS)
@@ -90,7 +88,19 @@ def test_programs_of_others_are_left_alone(compile_loads: Callable[..., Any]) ->
     assert compile_loads(without, "cubin", options=MARK) == without
 
 
-def test_a_text_that_is_not_known_is_refused(compile_loads: Callable[..., Any]) -> None:
+WAITS: Final = "    mbarrier[3].wait(((i_n & 1) ^ 1));\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(f"  for (;;) {{\n  {BEGINS}{WAITS}", id="within a loop"),
+        pytest.param(f"  if (128 <= ((int)threadIdx.x)) {{\n{WAITS}", id="the other way round"),
+        pytest.param(f"{BEGINS}    s_k[0] = 0;\n  }}\n{BEGINS}{WAITS}", id="a fill before"),
+        pytest.param(f"{BEGINS}    s_k[0] = 0;\n  }}\n", id="a fill alone"),
+    ],
+)
+def test_a_text_that_is_not_known_is_refused(text: str, compile_loads: Callable[..., Any]) -> None:
     """As another TileLang may write it: rather no kernel than one that may wait for ever."""
     with pytest.raises(RuntimeError, match="loads in a place that is not known"):
-        compile_loads(f"  for (;;) {{\n  {BEGINS}", "cubin", options=MARK)
+        compile_loads(text, "cubin", options=MARK)

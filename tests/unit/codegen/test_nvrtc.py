@@ -6,8 +6,10 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +105,29 @@ def test_tilelang_keeps_nvcc_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nvcc, "compile_cuda", before)
     with nvrtc.compiler_for():
         assert nvcc.compile_cuda is before, "what was put before it since then stays"
+
+
+def test_nvrtc_is_handed_over_once_to_threads_that_come_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The later one would take away what the first one's module has put before it."""
+    import tilelang.backend.target  # noqa: F401  (or they would come when that is there)
+
+    times: list[int] = []
+    another = Event()
+
+    def hand_over() -> None:
+        times.append(1)
+        if len(times) > 1:
+            another.set()
+        another.wait(timeout=0.5)
+
+    monkeypatch.setattr(nvrtc, "_hand_over", cache(hand_over))
+    monkeypatch.setattr(nvrtc, "cuda_compiler", lambda: None)
+    with ThreadPoolExecutor(2) as threads:
+        for x in [threads.submit(nvrtc.compiler_for) for _ in range(2)]:
+            x.result()
+    assert times == [1]
 
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC is not installed")
