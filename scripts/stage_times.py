@@ -2,12 +2,14 @@
 
     python scripts/stage_times.py gdn2 train4k blocks1 grad_blocks1:language=tilelang,chunks=16 ...
     python scripts/stage_times.py gdn2:256,512 train4k lean scan scan:language=tilelang,BV=64
+    python scripts/stage_times.py gdn2 train4k lean --decay=layer --decay=strong prepare grad_key
 
 A member, with head dims where they are not its usual ones, a shape, a plan, then stages of it with
 the knobs in which each differs from its default; `STAGE` alone is the default, `STAGE:BT=32` that
 of such chunks. The other stages are at theirs. Of Mamba-2: K = 128, V = 64, with the parameters of
-its gate, D and z (shape mamba4k). A config that fails the tuner's quick check is said to, and not
-timed; a fault of the GPU ends the script: give what is least sure last.
+its gate, D and z (shape mamba4k). `--decay`, a gate pattern or a file of one, may be
+given several times, for a time each: a layer's without. A config that fails the tuner's quick check
+is said to, and not timed; a fault of the GPU ends the script: give what is least sure last.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import Any
 
 from gdn2gen.base.device import present_device
 from gdn2gen.base.errors import ConfigError
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.problem import Problem, gate_parameters
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.family.shapes import NAMED_SHAPES
+from gdn2gen.family.shapes import NAMED_SHAPES, Shape
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.measure.timing import Timing, time_ms
 
 
 def knob(written: str) -> tuple[str, Knob]:
@@ -61,18 +65,32 @@ def problem_of(member: str) -> Problem:
     return Problem(op, int(K), int(V or K), gate=usual.gate, **parameters)
 
 
-def main(member: str, shape: str, plan: str, *given: str) -> None:
-    from gdn2gen.tuning.gpu.jobs import check_quick, time_stages
+def times(recipe: Recipe, stage: str, shape: Shape, decay: str) -> Timing:
+    """Of a stage on operands that the others make under such decays."""
+    from gdn2gen.measure.accuracy import inputs_of, output_gradients
+    from gdn2gen.measure.rows import stage_calls
 
+    pattern = DecayPattern.load(decay) if decay.endswith(".json") else decay
+    inputs = inputs_of(recipe.problem, shape, pattern, 0, "cuda")
+    do = output_gradients(recipe.problem, shape, 0, "cuda")["o"]
+    return time_ms(dict(stage_calls(recipe, shape, inputs, do))[stage])
+
+
+def main(member: str, shape: str, plan: str, *words: str) -> None:
+    from gdn2gen.tuning.gpu.jobs import check_quick
+
+    decays = [x.removeprefix("--decay=") for x in words if x.startswith("--decay=")] or ["layer"]
+    given = [x for x in words if not x.startswith("--decay=")]
     for stage, recipe in list(recipes(problem_of(member), plan, given, present_device().arch)):
         checked = check_quick(recipe)
-        words = f"{stage} [{recipe[stage]}]"
+        title = f"{stage} [{recipe[stage]}]"
         if not checked.ok:
-            print(f"{words}: wrong, {checked.reason}", flush=True)
+            print(f"{title}: wrong, {checked.reason}", flush=True)
             continue
-        timing = time_stages(recipe, (stage,), NAMED_SHAPES[shape])[stage]
+        found = [times(recipe, stage, NAMED_SHAPES[shape], x) for x in decays]
         worst = max(checked.errors.items(), key=lambda x: x[1])
-        print(f"{words}: {timing.median:.3f} ms; {worst[0]} {worst[1]:.1e}", flush=True)
+        listed = ", ".join(f"{x.median:.3f}" for x in found)
+        print(f"{title}: {listed} ms; {worst[0]} {worst[1]:.1e}", flush=True)
 
 
 if __name__ == "__main__":

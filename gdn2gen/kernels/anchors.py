@@ -25,14 +25,10 @@ OUTSIDE: Final = Limit(
     "op", OUTSIDE_OPS, "a decay per channel is inside of products, as in decay=anchored"
 )
 
-
+# Those of the first whose chunks have an inverse.
+ERASING_OPS: Final = tuple(x for x in CHANNEL_OPS if x not in LINEAR_OPS)
 # Of forms whose factors are centred about 1.
 CENTRED: Final = (
-    Limit(
-        "op",
-        tuple(x for x in CHANNEL_OPS if x in LINEAR_OPS),
-        "it was written for members that erase nothing: use decay=anchored",
-    ),
     Limit("BT", (32,), "in chunks of 64 its grad_key spills 744 bytes a thread"),
     Limit("arch", (None, "sm_90"), "its threads write what products of that generation read"),
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.registry import CHANNEL_OPS, LINEAR_OPS, OUTSIDE_OPS
-from gdn2gen.kernels.anchors import CENTRED, INSIDE, OUTSIDE, REACH, bounded
+from gdn2gen.kernels.anchors import CENTRED, ERASING_OPS, INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
@@ -274,7 +274,11 @@ _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
     template="grad_key_centred",
-    limits=(*CENTRED, *_ANCHORED_TILELANG.limits),
+    limits=(
+        *CENTRED,
+        Limit("V", _up_to(128), "more were not compiled for", {"op": ERASING_OPS}),
+        *_ANCHORED_TILELANG.limits,
+    ),
 )
 
 GRAD_KEY: Final = Stage(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.registry import LINEAR_OPS, OPS, OUTSIDE_OPS, recurrence_named
-from gdn2gen.kernels.anchors import CENTRED, INSIDE, OUTSIDE, REACH, bounded
+from gdn2gen.kernels.anchors import CENTRED, ERASING_OPS, INSIDE, OUTSIDE, REACH, bounded
 from gdn2gen.kernels.languages import TILED_DIMS
 from gdn2gen.kernels.limits import FP32, LOADS_AHEAD, Limit, Setting
 from gdn2gen.kernels.operands import (
@@ -33,6 +33,7 @@ from gdn2gen.kernels.stage import Form, Operand, Product, Stage, erasing
 
 # Members whose erase and write gate is one number a head, which prepare loads as a tile of its own.
 _TIED: Final = tuple(op for op in OPS if recurrence_named(op).tied)
+_UP_TO_128: Final = tuple(x for x in TILED_DIMS["K"] if x <= 128)
 _OVER_128: Final = tuple(x for x in TILED_DIMS["K"] if x > 128)
 _UP_TO_192: Final = Limit(
     "K",
@@ -199,7 +200,11 @@ _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
     template="prepare_centred",
-    limits=(*CENTRED, *_ANCHORED_TILELANG.limits),
+    limits=(
+        *CENTRED,
+        Limit("K", _UP_TO_128, "more were not compiled for", {"op": ERASING_OPS}),
+        *_ANCHORED_TILELANG.limits,
+    ),
 )
 
 PREPARE: Final = Stage(

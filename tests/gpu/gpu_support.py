@@ -80,8 +80,12 @@ LEVELS: Final = ("lean", "fast")
 DEFAULTS: Final = ("default lean", "default fast", "default states")
 # Plans whose stages are all in TileLang: what is tuned may hold few of them, the defaults none.
 TILELANG: Final = ("tilelang lean", "tilelang states")
-# Of a second member, whose kernels are of the same templates, fewer than of the first.
+# Of a second member, whose kernels are of the same templates, fewer than of the first; of the first
+# those of another form, too.
 _FEWER: Final[dict[str, tuple[str, ...]]] = {
+    "bf16": (*LEVELS, "centred lean"),
+    "packed": (*LEVELS, "centred fast"),
+    "sigmoid": (*LEVELS, "centred fast"),
     "gdn": ("lean", "fast", "tilelang direct", "tilelang direct_states"),
     "gdn-packed": ("lean", "fast", "tilelang direct"),
     "gdn-fp16-K64": ("fast", "tilelang direct_states"),
@@ -93,9 +97,9 @@ _FEWER: Final[dict[str, tuple[str, ...]]] = {
     "simple-gla": ("lean", "tilelang linear_direct", "tilelang linear_direct_states"),
     "simple-gla-packed": ("fast", "tilelang linear_direct"),
     "simple-gla-fp16-K64": ("tilelang linear_direct_states",),
-    "kda": (*LEVELS, "default states", *TILELANG),
-    "kda-packed": ("lean", "tilelang fast"),
-    "kda-K64": ("lean", "tilelang fast"),
+    "kda": (*LEVELS, "default states", *TILELANG, "centred lean"),
+    "kda-packed": ("lean", "tilelang fast", "centred fast"),
+    "kda-K64": ("lean", "tilelang fast", "centred fast"),
     "kda-fp16-K32-V64": ("fast",),
 }
 # Where the tuner opens its search of the largest chunks.

@@ -1,13 +1,13 @@
-"""GLA's TileLang form `centred` carried out in Python within the op, held against the reference.
+"""A TileLang form of prepare or grad_key carried out in Python within the op, beside the reference.
 
 It needs TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python centred_checks.py grad_key 64 70 strong`, a stage, head dim, tokens and gate pattern.
-Triton's kernels make the rest. Prints the worst errors.
+own: `python centred_checks.py grad_key gdn2 64 70 strong`, a stage, op, head dim, tokens and gate
+pattern or a file of one, `packed`, `softplus` for a gate in the kernels, and `anchored` for another
+form than centred. Triton's kernels make the rest. Prints the worst errors.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -20,44 +20,56 @@ from tilelang_configs import tilelang_by_chunk
 
 from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import LINEAR_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import check_recipe
 
-WRITES = {"prepare": ("Aqk", "Qg", "Ktail", "gamma_C"), "grad_key": ("dq", "dk", "dg")}
 
-
-def stand_in(module: ModuleType, other: ModuleType, stage: str, K: int) -> list[str]:
-    """Have each launch of `module` run `other`'s programs instead; lists them."""
-    names = list(inspect.signature(module.launch).parameters)
+def stand_in(module: ModuleType, other: ModuleType, stage: str, names: list[str]) -> list[str]:
+    """Have each launch of `module` be one of `other`, whose program is carried out; lists them."""
     launched: list[str] = []
     run_all = {"prepare": tilelang_threads, "grad_key": tilelang_standin}[stage].run_all
 
-    def instead(*args: Any, **kwargs: Any) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-        B, T = tensors["q"].shape[:2]
-        sizes = {name: given[name] for name in ("T", "H", "HV", "HG")}
-        sizes |= {"B": B, "T": T, "NT": given["n_chunks"]}
-        results = run_all(other, tensors, sizes, given["scale"], given["lower_bound"])
-        for name in WRITES[stage]:
-            tensors[name].copy_(results[name])
-        launched.append(stage)
+    def launch(*args: Any, **kwargs: Any) -> None:
+        def program(*given: Any) -> None:
+            tensors = dict(zip(names, given, strict=False))
+            B, T, H, K = tensors["q"].shape
+            HV, HG = tensors["gamma_C"].shape[-2], tensors["g"].shape[2]
+            sizes = {"B": B, "T": T, "H": H, "HV": HV, "HG": HG, "NK": K // 64 or 1}
+            sizes |= {"NT": len(tensors["gamma_C"])}
+            results = run_all(other, tensors, sizes, *given[len(names) :])
+            for name, result in results.items():
+                tensors[name].copy_(result)
+            launched.append(stage)
 
-    vars(module)["launch"] = instead
+        vars(other)["compiled"] = lambda: program
+        other.launch(*args, **kwargs)
+
+    vars(module)["launch"] = launch
     return launched
 
 
-def main(stage: str, K: str, T: str, pattern: str, *packed: str) -> None:
-    problem = Problem("gla", K=int(K), V=int(K), varlen=bool(packed))
+def main(stage: str, op: str, K: str, T: str, pattern: Any, *more: str) -> None:
+    packed = "packed" in more
+    problem = Problem(op, K=int(K), V=int(K), varlen=packed)
     problem = replace(problem, initial_state=True, final_state=True)
-    recipe = Recipe.default(problem, "linear_fast", 32, arch="sm_90")
-    config = tilelang_by_chunk(stage, problem).replace(decay="centred")
+    if "softplus" in more:
+        problem = replace(problem, gate="softplus", has_A_log=True, has_dt_bias=True)
+    recipe = Recipe.default(
+        problem, "linear_fast" if op in LINEAR_OPS else "fast", 32, arch="sm_90"
+    )
+    decay = "anchored" if "anchored" in more else "centred"
+    config = tilelang_by_chunk(stage, problem).replace(decay=decay)
+    names = [x.name for x in config.operands(problem)]
     module = load(render(problem, stage, recipe[stage]))
-    launched = stand_in(module, load(render(problem, stage, config)), stage, int(K))
+    launched = stand_in(module, load(render(problem, stage, config)), stage, names)
     bounds = (0, 0, int(T) // 3, int(T)) if packed else ()
     shape = Shape("tiny", 1, int(T), 1, bounds) if packed else Shape("tiny", 1, int(T), 1)
+    if pattern.endswith(".json"):
+        pattern = DecayPattern.load(pattern)
     found = check_recipe(
         recipe, patterns=(pattern,), repeats=1, shapes=(shape, shape), device="cpu"
     )
@@ -67,4 +79,5 @@ def main(stage: str, K: str, T: str, pattern: str, *packed: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -139,6 +139,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),
         Tensor=lambda *_: None,
+        abs=abs,
         StridedTensor=lambda *_: None,
         Kernel=Kernel,
         GemmWarpPolicy=SimpleNamespace(FullRow=None, FullCol=None),
@@ -152,6 +153,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         clear=fill_zero,
         copy=copy,
         dynamic=lambda name, dtype="int32": sizes[name],
+        exp=lambda x: np.exp(np.float32(x)),
         exp2=lambda x: np.exp2(np.float32(x)),
         float32="float32",
         gemm=gemm,

@@ -390,6 +390,32 @@ def test_tilelang_by_chunk_compiles_without_spills(
     assert _programs(used) >= 65536 // (256 * registers), used
 
 
+@pytest.mark.parametrize("stage", ["prepare", "grad_key"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(_BF16, id="gdn2"),
+        pytest.param(replace(_BF16, K=64, V=64, varlen=True), id="gdn2-K64-packed"),
+        pytest.param(replace(_ALL, op="kda", K=128, V=128, dtype="bf16"), id="kda-all"),
+        pytest.param(Problem("gla"), id="gla"),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.tilelang
+def test_tilelang_centred_compiles_and_as_many_programs_fit(
+    stage: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What spills are addresses, stored once a chunk, and what blocks need of few chunks."""
+    device = named_device("sm_90")
+    config = tilelang_by_chunk(stage, problem).replace(decay="centred")
+    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, stage, config, device)
+    assert used.spill_bytes <= SPILLED, f"{stage} [{config}]: {used}"
+    assert used.registers <= config.size("maxnreg")
+    assert _programs(used) >= 65536 // (256 * config.size("maxnreg")), used
+
+
 _SLOW: Final = pytest.mark.slow
 _GDN: Final = replace(_STATES, op="gated_delta_rule", varlen=True)
 _SIMPLE_GLA: Final = Problem("simple_gla", varlen=True, initial_state=True)

@@ -154,6 +154,6 @@ def test_keys_of_any_norm(power: int) -> None:
 def test_within_the_op(stage: str, packed: tuple[str, ...], pattern: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     command = [sys.executable, "-W", "ignore", str(SUPPORT / "centred_checks.py")]
-    command += [stage, "64", "40", pattern, *packed]
+    command += [stage, "gla", "64", "40", pattern, *packed]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -334,6 +334,13 @@ OUTPUTS: Final = {
     "grad_key_gla_centred.py": partial(
         _member_tilelang, Problem("gla", varlen=True), "grad_key", decay="centred"
     ),
+    "prepare_centred_tilelang.py": partial(_member_tilelang, Problem(), "prepare", decay="centred"),
+    "grad_key_kda_centred_packed.py": partial(
+        _member_tilelang,
+        Problem("kda", K=64, V=64, varlen=True, gate="softplus", has_A_log=True, has_dt_bias=True),
+        "grad_key",
+        decay="centred",
+    ),
     "reverse_scan_gla_tilelang.py": partial(_member_tilelang, Problem("gla"), "reverse_scan"),
     "reverse_scan_simple_gla.py": partial(_plain, "simple_gla", "reverse_scan"),
     "grad_key_simple_gla.py": partial(_plain, "simple_gla", "grad_key"),
