@@ -202,7 +202,7 @@ def _array(x: torch.Tensor) -> Any:
 def body_of(module: ModuleType, names: Mapping[str, Any], program: str = "program") -> Any:
     """A program of the module, with TileLang's names as given."""
     with _imported_as_tilelang(names):
-        return vars(module)[program]()
+        return getattr(module, program)()
 
 
 def tiles_of(body: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Tile]:

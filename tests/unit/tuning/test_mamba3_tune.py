@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from gdn2gen.base import outcome
+from gdn2gen.base import outcome, paths
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import StoreError, TunedFileWarning, TuneError
 from gdn2gen.base.outcome import Outcome
@@ -161,7 +161,9 @@ def test_heads_of_a_program_are_of_one_group() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of tuned files, beside which there are none."""
     monkeypatch.setenv("GDN2GEN_TUNED_DIR", str(tmp_path))
+    monkeypatch.setattr(paths, "packaged_tuned_dir", lambda: tmp_path / "packaged")
     reload()
     return tmp_path
 
