@@ -6,7 +6,7 @@
 
 Kernels score the pairs of a chunk at one anchor where every channel of a slice keeps at least 2^-96
 over the chunk, and take frame by frame what lost more. Of each pattern: how many channels of a
-chunk of 32 tokens lose more, how many chunks have such a channel among 64, and frames at most.
+chunk of 32 tokens lose more, how many chunks of a head have such a channel, and frames at most.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
+from stage_times import one_shape  # noqa: E402
 
+from gdn2gen.base.device import present_device  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
+from gdn2gen.base.errors import Gdn2genError, InputError  # noqa: E402
 from gdn2gen.family.decays import DecayPattern  # noqa: E402
-from gdn2gen.family.inputs import make_inputs  # noqa: E402
-from gdn2gen.family.problem import Problem  # noqa: E402
-from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
+from gdn2gen.family.inputs import PATTERNS, make_inputs  # noqa: E402
+from gdn2gen.family.problem import Problem, check_head_dim  # noqa: E402
+from gdn2gen.family.shapes import Shape  # noqa: E402
 from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op  # noqa: E402
 from gdn2gen.measure.peers import fla_op  # noqa: E402
 from gdn2gen.measure.timing import time_ms  # noqa: E402
@@ -84,26 +87,46 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vs", choices=("fla",), help="beside this peer")
     args = parser.parse_args(words)
+    try:
+        run(args)
+    except (Gdn2genError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what was asked for; raises before that for what cannot be drawn or timed."""
+    check_head_dim("K", args.head_dim)
     given = args.patterns or [
         *("layer", "strong"),
         *(str(x) for op in OPS for x in sorted(GATES.glob(f"*-{op}.json"))),
     ]
-    for word in given:
-        pattern = DecayPattern.load(word) if word.endswith(".json") else word
+    patterns = {x: DecayPattern.load(x) if x.endswith(".json") else x for x in given}
+    unknown = [x for x in patterns.values() if isinstance(x, str) and x not in PATTERNS]
+    if unknown:
+        raise InputError(
+            f"a pattern is a file PATTERN.json or one of {', '.join(PATTERNS)}, not {unknown[0]!r}"
+        )
+    shape = None if args.time is None else one_shape(args.time)
+    if shape is not None:
+        present_device()
+    elif args.vs:
+        raise InputError("--vs is of --time SHAPE, which was not given")
+    if args.vs:
+        for op in args.op:
+            _fla(op)
+    for word, pattern in patterns.items():
         channels, chunks, frames = shares(pattern, args.head_dim)
-        name = Path(word).stem
         print(
-            f"{name}: {channels:.1%} of channels lose more than 2^-{RANGE:g} over {CHUNK} tokens, "
-            f"{chunks:.1%} of chunks have one, at most {frames} frames",
+            f"{Path(word).stem}: {channels:.1%} of channels lose more than 2^-{RANGE:g} over "
+            f"{CHUNK} tokens, {chunks:.1%} of chunks have one, at most {frames} frames",
             flush=True,
         )
-        if args.time:
-            shape = parse_shapes(args.time)[0]
+        if shape is not None:
             with verifying():
                 for op in args.op:
                     times = passes(op, shape, pattern, args.head_dim, args.vs == "fla")
                     print(f"  {op}: lean, fast{', FLA' * bool(args.vs)}: {', '.join(times)}")
-    return 0
 
 
 if __name__ == "__main__":

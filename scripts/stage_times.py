@@ -19,11 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gdn2gen.base.device import present_device
-from gdn2gen.base.errors import ConfigError
+from gdn2gen.base.errors import ConfigError, InputError
+from gdn2gen.cli.options import parse_head_dim
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.problem import Problem, gate_parameters
 from gdn2gen.family.registry import recurrence_named
-from gdn2gen.family.shapes import NAMED_SHAPES, Shape
+from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
@@ -60,9 +61,17 @@ def problem_of(member: str) -> Problem:
     """As most layers call it."""
     op, _, head_dims = member.partition(":")
     usual = recurrence_named(op).usual
-    K, _, V = (head_dims or usual.head_dims[0]).partition(",")
+    K, V = parse_head_dim(head_dims or usual.head_dims[0])
     parameters: Mapping[str, Any] = gate_parameters(op, usual.gate)
-    return Problem(op, int(K), int(V or K), gate=usual.gate, **parameters)
+    return Problem(op, K, V, gate=usual.gate, **parameters)
+
+
+def one_shape(text: str) -> Shape:
+    """Of rows: what a packed batch adds, these scripts do not hand over."""
+    shapes = parse_shapes(text)
+    if len(shapes) > 1 or shapes[0].cu_seqlens is not None:
+        raise InputError(f"give one shape, and no packed batch, such as train4k, not {text!r}")
+    return shapes[0]
 
 
 def times(recipe: Recipe, stage: str, shape: Shape, decay: str) -> Timing:
@@ -81,13 +90,14 @@ def main(member: str, shape: str, plan: str, *words: str) -> None:
 
     decays = [x.removeprefix("--decay=") for x in words if x.startswith("--decay=")] or ["layer"]
     given = [x for x in words if not x.startswith("--decay=")]
+    sizes = one_shape(shape)
     for stage, recipe in list(recipes(problem_of(member), plan, given, present_device().arch)):
         checked = check_quick(recipe)
         title = f"{stage} [{recipe[stage]}]"
         if not checked.ok:
             print(f"{title}: wrong, {checked.reason}", flush=True)
             continue
-        found = [times(recipe, stage, NAMED_SHAPES[shape], x) for x in decays]
+        found = [times(recipe, stage, sizes, x) for x in decays]
         worst = max(checked.errors.items(), key=lambda x: x[1])
         listed = ", ".join(f"{x.median:.3f}" for x in found)
         print(f"{title}: {listed} ms; {worst[0]} {worst[1]:.1e}", flush=True)
