@@ -47,7 +47,7 @@ barrier of its own.
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate, packed sequences
 Config:  BK=64 BT=64 heads=16 language=tilelang maxnreg=128 num_stages=1 num_warps=4 pairs=once
-Template digest 47285c2d4b1960f6; made by
+Template digest dd6d587e4f14164b; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,varlen,rate,D --stage grad_group --config \
       BK=64,BT=64,heads=16,language=tilelang,maxnreg=128,num_stages=1,num_warps=4,pairs=once
@@ -374,7 +374,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

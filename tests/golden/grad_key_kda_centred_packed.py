@@ -55,7 +55,7 @@ takes alike.
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=64 chunks=4 decay=centred language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 41e1573d3dada814; made by
+Template digest a9d7c300cc3c3998; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=64,chunks=4,decay=centred,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -461,7 +461,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

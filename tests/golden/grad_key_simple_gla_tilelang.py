@@ -34,7 +34,7 @@ its own. What folds is in Triton.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=outside language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest aa19cdd612daabff; made by
+Template digest 80a3220a1a674fc3; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=outside,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -294,7 +294,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

@@ -22,7 +22,7 @@ blocks, in 5 more products that any decay takes alike.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BK=128 BT=32 chunks=4 decay=centred language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest 392c442ba9d9fad8; made by
+Template digest 078a7853650cda5a; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=centred,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee
@@ -323,7 +323,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

@@ -34,7 +34,7 @@ Before it activate_beta_kernel, a program per chunk and BH heads, makes k_beta o
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 0ff477832c732a61; made by
+Template digest 90aa85fecaa7653c; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -304,7 +304,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

@@ -22,7 +22,7 @@ its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest 76dfb798c0f41333; made by
+Template digest a36b767c9e74ab54; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reprepare --config \
       BK=128,BT=32,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4
@@ -220,7 +220,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

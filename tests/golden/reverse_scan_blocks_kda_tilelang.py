@@ -22,7 +22,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: kda K=64 V=64 bf16, g fp32
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 92b74e5e6772faad; made by
+Template digest 56250bf18ac13dd5; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --no-l2norm --with= --stage reverse_scan_blocks1 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -186,7 +186,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

@@ -34,7 +34,7 @@ own, which fills 2 stages of shared memory ahead of the products.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 830c8edfe57cd231; made by
+Template digest 568988970f2b80df; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel
@@ -401,7 +401,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

@@ -17,7 +17,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 146eaf490030a5cc; made by
+Template digest 6ff8421b85685af8; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
@@ -156,7 +156,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

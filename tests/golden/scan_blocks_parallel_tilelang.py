@@ -32,7 +32,7 @@ start from is written out. The compiler gives the loads to a warp group of its o
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest d56f6b923de3c820; made by
+Template digest 8a44eaf4e7a2f6a1; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,state_v_first --stage scan_blocks4 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel
@@ -390,7 +390,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

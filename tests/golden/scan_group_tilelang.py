@@ -28,7 +28,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest 8d31039fb7a0909e; made by
+Template digest 40ddbfd158f5ea5e; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,initial_state,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=tilelang,num_stages=1,num_warps=4
@@ -265,7 +265,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads

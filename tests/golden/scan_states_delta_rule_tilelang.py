@@ -25,7 +25,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: delta_rule K=128 V=128 fp16, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 77590f54adefdb91; made by
+Template digest e29a8611a5982131; made by
     gdn2gen generate --op delta_rule --head-dim 128,128 --dtype fp16 --with= --stage scan_states \
       --config BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
 """
@@ -205,7 +205,9 @@ def one_warp_loads():
             loads = re.search(r"\.wait\(.*\^ 1\)", source) is not None
             source, found = begin.subn(lambda x: x[0] + end, source)
             if found != loads or found != source.count("threadIdx.x) < 128) {"):
-                raise RuntimeError("TileLang's text has loads in a place that is not known")
+                raise RuntimeError(
+                    "TileLang's text has loads in a place that is not known: install tilelang 0.1.15"
+                )
         return compile_cuda(source, *arguments, options=options, **named)
 
     nvcc.compile_cuda = compile_loads
