@@ -6,7 +6,8 @@
 
 Kernels score the pairs of a chunk at one anchor where every channel of a slice keeps at least 2^-96
 over the chunk, and take frame by frame what lost more. Of each pattern: how many channels of a
-chunk of 32 tokens lose more, how many chunks of a head have such a channel, and frames at most.
+chunk of 32 tokens lose more, how many chunks of a head have such a channel, and how many frames
+they take, of the channel with most.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 import torch  # noqa: E402
 from stage_times import one_shape  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from gdn2gen.base.device import present_device  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
@@ -32,6 +34,7 @@ from gdn2gen.family.decays import DecayPattern  # noqa: E402
 from gdn2gen.family.inputs import PATTERNS, make_inputs  # noqa: E402
 from gdn2gen.family.problem import Problem, check_head_dim  # noqa: E402
 from gdn2gen.family.shapes import Shape  # noqa: E402
+from gdn2gen.kernels.anchors import anchor_range  # noqa: E402
 from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op  # noqa: E402
 from gdn2gen.measure.peers import fla_op  # noqa: E402
 from gdn2gen.measure.timing import time_ms  # noqa: E402
@@ -39,18 +42,36 @@ from gdn2gen.measure.timing import time_ms  # noqa: E402
 GATES: Final = ROOT / "docs/learning/gates"
 OPS: Final = ("gdn2", "kda")
 CHUNK: Final = 32
-RANGE: Final = 96.0
-"""In log2, of one anchor."""
+RANGE: Final = float(anchor_range(Problem(), "grad_key"))
 
 
-def shares(pattern: str | DecayPattern, K: int) -> tuple[float, float, int]:
-    """Channels of a chunk that lose more than RANGE, chunks with one, and the most frames."""
+def shares(pattern: str | DecayPattern, K: int) -> tuple[float, float, float, int]:
+    """Channels of a chunk that lose more than RANGE, chunks with one, mean and most frames."""
     g = make_inputs(4, 1024, 16, K, 16, pattern=pattern)["g"]
-    loss = -g.double() / math.log(2.0)
-    total = loss.reshape(g.shape[0], -1, CHUNK, *g.shape[2:])[:, :, 1:].sum(2)
-    strong = total > RANGE
-    frames = torch.ceil(total.clamp(max=RANGE * (CHUNK - 1)) / RANGE).amax()
-    return float(strong.double().mean()), float(strong.any(-1).double().mean()), int(frames)
+    chunks = (g.double() / math.log(2.0)).reshape(g.shape[0], -1, CHUNK, *g.shape[2:])
+    G = chunks.cumsum(2)
+    strong = G[:, :, -1] < -RANGE
+    counted = frames(G).double()
+    return (
+        float(strong.double().mean()),
+        float(strong.any(-1).double().mean()),
+        float(counted.mean()),
+        int(counted.amax()),
+    )
+
+
+def frames(G: Tensor) -> Tensor:
+    """How often kernels move the anchors of a chunk: `next_frame` of the generated ones.
+
+    G [B, chunks, tokens, heads, K] in log2; counts are [B, chunks, heads].
+    """
+    anchor, least = torch.full_like(G[:, :, 0], 2 * RANGE), G[:, :, -1]
+    counted = torch.zeros(anchor.shape[:-1], dtype=torch.int64)
+    while (left := (anchor - least).amax(-1) > RANGE).any():
+        below = torch.where((anchor - RANGE)[:, :, None] > G, G, -math.inf)
+        anchor = torch.where(left[..., None], below.amax(2), anchor)
+        counted += left
+    return counted
 
 
 def passes(op: str, shape: Shape, pattern: str | DecayPattern, K: int, theirs: bool) -> list[str]:
@@ -116,10 +137,10 @@ def run(args: argparse.Namespace) -> None:
         for op in args.op:
             _fla(op)
     for word, pattern in patterns.items():
-        channels, chunks, frames = shares(pattern, args.head_dim)
+        channels, chunks, mean, most = shares(pattern, args.head_dim)
         print(
             f"{Path(word).stem}: {channels:.1%} of channels lose more than 2^-{RANGE:g} over "
-            f"{CHUNK} tokens, {chunks:.1%} of chunks have one, at most {frames} frames",
+            f"{CHUNK} tokens, {chunks:.1%} of chunks have one; {mean:.1f} frames, at most {most}",
             flush=True,
         )
         if shape is not None:

@@ -3,7 +3,7 @@
     python scripts/same_text.py           # against HEAD
     python scripts/same_text.py main      # against another revision
     python scripts/same_text.py --renew   # and file the new digests where the old ones are filed
-    python scripts/same_text.py --less compiled LOADS   # whatever these names stand for in a module
+    python scripts/same_text.py --less compiled,LOADS   # whatever these names stand for in a module
 
 For whoever moves or mends templates. Every form of every stage, and every config on file, is
 rendered for many problems from both trees. Texts may differ in docstrings and comments, and name
@@ -229,7 +229,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("revision", nargs="?", default="HEAD")
     parser.add_argument("--renew", action="store_true", help="renew digests under tuned/")
-    parser.add_argument("--less", nargs="+", default=[], metavar="NAME", help="not compared")
+    parser.add_argument(
+        "--less", type=lambda x: x.split(","), default=[], metavar="NAMES", help="not compared"
+    )
     parser.add_argument("--list", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:

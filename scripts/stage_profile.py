@@ -27,10 +27,9 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
-from stage_times import problem_of, recipes  # noqa: E402
+from stage_times import one_shape, problem_of, recipes, stage_call  # noqa: E402
 
 from gdn2gen.base.device import present_device  # noqa: E402
-from gdn2gen.family.shapes import NAMED_SHAPES  # noqa: E402
 
 _NCU: Final = ("ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off")
 _LINES: Final = "lines.csv"
@@ -96,15 +95,10 @@ def _launch(member: str, shape: str, plan: str, *stages: str) -> None:
     import torch
 
     from gdn2gen.base.environment import verifying
-    from gdn2gen.measure.accuracy import inputs_of, output_gradients
-    from gdn2gen.measure.rows import stage_calls
 
-    sized = NAMED_SHAPES[shape]
     with verifying():
         for stage, recipe in recipes(problem_of(member), plan, stages, present_device().arch):
-            inputs = inputs_of(recipe.problem, sized, "layer", 0, "cuda")
-            do = output_gradients(recipe.problem, sized, 0, "cuda")["o"]
-            call = dict(stage_calls(recipe, sized, inputs, do))[stage]
+            call = stage_call(recipe, stage, one_shape(shape))
             call()
             torch.cuda.synchronize()
             torch.cuda.profiler.start()  # type: ignore[no-untyped-call]

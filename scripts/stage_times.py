@@ -15,7 +15,7 @@ is said to, and not timed; a fault of the GPU ends the script: give what is leas
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gdn2gen.base.device import present_device
@@ -29,7 +29,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
-from gdn2gen.measure.timing import Timing, time_ms
+from gdn2gen.measure.timing import time_ms
 
 
 def knob(written: str) -> tuple[str, Knob]:
@@ -74,15 +74,17 @@ def one_shape(text: str) -> Shape:
     return shapes[0]
 
 
-def times(recipe: Recipe, stage: str, shape: Shape, decay: str) -> Timing:
-    """Of a stage on operands that the others make under such decays."""
+def stage_call(
+    recipe: Recipe, stage: str, shape: Shape, decay: str = "layer"
+) -> Callable[[], object]:
+    """Launches a stage on operands that the others make under such decays."""
     from gdn2gen.measure.accuracy import inputs_of, output_gradients
     from gdn2gen.measure.rows import stage_calls
 
     pattern = DecayPattern.load(decay) if decay.endswith(".json") else decay
     inputs = inputs_of(recipe.problem, shape, pattern, 0, "cuda")
     do = output_gradients(recipe.problem, shape, 0, "cuda")["o"]
-    return time_ms(dict(stage_calls(recipe, shape, inputs, do))[stage])
+    return dict(stage_calls(recipe, shape, inputs, do))[stage]
 
 
 def main(member: str, shape: str, plan: str, *words: str) -> None:
@@ -97,7 +99,7 @@ def main(member: str, shape: str, plan: str, *words: str) -> None:
         if not checked.ok:
             print(f"{title}: wrong, {checked.reason}", flush=True)
             continue
-        found = [times(recipe, stage, sizes, x) for x in decays]
+        found = [time_ms(stage_call(recipe, stage, sizes, x)) for x in decays]
         worst = max(checked.errors.items(), key=lambda x: x[1])
         listed = ", ".join(f"{x.median:.3f}" for x in found)
         print(f"{title}: {listed} ms; {worst[0]} {worst[1]:.1e}", flush=True)

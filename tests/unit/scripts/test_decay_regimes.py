@@ -23,9 +23,10 @@ def test_what_one_anchor_does_not_reach_is_counted(
 ) -> None:
     """Here of one channel of 128, in every other chunk of the one head."""
     g = torch.zeros(1, 128, 1, 128)
-    g[:, 32:64, :, 5] = g[:, 96:, :, 5] = -5.0  # 31 * 5 nats are 223.6 bits
+    # 7.2 bits a token, 231 a chunk: anchors lie at its tokens 0, 14 and 28
+    g[:, 32:64, :, 5] = g[:, 96:, :, 5] = -5.0
     monkeypatch.setattr(script, "make_inputs", lambda *_, **__: {"g": g})
-    assert script.shares("layer", 128) == (1 / 256, 1 / 2, 3)
+    assert script.shares("layer", 128) == (1 / 256, 1 / 2, 2.0, 3)
 
 
 @pytest.mark.parametrize(
