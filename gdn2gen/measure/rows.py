@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_paramete
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
+from gdn2gen.measure.accuracy import LOWER_BOUND, OpFunction, inputs_of, output_gradients
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import Errors, Side, measure_in_turns, our_op, worst_errors
 from gdn2gen.measure.timing import (
@@ -129,11 +130,13 @@ def bench_shapes(
 
     `bound`: nats that a token loses at most with the sigmoid gate, 1 to 5; 0 for FLA's default.
     `vs`: a peer of `peers`. A member whose output may go through a gate is measured without it,
-    then with it. Backward is timed as forward+backward of `o` with a random dO. Raises DeviceError
-    without a GPU, and UnsupportedError when a peer is asked for and not installed.
+    then with it. Backward is timed as forward+backward of `o` with a random dO. A peer that raises,
+    as flash-linear-attention does where it knows that a Triton miscompiles it, is left out with a
+    warning that says what it said. Raises DeviceError without a GPU, and UnsupportedError when a
+    peer is asked for and not installed.
     """
     gbps = copy_gbps()
-    functions = [our_op(op, level), *([peer_op(vs, op, level)] if vs else [])]
+    ours, theirs = our_op(op, level), peer_op(vs, op, level) if vs else None
     errors: dict[Problem, list[dict[str, Errors]]] = {}
     rows = []
     given = [bench_problem(op, K, V, dtype, gate, l2norm, x, bound) for x in shapes]
@@ -145,14 +148,17 @@ def bench_shapes(
     for problem, shape in pairs:
         dense = replace(problem, varlen=False)
         if dense not in errors:
-            errors[dense] = [worst_errors(function, dense) for function in functions]
-        ours, *others = measure_in_turns(functions, errors[dense], problem, shape)
+            beside = _errors_beside(theirs, dense, vs or "") if theirs is not None else None
+            errors[dense] = [worst_errors(ours, dense), *([beside] if beside else [])]
+        # a peer that raised has no errors
+        functions = [ours, *([theirs] if theirs and len(errors[dense]) == 2 else [])]
+        mine, *others = measure_in_turns(functions, errors[dense], problem, shape)
         row = Row(
             shape=shape,
             problem=problem,
             level=level,
             recipe=_recipe_name(problem, shape, level),
-            ours=ours,
+            ours=mine,
             fla=others[0] if others else None,
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
@@ -163,6 +169,17 @@ def bench_shapes(
         if on_row is not None:
             on_row(row)
     return rows
+
+
+def _errors_beside(theirs: OpFunction, problem: Problem, name: str) -> dict[str, Errors] | None:
+    """A peer's errors; None, with a warning, where it refuses the problem by any error of its own:
+    what it cannot do takes nothing from what is measured of ours."""
+    try:
+        return worst_errors(theirs, problem)
+    except Exception as error:  # whatever a peer raises
+        said = f"{name} is left out: it raised {type(error).__name__}: {error}"
+        warnings.warn(said, stacklevel=3)
+        return None
 
 
 def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[StageRow]:

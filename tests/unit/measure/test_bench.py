@@ -301,6 +301,32 @@ def test_of_each_side_the_faster_of_two_turns_counts(monkeypatch):
         assert times == [5.0 * 10**number, 4.0 * 10**number, 3.0 * 10**number]
 
 
+def test_a_peer_that_raises_is_left_out_and_ours_is_measured(monkeypatch):
+    """As flash-linear-attention does where it knows that a Triton miscompiles its kernels."""
+    ours, fla = object(), object()
+
+    def worst_errors(function, _):
+        if function is fla:
+            raise RuntimeError("Triton 3.6 on Hopper produces incorrect results")
+        return {"o": Errors(4e-3, "layer")}
+
+    def measure_in_turns(functions, errors, *_):
+        assert functions == [ours] and len(errors) == 1
+        return [Side(Timing(1.0, 1.0, 1.0, 9), Timing(3.0, 3.0, 3.0, 9), 100.0, errors[0])]
+
+    monkeypatch.setattr(rows, "our_op", lambda *_: ours)
+    monkeypatch.setattr(rows, "peer_op", lambda *_: fla)
+    monkeypatch.setattr(rows, "worst_errors", worst_errors)
+    monkeypatch.setattr(rows, "measure_in_turns", measure_in_turns)
+    monkeypatch.setattr(rows, "copy_gbps", lambda: 4300.0)
+    monkeypatch.setattr(rows, "_recipe_name", lambda *_: "")
+    with pytest.warns(UserWarning, match="fla is left out: it raised RuntimeError: Triton 3.6 on"):
+        (row,) = rows.bench_shapes(
+            "simple_gla", [SHAPES["train4k"]], 128, 128, "bf16", vs="fla", gate="none", l2norm=False
+        )
+    assert row.fla is None and row.ours.forward.median == 1.0
+
+
 def test_what_does_not_decay_is_measured_once(monkeypatch):
     drawn = []
     monkeypatch.setattr(sides, "time_ms", lambda fn: (fn() and None) or Timing(1.0, 1.0, 1.0, 9))
