@@ -115,7 +115,11 @@ def _rescan_blocks(every: int) -> Stage:
         RESCAN,
         name=f"rescan_blocks{every}",
         outputs=(_kept(H, every), R),
-        forms=_in_triton(RESCAN, "scan_blocks"),
+        # of every chunk the contract is that of rescan
+        forms=(
+            *_in_triton(RESCAN, "scan_blocks"),
+            *(_in_tilelang(RESCAN, "scan") if every == 1 else ()),
+        ),
         every=every,
     )
 
