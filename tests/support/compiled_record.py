@@ -7,6 +7,7 @@ a kernel any of which has changed is compiled, as one that is not on file is.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -96,12 +97,13 @@ def given(problem: Compiled, stage_name: str, config: Config, device: Device) ->
     language, stage = language_of(config), EVERY_STAGE[stage_name]
     if any(x.startswith(_READ) and x not in _KEPT for x in os.environ):
         return None
+    text = render(problem, stage_name, config).source
     parts = [
         *(f"{x} {_version(x)}" for x in _COMPILERS[language]),
         _nvcc() if language == "tilelang" else "",
-        *_sources(),
+        *_sources(text),
         device.arch,
-        render(problem, stage_name, config).source,
+        text,
         *(f"{x.name} {x.dtype_in(problem)}" for x in stage.operands(problem)),
         *stage.scalars_of(problem),
         *(f"{x}={n}" for x, n in sorted(launch_options(config).items())),
@@ -125,11 +127,19 @@ def _nvcc() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _sources() -> Iterator[str]:
-    """Of what hands a kernel to its compiler, and judges what comes back."""
-    for module in (build, faults, nvrtc, dtypes):
-        assert module.__file__ is not None
-        yield Path(module.__file__).read_text()
+def _sources(text: str) -> Iterator[str]:
+    """Of what hands a kernel to its compiler and judges what comes back; of other kernels' options
+    nothing, which are added with each of them."""
+    for module in (faults, nvrtc, dtypes):
+        yield inspect.getsource(module)
+    for name, value in sorted(vars(build).items()):
+        constant = name.startswith("_") and name.isupper()
+        if constant and isinstance(value, dict):
+            yield from (f"{name} {x} {y}" for x, y in value.items() if x in text or "_" not in x)
+        elif constant:
+            yield f"{name} {value}"
+        elif getattr(value, "__module__", None) == build.__name__:
+            yield inspect.getsource(value)
 
 
 def _spent() -> float:

@@ -112,9 +112,14 @@ def test_whatever_decides_is_in_the_digest(
         patch.setattr(compiled_record.metadata, "version", lambda _: "another")
         others.append(given(PROBLEM, "scan", CONFIG, SM_90))
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_record, "_sources", lambda: iter(["compiled otherwise"]))
+        patch.setattr(compiled_record, "_sources", lambda _: iter(["compiled otherwise"]))
         others.append(given(PROBLEM, "scan", CONFIG, SM_90))
-    assert len({usual, *others}) == 7 and None not in others
+    for name in ("scan_kernel", "mamba3_scan_kernel"):  # that one's alone
+        with monkeypatch.context() as patch:
+            patch.setitem(compiled_record.build._OWN_OPTIONS, name, {"maxnreg": 64})
+            others.append(given(PROBLEM, "scan", CONFIG, SM_90))
+    assert others.pop() == usual
+    assert len({usual, *others}) == 8 and None not in others
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/another/ptxas")
     assert given(PROBLEM, "scan", CONFIG, SM_90) is None
 
