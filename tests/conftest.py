@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compiled",
         choices=("believe", "check", "update"),
         default="believe",
-        help="what tests/golden/ahead_of_time.json says of kernels that take a compiler long",
+        help="what tests/unit/codegen/ahead_of_time.json says of kernels that take a compiler long",
     )
 
 

@@ -29,7 +29,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.stages import EVERY_STAGE
 
-RECORD: Final = Path(__file__).parents[1] / "golden" / "ahead_of_time.json"
+RECORD: Final = Path(__file__).parents[1] / "unit/codegen/ahead_of_time.json"
 # Seconds of a core that compiling takes at least, for a kernel to be put on file.
 LONG: Final = 2.0
 _COMPILERS: Final = {
