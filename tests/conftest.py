@@ -43,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write the files of tests/golden anew"
     )
+    parser.addoption(
+        "--compiled",
+        choices=("believe", "check", "update"),
+        default="believe",
+        help="what tests/unit/codegen/ahead_of_time.json says of kernels that take a compiler long",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,17 +108,21 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 def test_ci_also_runs_what_pip_resolves() -> None:
     """In an environment of its own, where nothing was chosen beforehand."""
     script = (ROOT / ".ci/run").read_text()
-    assert '\n"$scratch/resolved/bin/pip" "${install[@]}" -e \'.[test]\' &\n' in script
-    _, resolved = script.split('eval "$test_command"')
+    assert '\npip=("$scratch/cpu/bin/pip" --python "$scratch/resolved/bin/python")\n' in script
+    first, resolved = script.split('eval "$test_command"')
+    start = 'resolve > "$scratch/quick" 2>&1 &\nbeside=$!\n'
+    (job,) = re.findall(r"^resolve\(\) \{\n(.*?)^\}\n", first, flags=re.M | re.S)
+    assert first.index(job) < first.index(start) < first.index("\npip ")
+    install, quick = job.splitlines()
+    assert install == """  "${pip[@]}" "${install[@]}" -e '.[test]'"""
     marked = "-m 'resolved and not slow'"
     ended = 'wait "$beside" || { cat "$scratch/quick" >&2; exit 1; }\n'
-    steps = ['wait "$beside"\n', "resolved/bin/activate", "gdn2gen quick", marked, ended]
-    places = [resolved.index(step) for step in steps]
+    places = [resolved.index(step) for step in (ended, "resolved/bin/activate", marked)]
     assert places == sorted(places)
     assert 'pip "' not in resolved and "|| true" not in script
-    command = re.findall(r"^(gdn2gen quick .*) > ", resolved, flags=re.M)
-    assert len(command) == 1
-    program.build_parser().parse_args(shlex.split(command[0])[1:])
+    command = quick.removeprefix('  "$scratch/resolved/bin/gdn2gen" ')
+    assert command.startswith("quick ")
+    program.build_parser().parse_args(shlex.split(command))
 
 
 def test_commands_of_the_readme_are_understood() -> None:
