@@ -1,4 +1,4 @@
-"""The TileLang forms of scans and of blocks beside Triton's, whose launches they take the tensors of.
+"""TileLang's forms of scans and of blocks beside Triton's, whose launches they take tensors of.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
@@ -60,8 +60,8 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
-    starts = ("scan_blocks1", "scan_states")
-    names = dict.fromkeys(starts, ["segment"]) | {"grad_blocks": ["scale", "lower_bound"]}
+    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states")}
+    names |= {"grad_blocks": ["scale", "lower_bound"]}
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
 

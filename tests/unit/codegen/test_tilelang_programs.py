@@ -17,8 +17,8 @@ from gdn2gen.kernels.validity import why_invalid
 
 # A chunk that ends early among them, and one that is alone in its block. With a number after the
 # chunks of a block the scans are in segments of so many chunks: a block may be in two of them, of
-# three the one between has a transition, and the last may be shorter; `wide` are programs of two warp
-# groups, and 0 the scans without blocks. Two cases in one process, of which most is imports.
+# three the one between has a transition, and the last may be shorter; `wide` are programs of two
+# warp groups, and 0 the scans without blocks. Two cases in one process, of which most is imports.
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
