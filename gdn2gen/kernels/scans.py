@@ -135,7 +135,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         name="parallel",
         template=f"{serial.template}_parallel",
         leads=None,
-        knobs=one.knobs | ({"BV": (64, 128)} if groups else {}),
+        knobs={**one.knobs, **({"BV": (64, 128)} if groups else {})},
         limits=(
             *serial.limits,
             *(_TWO_GROUPS if groups else ()),
