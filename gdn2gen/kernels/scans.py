@@ -102,6 +102,7 @@ _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
 # 114.
 _NOT_128: Final = (*range(1, 128), *range(128 + 1, 512 + 1))
 _ALONE: Final = "two warp groups take 128 rows of values, and 128 of the transition"
+_WIDE_START: Final = Setting({"BV": 128}, {"K": (128,), "V": (128,), "BT": (32,)})
 _TWO_GROUPS: Final = (
     *(Limit("BV", (64,), _ALONE, {dim: _NOT_128}) for dim in ("K", "V")),
     Limit("BV", (64,), "128 rows were compiled for sm_90 alone", {"arch": AMPERE}),
@@ -136,6 +137,8 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         template=f"{serial.template}_parallel",
         leads=None,
         knobs={**one.knobs, **({"BV": (64, 128)} if groups else {})},
+        # a search begins there, and with what is on file: 64 rows
+        defaults=(*one.defaults, *((_WIDE_START,) if groups else ())),
         limits=(
             *serial.limits,
             *(_TWO_GROUPS if groups else ()),
