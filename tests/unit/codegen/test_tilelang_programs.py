@@ -40,6 +40,7 @@ CASES = [
             "gdn2 128 134 strong 2 1 wide",
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
+            "gdn2 112 70 layer 0 1 wide",
         )
     ),
 ]
