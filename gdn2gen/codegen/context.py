@@ -227,6 +227,8 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         "overlaps": config.size("num_stages") > 1
         or config.get("maxnreg", 0) != 0
         or problem.op in STEP_OPS,
+        # of 64 rows of a state each
+        "warp_groups": max(1, config.size("BV") // 64) if stage.is_chain and "BV" in config else 1,
         "centred_range": CENTRED_RANGE,
         # the widest power of two that values come in slices of
         "v_slice": V & -V,

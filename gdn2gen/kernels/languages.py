@@ -15,13 +15,13 @@ TILED_DIMS: Final = {
     "K": tuple(range(TILED_BY, 257, TILED_BY)),
     "V": tuple(range(TILED_BY, 513, TILED_BY)),
 }
-_AMPERE: Final = ("sm_80", "sm_86", "sm_89")
-_ON_AMPERE: Final = {"arch": _AMPERE}
+AMPERE: Final = ("sm_80", "sm_86", "sm_89")
+_ON_AMPERE: Final = {"arch": AMPERE}
 
 
 def multiple_of(language: str, arch: str | None) -> int:
     """What tiles round head dims up to; without TMA, nothing fills them."""
-    return TILED_BY if language == "tilelang" and arch not in _AMPERE else 1
+    return TILED_BY if language == "tilelang" and arch not in AMPERE else 1
 
 
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
@@ -33,7 +33,7 @@ LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {
             Limit(dim, (32, 64, 128), "other head dims were compiled for sm_90 alone", _ON_AMPERE)
             for dim in ("K", "V")
         ),
-        Limit("arch", (None, *_AMPERE, "sm_90"), "others were not compiled for"),
+        Limit("arch", (None, *AMPERE, "sm_90"), "others were not compiled for"),
         Limit("maxnreg", (0,), "that arch hands no registers to other warps", _ON_AMPERE),
         # 0.1.15
         Limit(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.kernels.languages import AMPERE
 from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
     CHECKPOINTS,
@@ -96,6 +97,17 @@ _SERIAL_TILELANG: Final = Form(
     ),
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
+# Two warp groups, each of 64 rows, share what a chunk's products read: of a segment's values and
+# transition 53 KB a chunk come from the L2 where programs of 64 rows take 90, and backwards 61 for
+# 114.
+_NOT_128: Final = (*range(1, 128), *range(128 + 1, 512 + 1))
+_ALONE: Final = "two warp groups take 128 rows of values, and 128 of the transition"
+_WIDE_START: Final = Setting({"BV": 128}, {"K": (128,), "V": (128,), "BT": (32,)})
+_TWO_GROUPS: Final = (
+    *(Limit("BV", (64,), _ALONE, {dim: _NOT_128}) for dim in ("K", "V")),
+    Limit("BV", (64,), "128 rows were compiled for sm_90 alone", {"arch": AMPERE}),
+    Limit("BV", (64,), "two warp groups want loads ahead of both", {"BT": (16, 64)}),
+)
 
 NO_CHECKPOINTS: Final = Limit(
     "checkpoints", ("",), "only the serial scan in Triton keeps states on the way"
@@ -110,7 +122,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
     segments = Limit("max_segments", (MAX_SEGMENTS,), "only the parallel scans have segments")
     one = replace(
         serial,
-        knobs={**serial.knobs, "max_segments": (64, 112, MAX_SEGMENTS)},
+        knobs={**serial.knobs, "max_segments": (64, 80, 112, MAX_SEGMENTS)},
         defaults=(*serial.defaults, Setting({"max_segments": MAX_SEGMENTS})),
         limits=(
             *serial.limits,
@@ -118,13 +130,18 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
             *(() if serial.language == "triton" else (NO_CHECKPOINTS,)),
         ),
     )
+    groups = serial.language == "tilelang"
     parallel = replace(
         one,
         name="parallel",
         template=f"{serial.template}_parallel",
         leads=None,
+        knobs={**one.knobs, **({"BV": (64, 128)} if groups else {})},
+        # a search begins there, and with what is on file: 64 rows
+        defaults=(*one.defaults, *((_WIDE_START,) if groups else ())),
         limits=(
             *serial.limits,
+            *(_TWO_GROUPS if groups else ()),
             Limit("varlen", (False,), "packed sequences are one segment each"),
             NO_CHECKPOINTS,
         ),

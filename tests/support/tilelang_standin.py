@@ -41,7 +41,11 @@ class Tile:
             return Tile(np.stack(by_group), self.dtype, True)
         try:
             found = self.array[index]
-        except IndexError:  # within `if_then_else`, both of whose sides are evaluated here
+        except IndexError:
+            if isinstance(index, tuple) and any(isinstance(x, slice) for x in index):
+                inside = tuple(x if isinstance(x, slice) else 0 for x in index)
+                return Tile(np.zeros_like(self.array[inside]), self.dtype, True)
+            # within `if_then_else`, both of whose sides are evaluated here
             return np.float32(0)
         return Tile(found, self.dtype, True) if isinstance(found, np.ndarray) else found
 

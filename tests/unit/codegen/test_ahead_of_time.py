@@ -319,6 +319,33 @@ def test_tilelang_of_blocks_in_segments_has_two_programs_to_a_multiprocessor(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("op", "stage", "num_stages", "most"),
+    [
+        ("gdn2", "scan", 4, 0),
+        ("gdn2", "scan_blocks2", 3, 0),
+        ("gdn2", "reverse_scan_blocks2", 3, 0),
+        # 24 and 32 were seen
+        ("gated_delta_rule", "scan", 3, 40),
+        ("gated_delta_rule", "reverse_scan", 3, 40),
+    ],
+)
+@pytest.mark.tilelang
+def test_tilelang_in_segments_of_two_warp_groups_compiles_and_fits(
+    op: str, stage: str, num_stages: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program to a multiprocessor: its two groups have as many registers as two programs."""
+    config = tilelang_config(stage, Problem(op))
+    config = config.replace(segments="parallel", BV=128, num_stages=num_stages)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(Problem(op), stage, config, named_device("sm_90"))
+    assert (used.threads, used.registers) == (384, 168), f"{stage} [{config}]: {used}"
+    assert used.spill_bytes <= most, f"{stage} [{config}]: {used}"
+    assert used.shared_bytes + 1024 <= 228 * 1024
+    assert blocks_per_sm(used, named_device("sm_90")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "stage", ["scan_group", "rescan_group", "reverse_scan_group", "grad_group"]
 )
 @pytest.mark.parametrize("varlen", [False, True])

@@ -13,11 +13,12 @@ from tilelang_configs import tilelang_config
 from gdn2gen.codegen.build import beside_tilelang, load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.validity import why_invalid
 
 # A chunk that ends early among them, and one that is alone in its block. With a number after the
 # chunks of a block the scans are in segments of so many chunks: a block may be in two of them, of
-# three the one between has a transition, and the last may be shorter. Two cases in one process, of
-# which most is imports.
+# three the one between has a transition, and the last may be shorter; `wide` are programs of two
+# warp groups, and 0 the scans without blocks. Two cases in one process, of which most is imports.
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
@@ -36,6 +37,10 @@ CASES = [
             "gdn2 64 230 layer 4 3",
             "gdn2 64 100 sparse 2 1 twice stateless",
             "kda 64 40 layer 2 4 twice state_v_first",
+            "gdn2 128 134 strong 2 1 wide",
+            "gdn2 128 102 zero 0 1 wide",
+            "kda 128 102 layer 0 1 wide twice stateless",
+            "gdn2 112 70 layer 0 1 wide",
         )
     ),
 ]
@@ -65,6 +70,8 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     for case, text in zip(cases, printed, strict=True):
         every, *segment = case.split()[4:6]
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
+        if every == "0":
+            made = ["scan_states h", "reverse_scan dX"]
         made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
         assert all(x in text for x in [*made, "reference o"])
 
@@ -83,3 +90,17 @@ def test_strong_decay_of_128_channels_takes_8_warps():
         rendered = render(Problem(), "grad_blocks1", config)
         assert "num_warps=STRONG_WARPS, num_stages=1," in rendered.source
         assert beside_tilelang(load(rendered)) == {"num_warps": warps, "num_stages": 1}
+
+
+@pytest.mark.parametrize("stage", ["scan", "reverse_scan", "scan_blocks2", "reverse_scan_blocks2"])
+def test_segments_of_128_rows_are_two_warp_groups_in_one_program(stage):
+    """Of 64 rows two programs share a multiprocessor; in no other size do two groups have work."""
+    config = tilelang_config(stage, Problem()).replace(segments="parallel")
+    for rows, threads, shared in ((64, 128, 2), (128, 256, 0)):
+        source = render(Problem(), stage, config.replace(BV=rows)).source
+        assert source.count(f", threads={threads}\n") == source.count("with tile.Kernel(") == 2
+        assert source.count("tile.annotate_min_blocks_per_sm(2)") == shared
+    wide = config.replace(BV=128)
+    for problem, size in ((Problem(K=96), "128 of the transition"), (Problem(V=96), "128 rows")):
+        assert size in str(why_invalid(wide, problem))
+    assert "BV of 64, not 128" in str(why_invalid(wide.replace(segments="serial"), Problem()))
