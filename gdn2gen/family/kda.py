@@ -80,6 +80,7 @@ KDA: Final = Recurrence(
         *("lean", "fast", "states"),
         *("blocks1", "blocks2", "blocks4"),
         *("blocks1_states", "blocks2_states", "blocks4_states"),
-        *("whole", "whole_blocks2"),
+        *("whole", "whole_blocks1", "whole_blocks2"),
+        "whole_blocks1_states",
     ),
 )

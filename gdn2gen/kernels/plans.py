@@ -57,7 +57,20 @@ def _blocks(every: int) -> tuple[Plan, Plan]:
 
 
 _WHOLE = ("forward",)
-_BLOCKS2 = _blocks(2)[0]
+
+
+def _whole_blocks(every: int) -> Plan:
+    """What `blocks` of so many chunks does, whose prepare and scan are one kernel."""
+    apart = _blocks(every)[0]
+    return Plan(f"whole_{apart.name}", _WHOLE, apart.backward, every, instead=apart.name)
+
+
+def _whole_states(every: int) -> Plan:
+    """The same of what level fast keeps."""
+    apart = _blocks(every)[1]
+    forward = (f"forward_blocks{every}",)
+    return Plan(f"whole_{apart.name}", forward, apart.backward, every, instead=apart.name)
+
 
 PLANS: Final = {
     plan.name: plan
@@ -91,10 +104,11 @@ PLANS: Final = {
         # Fewer bytes: states between chunks are made again, no stage is the value side's own, and
         # no sum of the decay is kept.
         *(plan for every in EVERY for plan in _blocks(every)),
-        # What `lean` and `blocks2` do, whose prepare and scan are one kernel: 896 bytes a token and
-        # head are not written and read again.
+        # What `lean`, `blocks1` and `blocks2` do, whose prepare and scan are one kernel: 896 bytes
+        # a token and head at K = 128 are not written and read again.
         Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
-        Plan("whole_blocks2", _WHOLE, _BLOCKS2.backward, _BLOCKS2.every, instead=_BLOCKS2.name),
+        *map(_whole_blocks, (1, 2)),
+        _whole_states(1),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
@@ -103,13 +117,14 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "lean": (
         *("lean", "direct", "linear", "linear_direct", "grouped"),
         *(f"blocks{every}" for every in EVERY),
-        *("whole", "whole_blocks2"),
+        *("whole", "whole_blocks1", "whole_blocks2"),
     ),
     "fast": (
         *("fast", "states", "direct_states"),
         *("linear_fast", "linear_states", "linear_direct_states"),
         "grouped",
         *(f"blocks{every}_states" for every in EVERY),
+        "whole_blocks1_states",
     ),
 }
 

@@ -4,6 +4,7 @@ given; its backward is that of the plan that keeps the same."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import pytest
@@ -25,18 +26,34 @@ from gdn2gen.store.dispatch import forced_recipe
 pytestmark = pytest.mark.gpu
 
 _TIED: Final = Problem("kda", beta_sigmoid=True, neg_eigval=True, beta_fp32=True)
-PROBLEMS: Final = {"gdn2": Problem(), "kda": Problem("kda"), "kda-sigmoid": _TIED}
+PROBLEMS: Final = {
+    **{"gdn2-128": Problem(), "kda-128": Problem("kda"), "kda-sigmoid": _TIED},
+    **{f"{op}-64": Problem(op, K=64, V=64) for op in ("gdn2", "kda")},
+    "kda-sigmoid-64": replace(_TIED, K=64, V=64),
+}
+# Head dims, and groups that prepare beside the one that scans, or in each of two programs.
+WIDTHS: Final = [(128, 2), (64, 2), (64, 3)]
 CASES: Final = [
-    ("gdn2", "whole"),
-    ("gdn2", "whole_blocks2"),
-    ("kda", "whole"),
-    ("kda", "whole_blocks2"),
-    ("kda-sigmoid", "whole"),
+    ("gdn2-128", "whole", 2),
+    ("gdn2-128", "whole_blocks2", 2),
+    ("kda-128", "whole", 2),
+    ("kda-128", "whole_blocks2", 2),
+    ("kda-sigmoid", "whole", 2),
+    ("gdn2-64", "whole", 2),
+    ("gdn2-64", "whole", 3),
+    ("gdn2-64", "whole_blocks1", 3),
+    ("gdn2-64", "whole_blocks2", 3),
+    ("kda-64", "whole", 2),
+    ("kda-64", "whole_blocks1", 3),
+    ("kda-sigmoid-64", "whole", 3),
+    ("gdn2-64", "whole_blocks1_states", 2),
+    ("kda-64", "whole_blocks1_states", 2),
 ]
 
 
-def recipe_of(name: str, plan: str) -> Recipe:
-    return Recipe.default(full_problem(PROBLEMS[name]), plan, arch=present_device().arch)
+def recipe_of(name: str, plan: str, groups: int) -> Recipe:
+    recipe = Recipe.default(full_problem(PROBLEMS[name]), plan, arch=present_device().arch)
+    return recipe.with_config(recipe[recipe.plan.forward[0]].replace(num_stages=groups))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +64,9 @@ def compiled(compile_once: Callable[[str, Kernels], None]) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("name", "plan"), CASES)
-def test_every_output_and_gradient_in_every_pattern(name: str, plan: str) -> None:
-    recipe = recipe_of(name, plan)
+@pytest.mark.parametrize(("name", "plan", "groups"), CASES)
+def test_every_output_and_gradient_in_every_pattern(name: str, plan: str, groups: int) -> None:
+    recipe = recipe_of(name, plan, groups)
     found = check_recipe(
         recipe,
         patterns=tuple(PATTERNS),
@@ -59,27 +76,28 @@ def test_every_output_and_gradient_in_every_pattern(name: str, plan: str) -> Non
     assert found.ok, found.reason
 
 
-def outputs(op: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad(), forced_recipe(recipe_of(op, "whole")):
+def outputs(op: str, size: int, groups: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad(), forced_recipe(recipe_of(f"{op}-{size}", "whole", groups)):
         o, state = public_op(op)(**given, use_qk_l2norm_in_kernel=True, output_final_state=True)
     return {"o": o, "final_state": state}
 
 
-# Sequences, tokens, heads of keys and of values: less than a chunk, one, a slot each, each slot
-# twice with a tail, and all that a training step has.
+# Sequences, tokens, heads of keys and of values: less than a chunk, one, a slot each of four, each
+# slot twice with a tail (of seven slots once), and all that a training step has.
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize(("size", "groups"), WIDTHS)
 @pytest.mark.parametrize(
     ("B", "T", "H", "HV"),
     [(1, 1, 1, 1), (1, 7, 1, 1), (1, 32, 1, 1), (1, 64, 2, 2), (1, 128, 2, 2), (2, 200, 3, 6),
      (2, 1100, 8, 8), (4, 4096, 16, 16)],
 )  # fmt: skip
-def test_sizes(op: str, B: int, T: int, H: int, HV: int) -> None:
+def test_sizes(op: str, size: int, groups: int, B: int, T: int, H: int, HV: int) -> None:
     x = make_inputs(
-        B, T, H, 128, 128, op=op, HV=HV, dtype=torch.bfloat16, device="cuda", pattern="layer",
+        B, T, H, size, size, op=op, HV=HV, dtype=torch.bfloat16, device="cuda", pattern="layer",
         initial_state=True,
     )  # fmt: skip
-    found = outputs(op, x)
+    found = outputs(op, size, groups, x)
     exact = {name: value.double() for name, value in x.items()}
     o, state = reference.chunk(
         recurrence_named(op), exact, use_qk_l2norm_in_kernel=True, compute_dtype=torch.float64
@@ -90,14 +108,15 @@ def test_sizes(op: str, B: int, T: int, H: int, HV: int) -> None:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
-def test_a_token_that_forgets_all_moves_no_bit_before_it(op: str) -> None:
+@pytest.mark.parametrize(("size", "groups"), WIDTHS)
+def test_a_token_that_forgets_all_moves_no_bit_before_it(op: str, size: int, groups: int) -> None:
     """It is in no first frame, so that its chunk is scored frame by frame."""
     x = make_inputs(
-        2, 96, 4, 128, 128, op=op, dtype=torch.bfloat16, device="cuda", pattern="layer",
+        2, 96, 4, size, size, op=op, dtype=torch.bfloat16, device="cuda", pattern="layer",
         initial_state=True,
     )  # fmt: skip
-    before = outputs(op, x)["o"].clone()
+    before = outputs(op, size, groups, x)["o"].clone()
     x["g"][:, 45] = -300.0
-    after = outputs(op, x)["o"]
+    after = outputs(op, size, groups, x)["o"]
     assert torch.equal(before[:, :45], after[:, :45])
     assert not torch.equal(before[:, 46:], after[:, 46:])

@@ -21,23 +21,25 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.measure.accuracy import relative_errors
 
 SEGMENT: Final = 2
-SCALE: Final = 128**-0.5
 
 
-def module_of(problem: Problem) -> ModuleType:
-    return load(render(problem, "forward", default_config("forward", problem)))
+def module_of(problem: Problem, stage: str = "forward", **knobs: int) -> ModuleType:
+    config = default_config(stage, problem).replace(**knobs)
+    return load(render(problem, stage, config))
 
 
 def carried_out(
-    op: str, T: int, pattern: str, *, shared: int = 1, v_first: bool = False
-) -> dict[str, float]:
+    op: str, size: int, T: int, pattern: str, *, shared: int = 1, v_first: bool = False,
+    **knobs: int,
+) -> dict[str, float]:  # fmt: skip
     """Errors of o and the state, of those that are kept, and of rows of zeros past the end."""
-    problem = Problem(op, initial_state=True, final_state=True, state_v_first=v_first)
+    states = {"initial_state": True, "final_state": True, "state_v_first": v_first}
+    problem = Problem(op, K=size, V=size, **states)
     x = make_inputs(
-        1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True,
+        1, T, 1, size, size, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True,
         HV=shared,
     )  # fmt: skip
-    found, written = results(problem, x)
+    found, written = results(problem, x, **knobs)
     assert all(found[name].isfinite().all() for name in written)
     if v_first:
         found["final_state"] = found["final_state"].transpose(-1, -2)
@@ -45,23 +47,23 @@ def carried_out(
 
 
 def results(
-    problem: Problem, x: dict[str, torch.Tensor]
+    problem: Problem, x: dict[str, torch.Tensor], **knobs: int
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """All tensors after the kernel, and the names of those that it writes."""
-    op, v_first = problem.op, problem.state_v_first
+    op, size, v_first = problem.op, problem.K, problem.state_v_first
     _, T, shared, _ = x["v"].shape
     chunks = -(-T // 32)
     segments = -(-chunks // SEGMENT)
-    state_dims = (1, shared, 128, 128)
+    state_dims = (1, shared, size, size)
     half = {"dtype": torch.bfloat16}
     written = {
-        "o": torch.full((1, T, shared, 128), torch.nan, **half),
+        "o": torch.full((1, T, shared, size), torch.nan, **half),
         "final_state": torch.full(state_dims, torch.nan),
         "q_rstd": torch.full((chunks, shared, 32), torch.nan),
         "k_rstd": torch.full((chunks, shared, 32), torch.nan),
         "A": torch.full((chunks, shared, 32, 32), torch.nan, **half),
         "Aqk": torch.full((chunks, shared, 32, 32), torch.nan, **half),
-        "S_seg": torch.full((1, shared, segments, 128, 128), torch.nan),
+        "S_seg": torch.full((1, shared, segments, size, size), torch.nan),
     }
     if op == "kda":
         written["k_beta"] = torch.full((chunks, shared, 32), torch.nan)
@@ -70,7 +72,8 @@ def results(
         given["initial_state"] = x["initial_state"].transpose(-1, -2).contiguous()
     HG = x["g"].shape[2]
     sizes = {"B": 1, "T": T, "H": 1, "HV": shared, "HG": HG, "NT": chunks, "NS": segments}
-    found = run_all(module_of(problem), given | written, sizes, SCALE, SEGMENT)
+    module = module_of(problem, **knobs)
+    found = run_all(module, given | written, sizes, size**-0.5, SEGMENT)
     return found, tuple(written)
 
 
@@ -122,17 +125,109 @@ def _rstd(x: torch.Tensor, shared: int) -> torch.Tensor:
 )
 def test_results_and_barriers(op: str, T: int, pattern: str, shared: int, v_first: bool) -> None:
     """Five chunks take each slot once, and one twice; every wait ends, and none too early."""
-    errors = carried_out(op, T, pattern, shared=shared, v_first=v_first)
+    errors = carried_out(op, 128, T, pattern, shared=shared, v_first=v_first)
+    assert max(errors.values()) < 1e-2, errors
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("op", "T", "pattern", "shared", "v_first", "num_stages"),
+    [
+        ("gdn2", 40, "layer", 1, False, 2),
+        pytest.param("gdn2", 7, "strong", 1, False, 3, marks=pytest.mark.slow),
+        pytest.param("gdn2", 350, "mixed", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 480, "layer", 1, False, 3, marks=pytest.mark.slow),
+        pytest.param("gdn2", 33, "layer", 2, True, 3, marks=pytest.mark.slow),
+        pytest.param("kda", 100, "strong", 1, False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_results_and_barriers_of_one_program_that_scans(
+    op: str, T: int, pattern: str, shared: int, v_first: bool, num_stages: int
+) -> None:
+    """Eleven chunks take each of five slots twice, and fifteen each of seven."""
+    errors = carried_out(
+        op, 64, T, pattern, shared=shared, v_first=v_first, num_stages=num_stages
+    )  # fmt: skip
     assert max(errors.values()) < 1e-2, errors
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs() -> None:
-    """It takes the chunk into later frames, where the decay is summed once more."""
-    problem = Problem(initial_state=True, final_state=True)
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+def test_what_level_fast_keeps(op: str) -> None:
+    """Seven chunks: each of five slots once, and two twice."""
+    T, chunks = 210, 7
+    problem = Problem(op, K=64, V=64, initial_state=True, final_state=True)
     x = make_inputs(
-        1, 32, 1, 128, 128, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
+        1, T, 1, 64, 64, op=op, dtype=torch.bfloat16, pattern="layer", initial_state=True
+    )
+    half = {"dtype": torch.bfloat16}
+    rows = {name: torch.full((chunks, 1, 32, 64), torch.nan, **half) for name in _ROWS}
+    numbers = {
+        name: torch.full((chunks, 1, 32), torch.nan)
+        for name in ("q_rstd", "k_rstd", *(["k_beta"] if op == "kda" else []))
+    }
+    written = (
+        rows
+        | numbers
+        | {
+            "o": torch.full((1, T, 1, 64), torch.nan, **half),
+            "final_state": torch.full((1, 1, 64, 64), torch.nan),
+            "A": torch.full((chunks, 1, 32, 32), torch.nan, **half),
+            "Aqk": torch.full((chunks, 1, 32, 32), torch.nan, **half),
+            "gamma_C": torch.full((chunks, 1, 64), torch.nan),
+            "h": torch.full((chunks, 1, 64, 64), torch.nan, **half),
+        }
+    )
+    sizes = {"B": 1, "T": T, "H": 1, "HV": 1, "HG": 1, "NT": chunks}
+    found = run_all(module_of(problem, "forward_blocks1"), x | written, sizes, 64**-0.5)
+    assert all(found[name].isfinite().all() for name in written)
+    errors = relative_errors(found, kept(op, x, chunks))
+    assert max(errors.values()) < 5e-3, errors
+
+
+_ROWS: Final = ("Qg", "Y", "Ktail", "R")
+
+
+def kept(op: str, x: dict[str, torch.Tensor], chunks: int) -> dict[str, torch.Tensor]:
+    """What level fast keeps of one head, in fp64, chunk by chunk."""
+    T = x["q"].shape[1]
+    padding = (0, 0, 0, 32 * chunks - T)
+    exact = {
+        name: torch.nn.functional.pad(value[0].double().reshape(T, -1), padding)
+        for name, value in x.items()
+        if name != "initial_state"
+    }
+    norms = {name: torch.rsqrt(exact[name].square().sum(-1) + 1e-6)[:, None] for name in "qk"}
+    q, k = (exact[name] * norms[name] for name in "qk")
+    erased, key = (k * exact["b"], k) if op == "gdn2" else (k, k * exact["beta"])
+    values = exact["v"] * exact["w"] if op == "gdn2" else exact["v"]
+    state = x["initial_state"][0, 0].double()
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*_ROWS, "gamma_C", "h")}
+    o = []
+    for i in range(chunks):
+        here = slice(32 * i, 32 * i + 32)
+        gamma = exact["g"][here].cumsum(0).exp()
+        E, keys, Qg = gamma * erased[here], key[here] / gamma, gamma * q[here] * 64**-0.5
+        A = torch.linalg.inv(torch.eye(32).double() + torch.tril(E @ keys.T, -1))
+        Y = -A @ E
+        R = A @ values[here] + Y @ state
+        o.append(Qg @ state + torch.tril(Qg @ keys.T) @ R)
+        made = (Qg, Y, gamma[-1] * keys, R, gamma[-1], state.T)
+        for name, value in zip(found, made, strict=True):
+            found[name].append(value[None])
+        state = gamma[-1][:, None] * state + (gamma[-1] * keys).T @ R
+    last = {"o": torch.cat(o)[None, :T, None], "final_state": state[None, None]}
+    return last | {name: torch.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs(size: int) -> None:
+    """It takes the chunk into later frames, where the decay is summed once more."""
+    problem = Problem(K=size, V=size, initial_state=True, final_state=True)
+    x = make_inputs(
+        1, 32, 1, size, size, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
     )
     changed = x | {"g": x["g"].clone()}
     changed["g"][:, 20:, :, ::3] = -12.0
@@ -144,23 +239,39 @@ def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.tilelang
+def test_what_keeps_states_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    problem = Problem(K=64, V=64)
+    config = default_config("forward_blocks1", problem)
+    used = compile_ahead(problem, "forward_blocks1", config, named_device("H200"))
+    assert used.registers <= 168 and used.spill_bytes == 0 and used.threads == 384
+
+
+@pytest.mark.slow
+@pytest.mark.tilelang
 @pytest.mark.parametrize(
-    ("problem", "shared"),
+    ("problem", "registers", "shared"),
     [
-        (Problem(), 231_424),
-        (Problem(initial_state=True, final_state=True), 231_424),
-        (Problem("kda", beta_sigmoid=True, neg_eigval=True), 207_872),
+        (Problem(), 168, 231_424),
+        (Problem(initial_state=True, final_state=True), 168, 231_424),
+        (Problem("kda", beta_sigmoid=True, neg_eigval=True), 168, 207_872),
+        (Problem(K=64, V=64, initial_state=True, final_state=True), 128, 228_608),
+        (Problem("kda", K=64, V=64), 126, 208_640),
     ],
-    ids=("gdn2", "states", "kda"),
+    ids=("gdn2", "states", "kda", "64", "kda-64"),
 )
 def test_it_compiles_for_a_whole_multiprocessor(
-    problem: Problem, shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Problem,
+    registers: int,
+    shared: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Hardly a register is spilled, and a program fits into 227 KB."""
     # what is kept passes no compiler
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     config = default_config("forward", problem)
     used = compile_ahead(problem, "forward", config, named_device("H200"))
-    assert (used.registers, used.threads) == (168, 384)
+    assert (used.registers, used.threads) == (registers, 384 if problem.K == 128 else 512)
     assert used.spill_bytes <= 32
     assert shared <= used.shared_bytes <= 227 * 1024

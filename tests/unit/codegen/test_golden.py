@@ -273,12 +273,17 @@ def _blocks(stage: str, segments: str = "serial", **changes: Any) -> str:
     return render(problem, stage, config).source
 
 
-def _forward(problem: Problem) -> str:
-    return render(problem, "forward", default_config("forward", problem)).source
+def _forward(problem: Problem, stage: str = "forward") -> str:
+    return render(problem, stage, default_config(stage, problem)).source
 
 
 OUTPUTS: Final = {
     "forward.py": partial(_forward, Problem(initial_state=True, final_state=True)),
+    "forward_64.py": partial(_forward, Problem(K=64, V=64, initial_state=True, final_state=True)),
+    "forward_64_states.py": partial(
+        _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
+    ),
+    "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_kda.py": partial(_forward, Problem("kda", beta_sigmoid=True, neg_eigval=True)),
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,

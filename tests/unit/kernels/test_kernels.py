@@ -159,7 +159,7 @@ def test_the_list_leaves_nothing_out() -> None:
     """
     assert len({case.name for case in CASES}) == len(CASES)
     in_triton = {x for x in PLANS if not PLANS[x].instead}
-    in_plans = {x for x in STAGES if x != "forward"}
+    in_plans = {x for x in STAGES if not x.startswith("forward")}
     assert {case.plan for case in CASES} == in_triton
     configs = [x for case in CASES for x in case.recipe.configs]
     assert {x.stage for x in configs} == in_plans

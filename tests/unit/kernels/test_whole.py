@@ -26,21 +26,22 @@ H200 = named_device("H200")
 
 
 def test_they_are_of_two_members_and_nobody_s_default() -> None:
-    assert WHOLE == ("whole", "whole_blocks2")
+    assert WHOLE == ("whole", "whole_blocks1", "whole_blocks2", "whole_blocks1_states")
     for op in OPS:
         served = {*WHOLE} <= {*RECURRENCES[op].plans}
         assert served == (op in ("gdn2", "kda"))
         assert served or not {*WHOLE} & {*RECURRENCES[op].plans}
     for plan in WHOLE:
-        assert level_of(plan) == "lean" and is_optional(plan, "gdn2")
-        assert keeps_least(PLANS[plan])
+        lean = not plan.endswith("states")
+        assert level_of(plan) == ("lean" if lean else "fast") and is_optional(plan, "gdn2")
+        assert keeps_least(PLANS[plan]) == lean
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("plan", WHOLE)
 def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
     """So that a forward of either serves a backward of the other."""
-    problem = Problem(op, initial_state=True, final_state=True)
+    problem = Problem(op, K=64, V=64, initial_state=True, final_state=True)
     recipe = Recipe.default(problem, plan)
     apart = recipe.everywhere()
     assert apart.plan.name == PLANS[plan].instead
@@ -60,8 +61,9 @@ def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
         ({"gate_dtype": "bf16"}, None, "gate_dtype of fp32, not bf16"),
         ({"l2norm": False}, None, "l2norm of True, not False"),
         ({"gate": "sigmoid"}, None, "gate of none, not sigmoid: the gate's activation is in prep"),
-        ({"K": 64}, None, "takes K=128 and V=128, not K=64"),
-        ({"K": 120, "V": 256}, None, "takes K=128 and V=128, not K=120, V=256"),
+        ({"K": 64}, None, "takes K and V of 64 both, or of 128 both, not K=64, V=128"),
+        ({"K": 120, "V": 256}, None, "or of 128 both, not K=120, V=256"),
+        ({"K": 56, "V": 56}, None, "or of 128 both, not K=56, V=56"),
         ({}, "sm_80", "not 2: its waits for asynchronous copies"),
         ({}, "sm_100", "not sm_100"),
     ],
@@ -92,11 +94,22 @@ def test_options_that_add_arguments_are_served(op: str) -> None:
 def test_other_head_dims_and_chunks_take_two_kernels() -> None:
     recipe = Recipe.default(Problem(), "whole_blocks2")
     assert recipe.fitted(Problem(), "sm_90") == recipe
-    found = recipe.fitted(Problem(K=64, V=64), "sm_90")
+    found = recipe.fitted(Problem(K=64, V=128), "sm_90")
     assert found.plan.name == "blocks2"
     assert all(why_invalid(x, found.problem, "sm_90") is None for x in found.configs)
     config = default_config("forward", Problem())
     assert "BT of 32, not 64" in str(why_invalid(config.replace(BT=64), Problem()))
+
+
+def test_what_keeps_states_is_of_64_channels() -> None:
+    config = default_config("forward_blocks1", Problem(K=64, V=64))
+    assert why_invalid(config, Problem(K=64, V=64), "sm_90") is None
+    reason = why_invalid(config, Problem())
+    assert reason is not None and "takes K=64 and V=64, not K=128: there is no shared" in reason
+    assert "num_stages of 2, not 3" in str(
+        why_invalid(config.replace(num_stages=3), Problem(K=64, V=64))
+    )
+    assert not is_served("whole_blocks1_states", Problem(), "sm_90")
 
 
 def test_a_scan_that_can_keep_states_on_the_way_is_that_of_two_kernels() -> None:
@@ -129,6 +142,11 @@ def test_it_is_in_the_search() -> None:
     config = default_config("forward", Problem())
     assert [*space.valid_configs("forward", Problem(), H200, 32)] == [config]
     assert space.starts("forward", Problem(), H200, 32) == (config,)
+    assert "num_stages of 2, not 3" in str(why_invalid(config.replace(num_stages=3), Problem()))
+    small = Problem(K=64, V=64)
+    configs = [*space.valid_configs("forward", small, H200, 32)]
+    assert [x["num_stages"] for x in configs] == [2, 3]
+    assert space.starts("forward", small, H200, 32) == (configs[1],)
     assert not [*space.valid_configs("forward", Problem(varlen=True), H200, 32)]
 
 

@@ -69,7 +69,11 @@ def _configs() -> list[Config]:
     ]
     packed = replace(_PROBLEM, varlen=True)
     return [
-        *(default_config(stage, having(_PROBLEM, stage)) for stage in STAGES if stage != "forward"),
+        *(
+            default_config(stage, having(_PROBLEM, stage))
+            for stage in STAGES
+            if not stage.startswith("forward")
+        ),
         *(default_config(stage, _PROBLEM).replace(language="tilelang") for stage in scans),
         *(x for x in in_tilelang if why_invalid(x, packed, "sm_90") is None),
     ]
