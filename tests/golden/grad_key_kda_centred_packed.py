@@ -55,7 +55,7 @@ takes alike.
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=64 chunks=4 decay=centred language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest a9d7c300cc3c3998; made by
+Template digest 7a072d0bc5529f7f; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=64,chunks=4,decay=centred,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
@@ -206,6 +206,7 @@ def program():
             s_pairs = tile.alloc_shared([BT, BT], IO)
             b_pairs = tile.alloc_fragment([BT, BT], IO)
             b_pairs_T = tile.alloc_fragment([BT, BT], IO)
+            b_rounded = tile.alloc_fragment([BK, BT], "float32")
             n_levels = tile.alloc_var("int32")
 
             for i, j in tile.Parallel(BT, BT):
@@ -328,16 +329,23 @@ def program():
                         for i, j in tile.Parallel(BK, BT):
                             b_column[i, j] = b_row[i, j] - s_G[tile.min((((j >> i_level) | 1) << i_level) - 1, i_last), i]
                             b_column[i, j] = tile.exp2(-tile.abs(b_column[i, j]))
-                            b_first[i, j] = b_column[i, j] * tile.if_then_else(
+                        for i, j in tile.Parallel(BK, BT):
+                            b_dg[i, j] = b_column[i, j] * tile.if_then_else(
                                 (j >> i_level) % 2 == 1, b_q[i, j], b_c[i, j]
                             )
+                        for i, j in tile.Parallel(BK, BT):
+                            b_first[i, j] = b_dg[i, j]
                         tile.clear(b_dg)
                         tile.gemm(b_first, s_pairs, b_dg, policy=ROWS)
                         for i, j in tile.Parallel(BK, BT):
-                            b_dq[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_column[i, j] * b_dg[i, j], 0.0)
-                            b_dk[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 0.0, b_column[i, j] * b_dg[i, j])
-                            b_dg[i, j] *= tile.cast(b_first[i, j], "float32")
-                            b_dG[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_dg[i, j], -b_dg[i, j])
+                            b_rounded[i, j] = b_first[i, j]
+                        for i, j in tile.Parallel(BK, BT):
+                            b_dG[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 1.0, -1.0) * (
+                                b_rounded[i, j] * b_dg[i, j]
+                            )
+                            b_dg[i, j] *= b_column[i, j]
+                            b_dq[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_dg[i, j], 0.0)
+                            b_dk[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 0.0, b_dg[i, j])
                         # and another the upper tokens' de and the rest of the lower ones'
                         for i, j in tile.Parallel(BT, BT):
                             s_pairs[i, j] = tile.if_then_else(
@@ -345,16 +353,22 @@ def program():
                             )
                         tile.fence_proxy_async()
                         for i, j in tile.Parallel(BK, BT):
-                            b_first[i, j] = b_column[i, j] * tile.if_then_else(
+                            b_dg[i, j] = b_column[i, j] * tile.if_then_else(
                                 (j >> i_level) % 2 == 1, b_k[i, j], b_c[i, j]
                             )
+                        for i, j in tile.Parallel(BK, BT):
+                            b_first[i, j] = b_dg[i, j]
                         tile.clear(b_dg)
                         tile.gemm(b_first, s_pairs, b_dg, policy=ROWS)
                         for i, j in tile.Parallel(BK, BT):
-                            b_de[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_column[i, j] * b_dg[i, j], 0.0)
-                            b_dk[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 0.0, b_column[i, j] * b_dg[i, j])
-                            b_dg[i, j] *= tile.cast(b_first[i, j], "float32")
-                            b_dG[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_dg[i, j], -b_dg[i, j])
+                            b_rounded[i, j] = b_first[i, j]
+                        for i, j in tile.Parallel(BK, BT):
+                            b_dG[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 1.0, -1.0) * (
+                                b_rounded[i, j] * b_dg[i, j]
+                            )
+                            b_dg[i, j] *= b_column[i, j]
+                            b_de[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, b_dg[i, j], 0.0)
+                            b_dk[i, j] += tile.if_then_else((j >> i_level) % 2 == 1, 0.0, b_dg[i, j])
                 for i in tile.Parallel(BK):
                     b_dG_C[i] += b_gamma[i] * b_dgamma[i]
                 hold[0] = tile.cast(s_dAqk[0, 0], "float32")

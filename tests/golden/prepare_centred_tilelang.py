@@ -30,7 +30,7 @@ blocks, in 5 more products that any decay takes alike.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=centred language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 078a7853650cda5a; made by
+Template digest 36c43a2b3533cac8; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=centred,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves
@@ -121,7 +121,6 @@ def program():
             b_norms = tile.alloc_fragment([2 * BT, 2 * BT], "float32")
             b_scores = tile.alloc_fragment([2 * BT, BT], "float32")
             b_level = tile.alloc_fragment([2 * BT, BT], "float32")
-            b_below = tile.alloc_fragment([2 * BT], "float32")
             b_Y = tile.alloc_fragment([BT, K], "float32")
             n_strong = tile.alloc_var("int32")
             x_G = tile.alloc_local([PART, 2], "float32")
@@ -129,6 +128,9 @@ def program():
             x_before = tile.alloc_local([2], "float32")
             x_C = tile.alloc_local([2], "float32")
             x_A = tile.alloc_local([HALF], "float32")
+            x_kept = tile.alloc_local([PART, 2], IO)
+            x_key = tile.alloc_local([2], "float32")
+            x_factor = tile.alloc_local([2], "float32")
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
@@ -226,73 +228,229 @@ def program():
                     for i in tile.unroll(PART):
                         if x_G[i, 0] < -2.0 * SHIFT or x_G[i, 1] < -2.0 * SHIFT:
                             s_below[i_token + i] = 1.0
-                    tile.sync_threads()
-                    for i in tile.Parallel(2 * BT):
-                        b_below[i] = s_below[i % BT]
-                    for i, j in tile.Parallel(2 * BT, BT):
-                        b_scores[i, j] = tile.if_then_else(b_below[i] != 0.0, 0.0, b_scores[i, j])
-                    # A token is in the upper half of its block, two rows, or in the lower, a column. With
-                    # the decay up to the middle in a variable, this takes few registers.
-                    for i_level in tile.serial(LEVELS):
-                        # of blocks of several parts, the end of one
-                        i_parts = tile.max(i_level - 4, 0)
-                        for c in tile.unroll(2):
-                            x_before[c] = 0.0
-                        for m in tile.unroll(PARTS):
-                            for c in tile.unroll(2):
-                                x_before[c] += tile.if_then_else(
-                                    m < ((i_part >> i_parts) | 1) << i_parts, s_total[m, i_channel + c], 0.0
-                                )
-                        tile.sync_threads()
-                        for i in tile.unroll(PART):
-                            if ((i_token + i) >> i_level) % 2 == 1:
-                                if i > 0 and (i_token + i) & ((1 << i_level) - 1) == 0:
-                                    for c in tile.unroll(2):
-                                        x_before[c] = x_G[tile.max(i - 1, 0), c]
-                                for c in tile.vectorized(2):
-                                    s_rows[i_token + i, i_channel + c] = (
-                                        x_k[i, c] * tile.cast(s_b[i_token + i, i_channel + c], "float32")
-                                        * tile.exp2(x_G[i, c] - x_before[c])
-                                    )
-                                for c in tile.vectorized(2):
-                                    s_rows[BT + i_token + i, i_channel + c] = (
-                                        tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32")
-                                        * (s_rstd[BT + i_token + i] * scale)
-                                        * tile.exp2(x_G[i, c] - x_before[c])
-                                    )
-                        for i_back in tile.unroll(PART):
-                            i = PART - 1 - i_back
-                            if ((i_token + i) >> i_level) % 2 == 0:
-                                if i_back > 0 and (i_token + i + 1) & ((1 << i_level) - 1) == 0:
-                                    for c in tile.unroll(2):
-                                        x_before[c] = x_G[i, c]
-                                for c in tile.vectorized(2):
-                                    s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(
-                                        x_before[c] - x_G[i, c]
-                                    )
-                        tile.sync_threads()
-                        tile.clear(b_level)
-                        tile.gemm(s_rows, s_keys, b_level, transpose_B=True)
-                        for i, j in tile.Parallel(2 * BT, BT):
-                            b_scores[i, j] += tile.if_then_else(
-                                ((i % BT) ^ j) >> i_level == 1 and b_below[i] != 0.0, b_level[i, j], 0.0
-                            )
-                    tile.sync_threads()
-                    # As they were above, for the same bits: 1.0 times SHIFT. The compiler does not know
-                    # that, or it would keep those of the usual path until here.
+                    # what is stored of keys and queries is made first, for registers
                     for i in tile.unroll(PART):
                         for c in tile.vectorized(2):
-                            s_rows[i_token + i, i_channel + c] = (
-                                x_k[i, c] * tile.cast(s_b[i_token + i, i_channel + c], "float32")
-                                * tile.exp2(SHIFT * s_below[BT - 1] + x_G[i, c])
+                            Ktail[i_c, i_h, i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
+                    for i, j in tile.Parallel(BT, K):
+                        Qg[i_c, i_h, i, j] = s_rows[BT + i, j] * tile.cast(2.0**-SHIFT, IO)
+
+                    for i, j in tile.Parallel(2 * BT, BT):
+                        if i < BT:
+                            s_T[j, i] = b_scores[i, j]
+                        else:
+                            s_Aqk[i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
+                    # E, which Y is made of
+                    for i in tile.unroll(PART):
+                        for c in tile.vectorized(2):
+                            x_kept[i, c] = s_rows[i_token + i, i_channel + c]
+                    tile.sync_threads()
+                    # A token is in the upper half of its block of a level, two rows, or in the lower, a
+                    # column, and has one factor, at most 1. Two levels fill the tiles of one product.
+                    for c in tile.unroll(2):
+                        x_before[c] = 0.0
+                    for m in tile.unroll(PARTS):
+                        for c in tile.unroll(2):
+                            x_before[c] += tile.if_then_else(
+                                m < 1, s_total[m, i_channel + c], 0.0
+                            )
+                    if i_part % 2 == 1:
+                        for i in tile.unroll(PART):
+                            for c in tile.vectorized(2):
+                                x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                            for c in tile.vectorized(2):
+                                x_factor[c] = tile.exp2(x_G[i, c] - x_before[c])
+                            for c in tile.vectorized(2):
+                                s_rows[i, i_channel + c] = (
+                                    x_key[c] * tile.cast(s_b[i_token + i, i_channel + c], "float32") * x_factor[c]
+                                )
+                            for c in tile.vectorized(2):
+                                s_rows[BT // 2 + i, i_channel + c] = (
+                                    tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32") * x_factor[c]
+                                )
+                    else:
+                        for i in tile.unroll(PART):
+                            for c in tile.vectorized(2):
+                                x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                            for c in tile.vectorized(2):
+                                x_factor[c] = tile.exp2(x_before[c] - x_G[i, c])
+                            for c in tile.vectorized(2):
+                                s_keys[i, i_channel + c] = x_key[c] * x_factor[c]
+                    for j in tile.unroll(PART // 2):
+                        i = j + 8
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.exp2(x_G[i, c] - x_G[i - j % 8 - 1, c])
+                        for c in tile.vectorized(2):
+                            s_rows[BT + i_part * (PART // 2) + j, i_channel + c] = (
+                                x_key[c] * tile.cast(s_b[i_token + i, i_channel + c], "float32") * x_factor[c]
                             )
                         for c in tile.vectorized(2):
-                            s_rows[BT + i_token + i, i_channel + c] = (
-                                tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32")
-                                * (s_rstd[BT + i_token + i] * scale)
-                                * tile.exp2(SHIFT * s_below[BT - 1] + x_G[i, c])
+                            s_rows[BT + BT // 2 + i_part * (PART // 2) + j, i_channel + c] = (
+                                tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32") * x_factor[c]
                             )
+                    for j in tile.unroll(PART // 2):
+                        i = j
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.if_then_else(
+                                j % 8 == 7, 1.0, tile.exp2(x_G[i - j % 8 + 7, c] - x_G[i, c])
+                            )
+                        for c in tile.vectorized(2):
+                            s_keys[BT // 2 + i_part * (PART // 2) + j, i_channel + c] = x_key[c] * x_factor[c]
                     tile.sync_threads()
+                    tile.clear(b_level)
+                    tile.gemm(s_rows, s_keys, b_level, transpose_B=True)
+                    tile.sync_threads()
+                    for r, j in tile.Parallel(2 * BT, BT):
+                        if r // BT == 0 and j // 16 == 0:
+                            if s_below[r % 16 + 16] != 0.0:
+                                if r % BT < 16:
+                                    s_T[j % 16, r % 16 + 16] = (
+                                        b_level[r, j]
+                                        * (s_rstd[r % 16 + 16] * s_rstd[j % 16])
+                                    )
+                                else:
+                                    s_Aqk[r % 16 + 16, j % 16] = (
+                                        b_level[r, j] * scale
+                                        * (s_rstd[BT + r % 16 + 16] * s_rstd[j % 16])
+                                    )
+                        if r // BT == 1 and j // 16 == 1:
+                            if r % 16 // 8 == j % 16 // 8 and s_below[r % 16 // 8 * 16 + r % 8 + 8] != 0.0:
+                                if r % BT < 16:
+                                    s_T[j % 16 // 8 * 16 + j % 8, r % 16 // 8 * 16 + r % 8 + 8] = (
+                                        b_level[r, j]
+                                        * (s_rstd[r % 16 // 8 * 16 + r % 8 + 8] * s_rstd[j % 16 // 8 * 16 + j % 8])
+                                    )
+                                else:
+                                    s_Aqk[r % 16 // 8 * 16 + r % 8 + 8, j % 16 // 8 * 16 + j % 8] = (
+                                        b_level[r, j] * scale
+                                        * (s_rstd[BT + r % 16 // 8 * 16 + r % 8 + 8] * s_rstd[j % 16 // 8 * 16 + j % 8])
+                                    )
+                    for j in tile.unroll(PART // 2):
+                        i = j // 4 * 8 + j % 4 + 4
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.exp2(x_G[i, c] - x_G[i - j % 4 - 1, c])
+                        for c in tile.vectorized(2):
+                            s_rows[i_part * (PART // 2) + j, i_channel + c] = (
+                                x_key[c] * tile.cast(s_b[i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                        for c in tile.vectorized(2):
+                            s_rows[BT // 2 + i_part * (PART // 2) + j, i_channel + c] = (
+                                tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                    for j in tile.unroll(PART // 2):
+                        i = j // 4 * 8 + j % 4
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.if_then_else(
+                                j % 4 == 3, 1.0, tile.exp2(x_G[i - j % 4 + 3, c] - x_G[i, c])
+                            )
+                        for c in tile.vectorized(2):
+                            s_keys[i_part * (PART // 2) + j, i_channel + c] = x_key[c] * x_factor[c]
+                    for j in tile.unroll(PART // 2):
+                        i = j // 2 * 4 + j % 2 + 2
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.exp2(x_G[i, c] - x_G[i - j % 2 - 1, c])
+                        for c in tile.vectorized(2):
+                            s_rows[BT + i_part * (PART // 2) + j, i_channel + c] = (
+                                x_key[c] * tile.cast(s_b[i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                        for c in tile.vectorized(2):
+                            s_rows[BT + BT // 2 + i_part * (PART // 2) + j, i_channel + c] = (
+                                tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                    for j in tile.unroll(PART // 2):
+                        i = j // 2 * 4 + j % 2
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.if_then_else(
+                                j % 2 == 1, 1.0, tile.exp2(x_G[i - j % 2 + 1, c] - x_G[i, c])
+                            )
+                        for c in tile.vectorized(2):
+                            s_keys[BT // 2 + i_part * (PART // 2) + j, i_channel + c] = x_key[c] * x_factor[c]
+                    tile.sync_threads()
+                    tile.clear(b_level)
+                    tile.gemm(s_rows, s_keys, b_level, transpose_B=True)
+                    tile.sync_threads()
+                    for r, j in tile.Parallel(2 * BT, BT):
+                        if r // BT == 0 and j // 16 == 0:
+                            if r % 16 // 4 == j % 16 // 4 and s_below[r % 16 // 4 * 8 + r % 4 + 4] != 0.0:
+                                if r % BT < 16:
+                                    s_T[j % 16 // 4 * 8 + j % 4, r % 16 // 4 * 8 + r % 4 + 4] = (
+                                        b_level[r, j]
+                                        * (s_rstd[r % 16 // 4 * 8 + r % 4 + 4] * s_rstd[j % 16 // 4 * 8 + j % 4])
+                                    )
+                                else:
+                                    s_Aqk[r % 16 // 4 * 8 + r % 4 + 4, j % 16 // 4 * 8 + j % 4] = (
+                                        b_level[r, j] * scale
+                                        * (s_rstd[BT + r % 16 // 4 * 8 + r % 4 + 4] * s_rstd[j % 16 // 4 * 8 + j % 4])
+                                    )
+                        if r // BT == 1 and j // 16 == 1:
+                            if r % 16 // 2 == j % 16 // 2 and s_below[r % 16 // 2 * 4 + r % 2 + 2] != 0.0:
+                                if r % BT < 16:
+                                    s_T[j % 16 // 2 * 4 + j % 2, r % 16 // 2 * 4 + r % 2 + 2] = (
+                                        b_level[r, j]
+                                        * (s_rstd[r % 16 // 2 * 4 + r % 2 + 2] * s_rstd[j % 16 // 2 * 4 + j % 2])
+                                    )
+                                else:
+                                    s_Aqk[r % 16 // 2 * 4 + r % 2 + 2, j % 16 // 2 * 4 + j % 2] = (
+                                        b_level[r, j] * scale
+                                        * (s_rstd[BT + r % 16 // 2 * 4 + r % 2 + 2] * s_rstd[j % 16 // 2 * 4 + j % 2])
+                                    )
+                    for j in tile.unroll(PART // 2):
+                        i = j * 2 + 1
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            x_factor[c] = tile.exp2(x_G[i, c] - x_G[i - 1, c])
+                        for c in tile.vectorized(2):
+                            s_rows[i_part * (PART // 2) + j, i_channel + c] = (
+                                x_key[c] * tile.cast(s_b[i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                        for c in tile.vectorized(2):
+                            s_rows[BT // 2 + i_part * (PART // 2) + j, i_channel + c] = (
+                                tile.cast(s_kq[BT + i_token + i, i_channel + c], "float32") * x_factor[c]
+                            )
+                    for j in tile.unroll(PART // 2):
+                        i = j * 2
+                        for c in tile.vectorized(2):
+                            x_key[c] = tile.cast(s_kq[i_token + i, i_channel + c], "float32")
+                        for c in tile.vectorized(2):
+                            s_keys[i_part * (PART // 2) + j, i_channel + c] = x_key[c]
+                    tile.sync_threads()
+                    tile.clear(b_level)
+                    tile.gemm(s_rows, s_keys, b_level, transpose_B=True)
+                    tile.sync_threads()
+                    for r, j in tile.Parallel(2 * BT, BT):
+                        if r // BT == 0 and j // 16 == 0:
+                            if r % 16 // 1 == j % 16 // 1 and s_below[r % 16 * 2 + 1] != 0.0:
+                                if r % BT < 16:
+                                    s_T[j % 16 * 2, r % 16 * 2 + 1] = (
+                                        b_level[r, j]
+                                        * (s_rstd[r % 16 * 2 + 1] * s_rstd[j % 16 * 2])
+                                    )
+                                else:
+                                    s_Aqk[r % 16 * 2 + 1, j % 16 * 2] = (
+                                        b_level[r, j] * scale
+                                        * (s_rstd[BT + r % 16 * 2 + 1] * s_rstd[j % 16 * 2])
+                                    )
+                    for i in tile.unroll(PART):
+                        for c in tile.vectorized(2):
+                            s_rows[i_token + i, i_channel + c] = x_kept[i, c]
+                    # or the compiler would keep what they were, for the usual path that is not taken
+                    tile.clear(b_scores)
+                    for i in tile.unroll(PART):
+                        for c in tile.unroll(2):
+                            x_k[i, c] = 0.0
                 # a value of each load of k and q, and of b: only blocks read them so late
                 hold[0] = tile.cast(s_kq[0, 0], "float32")
                 hold[0] = tile.cast(s_kq[BT, 0], "float32")
@@ -300,21 +458,23 @@ def program():
                 hold[0] = tile.cast(s_kq[BT, 64], "float32")
                 hold[0] = tile.cast(s_b[0, 0], "float32")
 
-                for i, j in tile.Parallel(2 * BT, BT):
-                    if i < BT:
-                        s_T[j, i] = b_scores[i, j]
-                    else:
-                        s_Aqk[i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
+                for _ in tile.serial(1 - n_strong):
+                    for i, j in tile.Parallel(2 * BT, BT):
+                        if i < BT:
+                            s_T[j, i] = b_scores[i, j]
+                        else:
+                            s_Aqk[i - BT, j] = tile.if_then_else(i - BT > j, b_scores[i, j], 0.0)
                 tile.sync_threads()
 
                 if i_thread >= THREADS - BT:
                     i_own = i_thread - (THREADS - BT)
                     s_Aqk[i_own, i_own] = s_self[i_own] * s_rstd[i_own] * s_rstd[BT + i_own]
-                for i in tile.unroll(PART):
-                    for c in tile.vectorized(2):
-                        s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
-                for i, j in tile.Parallel(BT, K):
-                    Qg[i_c, i_h, i, j] = s_rows[BT + i, j] * tile.cast(2.0**-SHIFT, IO)
+                for _ in tile.serial(1 - n_strong):
+                    for i in tile.unroll(PART):
+                        for c in tile.vectorized(2):
+                            s_keys[i_token + i, i_channel + c] = x_k[i, c] * tile.exp2(x_C[c] - x_G[i, c])
+                    for i, j in tile.Parallel(BT, K):
+                        Qg[i_c, i_h, i, j] = s_rows[BT + i, j] * tile.cast(2.0**-SHIFT, IO)
 
                 # a column of the inverse of either half a thread, by substitution; T lies transposed,
                 # so that what one step takes of it is read at once. A11 goes where T is not looked at,
@@ -369,7 +529,8 @@ def program():
                 tile.copy(b_Y, s_rows[0:BT, :])
                 tile.sync_threads()
                 tile.copy(s_rows[0:BT, :], Y[i_c, i_h, :, :], disable_tma=True)
-                tile.tma_copy(s_keys, Ktail[i_c, i_h, :, :])
+                for _ in tile.serial(1 - n_strong):
+                    tile.tma_copy(s_keys, Ktail[i_c, i_h, :, :])
                 # the threads store these sooner than one that waits for TMA would
                 tile.copy(s_Aqk, Aqk[i_c, i_h, :, :], disable_tma=True)
                 tile.copy(s_A, A[i_c, i_h, :, :], disable_tma=True)

@@ -169,6 +169,18 @@ def test_rows_do_not_see_what_later_tokens_decay_by(op: str) -> None:
         assert not torch.equal(found[name][0, 0, 20:], moved[name][0, 0, 20:])
 
 
+@_QUIET
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 128])
+def test_levels_of_parts_of_other_lengths(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's part is 4 of the tokens, or 16: three levels are of several parts, or one."""
+    monkeypatch.setitem(globals(), "K", width)
+    monkeypatch.setitem(globals(), "SCALE", width**-0.5)
+    test_scores_inverse_and_factors_at_any_decay("gdn2", 29.0, "channels")
+    test_scores_inverse_and_factors_at_any_decay("kda", 3.7, "all")
+    test_rows_do_not_see_what_later_tokens_decay_by("gdn2")
+
+
 _MORE: Final = {"sparse": ("packed",), "uniform": ("packed", "softplus")}
 
 
