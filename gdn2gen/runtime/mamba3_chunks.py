@@ -25,7 +25,7 @@ from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.mamba3 import angle_view, clear, count_tiles
-from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens
+from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens, scan_launch
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
 from gdn2gen.store.tuned_files import current_look
@@ -204,6 +204,24 @@ class _Call:
         self.launch(MAMBA3_OUTPUT, *given, *x.tiles[:1], out, kept)
         return out, y
 
+    def scan(self, turned: Turned, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """out, y, the states before chunks and after the last tokens, of what is kept; None where
+        that takes two stages."""
+        x, B, T, H = self.x, *(self.sizes[y] for y in "BTH")
+        launch = scan_launch(self.problem, keep, x.BT, T, B, H, x.V.device, current_look())
+        if launch is None:
+            return None
+        out, ssm = self.like(x.V), self.empty("n_sequences", "H", "P", "N")
+        y = self.like(x.V) if keep != NOTHING and x.Z is not None else None
+        h = self.empty("n_tiles", "H", "P", "N", dtype=x.V.dtype) if keep == MUCH else None
+        # what is not kept is not written, so that anything may stand for it
+        places = [out if z is None else z for z in ([y, h] if x.Z is not None else [h])]
+        given = (*turned[:2], x.V, *turned[2:], x.D, x.Z, x.ssm_state, out, *places, ssm)
+        with _on(x.V.device):
+            launch(*readable([z for z in given if z is not None]), T=T)
+        none = out.new_empty(0)
+        return out, none if y is None else y, none if h is None else h, ssm
+
     def gate(self, y: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of y and Z, and of what each token has of its own value."""
         x, down = self.x, self.empty("B", "T", "H")
@@ -278,8 +296,12 @@ def forward(x: Given, keep: int) -> Made:
     call = _Call(x)
     theta, turns, angle = call.turns()
     turned = call.rotate(theta, turns)
-    h, ssm = call.states(turned)
-    out, y = call.output(turned, h, keep != NOTHING)
+    at_once = call.scan(turned, keep)
+    if at_once is not None:
+        out, y, h, ssm = at_once
+    else:
+        h, ssm = call.states(turned)
+        out, y = call.output(turned, h, keep != NOTHING)
     kept = [h, *turned] if keep == MUCH else [y.new_empty(0) for y in (h, *turned)]
     return Made(out, ssm, angle, theta, turns, y, *kept)
 
@@ -309,7 +331,8 @@ def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
     last, dssm = torch.zeros_like(made.angle), torch.zeros_like(made.ssm)
     back, _ = _back(call, made, dout, dssm)
     turned = back.turned
-    return {
+    at_once = {"mamba3_scan": lambda: call.scan(turned, MUCH)} if call.scan(turned, MUCH) else {}
+    return at_once | {
         "mamba3_turns": call.turns,
         "mamba3_rotate": lambda: call.rotate(made.theta, made.turns),
         "mamba3_states": lambda: call.states(turned),

@@ -441,6 +441,9 @@ OUTPUTS: Final = {
     "mamba3_gradient_packed.py": partial(
         _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80), BV=64, parts=2
     ),
+    "mamba3_scan_tilelang.py": partial(
+        _part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True, carried=True), keep=2
+    ),
     "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,
     "package_packed.py": _package_packed,
