@@ -425,8 +425,8 @@ OUTPUTS: Final = {
     ),
     "mamba3_epilogue.py": partial(_part, "mamba3_epilogue", Mamba3Problem(gate=True), BH=8),
     "mamba3_epilogue_backward_packed.py": partial(_part, "mamba3_epilogue_backward", _MAMBA3),
-    "mamba3_turns_packed.py": partial(_part, "mamba3_turns", _MAMBA3, BH=8),
-    "mamba3_rotate_packed.py": partial(_part, "mamba3_rotate", _MAMBA3),
+    "mamba3_turns_packed.py": partial(_part, "mamba3_turns", _MAMBA3, BH=2),
+    "mamba3_rotate_packed.py": partial(_part, "mamba3_rotate", _MAMBA3, BH=2),
     "mamba3_states.py": partial(_part, "mamba3_states", Mamba3Problem(angles=0), BV=64),
     "mamba3_output_packed.py": partial(
         _part, "mamba3_output", replace(_MAMBA3, angles=0), BV=64, maxnreg=128
