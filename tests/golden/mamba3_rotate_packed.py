@@ -30,7 +30,7 @@ where `keep` is not 0; one that is no number is the smallest int32, which no oth
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=2 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 4177f1a32554aa42; made by
+Template digest 7609a81a24a89282; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_rotate --config \
       BH=2,BT=32,language=triton,num_stages=1,num_warps=1
 """

@@ -18,7 +18,7 @@ channels, so that no sum crosses lanes.
 
 Problem: mamba3 bf16, skip, gate, carried, packed
 Config:  BH=2 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 2ea4044a9bfbfef7; made by
+Template digest 61b4d180edd2d89d; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_turns --config \
       BH=2,BT=32,language=triton,num_stages=1,num_warps=1
 """
