@@ -32,6 +32,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, tile_of
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, chunk_of
+from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.mamba3_times import (
     chunk_runs,
@@ -120,7 +121,7 @@ def sweep(x: dict[str, Tensor]) -> None:
         for stage in stages:
             names = [y for y in ("BH", "BV", "num_warps", "maxnreg") if y in stage.domains]
             found = []
-            for BT, knobs in configs(names):
+            for BT, knobs in configs(stage, names):
                 force(stage.name, knobs)
                 try:
                     took = ms(runs_of(kind, PROBLEM, x, BT)[stage.name])
@@ -175,10 +176,12 @@ def profiled(x: dict[str, Tensor], runs: int = 5) -> None:
         console().print(sheet)
 
 
-def configs(names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
-    domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
+def configs(stage: PartStage, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
+    """Of what is tried of each knob what the stage takes; all that it takes where that is none."""
+    tried = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
+    taken = [[x for x in tried[y] if x in stage.domains[y]] or stage.domains[y] for y in names]
     for BT in (32, 64):
-        for values in product(*(domains[y] for y in names)):
+        for values in product(*taken):
             yield BT, dict(zip(names, values, strict=True))
 
 
