@@ -1,13 +1,14 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
     python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone]
-        [--sweep | --forms]
+        [--sweep | --forms | --profile]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
 (`kernels.mamba3`, every operand once). Every run begins with the L2 flushed. --sweep times configs
 of the kernels, for the rules in kernels/mamba3.py; --forms the few arrangements of those over
-chunks that the rules choose among.
+chunks that the rules choose among. `apart` are states and outputs in two stages where calls like
+these run one. --profile says what each kernel of the op takes within it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from gdn2gen import chunk_simple_gla, mamba3_siso_combined
 from gdn2gen.base.environment import verifying
@@ -30,6 +32,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, tile_of
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, chunk_of
+from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.mamba3_times import (
     chunk_runs,
@@ -41,7 +44,7 @@ from gdn2gen.measure.mamba3_times import (
 from gdn2gen.measure.timing import copy_gbps, time_ms
 from gdn2gen.runtime import mamba3
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
-from gdn2gen.runtime.mamba3_loaded import force
+from gdn2gen.runtime.mamba3_loaded import force, force_scan
 
 Run = Callable[[], Any]
 PROBLEM = Mamba3Problem(state_size=128, head_dim=64, angles=32, skip=True, gate=True)
@@ -49,7 +52,8 @@ PROBLEM = Mamba3Problem(state_size=128, head_dim=64, angles=32, skip=True, gate=
 
 # Beside the rule's own.
 FORMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "mamba3_rotate": ({"BH": 4}, {"num_warps": 8}, {"BH": 8, "num_warps": 8}),
+    "mamba3_turns": ({"BH": 1}, {"BH": 2}, {"BH": 8}),
+    "mamba3_rotate": ({"BH": 1}, {"BH": 2}, {"BH": 8}),
     "mamba3_states": ({"BV": 32}, {"BV": 32, "num_warps": 4}),
     "mamba3_output": (
         *({"maxnreg": 0}, {"maxnreg": 168}, {"BH": 4, "maxnreg": 0}),
@@ -117,7 +121,7 @@ def sweep(x: dict[str, Tensor]) -> None:
         for stage in stages:
             names = [y for y in ("BH", "BV", "num_warps", "maxnreg") if y in stage.domains]
             found = []
-            for BT, knobs in configs(names):
+            for BT, knobs in configs(stage, names):
                 force(stage.name, knobs)
                 try:
                     took = ms(runs_of(kind, PROBLEM, x, BT)[stage.name])
@@ -147,10 +151,37 @@ def forms(x: dict[str, Tensor]) -> None:
     console().print(sheet)
 
 
-def configs(names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
-    domains = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
+def profiled(x: dict[str, Tensor], runs: int = 5) -> None:
+    """Microseconds of each kernel within the op, as torch's profiler has them."""
+    leaves = {name: y.detach().requires_grad_() for name, y in x.items()}
+    dout, op = torch.randn_like(x["V"]), cast("Any", mamba3_siso_combined)
+
+    def both(*, fast: bool) -> None:
+        out = op(**leaves, disable_recompute=fast)
+        torch.autograd.grad(out, [*leaves.values()], dout)
+
+    ways: dict[str, Run] = {"forward": torch.no_grad()(lambda: op(**x))}
+    ways |= {f"both, {LEVELS[y]}": partial(both, fast=y) for y in (True, False)}
+    for way, run in ways.items():
+        run()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(runs):
+                run()
+            torch.cuda.synchronize()
+        sheet = Sheet(way, ("kernel", "launches", "us"), words=("kernel",))
+        events = sorted(found.key_averages(), key=lambda y: -y.self_device_time_total)
+        for y in events[:16]:
+            sheet.add(y.key[:60], str(y.count // runs), f"{y.self_device_time_total / runs:.1f}")
+        console().print(sheet)
+
+
+def configs(stage: PartStage, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Knob]]]:
+    """Of what is tried of each knob what the stage takes; all that it takes where that is none."""
+    tried = {"BH": (1, 4, 8, 16), "BV": (32, 64), "num_warps": (4, 8), "maxnreg": (0, 168, 128)}
+    taken = [[x for x in tried[y] if x in stage.domains[y]] or stage.domains[y] for y in names]
     for BT in (32, 64):
-        for values in product(*(domains[y] for y in names)):
+        for values in product(*taken):
             yield BT, dict(zip(names, values, strict=True))
 
 
@@ -165,12 +196,13 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without mamba_ssm's op")
     parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
     parser.add_argument("--forms", action="store_true", help="time a few arrangements instead")
+    parser.add_argument("--profile", action="store_true", help="time kernels within the op instead")
     args = parser.parse_args()
     torch.manual_seed(0)
     shape = Shape("asked", args.batch, args.tokens, args.heads, groups=1)
     x = layer_inputs(PROBLEM, shape)
-    if args.sweep or args.forms:
-        (sweep if args.sweep else forms)(x)
+    if args.sweep or args.forms or args.profile:
+        (sweep if args.sweep else forms if args.forms else profiled)(x)
         return
     time_kernels(x, shape)
     time_ops(x, alone=args.alone)
@@ -196,10 +228,12 @@ def time_ops(x: dict[str, Tensor], *, alone: bool) -> None:
     console().print(f"{'Mamba-3':<40}{'forward':>9}{'and back':>9}")
     for chosen in (True, False):
         way = "over chunks" if chosen else "around a scan"
-        for fast in (False, True):
+        for fast, apart in product((False, True), (False, True) if chosen else (False,)):
             own = partial(mamba3_siso_combined, disable_recompute=fast)
+            force_scan(False if apart else None)
             with chunks_forced(chosen):
-                told(f"gdn2gen, {way}, {LEVELS[fast]}", op_times(own, x))
+                told(f"gdn2gen, {way}{', apart' * apart}, {LEVELS[fast]}", op_times(own, x))
+    force_scan(None)
     for fast in (False, True):
         BT = tile_of("bf16", PROBLEM.state_size)
         told(f"chunk_simple_gla, {LEVELS[fast]}", scan_times(x, BT, fast=fast))

@@ -7,6 +7,7 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.slices import NARROWEST
+from gdn2gen.kernels.stage import Stage
 
 
 def mamba3_context(problem: Mamba3Problem, config: Config) -> dict[str, object]:
@@ -39,6 +40,33 @@ def mamba3_context(problem: Mamba3Problem, config: Config) -> dict[str, object]:
         "precise": ', input_precision="tf32x3"' if problem.dtype == "fp32" else "",
         "trap_dtype": f"tl.{DTYPE[problem.trap_dtype].full_name}",
         "angle_dtype": f"tl.{DTYPE[problem.angle_dtype].full_name}",
+    }
+
+
+def tilelang_context(problem: Mamba3Problem, stage: Stage) -> dict[str, object]:
+    """What templates in TileLang are given instead."""
+    tensors = [
+        (
+            x.name,
+            # of a batch the sequences are its rows
+            ["B" if y == "n" else y for y in x.dims.split()],
+            DTYPE[x.dtype_in(problem)].full_name,
+        )
+        for x in stage.operands(problem)
+    ]
+    return {
+        "stage": stage,
+        "tensors": tensors,
+        "symbols": [*dict.fromkeys(y for _, dims, _ in tensors for y in dims if y not in "NP")],
+        "tile_dtype": DTYPE[problem.dtype].full_name,
+        # they are of sm_90 alone, which has products and stores that others overlap with
+        "overlaps": True,
+        # for pieces that programs of other ops share: no tile is wider than its head dim
+        "outside": False,
+        "k_width": problem.K,
+        "v_width": problem.V,
+        "k_past": False,
+        "v_past": False,
     }
 
 

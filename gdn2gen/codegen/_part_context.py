@@ -7,10 +7,10 @@ from typing import Final
 from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
-from gdn2gen.codegen._mamba3_context import mamba3_context
+from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
-from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.parts import suffixes
 from gdn2gen.kernels.slices import covering
@@ -23,37 +23,46 @@ _OF_TAILS: Final = ("x", "initial_tail", "cu_seqlens", "final_tail")
 def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str, object]:
     operands = [x.name for x in stage.operands(problem)]
     scalars = list(stage.scalars_of(problem))
-    tensors = suffixes(problem)
-    units = [f"units{n}" for n in tensors]
-    size = problem.size if isinstance(problem, NormProblem) else 0
-    covered = covering(size) if size else 0
-    more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
-    return more | {
+    common = {
         "problem": problem,
         "config": config,
         "operands": operands,
         "scalars": scalars,
         "glossary": _glossary(problem, stage.operands(problem)),
-        # Triton's interpreter knows no assembly
-        "interpreted": not environment.knows_assembly(),
         # a page may say in which dtype a decay comes
         "decays": False,
-        "io_dtype": _in_triton(problem.dtype),
-        "weight_dtype": _in_triton(problem.weight_dtype),
-        # what ends the names of what there is for each tensor of a launch
-        "tensors": tensors,
-        # channels of each tensor, in units of 8
-        "units": units,
-        "sizes_of_tensors": [f"{x}{n}" for x in ("units", "x_row", "dx_row") for n in tensors],
-        # operands of the stage's own kernel, of the one that adds up partial sums, and of tails
-        "own": [x for x in operands if _base(x) not in (*_SUMMED, "cu_seqlens", "final_tail")],
-        "summed": [x for x in operands if _base(x) in _SUMMED],
-        "tail_operands": [x for x in operands if _base(x) in _OF_TAILS],
-        # bits of all taps of a channel, where they are a number that a kernel can read at once
-        "tap_bits": _tap_bits(problem),
-        "covered": covered,
-        "d_inside": "o_d < D" if size != covered else "",
     }
+    if language_of(config) == "tilelang":
+        assert isinstance(problem, Mamba3Problem)
+        return common | tilelang_context(problem, stage)
+    tensors = suffixes(problem)
+    units = [f"units{n}" for n in tensors]
+    size = problem.size if isinstance(problem, NormProblem) else 0
+    covered = covering(size) if size else 0
+    more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
+    return (
+        common
+        | more
+        | {
+            # Triton's interpreter knows no assembly
+            "interpreted": not environment.knows_assembly(),
+            "io_dtype": _in_triton(problem.dtype),
+            "weight_dtype": _in_triton(problem.weight_dtype),
+            # what ends the names of what there is for each tensor of a launch
+            "tensors": tensors,
+            # channels of each tensor, in units of 8
+            "units": units,
+            "sizes_of_tensors": [f"{x}{n}" for x in ("units", "x_row", "dx_row") for n in tensors],
+            # operands of the stage's own kernel, of the one that adds up partial sums, and of tails
+            "own": [x for x in operands if _base(x) not in (*_SUMMED, "cu_seqlens", "final_tail")],
+            "summed": [x for x in operands if _base(x) in _SUMMED],
+            "tail_operands": [x for x in operands if _base(x) in _OF_TAILS],
+            # bits of all taps of a channel, where they are a number that a kernel can read at once
+            "tap_bits": _tap_bits(problem),
+            "covered": covered,
+            "d_inside": "o_d < D" if size != covered else "",
+        }
+    )
 
 
 def _tap_bits(problem: PartProblem) -> int:

@@ -55,6 +55,8 @@ _ALL_OPTIONS = {
     "gate_group_kernel": {"num_warps": 4, "num_stages": 2},
     "heads_kernel": {"num_warps": 4, "num_stages": 1},
     "numbers_kernel": {"num_warps": 4, "num_stages": 1},
+    "angles_kernel": {"num_warps": 1, "num_stages": 1},
+    "tokens_kernel": {"num_warps": 1, "num_stages": 1},
     "weights_kernel": {"num_warps": 1, "num_stages": 1},
     "tail_kernel": {"num_warps": 1, "num_stages": 1},
     "place_kernel": {"num_warps": 4, "num_stages": 1},

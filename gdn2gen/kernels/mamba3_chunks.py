@@ -23,6 +23,8 @@ _HEADS: Final[Domain] = (1, 2, 4, 8, 16, 32, 64)
 _VALUES: Final[Domain] = (16, 32, 64, 128)
 _WARPS: Final[Domain] = (1, 2, 4, 8)
 _BY_HEADS: Final[dict[str, Domain]] = {"BH": _HEADS, "num_warps": _WARPS, "num_stages": (1,)}
+# A lane has a pair of channels of a token, and variables of its own for each head.
+_BY_TOKENS: Final[dict[str, Domain]] = {"BH": (1, 2, 4, 8), "num_warps": (1,), "num_stages": (1,)}
 _BY_VALUES: Final[dict[str, Domain]] = {"BV": _VALUES, "num_warps": _WARPS, "num_stages": (1,)}
 # Two programs of eight warps to a multiprocessor: of one, a scan would take two rounds.
 _BY_SCAN: Final[dict[str, Domain]] = _BY_VALUES | {"maxnreg": (0, 128)}
@@ -48,10 +50,8 @@ _NUMBERS: Final = (
     Operand("Trap", "B H T", "trap"),
 )
 _ANGLES: Final = Operand("Angles", "B T H S", "angle", "rotated")
-_ROTATION: Final = (
-    Operand("theta", "B T H S", "int32", "rotated"),
-    Operand("turns", "M H S", "int32", "rotated"),
-)
+_THETA: Final = Operand("theta", "B T H S", "int32", "rotated")
+_TURNS: Final = Operand("turns", "M H S", "int32", "rotated")
 _BIASED: Final = (
     *(Operand("Q", "B T G N"), Operand("K", "B T G N")),
     *(Operand("Q_bias", "H N", "weight"), Operand("K_bias", "H N", "weight")),
@@ -82,16 +82,16 @@ MAMBA3_TURNS: Final = mamba3_stage(
         Operand("angle_state", "n H S", "fp32", "carries_angles"),
         *_TILES,
     ),
-    (*_ROTATION, Operand("last_angle", "n H S", "fp32", "rotated")),
+    (_TURNS, Operand("last_angle", "n H S", "fp32", "rotated")),
     ("T", "H", "n_tiles", "n_sequences", "angle_row", "angle_head"),
-    _BY_HEADS,
+    _BY_TOKENS,
 )
 MAMBA3_ROTATE: Final = mamba3_stage(
     "mamba3_rotate",
-    (*_BIASED, *_NUMBERS, *_ROTATION, _TILES[0]),
-    (_Q, _K, *_WEIGHTS),
-    ("T", "H", "G", "n_tiles"),
-    _BY_HEADS,
+    (*_BIASED, *_NUMBERS, _ANGLES, _TURNS, _TILES[0]),
+    (_Q, _K, *_WEIGHTS, _THETA),
+    ("T", "H", "G", "n_tiles", "angle_row", "angle_head", "keep"),
+    _BY_TOKENS,
 )
 MAMBA3_STATES: Final = mamba3_stage(
     "mamba3_states",
@@ -132,7 +132,7 @@ MAMBA3_REVERSE_STATES: Final = mamba3_stage(
 MAMBA3_GRADIENT: Final = mamba3_stage(
     "mamba3_gradient",
     (
-        *(_Q, _K, _V, *_NUMBERS, *_WEIGHTS, _ANGLES, *_ROTATION, _D),
+        *(_Q, _K, _V, *_NUMBERS, *_WEIGHTS, _ANGLES, _THETA, _TURNS, _D),
         *(_DY, _DOWN, _H, _DH, _TILES[0]),
         Operand("dlast_angle", "n H S", "fp32", "rotated"),
         Operand("dlast_turn", "n H S", "fp32", "rotated"),
@@ -168,8 +168,9 @@ MAMBA3_CHUNK_STAGES: Final = (
 )
 CHUNKS: Final = "chunks"
 """What files call these kernels, which share a tile and are tuned together."""
-# Programs to a multiprocessor at least.
+# Programs to a multiprocessor at least, and of a warp.
 _PROGRAMS: Final = 4
+_WARP_PROGRAMS: Final = 16
 # Bytes of a tile of queries or keys, and of a state, that fit beside what a program makes of them.
 _TILE_BYTES: Final = 64 * 128 * 2
 
@@ -204,7 +205,7 @@ def chunk_problem(stage: PartStage, problem: Mamba3Problem) -> Mamba3Problem:
         own = replace(own, skip=False)
     if stage not in (MAMBA3_TURNS, MAMBA3_STATES, MAMBA3_REVERSE_STATES):
         own = replace(own, carried=False)
-    if stage not in (MAMBA3_TURNS, MAMBA3_GRADIENT):
+    if stage not in (MAMBA3_TURNS, MAMBA3_ROTATE, MAMBA3_GRADIENT):
         own = replace(own, angle_dtype=usual.angle_dtype)
     if stage not in (MAMBA3_TURNS, MAMBA3_ROTATE, MAMBA3_GRADIENT):
         # what reads queries and keys that are turned knows of no turn
@@ -218,9 +219,9 @@ def chunk_knobs(
     """The knobs for so many chunks, H heads and G groups on `sms` multiprocessors.
 
     Scans over chunks are as many programs as there are sequences, heads and slices of values. Of
-    others those that read angles take as many heads, one after another, as leave enough programs;
-    those of one head hold fewer registers, so that more of them hide each other's waits. All have
-    four warps, since eight compute rows of 64 tokens twice.
+    others those that read angles take as many heads, of a group's or one after another, as leave
+    enough programs; those of one head hold fewer registers, so that more of them hide each other's
+    waits. They have one warp, or four, since eight compute rows of 64 tokens twice.
     """
     narrow = problem.dtype != "fp32"
     BT, BV = chunk_of(problem.dtype, problem.state_size), min(covering(problem.head_dim), 64)
@@ -232,26 +233,29 @@ def chunk_knobs(
         return knobs | {"BV": min(BV, 32) if wide else BV}
     if stage is MAMBA3_GATE:
         return knobs | {"BR": 32 if covering(problem.head_dim) > 128 else 64}
+    # programs of a warp, and of four
+    of_warp = stage in (MAMBA3_TURNS, MAMBA3_ROTATE)
+    most, programs = (4, _WARP_PROGRAMS) if of_warp else (8, _PROGRAMS)
     BH = 1
-    for heads in _HEADS if stage in (MAMBA3_TURNS, MAMBA3_GRADIENT) else ():
+    for heads in _HEADS if of_warp or stage is MAMBA3_GRADIENT else ():
         assert isinstance(heads, int)
-        many = heads <= 8 and tiles * (H // heads) >= _PROGRAMS * sms
+        many = heads <= most and tiles * (H // heads) >= programs * sms
         if (H // G) % heads == 0 and many:
             BH = heads
     knobs["BH"] = BH
-    if stage in (MAMBA3_TURNS, MAMBA3_ROTATE):
-        return knobs
+    if of_warp:
+        return knobs | {"num_warps": 1}
     # four programs of the output to a multiprocessor, and three of the gradient for some spills:
     # at 128 registers each of its products is waited for by itself
-    most = narrow and covering(problem.state_size) <= 128
+    fewer = narrow and covering(problem.state_size) <= 128
     knobs |= {"BV": BV if narrow else min(BV, 32), "maxnreg": 0}
     if stage is MAMBA3_OUTPUT:
-        return knobs | ({"maxnreg": 128} if most else {})
+        return knobs | ({"maxnreg": 128} if fewer else {})
     if narrow and covering(problem.head_dim) > BV and 32 in _tiles_of_channels(problem):
         # of slices of 64 by 32 channels, in a loop, ptxas 12.8 loses addresses (codegen/faults.py)
         knobs |= {"BV": 32}
     # 1.54 ms on an H200, with two programs 1.63 (4 x 4096 tokens, 64 heads)
-    return knobs | {"parts": 3} | ({"maxnreg": 168} if most else {})
+    return knobs | {"parts": 3} | ({"maxnreg": 168} if fewer else {})
 
 
 def _tiles_of_channels(problem: Mamba3Problem) -> tuple[int, ...]:

@@ -106,6 +106,25 @@ def _sized(K: int, V: int, *, interpreter: bool) -> Iterator[Mamba3Case]:
         if not interpreter:
             # two segments of a sequence, in chunks of 32
             yield replace(base, name=f"{name}-segments", shape=_shape(1, 1100, 2, 1))
+        if not interpreter and dtype == "bf16":
+            yield from _at_once(base)
+
+
+def _at_once(base: Mamba3Case) -> Iterator[Mamba3Case]:
+    """`base` with as many heads as it takes for states and outputs to be one stage, where there is
+    one (`kernels.mamba3_scan`); and tokens of which a chunk is not full."""
+    many = replace(base, shape=_shape(2, 132, 40, 1))
+    bare = replace(base.problem, skip=False, gate=False, carried=False)
+    changes = {
+        "": many,
+        "-plain": replace(many, problem=bare),
+        "-fast": replace(many, level="fast", pattern="sparse"),
+        "-strong": replace(many, pattern="strong"),
+        "-causality": replace(many, check="causality"),
+        "-repeat": replace(many, check="repeat"),
+    }
+    for name, case in changes.items():
+        yield replace(case, name=f"{base.name}-at-once{name}")
 
 
 def _all() -> Iterator[Mamba3Case]:

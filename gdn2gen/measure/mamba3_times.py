@@ -17,6 +17,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
 from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs, run_mamba3_case
 from gdn2gen.measure.timing import time_ms
@@ -161,7 +162,7 @@ def stage_bytes(
             y.nbytes(problem, sizes) / (H if y.name in _SHARED else 1)
             for y in stage.operands(problem)
         )
-        for stage in (MAMBA3_CHUNK_STAGES if kind == CHUNKS else MAMBA3_AROUND)
+        for stage in ((*MAMBA3_CHUNK_STAGES, MAMBA3_SCAN) if kind == CHUNKS else MAMBA3_AROUND)
     }
 
 

@@ -53,6 +53,18 @@ def stage_launcher(problem: Compiled, config: Config) -> Callable[..., None]:
     return direct_launch(module)
 
 
+def launcher_if_any(problem: Compiled, config: Config) -> Callable[..., None] | None:
+    """The launch function of a stage in TileLang that has no form in Triton; None where nothing
+    here compiles it, and its caller has another way."""
+    if interpreted():
+        return None
+    module = build.load(render(problem, config.stage, config))
+    if not _compiles(module):
+        return None
+    compile_in_thread(module)
+    return direct_launch(module)
+
+
 def fixed_launcher(
     problem: Compiled, config: Config, scalars: Mapping[str, int | float]
 ) -> Callable[..., None]:
@@ -106,10 +118,15 @@ def _interpreting(launch: Callable[..., None]) -> Callable[..., None]:
     return one_at_a_time(launch)
 
 
+def _compiles(module: ModuleType) -> bool:
+    """Whether a module in TileLang can be compiled here, or was before."""
+    return has_compiler() or (has_tilelang() and are_kept(module))
+
+
 def _only_triton(stage_name: str, module: ModuleType) -> bool:
     """Whether a module in another language cannot be compiled here, and was not before; says so
     where that costs time."""
-    if has_compiler() or (has_tilelang() and are_kept(module)):
+    if _compiles(module):
         return False
     remedy = "pip install tilelang"
     if has_tilelang():

@@ -121,10 +121,10 @@ def _chunked_fake(
         V.new_empty(V.shape),
         number.new_empty((sequences, H, P, N)),
         number.new_empty((sequences, H, S)),
-        number.new_empty((B, T, H, S), dtype=torch.int32),
         number.new_empty((n_tiles, H, S), dtype=torch.int32),
         V.new_empty(V.shape if keeps_y else (0,)),
         V.new_empty((n_tiles, H, P, N) if keep == MUCH else (0,)),
+        number.new_empty((B, T, H, S) if keep == MUCH else (0,), dtype=torch.int32),
         *(V.new_empty((B, T, H, N) if keep == MUCH else (0,)) for _ in "qk"),
         *(number.new_empty((B, H, T) if keep == MUCH else (0,)) for _ in range(4)),
     )

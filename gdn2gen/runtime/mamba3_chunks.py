@@ -25,7 +25,7 @@ from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.mamba3 import angle_view, clear, count_tiles
-from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens
+from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens, scan_launch
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
 from gdn2gen.store.tuned_files import current_look
@@ -65,12 +65,13 @@ class Made(NamedTuple):
     """[sequences, H, P, N]: the state after the last tokens."""
     angle: Tensor
     """[sequences, H, S]: Theta after them."""
-    theta: Tensor
     turns: Tensor
     y: Tensor
     """out before its gate; empty without one, and where no backward was to come."""
     h: Tensor
     """The state before each chunk; empty where that was not to be kept,"""
+    theta: Tensor
+    """and so is Theta of each token within its chunk,"""
     q: Tensor
     """and so is `Turned`."""
     k: Tensor
@@ -163,24 +164,29 @@ class _Call:
     def rotation(self, theta: Tensor, turns: Tensor) -> list[Tensor]:
         return [theta, turns] if self.problem.rotated else []
 
-    def turns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Theta of each token within its chunk, before each chunk, and after the last tokens."""
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """Theta before each chunk, and after the last tokens."""
         x = self.x
-        theta = self.empty("B", "T", "H", "S", dtype=torch.int32)
         turns = self.empty("n_tiles", "H", "S", dtype=torch.int32)
         angle = self.empty("n_sequences", "H", "S")
         if self.problem.rotated:
             given = (x.numbers[1], *self.rotated, x.angle_state, *x.tiles)
-            self.launch(MAMBA3_TURNS, *given, theta, turns, angle)
-        return theta, turns, angle
+            self.launch(MAMBA3_TURNS, *given, turns, angle)
+        return turns, angle
 
-    def rotate(self, theta: Tensor, turns: Tensor) -> Turned:
-        x = self.x
+    def rotate(self, turns: Tensor, keeps: bool) -> tuple[Turned, Tensor]:
+        """And Theta of each token within its chunk, where it is to be kept for the backward."""
+        x, rotated, self.sizes["keep"] = self.x, self.problem.rotated, int(keeps)
+        theta = turns.new_empty(0)
+        if keeps:
+            theta = self.empty("B", "T", "H", "S", dtype=torch.int32)
         q, k = (self.empty("B", "T", "H", "N", dtype=x.V.dtype) for _ in "qk")
         made = Turned(q, k, *(self.empty("B", "H", "T") for _ in range(4)))
-        given = (x.Q, x.K, *x.biases, *x.numbers, *self.rotation(theta, turns))
-        self.launch(MAMBA3_ROTATE, *given, *x.tiles[:1], *made)
-        return made
+        given = (x.Q, x.K, *x.biases, *x.numbers, *self.rotated, *([turns] if rotated else ()))
+        # where it is not to be kept, nothing is written to it
+        kept = theta if keeps else turns
+        self.launch(MAMBA3_ROTATE, *given, *x.tiles[:1], *made, kept if rotated else None)
+        return made, theta
 
     def states(self, turned: Turned) -> tuple[Tensor, Tensor]:
         """The state before each chunk, and after the last tokens."""
@@ -203,6 +209,24 @@ class _Call:
         given = (*turned[:2], x.V, *numbers, x.D, x.Z, h)
         self.launch(MAMBA3_OUTPUT, *given, *x.tiles[:1], out, kept)
         return out, y
+
+    def scan(self, turned: Turned, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """out, y, the states before chunks and after the last tokens, of what is kept; None where
+        that takes two stages."""
+        x, B, T, H = self.x, *(self.sizes[y] for y in "BTH")
+        launch = scan_launch(self.problem, keep, x.BT, T, B, H, x.V.device, current_look())
+        if launch is None:
+            return None
+        out, ssm = self.like(x.V), self.empty("n_sequences", "H", "P", "N")
+        y = self.like(x.V) if keep != NOTHING and x.Z is not None else None
+        h = self.empty("n_tiles", "H", "P", "N", dtype=x.V.dtype) if keep == MUCH else None
+        # what is not kept is not written, so that anything may stand for it
+        places = [out if z is None else z for z in ([y, h] if x.Z is not None else [h])]
+        given = (*turned[:2], x.V, *turned[2:], x.D, x.Z, x.ssm_state, out, *places, ssm)
+        with _on(x.V.device):
+            launch(*readable([z for z in given if z is not None]), T=T)
+        none = out.new_empty(0)
+        return out, none if y is None else y, none if h is None else h, ssm
 
     def gate(self, y: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of y and Z, and of what each token has of its own value."""
@@ -239,7 +263,7 @@ class _Call:
         self.launch(
             MAMBA3_GRADIENT,
             *(*back.turned[:2], x.V, *x.numbers, *back.turned[2:], *self.rotated),
-            *(*self.rotation(made.theta, made.turns), x.D, back.dy, back.down, back.h, back.dh),
+            *(*self.rotation(back.theta, made.turns), x.D, back.dy, back.down, back.h, back.dh),
             *(*x.tiles[:1], *((dangle, dturn) if rotated else ())),
             *(dQ, dK, dV, *dbiases, dADT, dDT, dTrap),
             *(dAngles if rotated else None, *heads, *numbers, kept),
@@ -256,6 +280,7 @@ class _Back(NamedTuple):
     """What products of the backward read: what is turned, without a gate, and states."""
 
     turned: Turned
+    theta: Tensor
     h: Tensor
     dy: Tensor
     dZ: Tensor
@@ -266,22 +291,29 @@ class _Back(NamedTuple):
 def _back(call: _Call, made: Made, dout: Tensor, dssm: Tensor) -> tuple[_Back, Tensor]:
     """That, and the gradient of the state before the first tokens."""
     kept = made.h.numel() > 0
-    turned = Turned(*made[-len(Turned._fields) :]) if kept else call.rotate(made.theta, made.turns)
+    turned, theta = Turned(*made[-len(Turned._fields) :]), made.theta
+    if not kept:
+        turned, theta = call.rotate(made.turns, True)
     h = made.h if kept else call.states(turned)[0]
     dy, dZ, down = call.gate(made.y, dout)
     dh, first = call.reverse_states(turned, dy, dssm)
-    return _Back(turned, h, dy, dZ, down, dh), first
+    return _Back(turned, theta, h, dy, dZ, down, dh), first
 
 
 def forward(x: Given, keep: int) -> Made:
     """`keep`: what the backward wants, none of NOTHING, LITTLE or MUCH."""
     call = _Call(x)
-    theta, turns, angle = call.turns()
-    turned = call.rotate(theta, turns)
-    h, ssm = call.states(turned)
-    out, y = call.output(turned, h, keep != NOTHING)
-    kept = [h, *turned] if keep == MUCH else [y.new_empty(0) for y in (h, *turned)]
-    return Made(out, ssm, angle, theta, turns, y, *kept)
+    turns, angle = call.turns()
+    turned, theta = call.rotate(turns, keep == MUCH)
+    at_once = call.scan(turned, keep)
+    if at_once is not None:
+        out, y, h, ssm = at_once
+    else:
+        h, ssm = call.states(turned)
+        out, y = call.output(turned, h, keep != NOTHING)
+    kept = [h, theta, *turned]
+    kept = kept if keep == MUCH else [z.new_empty(0) for z in kept]
+    return Made(out, ssm, angle, turns, y, *kept)
 
 
 def backward(
@@ -309,9 +341,10 @@ def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
     last, dssm = torch.zeros_like(made.angle), torch.zeros_like(made.ssm)
     back, _ = _back(call, made, dout, dssm)
     turned = back.turned
-    return {
+    at_once = {"mamba3_scan": lambda: call.scan(turned, MUCH)} if call.scan(turned, MUCH) else {}
+    return at_once | {
         "mamba3_turns": call.turns,
-        "mamba3_rotate": lambda: call.rotate(made.theta, made.turns),
+        "mamba3_rotate": lambda: call.rotate(made.turns, True),
         "mamba3_states": lambda: call.states(turned),
         "mamba3_output": lambda: call.output(turned, made.h, True),
         "mamba3_gate": lambda: call.gate(made.y, dout),

@@ -24,14 +24,16 @@ from gdn2gen.kernels.mamba3 import (
     tile_of,
 )
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, chunk_knobs, chunk_of, chunk_problem
+from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem, scans_at_once
 from gdn2gen.kernels.parts import PartStage
-from gdn2gen.runtime._loading import stage_launcher
+from gdn2gen.runtime._loading import launcher_if_any, stage_launcher
 from gdn2gen.runtime.lookup import device_of
 from gdn2gen.store.part_files import nearest_parts
 from gdn2gen.store.tuned_files import current_look
 
 _forced: dict[str, dict[str, Knob]] = {}
 _forced_tile: list[int] = []
+_forced_scan: list[bool] = []
 
 
 def force(stage: str, knobs: dict[str, Knob] | None) -> None:
@@ -68,6 +70,12 @@ def force_tile(BT: int | None) -> None:
     """Have all calls in this process that are no tracer's take tiles of so many tokens; None ends
     that."""
     _forced_tile[:] = [] if BT is None else [BT]
+
+
+def force_scan(chosen: bool | None) -> None:
+    """Have all calls in this process that can be scanned at once be, or none, whatever their number
+    of programs; None ends that."""
+    _forced_scan[:] = [] if chosen is None else [chosen]
 
 
 def counted_sequences(sequences: int) -> int:
@@ -183,3 +191,32 @@ def chunk_launch(
     knobs = chunk_knobs_of(stage, problem, BT, tiles, H, G, device, look)
     own = chunk_problem(stage, problem)
     return _loaded(own, stage.name, tuple(sorted(knobs.items())), device)
+
+
+def scan_launch(
+    problem: Mamba3Problem,
+    keep: int,
+    BT: int,
+    T: int,
+    sequences: int,
+    H: int,
+    device: torch.device,
+    look: int,
+) -> Callable[..., None] | None:
+    """Of states and outputs in one stage; None of a call that takes two. `keep` is its knob."""
+    if _forced_scan == [False]:
+        return None
+    gpu = device_of(device)
+    # one that is forced has programs enough
+    programs = gpu.sms if _forced_scan else counted_sequences(sequences) * H
+    if gpu.arch != "sm_90" or not scans_at_once(problem, BT, T, programs, gpu.sms):
+        return None
+    return _scan_launch(scan_problem(problem), keep, device, look)
+
+
+@lru_cache(maxsize=64)
+def _scan_launch(
+    problem: Mamba3Problem, keep: int, _device: torch.device, _look: int
+) -> Callable[..., None] | None:
+    config = default_config(MAMBA3_SCAN.name, problem)
+    return launcher_if_any(problem, config.replace(keep=keep))

@@ -23,8 +23,8 @@ dTheta is made of dq and dk in fp32, and of q and k as products read them.
 Programs take a chunk and a head, and lie next to each other: one has what is of values of tokens that write (pairs, dv),
 one dk, one what is of tokens that read (dq, <S, dS>); dq and dk are turned back. heads_kernel takes a chunk, a group
 and a slice of channels: it adds dq and dk of heads up, and leaves what the chunk has of each head's biases in
-`dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads one after another, and adds up what is of
-tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
+`dQ_bias_part` and `dK_bias_part`. angles_kernel goes from a chunk's last token to its first, for 8 heads at once. tokens_kernel takes a chunk for BH heads one
+after another: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
 
     q             [B, T, H, N]  bf16   queries
     k             [B, T, H, N]  bf16   keys
@@ -69,7 +69,7 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
 
 Problem: mamba3 bf16, skip
 Config:  BH=8 BT=32 BV=64 language=triton maxnreg=168 num_stages=1 num_warps=1 parts=3
-Template digest e6d385b0a6e31b58; made by
+Template digest 39020f82848614b3; made by
     gdn2gen generate --dtype bf16 --with=skip --stage mamba3_gradient --config \
       BH=8,BT=32,BV=64,language=triton,maxnreg=168,num_stages=1,num_warps=1,parts=3
 """
@@ -425,27 +425,15 @@ def heads_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
-def numbers_kernel(
+def angles_kernel(
     DT,
-    Trap,
     Angles,
     dlast_angle,
     dlast_turn,
-    within,
-    tail_decay,
-    weight_s,
-    dweight_s,
-    down_dt,
-    dread,
-    read_q,
-    written_k,
-    kept_state,
     dtheta,
     dtheta_k,
     dtheta_sums,
-    dADT,
     dDT,
-    dTrap,
     dAngles,
     T,
     H,
@@ -456,7 +444,317 @@ def numbers_kernel(
     BH: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Gradients of decays, dt, trap and angles."""
+    """Gradients of angles, and what dt has of its turns: from a chunk's last token to its first, a lane a pair."""
+    n_blocks = H // BH
+    i_tile = tl.program_id(0) // n_blocks
+    i_h = (tl.program_id(0) % n_blocks) * BH
+    NT = tl.cdiv(T, BT)
+    i_n, i_t = i_tile // NT, (i_tile % NT) * BT
+    n_before, n_left = i_t, T - i_t
+    i_b = i_n
+    i_row = i_b.to(tl.int64) * T + i_t
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    o_s = tl.arange(0, BS)
+    p_dt = DT + (i_b * H + i_h).to(tl.int64) * T + i_t
+    p_angle = Angles + (i_row * angle_row + i_h * angle_head) + o_s
+    i_pair = (i_row * H + i_h) * S
+    p_ddt = dDT + (i_b * H + i_h).to(tl.int64) * T + i_t
+    p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
+    p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
+    # nothing comes after the last tile
+    m_after = o_s < tl.where(n_left > BT, S, 0)
+    b_dturn0 = tl.load(dlast_angle + p_last + 0 * S)
+    b_dturn0 += tl.load(dlast_turn + p_last + 0 * S, mask=m_after, other=0.0)
+    b_dturn0 += tl.load(p_sums + 0 * S, mask=m_after, other=0.0)
+    b_dturn1 = tl.load(dlast_angle + p_last + 1 * S)
+    b_dturn1 += tl.load(dlast_turn + p_last + 1 * S, mask=m_after, other=0.0)
+    b_dturn1 += tl.load(p_sums + 1 * S, mask=m_after, other=0.0)
+    b_dturn2 = tl.load(dlast_angle + p_last + 2 * S)
+    b_dturn2 += tl.load(dlast_turn + p_last + 2 * S, mask=m_after, other=0.0)
+    b_dturn2 += tl.load(p_sums + 2 * S, mask=m_after, other=0.0)
+    b_dturn3 = tl.load(dlast_angle + p_last + 3 * S)
+    b_dturn3 += tl.load(dlast_turn + p_last + 3 * S, mask=m_after, other=0.0)
+    b_dturn3 += tl.load(p_sums + 3 * S, mask=m_after, other=0.0)
+    b_dturn4 = tl.load(dlast_angle + p_last + 4 * S)
+    b_dturn4 += tl.load(dlast_turn + p_last + 4 * S, mask=m_after, other=0.0)
+    b_dturn4 += tl.load(p_sums + 4 * S, mask=m_after, other=0.0)
+    b_dturn5 = tl.load(dlast_angle + p_last + 5 * S)
+    b_dturn5 += tl.load(dlast_turn + p_last + 5 * S, mask=m_after, other=0.0)
+    b_dturn5 += tl.load(p_sums + 5 * S, mask=m_after, other=0.0)
+    b_dturn6 = tl.load(dlast_angle + p_last + 6 * S)
+    b_dturn6 += tl.load(dlast_turn + p_last + 6 * S, mask=m_after, other=0.0)
+    b_dturn6 += tl.load(p_sums + 6 * S, mask=m_after, other=0.0)
+    b_dturn7 = tl.load(dlast_angle + p_last + 7 * S)
+    b_dturn7 += tl.load(dlast_turn + p_last + 7 * S, mask=m_after, other=0.0)
+    b_dturn7 += tl.load(p_sums + 7 * S, mask=m_after, other=0.0)
+    if angle_head == 0:
+        # of the last token; then each is read while the one before it is worked on
+        m_next = (BT - 1) < n_left
+        b_dt0_next = tl.load(p_dt + ((BT - 1)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + ((BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt1_next = tl.load(p_dt + (1 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt2_next = tl.load(p_dt + (2 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt3_next = tl.load(p_dt + (3 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt4_next = tl.load(p_dt + (4 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt5_next = tl.load(p_dt + (5 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt6_next = tl.load(p_dt + (6 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dt7_next = tl.load(p_dt + (7 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_dtheta0_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta1_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k1_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta2_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k2_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta3_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k3_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta4_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k4_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta5_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k5_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta6_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k6_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta7_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k7_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+        for i_back in range(BT):
+            t = BT - 1 - i_back
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dt1 = b_dt1_next
+            b_rate1 = b_rate0
+            b_dt2 = b_dt2_next
+            b_rate2 = b_rate0
+            b_dt3 = b_dt3_next
+            b_rate3 = b_rate0
+            b_dt4 = b_dt4_next
+            b_rate4 = b_rate0
+            b_dt5 = b_dt5_next
+            b_rate5 = b_rate0
+            b_dt6 = b_dt6_next
+            b_rate6 = b_rate0
+            b_dt7 = b_dt7_next
+            b_rate7 = b_rate0
+            b_dturn0 += b_dtheta0_next + b_dtheta_k0_next
+            b_dturn1 += b_dtheta1_next + b_dtheta_k1_next
+            b_dturn2 += b_dtheta2_next + b_dtheta_k2_next
+            b_dturn3 += b_dtheta3_next + b_dtheta_k3_next
+            b_dturn4 += b_dtheta4_next + b_dtheta_k4_next
+            b_dturn5 += b_dtheta5_next + b_dtheta_k5_next
+            b_dturn6 += b_dtheta6_next + b_dtheta_k6_next
+            b_dturn7 += b_dtheta7_next + b_dtheta_k7_next
+            m_next = (t - 1 < n_left) & (t >= 1)
+            b_dt0_next = tl.load(p_dt + ((t - 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt1_next = tl.load(p_dt + (1 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt2_next = tl.load(p_dt + (2 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt3_next = tl.load(p_dt + (3 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt4_next = tl.load(p_dt + (4 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt5_next = tl.load(p_dt + (5 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt6_next = tl.load(p_dt + (6 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dt7_next = tl.load(p_dt + (7 * T + (t - 1)), mask=m_next, other=0.0)
+            b_dtheta0_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta1_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k1_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta2_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k2_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta3_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k3_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta4_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k4_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta5_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k5_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta6_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k6_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta7_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k7_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (0 * T + t), 6.283185307179586 * tl.sum(b_dturn0 * b_rate0, 0), mask=t < n_left)
+            b_dangle = b_dturn0 * b_dt0 * (3.141592653589793 * (1.0 - 4.0 * b_rate0 * b_rate0))
+            tl.store(dAngles + i_pair + (t * (H * S) + 0 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (1 * T + t), 6.283185307179586 * tl.sum(b_dturn1 * b_rate1, 0), mask=t < n_left)
+            b_dangle = b_dturn1 * b_dt1 * (3.141592653589793 * (1.0 - 4.0 * b_rate1 * b_rate1))
+            tl.store(dAngles + i_pair + (t * (H * S) + 1 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (2 * T + t), 6.283185307179586 * tl.sum(b_dturn2 * b_rate2, 0), mask=t < n_left)
+            b_dangle = b_dturn2 * b_dt2 * (3.141592653589793 * (1.0 - 4.0 * b_rate2 * b_rate2))
+            tl.store(dAngles + i_pair + (t * (H * S) + 2 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (3 * T + t), 6.283185307179586 * tl.sum(b_dturn3 * b_rate3, 0), mask=t < n_left)
+            b_dangle = b_dturn3 * b_dt3 * (3.141592653589793 * (1.0 - 4.0 * b_rate3 * b_rate3))
+            tl.store(dAngles + i_pair + (t * (H * S) + 3 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (4 * T + t), 6.283185307179586 * tl.sum(b_dturn4 * b_rate4, 0), mask=t < n_left)
+            b_dangle = b_dturn4 * b_dt4 * (3.141592653589793 * (1.0 - 4.0 * b_rate4 * b_rate4))
+            tl.store(dAngles + i_pair + (t * (H * S) + 4 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (5 * T + t), 6.283185307179586 * tl.sum(b_dturn5 * b_rate5, 0), mask=t < n_left)
+            b_dangle = b_dturn5 * b_dt5 * (3.141592653589793 * (1.0 - 4.0 * b_rate5 * b_rate5))
+            tl.store(dAngles + i_pair + (t * (H * S) + 5 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (6 * T + t), 6.283185307179586 * tl.sum(b_dturn6 * b_rate6, 0), mask=t < n_left)
+            b_dangle = b_dturn6 * b_dt6 * (3.141592653589793 * (1.0 - 4.0 * b_rate6 * b_rate6))
+            tl.store(dAngles + i_pair + (t * (H * S) + 6 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (7 * T + t), 6.283185307179586 * tl.sum(b_dturn7 * b_rate7, 0), mask=t < n_left)
+            b_dangle = b_dturn7 * b_dt7 * (3.141592653589793 * (1.0 - 4.0 * b_rate7 * b_rate7))
+            tl.store(dAngles + i_pair + (t * (H * S) + 7 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+
+    else:
+        # of the last token; then each is read while the one before it is worked on
+        m_next = (BT - 1) < n_left
+        b_dt0_next = tl.load(p_dt + ((BT - 1)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + ((BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt1_next = tl.load(p_dt + (1 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle1_next = tl.load(p_angle + (1 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt2_next = tl.load(p_dt + (2 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle2_next = tl.load(p_angle + (2 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt3_next = tl.load(p_dt + (3 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle3_next = tl.load(p_angle + (3 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt4_next = tl.load(p_dt + (4 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle4_next = tl.load(p_angle + (4 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt5_next = tl.load(p_dt + (5 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle5_next = tl.load(p_angle + (5 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt6_next = tl.load(p_dt + (6 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle6_next = tl.load(p_angle + (6 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt7_next = tl.load(p_dt + (7 * T + (BT - 1)), mask=m_next, other=0.0)
+        b_angle7_next = tl.load(p_angle + (7 * angle_head + (BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta0_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta1_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k1_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta2_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k2_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta3_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k3_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta4_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k4_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta5_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k5_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta6_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k6_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta7_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k7_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+        for i_back in range(BT):
+            t = BT - 1 - i_back
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dt1 = b_dt1_next
+            b_rate1 = 0.5 * tanh(b_angle1_next.to(tl.float32))
+            b_dt2 = b_dt2_next
+            b_rate2 = 0.5 * tanh(b_angle2_next.to(tl.float32))
+            b_dt3 = b_dt3_next
+            b_rate3 = 0.5 * tanh(b_angle3_next.to(tl.float32))
+            b_dt4 = b_dt4_next
+            b_rate4 = 0.5 * tanh(b_angle4_next.to(tl.float32))
+            b_dt5 = b_dt5_next
+            b_rate5 = 0.5 * tanh(b_angle5_next.to(tl.float32))
+            b_dt6 = b_dt6_next
+            b_rate6 = 0.5 * tanh(b_angle6_next.to(tl.float32))
+            b_dt7 = b_dt7_next
+            b_rate7 = 0.5 * tanh(b_angle7_next.to(tl.float32))
+            b_dturn0 += b_dtheta0_next + b_dtheta_k0_next
+            b_dturn1 += b_dtheta1_next + b_dtheta_k1_next
+            b_dturn2 += b_dtheta2_next + b_dtheta_k2_next
+            b_dturn3 += b_dtheta3_next + b_dtheta_k3_next
+            b_dturn4 += b_dtheta4_next + b_dtheta_k4_next
+            b_dturn5 += b_dtheta5_next + b_dtheta_k5_next
+            b_dturn6 += b_dtheta6_next + b_dtheta_k6_next
+            b_dturn7 += b_dtheta7_next + b_dtheta_k7_next
+            m_next = (t - 1 < n_left) & (t >= 1)
+            b_dt0_next = tl.load(p_dt + ((t - 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt1_next = tl.load(p_dt + (1 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle1_next = tl.load(p_angle + (1 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt2_next = tl.load(p_dt + (2 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle2_next = tl.load(p_angle + (2 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt3_next = tl.load(p_dt + (3 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle3_next = tl.load(p_angle + (3 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt4_next = tl.load(p_dt + (4 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle4_next = tl.load(p_angle + (4 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt5_next = tl.load(p_dt + (5 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle5_next = tl.load(p_angle + (5 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt6_next = tl.load(p_dt + (6 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle6_next = tl.load(p_angle + (6 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt7_next = tl.load(p_dt + (7 * T + (t - 1)), mask=m_next, other=0.0)
+            b_angle7_next = tl.load(p_angle + (7 * angle_head + (t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta0_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta1_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k1_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 1 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta2_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k2_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 2 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta3_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k3_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 3 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta4_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k4_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 4 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta5_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k5_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 5 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta6_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k6_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 6 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta7_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k7_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 7 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (0 * T + t), 6.283185307179586 * tl.sum(b_dturn0 * b_rate0, 0), mask=t < n_left)
+            b_dangle = b_dturn0 * b_dt0 * (3.141592653589793 * (1.0 - 4.0 * b_rate0 * b_rate0))
+            tl.store(dAngles + i_pair + (t * (H * S) + 0 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (1 * T + t), 6.283185307179586 * tl.sum(b_dturn1 * b_rate1, 0), mask=t < n_left)
+            b_dangle = b_dturn1 * b_dt1 * (3.141592653589793 * (1.0 - 4.0 * b_rate1 * b_rate1))
+            tl.store(dAngles + i_pair + (t * (H * S) + 1 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (2 * T + t), 6.283185307179586 * tl.sum(b_dturn2 * b_rate2, 0), mask=t < n_left)
+            b_dangle = b_dturn2 * b_dt2 * (3.141592653589793 * (1.0 - 4.0 * b_rate2 * b_rate2))
+            tl.store(dAngles + i_pair + (t * (H * S) + 2 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (3 * T + t), 6.283185307179586 * tl.sum(b_dturn3 * b_rate3, 0), mask=t < n_left)
+            b_dangle = b_dturn3 * b_dt3 * (3.141592653589793 * (1.0 - 4.0 * b_rate3 * b_rate3))
+            tl.store(dAngles + i_pair + (t * (H * S) + 3 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (4 * T + t), 6.283185307179586 * tl.sum(b_dturn4 * b_rate4, 0), mask=t < n_left)
+            b_dangle = b_dturn4 * b_dt4 * (3.141592653589793 * (1.0 - 4.0 * b_rate4 * b_rate4))
+            tl.store(dAngles + i_pair + (t * (H * S) + 4 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (5 * T + t), 6.283185307179586 * tl.sum(b_dturn5 * b_rate5, 0), mask=t < n_left)
+            b_dangle = b_dturn5 * b_dt5 * (3.141592653589793 * (1.0 - 4.0 * b_rate5 * b_rate5))
+            tl.store(dAngles + i_pair + (t * (H * S) + 5 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (6 * T + t), 6.283185307179586 * tl.sum(b_dturn6 * b_rate6, 0), mask=t < n_left)
+            b_dangle = b_dturn6 * b_dt6 * (3.141592653589793 * (1.0 - 4.0 * b_rate6 * b_rate6))
+            tl.store(dAngles + i_pair + (t * (H * S) + 6 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (7 * T + t), 6.283185307179586 * tl.sum(b_dturn7 * b_rate7, 0), mask=t < n_left)
+            b_dangle = b_dturn7 * b_dt7 * (3.141592653589793 * (1.0 - 4.0 * b_rate7 * b_rate7))
+            tl.store(dAngles + i_pair + (t * (H * S) + 7 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def tokens_kernel(
+    DT,
+    Trap,
+    within,
+    tail_decay,
+    weight_s,
+    dweight_s,
+    down_dt,
+    dread,
+    read_q,
+    written_k,
+    kept_state,
+    dADT,
+    dDT,
+    dTrap,
+    T,
+    H,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Gradients of decays, dt and trap; of dt on top of what its turns have."""
     n_blocks = H // BH
     i_tile = tl.program_id(0) // n_blocks
     NT = tl.cdiv(T, BT)
@@ -470,8 +768,6 @@ def numbers_kernel(
     o_t = BT - 1 - o_t
     m_t = o_t < n_left
     m_later = m_t & (o_t + n_before > 0)
-    o_s = tl.arange(0, BS)
-    b_rate = tl.zeros([BT, BS], tl.float32)
     for i in range(BH):
         i_h = (tl.program_id(0) % n_blocks) * BH + i
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
@@ -500,25 +796,7 @@ def numbers_kernel(
         b_whole *= tl.load(kept_state + i_tile * H + i_h)
         b_dadt = tl.cumsum(b_new, 0, reverse=True) + b_whole + tl.cumsum(b_read, 0)
         tl.store(dADT + p_number, b_dadt, mask=m_t)
-        if (i == 0) | (angle_head != 0):
-            # of all heads, where they share their angles
-            p_angle = (i_row + o_t) * angle_row + i_h * angle_head
-            b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
-        p_dangle = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_dtheta = tl.load(dtheta + p_dangle, mask=m_t[:, None], other=0.0)
-        b_dtheta += tl.load(dtheta_k + p_dangle, mask=m_t[:, None], other=0.0)
-        p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
-        b_after = tl.load(dlast_angle + p_last)
-        # nothing comes after the last tile
-        m_after = o_s < tl.where(n_left > BT, S, 0)
-        b_after += tl.load(p_sums, mask=m_after, other=0.0) + tl.load(dlast_turn + p_last, mask=m_after, other=0.0)
-        b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0)
-        # rate is half of tanh, a turn 2 pi
-        b_ddt += 6.283185307179586 * tl.sum(b_dturn * b_rate, 1)
-        b_slope = 3.141592653589793 * (1.0 - 4.0 * b_rate * b_rate)
-        b_dangle = b_dturn * b_dt[:, None] * b_slope
-        tl.store(dAngles + p_dangle, b_dangle.to(tl.float32), mask=m_t[:, None])
+        b_ddt += tl.load(dDT + p_number, mask=m_t, other=0.0)
         tl.store(dDT + p_number, b_ddt, mask=m_t)
 
 
@@ -540,9 +818,13 @@ def launch(
         dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,
         N=N, BT=BT, BC=BC, num_warps=4, num_stages=1,
     )  # fmt: skip
-    numbers_kernel[(n_tiles * (H // BH),)](
-        DT, Trap, Angles, dlast_angle, dlast_turn, within, tail_decay, weight_s, dweight_s,
-        down_dt, dread, read_q, written_k, kept_state, dtheta, dtheta_k, dtheta_sums, dADT, dDT,
-        dTrap, dAngles, T, H, angle_row, angle_head,
-        S=S, BT=BT, BH=BH, BS=BS, num_warps=4, num_stages=1,
+    angles_kernel[(n_tiles * (H // 8),)](
+        DT, Angles, dlast_angle, dlast_turn, dtheta, dtheta_k, dtheta_sums, dDT, dAngles, T, H,
+        angle_row, angle_head,
+        S=S, BT=BT, BH=8, BS=BS, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    tokens_kernel[(n_tiles * (H // BH),)](
+        DT, Trap, within, tail_decay, weight_s, dweight_s, down_dt, dread, read_q, written_k,
+        kept_state, dADT, dDT, dTrap, T, H,
+        BT=BT, BH=BH, num_warps=1, num_stages=1,
     )  # fmt: skip

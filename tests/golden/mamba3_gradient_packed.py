@@ -23,8 +23,8 @@ dTheta is made of dq and dk in fp32, and of q and k as products read them.
 Programs take a chunk and a head, and lie next to each other: one has what is of values of tokens that write (pairs, dv),
 and dk, one what is of tokens that read (dq, <S, dS>); dq and dk are turned back. heads_kernel takes a chunk, a group
 and a slice of channels: it adds dq and dk of heads up, and leaves what the chunk has of each head's biases in
-`dQ_bias_part` and `dK_bias_part`. numbers_kernel takes a chunk for BH heads one after another, and adds up what is of
-tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
+`dQ_bias_part` and `dK_bias_part`. angles_kernel goes from a chunk's last token to its first, for 1 heads at once. tokens_kernel takes a chunk for BH heads one
+after another: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less all X_.i of i < t (`dread`).
 
     q             [B, T, H, N]  bf16   queries
     k             [B, T, H, N]  bf16   keys
@@ -70,7 +70,7 @@ tokens: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less 
 
 Problem: mamba3 bf16, head_dim=80, skip, gate, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1 parts=2
-Template digest e6d385b0a6e31b58; made by
+Template digest 39020f82848614b3; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,gate,carried,packed --stage \
       mamba3_gradient --config \
       BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1,parts=2
@@ -432,28 +432,16 @@ def heads_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "angle_row", "angle_head"])
-def numbers_kernel(
+def angles_kernel(
     DT,
-    Trap,
     Angles,
     dlast_angle,
     dlast_turn,
     tiles,
-    within,
-    tail_decay,
-    weight_s,
-    dweight_s,
-    down_dt,
-    dread,
-    read_q,
-    written_k,
-    kept_state,
     dtheta,
     dtheta_k,
     dtheta_sums,
-    dADT,
     dDT,
-    dTrap,
     dAngles,
     T,
     H,
@@ -464,7 +452,101 @@ def numbers_kernel(
     BH: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Gradients of decays, dt, trap and angles."""
+    """Gradients of angles, and what dt has of its turns: from a chunk's last token to its first, a lane a pair."""
+    n_blocks = H // BH
+    i_tile = tl.program_id(0) // n_blocks
+    i_h = (tl.program_id(0) % n_blocks) * BH
+    # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
+    i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
+    n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
+    i_b = 0
+    i_row = i_t.to(tl.int64)
+    o_t = tl.arange(0, BT)
+    m_t = o_t < n_left
+    o_s = tl.arange(0, BS)
+    p_dt = DT + (i_b * H + i_h).to(tl.int64) * T + i_t
+    p_angle = Angles + (i_row * angle_row + i_h * angle_head) + o_s
+    i_pair = (i_row * H + i_h) * S
+    p_ddt = dDT + (i_b * H + i_h).to(tl.int64) * T + i_t
+    p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
+    p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
+    # nothing comes after the last tile
+    m_after = o_s < tl.where(n_left > BT, S, 0)
+    b_dturn0 = tl.load(dlast_angle + p_last + 0 * S)
+    b_dturn0 += tl.load(dlast_turn + p_last + 0 * S, mask=m_after, other=0.0)
+    b_dturn0 += tl.load(p_sums + 0 * S, mask=m_after, other=0.0)
+    if angle_head == 0:
+        # of the last token; then each is read while the one before it is worked on
+        m_next = (BT - 1) < n_left
+        b_dt0_next = tl.load(p_dt + ((BT - 1)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + ((BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta0_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+        for i_back in range(BT):
+            t = BT - 1 - i_back
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dturn0 += b_dtheta0_next + b_dtheta_k0_next
+            m_next = (t - 1 < n_left) & (t >= 1)
+            b_dt0_next = tl.load(p_dt + ((t - 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta0_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (0 * T + t), 6.283185307179586 * tl.sum(b_dturn0 * b_rate0, 0), mask=t < n_left)
+            b_dangle = b_dturn0 * b_dt0 * (3.141592653589793 * (1.0 - 4.0 * b_rate0 * b_rate0))
+            tl.store(dAngles + i_pair + (t * (H * S) + 0 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+
+    else:
+        # of the last token; then each is read while the one before it is worked on
+        m_next = (BT - 1) < n_left
+        b_dt0_next = tl.load(p_dt + ((BT - 1)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + ((BT - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta0_next = tl.load(dtheta + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((BT - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+        for i_back in range(BT):
+            t = BT - 1 - i_back
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dturn0 += b_dtheta0_next + b_dtheta_k0_next
+            m_next = (t - 1 < n_left) & (t >= 1)
+            b_dt0_next = tl.load(p_dt + ((t - 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t - 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta0_next = tl.load(dtheta + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dtheta_k0_next = tl.load(dtheta_k + i_pair + ((t - 1) * (H * S) + 0 * S + o_s), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+            # rate is half of tanh, a turn 2 pi
+            tl.store(p_ddt + (0 * T + t), 6.283185307179586 * tl.sum(b_dturn0 * b_rate0, 0), mask=t < n_left)
+            b_dangle = b_dturn0 * b_dt0 * (3.141592653589793 * (1.0 - 4.0 * b_rate0 * b_rate0))
+            tl.store(dAngles + i_pair + (t * (H * S) + 0 * S + o_s), b_dangle.to(tl.float32), mask=o_s < tl.where(t < n_left, S, 0))
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def tokens_kernel(
+    DT,
+    Trap,
+    tiles,
+    within,
+    tail_decay,
+    weight_s,
+    dweight_s,
+    down_dt,
+    dread,
+    read_q,
+    written_k,
+    kept_state,
+    dADT,
+    dDT,
+    dTrap,
+    T,
+    H,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Gradients of decays, dt and trap; of dt on top of what its turns have."""
     n_blocks = H // BH
     i_tile = tl.program_id(0) // n_blocks
     # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
@@ -478,8 +560,6 @@ def numbers_kernel(
     o_t = BT - 1 - o_t
     m_t = o_t < n_left
     m_later = m_t & (o_t + n_before > 0)
-    o_s = tl.arange(0, BS)
-    b_rate = tl.zeros([BT, BS], tl.float32)
     for i in range(BH):
         i_h = (tl.program_id(0) % n_blocks) * BH + i
         p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
@@ -508,25 +588,7 @@ def numbers_kernel(
         b_whole *= tl.load(kept_state + i_tile * H + i_h)
         b_dadt = tl.cumsum(b_new, 0, reverse=True) + b_whole + tl.cumsum(b_read, 0)
         tl.store(dADT + p_number, b_dadt, mask=m_t)
-        if (i == 0) | (angle_head != 0):
-            # of all heads, where they share their angles
-            p_angle = (i_row + o_t) * angle_row + i_h * angle_head
-            b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
-        p_dangle = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        b_dtheta = tl.load(dtheta + p_dangle, mask=m_t[:, None], other=0.0)
-        b_dtheta += tl.load(dtheta_k + p_dangle, mask=m_t[:, None], other=0.0)
-        p_sums = dtheta_sums + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        p_last = (i_n * H + i_h).to(tl.int64) * S + o_s
-        b_after = tl.load(dlast_angle + p_last)
-        # nothing comes after the last tile
-        m_after = o_s < tl.where(n_left > BT, S, 0)
-        b_after += tl.load(p_sums, mask=m_after, other=0.0) + tl.load(dlast_turn + p_last, mask=m_after, other=0.0)
-        b_dturn = b_after[None, :] + tl.cumsum(b_dtheta, 0)
-        # rate is half of tanh, a turn 2 pi
-        b_ddt += 6.283185307179586 * tl.sum(b_dturn * b_rate, 1)
-        b_slope = 3.141592653589793 * (1.0 - 4.0 * b_rate * b_rate)
-        b_dangle = b_dturn * b_dt[:, None] * b_slope
-        tl.store(dAngles + p_dangle, b_dangle.to(tl.float32), mask=m_t[:, None])
+        b_ddt += tl.load(dDT + p_number, mask=m_t, other=0.0)
         tl.store(dDT + p_number, b_ddt, mask=m_t)
 
 
@@ -548,9 +610,13 @@ def launch(
         tiles, dQ_head, dK_head, dQ, dK, dQ_bias_part, dK_bias_part, T, H, G,
         N=N, BT=BT, BC=BC, num_warps=4, num_stages=1,
     )  # fmt: skip
-    numbers_kernel[(n_tiles * (H // BH),)](
-        DT, Trap, Angles, dlast_angle, dlast_turn, tiles, within, tail_decay, weight_s,
-        dweight_s, down_dt, dread, read_q, written_k, kept_state, dtheta, dtheta_k, dtheta_sums,
-        dADT, dDT, dTrap, dAngles, T, H, angle_row, angle_head,
-        S=S, BT=BT, BH=BH, BS=BS, num_warps=4, num_stages=1,
+    angles_kernel[(n_tiles * (H // 1),)](
+        DT, Angles, dlast_angle, dlast_turn, tiles, dtheta, dtheta_k, dtheta_sums, dDT, dAngles,
+        T, H, angle_row, angle_head,
+        S=S, BT=BT, BH=1, BS=BS, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    tokens_kernel[(n_tiles * (H // BH),)](
+        DT, Trap, tiles, within, tail_decay, weight_s, dweight_s, down_dt, dread, read_q,
+        written_k, kept_state, dADT, dDT, dTrap, T, H,
+        BT=BT, BH=BH, num_warps=1, num_stages=1,
     )  # fmt: skip

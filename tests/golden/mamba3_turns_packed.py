@@ -1,37 +1,35 @@
-"""Mamba-3's rotations: by how much queries and keys are turned.
+"""Mamba-3's rotations before each tile: by how much queries and keys were turned until then.
 
     Theta_t  = Theta_(t - 1) + dt_t pi tanh(angle_t)           mod 2 pi
 
 Angles are added up in turns, in units of 2^-32 as int32, so that sums are exact in any order and begin anew where
-a turn does: of each token what it has of them within its tile, and what comes before each tile. A Theta that is
-no number is the smallest int32, which no other is.
+a turn does.
 
-A program takes a tile of BT tokens of one sequence, for BH heads one after another.
+A program takes a tile of BT tokens of one sequence, for BH heads at once: a token after the other, and a lane a pair of
+channels, so that no sum crosses lanes.
 
     DT           [B, H, T]     fp32   steps
     Angles       [B, T, H, S]  fp32   rates of rotation, before tanh
     angle_state  [n, H, S]     fp32   Theta before the first token, radians
     tiles        [M, 4]        int32  sequence and first token of each tile, tokens before it and from it on
     tile_starts  [n+1]         int32  first tile of each sequence
-    theta        [B, T, H, S]  int32  Theta of each token within its tile, in units of 2^-32 turns
     turns        [M, H, S]     int32  Theta before each tile, in units of 2^-32 turns
     last_angle   [n, H, S]     fp32   Theta after the last token, radians
 
 Problem: mamba3 bf16, skip, gate, carried, packed
-Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=1
-Template digest 689dadf5556b2661; made by
+Config:  BH=2 BT=32 language=triton num_stages=1 num_warps=1
+Template digest 61b4d180edd2d89d; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried,packed --stage mamba3_turns --config \
-      BH=8,BT=32,language=triton,num_stages=1,num_warps=1
+      BH=2,BT=32,language=triton,num_stages=1,num_warps=1
 """
 
 import triton
 import triton.language as tl
 
 
-BT, BH = 32, 8
+BT, BH = 32, 2
 S, BS = 32, 32  # pairs of channels that are rotated, and the tile that covers them
 AHEAD = 16  # tiles whose angles are added up at once
-NO_TURN = tl.constexpr(-2147483648)
 
 
 @triton.jit
@@ -68,7 +66,6 @@ def mamba3_turns_kernel(
     DT,
     Angles,
     tiles,
-    theta,
     turns,
     T,
     H,
@@ -79,9 +76,10 @@ def mamba3_turns_kernel(
     BH: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Theta of each token within its tile, and by how much the tile turns."""
+    """By how much each tile turns."""
     n_blocks = H // BH
     i_tile = tl.program_id(0) // n_blocks
+    i_h = (tl.program_id(0) % n_blocks) * BH
     # of each tile: its sequence, first token, tokens of the sequence before that, and from that on
     i_n, i_t = tl.load(tiles + i_tile * 4), tl.load(tiles + i_tile * 4 + 1)
     n_before, n_left = tl.load(tiles + i_tile * 4 + 2), tl.load(tiles + i_tile * 4 + 3)
@@ -90,24 +88,54 @@ def mamba3_turns_kernel(
     o_t = tl.arange(0, BT)
     m_t = o_t < n_left
     o_s = tl.arange(0, BS)
-    b_rate = tl.zeros([BT, BS], tl.float32)
-    for i in range(BH):
-        i_h = (tl.program_id(0) % n_blocks) * BH + i
-        p_number = (i_b * H + i_h).to(tl.int64) * T + i_t + o_t
-        b_dt = tl.load(DT + p_number, mask=m_t, other=0.0)
-        if (i == 0) | (angle_head != 0):
-            # of all heads, where they share their angles
-            p_angle = (i_row + o_t) * angle_row + i_h * angle_head
-            b_rate = 0.5 * tanh(tl.load(Angles + p_angle[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0).to(tl.float32))
-        b_x = b_dt[:, None] * b_rate
-        b_turn = in_int32(b_x)
-        b_theta = tl.maximum(tl.cumsum(b_turn, 0), NO_TURN + 1)
-        b_x *= 0.0
-        b_theta = tl.where(b_x == b_x, b_theta, NO_TURN)
-        p_theta = ((i_row + o_t) * H + i_h)[:, None] * S + o_s[None, :]
-        tl.store(theta + p_theta, b_theta, mask=m_t[:, None])
-        p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
-        tl.store(p_turns, tl.sum(b_turn, 0))
+    p_dt = DT + (i_b * H + i_h).to(tl.int64) * T + i_t
+    p_angle = Angles + (i_row * angle_row + i_h * angle_head) + o_s
+    b_sum0 = tl.zeros([BS], tl.int32)
+    b_sum1 = tl.zeros([BS], tl.int32)
+    if angle_head == 0:
+        # of the first token; then each is read while the one before it is worked on
+        m_next = tl.cast(0, tl.int32) < n_left
+        b_dt0_next = tl.load(p_dt + (tl.cast(0, tl.int32)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + (tl.cast(0, tl.int32) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt1_next = tl.load(p_dt + (1 * T + tl.cast(0, tl.int32)), mask=m_next, other=0.0)
+
+        for t in range(BT):
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dt1 = b_dt1_next
+            b_rate1 = b_rate0
+            m_next = (t + 1) < n_left
+            b_dt0_next = tl.load(p_dt + ((t + 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t + 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt1_next = tl.load(p_dt + (1 * T + (t + 1)), mask=m_next, other=0.0)
+
+            b_sum0 += in_int32(b_dt0 * b_rate0)
+            b_sum1 += in_int32(b_dt1 * b_rate1)
+
+    else:
+        # of the first token; then each is read while the one before it is worked on
+        m_next = tl.cast(0, tl.int32) < n_left
+        b_dt0_next = tl.load(p_dt + (tl.cast(0, tl.int32)), mask=m_next, other=0.0)
+        b_angle0_next = tl.load(p_angle + (tl.cast(0, tl.int32) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+        b_dt1_next = tl.load(p_dt + (1 * T + tl.cast(0, tl.int32)), mask=m_next, other=0.0)
+        b_angle1_next = tl.load(p_angle + (1 * angle_head + tl.cast(0, tl.int32) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+        for t in range(BT):
+            b_dt0 = b_dt0_next
+            b_rate0 = 0.5 * tanh(b_angle0_next.to(tl.float32))
+            b_dt1 = b_dt1_next
+            b_rate1 = 0.5 * tanh(b_angle1_next.to(tl.float32))
+            m_next = (t + 1) < n_left
+            b_dt0_next = tl.load(p_dt + ((t + 1)), mask=m_next, other=0.0)
+            b_angle0_next = tl.load(p_angle + ((t + 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+            b_dt1_next = tl.load(p_dt + (1 * T + (t + 1)), mask=m_next, other=0.0)
+            b_angle1_next = tl.load(p_angle + (1 * angle_head + (t + 1) * angle_row), mask=o_s < tl.where(m_next, S, 0), other=0.0)
+
+            b_sum0 += in_int32(b_dt0 * b_rate0)
+            b_sum1 += in_int32(b_dt1 * b_rate1)
+    p_turns = turns + (i_tile * H + i_h).to(tl.int64) * S + o_s
+    tl.store(p_turns + 0 * S, b_sum0)
+    tl.store(p_turns + 1 * S, b_sum1)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -145,12 +173,12 @@ def prefix_kernel(
 
 
 def launch(
-    DT, Angles, angle_state, tiles, tile_starts, theta, turns, last_angle, *, T, H, n_tiles,
+    DT, Angles, angle_state, tiles, tile_starts, turns, last_angle, *, T, H, n_tiles,
     n_sequences, angle_row, angle_head
 ):
-    """Theta in sequences that are packed in one row on the current stream."""
+    """Theta before tiles of sequences that are packed in one row on the current stream."""
     mamba3_turns_kernel[(n_tiles * (H // BH),)](
-        DT, Angles, tiles, theta, turns, T, H, angle_row, angle_head,
+        DT, Angles, tiles, turns, T, H, angle_row, angle_head,
         S=S, BT=BT, BH=BH, BS=BS,
         num_warps=1, num_stages=1,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import torch
+from mamba3_scans import recurrent as recurrent_scan
 from torch import Tensor
 
 from gdn2gen import mamba3_siso_combined, mamba3_siso_step
@@ -19,8 +20,10 @@ from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.mamba3 import States, recurrent
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels import mamba3_scan
 from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.measure import mamba3_times
 from gdn2gen.measure.accuracy import relative_errors
@@ -29,7 +32,7 @@ from gdn2gen.measure.timing import Timing
 from gdn2gen.ops import mamba3
 from gdn2gen.runtime import arguments as arguments_of_ops
 from gdn2gen.runtime import mamba3 as kernels
-from gdn2gen.runtime import mamba3_chunk_ops, mamba3_ops, passes
+from gdn2gen.runtime import mamba3_chunk_ops, mamba3_chunks, mamba3_ops, passes
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_tile, tile_at
 from gdn2gen.store.dispatch import reload
@@ -132,6 +135,44 @@ def chunk_errors(name: str, dtype: str = "float32") -> dict[str, float]:
             return poisoned_errors(name, dtype)
     finally:
         force_tile(None)
+
+
+@verifying()
+def errors_at_once(name: str, fast: bool) -> tuple[list[tuple[int, bool]], dict[str, float]]:
+    """By the kernels over chunks with states and outputs in one stage, which stands token by token
+    in fp64 in the place of its kernel: what it was asked to keep of tensors of the shapes that its
+    operands have, and errors."""
+    kept: list[tuple[int, bool]] = []
+
+    def scan_launch(problem: Mamba3Problem, keep: int, BT: int, *_: Any) -> Any:
+        operands = MAMBA3_SCAN.operands(mamba3_scan.scan_problem(problem))
+
+        def launch(*given: Tensor, T: int) -> None:
+            x = dict(zip([y.name for y in operands], given, strict=True))
+            right, (B, _, H, P) = recurrent_scan(x, BT), x["V"].shape
+            shapes = {"h": (B * -(-T // BT), H, P, x["k"].shape[3]), "ungated": (B, T, H, P)}
+            made = {"out": right.out, "final_ssm": right.last}
+            made |= {"ungated": right.y} if "Z" in x and keep else {}
+            made |= {"h": right.h} if keep == 2 else {}
+            for y, found in made.items():
+                x[y].copy_(found)
+            whole = all(x[y].shape == shapes[y] for y in shapes.keys() & made.keys())
+            kept.append((keep, whole))
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba3_chunks, "scan_launch", scan_launch)
+        force_tile(16)
+        try:
+            with chunks_forced(True), poisoned():
+                op = partial(mamba3_siso_combined, disable_recompute=fast)
+                found = relative_errors(*mamba3_results(draw(CASES[name]), op))
+                with torch.no_grad():
+                    mamba3_siso_combined(**arguments(draw(CASES[name])))
+        finally:
+            force_tile(None)
+    return kept, found
 
 
 def angle_errors(chosen: bool, tokens: int) -> dict[str, float]:

@@ -430,8 +430,8 @@ OUTPUTS: Final = {
     ),
     "mamba3_epilogue.py": partial(_part, "mamba3_epilogue", Mamba3Problem(gate=True), BH=8),
     "mamba3_epilogue_backward_packed.py": partial(_part, "mamba3_epilogue_backward", _MAMBA3),
-    "mamba3_turns_packed.py": partial(_part, "mamba3_turns", _MAMBA3, BH=8),
-    "mamba3_rotate_packed.py": partial(_part, "mamba3_rotate", _MAMBA3),
+    "mamba3_turns_packed.py": partial(_part, "mamba3_turns", _MAMBA3, BH=2),
+    "mamba3_rotate_packed.py": partial(_part, "mamba3_rotate", _MAMBA3, BH=2),
     "mamba3_states.py": partial(_part, "mamba3_states", Mamba3Problem(angles=0), BV=64),
     "mamba3_output_packed.py": partial(
         _part, "mamba3_output", replace(_MAMBA3, angles=0), BV=64, maxnreg=128
@@ -445,6 +445,9 @@ OUTPUTS: Final = {
     ),
     "mamba3_gradient_packed.py": partial(
         _part, "mamba3_gradient", replace(_MAMBA3, head_dim=80), BV=64, parts=2
+    ),
+    "mamba3_scan_tilelang.py": partial(
+        _part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True, carried=True), keep=2
     ),
     "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,

@@ -64,6 +64,16 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+# two chunks, of which the second ends early
+OF_MAMBA3 = [
+    ("68", "64", "2", "sparse", "skip,gate,carried"),
+    pytest.param("132", "128", "1", "strong", "skip,gate", marks=pytest.mark.slow),
+    pytest.param("136", "64", "0", "zero", "gate", marks=pytest.mark.slow),
+    pytest.param("64", "128", "2", "layer", "carried", marks=pytest.mark.slow),
+    pytest.param("4", "64", "1", "strong", "", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize("cases", CASES, ids=", ".join)
 def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     printed = run("tilelang_checks.py", *cases).split("== ")[1:]
@@ -81,6 +91,15 @@ def test_programs_of_groups_make_what_tritons_kernels_do(stages, T, flags, patte
     printed = run("tilelang_groups.py", stages, T, flags, pattern, heads)
     assert all(f"{x} d" in printed for x in ("reverse_scan_group", "grad_group"))
     assert "reference dq" in printed
+
+
+@pytest.mark.parametrize(("T", "N", "keep", "pattern", "flags"), OF_MAMBA3)
+def test_mamba3s_scan_is_its_recurrence(T, N, keep, pattern, flags):
+    printed = run("mamba3_scans.py", T, N, keep, pattern, flags)
+    made = {x.split()[0] for x in printed.splitlines()}
+    kept = {"h"} if keep == "2" else set()
+    kept |= {"ungated"} if keep != "0" and "gate" in flags else set()
+    assert made == {"out", "final_ssm", *kept}
 
 
 def test_strong_decay_of_128_channels_takes_8_warps():

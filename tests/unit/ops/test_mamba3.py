@@ -44,6 +44,20 @@ def test_values_and_gradients_over_chunks(name: str, interpreter: Check) -> None
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("layer", True),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("layer", False), ("plain", True))),
+    ],
+)
+def test_states_and_outputs_in_one_stage(name: str, fast: bool, interpreter: Check) -> None:
+    """What keeps nothing is asked for where no backward comes."""
+    kept, found = interpreter("mamba3_checks:errors_at_once", name, fast)
+    assert kept == [(2 if fast else 1, True), (0, True)]
+    assert max(found.values()) < LIMIT, found
+
+
 @pytest.mark.parametrize("name", ["steady", "strong"])
 def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> None:
     """At every token 20 nats, dADT was off by 0.3 where it was a sum of all less one of most; in
