@@ -150,6 +150,7 @@ _ANCHORED: Final = Form(
     "anchored",
     "triton",
     "grad_blocks",
+    steady=False,
     knobs={
         "chunks": (1,),
         "BK": (16, 32, 64, 128),
@@ -183,6 +184,7 @@ _ANCHORED_TILELANG: Final = Form(
     "anchored",
     "tilelang",
     "grad_blocks",
+    steady=False,
     knobs={
         "chunks": (1, 4, 16),
         "BK": (64, 128),

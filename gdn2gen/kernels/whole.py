@@ -45,6 +45,7 @@ _CLUSTER: Final = Form(
     "cluster",
     "tilelang",
     "forward",
+    steady=False,
     # nothing that was worth varying: registers handed from group to group by setmaxnreg would be
     # those of the launch, 384 x 168
     knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2,)},
