@@ -17,6 +17,7 @@ __all__ = [
     "chunk_mamba2",
     "chunk_simple_gla",
     "compile_kernels",
+    "expected_decay",
     "explain",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gdn2gen.base.decay import expected_decay
     from gdn2gen.base.environment import batch_invariant
     from gdn2gen.ops.chunk import (
         chunk_delta_rule,
@@ -84,6 +86,7 @@ _HOMES = {
     "chunk_mamba2": "gdn2gen.ops.chunk",
     "chunk_simple_gla": "gdn2gen.ops.chunk",
     "compile_kernels": "gdn2gen.workflows.compiled",
+    "expected_decay": "gdn2gen.base.decay",
     "explain": "gdn2gen.workflows.explain",
     "fused_recurrent_delta_rule": "gdn2gen.ops.recurrent",
     "fused_recurrent_gated_delta_rule": "gdn2gen.ops.recurrent",

@@ -7,7 +7,8 @@
 Kernels score the pairs of a chunk at one anchor where every channel of a slice keeps at least 2^-96
 over the chunk, and take frame by frame what lost more. Of each pattern: how many channels of a
 chunk of 32 tokens lose more, how many chunks of a head have such a channel, and how many frames
-they take, of the channel with most.
+they take, of the channel with most. GDN2GEN_EXPECTED_DECAY=strong has the passes run what is tuned
+for strong decay.
 """
 
 from __future__ import annotations

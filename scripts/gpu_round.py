@@ -89,6 +89,13 @@ def steps() -> list[Step]:
             Step(f"host-{op}", f"python scripts/host_time.py --op {op}", True),
             Step(f"decode-{op}", f"python scripts/decode_time.py --op {op}", True),
         ]
+    for op in ("gdn2", "kda"):
+        strong = f"--op {op} --head-dim 128 --decay strong"
+        tune = f"gdn2gen tune {strong} --shapes train4k --budget 3"
+        made += [
+            Step(f"tune-strong-{op}", tune, True, 60.0),
+            Step(f"bench-strong-{op}", f"{_PEERS} train4k {strong} --vs fla", True, 60.0),
+        ]
     wide = "--head-dim 128,64"
     for op in ("mamba2", "mamba3"):
         bench = f"{_PEERS} mamba4k --op {op} {wide} --vs mamba_ssm"

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
+from gdn2gen.base.decay import WEAK  # noqa: E402
 from gdn2gen.base.files import replace_file  # noqa: E402
 from gdn2gen.family.mamba3_problem import MAMBA3  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
@@ -117,6 +118,15 @@ def shown(op: str) -> str:
     return (*shapes, SHOWN)[0]
 
 
+def decay_of(row: Row) -> str:
+    """What our calls expected."""
+    return str(row.get("decay", WEAK))
+
+
+def _expecting(row: Row) -> str:
+    return "" if decay_of(row) == WEAK else f", expecting {decay_of(row)} decay"
+
+
 def gated(row: Row) -> bool:
     return bool(row["problem"].get("has_z"))
 
@@ -127,6 +137,8 @@ def members(documents: Iterable[dict[str, Any]]) -> Members:
         rows: dict[str, Row] = {}
         # an output's gate is a choice of some models: without it first
         for row in sorted(document["rows"], key=lambda x: (gated(x), problem_of(x))):
+            if decay_of(row) != WEAK:
+                continue
             op = row["problem"]["op"]
             if row["shape"]["name"] == shown(op) and row["level"] == LEVELS[0]:
                 rows.setdefault(op, row)
@@ -208,8 +220,10 @@ def on_file(root: Path, name: str) -> Iterator[str]:
         file = load_tuned(path)
         if file is None:
             continue
-        entries = sorted(file.entries, key=lambda entry: _order(dict(entry.problem_key)))
-        for _, same in groupby(entries, key=lambda entry: dict(entry.problem_key)):
+        entries = sorted(
+            file.entries, key=lambda entry: (_order(dict(entry.problem_key)), entry.decay != WEAK)
+        )
+        for _, same in groupby(entries, key=lambda x: (dict(x.problem_key), x.decay)):
             yield from graphs(list(same))
             yield ""
         versions = ", ".join(f"{x} {version}" for x, version in file.metadata["toolchain"].items())
@@ -233,7 +247,9 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
         found[f"forward+backward, {entry.level}"][shape] = times["forward_backward_ms"]
     columns = [name for name in SHAPES if any(name in times for times in found.values())]
     problem = problem_words(dict(entries[0].problem_key))
-    yield f"**{problem}: by the tuner, as CUDA graphs, ms**"
+    decay = entries[0].decay
+    under = "" if decay == WEAK else f", under {decay} decay"
+    yield f"**{problem}: by the tuner, as CUDA graphs{under}, ms**"
     yield ""
     yield from header("", *columns)
     for side, times in found.items():
@@ -242,11 +258,12 @@ def graphs(entries: list[Entry]) -> Iterator[str]:
             yield line([side, *cells])
 
 
-def problem_of(row: Row) -> tuple[int, int, int, str]:
-    """Rows of one problem and level share a block, large heads first; packing is in the shape."""
+def problem_of(row: Row) -> tuple[Any, ...]:
+    """Rows of one problem, level and decay share a block, large heads first; packing is in the
+    shape."""
     packing = ("varlen", "packed")
     problem = {name: value for name, value in row["problem"].items() if name not in packing}
-    return _order(problem, LEVELS.index(row["level"]))
+    return (*_order(problem, LEVELS.index(row["level"])), decay_of(row) != WEAK)
 
 
 def _order(problem: Row, level: int = 0) -> tuple[int, int, int, str]:
@@ -265,7 +282,7 @@ def _place(shape: dict[str, Any]) -> tuple[int, str]:
 
 def block(rows: list[Row], wrong: list[str]) -> list[str]:
     return [
-        f"**{problem_words(rows[0]['problem'])}, level {rows[0]['level']}**",
+        f"**{problem_words(rows[0]['problem'])}, level {rows[0]['level']}{_expecting(rows[0])}**",
         "",
         *times(rows),
         "",

@@ -10,6 +10,7 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.base.terminal import console, status
 from gdn2gen.cli.options import (
     LEVEL_WORDS,
+    add_decay,
     add_problem,
     add_shapes,
     add_target,
@@ -37,6 +38,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         default=LEVELS[0],
         help="lean saves memory, fast saves time (%(default)s)",
     )
+    add_decay(parser, "what the calls expect of their decay")
     parser.add_argument(
         "--forward-only", action="store_true", help="without the kernels of gradients"
     )
@@ -92,6 +94,7 @@ def compile_command(args: argparse.Namespace) -> int:
             args.out,
             args.shapes,
             levels=LEVEL_WORDS[args.level],
+            decay=args.decay,
             backward=not args.forward_only,
             decode=args.decode,
             decode_fields=dict.fromkeys(named, True),

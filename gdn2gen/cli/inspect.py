@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import ConfigError, InputError
 from gdn2gen.base.terminal import console, status, text_width
 from gdn2gen.cli.options import (
+    add_decay,
     add_problem,
     add_target,
     decoding_problem_of,
@@ -28,6 +30,7 @@ from gdn2gen.cli.options import (
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.family.shapes import NAMED_SHAPES, Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.languages import LANGUAGES
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from gdn2gen.tuning.packages import Package
 
 SHAPE: Final = "train4k"
+_ANY_DECAY: Final = "--op mamba3 takes as long under any decay"
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="fail unless an exact entry is on file"
     )
+    add_decay(parser, "what the call expects of its decay")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and shape")
     parser.set_defaults(run=explain)
 
@@ -69,6 +74,7 @@ def explain(args: argparse.Namespace) -> int:
         return _explain_mamba3(args)
     words, device = words_of(problem_of(args)), present_or_target(args.target)[0]
     words |= {"level": args.level or LEVELS[0], "strict": True if args.strict else None}
+    words["decay"] = args.decay
     for shape in _shapes(args):
         (found,) = workflow(shape, target=args.target, **words)
         assert isinstance(found, Found)
@@ -83,6 +89,7 @@ def explain(args: argparse.Namespace) -> int:
 def _explain_mamba3(args: argparse.Namespace) -> int:
     from gdn2gen.workflows.mamba3 import explain_mamba3
 
+    refuse(args, _ANY_DECAY, "decay")
     problem, device = mamba3_problem_of(args), present_or_target(args.target)[0]
     level, strict = args.level or LEVELS[0], True if args.strict else None
     for found in explain_mamba3(problem, _shapes(args), level, args.target, strict):
@@ -129,13 +136,15 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="'KNOB=VALUE ...'",
         help="knobs of --stage, as in 'BT=64 num_warps=8'; the others stay at their defaults",
     )
+    add_decay(parser, "whose entries a package is made of, and --tune files")
     parser.set_defaults(run=generate)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Write a package of kernels, or print one kernel to stdout."""
     if args.stage is not None:
-        refuse(args, "--stage prints one kernel to stdout", "out", "shape", "level", "tune")
+        unused = ("out", "shape", "level", "tune", "decay")
+        refuse(args, "--stage prints one kernel to stdout", *unused)
         return _print_stage(args)
     if args.config is not None:
         raise InputError("--config describes one kernel and needs --stage")
@@ -154,11 +163,15 @@ def generate(args: argparse.Namespace) -> int:
     from gdn2gen.store.dispatch import reload
     from gdn2gen.tuning import mamba3_packages, packages
     from gdn2gen.workflows.tune import own_folder
+    from gdn2gen.workflows.wanted import expected_from
 
+    if args.op == MAMBA3:
+        refuse(args, _ANY_DECAY, "decay")
     level = args.level or LEVELS[0]
+    decay = expected_from(args.decay) if args.op in CHANNEL_OPS else WEAK
     problem = mamba3_problem_of(args) if args.op == MAMBA3 else problem_of(args)
     if args.tune is not None:
-        args.budget, args.shapes = args.tune, shapes[0].name
+        args.budget, args.shapes, args.decay = args.tune, shapes[0].name, decay
         search(args, own_folder(), (level,))
         reload()
     device, present = present_or_target(args.target)
@@ -168,6 +181,7 @@ def generate(args: argparse.Namespace) -> int:
     package: Package | Mamba3Package
     with status(console()) as say:
         if isinstance(problem, Problem):
+            options["decay"] = decay
             package = packages.make(_at(problem, shapes[0]), *given, **options, say=say)
         else:
             asked = replace(problem, packed=problem.packed or shapes[0].cu_seqlens is not None)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gdn2gen.base import terminal
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.environment import verifying
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.cli.options import (
     ALL,
     LEVEL_WORDS,
+    add_decay,
     add_lower_bound,
     add_op,
     add_shapes,
@@ -28,7 +30,7 @@ from gdn2gen.cli.options import (
 from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import DTYPES, WHERE_TAKEN
 from gdn2gen.family.recurrence import GATES
-from gdn2gen.family.registry import OPS
+from gdn2gen.family.registry import CHANNEL_OPS, OPS
 from gdn2gen.family.shapes import parse_shapes
 from gdn2gen.kernels.plans import LEVELS
 
@@ -70,6 +72,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help="lean; fast as with disable_recompute=True, FLA likewise; or both, one after the "
         "other (%(default)s)",
     )
+    add_decay(parser, "what our calls expect of their decay, whatever it is")
     parser.add_argument(
         "--stages",
         action="store_true",
@@ -124,6 +127,7 @@ def _bench_one(args: argparse.Namespace, level: str, path: Path, device: Device)
     from gdn2gen.measure.mamba3_rows import bench_mamba3
     from gdn2gen.measure.results import rows_table, save_results
     from gdn2gen.measure.rows import bench_shapes
+    from gdn2gen.workflows.wanted import expected_from
 
     shapes = parse_shapes(args.shapes)
     K, V = parse_head_dim(args.head_dim)
@@ -148,13 +152,16 @@ def _bench_one(args: argparse.Namespace, level: str, path: Path, device: Device)
         options: dict[str, Any] = {
             "vs": vs, "stages": args.stages, "level": level, "on_row": show,
         }  # fmt: skip
+        by_channel, decay = args.op in CHANNEL_OPS, WEAK
         if args.op == MAMBA3:
             refuse_of_mamba3(args)
             rows = bench_mamba3(shapes, K, V, args.dtype, **options)
         else:
             options |= {"gate": args.gate, "l2norm": args.l2norm}
             options["bound"] = bound_option(args.gate, args.lower_bound)
+            options["decay"] = decay = expected_from(args.decay) if by_channel else WEAK
             rows = bench_shapes(args.op, shapes, K, V, args.dtype, **options)
-    out.print(f"{args.op} on {device.name}, K={K} V={V} {args.dtype}, level {level}")
+    under = "" if decay == WEAK else f", expecting {decay} decay"
+    out.print(f"{args.op} on {device.name}, K={K} V={V} {args.dtype}, level {level}{under}")
     out.print(rows_table(rows))
     return rows

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen.base.decay import DECAYS, WEAK
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.family.decoding import DECODING_EXTRAS, DecodingProblem
@@ -291,6 +292,15 @@ def minutes(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"takes a positive number of minutes, but got {text!r}")
     return value
+
+
+def add_decay(parser: argparse.ArgumentParser, what: str) -> None:
+    """--decay: what calls expect; by default what this process does (GDN2GEN_EXPECTED_DECAY)."""
+    parser.add_argument(
+        "--decay",
+        choices=DECAYS,
+        help=f"{what} (what GDN2GEN_EXPECTED_DECAY says, else {WEAK})",
+    )
 
 
 def add_target(parser: argparse.ArgumentParser, help_text: str) -> None:

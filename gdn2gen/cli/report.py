@@ -154,5 +154,5 @@ def _print(lines: list[Line], device: Device) -> None:
         if x.tuned_ms is None:
             cells[1:3] = "predicted", "-" if x.expected is None else f"expects {x.expected:.2f}x"
         name = x.name + (" (stale)" if x.stale else "")
-        tables[x.problem].add(name, x.entry.level, *cells)
+        tables[x.problem].add(name, x.level, *cells)
     console().print(*tables.values())

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.paths import user_tuned_dir
 from gdn2gen.base.terminal import console, text_width
@@ -30,6 +31,7 @@ from gdn2gen.cli.options import (
 )
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.family.shapes import parse_shapes
 from gdn2gen.kernels.plans import filed_levels
 
@@ -53,6 +55,16 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         choices=tuple(LEVEL_WORDS),
         default="both",
         help="level to tune: lean saves memory, fast saves time (%(default)s)",
+    )
+    parser.add_argument(
+        "--decay",
+        type=some_text,
+        default=WEAK,
+        metavar="weak|strong|FILE",
+        help="what calls expect that find the entries, which are timed under it: weak, as a layer "
+        "is drawn; strong, -20 nats in every token; FILE: decays that a model had "
+        "(nn.Observatory), filed as strong. For "
+        f"{', '.join(CHANNEL_OPS)}; needs a GPU if it is not weak (%(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -109,6 +121,8 @@ def _tune_every(args: argparse.Namespace, folder: Path) -> int:
 
     refuse(args, "--op all takes the head dims and the gate of each member", "head_dim", "gate")
     refuse(args, "--op all takes the head dims and the gate of each member", "lower_bound")
+    if args.decay != WEAK:
+        raise InputError("--op all is tuned for weak decay: name the --op that --decay is for")
     device, _ = present_or_target(args.target)
     levels = LEVEL_WORDS[args.level]
     given = None if args.shapes is None else len(parse_shapes(args.shapes))
@@ -139,15 +153,18 @@ def _tune_every(args: argparse.Namespace, folder: Path) -> int:
 
 def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
     """Take the shapes whose entries all hold out of `args.shapes`; whether any is left."""
+    from gdn2gen.family.decays import PATTERN_UNDER
     from gdn2gen.store import tuned_files
     from gdn2gen.tuning.gpu.backend import WorkerBackend
     from gdn2gen.tuning.recheck import amended, recheck, recheck_table
+    from gdn2gen.workflows.wanted import tuned_under
 
     refuse(args, "--only-failing checks entries on the present GPU", "target")
     device, present = present_or_target(None)
     if not present:
         raise InputError("--only-failing checks entries on the present GPU, and there is none")
     problem, shapes = problem_of(args), parse_shapes(args.shapes)
+    decay, _ = tuned_under(args.decay)
     path = tuned_files.tuned_path(folder, problem.op, device)
     tuned_files.check_mergeable(path, device.name)
     file = tuned_files.read_tuned(path, device)
@@ -157,8 +174,9 @@ def _leave_failing(args: argparse.Namespace, folder: Path) -> bool:
         entry
         for entry in (file.entries if file is not None else ())
         if dict(entry.problem_key) == problem.key and (entry.regime, entry.level) in wanted
+        if entry.decay == decay
     ]
-    backend = WorkerBackend(device)
+    backend = WorkerBackend(device, pattern=PATTERN_UNDER[decay])
     try:
         results = list(recheck(entries, backend, device))
     finally:
@@ -211,7 +229,14 @@ def search(
     problem = mamba3_problem_of(args) if args.op == MAMBA3 else problem_of(args)
     shapes = parse_shapes(args.shapes)
     device, present = present_or_target(args.target)
+    decay = getattr(args, "decay", WEAK)  # `quick` has none
+    if decay != WEAK and args.op == MAMBA3:
+        raise InputError(f"--op {MAMBA3} takes as long under any decay, and takes no --decay")
     if not present:
+        if decay != WEAK:
+            raise InputError(
+                f"nothing is timed without a GPU, and only times depend on decay, but got {decay!r}"
+            )
         if storage is not None:
             raise InputError("--storage is for studies that run on a GPU, and none is used here")
         print(
@@ -224,7 +249,8 @@ def search(
     if isinstance(problem, Mamba3Problem):
         report = tune_mamba3(problem, shapes, levels=levels, storage=storage, **options)
     else:
-        report = workflow(shapes, levels=levels, storage=storage, **options, **words_of(problem))
+        options |= {"levels": levels, "decay": decay, "storage": storage}
+        report = workflow(shapes, **options, **words_of(problem))
     console().print(report.table())
     say_where(folder)
     place = Place.of(problem)

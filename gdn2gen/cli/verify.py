@@ -180,15 +180,19 @@ def _rechecked(
     entries: list[Entry], parts: list[tuple[str, PartEntry]], device: Device, renew: bool
 ) -> Iterator[Rechecked | RecheckedParts]:
     """One after the other: two workers on a GPU would disturb each other's times."""
+    from gdn2gen.family.decays import PATTERN_UNDER
     from gdn2gen.tuning.gpu.backend import WorkerBackend
     from gdn2gen.tuning.gpu.parts import parts_worker
     from gdn2gen.tuning.recheck import recheck
     from gdn2gen.tuning.recheck_parts import recheck_parts
 
-    if entries:
-        backend = WorkerBackend(device)
+    for decay, pattern in PATTERN_UNDER.items():
+        alike = [x for x in entries if x.decay == decay]
+        if not alike:
+            continue
+        backend = WorkerBackend(device, pattern=pattern)
         try:
-            yield from recheck(entries, backend, device, renew=renew)
+            yield from recheck(alike, backend, device, renew=renew)
         finally:
             backend.close()
     if parts:

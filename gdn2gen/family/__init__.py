@@ -18,6 +18,7 @@ decoding            DecodingProblem: the same token by token, with states in pla
 prefill             PrefillProblem: whole sequences, whose states are kept on the way
 shapes              the named shapes that tuning and benchmarks speak of
 decays              DecayPattern: decays that trained gates had, on file
+strength            how strong a decay is, by the chunks that one anchor does not reach
 inputs              random inputs whose decay is gentle or hostile
 activations         what the decay, q and k pass through first
 reference           the recurrences in fp64, and their chunk form

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from gdn2gen.base.decay import STRONG, WEAK
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.files import replace_file
 from gdn2gen.family.registry import OPS
@@ -15,6 +17,11 @@ from gdn2gen.family.registry import OPS
 LEVELS: Final = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """The parts of all tokens that lie below a quantile."""
 SCHEMA: Final = 1
+
+LAYER: Final = "layer"
+"""Of `inputs.PATTERNS`: what a layer has as it is drawn."""
+PATTERN_UNDER: Final[Mapping[str, str]] = {WEAK: LAYER, STRONG: "strong"}
+"""Of `inputs.PATTERNS`: what kernels are timed under for calls that expect such a decay."""
 
 Quantiles = tuple[float, ...]
 """Decays in natural log, <= 0, at `LEVELS`: from the strongest to the weakest."""
@@ -85,3 +92,12 @@ def _check(pattern: DecayPattern) -> None:
             raise ValueError(
                 f"quantiles must be {len(LEVELS)} rising numbers <= 0, but are {quantiles}"
             )
+
+
+Drawn = str | DecayPattern
+"""What inputs are drawn by: one of `inputs.PATTERNS`, or what was seen of a model."""
+
+
+def name_of(pattern: Drawn) -> str:
+    """What it is called where figures are filed."""
+    return pattern if isinstance(pattern, str) else pattern.name

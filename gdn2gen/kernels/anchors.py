@@ -39,7 +39,13 @@ CENTRED_RANGE: Final = 120
 
 def bounded(anchored: Form, stage: str) -> Form:
     """The same without the later anchors: where a gate's bound keeps every chunk in one frame."""
-    return replace(anchored, name="bounded", leads=None, refuses=lambda x: why_unbounded(x, stage))
+    return replace(
+        anchored,
+        name="bounded",
+        leads=None,
+        steady=True,
+        refuses=lambda x: why_unbounded(x, stage),
+    )
 
 
 def anchor_range(problem: Problem, stage: str) -> int:

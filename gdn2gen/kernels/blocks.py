@@ -154,6 +154,7 @@ _ANCHORED: Final = Form(
     "anchored",
     "triton",
     "grad_blocks",
+    steady=False,
     knobs={
         "chunks": (1,),
         "BK": (16, 32, 64, 128),
@@ -187,6 +188,7 @@ _ANCHORED_TILELANG: Final = Form(
     "anchored",
     "tilelang",
     "grad_blocks",
+    steady=False,
     knobs={
         "chunks": (1, 4, 16),
         "BK": (64, 128),

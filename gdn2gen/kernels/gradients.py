@@ -166,6 +166,7 @@ _ANCHORED: Final = Form(
     "anchored",
     "triton",
     "grad_key_anchored",
+    steady=False,
     knobs={**_LOG.knobs, "chunks": (1, 4, 16)},
     defaults=(
         Setting({"BK": 64, "num_warps": 4, "num_stages": 2, "chunks": 4}),
@@ -223,6 +224,7 @@ _ANCHORED_TILELANG: Final = Form(
     "anchored",
     "tilelang",
     "grad_key_anchored",
+    steady=False,
     knobs={
         "chunks": (1, 4, 16),
         "BK": (64,),
@@ -257,6 +259,7 @@ _ANCHORED_TILELANG: Final = Form(
 _OUTSIDE_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="outside",
+    steady=True,
     template="grad_key_outside",
     limits=(
         OUTSIDE,
@@ -273,6 +276,7 @@ _OUTSIDE_TILELANG: Final = replace(
 _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
+    steady=True,
     template="grad_key_centred",
     limits=(
         *CENTRED,

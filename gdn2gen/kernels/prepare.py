@@ -88,6 +88,7 @@ _ANCHORED: Final = Form(
     "anchored",
     "triton",
     "prepare_anchored",
+    steady=False,
     knobs={**_TREE.knobs, "BK": (32, 64, 128), "num_warps": (1, 2, 4)},
     defaults=(
         *_EXACT_SOLVE,
@@ -124,6 +125,7 @@ _ANCHORED_TILELANG: Final = Form(
     "anchored",
     "tilelang",
     "prepare_anchored",
+    steady=False,
     knobs={
         "chunks": (1, 2, 4, 8, 16),
         "BK": TILED_DIMS["K"],
@@ -178,6 +180,7 @@ _ANCHORED_TILELANG: Final = Form(
 _OUTSIDE_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="outside",
+    steady=True,
     template="prepare_outside",
     defaults=(
         *_ANCHORED_TILELANG.defaults,
@@ -199,6 +202,7 @@ _OUTSIDE_TILELANG: Final = replace(
 _CENTRED_TILELANG: Final = replace(
     _ANCHORED_TILELANG,
     name="centred",
+    steady=True,
     template="prepare_centred",
     limits=(
         *CENTRED,

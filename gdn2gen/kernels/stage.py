@@ -174,6 +174,8 @@ class Form:
     """Tiles that its loop loads `num_stages - 1` times ahead."""
     scratch: tuple[str, ...] = ()
     """Scratch that it makes use of."""
+    steady: bool = True
+    """Whether its time hardly depends on how strong the decay is."""
 
     def __post_init__(self) -> None:
         for name, value in (x for setting in self.defaults for x in setting.knobs.items()):

@@ -52,6 +52,7 @@ _CLUSTER: Final = Form(
     "cluster",
     "tilelang",
     "forward",
+    steady=False,
     # nothing else that was worth varying: registers handed from group to group by setmaxnreg would
     # be those of the launch
     knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2, 3)},

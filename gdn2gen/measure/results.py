@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import StoreError
 from gdn2gen.base.files import check_replaceable, locked_folder, replace_file
 from gdn2gen.base.terminal import Sheet, command_line
@@ -109,6 +110,7 @@ def _rows_there(path: Path, gpu: str) -> list[Any]:
 def _identity(row: Any) -> str:
     try:
         named = [row["shape"]["name"], row["problem"], row["level"]]
+        named += [row["decay"]] if "decay" in row else []
     except (KeyError, TypeError):
         named = [row]
     return json.dumps(named, sort_keys=True)
@@ -130,6 +132,7 @@ def _row_document(row: Row) -> dict[str, Any]:
         "floor_ms": [row.floor_forward_ms, row.floor_forward_backward_ms],
         "ratio_to_floor": row.ratio_to_floor,
         "stages": stages,
+        **({} if row.decay == WEAK else {"decay": row.decay}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_parameters
 from gdn2gen.family.shapes import Shape
@@ -16,7 +17,14 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import LOWER_BOUND, OpFunction, inputs_of, output_gradients
 from gdn2gen.measure.peers import peer_op
-from gdn2gen.measure.sides import Errors, Side, measure_in_turns, our_op, worst_errors
+from gdn2gen.measure.sides import (
+    Errors,
+    Side,
+    decaying_inputs,
+    measure_in_turns,
+    our_op,
+    worst_errors,
+)
 from gdn2gen.measure.timing import (
     Timing,
     call_of,
@@ -68,6 +76,8 @@ class Row:
     peer: str = "fla"
     """What `fla` is the side of, see `peers`."""
     stages: list[StageRow] = field(default_factory=list)
+    decay: str = WEAK
+    """What our calls expected."""
 
     @property
     def ratio_to_fla(self) -> tuple[float, float] | None:
@@ -124,11 +134,13 @@ def bench_shapes(
     stages: bool = False,
     level: str = "lean",
     bound: int = 0,
+    decay: str = WEAK,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU; with `stages` also stage by stage.
 
     `bound`: nats that a token loses at most with the sigmoid gate, 1 to 5; 0 for FLA's default.
+    `decay`: what our calls are told to expect, whatever they get; stages are timed under it.
     `vs`: a peer of `peers`. A member whose output may go through a gate is measured without it,
     then with it. Backward is timed as forward+backward of `o` with a random dO. A peer that raises,
     as flash-linear-attention does where it knows that a Triton miscompiles it, is left out with a
@@ -136,7 +148,7 @@ def bench_shapes(
     peer is asked for and not installed.
     """
     gbps = copy_gbps()
-    ours, theirs = our_op(op, level), peer_op(vs, op, level) if vs else None
+    ours, theirs = our_op(op, level, decay), peer_op(vs, op, level) if vs else None
     errors: dict[Problem, list[dict[str, Errors]]] = {}
     rows = []
     given = [bench_problem(op, K, V, dtype, gate, l2norm, x, bound) for x in shapes]
@@ -157,13 +169,14 @@ def bench_shapes(
             shape=shape,
             problem=problem,
             level=level,
-            recipe=_recipe_name(problem, shape, level),
+            recipe=_recipe_name(problem, shape, level, decay),
             ours=mine,
             fla=others[0] if others else None,
             floor_forward_ms=floor_ms(problem, shape, False, gbps),
             floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
             peer=vs or "fla",
-            stages=bench_stages(problem, shape, level) if stages else [],
+            stages=bench_stages(problem, shape, level, decay) if stages else [],
+            decay=decay,
         )
         rows.append(row)
         if on_row is not None:
@@ -182,12 +195,18 @@ def _errors_beside(theirs: OpFunction, problem: Problem, name: str) -> dict[str,
         return None
 
 
-def bench_stages(problem: Problem, shape: Shape, level: str = "lean") -> list[StageRow]:
-    """Time each stage of the recipe that a call would run, on its real operands."""
+def bench_stages(
+    problem: Problem, shape: Shape, level: str = "lean", decay: str = WEAK
+) -> list[StageRow]:
+    """Time each stage of the recipe that a call would run, on its real operands, under the decay
+    that it expects."""
     from gdn2gen.store.dispatch import find_recipe
 
-    recipe = find_recipe(problem, shape.regime, _present_device(), level=level).recipe
+    found = find_recipe(problem, shape.regime, _present_device(), level=level, decay=decay)
+    recipe = found.recipe
     inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    if decay != WEAK:
+        inputs = decaying_inputs(problem, shape, decay, "cuda")
     do = output_gradients(problem, shape, 0, "cuda")["o"]
     rows = []
     for name, call in stage_calls(recipe, shape, inputs, do):
@@ -228,12 +247,13 @@ def _unfolded_bias(
     }
 
 
-def _recipe_name(problem: Problem, shape: Shape, level: str) -> str:
+def _recipe_name(problem: Problem, shape: Shape, level: str, decay: str) -> str:
     """The plan, where its configs came from: a figure without it cannot be repeated."""
     from gdn2gen.store.dispatch import find_recipe
 
-    found = find_recipe(problem, shape.regime, _present_device(), level=level)
-    return f"{found.recipe.plan.name} ({found.source})"
+    found = find_recipe(problem, shape.regime, _present_device(), level=level, decay=decay)
+    under = "" if decay == WEAK else f", for {found.tuned_decay}"
+    return f"{found.recipe.plan.name} ({found.source}{under})"
 
 
 def _present_device() -> Any:

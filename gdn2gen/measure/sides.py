@@ -10,8 +10,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.registry import CHANNEL_OPS, recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import (
     OpFunction,
@@ -34,8 +35,8 @@ _TURNS: Final = 2
 ACCURACY_SHAPE: Final = Shape("accuracy", 1, 1024, 16)
 ACCURACY_PATTERNS: Final = ("layer", "zero", "strong", "uniform", "sparse", "mixed")
 DECAYS: Final = ("weak", "strong")
-"""What times are taken under beside a layer's own decay: next to nothing is ever forgotten; all is
-within a token or a few."""
+"""What times are taken under beside a layer's own decay, which is weak, too: next to nothing is
+ever forgotten; all is within a token or a few. Calls are told neither."""
 # Patterns of `inputs` that are so; and what a gate's pre-activation is about, for the same.
 DECAY_PATTERN: Final = {"weak": "zero", "strong": "strong"}
 _PRE_ACTIVATION: Final = {"weak": -16.0, "strong": 12.0}
@@ -111,8 +112,9 @@ def worst_errors(function: OpFunction, problem: Problem) -> dict[str, Errors]:
     return worst
 
 
-def our_op(op: str, level: str) -> OpFunction:
-    """Our op of a recurrence, keeping as much of the forward as `level` lets it.
+def our_op(op: str, level: str, decay: str = WEAK) -> OpFunction:
+    """Our op of a recurrence, keeping as much of the forward as `level` lets it, and told what to
+    expect of its decay where it can be.
 
     Of Mamba-2 as callers of mamba_ssm's have it.
     """
@@ -120,7 +122,8 @@ def our_op(op: str, level: str) -> OpFunction:
         from gdn2gen.ops.mamba import mamba_chunk_scan_combined
 
         return as_mamba_ssm(mamba_chunk_scan_combined)
-    return partial(public_op(op), disable_recompute=level == "fast")
+    told = {"expected_decay": decay} if op in CHANNEL_OPS else {}
+    return partial(public_op(op), disable_recompute=level == "fast", **told)
 
 
 def measure_in_turns(

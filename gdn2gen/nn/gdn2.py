@@ -44,6 +44,8 @@ class GatedDeltaNet2(Mixer):
         norm_eps: of the output's RMSNorm.
         lower_bound: in [-5, 0): g = lower_bound * sigmoid(exp(A_log) * (x W_f1 W_f2 + dt_bias)).
         output_gate: "sigmoid", or "silu" as in the paper.
+        expected_decay: "weak" or "strong", which may be set later, too: whose kernels run, of those
+            tuned under either (`Observatory.decay` says which); what the process expects if None.
 
     Raises:
         InputError: sizes below 1, heads that do not divide, unknown words.
@@ -55,6 +57,7 @@ class GatedDeltaNet2(Mixer):
 
     _gate_projections: ClassVar[tuple[str, ...]] = ("f_proj", "b_proj", "w_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_gdn2)
+    _by_channel: ClassVar[bool] = True
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gdn2)
 
     def __init__(
@@ -74,6 +77,7 @@ class GatedDeltaNet2(Mixer):
         norm_eps: float = 1e-5,
         lower_bound: float | None = None,
         output_gate: str = "sigmoid",
+        expected_decay: str | None = None,
     ) -> None:
         heads = Heads.of(num_heads, num_v_heads, head_dim, expand_v)
         super().__init__(
@@ -84,6 +88,7 @@ class GatedDeltaNet2(Mixer):
             conv_size=conv_size,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
+            expected_decay=expected_decay,
         )
         if lower_bound is not None:
             check_lower_bound(lower_bound)

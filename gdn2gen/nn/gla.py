@@ -47,6 +47,8 @@ class GatedLinearAttention(Mixer):
         clamp_min: least that g is; None for no limit.
         layer_idx: under which a cache keeps this layer.
         norm_eps: of the output's RMSNorm.
+        expected_decay: "weak" or "strong", which may be set later, too: whose kernels run, of those
+            tuned under either (`Observatory.decay` says which); what the process expects if None.
 
     Raises:
         InputError: sizes below 1, heads that do not divide, unknown words.
@@ -58,6 +60,7 @@ class GatedLinearAttention(Mixer):
     _undecayed: ClassVar[tuple[str, ...]] = ()
     _gate_projections: ClassVar[tuple[str, ...]] = ("gk_proj",)
     _chunk: ClassVar[Op] = staticmethod(chunk_gla)
+    _by_channel: ClassVar[bool] = True
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gla)
     _plain: ClassVar[bool] = True
 
@@ -78,6 +81,7 @@ class GatedLinearAttention(Mixer):
         clamp_min: float | None = None,
         layer_idx: int | None = None,
         norm_eps: float = 1e-5,
+        expected_decay: str | None = None,
     ) -> None:
         heads = Heads.of(num_heads, num_v_heads, head_dim, expand_v)
         super().__init__(
@@ -88,6 +92,7 @@ class GatedLinearAttention(Mixer):
             conv_size=conv_size,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
+            expected_decay=expected_decay,
         )
         if gate_logit_normalizer <= 0:
             raise InputError(

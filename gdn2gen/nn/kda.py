@@ -47,6 +47,8 @@ class KimiDeltaAttention(Mixer):
         layer_idx: under which a cache keeps this layer.
         norm_eps: of the output's RMSNorm.
         output_gate: "sigmoid", or "silu".
+        expected_decay: "weak" or "strong", which may be set later, too: whose kernels run, of those
+            tuned under either (`Observatory.decay` says which); what the process expects if None.
 
     Raises:
         InputError: sizes below 1, heads that do not divide, unknown words, `safe_gate` alone.
@@ -58,6 +60,7 @@ class KimiDeltaAttention(Mixer):
 
     _gate_projections: ClassVar[tuple[str, ...]] = ("f_proj", "b_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_kda)
+    _by_channel: ClassVar[bool] = True
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_kda)
 
     def __init__(
@@ -78,6 +81,7 @@ class KimiDeltaAttention(Mixer):
         layer_idx: int | None = None,
         norm_eps: float = 1e-5,
         output_gate: str = "sigmoid",
+        expected_decay: str | None = None,
     ) -> None:
         heads = Heads.of(num_heads, num_v_heads, head_dim, expand_v)
         super().__init__(
@@ -88,6 +92,7 @@ class KimiDeltaAttention(Mixer):
             conv_size=conv_size,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
+            expected_decay=expected_decay,
         )
         if safe_gate and lower_bound is None:
             raise InputError("safe_gate=True needs lower_bound, such as -5.0")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn2gen.base.decay import check_decay
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.activations import activate_gate
 from gdn2gen.family.registry import RECURRENCES
@@ -47,8 +48,12 @@ class Mixer(Layer):
     """Names of the projections that `_gates` takes."""
     _plain: ClassVar[bool] = False
     """Whether q and k are not normalised, and have no SiLU without a convolution."""
+    _by_channel: ClassVar[bool] = False
+    """Whether each channel decays by itself, so that the op is told what to expect of it."""
     _least_rate: ClassVar[float] = 1.0
     """exp(A_log) is drawn between this and 16."""
+    expected_decay: str | None = None
+    """What the op is told; see `gdn2gen.expected_decay`."""
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     o_norm: nn.Module
@@ -63,8 +68,12 @@ class Mixer(Layer):
         conv_size: int,
         conv_bias: bool,
         layer_idx: int | None,
+        expected_decay: str | None = None,
     ) -> None:
         super().__init__(hidden_size, layer_idx)
+        if expected_decay is not None:
+            check_decay(expected_decay)
+        self.expected_decay = expected_decay
         modes = MODES if type(self)._recurrent is not None else MODES[:1]
         if mode not in modes:
             raise InputError(f"mode must be one of {modes}, but got {mode!r}")
@@ -193,8 +202,10 @@ class Mixer(Layer):
         if recurrent is not None and few and not trains:
             return self._step(recurrent, shared, batch, kept)
         # Promises of bounded gates are of the op over chunks alone.
+        told = {"expected_decay": self.expected_decay} if self._by_channel else {}
         o, state = type(self)._chunk(
             **shared,
+            **told,
             **self._chunk_options(),
             initial_state=None if kept is None else kept.get(STATE),
             output_final_state=kept is not None,

@@ -11,10 +11,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import LEVELS, DecayPattern, Quantiles
+from gdn2gen.family.registry import CHANNEL_OPS
+from gdn2gen.family.strength import strength_of, strong_share
 from gdn2gen.nn.cache import Cache
 from gdn2gen.nn.layer import Layer
+from gdn2gen.nn.mixer import Mixer
 
 GROUPS: Final = 8
 """Of channels of a head, by how much they forget."""
@@ -35,6 +39,9 @@ class Sighting:
     """The largest value that each layer hands on to later tokens."""
     decays: tuple[tuple[Quantiles, ...], ...]
     """Of each layer and head, over tokens and channels: decays in nats at `LEVELS`."""
+    strong: tuple[float, ...] = ()
+    """Of each layer: the part of its heads' chunks of 32 tokens in which a channel loses more than
+    2^-96, which is what kernels take time for; 0 where the decay is no channel's."""
 
 
 class Observatory:
@@ -47,6 +54,12 @@ class Observatory:
             if sighting and sighting.alarms: ...
             optimizer.step() ...
         observatory.pattern().save("gates.json")    # gdn2gen verify --pattern gates.json
+
+    Gates that learn to recall come to forget some channels at once, which other kernels are faster
+    for. A training loop says so where it is seen:
+
+            if sighting:
+                observatory.expect()       # every layer is told `observatory.decay(place)`
 
     A look is a forward of its own, without gradients and as in `model.eval()`, that keeps what the
     layers would keep for later tokens; it changes nothing of the training, and the host waits for
@@ -94,11 +107,12 @@ class Observatory:
                 f"tokens must be [B, T] with one token at least, but got {tuple(tokens.shape)}"
             )
         rows = tokens[: max(1, self.tokens // max(1, tokens.shape[1]))]
-        cache, seen = Cache(rows.shape[0]), dict[int, Tensor]()
+        cache, seen = Cache(rows.shape[0]), dict[int, tuple[Tensor, Tensor]]()
         with self._listening(seen), _evaluating(self.model):
             self.model(rows, cache=cache)
         self._check_called(seen)
-        found = [seen[place].tolist() for place in range(len(self.layers))]
+        found = [seen[place][0].tolist() for place in range(len(self.layers))]
+        shares = torch.stack([seen[place][1].cpu() for place in range(len(self.layers))])
         groups = [[head[1:] for head in layer] for layer in found]
         kept = [cache.layer(index) for index in sorted(cache.layers)]
         states = torch.stack([_largest(x) for x in kept]).tolist() if kept else []
@@ -108,6 +122,7 @@ class Observatory:
             self._gradient(),
             tuple(states),
             tuple(tuple(tuple(head[0]) for head in layer) for layer in found),
+            tuple(shares.tolist()),
         )
         self._groups = groups
         self.sightings.append(sighting)
@@ -133,13 +148,43 @@ class Observatory:
         )
         return DecayPattern(name, op, K, V, layers)
 
+    def decay(self, place: int | None = None) -> str:
+        """`weak` or `strong`, as a layer's decay was seen last, by its place among `layers`; of all
+        layers together if None. For `expected_decay`, of the layers or of the process.
+
+        Strong from a tenth of all chunks on (`Sighting.strong`; `family.strength` has the times
+        that this is from). Of the model's layers those count whose channels decay by themselves; a
+        model that has none is weak. Raises InputError where nothing was seen.
+        """
+        if not self.sightings:
+            raise InputError("nothing was seen yet: call look_now, or look after every step")
+        shares = self.sightings[-1].strong
+        if place is not None:
+            return strength_of(shares[place])
+        counted = [x for x, y in zip(shares, self.layers, strict=True) if _by_channel(y)]
+        return strength_of(sum(counted) / len(counted)) if counted else WEAK
+
+    def expect(self) -> None:
+        """Tell each layer what was seen of its decay last, as its attribute `expected_decay`: its
+        later calls run the kernels that are fastest under it, on this process. Ranks that are to
+        run the same kernels have to be told the same: see one rank's `decay`, and set the attribute
+        everywhere.
+        """
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer, Mixer) and _by_channel(layer):
+                layer.expected_decay = self.decay(place)
+
     @contextmanager
-    def _listening(self, seen: dict[int, Tensor]) -> Iterator[None]:
-        """Inside, quantiles of each layer's decay come in as it is called."""
+    def _listening(self, seen: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Inside, quantiles of each layer's decay come in as it is called, and how much of it is
+        strong."""
 
         def listen(place: int) -> Any:
             def hook(layer: Layer, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-                seen[place] = _quantiles(layer.decay_of(given[0] if given else named["x"]))
+                decay = layer.decay_of(given[0] if given else named["x"])
+                zero = torch.zeros((), dtype=torch.float64)
+                share = strong_share(decay) if _by_channel(layer) else zero
+                seen[place] = _quantiles(decay), share
 
             return hook
 
@@ -153,7 +198,7 @@ class Observatory:
             for handle in handles:
                 handle.remove()
 
-    def _check_called(self, seen: dict[int, Tensor]) -> None:
+    def _check_called(self, seen: dict[int, tuple[Tensor, Tensor]]) -> None:
         missed = {id(x) for place, x in enumerate(self.layers) if place not in seen}
         if missed:
             names = [name for name, x in self.model.named_modules() if id(x) in missed]
@@ -190,6 +235,10 @@ class Observatory:
         gradients = [_values(x.grad) for x in self.model.parameters() if x.grad is not None]
         norms = [x.float().norm() for x in gradients]
         return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _by_channel(layer: Layer) -> bool:
+    return layer.recurrence[0] in CHANNEL_OPS
 
 
 @contextmanager

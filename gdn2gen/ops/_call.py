@@ -29,6 +29,7 @@ from gdn2gen.runtime.options import (
     check_flags,
     check_gate,
     check_scale,
+    decay_of_call,
 )
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.sequences import check_cu_seqlens
@@ -53,6 +54,7 @@ def call(
     state_v_first: bool = False,
     cu_seqlens_cpu: Tensor | None,
     chunk_size: Any = None,
+    expected_decay: Any = None,
     serving: Serving = NOT_SERVING,
 ) -> Any:
     """o, and the final state or None; and with `return_intermediate_states` those on the way.
@@ -70,10 +72,11 @@ def call(
     flags = (*known, safe_gate, disable_recompute, return_intermediate_states)
     check_flags(*flags)
     signature = op.signature
+    decay = decay_of_call(signature, expected_decay)
     serves = return_intermediate_states or serving is not NOT_SERVING
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
-        around = by_kernels, *surroundings()
+        around = by_kernels, decay, *surroundings()
         short = short_key(signature, tensors, flags, (scale, lower_bound), around)
         if short is not None and chunk_size is None:
             given = [x for x in tensors if x is not None]
@@ -111,15 +114,18 @@ def call(
     if serves:
         return prefill(
             op,
-            *(tensors, serving, dims, options, cu_seqlens_cpu),
+            *(tensors, serving, dims, options, decay, cu_seqlens_cpu),
             intermediate=return_intermediate_states,
             watched=watched,
         )
     level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
-        _ready.keep(key, _Ready(dims, options, level, rows_of(signature, tensors)))
+        _ready.keep(key, _Ready(dims, options, level, decay, rows_of(signature, tensors)))
     o, state = autograd.run(
-        op, tensors, options, level, dims, head_dims, by_kernels=computed, watched=watched
+        op,
+        *(tensors, options, level, decay, dims, head_dims),
+        by_kernels=computed,
+        watched=watched,
     )
     return o, state if output_final_state else None
 
@@ -132,9 +138,11 @@ class _Ready:
         dims: Dims,
         options: tuple[Any, ...],
         level: str,
+        decay: str,
         rows: tuple[tuple[str, int], ...],
     ) -> None:
-        self.dims, self._options, self._level, self._rows = dims, options, level, rows
+        self.dims, self._options, self._rows = dims, options, rows
+        self._level, self._decay = level, decay
         self._runners: dict[bool, SizedRunner] = {}
 
     def run(self, tensors: Sequence[Tensor | None], known: bool = True) -> Outputs:
@@ -153,7 +161,8 @@ class _Ready:
         found = self._runners.get(gradient)
         if found is None:
             request = request_at(self.dims, *self._options, rows=self._rows)
-            found = self._runners[gradient] = find_runner(request, self._level, gradient)
+            found = find_runner(request, self._level, gradient, self._decay)
+            self._runners[gradient] = found
         return found
 
 

@@ -35,6 +35,8 @@ _OPTIONS: Final = {
     "safe_gate": "the decay is bounded; needs `lower_bound` where the gate is in the kernel.",
     "lower_bound": "least decay, in [-5, 0).",
     "disable_recompute": 'keep more of the forward for a faster backward (the level "fast").',
+    "expected_decay": '"weak" or "strong": which kernels run, of those tuned under either; results '
+    "are right under any decay. What the process expects if None (`gdn2gen.expected_decay`).",
     "return_intermediate_states": "return a third: the states before tokens 0, 64, 128, ... of "
     "each sequence, [B, NT, HV, K, V] in the dtype of q, as flash-linear-attention does (packed: "
     "B = 1, one sequence after the other; NT is T // 64 + N, with zeros past the last state, "

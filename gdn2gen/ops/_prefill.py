@@ -73,6 +73,7 @@ def prefill(
     serving: Serving,
     dims: Dims,
     options: tuple[Any, ...],
+    decay: str,
     cu_seqlens_cpu: Tensor | None,
     *,
     intermediate: bool,
@@ -110,7 +111,8 @@ def prefill(
     if intermediate:
         states = _states(q, dims, inner, tensors[-1], cu_seqlens_cpu, watched=watched)
     call: Callable[..., None] = op.prefill if watched else _straight(op)
-    call(*tensors, *pools, o, final_state, states, *options, serving.null_slot, every or 0)
+    rest = serving.null_slot, every or 0, decay
+    call(*tensors, *pools, o, final_state, states, *options, *rest)
     found = final_state if serving.state_pool is None else serving.state_pool
     result = (o, found if output_final_state else None)
     if states is None:

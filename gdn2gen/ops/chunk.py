@@ -70,6 +70,7 @@ def chunk_gdn2(
     null_slot: int | None = None,
     checkpoint_every_n_tokens: int | None = None,
     checkpoint_state_indices: Tensor | None = None,
+    expected_decay: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 over whole sequences, in chunks (arXiv 2605.22791)."""
     if cu_seqlens is not None or cu_seqlens_cpu is not None or type(safe_gate) is not bool:
@@ -88,6 +89,7 @@ def chunk_gdn2(
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
         chunk_size=chunk_size,
+        expected_decay=expected_decay,
         serving=serving_of(
             state_pool,
             ssm_state_indices,
@@ -132,6 +134,7 @@ def chunk_kda(
     null_slot: int | None = None,
     checkpoint_every_n_tokens: int | None = None,
     checkpoint_state_indices: Tensor | None = None,
+    expected_decay: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, in chunks (arXiv 2510.26692)."""
     if use_graph is not False or max_num_seqs is not None:
@@ -152,6 +155,7 @@ def chunk_kda(
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
         chunk_size=chunk_size,
+        expected_decay=expected_decay,
         serving=serving_of(
             state_pool,
             ssm_state_indices,
@@ -285,6 +289,7 @@ def chunk_gla(
     null_slot: int | None = None,
     checkpoint_every_n_tokens: int | None = None,
     checkpoint_state_indices: Tensor | None = None,
+    expected_decay: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention over whole sequences, in chunks (arXiv 2312.06635)."""
     return call(  # type: ignore[no-any-return]
@@ -296,6 +301,7 @@ def chunk_gla(
         state_v_first=state_v_first,
         cu_seqlens_cpu=cu_seqlens_cpu,
         return_intermediate_states=return_intermediate_states,
+        expected_decay=expected_decay,
         serving=serving_of(
             state_pool,
             ssm_state_indices,

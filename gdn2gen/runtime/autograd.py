@@ -60,6 +60,7 @@ def run(
     tensors: tuple[Tensor | None, ...],
     options: tuple[Any, ...],
     level: str,
+    decay: str,
     dims: Dims,
     head_dims: tuple[int, int],
     *,
@@ -69,6 +70,7 @@ def run(
     """o and the final state (empty or None if not asked for), differentiable once.
 
     `tensors` and `options` (those of `Options` that it takes) are the arguments of the forward op.
+    `level` and `decay` choose its kernels.
     `by_kernels`: else the reference computes, or nothing does; `watched`: something wants to see
     the ops themselves.
     """
@@ -76,14 +78,16 @@ def run(
         _refuse_tangents(op.signature, tensors)
     if watched or not by_kernels:
         signature = op.signature
-        agreement = _agree(signature, tensors, options, level, head_dims) if by_kernels else NOTHING
+        agreement = NOTHING
+        if by_kernels:
+            agreement = _agree(signature, tensors, options, level, decay, head_dims)
         if torch._C._are_functorch_transforms_active():
             o, final_state, _ = _Transformed.apply(op, options, agreement, *tensors)  # type: ignore[no-untyped-call]
         else:
             o, final_state, _ = op.forward(*tensors, *options, agreement)
         return o, final_state
     request = request_at(dims, *options, rows=rows_of(op.signature, tensors))
-    return run_known(tensors, lambda gradient: find_runner(request, level, gradient))
+    return run_known(tensors, lambda gradient: find_runner(request, level, gradient, decay))
 
 
 def run_known(
@@ -127,12 +131,14 @@ def _agree(
     tensors: tuple[Tensor | None, ...],
     options: tuple[Any, ...],
     level: str,
+    decay: str,
     head_dims: tuple[int, int],
 ) -> str:
     """What forward and backward are to agree on; see `Agreement`."""
     *optional, cu_seqlens = tensors
     if not (torch.compiler.is_compiling() or _has_symbols(tensors)):
-        return agree(request_of(signature, optional, sequences_of(cu_seqlens), options), level)
+        request = request_of(signature, optional, sequences_of(cu_seqlens), options)
+        return agree(request, level, decay)
     q = tensors[0]
     assert q is not None
     given = tuple([x is not None for x in tensors[signature.required :]])
@@ -141,7 +147,7 @@ def _agree(
     least = None if lower_bound is None else -float(bound_of(lower_bound))
     dtypes = tuple([tensors[place].dtype for place in signature.typed_by])  # type: ignore[union-attr]
     text: str = agree_while_compiling(
-        device, level, signature.op, *head_dims, dtypes, given, least, *flags
+        device, level, decay, signature.op, *head_dims, dtypes, given, least, *flags
     )
     return text
 

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
 from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.base.errors import DispatchError
@@ -118,49 +119,65 @@ def request_at(dims: Dims, *options: Any, rows: tuple[tuple[str, int], ...] = ()
     return replace(request, call=replace(request.call, rows=rows)) if rows else request
 
 
-def find_runner(request: Request, level: str, gradient: bool = True) -> SizedRunner:
+def find_runner(
+    request: Request, level: str, gradient: bool = True, decay: str = WEAK
+) -> SizedRunner:
     """The kernels of a request that was looked up, at its sizes; `gradient`: is one wanted?
+    `decay`: what is expected of it.
 
     Looked up in turn, by what else a recipe depends on: to find it took 17 us, and this takes 2.
     """
-    return _found(request, level, gradient, dispatch.surroundings())
+    return _found(request, level, gradient, decay, dispatch.surroundings())
 
 
 @lru_cache(maxsize=512)
 def _found(
-    request: Request, level: str, gradient: bool, _surroundings: tuple[Any, ...]
+    request: Request, level: str, gradient: bool, decay: str, _surroundings: tuple[Any, ...]
 ) -> SizedRunner:
-    return _runner(find_for(request, level, gradient)).at(request.call)
+    return _runner(find_for(request, level, gradient, decay)).at(request.call)
 
 
-def find_for(request: Request, level: str, gradient: bool, *, scan_apart: bool = False) -> Found:
+def find_for(
+    request: Request, level: str, gradient: bool, decay: str = WEAK, *, scan_apart: bool = False
+) -> Found:
     """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?
-    `scan_apart` as in `find_recipe`."""
-    found = _find(request, level, scan_apart=scan_apart)
+    `decay` and `scan_apart` as in `find_recipe`."""
+    found = _find(request, level, decay, scan_apart=scan_apart)
     if not (gradient or keeps_least(found.recipe.plan) or is_batch_invariant()):
         # no use to have a scan keep states; unless only what keeps them is tuned
         try:
-            leaner = _find(request, LEVELS[0], strict=False, scan_apart=scan_apart)
+            leaner = _find(request, LEVELS[0], decay, strict=False, scan_apart=scan_apart)
         except DispatchError:  # pinned are others, strictly
             leaner = found
-        if leaner.source == found.source:
+        if (leaner.source, leaner.tuned_decay) == (found.source, found.tuned_decay):
             found = leaner
     return found
 
 
 def _find(
-    request: Request, level: str, strict: bool | None = None, *, scan_apart: bool = False
+    request: Request,
+    level: str,
+    decay: str,
+    strict: bool | None = None,
+    *,
+    scan_apart: bool = False,
 ) -> Found:
-    """`strict` and `scan_apart` as in `find_recipe`."""
+    """`decay`, `strict` and `scan_apart` as in `find_recipe`."""
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
     device = device_of(call.device)
     found = find_recipe(
-        request.problem, regime, device, level=level, strict=strict, scan_apart=scan_apart
+        request.problem,
+        regime,
+        device,
+        level=level,
+        decay=decay,
+        strict=strict,
+        scan_apart=scan_apart,
     )
     if found.source != "forced":
         # a call that keeps states on the way may run another one than the rest of its size
-        pins.record(found.recipe, regime, device, level, again=not scan_apart)
+        pins.record(found.recipe, regime, device, level, decay, again=not scan_apart)
     return found
 
 
@@ -173,19 +190,20 @@ class Agreement(NamedTuple):
     """What the ops of a traced call agree on: a recipe may change, but not what it saves."""
 
     level: str
+    decay: str
     plan: str
     BT: int
     max_segments: int
     """`Found.saved_segments`."""
 
     @classmethod
-    def on(cls, level: str, found: Found) -> Agreement:
+    def on(cls, level: str, decay: str, found: Found) -> Agreement:
         recipe = found.recipe
-        return cls(level, recipe.plan.name, recipe.BT, found.saved_segments)
+        return cls(level, decay, recipe.plan.name, recipe.BT, found.saved_segments)
 
     def kept_by(self, found: Found) -> Found | None:
         """The same with as many segments as was agreed on, if that makes it save the same."""
-        own = Agreement.on(self.level, found)
+        own = Agreement.on(self.level, self.decay, found)
         if own == self:
             return found
         if own._replace(max_segments=self.max_segments) != self:
@@ -197,8 +215,8 @@ class Agreement(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Agreement:
-        level, plan, BT, max_segments = text.split()
-        return cls(level, plan, int(BT), int(max_segments))
+        level, decay, plan, BT, max_segments = text.split()
+        return cls(level, decay, plan, int(BT), int(max_segments))
 
 
 NOTHING: Final = "nothing"
@@ -209,22 +227,22 @@ _forced_recipes: dict[str, Recipe] = {}
 _USUAL: Final = Regime(tokens=16384, sequences=4, heads=16)
 
 
-def agree(request: Request, level: str) -> str:
+def agree(request: Request, level: str, decay: str = WEAK) -> str:
     """What the ops of a call agree on whose sizes are known."""
     found = forced()
     if found is None:
-        return str(Agreement.on(level, _find(request, level)))
+        return str(Agreement.on(level, decay, _find(request, level, decay)))
     dispatch.check_there(found.recipe, device_of(request.call.device))
     text = f"{_FORCED}{found.recipe}"
     _forced_recipes[text] = found.recipe  # autograd's threads could not see it
     return text
 
 
-def agree_while_compiling(device: torch.device, level: str, *options: Any) -> str:
+def agree_while_compiling(device: torch.device, level: str, decay: str, *options: Any) -> str:
     """The same while torch.compile traces, for all sizes; `options` are those of `make_problem`."""
     problem = make_problem(*options)
-    found = find_recipe(problem, _USUAL, device_of(device), level=level, strict=False)
-    return str(Agreement.on(level, found))
+    found = find_recipe(problem, _USUAL, device_of(device), level=level, decay=decay, strict=False)
+    return str(Agreement.on(level, decay, found))
 
 
 # What torch.compiler.assume_constant_result marks a function with, but that imports torch._dynamo.
@@ -244,7 +262,8 @@ def _agreed(request: Request, text: str, _surroundings: tuple[Any, ...]) -> Size
     usual = replace(request.call, B=_USUAL.sequences, N=_USUAL.sequences, HV=_USUAL.heads)
     usual = replace(usual, T=_USUAL.tokens // _USUAL.sequences)
     for call in (request.call, usual):
-        keeping = agreement.kept_by(_find(replace(request, call=call), agreement.level))
+        found = _find(replace(request, call=call), agreement.level, agreement.decay)
+        keeping = agreement.kept_by(found)
         if keeping is not None:
             return _runner(keeping).at(request.call)
     return _runner(_default_for(agreement, request.problem)).at(request.call)

@@ -54,6 +54,7 @@ def rows_of_states(tokens: int, sequences: int, packed: bool) -> int:
 
 def run_prefill(
     request: Request,
+    decay: str,
     given: Mapping[str, Tensor],
     cu_seqlens: Tensor | None,
     pools: Pools,
@@ -69,11 +70,12 @@ def run_prefill(
     device = request.call.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device, torch.no_grad():
-        _run(request, given, cu_seqlens, pools, o, final_state, states)
+        _run(request, decay, given, cu_seqlens, pools, o, final_state, states)
 
 
 def _run(
     request: Request,
+    decay: str,
     given: Mapping[str, Tensor],
     cu_seqlens: Tensor | None,
     pools: Pools,
@@ -88,7 +90,7 @@ def _run(
         kept = {"checkpoints": states, "checkpoint_slots": _rows(call, cu_seqlens)}
     elif slots is not None and slots.checkpoint_slots is not None:
         kept = {"checkpoints": pools.state_pool, "checkpoint_slots": slots.checkpoint_slots}
-    sized = _sized(request, kept, slots)
+    sized = _sized(request, decay, kept, slots)
     into = {"o": o}
     if final_state is not None:
         into["final_state"] = final_state
@@ -105,7 +107,7 @@ def _run(
         slots.put_back(found.get("cu_seqlens"), found["final_state"], o, call.T)
 
 
-def _sized(request: Request, kept: dict[str, Any], slots: _Slots | None) -> SizedRunner:
+def _sized(request: Request, decay: str, kept: dict[str, Any], slots: _Slots | None) -> SizedRunner:
     call, checkpoints, odd = request.call, "", False
     if kept:
         table = kept["checkpoint_slots"]
@@ -123,15 +125,19 @@ def _sized(request: Request, kept: dict[str, Any], slots: _Slots | None) -> Size
             first_checkpoint=int(into_pool),
             slot_stride=stride if odd else stride // UNIT,
         )
-    return _runner(request, checkpoints, odd, surroundings()).at(call)
+    return _runner(request, decay, checkpoints, odd, surroundings()).at(call)
 
 
 @lru_cache(maxsize=512)
 def _runner(
-    request: Request, checkpoints: str, odd_slots: bool, _surroundings: tuple[Any, ...]
+    request: Request,
+    decay: str,
+    checkpoints: str,
+    odd_slots: bool,
+    _surroundings: tuple[Any, ...],
 ) -> Runner:
     apart = checkpoints != ""
-    recipe = find_for(request, "lean", gradient=False, scan_apart=apart).recipe
+    recipe = find_for(request, "lean", False, decay, scan_apart=apart).recipe
     if not checkpoints:
         return Runner(recipe)
     keeping = PrefillProblem.of(recipe.problem, checkpoints, odd_slots)

@@ -45,13 +45,13 @@ def _fake(*_: Any) -> None:
 
 
 def run(signature: Signature, *arguments: Any) -> None:
-    """The op itself: tensors of the signature, `POOLS`, what is written, `Options`, null_slot and
-    the tokens between checkpoints."""
+    """The op itself: tensors of the signature, `POOLS`, what is written, `Options`, null_slot,
+    the tokens between checkpoints and what is expected of the decay."""
     first = len(signature.names)
     second = first + len(POOLS)
     third = second + len(_WRITTEN)
     tensors, pools, written = arguments[:first], arguments[first:second], arguments[second:third]
-    *options, null_slot, every = arguments[third:]
+    *options, null_slot, every, decay = arguments[third:]
     o, final_state, states = written
     device = tensors[0].device
     if not by_kernels(device):
@@ -69,6 +69,7 @@ def run(signature: Signature, *arguments: Any) -> None:
     named = dict(zip(POOLS, pools, strict=True))
     run_prefill(
         request,
+        decay,
         given,
         cu_seqlens,
         Pools(**named, null_slot=null_slot, every=every),

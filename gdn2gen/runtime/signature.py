@@ -67,6 +67,8 @@ class Signature:
     """How many of `Options` its ops take."""
     bounded: bool
     """Whether its gate has a form with a lower bound."""
+    by_channel: bool
+    """Whether each channel decays by itself: then kernels' times may depend on how much."""
     shown: tuple[str, ...]
     """What the caller calls them, where that is not `names`: for errors."""
     decoding: bool = False
@@ -118,7 +120,8 @@ class Signature:
             "Tensor? checkpoint_state_indices, Tensor(b!) o, Tensor(c!)? final_state, "
             "Tensor(d!)? states"
         )
-        return f"({self._tensors}, {rest}, {self._options}, SymInt? null_slot, int every) -> ()"
+        end = "SymInt? null_slot, int every, str decay"
+        return f"({self._tensors}, {rest}, {self._options}, {end}) -> ()"
 
     @property
     def _options(self) -> str:
@@ -177,4 +180,5 @@ def signature_of(op: str) -> Signature:
         conditions=tuple(x.when for x in recurrence.optional),
         options=len(_OPTIONS) - (0 if recurrence.activates_beta else len(Options._field_defaults)),
         bounded=recurrence.bounded,
+        by_channel=recurrence.decays_by == "channel",
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.codegen.nvrtc import why_no_compiler
 from gdn2gen.family.problem import OPTIONAL_FLAGS, Problem
 from gdn2gen.family.shapes import SHAPES, shape_of
@@ -39,7 +40,11 @@ def tune_command(found: Found) -> str | None:
     ]
     words += [f"--lower-bound -{problem.bound}"] if problem.bound else []
     words += _norm_words(problem)
-    return " ".join([*words, f"--level {found.recipe.level}"])
+    return " ".join([*words, f"--level {found.recipe.level}", *_decay_words(found)])
+
+
+def _decay_words(found: Found) -> list[str]:
+    return [] if found.decay == WEAK else [f"--decay {found.decay}"]
 
 
 def _norm_words(problem: Problem) -> list[str]:
@@ -60,7 +65,7 @@ def generate_command(found: Found) -> str:
         words += ["--shape", f"{regime.sequences}x{tokens}x{regime.heads}"]
     if found.device is not None:
         words += ["--target", found.device.slug]
-    words += ["--level", found.recipe.level]
+    words += ["--level", found.recipe.level, *_decay_words(found)]
     words += [] if found.language is None else ["--language", found.language]
     return " ".join(["gdn2gen generate", *words])
 
@@ -73,6 +78,8 @@ def recipe_document(found: Found) -> dict[str, Any]:
         "regime": None if regime is None else regime.key,
         "device": None if device is None else asdict(device),
         "level": recipe.level,
+        "decay": found.decay,
+        "tuned_decay": found.tuned_decay,
         "plan": recipe.plan.name,
         "configs": {config.stage: dict(config) for config in recipe.configs},
         "source": found.source,
@@ -94,6 +101,9 @@ def explain_recipe(found: Found, width: int = 100) -> str:
     lines = [f"problem   {words_of(recipe.problem)}{' + ' + ', '.join(given) if given else ''}"]
     if found.regime is not None:
         lines.append(f"regime    {words_of_key(found.regime.key)}")
+    if found.decay != WEAK:
+        under = "" if found.tuned_decay == found.decay else f", kernels for {found.tuned_decay}"
+        lines.append(f"decay     {found.decay}{under}")
     if device is not None:
         lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
     lines.append(f"plan      {plan.name}")
@@ -146,6 +156,11 @@ def why_matched(best: Match, query: Query) -> str:
     if entry.provenance == "predicted":
         words.append("ranked without a GPU, never timed")
     return "; ".join(words)
+
+
+def why_for_weak() -> str:
+    """What is said where strong decay is expected, and the entry was tuned under weak decay."""
+    return "nothing that serves is tuned under strong decay, so it is what weak decay has"
 
 
 def why_triton(entry: Entry) -> str:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from gdn2gen.base import paths
+from gdn2gen.base.decay import WEAK, check_decay
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
+from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import filed_level, plans_of
 from gdn2gen.kernels.recipe import Recipe
@@ -33,6 +35,7 @@ from gdn2gen.store._words import (
     generate_command,
     recipe_document,
     tune_command,
+    why_for_weak,
     why_matched,
     why_passed,
     why_refused,
@@ -79,6 +82,10 @@ class Found:
     """`saved_segments`, if it was agreed on before the recipe was found, and not as it says."""
     language: str | None = field(default=None, compare=False)
     """The only language that was asked for, if one was."""
+    decay: str = field(default=WEAK, compare=False)
+    """What the call expects of its decay."""
+    tuned_decay: str = field(default=WEAK, compare=False)
+    """What the configs were tuned under."""
 
     @property
     def saved_segments(self) -> int:
@@ -93,12 +100,13 @@ def find_recipe(
     device: Device | None = None,
     *,
     level: str = "lean",
+    decay: str = WEAK,
     strict: bool | None = None,
     scan_apart: bool = False,
 ) -> Found:
     """The recipe for a call, the first that there is of:
 
-    1. exact: a measured entry of this problem, regime, level and GPU;
+    1. exact: a measured entry of this problem, regime, level, decay and GPU;
     2. nearest: the nearest regime of the same problem on this GPU; failing that, of a problem that
        differs only in l2norm, gate, gate_dtype or head dims that are tiled alike (72 as 96);
     3. transferred: the same on the nearest GPU of the same architecture;
@@ -106,6 +114,11 @@ def find_recipe(
     5. the default configs of the plan named `level`.
 
     Before all of these comes what is pinned (`pins.pin`), or compiled ahead for such a call.
+
+    `decay`: `weak` or `strong`, what the call expects. At `strong` entries that were tuned under
+    strong decay come first, the nearest one before any other; where there is none that serves, it
+    is what a call finds at `weak`, which is then not exact. Weak where no kernel's time depends on
+    it.
 
     An entry that refuses the call's options (packed sequences, a gate in the kernel) is passed
     over: of its size there may be a slower one that serves them all, which is exact, too.
@@ -128,9 +141,10 @@ def find_recipe(
         return found
     if device is None:
         device = present_device()
+    decay = check_decay(decay, "decay") if problem.op in CHANNEL_OPS else WEAK
     if is_batch_invariant():
-        return _batch_invariant(problem, regime, device, level, strict)
-    return _find(problem, regime, device, level, strict, scan_apart=scan_apart)
+        return _batch_invariant(problem, regime, device, level, decay, strict)
+    return _find(problem, regime, device, level, decay, strict, scan_apart=scan_apart)
 
 
 def _find(
@@ -138,15 +152,16 @@ def _find(
     regime: Regime,
     device: Device,
     level: str,
+    decay: str,
     strict: bool | None,
     *,
     scan_apart: bool = False,
 ) -> Found:
-    pinned = _pinned(problem, regime, device, level)
+    pinned = _pinned(problem, regime, device, level, decay)
     if pinned is not None:
         return pinned
     places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
-    query = Query(problem, regime, device, level, _only_triton_compiles(), scan_apart)
+    query = Query(problem, regime, device, level, _only_triton_compiles(), scan_apart, decay)
     found = _look_up(query, places, tuned_files.current_look())
     if found.source != "exact" and (_strict_from_env() if strict is None else strict):
         raise DispatchError(
@@ -163,7 +178,7 @@ _ANY_BATCH: Final = Regime(tokens=16384, sequences=4, heads=16)
 
 
 def _batch_invariant(
-    problem: Problem, regime: Regime, device: Device, level: str, strict: bool | None
+    problem: Problem, regime: Regime, device: Device, level: str, decay: str, strict: bool | None
 ) -> Found:
     """The same for every batch: looked up as if sequences were packed, of which none is cut into
     segments. Its forward scan is the one that can keep states on the way, so that calls that ask
@@ -174,18 +189,21 @@ def _batch_invariant(
     these may differ in their last bits: on an H200 dq of 3275 tokens alone, in four segments, was
     not that of the same tokens in a packed batch."""
     usual = replace(_ANY_BATCH, heads=regime.heads)
-    found = _find(replace(problem, varlen=True), usual, device, level, strict)
+    found = _find(replace(problem, varlen=True), usual, device, level, decay, strict)
     recipe = found.recipe.keeping()
     why = f"{found.why}; results may not depend on the batch (GDN2GEN_BATCH_INVARIANT)"
     recipe = replace(recipe, problem=problem)
     return replace(found, recipe=recipe, why=why, agreed_segments=1)
 
 
-def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Found | None:
+def _pinned(
+    problem: Problem, regime: Regime, device: Device, level: str, decay: str
+) -> Found | None:
     """What such a call is told to run, or is compiled ahead for it."""
-    pin, why = pins.pinned(problem, regime, device, level), "pinned as {} on {}"
+    given = problem, regime, device, level, decay
+    pin, why = pins.pinned(*given), "pinned as {} on {}"
     if pin is None:
-        pin, why = pins.shipped(problem, regime, device, level), "compiled ahead for {} on {}"
+        pin, why = pins.shipped(*given), "compiled ahead for {} on {}"
     if pin is None:
         return None
     reason = pin.why_unfit(problem)
@@ -194,7 +212,15 @@ def _pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Fou
             f"the pinned recipe of {pin} does not fit the call's {words_of(problem)}: {reason}"
         )
     recipe = pin.at(problem)
-    return Found(recipe, "pinned", why.format(pin, pin.gpu), regime=regime, device=device)
+    return Found(
+        recipe,
+        "pinned",
+        why.format(pin, pin.gpu),
+        regime=regime,
+        device=device,
+        decay=decay,
+        tuned_decay=pin.decay,
+    )
 
 
 def _only_triton_compiles() -> bool:
@@ -331,9 +357,13 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         recipe = best.entry.recipe_for(query.problem)
         source, file = TIERS[best.tier], best.path
         why = why_matched(best, query)
+        if best.entry.decay != query.decay:
+            notes = (*notes, why_for_weak())
     chosen, saved = recipe, None
     if source != "exact":  # which was measured at these sizes
         recipe = recipe.for_few(query.regime)
+    elif best is not None and best.entry.decay != query.decay:
+        source = "nearest"
     if recipe is not chosen:
         saved = chosen.saved_segments
         names = [x for x in chosen.by_stage if recipe[x] != chosen[x]]
@@ -357,4 +387,6 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         regime=query.regime,
         device=query.device,
         agreed_segments=saved,
+        decay=query.decay,
+        tuned_decay=WEAK if best is None else best.entry.decay,
     )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args
 
+from gdn2gen.base.decay import WEAK, check_decay
 from gdn2gen.base.errors import Gdn2genError, StoreError
 from gdn2gen.family.problem import Problem, Regime, gate_parameters
+from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.kernels.config import SHARED_KNOBS, Config
 from gdn2gen.kernels.plans import LEVELS, PLANS, Level, plan_named
 from gdn2gen.kernels.recipe import Recipe
@@ -37,6 +39,9 @@ _ENTRY_KEYS: Final = (
     "gate",
     "provenance",
 )
+# Of entries that were tuned under strong decay: one without it is for weak decay, as all were that
+# were filed before there was the word.
+_DECAY: Final = "decay"
 _PROBLEM_TYPES: Final[Mapping[str, type]] = {
     name: type(value) for name, value in Problem().key.items()
 }
@@ -79,6 +84,8 @@ class Entry:
     gate: Mapping[str, Any]
     """Errors that the check found, by output."""
     provenance: Provenance
+    decay: str = WEAK
+    """How strong the decay was that it was tuned under (`base.decay`)."""
 
     @property
     def regime(self) -> Regime:
@@ -86,15 +93,18 @@ class Entry:
 
     @property
     def size(self) -> tuple[str, ...]:
-        """What its entries compete for: problem, regime and level."""
-        return _key(self.problem_key, self.regime_key, self.level, self.configs)[:-1]
+        """What its entries compete for: problem, regime, level and decay."""
+        return self._known[:-1]
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a file holds one entry for: problem, regime, level, whether Triton is enough, and
-        whether calls with every option are served. The last two follow from the configs."""
-        known = _key(self.problem_key, self.regime_key, self.level, self.configs)
-        return (*known, _EVERY_OPTION if self.serves_every_option else "")
+        """What a file holds one entry for: problem, regime, level, decay, whether Triton is enough,
+        and whether calls with every option are served. The last two follow from the configs."""
+        return (*self._known, _EVERY_OPTION if self.serves_every_option else "")
+
+    @property
+    def _known(self) -> tuple[str, ...]:
+        return _key(self.problem_key, self.regime_key, self.level, self.decay, self.configs)
 
     def recipe_for(self, problem: Problem) -> Recipe:
         """The plan and configs, for a problem that they serve."""
@@ -116,12 +126,14 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Problem, regime and level in one line, for messages."""
+        """Problem, regime, level and decay in one line, for messages."""
         words = [f"{name}={value}" for name, value in self.problem_key.items() if name != "op"]
         words += [f"{name}={value}" for name, value in self.regime_key.items()]
         words += ["language=triton"] if self.needs_triton_alone else []
         words += [] if self.serves_every_option else ["options=some"]
-        return " ".join((str(self.problem_key["op"]), *words, f"level={self.level}"))
+        words += [f"level={self.level}"]
+        words += [] if self.decay == WEAK else [f"decay={self.decay}"]
+        return " ".join((str(self.problem_key["op"]), *words))
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,8 @@ def entry_from(raw: Any, gpu: str) -> Entry:
 
     Raises a Gdn2genError that names what is wrong.
     """
-    _check_types("entry", raw, dict.fromkeys(_ENTRY_KEYS))
+    given = {_DECAY: str} if isinstance(raw, dict) and _DECAY in raw else {}
+    _check_types("entry", raw, {**dict.fromkeys(_ENTRY_KEYS), **given})
     for name in ("problem", "regime", "configs", "templates", "measured", "gate"):
         _check_types(name, raw[name], {}, others=True)
     configs = configs_from(raw["configs"])
@@ -191,6 +204,7 @@ def entry_from(raw: Any, gpu: str) -> Entry:
         measured=raw["measured"],
         gate=raw["gate"],
         provenance=raw["provenance"],
+        decay=raw.get(_DECAY, WEAK),
     )
     check_entry(entry, gpu)
     return entry
@@ -216,6 +230,12 @@ def check_entry(entry: Entry, gpu: str) -> None:
     for name, size in entry.regime_key.items():
         if not 0 <= size < _LARGEST:
             raise StoreError(f"regime.{name} must be 0 or more and below 2^63, but is {size}")
+    check_decay(entry.decay, _DECAY)
+    if entry.decay != WEAK and problem.op not in CHANNEL_OPS:
+        raise StoreError(
+            f"decay is {entry.decay!r}, but kernels of {problem.op} take as long under any decay: "
+            "leave it out"
+        )
     check_configs(entry.plan, entry.configs, problem)
     unknown = sorted(set(entry.templates) - set(STAGES))
     if unknown:
@@ -268,23 +288,25 @@ def format_file(file: TunedFile) -> str:
 def raw_key(raw: Any) -> tuple[str, ...] | None:
     """`Entry.key` but for its last part, of an entry that was not read, as far as it has one."""
     try:
-        key = _key(raw["problem"], raw["regime"], raw["level"], raw["configs"])
+        decay = raw.get(_DECAY, WEAK)
+        key = _key(raw["problem"], raw["regime"], raw["level"], decay, raw["configs"])
     except (TypeError, KeyError, AttributeError):
         return None
-    return key if isinstance(raw["level"], str) else None
+    return key if isinstance(raw["level"], str) and isinstance(decay, str) else None
 
 
 def _key(
     problem: Mapping[str, Any],
     regime: Mapping[str, Any],
     level: str,
+    decay: str,
     configs: Mapping[str, Mapping[str, Any]],
 ) -> tuple[str, ...]:
     """Texts that sort as their numbers do; what Triton is enough for comes after what it is not."""
     values = [problem[name] for name in _PROBLEM_TYPES] + [problem.get("bound", 0)]
     values += [regime[name] for name in _REGIME_TYPES]
     texts = (f"{x:012d}" if type(x) is int else str(x) for x in values)
-    return (*texts, level, _language(configs))
+    return (*texts, level, "" if decay == WEAK else decay, _language(configs))
 
 
 def _language(configs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -308,6 +330,8 @@ def entry_to(entry: Entry) -> dict[str, Any]:
         "gate": _ordered(entry.gate, ()),
         "provenance": entry.provenance,
     }
+    if entry.decay != WEAK:
+        raw[_DECAY] = entry.decay
     return _ordered(raw, _ENTRY_KEYS)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen import __version__
+from gdn2gen.base.decay import WEAK, check_decay
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import DispatchError, Gdn2genError, InputError
 from gdn2gen.codegen import shipped as compiled
@@ -35,6 +36,8 @@ class Pin:
     """What was asked for: a plan of another level may serve it."""
     gpu: str
     arch: str
+    decay: str = WEAK
+    """What was expected of it."""
 
     @property
     def document(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Pin:
             "plan": recipe.plan.name,
             "configs": {config.stage: dict(config) for config in recipe.configs},
             "templates": {x.stage: tuned_files.digest_of(x) for x in recipe.configs},
+            **({} if self.decay == WEAK else {"decay": self.decay}),
         }
 
     @classmethod
@@ -58,7 +62,9 @@ class Pin:
             problem, configs = Problem(**raw["problem"]), configs_from(raw["configs"])
             tuned_files.check_configs(raw["plan"], configs, problem)
             recipe = Recipe.of(problem, raw["plan"], configs)
-            pin = cls(recipe, Regime(**raw["regime"]), raw["level"], raw["gpu"], raw["arch"])
+            decay = check_decay(raw.get("decay", WEAK), "decay")
+            regime = Regime(**raw["regime"])
+            pin = cls(recipe, regime, raw["level"], raw["gpu"], raw["arch"], decay)
             digests = dict(raw["templates"])
         except (Gdn2genError, KeyError, TypeError, ValueError) as error:
             raise DispatchError(
@@ -72,9 +78,10 @@ class Pin:
                 )
         return pin
 
-    def serves(self, problem: Problem, level: str) -> bool:
+    def serves(self, problem: Problem, level: str, decay: str) -> bool:
         """Whether it is for such calls, whatever their sizes and optional arguments."""
-        return self.level == level and self.recipe.problem.key == problem.key
+        asked = self.level, self.decay
+        return asked == (level, decay) and self.recipe.problem.key == problem.key
 
     def why_unfit(self, problem: Problem) -> str | None:
         """Why its recipe cannot run a call that it is for, given its options; None if it can."""
@@ -89,7 +96,8 @@ class Pin:
         return Recipe.of(problem, self.recipe.plan.name, self.recipe.by_stage)
 
     def __str__(self) -> str:
-        return f"{words_of(self.recipe.problem)} at {words_of_key(self.regime.key)}, {self.level}"
+        words = f"{words_of(self.recipe.problem)} at {words_of_key(self.regime.key)}, {self.level}"
+        return words if self.decay == WEAK else f"{words}, {self.decay} decay"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +125,10 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
         gdn2gen.pin(recipes[0])
 
     A call at other sizes runs what is pinned for the nearest ones of its problem and level, of
-    those that serve its options. A call of which nothing is pinned is looked up as ever, or with
-    `strict` refused (DispatchError). An empty mapping ends it.
+    those that serve its options. Where strong decay is expected it is what ran so; else, as among
+    entries on file, what ran at weak decay: warm up under what calls will expect. A call of which
+    nothing is pinned is looked up as ever, or with `strict` refused (DispatchError). An empty
+    mapping ends it.
 
     Raises InputError for what no process gave, DispatchError that names both recipes where this
     process ran a call by another one before, where a template differs from what the recipe was made
@@ -149,7 +159,7 @@ def _listed(recipes: object) -> Sequence[Any]:
 def _check(ran: Pin, taken: _Taken) -> None:
     """Raise DispatchError if a call that ran would run otherwise."""
     problem = ran.recipe.problem
-    wanted = _nearest(taken, problem, ran.regime, ran.level, ran.arch)
+    wanted = _nearest(taken, problem, ran.regime, ran.level, ran.arch, ran.decay)
     if wanted is not None and wanted.arch != ran.arch:
         return
     if wanted is not None and wanted.at(problem) != ran.recipe:
@@ -164,9 +174,11 @@ def current() -> object:
     return _taken
 
 
-def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin | None:
+def pinned(
+    problem: Problem, regime: Regime, device: Device, level: str, decay: str = WEAK
+) -> Pin | None:
     """What such a call is told to run. Raises DispatchError for another GPU, and if strict."""
-    found = _nearest(_taken, problem, regime, level, device.arch)
+    found = _nearest(_taken, problem, regime, level, device.arch, decay)
     if found is None:
         if _taken.strict and _taken.pins:
             known = "; ".join(sorted({str(x) for x in _taken.pins}))
@@ -185,15 +197,21 @@ def pinned(problem: Problem, regime: Regime, device: Device, level: str) -> Pin 
 
 
 def record(
-    recipe: Recipe, regime: Regime, device: Device, level: str, *, again: bool = True
+    recipe: Recipe,
+    regime: Regime,
+    device: Device,
+    level: str,
+    decay: str = WEAK,
+    *,
+    again: bool = True,
 ) -> None:
     """Note what a call runs; unless `again`, only if no call of these sizes was noted."""
-    key = (recipe.problem, regime, level, device.name)
+    key = (recipe.problem, regime, level, decay, device.name)
     if key in _recorded and not again:
         return
     if key not in _recorded and len(_recorded) >= _MOST:
         _recorded.pop(next(iter(_recorded)), None)
-    _recorded[key] = Pin(recipe, regime, level, device.name, device.arch)
+    _recorded[key] = Pin(recipe, regime, level, device.name, device.arch, decay)
 
 
 def forget() -> None:
@@ -203,12 +221,14 @@ def forget() -> None:
     _recorded.clear()
 
 
-def shipped(problem: Problem, regime: Regime, device: Device, level: str) -> Pin | None:
+def shipped(
+    problem: Problem, regime: Regime, device: Device, level: str, decay: str = WEAK
+) -> Pin | None:
     """What was compiled ahead for such a call, if that is for such a GPU."""
     folder = compiled.shipped()
     if folder is None:
         return None
-    found = _nearest(_of_folder(folder), problem, regime, level, device.arch)
+    found = _nearest(_of_folder(folder), problem, regime, level, device.arch, decay)
     return found if found is not None and found.arch == device.arch else None
 
 
@@ -231,10 +251,14 @@ def _of_folder(folder: Path) -> _Taken:
 
 
 @lru_cache(maxsize=1024)
-def _nearest(taken: _Taken, problem: Problem, regime: Regime, level: str, arch: str) -> Pin | None:
+def _nearest(
+    taken: _Taken, problem: Problem, regime: Regime, level: str, arch: str, decay: str
+) -> Pin | None:
     """The one for such calls whose sizes are the nearest, or None: of such GPUs, if there is one,
-    and of what can run the call, if that is, since another call's recipe may refuse its options."""
-    serving = [x for x in taken.pins if x.serves(problem, level)]
+    and of what can run the call, if that is, since another call's recipe may refuse its options.
+    Of those at weak decay, if there is none at this one."""
+    serving = [x for x in taken.pins if x.serves(problem, level, decay)]
+    serving = serving or [x for x in taken.pins if x.serves(problem, level, WEAK)]
     there = [x for x in serving if x.arch == arch] or serving
     there = [x for x in there if x.why_unfit(problem) is None] or there
     return min(there, key=lambda x: regime_distance(x.regime, regime), default=None)

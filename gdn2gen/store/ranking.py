@@ -1,6 +1,6 @@
 """Which of several entries is better, and what others of its size are there for.
 
-A size is a problem as it is filed, a regime and a level.
+A size is a problem as it is filed, a regime, a level and a decay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def speed(entry: Entry) -> tuple[float, ...]:
 
 
 def by_size(entries: Iterable[Entry]) -> dict[tuple[str, ...], list[Entry]]:
-    """Those of one problem, regime and level together, the fastest first."""
+    """Those of one problem, regime, level and decay together, the fastest first."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         found.setdefault(entry.size, []).append(entry)

@@ -215,8 +215,8 @@ def _folders() -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one call finds in two files: of a problem, regime and level, or of kernels in no plan.
-    An entry is None where a file has none."""
+    """What one call finds in two files: of a problem, regime, level and decay, or of kernels in no
+    plan. An entry is None where a file has none."""
 
     old: Entry | PartEntry | None
     new: Entry | PartEntry | None

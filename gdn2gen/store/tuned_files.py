@@ -214,8 +214,8 @@ def _check_entries(path: Path, entries: Iterable[Entry], gpu: object) -> None:
 def merge_entries(path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry]) -> TunedFile:
     """Merge `entries` into the tuned file at `path`, and return what the file then holds.
 
-    Of two entries for the same problem, regime and level the better stays: templates that still
-    fit before stale ones, measured before transferred before predicted, then the shorter
+    Of two entries for the same problem, regime, level and decay the better stays: templates that
+    still fit before stale ones, measured before transferred before predicted, then the shorter
     `forward_backward_ms` (and `forward_ms`), of predicted ones the lower cost; a tie keeps the old
     one. Beside an entry that needs TileLang, the best one that does not stays, too, for machines
     that cannot compile it; beside one that refuses options of calls, the best one that serves all.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.codegen.digests import templates_of
+from gdn2gen.family.decays import PATTERN_UNDER, Drawn, name_of
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
@@ -13,6 +15,8 @@ from gdn2gen.tuning.search.verdicts import Measured, Verdict
 from gdn2gen.tuning.views.lines import COST, DEFAULT_COST, is_number
 from gdn2gen.tuning.views.report import ShapeResult
 
+PATTERN: Final = "pattern"
+"""In `measured`, what the decay was drawn by."""
 NOTE: Final = (
     "predicted: compiled for the target, checked in fp32 in Triton's interpreter and ranked by "
     "registers, spills, shared memory and bytes; nothing ran on a GPU, so no time is known and "
@@ -36,18 +40,23 @@ def result_of(verdict: Verdict) -> ShapeResult:
     )
 
 
-def entries_of(verdict: Verdict) -> list[tuned_files.Entry]:
+def entries_of(
+    verdict: Verdict, decay: str = WEAK, pattern: Drawn | None = None
+) -> list[tuned_files.Entry]:
     """The winner's; if it does not need Triton alone, that of the best which does, and if it does
-    not serve every option, that of the best which does."""
+    not serve every option, that of the best which does. Timed by `pattern`, by default that
+    for calls that expect such a decay."""
+    drawn = PATTERN_UNDER[decay] if pattern is None else pattern
     filed = (verdict.winner, verdict.in_triton, verdict.serving_all)
     found = {x.recipe: x for x in filed if x is not None}
     return [
         entry_for(
             x.recipe,
             verdict.shape,
-            measured=_measured(x, verdict.default),
+            measured=_measured(x, verdict.default) | _drawn_by(drawn, decay),
             gate={name: float(f"{error:.3g}") for name, error in x.errors.items()},
             provenance="measured",
+            decay=decay,
         )
         for x in found.values()
     ]
@@ -60,6 +69,7 @@ def entry_for(
     measured: Mapping[str, Any],
     gate: Mapping[str, Any],
     provenance: tuned_files.Provenance,
+    decay: str = WEAK,
 ) -> tuned_files.Entry:
     """A recipe as the entry of its plan's level at a shape."""
     return tuned_files.Entry(
@@ -72,7 +82,13 @@ def entry_for(
         measured=measured,
         gate=gate,
         provenance=provenance,
+        decay=decay,
     )
+
+
+def _drawn_by(pattern: Drawn, decay: str) -> dict[str, str]:
+    """Of entries for strong decay: what their times were taken under."""
+    return {} if decay == WEAK else {PATTERN: name_of(pattern)}
 
 
 def _measured(winner: Measured, default: Measured | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gdn2gen.base.decay import WEAK, check_decay, expected
 from gdn2gen.base.device import Device, has_gpu, present_device
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
@@ -149,6 +150,7 @@ def generate(
     dtype: str = "bf16",
     shape: str | None = None,
     level: str = "lean",
+    decay: str | None = None,
     language: str | None = None,
     target: str | None = None,
     force: bool = False,
@@ -160,6 +162,8 @@ def generate(
     head_dim, value_dim: K, a multiple of 8 from 16 to 256, and V, one from 16 to 512 (K if None).
     shape: the name of a shape, or sizes BxTxH, whose tuned configs are taken (train4k; of
         `op="mamba2"` and `"mamba3"` mamba4k).
+    decay: `weak` or `strong`, whose entries are taken (None: what this process expects, see
+        `gdn2gen.expected_decay`).
     language: `triton` for a package that does not need TileLang.
     target: GPU or architecture; by default the present GPU, or sm_90 where there is none.
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
@@ -190,7 +194,8 @@ def generate(
     V = head_dim if value_dim is None else value_dim
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
-    return make(problem, wanted, device, out_dir, **options)
+    asked_decay = expected() if decay is None else check_decay(decay, "decay")
+    return make(problem, wanted, device, out_dir, decay=asked_decay, **options)
 
 
 def make(
@@ -204,10 +209,11 @@ def make(
     language: str | None,
     force: bool,
     say: Callable[[str], None],
+    decay: str = WEAK,
 ) -> Package:
     """Find the recipe, prove it unless its kernels ran at these head dims, write the package."""
     check_folder(Path(out_dir), force=force)
-    found = find_recipe_of_any_size(problem, shape.regime, device, level=level)
+    found = find_recipe_of_any_size(problem, shape.regime, device, level=level, decay=decay)
     found = in_triton(found) if language == "triton" else found
     proof = None
     if not is_proven(found):

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Final, Literal
 from rich.console import Group
 
 from gdn2gen.base import outcome
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device
 from gdn2gen.base.terminal import Sheet
+from gdn2gen.family.decays import PATTERN_UNDER
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape, shape_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import tuned_files
 from gdn2gen.store.tuned_files import Entry
-from gdn2gen.tuning.filing import entries_of
+from gdn2gen.tuning.filing import PATTERN, entries_of
 from gdn2gen.tuning.gpu.attempt import try_recipe
 from gdn2gen.tuning.gpu.backend import Backend
 from gdn2gen.tuning.records.entries import problem_of, words_of
@@ -60,7 +62,8 @@ class Rechecked:
 def recheck(
     entries: Iterable[Entry], backend: Backend, device: Device, *, renew: bool = False
 ) -> Iterator[Rechecked]:
-    """Check each entry's recipe, and time it beside the default.
+    """Check each entry's recipe, and time it beside the default. All are of one decay, whose usual
+    pattern the backend draws by (`PATTERN_UNDER`).
 
     An entry of other templates is stale, and not run; with `renew` only such entries are, through
     the check of finalists. One that passes is slower if it takes 5% more than when it was filed, or
@@ -116,15 +119,19 @@ def _recheck(
         defaults[key] = timed_default.get() if timed_default.ok else None
     default = defaults[key]
     default_ms = default.forward_backward.median if default else None
-    detail = why_slower(entry.measured.get("forward_backward_ms"), now, default_ms)
+    usual_pattern = PATTERN_UNDER[entry.decay]
+    like = entry.measured.get(PATTERN, usual_pattern) == usual_pattern
+    filed = entry.measured.get("forward_backward_ms") if like else None
+    detail = why_slower(filed, now, default_ms)
     status: Status = "slower" if detail else "renewed" if stale else "holds"
     renewed = None
     if status == "renewed":
-        renewed = _renewed(recipe, shape, timed.get(), default, tried.get().errors)
+        renewed = _renewed(entry, recipe, shape, timed.get(), default, tried.get().errors)
     return Rechecked(entry, shape, status, detail, now, default_ms, renewed)
 
 
 def _renewed(
+    entry: Entry,
     recipe: Recipe,
     shape: Shape,
     timed: RecipeTiming,
@@ -136,8 +143,8 @@ def _renewed(
 
     reference = None if default is None else measured(default)
     verdict = Verdict(shape, recipe.level, measured(timed), reference, False)
-    (entry,) = entries_of(verdict)
-    return entry
+    (renewed,) = entries_of(verdict, entry.decay)
+    return renewed
 
 
 def why_slower(
@@ -167,6 +174,8 @@ def amended(result: Rechecked) -> Entry | None:
     if result.now_ms is None:
         return replace(result.entry, measured=measured, provenance="predicted")
     measured["forward_backward_ms"] = round(result.now_ms, 5)
+    if PATTERN in measured:  # under which it was timed now
+        measured[PATTERN] = PATTERN_UNDER[result.entry.decay]
     return replace(result.entry, measured=measured)
 
 
@@ -186,5 +195,6 @@ def recheck_table(results: Iterable[Rechecked]) -> Group:
         verdict = f"{x.status}: {x.detail}" if x.detail else x.status
         name = x.shape.name if x.shape is not None else str(x.entry.regime)
         name += "".join(f", {y}" for y in (others.get(x.entry.key),) if y)
-        tables[problem].add(name, x.entry.level, *times, verdict)
+        under = "" if x.entry.decay == WEAK else f", {x.entry.decay} decay"
+        tables[problem].add(name, f"{x.entry.level}{under}", *times, verdict)
     return Group(*tables.values())

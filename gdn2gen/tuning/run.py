@@ -14,10 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen.base.decay import WEAK, check_decay
 from gdn2gen.base.device import Device, present_device, toolchain
 from gdn2gen.base.errors import TuneError
 from gdn2gen.base.terminal import command_line
+from gdn2gen.family.decays import PATTERN_UNDER, DecayPattern, Drawn
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.plans import PLANS_OF, filed_levels, level_of, plans_of
@@ -27,7 +30,7 @@ from gdn2gen.tuning.filing import entries_of, result_of
 from gdn2gen.tuning.gpu.backend import Backend, MeteredBackend, WorkerBackend
 from gdn2gen.tuning.records.places import open_ledger, storage_path
 from gdn2gen.tuning.records.storage import open_storage
-from gdn2gen.tuning.records.stored import lent_configs, stored_recipes
+from gdn2gen.tuning.records.stored import lent_configs, steady_recipes, stored_recipes
 from gdn2gen.tuning.search.finalists import Finals
 from gdn2gen.tuning.search.loop import Context, Errand, Search, Window
 from gdn2gen.tuning.search.verdicts import Verdict, better
@@ -70,15 +73,22 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     seed: int = 0,
     command: str | None = None,
+    decay: str = WEAK,
+    pattern: Drawn | None = None,
 ) -> TuneReport:
     """Tune `problem` at `shapes` on `device`, the present GPU, and merge into `out_dir`.
 
     `problem.varlen` follows each shape. A run that was killed goes on where it stopped if the
-    storage (by default a file in the cache folder) is the same. Raises TuneError if no default
+    storage (by default a file in the cache folder) is the same.
+
+    `decay`: what calls expect that find the entries. Times are taken under `pattern`, by default
+    what a layer has as it is drawn, or -20 nats in every token. Raises TuneError if no default
     config works or an argument is wrong, and DeviceError without a GPU; what single configs do is
     survived and reported.
     """
     check_arguments(shapes, levels, budget_minutes)
+    check_tunable_decay(problem, decay, pattern)
+    drawn = PATTERN_UNDER[decay] if pattern is None else pattern
     if backend is None:
         _check_present(device)
     path = tuned_files.tuned_path(out_dir, problem.op, device)
@@ -86,7 +96,7 @@ def tune(
     # one that is named may be shared with hosts whose locks do not reach here
     opened = open_storage(storage or storage_path(problem.op, device), prune=storage is None)
     started, seconds = clock(), budget_minutes * 60
-    metered = MeteredBackend(backend or WorkerBackend(device), clock)
+    metered = MeteredBackend(backend or WorkerBackend(device, pattern=drawn), clock)
     context = Context(
         device=device,
         backend=metered,
@@ -95,9 +105,11 @@ def tune(
         progress=progress or console_progress(),
         # processes that join one study must not all draw the same configs
         seed=seed if storage is None else seed + os.getpid(),
+        decay=decay,
+        pattern=drawn,
     )
     metadata = tuned_files.metadata_for(device, toolchain(), command or command_line())
-    report = TuneReport(problem, device, path, [], ledger=context.ledger.path)
+    report = TuneReport(problem, device, path, [], ledger=context.ledger.path, decay=decay)
     names = ", ".join(shape.name for shape in shapes)
     context.progress.start(f"tuning {problem.op} on {device.name} at {names}", seconds)
     handed: list[Config] = []
@@ -156,10 +168,14 @@ class _Run:
         with self.context.backend.phase("defaults"):
             self.search.measure_defaults()
         wanted, device = self.search.shapes, self.context.device
-        stored = list(stored_recipes(self.problem, self.plans, wanted, self.path, device))
+        places = self.path, device, self.context.decay
+        stored = list(stored_recipes(self.problem, self.plans, wanted, *places))
+        if self.context.decay != WEAK:
+            found = steady_recipes(self.problem, self.plans, wanted, device, stored)
+            stored = [*found, *stored]
         self.search.seed([config for x in stored for config in x.recipe.configs])
         self.search.seed(handed)
-        lent = lent_configs(self.problem, self.plans, self.search.stages, wanted, self.path, device)
+        lent = lent_configs(self.problem, self.plans, self.search.stages, wanted, *places)
         self.search.seed(lent)
         finals = Finals(self.search, stored)
         errands = [
@@ -204,7 +220,8 @@ class _Run:
             if found and plan == self._last(plan):
                 best = better(found)
                 self.report.results.append(result_of(best))
-                tuned_files.merge_entries(self.path, self.metadata, entries_of(best))
+                entries = entries_of(best, self.context.decay, self.context.pattern)
+                tuned_files.merge_entries(self.path, self.metadata, entries)
                 found = []
 
 
@@ -237,6 +254,41 @@ def check_arguments(shapes: Sequence[Shape], levels: Sequence[str], budget_minut
         raise TuneError(f"levels must be some of {tuple(PLANS_OF)}, but got {tuple(levels)}")
     if not budget_minutes > 0:
         raise TuneError(f"the budget must be positive, but got {budget_minutes} minutes")
+
+
+def check_tunable_decay(problem: Problem, decay: str, pattern: Drawn | None) -> None:
+    """Raise InputError for an unknown word, and TuneError where strong decay makes no difference or
+    a pattern cannot be drawn."""
+    check_decay(decay, "decay")
+    if decay != WEAK and problem.op not in CHANNEL_OPS:
+        raise TuneError(
+            f"kernels of {problem.op} take as long under any decay, so that there is nothing to "
+            f"tune for {decay} decay; it matters for {', '.join(CHANNEL_OPS)}"
+        )
+    if isinstance(pattern, DecayPattern) and problem.gate != "none":
+        raise TuneError(
+            f"the pattern {pattern.name} has decays, and a gate in the kernels (gate="
+            f"{problem.gate}) takes what they are made of: leave the gate or the pattern out"
+        )
+    if pattern is not None and decay == WEAK:
+        raise TuneError(f"a pattern is drawn for strong decay, but decay is {decay!r}")
+    if isinstance(pattern, DecayPattern):
+        _check_strong(problem, pattern)
+
+
+def _check_strong(problem: Problem, pattern: DecayPattern) -> None:
+    """Raise TuneError for decays under which entries for weak decay are as fast."""
+    from gdn2gen.family.inputs import make_inputs
+    from gdn2gen.family.strength import STRONG_SHARE, strength_of, strong_share
+
+    drawn = make_inputs(1, 1024, 16, problem.K, 16, op=problem.op, pattern=pattern)["g"]
+    share = float(strong_share(drawn))
+    if strength_of(share) == WEAK:
+        raise TuneError(
+            f"{pattern.name} is no pattern of strong decay: {share:.1%} of the chunks of 32 tokens "
+            f"have a channel that loses more than 2^-96, and from {STRONG_SHARE:.0%} on its decay "
+            "would be strong: its decay is weak, which the entries that there are were tuned for"
+        )
 
 
 def _check_present(device: Device) -> None:

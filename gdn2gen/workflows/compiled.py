@@ -43,6 +43,7 @@ from gdn2gen.workflows.wanted import (
     Shapes,
     at,
     decoding_problem_from,
+    expected_from,
     levels_from,
     present_or,
     problem_from,
@@ -83,6 +84,7 @@ def compile_kernels(
     value_dim: int | None = None,
     dtype: str = "bf16",
     levels: str | Iterable[str] = LEVELS[0],
+    decay: str | None = None,
     backward: bool = True,
     decode: Shapes = (),
     decode_fields: Mapping[str, bool] | None = None,
@@ -98,6 +100,9 @@ def compile_kernels(
     without nvcc, a C compiler or a folder that it may write; at other lengths it runs the recipe
     that is compiled for the nearest. A folder of the same toolchain and GPU is added to.
 
+    decay: `weak` or `strong`, what the calls expect (None: what this process does, see
+    `gdn2gen.expected_decay`). Where strong decay is expected and nothing is compiled for it, calls
+    run what is compiled for weak decay.
     backward: also the kernels of gradients.
     decode: shapes of calls over a few tokens (`64x1x16`: 64 sequences of one token, 16 value
     heads); decode_fields: of `family.decoding.DecodingProblem`, such as pool, indexed, state_bf16.
@@ -130,9 +135,11 @@ def compile_kernels(
     pins: list[Pin] = []
     for shape in shapes_from(shapes) if shapes else ():
         for level in levels_from(levels):
-            found = find_recipe(at(problem, shape), shape.regime, device, level=level)
+            given: dict[str, Any] = {"level": level, "decay": expected_from(decay)}
+            found = find_recipe(at(problem, shape), shape.regime, device, **given)
             recipe = (in_triton(found) if language else found).recipe
-            pins.append(Pin(recipe, shape.regime, level, device.name, device.arch))
+            where = level, device.name, device.arch
+            pins.append(Pin(recipe, shape.regime, *where, found.decay))
             tasks |= dict.fromkeys(_tasks(recipe, backward=backward))
             if serving:
                 tasks |= dict.fromkeys(_serving(recipe))

@@ -8,7 +8,14 @@ from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
 from gdn2gen.store.dispatch import Found, find_recipe
 from gdn2gen.store.mamba3 import Mamba3Found
 from gdn2gen.workflows.mamba3 import explain_mamba3
-from gdn2gen.workflows.wanted import Shapes, at, present_or, problem_from, shapes_from
+from gdn2gen.workflows.wanted import (
+    Shapes,
+    at,
+    expected_from,
+    present_or,
+    problem_from,
+    shapes_from,
+)
 
 
 def explain(
@@ -19,6 +26,7 @@ def explain(
     value_dim: int | None = None,
     dtype: str = "bf16",
     level: str = "lean",
+    decay: str | None = None,
     target: str | None = None,
     strict: bool | None = None,
     **fields: Any,
@@ -27,6 +35,8 @@ def explain(
 
     shapes: names, or sizes BxTxH. head_dim, value_dim: K, and V (K if None).
     level: `lean`, or `fast`, what `disable_recompute=True` asks for.
+    decay: `weak` or `strong`, what calls expect (None: what this process does, see
+    `gdn2gen.expected_decay`).
     target: a GPU or an architecture; by default the present GPU, or sm_90 where there is none.
     strict: raise DispatchError for all but exact entries (None: as GDN2GEN_STRICT says).
     fields: of `family.problem.Problem`, such as gate, gate_dtype, l2norm, varlen, initial_state.
@@ -42,7 +52,8 @@ def explain(
         return explain_mamba3(asked, shapes, level, target, strict)
     problem = problem_from(op, head_dim, value_dim, dtype, fields)
     device, _ = present_or(target)
+    options: dict[str, Any] = {"level": level, "decay": expected_from(decay), "strict": strict}
     return [
-        find_recipe(at(problem, shape), shape.regime, device, level=level, strict=strict)
+        find_recipe(at(problem, shape), shape.regime, device, **options)
         for shape in shapes_from(shapes)
     ]

@@ -6,11 +6,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import InputError
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
 from gdn2gen.workflows.mamba3 import tune_mamba3
-from gdn2gen.workflows.wanted import Shapes, levels_from, present_or, problem_from, shapes_from
+from gdn2gen.workflows.wanted import (
+    Shapes,
+    levels_from,
+    present_or,
+    problem_from,
+    shapes_from,
+    tuned_under,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +37,7 @@ def tune(
     dtype: str = "bf16",
     budget_minutes: float = 20.0,
     levels: str | Iterable[str] = ("lean", "fast"),
+    decay: str | Path = WEAK,
     target: str | None = None,
     out_dir: str | Path | None = None,
     storage: str | None = None,
@@ -39,6 +48,9 @@ def tune(
 
     budget_minutes: time to spend, over all shapes.
     levels: `lean`, `fast`, or both.
+    decay: what calls expect that find the entries: `weak`, or `strong`, which is timed at -20 nats
+    in every token; or a file of decays that a model had (`nn.Observatory.pattern().save`), filed as
+    strong. Where the decay is no channel's, nothing depends on it. Needs a GPU if it is not `weak`.
     target: None for the present GPU; without one, and for a named target, kernels are compiled,
     checked in Triton's interpreter, ranked and filed as predicted.
     out_dir: the folder of tuned files (None: in a source tree its own, else the user's).
@@ -50,7 +62,10 @@ def tune(
     Calls of this process find what was filed. Raises TuneError where nothing could be filed.
     """
     folder = own_folder() if out_dir is None else Path(out_dir)
+    word, pattern = tuned_under(decay)
     if op == MAMBA3:
+        if word != WEAK:
+            raise InputError(f"kernels of {op} take as long under any decay, but got {decay!r}")
         return tune_mamba3(
             usual_mamba3_problem(head_dim, value_dim, dtype, fields),
             shapes,
@@ -76,7 +91,11 @@ def tune(
     if present:
         from gdn2gen.tuning import tune as search
 
-        return search(**options, storage=storage)
+        return search(**options, storage=storage, decay=word, pattern=pattern)
+    if word != WEAK:
+        raise InputError(
+            f"nothing is timed without a GPU, and only times depend on decay, but got {decay!r}"
+        )
     if storage is not None:
         raise InputError(f"storage is for studies on a GPU, and none is used here; got {storage!r}")
     from gdn2gen.tuning import tune_without_gpu

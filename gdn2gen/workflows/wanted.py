@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen.base import device as devices
+from gdn2gen.base.decay import DECAYS, STRONG, check_decay, expected
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
+from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import DECODING_OPS, recurrence_named
@@ -71,6 +74,25 @@ def shapes_from(shapes: Shapes) -> list[Shape]:
 
 def levels_from(levels: str | Iterable[str]) -> tuple[str, ...]:
     return (levels,) if isinstance(levels, str) else tuple(levels)
+
+
+def expected_from(decay: str | None) -> str:
+    """What calls expect of their decay; what this process does if None."""
+    return expected() if decay is None else check_decay(decay, "decay")
+
+
+def tuned_under(decay: str | Path) -> tuple[str, DecayPattern | None]:
+    """What a search is for, `weak` or `strong`, and what it draws: a file of decays that a model
+    had is for `strong`. Raises InputError for what is neither."""
+    if isinstance(decay, str) and decay in DECAYS:
+        return decay, None
+    try:
+        return STRONG, DecayPattern.load(decay)
+    except (OSError, TypeError) as error:
+        raise InputError(
+            f"decay must be one of {DECAYS}, or a file of decays that a model had "
+            f"(gdn2gen.nn.Observatory.pattern().save), but got {decay!r}: {error}"
+        ) from error
 
 
 def present_or(target: str | None) -> tuple[Device, bool]:

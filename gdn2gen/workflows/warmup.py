@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gdn2gen
+from gdn2gen.base.decay import expected
 from gdn2gen.base.device import present_device
 from gdn2gen.base.environment import interpreted
 from gdn2gen.base.errors import DeviceError, InputError
@@ -74,7 +75,8 @@ def warmup(
 
     shapes: names, or sizes BxTxH; () for none. A call without gradients is made at each, and with
     `backward` one with them: memory for the tensors of a call is needed, and given back.
-    levels: `lean`, or `fast`, what `disable_recompute=True` asks for.
+    levels: `lean`, or `fast`, what `disable_recompute=True` asks for. Calls expect the decay that
+    the process does: warm up inside of `gdn2gen.expected_decay` for those that will run so.
     decode, decode_fields: as in `gdn2gen compile`: calls of the op over a few tokens.
     serving: also calls of prefill at `shapes`, with states in slots of a pool in fp32, with
     checkpoints in it, and with `return_intermediate_states`.
@@ -167,7 +169,11 @@ def _chunked(
     if place.type == "cuda":
         torch.cuda.synchronize()
     gpu = present_device(place.index) if place.type == "cuda" else None
-    found = None if gpu is None else find_recipe(problem, shape.regime, gpu, level=level)
+    found = (
+        None
+        if gpu is None
+        else find_recipe(problem, shape.regime, gpu, level=level, decay=expected())
+    )
     name = recurrence_named(problem.op).public.chunk
     return Warmed(name, shape, level, found, time.monotonic() - started)
 

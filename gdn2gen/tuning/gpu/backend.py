@@ -12,6 +12,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import CompilePool, Worker, compile_slots
 from gdn2gen.codegen.build import Resources
+from gdn2gen.family.decays import LAYER, Drawn
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
@@ -118,10 +119,13 @@ class MeteredBackend:
 
 
 class WorkerBackend:
-    """The real one: a pool of compilers, and one process that owns the present GPU."""
+    """The real one: a pool of compilers, and one process that owns the present GPU.
 
-    def __init__(self, device: Device, slots: int | None = None) -> None:
+    What is timed has inputs whose decay is of `pattern`."""
+
+    def __init__(self, device: Device, slots: int | None = None, pattern: Drawn = LAYER) -> None:
         self.device = device
+        self.pattern = pattern
         self.slots = slots or compile_slots()
         self._pool = CompilePool(self.slots)
         self._worker = Worker()
@@ -144,7 +148,9 @@ class WorkerBackend:
         self, recipe: Recipe, stages: tuple[str, ...], shape: Shape
     ) -> Outcome[dict[str, Timing]]:
         return self._worker.call(
-            "gdn2gen.tuning.gpu.jobs:time_stages", recipe, stages, shape, timeout=TIME_SECONDS
+            "gdn2gen.tuning.gpu.jobs:time_stages",
+            *(recipe, stages, shape, self.pattern),
+            timeout=TIME_SECONDS,
         )
 
     def time_recipe(
@@ -152,9 +158,7 @@ class WorkerBackend:
     ) -> Outcome[RecipeTiming]:
         return self._worker.call(
             "gdn2gen.tuning.gpu.jobs:time_recipe",
-            recipe,
-            shape,
-            with_peak,
+            *(recipe, shape, with_peak, self.pattern),
             timeout=TIME_SECONDS,
         )
 

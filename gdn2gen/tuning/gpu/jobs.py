@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from gdn2gen.base.decay import STRONG
+from gdn2gen.family.decays import LAYER
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure import check
 from gdn2gen.measure.accuracy import inputs_of, run_op
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.rows import stage_calls
+from gdn2gen.measure.sides import decaying_inputs
 from gdn2gen.measure.timing import Timing, peak_mib, time_ms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gdn2gen.family.decays import Drawn
     from gdn2gen.family.problem import Problem
 
 # Stages take 0.05 to 1 ms: this is 20 runs and more, and a recipe costs less than its compile.
@@ -64,9 +68,12 @@ def check_full(recipe: Recipe) -> CheckResult:
     )
 
 
-def time_stages(recipe: Recipe, stages: tuple[str, ...], shape: Shape) -> dict[str, Timing]:
-    """Time the named stages of a recipe, each alone on the operands that the others make."""
-    inputs = _inputs(recipe.problem, shape)
+def time_stages(
+    recipe: Recipe, stages: tuple[str, ...], shape: Shape, pattern: Drawn = LAYER
+) -> dict[str, Timing]:
+    """Time the named stages of a recipe, each alone on the operands that the others make of inputs
+    whose decay is of a pattern."""
+    inputs = _inputs(recipe.problem, shape, pattern)
     do = _output_gradients(recipe.problem, shape)["o"]
     calls = stage_calls(recipe, shape, inputs, do)
     return {
@@ -76,7 +83,9 @@ def time_stages(recipe: Recipe, stages: tuple[str, ...], shape: Shape) -> dict[s
     }
 
 
-def time_recipe(recipe: Recipe, shape: Shape, with_peak: bool) -> RecipeTiming:
+def time_recipe(
+    recipe: Recipe, shape: Shape, with_peak: bool, pattern: Drawn = LAYER
+) -> RecipeTiming:
     """Time a whole recipe through the public op; the peak is 0 unless asked for.
 
     Each pass is timed as one CUDA graph: the GPU's time, not that of a host which may be slower at
@@ -88,7 +97,7 @@ def time_recipe(recipe: Recipe, shape: Shape, with_peak: bool) -> RecipeTiming:
 
     problem = recipe.problem
     op = public_op(problem.op)
-    inputs, gradients = _inputs(problem, shape), _output_gradients(problem, shape)
+    inputs, gradients = _inputs(problem, shape, pattern), _output_gradients(problem, shape)
     arguments: dict[str, Any] = {**inputs, **op_flags(problem)}
 
     def forward() -> None:
@@ -119,18 +128,20 @@ def _time_graph(run: Callable[[], None]) -> Timing:
     return time_ms(graph.replay, _ROUND_WARMUP_MS, _ROUND_REP_MS)
 
 
-def _inputs(problem: Problem, shape: Shape) -> dict[str, Tensor]:
+def _inputs(problem: Problem, shape: Shape, pattern: Drawn) -> dict[str, Tensor]:
     import torch
 
     free, total = torch.cuda.mem_get_info()
     if free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < _KEEP_FREE * total:
         _free()
-    return _cached_inputs(problem, shape)
+    return _cached_inputs(problem, shape, pattern)
 
 
 @lru_cache(maxsize=16)
-def _cached_inputs(problem: Problem, shape: Shape) -> dict[str, Tensor]:
-    return inputs_of(problem, shape, "layer", 0, "cuda")
+def _cached_inputs(problem: Problem, shape: Shape, pattern: Drawn) -> dict[str, Tensor]:
+    if pattern == STRONG:  # with a gate in the kernels, too
+        return decaying_inputs(problem, shape, STRONG, "cuda")
+    return inputs_of(problem, shape, pattern, 0, "cuda")
 
 
 @lru_cache(maxsize=16)

@@ -15,15 +15,17 @@ from typing import Any, Final, NamedTuple
 import optuna
 
 from gdn2gen.base import outcome
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.digests import digest_of
 from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.decays import LAYER, Drawn
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.plans import PLANS, is_optional
+from gdn2gen.kernels.plans import PLANS, is_optional, level_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.tuning import space
 from gdn2gen.tuning.gpu.attempt import Attempt, Result, Times, attempt
@@ -36,6 +38,10 @@ from gdn2gen.tuning.views.progress import Progress, times_text
 # Past the deadline, trials being compiled may still end within this part of the time.
 _GRACE: Final = 0.1
 _POLL_SECONDS: Final = 0.2
+# Under strong decay stages of no plan within this of its level's best are not tried: grad_blocks,
+# all of whose forms take frames, would get most of the trials for taking most of the time, and the
+# plans with it took 2.2 times what prepare and grad_key in decay=centred are predicted to.
+_LEFT_BEHIND: Final = 1.5
 
 
 @dataclass
@@ -62,6 +68,10 @@ class Context:
     storage: optuna.storages.BaseStorage
     progress: Progress
     seed: int = 0
+    decay: str = WEAK
+    """What calls expect that run what is found."""
+    pattern: Drawn = LAYER
+    """What the decay of inputs is drawn by that times are taken of."""
 
 
 class Errand(NamedTuple):
@@ -197,7 +207,8 @@ class Search:
         best = min(totals.values())
         chosen, least = None, float("inf")
         for BT, by_stage in self.trials.items():
-            for trials in by_stage.values():
+            promising = self._promising(BT)
+            for trials in (x for stage, x in by_stage.items() if stage in promising):
                 weight = trials.best_ms() / totals[BT] * (best / totals[BT]) ** 2
                 load = (trials.asked + 1) / weight
                 if not trials.exhausted and load < least:
@@ -205,6 +216,20 @@ class Search:
         if chosen is not None:
             self.context.progress.working_on(f"{chosen.stage}, BT={chosen.BT}, at {self._at()}")
         return chosen
+
+    def _promising(self, BT: int) -> set[str]:
+        """Stages that are worth trials at a chunk size."""
+        by_stage = self.trials[BT]
+        if self.context.decay == WEAK:
+            return {*by_stage}
+        plans = [x for x in self.plans if by_stage.keys() >= {*PLANS[x].stages}]
+        totals = {x: sum(by_stage[y].best_ms() for y in PLANS[x].stages) for x in plans}
+        best = {
+            level: min(ms for x, ms in totals.items() if level_of(x) == level)
+            for level in map(level_of, plans)
+        }
+        kept = [x for x, ms in totals.items() if ms <= _LEFT_BEHIND * best[level_of(x)]]
+        return {stage for plan in kept for stage in PLANS[plan].stages}
 
     def _at(self) -> str:
         return ", ".join(shape.name for shape in self.shapes)

@@ -8,11 +8,13 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Final
 
 from gdn2gen.base import outcome
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.errors import TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.render import stage_digest
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.plans import PLANS, is_optional
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.timing import Timing
@@ -176,11 +178,20 @@ class Opening:
             search.default_ms[BT, stage] = geometric_mean(list(kept.values()))
             opened[stage].record(search.default(stage, BT), kept)
             search.show_best(opened[stage])
-            for start in space.starts(stage, search.problem, search.context.device, BT):
+            for start in self._starts(stage, BT):
                 opened[stage].suggest_first(start)
         for config in search.seeds:
             if config["BT"] == BT and config.stage in opened:
                 opened[config.stage].suggest_first(config)
+
+    def _starts(self, stage: str, BT: int) -> list[Config]:
+        """Where each form begins; under strong decay those first whose time does not depend on
+        it."""
+        search = self._search
+        found = [*space.starts(stage, search.problem, search.context.device, BT)]
+        if search.context.decay != WEAK:
+            found.sort(key=lambda x: not x.form.steady)
+        return found
 
     def _trials(self, stage: str, BT: int) -> StageTrials:
         search, context = self._search, self._search.context
@@ -194,4 +205,5 @@ class Opening:
             stage_digest(stage),
             context.storage,
             context.seed,
+            context.pattern,
         )

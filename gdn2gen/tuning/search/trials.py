@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from gdn2gen.base.device import Device
 from gdn2gen.codegen.render import template_digest
+from gdn2gen.family.decays import LAYER, Drawn
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
@@ -56,8 +57,10 @@ class StageTrials:
         digest: str,
         storage: optuna.storages.BaseStorage,
         seed: int = 0,
+        pattern: Drawn = LAYER,
     ) -> None:
         self.problem, self.stage, self.BT, self.digest = problem, stage, BT, digest
+        self.pattern = pattern
         self._place = Place(problem, BT, device.arch)
         self.shapes, self.device, self.ledger = tuple(shapes), device, ledger
         self.times: dict[Config, dict[str, float]] = {}
@@ -289,6 +292,9 @@ class StageTrials:
             # Optuna wants one domain per knob and study.
             space.asked(self.stage, self._place),
         ]
+        if self.pattern != LAYER:
+            drawn = self.pattern
+            content.append(drawn if isinstance(drawn, str) else asdict(drawn))
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         parts = (self.problem.op, self.device.slug, self.stage, f"BT{self.BT}", digest)
         return "/".join(parts)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import SHAPES, Shape, shape_of
@@ -48,6 +49,12 @@ class Line:
     @property
     def problem(self) -> str:
         return words_of(self.entry)
+
+    @property
+    def level(self) -> str:
+        """The entry's, and the decay that it was timed under, if that was strong."""
+        decay = self.entry.decay
+        return self.entry.level if decay == WEAK else f"{self.entry.level}, {decay} decay"
 
     @property
     def speedup(self) -> float | None:
@@ -106,9 +113,10 @@ def lines(entries: Iterable[Entry], device: Device, fla: Iterable[FlaTime]) -> l
     found = [x for x in made if x.tuned_ms is not None or x.entry.provenance == "predicted"]
     order = list(SHAPES)
 
-    def place(line: Line) -> tuple[str, int, str, int]:
+    def place(line: Line) -> tuple[str, int, str, int, bool]:
         known = order.index(line.name) if line.name in order else len(order)
-        return str(line.entry.problem_key), known, line.name, LEVELS.index(line.entry.level)
+        level, strong = LEVELS.index(line.entry.level), line.entry.decay != WEAK
+        return str(line.entry.problem_key), known, line.name, level, strong
 
     return sorted(found, key=place)
 
@@ -117,7 +125,9 @@ def _line(entry: Entry, device: Device, times: Mapping[tuple[str, str, str], flo
     shape = shape_of(entry.regime)
     name = shape.name if shape else " ".join(f"{x}={y}" for x, y in entry.regime_key.items())
     key = json.dumps(dict(entry.problem_key), sort_keys=True)
-    fla_level = next((x for x in (entry.level, *LEVELS) if (name, key, x) in times), None)
+    # FLA was timed under a layer's own decay: its times say nothing beside others under another
+    levels = (entry.level, *LEVELS) if entry.decay == WEAK else ()
+    fla_level = next((x for x in levels if (name, key, x) in times), None)
     floor = None
     if device.memory_gbps and entry.regime.tokens and entry.regime.heads:
         problem = problem_of(entry, shape or Shape(name, 1, 1, 1))

@@ -209,7 +209,7 @@ def _by_problem(found: list[Line]) -> dict[str, list[Line]]:
 
 
 def _label(line: Line) -> str:
-    return f"{line.name}, {line.entry.level}"
+    return f"{line.name}, {line.level}"
 
 
 def _bars(line: Line) -> list[Bar]:

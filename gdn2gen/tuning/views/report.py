@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device
 from gdn2gen.base.terminal import Sheet, plain
 from gdn2gen.family.problem import Problem
@@ -84,14 +85,17 @@ class TuneReport:
     """Of these, the GPU (and the host before it) took times."""
     phases: dict[str, Phase] = field(default_factory=dict)
     """Defaults, search and finals over all groups of shapes: when the GPU waited for compilers."""
+    decay: str = WEAK
+    """What calls expect that find the entries."""
 
     def table(self) -> RenderableType:
         """The results as a rich table, with what was tried and left out beneath."""
         from rich.console import Group
         from rich.text import Text
 
+        under = "" if self.decay == WEAK else f" under {self.decay} decay"
         table = Sheet(
-            f"{self.problem.op} on {self.device.name}: forward+backward in ms",
+            f"{self.problem.op} on {self.device.name}: forward+backward in ms{under}",
             ("shape", "level", "default", "tuned", "speedup", "worst error", "BT"),
             words=("shape", "level"),
         )

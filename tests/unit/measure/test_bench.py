@@ -412,6 +412,23 @@ def test_results_merge_by_shape_and_problem(tmp_path, gpu):
     assert [x.name for x in path.parent.iterdir()] == [path.name]
 
 
+def test_results_of_calls_that_expect_strong_decay_are_rows_of_their_own(tmp_path, gpu):
+    path = tmp_path / "results.json"
+    results.save_results(path, [row("train4k", 0.9)])
+    results.save_results(path, [replace(row("train4k", 0.5), decay="strong")])
+    rows = {x.get("decay"): x for x in results.read_results(path)["rows"]}
+    assert {x: y["ours"]["forward"]["median"] for x, y in rows.items()} == {
+        None: 0.9,
+        "strong": 0.5,
+    }
+
+
+@pytest.mark.parametrize(("op", "told"), [("gdn2", True), ("gated_delta_rule", False)])
+def test_our_op_is_told_what_to_expect_where_it_can_be(op, told):
+    keywords = sides.our_op(op, "fast", "strong").keywords
+    assert keywords == {"disable_recompute": True} | ({"expected_decay": "strong"} if told else {})
+
+
 def test_results_of_another_gpu_or_kind_are_not_overwritten(tmp_path, gpu):
     path = tmp_path / "results.json"
     for text, words in (

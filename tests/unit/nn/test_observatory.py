@@ -15,6 +15,7 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.cli import program
 from gdn2gen.family.decays import LEVELS, DecayPattern
 from gdn2gen.family.inputs import make_inputs
+from gdn2gen.family.strength import strength_of, strong_share
 from gdn2gen.measure.suite import select_cases
 from gdn2gen.nn import Cache, LanguageModel, Observatory
 from gdn2gen.nn.model import MIXERS
@@ -265,3 +266,71 @@ def test_files_that_hold_no_pattern(raw: bytes | dict[str, Any], tmp_path: Path)
     file.write_bytes(raw if isinstance(raw, bytes) else json.dumps({**kept, **raw}).encode())
     with pytest.raises(InputError, match=r"gates\.json is no pattern of decay"):
         DecayPattern.load(file)
+
+
+def _strong(model: LanguageModel, place: int, bias: float = 30.0) -> None:
+    """Have a layer's gates forget all at once."""
+    with torch.no_grad():
+        model.blocks[place].mixer.dt_bias.fill_(bias)
+
+
+def test_it_says_whether_a_decay_is_weak_or_strong() -> None:
+    model = _model()
+    seen = Observatory(model)
+    with pytest.raises(InputError, match="nothing was seen yet"):
+        seen.decay()
+    assert seen.look_now(0, _tokens(2, 40)).strong == (0.0, 0.0)
+    assert (seen.decay(), seen.decay(0), seen.decay(1)) == ("weak", "weak", "weak")
+    seen.expect()
+    _strong(model, 1)
+    assert seen.look_now(1, _tokens(2, 40)).strong == (0.0, 1.0)
+    assert (seen.decay(), seen.decay(0), seen.decay(1)) == ("strong", "weak", "strong")
+    assert [x.expected_decay for x in seen.layers] == ["weak", "weak"]
+    seen.expect()
+    assert [x.expected_decay for x in seen.layers] == ["weak", "strong"]
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_rule", "mamba2"])
+def test_a_decay_of_heads_is_weak(mixer: str) -> None:
+    """No kernel's time depends on it, however strong it is."""
+    sizes = {"state_size": 16, "num_heads": 4} if mixer == "mamba2" else {}
+    model = _model(mixer=mixer, **sizes)
+    _strong(model, 0)
+    seen = Observatory(model)
+    assert seen.look_now(0, _tokens(1, 40)).strong == (0.0, 0.0)
+    assert seen.decay() == "weak"
+    seen.expect()
+
+
+def test_chunks_are_counted_where_a_channel_loses_enough() -> None:
+    """Chunks of 32 tokens of a head; what is left of a sequence is one of what it has."""
+    limit = 96 * math.log(2.0)
+    g = torch.zeros(2, 40, 3, 8)
+    g[0, 31, 1, 5] = -limit * 1.01
+    g[1, 32:, 2, 0] = -limit * 1.01 / 8
+    g[1, 28:36, 0, 0] = -limit * 1.9 / 8  # half of it in either chunk
+    assert float(strong_share(g)) == pytest.approx(2 / 12)
+    assert strength_of(0.0999) == "weak" and strength_of(0.1) == strength_of(math.nan) == "strong"
+    pattern = make_inputs(1, 64, 2, 32, 32, pattern="strong")["g"]
+    assert float(strong_share(pattern)) == 1.0
+    assert float(strong_share(make_inputs(1, 64, 4, 32, 32)["g"])) == 0.0
+
+
+@pytest.mark.parametrize("mixer", ["gdn2", "kda", "gla"])
+def test_layers_tell_their_op(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(mixer=mixer, num_layers=1, expected_decay="strong", checkpoint_activations=True)
+    layer, told = model.blocks[0].mixer, []
+    chunk = type(layer)._chunk
+
+    def listen(*given: Any, **named: Any) -> Any:
+        told.append(named["expected_decay"])
+        return chunk(*given, **named)
+
+    monkeypatch.setattr(type(layer), "_chunk", staticmethod(listen))
+    model(_tokens(1, 5), targets=_tokens(1, 5)).backward()
+    assert told == ["strong", "strong"], "and once more where activations are made again"
+    layer.expected_decay = None
+    model(_tokens(1, 5))
+    assert told[2:] == [None]
+    with pytest.raises(InputError, match="expected_decay must be one of"):
+        _model(mixer=mixer, expected_decay="fierce")

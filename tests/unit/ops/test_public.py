@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from gdn2gen.family.prefill import PREFILL_KEYWORDS
-from gdn2gen.family.registry import OPS, recurrence_named
+from gdn2gen.family.registry import CHANNEL_OPS, OPS, recurrence_named
 from gdn2gen.measure.accuracy import public_op
 
 
@@ -20,4 +20,5 @@ def test_arguments_are_declared_in_their_order(op: str) -> None:
     assert tuple(x for x in parameters if x not in keywords) == names
     states = () if "return_intermediate_states" in names else ("return_intermediate_states",)
     graphs = ("use_graph", "max_num_seqs") if op == "kda" else ()
-    assert (*keywords,) == (*states, *graphs, *PREFILL_KEYWORDS)
+    decays = ("expected_decay",) if op in CHANNEL_OPS else ()
+    assert (*keywords,) == (*states, *graphs, *PREFILL_KEYWORDS, *decays)

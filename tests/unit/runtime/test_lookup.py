@@ -334,11 +334,12 @@ def test_what_keeps_states_on_the_way_is_looked_up_apart(monkeypatch: pytest.Mon
     sized = call.Call(1, 64, 1, 1, 1, 1, 1.0, None, packed=False, device=torch.device("cpu"))
     request: Any = lookup.Request(Problem(**dims, initial_state=True, final_state=True), sized)
     pins.forget()
-    made: Any = [prefill._runner.__wrapped__(request, x, False, ()) for x in ("", "bf16", "")]
+    look: Any = prefill._runner.__wrapped__
+    made: Any = [look(request, "weak", x, False, ()) for x in ("", "bf16", "")]
     assert asked == [False, True, False]
     assert [x.plan.name for x in made] == ["whole", "lean", "whole"]
     assert made[1].problem.checkpoints == "bf16"
-    prefill._runner.__wrapped__(request, "bf16", False, ())
+    look(request, "weak", "bf16", False, ())
     (pinned,) = gdn2gen.pin()["recipes"]
     assert pinned["plan"] == "whole"
     pins.forget()

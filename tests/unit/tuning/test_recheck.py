@@ -25,7 +25,7 @@ from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
-from gdn2gen.tuning.recheck import Rechecked, recheck, recheck_table
+from gdn2gen.tuning.recheck import Rechecked, amended, recheck, recheck_table
 from gdn2gen.tuning.records.entries import problem_of, words_of
 from gdn2gen.tuning.views.lines import lines
 
@@ -56,7 +56,7 @@ class FakeBackend:
 
     slots = 2
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         self.timed: list[str] = []
         self.gated_in_full: list[bool] = []
         self.closed = False
@@ -231,6 +231,39 @@ def test_what_holds_no_longer_makes_way_for_what_is_found(fake_gpu, capsys, monk
     now = {shape_of(x.regime).name: x for x in tuned_files.load_tuned(path).entries}
     assert [now[name].configs["scan"]["num_stages"] for name in ("train4k", "few8k")] == [3, 3]
     assert now["long16k"] == holding
+
+
+def test_entries_for_strong_decay_are_timed_under_it(fake_gpu, capsys, monkeypatch, tmp_path):
+    """One that was timed under a model's own decays is held to no time of then."""
+    drawn: list[str] = []
+    made = FakeBackend.__init__
+
+    def listen(self: FakeBackend, *given: Any, **named: Any) -> None:
+        drawn.extend(named.values())
+        made(self, *given, **named)
+
+    monkeypatch.setattr(FakeBackend, "__init__", listen)
+    strong = replace(entry(SHAPES["few8k"], ms=1.0), decay="strong")
+    strong = replace(strong, measured=strong.measured | {"pattern": "strong"})
+    seen = replace(strong, measured=strong.measured | {"pattern": "mqar"}, level="fast")
+    fake_gpu(entry(), strong, seen)
+    assert program.main(["verify", "--tuned"]) == 1
+    assert drawn == ["layer", "strong"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of 3 entries hold" in said and "lean, strong decay" in said
+    slower = next(x for x in recheck([strong], FakeBackend(), H200))  # type: ignore[arg-type]
+    assert slower.status == "slower" and amended(slower).measured["pattern"] == "strong"
+    backend: Any = FakeBackend()
+    (held,) = recheck([replace(seen, templates={})], backend, H200, renew=True)
+    assert held.renewed is not None
+    assert (held.renewed.decay, held.renewed.measured["pattern"]) == ("strong", "strong")
+    weak, other = lines([strong, entry(SHAPES["few8k"])], H200, ())
+    assert (weak.level, other.level) == ("lean", "lean, strong decay"), "as a report has them"
+    tuned: list[str] = []
+    monkeypatch.setattr("gdn2gen.cli.tune.search", lambda args, *_: tuned.append(args.shapes))
+    command = ["tune", "--head-dim", "128", "--only-failing", "--level", "lean", "--shapes"]
+    assert program.main([*command, "train4k,few8k", "--decay", "strong"]) == 0
+    assert (tuned, drawn[-1]) == (["train4k,few8k"], "strong"), "few8k is slower than it was"
 
 
 def test_both_need_a_gpu(monkeypatch, capsys):
