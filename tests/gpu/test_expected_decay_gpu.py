@@ -73,7 +73,8 @@ def test_a_call_and_a_graph_run_what_is_for_their_decay() -> None:
         assert _same(_train(gdn2gen.chunk_gdn2, decay), wanted[decay]), decay
         with gdn2gen.expected_decay(decay):
             assert _same(_train(gdn2gen.chunk_gdn2, None), wanted[decay]), decay
-    inputs = inputs_of(PROBLEM, SHAPE, "strong", 0, "cuda")
+    # o of chunks of 16 and of 32 has the same bits where hardly a token reaches the next
+    inputs = inputs_of(PROBLEM, SHAPE, "layer", 0, "cuda")
     flags = {"use_qk_l2norm_in_kernel": True}
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
