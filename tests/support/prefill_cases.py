@@ -308,7 +308,7 @@ def opcheck(op: str, every: int) -> bool:
     o = torch.empty_like(drawn.inputs["v"])
     torch.library.opcheck(
         getattr(torch.ops.gdn2gen, f"{op}_prefill").default,
-        (*tensors, *pools, o, None, None, *flags, None, every),
+        (*tensors, *pools, o, None, None, *flags, None, every, "weak"),
     )
     return True
 

@@ -21,7 +21,10 @@ def of_op(problem: _P, op: str) -> _P:
 
 
 def having(problem: _P, stage: str) -> _P:
-    """`problem`, or the same of a member that has that stage of plans, by its name."""
+    """`problem`, or the same of a member that has that stage of plans, by its name, and of head
+    dims that the stage serves."""
+    if stage == "forward_blocks1":
+        problem = replace(problem, K=64, V=64)
     if stage in stages_of(problem.op):
         return problem
     op = next(x for x in OPS if stage in stages_of(x))
