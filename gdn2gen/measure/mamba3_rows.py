@@ -18,7 +18,7 @@ from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_inputs, mamba3_results
 from gdn2gen.measure.mamba3_times import DEVICE, floor_bytes, layer_inputs, runs_of, stage_bytes
 from gdn2gen.measure.peers import mamba3_op, untuned
-from gdn2gen.measure.rows import Row, StageRow
+from gdn2gen.measure.rows import Row, StageRow, of_peer
 from gdn2gen.measure.sides import ACCURACY_PATTERNS, DECAY_PATTERN, DECAYS, Errors, Side, Times
 from gdn2gen.measure.timing import copy_gbps, peak_mib, product_tflops, time_ms
 from gdn2gen.runtime.mamba3_loaded import tile_at
@@ -51,20 +51,25 @@ def bench_mamba3(
     """Measure each shape on the present GPU, with D and Z, without and with states packed.
 
     `level`: of our scan; mamba_ssm's op knows none. Backward is timed as forward+backward of `out`,
-    for a gradient of every input. Raises DeviceError without a GPU, and UnsupportedError when a
-    peer is asked for and not installed.
+    for a gradient of every input. A peer that raises is left out, as by `bench_shapes`. Raises
+    DeviceError without a GPU, and UnsupportedError when a peer is asked for and not installed.
     """
     from gdn2gen.ops.mamba3 import mamba3_siso_combined
 
     gbps = copy_gbps()
     own = partial(mamba3_siso_combined, disable_recompute=level == "fast")
-    ops: list[Op] = [own, *([mamba3_op(vs)] if vs else [])]
+    theirs = mamba3_op(vs) if vs else None
     base = Mamba3Problem(dtype=dtype, state_size=K, head_dim=V, angles=K // 4, skip=True, gate=True)
-    given = [_Timed(op, worst_errors(op, base, peer=i > 0)) for i, op in enumerate(ops)]
+    given = [_Timed(own, worst_errors(own, base, peer=False))]
+    beside = of_peer(vs, partial(worst_errors, theirs, base, peer=True)) if theirs else None
+    if theirs and beside:
+        given.append(_Timed(theirs, beside))
     rows = []
     for shape in shapes:
         problem = replace(base, packed=shape.cu_seqlens is not None)
-        ours, *others = measure_in_turns(given, problem, shape)
+        both = partial(measure_in_turns, given, problem, shape)
+        sides = of_peer(vs, both, f" at {shape.name}") if len(given) == 2 else None
+        ours, *others = sides or measure_in_turns(given[:1], problem, shape)
         row = Row(
             shape=shape,
             problem=problem,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_paramete
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.accuracy import LOWER_BOUND, OpFunction, inputs_of, output_gradients
+from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import (
     Errors,
@@ -34,6 +35,8 @@ from gdn2gen.measure.timing import (
     symbol_sizes,
     time_ms,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,14 @@ def bench_shapes(
     for problem, shape in pairs:
         dense = replace(problem, varlen=False)
         if dense not in errors:
-            beside = _errors_beside(theirs, dense, vs or "") if theirs is not None else None
+            beside = of_peer(vs, partial(worst_errors, theirs, dense)) if theirs else None
             errors[dense] = [worst_errors(ours, dense), *([beside] if beside else [])]
         # a peer that raised has no errors
-        functions = [ours, *([theirs] if theirs and len(errors[dense]) == 2 else [])]
-        mine, *others = measure_in_turns(functions, errors[dense], problem, shape)
+        sides = None
+        if theirs and len(errors[dense]) == 2:
+            both = partial(measure_in_turns, [ours, theirs], errors[dense], problem, shape)
+            sides = of_peer(vs, both, f" at {shape.name}")
+        mine, *others = sides or measure_in_turns([ours], errors[dense][:1], problem, shape)
         row = Row(
             shape=shape,
             problem=problem,
@@ -184,15 +190,15 @@ def bench_shapes(
     return rows
 
 
-def _errors_beside(theirs: OpFunction, problem: Problem, name: str) -> dict[str, Errors] | None:
-    """A peer's errors; None, with a warning, where it refuses the problem by any error of its own:
-    what it cannot do takes nothing from what is measured of ours."""
+def of_peer(name: str | None, measure: Callable[[], T], where: str = "") -> T | None:
+    """What is measured of a peer, or beside it; None, with a warning, where that raises any error:
+    what a peer cannot do, or has no memory for, takes nothing from what is measured of ours."""
     try:
-        return worst_errors(theirs, problem)
+        return measure()
     except Exception as error:  # whatever a peer raises
-        said = f"{name} is left out: it raised {type(error).__name__}: {error}"
-        warnings.warn(said, stacklevel=3)
-        return None
+        said = f"{name} is left out{where}: it raised {type(error).__name__}: {error}"
+    warnings.warn(said, stacklevel=3)
+    return None
 
 
 def bench_stages(

@@ -49,6 +49,8 @@ def force(stage: str, knobs: dict[str, Knob] | None) -> None:
 # What all sizes of a batch count as where results may not depend on them.
 _ANY_TOKENS: Final = 16384
 _ANY_SEQUENCES: Final = 32
+# The last dim of a grid in CUDA; that of kernels in Triton is the first one.
+_MOST_SEQUENCES: Final = 65535
 
 
 def counted_tokens(tokens: int) -> int:
@@ -203,12 +205,15 @@ def scan_launch(
     device: torch.device,
     look: int,
 ) -> Callable[..., None] | None:
-    """Of states and outputs in one stage; None of a call that takes two. `keep` is its knob."""
-    if _forced_scan == [False]:
+    """Of states and outputs in one stage; None of a call that takes two. `keep` is its knob.
+
+    Where results may not depend on the batch all calls take two: packed sequences have no other.
+    """
+    if _forced_scan == [False] or is_batch_invariant() or sequences > _MOST_SEQUENCES:
         return None
     gpu = device_of(device)
     # one that is forced has programs enough
-    programs = gpu.sms if _forced_scan else counted_sequences(sequences) * H
+    programs = gpu.sms if _forced_scan else sequences * H
     if gpu.arch != "sm_90" or not scans_at_once(problem, BT, T, programs, gpu.sms):
         return None
     return _scan_launch(scan_problem(problem), keep, device, look)

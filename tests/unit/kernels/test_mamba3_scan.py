@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gdn2gen.base.environment import batch_invariant
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.config import default_config
@@ -69,3 +70,28 @@ def test_without_a_compiler_a_call_takes_two_stages(monkeypatch: pytest.MonkeyPa
         mamba3_loaded.force_scan(None)
     assert mamba3_loaded.scan_launch(*few, -3) is None
     mamba3_loaded._scan_launch.cache_clear()
+
+
+def test_calls_whose_bits_may_not_depend_on_the_batch_take_two_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As do packed sequences, of which each has then the bits that it has in a row of its own."""
+    made = object()
+    monkeypatch.setattr(mamba3_loaded, "_scan_launch", lambda *_: made)
+    in_rows = (USUAL, 0, 64, 128, 4, 64, torch.device("cpu"), 0)
+    packed = (replace(USUAL, packed=True), *in_rows[1:])
+    assert mamba3_loaded.scan_launch(*packed) is None
+    assert mamba3_loaded.scan_launch(*in_rows) is made, "the mode changes something"
+    with batch_invariant():
+        assert mamba3_loaded.scan_launch(*in_rows) is None
+        assert mamba3_loaded.scan_launch(*packed) is None
+
+
+def test_more_rows_than_a_grid_has_take_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: object = object()
+    monkeypatch.setattr(mamba3_loaded, "_scan_launch", lambda *_: made)
+    found: list[object] = [
+        mamba3_loaded.scan_launch(USUAL, 0, 64, 4, rows, 1, torch.device("cpu"), 0)
+        for rows in (65535, 65536)
+    ]
+    assert found == [made, None]

@@ -327,6 +327,36 @@ def test_a_peer_that_raises_is_left_out_and_ours_is_measured(monkeypatch):
     assert row.fla is None and row.ours.forward.median == 1.0
 
 
+def test_a_peer_that_raises_at_a_shape_is_left_out_there_and_ours_is_measured(monkeypatch):
+    """As one does that has no memory for what ours has."""
+    ours, fla = object(), object()
+
+    def measure_in_turns(functions, errors, _, shape):
+        if fla in functions and shape.name == "train2k":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        times = Timing(1.0, 1.0, 1.0, 9), Timing(3.0, 3.0, 3.0, 9), 100.0
+        return [Side(*times, x) for _, x in zip(functions, errors, strict=True)]
+
+    monkeypatch.setattr(rows, "our_op", lambda *_: ours)
+    monkeypatch.setattr(rows, "peer_op", lambda *_: fla)
+    monkeypatch.setattr(rows, "worst_errors", lambda *_: {"o": Errors(4e-3, "layer")})
+    monkeypatch.setattr(rows, "measure_in_turns", measure_in_turns)
+    monkeypatch.setattr(rows, "copy_gbps", lambda: 4300.0)
+    monkeypatch.setattr(rows, "_recipe_name", lambda *_: "")
+    shapes = [SHAPES["train2k"], SHAPES["train4k"]]
+    with pytest.warns(UserWarning, match="fla is left out at train2k: it raised OutOfMemoryError"):
+        found = rows.bench_shapes("gdn2", shapes, 128, 128, "bf16", vs="fla", gate="none")
+    assert [x.fla is None for x in found] == [True, False]
+    assert all(x.ours.forward.median == 1.0 for x in found)
+
+    def broken(*_):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(rows, "measure_in_turns", broken)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="ours"):
+        rows.bench_shapes("gdn2", shapes, 128, 128, "bf16", vs="fla", gate="none")
+
+
 def test_what_does_not_decay_is_measured_once(monkeypatch):
     drawn = []
     monkeypatch.setattr(sides, "time_ms", lambda fn: (fn() and None) or Timing(1.0, 1.0, 1.0, 9))

@@ -20,6 +20,7 @@ from gdn2gen.measure.case_runs import Result
 from gdn2gen.measure.cases import CASES
 from gdn2gen.measure.mamba3_cases import CHECKS, MAMBA3_CASES, Mamba3Case, mamba3_cases_of
 from gdn2gen.measure.mamba3_runs import run_mamba3_case
+from gdn2gen.measure.sides import Errors, Side
 from gdn2gen.measure.timing import Timing
 from gdn2gen.ops.mamba3 import mamba3_siso_combined, mamba3_siso_step
 from gdn2gen.store.verified import Place
@@ -193,6 +194,38 @@ def test_rows_of_both_sides(level: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert row.floor_forward_ms == pytest.approx((3 * 64 + 12) * 18 * (
             row.shape.B / 2) * 2 / 4000 / 1e6)  # fmt: skip
         assert results._row_document(row)["problem"]["op"] == "mamba3"
+
+
+def test_bench_leaves_out_a_peer_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, refusing, measured = object(), [True], []
+
+    def worst_errors(op: object, *_: Any, peer: bool) -> dict[str, Errors]:
+        if peer and refusing:
+            raise RuntimeError("no such GPU")
+        return {"out": Errors(1e-3, "layer")}
+
+    def measure_in_turns(given: Any, *_: Any) -> list[Side]:
+        measured.append(len(given))
+        if len(given) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        time = Timing(1.0, 1.0, 1.0, 9)
+        return [Side(time, time, 1.0, {})]
+
+    monkeypatch.setattr(mamba3_rows, "mamba3_op", lambda _: peer)
+    monkeypatch.setattr(mamba3_rows, "worst_errors", worst_errors)
+    monkeypatch.setattr(mamba3_rows, "measure_in_turns", measure_in_turns)
+    monkeypatch.setattr(mamba3_rows, "copy_gbps", lambda: 4000.0)
+    monkeypatch.setattr(mamba3_rows, "_recipe_name", lambda *_: "")
+    shape = Shape("few", 2, 9, 2, groups=1)
+    for said in (
+        "mamba_ssm is left out: it raised RuntimeError: no such GPU",
+        "mamba_ssm is left out at few: it raised OutOfMemoryError",
+    ):
+        with pytest.warns(UserWarning, match=said):
+            (row,) = mamba3_rows.bench_mamba3([shape], 16, 16, "fp32", vs="mamba_ssm")
+        assert row.fla is None and row.ours.forward.median == 1.0
+        refusing.clear()
+    assert measured == [1, 2, 1]
 
 
 def test_least_bytes_are_those_of_the_notes() -> None:
