@@ -136,7 +136,8 @@ def test_the_latest_study_of_a_stage_counts(folders):
 
 
 def test_what_a_search_tells(folders):
-    search(open_ledger("gdn2", H200), "scan", 32, 40)
+    # of few knobs: which one times follow from shows in 40 trials
+    search(open_ledger("gdn2", H200), "rescan", 32, 40)
     (found,) = page.searches(open_storage(storage_path("gdn2", H200)), "gdn2", H200)
     assert found.default_ms == 2.0 and found.best_ms < 1.5
     assert f"num_warps={found.best.params['num_warps']}" in found.best_knobs
@@ -144,7 +145,7 @@ def test_what_a_search_tells(folders):
     columns = found.slices()["num_warps"]
     assert list(columns) == ["2", "4", "8"]
     assert min(columns["2"]) == found.best_ms
-    assert page.refused([found], [])["scan", "resources"] == 10
+    assert page.refused([found], [])["rescan", "resources"] == 10
 
 
 def test_a_stale_entry_is_marked_and_fla_beside_it(folders, tmp_path):
