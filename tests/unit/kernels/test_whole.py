@@ -16,6 +16,7 @@ from gdn2gen.kernels.config import default_config, language_of
 from gdn2gen.kernels.plans import PLANS, is_optional, keeps_least, level_of
 from gdn2gen.kernels.recipe import Recipe, is_served
 from gdn2gen.kernels.schedule import saved_by
+from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime import _loading
 from gdn2gen.store.dispatch import Found, find_recipe, forced_recipe, in_triton
@@ -110,6 +111,23 @@ def test_what_keeps_states_is_of_64_channels() -> None:
         why_invalid(config.replace(num_stages=3), Problem(K=64, V=64))
     )
     assert not is_served("whole_blocks1_states", Problem(), "sm_90")
+
+
+@pytest.mark.parametrize(("K", "V"), [(120, 120), (112, 128), (128, 104), (104, 112)])
+def test_blocks_in_tilelang_are_of_64_and_128_alone(K: int, V: int) -> None:
+    """A limit would take 120 for 128. Channels past 120 were taken for such as had lost all, and
+    the gradients of every chunk left to a kernel that had none to write."""
+    device, regime = named_device("H200"), Regime(16384, 4, 16)
+    problem = Problem(K=K, V=V)
+    filed = find_recipe(Problem(), regime, device, level="fast").recipe
+    blocks = [x for x in filed.by_stage.values() if STAGES[x.stage].every]
+    assert {x.stage for x in blocks} >= {"scan_blocks2", "reverse_scan_blocks2", "grad_blocks2"}
+    for config in blocks:
+        reason = why_invalid(config, problem, "sm_90")
+        assert reason and "blocks in TileLang take K and V of 64 or 128" in reason, reason
+    for level in ("lean", "fast"):
+        found = find_recipe(problem, regime, device, level=level)
+        assert not found.recipe.plan.every, f"{found.why}: {found.recipe.plan.name}"
 
 
 def test_a_scan_that_can_keep_states_on_the_way_is_that_of_two_kernels() -> None:
