@@ -206,7 +206,7 @@ def test_processes_join_one_study_and_survive_a_kill(
     left = {x.user_attrs.get("owner") for x in trials(storage, TrialState.RUNNING)} - {None}
     assert all(str(owner).endswith(f":{processes[0].pid}") for owner in left)
     # in time enough to get to every chunk size: what was begun at one is only seen from there
-    last = start(storage, tmp_path, seconds)
+    last = start(storage, tmp_path, 2 * seconds)
     assert ended(last) == 0
     # a trial without an owner may still be one that somebody is about to sign
     assert [x for x in trials(storage, TrialState.RUNNING) if "owner" in x.user_attrs] == []
