@@ -430,7 +430,9 @@ def test_the_command_asks_for_force(
     command = ["generate", "--head-dim", "64", "--target", "sm_90", "--out", str(tmp_path / "made")]
     assert program.main(command) == 0
     before = _bytes(tmp_path / "made")
-    (tmp_path / "made/forward.py").write_text((tmp_path / "made/forward.py").read_text() + "# mine\n")
+    (tmp_path / "made/forward.py").write_text(
+        (tmp_path / "made/forward.py").read_text() + "# mine\n"
+    )
     assert program.main(command) == 2
     assert "(forward.py)" in capsys.readouterr().err
     assert program.main([*command, "--force"]) == 0
