@@ -2,9 +2,9 @@
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
-and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless` and `wide`
-(programs of 128 rows, two warp groups).
+and chunks of a block (0: the scans of plan `states`); then, of the scans alone, chunks of a segment
+(0: in order), and flags of the problem, `twice` (two sequences and heads), `stateless`, `wide`
+(programs of 128 rows, two warp groups) and `lean` (the scans of that plan).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from gdn2gen.measure.check import drawn, exact, forced
 from gdn2gen.runtime import call
 
 WRITES = {
+    "scan": ("o", "S_seg", "final_state"),
+    "rescan": ("h", "R"),
     "scan_states": ("o", "h", "R", "final_state"),
     "reverse_scan": ("dh", "dX", "dX_rest", "dh0"),
     "scan_blocks": ("o", "h", "R", "final_state"),
@@ -51,7 +53,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
     tokens, chunks, states = (
         len(next(given[x] for x in names if x in given))
-        for names in (("o", "do"), ("R", "dX"), ("h", "dh"))
+        for names in (("o", "do", "v"), ("R", "dX", "A"), ("h", "dh", "A"))
     )
     slices = module.K // getattr(module, "BK", module.K)
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
@@ -62,6 +64,8 @@ def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
     names = {x: ["segment"] for x in ("scan_blocks1", "scan_states")}
     names |= {"grad_blocks": ["scale", "lower_bound"]}
+    if stage in ("scan", "rescan"):
+        return [given["segment"]]
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
 
@@ -126,21 +130,26 @@ def compare(
 
 def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless", "wide"}, True)
+    more = {"twice", "stateless", "wide", "lean"}
+    given: dict[str, Any] = dict.fromkeys({*flags} - more, True)
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
     plan = "states" if every == "0" else f"blocks{every}_states"
+    plan = "lean" if "lean" in flags else plan
     recipe = Recipe.default(problem, plan, 32, arch="sm_90")
     found: list[str] = []
     stages = [x for x in recipe.plan.stages if x.rstrip("0123456789") in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
     others = {x: tilelang_config(x, problem) for x in stages}
     if segment:
-        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
-        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
+        stages = [x for x in stages if STAGES[x].is_chain]
         rows = 128 if "wide" in flags else 64
-        others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
+        others = {x: others[x].replace(BV=rows) for x in stages}
+    if segment not in ("", "0"):
+        call.SEGMENT = int(segment)
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
+        others = {x: others[x].replace(segments="parallel") for x in stages}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)

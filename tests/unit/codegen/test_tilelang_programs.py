@@ -17,11 +17,13 @@ from gdn2gen.kernels.validity import why_invalid
 
 # A chunk that ends early among them, and one that is alone in its block. With a number after the
 # chunks of a block the scans are in segments of so many chunks: a block may be in two of them, of
-# three the one between has a transition, and the last may be shorter; `wide` are programs of two
-# warp groups, and 0 the scans without blocks. Two cases in one process, of which most is imports.
+# three the one between has a transition, and the last may be shorter; of 0 they are in order.
+# `wide` are programs of two warp groups, and 0 in place of a block the scans without. Two cases in
+# one process, of which most is imports.
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    ("gdn2 160 36 layer 0 0 wide lean",),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -41,6 +43,10 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 160 70 sparse 0 0 wide",
+            "gdn2 256 70 strong 0 0 wide lean twice",
+            "kda 152 100 sparse 0 0 wide twice stateless",
+            "gdn2 192 40 layer 0 0 wide lean state_v_first",
         )
     ),
 ]
@@ -82,6 +88,8 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
+        if "lean" in case:
+            made = ["scan o", "rescan h", "reverse_scan dX"]
         made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
         assert all(x in text for x in [*made, "reference o"])
 
