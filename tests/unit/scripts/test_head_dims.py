@@ -124,5 +124,5 @@ def test_transfer_says_none_of_what_does_not_fit(
         (None, None, 1.0),
         (None, None, 2.0),
     ]
-    assert "refused: scan: spills 9999 bytes" in capsys.readouterr().out
+    assert "refused: scan: resources: spills 9999 bytes" in capsys.readouterr().out
     assert not backend.checked
