@@ -3,8 +3,9 @@
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless` and `wide`
-(programs of 128 rows, two warp groups).
+of a segment (or -), and flags of the problem, `twice` (two sequences and heads), `stateless`, `wide`
+(programs of 128 rows, two warp groups) and `nan` (the decay of a token; what is NaN in Triton's
+results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ WRITES = {
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
+UNWRITTEN = 7.0  # where NaN is what comes out
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
@@ -68,7 +70,8 @@ def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
 def _by_program(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the stage's program leaves, carried out on copies."""
     tensors = {name: x for name, x in given.items() if torch.is_tensor(x)}
-    return run_all(module, tensors, _sizes(module, given), *_scalars(stage, given))
+    scalars = _scalars(stage, given)
+    return run_all(module, tensors, _sizes(module, given), *scalars, unwritten=UNWRITTEN)
 
 
 def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -94,11 +97,11 @@ def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict
 
 
 def compare(
-    module: ModuleType, other: ModuleType, stage: str, every: int, found: list[str]
+    module: ModuleType, other: ModuleType, stage: str, every: int, found: list[str], nan: bool
 ) -> None:
     """Have each launch of `module` run `other`'s programs on its tensors, too.
 
-    What comes after it reads what those left.
+    What comes after it reads what those left; with `nan`, what `module` left.
     """
     launch, writes = module.launch, WRITES[stage.rstrip("0123456789")]
     names = list(inspect.signature(launch).parameters)
@@ -107,14 +110,21 @@ def compare(
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         written = [x for x in writes if x in given]
+        if nan:  # as TileLang's prepare leaves it; Triton's takes a chunk's least for its last
+            given["gamma_C"][0] = float("nan")
         for name in written:
-            given[name].fill_(float("nan"))
+            given[name].fill_(UNWRITTEN if nan else float("nan"))
         results = run(other, stage, given)
         launch(*args, **kwargs)
         for name in written:
             # what is past the last token is written by some, and read by none
             wanted = given[name].float()
             kept = ~wanted.isnan()
+            if nan:
+                found.append(f"{stage} {name} {int((~kept).sum())} are NaN")
+                if (results[name].isfinite() & ~kept).any():
+                    raise AssertionError(f"of {found[-1]}, but not of TileLang's")
+                continue
             off = (results[name] - wanted)[kept].norm() / wanted[kept].norm()
             found.append(f"{stage} {name} {off:.1e}")
             if not (kept.any() and off < LIMITS[every]):  # a NaN is no less
@@ -126,7 +136,8 @@ def compare(
 
 def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless", "wide"}, True)
+    own = {"twice", "stateless", "wide", "nan"}
+    given: dict[str, Any] = dict.fromkeys({*flags} - own, True)
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
@@ -136,19 +147,25 @@ def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *
     stages = [x for x in recipe.plan.stages if x.rstrip("0123456789") in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
     others = {x: tilelang_config(x, problem) for x in stages}
-    if segment:
+    if segment.isdigit():
         call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
         rows = 128 if "wide" in flags else 64
         others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
-        compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)
+        module = load(render(problem, stage, recipe[stage]))
+        compare(module, other, stage, int(every), found, "nan" in flags)
     shape = Shape("tiny", many, int(T), many)
+    inputs, grads = drawn(problem, shape, pattern, "cpu")
+    if "nan" in flags:
+        inputs["g"][:, int(T) // 2] = float("nan")
     with forced(recipe):
-        made = run_op(public_op(op), problem, *drawn(problem, shape, pattern, "cpu"))
+        made = run_op(public_op(op), problem, inputs, grads)
     print("\n".join(found))
     assert len({x.split()[0] for x in found}) == len(stages), "a stage was not launched"
+    if "nan" in flags:
+        return
     errors = errors_in_range(made, exact(problem, shape, pattern, "cpu"), problem.dtype)
     print("reference", *(f"{name} {x:.1e}" for name, x in errors.items()))
     assert not over(errors, limit_of(problem.dtype, pattern), op, roundings_of(problem)), errors

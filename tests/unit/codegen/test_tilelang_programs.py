@@ -86,6 +86,13 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         assert all(x in text for x in [*made, "reference o"])
 
 
+def test_a_token_whose_decay_is_nan_comes_out_of_every_program_of_blocks():
+    """Its chunk is neither weak nor strong: some kernel has to write its gradients."""
+    cases = ["gdn2 64 40 layer 2 - nan", "kda 64 40 layer 1 - nan"]
+    for case, text in zip(cases, run("tilelang_checks.py", *cases).split("== ")[1:], strict=True):
+        assert f"grad_blocks{case.split()[4]} dk 2560 are NaN" in text
+
+
 @pytest.mark.parametrize(("stages", "T", "flags", "pattern", "heads"), OF_GROUPS)
 def test_programs_of_groups_make_what_tritons_kernels_do(stages, T, flags, pattern, heads):
     printed = run("tilelang_groups.py", stages, T, flags, pattern, heads)
