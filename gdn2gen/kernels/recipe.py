@@ -92,8 +92,8 @@ class Recipe:
         return not self.plan.instead and all(serves_every_option(x, self.problem) for x in configs)
 
     def max_segments(self, stage: str) -> int:
-        """Segments of all heads and sequences at most; rescans start from what scans kept."""
-        return self[self.plan.forward[-1] if stage.startswith("rescan") else stage].max_segments
+        """Segments of all heads and sequences at most; the forward's where they are given."""
+        return self[self.plan.forward[-1] if takes_segments(stage) else stage].max_segments
 
     @property
     def saved_segments(self) -> int:
@@ -180,6 +180,11 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
+
+
+def takes_segments(stage: str) -> bool:
+    """Whether it starts from what the forward kept of its segments: states, or transitions."""
+    return any(x.name in ("S_seg", "M_seg") for x in EVERY_STAGE[stage].inputs)
 
 
 def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:

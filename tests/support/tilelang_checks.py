@@ -3,8 +3,8 @@
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless` and `wide`
-(programs of 128 rows, two warp groups).
+of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless`, `wide`
+(programs of 128 rows, two warp groups) and `transitions` (of segments, kept for the backward).
 """
 
 from __future__ import annotations
@@ -39,11 +39,17 @@ WRITES = {
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
+OF_RUNS = {"twice", "stateless", "wide", "transitions"}
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
 # blocks of two they round the state between the chunks, and TileLang's what takes its place.
 LIMITS = {0: 2e-3, 1: 2e-3, 2: 4e-3, 4: 2e-3}
+
+
+def root_of(stage: str) -> str:
+    """Its name, whatever the blocks' chunks, and whether transitions are kept."""
+    return stage.removesuffix("_transitions").rstrip("0123456789")
 
 
 def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
@@ -74,7 +80,7 @@ def _by_program(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dic
 def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """The same of several programs, with kernels in Triton between them: by the module's launch."""
     mine = {name: x.clone() if torch.is_tensor(x) else x for name, x in given.items()}
-    for name in SCRATCH & {*mine}:
+    for name in SCRATCH & {*mine} - {x.name for x in STAGES[stage].inputs}:
         mine[name].fill_(float("nan"))
     names = [name for name, x in mine.items() if torch.is_tensor(x)]
 
@@ -100,7 +106,9 @@ def compare(
 
     What comes after it reads what those left.
     """
-    launch, writes = module.launch, WRITES[stage.rstrip("0123456789")]
+    launch, writes = module.launch, WRITES[root_of(stage)]
+    if "M_seg" in {x.name for x in STAGES[stage].outputs if not x.scratch}:
+        writes = (*writes, "M_seg")
     names = list(inspect.signature(launch).parameters)
     run = _by_launch if hasattr(other, "fold_program") else _by_program
 
@@ -126,14 +134,15 @@ def compare(
 
 def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless", "wide"}, True)
+    given: dict[str, Any] = dict.fromkeys({*flags} - OF_RUNS, True)
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
     plan = "states" if every == "0" else f"blocks{every}_states"
+    plan += "_transitions" * ("transitions" in flags)
     recipe = Recipe.default(problem, plan, 32, arch="sm_90")
     found: list[str] = []
-    stages = [x for x in recipe.plan.stages if x.rstrip("0123456789") in WRITES]
+    stages = [x for x in recipe.plan.stages if root_of(x) in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
     others = {x: tilelang_config(x, problem) for x in stages}
     if segment:
