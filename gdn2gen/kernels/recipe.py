@@ -11,7 +11,7 @@ from gdn2gen.kernels.config import Config, default_config, default_of, language_
 from gdn2gen.kernels.extras import OFF
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.options import serves_every_option
-from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
+from gdn2gen.kernels.plans import LEVELS, PLANS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
@@ -19,6 +19,7 @@ from gdn2gen.kernels.validity import why_invalid
 # Chunks of which programs of four, as they are tuned, would be one to a multiprocessor of an H200,
 # where two of `prepare` have room.
 _FEW_CHUNKS: Final = 512
+_USUAL_CHUNK: Final = 32
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,17 @@ def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:
         return True
     configs = Recipe.default(problem, plan, arch=arch).configs
     return all(why_invalid(x, problem, arch) is None for x in configs)
+
+
+def has_use(plan: str, regime: Regime) -> bool:
+    """Whether the plan differs at such sizes from the one that it names instead: transitions are
+    kept of all segments but the first and the last."""
+    chain = PLANS[plan]
+    if not any("M_seg" in {x.name for x in EVERY_STAGE[y].inputs} for y in chain.backward):
+        return True
+    sequences = max(1, regime.sequences)
+    longest = -(-regime.tokens // (sequences * _USUAL_CHUNK * SEGMENT))
+    return min(longest, MAX_SEGMENTS // (sequences * regime.heads)) > 2
 
 
 def _chained(config: Config) -> Config:

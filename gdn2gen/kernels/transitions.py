@@ -5,10 +5,10 @@ is the same matrix, for the gradient goes through the chunks of a segment the ot
 
     S_end = M S_start + U        dS_start = M^T dS_end + W
 
-With M kept, 64 KB a segment and head at K = 128, the reverse scan folds W alone, which is half of the
-programs: on an H200 7 for 13 of each of 16 heads and 8 segments, one wave of 132 instead of two. What
-is kept follows from the plan, so these are plans of their own. They are for few heads and long
-sequences: all their scans are parallel, and a plan without kept transitions serves what they do not.
+With M kept, 64 KB a segment and head at K = 128, the reverse scan folds W alone, in half as many
+programs: on an H200 7 for 13 of each of 16 heads and 8 segments, one wave of 132 instead of two.
+What is kept follows from the plan, so these are plans of their own. They are for few heads and long
+sequences: all their scans are parallel, and what they do not serve takes the plan without.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def _why_no_width(place: Place) -> str | None:
     if K in _HEAD_DIMS and V in _HEAD_DIMS:
         return None
     return (
-        f"kept transitions take K and V of 64 or 128, not K={K}, V={V}; use a plan whose scans make "
-        "their own"
+        f"kept transitions take K and V of 64 or 128, not K={K}, V={V}; use a plan whose reverse "
+        "scan makes its own"
     )
 
 
 def _in_segments(stage: Stage) -> tuple[Form, ...]:
-    """The stage's parallel forms, of which Triton's is the default."""
+    """Parallel forms, of which Triton's is the default."""
     return tuple(
         replace(x, leads={} if x.language == "triton" else None, refuses=_why_no_width)
         for x in stage.forms
@@ -51,9 +51,7 @@ def _keeping(name: str) -> Stage:
     return replace(
         stage,
         name=f"{name}_transitions",
-        outputs=tuple(
-            replace(x, scratch=False) if x.name == "M_seg" else x for x in stage.outputs
-        ),
+        outputs=tuple(replace(x, scratch=False) if x.name == "M_seg" else x for x in stage.outputs),
         forms=_in_segments(stage),
         later={},
     )
@@ -73,9 +71,7 @@ def _given(name: str) -> Stage:
                 x,
                 template="reverse_scan_blocks_turned",
                 knobs={y: domain for y, domain in x.knobs.items() if y != "max_segments"},
-                defaults=tuple(
-                    y for y in x.defaults if "max_segments" not in y.knobs
-                ),
+                defaults=tuple(y for y in x.defaults if "max_segments" not in y.knobs),
                 scratch=("dS_seg",),
             )
             for x in _in_segments(stage)

@@ -300,7 +300,7 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
 
 
 def _cases_of_transitions() -> Iterator[KernelCase]:
-    """Segments whose transitions are kept: none, one and two of them, of two sequences and heads."""
+    """Segments whose transitions are kept: none, one and two, of two sequences and heads."""
     wide = replace(_STATES, K=64, V=64)
     tied = replace(wide, op="kda", V=128, beta_sigmoid=True, state_v_first=True)
     uneven = replace(wide, V=128, **_NO_STATES)

@@ -123,7 +123,9 @@ def compare(
             # what is past the last token is written by some, and read by none
             wanted = given[name].float()
             kept = ~wanted.isnan()
-            off = (results[name] - wanted)[kept].norm() / wanted[kept].norm()
+            # strong decay leaves nothing of a state, and transitions are zero
+            size = wanted[kept].norm().clamp(min=1e-30)
+            off = (results[name] - wanted)[kept].norm() / size
             found.append(f"{stage} {name} {off:.1e}")
             if not (kept.any() and off < LIMITS[every]):  # a NaN is no less
                 raise AssertionError(found[-1])

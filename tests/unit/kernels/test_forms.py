@@ -44,6 +44,9 @@ WORTH = {
     "rescan_blocks2": (1800, "fb953bba28cb"),
     "reverse_scan_blocks2": (6501, "46bdf42e8c23"),
     "grad_blocks2": (3852, "00e5df19ee0c"),
+    "scan_transitions": (3320, "f6993cc5062f"),
+    "scan_blocks2_transitions": (3296, "c3a8f814223e"),
+    "reverse_scan_blocks2_transitions": (796, "de6a8cf406f0"),
     "forward": (1, "264c47a1a45f"),
     # of head dims of 64 alone
     "forward_blocks1": (0, "e3b0c44298fc"),

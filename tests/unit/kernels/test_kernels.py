@@ -163,7 +163,9 @@ def test_the_list_leaves_nothing_out() -> None:
     assert {case.plan for case in CASES} == in_triton
     configs = [x for case in CASES for x in case.recipe.configs]
     assert {x.stage for x in configs} == in_plans
-    slow = {x for x in in_plans if STAGES[x].every or x in ("reprepare_factors", "scan_transitions")}
+    slow = {
+        x for x in in_plans if STAGES[x].every or x in ("reprepare_factors", "scan_transitions")
+    }
     for stage in slow:
         assert {x["BT"] for x in configs if x.stage == stage} == {16, 32, 64}
     usual = [case for case in CASES if not case.slow]
