@@ -5,10 +5,10 @@
 
 A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is
 on file there, and stages with the knobs that are changed of what is on file,
-`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. A stage that the plan on file has not takes the
-knobs of the one that it is a variant of, and its defaults where there is none. Forward, and forward
-and backward, in ms of a CUDA graph, the L2 flushed before each; twice, in turns. `--kernels` adds
-what the GPU spent in each kernel of a pass, in us, as the profiler saw them.
+`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. A stage that the plan on
+file has not takes the knobs of the one that it is a variant of, and its defaults where there is
+none. Forward, and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice,
+in turns. `--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
 """
 
 from __future__ import annotations

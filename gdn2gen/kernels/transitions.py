@@ -26,7 +26,7 @@ _HEAD_DIMS: Final = (64, 128)
 
 
 def _why_no_width(place: Place) -> str | None:
-    """Of other head dims a state and a transition are several tiles, or none as wide as they are."""
+    """Of other head dims a state and a transition may be several tiles, or parts of one."""
     K, V = (getattr(place.problem, name, 0) for name in ("K", "V"))
     if K in _HEAD_DIMS and V in _HEAD_DIMS:
         return None

@@ -1,4 +1,4 @@
-"""Plans that keep the transitions of segments: what they serve and save, and when they are tried."""
+"""Plans that keep the transitions of segments: what they serve, save, and are tried for."""
 
 from __future__ import annotations
 
