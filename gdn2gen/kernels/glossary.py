@@ -204,7 +204,7 @@ _OF_BLOCKS: Final[Mapping[str, str]] = {
 
 # The same where transitions of segments are kept for the backward.
 _OF_TRANSITIONS: Final[Mapping[str, str]] = {
-    "M_seg": "transition of all segments but first and last, transposed",
+    "M_seg": "transitions of segments, transposed",
 }
 
 

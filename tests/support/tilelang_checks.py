@@ -4,7 +4,8 @@ They need TRITON_INTERPRET=1 before triton is imported, so the tests call this i
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
 of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless`, `wide`
-(programs of 128 rows, two warp groups) and `transitions` (of segments, kept for the backward).
+(programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward) and
+`cut` (merge_kernel of halves that are cut, in TileLang's modules alone).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WRITES = {
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
-OF_RUNS = {"twice", "stateless", "wide", "transitions"}
+OF_RUNS = {"twice", "stateless", "wide", "transitions", "cut"}
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
@@ -152,6 +153,7 @@ def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
         rows = 128 if "wide" in flags else 64
         others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
+        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)

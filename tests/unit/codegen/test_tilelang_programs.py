@@ -42,6 +42,8 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 64 134 mixed 2 1 cut",
+            "kda 64 134 zero 0 1 cut",
             "gdn2 128 134 strong 2 1 wide transitions",
             "kda 128 230 zero 2 2 wide transitions twice stateless",
             "kda 64 140 layer 2 2 transitions state_v_first",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from gdn2gen.base.device import named_device
+from gdn2gen.codegen.package import package_source
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import OPS, RECURRENCES
 from gdn2gen.family.shapes import parse_shapes
@@ -14,6 +19,7 @@ from gdn2gen.kernels.plans import PLANS, keeps_least, level_of
 from gdn2gen.kernels.recipe import Recipe, has_use, is_served, takes_segments
 from gdn2gen.kernels.schedule import saved_by, schedule
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.measure.timing import call_of
 from gdn2gen.runtime.runner import Runner
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tuning import space
@@ -94,3 +100,38 @@ def test_no_call_runs_them_unless_an_entry_says_so() -> None:
         for level in ("lean", "fast"):
             found = find_recipe(Problem(op, K=64, V=128), Regime(32768, 1, 16), H200, level=level)
             assert found.recipe.plan.name not in NAMES
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "segments"),
+    [
+        ("few8k", 132, (8, 32)),
+        ("few8k", 264, (16, 16)),
+        ("few8k", 64, (8, 32)),
+        ("long32k", 132, (8, 128)),
+        ("long32k", 264, (16, 64)),
+        ("1x2048x4", 132, (2, 32)),
+        ("1x2048x4", 264, (4, 16)),
+        ("train4k", 264, (4, 32)),
+    ],
+)
+def test_more_segments_than_usual_may_be_shorter(
+    shape: str, most: int, segments: tuple[int, int]
+) -> None:
+    call = call_of(Problem(), parse_shapes(shape)[0], torch.device("cpu"))
+    assert call.segments(32, most) == segments
+
+
+def test_a_package_cuts_sequences_as_calls_do() -> None:
+    recipe = Recipe.default(Problem(), "blocks2_states_transitions", arch="sm_90")
+    scan = recipe.plan.forward[-1]
+    for most in (132, 264):
+        source = package_source(recipe.with_config(recipe[scan].replace(max_segments=most)), "-")
+        (text,) = re.findall(r"def _segments\(.*?\n\n\n", source, re.DOTALL)
+        own: dict[str, Any] = {"triton": SimpleNamespace(cdiv=lambda x, y: -(-x // y)), "BT": 32}
+        exec(text, own)
+        assert f"_segments(T, N * HV, {most})" in source
+        for shape in ("few8k", "long32k", "1x2048x4", "1x40x4"):
+            sizes = parse_shapes(shape)[0]
+            call = call_of(Problem(), sizes, torch.device("cpu"))
+            assert own["_segments"](sizes.T, sizes.B * sizes.H, most) == call.segments(32, most)
