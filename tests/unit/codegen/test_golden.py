@@ -387,6 +387,16 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "reverse_scan_turned.py": partial(
+        _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
+    ),
+    "reverse_scan_turned_tilelang.py": partial(
+        _member_tilelang,
+        Problem(initial_state=True, final_state=True),
+        "reverse_scan_blocks2_transitions",
+        BV=128,
+        num_stages=3,
+    ),
     "grad_blocks2_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks2"),
     "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),

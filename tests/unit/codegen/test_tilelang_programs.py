@@ -22,6 +22,7 @@ from gdn2gen.kernels.validity import why_invalid
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    ("gdn2 64 134 layer 2 1 transitions",),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -41,6 +42,11 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 64 134 mixed 2 1 cut",
+            "kda 64 134 zero 0 1 cut",
+            "gdn2 128 134 strong 2 1 wide transitions",
+            "kda 128 230 zero 2 2 wide transitions twice stateless",
+            "kda 64 140 layer 2 2 transitions state_v_first",
         )
     ),
 ]
@@ -82,6 +88,8 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
+        if "transitions" in case:
+            made = ["reverse_scan_blocks2_transitions dv"]
         made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
         assert all(x in text for x in [*made, "reference o"])
 
