@@ -52,7 +52,7 @@ def measure(
     wanted = [pair for pair in pairs(models) if any(_lacks(rows, job, x) for x in pair)]
     names = [x for pair in wanted for x in pair]
     peers = sum(x in PEERS for x in names)
-    job["threads"] = max(2, (os.cpu_count() or 1) // max(1, peers))
+    job["threads"] = -(-(os.cpu_count() or 1) // max(1, peers))
     rows.mkdir(parents=True, exist_ok=True)
     with _processes(names) as sides:
         ready = until - _TURNS_SECONDS * len(wanted)
