@@ -18,7 +18,6 @@ that are kept. --sweep times configs of the kernels, for the rules in kernels/pa
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,14 +26,13 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from learning.autotuning import searching  # noqa: E402
+from learning import autotuning  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import machine  # noqa: E402
@@ -215,7 +213,7 @@ def their_times(member: str, x: Tensor) -> tuple[float | None, ...]:
     try:
         layer = None if make is None else their_layer(member, make, x)
         if layer is not None:
-            with TemporaryDirectory() as folder, searching(_cores(), Path(folder) / "lock"):
+            with autotuning.alone():
                 for took in _layer_times(lambda: layer(x)[0], [x, *layer.parameters()]):
                     found.append(took)
     except Exception as error:  # another version's arguments: no reason to lose what follows
@@ -232,10 +230,6 @@ def their_layer(member: str, make: Any, x: Tensor) -> nn.Module:
         if hasattr(layer, name):  # as mamba_ssm's ops want them, and ours keep them
             setattr(layer, name, nn.Parameter(getattr(layer, name).detach().float()))
     return layer.train(member != "mamba2" or find_spec("causal_conv1d") is not None)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
 
 
 def _row(

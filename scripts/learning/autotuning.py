@@ -7,6 +7,7 @@ Compilers want one core each, and a median is known after a sixth of that time.
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 # Of one config, before and while it is timed; Triton's own are 25 and 100.
@@ -32,11 +34,11 @@ class Searched:
 
 
 @contextmanager
-def searching(threads: int, alone: Path) -> Iterator[Searched]:
+def searching(threads: int, lock: Path) -> Iterator[Searched]:
     """Inside, an autotuner that has no result for a call compiles all of its configs side by side,
     in so many threads, and then times each of them shortly.
 
-    alone: a file that is locked while a config is timed, so that of processes that search at the
+    lock: a file that is locked while a config is timed, so that of processes that search at the
         same time one has the GPU.
     """
     from triton.runtime.autotuner import Autotuner
@@ -52,7 +54,7 @@ def searching(threads: int, alone: Path) -> Iterator[Searched]:
             with _clock(found, "compile_seconds"):
                 _compile(self, args, meta, pool)
         found.configs += 1
-        with _short(self), _locked(alone), _clock(found, "time_seconds"):
+        with _short(self), _locked(lock), _clock(found, "time_seconds"):
             return bench(self, *args, config=config, **meta)
 
     Autotuner._bench = timed
@@ -61,6 +63,14 @@ def searching(threads: int, alone: Path) -> Iterator[Searched]:
     finally:
         Autotuner._bench = bench
         pool.shutdown()
+
+
+@contextmanager
+def alone() -> Iterator[Searched]:
+    """The same for a process that has the machine to itself."""
+    threads = os.cpu_count() or 1
+    with TemporaryDirectory() as folder, searching(threads, Path(folder) / "lock") as found:
+        yield found
 
 
 def _compile(tuner: Any, args: tuple[Any, ...], meta: dict[str, Any], pool: Any) -> None:

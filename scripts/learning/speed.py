@@ -181,9 +181,9 @@ def prepare(job: Row) -> Row:
     experiment = SMALL if job["small"] else FULL
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, peer = job["model"], job["model"] in PEERS and device.type == "cuda"
-    alone = Path(job["rows"]) / "search.lock"
+    lock = Path(job["rows"]) / "search.lock"
     sizes = sizes_of(experiment, model)
-    with verifying(), searching(job["threads"], alone) if peer else nullcontext(Searched()) as cost:
+    with verifying(), searching(job["threads"], lock) if peer else nullcontext(Searched()) as cost:
         trainer = Trainer(
             build(model, sizes, experiment.seed),
             _schedule(experiment, job["turn"]),
