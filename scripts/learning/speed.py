@@ -120,6 +120,7 @@ class Side:
             "failed": self.failed,
             "at": at,
             "turn": job["turn"],
+            "graphs": job["graphs"],
             "seconds": [x["seconds"] for x in self.turns],
             "peak_mib": max(peaks, default=None),
             "loss": last.get("loss"),

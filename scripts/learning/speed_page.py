@@ -32,8 +32,7 @@ def merged(known: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
 def _groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        how = row["launched"] == "graph"
-        key = row["machine"]["device"], how, MIXERS.index(member_of(row["model"]))
+        key = row["machine"]["device"], row["graphs"], MIXERS.index(member_of(row["model"]))
         found.setdefault(key, {})[row["model"]] = row
     return {key: [*mine.values()] for key, mine in found.items()}
 
@@ -68,7 +67,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def _line(member: str, ours: Row | None, peer: Row | None) -> list[str]:
-    launched = (ours or peer or {})["launched"]
+    launched = dict.fromkeys(x["launched"] for x in (ours, peer) if x is not None)
     return [
         TITLES[member],
         _speed(ours),
@@ -77,7 +76,7 @@ def _line(member: str, ours: Row | None, peer: Row | None) -> list[str]:
         _ratio(ours, peer),
         _memory(ours),
         _memory(peer),
-        launched,
+        " / ".join(launched),
     ]
 
 

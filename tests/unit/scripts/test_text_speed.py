@@ -274,7 +274,7 @@ def test_processes(tmp_path: Path) -> None:
 def _row(model: str, seconds: list[float], at: float = 1.0, **more: Any) -> dict[str, Any]:
     return {
         "speed": True, "model": model, "failed": None, "at": at, "turn": 10, "seconds": seconds,
-        "peak_mib": 2048.0, "tokens_per_step": 1000, "launched": "eager",
+        "peak_mib": 2048.0, "tokens_per_step": 1000, "launched": "eager", "graphs": False,
         "machine": {"device": "H", "date": "today"}, **more,
     }  # fmt: skip
 
@@ -308,8 +308,14 @@ def test_fresh_rows_replace_those_that_were_timed_together() -> None:
     assert speed_page.merged(failed, both) == both
     again = [_row("kda", [3.0], at=3.0), _row("fla:kda", [5.0], at=3.0)]
     assert speed_page.merged(both, again) == again
-    graphs = [_row("kda", [0.5], launched="graph")]
+    graphs = [
+        _row("kda", [0.5], launched="graph", graphs=True),
+        _row("fla:kda", [1.0], launched="eager: it waits", graphs=True),
+    ]
     assert speed_page.merged(both, graphs) == [*both, *graphs]
+    assert "| 2.00 (2.00 to 2.00) | 2.00 | 2.00 | graph / eager: it waits |" in (
+        speed_page.page(graphs)
+    )
 
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
