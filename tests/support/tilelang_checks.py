@@ -3,10 +3,10 @@
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment (or -), and flags of the problem, `twice` (two sequences and heads), `stateless`, `wide`
-(programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward), `cut`
-(merge_kernel of halves that are cut, in TileLang's modules alone) and `nan` (the decay of a token;
-what is NaN in Triton's results has to be written by TileLang's, and NaN).
+of a segment (or -), and flags of the problem, `twice` (two sequences and heads), `stateless`,
+`wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward),
+`cut` (merge_kernel of halves that are cut, in TileLang's modules alone) and `nan` (the decay of a
+token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
