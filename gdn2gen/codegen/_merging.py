@@ -19,7 +19,7 @@ _LOOP: Final = r"for i_m in tl\.range\(1, NS - 1, num_stages=2\):\n"
 _PRODUCT: Final = (
     r'( +)b_S = tl\.dot\(b_S, b_M, (tl\.load\(p_next[^\n]*\)), input_precision="\w+"\)\n'
 )
-_CUT: Final = r"""\1# in halves, without F2F: M's are cut, those of S, which are few, rounded by hand
+_CUT: Final = r"""\1# halves without F2F: M's are cut, those of S, which are few, rounded
 \1M_high = (b_M.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 \1M_low = (b_M - M_high).to(tl.bfloat16)
 \1S_high = b_S.to(tl.int32, bitcast=True) + 32768 & -65536

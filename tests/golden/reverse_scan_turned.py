@@ -21,7 +21,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
     Aqk      [NT, HV, BT, BT]   bf16  decayed scores, lower triangle
     do       [B, T, HV, V]      bf16  gradient of o
     dht      [N, HV, K, V]      fp32  gradient of final_state
-    M_seg    [N, HV, NS, K, K]  fp32  transition of all segments but first and last, transposed
+    M_seg    [N, HV, NS, K, K]  fp32  transitions of segments, transposed
     dh       [NT2, HV, V, K]    bf16  gradient of the state at the block's end, transposed
     dX       [NT, HV, BT, V]    bf16  gradient of X = v - E S, where R = A X
     dv       [B, T, HV, V]      bf16  gradient of v
@@ -31,7 +31,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=parallel
-Template digest 4666fdc638e47a33; made by
+Template digest 2cedd176372874ca; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks2_transitions --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=parallel
@@ -166,7 +166,17 @@ def merge_kernel(
     for i_m in tl.range(1, NS - 1, num_stages=2):
         b_M = tl.load(p_M + (NS - 1 - i_m) * K * K)
         p_next = p_kept + (NS - 2 - i_m) * K * V
-        b_S = tl.dot(b_S, b_M, tl.load(p_next), input_precision="bf16x3")
+        # In halves, without F2F, which is slow: those of M are cut, those of S, which are few, rounded
+        # by hand. The product of the low ones is left out, and of two cut ones it would have the sign
+        # of the whole. Sums are apart, so that no product waits for the one before.
+        M_high = (b_M.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        M_low = (b_M - M_high).to(tl.bfloat16)
+        S_high = b_S.to(tl.int32, bitcast=True) + 32768 & -65536
+        S_high = S_high.to(tl.float32, bitcast=True)
+        S_low = (b_S - S_high).to(tl.bfloat16)
+        M_high, S_high = M_high.to(tl.bfloat16), S_high.to(tl.bfloat16)
+        b_S = tl.dot(S_low, M_high) + tl.dot(S_high, M_low)
+        b_S += tl.dot(S_high, M_high, tl.load(p_next))
         tl.store(p_next, b_S)
 
 
