@@ -22,6 +22,8 @@ from gdn2gen.kernels.validity import why_invalid
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    # head dims below their tiles, where some slices of channels, or all, lost too much
+    ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -41,6 +43,13 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 112 70 layer 2",
+            "gdn2 112 70 strong 2",
+            "gdn2 104x128 70 mixed 2",
+            "kda 112x104 70 mixed 1",
+            "kda 48 70 strong 1",
+            "gdn2 112 102 layer 2 1",
+            "gdn2 48 100 sparse 2 1 twice stateless",
         )
     ),
 ]
