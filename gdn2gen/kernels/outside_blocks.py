@@ -1,12 +1,12 @@
 """grad_blocks where the decay is outside of products: a block is one tile of its tokens.
 
-A state between two chunks of a block is the block's first and what the first chunk's tokens add to it,
-each decayed by one number. So a token of the second chunk meets those of the first as it meets its
-own chunk's, through <dO, R> and <dX, R> and what the state keeps from one to the other, and nothing
-has to be made of states: the gradients of a block of two chunks of 32 are those of a chunk of 64
-whose R and dX are known. A program has all channels of its tokens where 128 hold them, and takes
-from its own dq and dk what the backward of the norms projects out. Then no stage reads o for it,
-nor v, and dX is dv, which is read where the reverse scan writes it for the caller.
+A state between two chunks of a block is the block's first and what the first chunk's tokens add to
+it, each decayed by one number. So a token of the second chunk meets those of the first as it meets
+its own chunk's, through <dO, R> and <dX, R> and what the state keeps from one to the other, and no
+state has to be made: the gradients of a block of two chunks of 32 are those of a chunk of 64 whose
+R and dX are known. A program has all channels of its tokens where 128 hold them, and takes from its
+own dq and dk what the backward of the norms projects out. Then no stage reads o for it, nor v; and
+dX is dv, which is read where the reverse scan writes it for the caller.
 """
 
 from __future__ import annotations

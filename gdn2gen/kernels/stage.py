@@ -92,8 +92,8 @@ def keeps_checkpoints(problem: Compiled) -> bool:
 
 
 def in_slices(problem: Problem) -> bool:
-    """Whether programs of gradients whose decay is outside of products take slices of channels: else
-    each has all of its tokens'."""
+    """Whether programs of grad_blocks whose decay is outside of products have a slice of channels
+    each: else all of them."""
     return problem.K > 128 or problem.dtype == "fp32"
 
 

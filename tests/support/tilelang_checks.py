@@ -23,6 +23,7 @@ from torch import Tensor
 from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OUTSIDE_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
@@ -37,7 +38,8 @@ WRITES = {
     "reverse_scan": ("dh", "dX", "dX_rest", "dh0"),
     "scan_blocks": ("o", "h", "R", "final_state"),
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
-    "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
+    "rescan_blocks": ("h", "R"),
+    "grad_blocks": ("beta_dot", "dq", "dk", "dg", "dg_part", "db", "dbeta_part"),
 }
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
@@ -51,7 +53,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
     tokens, chunks, states = (
         len(next(given[x] for x in names if x in given))
-        for names in (("o", "do"), ("R", "dX"), ("h", "dh"))
+        for names in (("v", "do"), ("A", "R"), ("h", "dh"))
     )
     slices = module.K // getattr(module, "BK", module.K)
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
@@ -106,7 +108,8 @@ def compare(
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        written = [x for x in writes if x in given]
+        # where there are parts of dg, a kernel in Triton adds them up
+        written = [x for x in writes if x in given and not (x == "dg" and "dg_part" in given)]
         for name in written:
             given[name].fill_(float("nan"))
         results = run(other, stage, given)
@@ -126,16 +129,27 @@ def compare(
 
 def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless", "wide"}, True)
+    given: dict[str, Any] = dict.fromkeys(
+        {*flags} - {"twice", "stateless", "wide", "lean", "raw"}, True
+    )
+    if "raw" in flags:
+        given["l2norm"] = False
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
-    plan = "states" if every == "0" else f"blocks{every}_states"
-    recipe = Recipe.default(problem, plan, 32, arch="sm_90")
+    outside = op in OUTSIDE_OPS
+    plan = "states" if every == "0" else f"{'direct_' * outside}blocks{every}"
+    plan += "_states" * (every != "0" and "lean" not in flags)
+    BT = 64 if every == "1" and outside else 32
+    recipe = Recipe.default(problem, plan, BT, arch="sm_90")
     found: list[str] = []
     stages = [x for x in recipe.plan.stages if x.rstrip("0123456789") in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
-    others = {x: tilelang_config(x, problem) for x in stages}
+    if (
+        outside and every == "1"
+    ):  # of chunks of 64, and scans of those have the forms of scan_states
+        stages = ["grad_blocks1"]
+    others = {x: tilelang_config(x, problem, BT) for x in stages}
     if segment:
         call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
