@@ -3,8 +3,9 @@
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless` and `wide`
-(programs of 128 rows, two warp groups).
+of a segment (0: of all programs), and flags of the problem, `twice` (two sequences and heads),
+`stateless`, `raw` (no l2norm), `lean` (with the scan again) and `wide` (programs of 128 rows, two
+warp groups).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from gdn2gen.family.registry import OUTSIDE_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
-from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.measure.case_runs import errors_in_range
 from gdn2gen.measure.check import drawn, exact, forced
@@ -48,6 +48,10 @@ SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 LIMITS = {0: 2e-3, 1: 2e-3, 2: 4e-3, 4: 2e-3}
 
 
+# Flags that are not the problem's.
+NOT_OPTIONS = {"twice", "stateless", "wide", "lean", "raw"}
+
+
 def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     """What dims of tensors are, by their names."""
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
@@ -62,7 +66,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
-    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states")}
+    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states", "rescan_blocks")}
     names |= {"grad_blocks": ["scale", "lower_bound"]}
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
@@ -127,11 +131,11 @@ def compare(
     vars(module)["launch"] = both
 
 
-def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
+def main(
+    op: str, K: str, T: str, pattern: str, every: str, segment: str = "0", *flags: str
+) -> None:
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys(
-        {*flags} - {"twice", "stateless", "wide", "lean", "raw"}, True
-    )
+    given: dict[str, Any] = dict.fromkeys({*flags} - NOT_OPTIONS, True)
     if "raw" in flags:
         given["l2norm"] = False
     if "stateless" not in flags:
@@ -150,8 +154,8 @@ def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *
     ):  # of chunks of 64, and scans of those have the forms of scan_states
         stages = ["grad_blocks1"]
     others = {x: tilelang_config(x, problem, BT) for x in stages}
-    if segment:
-        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
+    if segment != "0":
+        call.SEGMENT, stages = int(segment), [x for x in stages if "segments" in recipe[x]]
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
         rows = 128 if "wide" in flags else 64
         others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}

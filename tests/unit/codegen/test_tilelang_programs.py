@@ -22,6 +22,7 @@ from gdn2gen.kernels.validity import why_invalid
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    ("gated_delta_rule 64 70 strong 2", "delta_rule 64 36 layer 2 0 raw lean"),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -41,6 +42,10 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gated_delta_rule 128 134 strong 2 0 lean twice",
+            "gated_delta_rule 64 150 zero 1 0 stateless",
+            "gated_delta_rule 64 230 layer 2 3 state_v_first",
+            "delta_rule 128 70 layer 2 0 stateless twice",
         )
     ),
 ]
@@ -78,11 +83,14 @@ OF_MAMBA3 = [
 def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     printed = run("tilelang_checks.py", *cases).split("== ")[1:]
     for case, text in zip(cases, printed, strict=True):
-        every, *segment = case.split()[4:6]
+        every, segment = [*case.split(), "0"][4:6]
+        outside = "delta_rule" in case
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
-        made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
+        if outside and every == "1":
+            made = []
+        made += [f"grad_blocks{every} dk"] * (every not in ("0", "4") and segment == "0")
         assert all(x in text for x in [*made, "reference o"])
 
 
