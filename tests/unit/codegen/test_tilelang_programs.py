@@ -24,6 +24,7 @@ CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
     ("gdn2 160 36 layer 0 - wide lean",),
+    ("gated_delta_rule 64 70 strong 2", "delta_rule 64 36 layer 2 - raw lean"),
     ("gdn2 64 134 layer 2 1 transitions",),
     # head dims below their tiles, where some slices of channels, or all, lost too much
     ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
@@ -50,6 +51,10 @@ CASES = [
             "gdn2 256 70 strong 0 - wide lean twice",
             "kda 152 100 sparse 0 - wide twice stateless",
             "gdn2 192 40 layer 0 - wide lean state_v_first",
+            "gated_delta_rule 128 134 strong 2 - lean twice",
+            "gated_delta_rule 64 150 zero 1 - stateless",
+            "gated_delta_rule 64 230 layer 2 3 state_v_first",
+            "delta_rule 128 70 layer 2 - stateless twice",
             "gdn2 64 134 mixed 2 1 cut",
             "kda 64 134 zero 0 1 cut",
             "gdn2 128 134 strong 2 1 wide transitions",
@@ -99,15 +104,18 @@ OF_MAMBA3 = [
 def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     printed = run("tilelang_checks.py", *cases).split("== ")[1:]
     for case, text in zip(cases, printed, strict=True):
-        every, *segment = case.split()[4:6]
+        every, segment = [*case.split(), "-"][4:6]
+        outside = "delta_rule" in case
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
         if "lean" in case:
             made = ["scan o", "rescan h", "reverse_scan dX"]
+        if outside and every == "1":
+            made = []
         if "transitions" in case:
             made = ["reverse_scan_blocks2_transitions dv"]
-        made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
+        made += [f"grad_blocks{every} dk"] * (every != "4" and not segment.isdigit())
         assert all(x in text for x in [*made, "reference o"])
 
 
