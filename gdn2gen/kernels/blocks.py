@@ -130,7 +130,7 @@ def _rescan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of rescan
         forms=(
             *_in_triton(RESCAN, "scan_blocks"),
-            *(_in_tilelang(RESCAN, "scan") if every == 1 else ()),
+            *_in_tilelang(RESCAN, "scan" if every == 1 else "rescan_blocks"),
         ),
         every=every,
     )

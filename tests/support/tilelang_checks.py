@@ -5,8 +5,9 @@ own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, t
 and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
 of a segment (or -), and flags of the problem, `twice` (two sequences and heads), `stateless`,
 `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward),
-`cut` (merge_kernel of halves that are cut, in TileLang's modules alone) and `nan` (the decay of a
-token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
+`cut` (merge_kernel of halves that are cut, in TileLang's modules alone), `lean` (the plan whose
+backward scans again) and `nan` (the decay of a token; what is NaN in Triton's results has to be
+written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ WRITES = {
     "scan_states": ("o", "h", "R", "final_state"),
     "reverse_scan": ("dh", "dX", "dX_rest", "dh0"),
     "scan_blocks": ("o", "h", "R", "final_state"),
+    "rescan_blocks": ("h", "R"),
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
 UNWRITTEN = 7.0  # where NaN is what comes out
-OF_RUNS = {"twice", "stateless", "wide", "transitions", "cut", "nan"}
+OF_RUNS = {"twice", "stateless", "wide", "transitions", "cut", "lean", "nan"}
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
@@ -60,7 +62,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
     tokens, chunks, states = (
         len(next(given[x] for x in names if x in given))
-        for names in (("o", "do"), ("R", "dX"), ("h", "dh"))
+        for names in (("o", "do", "v"), ("R", "dX"), ("h", "dh"))
     )
     slices = module.K // getattr(module, "BK", module.K)
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
@@ -69,7 +71,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
-    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states")}
+    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states", "rescan_blocks")}
     names |= {"grad_blocks": ["scale", "lower_bound"]}
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
@@ -152,6 +154,7 @@ def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(K), **given)
     plan = "states" if every == "0" else f"blocks{every}_states"
+    plan = plan.removesuffix("_states" * ("lean" in flags))
     plan += "_transitions" * ("transitions" in flags)
     recipe = Recipe.default(problem, plan, 32, arch="sm_90")
     found: list[str] = []
@@ -160,10 +163,11 @@ def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *
     others = {x: tilelang_config(x, problem) for x in stages}
     if segment.isdigit():
         call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
-        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
+        cut = [x for x in stages if "segments" in recipe[x]]
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in cut))
         rows = 128 if "wide" in flags else 64
-        others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
-        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
+        others |= {x: others[x].replace(segments="parallel", BV=rows) for x in cut}
+        others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))

@@ -23,6 +23,7 @@ CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
     ("gdn2 64 134 layer 2 1 transitions",),
+    ("gdn2 64 140 mixed 2 3 lean",),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -42,6 +43,9 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "kda 128 230 strong 4 2 lean twice stateless",
+            "kda 64 36 zero 2 8 lean state_v_first",
+            "gdn2 128 134 sparse 2 1 lean",
             "gdn2 64 134 mixed 2 1 cut",
             "kda 64 134 zero 0 1 cut",
             "gdn2 128 134 strong 2 1 wide transitions",
@@ -88,6 +92,8 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
+        if "lean" in case:
+            made = [f"rescan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if "transitions" in case:
             made = ["reverse_scan_blocks2_transitions dv"]
         made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
