@@ -1,13 +1,13 @@
 """TileLang's forms of scans and of blocks beside Triton's, whose launches they take tensors of.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
-and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment (or -), and flags of the problem, `twice` (two sequences and heads), `stateless`,
-`wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward),
-`cut` (merge_kernel of halves that are cut, in TileLang's modules alone), `lean` (the plan whose
-backward scans again) and `nan` (the decay of a token; what is NaN in Triton's results has to be
-written by TileLang's, and NaN).
+own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim (104x128 where values
+have another), tokens, gate pattern, and chunks of a block (0: the scans of plan `states`); then, of
+the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
+sequences and heads), `stateless`, `wide` (programs of 128 rows, two warp groups), `transitions` (of
+segments, kept for the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules
+alone), `lean` (the plan whose backward scans again) and `nan` (the decay of a token; what is NaN in
+Triton's results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
         len(next(given[x] for x in names if x in given))
         for names in (("o", "do", "v"), ("R", "dX"), ("h", "dh"))
     )
-    slices = module.K // getattr(module, "BK", module.K)
+    slices = -(-module.K // getattr(module, "BK", module.K))
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
-    return sizes | {"NZ": module.V // 16, "NK": slices}
+    return sizes | {"NZ": -(-module.V // 16), "NK": slices}
 
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
@@ -84,7 +84,7 @@ def _by_program(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dic
 
 
 def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The same of several programs, with kernels in Triton between them: by the module's launch."""
+    """The same with all kernels in Triton beside the programs: by the module's launch."""
     mine = {name: x.clone() if torch.is_tensor(x) else x for name, x in given.items()}
     for name in SCRATCH & {*mine} - {x.name for x in STAGES[stage].inputs}:
         mine[name].fill_(float("nan"))
@@ -92,9 +92,10 @@ def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict
 
     def compiled(program: str) -> Callable[..., None]:
         def run(*args: Any) -> None:
-            tensors = dict(zip(names, args[:-1], strict=True))
-            sizes = _sizes(module, given)
-            for name, x in run_all(module, tensors, sizes, args[-1], program=program).items():
+            tensors = dict(zip(names, args, strict=False))
+            scalars, sizes = args[len(names) :], _sizes(module, given)
+            known = {"program": program, "unwritten": UNWRITTEN}
+            for name, x in run_all(module, tensors, sizes, *scalars, **known).items():
                 tensors[name].copy_(x)
 
         return run
@@ -116,7 +117,9 @@ def compare(
     if "M_seg" in {x.name for x in STAGES[stage].outputs if not x.scratch}:
         writes = (*writes, "M_seg")
     names = list(inspect.signature(launch).parameters)
-    run = _by_launch if hasattr(other, "fold_program") else _by_program
+    # what joins segments, or takes what lost too much for the program
+    beside = hasattr(other, "fold_program") or hasattr(other, "strong_decay_kernel")
+    run = _by_launch if beside else _by_program
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -147,12 +150,15 @@ def compare(
     vars(module)["launch"] = both
 
 
-def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
+def main(
+    op: str, size: str, T: str, pattern: str, every: str, segment: str = "", *flags: str
+) -> None:
+    K, _, V = size.partition("x")
     many = 2 if "twice" in flags else 1
     given: dict[str, Any] = dict.fromkeys({*flags} - OF_RUNS, True)
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
-    problem = Problem(op, K=int(K), V=int(K), **given)
+    problem = Problem(op, K=int(K), V=int(V or K), **given)
     plan = "states" if every == "0" else f"blocks{every}_states"
     plan = plan.removesuffix("_states" * ("lean" in flags))
     plan += "_transitions" * ("transitions" in flags)

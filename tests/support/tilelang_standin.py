@@ -110,6 +110,13 @@ def reinterpret(x: Any, dtype: str) -> Any:
     return bits >> 16 if dtype == "uint16" else bits
 
 
+def chosen(condition: Any, a: Any, b: Any) -> Any:
+    """By one condition, or by each lane's own."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, *(getattr(x, "array", x) for x in (a, b)))
+    return a if condition else b
+
+
 def least(*given: Any) -> Any:
     """Of numbers, or element by element of what the lanes of a warp have; as there, not of NaN."""
     if all(isinstance(x, int) for x in given):
@@ -163,7 +170,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         gemm=gemm,
         int32="int32",
         int64="int64",
-        if_then_else=lambda condition, a, b: a if condition else b,
+        if_then_else=chosen,
         get_lane_idx=lambda: np.arange(32),
         get_thread_binding=lambda: np.arange(0, 256, 128),  # a thread of either warp group
         min=least,

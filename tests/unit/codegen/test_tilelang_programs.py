@@ -24,6 +24,8 @@ CASES = [
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
     ("gdn2 64 134 layer 2 1 transitions",),
     ("gdn2 64 140 mixed 2 3 lean",),
+    # head dims below their tiles, where some slices of channels, or all, lost too much
+    ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -51,6 +53,13 @@ CASES = [
             "gdn2 128 134 strong 2 1 wide transitions",
             "kda 128 230 zero 2 2 wide transitions twice stateless",
             "kda 64 140 layer 2 2 transitions state_v_first",
+            "gdn2 112 70 layer 2",
+            "gdn2 112 70 strong 2",
+            "gdn2 104x128 70 mixed 2",
+            "kda 112x104 70 mixed 1",
+            "kda 48 70 strong 1",
+            "gdn2 112 102 layer 2 1",
+            "gdn2 48 100 sparse 2 1 twice stateless",
         )
     ),
 ]
