@@ -181,10 +181,11 @@ def main(
         stages = ["grad_blocks1"]
     others = {x: tilelang_config(x, problem, BT) for x in stages}
     if segment.isdigit():
-        call.SEGMENT, stages = int(segment), [x for x in stages if "segments" in recipe[x]]
-        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
-        others = {x: others[x].replace(segments="parallel") for x in stages}
-        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
+        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
+        cut = [x for x in stages if "segments" in recipe[x]]
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in cut))
+        others |= {x: others[x].replace(segments="parallel") for x in cut}
+        others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
     rows = 128 if "wide" in flags else 64
     others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
     for stage in stages:

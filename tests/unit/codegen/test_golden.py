@@ -390,6 +390,7 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "rescan_blocks_tilelang.py": partial(_member_tilelang, Problem(), "rescan_blocks2"),
     "reverse_scan_turned.py": partial(
         _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
     ),

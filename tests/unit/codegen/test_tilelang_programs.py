@@ -26,6 +26,7 @@ CASES = [
     ("gdn2 160 36 layer 0 - wide lean",),
     ("gated_delta_rule 64 70 strong 2", "delta_rule 64 36 layer 2 - raw lean"),
     ("gdn2 64 134 layer 2 1 transitions",),
+    ("gdn2 64 140 mixed 2 3 lean",),
     # head dims below their tiles, where some slices of channels, or all, lost too much
     ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
     *(
@@ -55,6 +56,9 @@ CASES = [
             "gated_delta_rule 64 150 zero 1 - stateless",
             "gated_delta_rule 64 230 layer 2 3 state_v_first",
             "delta_rule 128 70 layer 2 - stateless twice",
+            "kda 128 230 strong 4 2 lean twice stateless",
+            "kda 64 36 zero 2 8 lean state_v_first",
+            "gdn2 128 134 sparse 2 1 lean",
             "gdn2 64 134 mixed 2 1 cut",
             "kda 64 134 zero 0 1 cut",
             "gdn2 128 134 strong 2 1 wide transitions",
@@ -111,6 +115,8 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
             made = ["scan_states h", "reverse_scan dX"]
         if "lean" in case:
             made = ["scan o", "rescan h", "reverse_scan dX"]
+            if every != "0":
+                made = [f"rescan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if outside and every == "1":
             made = []
         if "transitions" in case:
