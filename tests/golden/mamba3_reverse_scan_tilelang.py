@@ -39,7 +39,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 Problem: mamba3 K=128 V=64 bf16, skip, carried
 
 Config:  BT=64 language=tilelang num_stages=1 num_warps=4
-Template digest 1263510d9b8dca84; made by
+Template digest 11325f9aa94d3993; made by
     gdn2gen generate --dtype bf16 --with=skip,carried --stage mamba3_reverse_scan --config \
       BT=64,language=tilelang,num_stages=1,num_warps=4
 """
@@ -111,7 +111,6 @@ def program():
             b_dS = tile.alloc_fragment([P, N], "float32")
             b_rounded = tile.alloc_fragment([P, N], IO)
             b_met = tile.alloc_fragment([BT, P], "float32")
-            b_met_sum = tile.alloc_fragment([BT], "float32")
             b_outer = tile.alloc_fragment([P, BT], IO)
             b_added = tile.alloc_fragment([P, BT], "float32")
             # pairs: rows are tokens that write, then tokens that read
@@ -211,17 +210,19 @@ def program():
                     b_dP[i, j] *= x_L[0]
                 tile.reduce_sum(b_scores, b_dot32, dim=1)
                 tile.reduce_sum(b_dP, b_sum32, dim=1)
+                tile.tma_store_wait(0)
+                for i in tile.Parallel(BT):
+                    s_sums[0, i] = b_sum0[i] + b_sum32[i]
+                    s_sums[1, i] = b_sum0[i] + b_sum32[i] + (b_dot0[i] + b_dot32[i])
+
                 tile.wgmma_gemm(s_k, s_dS, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BT, P):
                     b_met[i, j] = b_dv[i, j] * tile.cast(s_V[i, j], "float32")
-                tile.reduce_sum(b_met, b_met_sum, dim=1)
-                tile.tma_store_wait(0)
+                tile.reduce_sum(b_met, b_sum0, dim=1)
                 for i in tile.Parallel(BT):
-                    s_sums[0, i] = b_sum0[i] + b_sum32[i]
-                    s_sums[1, i] = b_sum0[i] + b_sum32[i] + (b_dot0[i] + b_dot32[i])
-                    s_sums[4, i] = b_met_sum[i]
+                    s_sums[4, i] = b_sum0[i]
 
                 for i, j in tile.Parallel(BT, P):
                     b_dv[i, j] *= s_tail_decay[i] * s_weight_s[i]
@@ -273,15 +274,17 @@ def program():
                     b_dq_pairs32[i, j] = b_dP[i, j] * tile.if_then_else(i == j + 32, s_own_dt[i], x_L[0])
                     b_dP[i, j] *= b_scores[i, j] * x_L[0]
                 tile.reduce_sum(b_dP, b_sum32, dim=1)
+                for i in tile.Parallel(BT):
+                    s_sums[2, i] = b_sum0[i] + b_sum32[i]
+
                 tile.wgmma_gemm(s_q, s_h, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BT, P):
                     b_met[i, j] = b_dv[i, j] * tile.cast(s_dy[i, j], "float32")
-                tile.reduce_sum(b_met, b_met_sum, dim=1)
+                tile.reduce_sum(b_met, b_sum0, dim=1)
                 for i in tile.Parallel(BT):
-                    s_sums[2, i] = b_sum0[i] + b_sum32[i]
-                    s_sums[3, i] = b_met_sum[i]
+                    s_sums[3, i] = b_sum0[i]
 
                 tile.wgmma_gemm(s_V, s_dS[:, 0:64], b_d, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
