@@ -39,7 +39,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 Problem: mamba3 K=128 V=64 bf16, skip, carried
 
 Config:  BT=64 language=tilelang num_stages=1 num_warps=4
-Template digest 11325f9aa94d3993; made by
+Template digest e3c385c85635edb0; made by
     gdn2gen generate --dtype bf16 --with=skip,carried --stage mamba3_reverse_scan --config \
       BT=64,language=tilelang,num_stages=1,num_warps=4
 """
@@ -132,8 +132,8 @@ def program():
             b_d = tile.alloc_fragment([BT, 64], "float32")
             b_dd = tile.alloc_fragment([BT, 64], IO)
             b_turn0 = tile.alloc_fragment([BT, 32], "float32")
-            b_across = tile.alloc_fragment([4, P // 4, S], "float32")
-            b_sums = tile.alloc_fragment([4, S], "float32")
+            b_across = tile.alloc_fragment([4, P // 4, 32], "float32")
+            b_sums = tile.alloc_fragment([4, 32], "float32")
             x_L = tile.alloc_local([2], "float32")
             x_gamma = tile.alloc_local([1], "float32")
             x_skip = tile.alloc_local([1], "float32")
@@ -248,12 +248,12 @@ def program():
                 tile.wait_wgmma(0)
 
                 if i_t > 0:
-                    for w, i, j in tile.Parallel(4, P // 4, S):
+                    for w, i, j in tile.Parallel(4, P // 4, 32):
                         b_across[w, i, j] = b_dS[w * (P // 4) + i, 2 * j] * tile.cast(s_h[w * (P // 4) + i, 2 * j + 1], "float32")
-                    for w, i, j in tile.Parallel(4, P // 4, S):
+                    for w, i, j in tile.Parallel(4, P // 4, 32):
                         b_across[w, i, j] -= b_dS[w * (P // 4) + i, 2 * j + 1] * tile.cast(s_h[w * (P // 4) + i, 2 * j], "float32")
                     tile.reduce_sum(b_across, b_sums, dim=1)
-                    for w, j in tile.Parallel(4, S):
+                    for w, j in tile.Parallel(4, 32):
                         dtheta_part[i_tile - 1, i_h, w, j] = b_sums[w, j]
 
                 tile.wgmma_gemm(s_q, s_k[0:32, :], b_scores, transpose_B=True, clear_accum=True, policy=ROWS)

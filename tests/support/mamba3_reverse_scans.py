@@ -3,8 +3,8 @@
     python mamba3_reverse_scans.py TOKENS STATE_SIZE PATTERN [FLAGS]
 
 `gradients` are autograd's of the recurrence token by token in fp64, and sums of pairs as they are
-defined. Queries and keys are turned already, FLAGS are fields of the problem with commas, of which
-`angles` is the number of them that half of the channels have. A process of its own, since it is
+defined. Queries and keys are turned already, FLAGS are fields of the problem with commas, and `angles`
+for as many as half of the channels have, or `angles=7`. A process of its own, since it is
 some seconds of Python threads.
 """
 
@@ -115,8 +115,11 @@ def operands_of(problem: Mamba3Problem) -> dict[str, list[str]]:
 
 
 def main(tokens: str, state_size: str, pattern: str, flags: str = "") -> None:
-    named: dict[str, Any] = dict.fromkeys([x for x in flags.split(",") if x], True)
-    S = int(state_size) // 4 if named.pop("angles", False) else 0
+    named: dict[str, Any] = {}
+    for flag in (x for x in flags.split(",") if x):
+        name, _, value = flag.partition("=")
+        named[name] = int(value) if value else int(state_size) // 4 if name == "angles" else True
+    S = named.pop("angles", 0)
     problem = reverse_scan_problem(Mamba3Problem(state_size=int(state_size), angles=S, **named))
     module = load(
         render(problem, "mamba3_reverse_scan", default_config("mamba3_reverse_scan", problem))

@@ -80,6 +80,8 @@ OF_ITS_BACKWARD = [
     pytest.param("136", "128", "zero", "", marks=pytest.mark.slow),
     pytest.param("64", "128", "layer", "carried,angles", marks=pytest.mark.slow),
     pytest.param("4", "64", "strong", "angles", marks=pytest.mark.slow),
+    pytest.param("68", "128", "layer", "angles=45", marks=pytest.mark.slow),
+    pytest.param("68", "64", "layer", "skip,angles=7", marks=pytest.mark.slow),
 ]
 
 
