@@ -3,8 +3,8 @@
     python mamba3_reverse_scans.py TOKENS STATE_SIZE PATTERN [FLAGS]
 
 `gradients` are autograd's of the recurrence token by token in fp64, and sums of pairs as they are
-defined. Queries and keys are turned already, FLAGS are fields of the problem with commas, and `angles`
-for as many as half of the channels have, or `angles=7`. A process of its own, since it is
+defined. Queries and keys are turned already. FLAGS are fields of the problem with commas, and
+`angles` for as many as half of the channels have, or `angles=7`. A process of its own, since it is
 some seconds of Python threads.
 """
 
