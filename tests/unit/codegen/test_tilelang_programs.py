@@ -104,6 +104,17 @@ OF_MAMBA3 = [
 ]
 
 
+OF_ITS_BACKWARD = [
+    ("68", "64", "sparse", "skip,carried,angles"),
+    pytest.param("132", "128", "strong", "skip,carried,angles", marks=pytest.mark.slow),
+    pytest.param("136", "128", "zero", "", marks=pytest.mark.slow),
+    pytest.param("64", "128", "layer", "carried,angles", marks=pytest.mark.slow),
+    pytest.param("4", "64", "strong", "angles", marks=pytest.mark.slow),
+    pytest.param("68", "128", "layer", "angles=45", marks=pytest.mark.slow),
+    pytest.param("68", "64", "layer", "skip,angles=7", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize("cases", CASES, ids=", ".join)
 def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     printed = run("tilelang_checks.py", *cases).split("== ")[1:]
@@ -146,6 +157,16 @@ def test_mamba3s_scan_is_its_recurrence(T, N, keep, pattern, flags):
     kept = {"h"} if keep == "2" else set()
     kept |= {"ungated"} if keep != "0" and "gate" in flags else set()
     assert made == {"out", "final_ssm", *kept}
+
+
+@pytest.mark.parametrize(("T", "N", "pattern", "flags"), OF_ITS_BACKWARD)
+def test_mamba3s_reverse_scan_makes_its_recurrences_gradients(T, N, pattern, flags):
+    printed = run("mamba3_reverse_scans.py", T, N, pattern, flags)
+    made = {x.split()[0] for x in printed.splitlines()}
+    wanted = {"dv", "dQ_head", "dK_head", "kept_part", *(f"sums{i}" for i in range(5))}
+    wanted |= {"dinitial_ssm"} if "carried" in flags else set()
+    wanted |= {"dtheta", "dtheta_part"} if "angles" in flags else set()
+    assert made == wanted
 
 
 def test_strong_decay_of_128_channels_takes_8_warps():
