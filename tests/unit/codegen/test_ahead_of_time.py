@@ -306,6 +306,25 @@ def test_tilelang_of_blocks_compiles_and_fits(
     assert programs * (used.shared_bytes + 1024) <= 228 * 1024
 
 
+@pytest.mark.parametrize(
+    ("op", "stage"),
+    [
+        ("gdn2", "rescan_blocks2"),
+        pytest.param("gated_delta_rule", "rescan_blocks2", marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", "scan_blocks2", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.tilelang
+def test_tilelang_of_blocks_compiles_where_values_are_one_tile(
+    op: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a block starts was a condition of 101 threads there, for TileLang."""
+    problem = replace(_STATES, op=op, K=64, V=64)
+    config = tilelang_config(stage, problem)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    assert compile_ahead(problem, stage, config, named_device("sm_90")).spill_bytes == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("stage", ["scan_blocks2", "reverse_scan_blocks2"])
