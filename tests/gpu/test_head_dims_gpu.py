@@ -218,11 +218,12 @@ def test_segments_of_blocks_below_their_tiles(size: tuple[int, int]) -> None:
 def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
     size: tuple[int, int], level: str
 ) -> None:
-    """The configs that were found at 64 and 128, as they are."""
+    """The configs that were found at 64 and 128, as they are; a call finds them."""
     problem, regime = problem_of("gdn2", size), SHAPES["train4k"].regime
     tuned = find_recipe(of_tiles(problem), regime, level=level).recipe
     recipe = tuned.fitted(problem, "sm_90")
     assert tuned.plan.every and (recipe.plan, recipe.configs) == (tuned.plan, tuned.configs)
+    assert find_recipe(problem, regime, level=level).recipe == recipe
     check(recipe, "layer", "strong", "mixed")
 
 
