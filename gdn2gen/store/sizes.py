@@ -11,6 +11,7 @@ from typing import Any
 from gdn2gen.base.device import Device
 from gdn2gen.base.paths import packaged_tuned_dir, user_tuned_dir
 from gdn2gen.family.problem import USUAL_DIMS, Problem, Regime
+from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store import dispatch, tuned_files
 from gdn2gen.store._words import words_of
 from gdn2gen.store.dispatch import Found
@@ -42,7 +43,7 @@ def transferred(problem: Problem, regime: Regime, device: Device, **options: Any
     fit; None where nothing is on file."""
     others = set(_dims_on_file(problem.op)) - {(problem.K, problem.V)}
     for K, V in sorted(others, key=lambda x: _apart(problem, *x)):
-        near = dispatch.find_recipe(replace(problem, K=K, V=V), regime, device, **options)
+        near = _there(replace(problem, K=K, V=V), problem, regime, device, **options)
         if near.source != "default":
             return replace(
                 near,
@@ -52,6 +53,29 @@ def transferred(problem: Problem, regime: Regime, device: Device, **options: Any
                 f"V={V}, with tiles that fit, and not timed at these; there {near.why}",
             )
     return None
+
+
+def _there(
+    other: Problem, problem: Problem, regime: Regime, device: Device, **options: Any
+) -> Found:
+    """What is found for `other`: of its size one that serves packed sequences, too, where the
+    fastest has forms that `problem` cannot take and that one has none such. In their place are
+    defaults, in Triton: of K = V = 128 the fastest is in one kernel, and of blocks, which 96 has
+    not in TileLang."""
+    found = dispatch.find_recipe(other, regime, device, **options)
+    if found.source == "default" or _keeps_forms(found.recipe, problem, device):
+        return found
+    packed = dispatch.find_recipe(replace(other, varlen=True), regime, device, **options)
+    served = packed.source == found.source and _keeps_forms(packed.recipe, problem, device)
+    return packed if served else found
+
+
+def _keeps_forms(recipe: Recipe, problem: Problem, device: Device) -> bool:
+    fitted = recipe.fitted(problem, device.arch)
+    if fitted.plan is not recipe.plan:
+        return False
+    pairs = zip(recipe.configs, fitted.configs, strict=True)
+    return all(config.form is other.form for config, other in pairs)
 
 
 def is_usual(problem: Problem) -> bool:

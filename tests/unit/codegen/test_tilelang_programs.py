@@ -48,7 +48,7 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
-            "gdn2 160 70 sparse 0 - wide",
+            "gdn2 152 70 mixed 0 - wide",
             "gdn2 256 70 strong 0 - wide lean twice",
             "kda 152 100 sparse 0 - wide twice stateless",
             "gdn2 192 40 layer 0 - wide lean state_v_first",

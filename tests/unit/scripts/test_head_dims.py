@@ -17,8 +17,10 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
+from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 head_dims = load_script("head_dims")
@@ -54,6 +56,20 @@ def test_what_breaks_one_side_breaks_a_process_of_its_own() -> None:
     assert head_dims.in_a_process("problem_of", "96").get() == head_dims.problem_of("96")
     failed = head_dims.in_a_process("times_of", "ours", head_dims.problem_of("96"))
     assert not failed.ok and "GPU" in failed.reason.upper().replace("CUDA", "GPU")
+
+
+@pytest.mark.parametrize("level", ["lean", "fast"])
+def test_of_the_nearest_head_dims_is_transferred_what_is_served_there(
+    monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """Of 128 the fastest have forms that 96 has not: what is left of them are Triton's defaults."""
+    monkeypatch.setattr(head_dims, "_device", lambda: named_device("NVIDIA H200"))
+    problem = head_dims.problem_of("96")
+    fastest = find_recipe(Problem(), head_dims.SHAPE.regime, head_dims._device(), level=level)
+    assert any(why_invalid(x, problem, "sm_90") for x in fastest.recipe.configs)
+    recipes, origin = head_dims._recipes_of(problem, level)
+    assert origin == "K=128 V=128"
+    assert [x["language"] for x in recipes["transferred"].configs].count("tilelang") >= 4
 
 
 class Backend:
