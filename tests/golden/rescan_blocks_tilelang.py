@@ -3,8 +3,8 @@
 One program per segment, value head and slice of V: the forward left the state at every segment's
 start, so that segments run side by side. The state is held transposed, S^T [BV, K], so that it is
 the left operand of every product and never leaves the registers. What each chunk adds is written
-out, and what every 2 chunks of the sequence start from. The compiler gives the loads to a warp group
-of its own, which fills 2 stages of shared memory ahead of the products.
+out, and what every 2 chunks of the sequence start from. The compiler gives the loads to a
+warp group of its own, which fills 2 stages of shared memory ahead of the products.
 
     R^T = (w v)^T A^T + S^T Y^T          Y = -A E
     S^T <- S^T Diag(gamma_C) + R^T Ktail
@@ -21,7 +21,7 @@ of its own, which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest d411763c863d0472; made by
+Template digest e6144834b48a2a5b; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage rescan_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4

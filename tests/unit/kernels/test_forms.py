@@ -66,15 +66,15 @@ IN_TILELANG_ALONE = ("forward", "forward_blocks1")
 
 
 def test_blocks_of_any_size_have_the_same_forms_in_triton() -> None:
-    """In TileLang scans have both of theirs, rescan its one, and gradients one, but for blocks of
-    4."""
+    """In TileLang scans have both of theirs, rescan its one, and gradients one for a decay inside
+    of products and one for the others, but for blocks of 4."""
     for stage in OTHER_BLOCKS:
         alike = [x for x in STAGES[f"{stage[:-1]}2"].forms if x.language == "triton"]
         found = [x for x in STAGES[stage].forms if x.language == "triton"]
         assert [(x.template, x.knobs) for x in found] == [(x.template, x.knobs) for x in alike]
         others = [x.name for x in STAGES[stage].forms if x.language == "tilelang"]
-        scans = ["serial", "parallel"] if STAGES[stage].is_chain else ["anchored"]
-        known = {"grad_blocks4": [], **{f"rescan_blocks{x}": ["serial"] for x in (1, 4)}}
+        scans = ["serial", "parallel"] if STAGES[stage].is_chain else ["anchored", "outside"]
+        known = {"rescan_blocks1": ["serial"], "rescan_blocks4": ["serial"], "grad_blocks4": []}
         assert others == known.get(stage, scans)
 
 
