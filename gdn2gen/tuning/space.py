@@ -13,6 +13,8 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels import validity
 from gdn2gen.kernels.config import SHARED_KNOBS, Config, default_of
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Place
+from gdn2gen.kernels.plans import PLANS
+from gdn2gen.kernels.recipe import takes_segments
 from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.kernels.stage import Form, has_operand
 from gdn2gen.kernels.stages import STAGES
@@ -128,14 +130,17 @@ def neighbours(config: Config, problem: Problem, device: Device) -> tuple[Config
     return tuple(x for x in others if why_hopeless(x, problem, device) is None)
 
 
-def stages_moved(config: Config) -> tuple[str, ...]:
-    """Other stages whose time depends on the config.
+def stages_moved(config: Config, plan: str) -> tuple[str, ...]:
+    """Other stages of the plan whose time depends on the config.
 
     rescan runs the segments whose starts scan kept. Ranked by its own time, scan had one segment a
-    sequence instead of two at train4k: 0.323 ms forward for 0.328, and 1.515 for 1.475 in all.
+    sequence instead of two at train4k: 0.323 ms forward for 0.328, and 1.515 for 1.475 in all. So
+    it is with transitions that a reverse scan is given.
     """
-    own = config.max_segments != MAX_SEGMENTS
-    return ("rescan",) if config.stage == "scan" and own else ()
+    chain, own = PLANS[plan], config.max_segments != MAX_SEGMENTS
+    if config.stage != chain.forward[-1] or not own:
+        return ()
+    return tuple(x for x in chain.backward if takes_segments(x))
 
 
 def is_hopeless(stage: str, ms: float, best_ms: float) -> bool:

@@ -11,6 +11,7 @@ from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store._claims import always_checked
@@ -50,6 +51,9 @@ class FakeBackend:
             raise Killed
         future = Future()
         accident = self._verdict(config)
+        # as where a kernel is rendered: a default need not serve every chunk size
+        if why_invalid(config, problem, DEVICE.arch) is not None:
+            accident = "no build"
         if accident == "spills":
             future.set_result(Outcome(outcome.OK, Resources(255, 9999, 1000, 128, 1.0)))
         elif accident == "no build":
@@ -62,6 +66,9 @@ class FakeBackend:
         self.now += 0.2
         self.checked.append((recipe, full))
         accidents = {self._verdict(config) for config in recipe.configs}
+        refused = [why_invalid(x, recipe.problem, DEVICE.arch) for x in recipe.configs]
+        if any(refused):
+            return Outcome(outcome.ERROR, detail=next(filter(None, refused)))
         if "crash" in accidents:
             return Outcome(outcome.CRASHED, detail="signal 6: Assertion failed")
         if "hang" in accidents:

@@ -236,9 +236,10 @@ class Search:
 
     def _attempt(self, config: Config) -> Attempt:
         """The config in its plan's defaults; a stage whose time it moves at its best so far."""
-        recipe = self.base(self._plan_with(config.stage), config.size("BT"))
+        plan = self._plan_with(config.stage)
+        recipe = self.base(plan, config.size("BT"))
         known = {}
-        for stage in space.stages_moved(config):
+        for stage in space.stages_moved(config, plan):
             best, known[stage] = self.trials[recipe.BT][stage].best()
             recipe = recipe.with_config(best)
         return Attempt(config, recipe.with_config(config), known)

@@ -15,6 +15,7 @@ from gdn2gen.codegen.package import package_source
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import OPS, RECURRENCES
 from gdn2gen.family.shapes import parse_shapes
+from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.plans import PLANS, keeps_least, level_of
 from gdn2gen.kernels.recipe import Recipe, has_use, is_served, takes_segments
 from gdn2gen.kernels.schedule import saved_by, schedule
@@ -135,3 +136,19 @@ def test_a_package_cuts_sequences_as_calls_do() -> None:
             sizes = parse_shapes(shape)[0]
             call = call_of(Problem(), sizes, torch.device("cpu"))
             assert own["_segments"](sizes.T, sizes.B * sizes.H, most) == call.segments(32, most)
+
+
+def test_a_search_times_a_scan_with_all_that_runs_its_segments() -> None:
+    def moved(stage: str, plan: str, **knobs: int) -> tuple[str, ...]:
+        config = default_config(stage, Problem()).replace(**knobs)
+        return space.stages_moved(config, plan)
+
+    reverse = "reverse_scan_blocks2_transitions"
+    assert moved("scan", "lean", max_segments=264) == ("rescan",)
+    assert moved("scan", "blocks2", max_segments=64) == ("rescan_blocks2",)
+    own = moved("scan_transitions", NAMES[0], max_segments=264)
+    assert own == ("rescan_blocks2", reverse)
+    assert moved("scan_blocks2_transitions", NAMES[1], max_segments=64) == (reverse,)
+    assert moved("scan_blocks2", "blocks2_states", max_segments=64) == ()
+    assert moved("reverse_scan", "lean", max_segments=64) == moved("scan", "lean") == ()
+    assert moved("rescan_blocks2", "blocks2") == moved(reverse, NAMES[1]) == ()

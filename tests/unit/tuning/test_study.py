@@ -100,7 +100,9 @@ def test_the_best_configs_win_and_are_filed(tmp_path):
     (result,) = report.results
     assert result.speedup > 1.2
     file = tuned_files.load_tuned(report.path, DEVICE)
-    (entry,) = file.entries
+    # parallel scans may be as fast as serial ones: beside them is the best that serves all options
+    entry, *others = sorted(file.entries, key=lambda x: x.measured["forward_backward_ms"])
+    assert all(x.recipe_for(PROBLEM).serves_every_option for x in others) and len(others) < 2
     assert entry.provenance == "measured"
     assert entry.measured["default_forward_backward_ms"] > entry.measured["forward_backward_ms"]
     assert entry.gate == ERRORS
