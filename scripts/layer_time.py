@@ -9,10 +9,10 @@ and v, and the gated norm; each is beside the floor, the time that a copy of its
 can be imported. A layer is timed with random weights, forward without gradients, and forward and
 backward with all of them. Every run begins with the L2 flushed.
 Rows are printed as they are measured: all of ours first, then flash-linear-attention's, layer by
-layer, whose first call tries its configs for up to minutes; --minutes begins no other of its
-layers after that, and --alone none at all. --save keeps rows in docs/layers/, one as soon as it is
-there, and makes the table of docs/experiments.md of all that are kept. --sweep times configs of
-the kernels, for the rules in kernels/parts.py.
+layer, whose first call tries its configs, compiled side by side and each timed for 20 ms, for up to
+a minute; --minutes begins no other of its layers after that, and --alone none at all. --save keeps
+rows in docs/layers/, one as soon as it is there, and makes the table of docs/experiments.md of all
+that are kept. --sweep times configs of the kernels, for the rules in kernels/parts.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,15 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
+from learning import autotuning  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import machine  # noqa: E402
 from part_sweep import sweep  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
-from gdn2gen.base.terminal import Sheet, console  # noqa: E402
+from gdn2gen.base.terminal import Sheet, console, plain  # noqa: E402
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem  # noqa: E402
 from gdn2gen.measure.timing import copy_gbps, time_ms  # noqa: E402
 from gdn2gen.nn.model import MIXERS  # noqa: E402
@@ -80,6 +82,8 @@ OTHERS: Final[dict[str, dict[str, Any]]] = {
     "mamba2": {"num_heads": 2 * HIDDEN // 64, "use_bias": False, "use_conv_bias": True},
     "mamba3": {},
 }
+
+_IN_FP32: Final = ("A_log", "dt_bias", "D", "B_bias", "C_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,17 +206,30 @@ def layer_rows(member: str, x: Tensor) -> Iterator[Row]:
         yield _row(f"layer {member}", name, took)
 
 
-def their_times(member: str, x: Tensor) -> tuple[float, float] | None:
-    """Of flash-linear-attention's layer; None where there is none, or another version's."""
-    make = _theirs(*THEIRS[member])
-    if make is None:
-        return None
+def their_times(member: str, x: Tensor) -> tuple[float | None, ...]:
+    """Of flash-linear-attention's layer, forward and with the backward; None for what does not
+    run."""
+    make, found = _theirs(*THEIRS[member]), list[float | None]()
     try:
-        layer = make(hidden_size=HIDDEN, **OTHERS.get(member, SIZES)).to(x.device, DTYPE)
-        return _layer_times(lambda: layer(x)[0], [x, *layer.parameters()])
+        layer = None if make is None else their_layer(member, make, x)
+        if layer is not None:
+            with autotuning.alone():
+                for took in _layer_times(lambda: layer(x)[0], [x, *layer.parameters()]):
+                    found.append(took)
     except Exception as error:  # another version's arguments: no reason to lose what follows
-        console(stderr=True).print(f"flash-linear-attention's {member}: {error}")
-        return None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        console(stderr=True).print(plain(f"flash-linear-attention's {member}: {said}"))
+    return tuple(found + [None] * (len(DIRECTIONS) - len(found)))
+
+
+def their_layer(member: str, make: Any, x: Tensor) -> nn.Module:
+    """Without causal_conv1d its Mamba-2 cannot train: then as in evaluation, where the same layer
+    is Triton's convolution, mamba_ssm's scan and a norm, with gradients all the same."""
+    layer: nn.Module = make(hidden_size=HIDDEN, **OTHERS.get(member, SIZES)).to(x.device, DTYPE)
+    for name in _IN_FP32 if member.startswith("mamba") else ():
+        if hasattr(layer, name):  # as mamba_ssm's ops want them, and ours keep them
+            setattr(layer, name, nn.Parameter(getattr(layer, name).detach().float()))
+    return layer.train(member != "mamba2" or find_spec("causal_conv1d") is not None)
 
 
 def _row(
@@ -221,8 +238,10 @@ def _row(
     return {"what": what, "direction": direction, "ms": took, "floor_ms": floor, "fla_ms": fla}
 
 
-def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> tuple[float, float]:
-    return ms(torch.no_grad()(run)), ms(differentiated(run, into))
+def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> Iterator[float]:
+    """Forward, then with the backward, which may not run where the forward does."""
+    yield ms(torch.no_grad()(run))
+    yield ms(differentiated(run, into))
 
 
 @verifying()
@@ -251,10 +270,8 @@ def main() -> None:
         for member, ours in of_layers.items():
             if args.alone or time.monotonic() > until:
                 continue
-            theirs = their_times(member, x)
-            if theirs is not None:
-                both = zip(ours, theirs, strict=True)
-                rows.add({**row, "fla_ms": other} for row, other in both)
+            both = zip(ours, their_times(member, x), strict=True)
+            rows.add({**row, "fla_ms": other} for row, other in both if other is not None)
     rows.show()
 
 

@@ -24,6 +24,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
+from learning import autotuning  # noqa: E402
 from learning.models import MIXERS, PEERS, Sizes, build, parameters  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
@@ -43,7 +45,7 @@ from torch import Tensor, nn  # noqa: E402
 from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.errors import UnsupportedError  # noqa: E402
-from gdn2gen.base.terminal import Sheet, console  # noqa: E402
+from gdn2gen.base.terminal import Sheet, console, plain  # noqa: E402
 from gdn2gen.nn import Cache, LanguageModel  # noqa: E402
 from gdn2gen.nn.layer import RATES  # noqa: E402
 
@@ -75,10 +77,16 @@ def main(words: Sequence[str] | None = None) -> int:
             if time.monotonic() > until:
                 said.print(f"{name}: no time left")
                 continue
+            peer, run = model in PEERS, _train if what == "train" else _decode
             try:
-                made = (_train if what == "train" else _decode)(args, device, model, *shape)
-            except (UnsupportedError, torch.OutOfMemoryError) as error:
-                said.print(f"{name}: {str(error).splitlines()[0]}")
+                with autotuning.alone() if peer else nullcontext():
+                    made = run(args, device, model, *shape)
+            except Exception as error:
+                # ours that breaks is no result; a peer, or too little memory, takes no others along
+                if not peer and not isinstance(error, UnsupportedError | torch.OutOfMemoryError):
+                    raise
+                words = str(error).splitlines()[0] if str(error) else ""
+                said.print(plain(f"{name}: {type(error).__name__}: {words}"))
                 continue
             rows += made
             for row in made:
@@ -115,8 +123,9 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.small and args.save:
         parser.error("--save keeps times of the full model, and --small is another")
-    if args.vs and f"fla:{args.mixer}" not in PEERS:
-        parser.error(f"of FLA's layers there are {', '.join(PEERS)} here")
+    theirs = [x for x in PEERS if x.startswith("fla:")]
+    if args.vs and f"fla:{args.mixer}" not in theirs:
+        parser.error(f"of FLA's layers there are {', '.join(theirs)} here")
     full: dict[str, Any] = {
         "shapes": [(4, 4096), (8, 2048)], "steps": 6, "batch": [1, 64], "prompt": 1024, "count": 128
     }  # fmt: skip

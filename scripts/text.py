@@ -2,14 +2,18 @@
 
     python scripts/text.py train [--models ..] [--rows DIR] [--minutes 8]
                                    # what is wanting of the runs; again after any interruption
-    python scripts/text.py report [--rows DIR]     # the table, the pictures, docs/learning/
+    python scripts/text.py speed [--models ..] [--rows DIR] [--steps 60] [--minutes 3.3]
+                                   # tokens a second alone, ours and the peers' in turns
+    python scripts/text.py report [--rows DIR]     # the tables, the pictures, docs/learning/
 
 The text is the Python that runs this (`learning/corpus.py`). All models have as many parameters as
 GDN-2's, by the width of their SwiGLUs, the same state, tokens and schedule; each trains at every
 learning rate for a tenth of the steps, and at the rate that ended lowest to the end. Those of
 flash-linear-attention (`fla:gdn2`), where it is installed, have the same weights at first, the same
-data and the rate of ours, so that only time should differ. One run at a time: times count. All are
-launched alike, one kernel after another, unless --graphs. `--small` is the same on a CPU.
+data and the rate of ours, so that only time should differ; `mamba_ssm:mamba2` and `:mamba3` are our
+layers on mamba_ssm's ops. One run at a time: times count. All are launched alike, one kernel after
+another, unless --graphs. `--small` is the same on a CPU. `speed` is described in
+`learning/speed.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -28,18 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from learning.corpus import VOCABULARY, Corpus, collect  # noqa: E402
-from learning.models import (  # noqa: E402
-    MIXERS,
-    PEERS,
-    TITLES,
-    Sizes,
-    build,
-    parameters,
-    with_parameters,
-)
-from learning.plots import Panel, Point, picture  # noqa: E402
-from learning.report import NOTHING, put, table  # noqa: E402
+from learning import speed, speed_page  # noqa: E402
+from learning.corpus import Corpus, collect  # noqa: E402
+from learning.models import MIXERS, PEERS, build, member_of, parameters  # noqa: E402
+from learning.report import put  # noqa: E402
 from learning.rows import (  # noqa: E402
     Row,
     at_least_one,
@@ -50,6 +46,8 @@ from learning.rows import (  # noqa: E402
     share,
     write_row,
 )
+from learning.text_page import page, pictured  # noqa: E402
+from learning.text_plan import FULL, SMALL, Experiment, sizes_of  # noqa: E402
 from learning.training import Schedule, Trainer, tokens_per_second, train  # noqa: E402
 
 from gdn2gen.base.environment import verifying  # noqa: E402
@@ -57,37 +55,10 @@ from gdn2gen.base.files import replace_file  # noqa: E402
 
 PAGE: Final = ROOT / "docs/learning.md"
 RECORD: Final = ROOT / "docs/learning/text.json"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What all runs share."""
-
-    sizes: Sizes
-    batch: int = 16
-    length: int = 2048
-    steps: int = 1500
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    search: float = 0.1
-    """The part of all steps that a rate is tried for."""
-    every: int = 100
-    """Steps from one look at what is held out to the next."""
-    held_out: int = 64
-    """Windows of it."""
-    bytes: int = 64 * 2**20
-    seed: int = 0
-
-    @property
-    def search_steps(self) -> int:
-        return max(1, round(self.search * self.steps))
-
-
-# State of Mamba's layers: 2 x 512 channels in heads of 64, times 64.
-FULL: Final = Experiment(Sizes(VOCABULARY, 512, 6, 4, 128, expand=2.0))
-SMALL: Final = Experiment(
-    Sizes(VOCABULARY, 32, 1, 2, 16, inner=64, expand=2.0, mamba_head_dim=16),
-    batch=8, length=32, steps=200, rates=(1e-2, 2e-2), every=50, held_out=32, bytes=2**20,
-)  # fmt: skip
+SPEEDS: Final = ROOT / "docs/learning/speed.json"
+# Minutes after which nothing begins.
+_MINUTES: Final = {"train": 8.0, "speed": 3.3, "report": 0.0}
+_TIMED_STEPS: Final = 60
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -95,15 +66,17 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "report"):
+    for name, minutes in _MINUTES.items():
         command = commands.add_parser(name)
         command.add_argument("--rows", type=folder_of_rows, default=Path("runs/text"))
         command.add_argument("--small", action="store_true", help="one small layer, on the CPU")
         command.add_argument("--models", nargs="+", choices=(*MIXERS, *PEERS))
         command.add_argument("--steps", type=at_least_one)
         command.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
-        command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
+        command.add_argument("--minutes", type=float, default=minutes, help="then nothing begins")
     args = parser.parse_args(words)
+    if args.command == "speed":
+        return _speed(args)
     experiment = _experiment(args.small, args.steps)
     return (_train if args.command == "train" else _report)(args, experiment)
 
@@ -131,6 +104,17 @@ def _train(args: argparse.Namespace, experiment: Experiment) -> int:
     return int(bool(failed))
 
 
+def _speed(args: argparse.Namespace) -> int:
+    """A peer that fails is a row that says so, and no failure of the command."""
+    models = args.models or [*MIXERS, *PEERS]
+    job = {"small": args.small, "graphs": args.graphs}
+    steps = args.steps or _TIMED_STEPS
+    failed = speed.measure(models, job, args.rows, args.minutes, steps=steps)
+    for model, why in failed.items():
+        print(f"failed: {model}: {why}")
+    return int(any(x in MIXERS for x in failed))
+
+
 def _path(rows: Path, experiment: Experiment, model: str, graphs: bool, *more: str) -> Path:
     how = ["graphs"] if graphs else []
     return path_of(rows, model, f"steps{experiment.steps}", *how, *more)
@@ -140,7 +124,7 @@ def work(job: Row) -> str:
     """One model: the search for its rate, then the run."""
     experiment = _experiment(job["small"], job["steps"])
     folder, model, graphs = Path(job["rows"]), job["model"], job["graphs"]
-    lr = _rate(experiment, folder, model.removeprefix("fla:"), graphs, job["until"])
+    lr = _rate(experiment, folder, member_of(model), graphs, job["until"])
     if lr is None or time.time() > job["until"]:
         return "diverged at every rate, or no time left"
     started = time.perf_counter()
@@ -172,13 +156,6 @@ def _rate(
 @cache
 def _corpus(device: str, most: int) -> Corpus:
     return collect(device, most)
-
-
-def sizes_of(experiment: Experiment, model: str) -> Sizes:
-    """As many parameters as GDN-2's."""
-    with torch.device("meta"):
-        wanted = parameters(build("gdn2", experiment.sizes, 0))
-    return with_parameters(model, experiment.sizes, wanted)
 
 
 def _run(experiment: Experiment, model: str, lr: float, steps: int, graphs: bool) -> Row:
@@ -234,13 +211,14 @@ def _held_out(trainer: Trainer, experiment: Experiment, corpus: Corpus) -> float
 
 
 def _report(args: argparse.Namespace, experiment: Experiment) -> int:
-    """Rows from --rows join those on record; table and pictures are made of all."""
-    known = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    """Rows from --rows join those on record; tables and pictures are made of all."""
     fresh = [row for row in read_rows(args.rows) if not row.get("search")]
-    rows = {_key(row): row for row in (*known, *fresh)}
-    if rows:
-        document = {"rows": [rows[key] for key in sorted(rows)]}
-        replace_file(RECORD, json.dumps(document, separators=(",", ":")) + "\n")
+    runs = [row for row in fresh if not row.get("speed")]
+    rows = {_key(row): row for row in (*_recorded(RECORD), *runs)}
+    _record(RECORD, [rows[key] for key in sorted(rows)])
+    speeds = speed_page.merged(_recorded(SPEEDS), [row for row in fresh if row.get("speed")])
+    _record(SPEEDS, speeds)
+    put(PAGE, "speed", speed_page.page(speeds))
     shown = [x for x in rows.values() if x["steps"] == experiment.steps]
     put(PAGE, "text", page(shown))
     if shown:
@@ -248,68 +226,18 @@ def _report(args: argparse.Namespace, experiment: Experiment) -> int:
     return 0
 
 
+def _recorded(path: Path) -> list[Row]:
+    found: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return found
+
+
+def _record(path: Path, rows: Sequence[Row]) -> None:
+    if rows:
+        replace_file(path, json.dumps({"rows": rows}, separators=(",", ":")) + "\n")
+
+
 def _key(row: Row) -> tuple[Any, ...]:
     return row["corpus"]["digest"], row["model"], row["steps"], row["launched"] == "graph"
-
-
-def page(rows: Sequence[Row]) -> str:
-    """Held-out loss and speed of each model, of one corpus below the other."""
-    if not rows:
-        return NOTHING
-    parts = []
-    for digest in dict.fromkeys(x["corpus"]["digest"] for x in rows):
-        mine = sorted((x for x in rows if x["corpus"]["digest"] == digest), key=_place)
-        corpus, machine = mine[0]["corpus"], mine[0]["machine"]
-        titles = (
-            "", "parameters", "lr", "nats a byte, held out", "bits", "tokens/s", "launched",
-            "alarms",
-        )  # fmt: skip
-        lines = [
-            [
-                TITLES[x["model"]],
-                f"{x['parameters']:,}",
-                f"{x['lr']:g}",
-                "diverged" if x["diverged"] is not None else f"{x['held_out'][-1][2]:.4f}",
-                "-" if x["diverged"] is not None else f"{x['held_out'][-1][2] / 0.693147:.4f}",
-                f"{x['tokens_per_second']:,.0f}" if x["tokens_per_second"] else "-",
-                x["launched"],
-                str(len(x["seen"].get("alarms", []))),
-            ]
-            for x in mine
-        ]
-        tokens = mine[0]["steps"] * mine[0]["tokens_per_step"]
-        said = ", ".join(f"{name} {value}" for name, value in machine.items())
-        parts += [
-            f"{tokens:,} tokens of {corpus['bytes']:,} bytes in {corpus['files']:,} files, digest "
-            f"{digest}; {said}",
-            "",
-            table(titles, lines),
-            "",
-        ]
-    return "\n".join(parts).rstrip()
-
-
-def _place(row: Row) -> tuple[int, bool]:
-    return [*MIXERS, *PEERS].index(row["model"]), row["launched"] == "graph"
-
-
-def pictured(rows: Sequence[Row]) -> str:
-    """Held-out loss over tokens, and over seconds."""
-    over_tokens, over_time = {}, {}
-    for row in sorted(rows, key=_place):
-        if row["diverged"] is not None:
-            continue
-        name = TITLES[row["model"]] + (", graphs" if row["launched"] == "graph" else "")
-        over_tokens[name] = [
-            Point(step * row["tokens_per_step"] / 1e6, loss) for step, _, loss in row["held_out"]
-        ]
-        over_time[name] = [Point(seconds, loss) for _, seconds, loss in row["held_out"]]
-    return picture(
-        [
-            Panel("nats a byte, held out", "million tokens", over_tokens),
-            Panel("the same", "seconds of training", over_time),
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import hashlib
 import inspect
 from functools import cache
 
-from gdn2gen.codegen import _dependent, _resident
+from gdn2gen.codegen import _dependent, _merging, _resident
 from gdn2gen.codegen._dependent import dependent
+from gdn2gen.codegen._merging import merging
 from gdn2gen.codegen._resident import resident
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.extras import follows_tables, is_first, known
+from gdn2gen.kernels.extras import AHEAD, follows_tables, is_first, known
 
 
 def rewritten(source: str, problem: Compiled, config: Config) -> str:
@@ -26,6 +27,8 @@ def rewritten(source: str, problem: Compiled, config: Config) -> str:
     assert isinstance(problem, Problem)
     if "programs" in extras:
         source = resident(source, problem, config)
+    if "merge" in extras:
+        source = merging(source, AHEAD[extras["merge"]])
     if "pdl" in extras:
         stage = config.stage
         first = is_first(stage, problem.op) and not follows_tables(stage, problem)
@@ -42,5 +45,5 @@ def with_extras(digest: str, config: Config) -> str:
 
 @cache
 def _digest() -> str:
-    modules = (_dependent, _resident)
+    modules = (_dependent, _merging, _resident)
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]

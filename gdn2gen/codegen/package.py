@@ -23,7 +23,7 @@ from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.rows import row_of, unit_of
-from gdn2gen.kernels.scans import SEGMENT
+from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.schedule import (
     OUTPUTS,
     Buffer,
@@ -122,7 +122,9 @@ def package_source(recipe: Recipe, command: str) -> str:
             wrapped=wrapped,
             parts_of_heads=_parts_of_heads((*forward, *backward)),
             SEGMENT=SEGMENT,
+            MAX_SEGMENTS=MAX_SEGMENTS,
             max_segments=recipe.saved_segments,
+            most_segments=max(x.max_segments for x in (*forward, *backward)),
             every=plan.every if plan.every > 1 else 0,
             made_for={name: made_for(x) for name, x in _sources(recipe).items()},
         )

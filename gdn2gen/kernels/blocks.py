@@ -21,7 +21,7 @@ from typing import Final
 
 from gdn2gen.kernels.anchors import INSIDE, REACH, bounded
 from gdn2gen.kernels.gradients import GRAD_KEY
-from gdn2gen.kernels.limits import FP32, WIDE, Limit, Place, Setting
+from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
     CHUNK_TABLE,
@@ -57,31 +57,20 @@ def _kept(operand: Operand, every: int) -> Operand:
     return replace(operand, dims=dims)
 
 
-# Of the forms in TileLang, which were compiled for nothing else so far.
+# Of the forms in TileLang, which were compiled for nothing else so far. Head dims are those of
+# tiles, which 33 to 64 channels or values fill as 64 do, and 97 to 128 as 128.
 _PLAIN: Final = (
+    *(Limit(x, (64, 128), "tiles of other widths were not compiled for") for x in ("K", "V")),
     Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),
     Limit("arch", (None, "sm_90"), "others were not compiled for"),
 )
 _CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
 
 
-def _why_no_width(place: Place) -> str | None:
-    """A limit takes 120 channels for 128, whose tiles hold them: but here what lies past them is
-    zero decay, taken for strong, and nobody writes gradients then."""
-    found = {name: getattr(place.problem, name, 0) for name in ("K", "V")}
-    other = ", ".join(f"{name}={size}" for name, size in found.items() if size not in (64, 128))
-    if not other:
-        return None
-    return (
-        f"blocks in TileLang take K and V of 64 or 128, not {other}: others were not compiled for; "
-        "use Triton's forms, or a plan that keeps the state of every chunk"
-    )
-
-
 def _in_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
     """Its forms in TileLang, of templates of their own."""
     return tuple(
-        replace(x, limits=(*x.limits, *_PLAIN, *limits), refuses=_why_no_width)
+        replace(x, limits=(*x.limits, *_PLAIN, *limits))
         for x in _made_of(template, stage, "tilelang")
     )
 
@@ -217,7 +206,6 @@ _ANCHORED_TILELANG: Final = Form(
         Limit("gate", ("none",), "the gate's activation is in Triton's form alone"),
         *_PLAIN,
     ),
-    refuses=_why_no_width,
 )
 # Blocks of two, each of which is within one program.
 _PAIRS_TILELANG: Final = replace(

@@ -13,6 +13,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.limits import Domain, Knob, Place
 from gdn2gen.kernels.plans import PLANS, Plan, stages_of
+from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form
 
 OFF: Final = "off"
@@ -23,7 +24,12 @@ EXTRAS: Final[Mapping[str, Domain]] = {
     "pdl": ("wait", "signal"),
     # As many programs as run at once, each of which takes chunks until none is left.
     "programs": ("resident",),
+    # Of the parallel scans: shorter steps of the chain of products over segments. `cut`: halves of
+    # what is multiplied are cut, and loads are two steps ahead; `near`: one, as without the knob.
+    "merge": ("cut", "near"),
 }
+AHEAD: Final[Mapping[Knob, int]] = {"cut": 2, "near": 1}
+"""Steps of merge_kernel from a load to its use: of two, K = 128 takes 156 KB of shared memory."""
 _SINCE: Final = 90
 """Number of the first architecture whose launches may depend on programs of others."""
 _TAKE_ALL: Final = ("anchored", "bounded")
@@ -63,6 +69,10 @@ def why_no_extra(knobs: Mapping[str, Knob], form: Form, stage: str, place: Place
         reason = _why_not_resident(knobs, form, stage)
         if reason is not None:
             return f"programs={given['programs']}: {reason}"
+    if "merge" in given:
+        reason = _why_not_merged(form, place)
+        if reason is not None:
+            return f"merge={given['merge']}: {reason}"
     return None
 
 
@@ -92,6 +102,17 @@ def _why_not_resident(knobs: Mapping[str, Knob], form: Form, stage: str) -> str 
         return f"only prepare in TileLang has it, of decay={' or '.join(_TAKE_ALL)}"
     if knobs["chunks"] != 1:
         return f"a program takes one chunk after the other: chunks=1, not {knobs['chunks']}"
+    return None
+
+
+def _why_not_merged(form: Form, place: Place) -> str | None:
+    if form.name != "parallel" or "M_seg" not in form.scratch:
+        return "only parallel scans that make their own transitions have it"
+    problem = place.problem
+    if not isinstance(problem, Problem) or problem.dtype == "fp32":
+        return "products of fp32 problems are of tf32"
+    if covering(problem.K) != problem.K or problem.K > 128:
+        return f"it is for transitions of one tile, of 128 channels at most, not {problem.K}"
     return None
 
 

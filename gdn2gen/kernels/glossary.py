@@ -205,6 +205,12 @@ _OF_BLOCKS: Final[Mapping[str, str]] = {
 }
 
 
+# The same where transitions of segments are kept for the backward.
+_OF_TRANSITIONS: Final[Mapping[str, str]] = {
+    "M_seg": "transitions of segments, transposed",
+}
+
+
 # The same where the decay is a rate times what is written.
 _STEPPED: Final[Mapping[str, str]] = {
     "dy": "gradient of o before its gate",
@@ -240,6 +246,8 @@ def what(name: str, stage: str, problem: Problem) -> str:
         return _STEPPED[name]
     if name in _OF_BLOCKS and "blocks" in stage:
         return _OF_BLOCKS[name]
+    if name in _OF_TRANSITIONS and "transitions" in stage:
+        return _OF_TRANSITIONS[name]
     if name in _OF_HEADS and (not problem.l2norm or member.decay is None):
         return _of_heads(name, problem, member)
     if name in _TIED and member.tied:

@@ -72,6 +72,16 @@ def _whole_states(every: int) -> Plan:
     return Plan(f"whole_{apart.name}", forward, apart.backward, every, instead=apart.name)
 
 
+def _with_transitions(apart: Plan) -> Plan:
+    """What `apart` does in segments, whose transitions the forward keeps for the backward."""
+    forward, backward = (
+        tuple(f"{x}_transitions" if "scan" in x and "rescan" not in x else x for x in stages)
+        for stages in (apart.forward, apart.backward)
+    )
+    name = f"{apart.name}_transitions"
+    return Plan(name, forward, backward, apart.every, instead=apart.name)
+
+
 PLANS: Final = {
     plan.name: plan
     for plan in (
@@ -109,6 +119,8 @@ PLANS: Final = {
         Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
         *map(_whole_blocks, (1, 2)),
         _whole_states(1),
+        # In segments, 64 KB of each kept at K = 128: the reverse scan has no transitions to make.
+        *map(_with_transitions, _blocks(2)),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
@@ -118,13 +130,14 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *("lean", "direct", "linear", "linear_direct", "grouped"),
         *(f"blocks{every}" for every in EVERY),
         *("whole", "whole_blocks1", "whole_blocks2"),
+        "blocks2_transitions",
     ),
     "fast": (
         *("fast", "states", "direct_states"),
         *("linear_fast", "linear_states", "linear_direct_states"),
         "grouped",
         *(f"blocks{every}_states" for every in EVERY),
-        "whole_blocks1_states",
+        *("whole_blocks1_states", "blocks2_states_transitions"),
     ),
 }
 
@@ -168,8 +181,9 @@ def is_optional(plan_name: str, op: str) -> bool:
 
 
 def keeps_least(plan: Plan) -> bool:
-    """Whether its forward writes nothing more than that of the least level."""
-    return plan.forward[-1] in ("scan", "scan_group", *_WHOLE)
+    """Whether its forward writes nothing more than that of the least level; transitions of segments
+    are written in any case."""
+    return plan.forward[-1] in ("scan", "scan_transitions", "scan_group", *_WHOLE)
 
 
 def plan_named(name: str) -> Plan:

@@ -11,7 +11,7 @@ from gdn2gen.kernels.config import Config, default_config, default_of, language_
 from gdn2gen.kernels.extras import OFF
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.options import serves_every_option
-from gdn2gen.kernels.plans import LEVELS, Level, Plan, level_of, plan_for, plans_of
+from gdn2gen.kernels.plans import LEVELS, PLANS, Level, Plan, level_of, plan_for, plans_of
 from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
@@ -19,6 +19,7 @@ from gdn2gen.kernels.validity import why_invalid
 # Chunks of which programs of four, as they are tuned, would be one to a multiprocessor of an H200,
 # where two of `prepare` have room.
 _FEW_CHUNKS: Final = 512
+_USUAL_CHUNK: Final = 32
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Recipe:
         return not self.plan.instead and all(serves_every_option(x, self.problem) for x in configs)
 
     def max_segments(self, stage: str) -> int:
-        """Segments of all heads and sequences at most; rescans start from what scans kept."""
-        return self[self.plan.forward[-1] if stage.startswith("rescan") else stage].max_segments
+        """Segments of all heads and sequences at most; the forward's where they are given."""
+        return self[self.plan.forward[-1] if takes_segments(stage) else stage].max_segments
 
     @property
     def saved_segments(self) -> int:
@@ -182,12 +183,28 @@ class Recipe:
         return f"{self.plan.name}: " + "; ".join(f"{x.stage} [{x}]" for x in self.configs)
 
 
+def takes_segments(stage: str) -> bool:
+    """Whether it starts from what the forward kept of its segments: states, or transitions."""
+    return any(x.name in ("S_seg", "M_seg") for x in EVERY_STAGE[stage].inputs)
+
+
 def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:
     """Whether the plan can serve the problem there: all can but those that name one instead."""
     if not plan_for(plan, problem.op).instead:
         return True
     configs = Recipe.default(problem, plan, arch=arch).configs
     return all(why_invalid(x, problem, arch) is None for x in configs)
+
+
+def has_use(plan: str, regime: Regime) -> bool:
+    """Whether the plan differs at such sizes from the one that it names instead: transitions are
+    kept of all segments but the first and the last."""
+    chain = PLANS[plan]
+    if not any("M_seg" in {x.name for x in EVERY_STAGE[y].inputs} for y in chain.backward):
+        return True
+    sequences = max(1, regime.sequences)
+    longest = -(-regime.tokens // (sequences * _USUAL_CHUNK * SEGMENT))
+    return min(longest, MAX_SEGMENTS // (sequences * regime.heads)) > 2
 
 
 def _chained(config: Config) -> Config:

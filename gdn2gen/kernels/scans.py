@@ -39,6 +39,9 @@ SEGMENT: Final = 32
 # 32 take the parallel scans from 0.73 and 0.85 ms to 0.59 and 0.70.
 MAX_SEGMENTS: Final = 132
 
+# Of few heads, segments of half as many chunks: at few8k a scan is a chain of 16 instead of 32.
+SHORT_SEGMENTS: Final = 2 * MAX_SEGMENTS
+
 _SCALARS: Final = ("T", "HV", "NS", "segment")
 # Columns of checkpoint_slots, which segment the first is of, and how far slots lie apart.
 CHECKPOINT_SCALARS: Final = ("NC", "first_checkpoint", "slot_stride")
@@ -109,6 +112,14 @@ _TWO_GROUPS: Final = (
     Limit("BV", (64,), "two warp groups want loads ahead of both", {"BT": (16, 64)}),
 )
 
+
+def least_chunks(segment: int, max_segments: int) -> int:
+    """Chunks of a segment at least, which `segment` says of up to MAX_SEGMENTS of them."""
+    if max_segments <= MAX_SEGMENTS:
+        return segment
+    return max(1, segment * MAX_SEGMENTS // max_segments)
+
+
 NO_CHECKPOINTS: Final = Limit(
     "checkpoints", ("",), "only the serial scan in Triton keeps states on the way"
 )
@@ -122,7 +133,7 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
     segments = Limit("max_segments", (MAX_SEGMENTS,), "only the parallel scans have segments")
     one = replace(
         serial,
-        knobs={**serial.knobs, "max_segments": (64, 80, 112, MAX_SEGMENTS)},
+        knobs={**serial.knobs, "max_segments": (64, 80, 112, MAX_SEGMENTS, SHORT_SEGMENTS)},
         defaults=(*serial.defaults, Setting({"max_segments": MAX_SEGMENTS})),
         limits=(
             *serial.limits,

@@ -324,6 +324,11 @@ class Stage:
         return 2 * chunk * sizes["NT"] * sizes["HV"]
 
     @property
+    def languages(self) -> frozenset[str]:
+        """Those that it has a form in."""
+        return frozenset(x.language for x in self.forms)
+
+    @property
     def is_chain(self) -> bool:
         """Whether its programs go from chunk to chunk."""
         return self.count == "n_sequences"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.kernels.limits import Limit, Place, Setting
+from gdn2gen.kernels.limits import Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
     FACTORS,
@@ -29,20 +29,14 @@ from gdn2gen.kernels.operands import (
 from gdn2gen.kernels.scans import SCAN
 from gdn2gen.kernels.stage import Form, Stage, erasing
 
-# K and V alike: at 128 two programs take half the values each, at 64 one takes them all.
-_HEAD_DIMS: Final = (64, 128)
-
-
-def _why_no_width(place: Place) -> str | None:
-    """Tiles would take 120 channels as 128: what lies past them was not tried."""
-    K, V = (getattr(place.problem, name, 0) for name in ("K", "V"))
-    if K == V and K in _HEAD_DIMS:
-        return None
-    return (
-        "the forward in one kernel takes K and V of 64 both, or of 128 both, not "
-        f"K={K}, V={V}: its slots are those of these; use a plan with prepare and scan"
-    )
-
+# K and V in tiles of one width: of 128 two programs take half the values each, of 64 one takes all.
+_WIDTHS: Final = (
+    Limit("K", (64, 128), "its slots are of tiles so wide; use a plan with prepare and scan"),
+    *(
+        Limit("V", (width,), "it scans values in tiles as wide as keys", {"K": (width,)})
+        for width in (64, 128)
+    ),
+)
 
 # Two programs, a cluster, take a head. At 128 two groups of either prepare and one scans: 384
 # threads take 168 registers each, all that there are, and 231,424 bytes of shared memory. At 64 one
@@ -59,6 +53,7 @@ _CLUSTER: Final = Form(
     defaults=(Setting({"num_stages": 3}, {"K": (64,)}),),
     leads={},
     limits=(
+        *_WIDTHS,
         Limit("num_stages", (2,), "no more of its slots fit", {"K": (128,)}),
         Limit("BT", (32,), "its slots are those of 32 tokens"),
         Limit("dtype", ("bf16",), "factors of pairs are out of the range of fp16"),
@@ -69,7 +64,6 @@ _CLUSTER: Final = Form(
         Limit("arch", (None, "sm_90"), "its clusters and products are of that generation"),
     ),
     tiles=(),  # of other head dims there are none
-    refuses=_why_no_width,
 )
 
 # of segments, and the final one
@@ -87,16 +81,6 @@ FORWARD: Final = Stage(
 )
 
 
-def _why_no_states(place: Place) -> str | None:
-    """At 128 shared memory is full without what states and R are stored from."""
-    if getattr(place.problem, "K", 0) == 128:
-        return (
-            "the forward in one kernel that keeps states takes K=64 and V=64, not K=128: there is "
-            "no shared memory left to store them from; use a plan with prepare and scan_blocks1"
-        )
-    return _why_no_width(place)
-
-
 # What scan_blocks1 keeps, too: the factors, R, and the state at every chunk's start.
 FORWARD_BLOCKS1: Final = replace(
     FORWARD,
@@ -108,10 +92,11 @@ FORWARD_BLOCKS1: Final = replace(
             _CLUSTER,
             defaults=(),
             limits=(
+                *_CLUSTER.limits,
+                # at 128 shared memory is full without what states and R are stored from
+                Limit("K", (64,), "no shared memory is left at 128 to store states from"),
                 Limit("num_stages", (2,), "no more of its slots fit beside what it stores from"),
-                *_CLUSTER.limits[1:],
             ),
-            refuses=_why_no_states,
         ),
     ),
 )

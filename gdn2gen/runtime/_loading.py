@@ -23,16 +23,18 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, in_triton, language_of
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.stages import STAGES
 
 
 def runnable(recipe: Recipe) -> Recipe:
     """The recipe, or what does and keeps the same where nothing here compiles a stage of it that
     has no form in Triton."""
-    if not recipe.plan.instead:
+    alone = [x for x in recipe.plan.stages if "triton" not in STAGES[x].languages]
+    if not (recipe.plan.instead and alone):
         return recipe
     if interpreted():
         return recipe.everywhere()
-    modules = {x: build.load(render(recipe.problem, x, recipe[x])) for x in recipe.plan.forward}
+    modules = {x: build.load(render(recipe.problem, x, recipe[x])) for x in alone}
     if any(_only_triton(stage, module) for stage, module in modules.items()):
         return recipe.everywhere()
     return recipe

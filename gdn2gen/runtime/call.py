@@ -14,7 +14,7 @@ from gdn2gen.family.registry import RECURRENCES, recurrence_named
 from gdn2gen.kernels.groups import HEADS
 from gdn2gen.kernels.plans import EVERY
 from gdn2gen.kernels.rows import row_of, unit_of
-from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT
+from gdn2gen.kernels.scans import MAX_SEGMENTS, SEGMENT, least_chunks
 from gdn2gen.runtime._operands import row_between
 from gdn2gen.runtime.sequences import count_chunks
 from gdn2gen.runtime.signature import Signature
@@ -71,14 +71,15 @@ class Call:
     def segments(self, BT: int, max_segments: int = MAX_SEGMENTS) -> tuple[int, int]:
         """Segments of a sequence, and chunks of a segment.
 
-        `max_segments` bounds those of all heads and sequences together. Sequences of a packed
+        `max_segments` bounds those of all heads and sequences together; more than MAX_SEGMENTS may
+        be shorter by as much (`least_chunks`). Sequences of a packed
         batch are one segment each: their lengths are not known on the host.
         """
         if self.packed:
             return 1, 2**24
         chunks = _max(1, -(-self.T // BT))
         most = _max(1, max_segments // _max(1, self.N * self.HV))
-        NS = _min(-(-chunks // SEGMENT), most)
+        NS = _min(-(-chunks // least_chunks(SEGMENT, max_segments)), most)
         length = -(-chunks // NS)
         return -(-chunks // length), length
 

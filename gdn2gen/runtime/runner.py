@@ -13,7 +13,7 @@ from torch import Tensor
 from gdn2gen.family.prefill import plain
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.recipe import Recipe, takes_segments
 from gdn2gen.kernels.schedule import OUTPUTS, Step, given_inputs, gradients_of, saved_by, schedule
 from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import STAGES
@@ -66,7 +66,7 @@ class Runner:
 
     def max_segments(self, stage: str) -> int:
         """`Recipe.max_segments`, or what was agreed on where that depends on what is saved."""
-        of_forward = stage.startswith("rescan") or stage == self.recipe.plan.forward[-1]
+        of_forward = takes_segments(stage) or stage == self.recipe.plan.forward[-1]
         if self._agreed_segments is not None and of_forward:
             return self._agreed_segments
         return self.recipe.max_segments(stage)

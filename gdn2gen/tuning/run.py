@@ -24,7 +24,7 @@ from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.plans import PLANS_OF, filed_levels, level_of, plans_of
-from gdn2gen.kernels.recipe import is_served
+from gdn2gen.kernels.recipe import has_use, is_served
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.filing import entries_of, result_of
 from gdn2gen.tuning.gpu.backend import Backend, MeteredBackend, WorkerBackend
@@ -155,7 +155,8 @@ class _Run:
         self.path, self.metadata, self.report = path, metadata, report
         filed = filed_levels(levels, problem.op)
         given = [plan for level in filed for plan in plans_of(level, problem.op)]
-        self.plans = [x for x in given if is_served(x, problem, context.device.arch)]
+        served = [x for x in given if is_served(x, problem, context.device.arch)]
+        self.plans = [x for x in served if any(has_use(x, shape.regime) for shape in shapes)]
         self.search = Search(context, problem, shapes, self.plans)
 
     def go(self, window: Window, handed: Iterable[Config]) -> list[Config]:

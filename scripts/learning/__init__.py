@@ -9,4 +9,10 @@ report       tables with confidence intervals
 plots        curves with such intervals as SVG, on a light page and a dark one
 recall_plan  what all runs of recall share
 recall_page  tables and pictures of what came out of them
+text_plan    what all runs of text share
+text_page    table and pictures of what came out of them
+mamba_peers  our layers of Mamba on mamba_ssm's ops
+speed        tokens a second of the models of text, ours and the peers' in turns
+speed_page   their table
+autotuning   peers' autotuners, told to hurry
 """

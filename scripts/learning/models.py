@@ -9,7 +9,8 @@ heads of P channels, and as many channels N as make their state as large as that
     gdn2-tied     one number a head is both, as KDA has it
 
 All four run GDN-2's kernels, with its decay. `fla:gdn2` and its like are flash-linear-attention's
-layers in the same blocks, from the same weights.
+layers in the same blocks, from the same weights; `mamba_ssm:mamba2` and its like are ours on
+mamba_ssm's op (`mamba_peers.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from torch import Tensor, nn
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.nn import Cache, GatedDeltaNet2, LanguageModel
 from gdn2gen.nn.projections import Projected
+from learning.mamba_peers import TheirMamba2, TheirMamba3
 
 MIXERS: Final = ("gdn2", "kda", "gated_delta_rule", "mamba2", "mamba3")
 ABLATIONS: Final = ("gdn2-erase", "gdn2-write", "gdn2-untied", "gdn2-tied")
-PEERS: Final = ("fla:gdn2", "fla:kda", "fla:gated_delta_rule")
+PEERS: Final = (
+    "fla:gdn2", "fla:kda", "fla:gated_delta_rule", "mamba_ssm:mamba2", "mamba_ssm:mamba3",
+)  # fmt: skip
 TITLES: Final = {
     "gdn2": "Gated DeltaNet-2",
     "kda": "KDA",
@@ -44,6 +48,8 @@ TITLES: Final = {
     "fla:gdn2": "Gated DeltaNet-2, FLA's layer",
     "fla:kda": "KDA, FLA's layer",
     "fla:gated_delta_rule": "Gated DeltaNet, FLA's layer",
+    "mamba_ssm:mamba2": "Mamba-2, our layer on mamba_ssm's op",
+    "mamba_ssm:mamba3": "Mamba-3, our layer on mamba_ssm's op",
 }
 _THEIRS: Final = {
     "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
@@ -82,10 +88,12 @@ def build(name: str, sizes: Sizes, seed: int) -> LanguageModel:
     Raises UnsupportedError for a peer that cannot be imported.
     """
     torch.manual_seed(seed)
-    if not name.startswith("fla:"):
-        return _model(name, sizes)
-    member = name.removeprefix("fla:")
+    member = member_of(name)
+    if name.startswith("mamba_ssm:"):
+        return _model(_ON_MAMBA_SSM[member], sizes, _options(member, sizes))
     ours = _model(member, sizes)
+    if name == member:
+        return ours
     theirs = _model(partial(Theirs, member=member), sizes, _options(member, sizes))
     # attention between them is ours on both sides
     wrapped = [f"{x}." for x, part in theirs.named_modules() if isinstance(part, Theirs)]
@@ -97,6 +105,11 @@ def build(name: str, sizes: Sizes, seed: int) -> LanguageModel:
     return theirs
 
 
+def member_of(name: str) -> str:
+    """The mixer of a model, ours or a peer's."""
+    return name.rpartition(":")[2]
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -104,7 +117,7 @@ def parameters(model: nn.Module) -> int:
 def with_parameters(name: str, sizes: Sizes, wanted: int, step: int = 8) -> Sizes:
     """`sizes` with the SwiGLU so wide, in steps of `step` channels, that the model has as near as
     may be `wanted` parameters: each channel is three vectors a layer."""
-    member = name.removeprefix("fla:")
+    member = member_of(name)
     with torch.device("meta"):
         least = parameters(_model(member, replace(sizes, inner=step)))
     steps = max(0, round((wanted - least) / (3 * sizes.hidden * sizes.layers * step)))
@@ -196,6 +209,9 @@ class Tied(Ablated):
 _ABLATED: Final[dict[str, type[Ablated]]] = dict(
     zip(ABLATIONS, (EraseAlone, WriteAlone, Untied, Tied), strict=True)
 )
+
+
+_ON_MAMBA_SSM: Final = {"mamba2": TheirMamba2, "mamba3": TheirMamba3}
 
 
 class Theirs(nn.Module):

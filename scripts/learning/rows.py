@@ -82,6 +82,17 @@ def machine() -> dict[str, Any]:
     return {"device": name, "date": time.strftime("%Y-%m-%d"), **dict(toolchain())}
 
 
+def environment() -> dict[str, str]:
+    """Of processes that run targets of this folder."""
+    # what is on the path here stays on it: packages may lie in a folder that is named nowhere else
+    paths = [str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "GDN2GEN_UNVERIFIED": VERIFYING,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+
+
 def share(
     target: str, jobs: Sequence[tuple[str, Row]], processes: int, minutes: float
 ) -> list[str]:
@@ -91,15 +102,8 @@ def share(
     `until`) or are ended `_GRACE` seconds later. Returns what failed, and why.
     """
     until = time.time() + 60 * minutes
-    # what is on the path here stays on it: packages may lie in a folder that is named nowhere else
-    paths = [str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "GDN2GEN_UNVERIFIED": VERIFYING,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
     free: SimpleQueue[Worker] = SimpleQueue()
-    workers = [Worker(environment) for _ in range(min(processes, max(1, len(jobs))))]
+    workers = [Worker(environment()) for _ in range(min(processes, max(1, len(jobs))))]
     for worker in workers:
         free.put(worker)
     out = console()

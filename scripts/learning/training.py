@@ -203,19 +203,24 @@ def train(trainers: Sequence[Trainer], after: Callable[[Trainer], None] | None =
     for number in range(-(-steps // block)):
         going = [x for x in trainers if x.diverged is None]
         count = min(block, steps - number * block)
-        _wait(going)
-        started = time.perf_counter()
-        for trainer in going:
-            trainer.load(number)
-        for _ in range(count):
-            for trainer in going:
-                trainer.step()
-        _wait(going)
-        spent += time.perf_counter() - started
+        spent += train_block(going, number, count)
         for trainer in going:
             trainer.end_block(count, spent)
             if after is not None:
                 after(trainer)
+
+
+def train_block(trainers: Sequence[Trainer], number: int, count: int) -> float:
+    """The data of a block and so many steps of it; seconds, from a GPU at rest to a GPU at rest."""
+    _wait(trainers)
+    started = time.perf_counter()
+    for trainer in trainers:
+        trainer.load(number)
+    for _ in range(count):
+        for trainer in trainers:
+            trainer.step()
+    _wait(trainers)
+    return time.perf_counter() - started
 
 
 def tokens_per_second(trainer: Trainer, tokens_per_step: int, beside: int) -> float | None:

@@ -49,7 +49,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest c73842cca013e8b1; made by
+Template digest 8ff457b26f692f41; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -384,7 +384,9 @@ def program():
                 for i in tile.Parallel(BK):
                     b_dG_C[i] += s_gamma[i] * b_dgamma[i]
                 # by every warp for itself: none waits for another
-                b_least[0] = tile.warp_reduce_min(tile.min(tile.min(s_gamma[i_lane], s_gamma[i_lane + 32]), tile.min(s_gamma[i_lane + 64], s_gamma[i_lane + 96])))
+                # a minimum passes over NaN, and is NaN of nothing else, which strong_decay_kernel takes
+                # for kept, too: 1, so that it comes out here
+                b_least[0] = tile.min(tile.warp_reduce_min(tile.min(tile.min(s_gamma[i_lane], s_gamma[i_lane + 32]), tile.min(s_gamma[i_lane + 64], s_gamma[i_lane + 96]))), 1.0)
 
                 # through the scores
                 tile.wgmma_gemm(b_column_k, s_scores[:, 0:BT], b_outer, transpose_B=True, policy=ROWS)

@@ -12,12 +12,13 @@ from typing import Final
 import pytest
 import torch
 from gpu_support import draw, moved, off, poisoned, run, sized
-from tilelang_configs import tilelang_recipe
+from tilelang_configs import tilelang_config, tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import run_reference
 from gdn2gen.store.dispatch import find_recipe
 
@@ -136,13 +137,82 @@ def test_what_a_call_finds(K: int) -> None:
     check(found.recipe, "layer", "strong", "mixed")
 
 
-@pytest.mark.parametrize("make", [Recipe.default, tilelang_recipe])
+# Below tiles of 64 and of 128, of which blocks in TileLang and the forward in one kernel are.
+BELOW: Final = (
+    *((40, 40), (48, 48), (56, 56), (104, 104), (112, 112), (120, 120)),
+    *((112, 128), (48, 64)),
+)
+BELOW_PLANS: Final = tuple(
+    (size, plan)
+    for size in BELOW
+    for plan in ("whole_blocks1", "whole_blocks2", "blocks2", "whole_blocks1_states")
+    if size[0] <= 64 or not plan.endswith("_states")  # one of 64 channels
+)
+
+
+def in_tiles(problem: Problem, plan: str) -> Recipe:
+    """Every stage in TileLang that has a form there."""
+    recipe = Recipe.default(problem, plan, arch="sm_90")
+    ours = [x for x in recipe.plan.stages if any(y.language == "tilelang" for y in STAGES[x].forms)]
+    return recipe.with_config(*(tilelang_config(x, problem) for x in ours))
+
+
+def of_tiles(problem: Problem) -> Problem:
+    """The same with head dims that fill the tiles."""
+    K, V = (64 if x <= 64 else 128 for x in (problem.K, problem.V))
+    return replace(problem, K=K, V=V)
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize(
+    ("size", "plan"), BELOW_PLANS, ids=[f"K{K}-V{V}-{plan}" for (K, V), plan in BELOW_PLANS]
+)
+def test_blocks_of_head_dims_below_their_tiles(size: tuple[int, int], plan: str, op: str) -> None:
+    recipe = in_tiles(problem_of(op, size), plan)
+    assert all(why_invalid(x, recipe.problem, "sm_90") is None for x in recipe.configs)
+    check(recipe, "layer", "strong", "mixed", "zero", "sparse")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize("size", **named(((48, 48), (104, 112))))
+def test_segments_of_blocks_below_their_tiles(size: tuple[int, int]) -> None:
+    recipe = in_tiles(problem_of("gdn2", size), "blocks2_states")
+    chains = [x for x in recipe.configs if STAGES[x.stage].selector == "segments"]
+    parallel = recipe.with_config(*(x.replace(segments="parallel") for x in chains))
+    check(parallel, "zero", "mixed", shape=sized(1, 3200, 2))
+
+
+@pytest.mark.parametrize("level", ["lean", "fast"])
+@pytest.mark.parametrize("size", **named(BELOW))
+def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
+    size: tuple[int, int], level: str
+) -> None:
+    """The configs that were found at 64 and 128, as they are."""
+    problem, regime = problem_of("gdn2", size), SHAPES["train4k"].regime
+    tuned = find_recipe(of_tiles(problem), regime, level=level).recipe
+    recipe = tuned.fitted(problem, "sm_90")
+    assert tuned.plan.every and (recipe.plan, recipe.configs) == (tuned.plan, tuned.configs)
+    check(recipe, "layer", "strong", "mixed")
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "plan"),
+    [
+        (Recipe.default, (40, 72), "lean"),
+        (tilelang_recipe, (40, 72), "lean"),
+        (in_tiles, (40, 56), "whole_blocks1"),
+        (in_tiles, (56, 40), "whole_blocks1_states"),
+        (in_tiles, (104, 120), "whole_blocks2"),
+    ],
+)
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written(
-    make: Callable[[Problem, str], Recipe],
+    make: Callable[[Problem, str], Recipe], size: tuple[int, int], plan: str
 ) -> None:
     """Inputs and gradients in the middle of NaN; a head's channels past its own are the next's."""
-    problem = replace(problem_of("gdn2", (40, 72)), final_state=False, initial_state=False)
-    recipe = make(problem, "lean")
+    problem = replace(problem_of("gdn2", size), final_state=False, initial_state=False)
+    recipe = make(problem, plan)
     inputs, grads = draw(problem, SHAPE)
 
     def embedded(x: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,11 @@ def _recipes() -> dict[str, Recipe]:
         "simple-gla-tilelang-parallel": _recipe(
             _SIMPLE_GLA, "tilelang", "linear_direct", segments="parallel"
         ),
+        "tilelang-blocks": _recipe(_WIDE, "tilelang", "blocks1"),
+        "triton-blocks": _recipe(_STATES, "triton", "blocks2"),
+        "tilelang-whole": _recipe(_WIDE, "tilelang", "whole_blocks2"),
+        "tilelang-whole-K64": _recipe(_STATES, "tilelang", "whole_blocks1_states"),
+        "kda-tilelang-whole": _recipe(replace(_WIDE, op="kda"), "tilelang", "whole_blocks2"),
         "tilelang-blocks-parallel": _recipe(
             _STATES, "tilelang", "blocks2_states", segments="parallel"
         ),

@@ -215,6 +215,7 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase(case, plan, chosen, slow=slow)
     yield from _bounded_cases()
     yield from _cases_of_blocks()
+    yield from _cases_of_transitions()
     yield from _cases_of_less()
     yield from _cases_of_groups()
     chunks = Case("causality-chunks", replace(_STATES, dtype="fp16"), _shape(1, 70, 1))
@@ -296,6 +297,23 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
             yield KernelCase(case, plan, knobs, segment, slow=True)
         causal = Case("blocks-causality", _STATES, _shape(1, 22, 1), check="causality")
         yield KernelCase(causal, plan, small, slow=True)
+
+
+def _cases_of_transitions() -> Iterator[KernelCase]:
+    """Segments whose transitions are kept: none, one and two, of two sequences and heads."""
+    wide = replace(_STATES, K=64, V=64)
+    tied = replace(wide, op="kda", V=128, beta_sigmoid=True, state_v_first=True)
+    uneven = replace(wide, V=128, **_NO_STATES)
+    for name, problem, shape, pattern, BT, segment in (
+        ("three", wide, _shape(1, 75, 2), "mixed", 16, 2),
+        ("one", wide, _shape(1, 20, 1), "layer", 16, 2),
+        ("two", tied, _shape(1, 70, 1), "strong", 32, 2),
+        ("four", uneven, _shape(2, 212, 1), "sparse", 64, 1),
+    ):
+        case = Case(f"transitions-{name}", problem, shape, pattern)
+        for plan in ("blocks2_transitions", "blocks2_states_transitions"):
+            slow = (name, plan) != ("three", "blocks2_transitions")
+            yield KernelCase(case, plan, (("BT", BT), ("BV", 32), ("BK", 32)), segment, slow=slow)
 
 
 _NO_STATES: Final = {"initial_state": False, "final_state": False}

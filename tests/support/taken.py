@@ -22,9 +22,12 @@ def of_op(problem: _P, op: str) -> _P:
 
 def having(problem: _P, stage: str) -> _P:
     """`problem`, or the same of a member that has that stage of plans, by its name, and of head
-    dims that the stage serves."""
+    dims and batches that the stage serves."""
     if stage == "forward_blocks1":
         problem = replace(problem, K=64, V=64)
+    if stage.endswith("_transitions"):
+        K, V = (x if x in (64, 128) else 64 for x in (problem.K, problem.V))
+        problem = replace(problem, K=K, V=V, varlen=False)
     if stage in stages_of(problem.op):
         return problem
     op = next(x for x in OPS if stage in stages_of(x))

@@ -1,10 +1,13 @@
 """TileLang's forms of scans and of blocks beside Triton's, whose launches they take tensors of.
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
-own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim, tokens, gate pattern,
-and chunks of a block (0: the scans of plan `states`); then, of the scans in segments alone, chunks
-of a segment, and flags of the problem, `twice` (two sequences and heads), `stateless` and `wide`
-(programs of 128 rows, two warp groups).
+own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim (104x128 where values
+have another), tokens, gate pattern, and chunks of a block (0: the scans of plan `states`); then, of
+the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
+sequences and heads), `stateless`, `wide` (programs of 128 rows, two warp groups), `transitions` (of
+segments, kept for the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules
+alone) and `nan` (the decay of a token; what is NaN in Triton's results has to be written by
+TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -39,11 +42,18 @@ WRITES = {
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
     "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
 }
+UNWRITTEN = 7.0  # where NaN is what comes out
+OF_RUNS = {"twice", "stateless", "wide", "transitions", "cut", "nan"}
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
 # blocks of two they round the state between the chunks, and TileLang's what takes its place.
 LIMITS = {0: 2e-3, 1: 2e-3, 2: 4e-3, 4: 2e-3}
+
+
+def root_of(stage: str) -> str:
+    """Its name, whatever the blocks' chunks, and whether transitions are kept."""
+    return stage.removesuffix("_transitions").rstrip("0123456789")
 
 
 def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
@@ -53,9 +63,9 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
         len(next(given[x] for x in names if x in given))
         for names in (("o", "do"), ("R", "dX"), ("h", "dh"))
     )
-    slices = module.K // getattr(module, "BK", module.K)
+    slices = -(-module.K // getattr(module, "BK", module.K))
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
-    return sizes | {"NZ": module.V // 16, "NK": slices}
+    return sizes | {"NZ": -(-module.V // 16), "NK": slices}
 
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
@@ -68,21 +78,23 @@ def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
 def _by_program(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the stage's program leaves, carried out on copies."""
     tensors = {name: x for name, x in given.items() if torch.is_tensor(x)}
-    return run_all(module, tensors, _sizes(module, given), *_scalars(stage, given))
+    scalars = _scalars(stage, given)
+    return run_all(module, tensors, _sizes(module, given), *scalars, unwritten=UNWRITTEN)
 
 
 def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The same of several programs, with kernels in Triton between them: by the module's launch."""
+    """The same with all kernels in Triton beside the programs: by the module's launch."""
     mine = {name: x.clone() if torch.is_tensor(x) else x for name, x in given.items()}
-    for name in SCRATCH & {*mine}:
+    for name in SCRATCH & {*mine} - {x.name for x in STAGES[stage].inputs}:
         mine[name].fill_(float("nan"))
     names = [name for name, x in mine.items() if torch.is_tensor(x)]
 
     def compiled(program: str) -> Callable[..., None]:
         def run(*args: Any) -> None:
-            tensors = dict(zip(names, args[:-1], strict=True))
-            sizes = _sizes(module, given)
-            for name, x in run_all(module, tensors, sizes, args[-1], program=program).items():
+            tensors = dict(zip(names, args, strict=False))
+            scalars, sizes = args[len(names) :], _sizes(module, given)
+            known = {"program": program, "unwritten": UNWRITTEN}
+            for name, x in run_all(module, tensors, sizes, *scalars, **known).items():
                 tensors[name].copy_(x)
 
         return run
@@ -94,28 +106,41 @@ def _by_launch(module: ModuleType, stage: str, given: Mapping[str, Any]) -> dict
 
 
 def compare(
-    module: ModuleType, other: ModuleType, stage: str, every: int, found: list[str]
+    module: ModuleType, other: ModuleType, stage: str, every: int, found: list[str], nan: bool
 ) -> None:
     """Have each launch of `module` run `other`'s programs on its tensors, too.
 
-    What comes after it reads what those left.
+    What comes after it reads what those left; with `nan`, what `module` left.
     """
-    launch, writes = module.launch, WRITES[stage.rstrip("0123456789")]
+    launch, writes = module.launch, WRITES[root_of(stage)]
+    if "M_seg" in {x.name for x in STAGES[stage].outputs if not x.scratch}:
+        writes = (*writes, "M_seg")
     names = list(inspect.signature(launch).parameters)
-    run = _by_launch if hasattr(other, "fold_program") else _by_program
+    # what joins segments, or takes what lost too much for the program
+    beside = hasattr(other, "fold_program") or hasattr(other, "strong_decay_kernel")
+    run = _by_launch if beside else _by_program
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         written = [x for x in writes if x in given]
+        if nan:  # as TileLang's prepare leaves it; Triton's takes a chunk's least for its last
+            given["gamma_C"][0] = float("nan")
         for name in written:
-            given[name].fill_(float("nan"))
+            given[name].fill_(UNWRITTEN if nan else float("nan"))
         results = run(other, stage, given)
         launch(*args, **kwargs)
         for name in written:
             # what is past the last token is written by some, and read by none
             wanted = given[name].float()
             kept = ~wanted.isnan()
-            off = (results[name] - wanted)[kept].norm() / wanted[kept].norm()
+            if nan:
+                found.append(f"{stage} {name} {int((~kept).sum())} are NaN")
+                if (results[name].isfinite() & ~kept).any():
+                    raise AssertionError(f"of {found[-1]}, but not of TileLang's")
+                continue
+            # strong decay leaves nothing of a state, and transitions are zero
+            size = wanted[kept].norm().clamp(min=1e-30)
+            off = (results[name] - wanted)[kept].norm() / size
             found.append(f"{stage} {name} {off:.1e}")
             if not (kept.any() and off < LIMITS[every]):  # a NaN is no less
                 raise AssertionError(found[-1])
@@ -124,31 +149,42 @@ def compare(
     vars(module)["launch"] = both
 
 
-def main(op: str, K: str, T: str, pattern: str, every: str, segment: str = "", *flags: str) -> None:
+def main(
+    op: str, size: str, T: str, pattern: str, every: str, segment: str = "", *flags: str
+) -> None:
+    K, _, V = size.partition("x")
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - {"twice", "stateless", "wide"}, True)
+    given: dict[str, Any] = dict.fromkeys({*flags} - OF_RUNS, True)
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
-    problem = Problem(op, K=int(K), V=int(K), **given)
+    problem = Problem(op, K=int(K), V=int(V or K), **given)
     plan = "states" if every == "0" else f"blocks{every}_states"
+    plan += "_transitions" * ("transitions" in flags)
     recipe = Recipe.default(problem, plan, 32, arch="sm_90")
     found: list[str] = []
-    stages = [x for x in recipe.plan.stages if x.rstrip("0123456789") in WRITES]
+    stages = [x for x in recipe.plan.stages if root_of(x) in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
     others = {x: tilelang_config(x, problem) for x in stages}
-    if segment:
+    if segment.isdigit():
         call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
         rows = 128 if "wide" in flags else 64
         others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
+        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
-        compare(load(render(problem, stage, recipe[stage])), other, stage, int(every), found)
+        module = load(render(problem, stage, recipe[stage]))
+        compare(module, other, stage, int(every), found, "nan" in flags)
     shape = Shape("tiny", many, int(T), many)
+    inputs, grads = drawn(problem, shape, pattern, "cpu")
+    if "nan" in flags:
+        inputs["g"][:, int(T) // 2] = float("nan")
     with forced(recipe):
-        made = run_op(public_op(op), problem, *drawn(problem, shape, pattern, "cpu"))
+        made = run_op(public_op(op), problem, inputs, grads)
     print("\n".join(found))
     assert len({x.split()[0] for x in found}) == len(stages), "a stage was not launched"
+    if "nan" in flags:
+        return
     errors = errors_in_range(made, exact(problem, shape, pattern, "cpu"), problem.dtype)
     print("reference", *(f"{name} {x:.1e}" for name, x in errors.items()))
     assert not over(errors, limit_of(problem.dtype, pattern), op, roundings_of(problem)), errors

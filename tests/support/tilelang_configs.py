@@ -43,7 +43,9 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
 
 
 def tilelang_config(stage: str, problem: Problem, BT: int = 32) -> Config:
-    """The same, and of the scans one that fits beside any other."""
+    """The same, of the scans one that fits beside any other, and of what has one form alone it."""
+    if {x.language for x in STAGES[stage].forms} != {"triton", "tilelang"}:
+        return default_config(stage, problem, BT=BT, arch="sm_90")
     if STAGES[stage].is_chain:
         config = default_config(stage, problem, BT=BT)
         return config.replace(language="tilelang", BV=64, num_warps=4, num_stages=2)

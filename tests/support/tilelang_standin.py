@@ -112,11 +112,18 @@ def reinterpret(x: Any, dtype: str) -> Any:
     return bits >> 16 if dtype == "uint16" else bits
 
 
+def chosen(condition: Any, a: Any, b: Any) -> Any:
+    """By one condition, or by each lane's own."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, *(getattr(x, "array", x) for x in (a, b)))
+    return a if condition else b
+
+
 def least(*given: Any) -> Any:
-    """Of numbers, or element by element of what the lanes of a warp have."""
-    if not any(isinstance(x, Tile | np.ndarray) for x in given):
+    """Of numbers, or element by element of what the lanes of a warp have; as there, not of NaN."""
+    if all(isinstance(x, int) for x in given):
         return min(given)
-    return functools.reduce(np.minimum, (getattr(x, "array", x) for x in given))
+    return functools.reduce(np.fmin, (getattr(x, "array", x) for x in given))
 
 
 def language(sizes: Mapping[str, int]) -> SimpleNamespace:
@@ -135,7 +142,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         y.array[...] = x.array.sum(axis=dim)
 
     def reduce_min(x: Tile, y: Tile, dim: int) -> None:
-        y.array[...] = x.array.min(axis=dim)
+        y.array[...] = np.fmin.reduce(x.array, axis=dim)
 
     idle = (
         "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
@@ -165,7 +172,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         gemm=gemm,
         int32="int32",
         int64="int64",
-        if_then_else=lambda condition, a, b: a if condition else b,
+        if_then_else=chosen,
         get_lane_idx=lambda: np.arange(32),
         get_thread_binding=lambda: np.arange(0, 256, 128),  # a thread of either warp group
         min=least,
@@ -178,7 +185,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         serial=range,
         uint32=int,
         unroll=lambda *bounds, unroll_factor=0: range(*bounds),
-        warp_reduce_min=np.min,
+        warp_reduce_min=np.fmin.reduce,
         tma_copy=copy,
         wgmma_gemm=gemm,
     )
@@ -236,10 +243,11 @@ def run_all(
     sizes: Mapping[str, int],
     *scalars: float,
     program: str = "program",
+    unwritten: float = float("nan"),
 ) -> dict[str, torch.Tensor]:
     """The tensors after all of a module's programs, one after the other; `given` stays as it is.
 
-    What holds NaN at first may be written by one of them: which is last on a GPU nobody knows.
+    What is `unwritten` at first may be written by one of them: which is last on a GPU nobody knows.
     """
     body = body_of(module, vars(language(sizes)), program)
     tensors = tiles_of(body, given)
@@ -247,6 +255,7 @@ def run_all(
         before = {name: x.array.copy() for name, x in tensors.items()}
         body(*tensors.values(), *scalars)
         for name, x in tensors.items():
-            again = (x.array != before[name]) & (before[name] == before[name])
+            was = before[name]
+            again = (x.array != was) & (was == was) & (was != unwritten)
             assert not again.any(), f"two programs write to {name}"
     return {name: torch.from_numpy(x.array) for name, x in tensors.items()}

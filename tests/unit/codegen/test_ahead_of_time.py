@@ -286,12 +286,13 @@ def test_tilelang_compiles_and_fits(
         ),
     ],
 )
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (112, 104)])
 @pytest.mark.tilelang
 def test_tilelang_of_blocks_compiles_and_fits(
-    stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    K: int, V: int, stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two programs of grad_blocks are to share a multiprocessor, whose 228 KB they fill."""
-    problem, device = Problem(op), named_device("sm_90")
+    problem, device = Problem(op, K=K, V=V), named_device("sm_90")
     config = tilelang_config(stage, problem)
     assert why_hopeless(config, problem, device) is None
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
@@ -306,12 +307,13 @@ def test_tilelang_of_blocks_compiles_and_fits(
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("stage", ["scan_blocks2", "reverse_scan_blocks2"])
+@pytest.mark.parametrize("size", [128, 112])
 @pytest.mark.tilelang
 def test_tilelang_of_blocks_in_segments_has_two_programs_to_a_multiprocessor(
-    stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, stage: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of fold and of the scan itself, with two stages of loads; all segments run at once so."""
-    problem = Problem(op, initial_state=True, final_state=True)
+    problem = Problem(op, K=size, V=size, initial_state=True, final_state=True)
     config = tilelang_config(stage, problem).replace(segments="parallel")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     used = compile_ahead(problem, stage, config, named_device("sm_90"))

@@ -284,6 +284,9 @@ OUTPUTS: Final = {
         _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
     ),
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
+    "forward_104.py": partial(
+        _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
+    ),
     "forward_kda.py": partial(_forward, Problem("kda", beta_sigmoid=True, neg_eigval=True)),
     "prepare.py": _prepare,
     "grad_key_softplus_packed.py": _grad_key,
@@ -387,7 +390,20 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "reverse_scan_turned.py": partial(
+        _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
+    ),
+    "reverse_scan_turned_tilelang.py": partial(
+        _member_tilelang,
+        Problem(initial_state=True, final_state=True),
+        "reverse_scan_blocks2_transitions",
+        BV=128,
+        num_stages=3,
+    ),
     "grad_blocks2_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks2"),
+    "grad_blocks2_104_tilelang.py": partial(
+        _member_tilelang, Problem(K=104, V=112), "grad_blocks2"
+    ),
     "package_blocks.py": lambda: _package_of(Recipe.default(_PACKED, "blocks2_states")),
     "prepare_group.py": partial(_groups, "prepare_group"),
     "scan_group.py": partial(_groups, "scan_group"),

@@ -22,6 +22,9 @@ from gdn2gen.kernels.validity import why_invalid
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    ("gdn2 64 134 layer 2 1 transitions",),
+    # head dims below their tiles, where some slices of channels, or all, lost too much
+    ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -41,6 +44,18 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 64 134 mixed 2 1 cut",
+            "kda 64 134 zero 0 1 cut",
+            "gdn2 128 134 strong 2 1 wide transitions",
+            "kda 128 230 zero 2 2 wide transitions twice stateless",
+            "kda 64 140 layer 2 2 transitions state_v_first",
+            "gdn2 112 70 layer 2",
+            "gdn2 112 70 strong 2",
+            "gdn2 104x128 70 mixed 2",
+            "kda 112x104 70 mixed 1",
+            "kda 48 70 strong 1",
+            "gdn2 112 102 layer 2 1",
+            "gdn2 48 100 sparse 2 1 twice stateless",
         )
     ),
 ]
@@ -93,8 +108,17 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
+        if "transitions" in case:
+            made = ["reverse_scan_blocks2_transitions dv"]
         made += [f"grad_blocks{every} dg"] * (every != "4" and not segment)
         assert all(x in text for x in [*made, "reference o"])
+
+
+def test_a_token_whose_decay_is_nan_comes_out_of_every_program_of_blocks():
+    """Its chunk is neither weak nor strong: some kernel has to write its gradients."""
+    cases = ["gdn2 64 40 layer 2 - nan", "kda 64 40 layer 1 - nan"]
+    for case, text in zip(cases, run("tilelang_checks.py", *cases).split("== ")[1:], strict=True):
+        assert f"grad_blocks{case.split()[4]} dk 2560 are NaN" in text
 
 
 @pytest.mark.parametrize(("stages", "T", "flags", "pattern", "heads"), OF_GROUPS)

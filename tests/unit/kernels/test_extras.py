@@ -84,3 +84,40 @@ def test_programs_that_take_what_is_left_are_of_prepare(
     assert reason is not None and words in reason
     with pytest.raises(ConfigError, match="programs=resident"):
         render(problem, config.stage, config.replace(programs="resident"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "knobs", "problem", "words"),
+    [
+        ("scan", {"segments": "serial"}, Problem(), "only parallel scans"),
+        ("prepare", {}, Problem(), "only parallel scans"),
+        ("reverse_scan_blocks2_transitions", {}, Problem(), "that make their own transitions"),
+        ("scan", {"segments": "parallel", "BV": 16}, Problem(dtype="fp32"), "products of fp32"),
+        ("scan", {"segments": "parallel", "BV": 32}, Problem(K=96), "of one tile"),
+        ("reverse_scan", {"segments": "parallel", "BV": 32}, Problem(K=256), "128 channels at"),
+    ],
+)
+def test_merges_of_cut_halves_are_of_scans_in_segments(
+    stage: str, knobs: dict[str, str | int], problem: Problem, words: str
+) -> None:
+    config = default_config(stage, problem).replace(**knobs)
+    assert why_invalid(config, problem) is None
+    assert words in str(why_invalid(config.replace(merge="cut"), problem))
+
+
+@pytest.mark.parametrize("language", ["triton", "tilelang"])
+@pytest.mark.parametrize("stage", ["scan", "scan_blocks2", "reverse_scan_blocks2", "reverse_scan"])
+def test_a_merge_of_cut_halves_has_three_products(stage: str, language: str) -> None:
+    """And nothing else of the text is another one; `near` loads as without the knob."""
+    config = default_config(stage, Problem()).replace(segments="parallel", language=language)
+    plain = render(Problem(), stage, config).source.splitlines()
+    for value, ahead in (("cut", 2), ("near", 1)):
+        found = render(Problem(), stage, config.replace(merge=value)).source.splitlines()
+        assert sum("range(1, NS - 1, num_stages" in x for x in found) == 1
+        assert f"    for i_m in tl.range(1, NS - 1, num_stages={ahead + 1}):" in found
+        (at,) = (i for i, x in enumerate(plain) if "b_S = tl.dot(b_S, b_M" in x)
+        end = at + len(found) - len(plain) + 1
+        assert "".join(found[at:end]).count("tl.dot(") == 3
+        loop, names = "num_stages=", ("Template digest", "merge=", "kernels", "--config")
+        for x, y in zip(plain[:at] + plain[at + 1 :], found[:at] + found[end:], strict=True):
+            assert x == y or loop in x or any(z in y for z in names), (x, y)

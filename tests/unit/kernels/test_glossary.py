@@ -6,7 +6,7 @@ import ast
 from dataclasses import replace
 
 import pytest
-from taken import of_op
+from taken import having, of_op
 
 from gdn2gen.codegen.render import render
 from gdn2gen.family.decoding import DecodingProblem
@@ -64,7 +64,7 @@ def test_there_are_words_for_operands_and_no_others() -> None:
 def test_a_kernel_says_what_each_argument_is(problem: Problem, op: str, stage: str) -> None:
     if stage.startswith("forward"):
         problem = replace(PLAIN, K=64, V=64)
-    problem = of_op(problem, op)
+    problem = having(of_op(problem, op), stage)
     names = [x.name for x in default_config(stage, problem).operands(problem)]
     assert [*glossary(problem, stage)] == names
 

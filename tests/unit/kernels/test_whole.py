@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from tilelang_configs import tilelang_config
 
 from gdn2gen.base.device import named_device
 from gdn2gen.codegen.render import render
@@ -17,12 +18,13 @@ from gdn2gen.kernels.plans import PLANS, is_optional, keeps_least, level_of
 from gdn2gen.kernels.recipe import Recipe, is_served
 from gdn2gen.kernels.schedule import saved_by
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.transitions import TRANSITION_STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime import _loading
 from gdn2gen.store.dispatch import Found, find_recipe, forced_recipe, in_triton
 from gdn2gen.tuning import space
 
-WHOLE = tuple(name for name, plan in PLANS.items() if plan.instead)
+WHOLE = tuple(name for name in PLANS if name.startswith("whole"))
 H200 = named_device("H200")
 
 
@@ -62,9 +64,9 @@ def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
         ({"gate_dtype": "bf16"}, None, "gate_dtype of fp32, not bf16"),
         ({"l2norm": False}, None, "l2norm of True, not False"),
         ({"gate": "sigmoid"}, None, "gate of none, not sigmoid: the gate's activation is in prep"),
-        ({"K": 64}, None, "takes K and V of 64 both, or of 128 both, not K=64, V=128"),
-        ({"K": 120, "V": 256}, None, "or of 128 both, not K=120, V=256"),
-        ({"K": 56, "V": 56}, None, "or of 128 both, not K=56, V=56"),
+        ({"K": 64}, None, "V of 64, not 128: it scans values in tiles as wide as keys"),
+        ({"K": 120, "V": 256}, None, "V of 128, not 256"),
+        ({"K": 96, "V": 96}, None, "K of 64, 128, not 96: its slots are of tiles so wide"),
         ({}, "sm_80", "not 2: its waits for asynchronous copies"),
         ({}, "sm_100", "not sm_100"),
     ],
@@ -106,28 +108,67 @@ def test_what_keeps_states_is_of_64_channels() -> None:
     config = default_config("forward_blocks1", Problem(K=64, V=64))
     assert why_invalid(config, Problem(K=64, V=64), "sm_90") is None
     reason = why_invalid(config, Problem())
-    assert reason is not None and "takes K=64 and V=64, not K=128: there is no shared" in reason
+    assert reason is not None and "K of 64, not 128: no shared memory is left" in reason
     assert "num_stages of 2, not 3" in str(
         why_invalid(config.replace(num_stages=3), Problem(K=64, V=64))
     )
     assert not is_served("whole_blocks1_states", Problem(), "sm_90")
 
 
-@pytest.mark.parametrize(("K", "V"), [(120, 120), (112, 128), (128, 104), (104, 112)])
-def test_blocks_in_tilelang_are_of_64_and_128_alone(K: int, V: int) -> None:
-    """A limit would take 120 for 128. Channels past 120 were taken for such as had lost all, and
-    the gradients of every chunk left to a kernel that had none to write."""
-    device, regime = named_device("H200"), Regime(16384, 4, 16)
-    problem = Problem(K=K, V=V)
-    filed = find_recipe(Problem(), regime, device, level="fast").recipe
-    blocks = [x for x in filed.by_stage.values() if STAGES[x.stage].every]
-    assert {x.stage for x in blocks} >= {"scan_blocks2", "reverse_scan_blocks2", "grad_blocks2"}
-    for config in blocks:
-        reason = why_invalid(config, problem, "sm_90")
-        assert reason and "blocks in TileLang take K and V of 64 or 128" in reason, reason
+# Below tiles of 128, of 64, and of both.
+BELOW: Final = [(120, 120), (112, 128), (128, 104), (104, 112), (48, 48), (40, 64), (56, 128)]
+
+
+@pytest.mark.parametrize(("K", "V"), BELOW)
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+def test_blocks_and_one_kernel_take_head_dims_below_their_tiles(op: str, K: int, V: int) -> None:
+    """As much as tiles of 64 and of 128 do that are full, and in the same configs."""
+    full, problem = (
+        Problem(op, K=k, V=v, initial_state=True, final_state=True)
+        for k, v in ((128 if K > 64 else 64, 128 if V > 64 else 64), (K, V))
+    )
+    # kept transitions alone are of heads that fill their tiles
+    served = {*STAGES} - {x.name for x in TRANSITION_STAGES}
+    for stage in (x for x in served if STAGES[x].every or x.startswith("forward")):
+        configs = [*space.valid_configs(stage, full, H200, 32)]
+        assert configs == [*space.valid_configs(stage, problem, H200, 32)], stage
+        assert configs or stage.startswith("forward")
+    for plan in WHOLE:
+        assert is_served(plan, problem, "sm_90") == is_served(plan, full, "sm_90")
+
+
+@pytest.mark.parametrize("size", [72, 96, 136, 256])
+def test_blocks_in_tilelang_have_no_tiles_of_other_widths(size: int) -> None:
+    config = tilelang_config("grad_blocks2", Problem())
+    for sizes in ({"K": size}, {"V": size}):
+        reason = why_invalid(config, Problem(**sizes), "sm_90")
+        assert reason and "tiles of other widths were not compiled for" in reason, reason
+    assert not any(
+        language_of(x) == "tilelang"
+        for x in space.valid_configs("scan_blocks2", Problem(K=size, V=size), H200, 32)
+    )
+
+
+def test_channels_past_the_head_dim_have_lost_nothing() -> None:
+    """Loads give zeros there: as a chunk's whole decay they would be taken for strong, and the
+    gradients left to a kernel that has none to write."""
+    for stage, K, BK in (("grad_blocks2", 112, 128), ("grad_blocks1", 48, 64)):
+        config = tilelang_config(stage, Problem(K=K, V=K)).replace(BK=BK)
+        source = render(Problem(K=K, V=K), stage, config).source
+        last = f"s_gamma[i_lane + {BK - 32}]"
+        kept = f"last_kept = tile.if_then_else(o_k + i_lane + {BK - 32} < K, {last}, 1.0)"
+        assert kept in source and source.count(last) == 1
+        full = render(Problem(K=BK, V=BK), stage, config).source
+        assert "last_kept" not in full and full.count(last) == 1
+
+
+@pytest.mark.parametrize(("K", "V"), BELOW)
+def test_no_call_finds_them_before_they_ran_on_a_gpu(K: int, V: int) -> None:
     for level in ("lean", "fast"):
-        found = find_recipe(problem, regime, device, level=level)
+        found = find_recipe(Problem(K=K, V=V), Regime(16384, 4, 16), H200, level=level)
         assert not found.recipe.plan.every, f"{found.why}: {found.recipe.plan.name}"
+        if found.source != "default":
+            assert "has run on no GPU at head dims below its tiles" in found.why
 
 
 def test_a_scan_that_can_keep_states_on_the_way_is_that_of_two_kernels() -> None:

@@ -64,7 +64,7 @@ def test_ours_come_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def theirs(member: str, _: Any) -> Any:
         asked.append(f"fla {member}")
-        return None if member == "gla" else (3.0, 7.0)
+        return (3.0, None) if member == "gla" else (3.0, 7.0)
 
     monkeypatch.setattr(layer_time, "layer_rows", ours)
     monkeypatch.setattr(layer_time, "their_times", theirs)
@@ -76,7 +76,8 @@ def test_ours_come_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked == ["gdn2", "gla", "kda", *wanted]
     said = kept.read_text()
     assert "| layer kda | forward+backward | 2.0000 | - | - | 7.0000 | 3.50 |" in said
-    assert "| layer gla | forward | 2.0000 | - | - | - | - |" in said
+    assert "| layer gla | forward | 2.0000 | - | - | 3.0000 | 1.50 |" in said
+    assert "| layer gla | forward+backward | 2.0000 | - | - | - | - |" in said
 
 
 def test_both_sides_have_the_same_sizes() -> None:
@@ -88,3 +89,58 @@ def test_both_sides_have_the_same_sizes() -> None:
         for name in ("num_heads", "head_dim", "expand_v"):
             if name in theirs and not member.startswith("mamba"):
                 assert ours[name] == theirs[name], f"{name} of {member}"
+
+
+class Peer(torch.nn.Module):
+    """A layer of theirs, whose backward or forward may not run here."""
+
+    fails = ""
+
+    def __init__(self, hidden_size: int, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.dt_bias = torch.nn.Parameter(torch.ones(4))
+        self.states: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.states.append(self.training)
+        if self.fails == "forward" or (self.fails and torch.is_grad_enabled()):
+            raise NotImplementedError("not on this GPU\nand more")
+        return x * self.weight * self.dt_bias.sum(), None
+
+
+@pytest.mark.parametrize("fails", ["", "backward", "forward"])
+def test_what_of_theirs_does_not_run(
+    fails: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A forward is kept where the backward is refused."""
+    monkeypatch.setattr(Peer, "fails", fails)
+    monkeypatch.setattr(layer_time, "_theirs", lambda *_: Peer)
+    times = iter((1.0, 2.0))
+
+    def ms(run: Any) -> float:
+        run()
+        return next(times)
+
+    monkeypatch.setattr(layer_time, "ms", ms)
+    found = layer_time.their_times("gla", torch.ones(1, layer_time.HIDDEN, requires_grad=True))
+    wanted = {"": (1.0, 2.0), "backward": (1.0, None), "forward": (None, None)}
+    assert found == wanted[fails]
+    assert ("gla: not on this GPU" in capsys.readouterr().err) == bool(fails)
+
+
+def test_what_of_theirs_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layer_time.THEIRS, "gla", ("fla_that_is_not_there", "Layer"))
+    assert layer_time.their_times("gla", torch.ones(1)) == (None, None)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_their_mamba2_without_causal_conv1d(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which its layer calls in training alone."""
+    monkeypatch.setattr(layer_time, "find_spec", lambda _: object() if there else None)
+    x = torch.ones(1, layer_time.HIDDEN)
+    for member in ("mamba2", "mamba3", "gla"):
+        layer = layer_time.their_layer(member, Peer, x)
+        assert layer.training == (there or member != "mamba2")
+        kept = torch.float32 if member.startswith("mamba") else torch.bfloat16
+        assert layer.dt_bias.dtype == kept and layer.weight.dtype == torch.bfloat16

@@ -115,12 +115,28 @@ def test_bf16_leaves_the_rates_alone(peer: None) -> None:
             assert x.dtype == (torch.float32 if wide else torch.bfloat16), name
 
 
+def test_a_peer_that_raises_costs_its_rows_alone(
+    peer: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("not with [this] Triton\nand more")
+
+    monkeypatch.setattr(Theirs, "forward", refuse)
+    assert speed.main(["--small", "--vs", "fla"]) == 0
+    said = capsys.readouterr().out
+    assert "fla:gdn2: RuntimeError: not with [this] Triton\n" in said and "decode 2 x 5" in said
+    assert "FLA's" not in said.replace("of FLA's", "") and said.count("│ ours") == 3
+    monkeypatch.setattr(GatedDeltaNet2, "forward", refuse)
+    with pytest.raises(RuntimeError, match="not with"):  # ours is no row that may be left out
+        speed.main(["--small"])
+
+
 def test_a_peer_that_is_missing_costs_its_rows_alone(capsys: pytest.CaptureFixture[str]) -> None:
     if "fla" in sys.modules:
         pytest.skip("it is there")
     assert speed.main(["--small", "--vs", "fla", "--only", "train"]) == 0
     said = capsys.readouterr().out
-    assert "train 2 x 16, fla:gdn2: fla.layers.gdn2.GatedDeltaNet2 cannot be imported" in said
+    assert "fla:gdn2: UnsupportedError: fla.layers.gdn2.GatedDeltaNet2 cannot be imported" in said
     assert "│ ours" in said and "│ FLA's" not in said
 
 

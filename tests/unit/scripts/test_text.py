@@ -126,8 +126,9 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, record = tmp_path / "learning.md", tmp_path / "learning/text.json"
     monkeypatch.setattr(text, "PAGE", page)
     monkeypatch.setattr(text, "RECORD", record)
+    monkeypatch.setattr(text, "SPEEDS", record.with_name("speed.json"))
     monkeypatch.setattr(text, "SMALL", FEW)
-    page.write_text("<!-- text:begin -->\n<!-- text:end -->\n")
+    page.write_text("".join(f"<!-- {x}:begin -->\n<!-- {x}:end -->\n" for x in ("text", "speed")))
     rows = tmp_path / "rows"
     text.write_row(rows / "a.json", _row("fla:gdn2", 2.0))
     text.write_row(rows / "b.json", _row("gdn2", 1.5, "graph"))
@@ -145,9 +146,11 @@ def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.M
     page, record = tmp_path / "learning.md", tmp_path / "learning/text.json"
     before = text.PAGE.read_text()
     page.write_text(before)
-    if text.RECORD.exists():
-        replace_file(record, text.RECORD.read_text())
+    for kept in (text.RECORD, text.SPEEDS):
+        if kept.exists():
+            replace_file(record.with_name(kept.name), kept.read_text())
     monkeypatch.setattr(text, "PAGE", page)
     monkeypatch.setattr(text, "RECORD", record)
+    monkeypatch.setattr(text, "SPEEDS", record.with_name("speed.json"))
     assert text.main(["report", "--rows", str(tmp_path / "none")]) == 0
     assert page.read_text() == before, "run: python scripts/text.py report"

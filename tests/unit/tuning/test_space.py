@@ -30,6 +30,7 @@ PROBLEM = Problem()
 @pytest.mark.parametrize("K", [32, 128])
 def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
     problem = having(Problem(K=K, V=K), stage)
+    K = problem.K
     places = (Place(problem, BT, "sm_90") for BT in (64, 32))
     place = next(x for x in places if any(form.serves(x) for form in STAGES[stage].forms))
     assert place.BT == 64 or stage.startswith("grad_blocks")
