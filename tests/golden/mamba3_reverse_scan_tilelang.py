@@ -39,7 +39,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 Problem: mamba3 K=128 V=64 bf16, skip, carried
 
 Config:  BT=64 language=tilelang num_stages=1 num_warps=4
-Template digest 005280f64a232c42; made by
+Template digest d66a323d3db73878; made by
     gdn2gen generate --dtype bf16 --with=skip,carried --stage mamba3_reverse_scan --config \
       BT=64,language=tilelang,num_stages=1,num_warps=4
 """
@@ -149,15 +149,16 @@ def program():
                 i_t = n_chunks - 1 - i_back
                 i_row = i_t * BT
                 i_tile = i_n * n_chunks + i_t
+                # in the order in which tiles are given back: each waits for those before it
+                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
+                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
+                tile.copy(h[i_tile, i_h, :, :], s_h)
+                tile.copy(dy[i_n, i_row : i_row + BT, i_h, :], s_dy)
                 tile.copy(within[i_n, i_h, i_row : i_row + BT], s_within)
                 tile.copy(tail_decay[i_n, i_h, i_row : i_row + BT], s_tail_decay)
                 tile.copy(weight_s[i_n, i_h, i_row : i_row + BT], s_weight_s)
                 tile.copy(own_dt[i_n, i_h, i_row : i_row + BT], s_own_dt)
-                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
-                tile.copy(dy[i_n, i_row : i_row + BT, i_h, :], s_dy)
                 tile.copy(k[i_n, i_row : i_row + BT, i_h, :], s_k)
-                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
-                tile.copy(h[i_tile, i_h, :, :], s_h)
 
                 tile.copy(b_dS, b_rounded)
                 tile.tma_store_wait(2)
