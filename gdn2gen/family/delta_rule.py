@@ -52,5 +52,9 @@ DELTA_RULE: Final = Recurrence(
             "cu_seqlens",
         ),
     ),
-    plans=("direct", "direct_states"),
+    plans=(
+        *("direct", "direct_states"),
+        *("direct_blocks1", "direct_blocks2"),
+        *("direct_blocks1_states", "direct_blocks2_states"),
+    ),
 )

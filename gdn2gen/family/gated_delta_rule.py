@@ -75,5 +75,9 @@ GATED_DELTA_RULE: Final = Recurrence(
             "cu_seqlens",
         ),
     ),
-    plans=("direct", "direct_states"),
+    plans=(
+        *("direct", "direct_states"),
+        *("direct_blocks1", "direct_blocks2"),
+        *("direct_blocks1_states", "direct_blocks2_states"),
+    ),
 )

@@ -12,6 +12,7 @@ prepare     prepare, reprepare, sum_decay: contracts and forms
 scans       scan, scan_states, rescan, reverse_scan
 gradients   grad_value, grad_key
 blocks      the stages of plans that keep the state of every few chunks
+outside_blocks   their gradients where the decay is outside of products
 transitions  the stages of plans that keep the transitions of segments for their backward
 whole       prepare and scan in one kernel
 groups      the stages of members whose heads share the scores of a group

@@ -10,7 +10,8 @@ so that grad_blocks, a program of which takes a chunk and a slice of channels, h
 goes from the block's start up to its chunk, and from the block's end down to it. (In TileLang a
 program takes the block, and makes of pairs of tokens what would come of the state between them.) It
 sums the decay itself, and makes dT and dAqk of what it reads. So no stage leaves the sum of the
-decay, and dv and dw are the reverse scan's, of dX as it is in fp32.
+decay, and dv and dw are the reverse scan's, of dX as it is in fp32. Where the decay is outside of
+products, `outside_blocks` says what is otherwise.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from gdn2gen.kernels.operands import (
     GAMMA_C,
     GATE,
     K_BETA,
+    LOG_DECAY,
     OUTPUT,
     QKGB,
     RSTD,
@@ -41,13 +43,17 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
+from gdn2gen.kernels.outside_blocks import outside_tilelang, outside_triton
 from gdn2gen.kernels.plans import EVERY
 from gdn2gen.kernels.prepare import REPREPARE
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN_STATES
 from gdn2gen.kernels.stage import Form, Operand, Stage
 
 # <dX, w v>, by 16 values: what a warp of the reverse scan has of a token in its rows.
-_Z_DOT: Final = Operand("z_dot", "NT HV BT NZ", "fp32", "l2norm")
+_Z_DOT: Final = Operand("z_dot", "NT HV BT NZ", "fp32", "l2norm", of="channel")
+# What the norms' backward wants where the decay is outside of products: only of slices of channels.
+_IN_SLICES: Final = "l2norm, in slices"
+_Z_DOTS: Final = (_Z_DOT, replace(_Z_DOT, of="outside", when=_IN_SLICES))
 _KTAIL: Final = FACTORS[2]
 
 
@@ -119,7 +125,7 @@ def _rescan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of rescan
         forms=(
             *_in_triton(RESCAN, "scan_blocks"),
-            *(_in_tilelang(RESCAN, "scan") if every == 1 else ()),
+            *_in_tilelang(RESCAN, "scan"),
         ),
         every=every,
     )
@@ -130,13 +136,17 @@ def _reverse_scan_blocks(every: int) -> Stage:
     return replace(
         REVERSE_SCAN,
         name=f"reverse_scan_blocks{every}",
-        inputs=(*VW, *REVERSE_SCAN.inputs),
+        inputs=(
+            *(replace(x, of="channel") for x in VW),
+            replace(VW[0], of="outside", when=_IN_SLICES),
+            *REVERSE_SCAN.inputs,
+        ),
         outputs=(
             _kept(DH, every),
-            DX,
+            replace(DX, of="channel"),  # else it is dv
             DV,
             Operand("dw", "B T HV V", when="w"),
-            _Z_DOT,
+            *_Z_DOTS,
             *scratch,
             REVERSE_SCAN.outputs[-1],
         ),
@@ -219,7 +229,7 @@ _PAIRS_TILELANG: Final = replace(
 
 
 def _grad_blocks(every: int) -> Stage:
-    taken = ("dq", "dk", "dg", "db", "dbeta_part", "dbeta", "dA_log", "ddt_bias")
+    taken = ("dq", "dk", "dg", "dg_part", "db", "dbeta_part", "dbeta", "dA_log", "ddt_bias")
     return Stage(
         name=f"grad_blocks{every}",
         inputs=(
@@ -228,20 +238,23 @@ def _grad_blocks(every: int) -> Stage:
             *RSTD,
             K_BETA,
             GAMMA_C,
+            LOG_DECAY,
             *((_KTAIL,) if every > 1 else ()),
             _kept(H, every),
             R,
             _kept(DH, every),
-            DX,
+            replace(DX, of="channel"),
+            replace(DV, of="outside"),
             DO,
-            replace(OUTPUT, when="l2norm"),
-            _Z_DOT,
-            *(SEQUENCES[1:] if every > 1 else ()),
+            replace(OUTPUT, when="l2norm", of="channel"),
+            replace(OUTPUT, when=_IN_SLICES, of="outside"),
+            *_Z_DOTS,
+            *((replace(SEQUENCES[0], of="outside"), SEQUENCES[1]) if every > 1 else ()),
             *CHUNK_TABLE,
         ),
         outputs=(
             Operand("beta_dot", "NT HV BT", "fp32", "beta"),
-            *(x for x in GRAD_KEY.outputs if x.name in taken and x.of in ("all", "channel")),
+            *(x for x in GRAD_KEY.outputs if x.name in taken),
         ),
         scalars=(*CHUNK_SCALARS, "n_sequences"),
         # dq, de, dk from the states; dAqk and dT; of pairs; states made again, a product for each
@@ -255,7 +268,9 @@ def _grad_blocks(every: int) -> Stage:
         forms=(
             _ANCHORED,
             bounded(_ANCHORED, "grad_key"),
+            outside_triton(every),
             *((_ANCHORED_TILELANG if every == 1 else _PAIRS_TILELANG,) if every < 4 else ()),
+            *((outside_tilelang(every),) if every < 4 else ()),
         ),
         selector="decay",
         every=every,

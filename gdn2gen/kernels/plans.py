@@ -56,6 +56,17 @@ def _blocks(every: int) -> tuple[Plan, Plan]:
     )
 
 
+def _direct_blocks(every: int) -> tuple[Plan, Plan]:
+    """The same where scans read q and k themselves: there are no factors to make again."""
+    backward = (f"reverse_scan_blocks{every}", f"grad_blocks{every}")
+    return (
+        # keeps what `direct` does
+        Plan(f"direct_blocks{every}", _FORWARD, (f"rescan_blocks{every}", *backward), every),
+        # R, and h of every block, less S_seg
+        Plan(f"direct_blocks{every}_states", ("prepare", f"scan_blocks{every}"), backward, every),
+    )
+
+
 _WHOLE = ("forward",)
 
 
@@ -114,6 +125,7 @@ PLANS: Final = {
         # Fewer bytes: states between chunks are made again, no stage is the value side's own, and
         # no sum of the decay is kept.
         *(plan for every in EVERY for plan in _blocks(every)),
+        *(plan for every in (1, 2) for plan in _direct_blocks(every)),
         # What `lean`, `blocks1` and `blocks2` do, whose prepare and scan are one kernel: 896 bytes
         # a token and head at K = 128 are not written and read again.
         Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
@@ -131,6 +143,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *(f"blocks{every}" for every in EVERY),
         *("whole", "whole_blocks1", "whole_blocks2"),
         "blocks2_transitions",
+        *("direct_blocks1", "direct_blocks2"),
     ),
     "fast": (
         *("fast", "states", "direct_states"),
@@ -138,6 +151,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         "grouped",
         *(f"blocks{every}_states" for every in EVERY),
         *("whole_blocks1_states", "blocks2_states_transitions"),
+        *("direct_blocks1_states", "direct_blocks2_states"),
     ),
 }
 

@@ -91,6 +91,12 @@ def keeps_checkpoints(problem: Compiled) -> bool:
     return isinstance(problem, PrefillProblem) and problem.checkpoints != ""
 
 
+def in_slices(problem: Problem) -> bool:
+    """Whether programs of grad_blocks whose decay is outside of products have a slice of channels
+    each: else all of them."""
+    return problem.K > 128 or problem.dtype == "fp32"
+
+
 def has_operand(operand: Operand, problem: Problem) -> bool:
     """Whether the kernels of `problem` take this operand."""
     member = recurrence_named(problem.op)
@@ -106,6 +112,7 @@ _WHEN: Final[Mapping[str, Callable[[Problem, Recurrence], bool]]] = {
     "erases": lambda problem, member: member.erases,
     "only writes": lambda problem, member: not member.erases,
     "l2norm": lambda problem, member: problem.l2norm,
+    "l2norm, in slices": lambda problem, member: problem.l2norm and in_slices(problem),
     "gate": lambda problem, member: problem.gate != "none",
     "A_log": lambda problem, member: problem.has_A_log,
     "dt_bias": lambda problem, member: problem.has_dt_bias,

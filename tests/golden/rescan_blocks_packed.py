@@ -22,7 +22,7 @@ every segment's start, so that segments run side by side.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4
-Template digest 9d6c280fa43a41c0; made by
+Template digest bcac0ec294b52425; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage rescan_blocks2 --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4

@@ -28,7 +28,7 @@ the state held transposed, dS^T [BV, K]. What the last of every 2 chunks ends wi
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=serial
-Template digest c2551d703302fed7; made by
+Template digest d1d6ce5569b96e03; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage reverse_scan_blocks2 --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=serial

@@ -215,6 +215,8 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase(case, plan, chosen, slow=slow)
     yield from _bounded_cases()
     yield from _cases_of_blocks()
+    yield from _cases_of_outside_blocks()
+
     yield from _cases_of_transitions()
     yield from _cases_of_less()
     yield from _cases_of_groups()
@@ -297,6 +299,39 @@ def _cases_of_blocks() -> Iterator[KernelCase]:
             yield KernelCase(case, plan, knobs, segment, slow=True)
         causal = Case("blocks-causality", _STATES, _shape(1, 22, 1), check="causality")
         yield KernelCase(causal, plan, small, slow=True)
+
+
+def _cases_of_outside_blocks() -> Iterator[KernelCase]:
+    """The same of a decay outside of products, or none; head dims past 128 are in two slices."""
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True, "beta_sigmoid": True}
+    gated = replace(_STATES, op="gated_delta_rule", K=40, V=24)
+    packed = replace(gated, varlen=True, state_v_first=True, **gates)
+    ends = _shape(1, 70, 2, (0, 0, 34, 34, 35, 70, 70))
+    half = replace(gated, dtype="fp16", **_NO_STATES)
+    parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
+    small = (("BT", 16),)
+    for plan in (x for x in RECURRENCES["gated_delta_rule"].plans if PLANS[x].every):
+        lean = not plan.endswith("_states")
+        for name, problem, shape, pattern, knobs, segment, slow in (
+            ("packed", packed, ends, "mixed", small, 32, False),
+            ("fp16", replace(half, K=64), _shape(2, 75, 2), "layer", small, 32, lean),
+            ("strong", half, _shape(1, 75, 1), "strong", (("BT", 32),), 32, lean),
+            ("parallel", gated, _shape(1, 140, 1), "zero", parallel, 3, lean),
+            ("wide", replace(half, K=160), _shape(1, 75, 1), "layer", small, 32, True),
+            ("plain", replace(gated, l2norm=False), _shape(1, 75, 1), "uniform", small, 32, True),
+            ("64", half, _shape(1, 150, 1), "sparse", (("BT", 64),), 32, True),
+        ):
+            heads = {"H": 1} if name == "fp16" else {}
+            case = Case(f"outside-blocks-{name}", problem, shape, pattern, **heads)
+            yield KernelCase(case, plan, knobs, segment, slow)
+        causal = Case("outside-blocks-causality", gated, _shape(1, 22, 1), check="causality")
+        yield KernelCase(causal, plan, small, slow=True)
+    plain = replace(_STATES, op="delta_rule", K=40, V=24)
+    for plan, problem, shape in (
+        ("direct_blocks1", plain, _shape(1, 75, 1)),
+        ("direct_blocks2_states", replace(plain, varlen=True), ends),
+    ):
+        yield KernelCase(Case("delta_rule-blocks", problem, shape), plan, small)
 
 
 def _cases_of_transitions() -> Iterator[KernelCase]:

@@ -4,10 +4,10 @@ They need TRITON_INTERPRET=1 before triton is imported, so the tests call this i
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim (104x128 where values
 have another), tokens, gate pattern, and chunks of a block (0: the scans of plan `states`); then, of
 the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
-sequences and heads), `stateless`, `wide` (programs of 128 rows, two warp groups), `transitions` (of
-segments, kept for the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules
-alone) and `nan` (the decay of a token; what is NaN in Triton's results has to be written by
-TileLang's, and NaN).
+sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
+of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
+the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone) and `nan`
+(the decay of a token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.problem import Problem
+from gdn2gen.family.registry import OUTSIDE_OPS
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import limit_of, over, roundings_of
 from gdn2gen.kernels.recipe import Recipe
@@ -36,14 +37,17 @@ from gdn2gen.measure.check import drawn, exact, forced
 from gdn2gen.runtime import call
 
 WRITES = {
+    "scan": ("o", "S_seg", "final_state"),
+    "rescan": ("h", "R"),
     "scan_states": ("o", "h", "R", "final_state"),
     "reverse_scan": ("dh", "dX", "dX_rest", "dh0"),
     "scan_blocks": ("o", "h", "R", "final_state"),
     "reverse_scan_blocks": ("dh", "dX", "dv", "dw", "z_dot", "dh0"),
-    "grad_blocks": ("beta_dot", "dq", "dk", "dg", "db", "dbeta_part"),
+    "rescan_blocks": ("h", "R"),
+    "grad_blocks": ("beta_dot", "dq", "dk", "dg", "dg_part", "db", "dbeta_part"),
 }
 UNWRITTEN = 7.0  # where NaN is what comes out
-OF_RUNS = {"twice", "stateless", "wide", "transitions", "cut", "nan"}
+OF_RUNS = {"twice", "stateless", "raw", "lean", "wide", "transitions", "cut", "nan"}
 SCRATCH = {"S_seg", "M_seg", "dS_seg"}
 # Both round alike, but sum in other orders: a few values in 16 bits round the other way. Triton's
 # programs with all channels of a token make what the norm's backward projects out another way. Of
@@ -61,7 +65,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
     tokens, chunks, states = (
         len(next(given[x] for x in names if x in given))
-        for names in (("o", "do"), ("R", "dX"), ("h", "dh"))
+        for names in (("o", "do", "v"), ("A", "R", "dX"), ("h", "dh", "A"))
     )
     slices = -(-module.K // getattr(module, "BK", module.K))
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
@@ -70,8 +74,10 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
 
 def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
-    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states")}
+    names = {x: ["segment"] for x in ("scan_blocks1", "scan_states", "rescan_blocks")}
     names |= {"grad_blocks": ["scale", "lower_bound"]}
+    if stage in ("scan", "rescan"):
+        return [given["segment"]]
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
 
@@ -122,7 +128,8 @@ def compare(
 
     def both(*args: Any, **kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        written = [x for x in writes if x in given]
+        # where there are parts of dg, a kernel in Triton adds them up
+        written = [x for x in writes if x in given and not (x == "dg" and "dg_part" in given)]
         if nan:  # as TileLang's prepare leaves it; Triton's takes a chunk's least for its last
             given["gamma_C"][0] = float("nan")
         for name in written:
@@ -155,22 +162,32 @@ def main(
     K, _, V = size.partition("x")
     many = 2 if "twice" in flags else 1
     given: dict[str, Any] = dict.fromkeys({*flags} - OF_RUNS, True)
+    if "raw" in flags:
+        given["l2norm"] = False
     if "stateless" not in flags:
         given |= {"initial_state": True, "final_state": True}
     problem = Problem(op, K=int(K), V=int(V or K), **given)
-    plan = "states" if every == "0" else f"blocks{every}_states"
+    outside = op in OUTSIDE_OPS
+    plan = "states" if every == "0" else f"{'direct_' * outside}blocks{every}"
+    plan += "_states" * (every != "0" and "lean" not in flags)
     plan += "_transitions" * ("transitions" in flags)
-    recipe = Recipe.default(problem, plan, 32, arch="sm_90")
+    plan = "lean" if plan == "states" and "lean" in flags else plan
+    BT = 64 if every == "1" and outside else 32
+    recipe = Recipe.default(problem, plan, BT, arch="sm_90")
     found: list[str] = []
     stages = [x for x in recipe.plan.stages if root_of(x) in WRITES]
     stages = [x for x in stages if x != "grad_blocks4"]
-    others = {x: tilelang_config(x, problem) for x in stages}
+    if outside and every == "1":  # of chunks of 64, whose scans are those of scan_states
+        stages = ["grad_blocks1"]
+    others = {x: tilelang_config(x, problem, BT) for x in stages}
     if segment.isdigit():
         call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
-        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
-        rows = 128 if "wide" in flags else 64
-        others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
-        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
+        cut = [x for x in stages if "segments" in recipe[x]]
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in cut))
+        others |= {x: others[x].replace(segments="parallel") for x in cut}
+        others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
+    rows = 128 if "wide" in flags else 64
+    others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))

@@ -390,6 +390,7 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "rescan_blocks_tilelang.py": partial(_member_tilelang, Problem(), "rescan_blocks2"),
     "reverse_scan_turned.py": partial(
         _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
     ),
@@ -401,6 +402,24 @@ OUTPUTS: Final = {
         num_stages=3,
     ),
     "grad_blocks2_tilelang.py": partial(_member_tilelang, Problem(), "grad_blocks2"),
+    "rescan_blocks_outside.py": partial(_blocks, "rescan_blocks2", op="delta_rule"),
+    "reverse_scan_blocks_outside_packed.py": partial(_outside, "reverse_scan_blocks2"),
+    "grad_blocks_outside_packed.py": partial(_outside, "grad_blocks2"),
+    "grad_blocks_outside_fp16.py": partial(
+        _blocks, "grad_blocks1", op="gated_delta_rule", dtype="fp16", K=160
+    ),
+    "scan_blocks_outside_tilelang.py": partial(
+        _member_tilelang, Problem("gated_delta_rule", initial_state=True), "scan_blocks2"
+    ),
+    "reverse_scan_blocks_outside_tilelang.py": partial(
+        _member_tilelang, Problem("gated_delta_rule", final_state=True), "reverse_scan_blocks2"
+    ),
+    "grad_blocks_outside_tilelang.py": partial(
+        _member_tilelang, Problem("gated_delta_rule"), "grad_blocks2"
+    ),
+    "grad_blocks_delta_rule_tilelang.py": partial(
+        _member_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False), "grad_blocks2"
+    ),
     "grad_blocks2_104_tilelang.py": partial(
         _member_tilelang, Problem(K=104, V=112), "grad_blocks2"
     ),
