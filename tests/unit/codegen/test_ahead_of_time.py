@@ -419,7 +419,7 @@ def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
     problem = reverse_scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
     config = default_config(MAMBA3_REVERSE_SCAN.name, problem)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
-    assert used.registers == 128 and used.spill_bytes <= 512, f"{config}: {used}"
+    assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
