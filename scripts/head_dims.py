@@ -9,9 +9,9 @@
 
 At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
 FLA's where it is installed and K is at most 256. Transfer: forward+backward as graphs with the
-recipe of the nearest other head dims on file, beside that of their own and the default, each
-checked first; none where there is none, or it is refused. What is on file may itself have begun
-with a recipe of those head dims.
+recipe of the nearest other head dims on file, which is checked first, beside that of their own and
+the default, which others have checked; none where there is none, or it is refused. What is on file
+may itself have begun with a recipe of those head dims.
 """
 
 from __future__ import annotations
@@ -124,22 +124,28 @@ def transfer(sizes: Iterable[str]) -> None:
     try:
         wanted = [(problem_of(size), level) for size in sizes for level in LEVELS]
         rows = [(problem, level, *_recipes_of(problem, level)) for problem, level in wanted]
-        # all at once, for compilers are what takes the time
-        compiles = {
-            recipe: {config: backend.compile(problem, config) for config in recipe.configs}
-            for problem, _, recipes, _ in rows
-            for recipe in recipes.values()
-            if recipe is not None
-        }
+        compiles = _compiles(backend, [(x, r.values()) for x, _, r, _ in rows])
         for problem, level, recipes, origin in rows:
             row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
             for name, recipe in recipes.items():
-                row[name] = recipe and _checked_ms(backend, recipe, compiles[recipe])
+                built = {x: compiles[problem, x] for x in recipe.configs} if recipe else {}
+                checked = name == "transferred"
+                row[name] = recipe and _ms(backend, recipe, built, checked=checked)
             row["from"] = origin
             _add("transfer", row)
             print(row, flush=True)
     finally:
         backend.close()
+
+
+def _compiles(backend: Any, wanted: Iterable[tuple[Problem, Iterable[Any]]]) -> dict[Any, Any]:
+    """Every config once, all at once: compilers are what takes the time, and recipes share half."""
+    found: dict[Any, Any] = {}
+    for problem, recipes in wanted:
+        for config in (x for recipe in recipes if recipe is not None for x in recipe.configs):
+            if (problem, config) not in found:
+                found[problem, config] = backend.compile(problem, config)
+    return found
 
 
 def _recipes_of(problem: Problem, level: str) -> tuple[dict[str, Any], str | None]:
@@ -165,11 +171,17 @@ def _origin(near: Any) -> str:
     return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
 
 
-def _checked_ms(backend: Any, recipe: Any, compiles: Any) -> float | None:
-    from gdn2gen.tuning.gpu.attempt import try_recipe
+def _ms(backend: Any, recipe: Any, compiles: Any, *, checked: bool) -> float | None:
+    """What a recipe takes; `checked`: it never ran at these head dims."""
+    from gdn2gen.tuning.gpu.attempt import fitting, right
 
-    tried = try_recipe(recipe, compiles, backend, _device(), full=False)
-    if not tried.ok:
+    for config, future in compiles.items():
+        built = fitting(future.result(), _device())
+        if not built.ok:
+            print(f"refused: {config.stage}: {built.reason}")
+            return None
+    tried = right(backend.check(recipe, full=False)) if checked else None
+    if tried is not None and not tried.ok:
         print(f"refused: {tried.reason}")
         return None
     timed = backend.time_recipe(recipe, SHAPE, with_peak=False)

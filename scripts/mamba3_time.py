@@ -1,14 +1,15 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
     python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone]
-        [--sweep | --forms | --profile]
+        [--sweep | --forms | --profile] [--back {apart,once}]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
 (`kernels.mamba3`, every operand once). Every run begins with the L2 flushed. --sweep times configs
 of the kernels, for the rules in kernels/mamba3.py; --forms the few arrangements of those over
 chunks that the rules choose among. `apart` are states and outputs in two stages where calls like
-these run one. --profile says what each kernel of the op takes within it.
+these run one, and `backward at once` has the products of its backward in one stage. --profile says
+what each kernel of the op takes within it; with --back, whether these products are one stage.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from gdn2gen.measure.timing import copy_gbps, time_ms
 from gdn2gen.runtime import mamba3
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_scan
+from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
 
 Run = Callable[[], Any]
 PROBLEM = Mamba3Problem(state_size=128, head_dim=64, angles=32, skip=True, gate=True)
@@ -197,10 +199,13 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
     parser.add_argument("--forms", action="store_true", help="time a few arrangements instead")
     parser.add_argument("--profile", action="store_true", help="time kernels within the op instead")
+    parser.add_argument("--back", choices=("apart", "once"), help="the backward's products")
     args = parser.parse_args()
     torch.manual_seed(0)
     shape = Shape("asked", args.batch, args.tokens, args.heads, groups=1)
     x = layer_inputs(PROBLEM, shape)
+    if args.back:
+        force_reverse_scan(args.back == "once")
     if args.sweep or args.forms or args.profile:
         (sweep if args.sweep else forms if args.forms else profiled)(x)
         return
@@ -212,10 +217,12 @@ def time_kernels(x: dict[str, Tensor], shape: Shape) -> None:
     """Each kernel of both ways, beside a copy of its bytes."""
     sheet = Sheet("kernels", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
     around, chunk = tile_of("bf16", PROBLEM.state_size), chunk_of("bf16", PROBLEM.state_size)
+    force_reverse_scan(True)  # beside the stages that it stands for
     beside = floors(shape, around, AROUND) | floors(shape, chunk, CHUNKS)
     for name, run in (kernel_runs(PROBLEM, x, around) | chunk_runs(x, chunk)).items():
         took = ms(run)
         sheet.add(name, f"{took:.4f}", f"{beside[name]:.4f}", f"{took / beside[name]:.2f}")
+    force_reverse_scan(None)
     console().print(sheet)
 
 
@@ -223,17 +230,22 @@ def time_ops(x: dict[str, Tensor], *, alone: bool) -> None:
     """The op by both ways, its scan alone, and mamba_ssm's; a line as soon as it is known."""
 
     def told(of: str, times: tuple[float, float]) -> None:
-        console().print(f"{of:<40}{times[0]:9.3f}{times[1]:9.3f}")
+        console().print(f"{of:<48}{times[0]:9.3f}{times[1]:9.3f}")
 
-    console().print(f"{'Mamba-3':<40}{'forward':>9}{'and back':>9}")
+    console().print(f"{'Mamba-3':<48}{'forward':>9}{'and back':>9}")
     for chosen in (True, False):
         way = "over chunks" if chosen else "around a scan"
-        for fast, apart in product((False, True), (False, True) if chosen else (False,)):
+        ways = {"": (None, False), ", apart": (False, False), ", backward at once": (None, True)}
+        for fast, (said, (at_once, back)) in product((False, True), ways.items()):
+            if said and not chosen:
+                continue
             own = partial(mamba3_siso_combined, disable_recompute=fast)
-            force_scan(False if apart else None)
+            force_scan(at_once)
+            force_reverse_scan(back)
             with chunks_forced(chosen):
-                told(f"gdn2gen, {way}{', apart' * apart}, {LEVELS[fast]}", op_times(own, x))
+                told(f"gdn2gen, {way}{said}, {LEVELS[fast]}", op_times(own, x))
     force_scan(None)
+    force_reverse_scan(None)
     for fast in (False, True):
         BT = tile_of("bf16", PROBLEM.state_size)
         told(f"chunk_simple_gla, {LEVELS[fast]}", scan_times(x, BT, fast=fast))

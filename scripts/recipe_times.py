@@ -9,6 +9,8 @@ on file there, and stages with the knobs that are changed of what is on file,
 file has not takes the knobs of the one that it is a variant of, and its defaults where there is
 none. Forward, and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice,
 in turns. `--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
+`--into=DIR` checks each in full and merges it into the tuned file there, as a search would: knobs
+that no search asks for have no other way into an entry.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 from stage_times import knob, one_shape, problem_of  # noqa: E402
 
-from gdn2gen.base.device import Device, present_device  # noqa: E402
+from gdn2gen.base.device import Device, present_device, toolchain  # noqa: E402
 from gdn2gen.base.errors import ConfigError  # noqa: E402
+from gdn2gen.base.terminal import command_line  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
 from gdn2gen.family.shapes import Shape  # noqa: E402
 from gdn2gen.kernels.config import Config, default_config  # noqa: E402
@@ -35,6 +38,7 @@ from gdn2gen.kernels.recipe import Recipe  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
+from gdn2gen.tuning.gpu.jobs import RecipeTiming  # noqa: E402
 
 TURNS: Final = 2
 
@@ -113,12 +117,34 @@ def kernels_of(recipe: Recipe, shape: Shape) -> list[tuple[str, float]]:
     return [(x.name, x.time_range.elapsed_us()) for x in on_gpu]
 
 
+def file(recipe: Recipe, shape: Shape, found: Sequence[RecipeTiming], folder: Path) -> str:
+    """Check it in full and merge it into the tuned file of the present GPU; what came of it."""
+    from gdn2gen.store import tuned_files
+    from gdn2gen.tuning.filing import entries_of
+    from gdn2gen.tuning.gpu.jobs import check_full
+    from gdn2gen.tuning.search.verdicts import Measured, Verdict
+
+    device, checked = present_device(), check_full(recipe)
+    if not checked.ok:
+        return f"wrong, {checked.reason}"
+    best = min(found, key=lambda x: x.forward_backward.median)
+    peak = max(x.peak_mib for x in found)
+    measured = Measured(recipe, best.forward, best.forward_backward, peak, dict(checked.errors))
+    entries = entries_of(Verdict(shape, recipe.level, measured, None, tied=False))
+    path = tuned_files.tuned_path(folder, recipe.problem.op, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = tuned_files.metadata_for(device, toolchain(), command_line())
+    merged = tuned_files.merge_entries(path, metadata, entries)
+    filed = any(x in merged.entries for x in entries)
+    return f"{'filed' if filed else 'no better than what is there'}: {path}"
+
+
 def main(member: str, shape: str, *words: str) -> None:
     from gdn2gen.tuning.gpu.jobs import check_quick, time_recipe
 
     problem, sizes, device = problem_of(member), one_shape(shape), present_device()
-    given = [x for x in words if x != "--kernels"]
-    timed = []
+    given = [x for x in words if not x.startswith("--")]
+    timed: list[tuple[list[str], Recipe, list[RecipeTiming]]] = []
     for own in split(given):
         recipe = recipe_of(problem, sizes, device, own)
         checked = check_quick(recipe)
@@ -126,14 +152,18 @@ def main(member: str, shape: str, *words: str) -> None:
         said = f"{worst[0]} {worst[1]:.1e}" if checked.ok else f"wrong, {checked.reason}"
         print(f"{' '.join(own)}: {said}\n    {recipe}", flush=True)
         if checked.ok:
-            timed.append((own, recipe))
+            timed.append((own, recipe, []))
     for turn in range(TURNS):
-        for own, recipe in timed:
+        for own, recipe, times in timed:
             found = time_recipe(recipe, sizes, with_peak=turn == 0)
+            times.append(found)
             peak = f"; {found.peak_mib:.0f} MiB" if turn == 0 else ""
             both = found.forward_backward.median
             print(f"{' '.join(own)}: {found.forward.median:.4f} / {both:.4f} ms{peak}", flush=True)
-    for own, recipe in timed if "--kernels" in words else ():
+    for folder in (x.removeprefix("--into=") for x in words if x.startswith("--into=")):
+        for own, recipe, times in timed:
+            print(f"{' '.join(own)}: {file(recipe, sizes, times, Path(folder))}", flush=True)
+    for own, recipe, _ in timed if "--kernels" in words else ():
         print(" ".join(own))
         for name, us in kernels_of(recipe, sizes):
             print(f"    {us:8.1f}  {name[:80]}", flush=True)

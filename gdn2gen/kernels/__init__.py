@@ -21,6 +21,7 @@ parts       the stages of a layer's parts: short convolutions, the gated norm
 mamba3      the stages around Mamba-3's scan
 mamba3_chunks    those of Mamba-3 by kernels of its own, over chunks
 mamba3_scan      its states and outputs in one stage, and where that runs
+mamba3_reverse_scan    the products of its backward in one stage, and what adds up the rest
 stages      every stage by its name
 extras      knobs that a config may have beside those of its form
 config      one set of knobs of a stage; the one without tuning

@@ -43,7 +43,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
-from gdn2gen.kernels.outside_blocks import BLOCK_OPS, outside_tilelang, outside_triton
+from gdn2gen.kernels.outside_blocks import outside_tilelang, outside_triton
 from gdn2gen.kernels.plans import EVERY
 from gdn2gen.kernels.prepare import REPREPARE
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN_STATES
@@ -70,7 +70,6 @@ _PLAIN: Final = (
     Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),
     Limit("arch", (None, "sm_90"), "others were not compiled for"),
 )
-_DIRECT_ALONE: Final = Limit("op", BLOCK_OPS, "of a decay per channel blocks are in Triton's form")
 _CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
 
 
@@ -126,7 +125,7 @@ def _rescan_blocks(every: int) -> Stage:
         # of every chunk the contract is that of rescan
         forms=(
             *_in_triton(RESCAN, "scan_blocks"),
-            *_in_tilelang(RESCAN, "scan", *((_DIRECT_ALONE,) if every > 1 else ())),
+            *_in_tilelang(RESCAN, "scan"),
         ),
         every=every,
     )

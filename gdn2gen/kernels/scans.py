@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from gdn2gen.family.registry import OUTSIDE_OPS
+from gdn2gen.family.registry import CHANNEL_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.languages import AMPERE
 from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting, Where
 from gdn2gen.kernels.operands import (
@@ -76,14 +76,29 @@ _SERIAL: Final = Form(
 )
 # Where scans load a number a token, of chunks whose rows of them are short.
 _SHORT_ROWS: Final[Where] = {"BT": (16,), "op": OUTSIDE_OPS}
-# A warp group has 64 rows of the state.
+# A warp group has 64 rows of the state, and a program may be of two.
+_TWO_GROUPS: Final = (
+    Limit("BV", (64,), "128 rows were compiled for sm_90 alone", {"arch": AMPERE}),
+    Limit("BV", (64,), "two warp groups want loads ahead of both", {"BT": (16, 64)}),
+)
+# Of more than 128 channels a warp group takes so many registers that no other program shares its
+# multiprocessor: train4k's 256 programs at K = V = 256, or 192 at 160 and at 192, are two waves on
+# the 132 of an H200. Those of two warp groups are 128, and one wave; a chunk's factors, of which
+# they come from the L2 half as often, are 0.9 GB there at 256 instead of 1.8.
+_IN_ORDER: Final = (
+    Limit("BV", (64,), "half as many programs were slower", {"K": range(1, 128 + 1)}),
+    Limit("BV", (64,), "128 would spill 528 bytes a thread and more", {"op": OUTSIDE_OPS}),
+)
+_WIDE_ROWS: Final = Setting({"BV": 128}, {"K": WIDE, "BT": (32,), "op": CHANNEL_OPS})
 _SERIAL_TILELANG: Final = Form(
     "serial",
     "tilelang",
     "scan",
-    knobs={"BV": (64,), "num_warps": (4,), "num_stages": (1, 2, 3, 4)},
+    knobs={"BV": (64, 128), "num_warps": (4,), "num_stages": (1, 2, 3, 4)},
     defaults=(
         Setting({"num_stages": 3}),
+        # a search begins there, and with what is on file: 64 rows
+        _WIDE_ROWS,
         # three of scan_states take 228 KB
         Setting({"num_stages": 2}, {"K": (256,)}),
         Setting({"num_stages": 1}, {"K": WIDE, "BT": (64,)}),
@@ -97,20 +112,17 @@ _SERIAL_TILELANG: Final = Form(
             "a chunk's factors are 64 bytes there: of several stages, every second is off",
             _SHORT_ROWS,
         ),
+        *_TWO_GROUPS,
+        *_IN_ORDER,
     ),
 )
 _SERIAL_FORMS: Final = (_SERIAL, _SERIAL_TILELANG)
-# Two warp groups, each of 64 rows, share what a chunk's products read: of a segment's values and
-# transition 53 KB a chunk come from the L2 where programs of 64 rows take 90, and backwards 61 for
-# 114.
+# Of segments two warp groups share what a chunk's products read: of values and transition 53 KB a
+# chunk come from the L2 where programs of 64 rows take 90, and backwards 61 for 114.
 _NOT_128: Final = (*range(1, 128), *range(128 + 1, 512 + 1))
 _ALONE: Final = "two warp groups take 128 rows of values, and 128 of the transition"
+_SIDE_BY_SIDE: Final = tuple(Limit("BV", (64,), _ALONE, {dim: _NOT_128}) for dim in ("K", "V"))
 _WIDE_START: Final = Setting({"BV": 128}, {"K": (128,), "V": (128,), "BT": (32,)})
-_TWO_GROUPS: Final = (
-    *(Limit("BV", (64,), _ALONE, {dim: _NOT_128}) for dim in ("K", "V")),
-    Limit("BV", (64,), "128 rows were compiled for sm_90 alone", {"arch": AMPERE}),
-    Limit("BV", (64,), "two warp groups want loads ahead of both", {"BT": (16, 64)}),
-)
 
 
 def least_chunks(segment: int, max_segments: int) -> int:
@@ -147,12 +159,14 @@ def _with_segments(serial: Form) -> tuple[Form, Form]:
         name="parallel",
         template=f"{serial.template}_parallel",
         leads=None,
-        knobs={**one.knobs, **({"BV": (64, 128)} if groups else {})},
-        # a search begins there, and with what is on file: 64 rows
-        defaults=(*one.defaults, *((_WIDE_START,) if groups else ())),
+        # likewise
+        defaults=(
+            *(x for x in one.defaults if x is not _WIDE_ROWS),
+            *((_WIDE_START,) if groups else ()),
+        ),
         limits=(
-            *serial.limits,
-            *(_TWO_GROUPS if groups else ()),
+            *(x for x in serial.limits if x not in _IN_ORDER),
+            *(_SIDE_BY_SIDE if groups else ()),
             Limit("varlen", (False,), "packed sequences are one segment each"),
             NO_CHECKPOINTS,
         ),

@@ -67,7 +67,7 @@ class Operand:
 
     def nbytes(self, problem: Compiled, sizes: Mapping[str, int]) -> int:
         """Bytes of the whole tensor, for the given value of each symbol in `dims`."""
-        elements = prod(sizes[symbol] for symbol in self.dims.split())
+        elements = prod(int(x) if x.isdigit() else sizes[x] for x in self.dims.split())
         return elements * DTYPE[self.dtype_in(problem)].nbytes
 
 

@@ -17,6 +17,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_STAGES, REVERSE
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
 from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs, run_mamba3_case
@@ -25,6 +26,7 @@ from gdn2gen.runtime import mamba3
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_chunks import Given, launches
 from gdn2gen.runtime.mamba3_loaded import force, force_tile
+from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
 
 Run = Callable[[], Any]
 Configs = Mapping[str, Mapping[str, Knob]]
@@ -32,6 +34,7 @@ DEVICE: Final = "cuda"
 # Of operands that heads share: bytes of one head are those of all.
 _SHARED: Final = ("Angles",)
 _OF_CHUNKS: Final = tuple(x.name for x in MAMBA3_CHUNK_STAGES)
+_OF_REVERSE: Final = tuple(x.name for x in MAMBA3_REVERSE_STAGES)
 # Where knobs are checked: a reference goes token by token.
 _CHECKED_TOKENS: Final = 150
 _CHECKED: Final = ("layer", "strong", "mixed")
@@ -76,7 +79,7 @@ def chunk_runs(x: Mapping[str, Tensor], BT: int) -> dict[str, Run]:
 
 def runs_of(kind: str, problem: Mamba3Problem, x: Mapping[str, Tensor], BT: int) -> dict[str, Run]:
     """Those of a kind, which share a tile."""
-    return chunk_runs(x, BT) if kind == CHUNKS else kernel_runs(problem, x, BT)
+    return kernel_runs(problem, x, BT) if kind == AROUND else chunk_runs(x, BT)
 
 
 def time_knobs(
@@ -85,12 +88,15 @@ def time_knobs(
     """Milliseconds of one stage with these knobs; of a step's at B sequences. For a worker, which
     keeps the operands of the last call."""
     force(stage, dict(knobs))
+    # else of a call that has an entry on file: what is asked for of the others, as they are
+    force_reverse_scan(stage in _OF_REVERSE)
     try:
         with verifying():
             run = _step_run(problem, shape) if stage == MAMBA3_STEP.name else None
-            kind = CHUNKS if stage in _OF_CHUNKS else AROUND
+            kind = REVERSE if stage in _OF_REVERSE else CHUNKS if stage in _OF_CHUNKS else AROUND
             return time_ms(run or _runs(kind, problem, shape, BT)[stage]).median
     finally:
+        force_reverse_scan(None)
         force(stage, None)
 
 
@@ -123,7 +129,10 @@ def check_knobs(
     """Errors against fp64 with these knobs, in hostile patterns, and that they repeat bit for bit;
     and what is wrong, if anything is. `BT`: the tile of a call over sequences; None for a step.
     `device`: the GPU if None."""
+    at_once = any(x in _OF_REVERSE for x in configs)
     tokens = min(shape.T, _CHECKED_TOKENS) if BT is not None else 5
+    # TMA reads rows of numbers that begin at multiples of 16 bytes
+    tokens -= tokens % 4 if at_once else 0
     small = Shape("check", 1 if BT is not None else 3, tokens, shape.H, groups=shape.key_heads)
     wanted = [("accuracy", x) for x in _CHECKED] + [("repeat", "layer")]
     if BT is None:
@@ -133,7 +142,8 @@ def check_knobs(
         force(stage, {x: y for x, y in knobs.items() if x != "BT"})
     force_tile(BT)
     # whichever dtype it is: the kernels that the knobs are of
-    of_chunks = any(x in _OF_CHUNKS for x in configs)
+    of_chunks = any(x in (*_OF_CHUNKS, *_OF_REVERSE) for x in configs)
+    force_reverse_scan(at_once)
     try:
         for check, pattern in wanted:
             with verifying(), chunks_forced(of_chunks):
@@ -144,6 +154,7 @@ def check_knobs(
             if not result.passed:
                 return errors, f"{case.name}: {result.message}"
     finally:
+        force_reverse_scan(None)
         force_tile(None)
         for stage in configs:
             force(stage, None)
@@ -162,7 +173,11 @@ def stage_bytes(
             y.nbytes(problem, sizes) / (H if y.name in _SHARED else 1)
             for y in stage.operands(problem)
         )
-        for stage in ((*MAMBA3_CHUNK_STAGES, MAMBA3_SCAN) if kind == CHUNKS else MAMBA3_AROUND)
+        for stage in (
+            (*MAMBA3_CHUNK_STAGES, MAMBA3_SCAN, *MAMBA3_REVERSE_STAGES)
+            if kind == CHUNKS
+            else MAMBA3_AROUND
+        )
     }
 
 

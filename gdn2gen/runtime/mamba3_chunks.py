@@ -26,6 +26,7 @@ from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.mamba3 import angle_view, clear, count_tiles
 from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens, scan_launch
+from gdn2gen.runtime.mamba3_reverse_scan import add_up, reverse_scan
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
 from gdn2gen.store.tuned_files import current_look
@@ -108,7 +109,7 @@ class Gradients(NamedTuple):
     ssm_state: Tensor
 
 
-class _Call:
+class Call:
     """The sizes of one call, and its launches."""
 
     def __init__(self, x: Given) -> None:
@@ -248,7 +249,24 @@ class _Call:
         self.launch(MAMBA3_REVERSE_STATES, *given, None if x.ssm_state is None else first)
         return dh, first
 
-    def gradient(self, made: Made, back: _Back, dangle: Tensor, dturn: Tensor) -> Gradients:
+    def gradients(
+        self,
+        of_rows: tuple[Tensor, Tensor, Tensor],
+        numbers: list[Tensor],
+        dbiases: list[Tensor],
+        dAngles: Tensor,
+        back: Back,
+    ) -> Gradients:
+        """Of Q, K and V, and the others with sums that are torch's."""
+        none = dAngles.new_empty(0, dtype=torch.float32)
+        return Gradients(
+            *(*of_rows, numbers, [y.sum(0) for y in dbiases], dAngles),
+            *(back.down.sum((0, 1)) if self.x.D is not None else none, back.dZ, none, none),
+        )
+
+    def gradient(
+        self, made: Made, back: Back, dh: Tensor, dangle: Tensor, dturn: Tensor
+    ) -> Gradients:
         """All but those of states."""
         x, rotated = self.x, self.problem.rotated
         dQ, dK, dV = (self.like(y) for y in (x.Q, x.K, x.V))
@@ -263,20 +281,16 @@ class _Call:
         self.launch(
             MAMBA3_GRADIENT,
             *(*back.turned[:2], x.V, *x.numbers, *back.turned[2:], *self.rotated),
-            *(*self.rotation(back.theta, made.turns), x.D, back.dy, back.down, back.h, back.dh),
+            *(*self.rotation(back.theta, made.turns), x.D, back.dy, back.down, back.h, dh),
             *(*x.tiles[:1], *((dangle, dturn) if rotated else ())),
             *(dQ, dK, dV, *dbiases, dADT, dDT, dTrap),
             *(dAngles if rotated else None, *heads, *numbers, kept),
             *(sums if rotated else ()),
         )
-        none = kept.new_empty(0)
-        return Gradients(
-            *(dQ, dK, dV, [dADT, dDT, dTrap], [y.sum(0) for y in dbiases], dAngles),
-            *(back.down.sum((0, 1)) if x.D is not None else none, back.dZ, none, none),
-        )
+        return self.gradients((dQ, dK, dV), [dADT, dDT, dTrap], dbiases, dAngles, back)
 
 
-class _Back(NamedTuple):
+class Back(NamedTuple):
     """What products of the backward read: what is turned, without a gate, and states."""
 
     turned: Turned
@@ -285,24 +299,20 @@ class _Back(NamedTuple):
     dy: Tensor
     dZ: Tensor
     down: Tensor
-    dh: Tensor
 
 
-def _back(call: _Call, made: Made, dout: Tensor, dssm: Tensor) -> tuple[_Back, Tensor]:
-    """That, and the gradient of the state before the first tokens."""
+def _back(call: Call, made: Made, dout: Tensor) -> Back:
     kept = made.h.numel() > 0
     turned, theta = Turned(*made[-len(Turned._fields) :]), made.theta
     if not kept:
         turned, theta = call.rotate(made.turns, True)
     h = made.h if kept else call.states(turned)[0]
-    dy, dZ, down = call.gate(made.y, dout)
-    dh, first = call.reverse_states(turned, dy, dssm)
-    return _Back(turned, theta, h, dy, dZ, down, dh), first
+    return Back(turned, theta, h, *call.gate(made.y, dout))
 
 
 def forward(x: Given, keep: int) -> Made:
     """`keep`: what the backward wants, none of NOTHING, LITTLE or MUCH."""
-    call = _Call(x)
+    call = Call(x)
     turns, angle = call.turns()
     turned, theta = call.rotate(turns, keep == MUCH)
     at_once = call.scan(turned, keep)
@@ -320,14 +330,19 @@ def backward(
     x: Given, made: Made, dout: Tensor, dssm: Tensor | None, dangle: Tensor | None
 ) -> Gradients:
     """Gradients by those of the results; None of what nobody used."""
-    call = _Call(x)
+    call = Call(x)
     n, H, P, N, S = (call.sizes[y] for y in ("n_sequences", "H", "P", "N", "S"))
     dangle = made.ssm.new_zeros(n, H, S) if dangle is None else dangle
     # what a turn of all tokens changes by the last state, which turns with them
     dturn = torch.zeros_like(dangle) if dssm is None else _across(dssm, made.ssm, S)
     dssm = made.ssm.new_zeros(n, H, P, N) if dssm is None else dssm
-    back, dssm_state = _back(call, made, dout, dssm)
-    found = call.gradient(made, back, dangle, dturn)
+    back = _back(call, made, dout)
+    at_once = reverse_scan(call, back, dssm)
+    if at_once is not None:
+        dssm_state, found = at_once[0].first, add_up(call, made, back, at_once, (dangle, dturn))
+    else:
+        dh, dssm_state = call.reverse_states(back.turned, back.dy, dssm)
+        found = call.gradient(made, back, dh, dangle, dturn)
     if x.angle_state is None or x.ssm_state is None:
         return found
     # of pairs across the first token's start
@@ -337,11 +352,17 @@ def backward(
 
 def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
     """Each stage of a forward and its backward by its name, to be run by itself."""
-    call, made = _Call(x), forward(x, MUCH)
+    call, made = Call(x), forward(x, MUCH)
     last, dssm = torch.zeros_like(made.angle), torch.zeros_like(made.ssm)
-    back, _ = _back(call, made, dout, dssm)
-    turned = back.turned
-    at_once = {"mamba3_scan": lambda: call.scan(turned, MUCH)} if call.scan(turned, MUCH) else {}
+    back = _back(call, made, dout)
+    turned, (dh, _) = back.turned, call.reverse_states(back.turned, back.dy, dssm)
+    at_once: dict[str, Callable[[], object]] = {}
+    if call.scan(turned, MUCH):
+        at_once["mamba3_scan"] = lambda: call.scan(turned, MUCH)
+    found = reverse_scan(call, back, dssm)
+    if found is not None:
+        at_once["mamba3_reverse_scan"] = lambda: reverse_scan(call, back, dssm)
+        at_once["mamba3_sums"] = lambda: add_up(call, made, back, found, (last, last))
     return at_once | {
         "mamba3_turns": call.turns,
         "mamba3_rotate": lambda: call.rotate(made.turns, True),
@@ -349,7 +370,7 @@ def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
         "mamba3_output": lambda: call.output(turned, made.h, True),
         "mamba3_gate": lambda: call.gate(made.y, dout),
         "mamba3_reverse_states": lambda: call.reverse_states(turned, back.dy, dssm),
-        "mamba3_gradient": lambda: call.gradient(made, back, last, last),
+        "mamba3_gradient": lambda: call.gradient(made, back, dh, last, last),
     }
 
 

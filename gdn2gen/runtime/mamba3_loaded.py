@@ -3,7 +3,7 @@ what is tuned, or what a rule on the sizes says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ def force(stage: str, knobs: dict[str, Knob] | None) -> None:
     _forced.pop(stage, None)
     if knobs is not None:
         _forced[stage] = knobs
-    for cache in (_tile_at, knobs_of, stage_launch, step_launcher, chunk_knobs_of, chunk_launch):
+    for cache in _CACHES:
         cache.cache_clear()
 
 
@@ -66,6 +66,11 @@ def tile_at(
     if _forced_tile:
         return _forced_tile[0]
     return _tile_at(problem, counted_tokens(tokens), H, G, device, kind, current_look())
+
+
+def forced_knobs(stage: str) -> dict[str, Knob]:
+    """Those, none where nothing is forced."""
+    return _forced.get(stage, {})
 
 
 def force_tile(BT: int | None) -> None:
@@ -219,9 +224,22 @@ def scan_launch(
     return _scan_launch(scan_problem(problem), keep, device, look)
 
 
+def loaded(
+    problem: Mamba3Problem, stage: str, knobs: Mapping[str, Knob], device: torch.device
+) -> Callable[..., None]:
+    """The launch of a stage with these knobs."""
+    return _loaded(problem, stage, tuple(sorted(knobs.items())), device)
+
+
 @lru_cache(maxsize=64)
 def _scan_launch(
     problem: Mamba3Problem, keep: int, _device: torch.device, _look: int
 ) -> Callable[..., None] | None:
     config = default_config(MAMBA3_SCAN.name, problem)
     return launcher_if_any(problem, config.replace(keep=keep))
+
+
+_CACHES: Final = (
+    *(_tile_at, knobs_of, stage_launch, step_launcher),
+    *(chunk_knobs_of, chunk_launch),
+)

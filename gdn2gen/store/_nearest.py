@@ -13,11 +13,9 @@ from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device, known_device
 from gdn2gen.base.errors import Gdn2genError, StoreError, TunedFileWarning
 from gdn2gen.family.problem import DIMS, Problem, Regime
-from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.kernels.plans import filed_level, plan_named
-from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_not_there
 from gdn2gen.store import tuned_files
 from gdn2gen.store.format import MINOR_KEYS
@@ -242,23 +240,11 @@ def _why_unfit(entry: Entry, query: Query) -> str | None:
     except Gdn2genError as error:
         return str(error)
     arch, problem = query.device.arch, query.problem
-    untried = _untried(entry, problem)
-    if untried:
-        return f"{untried} in TileLang has run on no GPU at head dims below its tiles"
     for stage, config in entry.configs.items():
         reason = why_not_there(config, problem, arch)
         if reason is not None:
             return f"{stage} [{config}] cannot run there: {reason}"
     return None
-
-
-def _untried(entry: Entry, problem: Problem) -> str:
-    """A stage of states of blocks, or the forward in one kernel, whose tiles the head dims of a
-    call do not fill: a search takes it, or who asks for it, until it has run so."""
-    if problem.K % TILED_BY == problem.V % TILED_BY == 0:
-        return ""
-    ours = [x for x, y in entry.configs.items() if language_of(y) == "tilelang"]
-    return next((x for x in ours if STAGES[x].every or x.startswith("forward")), "")
 
 
 def regime_distance(a: Regime, b: Regime) -> float:

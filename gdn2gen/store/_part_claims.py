@@ -15,6 +15,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.tolerances import ROUNDING, widest_limit
 from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP, ONE_TOKEN
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES, MAMBA3_TURNS
+from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_STAGES, REVERSE
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import why_invalid
@@ -24,6 +25,7 @@ from gdn2gen.store.part_files import PartEntry, is_time, stale_parts
 _STAGES: Final = {
     AROUND: MAMBA3_AROUND,
     CHUNKS: MAMBA3_CHUNK_STAGES,
+    REVERSE: MAMBA3_REVERSE_STAGES,
     ONE_TOKEN: (MAMBA3_STEP,),
 }
 _SIZES: Final = ("heads", "groups")

@@ -7,6 +7,7 @@ found where calls of that find theirs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +35,10 @@ from gdn2gen.kernels.mamba3_chunks import (
     chunk_knobs,
     chunk_of,
 )
+from gdn2gen.kernels.mamba3_reverse_scan import REVERSE, reverse_rule, reverse_scans_at_once
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, recipe_document
-from gdn2gen.store.part_files import nearest_parts
+from gdn2gen.store.part_files import PartEntry, nearest_parts
 from gdn2gen.store.verified import Place, is_verified
 
 
@@ -125,23 +127,37 @@ def find_mamba3(
     elif level not in LEVELS:
         raise DispatchError(f"level must be one of {', '.join(LEVELS)}, but got {level!r}")
     tokens, sequences = shape.B * shape.T, shape.regime.sequences
-    known, kind = known_around(problem, shape.H, shape.key_heads), AROUND if scan else CHUNKS
+    known = known_around(problem, shape.H, shape.key_heads)
+    # packages have stages over chunks alone
+    at_once = None if kind or scan else _reverse(problem, shape, known, device)
+    kind = AROUND if scan else CHUNKS
     tiled = nearest_parts(MAMBA3, kind, known, tokens, device)
     step = nearest_parts(MAMBA3, ONE_TOKEN, known, sequences, device)
     knobs = ruled(problem, shape, device, kind)
     sources = dict.fromkeys(knobs, "rule")
-    for entry in (tiled, step):
+    for entry in (tiled, at_once, step):
         for name, found in ({} if entry is None else entry.knobs).items():
             knobs[name], sources[name] = dict(found), "tuned"
     return Mamba3Found(problem, shape, device, scan, knobs, sources)
 
 
+def _reverse(
+    problem: Mamba3Problem, shape: Shape, known: Mapping[str, str | int], device: Device
+) -> PartEntry | None:
+    """The entry by which a call's backward has its products in one stage, if it has."""
+    if shape.cu_seqlens is not None or not reverse_scans_at_once(problem, 64, shape.T):
+        return None
+    return nearest_parts(MAMBA3, REVERSE, known, shape.B * shape.T, device)
+
+
 def ruled(
     problem: Mamba3Problem, shape: Shape, device: Device, kind: str
 ) -> dict[str, dict[str, Knob]]:
-    """Knobs of the kernels of a kind, `AROUND` or `CHUNKS`, and of a step of as many sequences, by
-    the rules on sizes."""
+    """Knobs of the kernels of a kind, `AROUND`, `CHUNKS` or `REVERSE`, and of a step of as many
+    sequences, by the rules on sizes."""
     H, G, around = shape.H, shape.key_heads, kind == AROUND
+    if kind == REVERSE:
+        return reverse_rule(shape.B * shape.T, H, G, device.sms)
     BT = (tile_of if around else chunk_of)(problem.dtype, problem.state_size)
     tiles, by_rule = -(-shape.B * shape.T // BT), mamba3_knobs if around else chunk_knobs
     knobs = {

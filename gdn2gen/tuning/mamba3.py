@@ -33,9 +33,20 @@ from gdn2gen.kernels.mamba3 import (
 from gdn2gen.kernels.mamba3_chunks import (
     CHUNKS,
     MAMBA3_CHUNK_STAGES,
+    MAMBA3_GRADIENT,
+    MAMBA3_REVERSE_STATES,
     by_chunks,
     chunk_knobs,
     chunk_problem,
+)
+from gdn2gen.kernels.mamba3_reverse_scan import (
+    MAMBA3_REVERSE_SCAN,
+    MAMBA3_SUMS,
+    REVERSE,
+    reverse_rule,
+    reverse_scan_problem,
+    reverse_scans_at_once,
+    sums_problem,
 )
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
@@ -130,9 +141,11 @@ def tune_mamba3(
     shown.start(f"tuning {MAMBA3}'s own kernels on {device.name}", end - clock())
     try:
         run = _Run(problem, device, call or worker.call, clock, shown)
-        jobs = [*_jobs(shapes, CHUNKS if by_chunks(problem.dtype) else AROUND)]
+        jobs = [*_jobs(run.problem, shapes, CHUNKS if by_chunks(problem.dtype) else AROUND)]
         for number, (kind, shape) in enumerate(jobs):
-            share = max(0.0, end - clock()) / (len(jobs) - number)
+            # a reverse scan has nothing to be searched: what it takes is no share of others
+            left = sum(x != REVERSE for x, _ in jobs[number:])
+            share = max(0.0, end - clock()) / max(1, left)
             entry, why = run.entry(kind, shape, clock() + share)
             if entry is None:
                 report.skipped[f"{kind} at {shape.name}"] = why
@@ -180,10 +193,15 @@ def without_gpu(
     return report
 
 
-def _jobs(shapes: Sequence[Shape], kind: str) -> Iterator[tuple[str, Shape]]:
+def _jobs(
+    problem: Mamba3Problem, shapes: Sequence[Shape], kind: str
+) -> Iterator[tuple[str, Shape]]:
     """What is searched, one after the other. Packed tokens lie in the same tiles as others."""
     for shape in shapes:
-        yield kind, replace(shape, cu_seqlens=None)
+        dense = replace(shape, cu_seqlens=None)
+        yield kind, dense
+        if kind == CHUNKS and reverse_scans_at_once(problem, 64, dense.T):
+            yield REVERSE, dense
     for H, groups in dict.fromkeys((x.H, x.key_heads) for x in shapes):
         for B in STEP_SEQUENCES:
             yield ONE_TOKEN, Shape(f"{B}x1x{H}", B, 1, H, groups=groups)
@@ -203,12 +221,23 @@ class _Run:
         # as a layer calls them: no states in, which a step has
         self.problem = replace(problem, packed=False, carried=False)
         self.device, self.call, self.clock, self.shown = device, call, clock, shown
+        # of each shape what the two stages took that a reverse scan stands for, on tiles of so many
+        self.beside: dict[str, tuple[int, float]] = {}
 
     def entry(self, kind: str, shape: Shape, end: float) -> tuple[PartEntry | None, str]:
         """What is to be filed, or why nothing is."""
-        found = self._step(shape, end) if kind == ONE_TOKEN else self._tiled(kind, shape, end)
+        if kind == REVERSE:
+            found, why = self._reverse(shape, end)
+            if why:
+                return None, why
+        else:
+            found = self._step(shape, end) if kind == ONE_TOKEN else self._tiled(kind, shape, end)
         if not found:
             return None, "no knobs ran"
+        if kind == CHUNKS:
+            stood_for = (found[x.name] for x in (MAMBA3_REVERSE_STATES, MAMBA3_GRADIENT))
+            tile = int(found[MAMBA3_GRADIENT.name][0]["BT"])
+            self.beside[shape.name] = tile, sum(ms for _, ms, _ in stood_for)
         BT = None if kind == ONE_TOKEN else int(next(iter(found.values()))[0]["BT"])
         knobs = {stage: x for stage, (x, _, _) in found.items()}
         problem = self._problem(kind)
@@ -255,6 +284,25 @@ class _Run:
                 best = found
         return best
 
+    def _reverse(
+        self, shape: Shape, end: float
+    ) -> tuple[dict[str, tuple[Knobs, float, float]], str]:
+        """The backward's products in one stage, where that and what adds up what it leaves take
+        less than the stages that they stand for; and why they are not filed."""
+        tile, beside = self.beside.get(shape.name, (0, 0.0))
+        rule = reverse_rule(shape.B * shape.T, shape.H, shape.key_heads, self.device.sms)
+        if tile != (BT := rule[MAMBA3_REVERSE_SCAN.name]["BT"]):
+            return {}, f"it takes tiles of {BT} tokens, and those of {tile} are faster"
+        found: dict[str, tuple[Knobs, float, float]] = {}
+        for stage in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS):
+            climbed = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
+            if climbed is None:
+                return {}, f"{stage.name} did not run"
+            found[stage.name] = climbed
+        if _sum(found) >= beside:
+            return {}, f"{_sum(found):.4f} ms, and the stages that it stands for {beside:.4f}"
+        return found, ""
+
     def _step(self, shape: Shape, end: float) -> dict[str, tuple[Knobs, float, float]]:
         start = mamba3_step_knobs(self.problem, shape.B, shape.H, self.device.sms)
         climbed = self._climb(MAMBA3_STEP, ONE_TOKEN, shape, start, end, 1)
@@ -298,6 +346,9 @@ class _Run:
 
 def _own(stage: str, kind: str, problem: Mamba3Problem) -> Mamba3Problem:
     """What is compiled into a stage over chunks; of the others templates say no less of a whole."""
+    if kind == REVERSE:
+        of_scan = stage == MAMBA3_REVERSE_SCAN.name
+        return reverse_scan_problem(problem) if of_scan else sums_problem(problem)
     by_name = {x.name: x for x in MAMBA3_CHUNK_STAGES}
     return chunk_problem(by_name[stage], problem) if kind == CHUNKS else problem
 

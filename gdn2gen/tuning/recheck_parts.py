@@ -13,6 +13,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import NAMED_SHAPES, Shape
 from gdn2gen.kernels.mamba3 import AROUND, ONE_TOKEN
 from gdn2gen.kernels.mamba3_chunks import CHUNKS
+from gdn2gen.kernels.mamba3_reverse_scan import REVERSE
 from gdn2gen.store.mamba3 import ruled
 from gdn2gen.store.part_files import PartEntry, part_digest, stale_parts
 from gdn2gen.tuning.gpu.parts import Call, check_parts, time_part
@@ -57,7 +58,9 @@ def _recheck(op: str, entry: PartEntry, device: Device, call: Call) -> Rechecked
     stale = bool(stale_parts(entry))
     try:
         problem, shape = _problem(entry), _shape(entry)
-        rule = ruled(problem, shape, device, AROUND if entry.kind == AROUND else CHUNKS)
+        rule = ruled(
+            problem, shape, device, entry.kind if entry.kind in (AROUND, REVERSE) else CHUNKS
+        )
         for stage in entry.knobs:
             entry.config(stage, problem)
             int(rule[stage]["BT"]), int(entry.knobs[stage]["BT"])

@@ -69,7 +69,7 @@ after another: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < 
 
 Problem: mamba3 bf16, skip
 Config:  BH=8 BT=32 BV=64 language=triton maxnreg=168 num_stages=1 num_warps=1 parts=3
-Template digest 39020f82848614b3; made by
+Template digest 5230f48acb0a7356; made by
     gdn2gen generate --dtype bf16 --with=skip --stage mamba3_gradient --config \
       BH=8,BT=32,BV=64,language=triton,maxnreg=168,num_stages=1,num_warps=1,parts=3
 """

@@ -70,7 +70,7 @@ after another: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < 
 
 Problem: mamba3 bf16, head_dim=80, skip, gate, carried, packed
 Config:  BH=1 BT=32 BV=64 language=triton maxnreg=0 num_stages=1 num_warps=1 parts=2
-Template digest 39020f82848614b3; made by
+Template digest 5230f48acb0a7356; made by
     gdn2gen generate --dtype bf16 --with=head_dim:80,skip,gate,carried,packed --stage \
       mamba3_gradient --config \
       BH=1,BT=32,BV=64,language=triton,maxnreg=0,num_stages=1,num_warps=1,parts=2

@@ -129,6 +129,35 @@ def test_tilelang_packed_with_gates_and_states(size: tuple[int, int], op: str) -
     check(tilelang_recipe(problem, "states"), "layer", "strong", shape=PACKED)
 
 
+def wide_recipe(problem: Problem, plan: str) -> Recipe:
+    """Scans of 128 rows, two warp groups, and two programs of prepare to a multiprocessor."""
+    recipe = tilelang_recipe(problem, plan)
+    chains = [x for x in recipe.configs if STAGES[x.stage].is_chain]
+    prepare = recipe["prepare"].replace(maxnreg=128)
+    return recipe.with_config(prepare, *(x.replace(BV=128) for x in chains))
+
+
+@pytest.mark.parametrize("plan", ["lean", "states"])
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize(
+    "size", **named(((160, 160), (192, 192), (256, 256), (152, 200), (232, 136), (256, 512)))
+)
+def test_tilelang_of_wide_heads(size: tuple[int, int], op: str, plan: str) -> None:
+    recipe = wide_recipe(problem_of(op, size), plan)
+    check(recipe, "layer", "strong", "mixed", "zero", "sparse")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(((160, 160), (248, 248), (256, 256))))
+def test_tilelang_of_wide_heads_packed_with_gates(size: tuple[int, int], op: str) -> None:
+    gates = {"gate": "softplus", "has_A_log": True, "has_dt_bias": True}
+    problem = problem_of(op, size, varlen=True, state_v_first=True, **gates)
+    check(wide_recipe(problem, "lean"), "layer", "strong", shape=PACKED)
+
+
 @pytest.mark.parametrize("K", [24, 56, 80, 104, 112, 176, 216, 248])
 def test_what_a_call_finds(K: int) -> None:
     """What is tuned for wider heads, in tiles that reach past these."""
@@ -189,11 +218,12 @@ def test_segments_of_blocks_below_their_tiles(size: tuple[int, int]) -> None:
 def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
     size: tuple[int, int], level: str
 ) -> None:
-    """The configs that were found at 64 and 128, as they are."""
+    """The configs that were found at 64 and 128, as they are; a call finds them."""
     problem, regime = problem_of("gdn2", size), SHAPES["train4k"].regime
     tuned = find_recipe(of_tiles(problem), regime, level=level).recipe
     recipe = tuned.fitted(problem, "sm_90")
     assert tuned.plan.every and (recipe.plan, recipe.configs) == (tuned.plan, tuned.configs)
+    assert find_recipe(problem, regime, level=level).recipe == recipe
     check(recipe, "layer", "strong", "mixed")
 
 

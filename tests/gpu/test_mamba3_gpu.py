@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,7 @@ from mamba3_checks import arguments, check_compiled, check_steps, draw, poisoned
 import gdn2gen
 from gdn2gen import mamba3_siso_combined
 from gdn2gen.base.device import present_device
+from gdn2gen.base.environment import verifying
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.family.tolerances import LIMITS
@@ -27,8 +30,10 @@ from gdn2gen.measure.mamba3_runs import (
     mamba3_results,
     run_mamba3_case,
 )
+from gdn2gen.runtime import mamba3_reverse_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force
+from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
 from gdn2gen.tuning.mamba3 import tune_mamba3
@@ -104,6 +109,63 @@ def test_forms_that_no_rule_takes(form: str, name: str) -> None:
         for stage in FORMS[form]:
             force(stage, None)
     assert max(found.values()) < BOUNDS[torch.bfloat16] / 3, found
+
+
+SCANNED_BACK: Final[dict[str, dict[str, Any]]] = {
+    "layer": LAYER | {"T": 516, "states": True},
+    "strong": LAYER | {"T": 516, "decay": 60.0},
+    # at every token as much: the last one writes 5e8 times what is left of all before it
+    "steady": LAYER | {"T": 516, "nats": 20.0, "states": True},
+    "plain": {"sizes": (6, 64, 64), "groups": 3, "angles": 7, "T": 200},
+    "no angles": {"sizes": (8, 64, 128), "angles": 0, "T": 4, "states": True, "D": True},
+    "all angles": {"sizes": (8, 64, 128), "angles": 64, "T": 260, "Z": True},
+    # has no such form: the stages that it stands for
+    "packed": CASES["packed"],
+}
+
+
+@contextmanager
+def scanned_back(chosen: bool) -> Iterator[list[bool]]:
+    """The backward's products in one stage wherever that can be, or nowhere; whether each call
+    took it."""
+    taken: list[bool] = []
+    launches = mamba3_reverse_scan.launches_at_once
+
+    def told(*given: Any) -> Any:
+        found = launches(*given)
+        taken.append(found is not None)
+        return found
+
+    force_reverse_scan(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba3_reverse_scan, "launches_at_once", told)
+        try:
+            yield taken
+        finally:
+            force_reverse_scan(None)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "lean"])
+@pytest.mark.parametrize("name", SCANNED_BACK)
+def test_the_backwards_products_in_one_stage(name: str, fast: bool) -> None:
+    """Every gradient beside fp64 with NaN in all that is to be written, no worse than by the
+    stages that it stands for, and of the same bits twice."""
+    made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
+    op = partial(mamba3_siso_combined, disable_recompute=fast)
+    found = {}
+    for chosen in (True, False):
+        with scanned_back(chosen) as taken, poisoned(), verifying():
+            mine, theirs = mamba3_results(made, op)
+            again, _ = mamba3_results(made, op)
+        assert taken == [chosen and name != "packed"] * 2
+        assert all(torch.equal(mine[x], again[x]) for x in mine), "not the same bits twice"
+        found[chosen] = relative_errors(mine, theirs)
+    worse = {
+        x: (y, found[False][x])
+        for x, y in found[True].items()
+        if not y < min(1.5 * found[False][x] + 5e-4, BOUNDS[torch.bfloat16] / 3)
+    }
+    assert not worse, worse
 
 
 def test_over_chunks_is_as_around_a_scan() -> None:

@@ -2,8 +2,9 @@
 
 It needs TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python centred_checks.py grad_key gdn2 64 70 strong`, a stage, op, head dim, tokens and gate
-pattern or a file of one, `packed`, `softplus` for a gate in the kernels, and `anchored` for another
-form than centred. Triton's kernels make the rest. Prints the worst errors.
+pattern or a file of one, `packed`, `softplus` for a gate in the kernels, `anchored` for another
+form than centred, and knobs as `maxnreg=128`. Triton's kernels make the rest. Prints the worst
+errors.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main(stage: str, op: str, K: str, T: str, pattern: Any, *more: str) -> None:
         problem, "linear_fast" if op in LINEAR_OPS else "fast", 32, arch="sm_90"
     )
     decay = "anchored" if "anchored" in more else "centred"
-    config = tilelang_by_chunk(stage, problem).replace(decay=decay)
+    knobs = {name: int(value) for name, _, value in (x.partition("=") for x in more) if value}
+    config = tilelang_by_chunk(stage, problem).replace(decay=decay, **knobs)
     names = [x.name for x in config.operands(problem)]
     module = load(render(problem, stage, recipe[stage]))
     launched = stand_in(module, load(render(problem, stage, config)), stage, names)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import torch
+from mamba3_reverse_scans import gradients as scanned_back
 from mamba3_scans import recurrent as recurrent_scan
 from torch import Tensor
 
@@ -20,9 +21,10 @@ from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.mamba3 import States, recurrent
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels import mamba3_scan
+from gdn2gen.kernels import mamba3_reverse_scan, mamba3_scan
 from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, MAMBA3_SUMS
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.measure import mamba3_times
@@ -33,8 +35,9 @@ from gdn2gen.ops import mamba3
 from gdn2gen.runtime import arguments as arguments_of_ops
 from gdn2gen.runtime import mamba3 as kernels
 from gdn2gen.runtime import mamba3_chunk_ops, mamba3_chunks, mamba3_ops, passes
+from gdn2gen.runtime import mamba3_reverse_scan as runtime_reverse_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
-from gdn2gen.runtime.mamba3_loaded import force, force_tile, tile_at
+from gdn2gen.runtime.mamba3_loaded import force, force_tile, loaded, tile_at
 from gdn2gen.store.dispatch import reload
 
 LIMIT: Final = 1e-5
@@ -173,6 +176,52 @@ def errors_at_once(name: str, fast: bool) -> tuple[list[tuple[int, bool]], dict[
         finally:
             force_tile(None)
     return kept, found
+
+
+@verifying()
+def errors_scanned_back(
+    name: str, fast: bool, heads: int = 1
+) -> tuple[list[bool], dict[str, float]]:
+    """By the kernels over chunks with the backward's products in one stage, in the place of whose
+    kernel are gradients of its recurrence in fp64; what it leaves is added up by the other stage,
+    `heads` of a program. Whether all that it was given to write was of the shapes that it makes,
+    and errors."""
+    told: list[bool] = []
+
+    def launches(problem: Mamba3Problem, BT: int, *sizes: Any) -> Any:
+        own = mamba3_reverse_scan.reverse_scan_problem(problem)
+        operands = MAMBA3_REVERSE_SCAN.operands(own)
+
+        def scan(*given: Tensor, T: int) -> None:
+            x = dict(zip([y.name for y in operands], given, strict=True))
+            outputs = {y.name for y in MAMBA3_REVERSE_SCAN.outputs} & x.keys()
+            found = scanned_back({y: z for y, z in x.items() if y not in outputs}, own.angles, BT)
+            if "dtheta_part" in x:
+                # all of it of one part
+                part = found["dtheta_part"][:, :, None]
+                found["dtheta_part"] = torch.cat((part, *[torch.zeros_like(part)] * 3), 2)
+            told.append(all(x[y].shape == found[y].shape for y in outputs))
+            for y in outputs:
+                x[y].copy_(found[y])
+
+        add = loaded(
+            mamba3_reverse_scan.sums_problem(problem),
+            MAMBA3_SUMS.name,
+            {"BT": BT, "BH": heads},
+            torch.device("cpu"),
+        )
+        return scan, add
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_reverse_scan, "launches_at_once", launches)
+        force_tile(16)
+        try:
+            with chunks_forced(True), poisoned():
+                op = partial(mamba3_siso_combined, disable_recompute=fast)
+                found = relative_errors(*mamba3_results(draw(CASES[name]), op))
+        finally:
+            force_tile(None)
+    return told, found
 
 
 def angle_errors(chosen: bool, tokens: int) -> dict[str, float]:

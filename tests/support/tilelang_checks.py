@@ -2,12 +2,12 @@
 
 They need TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own: `python tilelang_checks.py 'gdn2 64 40 layer 1' ...`, a member, head dim (104x128 where values
-have another), tokens, gate pattern, and chunks of a block (0: the scans of plan `states`); then,
-of the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
-sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again), `wide`
-(programs of 128 rows, two warp groups), `transitions` (of segments, kept for the backward), `cut`
-(merge_kernel of halves that are cut, in TileLang's modules alone) and `nan` (the decay of a token;
-what is NaN in Triton's results has to be written by TileLang's, and NaN).
+have another), tokens, gate pattern, and chunks of a block (0: the scans of plan `states`); then, of
+the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
+sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
+of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
+the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone) and `nan`
+(the decay of a token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from gdn2gen.measure.check import drawn, exact, forced
 from gdn2gen.runtime import call
 
 WRITES = {
+    "scan": ("o", "S_seg", "final_state"),
+    "rescan": ("h", "R"),
     "scan_states": ("o", "h", "R", "final_state"),
     "reverse_scan": ("dh", "dX", "dX_rest", "dh0"),
     "scan_blocks": ("o", "h", "R", "final_state"),
@@ -63,7 +65,7 @@ def _sizes(module: ModuleType, given: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: given.get(name, 1) for name in ("T", "H", "HV", "HG", "NS")}
     tokens, chunks, states = (
         len(next(given[x] for x in names if x in given))
-        for names in (("v", "do"), ("A", "R"), ("h", "dh"))
+        for names in (("o", "do", "v"), ("A", "R", "dX"), ("h", "dh", "A"))
     )
     slices = -(-module.K // getattr(module, "BK", module.K))
     sizes |= {"B": tokens, "NT": chunks, "NT2": states, "NT4": states}
@@ -74,6 +76,8 @@ def _scalars(stage: str, given: Mapping[str, Any]) -> list[float]:
     """What a stage's program takes after its tensors."""
     names = {x: ["segment"] for x in ("scan_blocks1", "scan_states", "rescan_blocks")}
     names |= {"grad_blocks": ["scale", "lower_bound"]}
+    if stage in ("scan", "rescan"):
+        return [given["segment"]]
     return [given[x] for start, more in names.items() if stage.startswith(start) for x in more]
 
 
@@ -167,6 +171,7 @@ def main(
     plan = "states" if every == "0" else f"{'direct_' * outside}blocks{every}"
     plan += "_states" * (every != "0" and "lean" not in flags)
     plan += "_transitions" * ("transitions" in flags)
+    plan = "lean" if plan == "states" and "lean" in flags else plan
     BT = 64 if every == "1" and outside else 32
     # where TileLang leads there, what it is compared with is Triton's
     recipe = Recipe.default(problem, plan, BT, arch=None if outside else "sm_90")
@@ -177,11 +182,13 @@ def main(
         stages = ["grad_blocks1"]
     others = {x: tilelang_config(x, problem, BT) for x in stages}
     if segment.isdigit():
-        call.SEGMENT, stages = int(segment), [x for x in stages if "segments" in recipe[x]]
-        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in stages))
-        rows = 128 if "wide" in flags else 64
-        others = {x: others[x].replace(segments="parallel", BV=rows) for x in stages}
-        others |= {x: y.replace(merge="cut") for x, y in others.items() if "cut" in flags}
+        call.SEGMENT, stages = int(segment), [x for x in stages if STAGES[x].is_chain]
+        cut = [x for x in stages if "segments" in recipe[x]]
+        recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in cut))
+        others |= {x: others[x].replace(segments="parallel") for x in cut}
+        others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
+    rows = 128 if "wide" in flags else 64
+    others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))

@@ -390,6 +390,7 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "rescan_blocks_tilelang.py": partial(_member_tilelang, Problem(), "rescan_blocks2"),
     "reverse_scan_turned.py": partial(
         _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
     ),
@@ -483,6 +484,10 @@ OUTPUTS: Final = {
     "mamba3_scan_tilelang.py": partial(
         _part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True, carried=True), keep=2
     ),
+    "mamba3_reverse_scan_tilelang.py": partial(
+        _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)
+    ),
+    "mamba3_sums.py": partial(_part, "mamba3_sums", Mamba3Problem(), BH=8),
     "mamba3_step.py": partial(_part, "mamba3_step", replace(_MAMBA3, packed=False), BR=32),
     "package_states.py": _package,
     "package_packed.py": _package_packed,

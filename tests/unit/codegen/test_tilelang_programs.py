@@ -17,13 +17,16 @@ from gdn2gen.kernels.validity import why_invalid
 
 # A chunk that ends early among them, and one that is alone in its block. With a number after the
 # chunks of a block the scans are in segments of so many chunks: a block may be in two of them, of
-# three the one between has a transition, and the last may be shorter; `wide` are programs of two
-# warp groups, and 0 the scans without blocks. Two cases in one process, of which most is imports.
+# three the one between has a transition, and the last may be shorter; - is in order.
+# `wide` are programs of two warp groups, and 0 in place of a block the scans without. Two cases in
+# one process, of which most is imports.
 CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
+    ("gdn2 160 36 layer 0 - wide lean",),
     ("gated_delta_rule 64 70 strong 2", "delta_rule 64 36 layer 2 - raw lean"),
     ("gdn2 64 134 layer 2 1 transitions",),
+    ("gdn2 64 140 mixed 2 3 lean",),
     # head dims below their tiles, where some slices of channels, or all, lost too much
     ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
     *(
@@ -45,10 +48,17 @@ CASES = [
             "gdn2 128 102 zero 0 1 wide",
             "kda 128 102 layer 0 1 wide twice stateless",
             "gdn2 112 70 layer 0 1 wide",
+            "gdn2 160 70 sparse 0 - wide",
+            "gdn2 256 70 strong 0 - wide lean twice",
+            "kda 152 100 sparse 0 - wide twice stateless",
+            "gdn2 192 40 layer 0 - wide lean state_v_first",
             "gated_delta_rule 128 134 strong 2 - lean twice",
             "gated_delta_rule 64 150 zero 1 - stateless",
             "gated_delta_rule 64 230 layer 2 3 state_v_first",
             "delta_rule 128 70 layer 2 - stateless twice",
+            "kda 128 230 strong 4 2 lean twice stateless",
+            "kda 64 36 zero 2 8 lean state_v_first",
+            "gdn2 128 134 sparse 2 1 lean",
             "gdn2 64 134 mixed 2 1 cut",
             "kda 64 134 zero 0 1 cut",
             "gdn2 128 134 strong 2 1 wide transitions",
@@ -94,6 +104,17 @@ OF_MAMBA3 = [
 ]
 
 
+OF_ITS_BACKWARD = [
+    ("68", "64", "sparse", "skip,carried,angles"),
+    pytest.param("132", "128", "strong", "skip,carried,angles", marks=pytest.mark.slow),
+    pytest.param("136", "128", "zero", "", marks=pytest.mark.slow),
+    pytest.param("64", "128", "layer", "carried,angles", marks=pytest.mark.slow),
+    pytest.param("4", "64", "strong", "angles", marks=pytest.mark.slow),
+    pytest.param("68", "128", "layer", "angles=45", marks=pytest.mark.slow),
+    pytest.param("68", "64", "layer", "skip,angles=7", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize("cases", CASES, ids=", ".join)
 def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
     printed = run("tilelang_checks.py", *cases).split("== ")[1:]
@@ -103,6 +124,10 @@ def test_programs_of_blocks_make_what_tritons_kernels_do(cases):
         made = [f"scan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if every == "0":
             made = ["scan_states h", "reverse_scan dX"]
+        if "lean" in case:
+            made = ["scan o", "rescan h", "reverse_scan dX"]
+            if every != "0":
+                made = [f"rescan_blocks{every} h", f"reverse_scan_blocks{every} dv"]
         if outside and every == "1":
             made = []
         if "transitions" in case:
@@ -132,6 +157,16 @@ def test_mamba3s_scan_is_its_recurrence(T, N, keep, pattern, flags):
     kept = {"h"} if keep == "2" else set()
     kept |= {"ungated"} if keep != "0" and "gate" in flags else set()
     assert made == {"out", "final_ssm", *kept}
+
+
+@pytest.mark.parametrize(("T", "N", "pattern", "flags"), OF_ITS_BACKWARD)
+def test_mamba3s_reverse_scan_makes_its_recurrences_gradients(T, N, pattern, flags):
+    printed = run("mamba3_reverse_scans.py", T, N, pattern, flags)
+    made = {x.split()[0] for x in printed.splitlines()}
+    wanted = {"dv", "dQ_head", "dK_head", "kept_part", *(f"sums{i}" for i in range(5))}
+    wanted |= {"dinitial_ssm"} if "carried" in flags else set()
+    wanted |= {"dtheta", "dtheta_part"} if "angles" in flags else set()
+    assert made == wanted
 
 
 def test_strong_decay_of_128_channels_takes_8_warps():

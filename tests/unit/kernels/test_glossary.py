@@ -16,6 +16,7 @@ from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
+from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -48,7 +49,7 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
     return {x.split()[0]: x for x in lines}
 
 
-_PARTS = (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES)
+_PARTS = (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, *MAMBA3_REVERSE_STAGES)
 
 
 def test_there_are_words_for_operands_and_no_others() -> None:

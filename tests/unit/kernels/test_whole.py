@@ -163,12 +163,16 @@ def test_channels_past_the_head_dim_have_lost_nothing() -> None:
 
 
 @pytest.mark.parametrize(("K", "V"), BELOW)
-def test_no_call_finds_them_before_they_ran_on_a_gpu(K: int, V: int) -> None:
-    for level in ("lean", "fast"):
-        found = find_recipe(Problem(K=K, V=V), Regime(16384, 4, 16), H200, level=level)
-        assert not found.recipe.plan.every, f"{found.why}: {found.recipe.plan.name}"
-        if found.source != "default":
-            assert "has run on no GPU at head dims below its tiles" in found.why
+@pytest.mark.parametrize("level", ["lean", "fast"])
+def test_a_call_below_full_tiles_finds_what_is_tuned_for_these(K: int, V: int, level: str) -> None:
+    full = Problem(K=128 if K > 64 else 64, V=128 if V > 64 else 64)
+    wanted, found = (
+        find_recipe(x, Regime(16384, 4, 16), H200, level=level) for x in (full, Problem(K=K, V=V))
+    )
+    assert (wanted.source == "exact") == (full.K == full.V)
+    assert found.source == ("nearest" if wanted.source == "exact" else "default")
+    assert (found.recipe.plan, found.recipe.configs) == (wanted.recipe.plan, wanted.recipe.configs)
+    assert bool(found.recipe.plan.every) == (found.source == "nearest")
 
 
 def test_a_scan_that_can_keep_states_on_the_way_is_that_of_two_kernels() -> None:

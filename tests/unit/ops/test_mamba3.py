@@ -58,6 +58,24 @@ def test_states_and_outputs_in_one_stage(name: str, fast: bool, interpreter: Che
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("layer", True),
+        ("all-angles", False),
+        *(
+            pytest.param(x, y, marks=pytest.mark.slow)
+            for x, y in (("strong", False), ("plain", True))
+        ),
+        *(pytest.param(x, True, marks=pytest.mark.slow) for x in ("no-angles", "one-token")),
+    ],
+)
+def test_the_backwards_products_in_one_stage(name: str, fast: bool, interpreter: Check) -> None:
+    whole, found = interpreter("mamba3_checks:errors_scanned_back", name, fast)
+    assert whole == [True]
+    assert max(found.values()) < LIMIT, found
+
+
 @pytest.mark.parametrize("name", ["steady", "strong"])
 def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> None:
     """At every token 20 nats, dADT was off by 0.3 where it was a sum of all less one of most; in

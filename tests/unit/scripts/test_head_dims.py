@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from script_module import load_script
+
+from gdn2gen.base import outcome
+from gdn2gen.base.device import named_device
+from gdn2gen.base.outcome import Outcome
+from gdn2gen.codegen.build import Resources
+from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.check import CheckResult
+from gdn2gen.measure.timing import Timing
+from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 head_dims = load_script("head_dims")
 TIMES = [
@@ -42,3 +54,75 @@ def test_what_breaks_one_side_breaks_a_process_of_its_own() -> None:
     assert head_dims.in_a_process("problem_of", "96").get() == head_dims.problem_of("96")
     failed = head_dims.in_a_process("times_of", "ours", head_dims.problem_of("96"))
     assert not failed.ok and "GPU" in failed.reason.upper().replace("CUDA", "GPU")
+
+
+class Backend:
+    """Every compile and check comes out well; times are by how often it was asked."""
+
+    def __init__(self, _: object) -> None:
+        self.compiled: list[tuple[Problem, Config]] = []
+        self.checked: list[Recipe] = []
+        self.timed: list[Recipe] = []
+        self.closed = False
+
+    def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
+        self.compiled.append((problem, config))
+        future: Future[Outcome[Resources]] = Future()
+        spilled = 9999 if config.get("BV") == 16 else 0
+        future.set_result(Outcome(outcome.OK, Resources(128, spilled, 1024, 128, 1.0)))
+        return future
+
+    def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
+        assert not full
+        self.checked.append(recipe)
+        return Outcome(outcome.OK, CheckResult(True))
+
+    def time_recipe(
+        self, recipe: Recipe, shape: object, *, with_peak: bool
+    ) -> Outcome[RecipeTiming]:
+        self.timed.append(recipe)
+        ms = Timing.of([float(len(self.timed))])
+        return Outcome(outcome.OK, RecipeTiming(ms, ms, 0.0))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_transfer_compiles_a_config_once_and_checks_what_never_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, rows = Backend(None), []
+    monkeypatch.setattr("gdn2gen.tuning.gpu.backend.WorkerBackend", lambda _: backend)
+    monkeypatch.setattr(head_dims, "_device", lambda: named_device("NVIDIA H200"))
+    monkeypatch.setattr(head_dims, "_add", lambda _, row: rows.append(row))
+    head_dims.transfer(["192", "96"])
+    assert [(x["K"], x["level"]) for x in rows] == [
+        (192, "lean"),
+        (192, "fast"),
+        (96, "lean"),
+        (96, "fast"),
+    ]
+    # the H200's own file has both, and others beside them
+    assert all(x["tuned"] and x["transferred"] and x["default"] and x["from"] for x in rows)
+    assert len(backend.compiled) == len(set(backend.compiled)) and backend.closed
+    assert len(backend.timed) == 12 and backend.checked == backend.timed[1::3]
+
+
+def test_transfer_says_none_of_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend, rows = Backend(None), []
+    monkeypatch.setattr("gdn2gen.tuning.gpu.backend.WorkerBackend", lambda _: backend)
+    monkeypatch.setattr(head_dims, "_device", lambda: named_device("NVIDIA H200"))
+    monkeypatch.setattr(head_dims, "_add", lambda _, row: rows.append(row))
+    recipe = Recipe.default(head_dims.problem_of("96"), "lean", arch="sm_90")
+    spilling = recipe.with_config(recipe["scan"].replace(BV=16))
+    given = {"tuned": None, "transferred": spilling, "default": recipe}
+    monkeypatch.setattr(head_dims, "_recipes_of", lambda *_: (given, "K=128 V=128"))
+    head_dims.transfer(["96"])
+    assert [(x["tuned"], x["transferred"], x["default"]) for x in rows] == [
+        (None, None, 1.0),
+        (None, None, 2.0),
+    ]
+    assert "refused: scan: resources: spills 9999 bytes" in capsys.readouterr().out
+    assert not backend.checked

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,10 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.timing import Timing
+from gdn2gen.store import tuned_files
+from gdn2gen.tuning.gpu import jobs
+from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 H200 = named_device("H200")
 
@@ -64,3 +71,32 @@ def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
 def test_other_words_are_refused(script: Any, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         made(script, *words)
+
+
+def test_what_is_filed_is_checked_in_full(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a search would: the faster of two stays, with the knobs that no search asks for."""
+    errors = dict.fromkeys(("o", "dq", "dk", "dv", "dg", "db", "dw"), 3e-3)
+    ok = SimpleNamespace(ok=True, errors=errors, reason="")
+    monkeypatch.setattr(script, "present_device", lambda: H200)
+    monkeypatch.setattr(jobs, "check_full", lambda recipe: ok)
+    shape = script.one_shape("few8k")
+    plain, other = (made(script, "lean", *x, shape="few8k") for x in ((), ("pdl=wait",)))
+
+    def times(ms: float) -> list[RecipeTiming]:
+        found = Timing(ms, ms, ms, 9)
+        return [RecipeTiming(found, replace(found, median=ms + x), 300.0) for x in (1.0, 0.5)]
+
+    assert "filed: " in script.file(plain, shape, times(2.0), tmp_path)
+    assert "filed: " in script.file(other, shape, times(1.0), tmp_path)
+    assert "no better" in script.file(plain, shape, times(2.0), tmp_path)
+    read = tuned_files.load_tuned(tuned_files.tuned_path(tmp_path, "gdn2", H200))
+    assert read is not None
+    (entry,) = read.entries
+    assert entry.configs == other.by_stage and entry.measured["forward_backward_ms"] == 1.5
+    assert "pdl" in entry.configs["scan"]
+    monkeypatch.setattr(
+        jobs, "check_full", lambda recipe: SimpleNamespace(ok=False, errors={}, reason="dq")
+    )
+    assert script.file(plain, shape, times(0.1), tmp_path) == "wrong, dq"

@@ -24,9 +24,21 @@ from gdn2gen.kernels.mamba3_chunks import (
     MAMBA3_OUTPUT,
     chunk_knobs,
 )
+from gdn2gen.kernels.mamba3_reverse_scan import (
+    MAMBA3_REVERSE_SCAN,
+    MAMBA3_REVERSE_STAGES,
+    REVERSE,
+)
+from gdn2gen.store._part_claims import check_part
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3, scan_problem
-from gdn2gen.store.part_files import merge_parts, nearest_parts, parts_on_file, parts_path
+from gdn2gen.store.part_files import (
+    merge_parts,
+    nearest_parts,
+    parts_on_file,
+    parts_path,
+    stale_parts,
+)
 from gdn2gen.tuning.mamba3 import STEP_SEQUENCES, Mamba3Report, neighbours, tune_mamba3
 from gdn2gen.tuning.views.progress import Progress
 
@@ -42,8 +54,8 @@ class Gpu:
 
     BEST: Final = {"BT": 64, "BH": 2, "num_warps": 8, "BR": 16, "BV": 32}
 
-    def __init__(self, wrong: str = "") -> None:
-        self.now, self.wrong = 0.0, wrong
+    def __init__(self, wrong: str = "", reverse: float = 1.0) -> None:
+        self.now, self.wrong, self.reverse = 0.0, wrong, reverse
         self.timed: list[dict[str, Any]] = []
         self.checked: list[Any] = []
 
@@ -64,7 +76,8 @@ class Gpu:
         fixed = {"mamba3_step": "BT", "mamba3_turns": "num_warps", "mamba3_rotate": "num_warps"}
         steps = [abs(self._log(y) - self._log(self.BEST[x])) for x, y in knobs.items()
                  if x in self.BEST and x != fixed.get(stage)]  # fmt: skip
-        return Outcome(outcome.OK, 1.0 + 0.1 * sum(steps))
+        least = self.reverse if stage == MAMBA3_REVERSE_SCAN.name else 1.0
+        return Outcome(outcome.OK, least + 0.1 * sum(steps))
 
     @staticmethod
     def _log(value: int) -> int:
@@ -148,9 +161,43 @@ def test_what_fails_its_check_is_not_filed(tmp_path: Path) -> None:
 def test_time_that_is_over_leaves_the_rules_knobs(tmp_path: Path) -> None:
     gpu = Gpu()
     report = tuned(tmp_path, gpu, minutes=0.01)
-    assert len(gpu.timed) == 3 * len(MAMBA3_CHUNK_STAGES) + len(STEP_SEQUENCES)
+    stages = (*MAMBA3_CHUNK_STAGES, *MAMBA3_CHUNK_STAGES, *MAMBA3_CHUNK_STAGES)
+    assert len(gpu.timed) == len((*stages, *MAMBA3_REVERSE_STAGES)) + len(STEP_SEQUENCES)
     rule = chunk_knobs(MAMBA3_OUTPUT, PROBLEM, 4 * 64, 64, 1, H200.sms)
     assert report.entries[0].knobs["mamba3_output"] == rule | {"BT": 64}
+
+
+def test_a_reverse_scan_is_filed_where_it_is_faster(folder: Path) -> None:
+    """Than the two stages that it stands for, of 1.0 ms each; and calls find it."""
+    known = known_around(PROBLEM, 64, 1)
+    for ms, filed in ((1.0, False), (0.8, True)):
+        report = tuned(folder, Gpu(reverse=ms))
+        entries = [x for x in report.entries if x.kind == REVERSE]
+        assert len(entries) == filed
+        assert ("reverse at mamba4k" in report.skipped) != filed
+        reload()
+        found = nearest_parts("mamba3", REVERSE, known, 16384, H200)
+        assert (found is not None) == filed
+    assert {x: dict(y) for x, y in entries[0].knobs.items()} == {
+        "mamba3_reverse_scan": {"BT": 64, "num_warps": 4},
+        "mamba3_sums": {"BT": 64, "BH": 2, "num_warps": 8},
+    }
+    told = find_mamba3(PROBLEM, SHAPE, H200)
+    assert told.sources["mamba3_reverse_scan"] == "tuned" and "mamba3_sums: BT=64" in told.words(80)
+    assert not stale_parts(entries[0])
+    check_part(entries[0], H200.name, "sm_90")
+
+
+def test_without_tiles_of_its_size_there_is_no_reverse_scan(folder: Path) -> None:
+    class Smaller(Gpu):
+        BEST: Final = {**Gpu.BEST, "BT": 32}
+
+    report = tuned(folder, Smaller(reverse=0.1))
+    assert report.skipped["reverse at mamba4k"] == (
+        "it takes tiles of 64 tokens, and those of 32 are faster"
+    )
+    narrow = tuned(folder, Gpu(reverse=0.1), problem=replace(PROBLEM, head_dim=128))
+    assert not [x for x in narrow.entries if x.kind == REVERSE] and not narrow.skipped
 
 
 def test_heads_of_a_program_are_of_one_group() -> None:
