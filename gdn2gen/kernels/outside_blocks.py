@@ -78,11 +78,12 @@ def outside_tilelang(every: int) -> Form:
             "chunks": tuple(x for x in (1, 2, 4, 8, 16) if x >= every),
             "BK": (64, 128),
             "num_warps": (4,),
-            "num_stages": (1,),
-            "maxnreg": (128, 168),
+            "num_stages": (1, 2),
+            "maxnreg": (168,),
         },
         defaults=(
-            Setting({"chunks": 16, "BK": 128, "maxnreg": 168}),
+            Setting({"chunks": 16, "BK": 128}),
+            Setting({"BK": 64, "num_stages": 2}, {"K": (64,), "V": (64,)}),
             Setting({"BK": 64}, {"K": (64,)}),
         ),
         limits=(
@@ -90,6 +91,10 @@ def outside_tilelang(every: int) -> Form:
             *_ALL_CHANNELS,
             Limit("dtype", ("bf16",), "factors of keys as they are may leave the range of fp16"),
             Limit("BT", (64 // every,), "its tiles are those of 64 tokens"),
+            *(
+                Limit("num_stages", (1,), "two do not fit", {dim: range(65, 513)})
+                for dim in ("K", "V")
+            ),
             Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),
             Limit("arch", (None, "sm_90"), "others were not compiled for"),
         ),

@@ -30,11 +30,11 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
     dbeta       [B, T, HV]        bf16  gradient of beta
 
 Problem: delta_rule K=64 V=64 bf16
-Config:  BK=64 BT=32 chunks=4 decay=outside language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest dab4ab891a4649a1; made by
+Config:  BK=64 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
+Template digest 6c638c28be500fe6; made by
     gdn2gen generate --op delta_rule --head-dim 64,64 --dtype bf16 --no-l2norm --with= --stage \
       grad_blocks2 --config \
-      BK=64,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=128,num_stages=1,num_warps=4
+      BK=64,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
 """
 
 from functools import cache
@@ -88,10 +88,10 @@ def program():
             tile.ceildiv(tile.ceildiv(T, BT), CHUNKS), HV, B, threads=128
         ) as (i_x, i_h, i_b):
             n_chunks = tile.ceildiv(T, BT)
-            # 2 programs to a multiprocessor: 128 registers a thread, of which the loads need few
-            tile.annotate_min_blocks_per_sm(2)
+            # one program to a multiprocessor: 168 registers a thread, of which the loads need few
+            tile.annotate_min_blocks_per_sm(1)
             tile.annotate_producer_reg_dealloc(24)
-            tile.annotate_consumer_reg_alloc(232)
+            tile.annotate_consumer_reg_alloc(240)
             i_hq = i_h // (HV // H)
 
             s_dO_dX = tile.alloc_shared([2 * TOKENS, V], IO)
@@ -107,11 +107,13 @@ def program():
             # negative, as what erases is
             s_writes = tile.alloc_shared([TOKENS], "float32")
             s_reads = tile.alloc_shared([2 * TOKENS], "float32")
-            s_sums = tile.alloc_shared([3, 1, TOKENS], "float32")
+            s_sums = tile.alloc_shared([1, 1, TOKENS], "float32")
             s_dq = tile.alloc_shared([TOKENS, BK], IO)
             s_dk = tile.alloc_shared([TOKENS, BK], IO)
 
             b_scores = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
+            b_RdX = tile.alloc_fragment([2 * TOKENS], "float32")
+            b_diagonal = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
             b_columns = tile.alloc_fragment([2 * TOKENS, TOKENS], IO)
             b_rows = tile.alloc_fragment([2 * TOKENS, TOKENS], IO)
             b_dq = tile.alloc_fragment([TOKENS, BK], "float32")
@@ -162,8 +164,11 @@ def program():
                 tile.wait_wgmma(3)
                 # <R, dX>
                 for i, j in tile.Parallel(2 * TOKENS, TOKENS):
-                    if i == j + TOKENS and j < n_rows:
-                        beta_dot[i_c + j // BT, i_h, j % BT] = b_scores[i, j]
+                    b_diagonal[i, j] = tile.if_then_else(i == j + TOKENS, b_scores[i, j], 0.0)
+                tile.reduce_sum(b_diagonal, b_RdX, dim=1)
+                for i in tile.Parallel(2 * TOKENS):
+                    if i >= TOKENS and i - TOKENS < n_rows:
+                        beta_dot[i_c + (i - TOKENS) // BT, i_h, i % BT] = b_RdX[i]
                 # gradients of scores without their decay: dAqk above -dT
                 for i, j in tile.Parallel(2 * TOKENS, TOKENS):
                     b_scores[i, j] = tile.if_then_else(
@@ -193,13 +198,13 @@ def program():
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i + TOKENS, j], "float32") * b_dc[i, j]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 1):
-                    s_sums[1, j, i] = b_sum[i, j]
+                    s_sums[0, j, i] = b_sum[i, j]
                 # what the last block stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
                 tile.sync_threads(MEETING, 128)
                 for i in tile.Parallel(TOKENS):
                     if i < n_rows:
-                        dbeta_part[i_c + i // BT, i_h, 0, i % BT] = s_sums[1, 0, i]
+                        dbeta_part[i_c + i // BT, i_h, 0, i % BT] = s_sums[0, 0, i]
                 for i, j in tile.Parallel(TOKENS, BK):
                     b_dqd[i, j] = tile.cast(scale * b_dq[i, j], IO)
                 for i, j in tile.Parallel(TOKENS, BK):

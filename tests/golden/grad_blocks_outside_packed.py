@@ -16,7 +16,7 @@ however strong the decay is. fold_decay_kernel takes it from tiles to the caller
 e = k is the key that erases and c = beta k the one that is written, so that dk = de + beta dc; dX is
 dv. fold_beta_kernel makes dbeta: the mean of three times <R, dX> / beta and <k, dc>.
 
-grad_blocks2_kernel: one program per block, value head and slice of K, which is all of them.
+queries_kernel makes dq, and grad_blocks2_kernel all else; one program per block, value head and slice of K, which is all of them.
 
     q              [B, T, H, K]      bf16   queries; normalised in the kernel
     k              [B, T, H, K]      bf16   keys; normalised in the kernel
@@ -47,7 +47,7 @@ grad_blocks2_kernel: one program per block, value head and slice of K, which is 
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=128 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=8
-Template digest 926e7414d9a94e28; made by
+Template digest 940b30a070186413; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=8
@@ -89,6 +89,132 @@ def sum_of_later(b_x, BT: tl.constexpr):
     b_first = b_x.to(tl.bfloat16)
     b_next = (b_x - b_first.to(tl.float32)).to(tl.bfloat16)
     return tl.dot(b_ones, b_first, tl.dot(b_ones, b_next))
+
+
+@triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG", "n_sequences"])
+def queries_kernel(
+    q,
+    k,
+    g,
+    A_log,
+    dt_bias,
+    q_rstd,
+    k_rstd,
+    k_beta,
+    log_decay,
+    h,
+    R,
+    dh,
+    dv,
+    do,
+    cu_seqlens,
+    chunk_offsets,
+    chunk_table,
+    beta_dot,
+    dq,
+    dk,
+    dg_part,
+    dg,
+    dbeta_part,
+    dbeta,
+    dA_log,
+    ddt_bias,
+    scale,
+    lower_bound,
+    T,
+    H,
+    HV,
+    HG,
+    n_sequences,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    i_k = tl.program_id(0) % (K // BK)
+    i_xh = tl.program_id(0) // (K // BK)
+    i_x, i_h = i_xh // HV, i_xh % HV
+    i_hq = i_h // (HV // H)
+    o_t = tl.arange(0, TOKENS)
+    o_i, o_j = o_t[:, None], o_t[None, :]
+    o_k = i_k * BK + tl.arange(0, BK)
+    # the last sequence whose blocks begin no later: each may begin within a block of chunks
+    i_n, i_end = 0, n_sequences
+    while i_end - i_n > 1:
+        i_middle = (i_n + i_end) // 2
+        m_later = tl.load(chunk_offsets + i_middle) // 2 + i_middle > i_x
+        i_n, i_end = tl.where(m_later, i_n, i_middle), tl.where(m_later, i_middle, i_end)
+    i_c = tl.load(chunk_offsets + i_n)
+    i_t = (i_x - i_c // 2 - i_n) * TOKENS
+    i_c += (i_x - i_c // 2 - i_n) * 2
+    i_start = tl.load(cu_seqlens + i_n).to(tl.int64)
+    n_rows = tl.minimum(tl.load(cu_seqlens + i_n + 1).to(tl.int32) - i_start.to(tl.int32) - i_t, TOKENS)
+    i_start += i_t
+    # there may be fewer blocks than numbers for them
+    if n_rows <= 0:
+        return
+
+    m_t = o_t < n_rows
+    m_tk = m_t[:, None] & (o_k < K)[None, :]
+    p_q = (i_start * H + i_hq) * K + o_t[:, None] * (H * K) + o_k[None, :]
+    i_tile = i_c.to(tl.int64) * HV + i_h
+    # what lies in tiles of chunks
+    p_token = i_tile * BT + o_t // BT * (HV * BT) + o_t % BT
+    o_v = tl.arange(0, V)
+    p_o = (i_start * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+    b_do = tl.load(do + p_o, mask=m_t[:, None], other=0.0)
+    b_R = tl.load(R + p_token[:, None] * V + o_v[None, :], mask=m_t[:, None], other=0.0)
+
+    b_dAqk = tl.dot(b_do, tl.trans(b_R))
+    b_log_decay = tl.load(log_decay + p_token, mask=m_t, other=0.0)
+    b_G = tl.cumsum(b_log_decay, 0)
+    b_D = b_G[:, None] - b_G[None, :]
+    b_D = tl.exp2(tl.where(o_i >= o_j, b_D, float("-inf")))
+    b_head = tl.exp2(b_G)
+    b_dAqk = tl.where(o_i >= o_j, b_dAqk * b_D, 0.0)
+
+    b_qd = tl.load(q + p_q, mask=m_tk, other=0.0)
+    b_kd = tl.load(k + p_q, mask=m_tk, other=0.0)
+    b_q = b_qd.to(tl.float32)
+    b_k = b_kd.to(tl.float32)
+    b_q_rstd = tl.load(q_rstd + p_token, mask=m_t, other=0.0)
+    b_k_rstd = tl.load(k_rstd + p_token, mask=m_t, other=0.0)
+    b_q *= b_q_rstd[:, None]
+    b_k *= b_k_rstd[:, None]
+    b_beta = tl.load(k_beta + p_token, mask=m_t, other=0.0)
+    # products take them as they are, and norms are factors of scores
+    b_writes = b_beta * b_k_rstd
+    b_reads = scale * b_q_rstd
+
+    # a pair decays by the tokens that are behind the first of both, and not behind the other
+    b_pairs = tl.dot(b_qd, tl.trans(b_kd)) * (b_dAqk * b_reads[:, None])
+    b_pairs = sum_of_later(tl.where(o_i > o_j, b_pairs * b_writes[None, :], 0.0), TOKENS)
+    b_dg = tl.sum(tl.where(o_i > o_j, b_pairs, 0.0), 1)
+    p_kept = (i_x.to(tl.int64) * HV + i_h) * K * V + o_v[:, None] * K + o_k[None, :]
+    b_h = tl.load(h + p_kept)
+    b_dh = tl.load(dh + p_kept)
+
+    b_dq = tl.dot(b_do, b_h)
+    # <S, dS> by the diagonal of a product: elementwise both tiles stay in registers, which spill twice as much
+    b_SdS = tl.dot(tl.trans(b_dh), b_h)
+    b_dq *= b_head[:, None]
+    # what a token takes from the state decays by its own and all earlier tokens of the block
+    b_SdS = tl.where(o_k[:, None] == o_k[None, :], b_SdS, 0.0)
+    b_dg += tl.exp2(tl.sum(b_log_decay, 0)) * tl.sum(tl.sum(b_SdS, 1), 0)
+    b_taken = tl.sum(b_q * b_dq, 1) * scale
+    b_dg += tl.sum(tl.where(o_i <= o_j, b_taken[None, :], 0.0), 1)
+    p_part = ((i_tile + o_t // BT * HV) * (K // BK) + i_k) * BT + o_t % BT
+
+    tl.store(dg_part + p_part, b_dg, mask=m_t)
+    b_rows = (b_dAqk * b_writes[None, :]).to(tl.bfloat16)
+    b_dq = tl.dot(b_rows, b_kd, b_dq)
+    p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
+    b_dq *= scale
+    # as this kernel has it: what rounding left along q goes, too
+    b_q_dot = tl.sum(b_q * b_dq, 1)
+    b_dq = (b_dq - b_q * b_q_dot[:, None]) * b_q_rstd[:, None]
+    tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_tk)
 
 
 @triton.jit(do_not_specialize=["scale", "lower_bound", "T", "H", "HV", "HG", "n_sequences"])
@@ -179,6 +305,7 @@ def grad_blocks2_kernel(
     b_tail = tl.exp2(tl.cumsum(b_log_decay, 0, reverse=True) - b_log_decay)
     b_dAqk = tl.where(o_i >= o_j, b_dAqk * b_D, 0.0)
     b_dT = tl.where(o_i > o_j, -b_dT * b_D, 0.0)
+
     b_qd = tl.load(q + p_q, mask=m_tk, other=0.0)
     b_kd = tl.load(k + p_q, mask=m_tk, other=0.0)
     b_q = b_qd.to(tl.float32)
@@ -193,51 +320,44 @@ def grad_blocks2_kernel(
     b_reads = scale * b_q_rstd
 
     # a pair decays by the tokens that are behind the first of both, and not behind the other
-    b_pairs = tl.dot(b_qd, tl.trans(b_kd)) * (b_dAqk * b_reads[:, None])
-    b_pairs += tl.dot(b_kd, tl.trans(b_kd)) * (b_dT * b_k_rstd[:, None])
+    b_pairs = tl.dot(b_kd, tl.trans(b_kd)) * (b_dT * b_k_rstd[:, None])
     b_pairs = sum_of_later(tl.where(o_i > o_j, b_pairs * b_writes[None, :], 0.0), TOKENS)
     b_dg = tl.sum(tl.where(o_i > o_j, b_pairs, 0.0), 1)
-    p_kept = (i_x.to(tl.int64) * HV + i_h) * K * V + o_v[:, None] * K + o_k[None, :]
-    b_h = tl.load(h + p_kept)
-
-    b_dq = tl.dot(b_do, b_h)
-    b_dq *= b_head[:, None]
-    # what a token takes from the state decays by its own and all earlier tokens of the block
-    b_taken = tl.sum(b_q * b_dq, 1) * scale
-    b_rows = (b_dAqk * b_writes[None, :]).to(tl.bfloat16)
-    b_dq = tl.dot(b_rows, b_kd, b_dq)
-    p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
-    b_dq *= scale
-    # as this kernel has it: what rounding left along q goes, too
-    b_q_dot = tl.sum(b_q * b_dq, 1)
-    b_dq = (b_dq - b_q * b_q_dot[:, None]) * b_q_rstd[:, None]
-    tl.store(dq + p_out, b_dq.to(tl.bfloat16), mask=m_tk)
+    # of the key that is written, then of the one that erases: both at once take more registers
+    b_of_queries = (b_dAqk * b_reads[:, None]).to(tl.bfloat16)
+    b_of_keys = (b_dT * b_k_rstd[:, None]).to(tl.bfloat16)
+    b_rows = (b_dT * b_writes[None, :]).to(tl.bfloat16)
     p_kept = (i_x.to(tl.int64) * HV + i_h) * K * V + o_v[:, None] * K + o_k[None, :]
     b_dh = tl.load(dh + p_kept)
 
-    b_de = tl.dot(b_dX, b_h)
     b_dk = tl.dot(b_R, b_dh)
-    # <S, dS> by the diagonal of a product: elementwise both tiles stay in registers, which spill twice as much
-    b_SdS = tl.dot(tl.trans(b_dh), b_h)
-    b_de *= -b_head[:, None]
     b_dk *= b_tail[:, None]
-    b_taken += tl.sum(b_k * b_de, 1)
-    # and what it writes by all later ones
+    # what a token writes decays by all later ones of the block
     b_written = tl.sum(b_k * b_dk, 1) * b_beta
-    b_dg += tl.sum(tl.where(o_i <= o_j, b_taken[None, :], 0.0), 1)
     b_dg += tl.sum(tl.where(o_i > o_j, b_written[None, :], 0.0), 1)
-    b_SdS = tl.where(o_k[:, None] == o_k[None, :], b_SdS, 0.0)
-    b_dg += tl.exp2(tl.sum(b_log_decay, 0)) * tl.sum(tl.sum(b_SdS, 1), 0)
-    b_rows = (b_dT * b_writes[None, :]).to(tl.bfloat16)
-    b_de = tl.dot(b_rows, b_kd, b_de)
-    b_dk = tl.dot(tl.trans((b_dAqk * b_reads[:, None]).to(tl.bfloat16)), b_qd, b_dk)
-    b_dk = tl.dot(tl.trans((b_dT * b_k_rstd[:, None]).to(tl.bfloat16)), b_kd, b_dk)
+    b_dk = tl.dot(tl.trans(b_of_queries), b_qd, b_dk)
+    b_dk = tl.dot(tl.trans(b_of_keys), b_kd, b_dk)
     p_part = ((i_tile + o_t // BT * HV) * (K // BK) + i_k) * BT + o_t % BT
-    tl.store(dg_part + p_part, b_dg, mask=m_t)
+
     tl.store(dbeta_part + p_part, tl.sum(b_dk * b_k, 1), mask=m_t)
-    b_dk = b_dk * b_beta[:, None] + b_de
+    b_dk *= b_beta[:, None]
+    # read again, after a store: kept, it takes registers
+    b_k = tl.load(k + p_q, mask=m_tk, other=0.0).to(tl.float32) * b_k_rstd[:, None]
+    p_kept = (i_x.to(tl.int64) * HV + i_h) * K * V + o_v[:, None] * K + o_k[None, :]
+    b_h = tl.load(h + p_kept)
+
+    b_de = tl.dot(b_dX, b_h)
+    b_de *= -b_head[:, None]
+    b_taken = tl.sum(b_k * b_de, 1)
+    b_dg += tl.sum(tl.where(o_i <= o_j, b_taken[None, :], 0.0), 1)
+    # beside what goes through queries, which the kernel before left there
+    b_dg += tl.load(dg_part + p_part, mask=m_t, other=0.0)
+    tl.store(dg_part + p_part, b_dg, mask=m_t)
+    b_de = tl.dot(b_rows, b_kd, b_de)
+    b_dk += b_de
     b_k_dot = tl.sum(b_k * b_dk, 1)
     b_dk = (b_dk - b_k * b_k_dot[:, None]) * b_k_rstd[:, None]
+    p_out = (i_start * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
     tl.store(dk + p_out, b_dk.to(tl.bfloat16), mask=m_tk)
 
 
@@ -336,6 +456,13 @@ def launch(
 ):
     """Launch all kernels on the current stream."""
     n_blocks = n_chunks // 2 + n_sequences
+    queries_kernel[(n_blocks * HV * (K // BK),)](
+        q, k, g, A_log, dt_bias, q_rstd, k_rstd, k_beta, log_decay, h, R, dh, dv, do,
+        cu_seqlens, chunk_offsets, chunk_table, beta_dot, dq, dk, dg_part, dg, dbeta_part,
+        dbeta, dA_log, ddt_bias, scale, lower_bound, T, H, HV, HG, n_sequences,
+        K=K, V=V, BT=BT, BK=BK, TOKENS=TOKENS,
+        num_warps=8, num_stages=1,
+    )
     grad_blocks2_kernel[(n_blocks * HV * (K // BK),)](
         q, k, g, A_log, dt_bias, q_rstd, k_rstd, k_beta, log_decay, h, R, dh, dv, do,
         cu_seqlens, chunk_offsets, chunk_table, beta_dot, dq, dk, dg_part, dg, dbeta_part,

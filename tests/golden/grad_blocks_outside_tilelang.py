@@ -42,7 +42,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest dab4ab891a4649a1; made by
+Template digest 6c638c28be500fe6; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate none --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -105,7 +105,7 @@ def program():
             tile.ceildiv(tile.ceildiv(T, BT), CHUNKS), HV, B, threads=256
         ) as (i_x, i_h, i_b):
             n_chunks = tile.ceildiv(T, BT)
-            # 1 program to a multiprocessor: 168 registers a thread, of which the loads need few
+            # one program to a multiprocessor: 168 registers a thread, of which the loads need few
             tile.annotate_min_blocks_per_sm(1)
             tile.annotate_producer_reg_dealloc(24)
             tile.annotate_consumer_reg_alloc(240)
@@ -127,18 +127,22 @@ def program():
             # negative, as what erases is
             s_writes = tile.alloc_shared([TOKENS], "float32")
             s_reads = tile.alloc_shared([2 * TOKENS], "float32")
-            s_sums = tile.alloc_shared([5, 2, TOKENS], "float32")
+            s_sums = tile.alloc_shared([3, 2, TOKENS], "float32")
             # decay since the block's start; its exponential, and that of the decay to the block's end
             s_G = tile.alloc_shared([TOKENS], "float32")
             s_head = tile.alloc_shared([TOKENS], "float32")
             s_tail = tile.alloc_shared([TOKENS], "float32")
             s_before = tile.alloc_shared([TOKENS, TOKENS], IO)
+            # of a row what counts for all tokens up to its own, and for those after it
+            s_carried = tile.alloc_shared([2, 2, 2 * TOKENS], "float32")
             s_spanned = tile.alloc_shared([2 * TOKENS // 16, TOKENS], "float32")
             s_SdS = tile.alloc_shared([16], "float32")
             s_dq = tile.alloc_shared([TOKENS, BK], IO)
             s_dk = tile.alloc_shared([TOKENS, BK], IO)
 
             b_scores = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
+            b_RdX = tile.alloc_fragment([2 * TOKENS], "float32")
+            b_diagonal = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
             b_columns = tile.alloc_fragment([2 * TOKENS, TOKENS], IO)
             b_rows = tile.alloc_fragment([2 * TOKENS, TOKENS], IO)
             # of queries and keys as they are; then of dg what pairs are, and its first bits and the next
@@ -148,7 +152,8 @@ def program():
             b_spans = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
             b_by_warps = tile.alloc_fragment([2 * TOKENS // 16, 16, TOKENS], "float32")
             b_spanned = tile.alloc_fragment([2 * TOKENS // 16, TOKENS], "float32")
-            x_sums = tile.alloc_local([2], "float32")
+            b_later = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
+            x_sums = tile.alloc_local([3], "float32")
             b_kept = tile.alloc_fragment([16, BK], "float32")
             b_SdS = tile.alloc_fragment([16], "float32")
             b_dq = tile.alloc_fragment([TOKENS, BK], "float32")
@@ -164,6 +169,9 @@ def program():
 
             for i, j in tile.Parallel(TOKENS, TOKENS):
                 s_before[i, j] = tile.if_then_else(i < j, tile.cast(1, IO), tile.cast(0, IO))
+            # of which what keys take, and what queries write, stays 0
+            for m, i, j in tile.Parallel(2, 2, 2 * TOKENS):
+                s_carried[m, i, j] = 0.0
             tile.fence_proxy_async()
             tile.sync_threads()
             n_own = tile.ceildiv(tile.min(CHUNKS, n_chunks - i_x * CHUNKS), 2)
@@ -215,8 +223,9 @@ def program():
                     x_sums[0] = 0.0
                     x_sums[1] = 0.0
                     for m in tile.unroll(TOKENS):
-                        x_sums[0] += tile.if_then_else(m <= i and m < n_rows, s_log_decay[m], 0.0)
-                        x_sums[1] += tile.if_then_else(m > i and m < n_rows, s_log_decay[m], 0.0)
+                        x_sums[2] = s_log_decay[m]
+                        x_sums[0] += tile.if_then_else(m <= i and m < n_rows, x_sums[2], 0.0)
+                        x_sums[1] += tile.if_then_else(m > i and m < n_rows, x_sums[2], 0.0)
                     s_G[i] = x_sums[0]
                     s_head[i] = tile.exp2(x_sums[0])
                     s_tail[i] = tile.exp2(x_sums[1])
@@ -227,8 +236,11 @@ def program():
                 tile.wait_wgmma(4)
                 # <R, dX>
                 for i, j in tile.Parallel(2 * TOKENS, TOKENS):
-                    if i == j + TOKENS and j < n_rows:
-                        beta_dot[i_c + j // BT, i_h, j % BT] = b_scores[i, j]
+                    b_diagonal[i, j] = tile.if_then_else(i == j + TOKENS, b_scores[i, j], 0.0)
+                tile.reduce_sum(b_diagonal, b_RdX, dim=1)
+                for i in tile.Parallel(2 * TOKENS):
+                    if i >= TOKENS and i - TOKENS < n_rows:
+                        beta_dot[i_c + (i - TOKENS) // BT, i_h, i % BT] = b_RdX[i]
                 # gradients of scores without their decay: dAqk above -dT
                 for i, j in tile.Parallel(2 * TOKENS, TOKENS):
                     b_scores[i, j] *= tile.exp2(s_G[i % TOKENS] - s_G[j])
@@ -275,12 +287,12 @@ def program():
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i, j], "float32") * b_dq[i, j] * s_reads[i] + tile.cast(s_qk[i + TOKENS, j], "float32") * b_de[i, j] * s_reads[i + TOKENS]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
-                    s_sums[0, j, i] = b_sum[i, j]
+                    s_carried[0, j, i] = b_sum[i, j]
                 for i, j in tile.Parallel(TOKENS, BK):
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i + TOKENS, j], "float32") * b_dc[i, j] * s_writes[i]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
-                    s_sums[1, j, i] = b_sum[i, j]
+                    s_carried[1, j, i + TOKENS] = b_sum[i, j]
                 tile.fence_proxy_async()
                 tile.sync_threads(MEETING, 256)
 
@@ -291,10 +303,11 @@ def program():
                 # what a token takes from the state decays by its own and all earlier tokens of the block, and what it
                 # writes by all later ones
                 for i, j in tile.Parallel(2 * TOKENS, TOKENS):
+                    b_spans[i, j] += s_carried[0, 0, i] + s_carried[0, 1, i]
+                    b_later[i, j] = s_carried[1, 0, i] + s_carried[1, 1, i]
+                for i, j in tile.Parallel(2 * TOKENS, TOKENS):
                     b_by_warps[i // 16, i % 16, j] = tile.if_then_else(
-                        i % TOKENS >= j,
-                        b_spans[i, j] + tile.if_then_else(i < TOKENS, s_sums[0, 0, i % TOKENS] + s_sums[0, 1, i % TOKENS], 0.0),
-                        tile.if_then_else(i < TOKENS, 0.0, s_sums[1, 0, i % TOKENS] + s_sums[1, 1, i % TOKENS]),
+                        i % TOKENS >= j, b_spans[i, j], b_later[i, j]
                     )
                 tile.reduce_sum(b_by_warps, b_spanned, dim=1)
                 for i, j in tile.Parallel(2 * TOKENS // 16, TOKENS):
@@ -305,17 +318,17 @@ def program():
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i + TOKENS, j], "float32") * b_dc[i, j]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
-                    s_sums[3, j, i] = b_sum[i, j]
+                    s_sums[1, j, i] = b_sum[i, j]
                 for i, j in tile.Parallel(TOKENS, BK):
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i, j], "float32") * b_dq[i, j]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
-                    s_sums[2, j, i] = b_sum[i, j]
+                    s_sums[0, j, i] = b_sum[i, j]
                 for i, j in tile.Parallel(TOKENS, BK):
                     b_products[i, j // 64, j % 64] = tile.cast(s_qk[i + TOKENS, j], "float32") * b_de[i, j]
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
-                    s_sums[4, j, i] = b_sum[i, j]
+                    s_sums[2, j, i] = b_sum[i, j]
                 # what the last block stores from these tiles is on its way meanwhile
                 tile.tma_store_wait(0)
                 tile.sync_threads(MEETING, 256)
@@ -331,13 +344,13 @@ def program():
                         dg_part[i_c + i // BT, i_h, 0, i % BT] = x_sums[0]
                 for i in tile.Parallel(TOKENS):
                     if i < n_rows:
-                        dbeta_part[i_c + i // BT, i_h, 0, i % BT] = s_k_rstd[i] * (s_sums[3, 0, i] + s_sums[3, 1, i])
+                        dbeta_part[i_c + i // BT, i_h, 0, i % BT] = s_k_rstd[i] * (s_sums[1, 0, i] + s_sums[1, 1, i])
                 for i, j in tile.Parallel(TOKENS, BK):
                     # along q and k nothing stays, as rounding left it
                     b_dqd[i, j] = tile.cast(
                         s_q_rstd[i]
                         * scale
-                        * (b_dq[i, j] - tile.cast(s_qk[i, j], "float32") * (s_q_rstd[i] * s_q_rstd[i] * (s_sums[2, 0, i] + s_sums[2, 1, i]))),
+                        * (b_dq[i, j] - tile.cast(s_qk[i, j], "float32") * (s_q_rstd[i] * s_q_rstd[i] * (s_sums[0, 0, i] + s_sums[0, 1, i]))),
                         IO,
                     )
                 for i, j in tile.Parallel(TOKENS, BK):
@@ -347,7 +360,7 @@ def program():
                             s_k_beta[i] * b_dc[i, j]
                             - b_de[i, j]
                             - tile.cast(s_qk[i + TOKENS, j], "float32")
-                            * (s_k_rstd[i] * s_k_rstd[i] * (s_k_beta[i] * (s_sums[3, 0, i] + s_sums[3, 1, i]) - (s_sums[4, 0, i] + s_sums[4, 1, i])))
+                            * (s_k_rstd[i] * s_k_rstd[i] * (s_k_beta[i] * (s_sums[1, 0, i] + s_sums[1, 1, i]) - (s_sums[2, 0, i] + s_sums[2, 1, i])))
                         ),
                         IO,
                     )

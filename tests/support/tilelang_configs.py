@@ -37,7 +37,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
         "grad_blocks2": {"decay": decay, "BK": K, "maxnreg": 128 if K == 64 else 168},
     }
     if decay == "outside":
-        own["grad_blocks1"] = own["grad_blocks2"]
+        own["grad_blocks1"] = own["grad_blocks2"] = {"decay": decay, "BK": K, "maxnreg": 168}
     config = default_config(stage, problem, BT=BT)
     config = config.replace(language="tilelang", **knobs, **own[stage])
     wide = "maxnreg" in config and max(K, V) > 128

@@ -326,6 +326,23 @@ def test_tilelang_of_blocks_compiles_where_values_are_one_tile(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize(("size", "most"), [(128, 0), (64, 256)])
+@pytest.mark.tilelang
+def test_tilelang_of_a_decay_outside_of_products_fits(
+    size: int, most: int, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 64 tokens and of their states fill a multiprocessor, and its registers."""
+    problem, device = Problem(op, K=size, V=size), named_device("sm_90")
+    config = tilelang_config("grad_blocks2", problem)
+    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, "grad_blocks2", config, device)
+    assert used.spill_bytes <= most, f"{config}: {used}"
+    assert used.shared_bytes <= device.shared_bytes
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("stage", ["scan_blocks2", "reverse_scan_blocks2"])
 @pytest.mark.parametrize("size", [128, 112])
