@@ -40,6 +40,7 @@ from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
 
@@ -335,7 +336,8 @@ def test_tilelang_of_a_decay_outside_of_products_fits(
     """Tiles of 64 tokens and of their states fill a multiprocessor, and its registers."""
     problem, device = Problem(op, K=size, V=size), named_device("sm_90")
     config = tilelang_config("grad_blocks2", problem)
-    assert why_hopeless(config, problem, device) is None
+    monkeypatch.setenv("GDN2GEN_UNVERIFIED", "1")
+    assert why_invalid(config, problem, device.arch) is None
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     used = compile_ahead(problem, "grad_blocks2", config, device)
     assert used.spill_bytes <= most, f"{config}: {used}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import jinja2
 import pytest
@@ -185,6 +187,12 @@ def _tied_tilelang(stage: str) -> str:
 def _member_tilelang(problem: Problem, stage: str, **knobs: str | int) -> str:
     """Of a member whose decay is outside of products, or that erases nothing."""
     return render(problem, stage, tilelang_config(stage, problem).replace(**(knobs or {}))).source
+
+
+def _wrong_tilelang(problem: Problem) -> str:
+    """Of a form that a GPU has found wrong, which no call runs."""
+    with patch.dict(os.environ, {"GDN2GEN_UNVERIFIED": "1"}):
+        return _member_tilelang(problem, "grad_blocks2")
 
 
 # tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
@@ -414,11 +422,9 @@ OUTPUTS: Final = {
     "reverse_scan_blocks_outside_tilelang.py": partial(
         _member_tilelang, Problem("gated_delta_rule", final_state=True), "reverse_scan_blocks2"
     ),
-    "grad_blocks_outside_tilelang.py": partial(
-        _member_tilelang, Problem("gated_delta_rule"), "grad_blocks2"
-    ),
+    "grad_blocks_outside_tilelang.py": partial(_wrong_tilelang, Problem("gated_delta_rule")),
     "grad_blocks_delta_rule_tilelang.py": partial(
-        _member_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False), "grad_blocks2"
+        _wrong_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False)
     ),
     "grad_blocks2_104_tilelang.py": partial(
         _member_tilelang, Problem(K=104, V=112), "grad_blocks2"

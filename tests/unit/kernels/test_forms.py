@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 from taken import having
+from tilelang_configs import tilelang_config
 
 from gdn2gen.base.device import named_device
+from gdn2gen.base.environment import verifying
+from gdn2gen.base.errors import ConfigError
 from gdn2gen.base.paths import templates_dir
-from gdn2gen.codegen.render import template_name
+from gdn2gen.codegen.render import render, template_name
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of, in_triton
 from gdn2gen.kernels.limits import Place, Setting
@@ -87,6 +90,35 @@ def test_the_same_configs_are_worth_compiling(stage: str) -> None:
         lines += [f"{place} {config}" for config in sorted(map(str, configs))]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     assert (len(lines), digest) == WORTH[stage]
+
+
+@pytest.mark.parametrize("stage", ["grad_blocks1", "grad_blocks2"])
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_form_that_was_wrong_on_a_gpu_runs_where_a_user_says_so_alone(
+    size: int, op: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No search has it, no measurement, and nothing renders it: dq was off by 8.4e-1."""
+    monkeypatch.delenv("GDN2GEN_UNVERIFIED", raising=False)
+    BT = 64 // STAGES[stage].every
+    problem = Problem(op, K=size, V=size)
+    place, config = Place(problem, BT, "sm_90"), tilelang_config(stage, problem, BT)
+
+    def is_there() -> bool:
+        tried = {x["language"] for x in valid_configs(stage, place)}
+        asked = STAGES[stage].domains_at(place)["language"]
+        assert tried == {*asked} and "triton" in tried
+        return "tilelang" in tried
+
+    assert "wrong on an H200" in (why_invalid(config, problem) or "")
+    assert not is_there()
+    with verifying():
+        assert why_invalid(config, problem, "sm_90") is not None and not is_there()
+    with pytest.raises(ConfigError, match=r"dq was off by 8\.4e-1"):
+        render(problem, stage, config)
+    assert default_config(stage, problem, BT=BT, arch="sm_90")["language"] == "triton"
+    monkeypatch.setenv("GDN2GEN_UNVERIFIED", "1")
+    assert why_invalid(config, problem, "sm_90") is None and is_there()
 
 
 def test_no_product_of_knobs_is_made_to_be_refused() -> None:
