@@ -45,8 +45,10 @@ def test_a_level_is_what_is_on_file(script: Any) -> None:
 
 
 def test_variants_have_the_knobs_of_what_they_vary(script: Any) -> None:
-    filed, found = made(script, "fast"), made(script, "blocks2_states_transitions")
-    apart = made(script, "blocks2_states")
+    filed = made(script, "fast", shape="few8k")
+    found, apart = (
+        made(script, x, shape="few8k") for x in ("blocks2_states_transitions", "blocks2_states")
+    )
     assert found.plan.name == "blocks2_states_transitions"
     for stage in apart.plan.stages:
         own = found.by_stage.get(stage) or found[f"{stage}_transitions"]
