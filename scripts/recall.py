@@ -40,9 +40,11 @@ from learning.rows import (  # noqa: E402
     Row,
     at_least_one,
     folder_of_rows,
+    minutes,
     path_of,
     read_row,
     read_rows,
+    refused,
     share,
     write_row,
 )
@@ -71,8 +73,10 @@ def main(words: Sequence[str] | None = None) -> int:
         command.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
         command.add_argument("--steps", type=at_least_one)
         command.add_argument("--processes", type=at_least_one, default=4, help="jobs at a time (4)")
-        command.add_argument("--minutes", type=float, default=8.0, help="then nothing begins (8)")
+        command.add_argument("--minutes", type=minutes, default=8.0, help="then nothing begins (8)")
     args = parser.parse_args(words)
+    if args.command != "report" and (why := refused(args.rows)):
+        parser.error(why)
     experiment = SMALL if args.small else FULL
     if args.steps is not None:
         experiment = replace(experiment, steps=args.steps)
@@ -81,18 +85,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, experiment: Experiment) -> int:
-    models = args.models or [*MIXERS, *ABLATIONS]
-    jobs = [
-        (f"{task} {model}", {"task": task, "model": model, **_given(args)})
-        for task in args.tasks
-        for model in models
-        if _wanting(experiment, args.rows, task, model)
-    ]
-    print(f"{len(jobs)} of {len(models) * len(args.tasks)} jobs want something", flush=True)
+    models = dict.fromkeys(args.models or [*MIXERS, *ABLATIONS])
+    every = [(task, model) for task in dict.fromkeys(args.tasks) for model in models]
+    wanted = [x for x in every if _wanting(experiment, args.rows, *x)]
+    print(f"{len(wanted)} of {len(every)} jobs want something", flush=True)
+    jobs = [(f"{x} {y}", {"task": x, "model": y, **_given(args)}) for x, y in wanted]
     failed = share("recall:work", jobs, args.processes, args.minutes)
     for line in failed:
         print(f"failed: {line}")
-    return int(bool(failed))
+    if left := [" ".join(x) for x in wanted if _wanting(experiment, args.rows, *x)]:
+        print(f"still wanting, the same command goes on with it: {', '.join(left)}")
+    return int(bool(failed or left))
 
 
 def _given(args: argparse.Namespace) -> Row:
@@ -118,7 +121,12 @@ def _searched(experiment: Experiment, rows: Path, task: str, model: str) -> list
 
 
 def _path(rows: Path, experiment: Experiment, task: str, model: str, lr: float, seed: int) -> Path:
-    return path_of(rows, task, model, f"lr{lr:g}", f"seed{seed}", f"steps{experiment.steps}")
+    named = (task, model, f"lr{lr:g}", f"seed{seed}", f"steps{experiment.steps}")
+    return path_of(rows, *named, *_size(experiment))
+
+
+def _size(experiment: Experiment) -> list[str]:
+    return ["small"] if experiment.small else []
 
 
 def _gates(path: Path) -> Path:
@@ -178,6 +186,7 @@ def _row(experiment: Experiment, task: Task, trainer: Trainer, beside: int) -> R
     """What came of a run."""
     speed = tokens_per_second(trainer, experiment.batch * task.length, beside)
     row = {
+        "small": experiment.small,
         "steps": experiment.steps,
         "parameters": parameters(trainer.model),
         "losses": [[step, loss] for step, loss, _ in trainer.losses],
@@ -221,7 +230,9 @@ def _repeat(args: argparse.Namespace, experiment: Experiment) -> int:
         experiment = replace(experiment, steps=2000)
     task, different = args.tasks[0], []
     for model in args.models or MIXERS:
-        path = path_of(args.rows, "repeat", task, model, f"steps{experiment.steps}")
+        path = path_of(
+            args.rows, "repeat", task, model, f"steps{experiment.steps}", *_size(experiment)
+        )
         row = read_row(path)
         if row is None:
             row = _repeated(experiment, task, model)
@@ -244,6 +255,7 @@ def _repeated(experiment: Experiment, task: str, model: str) -> Row:
     return {
         "task": task,
         "model": model,
+        "small": experiment.small,
         "steps": experiment.steps,
         "same": digests[0] == digests[1],
         "digests": digests,
@@ -254,9 +266,11 @@ def _repeated(experiment: Experiment, task: str, model: str) -> Row:
 
 
 def _report(args: argparse.Namespace, experiment: Experiment) -> int:
-    """Rows from --rows join those on record; table and pictures are made of all."""
+    """Rows from --rows join those on record; table and pictures are made of all. Rows of --small
+    are for a page of --small."""
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": [], "repeats": []}
-    fresh = read_rows(args.rows)
+    # what is of no task is another script's
+    fresh = [x for x in read_rows(args.rows) if "task" in x and (args.small or not x.get("small"))]
     runs = {_key(row): row for row in (*known["rows"], *(x for x in fresh if "lr" in x))}
     twice = (*known["repeats"], *(x for x in fresh if "same" in x))
     repeats = {(x["task"], x["model"], x["steps"]): x for x in twice}

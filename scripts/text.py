@@ -40,9 +40,11 @@ from learning.rows import (  # noqa: E402
     Row,
     at_least_one,
     folder_of_rows,
+    minutes,
     path_of,
     read_row,
     read_rows,
+    refused,
     share,
     write_row,
 )
@@ -66,15 +68,17 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, minutes in _MINUTES.items():
+    for name, given in _MINUTES.items():
         command = commands.add_parser(name)
         command.add_argument("--rows", type=folder_of_rows, default=Path("runs/text"))
         command.add_argument("--small", action="store_true", help="one small layer, on the CPU")
         command.add_argument("--models", nargs="+", choices=(*MIXERS, *PEERS))
         command.add_argument("--steps", type=at_least_one)
         command.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
-        command.add_argument("--minutes", type=float, default=minutes, help="then nothing begins")
+        command.add_argument("--minutes", type=minutes, default=given, help="then nothing begins")
     args = parser.parse_args(words)
+    if args.command != "report" and (why := refused(args.rows)):
+        parser.error(why)
     if args.command == "speed":
         return _speed(args)
     experiment = _experiment(args.small, args.steps)
@@ -93,15 +97,15 @@ def _train(args: argparse.Namespace, experiment: Experiment) -> int:
         "rows": str(args.rows.resolve()),
         "graphs": args.graphs,
     }
-    jobs = [
-        (model, {"model": model, **given})
+    paths = {
+        model: _path(args.rows, experiment, model, args.graphs)
         for model in args.models or [*MIXERS, *PEERS]
-        if read_row(_path(args.rows, experiment, model, args.graphs)) is None
-    ]
-    failed = share("text:work", jobs, 1, args.minutes)
+    }
+    wanted = [model for model, path in paths.items() if read_row(path) is None]
+    failed = share("text:work", [(x, {"model": x, **given}) for x in wanted], 1, args.minutes)
     for line in failed:
         print(f"failed: {line}")
-    return int(bool(failed))
+    return int(bool(failed) or any(read_row(paths[x]) is None for x in wanted))
 
 
 def _speed(args: argparse.Namespace) -> int:
@@ -116,7 +120,7 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _path(rows: Path, experiment: Experiment, model: str, graphs: bool, *more: str) -> Path:
-    how = ["graphs"] if graphs else []
+    how = ["small"] * experiment.small + ["graphs"] * graphs
     return path_of(rows, model, f"steps{experiment.steps}", *how, *more)
 
 
@@ -125,8 +129,10 @@ def work(job: Row) -> str:
     experiment = _experiment(job["small"], job["steps"])
     folder, model, graphs = Path(job["rows"]), job["model"], job["graphs"]
     lr = _rate(experiment, folder, member_of(model), graphs, job["until"])
-    if lr is None or time.time() > job["until"]:
-        return "diverged at every rate, or no time left"
+    if time.time() > job["until"]:
+        return "no time left, the same command goes on"
+    if lr is None:
+        return "diverged at every rate"
     started = time.perf_counter()
     row = _run(experiment, model, lr, experiment.steps, graphs)
     write_row(_path(folder, experiment, model, graphs), row)
@@ -185,6 +191,7 @@ def _run(experiment: Experiment, model: str, lr: float, steps: int, graphs: bool
     return {
         "model": model,
         "lr": lr,
+        "small": experiment.small,
         "steps": steps,
         "tokens_per_step": tokens,
         "parameters": parameters(trainer.model),
@@ -211,9 +218,11 @@ def _held_out(trainer: Trainer, experiment: Experiment, corpus: Corpus) -> float
 
 
 def _report(args: argparse.Namespace, experiment: Experiment) -> int:
-    """Rows from --rows join those on record; tables and pictures are made of all."""
-    fresh = [row for row in read_rows(args.rows) if not row.get("search")]
-    runs = [row for row in fresh if not row.get("speed")]
+    """Rows from --rows join those on record; tables and pictures are made of all. Rows of --small
+    are for a page of --small."""
+    fresh = [x for x in read_rows(args.rows) if args.small or not x.get("small")]
+    # what has no corpus is another script's
+    runs = [x for x in fresh if "corpus" in x and not x.get("search")]
     rows = {_key(row): row for row in (*_recorded(RECORD), *runs)}
     _record(RECORD, [rows[key] for key in sorted(rows)])
     speeds = speed_page.merged(_recorded(SPEEDS), [row for row in fresh if row.get("speed")])

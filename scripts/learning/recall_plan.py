@@ -25,6 +25,8 @@ class Experiment:
     rates: tuple[float, ...] = (7e-4, 2e-3, 6e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     test_rows: int = 512
+    small: bool = False
+    """Told from the full one in the names of rows, and in them."""
 
     def sizes(self, task: Task) -> Sizes:
         return Sizes(
@@ -53,7 +55,7 @@ SMALL: Final = Experiment(
         ),
     },
     hidden=32, layers=1, heads=1, head_dim=32, batch=16, steps=300, rates=(1e-2, 3e-2),
-    seeds=(0, 1), test_rows=64,
+    seeds=(0, 1), test_rows=64, small=True,
 )  # fmt: skip
 
 

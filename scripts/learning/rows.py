@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 
 from gdn2gen.base.device import has_gpu, toolchain
 from gdn2gen.base.environment import VERIFYING
-from gdn2gen.base.files import replace_file
+from gdn2gen.base.files import check_replaceable, replace_file
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import console, plain
 from gdn2gen.base.worker import Worker
@@ -30,6 +31,7 @@ from gdn2gen.base.worker import Worker
 SCRIPTS: Final = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 _GRACE: Final = 100.0
+_WEEK: Final = 7 * 24 * 60
 
 
 def path_of(folder: Path, *words: object) -> Path:
@@ -48,9 +50,9 @@ def read_row(path: Path) -> Row | None:
         return None
     try:
         row: Row = json.loads(path.read_bytes())
-        if "machine" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("machine"), dict):
             raise ValueError("no machine is named in it")
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         warnings.warn(f"{path} holds no row of a run ({error}): it does not count", stacklevel=2)
         return None
     return row
@@ -71,10 +73,34 @@ def folder_of_rows(word: str) -> Path:
 
 def at_least_one(word: str) -> int:
     """An option's whole number."""
-    number = int(word)
+    try:
+        number = int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, but is {word}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, but is {word}")
     return number
+
+
+def minutes(word: str) -> float:
+    """An option's time, of a week at most: a process is not waited for without an end."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= _WEEK:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_WEEK}, but is {word}")
+    return number
+
+
+def refused(folder: Path) -> str | None:
+    """Why no row can be written there, before any run is made that would be lost; None if one can.
+    Makes the folder."""
+    try:
+        check_replaceable(folder / "row.json")
+    except OSError as error:
+        return f"no row can be written: {error}"
+    return None
 
 
 def machine() -> dict[str, Any]:

@@ -70,13 +70,13 @@ def pairs(models: Sequence[str]) -> list[list[str]]:
 
 
 def _path(rows: Path, job: Row, model: str) -> Path:
-    how = ["graphs"] if job["graphs"] else []
+    how = ["small"] * job["small"] + ["graphs"] * job["graphs"]
     return path_of(rows, "speed", model, f"steps{TURNS * job['turn']}", *how)
 
 
 def _lacks(rows: Path, job: Row, model: str) -> bool:
     row = read_row(_path(rows, job, model))
-    return row is None or row["failed"] is not None
+    return row is None or row.get("failed", "no such word") is not None
 
 
 class Side:
@@ -91,6 +91,9 @@ class Side:
         self._worker = Worker({**environment(), "TRITON_CACHE_AUTOTUNING": "1"})
 
     def prepare(self, job: Row, until: float) -> None:
+        if time.monotonic() > until:
+            self.failed = "no time left"
+            return
         found = self._call("prepare", job, until)
         self.found = found or {}
         if found is not None:
@@ -120,6 +123,7 @@ class Side:
             "failed": self.failed,
             "at": at,
             "turn": job["turn"],
+            "small": job["small"],
             "graphs": job["graphs"],
             "seconds": [x["seconds"] for x in self.turns],
             "peak_mib": max(peaks, default=None),

@@ -32,7 +32,8 @@ def merged(known: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
 def _groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        key = row["machine"]["device"], row["graphs"], MIXERS.index(member_of(row["model"]))
+        how = row["machine"]["device"], row.get("small", False), row["graphs"]
+        key = *how, MIXERS.index(member_of(row["model"]))
         found.setdefault(key, {})[row["model"]] = row
     return {key: [*mine.values()] for key, mine in found.items()}
 

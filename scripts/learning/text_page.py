@@ -31,7 +31,8 @@ def page(rows: Sequence[Row]) -> str:
                 "-" if x["diverged"] is not None else f"{x['held_out'][-1][2] / 0.693147:.4f}",
                 f"{x['tokens_per_second']:,.0f}" if x["tokens_per_second"] else "-",
                 x["launched"],
-                str(len(x["seen"].get("alarms", []))),
+                # nothing looks at a peer's layers
+                str(len(x["seen"]["alarms"])) if x["seen"] else "-",
             ]
             for x in mine
         ]

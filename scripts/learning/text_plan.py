@@ -28,6 +28,8 @@ class Experiment:
     """Windows of it."""
     bytes: int = 64 * 2**20
     seed: int = 0
+    small: bool = False
+    """Told from the full one in the names of rows, and in them."""
 
     @property
     def search_steps(self) -> int:
@@ -39,6 +41,7 @@ FULL: Final = Experiment(Sizes(VOCABULARY, 512, 6, 4, 128, expand=2.0))
 SMALL: Final = Experiment(
     Sizes(VOCABULARY, 32, 1, 2, 16, inner=64, expand=2.0, mamba_head_dim=16),
     batch=8, length=32, steps=200, rates=(1e-2, 2e-2), every=50, held_out=32, bytes=2**20,
+    small=True,
 )  # fmt: skip
 
 

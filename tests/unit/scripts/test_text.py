@@ -84,7 +84,7 @@ def test_bytes_are_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         torch.set_num_threads(before)
     assert len([*rows.iterdir()]) == 2
-    row = json.loads((rows / "gdn2_steps60.json").read_text())
+    row = json.loads((rows / "gdn2_steps60_small.json").read_text())
     chances = made.train.long().bincount(minlength=256).double() / len(made.train)
     seen = made.held_out_windows(FEW.held_out, FEW.length)[1]
     unigram = -float(chances.clamp(min=1e-9).log()[seen].mean())
@@ -133,13 +133,48 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text.write_row(rows / "a.json", _row("fla:gdn2", 2.0))
     text.write_row(rows / "b.json", _row("gdn2", 1.5, "graph"))
     text.write_row(rows / "c.json", _row("kda", 1.0) | {"search": True})
+    text.write_row(rows / "d.json", {"task": "mqar", "lr": 0.1})  # of another script
+    text.write_row(rows / "e.json", _row("mamba2", 1.0) | {"seen": {"alarms": ["a", "b"]}})
     assert text.main(["report", "--small", "--rows", str(rows)]) == 0
     said = page.read_text()
-    assert "| Gated DeltaNet-2 | 99 | 0.01 | 1.5000 | 2.1640 | 12,346 | graph | 0 |" in said
+    assert "| Gated DeltaNet-2 | 99 | 0.01 | 1.5000 | 2.1640 | 12,346 | graph | - |" in said
     assert said.index("FLA's layer") > said.index("1.5000") and "KDA" not in said
+    assert "| Mamba-2 | 99 | 0.01 | 1.0000 | 1.4427 | 12,346 | eager | 2 |" in said
     drawn = (record.parent / "text.svg").read_text()
     ElementTree.fromstring(drawn)
     assert "Gated DeltaNet-2, graphs" in drawn and "seconds of training" in drawn
+
+
+def test_small_rows_are_not_those_of_the_full_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are they found in their place, nor put on the page beside them."""
+    few = replace(text.FULL, steps=60)
+    for name, value in {"FULL": few, "SMALL": FEW, "PAGE": tmp_path / "a.md"}.items():
+        monkeypatch.setattr(text, name, value)
+    monkeypatch.setattr(text, "RECORD", tmp_path / "text.json")
+    monkeypatch.setattr(text, "SPEEDS", tmp_path / "speed.json")
+    monkeypatch.setattr(text, "share", lambda _, jobs, *more: [name for name, _ in jobs])
+    text.PAGE.write_text(
+        "".join(f"<!-- {x}:begin -->\n<!-- {x}:end -->\n" for x in ("text", "speed"))
+    )
+    rows = tmp_path / "rows"
+    text.write_row(text._path(rows, FEW, "gdn2", False), _row("gdn2", 1.5) | {"small": True})
+    words = ["--models", "gdn2", "--rows", str(rows)]
+    assert text.main(["train", "--small", *words]) == 0
+    assert text.main(["train", *words]) == 1
+    assert text.main(["report", "--rows", str(rows)]) == 0 and not text.RECORD.exists()
+
+
+def test_what_still_wants_a_run_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_rate", lambda *_: None)
+    job = {"model": "gdn2", "small": True, "steps": 2, "rows": str(tmp_path), "graphs": False}
+    assert text.work({**job, "until": 0.0}).startswith("no time left")
+    assert text.work({**job, "until": math.inf}) == "diverged at every rate"
+    monkeypatch.setattr(text, "share", lambda *_: [])
+    assert text.main(["train", "--small", "--models", "gdn2", "--rows", str(tmp_path)]) == 1
 
 
 def test_the_page_is_what_the_record_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -176,8 +178,9 @@ def test_a_peer_is_as_large_as_ours(peer: str) -> None:
 
 
 class Here:
-    """A worker without a process."""
+    """A worker without a process: one at a time, for all draw weights from the same seed."""
 
+    lock = Lock()
     fails: dict[tuple[str, str], str]
     calls: list[tuple[str, str]]
 
@@ -190,7 +193,8 @@ class Here:
         assert timeout > 0
         if (what, job["model"]) in Here.fails:
             return Outcome("crashed", detail=Here.fails[what, job["model"]])
-        return Outcome(*_serve.answer(target, (job,)))
+        with Here.lock:
+            return Outcome(*_serve.answer(target, (job,)))
 
     def close(self) -> None:
         pass
@@ -257,7 +261,8 @@ def test_no_time(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     failed = speed.measure(
         ["kda"], {"small": True, "graphs": False}, tmp_path, minutes=-1.0, steps=6
     )
-    assert failed == {"kda": "no time left"}
+    assert failed == {"kda": "no time left"} and not Here.calls
+    assert json.loads(next(tmp_path.glob("speed_kda*.json")).read_text())["failed"] == failed["kda"]
 
 
 @pytest.mark.slow
@@ -266,6 +271,32 @@ def test_processes(tmp_path: Path) -> None:
     code, rows = _measure(tmp_path, "gdn2", "fla:gdn2", steps=6)
     assert code == 0 and len(rows["gdn2"]["seconds"]) == speed.TURNS
     assert "pip install flash-linear-attention" in rows["fla:gdn2"]["failed"]
+
+
+def test_small_rows_are_not_those_of_the_full_size(here: None, tmp_path: Path) -> None:
+    """The command after --small, with the same steps, measures."""
+    _measure(tmp_path, "kda")
+    job = {"small": False, "graphs": False, "turn": 2}
+    assert speed._lacks(tmp_path, job, "kda") and not speed._lacks(
+        tmp_path, {**job, "small": True}, "kda"
+    )
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {x}:begin -->\n<!-- {x}:end -->\n" for x in ("text", "speed")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PAGE", "RECORD", "SPEEDS"):
+            patch.setattr(text, name, page if name == "PAGE" else tmp_path / f"none/{name}")
+        assert text.main(["report", "--rows", str(tmp_path)]) == 0
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("raw", ['{"machine":{}}', '{"machine":{},"speed":false}', '"machine"'])
+def test_a_row_that_says_nothing_is_made_again(here: None, tmp_path: Path, raw: str) -> None:
+    path = speed._path(tmp_path, {"small": True, "graphs": False, "turn": 2}, "kda")
+    path.write_text(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, rows = _measure(tmp_path, "kda")
+    assert code == 0 and rows["kda"]["loss"] > 0
 
 
 # The table
