@@ -62,7 +62,8 @@ def outside_triton(every: int) -> Form:
 # At train4k's heads, bf16, K = V = 128, decays of a layer; bound 1.0e-2.
 _WRONG: Final = (
     "grad_blocks in TileLang with decay=outside was wrong on an H200: dq was off by 8.4e-1, dk by "
-    "1.8e-1; use Triton's form (GDN2GEN_UNVERIFIED=1 runs it all the same)"
+    "1.8e-1; it was mended and has not run there since: use Triton's form (GDN2GEN_UNVERIFIED=1 "
+    "runs this one all the same)"
 )
 
 

@@ -31,7 +31,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: delta_rule K=64 V=64 bf16
 Config:  BK=64 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 6c638c28be500fe6; made by
+Template digest 817de55e329fa8c4; made by
     gdn2gen generate --op delta_rule --head-dim 64,64 --dtype bf16 --no-l2norm --with= --stage \
       grad_blocks2 --config \
       BK=64,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -216,8 +216,8 @@ def program():
                 tile.copy(b_dkd, s_dk)
                 tile.fence_proxy_async()
                 tile.sync_threads(MEETING, 128)
-                tile.tma_copy(s_dq, dq[i_b, i_row : i_row + TOKENS, i_h, :])
                 tile.tma_copy(s_dk, dk[i_b, i_row : i_row + TOKENS, i_h, :])
+                tile.tma_copy(s_dq, dq[i_b, i_row : i_row + TOKENS, i_h, :])
             tile.tma_store_wait(0)
 
     return grad_blocks2

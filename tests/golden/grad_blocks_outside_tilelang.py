@@ -42,7 +42,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 6c638c28be500fe6; made by
+Template digest 817de55e329fa8c4; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate none --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -138,6 +138,7 @@ def program():
             s_spanned = tile.alloc_shared([2 * TOKENS // 16, TOKENS], "float32")
             s_SdS = tile.alloc_shared([16], "float32")
             s_dq = tile.alloc_shared([TOKENS, BK], IO)
+            # until there is dk, k: a warp group would not find its columns among some rows of s_qk
             s_dk = tile.alloc_shared([TOKENS, BK], IO)
 
             b_scores = tile.alloc_fragment([2 * TOKENS, TOKENS], "float32")
@@ -231,7 +232,11 @@ def program():
                     s_tail[i] = tile.exp2(x_sums[1])
                 hold[0] = tile.cast(s_log_decay[0], "float32")
 
+                # dk of the last block, stored before dq
+                tile.tma_store_wait(1)
                 tile.sync_threads(MEETING, 256)
+                for i, j in tile.Parallel(TOKENS, BK):
+                    s_dk[i, j] = s_qk[TOKENS + i, j]
 
                 tile.wait_wgmma(4)
                 # <R, dX>
@@ -296,8 +301,8 @@ def program():
                 tile.fence_proxy_async()
                 tile.sync_threads(MEETING, 256)
 
-                tile.wgmma_gemm(s_columns[0:TOKENS, :], s_qk[TOKENS : 2 * TOKENS, :], b_dq, policy=COLUMNS)
-                tile.wgmma_gemm(s_columns[TOKENS : 2 * TOKENS, :], s_qk[TOKENS : 2 * TOKENS, :], b_de, policy=COLUMNS)
+                tile.wgmma_gemm(s_columns[0:TOKENS, :], s_dk, b_dq, policy=COLUMNS)
+                tile.wgmma_gemm(s_columns[TOKENS : 2 * TOKENS, :], s_dk, b_de, policy=COLUMNS)
                 tile.wgmma_gemm(s_rows, s_qk, b_dc, transpose_A=True, policy=COLUMNS)
                 tile.wait_wgmma(3)
                 # what a token takes from the state decays by its own and all earlier tokens of the block, and what it
@@ -329,7 +334,7 @@ def program():
                 tile.reduce_sum(b_products, b_sum, dim=2)
                 for i, j in tile.Parallel(TOKENS, 2):
                     s_sums[2, j, i] = b_sum[i, j]
-                # what the last block stores from these tiles is on its way meanwhile
+                # what the last block stores from s_dq is on its way meanwhile
                 tile.tma_store_wait(0)
                 tile.sync_threads(MEETING, 256)
                 for i in tile.Parallel(TOKENS):
@@ -373,8 +378,8 @@ def program():
                 tile.copy(b_dkd, s_dk)
                 tile.fence_proxy_async()
                 tile.sync_threads(MEETING, 256)
-                tile.tma_copy(s_dq, dq[i_b, i_row : i_row + TOKENS, i_h, :])
                 tile.tma_copy(s_dk, dk[i_b, i_row : i_row + TOKENS, i_h, :])
+                tile.tma_copy(s_dq, dq[i_b, i_row : i_row + TOKENS, i_h, :])
             tile.tma_store_wait(0)
 
     return grad_blocks2

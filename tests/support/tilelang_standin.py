@@ -3,7 +3,8 @@
 Of the language what the programs of blocks use. Tiles hold NaN until they are written; values are
 rounded where a tile or tensor in bf16 takes them; products sum in fp64. Loads past the end of a
 tensor give zeros, and stores there are dropped, as TMA's are. Barriers and layouts do nothing here,
-so that races are not seen. Threads that do different things are in `tilelang_threads`.
+so that races are not seen; products that TileLang makes of other rows than it is told are refused.
+Threads that do different things are in `tilelang_threads`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 
 BF16 = "bfloat16"
+COLUMNS = "columns"  # a product's policy: a warp group has some columns, and all rows
+PANEL = 64  # columns of a tile in 16 bits that lie together
 
 
 def rounded(x: Any, dtype: str) -> Any:
@@ -59,10 +62,12 @@ class Kernel:
     """The grid; outside of `run_all` a program begins, says how large it is, and ends."""
 
     grid: tuple[int, ...] = ()
+    warp_groups = 1
     at: tuple[int, ...] | None = None
 
     def __init__(self, *grid: int, threads: int) -> None:
         Kernel.grid = tuple(map(int, grid))
+        Kernel.warp_groups = threads // 128
 
     def __enter__(self) -> tuple[int, ...]:
         if Kernel.at is None:
@@ -84,6 +89,17 @@ def copy(source: Tile, target: Tile, disable_tma: bool = False) -> None:
     target.array[tuple(map(slice, given.shape))] = given
 
 
+def _finds_columns(b: Any) -> bool:
+    """Whether each warp group, to which a product gives columns of `b`, reads these in its rows.
+
+    A tile is panels of 64 columns, each with all rows. TileLang 0.1.15 takes a group to its panel
+    by the rows that the product has: of rows 64 to 128 of [128, 128], the second group to rows 0 to
+    64 of the second panel.
+    """
+    all_rows = b.base is None or b.base.ndim != 2 or len(b) == len(b.base)
+    return all_rows or Kernel.warp_groups == 1 or b.shape[1] <= PANEL
+
+
 def gemm(
     a: Tile,
     b: Tile,
@@ -94,6 +110,10 @@ def gemm(
     clear_accum: bool = False,
 ) -> None:
     assert a.dtype == b.dtype == BF16
+    assert transpose_B or policy != COLUMNS or _finds_columns(b.array), (
+        f"{b.array.shape} of {b.array.base.shape}: TileLang has a warp group's columns begin where "
+        "they would without the other rows"
+    )
     left = a.array.T if transpose_A else a.array
     right = b.array.T if transpose_B else b.array
     before = 0.0 if clear_accum else c.array
@@ -155,7 +175,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
         abs=abs,
         StridedTensor=lambda *_: None,
         Kernel=Kernel,
-        GemmWarpPolicy=SimpleNamespace(FullRow=None, FullCol=None),
+        GemmWarpPolicy=SimpleNamespace(FullRow=None, FullCol=COLUMNS),
         Parallel=parallel,
         Pipelined=lambda n, num_stages: range(n),
         alloc_shared=allocate,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from source_tree import SUPPORT, python_path
 from tilelang_configs import tilelang_config
+from tilelang_standin import BF16, COLUMNS, Kernel, Tile, gemm
 
 from gdn2gen.codegen.build import beside_tilelang, load
 from gdn2gen.codegen.render import render
@@ -170,6 +173,23 @@ def test_mamba3s_reverse_scan_makes_its_recurrences_gradients(T, N, pattern, fla
     wanted |= {"dinitial_ssm"} if "carried" in flags else set()
     wanted |= {"dtheta", "dtheta_part"} if "angles" in flags else set()
     assert made == wanted
+
+
+def test_no_second_warp_group_looks_for_its_columns_in_some_rows_of_a_tile():
+    """It would read others: dq was off by 8.4e-1 on an H200."""
+    k = Tile(np.ones((128, 128), np.float32), BF16)
+    scores = Tile(np.ones((64, 64), np.float32), BF16)
+    found = Tile(np.zeros((64, 128), np.float32), "float32")
+    for threads in (256, 128):
+        Kernel(1, threads=threads)
+        with pytest.raises(AssertionError) if threads == 256 else nullcontext():
+            gemm(scores, k[64:128, :], found, policy=COLUMNS)
+    assert (found.array == 64).all()
+    Kernel(1, threads=256)
+    whole = Tile(k.array[:64].copy(), BF16)
+    gemm(scores, whole, found, policy=COLUMNS, clear_accum=True)
+    gemm(scores, k[64:128, 0:64], Tile(found.array[:, :64], "float32"), policy=COLUMNS)
+    assert (found.array[:, :64] == 128).all() and (found.array[:, 64:] == 64).all()
 
 
 def test_strong_decay_of_128_channels_takes_8_warps():
