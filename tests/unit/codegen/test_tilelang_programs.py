@@ -27,7 +27,7 @@ CASES = [
     ("gdn2 64 36 layer 1",),
     ("gdn2 64 36 layer 2", "gdn2 64 70 layer 2 1"),
     ("gdn2 160 36 layer 0 - wide lean",),
-    ("gated_delta_rule 64 70 strong 2", "delta_rule 64 36 layer 2 - raw lean"),
+    ("gated_delta_rule 128 70 strong 2", "delta_rule 64 36 layer 2 - raw lean"),
     ("gdn2 64 134 layer 2 1 transitions",),
     ("gdn2 64 140 mixed 2 3 lean",),
     # head dims below their tiles, where some slices of channels, or all, lost too much
