@@ -72,8 +72,8 @@ class Call:
         """Segments of a sequence, and chunks of a segment.
 
         `max_segments` bounds those of all heads and sequences together; more than MAX_SEGMENTS may
-        be shorter by as much (`least_chunks`). Sequences of a packed
-        batch are one segment each: their lengths are not known on the host.
+        be shorter by as much (`least_chunks`). Sequences of a packed batch are one segment each:
+        their lengths are not known on the host.
         """
         if self.packed:
             return 1, 2**24

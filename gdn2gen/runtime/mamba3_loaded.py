@@ -49,8 +49,8 @@ def force(stage: str, knobs: dict[str, Knob] | None) -> None:
 # What all sizes of a batch count as where results may not depend on them.
 _ANY_TOKENS: Final = 16384
 _ANY_SEQUENCES: Final = 32
-# The last dim of a grid in CUDA; that of kernels in Triton is the first one.
-_MOST_SEQUENCES: Final = 65535
+MOST_SEQUENCES: Final = 65535
+"""Of TileLang's kernels: the last dim of a grid in CUDA. Those in Triton have them in the first."""
 
 
 def counted_tokens(tokens: int) -> int:
@@ -214,7 +214,7 @@ def scan_launch(
 
     Where results may not depend on the batch all calls take two: packed sequences have no other.
     """
-    if _forced_scan == [False] or is_batch_invariant() or sequences > _MOST_SEQUENCES:
+    if _forced_scan == [False] or is_batch_invariant() or sequences > MOST_SEQUENCES:
         return None
     gpu = device_of(device)
     # one that is forced has programs enough

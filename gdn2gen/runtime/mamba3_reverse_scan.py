@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
 from gdn2gen.runtime._loading import launcher_if_any
 from gdn2gen.runtime._operands import readable
 from gdn2gen.runtime.lookup import device_of
-from gdn2gen.runtime.mamba3_loaded import forced_knobs, loaded
+from gdn2gen.runtime.mamba3_loaded import MOST_SEQUENCES, forced_knobs, loaded
 from gdn2gen.runtime.parts import _on
 from gdn2gen.store.part_files import nearest_parts
 from gdn2gen.store.tuned_files import current_look
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 Launch = Callable[..., None]
 _forced: list[bool] = []
-# The last dim of a grid in CUDA.
-_MOST_SEQUENCES: Final = 65535
 
 
 def force_reverse_scan(chosen: bool | None) -> None:
@@ -71,7 +69,7 @@ def launches_at_once(
 
     Where results may not depend on the batch all calls take those: packed sequences have no other.
     """
-    if _forced == [False] or is_batch_invariant() or sequences > _MOST_SEQUENCES:
+    if _forced == [False] or is_batch_invariant() or sequences > MOST_SEQUENCES:
         return None
     gpu = device_of(device)
     if gpu.arch != "sm_90" or not reverse_scans_at_once(problem, BT, T):
