@@ -3,9 +3,10 @@
     python scripts/recipe_times.py gdn2 long32k blocks2_states + blocks2_states_transitions
     python scripts/recipe_times.py gdn2 few8k lean pdl=signal + lean scan:max_segments=264 --kernels
 
-A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is
-on file there, and stages with the knobs that are changed of what is on file,
-`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. A stage that the plan on
+A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is on
+file there, and stages with the knobs that are changed of what is on file, `STAGE:KNOB=VALUE,...`,
+or `KNOB=VALUE` for every stage that can have it. `lean@train4k` is what is on file for another
+shape, `lean@gdn2:128/train4k` for another problem, with tiles that fit. A stage that the plan on
 file has not takes the knobs of the one that it is a variant of, and its defaults where there is
 none. Forward, and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice,
 in turns. `--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
@@ -20,21 +21,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
-from stage_times import knob, one_shape, problem_of  # noqa: E402
+from stage_times import knob, problem_of  # noqa: E402
 
 from gdn2gen.base.device import Device, present_device, toolchain  # noqa: E402
 from gdn2gen.base.errors import ConfigError  # noqa: E402
 from gdn2gen.base.files import locked  # noqa: E402
 from gdn2gen.base.terminal import command_line  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
-from gdn2gen.family.shapes import Shape  # noqa: E402
+from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
 from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.extras import EXTRAS  # noqa: E402
 from gdn2gen.kernels.limits import Knob  # noqa: E402
@@ -64,8 +65,14 @@ class Candidate:
 def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[str]) -> Recipe:
     """What is on file for the plan, changed as the words say."""
     first, *changes = words
+    first, _, where = first.partition("@")
     level = first if first in LEVELS else level_of(plan_for(first, problem.op).name)
-    filed = find_recipe(problem, shape.regime, device, level=level).recipe
+    member, _, other = where.rpartition("/")
+    there = problem_of(member) if member else problem
+    sizes = the_shape(other) if other else shape
+    filed = find_recipe(there, sizes.regime, device, level=level).recipe
+    if there != problem:
+        filed = replace(filed.fitted(problem, device.arch), problem=problem)
     plan = filed.plan if first in LEVELS else PLANS[first]
     configs = {x: _nearest(x, filed, problem, device) for x in plan.stages}
     for written in changes:
@@ -81,6 +88,14 @@ def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[st
             elif found:
                 raise ConfigError(f"{name} [{config}]: {reason}")
     return Recipe.of(problem, plan.name, configs)
+
+
+def the_shape(text: str) -> Shape:
+    """One shape, which may be a packed batch."""
+    shapes = parse_shapes(text)
+    if len(shapes) > 1:
+        raise ConfigError(f"give one shape, such as train4k, not {text!r}")
+    return shapes[0]
 
 
 def _nearest(stage: str, filed: Recipe, problem: Problem, device: Device) -> Config:
@@ -196,7 +211,7 @@ def time_all(candidates: Sequence[Candidate], shape: Shape) -> None:
 
 
 def main(member: str, shape: str, *words: str) -> None:
-    problem, sizes = problem_of(member), one_shape(shape)
+    problem, sizes = problem_of(member), the_shape(shape)
     given = [x for x in words if not x.startswith("--")]
     folders, turns = (
         [Path(x.removeprefix(name)) for x in words if x.startswith(name)]

@@ -28,7 +28,7 @@ def script() -> Any:
 
 
 def made(script: Any, *words: str, shape: str = "long32k") -> Recipe:
-    recipe: Recipe = script.recipe_of(Problem(), script.one_shape(shape), H200, words)
+    recipe: Recipe = script.recipe_of(Problem(), script.the_shape(shape), H200, words)
     return recipe
 
 
@@ -53,6 +53,18 @@ def test_variants_have_the_knobs_of_what_they_vary(script: Any) -> None:
     for stage in apart.plan.stages:
         own = found.by_stage.get(stage) or found[f"{stage}_transitions"]
         assert all(apart[stage][name] == x for name, x in own.items()), (stage, filed)
+
+
+def test_what_is_on_file_elsewhere(script: Any) -> None:
+    assert made(script, "lean@train4k") == made(script, "lean", shape="train4k")
+    small = script.recipe_of(
+        Problem(K=64, V=64), script.the_shape("wide8k"), H200, ["lean@gdn2:128/wide8k"]
+    )
+    wide = made(script, "lean", shape="wide8k")
+    assert small.plan == wide.plan and small.problem.K == 64
+    assert all(x.get("BK", 64) <= 64 and x.get("BV", 64) <= 64 for x in small.configs)
+    with pytest.raises(ConfigError, match="one shape"):
+        made(script, "lean@train4k,wide8k")
 
 
 def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
@@ -81,7 +93,7 @@ def test_the_faster_of_two_is_filed(
     """As a search would: the faster of two stays, with the knobs that no search asks for."""
     errors = dict.fromkeys(("o", "dq", "dk", "dv", "dg", "db", "dw"), 3e-3)
     monkeypatch.setattr(script, "present_device", lambda: H200)
-    shape = script.one_shape("few8k")
+    shape = script.the_shape("few8k")
     plain, other = (made(script, "lean", *x, shape="few8k") for x in ((), ("pdl=wait",)))
 
     def candidate(recipe: Recipe, ms: float) -> Any:
@@ -117,7 +129,7 @@ def test_what_is_wrong_is_neither_timed_nor_filed(
     for name in ("check_full", "check_quick"):
         monkeypatch.setattr(jobs, name, check(name))
     words = ["lean", "+", "fast"]
-    found = [*script.checked_recipes(Problem(), script.one_shape("few8k"), words, full)]
+    found = [*script.checked_recipes(Problem(), script.the_shape("few8k"), words, full)]
     assert [x.words for x in found] == ["lean"] and not found[0].times
     assert asked == ["check_full" if full else "check_quick"] * 2
     assert "lean: dq 3.0e-03" in (said := capsys.readouterr().out)
