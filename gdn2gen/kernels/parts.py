@@ -67,6 +67,8 @@ _SEQUENCES: Final = Operand("cu_seqlens", "N+1", "int32", "varlen")
 _PARTIAL: Final = Operand("partial", "P W+1 DS", "fp32")
 
 _TOKENS: Final[Domain] = (16, 32, 64, 128, 256)
+# What runs may be: those, and any other that makes them as many as run at once.
+_RUNS: Final[Domain] = tuple(range(16, 505, 8))
 _CONVOLVING: Final[dict[str, Domain]] = {
     "BR": (1, 2, 4, 8),
     "BD": (64, 128, 256, 512),
@@ -76,9 +78,17 @@ _CONVOLVING: Final[dict[str, Domain]] = {
     "num_stages": (1,),
 }
 
+# Of the backwards: tokens in 16 bits read as words of two channels, with fewer instructions to a
+# gradient; and the kernel that adds up partial sums launched while what leaves them still runs.
+_SUMMING: Final[dict[str, Domain]] = {"words": (0, 1), "overlap": (0, 1)}
+
 
 def _convolution(
-    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _CONVOLVING,
 ) -> PartStage:
     return PartStage(
         made_for=ConvolutionProblem,
@@ -86,8 +96,8 @@ def _convolution(
         inputs=inputs,
         outputs=outputs,
         scalars=scalars,
-        forms=(Form(name, "triton", name, knobs=_CONVOLVING, leads={}, tiles=()),),
-        chunks=(1,) if name.endswith("step") else _TOKENS,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        chunks=(1,) if name.endswith("step") else _RUNS,
     )
 
 
@@ -117,6 +127,7 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         _PARTIAL,
     ),
     ("B", "T", "units", "x_row", "dx_row"),
+    _CONVOLVING | _SUMMING | {"maxnreg": (0, 128)},
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
@@ -129,7 +140,11 @@ _NORMING: Final[dict[str, Domain]] = {
 
 
 def _norm(
-    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _NORMING,
 ) -> PartStage:
     return PartStage(
         made_for=NormProblem,
@@ -137,8 +152,8 @@ def _norm(
         inputs=inputs,
         outputs=outputs,
         scalars=scalars,
-        forms=(Form(name, "triton", name, knobs=_NORMING, leads={}, tiles=()),),
-        chunks=_ROWS,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        chunks=tuple(range(1, 129)),
     )
 
 
@@ -161,6 +176,7 @@ GATED_NORM_BACKWARD: Final = _norm(
         Operand("partial", "P DS", "fp32"),
     ),
     ("eps", "M"),
+    _NORMING | _SUMMING | {"spread": (0, 1)},
 )
 PART_STAGES: Final = (
     *(SHORT_CONV, SHORT_CONV_STEP, SHORT_CONV_BACKWARD),

@@ -11,7 +11,7 @@ A program takes BT tiles of BR rows.
 
 Problem: gated_rms_norm bf16
 Config:  BR=32 BT=32 early=0 language=triton num_stages=1 num_warps=1
-Template digest 42eba07a5fa66add; made by
+Template digest d6d5c1d3036951b6; made by
     gdn2gen generate --dtype bf16 --with= --stage gated_norm --config \
       BR=32,BT=32,early=0,language=triton,num_stages=1,num_warps=1
 """

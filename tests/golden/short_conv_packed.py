@@ -26,7 +26,7 @@ holds the last inputs in registers, so that each is read once.
 
 Problem: short_convolution bf16, packed, initial_tail, final_tail
 Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton num_stages=1 num_warps=1
-Template digest aa5ea25500a5a943; made by
+Template digest 5fd5be9d22b3be4e; made by
     gdn2gen generate --dtype bf16 --with=packed,initial_tail,final_tail --stage short_conv \
       --config BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,num_stages=1,num_warps=1
 """
