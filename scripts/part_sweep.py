@@ -135,7 +135,8 @@ def worst(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def knobs_of(stage: str) -> Iterator[Knobs]:
-    yield from _SWEPT[stage]()
+    """Each once, though it may be of two grids."""
+    yield from {_key(stage, x): x for x in _SWEPT[stage]()}.values()
 
 
 def _grid(**domains: Sequence[Knob]) -> Iterator[Knobs]:
@@ -143,17 +144,27 @@ def _grid(**domains: Sequence[Knob]) -> Iterator[Knobs]:
         yield dict(zip(domains, values, strict=True))
 
 
+def _apart(usual: Knobs, switches: Sequence[str]) -> Iterator[Knobs]:
+    """Without all switches, with all of them, with each alone, and without each."""
+    off, on = ({name: x for name in switches} for x in (0, 1))
+    yield from (usual | off, usual | on)
+    for name in switches:
+        yield from (usual | off | {name: 1}, usual | on | {name: 0})
+
+
 def _short_conv() -> Iterator[Knobs]:
-    for warps, BD in product((2, 4), (128, 256)):
-        shared: dict[str, Sequence[Knob]] = {"BD": (BD,), "BR": (warps,), "num_warps": (warps,)}
-        yield from _grid(**shared, BT=(16,), ahead=(16,), early=(0,))
-        yield from _grid(**shared, BT=(32,), ahead=(8, 16), early=(0, 1))
+    for warps in (2, 4):
+        shared: dict[str, Sequence[Knob]] = {"BR": (warps,), "num_warps": (warps,)}
+        yield from _grid(
+            **shared, BD=(128, 256), BT=(16,), ahead=(16,), early=(0,), read_once=(0, 1)
+        )
+        yield from _grid(**shared, BD=(128,), BT=(32,), ahead=(8,), early=(0, 1), read_once=(1,))
 
 
 def _short_conv_backward() -> Iterator[Knobs]:
     """Words of two channels. Of 128 registers 16 warps have room on a multiprocessor: runs of 376
     tokens of 4 x 4096 and 6144 channels are as many as 132 of these take at once."""
-    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,)}
+    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (1,)}
     for BR, BD, warps in (
         *((1, 128, 1), (2, 128, 2), (4, 128, 4)),
         *((1, 256, 2), (2, 256, 4), (1, 512, 4)),
@@ -165,25 +176,27 @@ def _short_conv_backward() -> Iterator[Knobs]:
     yield from _grid(BT=(128, 256), BD=(64,), ahead=(4, 8), early=(1,), **shared)
     yield from _grid(BT=(64, 128), BD=(64,), ahead=(8,), early=(0,), **shared)
     yield from _grid(BT=(128,), BD=(128,), ahead=(2, 8), early=(1,), **shared)
-    # and what words, and the overlap, are worth
-    usual: dict[str, Sequence[Knob]] = {"BR": (2,), "num_warps": (2,), "ahead": (4,), "early": (1,)}
-    yield from _grid(BT=(128,), BD=(128,), **usual, words=(0, 1), overlap=(0,), maxnreg=(0,))
+    # and what each of them is worth
+    usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
+    yield from _apart(usual | {"maxnreg": 0}, ("words", "overlap", "read_once"))
 
 
 def _gated_norm() -> Iterator[Knobs]:
-    yield from _grid(BR=(4, 8, 16), num_warps=(2, 4, 8), BT=(1,), early=(0,))
-    yield from _grid(BR=(8, 16), num_warps=(4, 8), BT=(2,), early=(1,))
+    yield from _grid(BR=(8, 16), num_warps=(4, 8), BT=(1,), early=(0,), read_once=(0, 1))
+    yield from _grid(BR=(4,), num_warps=(2, 4), BT=(1,), early=(0,), read_once=(1,))
+    yield from _grid(BR=(8, 16), num_warps=(4, 8), BT=(2,), early=(1,), read_once=(1,))
 
 
 def _gated_norm_backward() -> Iterator[Knobs]:
     """Eight or sixteen elements of a lane; of eight 32 warps have room, of sixteen 16."""
     for BR, warps in ((8, 4), (16, 8), (8, 2), (16, 4), (32, 8)):
         shared: dict[str, Sequence[Knob]] = {"BR": (BR,), "num_warps": (warps,), "words": (1,)}
+        shared |= {"overlap": (1,), "read_once": (1,)}
         BT = (8, 16, 32) if warps == 4 * BR // 8 else (16, 32)
-        yield from _grid(**shared, BT=BT, early=(0, 1), spread=(0, 1), overlap=(1,))
-    # and what words, tiles side by side, and the overlap, are worth
-    usual: dict[str, Sequence[Knob]] = {"BR": (16,), "num_warps": (4,), "BT": (32,), "early": (1,)}
-    yield from _grid(**usual, words=(0, 1), spread=(0, 1), overlap=(0,))
+        yield from _grid(**shared, BT=BT, early=(0, 1), spread=(0, 1))
+    # and what each of them is worth
+    usual: Knobs = {"BR": 16, "num_warps": 4, "BT": 32, "early": 1}
+    yield from _apart(usual, ("words", "spread", "overlap", "read_once"))
 
 
 _SWEPT: Final[Mapping[str, Callable[[], Iterator[Knobs]]]] = {

@@ -78,6 +78,8 @@ _CONVOLVING: Final[dict[str, Domain]] = {
     "num_stages": (1,),
 }
 
+# Of all but steps: tokens leave the L2 before what the kernel writes.
+_READING: Final[dict[str, Domain]] = {"read_once": (0, 1)}
 # Of the backwards: tokens in 16 bits read as words of two channels, with fewer instructions to a
 # gradient; and the kernel that adds up partial sums launched while what leaves them still runs.
 _SUMMING: Final[dict[str, Domain]] = {"words": (0, 1), "overlap": (0, 1)}
@@ -110,6 +112,7 @@ SHORT_CONV: Final = _convolution(
         *_PLACES,
     ),
     ("B", "T", "N", "bits", "units", "x_row"),
+    _CONVOLVING | _READING,
 )
 SHORT_CONV_STEP: Final = _convolution(
     "short_conv_step",
@@ -127,7 +130,7 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         _PARTIAL,
     ),
     ("B", "T", "units", "x_row", "dx_row"),
-    _CONVOLVING | _SUMMING | {"maxnreg": (0, 128)},
+    _CONVOLVING | _READING | _SUMMING | {"maxnreg": (0, 128)},
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
@@ -136,6 +139,7 @@ _NORMING: Final[dict[str, Domain]] = {
     "early": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1,),
+    **_READING,
 }
 
 

@@ -18,7 +18,7 @@ from gdn2gen.runtime import parts_ops
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-WORDS: Final = (("words", 1), ("overlap", 1))
+WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
 SPREAD: Final = (("spread", 1),)
 CONVOLUTIONS: Final = {
     # runs of all lengths, and tokens that are no multiple of any
@@ -30,7 +30,8 @@ CONVOLUTIONS: Final = {
     "few": Convolution(channels=(264,), B=1, T=5, tail=True, dtype=FP16, width=3),
     "fp32": Convolution(B=2, T=517, channels=(128, 24), bias=True, width=2),
     "loads when they are wanted": Convolution(
-        channels=(512, 256), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 4), ("BD", 256))
+        channels=(512, 256), T=517, dtype=BF16,
+        knobs=(("early", 0), ("ahead", 4), ("BD", 256), ("read_once", 1)),
     ),
     "one turn": Convolution(
         channels=(512,), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 16), ("BT", 16))
@@ -60,7 +61,9 @@ NORMS: Final = {
     "wide": Norm(rows=(2, 500), size=512, dtype=BF16, weight_dtype=FP32),
     "odd": Norm(rows=(2, 777), size=96, eps=0.1),
     "loads early": Norm(rows=(2, 777), dtype=BF16, knobs=(("early", 1), ("BT", 4), ("BR", 8))),
-    "loads when they are wanted": Norm(rows=(777,), dtype=BF16, knobs=(("early", 0), ("BT", 16))),
+    "loads when they are wanted": Norm(
+        rows=(777,), dtype=BF16, knobs=(("early", 0), ("BT", 16), ("read_once", 1))
+    ),
     "words": Norm(rows=(4, 1031, 16), dtype=BF16, backward=(*WORDS, ("BR", 8), ("BT", 31))),
     "words, spread": Norm(
         rows=(4, 1031, 16), dtype=BF16, activation="sigmoid", backward=(*WORDS, *SPREAD)

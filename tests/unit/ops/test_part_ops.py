@@ -18,7 +18,7 @@ from gdn2gen.ops import parts as ops
 Check = Callable[..., Any]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-WORDS: Final = (("words", 1), ("overlap", 1))
+WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
 SPREAD: Final = (("spread", 1),)
 CONVOLUTIONS: Final = {
     "three tensors": Convolution(),
@@ -31,7 +31,9 @@ CONVOLUTIONS: Final = {
     "fp32 weights": Convolution(channels=(136,), dtype=BF16, weight_dtype=FP32, lengths=(21, 19)),
     "fp16": Convolution(channels=(8, 16), dtype=FP16, B=1, T=35),
     "two taps": Convolution(channels=(24,), width=2, dtype=BF16, bias=True, T=18),
-    "loads when they are wanted": Convolution(T=37, knobs=(("early", 0), ("ahead", 2))),
+    "loads when they are wanted": Convolution(
+        T=37, knobs=(("early", 0), ("ahead", 2), ("read_once", 1))
+    ),
     "loads of part of what is after": Convolution(
         channels=(16, 8), T=37, lengths=(5, 1, 12, 19), tail=True, knobs=(("ahead", 2),)
     ),
@@ -61,7 +63,9 @@ NORMS: Final = {
     "fp32 weights": Norm(dtype=BF16, weight_dtype=FP32, size=256, rows=(2, 5, 3)),
     "narrow": Norm(dtype=FP16, size=8, rows=(70,)),
     "wide": Norm(size=512, rows=(1,)),
-    "loads when they are wanted": Norm(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 4))),
+    "loads when they are wanted": Norm(
+        rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 4), ("read_once", 1))
+    ),
     "loads early": Norm(size=96, rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
     "words": Norm(rows=(45,), dtype=BF16, backward=(*WORDS, ("BT", 4), ("BR", 4))),
     "words, spread": Norm(
