@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from layer_time import DTYPE, HIDDEN, OURS, SIZES, tokens  # noqa: E402
+from layer_parts import DTYPE, HIDDEN, tokens  # noqa: E402
+from layer_time import OURS, SIZES  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from gdn2gen.base.environment import verifying  # noqa: E402

@@ -1,7 +1,7 @@
 """What a layer costs on a GPU, and its two kernels beside the recurrence: milliseconds, medians.
 
     python scripts/layer_time.py [--layers gdn2 kda] [--batch 4] [--tokens 4096] [--save]
-    python scripts/layer_time.py --only layers [--minutes 4] [--alone] | --sweep
+    python scripts/layer_time.py --only layers [--minutes 4] [--alone] | --sweep [STAGE ...]
 
 bf16, 2048 channels in 16 heads, Mamba's 4096 in 64. The kernels are the short convolutions of q, k
 and v, and the gated norm; each is beside the floor, the time that a copy of its bytes would take
@@ -12,7 +12,8 @@ Rows are printed as they are measured: all of ours first, then flash-linear-atte
 layer, whose first call tries its configs, compiled side by side and each timed for 20 ms, for up to
 a minute; --minutes begins no other of its layers after that, and --alone none at all. --save keeps
 rows in docs/layers/, one as soon as it is there, and makes the table of docs/experiments.md of all
-that are kept. --sweep times configs of the kernels, for the rules in kernels/parts.py.
+that are kept. --sweep times configs of the kernels, of all or of these stages, for the rules in
+kernels/parts.py, and checks what they make; it fails if one is wrong.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -32,21 +30,29 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
+from layer_parts import (  # noqa: E402
+    DTYPE,
+    HEADS,
+    HIDDEN,
+    Part,
+    convolution,
+    differentiated,
+    norm,
+    their_module,
+    tokens,
+)
 from learning import autotuning  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import machine  # noqa: E402
-from part_sweep import sweep  # noqa: E402
+from part_sweep import STAGES, Swept, sweep  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console, plain  # noqa: E402
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem  # noqa: E402
 from gdn2gen.measure.timing import copy_gbps, time_ms  # noqa: E402
 from gdn2gen.nn.model import MIXERS  # noqa: E402
-from gdn2gen.ops.parts import gated_rms_norm, short_convolution  # noqa: E402
-from gdn2gen.runtime import parts  # noqa: E402
 
 RECORDS: Final = ROOT / "docs/layers"
 PAGE: Final = ROOT / "docs/experiments.md"
@@ -54,10 +60,6 @@ KEY: Final = ("what", "direction", "batch", "tokens")
 COLUMNS: Final = ("what", "direction", "ms", "floor ms", "x floor", "FLA ms", "FLA / ours")
 DIRECTIONS: Final = ("forward", "forward+backward")
 Run = Callable[[], Any]
-HIDDEN: Final = 2048
-HEADS: Final = 16
-WIDTH: Final = 4
-DTYPE: Final = torch.bfloat16
 THEIRS: Final = {
     "gdn2": ("fla.layers.gdn2", "GatedDeltaNet2"),
     "kda": ("fla.layers.kda", "KimiDeltaAttention"),
@@ -86,103 +88,6 @@ OTHERS: Final[dict[str, dict[str, Any]]] = {
 _IN_FP32: Final = ("A_log", "dt_bias", "D", "B_bias", "C_bias")
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One of the two kernels: its directions, and the same by others."""
-
-    name: str
-    stages: tuple[str, str]
-    problem: PartProblem
-    forward: Run
-    backward: Run
-    both: Run
-    """Forward and backward, by autograd."""
-    bytes: tuple[int, int]
-    """That each direction cannot do without."""
-    theirs: tuple[Run, Run] | None
-    """Forward; forward and backward."""
-
-
-def tokens(batch: int, count: int, *dims: int) -> Tensor:
-    return torch.randn(batch, count, *dims, device="cuda").to(DTYPE)
-
-
-def differentiated(forward: Callable[[], Tensor | list[Tensor]], into: list[Tensor]) -> Run:
-    made = forward()
-    y = [made] if isinstance(made, Tensor) else made
-    towards = [torch.randn_like(part) for part in y]
-
-    def run() -> None:
-        made = forward()
-        torch.autograd.grad([made] if isinstance(made, Tensor) else made, into, towards)
-
-    return run
-
-
-def convolution(batch: int, count: int) -> Part:
-    x = [tokens(batch, count, HIDDEN).requires_grad_() for _ in range(3)]
-    weight = [torch.randn(HIDDEN, WIDTH, device="cuda").to(DTYPE).requires_grad_() for _ in x]
-    given = [part.detach() for part in x], [part.detach() for part in weight]
-    dy = [torch.randn_like(part) for part in given[0]]
-    once = sum(part.nbytes for part in x)
-    theirs = None
-    module = _theirs("fla.modules", "ShortConvolution")
-    if module is not None:
-        convolutions = [
-            module(HIDDEN, WIDTH, bias=False, activation="silu").to("cuda", DTYPE) for _ in x
-        ]
-
-        def run() -> list[Tensor]:
-            return [one(part)[0] for one, part in zip(convolutions, x, strict=True)]
-
-        weights = [p for one in convolutions for p in one.parameters()]
-        theirs = torch.no_grad()(run), differentiated(run, [*x, *weights])
-    return Part(
-        "short convolutions",
-        ("short_conv", "short_conv_backward"),
-        ConvolutionProblem(width=WIDTH),
-        partial(parts.convolve, *given, [], [], None, False),
-        partial(parts.convolve_backward, dy, *given, [], [], []),
-        differentiated(lambda: short_convolution(x, weight)[0], [*x, *weight]),
-        (2 * once, 3 * once),
-        theirs,
-    )
-
-
-def norm(batch: int, count: int, activation: str = "sigmoid") -> Part:
-    dim = HIDDEN // HEADS
-    x, gate = (tokens(batch, count, HEADS, dim).requires_grad_() for _ in range(2))
-    weight = torch.randn(dim, device="cuda").to(DTYPE).requires_grad_()
-    given = x.detach(), gate.detach(), weight.detach()
-    theirs = None
-    module = _theirs("fla.modules", "FusedRMSNormGated")
-    if module is not None:
-        one = module(dim, eps=1e-5, activation=activation).to("cuda", DTYPE)
-        run = partial(one, x, gate)
-        theirs = torch.no_grad()(run), differentiated(run, [x, gate, *one.parameters()])
-    return Part(
-        "gated norm",
-        ("gated_norm", "gated_norm_backward"),
-        NormProblem(size=dim, activation=activation),
-        partial(parts.norm, *given, 1e-5, activation),
-        partial(parts.norm_backward, torch.randn_like(x), *given, 1e-5, activation),
-        differentiated(
-            lambda: gated_rms_norm(x, gate, weight, activation=activation), [x, gate, weight]
-        ),
-        (3 * x.nbytes, 5 * x.nbytes),
-        theirs,
-    )
-
-
-def _theirs(module: str, name: str) -> Any:
-    """flash-linear-attention's; None where it cannot be imported."""
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        console(stderr=True).print(f"without flash-linear-attention's {name}: {error}")
-        return None
-
-
 def ms(run: Run) -> float:
     return time_ms(run).median
 
@@ -198,6 +103,13 @@ def part_rows(part: Part) -> Iterator[Row]:
     yield _row(part.name, "forward+backward", ms(part.both), fla)
 
 
+def swept_of(part: Part) -> Iterator[Swept]:
+    """Its directions, as a sweep takes them."""
+    runs = zip(part.stages, (part.forward, part.backward), part.bytes, part.exact, strict=True)
+    for stage, run, nbytes, exact in runs:
+        yield Swept(stage, part.problem, run, nbytes / copy_gbps() / 1e6, exact)
+
+
 def layer_rows(member: str, x: Tensor) -> Iterator[Row]:
     """Ours, forward, and with the backward."""
     ours = MIXERS[member](HIDDEN, **OURS.get(member, SIZES)).to(x.device, DTYPE)
@@ -209,7 +121,7 @@ def layer_rows(member: str, x: Tensor) -> Iterator[Row]:
 def their_times(member: str, x: Tensor) -> tuple[float | None, ...]:
     """Of flash-linear-attention's layer, forward and with the backward; None for what does not
     run."""
-    make, found = _theirs(*THEIRS[member]), list[float | None]()
+    make, found = their_module(*THEIRS[member]), list[float | None]()
     try:
         layer = None if make is None else their_layer(member, make, x)
         if layer is not None:
@@ -249,15 +161,11 @@ def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
     made = [make(args.batch, args.tokens) for make in (convolution, norm)]
-    if args.sweep:
-        runs = [(part.stages, part.problem, (part.forward, part.backward)) for part in made]
-        sweep(
-            [
-                (x, problem, y)
-                for stages, problem, both in runs
-                for x, y in zip(stages, both, strict=True)
-            ]
-        )
+    if args.sweep is not None:
+        swept = [x for part in made for x in swept_of(part) if x.stage in (args.sweep or STAGES)]
+        wrong = sweep(swept)
+        if wrong:
+            raise SystemExit("\n".join(wrong))
         return
     until = time.monotonic() + 60 * args.minutes
     rows = Rows(args.batch, args.tokens, args.save)
@@ -286,7 +194,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="not flash-linear-attention's layers")
     parser.add_argument("--minutes", type=float, default=5.0, help="then none of those begins (5)")
     parser.add_argument("--save", action="store_true", help="keep rows in docs/layers")
-    parser.add_argument("--sweep", action="store_true", help="time configs of the kernels instead")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=STAGES, help="time configs of the kernels instead"
+    )
     return parser.parse_args()
 
 

@@ -1,18 +1,24 @@
 """Times of configs of a layer's parts, for the rules of kernels/parts.py: `layer_time.py --sweep`.
 
 What a GPU is to time was compiled before by as many processes as there are cores, so that it waits
-for none of it.
+for none of it. What each config makes is held against fp64 on the GPU, at the size that is timed.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from gdn2gen.base.device import Device, present_device
+from gdn2gen.base.errors import BuildError
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.kernels.config import Config, default_config
@@ -21,69 +27,207 @@ from gdn2gen.measure.timing import time_ms
 from gdn2gen.runtime import parts
 
 Run = Callable[[], Any]
-SHOWN: Final = 8
-# Tokens that are loaded at once, and whether a turn before they are needed.
-_LOADS: Final = {
-    "short_conv": ((4, 0), (8, 0), (4, 1), (8, 1)),
-    "short_conv_backward": ((4, 0), (2, 1), (4, 1)),
-}
-_WIDTHS: Final = {"short_conv": (128, 256), "short_conv_backward": (64, 128)}
-_TILES: Final = {
-    "gated_norm": ((1, 0), (2, 0), (2, 1), (4, 1)),
-    "gated_norm_backward": ((16, 0), (32, 0), (8, 1), (16, 1), (32, 1)),
-}
+Knobs = dict[str, Knob]
+SHOWN: Final = 12
+IN_GRAPH: Final = 4
+"""Of those shown are timed as a graph, too, in which no launch waits for the host."""
+BOUND: Final = 8e-3
+"""On the largest error, as a part of the largest number: that of tests of bf16."""
+RULE: Final[Knobs] = {}
 
 
-def sweep(parts_of: Sequence[tuple[str, PartProblem, Run]]) -> None:
-    """Times of each stage's configs in its run, the fastest first, and that of the rule's own."""
-    _compile([(problem, stage, x) for stage, problem, _ in parts_of for x in knobs_of(stage)])
-    for stage, _, run in parts_of:
-        given = [*knobs_of(stage)]
-        by_rule = _ms(stage, None, run)
-        found = sorted(((_ms(stage, x, run), x) for x in given), key=lambda x: x[0])
-        sheet = Sheet(stage, (*given[0], "ms"), words=())
-        for took, knobs in found[:SHOWN]:
-            sheet.add(*map(str, knobs.values()), f"{took:.4f}")
-        sheet.add("rule", *[""] * (len(given[0]) - 1), f"{by_rule:.4f}")
-        console().print(sheet)
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """A stage, what runs it, and what that should make."""
+
+    stage: str
+    problem: PartProblem
+    run: Run
+    floor_ms: float
+    exact: Callable[[], list[Tensor]]
 
 
-def _ms(stage: str, knobs: dict[str, Knob] | None, run: Run) -> float:
-    parts.force(stage, knobs)
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one config."""
+
+    knobs: Knobs
+    ms: float
+    error: float
+
+
+def sweep(given: Sequence[Swept]) -> list[str]:
+    """Times of each stage's configs in its run, the fastest first, beside that of the rule; the
+    configs that were wrong, in words."""
+    left_out = _compile([(x.problem, x.stage, knobs) for x in given for knobs in knobs_of(x.stage)])
+    for words in left_out.values():
+        console().print(words)
+    wrong = []
+    for x in given:
+        exact = x.exact()
+        configs = [y for y in knobs_of(x.stage) if _key(x.stage, y) not in left_out]
+        found = [_measured(x, knobs, exact) for knobs in (RULE, *configs)]
+        wrong += [
+            f"{x.stage} {y.knobs or 'by the rule'}: off by {y.error:.2g}"
+            for y in found
+            if not y.error < BOUND
+        ]
+        _show(x, found)
+    return wrong
+
+
+def _show(x: Swept, found: Sequence[Found]) -> None:
+    names = [*dict.fromkeys(name for y in found for name in y.knobs)]
+    sheet = Sheet(
+        f"{x.stage}, floor {x.floor_ms:.4f} ms, {len(found)} configs",
+        (*names, "ms", "of the floor", "in a graph", "of the floor", "error"),
+        words=(),
+    )
+    right = sorted((y for y in found if y.error < BOUND), key=lambda y: y.ms)
+    rows = right[:SHOWN] + [y for y in right[SHOWN:] if y.knobs == RULE]
+    for i, y in enumerate(rows):
+        cells = [str(y.knobs.get(name, "rule" if y.knobs == RULE else "")) for name in names]
+        graph = ["", ""]
+        if i < IN_GRAPH or y.knobs == RULE:
+            took = _with(x.stage, y.knobs, lambda: time_ms(in_graph(x.run).replay, 5, 50).median)
+            graph = [f"{took:.4f}", f"{took / x.floor_ms:.3f}"]
+        sheet.add(*cells, f"{y.ms:.4f}", f"{y.ms / x.floor_ms:.3f}", *graph, f"{y.error:.1e}")
+    console().print(sheet)
+
+
+def _measured(x: Swept, knobs: Knobs, exact: Sequence[Tensor]) -> Found:
+    def measure() -> tuple[float, float]:
+        error = worst(tensors_of(x.run()), exact)
+        return time_ms(x.run, warmup_ms=5, rep_ms=25).median, error
+
+    return Found(knobs, *_with(x.stage, knobs, measure))
+
+
+def _with(stage: str, knobs: Knobs, measure: Callable[[], Any]) -> Any:
+    parts.force(stage, knobs or None)
     try:
-        return time_ms(run, warmup_ms=5, rep_ms=25).median
+        return measure()
     finally:
         parts.force(stage, None)
 
 
-def knobs_of(stage: str) -> Iterator[dict[str, Knob]]:
-    if stage in _TILES:
-        for BR in (4, 8, 16, 32):
-            for warps in (2, 4, 8):
-                for BT, early in _TILES[stage]:
-                    if 1 <= 4 * BR // warps <= 32:  # elements that a lane has of 128 channels
-                        yield {"BR": BR, "num_warps": warps, "BT": BT, "early": early}
-        return
-    for BD in _WIDTHS[stage]:
-        for warps in (2, 4):
-            shared = {"BD": BD, "BR": warps, "num_warps": warps}
-            for BT in (32, 64, 128):
-                for ahead, early in _LOADS[stage]:
-                    yield {"BT": BT, **shared, "ahead": ahead, "early": early}
-            if stage == "short_conv":  # a run of one turn
-                yield {"BT": 16, **shared, "ahead": 16, "early": 0}
+def in_graph(run: Run) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
-def _compile(given: Sequence[tuple[PartProblem, str, dict[str, Knob]]]) -> None:
+def tensors_of(made: Any) -> list[Tensor]:
+    """What a run returned, in order."""
+    if isinstance(made, Tensor):
+        return [made]
+    return [x for part in made for x in tensors_of(part)]
+
+
+def worst(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest error as a part of the largest number of its tensor; NaN where there is one."""
+    errors = [
+        (one.float() - other).abs().max() / other.abs().max()
+        for one, other in zip(found, exact, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def knobs_of(stage: str) -> Iterator[Knobs]:
+    """Each once, though it may be of two grids."""
+    yield from {_key(stage, x): x for x in _SWEPT[stage]()}.values()
+
+
+def _grid(**domains: Sequence[Knob]) -> Iterator[Knobs]:
+    for values in product(*domains.values()):
+        yield dict(zip(domains, values, strict=True))
+
+
+def _apart(usual: Knobs, switches: Sequence[str]) -> Iterator[Knobs]:
+    """Without all switches, with all of them, with each alone, and without each."""
+    off, on = ({name: x for name in switches} for x in (0, 1))
+    yield from (usual | off, usual | on)
+    for name in switches:
+        yield from (usual | off | {name: 1}, usual | on | {name: 0})
+
+
+def _short_conv() -> Iterator[Knobs]:
+    for warps in (2, 4):
+        shared: dict[str, Sequence[Knob]] = {"BR": (warps,), "num_warps": (warps,)}
+        yield from _grid(
+            **shared, BD=(128, 256), BT=(16,), ahead=(16,), early=(0,), read_once=(0, 1)
+        )
+        yield from _grid(**shared, BD=(128,), BT=(32,), ahead=(8,), early=(0, 1), read_once=(1,))
+
+
+def _short_conv_backward() -> Iterator[Knobs]:
+    """Words of two channels. Of 128 registers 16 warps have room on a multiprocessor: runs of 376
+    tokens of 4 x 4096 and 6144 channels are as many as 132 of these take at once."""
+    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (1,)}
+    for BR, BD, warps in (
+        *((1, 128, 1), (2, 128, 2), (4, 128, 4)),
+        *((1, 256, 2), (2, 256, 4), (1, 512, 4)),
+    ):
+        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,), "maxnreg": (128,)}
+        yield from _grid(BT=(128, 256, 376), ahead=(4,), early=(1,), **shared)
+        yield from _grid(BT=(128,), ahead=(4,), early=(0,), **shared)
+    shared = words | {"BR": (4,), "num_warps": (4,), "maxnreg": (0,)}
+    yield from _grid(BT=(128, 256), BD=(64,), ahead=(4, 8), early=(1,), **shared)
+    yield from _grid(BT=(64, 128), BD=(64,), ahead=(8,), early=(0,), **shared)
+    yield from _grid(BT=(128,), BD=(128,), ahead=(2, 8), early=(1,), **shared)
+    # and what each of them is worth
+    usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
+    yield from _apart(usual | {"maxnreg": 0}, ("words", "overlap", "read_once"))
+
+
+def _gated_norm() -> Iterator[Knobs]:
+    yield from _grid(BR=(8, 16), num_warps=(4, 8), BT=(1,), early=(0,), read_once=(0, 1))
+    yield from _grid(BR=(4,), num_warps=(2, 4), BT=(1,), early=(0,), read_once=(1,))
+    yield from _grid(BR=(8, 16), num_warps=(4, 8), BT=(2,), early=(1,), read_once=(1,))
+
+
+def _gated_norm_backward() -> Iterator[Knobs]:
+    """Eight or sixteen elements of a lane; of eight 32 warps have room, of sixteen 16."""
+    for BR, warps in ((8, 4), (16, 8), (8, 2), (16, 4), (32, 8)):
+        shared: dict[str, Sequence[Knob]] = {"BR": (BR,), "num_warps": (warps,), "words": (1,)}
+        shared |= {"overlap": (1,), "read_once": (1,)}
+        BT = (8, 16, 32) if warps == 4 * BR // 8 else (16, 32)
+        yield from _grid(**shared, BT=BT, early=(0, 1), spread=(0, 1))
+    # and what each of them is worth
+    usual: Knobs = {"BR": 16, "num_warps": 4, "BT": 32, "early": 1}
+    yield from _apart(usual, ("words", "spread", "overlap", "read_once"))
+
+
+_SWEPT: Final[Mapping[str, Callable[[], Iterator[Knobs]]]] = {
+    "short_conv": _short_conv,
+    "short_conv_backward": _short_conv_backward,
+    "gated_norm": _gated_norm,
+    "gated_norm_backward": _gated_norm_backward,
+}
+STAGES: Final = tuple(_SWEPT)
+
+
+def _key(stage: str, knobs: Knobs) -> tuple[Any, ...]:
+    return (stage, *sorted(knobs.items()))
+
+
+def _compile(given: Sequence[tuple[PartProblem, str, Knobs]]) -> dict[tuple[Any, ...], str]:
+    """Why configs do not compile, by their keys."""
     device = present_device()
     made = [(x, default_config(stage, x).replace(**knobs), device) for x, stage, knobs in given]
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(made), os.cpu_count() or 1), spawned) as pool:
-        for _ in pool.map(_compile_one, *zip(*made, strict=True)):
-            pass
+        reasons = [*pool.map(_compile_one, *zip(*made, strict=True))]
+    keys = (_key(stage, knobs) for _, stage, knobs in given)
+    return {key: words for key, words in zip(keys, reasons, strict=True) if words}
 
 
-def _compile_one(problem: PartProblem, config: Config, device: Device) -> None:
+def _compile_one(problem: PartProblem, config: Config, device: Device) -> str:
     from gdn2gen.codegen.build import compile_ahead
 
-    compile_ahead(problem, config.stage, config, device)
+    try:
+        compile_ahead(problem, config.stage, config, device)
+    except BuildError as error:
+        return str(error)
+    return ""

@@ -67,6 +67,8 @@ _SEQUENCES: Final = Operand("cu_seqlens", "N+1", "int32", "varlen")
 _PARTIAL: Final = Operand("partial", "P W+1 DS", "fp32")
 
 _TOKENS: Final[Domain] = (16, 32, 64, 128, 256)
+# What runs may be: those, and any other that makes them as many as run at once.
+_RUNS: Final[Domain] = tuple(range(16, 505, 8))
 _CONVOLVING: Final[dict[str, Domain]] = {
     "BR": (1, 2, 4, 8),
     "BD": (64, 128, 256, 512),
@@ -76,9 +78,19 @@ _CONVOLVING: Final[dict[str, Domain]] = {
     "num_stages": (1,),
 }
 
+# Of all but steps: tokens leave the L2 before what the kernel writes.
+_READING: Final[dict[str, Domain]] = {"read_once": (0, 1)}
+# Of the backwards: tokens in 16 bits read as words of two channels, with fewer instructions to a
+# gradient; and the kernel that adds up partial sums launched while what leaves them still runs.
+_SUMMING: Final[dict[str, Domain]] = {"words": (0, 1), "overlap": (0, 1)}
+
 
 def _convolution(
-    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _CONVOLVING,
 ) -> PartStage:
     return PartStage(
         made_for=ConvolutionProblem,
@@ -86,8 +98,8 @@ def _convolution(
         inputs=inputs,
         outputs=outputs,
         scalars=scalars,
-        forms=(Form(name, "triton", name, knobs=_CONVOLVING, leads={}, tiles=()),),
-        chunks=(1,) if name.endswith("step") else _TOKENS,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        chunks=(1,) if name.endswith("step") else _RUNS,
     )
 
 
@@ -100,6 +112,7 @@ SHORT_CONV: Final = _convolution(
         *_PLACES,
     ),
     ("B", "T", "N", "bits", "units", "x_row"),
+    _CONVOLVING | _READING,
 )
 SHORT_CONV_STEP: Final = _convolution(
     "short_conv_step",
@@ -117,6 +130,7 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         _PARTIAL,
     ),
     ("B", "T", "units", "x_row", "dx_row"),
+    _CONVOLVING | _READING | _SUMMING | {"maxnreg": (0, 128)},
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
@@ -125,11 +139,16 @@ _NORMING: Final[dict[str, Domain]] = {
     "early": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1,),
+    **_READING,
 }
 
 
 def _norm(
-    name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], scalars: tuple[str, ...]
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _NORMING,
 ) -> PartStage:
     return PartStage(
         made_for=NormProblem,
@@ -137,8 +156,8 @@ def _norm(
         inputs=inputs,
         outputs=outputs,
         scalars=scalars,
-        forms=(Form(name, "triton", name, knobs=_NORMING, leads={}, tiles=()),),
-        chunks=_ROWS,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        chunks=tuple(range(1, 129)),
     )
 
 
@@ -161,6 +180,7 @@ GATED_NORM_BACKWARD: Final = _norm(
         Operand("partial", "P DS", "fp32"),
     ),
     ("eps", "M"),
+    _NORMING | _SUMMING | {"spread": (0, 1)},
 )
 PART_STAGES: Final = (
     *(SHORT_CONV, SHORT_CONV_STEP, SHORT_CONV_BACKWARD),

@@ -10,10 +10,10 @@ A program takes BT tiles of BR rows.
     y       [M, D]  bf16  output
 
 Problem: gated_rms_norm bf16
-Config:  BR=32 BT=32 early=0 language=triton num_stages=1 num_warps=1
-Template digest 42eba07a5fa66add; made by
+Config:  BR=32 BT=32 early=0 language=triton num_stages=1 num_warps=1 read_once=0
+Template digest fbbf466239c8ff92; made by
     gdn2gen generate --dtype bf16 --with= --stage gated_norm --config \
-      BR=32,BT=32,early=0,language=triton,num_stages=1,num_warps=1
+      BR=32,BT=32,early=0,language=triton,num_stages=1,num_warps=1,read_once=0
 """
 
 import triton

@@ -19,10 +19,11 @@ these rows in their order.
     partial  [P, DS]  fp32  scratch: sums of programs for gradients of parameters
 
 Problem: gated_rms_norm bf16, size=96, activation=silu
-Config:  BR=16 BT=32 early=0 language=triton num_stages=1 num_warps=1
-Template digest 9988cda569d89960; made by
+Config:  BR=16 BT=32 early=0 language=triton num_stages=1 num_warps=1 overlap=0 read_once=0 spread=0 words=0
+Template digest 417362d5c2ce7124; made by
     gdn2gen generate --dtype bf16 --with=size:96,activation:silu --stage gated_norm_backward \
-      --config BR=16,BT=32,early=0,language=triton,num_stages=1,num_warps=1
+      --config \
+      BR=16,BT=32,early=0,language=triton,num_stages=1,num_warps=1,overlap=0,read_once=0,spread=0,words=0
 """
 
 import triton

@@ -19,7 +19,7 @@ A program takes BR sequences and BD channels.
 
 Problem: short_convolution bf16
 Config:  BD=64 BR=1 BT=1 ahead=1 early=0 language=triton num_stages=1 num_warps=1
-Template digest 0033bb811d3c6fe7; made by
+Template digest 27fac5547f976f1e; made by
     gdn2gen generate --dtype bf16 --with= --stage short_conv_step --config \
       BD=64,BR=1,BT=1,ahead=1,early=0,language=triton,num_stages=1,num_warps=1
 """

@@ -18,6 +18,8 @@ from gdn2gen.runtime import parts_ops
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
+SPREAD: Final = (("spread", 1),)
 CONVOLUTIONS: Final = {
     # runs of all lengths, and tokens that are no multiple of any
     "many": Convolution(channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16),
@@ -28,13 +30,29 @@ CONVOLUTIONS: Final = {
     "few": Convolution(channels=(264,), B=1, T=5, tail=True, dtype=FP16, width=3),
     "fp32": Convolution(B=2, T=517, channels=(128, 24), bias=True, width=2),
     "loads when they are wanted": Convolution(
-        channels=(512, 256), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 4), ("BD", 256))
+        channels=(512, 256), T=517, dtype=BF16,
+        knobs=(("early", 0), ("ahead", 4), ("BD", 256), ("read_once", 1)),
     ),
     "one turn": Convolution(
         channels=(512,), T=517, dtype=BF16, knobs=(("early", 0), ("ahead", 16), ("BT", 16))
     ),
     "views": Convolution(
         channels=(256, 256, 512), B=2, T=300, dtype=BF16, weight_dtype=FP32, views=True
+    ),
+    "words": Convolution(
+        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16, backward=(*WORDS, ("maxnreg", 128))
+    ),
+    "words, packed": Convolution(
+        channels=(512, 512, 1024), lengths=(700, 0, 1, 2, 0, 3000, 297), T=4000, dtype=BF16,
+        tail=True, bias=True, backward=(*WORDS, ("ahead", 2), ("BT", 64)),
+    ),
+    "words of views": Convolution(
+        channels=(256, 256, 512), width=3, B=2, T=300, dtype=FP16, views=True,
+        backward=(*WORDS, ("BR", 2), ("num_warps", 2), ("BT", 40)),
+    ),
+    "words, half as many channels": Convolution(
+        channels=(264,), width=2, B=3, T=500, dtype=BF16, bias=True, tail=True,
+        backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0)),
     ),
 }  # fmt: skip
 NORMS: Final = {
@@ -43,8 +61,18 @@ NORMS: Final = {
     "wide": Norm(rows=(2, 500), size=512, dtype=BF16, weight_dtype=FP32),
     "odd": Norm(rows=(2, 777), size=96, eps=0.1),
     "loads early": Norm(rows=(2, 777), dtype=BF16, knobs=(("early", 1), ("BT", 4), ("BR", 8))),
-    "loads when they are wanted": Norm(rows=(777,), dtype=BF16, knobs=(("early", 0), ("BT", 16))),
-}
+    "loads when they are wanted": Norm(
+        rows=(777,), dtype=BF16, knobs=(("early", 0), ("BT", 16), ("read_once", 1))
+    ),
+    "words": Norm(rows=(4, 1031, 16), dtype=BF16, backward=(*WORDS, ("BR", 8), ("BT", 31))),
+    "words, spread": Norm(
+        rows=(4, 1031, 16), dtype=BF16, activation="sigmoid", backward=(*WORDS, *SPREAD)
+    ),
+    "words of fp16, spread": Norm(
+        rows=(2, 777), size=96, dtype=FP16, backward=(*WORDS, *SPREAD, ("early", 0))
+    ),
+    "spread": Norm(rows=(2, 777), backward=SPREAD),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -20,6 +20,7 @@ from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.runtime import part_calls, parts, passes
 
+Knobs = tuple[tuple[str, int], ...]
 # By the coarsest dtype that rounds them.
 BOUNDS: Final = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -40,8 +41,10 @@ class Convolution:
     weight_dtype: torch.dtype | None = None
     views: bool = False
     """Of one packed projection."""
-    knobs: tuple[tuple[str, int], ...] = ()
+    knobs: Knobs = ()
     """In place of those by the rule."""
+    backward: Knobs = ()
+    """Likewise, of the backward alone."""
     device: str = "cpu"
 
     def inputs(self) -> dict[str, list[Tensor]]:
@@ -72,7 +75,7 @@ class Convolution:
 
 def convolve(case: Convolution) -> float:
     """y, gradients and tails; without gradients the same bits."""
-    with forced(("short_conv", "short_conv_backward"), case.knobs):
+    with forced(short_conv=case.knobs, short_conv_backward=case.knobs + case.backward):
         return _convolve(case)
 
 
@@ -109,9 +112,9 @@ def _convolve(case: Convolution) -> float:
 
 
 @contextmanager
-def forced(stages: tuple[str, ...], knobs: tuple[tuple[str, int], ...]) -> Iterator[None]:
+def forced(**stages: Knobs) -> Iterator[None]:
     """Stages with these knobs, where there are any."""
-    for stage in stages:
+    for stage, knobs in stages.items():
         parts.force(stage, dict(knobs) or None)
     try:
         yield
@@ -134,15 +137,19 @@ def step(case: Convolution) -> bool:
 
 def bad_lengths(device: str = "cpu") -> bool:
     """What cu_seqlens holds on a GPU nobody looked at: nothing outside the batch is read."""
-    whole = torch.full((1, 9, 8), torch.nan, device=device)
+    whole = torch.full((1, 9, 8), torch.nan, device=device, dtype=torch.float16)
     whole[:, 2:7] = torch.randn(1, 5, 8)
     weight = torch.randn(8, 4, device=device).requires_grad_()
     for lengths in ([0, 90, -7, 5], [-9, -3, 2, 99], [4, 4, 4], [0, 0, 0]):
         x = whole[:, 2:7].requires_grad_()
-        y, _ = short_convolution([x], [weight], cu_seqlens=torch.tensor(lengths, device=device))
-        assert y[0].isfinite().all(), lengths
-        found = torch.autograd.grad(y[0].sum(), (x, weight))
-        assert all(part.isfinite().all() for part in found), lengths
+        for words in (0, 1):
+            with forced(short_conv_backward=(("words", words),)):
+                y, _ = short_convolution(
+                    [x], [weight], cu_seqlens=torch.tensor(lengths, device=device)
+                )
+                assert y[0].isfinite().all(), lengths
+                found = torch.autograd.grad(y[0].sum(), (x, weight))
+            assert all(part.isfinite().all() for part in found), lengths
     return True
 
 
@@ -156,13 +163,14 @@ class Norm:
     eps: float = 1e-5
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None
-    knobs: tuple[tuple[str, int], ...] = ()
+    knobs: Knobs = ()
+    backward: Knobs = ()
     device: str = "cpu"
 
 
 def norm(case: Norm) -> float:
     """y and gradients, twice the same."""
-    with forced(("gated_norm", "gated_norm_backward"), case.knobs):
+    with forced(gated_norm=case.knobs, gated_norm_backward=case.knobs + case.backward):
         return _norm(case)
 
 

@@ -18,6 +18,8 @@ from gdn2gen.ops import parts as ops
 Check = Callable[..., Any]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
+WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
+SPREAD: Final = (("spread", 1),)
 CONVOLUTIONS: Final = {
     "three tensors": Convolution(),
     "tails": Convolution(width=3, bias=True, tail=True, T=33),
@@ -29,21 +31,52 @@ CONVOLUTIONS: Final = {
     "fp32 weights": Convolution(channels=(136,), dtype=BF16, weight_dtype=FP32, lengths=(21, 19)),
     "fp16": Convolution(channels=(8, 16), dtype=FP16, B=1, T=35),
     "two taps": Convolution(channels=(24,), width=2, dtype=BF16, bias=True, T=18),
-    "loads when they are wanted": Convolution(T=37, knobs=(("early", 0), ("ahead", 2))),
+    "loads when they are wanted": Convolution(
+        T=37, knobs=(("early", 0), ("ahead", 2), ("read_once", 1))
+    ),
     "loads of part of what is after": Convolution(
         channels=(16, 8), T=37, lengths=(5, 1, 12, 19), tail=True, knobs=(("ahead", 2),)
     ),
     "one turn": Convolution(channels=(8,), T=35, knobs=(("ahead", 16), ("BT", 16))),
-}
+    "words": Convolution(channels=(136, 24), dtype=BF16, T=37, backward=WORDS),
+    "words of fp16, packed": Convolution(
+        channels=(64, 24, 40), dtype=FP16, lengths=(7, 0, 1, 2, 0, 18, 12), tail=True, bias=True,
+        backward=WORDS,
+    ),
+    "words of views": Convolution(
+        channels=(64, 24), width=3, dtype=BF16, tail=True, views=True, T=40,
+        backward=(*WORDS, ("ahead", 2), ("BT", 16)),
+    ),
+    "words, two taps": Convolution(
+        channels=(8,), width=2, dtype=BF16, weight_dtype=FP32, bias=True, T=18,
+        backward=(*WORDS, ("early", 0), ("ahead", 4)),
+    ),
+    # less is loaded ahead than comes after a run; and one number is one word
+    "words, little ahead": Convolution(
+        channels=(16, 8), T=37, lengths=(5, 1, 12, 19), backward=(*WORDS, ("ahead", 2))
+    ),
+    "words of fp32": Convolution(T=33, bias=True, tail=True, width=3, backward=WORDS),
+}  # fmt: skip
 NORMS: Final = {
     "silu": Norm(),
     "sigmoid": Norm(activation="sigmoid", size=96, eps=0.1),
     "fp32 weights": Norm(dtype=BF16, weight_dtype=FP32, size=256, rows=(2, 5, 3)),
     "narrow": Norm(dtype=FP16, size=8, rows=(70,)),
     "wide": Norm(size=512, rows=(1,)),
-    "loads when they are wanted": Norm(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 4))),
+    "loads when they are wanted": Norm(
+        rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 4), ("read_once", 1))
+    ),
     "loads early": Norm(size=96, rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
-}
+    "words": Norm(rows=(45,), dtype=BF16, backward=(*WORDS, ("BT", 4), ("BR", 4))),
+    "words, spread": Norm(
+        size=96, rows=(45,), dtype=FP16, activation="sigmoid",
+        backward=(*WORDS, *SPREAD, ("BT", 2), ("BR", 4)),
+    ),
+    "words of fp32, spread": Norm(
+        rows=(45,), activation="sigmoid", backward=(*WORDS, *SPREAD, ("early", 0), ("BR", 2))
+    ),
+    "spread": Norm(rows=(45,), size=96, backward=(*SPREAD, ("BT", 4), ("BR", 4))),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -115,7 +115,7 @@ def test_what_of_theirs_does_not_run(
 ) -> None:
     """A forward is kept where the backward is refused."""
     monkeypatch.setattr(Peer, "fails", fails)
-    monkeypatch.setattr(layer_time, "_theirs", lambda *_: Peer)
+    monkeypatch.setattr(layer_time, "their_module", lambda *_: Peer)
     times = iter((1.0, 2.0))
 
     def ms(run: Any) -> float:
