@@ -23,6 +23,7 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     reverse_scans_at_once,
     sums_knobs,
     sums_problem,
+    sums_serve,
 )
 from gdn2gen.runtime._loading import launcher_if_any
 from gdn2gen.runtime._operands import readable
@@ -78,9 +79,10 @@ def launches_at_once(
     tuned = nearest_parts(MAMBA3, REVERSE, known, tokens, gpu)
     if not _forced and tuned is None:
         return None
-    knobs = sums_knobs(BT, sequences * -(-T // BT), H, G, gpu.sms)
-    knobs |= {} if tuned is None else tuned.knobs.get(MAMBA3_SUMS.name, {})
+    usual = sums_knobs(BT, sequences * -(-T // BT), H, G, gpu.sms)
+    knobs = {**usual, **({} if tuned is None else tuned.knobs.get(MAMBA3_SUMS.name, {}))}
     knobs |= forced_knobs(MAMBA3_SUMS.name) | {"BT": BT}
+    knobs = knobs if sums_serve(knobs, H, G) else usual
     scan = _scan(reverse_scan_problem(problem), device, look)
     return None if scan is None else (scan, loaded(sums_problem(problem), SUMS, knobs, device))
 

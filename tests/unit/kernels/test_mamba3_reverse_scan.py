@@ -12,13 +12,15 @@ import torch
 
 from gdn2gen.base.environment import batch_invariant
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
     MAMBA3_SUMS,
     reverse_scan_problem,
     reverse_scans_at_once,
+    sums_knobs,
     sums_problem,
+    sums_starts,
 )
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime import mamba3_reverse_scan as runtime
@@ -91,6 +93,33 @@ def test_a_call_takes_it_where_an_entry_says_so(entry: list[Any]) -> None:
         assert launches() is None
     runtime.force_reverse_scan(False)
     assert launches() is None
+
+
+def test_loops_over_tokens_are_of_so_many_heads(entry: list[Any]) -> None:
+    """A kernel that has been tuned for other groups takes no call of these."""
+    for BG, order in ((64, "tokens"), (16, "heads")):
+        knobs = {"BT": 64, "BH": 8, "num_warps": 8, "order": "tokens", "BG": BG, "num_stages": 3}
+        entry[:] = [SimpleNamespace(knobs={"mamba3_sums": knobs})]
+        _, (_, found) = launches()
+        assert found["order"] == order and (found["BG"] == BG) == (order == "tokens")
+
+
+def test_a_search_begins_with_both_orders() -> None:
+    rule = sums_knobs(64, 256, 64, 1, 132)
+    starts = sums_starts(rule, 64, 1)
+    assert [(x["order"], x["BG"], x["num_stages"]) for x in starts] == [
+        ("tokens", 64, 3),
+        ("tokens", 64, 1),
+    ]
+    # too few heads of a group, too many, or as many as no tile has
+    assert all(sums_starts(rule, *x) == [] for x in ((4, 1), (128, 1), (24, 2)))
+    for knobs in (rule, *starts):
+        assert (
+            why_invalid(
+                Config.of(MAMBA3_SUMS.name, {"language": "triton", **knobs}), USUAL, "sm_90"
+            )
+            is None
+        )
 
 
 def test_it_can_be_forced(entry: list[Any]) -> None:
