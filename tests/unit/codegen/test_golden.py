@@ -490,6 +490,10 @@ OUTPUTS: Final = {
     "mamba3_scan_tilelang.py": partial(
         _part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True, carried=True), keep=2
     ),
+    "mamba3_scan_ahead_tilelang.py": partial(
+        *(_part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True)),
+        **{"keep": 1, "num_stages": 2},
+    ),
     "mamba3_reverse_scan_tilelang.py": partial(
         _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)
     ),

@@ -106,6 +106,9 @@ OF_MAMBA3 = [
     pytest.param("136", "64", "0", "zero", "gate", marks=pytest.mark.slow),
     pytest.param("64", "128", "2", "layer", "carried", marks=pytest.mark.slow),
     pytest.param("4", "64", "1", "strong", "", marks=pytest.mark.slow),
+    ("68", "64", "2", "sparse", "ahead,skip,gate"),
+    pytest.param("200", "128", "1", "strong", "ahead,gate,carried", marks=pytest.mark.slow),
+    pytest.param("132", "128", "0", "layer", "ahead,skip,gate", marks=pytest.mark.slow),
 ]
 
 
