@@ -171,7 +171,7 @@ def test_the_backwards_products_in_one_stage(name: str, fast: bool) -> None:
 @pytest.mark.parametrize("name", ["layer", "strong", "steady", "no angles", "all angles"])
 @pytest.mark.parametrize("stages", [3, 1])
 def test_sums_token_by_token_and_loads_of_two_chunks(name: str, stages: int) -> None:
-    """What a search alone picks, beside fp64 and what calls run otherwise; of the same bits twice."""
+    """What a search alone picks, beside fp64 and other kernels; and of the same bits twice."""
     made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
     H, G = SCANNED_BACK[name]["sizes"][0], SCANNED_BACK[name].get("groups", 1)
     by_tokens = {"order": "tokens", "BG": H // G, "BH": 2, "num_warps": 8, "num_stages": stages}
