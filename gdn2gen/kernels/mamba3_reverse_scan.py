@@ -48,7 +48,9 @@ MAMBA3_REVERSE_SCAN: Final = PartStage(
             "mamba3_reverse_scan",
             "tilelang",
             "mamba3_reverse_scan",
-            knobs={"num_warps": (4,), "num_stages": (1,)},
+            # how often pairs are made: with either tokens as rows, or once and left in shared
+            # memory; and how many columns of them at a time
+            knobs={"pairs": (2, 1), "BJ": (32, 64), "num_warps": (4,), "num_stages": (1,)},
             leads={},
             limits=(
                 Limit("arch", (None, "sm_90"), "it was written for products of that arch's groups"),
@@ -130,7 +132,7 @@ def reverse_scans_at_once(problem: Mamba3Problem, BT: int, T: int) -> bool:
 
 def reverse_rule(tokens: int, H: int, G: int, sms: int) -> dict[str, dict[str, Knob]]:
     """The knobs of both without tuning, by stage."""
-    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4}
+    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4, "pairs": 2, "BJ": 32}
     return {
         MAMBA3_REVERSE_SCAN.name: scan,
         MAMBA3_SUMS.name: sums_knobs(64, -(-tokens // 64), H, G, sms),
@@ -145,14 +147,20 @@ def sums_knobs(BT: int, tiles: int, H: int, G: int, sms: int) -> dict[str, Knob]
     return {"BT": BT, "BH": usual["BH"], "num_warps": 4, **by_heads}
 
 
-def sums_starts(rule: Mapping[str, Knob], H: int, G: int) -> list[dict[str, Knob]]:
-    """Where a search of `mamba3_sums` begins beside the rule's knobs: with loops over tokens, whose
-    loads are under way for two tokens or read as they are needed."""
+def other_starts(
+    rule: Mapping[str, Mapping[str, Knob]], H: int, G: int
+) -> dict[str, list[dict[str, Knob]]]:
+    """Where searches of both begin beside the rule's knobs: of the scan with pairs made once; of
+    the sums with loops over tokens, whose loads are under way for two tokens or read as they are
+    needed."""
+    scan, sums = rule[MAMBA3_REVERSE_SCAN.name], rule[MAMBA3_SUMS.name]
+    by_tokens = {**sums, "order": BY_TOKENS, "BG": H // G, "num_warps": 8}
     # with fewer heads warps have no rows of their own
-    if H // G not in _COUNTS[3:]:
-        return []
-    by_tokens = {**rule, "order": BY_TOKENS, "BG": H // G, "num_warps": 8}
-    return [{**by_tokens, "num_stages": x} for x in (3, 1)]
+    many = H // G in _COUNTS[3:]
+    return {
+        MAMBA3_REVERSE_SCAN.name: [{**scan, "pairs": 1, "BJ": x} for x in (32, 64)],
+        MAMBA3_SUMS.name: [{**by_tokens, "num_stages": x} for x in (3, 1)] if many else [],
+    }
 
 
 def sums_serve(knobs: Mapping[str, Knob], H: int, G: int) -> bool:

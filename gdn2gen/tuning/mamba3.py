@@ -43,11 +43,11 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
     MAMBA3_SUMS,
     REVERSE,
+    other_starts,
     reverse_rule,
     reverse_scan_problem,
     reverse_scans_at_once,
     sums_problem,
-    sums_starts,
 )
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.plans import LEVELS
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 _SCAN_PART: Final = 0.7
 _STAGES: Final = {AROUND: MAMBA3_AROUND, CHUNKS: MAMBA3_CHUNK_STAGES}
 # Knobs that a climb keeps as they were where it began.
-_GIVEN: Final = ("BT", "num_stages", "order", "BG")
+_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs", "BJ")
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
 Knobs = dict[str, Knob]
@@ -297,17 +297,17 @@ class _Run:
         if tile != (BT := rule[MAMBA3_REVERSE_SCAN.name]["BT"]):
             return {}, f"it takes tiles of {BT} tokens, and those of {tile} are faster"
         found: dict[str, tuple[Knobs, float, float]] = {}
+        others = other_starts(rule, shape.H, shape.key_heads)
         for stage in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS):
-            climbed = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
-            if climbed is None:
+            usual = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
+            if usual is None:
                 return {}, f"{stage.name} did not run"
-            found[stage.name] = climbed
-        *_, rules_ms = found[MAMBA3_SUMS.name]
-        for start in sums_starts(rule[MAMBA3_SUMS.name], shape.H, shape.key_heads):
-            if self.clock() < end:
-                climbed = self._climb(MAMBA3_SUMS, REVERSE, shape, start, end, 1)
-                if climbed is not None and climbed[1] < found[MAMBA3_SUMS.name][1]:
-                    found[MAMBA3_SUMS.name] = (*climbed[:2], rules_ms)
+            found[stage.name] = usual
+            for start in others[stage.name]:
+                if self.clock() < end:
+                    climbed = self._climb(stage, REVERSE, shape, start, end, 1)
+                    if climbed is not None and climbed[1] < found[stage.name][1]:
+                        found[stage.name] = (*climbed[:2], usual[2])
         if _sum(found) >= beside:
             return {}, f"{_sum(found):.4f} ms, and the stages that it stands for {beside:.4f}"
         return found, ""

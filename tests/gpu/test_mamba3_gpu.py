@@ -169,9 +169,9 @@ def test_the_backwards_products_in_one_stage(name: str, fast: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer", "strong", "steady", "no angles", "all angles"])
-@pytest.mark.parametrize("stages", [3, 1])
-def test_sums_token_by_token_and_loads_of_two_chunks(name: str, stages: int) -> None:
-    """What a search alone picks, beside fp64 and other kernels; and of the same bits twice."""
+@pytest.mark.parametrize(("stages", "BJ"), [(3, 32), (1, 64)])
+def test_forms_that_a_search_alone_picks(name: str, stages: int, BJ: int) -> None:
+    """Sums token by token, loads of two chunks, pairs made once; and of the same bits twice."""
     made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
     H, G = SCANNED_BACK[name]["sizes"][0], SCANNED_BACK[name].get("groups", 1)
     by_tokens = {"order": "tokens", "BG": H // G, "BH": 2, "num_warps": 8, "num_stages": stages}
@@ -180,6 +180,7 @@ def test_sums_token_by_token_and_loads_of_two_chunks(name: str, stages: int) -> 
     for chosen in (True, False):
         force("mamba3_sums", by_tokens if chosen else None)
         force("mamba3_scan", {"num_stages": 2} if chosen else None)
+        force("mamba3_reverse_scan", {"pairs": 1, "BJ": BJ} if chosen else None)
         force_scan(True)
         try:
             with scanned_back(True) as taken, poisoned(), verifying():
@@ -189,6 +190,7 @@ def test_sums_token_by_token_and_loads_of_two_chunks(name: str, stages: int) -> 
             force_scan(None)
             force("mamba3_sums", None)
             force("mamba3_scan", None)
+            force("mamba3_reverse_scan", None)
         assert taken == [True] * 2
         assert all(torch.equal(mine[x], again[x]) for x in mine), "not the same bits twice"
         found[chosen] = relative_errors(mine, theirs)

@@ -497,6 +497,9 @@ OUTPUTS: Final = {
     "mamba3_reverse_scan_tilelang.py": partial(
         _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)
     ),
+    "mamba3_reverse_scan_once_tilelang.py": partial(
+        *(_part, "mamba3_reverse_scan", Mamba3Problem(skip=True)), pairs=1
+    ),
     "mamba3_sums.py": partial(_part, "mamba3_sums", Mamba3Problem(), BH=8),
     "mamba3_sums_tokens.py": partial(
         *(_part, "mamba3_sums", Mamba3Problem()),

@@ -16,11 +16,11 @@ from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
     MAMBA3_SUMS,
+    other_starts,
+    reverse_rule,
     reverse_scan_problem,
     reverse_scans_at_once,
-    sums_knobs,
     sums_problem,
-    sums_starts,
 )
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime import mamba3_reverse_scan as runtime
@@ -104,22 +104,34 @@ def test_loops_over_tokens_are_of_so_many_heads(entry: list[Any]) -> None:
         assert found["order"] == order and (found["BG"] == BG) == (order == "tokens")
 
 
-def test_a_search_begins_with_both_orders() -> None:
-    rule = sums_knobs(64, 256, 64, 1, 132)
-    starts = sums_starts(rule, 64, 1)
-    assert [(x["order"], x["BG"], x["num_stages"]) for x in starts] == [
+def test_a_search_begins_with_all_forms() -> None:
+    rule = reverse_rule(16384, 64, 1, 132)
+    starts = other_starts(rule, 64, 1)
+    assert [(x["order"], x["BG"], x["num_stages"]) for x in starts[MAMBA3_SUMS.name]] == [
         ("tokens", 64, 3),
         ("tokens", 64, 1),
     ]
+    assert [(x["pairs"], x["BJ"]) for x in starts[MAMBA3_REVERSE_SCAN.name]] == [(1, 32), (1, 64)]
     # too few heads of a group, too many, or as many as no tile has
-    assert all(sums_starts(rule, *x) == [] for x in ((4, 1), (128, 1), (24, 2)))
-    for knobs in (rule, *starts):
-        assert (
-            why_invalid(
-                Config.of(MAMBA3_SUMS.name, {"language": "triton", **knobs}), USUAL, "sm_90"
-            )
-            is None
-        )
+    for sizes in ((4, 1), (128, 1), (24, 2)):
+        assert other_starts(rule, *sizes)[MAMBA3_SUMS.name] == []
+    for stage, language in ((MAMBA3_SUMS, "triton"), (MAMBA3_REVERSE_SCAN, "tilelang")):
+        for knobs in (rule[stage.name], *starts[stage.name]):
+            given = {"num_stages": 1, **knobs, "language": language}
+            assert why_invalid(Config.of(stage.name, given), USUAL, "sm_90") is None
+
+
+def test_the_scan_has_the_knobs_on_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 1, "BJ": 64}}
+    monkeypatch.setattr(runtime, "loaded", lambda *_: MADE)
+    monkeypatch.setattr(runtime, "launcher_if_any", lambda _, config: config)
+    for knobs, wanted in ((found, (1, 64)), ({"mamba3_reverse_scan": {"BT": 64}}, (2, 32))):
+        entry = SimpleNamespace(knobs=knobs)
+        monkeypatch.setattr(runtime, "nearest_parts", lambda *_, entry=entry: entry)
+        runtime._scan.cache_clear()
+        config, _ = launches()
+        assert (config["pairs"], config["BJ"]) == wanted
+    runtime._scan.cache_clear()
 
 
 def test_it_can_be_forced(entry: list[Any]) -> None:
