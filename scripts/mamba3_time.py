@@ -1,7 +1,7 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
     python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone]
-        [--sweep | --forms | --profile] [--back {apart,once}]
+        [--sweep | --forms | --profile] [--back {apart,once}] [--with STAGE:KNOB=VALUE,...]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
@@ -10,6 +10,7 @@ of the kernels, for the rules in kernels/mamba3.py; --forms the few arrangements
 chunks that the rules choose among. `apart` are states and outputs in two stages where calls like
 these run one, and `backward at once` has the products of its backward in one stage. --profile says
 what each kernel of the op takes within it; with --back, whether these products are one stage.
+--with has a stage run with knobs that no entry and no rule has chosen: give it once for each stage.
 """
 
 from __future__ import annotations
@@ -187,6 +188,13 @@ def configs(stage: PartStage, names: Sequence[str]) -> Iterator[tuple[int, dict[
             yield BT, dict(zip(names, values, strict=True))
 
 
+def stage_knobs(given: str) -> tuple[str, dict[str, Knob]]:
+    """A stage, and its knobs by their names."""
+    stage, _, listed = given.partition(":")
+    pairs = [x.partition("=") for x in listed.split(",") if x]
+    return stage, {name: int(x) if x.isdigit() else x for name, _, x in pairs}
+
+
 @verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -200,7 +208,12 @@ def main() -> None:
     parser.add_argument("--forms", action="store_true", help="time a few arrangements instead")
     parser.add_argument("--profile", action="store_true", help="time kernels within the op instead")
     parser.add_argument("--back", choices=("apart", "once"), help="the backward's products")
+    parser.add_argument(
+        "--with", dest="forced", action="append", default=[], metavar="STAGE:KNOB=VALUE,..."
+    )
     args = parser.parse_args()
+    for stage, knobs in map(stage_knobs, args.forced):
+        force(stage, knobs)
     torch.manual_seed(0)
     shape = Shape("asked", args.batch, args.tokens, args.heads, groups=1)
     x = layer_inputs(PROBLEM, shape)

@@ -8,12 +8,13 @@ itself: a call runs it where an entry on file says that it is faster (`REVERSE`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.kernels.limits import Knob, Limit
-from gdn2gen.kernels.mamba3 import mamba3_stage
+from gdn2gen.kernels.limits import Domain, Knob, Limit
+from gdn2gen.kernels.mamba3 import MAMBA3_TOKENS
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_GRADIENT, MAMBA3_REVERSE_STATES, chunk_knobs
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.stage import Form, Operand
@@ -47,7 +48,9 @@ MAMBA3_REVERSE_SCAN: Final = PartStage(
             "mamba3_reverse_scan",
             "tilelang",
             "mamba3_reverse_scan",
-            knobs={"num_warps": (4,), "num_stages": (1,)},
+            # how often pairs are made: with either tokens as rows, or once and left in shared
+            # memory; and how many columns of them at a time
+            knobs={"pairs": (2, 1), "BJ": (32, 64), "num_warps": (4,), "num_stages": (1,)},
             leads={},
             limits=(
                 Limit("arch", (None, "sm_90"), "it was written for products of that arch's groups"),
@@ -60,19 +63,47 @@ MAMBA3_REVERSE_SCAN: Final = PartStage(
     ),
     chunks=(64,),
 )
-MAMBA3_SUMS: Final = mamba3_stage(
-    "mamba3_sums",
-    (
+# Of `mamba3_sums`: what a program's loop goes over, heads of a chunk, or its tokens with all heads
+# of a group at once.
+BY_HEADS: Final = "heads"
+BY_TOKENS: Final = "tokens"
+_COUNTS: Final[Domain] = (1, 2, 4, 8, 16, 32, 64)
+MAMBA3_SUMS: Final = PartStage(
+    made_for=Mamba3Problem,
+    name="mamba3_sums",
+    inputs=(
         *(_GRADIENT[x] for x in ("DT", "Trap", *_NUMBERS, "Angles", "theta", "turns")),
         *_LEFT,
         *(_GRADIENT[x] for x in ("dlast_angle", "dlast_turn")),
     ),
-    tuple(
+    outputs=tuple(
         _GRADIENT[x]
         for x in ("dQ", "dK", "dQ_bias_part", "dK_bias_part", "dADT", "dDT", "dTrap", "dAngles")
     ),
-    ("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
-    {"BH": (1, 2, 4, 8, 16, 32, 64), "num_warps": (4, 2, 8), "num_stages": (1,)},
+    scalars=("T", "H", "G", "n_tiles", "angle_row", "angle_head"),
+    forms=(
+        Form(
+            BY_HEADS,
+            "triton",
+            "mamba3_sums",
+            knobs={"BG": (1,), "BH": _COUNTS, "num_warps": (4, 2, 8), "num_stages": (1,)},
+            leads={},
+            tiles=(),
+        ),
+        Form(
+            BY_TOKENS,
+            "triton",
+            "mamba3_sums_tokens",
+            knobs={
+                **{"BG": _COUNTS, "BH": _COUNTS},
+                **{"num_warps": (8, 4), "num_stages": (3, 1, 2, 4)},
+            },
+            tiles=(),
+        ),
+    ),
+    selector="order",
+    later={"order": BY_HEADS, "BG": 1},
+    chunks=MAMBA3_TOKENS,
 )
 
 MAMBA3_REVERSE_STAGES: Final = (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS)
@@ -101,7 +132,7 @@ def reverse_scans_at_once(problem: Mamba3Problem, BT: int, T: int) -> bool:
 
 def reverse_rule(tokens: int, H: int, G: int, sms: int) -> dict[str, dict[str, Knob]]:
     """The knobs of both without tuning, by stage."""
-    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4}
+    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4, "pairs": 2, "BJ": 32}
     return {
         MAMBA3_REVERSE_SCAN.name: scan,
         MAMBA3_SUMS.name: sums_knobs(64, -(-tokens // 64), H, G, sms),
@@ -112,4 +143,27 @@ def sums_knobs(BT: int, tiles: int, H: int, G: int, sms: int) -> dict[str, Knob]
     """The knobs of `mamba3_sums`: heads of a program as `mamba3_gradient` has them, whose kernels
     for tokens and angles these are."""
     usual = chunk_knobs(MAMBA3_GRADIENT, Mamba3Problem(), tiles, H, G, sms)
-    return {"BT": BT, "BH": usual["BH"], "num_warps": 4}
+    by_heads: dict[str, Knob] = {"order": BY_HEADS, "BG": 1, "num_stages": 1}
+    return {"BT": BT, "BH": usual["BH"], "num_warps": 4, **by_heads}
+
+
+def other_starts(
+    rule: Mapping[str, Mapping[str, Knob]], H: int, G: int
+) -> dict[str, list[dict[str, Knob]]]:
+    """Where searches of both begin beside the rule's knobs: of the scan with pairs made once; of
+    the sums with loops over tokens, whose loads are under way for two tokens or read as they are
+    needed."""
+    scan, sums = rule[MAMBA3_REVERSE_SCAN.name], rule[MAMBA3_SUMS.name]
+    by_tokens = {**sums, "order": BY_TOKENS, "BG": H // G, "num_warps": 8}
+    # with fewer heads warps have no rows of their own
+    many = H // G in _COUNTS[3:]
+    return {
+        MAMBA3_REVERSE_SCAN.name: [{**scan, "pairs": 1, "BJ": x} for x in (32, 64)],
+        MAMBA3_SUMS.name: [{**by_tokens, "num_stages": x} for x in (3, 1)] if many else [],
+    }
+
+
+def sums_serve(knobs: Mapping[str, Knob], H: int, G: int) -> bool:
+    """Whether a kernel with these knobs takes calls of H heads and G groups: one that loops over
+    tokens has a lane for each head and no mask."""
+    return knobs["order"] != BY_TOKENS or knobs["BG"] == H // G

@@ -221,7 +221,8 @@ def scan_launch(
     programs = gpu.sms if _forced_scan else sequences * H
     if gpu.arch != "sm_90" or not scans_at_once(problem, BT, T, programs, gpu.sms):
         return None
-    return _scan_launch(scan_problem(problem), keep, device, look)
+    knobs = tuple(sorted(({"keep": keep} | forced_knobs(MAMBA3_SCAN.name)).items()))
+    return _scan_launch(scan_problem(problem), knobs, device, look)
 
 
 def loaded(
@@ -233,10 +234,10 @@ def loaded(
 
 @lru_cache(maxsize=64)
 def _scan_launch(
-    problem: Mamba3Problem, keep: int, _device: torch.device, _look: int
+    problem: Mamba3Problem, knobs: tuple[tuple[str, Knob], ...], _device: torch.device, _look: int
 ) -> Callable[..., None] | None:
     config = default_config(MAMBA3_SCAN.name, problem)
-    return launcher_if_any(problem, config.replace(keep=keep))
+    return launcher_if_any(problem, config.replace(**dict(knobs)))
 
 
 _CACHES: Final = (

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3 import known_around
 from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
@@ -23,6 +24,7 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     reverse_scans_at_once,
     sums_knobs,
     sums_problem,
+    sums_serve,
 )
 from gdn2gen.runtime._loading import launcher_if_any
 from gdn2gen.runtime._operands import readable
@@ -78,16 +80,21 @@ def launches_at_once(
     tuned = nearest_parts(MAMBA3, REVERSE, known, tokens, gpu)
     if not _forced and tuned is None:
         return None
-    knobs = sums_knobs(BT, sequences * -(-T // BT), H, G, gpu.sms)
-    knobs |= {} if tuned is None else tuned.knobs.get(MAMBA3_SUMS.name, {})
-    knobs |= forced_knobs(MAMBA3_SUMS.name) | {"BT": BT}
-    scan = _scan(reverse_scan_problem(problem), device, look)
+    filed = {} if tuned is None else tuned.knobs
+    usual = sums_knobs(BT, sequences * -(-T // BT), H, G, gpu.sms)
+    knobs = {**usual, **filed.get(SUMS, {}), **forced_knobs(SUMS), "BT": BT}
+    knobs = knobs if sums_serve(knobs, H, G) else usual
+    asked = {**filed.get(MAMBA3_REVERSE_SCAN.name, {}), **forced_knobs(MAMBA3_REVERSE_SCAN.name)}
+    scan = _scan(reverse_scan_problem(problem), tuple(sorted(asked.items())), device, look)
     return None if scan is None else (scan, loaded(sums_problem(problem), SUMS, knobs, device))
 
 
 @lru_cache(maxsize=64)
-def _scan(problem: Mamba3Problem, _device: torch.device, _look: int) -> Launch | None:
-    return launcher_if_any(problem, default_config(MAMBA3_REVERSE_SCAN.name, problem))
+def _scan(
+    problem: Mamba3Problem, knobs: tuple[tuple[str, Knob], ...], _device: torch.device, _look: int
+) -> Launch | None:
+    config = default_config(MAMBA3_REVERSE_SCAN.name, problem)
+    return launcher_if_any(problem, config.replace(**dict(knobs)))
 
 
 def reverse_scan(call: Call, back: Back, dssm: Tensor) -> tuple[Left, Launch] | None:

@@ -43,6 +43,7 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
     MAMBA3_SUMS,
     REVERSE,
+    other_starts,
     reverse_rule,
     reverse_scan_problem,
     reverse_scans_at_once,
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 # Of the time, for the scan: it has thousands of configs, and the others some forty a stage.
 _SCAN_PART: Final = 0.7
 _STAGES: Final = {AROUND: MAMBA3_AROUND, CHUNKS: MAMBA3_CHUNK_STAGES}
+# Knobs that a climb keeps as they were where it began.
+_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs", "BJ")
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
 Knobs = dict[str, Knob]
@@ -294,11 +297,17 @@ class _Run:
         if tile != (BT := rule[MAMBA3_REVERSE_SCAN.name]["BT"]):
             return {}, f"it takes tiles of {BT} tokens, and those of {tile} are faster"
         found: dict[str, tuple[Knobs, float, float]] = {}
+        others = other_starts(rule, shape.H, shape.key_heads)
         for stage in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS):
-            climbed = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
-            if climbed is None:
+            usual = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
+            if usual is None:
                 return {}, f"{stage.name} did not run"
-            found[stage.name] = climbed
+            found[stage.name] = usual
+            for start in others[stage.name]:
+                if self.clock() < end:
+                    climbed = self._climb(stage, REVERSE, shape, start, end, 1)
+                    if climbed is not None and climbed[1] < found[stage.name][1]:
+                        found[stage.name] = (*climbed[:2], usual[2])
         if _sum(found) >= beside:
             return {}, f"{_sum(found):.4f} ms, and the stages that it stands for {beside:.4f}"
         return found, ""
@@ -356,7 +365,7 @@ def _own(stage: str, kind: str, problem: Mamba3Problem) -> Mamba3Problem:
 def neighbours(stage: PartStage, knobs: Mapping[str, Knob], shape: Shape) -> Iterator[Knobs]:
     """Knobs one step away, of those that serve the shape: a program's heads are of one group."""
     for name, domain in stage.domains.items():
-        if name in ("BT", "num_stages") or name not in knobs or len(domain) < 2:
+        if name in _GIVEN or name not in knobs or len(domain) < 2:
             continue
         place = domain.index(knobs[name])
         for there in (place - 1, place + 1):

@@ -38,10 +38,10 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba3 K=128 V=64 bf16, skip, carried
 
-Config:  BT=64 language=tilelang num_stages=1 num_warps=4
-Template digest e3c385c85635edb0; made by
+Config:  BJ=32 BT=64 language=tilelang num_stages=1 num_warps=4 pairs=2
+Template digest 8824ca6070c225f8; made by
     gdn2gen generate --dtype bf16 --with=skip,carried --stage mamba3_reverse_scan --config \
-      BT=64,language=tilelang,num_stages=1,num_warps=4
+      BJ=32,BT=64,language=tilelang,num_stages=1,num_warps=4,pairs=2
 """
 
 from functools import cache
@@ -149,16 +149,20 @@ def program():
                 i_t = n_chunks - 1 - i_back
                 i_row = i_t * BT
                 i_tile = i_n * n_chunks + i_t
+                # in the order in which tiles are given back: each waits for those before it
+                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
+                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
+                tile.copy(h[i_tile, i_h, :, :], s_h)
+                tile.copy(dy[i_n, i_row : i_row + BT, i_h, :], s_dy)
                 tile.copy(within[i_n, i_h, i_row : i_row + BT], s_within)
                 tile.copy(tail_decay[i_n, i_h, i_row : i_row + BT], s_tail_decay)
                 tile.copy(weight_s[i_n, i_h, i_row : i_row + BT], s_weight_s)
                 tile.copy(own_dt[i_n, i_h, i_row : i_row + BT], s_own_dt)
-                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
-                tile.copy(dy[i_n, i_row : i_row + BT, i_h, :], s_dy)
                 tile.copy(k[i_n, i_row : i_row + BT, i_h, :], s_k)
-                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
-                tile.copy(h[i_tile, i_h, :, :], s_h)
 
+                tile.copy(b_dS, b_rounded)
+                tile.tma_store_wait(2)
+                tile.copy(b_rounded, s_dS)
                 # whatever waits for loads comes before products, which would be waited for there one by one
                 hold[0] = tile.cast(s_V[0, 0], "float32")
                 hold[0] = tile.cast(s_dy[0, 0], "float32")
@@ -170,9 +174,6 @@ def program():
                 hold[0] = s_tail_decay[0]
                 hold[0] = s_weight_s[0]
                 hold[0] = s_own_dt[0]
-                tile.copy(b_dS, b_rounded)
-                tile.tma_store_wait(2)
-                tile.copy(b_rounded, s_dS)
                 # <S, dS> of each value, as the diagonal of a product
                 tile.wgmma_gemm(s_h, s_dS, b_kept, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
@@ -327,6 +328,7 @@ def program():
                 tile.wgmma_gemm(b_dk_pairs0, s_q[0:32, 64:128], b_d, policy=ROWS)
                 tile.wgmma_gemm(b_dk_pairs32, s_q[32:64, 64:128], b_d, policy=ROWS)
                 tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
 
                 tile.copy(b_d, b_dd)
                 tile.copy(b_dd, s_dS[:, 64:128])
@@ -345,8 +347,6 @@ def program():
                 tile.wgmma_gemm(b_dq_pairs32, s_k[32:64, 64:128], b_d, policy=ROWS)
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_k[0, 0], "float32")
-
-                hold[0] = tile.cast(s_q[0, 0], "float32")
 
                 tile.copy(b_d, b_dd)
                 tile.copy(b_dd, s_dq[:, 64:128])

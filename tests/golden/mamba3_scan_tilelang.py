@@ -29,7 +29,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 Problem: mamba3 K=128 V=64 bf16, angles=0, skip, gate, carried
 
 Config:  BT=64 BV=64 keep=2 language=tilelang num_stages=1 num_warps=4
-Template digest 822ce00757c62547; made by
+Template digest b96091b4f21d9d60; made by
     gdn2gen generate --dtype bf16 --with=angles:0,skip,gate,carried --stage mamba3_scan --config \
       BT=64,BV=64,keep=2,language=tilelang,num_stages=1,num_warps=4
 """

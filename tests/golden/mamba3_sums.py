@@ -37,10 +37,10 @@ after another: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < 
     dAngles       [B, T, H, S]  fp32   gradient of Angles
 
 Problem: mamba3 bf16
-Config:  BH=8 BT=32 language=triton num_stages=1 num_warps=4
+Config:  BG=1 BH=8 BT=32 language=triton num_stages=1 num_warps=4 order=heads
 Template digest a47c0e404f42da47; made by
     gdn2gen generate --dtype bf16 --with= --stage mamba3_sums --config \
-      BH=8,BT=32,language=triton,num_stages=1,num_warps=4
+      BG=1,BH=8,BT=32,language=triton,num_stages=1,num_warps=4,order=heads
 """
 
 import triton

@@ -32,7 +32,7 @@ from gdn2gen.measure.mamba3_runs import (
 )
 from gdn2gen.runtime import mamba3_reverse_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
-from gdn2gen.runtime.mamba3_loaded import force
+from gdn2gen.runtime.mamba3_loaded import force, force_scan
 from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
@@ -165,6 +165,36 @@ def test_the_backwards_products_in_one_stage(name: str, fast: bool) -> None:
         for x, y in found[True].items()
         if not y < min(1.5 * found[False][x] + 5e-4, BOUNDS[torch.bfloat16] / 3)
     }
+    assert not worse, worse
+
+
+@pytest.mark.parametrize("name", ["layer", "strong", "steady", "no angles", "all angles"])
+@pytest.mark.parametrize(("stages", "BJ"), [(3, 32), (1, 64)])
+def test_forms_that_a_search_alone_picks(name: str, stages: int, BJ: int) -> None:
+    """Sums token by token, loads of two chunks, pairs made once; and of the same bits twice."""
+    made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
+    H, G = SCANNED_BACK[name]["sizes"][0], SCANNED_BACK[name].get("groups", 1)
+    by_tokens = {"order": "tokens", "BG": H // G, "BH": 2, "num_warps": 8, "num_stages": stages}
+    op = partial(mamba3_siso_combined, disable_recompute=True)
+    found = {}
+    for chosen in (True, False):
+        force("mamba3_sums", by_tokens if chosen else None)
+        force("mamba3_scan", {"num_stages": 2} if chosen else None)
+        force("mamba3_reverse_scan", {"pairs": 1, "BJ": BJ} if chosen else None)
+        force_scan(True)
+        try:
+            with scanned_back(True) as taken, poisoned(), verifying():
+                mine, theirs = mamba3_results(made, op)
+                again, _ = mamba3_results(made, op)
+        finally:
+            force_scan(None)
+            force("mamba3_sums", None)
+            force("mamba3_scan", None)
+            force("mamba3_reverse_scan", None)
+        assert taken == [True] * 2
+        assert all(torch.equal(mine[x], again[x]) for x in mine), "not the same bits twice"
+        found[chosen] = relative_errors(mine, theirs)
+    worse = {x: (y, found[False][x]) for x, y in found[True].items() if y > found[False][x] + 1e-4}
     assert not worse, worse
 
 

@@ -180,15 +180,16 @@ def errors_at_once(name: str, fast: bool) -> tuple[list[tuple[int, bool]], dict[
 
 @verifying()
 def errors_scanned_back(
-    name: str, fast: bool, heads: int = 1
+    name: str, fast: bool, heads: int = 1, order: str = "heads"
 ) -> tuple[list[bool], dict[str, float]]:
     """By the kernels over chunks with the backward's products in one stage, in the place of whose
     kernel are gradients of its recurrence in fp64; what it leaves is added up by the other stage,
-    `heads` of a program. Whether all that it was given to write was of the shapes that it makes,
-    and errors."""
+    `heads` of a program, which loops over what `order` says. Whether all that it was given to
+    write was of the shapes that it makes, and errors."""
     told: list[bool] = []
 
     def launches(problem: Mamba3Problem, BT: int, *sizes: Any) -> Any:
+        _, _, H, G, *_ = sizes
         own = mamba3_reverse_scan.reverse_scan_problem(problem)
         operands = MAMBA3_REVERSE_SCAN.operands(own)
 
@@ -204,10 +205,11 @@ def errors_scanned_back(
             for y in outputs:
                 x[y].copy_(found[y])
 
+        by_tokens = {"order": order, "BG": H // G, "num_stages": 3} if order != "heads" else {}
         add = loaded(
             mamba3_reverse_scan.sums_problem(problem),
             MAMBA3_SUMS.name,
-            {"BT": BT, "BH": heads},
+            {"BT": BT, "BH": heads, **by_tokens},
             torch.device("cpu"),
         )
         return scan, add

@@ -3,9 +3,9 @@
     python mamba3_reverse_scans.py TOKENS STATE_SIZE PATTERN [FLAGS]
 
 `gradients` are autograd's of the recurrence token by token in fp64, and sums of pairs as they are
-defined. Queries and keys are turned already. FLAGS are fields of the problem with commas, and
-`angles` for as many as half of the channels have, or `angles=7`. A process of its own, since it is
-some seconds of Python threads.
+defined. Queries and keys are turned already. FLAGS are fields of the problem with commas,
+`angles` for as many as half of the channels have, or `angles=7`, and knobs as `pairs=1`. A process
+of its own, since it is some seconds of Python threads.
 """
 
 from __future__ import annotations
@@ -119,11 +119,10 @@ def main(tokens: str, state_size: str, pattern: str, flags: str = "") -> None:
     for flag in (x for x in flags.split(",") if x):
         name, _, value = flag.partition("=")
         named[name] = int(value) if value else int(state_size) // 4 if name == "angles" else True
-    S = named.pop("angles", 0)
+    S, knobs = named.pop("angles", 0), {x: named.pop(x) for x in ("pairs", "BJ") if x in named}
     problem = reverse_scan_problem(Mamba3Problem(state_size=int(state_size), angles=S, **named))
-    module = load(
-        render(problem, "mamba3_reverse_scan", default_config("mamba3_reverse_scan", problem))
-    )
+    config = default_config("mamba3_reverse_scan", problem).replace(**knobs)
+    module = load(render(problem, "mamba3_reverse_scan", config))
     B, T, H, P, N = 1, int(tokens), 2, problem.head_dim, problem.state_size
     x, NT = drawn(problem, B, T, H, pattern), -(-T // BT)
     right_h = _outputs(

@@ -95,8 +95,9 @@ def recurrent(x: dict[str, Tensor], BT: int = BT) -> Right:
 
 def main(tokens: str, state_size: str, keep: str, pattern: str, flags: str = "") -> None:
     named: dict[str, bool] = dict.fromkeys([x for x in flags.split(",") if x], True)
+    stages = 2 if named.pop("ahead", False) else 1
     problem = scan_problem(Mamba3Problem(state_size=int(state_size), **named))  # type: ignore[arg-type]
-    config = default_config(MAMBA3_SCAN.name, problem).replace(keep=int(keep))
+    config = default_config(MAMBA3_SCAN.name, problem).replace(keep=int(keep), num_stages=stages)
     module = load(render(problem, MAMBA3_SCAN.name, config))
     B, T, H, P, N = 1, int(tokens), 2, problem.head_dim, problem.state_size
     x = drawn(problem, B, T, H, pattern)

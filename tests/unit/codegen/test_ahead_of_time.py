@@ -416,27 +416,29 @@ def test_tilelang_of_groups_compiles_and_two_programs_fit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("keep", [0, 2])
 @pytest.mark.tilelang
 def test_mamba3s_scan_compiles_without_spills_and_two_programs_fit(
-    keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keep: int, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     problem = scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
-    config = default_config(MAMBA3_SCAN.name, problem).replace(keep=keep)
+    config = default_config(MAMBA3_SCAN.name, problem).replace(keep=keep, num_stages=stages)
     used = compile_ahead(problem, MAMBA3_SCAN.name, config, named_device("sm_90"))
     assert (used.registers, used.spill_bytes) == (128, 0), f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("pairs", "BJ"), [(2, 32), (1, 32), (1, 64)])
 @pytest.mark.tilelang
 def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: int, BJ: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     problem = reverse_scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
-    config = default_config(MAMBA3_REVERSE_SCAN.name, problem)
+    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs, BJ=BJ)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024

@@ -106,6 +106,9 @@ OF_MAMBA3 = [
     pytest.param("136", "64", "0", "zero", "gate", marks=pytest.mark.slow),
     pytest.param("64", "128", "2", "layer", "carried", marks=pytest.mark.slow),
     pytest.param("4", "64", "1", "strong", "", marks=pytest.mark.slow),
+    ("68", "64", "2", "sparse", "ahead,skip,gate"),
+    pytest.param("200", "128", "1", "strong", "ahead,gate,carried", marks=pytest.mark.slow),
+    pytest.param("132", "128", "0", "layer", "ahead,skip,gate", marks=pytest.mark.slow),
 ]
 
 
@@ -115,6 +118,13 @@ OF_ITS_BACKWARD = [
     pytest.param("136", "128", "zero", "", marks=pytest.mark.slow),
     pytest.param("64", "128", "layer", "carried,angles", marks=pytest.mark.slow),
     pytest.param("4", "64", "strong", "angles", marks=pytest.mark.slow),
+    ("68", "64", "sparse", "pairs=1,skip,carried,angles"),
+    pytest.param(
+        "132", "128", "strong", "pairs=1,BJ=64,skip,carried,angles", marks=pytest.mark.slow
+    ),
+    pytest.param("136", "128", "zero", "pairs=1,BJ=64", marks=pytest.mark.slow),
+    pytest.param("64", "128", "layer", "pairs=1,carried,angles", marks=pytest.mark.slow),
+    pytest.param("4", "64", "strong", "pairs=1,angles=7", marks=pytest.mark.slow),
     pytest.param("68", "128", "layer", "angles=45", marks=pytest.mark.slow),
     pytest.param("68", "64", "layer", "skip,angles=7", marks=pytest.mark.slow),
 ]

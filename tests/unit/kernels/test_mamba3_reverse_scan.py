@@ -12,10 +12,12 @@ import torch
 
 from gdn2gen.base.environment import batch_invariant
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
     MAMBA3_SUMS,
+    other_starts,
+    reverse_rule,
     reverse_scan_problem,
     reverse_scans_at_once,
     sums_problem,
@@ -91,6 +93,45 @@ def test_a_call_takes_it_where_an_entry_says_so(entry: list[Any]) -> None:
         assert launches() is None
     runtime.force_reverse_scan(False)
     assert launches() is None
+
+
+def test_loops_over_tokens_are_of_so_many_heads(entry: list[Any]) -> None:
+    """A kernel that has been tuned for other groups takes no call of these."""
+    for BG, order in ((64, "tokens"), (16, "heads")):
+        knobs = {"BT": 64, "BH": 8, "num_warps": 8, "order": "tokens", "BG": BG, "num_stages": 3}
+        entry[:] = [SimpleNamespace(knobs={"mamba3_sums": knobs})]
+        _, (_, found) = launches()
+        assert found["order"] == order and (found["BG"] == BG) == (order == "tokens")
+
+
+def test_a_search_begins_with_all_forms() -> None:
+    rule = reverse_rule(16384, 64, 1, 132)
+    starts = other_starts(rule, 64, 1)
+    assert [(x["order"], x["BG"], x["num_stages"]) for x in starts[MAMBA3_SUMS.name]] == [
+        ("tokens", 64, 3),
+        ("tokens", 64, 1),
+    ]
+    assert [(x["pairs"], x["BJ"]) for x in starts[MAMBA3_REVERSE_SCAN.name]] == [(1, 32), (1, 64)]
+    # too few heads of a group, too many, or as many as no tile has
+    for sizes in ((4, 1), (128, 1), (24, 2)):
+        assert other_starts(rule, *sizes)[MAMBA3_SUMS.name] == []
+    for stage, language in ((MAMBA3_SUMS, "triton"), (MAMBA3_REVERSE_SCAN, "tilelang")):
+        for knobs in (rule[stage.name], *starts[stage.name]):
+            given = {"num_stages": 1, **knobs, "language": language}
+            assert why_invalid(Config.of(stage.name, given), USUAL, "sm_90") is None
+
+
+def test_the_scan_has_the_knobs_on_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 1, "BJ": 64}}
+    monkeypatch.setattr(runtime, "loaded", lambda *_: MADE)
+    monkeypatch.setattr(runtime, "launcher_if_any", lambda _, config: config)
+    for knobs, wanted in ((found, (1, 64)), ({"mamba3_reverse_scan": {"BT": 64}}, (2, 32))):
+        entry = SimpleNamespace(knobs=knobs)
+        monkeypatch.setattr(runtime, "nearest_parts", lambda *_, entry=entry: entry)
+        runtime._scan.cache_clear()
+        config, _ = launches()
+        assert (config["pairs"], config["BJ"]) == wanted
+    runtime._scan.cache_clear()
 
 
 def test_it_can_be_forced(entry: list[Any]) -> None:

@@ -76,6 +76,20 @@ def test_the_backwards_products_in_one_stage(name: str, fast: bool, interpreter:
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer",
+        "all-angles",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("no-angles", "strong", "one-token")),
+    ],
+)
+def test_what_it_leaves_is_added_up_token_by_token(name: str, interpreter: Check) -> None:
+    whole, found = interpreter("mamba3_checks:errors_scanned_back", name, True, 1, "tokens")
+    assert whole == [True]
+    assert max(found.values()) < LIMIT, found
+
+
 @pytest.mark.parametrize("name", ["steady", "strong"])
 def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> None:
     """At every token 20 nats, dADT was off by 0.3 where it was a sum of all less one of most; in
