@@ -17,7 +17,7 @@ _MAP: Final = 30  # the type code of what lies in a kernel's parameters for good
 _HANDLE: Final = 3
 _INTEGERS: Final = (0, 1)
 _REAL: Final = 2
-_MAP_BYTES: Final = 128
+_MAP_WORDS: Final = "<16Q"
 _ELF: Final = b"\x7fELF"
 _DYNAMIC_SYMBOLS: Final = 11
 _FAT: Final = bytes.fromhex("50ed55ba")
@@ -39,12 +39,14 @@ class Type(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return _MAP_BYTES if self.code == _MAP else self.bits // 8
+        return struct.calcsize(_MAP_WORDS) if self.code == _MAP else self.bits // 8
 
     def words(self, given: Any) -> int | tuple[int, ...]:
         """What a launch is `given` as a word, or a tensor map as its words. Raises ValueError."""
         if self.code == _MAP:
-            return (*struct.unpack("<16Q", ctypes.string_at(given.value, _MAP_BYTES)),)
+            words: tuple[int, ...]
+            words = struct.unpack(_MAP_WORDS, ctypes.string_at(given.value, self.nbytes))
+            return words
         if self.code == _HANDLE:
             return 0 if given is None else given.value or 0
         if self.code == _REAL and self.bits in (32, 64):
