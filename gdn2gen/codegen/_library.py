@@ -44,7 +44,9 @@ class Type(NamedTuple):
     def words(self, given: Any) -> int | tuple[int, ...]:
         """What a launch is `given` as a word, or a tensor map as its words. Raises ValueError."""
         if self.code == _MAP:
-            return struct.unpack(_MAP_WORDS, ctypes.string_at(given.value, self.nbytes))
+            words: tuple[int, ...]
+            words = struct.unpack(_MAP_WORDS, ctypes.string_at(given.value, self.nbytes))
+            return words
         if self.code == _HANDLE:
             return 0 if given is None else int(given.value or 0)
         if self.code == _REAL and self.bits in (32, 64):
