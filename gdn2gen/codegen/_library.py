@@ -44,16 +44,15 @@ class Type(NamedTuple):
     def words(self, given: Any) -> int | tuple[int, ...]:
         """What a launch is `given` as a word, or a tensor map as its words. Raises ValueError."""
         if self.code == _MAP:
-            words: tuple[int, ...]
-            words = struct.unpack(_MAP_WORDS, ctypes.string_at(given.value, self.nbytes))
-            return words
+            return struct.unpack(_MAP_WORDS, ctypes.string_at(given.value, self.nbytes))
         if self.code == _HANDLE:
             return 0 if given is None else int(given.value or 0)
         if self.code == _REAL and self.bits in (32, 64):
             packed = struct.pack("<f4x" if self.bits == 32 else "<d", given)
             return int.from_bytes(packed, "little")
         if self.code in _INTEGERS and self.bits in (32, 64):
-            return int(given) & (2**self.bits - 1)
+            found: int = given & (2**self.bits - 1)
+            return found
         raise ValueError(f"a kernel's parameter is of type {self}")
 
 
