@@ -12,6 +12,7 @@ import torch
 
 from gdn2gen.codegen import _driver
 from gdn2gen.codegen._ready import At, Described, Kernel, Map, Program, tvm_ffi
+from gdn2gen.codegen.choosing import chooser
 
 _GPU: Final = 2  # kDLCUDA
 _TENSOR: Final = 7  # kTVMFFIDLTensorPtr
@@ -53,7 +54,6 @@ class Frame:
         words = self._aligned([word for x in dense for word in x])
         self._at = _address(words)
         self._addresses = words[:: self._step]
-        self._mapped: list[int] = []
         maps = [y for x in launches if isinstance(x, Kernel) for y in x.parameters]
         self._place_maps([x for x in maps if isinstance(x, Map)])
         self._streams: list[memoryview] = []
@@ -67,8 +67,8 @@ class Frame:
         """
         self._addresses[:] = array("Q", addresses)
         mapped = self._mapped
-        if mapped:
-            self._first_of_maps[:] = array("Q", [addresses[place] for place in mapped])
+        if mapped is not None:
+            self._first_of_maps[:] = array("Q", mapped(addresses))
         if stream != self._stream:
             for place in self._streams:
                 place[0] = stream
@@ -105,7 +105,7 @@ class Frame:
 
     def _place_maps(self, maps: Sequence[Map]) -> None:
         """All tensor maps of the pass, one after the other: a call writes their first words."""
-        self._mapped = [x.tensor for x in maps]
+        self._mapped = chooser([x.tensor for x in maps]) if maps else None
         words = self._aligned([word for x in maps for word in (0, *x.rest)])
         self._first_of_maps = words[::MAP]
         self._next_map = _address(words)
