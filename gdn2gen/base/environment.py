@@ -96,6 +96,12 @@ def binds_launches() -> bool:
     return os.environ.get("GDN2GEN_BOUND", "") != "0"
 
 
+def records_programs() -> bool:
+    """Whether launches of TileLang's programs are bound without these, unless
+    GDN2GEN_BOUND=programs. Asked, and lasting, as `binds_launches`."""
+    return os.environ.get("GDN2GEN_BOUND", "") != "programs"
+
+
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return values_of(_INVARIANT) not in _OFF

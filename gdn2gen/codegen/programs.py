@@ -139,8 +139,25 @@ def _load(path: Path) -> Program:
     import tvm_ffi
 
     _load_runtime()
-    program: Program = tvm_ffi.load_module(str(path)).get_function("main")
-    return program
+    program: Any = tvm_ffi.load_module(str(path)).get_function("main")
+    _libraries[program.__chandle__()] = program, path
+    return program  # type: ignore[no-any-return]
+
+
+_libraries: dict[int, tuple[Any, Path]] = {}
+"""Of every program that was loaded, by its handle, which is its own for as long as it is here."""
+
+
+def library_of(program: Any) -> Path | None:
+    """The library that a program was loaded from."""
+    _, path = _libraries.get(program.__chandle__(), (None, None))
+    return path
+
+
+def is_content_of(content: bytes, path: Path) -> bool:
+    """Whether a library that was kept at `path` had this content."""
+    name, _, digest = path.stem.rpartition("-")
+    return digest == _digest(content, name)
 
 
 @cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from operator import itemgetter, or_
+from operator import or_
 from types import FunctionType
 from typing import Any
 
+from gdn2gen.codegen.choosing import chooser
 from gdn2gen.codegen.direct import ALIGNMENT, INT32, DirectKernel
 from gdn2gen.codegen.frames import Launch
 
@@ -158,7 +159,7 @@ def _step(noted: _Noted, device: int) -> Callable[..., None] | None:
     rest = arguments[len(places) :]
     if any(isinstance(x, _Operand) for x in rest) or not places:
         return None
-    chosen = _chooser(places)
+    chosen = chooser(places)
     if not isinstance(noted.what, DirectKernel):
         return partial(_run_program, noted.what, chosen, rest)
     kernel: DirectKernel = noted.what
@@ -170,14 +171,6 @@ def _step(noted: _Noted, device: int) -> Callable[..., None] | None:
     size = (*noted.grid, 1, 1)[:3]
     before = (compiled.function, compiled.packed_metadata, None, None, None)
     return partial(_run_kernel, compiled.run, size, before, chosen, rest)
-
-
-def _chooser(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    if len(places) == 1:
-        return itemgetter(slice(places[0], places[0] + 1))
-    if [*places] == [*range(places[0], places[-1] + 1)]:
-        return itemgetter(slice(places[0], places[-1] + 1))
-    return itemgetter(*places)
 
 
 def _run_program(program: Any, chosen: Any, rest: tuple[Any, ...], tensors: Any, *_: Any) -> None:

@@ -24,10 +24,15 @@ def gradients_once(
 ) -> Sequence[Tensor]:
     """`gradients` of tensors, as a Function where a graph is made or many are asked for at once."""
     refuse_batches(op, tensors)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if is_recorded():
         found: tuple[Tensor, ...] = _Gradients.apply(op, gradients, *tensors)  # type: ignore[no-untyped-call]
         return found
     return gradients(*tensors)
+
+
+def is_recorded() -> bool:
+    """Whether what a backward computes is to be a node of a graph itself."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def refuse_batches(op: str, arrived: tuple[Tensor | None, ...]) -> None:

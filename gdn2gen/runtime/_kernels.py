@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gdn2gen.codegen.choosing import chooser
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
 from gdn2gen.kernels.schedule import outputs_of
@@ -145,6 +146,16 @@ def run_backward(
     return [folds[name](grads[grad], tensors[name]) for name, grad in sized.gradient_names]
 
 
+def quick_gradients(
+    sized: SizedRunner, do: Tensor, saved: Sequence[Tensor]
+) -> Sequence[Tensor] | None:
+    """`run_gradients` without one of the final state, from the inputs, the buffer and o. None where
+    one of these cannot be read as it lies."""
+    lying = *saved, do
+    addresses = None if sized.rows else addresses_of(lying)
+    return None if addresses is None else _gradients_at(sized, addresses, lying)
+
+
 def run_gradients(
     sized: SizedRunner,
     do: Tensor,
@@ -152,40 +163,65 @@ def run_gradients(
     saved: Tensor,
     o: Tensor,
     given: Sequence[Tensor],
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """`run_backward` from what `run_training` saved."""
-    arrived, last = ((do,), False) if dht is None else ((do, dht), True)
-    lying: Sequence[Tensor] = (*given, saved, o, *arrived)
+    arrived: tuple[Tensor, ...] = (do,) if dht is None else (do, dht)
+    lying: tuple[Tensor, ...] = (*given, saved, o, *arrived)
     addresses = None if sized.rows else addresses_of(lying)
     if addresses is None:  # a sum's gradient is one number, in all places
         sized, given = as_lying(sized, given)
         lying = (*given, *readable((saved, o, *arrived)))
         addresses = addresses_of(lying, known=True)
+    return _gradients_at(sized, addresses, lying)
+
+
+def _gradients_at(
+    sized: SizedRunner, addresses: list[int] | None, lying: tuple[Tensor, ...]
+) -> Sequence[Tensor]:
+    """Of the inputs, which come first in `lying`; then what the forward saved, o, do, and dht."""
+    inputs = len(sized.input_names)
+    last = len(lying) == inputs + 4
     quick = sized.backwards[last]
     made = None if addresses is None else quick.run(addresses, None)
     if made is not None:
-        folded = sized.folded.get(last) or _folded(sized, last, given, made)
-        return [
-            made[place] if fold is None else fold(made[place], x)
-            for (place, fold), x in zip(folded, given, strict=True)
-        ]
+        folded = sized.folded.get(last) or _folded(sized, last, lying[:inputs], made)
+        return folded.of(made, lying)
+    given, (saved, o, do, *rest) = lying[:inputs], lying[inputs:]
+    dht = rest[0] if last else None
     grads = run_backward(sized, do, dht, sized.layout.split(saved), o, given)
-    names = (*sized.input_names, SAVED, "o", *("do", "dht")[: len(arrived)])
-    quick.learn(dict(zip(names, lying, strict=True)), None)
+    names = (*sized.input_names, SAVED, "o", "do", "dht")
+    quick.learn(dict(zip(names, lying, strict=False)), None)
     return grads
 
 
 def _folded(
     sized: SizedRunner, dht: bool, given: Sequence[Tensor], made: Sequence[Tensor]
-) -> tuple[tuple[int, _Fold | None], ...]:
-    """Of each input, where its gradient is among what the backward makes, and how it is summed."""
+) -> _Folded:
+    """Gradients of inputs, of what the backward makes, for all calls of these sizes."""
     folds, order = _folds(sized.runner.problem.op), sized.made_backwards(dht)
-    found = [(order.index(grad), folds[name]) for name, grad in sized.gradient_names]
-    sized.folded[dht] = folded = tuple(
-        (place, None if made[place].shape == x.shape else fold)
-        for (place, fold), x in zip(found, given, strict=True)
-    )
-    return folded
+    places = [order.index(grad) for _, grad in sized.gradient_names]
+    wanted = [
+        None if made[place].shape == x.shape else folds[name]
+        for (name, _), place, x in zip(sized.gradient_names, places, given, strict=True)
+    ]
+    found = sized.folded[dht] = _Folded(chooser(places), tuple(wanted) if any(wanted) else None)
+    return found
+
+
+class _Folded(NamedTuple):
+    """How gradients of the inputs are found among what a backward makes."""
+
+    chosen: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    folds: tuple[_Fold | None, ...] | None
+    """How each is summed; None where none of them is."""
+
+    def of(self, made: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`given` are the inputs, whatever follows them."""
+        found = self.chosen(made)
+        if self.folds is None:
+            return found
+        pairs = zip(self.folds, found, given, strict=False)
+        return [x if fold is None else fold(x, y) for fold, x, y in pairs]
 
 
 @dataclass(frozen=True)

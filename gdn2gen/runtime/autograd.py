@@ -21,11 +21,13 @@ from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.runtime._derivatives import (
     differentiable,
     gradients_once,
+    is_recorded,
     one_by_one,
     refuse_batches,
 )
 from gdn2gen.runtime._kernels import (
     as_lying,
+    quick_gradients,
     request_of,
     run_backward,
     run_forward,
@@ -181,7 +183,7 @@ class _Function(torch.autograd.Function):
         ctx.sized, ctx.whole = sized, found is not None
         if found is not None:
             o, final_state, saved = found
-            ctx.save_for_backward(*given, o, saved)
+            ctx.save_for_backward(*given, saved, o)
             return o, final_state
         o, final_state, pieces = run_forward(sized, given, cu_seqlens)
         ctx.save_for_backward(*given, o, *pieces)
@@ -189,10 +191,14 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Any, ...]:
-        sized = ctx.sized
+        sized, saved = ctx.sized, ctx.saved_tensors
+        if ctx.whole and do is not None and dht is None and not is_recorded():
+            found = quick_gradients(sized, do, saved)
+            if found is not None:
+                return (None, *found)
         gradients = partial(_gradients_of_whole if ctx.whole else _gradients, sized)
         op = sized.runner.problem.op
-        return (None, *gradients_once(op, gradients, do, dht, *ctx.saved_tensors))
+        return (None, *gradients_once(op, gradients, do, dht, *saved))
 
 
 _Call = tuple[SizedRunner, Tensor | None, list[int] | None]
@@ -203,9 +209,9 @@ _apply: Any = super(torch.autograd.Function, _Function).apply
 
 def _gradients_of_whole(
     sized: SizedRunner, do: Tensor | None, dht: Tensor | None, *tensors: Tensor
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """`_gradients` where what is saved is one buffer."""
-    *given, o, saved = tensors
+    *given, saved, o = tensors
     do = torch.zeros_like(o) if do is None else do
     return run_gradients(sized, do, dht, saved, o, given)
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from math import prod
-from operator import or_
+from operator import add, or_
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gdn2gen.codegen.choosing import chooser
 from gdn2gen.codegen.direct import DirectKernel, streams
 from gdn2gen.codegen.frames import Described, Frames, Launch
 from gdn2gen.runtime._operands import ALIGNMENT
@@ -85,7 +86,9 @@ class Bound:
     ) -> None:
         self._frames, self._kernels, self._stream_of = frames, kernels, stream_of
         self._on_gpu, self._index = device.type == "cuda", device.index or 0
-        self._makers, self._pieces = tuple(makers), tuple(pieces)
+        self._makers = tuple(makers)
+        self._based = chooser([base for base, _ in pieces]) if pieces else None
+        self._offsets = tuple(offset for _, offset in pieces)
 
     def run(self, addresses: list[int]) -> list[Tensor] | None:
         """The buffers that it makes: those to keep come first. None where the pass itself has to
@@ -100,9 +103,10 @@ class Bound:
             if self._on_gpu and torch._C._cuda_getDevice() != self._index:
                 return None
             made = [make() for make in self._makers]
-            bases = [*addresses, *[x.data_ptr() for x in made]]
-            pieces = [bases[base] + offset for base, offset in self._pieces]
-            frame.run(bases + pieces, self._stream_of(self._index))
+            bases = [*addresses, *map(Tensor.data_ptr, made)]
+            if self._based is not None:
+                bases += map(add, self._based(bases), self._offsets)
+            frame.run(bases, self._stream_of(self._index))
         finally:
             self._frames.give(frame)
         return made

@@ -197,7 +197,7 @@ class SizedRunner:
         self.saved_names = tuple(x.name for x in runner.saved)
         gradients = gradients_of(runner.problem)
         self.gradient_names = tuple((name, gradients[name]) for name in runner.inputs)
-        self.folded: dict[bool, tuple[Any, ...]] = {}
+        self.folded: dict[bool, Any] = {}
         """Kept by who sums gradients over what their inputs lack; by whether there is a dht."""
 
     def forward(

@@ -16,7 +16,7 @@ import pytest
 from recorded_launches import forget
 
 from gdn2gen.base import paths
-from gdn2gen.codegen import fixed, frames
+from gdn2gen.codegen import _driver, fixed
 from gdn2gen.codegen.direct import DirectKernel, direct_launch
 from gdn2gen.ops import _call, _decode
 from gdn2gen.runtime import _loading
@@ -159,7 +159,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stream: list[int]) ->
 
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: stream[0])
     monkeypatch.setattr(tritons, "_active", active)
-    monkeypatch.setattr(frames, "driver", lambda: found)
+    monkeypatch.setattr(_driver, "driver", lambda: found)
     monkeypatch.setattr(_loading, "direct_launch", launch_of)
     monkeypatch.setattr(fixed, "DirectKernel", lambda x: DirectKernel(_Kernel(x, found)))
     for module in (_call, _decode):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gdn2gen import chunk_gdn2
+from gdn2gen.base.errors import UnsupportedError
 
 STREAM = [0]
 
@@ -168,6 +169,21 @@ def test_a_subclass_goes_its_own_way(driver: Driver, leaves: dict[str, Tensor]) 
         o, _ = chunk_gdn2(**parameters, **FLAGS)
         _gradients(o, parameters)
     assert _taken(driver)
+
+
+def test_batched_gradients_are_refused_once_passes_are_bound(
+    driver: Driver, leaves: dict[str, Tensor]
+) -> None:
+    """They have no address, by which a bound pass finds out."""
+    for _ in range(4):
+        _gradients(chunk_gdn2(**leaves, **FLAGS)[0], leaves)
+    _forget(driver)
+    o = chunk_gdn2(**leaves, **FLAGS)[0]
+    assert driver.launched and not driver.through_triton
+    _forget(driver)
+    with pytest.raises(UnsupportedError, match="cannot be batched"):
+        torch.autograd.grad(o, leaves["q"], torch.ones(2, *o.shape), is_grads_batched=True)
+    assert not driver.launched and not driver.through_triton
 
 
 def test_a_backward_in_another_thread_than_its_forward(
