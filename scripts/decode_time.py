@@ -1,7 +1,8 @@
 """What a step of decoding costs: one token of B sequences at K = V = 128, on a GPU; of Mamba-2 at a
 state of 128 and heads of 64, with skip, gate and one group of B and C, by selective_state_update.
 
-    python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm] [--sweep]
+    python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm]
+        [--knobs loads=ahead] [--sweep [BV=8,16 loads=ahead]]
 
 Time is that of a CUDA graph of many calls, for one of them: each has slots of its own, so that no
 state lies in the L2 (with --warm all have the same); the median of 20 replays. The floor is the
@@ -9,37 +10,40 @@ time that a copy of the same bytes would take: the state read and written, the t
 o written. Host time is that of one call of 200, the least of six runs. Beside it
 flash-linear-attention's op, where it is installed: it takes fp32 states and writes new ones; and of
 Mamba-2 mamba_ssm's, on the same slots.
---sweep times every config, for the rule in kernels/recurrent.py. Figures of two versions compare if
-they are of one GPU, taken in turns.
+--knobs are run in place of the rule's. --sweep times every config that has such knobs, for the rule
+in kernels/recurrent.py (decode_sweep.py). Figures of two versions compare if they are of one GPU,
+taken in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
-from gdn2gen import selective_state_update
-from gdn2gen.base.environment import verifying
-from gdn2gen.base.terminal import Sheet, console
-from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.inputs import make_inputs
-from gdn2gen.family.registry import DECODING_OPS, recurrence_named
-from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.recurrent import RECURRENT
-from gdn2gen.kernels.validity import valid_configs
-from gdn2gen.measure.timing import copy_gbps
-from gdn2gen.ops import recurrent
-from gdn2gen.runtime import decoding
+import torch  # noqa: E402
+from decode_sweep import domain, knob, sweep  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from gdn2gen import selective_state_update  # noqa: E402
+from gdn2gen.base.environment import verifying  # noqa: E402
+from gdn2gen.base.terminal import Sheet, console  # noqa: E402
+from gdn2gen.family.inputs import make_inputs  # noqa: E402
+from gdn2gen.family.registry import DECODING_OPS, recurrence_named  # noqa: E402
+from gdn2gen.measure.timing import copy_gbps  # noqa: E402
+from gdn2gen.ops import recurrent  # noqa: E402
+from gdn2gen.runtime import decoding  # noqa: E402
 
 Run = Callable[[int], Any]
 DIM: Final = 128
@@ -242,37 +246,6 @@ def host_us(run: Run) -> float:
     return best / HOST_CALLS * 1e6
 
 
-def configs(step: Step) -> Iterator[Config]:
-    """Every config that has 32 to 128 elements of a state in a thread."""
-    problem = DecodingProblem(
-        op=step.op,
-        K=DIM,
-        V=step.V,
-        state_v_first=(step.v_first or step.stepped)
-        and recurrence_named(step.op).takes("state_v_first"),
-        state_bf16=step.state == "bf16",
-    )
-    for config in valid_configs(RECURRENT.name, Place(problem, 1)):
-        if 32 <= config.size("BV") * DIM / (32 * config.size("num_warps")) <= 128:
-            yield config
-
-
-def sweep(step: Step) -> None:
-    """Every config of a step, the fastest first."""
-    run = step.ours()
-    run(0)
-    found = []
-    for config in configs(step):
-        decoding.force(config)
-        found.append((graph_us(run, step.calls), config))
-    decoding.force(None)
-    knobs = ("BV", "num_warps")
-    sheet = Sheet(str(step), (*knobs, "us"), words=())
-    for us, config in sorted(found, key=lambda x: x[0])[:8]:
-        sheet.add(*(str(config[name]) for name in knobs), f"{us:.2f}")
-    console().print(sheet)
-
-
 def row(step: Step) -> list[str]:
     ours, floor = step.ours(), step.floor_us()
     us, host = graph_us(ours, step.calls), host_us(ours)
@@ -301,8 +274,10 @@ def main() -> None:
     parser.add_argument("--state", nargs="+", choices=tuple(STATES), default=list(STATES))
     parser.add_argument("--k-first", action="store_true", help="states are [HV, K, V]")
     parser.add_argument("--warm", action="store_true", help="every call takes the same states")
-    parser.add_argument("--sweep", action="store_true", help="time every config instead")
+    parser.add_argument("--knobs", nargs="+", type=knob, default=[], help="in place of the rule's")
+    parser.add_argument("--sweep", nargs="*", type=domain, help="time every config, or every such")
     args = parser.parse_args()
+    decoding.force(**dict(args.knobs))
     steps = [
         Step(op, batch, args.heads, state, not args.k_first, args.warm)
         for op in args.op
@@ -310,9 +285,9 @@ def main() -> None:
         for batch in args.batch
     ]
     with torch.no_grad():
-        if args.sweep:
-            for step in steps:
-                sweep(step)
+        if args.sweep is not None:
+            timed = [(str(x), x.ours, partial(graph_us, calls=x.calls)) for x in steps]
+            sweep(timed, dict(args.sweep))
             return
         # a table for each op, as soon as it is there
         for op, of_op in groupby(steps, lambda step: step.op):

@@ -119,6 +119,22 @@ def test_values(how: str, name: str, request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("interpreter")("decoding_cases:check_all", CASES[name])
 
 
+# Each op with indices once, padding of every kind, tokens that are guessed, states that are masked.
+AHEAD: Final = [
+    *(Case(op=op, N=4, padding=(0, 2), v_first=True, K=40, V=24) for op in DECODING_OPS),
+    *(Case(op=op, states="speculative", T=3, holes=True, N=3) for op in ("gdn2", "mamba2")),
+    Case(N=3, padding=(0, 1, 2), null_slot=2),
+    Case(lengths=(3, 1, 0, 2), states="speculative", padding=(0,), uncovered=1, narrow=1),
+    Case(op="kda", dtype=BF16, state_dtype=BF16, gap=3, wide_rows=True, padding=(1,)),
+]
+
+
+def test_loads_ahead_of_the_branch(interpreter: Check) -> None:
+    knobs = {"loads": "ahead", "evict": "first"}
+    assert interpreter("decoding_cases:check_with", knobs, AHEAD) == len(AHEAD)
+    assert interpreter("decoding_cases:check_with", knobs, [Case(states="slots", T=2)]) == 0
+
+
 @pytest.mark.parametrize("how", ["reference", "kernels"])
 def test_a_server(how: str, request: pytest.FixtureRequest) -> None:
     runs = (
