@@ -1,22 +1,18 @@
 """Times of configs of a step of decoding, for the rule of kernels/recurrent.py: `decode_time.py
 --sweep`.
 
-What a GPU is to time was compiled before by as many processes as there are cores, so that it waits
-for none of it.
+What a GPU is to time was compiled before (compile_side_by_side.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Final
 
 import torch
+from compile_side_by_side import compile_all
 
-from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.kernels.config import Config
@@ -71,7 +67,9 @@ def sweep(
     first, and that of the rule."""
     problems = [problem_of(make()) for _, make, _ in steps]
     given = [[*configs(x, wanted)] for x in problems]
-    _compile([(problem, x) for problem, found in zip(problems, given, strict=True) for x in found])
+    if not all(given):
+        raise SystemExit("no config has such knobs")
+    compile_all((x, config) for x, found in zip(problems, given, strict=True) for config in found)
     for (name, make, us), found in zip(steps, given, strict=True):
         run, times = make(), []
         for config in found:
@@ -101,19 +99,3 @@ def problem_of(run: Run) -> DecodingProblem:
     finally:
         decoding.config_for = usual
     return seen[-1]
-
-
-def _compile(given: Sequence[tuple[DecodingProblem, Config]]) -> None:
-    if not given:
-        raise SystemExit("no config has such knobs")
-    device = present_device()
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(given), os.cpu_count() or 1), spawned) as pool:
-        for _ in pool.map(_compile_one, *zip(*given, strict=True), [device] * len(given)):
-            pass
-
-
-def _compile_one(problem: DecodingProblem, config: Config, device: Device) -> None:
-    from gdn2gen.codegen.build import compile_ahead
-
-    compile_ahead(problem, config.stage, config, device)

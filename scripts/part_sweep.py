@@ -1,21 +1,18 @@
 """Times of configs of a layer's parts, for the rules of kernels/parts.py: `layer_time.py --sweep`.
 
-What a GPU is to time was compiled before by as many processes as there are cores, so that it waits
-for none of it.
+What a GPU is to time was compiled before (compile_side_by_side.py).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Final
 
-from gdn2gen.base.device import Device, present_device
+from compile_side_by_side import compile_all
+
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.parts import PartProblem
-from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.measure.timing import time_ms
 from gdn2gen.runtime import parts
@@ -36,7 +33,11 @@ _TILES: Final = {
 
 def sweep(parts_of: Sequence[tuple[str, PartProblem, Run]]) -> None:
     """Times of each stage's configs in its run, the fastest first, and that of the rule's own."""
-    _compile([(problem, stage, x) for stage, problem, _ in parts_of for x in knobs_of(stage)])
+    compile_all(
+        (problem, default_config(stage, problem).replace(**x))
+        for stage, problem, _ in parts_of
+        for x in knobs_of(stage)
+    )
     for stage, _, run in parts_of:
         given = [*knobs_of(stage)]
         by_rule = _ms(stage, None, run)
@@ -72,18 +73,3 @@ def knobs_of(stage: str) -> Iterator[dict[str, Knob]]:
                     yield {"BT": BT, **shared, "ahead": ahead, "early": early}
             if stage == "short_conv":  # a run of one turn
                 yield {"BT": 16, **shared, "ahead": 16, "early": 0}
-
-
-def _compile(given: Sequence[tuple[PartProblem, str, dict[str, Knob]]]) -> None:
-    device = present_device()
-    made = [(x, default_config(stage, x).replace(**knobs), device) for x, stage, knobs in given]
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(made), os.cpu_count() or 1), spawned) as pool:
-        for _ in pool.map(_compile_one, *zip(*made, strict=True)):
-            pass
-
-
-def _compile_one(problem: PartProblem, config: Config, device: Device) -> None:
-    from gdn2gen.codegen.build import compile_ahead
-
-    compile_ahead(problem, config.stage, config, device)
