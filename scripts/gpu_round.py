@@ -116,6 +116,7 @@ def steps() -> list[Step]:
         Step("learn-text", "python scripts/text.py train --rows runs/text --minutes 8", True),
         Step("time-mamba3", "python scripts/mamba3_time.py", True, 60.0),
         Step("time-prefill", "python scripts/prefill_time.py", True, 30.0),
+        Step("time-invariant", "python scripts/invariant_time.py", True, 30.0),
         Step("time-layers", "python scripts/layer_time.py --save", True, 60.0),
         Step(
             "model-speed",
