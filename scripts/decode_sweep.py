@@ -25,7 +25,7 @@ from gdn2gen.runtime.arguments import Dims
 
 Run = Callable[[int], Any]
 SHOWN: Final = 8
-KNOBS: Final = ("BV", "num_warps", "loads", "evict", "maxnreg")
+KNOBS: Final = ("BV", "num_warps", "tiles", "loads", "evict", "maxnreg")
 # Elements of a state in a thread: with less there is nothing to do, with more they do not fit.
 LEAST, MOST = 32, 128
 _wrong: Final = argparse.ArgumentTypeError
@@ -54,7 +54,10 @@ def knob(words: str) -> tuple[str, Knob]:
 def configs(problem: DecodingProblem, wanted: Mapping[str, Domain]) -> Iterator[Config]:
     """Every config with such knobs that has 32 to 128 elements of a state in a thread."""
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):
-        held = config.size("BV") * covering(problem.K) / (32 * config.size("num_warps"))
+        rows = config.size("BV") * config.size("tiles")
+        held = rows * covering(problem.K) / (32 * config.size("num_warps"))
+        if rows > covering(problem.V):
+            continue
         if LEAST <= held <= MOST and all(config[x] in values for x, values in wanted.items()):
             yield config
 

@@ -87,6 +87,8 @@ _ROW_WISE: Final = {
 _ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
 _BV: Final[Domain] = (8, 16, 32, 64, 128)
 _NUM_WARPS: Final[Domain] = (1, 2, 4, 8)
+# Tiles of BV values that a program takes one after the other: their loads are under way together.
+_TILES: Final[Domain] = (1, 2, 4)
 # Where the state's loads stand: behind the branch that leaves at padding, or ahead of it. Behind it
 # ptxas spreads them over what is computed, to save registers: of a head's decay in bf16 it waits
 # for memory six times one after the other, ahead of it twice.
@@ -110,6 +112,7 @@ RECURRENT: Final = TokenStage(
                 "BV": _BV,
                 "num_warps": _NUM_WARPS,
                 "num_stages": (1,),
+                "tiles": _TILES,
                 "loads": _LOADS,
                 "evict": _EVICT,
                 "maxnreg": _MAXNREG,
@@ -125,6 +128,18 @@ RECURRENT: Final = TokenStage(
                     _LOADS[:1],
                     "where no index says which slot, nothing is left for padding",
                     {"indexed": (False,)},
+                ),
+                Limit(
+                    "tiles",
+                    _TILES[:1],
+                    "tiles one after the other share the factors of one token, and its slot",
+                    {"one_token": (False,)},
+                ),
+                Limit(
+                    "tiles",
+                    _TILES[:1],
+                    "of a state that begins with zeros nothing is loaded",
+                    {"pool": (False,), "initial_state": (False,)},
                 ),
             ),
         ),

@@ -195,8 +195,10 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     if _forced is not None:
         return _forced
     found = config_at(problem, dims.N, dims.HV, device_of(device))
-    wanted = found.replace(**dict(_knobs))
-    return found if why_invalid(wanted, problem) else wanted
+    for name, value in _knobs:
+        changed = found.replace(**{name: value})
+        found = changed if why_invalid(changed, problem) is None else found
+    return found
 
 
 # How many sequences count where results may not depend on it.

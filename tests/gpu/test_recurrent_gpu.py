@@ -99,6 +99,21 @@ def test_loads_ahead_of_the_branch(op: str, evict: str) -> None:
     assert check_with({"loads": "ahead", "evict": evict}, cases, DEVICE) == len(cases)
 
 
+@pytest.mark.parametrize("loads", ["behind", "ahead"])
+@pytest.mark.parametrize(("BV", "tiles"), [(8, 4), (16, 2), (32, 2)])
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_several_tiles_share_a_token(op: str, BV: int, tiles: int, loads: str) -> None:
+    sizes = replace(LAYER, op=op, N=6, padding=(0, 3), **GATED[op])
+    cases = [
+        replace(sizes, v_first=v_first, state_dtype=state, **kind)
+        for v_first, state, kind in itertools.product(
+            (False, True), (FP32, BF16), ({}, {"N": 300}, {"states": "speculative"}, {"V": 80})
+        )
+    ]
+    knobs = {"BV": BV, "tiles": tiles, "loads": loads}
+    assert check_with(knobs, cases, DEVICE) == len(cases)
+
+
 OTHERS: Final = {
     "states": [
         Case(states=x, T=t, v_first=v, state_dtype=d)

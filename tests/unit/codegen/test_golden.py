@@ -460,7 +460,7 @@ OUTPUTS: Final = {
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
     "recurrent_mamba2_one_token.py": partial(_recurrent, _STEP),
     "recurrent_loads_ahead.py": partial(
-        _recurrent, _ONE_TOKEN, loads="ahead", evict="first", maxnreg=128
+        _recurrent, _ONE_TOKEN, tiles=2, loads="ahead", evict="first", maxnreg=128
     ),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
     "short_conv_backward.py": partial(

@@ -37,7 +37,7 @@ def test_words_are_knobs_and_what_they_may_be(script: Any) -> None:
     assert script.domain("BV=32,8") == ("BV", (8, 32))
     assert script.knob("loads=ahead") == ("loads", "ahead")
     for words, said in (
-        ("BT=1", "of BV, num_warps, loads"),
+        ("BT=1", "of BV, num_warps, tiles, loads"),
         ("BV", "KNOB=VALUE"),
         ("BV=8,12", "BV may be of 8, 16, 32, 64, 128, but got 8,12"),
     ):
@@ -51,9 +51,18 @@ def test_configs_are_all_that_fit(script: Any) -> None:
     every = [*script.configs(PROBLEM, {})]
     assert {(x["BV"], x["num_warps"]) for x in every} >= {(8, 1), (16, 1), (16, 2), (64, 4)}
     assert {x["loads"] for x in every} == {"behind", "ahead"} and len({*every}) == len(every)
-    few = [*script.configs(PROBLEM, {"BV": (16,), "loads": ("ahead",), "maxnreg": (0,)})]
-    assert {*few} < {*every} and {(x["num_warps"], x["evict"]) for x in few} == {
-        (warps, evict) for warps in (1, 2) for evict in ("usual", "first")
+    wanted = {"BV": (16,), "loads": ("ahead",), "maxnreg": (0,), "evict": ("usual",)}
+    few = [*script.configs(PROBLEM, wanted)]
+    found = {(x["num_warps"], x["tiles"]) for x in few}
+    assert {*few} < {*every} and found == {
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (2, 2),
+        (4, 2),
+        (2, 4),
+        (4, 4),
+        (8, 4),
     }
 
 
