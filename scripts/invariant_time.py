@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 import torch  # noqa: E402
 from compile_side_by_side import compile_all  # noqa: E402
-from decode_time import Step, graph_us  # noqa: E402
+from decode_steps import Step, graph_us  # noqa: E402
 
 from gdn2gen import batch_invariant  # noqa: E402
 from gdn2gen.base.device import present_device  # noqa: E402

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 import torch  # noqa: E402
 from compile_side_by_side import compile_all  # noqa: E402
-from decode_time import graph_us  # noqa: E402
+from decode_steps import graph_us  # noqa: E402
 from prefill_time import CALLS, DIM, forward, launches  # noqa: E402
 from recipe_times import split  # noqa: E402
 from stage_times import knob, one_shape  # noqa: E402
