@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from decode_time import graph_us  # noqa: E402
+from decode_steps import graph_us  # noqa: E402
 from prefill_time import CALLS, DIM, forward, launches  # noqa: E402
 
 from gdn2gen.base.device import present_device  # noqa: E402

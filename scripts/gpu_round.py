@@ -87,7 +87,7 @@ def steps() -> list[Step]:
             ),
             Step(f"bench-{op}", f"{_PEERS} train2k,train4k,long32k --op {op} --vs fla", True, 60.0),
             Step(f"host-{op}", f"python scripts/host_time.py --op {op}", True),
-            Step(f"decode-{op}", f"python scripts/decode_time.py --op {op}", True),
+            Step(f"decode-{op}", f"python scripts/decode_time.py --save --op {op}", True),
         ]
     for op in ("gdn2", "kda"):
         strong = f"--op {op} --head-dim 128 --decay strong"
@@ -104,7 +104,7 @@ def steps() -> list[Step]:
             Step(f"tune-{op}", f"gdn2gen tune --op {op} --budget 3", True, 60.0),
             Step(f"bench-{op}", bench, True, 60.0),
         ]
-    made.append(Step("decode-mamba2", "python scripts/decode_time.py --op mamba2", True))
+    made.append(Step("decode-mamba2", "python scripts/decode_time.py --save --op mamba2", True))
     apart = "GDN2GEN_BOUND=0"
     for name in ("graphs", "packed", "recurrent", "bits", "faults", "torch"):
         made.append(Step(f"unbound-{name}", f"{apart} {_BESIDE} tests/gpu/test_{name}_gpu.py"))
@@ -116,6 +116,7 @@ def steps() -> list[Step]:
         Step("learn-text", "python scripts/text.py train --rows runs/text --minutes 8", True),
         Step("time-mamba3", "python scripts/mamba3_time.py", True, 60.0),
         Step("time-prefill", "python scripts/prefill_time.py", True, 30.0),
+        Step("time-invariant", "python scripts/invariant_time.py", True, 30.0),
         Step("time-layers", "python scripts/layer_time.py --save", True, 60.0),
         Step(
             "model-speed",

@@ -1,24 +1,20 @@
 """Times of configs of a layer's parts, for the rules of kernels/parts.py: `layer_time.py --sweep`.
 
-What a GPU is to time was compiled before by as many processes as there are cores, so that it waits
-for none of it. What each config makes is held against fp64 on the GPU, at the size that is timed.
+What a GPU is to time was compiled before (compile_side_by_side.py). What each config makes is held
+against fp64 on the GPU, at the size that is timed.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final
 
 import torch
+from compile_side_by_side import compile_all
 from torch import Tensor
 
-from gdn2gen.base.device import Device, present_device
-from gdn2gen.base.errors import BuildError
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.kernels.config import Config, default_config
@@ -59,13 +55,15 @@ class Found:
 def sweep(given: Sequence[Swept]) -> list[str]:
     """Times of each stage's configs in its run, the fastest first, beside that of the rule; the
     configs that were wrong, in words."""
-    left_out = _compile([(x.problem, x.stage, knobs) for x in given for knobs in knobs_of(x.stage)])
+    left_out = compile_all(
+        (x.problem, _config(x, knobs)) for x in given for knobs in knobs_of(x.stage)
+    )
     for words in left_out.values():
         console().print(words)
     wrong = []
     for x in given:
         exact = x.exact()
-        configs = [y for y in knobs_of(x.stage) if _key(x.stage, y) not in left_out]
+        configs = [y for y in knobs_of(x.stage) if (x.problem, _config(x, y)) not in left_out]
         found = [_measured(x, knobs, exact) for knobs in (RULE, *configs)]
         wrong += [
             f"{x.stage} {y.knobs or 'by the rule'}: off by {y.error:.2g}"
@@ -74,6 +72,10 @@ def sweep(given: Sequence[Swept]) -> list[str]:
         ]
         _show(x, found)
     return wrong
+
+
+def _config(x: Swept, knobs: Knobs) -> Config:
+    return default_config(x.stage, x.problem).replace(**knobs)
 
 
 def _show(x: Swept, found: Sequence[Found]) -> None:
@@ -210,24 +212,3 @@ STAGES: Final = tuple(_SWEPT)
 
 def _key(stage: str, knobs: Knobs) -> tuple[Any, ...]:
     return (stage, *sorted(knobs.items()))
-
-
-def _compile(given: Sequence[tuple[PartProblem, str, Knobs]]) -> dict[tuple[Any, ...], str]:
-    """Why configs do not compile, by their keys."""
-    device = present_device()
-    made = [(x, default_config(stage, x).replace(**knobs), device) for x, stage, knobs in given]
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(made), os.cpu_count() or 1), spawned) as pool:
-        reasons = [*pool.map(_compile_one, *zip(*made, strict=True))]
-    keys = (_key(stage, knobs) for _, stage, knobs in given)
-    return {key: words for key, words in zip(keys, reasons, strict=True) if words}
-
-
-def _compile_one(problem: PartProblem, config: Config, device: Device) -> str:
-    from gdn2gen.codegen.build import compile_ahead
-
-    try:
-        compile_ahead(problem, config.stage, config, device)
-    except BuildError as error:
-        return str(error)
-    return ""

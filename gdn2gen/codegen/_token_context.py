@@ -32,6 +32,8 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
     token_rows = {
         x.name: _row(x.name, x.dims.split(), problem) for x in operands if is_row_wise(x.dims)
     }
+    tiles = config.size("tiles")
+    partial = problem.V % (config.size("BV") * tiles) != 0
     state = "state_pool" if problem.pool else "initial_state" if problem.initial_state else ""
     return {
         "recurrence": member,
@@ -47,9 +49,19 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
         "scalars": list(stage.scalars_of(problem)),
         # what the state is read from, "" where it begins with zeros
         "entry": state,
-        "v_inside": "o_v < V" if problem.V % config.size("BV") else "",
+        # tiles of a program, by what their names end with; programs that take all values; and what
+        # of the last one's is a value
+        "row_tiles": [f"_{x}" for x in range(tiles)] if tiles > 1 else [""],
+        "n_v": _programs(tiles, partial),
+        "v_inside": "o_v < V" if partial else "",
+        "v_rows": "(o_v < V)[:, None]" if partial else "",
         "slot_unit": "" if problem.odd_slots else f" * {UNIT}",
     }
+
+
+def _programs(tiles: int, partial: bool) -> str:
+    step = f"({tiles} * BV)" if tiles > 1 else "BV"
+    return f"(V // {step} + 1)" if partial else f"(V // {step})"
 
 
 def _is_single(x: Operand, problem: DecodingProblem) -> bool:

@@ -89,9 +89,10 @@ def load(rendered: Rendered) -> ModuleType:
     path = str(_show(rendered))
     if environment.interpreted():
         from gdn2gen.codegen.hasten import compiled, hasten
-        from gdn2gen.codegen.interpreter import mend_loops, teach_bf16, teach_waits
+        from gdn2gen.codegen.interpreter import mend_loops, mend_masks, teach_bf16, teach_waits
 
         mend_loops()
+        mend_masks()
         hasten()
         if "bfloat16" in rendered.source:
             teach_bf16()

@@ -56,6 +56,25 @@ def mend_loops() -> None:
     interpreter._patch_lang_tensor = mended
 
 
+def mend_masks() -> None:
+    """Let one comparison be the mask of a whole tile: the interpreter keeps its result, which is of
+    bools, under the type of what was compared, and spreads it as such."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    Builder: Any = interpreter.InterpreterBuilder
+    splat = Builder.create_splat
+    if splat.__name__ == "mended":
+        return
+
+    def mended(builder: Any, to: Any, x: Any) -> Any:
+        if x.data.dtype != np.bool_:
+            return splat(builder, to, x)
+        return interpreter.TensorHandle(np.full(to.shape, x.data[0]), tl.int1)
+
+    Builder.create_splat = mended
+
+
 def teach_waits() -> None:
     """Have waits for the launch before be nothing: here launches follow each other."""
     for name in ("gdc_wait", "gdc_launch_dependents"):

@@ -16,7 +16,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.recurrence import Input
 from gdn2gen.family.registry import RECURRENCES, recurrence_named
-from gdn2gen.kernels.limits import WIDE, Domain, Knob, Setting
+from gdn2gen.kernels.limits import WIDE, Domain, Knob, Limit, Setting
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.rows import is_row_wise, row_of
 from gdn2gen.kernels.slices import covering
@@ -87,6 +87,15 @@ _ROW_WISE: Final = {
 _ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
 _BV: Final[Domain] = (8, 16, 32, 64, 128)
 _NUM_WARPS: Final[Domain] = (1, 2, 4, 8)
+# Tiles of BV values that a program takes one after the other: their loads are under way together.
+_TILES: Final[Domain] = (1, 2, 4)
+# Where the state's loads stand: behind the branch that leaves at padding, or ahead of it. Behind it
+# ptxas spreads them over what is computed, to save registers: of a head's decay in bf16 it waits
+# for memory six times one after the other, ahead of it twice.
+_LOADS: Final[Domain] = ("behind", "ahead")
+# Whether lines of a state are the first to leave the L2.
+_EVICT: Final[Domain] = ("usual", "first")
+_MAXNREG: Final[Domain] = (0, 128, 168)
 
 RECURRENT: Final = TokenStage(
     name="recurrent",
@@ -99,12 +108,40 @@ RECURRENT: Final = TokenStage(
             "recurrent",
             "triton",
             "recurrent",
-            knobs={"BV": _BV, "num_warps": _NUM_WARPS, "num_stages": (1,)},
+            knobs={
+                "BV": _BV,
+                "num_warps": _NUM_WARPS,
+                "num_stages": (1,),
+                "tiles": _TILES,
+                "loads": _LOADS,
+                "evict": _EVICT,
+                "maxnreg": _MAXNREG,
+            },
             defaults=(
                 Setting({"BV": 16, "num_warps": 1}),
                 Setting({"BV": 8}, {"K": WIDE}),
             ),
             leads={},
+            limits=(
+                Limit(
+                    "loads",
+                    _LOADS[:1],
+                    "where no index says which slot, nothing is left for padding",
+                    {"indexed": (False,)},
+                ),
+                Limit(
+                    "tiles",
+                    _TILES[:1],
+                    "tiles one after the other share the factors of one token, and its slot",
+                    {"one_token": (False,)},
+                ),
+                Limit(
+                    "tiles",
+                    _TILES[:1],
+                    "of a state that begins with zeros nothing is loaded",
+                    {"pool": (False,), "initial_state": (False,)},
+                ),
+            ),
         ),
     ),
     chunks=(1,),

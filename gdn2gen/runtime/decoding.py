@@ -22,9 +22,11 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config, default_config
+from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.operands import OUTPUT
 from gdn2gen.kernels.recurrent import RECURRENT, knobs_for
 from gdn2gen.kernels.rows import UNIT, is_row_wise, row_of
+from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.runtime._loading import fixed_launcher
 from gdn2gen.runtime.arguments import Dims, check_narrow
 from gdn2gen.runtime.decoding_checks import SERVING, check_decoding
@@ -169,18 +171,20 @@ known_plan = lru_cache(maxsize=2048, typed=True)(make_plan)
 
 
 _forced: Config | None = None
+_knobs: tuple[tuple[str, Knob], ...] = ()
 
 
-def force(config: Config | None) -> None:
-    """Have all calls of this process run this config, as measuring wants; None ends that."""
-    global _forced
-    _forced = config
+def force(config: Config | None = None, **knobs: Knob) -> None:
+    """Have all calls of this process run this config, or the rule's with these knobs where a kernel
+    takes them, as measuring wants; without either that ends."""
+    global _forced, _knobs
+    _forced, _knobs = config, tuple(sorted(knobs.items()))
     known_plan.cache_clear()
 
 
-def forced_config() -> Config | None:
+def forced_config() -> tuple[Config | None, tuple[tuple[str, Knob], ...]]:
     """What `force` has all calls run."""
-    return _forced
+    return _forced, _knobs
 
 
 def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
@@ -190,7 +194,11 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
     """
     if _forced is not None:
         return _forced
-    return config_at(problem, dims.N, dims.HV, device_of(device))
+    found = config_at(problem, dims.N, dims.HV, device_of(device))
+    for name, value in _knobs:
+        changed = found.replace(**{name: value})
+        found = changed if why_invalid(changed, problem) is None else found
+    return found
 
 
 # How many sequences count where results may not depend on it.

@@ -17,6 +17,7 @@ from decoding_cases import (
     Drawn,
     check,
     check_all,
+    check_with,
     compare,
     draw,
     expected,
@@ -80,6 +81,37 @@ def test_sizes_of_a_layer(v_first: bool, op: str) -> None:
     cases = [replace(x, op=op, v_first=v_first, **GATED[op]) for x in (LAYER, MANY)]
     cases += [replace(x, state_dtype=BF16) for x in cases]
     check_all(cases, DEVICE)
+
+
+@pytest.mark.parametrize("evict", ["usual", "first"])
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_loads_ahead_of_the_branch(op: str, evict: str) -> None:
+    """Where a search has a state's loads ahead: with padding, guessed tokens, masked tiles."""
+    sizes = replace(LAYER, op=op, N=6, padding=(0, 3), **GATED[op])
+    cases = [
+        replace(sizes, v_first=v_first, state_dtype=state, **kind)
+        for v_first, state, kind in itertools.product(
+            (False, True),
+            (FP32, BF16),
+            ({}, {"N": 300}, {"states": "speculative", "T": 3, "holes": True}, {"K": 96, "V": 80}),
+        )
+    ]
+    assert check_with({"loads": "ahead", "evict": evict}, cases, DEVICE) == len(cases)
+
+
+@pytest.mark.parametrize("loads", ["behind", "ahead"])
+@pytest.mark.parametrize(("BV", "tiles"), [(8, 4), (16, 2), (32, 2)])
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_several_tiles_share_a_token(op: str, BV: int, tiles: int, loads: str) -> None:
+    sizes = replace(LAYER, op=op, N=6, padding=(0, 3), **GATED[op])
+    cases = [
+        replace(sizes, v_first=v_first, state_dtype=state, **kind)
+        for v_first, state, kind in itertools.product(
+            (False, True), (FP32, BF16), ({}, {"N": 300}, {"states": "speculative"}, {"V": 80})
+        )
+    ]
+    knobs = {"BV": BV, "tiles": tiles, "loads": loads}
+    assert check_with(knobs, cases, DEVICE) == len(cases)
 
 
 OTHERS: Final = {

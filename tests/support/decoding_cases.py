@@ -19,6 +19,7 @@ from gdn2gen.family.decoding_reference import decode
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.ops import recurrent
+from gdn2gen.runtime import decoding
 
 # Worst error of o and of states, by the coarsest dtype that rounds them, over the largest value.
 BOUNDS: Final = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -334,6 +335,25 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 def check_all(cases: Sequence[Case], device: str = "cpu") -> list[dict[str, float]]:
     return [check(case, device) for case in cases]
+
+
+def check_with(knobs: dict[str, int | str], cases: Sequence[Case], device: str = "cpu") -> int:
+    """The same by configs with these knobs, where a kernel takes them; how many did."""
+    seen: list[bool] = []
+    usual = decoding.fixed_launcher
+
+    def noting(problem: Any, config: Any, scalars: Any) -> Any:
+        seen.append(all(config[name] == x for name, x in knobs.items()))
+        return usual(problem, config, scalars)
+
+    decoding.force(**knobs)
+    decoding.fixed_launcher = noting
+    try:
+        check_all(cases, device)
+    finally:
+        decoding.fixed_launcher = usual
+        decoding.force()
+    return sum(seen)
 
 
 def simulated(case: Case, steps: int, how: dict[str, bool]) -> tuple[float, int]:

@@ -214,8 +214,9 @@ _STEP: Final = DecodingProblem(
 )  # fmt: skip
 
 
-def _recurrent(problem: DecodingProblem) -> str:
-    return render(problem, "recurrent", default_config("recurrent", problem)).source
+def _recurrent(problem: DecodingProblem, **knobs: Knob) -> str:
+    config = default_config("recurrent", problem).replace(**knobs)
+    return render(problem, "recurrent", config).source
 
 
 def _part(stage: str, problem: Compiled, **knobs: int) -> str:
@@ -458,6 +459,9 @@ OUTPUTS: Final = {
     "recurrent_speculative.py": partial(_recurrent, _GUESSED),
     "recurrent_kda_one_token.py": partial(_recurrent, _ONE_TOKEN),
     "recurrent_mamba2_one_token.py": partial(_recurrent, _STEP),
+    "recurrent_loads_ahead.py": partial(
+        _recurrent, _ONE_TOKEN, tiles=2, loads="ahead", evict="first", maxnreg=128
+    ),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
     "short_conv_backward.py": partial(
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Final
 
 import pytest
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import InputError
-from gdn2gen.codegen.build import compile_ahead
+from gdn2gen.codegen.build import compile_ahead, compile_kernel, launch_options, load
+from gdn2gen.codegen.render import render
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Place
@@ -62,6 +64,45 @@ def test_kernels_compile_and_keep_the_state_in_registers(
 ) -> None:
     used = compile_ahead(problem, "recurrent", ruled(problem, batch), named_device(arch))
     assert used.spill_bytes == 0
+
+
+# Of a decay of one number a head, whose loads ptxas spreads the most; and of Mamba-2.
+SPREAD: Final = [
+    DecodingProblem(op="gated_delta_rule", **_GATED, beta_sigmoid=True, state_v_first=True,
+                    state_bf16=x, one_token=True, **_POOL)
+    for x in (False, True)
+] + [
+    DecodingProblem(op="mamba2", V=64, gate="softplus", gate_dtype="bf16", has_rate=True,
+                    has_dt_bias=True, state_v_first=True, state_bf16=True, one_token=True, **_POOL)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", SPREAD, ids=["fp32", "bf16", "mamba2"])
+def test_loads_ahead_are_all_under_way_before_anything_is_computed(
+    problem: DecodingProblem,
+) -> None:
+    """In machine code: no load of 16 bytes, as a state's are, past the first sum over lanes."""
+    behind = default_config("recurrent", problem, arch="sm_90")
+    for config in (behind.replace(loads="ahead"), behind):
+        module = load(render(problem, "recurrent", config))
+        options = launch_options(config)
+        kernel = compile_kernel(module, "recurrent_kernel", problem, "recurrent", options, H200)
+        lines = kernel.asm["sass"].splitlines()
+        loads = [i for i, x in enumerate(lines) if re.search(r"LDG\.E\.128", x)]
+        first_sum = next(i for i, x in enumerate(lines) if "SHFL.BFLY" in x)
+        past = sum(i > first_sum for i in loads)
+        assert (past == 0) == (config["loads"] == "ahead")
+        assert len(loads) >= config.size("BV") * problem.K // 256  # of both dtypes
+
+
+def test_loads_ahead_want_an_index() -> None:
+    """Nothing leaves a kernel that takes every sequence: there is no branch to stand ahead of."""
+    for flags in ({}, {"pool": True}, _POOL):
+        problem = DecodingProblem(state_v_first=True, one_token=True, **flags)
+        config = default_config("recurrent", problem)
+        assert config["loads"] == "behind"
+        reason = why_invalid(config.replace(loads="ahead"), problem)
+        assert (reason is None) == problem.indexed, reason
 
 
 @pytest.mark.parametrize("V", [16, 48, 128, 512])

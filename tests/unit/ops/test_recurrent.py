@@ -119,6 +119,42 @@ def test_values(how: str, name: str, request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("interpreter")("decoding_cases:check_all", CASES[name])
 
 
+# Each op with indices once, padding of every kind, tokens that are guessed, states that are masked.
+AHEAD: Final = [
+    *(Case(op=op, N=4, padding=(0, 2), v_first=True, K=40, V=24) for op in DECODING_OPS),
+    *(Case(op=op, states="speculative", T=3, holes=True, N=3) for op in ("gdn2", "mamba2")),
+    Case(N=3, padding=(0, 1, 2), null_slot=2),
+    Case(lengths=(3, 1, 0, 2), states="speculative", padding=(0,), uncovered=1, narrow=1),
+    Case(op="kda", dtype=BF16, state_dtype=BF16, gap=3, wide_rows=True, padding=(1,)),
+]
+
+
+def test_loads_ahead_of_the_branch(interpreter: Check) -> None:
+    knobs = {"loads": "ahead", "evict": "first"}
+    assert interpreter("decoding_cases:check_with", knobs, AHEAD) == len(AHEAD)
+    assert interpreter("decoding_cases:check_with", knobs, [Case(states="slots", T=2)]) == 0
+
+
+# Of one token: in place, in slots of guesses, in states that are given, and where only some of the
+# last tile are values; D and z of Mamba-2.
+TILED: Final = [
+    *(Case(op=op, N=4, padding=(0, 2), v_first=True, K=40, V=24) for op in DECODING_OPS),
+    *(Case(op=op, states="speculative", N=3, holes=True, V=48) for op in ("gdn2", "kda")),
+    Case(states="initial", V=64, state_dtype=BF16),
+    Case(op="gla", states="slots", V=40, v_first=True),
+    *(Case(op="mamba2", HV=4, H=2, rate=True, skip=x, output_gate=True, gate="softplus", V=40,
+           dtype=FP16, v_first=True, gap=3) for x in ("tied", "full")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_several_tiles_share_a_token(tiles: int, interpreter: Check) -> None:
+    knobs = {"BV": 8, "tiles": tiles}
+    assert interpreter("decoding_cases:check_with", knobs, TILED) == len(TILED)
+    none = [Case(T=2), Case(states="none"), Case(lengths=(1, 2))]
+    assert interpreter("decoding_cases:check_with", knobs, none) == 0
+
+
 @pytest.mark.parametrize("how", ["reference", "kernels"])
 def test_a_server(how: str, request: pytest.FixtureRequest) -> None:
     runs = (

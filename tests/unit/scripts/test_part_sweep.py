@@ -42,9 +42,10 @@ def test_what_is_wrong_is_no_time(
         return ([exact[0] + worse], ())
 
     configs = [{"BR": 8, "BT": BT} for BT in (1, 2, 4, 8, 16)]
-    key = part_sweep._key("gated_norm", configs[-1])
+    last = default_config("gated_norm", NormProblem()).replace(**configs[-1])
+    refused = {(NormProblem(), last): "BT=16 does not compile"}
     monkeypatch.setattr(part_sweep, "knobs_of", lambda _: iter(configs))
-    monkeypatch.setattr(part_sweep, "_compile", lambda _: {key: "BT=16 does not compile"})
+    monkeypatch.setattr(part_sweep, "compile_all", lambda _: refused)
     monkeypatch.setattr(
         part_sweep,
         "time_ms",

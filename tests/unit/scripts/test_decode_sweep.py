@@ -1,0 +1,107 @@
+"""The sweep of decoding configs: what it takes, and what a GPU would time and in which order."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from script_module import load_script
+from source_tree import ROOT
+
+from gdn2gen.base.device import named_device
+from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.kernels.config import Config
+from gdn2gen.runtime import decoding
+
+PROBLEM = DecodingProblem(
+    op="kda", state_v_first=True, state_bf16=True, pool=True, indexed=True, one_token=True
+)
+DIMS: Any = SimpleNamespace(N=256, HV=16)
+
+
+@pytest.fixture(name="script")
+def _script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(decoding, "device_of", lambda _: named_device("H200"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # what it imports lies there
+    return load_script("decode_sweep")
+
+
+def chosen() -> Config:
+    return decoding.config_for(PROBLEM, DIMS, torch.device("cuda", 0))
+
+
+def test_words_are_knobs_and_what_they_may_be(script: Any) -> None:
+    assert script.domain("BV=32,8") == ("BV", (8, 32))
+    assert script.knob("loads=ahead") == ("loads", "ahead")
+    for words, said in (
+        ("BT=1", "of BV, num_warps, tiles, loads"),
+        ("BV", "KNOB=VALUE"),
+        ("BV=8,12", "BV may be of 8, 16, 32, 64, 128, but got 8,12"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            script.domain(words)
+    with pytest.raises(argparse.ArgumentTypeError, match="one value of BV"):
+        script.knob("BV=8,16")
+
+
+def test_configs_are_all_that_fit(script: Any) -> None:
+    every = [*script.configs(PROBLEM, {})]
+    assert {(x["BV"], x["num_warps"]) for x in every} >= {(8, 1), (16, 1), (16, 2), (64, 4)}
+    assert {x["loads"] for x in every} == {"behind", "ahead"} and len({*every}) == len(every)
+    wanted = {"BV": (16,), "loads": ("ahead",), "maxnreg": (0,), "evict": ("usual",)}
+    few = [*script.configs(PROBLEM, wanted)]
+    found = {(x["num_warps"], x["tiles"]) for x in few}
+    assert {*few} < {*every} and found == {
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (2, 2),
+        (4, 2),
+        (2, 4),
+        (4, 4),
+        (8, 4),
+    }
+
+
+def test_knobs_replace_those_of_the_rule_where_a_kernel_takes_them() -> None:
+    device = torch.device("cuda", 0)
+    usual = decoding.config_at(PROBLEM, 256, 16, named_device("H200"))
+    forced = decoding.force
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "device_of", lambda _: named_device("H200"))
+            forced(loads="ahead", BV=8)
+            assert chosen() == usual.replace(loads="ahead", BV=8)
+            everyone = DecodingProblem(op="kda", pool=True, one_token=True)
+            assert decoding.config_for(everyone, DIMS, device)["loads"] == "behind"
+            forced(usual.replace(BV=32))
+            assert chosen() == usual.replace(BV=32)
+            forced()
+            assert chosen() == usual
+    finally:
+        forced()
+
+
+def test_every_config_is_compiled_and_then_timed(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fastest is first, and the rule's own stands below."""
+    compiled: list[Config] = []
+    ran: list[Config] = []
+    monkeypatch.setattr(script, "compile_all", lambda given: compiled.extend(x for _, x in given))
+
+    def us(run: Any) -> float:
+        assert compiled, "nothing is timed that is not compiled"
+        run(0)
+        return 100.0 - ran[-1].size("BV")
+
+    wanted = {"BV": (8, 16, 32), "evict": ("usual",), "maxnreg": (0,)}
+    script.sweep([("a step", lambda: lambda _: ran.append(chosen()), us)], wanted)
+    assert [*script.configs(PROBLEM, wanted)] == compiled == ran[1:-1]
+    assert ran[0] == ran[-1] == decoding.config_at(PROBLEM, 256, 16, named_device("H200"))
+    rows = [x.split("│")[1:-1] for x in capsys.readouterr().out.splitlines() if ".00" in x]
+    assert rows[0][-1].strip() == "68.00" and rows[-1][-1].strip() == "84.00"
+    assert rows[-1][0].strip() == "rule"
