@@ -1,6 +1,7 @@
 """Tokens a second of the paper's hybrid on random tokens, on our layers and on FLA's.
 
     python scripts/model_speed.py [--vs fla] [--only train decode] [--save] [--minutes 3]
+    python scripts/model_speed.py --only train --shapes 4x4096 --profile     # where its time goes
     python scripts/model_speed.py --small      # a tiny model, two steps, on whatever there is
 
 The model: 22 blocks of 2048 channels, 11 with GDN-2 (16 heads, K = V = 128: the paper's state of
@@ -15,6 +16,8 @@ every block, --graphs replays the step as a CUDA graph; both sides get what is a
 says how it was launched. Decoding: weights in bf16, a prompt, then the likeliest token again and
 again; once called one kernel after another, once as a CUDA graph of one token. FLA's layers decode
 by their own recurrent mode and states; in a graph their states are copied back to where they were.
+
+--profile prints what one step of each (one token) spends its time on, beside how long all took.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 import torch  # noqa: E402
 from learning import autotuning  # noqa: E402
 from learning.models import MIXERS, PEERS, Sizes, build, parameters  # noqa: E402
+from learning.profiling import profiled  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import at_least_one, machine  # noqa: E402
@@ -118,6 +122,10 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save", action="store_true", help="keep rows in docs/models, and the table"
     )
+    parser.add_argument(
+        "--profile", nargs="?", type=at_least_one, const=25, metavar="TOP",
+        help="where one step's time goes, with so many of its kernels (25)",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="a tiny model, two steps")
     parser.add_argument("--minutes", type=float, default=3.0, help="then nothing begins (3)")
     args = parser.parse_args(words)
@@ -212,6 +220,7 @@ def _train(
         step()
     launched, run = _captured(step, device) if args.graphs else ("eager", step)
     ms = median(_times(run, args.steps, device))
+    _profile(args, device, f"train {batch} x {count}, {name}, {launched}", run)
     return [
         {
             **_row(args, "train", name, model, batch, count),
@@ -253,6 +262,7 @@ def _decode(
                     run()
 
             [ms] = _times(steps, 1, device)
+            _profile(args, device, f"decode {batch} x {prompt}, {name}, {launched}", run)
             row = {
                 **_row(args, "decode", name, model, batch, prompt),
                 "launched": launched,
@@ -264,6 +274,15 @@ def _decode(
             }
             rows.append(row)
     return rows
+
+
+def _profile(
+    args: argparse.Namespace, device: torch.device, title: str, run: Callable[[], Any]
+) -> None:
+    """Print where the time of one step goes, if that is asked for."""
+    if args.profile and device.type == "cuda":
+        for part in profiled(run).sheets(title, args.profile):
+            console().print(part)
 
 
 def _next(model: LanguageModel, tokens: Tensor, cache: Cache) -> Tensor:
