@@ -75,7 +75,9 @@ class SlidingWindowAttention(nn.Module):
         tokens = Projected(x, self._projections())
         q, k, v = (split(tokens.by(proj), self.num_heads, dim) for proj in self._projections())
         seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)
-        at = seen[:, None] + torch.arange(T, device=x.device)  # [B, T], or [1, T] at first
+        at = seen[:, None]  # [B, T], or [1, T] at first
+        if T != 1:
+            at = at + torch.arange(T, device=x.device)
         cos, sin = turns(at, dim, self.base)
         if T == 1:  # side by side, since of one token every launch counts
             q, k = turned(torch.cat((q, k), 2), cos, sin).chunk(2, 2)
