@@ -1,6 +1,7 @@
 """Tokens a second of the paper's hybrid on random tokens, on our layers and on FLA's.
 
     python scripts/model_speed.py [--vs fla] [--only train decode] [--save] [--minutes 3]
+    python scripts/model_speed.py --only train --shapes 4x4096 --profile     # where its time goes
     python scripts/model_speed.py --small      # a tiny model, two steps, on whatever there is
 
 The model: 22 blocks of 2048 channels, 11 with GDN-2 (16 heads, K = V = 128: the paper's state of
@@ -15,6 +16,8 @@ every block, --graphs replays the step as a CUDA graph; both sides get what is a
 says how it was launched. Decoding: weights in bf16, a prompt, then the likeliest token again and
 again; once called one kernel after another, once as a CUDA graph of one token. FLA's layers decode
 by their own recurrent mode and states; in a graph their states are copied back to where they were.
+
+--profile prints what one step of each (one token) spends its time on, beside how long all took.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 import torch  # noqa: E402
 from learning import autotuning  # noqa: E402
 from learning.models import MIXERS, PEERS, Sizes, build, parameters  # noqa: E402
+from learning.profiling import profiled  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import at_least_one, machine  # noqa: E402
@@ -58,6 +62,8 @@ KEY: Final = (
 FULL: Final = Sizes(32_000, 2048, 22, 16, 128, inner=5504, window=2048)
 SMALL: Final = Sizes(61, 32, 2, 2, 16, inner=64, window=8)
 WARM: Final = 2
+EAGER: Final = 16
+"""Tokens at most that are decoded one kernel after another: the host takes 40 ms for one."""
 # Of the paper.
 RATE, DECAY = 4e-4, 0.1
 COLUMNS: Final = (
@@ -77,6 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if time.monotonic() > until:
                 said.print(f"{name}: no time left")
                 continue
+            began = time.monotonic()
             peer, run = model in PEERS, _train if what == "train" else _decode
             try:
                 with autotuning.alone() if peer else nullcontext():
@@ -91,6 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
             rows += made
             for row in made:
                 said.print(f"{name}, {row['launched']}: {row['tokens_per_second']:,.0f} tokens/s")
+            said.print(f"{name}: done in {time.monotonic() - began:.0f} s, compiling included")
             if args.save:
                 save(rows)
     sheet = Sheet(f"{args.mixer}: {_gpu()}", COLUMNS, words=("", "layers", "launched"))
@@ -118,6 +126,10 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save", action="store_true", help="keep rows in docs/models, and the table"
     )
+    parser.add_argument(
+        "--profile", nargs="?", type=at_least_one, const=25, metavar="TOP",
+        help="where one step's time goes, with so many of its kernels (25)",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="a tiny model, two steps")
     parser.add_argument("--minutes", type=float, default=3.0, help="then nothing begins (3)")
     args = parser.parse_args(words)
@@ -212,6 +224,7 @@ def _train(
         step()
     launched, run = _captured(step, device) if args.graphs else ("eager", step)
     ms = median(_times(run, args.steps, device))
+    _profile(args, device, f"train {batch} x {count}, {name}, {launched}", run)
     return [
         {
             **_row(args, "train", name, model, batch, count),
@@ -248,22 +261,34 @@ def _decode(
                 console().print(f"{name}: no {launched}")
                 continue
 
-            def steps(run: Callable[[], None] = run) -> None:
-                for _ in range(args.count):
+            count = args.count if graph else min(args.count, EAGER)
+
+            def steps(run: Callable[[], None] = run, count: int = count) -> None:
+                for _ in range(count):
                     run()
 
             [ms] = _times(steps, 1, device)
+            _profile(args, device, f"decode {batch} x {prompt}, {name}, {launched}", run)
             row = {
                 **_row(args, "decode", name, model, batch, prompt),
                 "launched": launched,
-                "ms": ms / args.count,
-                "tokens_per_second": batch * args.count / ms * 1e3,
+                "ms": ms / count,
+                "tokens_per_second": batch * count / ms * 1e3,
                 "prefill_ms": prefill,
-                "count": args.count,
+                "count": count,
                 "peak_gib": None,
             }
             rows.append(row)
     return rows
+
+
+def _profile(
+    args: argparse.Namespace, device: torch.device, title: str, run: Callable[[], Any]
+) -> None:
+    """Print where the time of one step goes, if that is asked for."""
+    if args.profile and device.type == "cuda":
+        for part in profiled(run).sheets(title, args.profile):
+            console().print(part)
 
 
 def _next(model: LanguageModel, tokens: Tensor, cache: Cache) -> Tensor:

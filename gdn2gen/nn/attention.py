@@ -8,7 +8,10 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._heads import split
+from gdn2gen.nn._rotary import turned, turns
+from gdn2gen.nn._windowed import attended, attended_within, window_mask
 from gdn2gen.nn.cache import Cache, LayerCache, may_overwrite, write
+from gdn2gen.nn.projections import Projected
 
 
 class SlidingWindowAttention(nn.Module):
@@ -69,41 +72,47 @@ class SlidingWindowAttention(nn.Module):
         B, T, hidden = x.shape
         kept = None if cache is None else cache.of_layer(self.layer_idx, B, self)
         dim = hidden // self.num_heads
-        q, k, v = (split(proj(x), self.num_heads, dim) for proj in self._projections())
+        tokens = Projected(x, self._projections())
+        q, k, v = (split(tokens.by(proj), self.num_heads, dim) for proj in self._projections())
         seen = kept["seen"] if kept else torch.zeros(1, dtype=torch.int64, device=x.device)
-        at = seen[:, None] + torch.arange(T, device=x.device)  # [B, T], or [1, T] at first
-        q, k = (_rotated(part, at, self.base) for part in (q, k))
+        at = seen[:, None]  # [B, T], or [1, T] at first
+        if T != 1:
+            at = at + torch.arange(T, device=x.device)
+        cos, sin = turns(at, dim, self.base)
+        if T == 1:  # side by side, since of one token every launch counts
+            q, k = turned(torch.cat((q, k), 2), cos, sin).chunk(2, 2)
+        else:
+            q, k = turned(q, cos, sin), turned(k, cos, sin)
         if kept and T == 1 and may_overwrite(kept, "k", trains=torch.is_grad_enabled()):
             o = self._one(q, k, v, kept)
         else:
             o = self._many(q, k, v, kept, seen)
-        y: Tensor = self.o_proj(o.transpose(1, 2).reshape(B, T, hidden))
+        y: Tensor = self.o_proj(o.reshape(B, T, hidden))
         return y
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        """o [B, heads, 1, D] of a token, which is kept; rows need no order."""
+        """o [B, 1, heads, D] of a token, which is kept; rows need no order."""
         seen = kept["seen"]
         row = seen.remainder(self.window)[:, None, None, None].expand_as(k)
         for name, x in (("k", k), ("v", v)):
             kept[name].scatter_(1, row, x.to(kept[name].dtype))
         there = torch.arange(self.window, device=seen.device) <= seen[:, None]
         seen.add_(1)
-        return _attended(q, kept["k"].to(k.dtype), kept["v"].to(v.dtype), there[:, None, None])
+        return attended(q, kept["k"].to(k.dtype), kept["v"].to(v.dtype), there[:, None, None])
 
     def _many(
         self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor] | None, seen: Tensor
     ) -> Tensor:
-        """o [B, heads, T, D]."""
-        T, earlier = k.shape[1], 0
+        """o [B, T, heads, D]."""
+        T, earlier = k.shape[1], self.window - 1
         if kept:
-            earlier = self.window - 1
             before = torch.arange(earlier, device=seen.device) - earlier
             rows = (seen[:, None] + before).remainder(self.window)
             k = torch.cat((_rows(kept["k"], rows).to(k.dtype), k), 1)
             v = torch.cat((_rows(kept["v"], rows).to(v.dtype), v), 1)
-        # Torch's fastest kernels take no mask.
-        causal = not kept and self.window >= T
-        o = _attended(q, k, v, None if causal else self._mask(seen, T, earlier))
+            o = attended(q, k, v, self._mask(seen, T, earlier))
+        else:
+            o = attended_within(q, k, v, self.window)
         if kept is not None:
             self._keep(kept, k, v, (seen + T).expand(k.shape[0]))
         return o
@@ -113,9 +122,8 @@ class SlidingWindowAttention(nn.Module):
 
     def _mask(self, seen: Tensor, tokens: int, earlier: int) -> Tensor:
         """[B or 1, 1, T, earlier + T]: what is within the window, and was there."""
-        to = torch.arange(earlier, earlier + tokens, device=seen.device)[:, None]
+        near = window_mask(tokens, self.window, seen.device, earlier)
         of = torch.arange(earlier + tokens, device=seen.device)
-        near = (of <= to) & (of > to - self.window)
         # Rows of the cache before a sequence began are no tokens.
         return (near & (of >= earlier - seen[:, None, None]))[:, None]
 
@@ -134,19 +142,3 @@ class SlidingWindowAttention(nn.Module):
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
     """Of x [B, T, heads, D] those that rows [B, N] name."""
     return x.gather(1, rows[..., None, None].expand(-1, -1, *x.shape[2:]))
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """o [B, heads, T, D] of q, k and v [B, T, heads, D]; causal where there is no mask."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-
-
-def _rotated(x: Tensor, at: Tensor, base: float) -> Tensor:
-    """x [B, T, heads, D] turned by its positions `at` [B, T], in fp32."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].float(), x[..., half:].float()
-    steps = torch.arange(half, device=x.device, dtype=torch.float32)
-    angles = at[..., None, None].float() * base ** (-steps / half)
-    turned = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
-    return torch.cat(turned, -1).to(x.dtype)

@@ -21,6 +21,7 @@ from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.layer import Layer
 from gdn2gen.nn.mamba2 import Mamba2
 from gdn2gen.nn.mamba3 import Mamba3
+from gdn2gen.nn.projections import Projected, narrowed
 
 MIXERS: Final[Mapping[str, Callable[..., Layer]]] = {
     "gdn2": GatedDeltaNet2,
@@ -43,8 +44,18 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        tokens = Projected(x, [self.gate_proj, self.up_proj])
+        gate, up = tokens.by(self.gate_proj), tokens.by(self.up_proj)
+        y: Tensor = self.down_proj(functional.silu(gate) * up)
         return y
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm before what projects: under autocast its result is narrowed here, once, and not for
+    each of the projections, whose gradients would be widened and added up one by one, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return narrowed(super().forward(x))
 
 
 class Block(nn.Module):
@@ -52,9 +63,9 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, hidden_size: int, inner: int, norm_eps: float) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mixer_norm = Norm(hidden_size, eps=norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp_norm = Norm(hidden_size, eps=norm_eps)
         self.mlp = SwiGLU(hidden_size, inner)
 
     def forward(self, x: Tensor, **given: Any) -> Tensor:
@@ -129,7 +140,7 @@ class LanguageModel(nn.Module):
             else:
                 part = make(hidden_size, layer_idx=index, norm_eps=norm_eps, **mixer_options)
             self.blocks.append(Block(part, hidden_size, inner, norm_eps))
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = Norm(hidden_size, eps=norm_eps)
         self._draw_projections()
 
     def reset_parameters(self) -> None:

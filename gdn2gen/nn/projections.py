@@ -30,6 +30,8 @@ class Projected:
     a convolution's backward writes so, and narrow ones, which are copied there. The others add to
     it in their own products. Forwards narrow ones are one product, too.
 
+    Under autocast the tokens are narrowed once, and not for each of the projections.
+
     Only where that is all there is to them: `modules` are linear layers, or sequences of them, that
     nobody has put hooks on or others in place of. Everything else is called as it is.
     """
@@ -42,8 +44,9 @@ class Projected:
         firsts = [_first(module) for module in modules]
         if torch.is_grad_enabled():
             inner = tuple(map(_is_inner, modules))
-            weights = [first.weight for first in firsts]
-            biases = [first.bias for first in firsts]
+            x = narrowed(x)
+            weights = [narrowed(first.weight) for first in firsts]
+            biases = [None if first.bias is None else narrowed(first.bias) for first in firsts]
             made = _Together.apply(inner, convolved, x, *weights, *biases)  # type: ignore[no-untyped-call]
             self._made = dict(zip(modules, made, strict=True))
             return
@@ -182,13 +185,23 @@ def _may_chain(x: Tensor, modules: Sequence[nn.Module]) -> bool:
     """Where there is something to gain, once, and nothing watches or changes dtypes."""
     if torch.compiler.is_compiling() or not _gains(x):
         return False
-    if torch.is_autocast_enabled(x.device.type) or torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
     if is_watched((x, *(weight for module in modules for weight in module.parameters()))):
         return False
-    return all(_is_plain(module, x.dtype) for module in modules)
+    # what autocast narrows may be of several dtypes
+    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return all(_is_plain(module, dtype) for module in modules)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """x as autocast hands it to a product."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _gains(x: Tensor) -> bool:
@@ -198,12 +211,12 @@ def _gains(x: Tensor) -> bool:
     return x.is_cuda and x.numel() >= MANY * x.shape[-1] and not is_batch_invariant()
 
 
-def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether it is a linear layer, or a sequence of them, and nothing more."""
+def _is_plain(module: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether it is a linear layer of this dtype, or a sequence of them, and nothing more."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     # libraries that move weights about put a forward of their own into the instance
     if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
         return False
     if type(module) is nn.Sequential:
         return len(module) > 0 and all(_is_plain(x, dtype) for x in module)
-    return type(module) is nn.Linear and module.weight.dtype == dtype
+    return type(module) is nn.Linear and dtype in (None, module.weight.dtype)

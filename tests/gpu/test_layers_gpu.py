@@ -13,7 +13,7 @@ from mamba_equations import mamba_by_equations
 from torch import Tensor
 from two_processes import compare
 
-from gdn2gen.nn import Cache, LanguageModel
+from gdn2gen.nn import Cache, LanguageModel, _windowed
 
 pytestmark = pytest.mark.gpu
 
@@ -125,6 +125,30 @@ def test_a_graph_of_a_model_that_attends_is_replayed() -> None:
             graph.replay()
             assert torch.equal(out, model(tokens[:, t : t + 1], cache=plain))
         assert _error(out, model(tokens)[:, -1:]) < 0.03
+
+
+@pytest.mark.parametrize("window", [1, 33, 64])
+def test_windows_by_flash_kernels(window: int) -> None:
+    """o and gradients as by a mask in fp32; with every key scaled up, so that a wrong one shows."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(3, 150, 4, 64, device=DEVICE).bfloat16() for _ in range(4))
+    k = 4 * k
+    into = [x.requires_grad_() for x in (q, k, v)]
+    assert _windowed._takes_windows(q)
+    found = _windowed.attended_within(q, k, v, window)
+    mask = _windowed.window_mask(150, window, q.device)
+    wanted = _windowed.attended(*(x.float() for x in into), mask)
+    assert _error(found, wanted) < 0.01
+    pairs = zip(
+        torch.autograd.grad(found, into, do),
+        torch.autograd.grad(wanted, into, do.float()),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert _error(one, other) < 0.02
+    # compiled, too
+    compiled = torch.compile(_windowed.attended_within, fullgraph=True)
+    assert _error(compiled(q, k, v, window), wanted) < 0.01
 
 
 @pytest.mark.parametrize("member", [*LAYERS])

@@ -49,6 +49,28 @@ def test_a_layers_gradients_are_autograds(
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("make", [GatedDeltaNet2, KimiDeltaAttention])
+def test_under_autocast_as_one_by_one(
+    make: Callable[..., nn.Module], request: pytest.FixtureRequest
+) -> None:
+    """Weights and tokens in fp32: their gradients too, but for what bf16 rounds."""
+    torch.manual_seed(0)
+    layer = make(hidden_size=24, num_heads=2, head_dim=8)
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = _gradients(layer, x)
+    chained = request.getfixturevalue("chained")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _gradients(layer, x)
+    assert chained == [True]
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= 0.01 * b.norm()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(layer(x), found[0])
+    assert chained == [True, True]
+
+
 def test_gradients_lie_where_the_product_wants_them(interpreter: Callable[..., int]) -> None:
     assert interpreter("projection_cases:convolved") == 4
 

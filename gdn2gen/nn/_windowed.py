@@ -1,0 +1,62 @@
+"""Softmax attention over a window, by the fastest of torch's kernels that apply."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+_FLASH_DTYPES: Final = (torch.float16, torch.bfloat16)
+_FLASH_MOST: Final = 256
+"""Channels of a head."""
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """o [B, T, heads, D] of q, k and v [B, T, heads, D]; causal where there is no mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return o.transpose(1, 2)
+
+
+def attended_within(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same where each token sees itself and the `window` - 1 tokens before it.
+
+    With a mask torch computes all T^2 pairs, and not by its fastest kernels. The flash kernels take
+    the window, and pass over blocks outside: torch has that of packed sequences, of which rows are
+    a case.
+    """
+    B, T, heads, dim = q.shape
+    if window >= T:
+        return attended(q, k, v, None)
+    if not _takes_windows(q):
+        return attended(q, k, v, window_mask(T, window, q.device))
+    ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    q, k, v = (x.reshape(B * T, heads, dim) for x in (q, k, v))
+    o = varlen_attn(q, k, v, ends, ends, T, T, window_size=(window - 1, 0))
+    assert isinstance(o, Tensor)
+    return o.view(B, T, heads, dim)
+
+
+def window_mask(tokens: int, window: int, device: torch.device, earlier: int = 0) -> Tensor:
+    """[tokens, earlier + tokens]: which keys, of which so many come before the first query, are
+    within the window of each query."""
+    to = torch.arange(earlier, earlier + tokens, device=device)[:, None]
+    of = torch.arange(earlier + tokens, device=device)
+    return (of <= to) & (of > to - window)
+
+
+def _takes_windows(q: Tensor) -> bool:
+    """Whether flash kernels serve such tensors, and are wanted. They have one derivative."""
+    if not q.is_cuda or q.dtype not in _FLASH_DTYPES:
+        return False
+    if q.shape[-1] % 8 or q.shape[-1] > _FLASH_MOST:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    cuda: Any = torch.backends.cuda  # untyped in torch
+    if not (cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()):
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
