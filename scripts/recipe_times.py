@@ -2,13 +2,15 @@
 
     python scripts/recipe_times.py gdn2 long32k blocks2_states + blocks2_states_transitions
     python scripts/recipe_times.py gdn2 few8k lean pdl=signal + lean scan:max_segments=264 --kernels
+    python scripts/recipe_times.py gdn2:96 train4k lean + lean like=128 + lean like=128 pdl=signal
 
 A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is
 on file there, and stages with the knobs that are changed of what is on file,
-`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. A stage that the plan on
-file has not takes the knobs of the one that it is a variant of, and its defaults where there is
-none. Forward, and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice,
-in turns. `--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
+`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. `like=K` or `like=K,V`: of
+what is on file that for these head dims, with tiles that fit. A stage that the plan on file has not
+takes the knobs of the one that it is a variant of, and its defaults where there is none. Forward,
+and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice, in turns.
+`--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
 `--into=DIR` checks each in full and merges it into the tuned file there, as a search would: knobs
 that no search asks for have no other way into an entry.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -41,16 +44,21 @@ from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 from gdn2gen.tuning.gpu.jobs import RecipeTiming  # noqa: E402
 
 TURNS: Final = 2
+LIKE: Final = "like="
 
 
 def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[str]) -> Recipe:
     """What is on file for the plan, changed as the words say."""
     first, *changes = words
     level = first if first in LEVELS else level_of(plan_for(first, problem.op).name)
-    filed = find_recipe(problem, shape.regime, device, level=level).recipe
+    like = [x.removeprefix(LIKE).partition(",") for x in changes if x.startswith(LIKE)]
+    sizes = [(int(K), int(V or K)) for K, _, V in like] or [(problem.K, problem.V)]
+    other = replace(problem, K=sizes[-1][0], V=sizes[-1][1])
+    filed = find_recipe(other, shape.regime, device, level=level).recipe
+    filed = filed.fitted(problem, device.arch) if like else filed
     plan = filed.plan if first in LEVELS else PLANS[first]
     configs = {x: _nearest(x, filed, problem, device) for x in plan.stages}
-    for written in changes:
+    for written in (x for x in changes if not x.startswith(LIKE)):
         stage, found, knobs = written.partition(":")
         if found and stage not in configs:
             raise ConfigError(f"{plan.name} has the stages {', '.join(configs)}, not {stage!r}")

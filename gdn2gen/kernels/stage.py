@@ -181,6 +181,8 @@ class Form:
     """Tiles that its loop loads `num_stages - 1` times ahead."""
     scratch: tuple[str, ...] = ()
     """Scratch that it makes use of."""
+    tiled_by: int = TILED_BY
+    """In steps of so many channels, or values, its tiles of whole head dims come."""
     steady: bool = True
     """Whether its time hardly depends on how strong the decay is."""
 
@@ -247,7 +249,7 @@ class Form:
 
     def tiled(self, place: Place) -> Place:
         """The same with head dims as its tiles take them."""
-        return replace(place, multiple=multiple_of(self.language, place.arch))
+        return replace(place, multiple=multiple_of(self.language, place.arch, self.tiled_by))
 
     def widest(self, tile: str, size: object) -> int:
         """What a tile may be at most, for a head dim: it covers it, or is its knob's largest."""
