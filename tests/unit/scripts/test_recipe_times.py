@@ -83,6 +83,17 @@ def test_what_is_on_file_for_other_head_dims(script: Any) -> None:
     assert changed["grad_blocks2"]["chunks"] == 4
 
 
+def test_tiles_of_whole_head_dims_are_as_wide_as_their_steps_make_them(script: Any) -> None:
+    problem, shape = Problem(K=160, V=160), script.one_shape("train4k")
+    found = script.recipe_of(problem, shape, H200, ("lean", "tiles=64"))
+    filed = script.recipe_of(problem, shape, H200, ("lean",))
+    for config in found.configs:
+        own = filed[config.stage]
+        assert config.get("tiles") == (64 if language_of(own) == "tilelang" else None)
+    assert filed["prepare"]["BK"] == 160 and found["prepare"]["BK"] == 192
+    assert filed["grad_key"]["BV"] == 160 and found["grad_key"]["BV"] == 192
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
