@@ -227,7 +227,8 @@ def _serial(config: Config, problem: Problem) -> Config:
 def fitted(config: Config, problem: Problem, arch: str | None) -> Config:
     """The same with tiles no wider than the problem needs; the default of its stage where its form
     has no kernels for the problem."""
-    place, form = Place(problem, config.size("BT"), arch), config.form
+    form = config.form
+    place = form.tiled(Place(problem, config.size("BT"), arch))
     tiles = {tile: config.size(tile) for tile, _ in form.tiles if tile in config}
     for tile, dim in form.tiles:
         if tile in tiles:

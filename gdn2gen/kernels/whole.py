@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from gdn2gen.kernels.languages import PANEL
 from gdn2gen.kernels.limits import Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
@@ -64,6 +65,7 @@ _CLUSTER: Final = Form(
         Limit("arch", (None, "sm_90"), "its clusters and products are of that generation"),
     ),
     tiles=(),  # of other head dims there are none
+    tiled_by=PANEL,
 )
 
 # of segments, and the final one

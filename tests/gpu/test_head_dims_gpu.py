@@ -171,11 +171,17 @@ BELOW: Final = (
     *((40, 40), (48, 48), (56, 56), (104, 104), (112, 112), (120, 120)),
     *((112, 128), (48, 64)),
 )
+# By more than the 32 channels of other tiles: a call finds what is tuned for them, or a default.
+FAR_BELOW: Final = (
+    *((16, 16), (24, 24), (32, 32), (72, 72), (80, 80), (88, 88), (96, 96)),
+    *((96, 128), (24, 64)),
+)
 BELOW_PLANS: Final = tuple(
     (size, plan)
-    for size in BELOW
+    for size in BELOW + FAR_BELOW
     for plan in ("whole_blocks1", "whole_blocks2", "blocks2", "whole_blocks1_states")
     if size[0] <= 64 or not plan.endswith("_states")  # one of 64 channels
+    if size[1] > 32 or plan != "blocks2"  # whose forward's scan has tiles of 32 there
 )
 
 
@@ -205,7 +211,7 @@ def test_blocks_of_head_dims_below_their_tiles(size: tuple[int, int], plan: str,
     assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
 
 
-@pytest.mark.parametrize("size", **named(((48, 48), (104, 112))))
+@pytest.mark.parametrize("size", **named(((48, 48), (104, 112), (24, 32), (96, 72))))
 def test_segments_of_blocks_below_their_tiles(size: tuple[int, int]) -> None:
     recipe = in_tiles(problem_of("gdn2", size), "blocks2_states")
     chains = [x for x in recipe.configs if STAGES[x.stage].selector == "segments"]
@@ -227,6 +233,22 @@ def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
     check(recipe, "layer", "strong", "mixed")
 
 
+@pytest.mark.parametrize("level", ["lean", "fast"])
+@pytest.mark.parametrize("size", **named(FAR_BELOW))
+def test_what_is_tuned_for_full_tiles_can_serve_far_below_them(
+    size: tuple[int, int], level: str
+) -> None:
+    """Outside of blocks with tiles that are no wider than these head dims need."""
+    problem, regime = problem_of("gdn2", size), SHAPES["train4k"].regime
+    tuned = find_recipe(of_tiles(problem), regime, level=level).recipe
+    recipe = tuned.fitted(problem, "sm_90")
+    assert tuned.plan.every and recipe.plan == tuned.plan
+    pairs = zip(tuned.configs, recipe.configs, strict=True)
+    assert all(a == b or a["language"] == "triton" or a.stage == "prepare" for a, b in pairs)
+    assert all(a.form is b.form for a, b in pairs)
+    check(recipe, "layer", "strong", "mixed")
+
+
 @pytest.mark.parametrize(
     ("make", "size", "plan"),
     [
@@ -235,6 +257,8 @@ def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
         (in_tiles, (40, 56), "whole_blocks1"),
         (in_tiles, (56, 40), "whole_blocks1_states"),
         (in_tiles, (104, 120), "whole_blocks2"),
+        (in_tiles, (72, 96), "whole_blocks2"),
+        (in_tiles, (24, 16), "whole_blocks1_states"),
     ],
 )
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written(

@@ -156,6 +156,9 @@ def test_results_and_barriers_of_one_program_that_scans(
     ("op", "K", "V", "T", "pattern", "v_first"),
     [
         ("gdn2", 48, 40, 40, "mixed", False),
+        ("gdn2", 16, 24, 40, "layer", False),
+        pytest.param("gdn2", 96, 72, 40, "mixed", False, marks=pytest.mark.slow),
+        pytest.param("kda", 32, 64, 230, "strong", True, marks=pytest.mark.slow),
         pytest.param("gdn2", 112, 112, 40, "layer", False, marks=pytest.mark.slow),
         pytest.param("gdn2", 104, 128, 40, "mixed", True, marks=pytest.mark.slow),
         pytest.param("kda", 120, 104, 40, "strong", False, marks=pytest.mark.slow),
@@ -172,7 +175,7 @@ def test_head_dims_below_their_tiles(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("op", "K", "V"), [("gdn2", 64, 64), ("kda", 64, 64), ("gdn2", 48, 56), ("kda", 40, 64)]
+    ("op", "K", "V"), [("gdn2", 64, 64), ("kda", 64, 64), ("gdn2", 48, 56), ("kda", 24, 64)]
 )
 def test_what_level_fast_keeps(op: str, K: int, V: int) -> None:
     """Seven chunks: each of five slots once, and two twice."""

@@ -32,6 +32,7 @@ CASES = [
     ("gdn2 64 140 mixed 2 3 lean",),
     # head dims below their tiles, where some slices of channels, or all, lost too much
     ("gdn2 48 36 mixed 1", "gdn2 40x56 36 strong 2"),
+    ("gdn2 24 36 mixed 1", "gdn2 72x96 36 strong 2"),
     *(
         pytest.param((x,), marks=pytest.mark.slow)
         for x in (
@@ -74,6 +75,15 @@ CASES = [
             "kda 48 70 strong 1",
             "gdn2 112 102 layer 2 1",
             "gdn2 48 100 sparse 2 1 twice stateless",
+            "gdn2 160 36 layer 0 - wide lean tiles=64",
+            "gdn2 136x160 70 layer 0 - tiles=64",
+            "gdn2 96 70 layer 2 - tiles=32",
+            "gdn2 16x96 70 layer 2",
+            "kda 88 70 strong 1",
+            "kda 24x72 70 layer 2",
+            "gdn2 96 70 layer 2 1",
+            "gdn2 96 134 strong 2 1 wide",
+            "gdn2 32 134 sparse 2 1 twice stateless",
         )
     ),
 ]

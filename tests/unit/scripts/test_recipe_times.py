@@ -12,6 +12,7 @@ from script_module import load_script
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
@@ -72,6 +73,37 @@ def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
     have = [x.stage for x in found.configs if x.get("pdl") == "signal"]
     assert "prepare" in have and found.plan.stages[-1] not in have
     assert found.independent() == made(script, "lean", shape="few8k")
+
+
+def test_what_is_on_file_for_other_head_dims(script: Any) -> None:
+    """As it is where tiles are the same; else with tiles that fit."""
+    shape = script.one_shape("train4k")
+    for size, like, same in (((96, 96), 128, True), ((32, 32), 64, True), ((160, 160), 256, False)):
+        problem = Problem(K=size[0], V=size[1])
+        own, found = (
+            script.recipe_of(x, shape, H200, ("lean", *words))
+            for x, words in ((replace(problem, K=like, V=like), ()), (problem, (f"like={like}",)))
+        )
+        assert found.problem == problem and found.plan == own.plan
+        # in Triton no tiles are wider than 32 channels are
+        pairs = zip(own.configs, found.configs, strict=True)
+        assert all(a == b or language_of(a) == "triton" for a, b in pairs) == same
+        assert found.configs != script.recipe_of(problem, shape, H200, ("lean",)).configs
+    changed = script.recipe_of(
+        Problem(K=96, V=96), shape, H200, ("whole_blocks2", "like=128,128", "grad_blocks2:chunks=4")
+    )
+    assert changed["grad_blocks2"]["chunks"] == 4
+
+
+def test_tiles_of_whole_head_dims_are_as_wide_as_their_steps_make_them(script: Any) -> None:
+    problem, shape = Problem(K=160, V=160), script.one_shape("train4k")
+    found = script.recipe_of(problem, shape, H200, ("lean", "tiles=64"))
+    filed = script.recipe_of(problem, shape, H200, ("lean",))
+    for config in found.configs:
+        own = filed[config.stage]
+        assert config.get("tiles") == (64 if language_of(own) == "tilelang" else None)
+    assert filed["prepare"]["BK"] == 160 and found["prepare"]["BK"] == 192
+    assert filed["grad_key"]["BV"] == 160 and found["grad_key"]["BV"] == 192
 
 
 @pytest.mark.parametrize(
