@@ -95,6 +95,25 @@ def split(words: Sequence[str]) -> Iterator[list[str]]:
             found = []
 
 
+def compile_all(recipes: Sequence[Recipe], device: Device, *, in_full: bool) -> None:
+    """Compile all kernels side by side, each once: one after the other, where a check first asks for
+    them, six stages in TileLang take a minute of one core and leave 15 idle."""
+    from concurrent.futures import wait
+
+    from gdn2gen.measure.check import full_problem
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+
+    asked: dict[tuple[Problem, Config], None] = {}
+    for recipe in recipes:
+        problems = [recipe.problem, *([full_problem(recipe.problem)] if in_full else [])]
+        asked |= {(x, config): None for x in problems for config in recipe.configs}
+    backend = WorkerBackend(device)
+    try:
+        wait([backend.compile(*x) for x in asked])  # what fails there, the check says
+    finally:
+        backend.close()
+
+
 def kernels_of(recipe: Recipe, shape: Shape) -> list[tuple[str, float]]:
     """The kernels of a forward and a backward in their order, and microseconds of each."""
     import torch
@@ -145,8 +164,9 @@ def main(member: str, shape: str, *words: str) -> None:
     problem, sizes, device = problem_of(member), one_shape(shape), present_device()
     given = [x for x in words if not x.startswith("--")]
     timed: list[tuple[list[str], Recipe, list[RecipeTiming]]] = []
-    for own in split(given):
-        recipe = recipe_of(problem, sizes, device, own)
+    asked = [(own, recipe_of(problem, sizes, device, own)) for own in split(given)]
+    compile_all([x for _, x in asked], device, in_full=any(x.startswith("--into=") for x in words))
+    for own, recipe in asked:
         checked = check_quick(recipe)
         worst = max(checked.errors.items(), key=lambda x: x[1], default=("nothing", 0.0))
         said = f"{worst[0]} {worst[1]:.1e}" if checked.ok else f"wrong, {checked.reason}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
-from gdn2gen.tuning.gpu import jobs
+from gdn2gen.tuning.gpu import backend, jobs
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 H200 = named_device("H200")
@@ -73,6 +74,35 @@ def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
 def test_other_words_are_refused(script: Any, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         made(script, *words)
+
+
+@pytest.mark.parametrize("in_full", [False, True])
+def test_each_kernel_is_compiled_once_before_any_check(
+    script: Any, in_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Problem, Any]] = []
+
+    class Compilers:
+        def __init__(self, device: Any) -> None:
+            assert device == H200
+
+        def compile(self, problem: Problem, config: Any) -> Future[None]:
+            asked.append((problem, config))
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        def close(self) -> None:
+            asked.append((Problem(), None))
+
+    monkeypatch.setattr(backend, "WorkerBackend", Compilers)
+    plain, other = made(script, "lean"), made(script, "lean", "prepare:chunks=8")
+    script.compile_all([plain, other], H200, in_full=in_full)
+    assert asked.pop() == (Problem(), None)
+    own = [config for problem, config in asked if problem == plain.problem]
+    assert {*own} == {*plain.configs, *other.configs} and len(own) == len({*own})
+    in_states = [problem for problem, _ in asked if problem.final_state]
+    assert len(in_states) == (len(own) if in_full else 0)
 
 
 def test_what_is_filed_is_checked_in_full(
