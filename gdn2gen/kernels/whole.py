@@ -16,9 +16,12 @@ from gdn2gen.kernels.limits import Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
     FACTORS,
+    HEAD_FACTORS,
     INITIAL,
     K_BETA,
+    LOG_DECAY,
     OUTPUT,
+    Q_HEAD,
     QKGB,
     RSTD,
     SCORES,
@@ -26,6 +29,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
+from gdn2gen.kernels.outside_blocks import OUTSIDE
 from gdn2gen.kernels.scans import SCAN
 from gdn2gen.kernels.stage import Form, Stage, erasing
 
@@ -97,6 +101,35 @@ FORWARD_BLOCKS1: Final = replace(
                 Limit("K", (64,), "no shared memory is left at 128 to store states from"),
                 Limit("num_stages", (2,), "no more of its slots fit beside what it stores from"),
             ),
+        ),
+    ),
+)
+
+
+# The same where the decay is outside of products: a slot has q and k as they were loaded, and what
+# one product and the inverse make of them.
+FORWARD_OUTSIDE: Final = replace(
+    FORWARD,
+    name="forward_outside",
+    outputs=(OUTPUT, *RSTD, K_BETA, *SCORES, Q_HEAD, *HEAD_FACTORS, LOG_DECAY, *_STATES),
+    products=("BT BT K", *erasing("BT BT K", "BT BT BT"), *SCAN.products),  # Aqk; T, inverse
+    forms=(
+        Form(
+            "cluster",
+            "tilelang",
+            "forward_outside",
+            knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2,)},
+            leads={},
+            limits=(
+                OUTSIDE,
+                *(Limit(dim, (128,), "its slots are of tiles so wide") for dim in ("K", "V")),
+                Limit("BT", (32,), "its slots are those of 32 tokens"),
+                Limit(
+                    "dtype", ("bf16",), "factors of keys as they are may leave the range of fp16"
+                ),
+                *(x for x in _CLUSTER.limits if x.name in ("gate", "varlen", "arch")),
+            ),
+            tiles=(),
         ),
     ),
 )
