@@ -96,8 +96,8 @@ def split(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def compile_all(recipes: Sequence[Recipe], device: Device, *, in_full: bool) -> None:
-    """Compile all kernels side by side, each once: one after the other, where a check first asks for
-    them, six stages in TileLang take a minute of one core and leave 15 idle."""
+    """Compile all kernels side by side, each once: one after the other, as checks ask for them, six
+    stages in TileLang take a minute of one core and leave 15 idle."""
     from concurrent.futures import wait
 
     from gdn2gen.measure.check import full_problem
