@@ -74,7 +74,8 @@ def _nearest(stage: str, filed: Recipe, problem: Problem, device: Device) -> Con
     given = filed.by_stage.get(apart) or filed.by_stage.get(f"{apart}_transitions")
     if given is None:
         return default
-    found = default.replace(**{x: y for x, y in given.items() if x in STAGES[stage].domains})
+    domains = STAGES[stage].domains
+    found = default.replace(**{x: y for x, y in given.items() if y in domains.get(x, ())})
     return found if why_invalid(found, problem, device.arch) is None else default
 
 

@@ -56,6 +56,16 @@ def test_variants_have_the_knobs_of_what_they_vary(script: Any) -> None:
         assert all(apart[stage][name] == x for name, x in own.items()), (stage, filed)
 
 
+def test_a_variant_that_has_not_the_form_on_file_has_its_own(script: Any) -> None:
+    """Of a serial scan one that keeps transitions has the language, and is parallel."""
+    problem, shape = Problem("gated_delta_rule"), script.one_shape("long32k")
+    found = script.recipe_of(problem, shape, H200, ["direct_blocks2_transitions"])
+    scan = script.recipe_of(problem, shape, H200, ["direct"])["scan"]
+    assert (scan["segments"], scan["language"]) == ("serial", "tilelang")
+    kept = found["scan_transitions"]
+    assert (kept["segments"], kept["language"], kept["BV"]) == ("parallel", "tilelang", 64)
+
+
 def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
     found = made(script, "lean", "pdl=signal", shape="few8k")
     have = [x.stage for x in found.configs if x.get("pdl") == "signal"]
