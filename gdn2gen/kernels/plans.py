@@ -86,6 +86,13 @@ def _whole_direct(every: int) -> Plan:
     return Plan(f"whole_{apart.name}", _WHOLE_OUTSIDE, apart.backward, every, instead=apart.name)
 
 
+def _whole_direct_states(every: int) -> Plan:
+    """The same of what level fast keeps."""
+    apart = _direct_blocks(every)[1]
+    forward = (f"forward_outside_blocks{every}",)
+    return Plan(f"whole_{apart.name}", forward, apart.backward, every, instead=apart.name)
+
+
 def _whole_states(every: int) -> Plan:
     """The same of what level fast keeps."""
     apart = _blocks(every)[1]
@@ -140,6 +147,7 @@ PLANS: Final = {
         *map(_whole_blocks, (1, 2)),
         _whole_states(1),
         *map(_whole_direct, (0, 1, 2)),
+        _whole_direct_states(2),
         # In segments, 64 KB of each kept at K = 128: the reverse scan has no transitions to make.
         *map(_with_transitions, (*_blocks(2), *_direct_blocks(2))),
     )
@@ -163,7 +171,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *(f"blocks{every}_states" for every in EVERY),
         *("whole_blocks1_states", "blocks2_states_transitions"),
         *("direct_blocks1_states", "direct_blocks2_states"),
-        "direct_blocks2_states_transitions",
+        *("whole_direct_blocks2_states", "direct_blocks2_states_transitions"),
     ),
 }
 

@@ -133,3 +133,17 @@ FORWARD_OUTSIDE: Final = replace(
         ),
     ),
 )
+
+# What scan_blocks2 keeps, too: R, and the state at the start of every two chunks.
+FORWARD_OUTSIDE_BLOCKS2: Final = replace(
+    FORWARD_OUTSIDE,
+    name="forward_outside_blocks2",
+    outputs=(
+        *(x for x in FORWARD_OUTSIDE.outputs if x.name not in ("S_seg", "final_state")),
+        replace(H, dims=H.dims.replace("NT", "NT2")),
+        R,
+        _STATES[-1],
+    ),
+    scalars=("scale", "T", "H", "HV", "HG"),
+    every=2,
+)

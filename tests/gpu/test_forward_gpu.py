@@ -56,6 +56,8 @@ CASES: Final = [
     ("gated_delta_rule-128", "whole_direct", 2),
     ("gated_delta_rule-104", "whole_direct", 2),
     ("delta_rule-128", "whole_direct", 2),
+    ("gated_delta_rule-128", "whole_direct_blocks2_states", 2),
+    ("delta_rule-128", "whole_direct_blocks2_states", 2),
     ("gdn2-64", "whole_blocks1_states", 2),
     ("kda-64", "whole_blocks1_states", 2),
 ]

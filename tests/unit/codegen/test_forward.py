@@ -205,6 +205,54 @@ def test_results_and_barriers_where_the_decay_is_outside_of_products(
     assert max(errors[x] for x in errors if x.startswith(("q_", "k_"))) < 1e-5, errors
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("op", "T", "pattern"),
+    [
+        ("gated_delta_rule", 70, "layer"),
+        pytest.param("gated_delta_rule", 300, "mixed", marks=pytest.mark.slow),
+        pytest.param("delta_rule", 330, "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_two_are_kept_where_the_decay_is_outside_of_products(
+    op: str, T: int, pattern: str
+) -> None:
+    """Three, ten and eleven chunks: a last block of one chunk, and of two."""
+    problem = Problem(op, initial_state=True, final_state=True)
+    x = make_inputs(
+        1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True
+    )
+    chunks, half = -(-T // 32), {"dtype": torch.bfloat16}
+    names = ("q_rstd", "k_rstd", "k_beta", "q_head", "k_head", "k_tail", "log_decay")
+    decays = op == "gated_delta_rule"
+    written = {x: torch.full((chunks, 1, 32), torch.nan) for x in names[: 7 if decays else 6]}
+    written |= {"gamma_C": torch.full((chunks, 1), torch.nan)} if decays else {}
+    written |= {
+        "o": torch.full((1, T, 1, 128), torch.nan, **half),
+        "final_state": torch.full((1, 1, 128, 128), torch.nan),
+        **{name: torch.full((chunks, 1, 32, 32), torch.nan, **half) for name in ("A", "Aqk")},
+        "h": torch.full((-(-chunks // 2), 1, 128, 128), torch.nan, **half),
+        "R": torch.full((chunks, 1, 32, 128), torch.nan, **half),
+    }
+    sizes = {"B": 1, "T": T, "H": 1, "HV": 1, "HG": 1, "NT": chunks, "NT2": -(-chunks // 2)}
+    module = module_of(problem, "forward_outside_blocks2")
+    found = run_all(module, x | written, sizes, 128**-0.5)
+    assert all(found[name].isfinite().all() for name in written)
+    # what the kernel that keeps segments makes of the same, and that of every two chunks a state
+    usual, _ = results(problem, x)
+    same = [x for x in written if x not in ("h", "R")]
+    assert all(torch.equal(found[name], usual[name]) for name in same)
+    assert torch.equal(found["h"], usual["S_seg"][0].transpose(0, 1).bfloat16().float())
+    state = usual["S_seg"][0, 0].double().transpose(-1, -2)
+    v = torch.nn.functional.pad(x["v"][0, :, 0].double(), (0, 0, 0, -T % 32))
+    k = torch.nn.functional.pad(x["k"][0, :, 0].double(), (0, 0, 0, -T % 32))
+    for i in range(0, chunks, 2):
+        here = slice(32 * i, 32 * i + 32)
+        X = v[here] - (k[here] @ state[i // 2]) * usual["k_head"][i, 0, :, None].double()
+        R = usual["A"][i, 0].double() @ X
+        assert relative_errors({"R": found["R"][i, 0]}, {"R": R})["R"] < 6e-3
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_token_that_forgets_all_moves_no_bit_before_it() -> None:

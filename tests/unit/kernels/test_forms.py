@@ -49,7 +49,7 @@ WORTH = {
     "scan_blocks2_transitions": (4120, "d885d311165f"),
     "reverse_scan_blocks2_transitions": (796, "de6a8cf406f0"),
     "forward": (1, "264c47a1a45f"),
-    "forward_outside": (0, "e3b0c44298fc"),
+    **dict.fromkeys(("forward_outside", "forward_outside_blocks2"), (0, "e3b0c44298fc")),
     # of head dims of 64 alone
     "forward_blocks1": (0, "e3b0c44298fc"),
     # of members whose heads share scores alone
@@ -64,7 +64,7 @@ WORTH = {
 OTHER_BLOCKS = tuple(x for x in STAGES if STAGES[x].every in (1, 4))
 OWN_FORMS = tuple(x for x in STAGES if x not in OTHER_BLOCKS)
 # Those that have no form in Triton, and serve some problems alone.
-IN_TILELANG_ALONE = ("forward", "forward_blocks1", "forward_outside")
+IN_TILELANG_ALONE = tuple(x for x in STAGES if x.startswith("forward"))
 
 
 def test_blocks_of_any_size_have_the_same_forms_in_triton() -> None:
