@@ -88,7 +88,7 @@ def _why_no_pdl(value: str, stage: str, place: Place) -> str | None:
     problem = place.problem
     if not isinstance(problem, Problem) or stage not in stages_of(problem.op):
         return "only stages of plans have kernels before and after them in a pass"
-    if stage in ("forward", "forward_blocks1"):
+    if stage.startswith("forward"):
         return "its groups begin by turns, so that none of them begins for all of the program"
     if place.arch is not None and _number(place.arch) < _SINCE:
         return f"{place.arch} has no launches that depend on programs; sm_90 and later have"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 import jinja2
 import pytest
@@ -189,12 +187,6 @@ def _member_tilelang(problem: Problem, stage: str, **knobs: str | int) -> str:
     return render(problem, stage, tilelang_config(stage, problem).replace(**(knobs or {}))).source
 
 
-def _wrong_tilelang(problem: Problem) -> str:
-    """Of a form that a GPU has found wrong, which no call runs."""
-    with patch.dict(os.environ, {"GDN2GEN_UNVERIFIED": "1"}):
-        return _member_tilelang(problem, "grad_blocks2")
-
-
 # tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
 _GUESSED: Final = DecodingProblem(
     gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True, state_v_first=True,
@@ -295,6 +287,17 @@ OUTPUTS: Final = {
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
+    ),
+    "forward_outside.py": partial(
+        _forward,
+        Problem("gated_delta_rule", initial_state=True, final_state=True),
+        "forward_outside",
+    ),
+    "forward_outside_states.py": partial(
+        _forward, Problem("gated_delta_rule", final_state=True), "forward_outside_blocks2"
+    ),
+    "forward_outside_undecayed.py": partial(
+        _forward, Problem("delta_rule", K=104, V=112, l2norm=False), "forward_outside"
     ),
     "forward_kda.py": partial(_forward, Problem("kda", beta_sigmoid=True, neg_eigval=True)),
     "prepare.py": _prepare,
@@ -423,9 +426,11 @@ OUTPUTS: Final = {
     "reverse_scan_blocks_outside_tilelang.py": partial(
         _member_tilelang, Problem("gated_delta_rule", final_state=True), "reverse_scan_blocks2"
     ),
-    "grad_blocks_outside_tilelang.py": partial(_wrong_tilelang, Problem("gated_delta_rule")),
+    "grad_blocks_outside_tilelang.py": partial(
+        _member_tilelang, Problem("gated_delta_rule"), "grad_blocks2"
+    ),
     "grad_blocks_delta_rule_tilelang.py": partial(
-        _wrong_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False)
+        _member_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False), "grad_blocks2"
     ),
     "grad_blocks2_104_tilelang.py": partial(
         _member_tilelang, Problem(K=104, V=112), "grad_blocks2"

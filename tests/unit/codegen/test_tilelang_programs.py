@@ -68,6 +68,9 @@ CASES = [
             "gdn2 128 134 strong 2 1 wide transitions",
             "kda 128 230 zero 2 2 wide transitions twice stateless",
             "kda 64 140 layer 2 2 transitions state_v_first",
+            "gated_delta_rule 64 134 layer 2 1 transitions",
+            "gated_delta_rule 128 134 strong 2 1 wide transitions",
+            "delta_rule 128 134 zero 2 2 wide transitions stateless",
             "gdn2 112 70 layer 2",
             "gdn2 112 70 strong 2",
             "gdn2 104x128 70 mixed 2",
@@ -100,9 +103,7 @@ OF_GROUPS = [
 
 
 def run(script: str, *arguments: str) -> str:
-    # also forms that no call may run
-    settings = {"TRITON_INTERPRET": "1", "GDN2GEN_UNVERIFIED": "1"}
-    environment = {**os.environ, **settings, "PYTHONPATH": python_path()}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     command = [sys.executable, "-W", "ignore", str(SUPPORT / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

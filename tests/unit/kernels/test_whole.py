@@ -24,7 +24,8 @@ from gdn2gen.runtime import _loading
 from gdn2gen.store.dispatch import Found, find_recipe, forced_recipe, in_triton
 from gdn2gen.tuning import space
 
-WHOLE = tuple(name for name in PLANS if name.startswith("whole"))
+OUTSIDE = tuple(name for name in PLANS if name.startswith("whole_direct"))
+WHOLE = tuple(name for name in PLANS if name.startswith("whole") and name not in OUTSIDE)
 H200 = named_device("H200")
 
 
@@ -38,6 +39,62 @@ def test_they_are_of_two_members_and_nobody_s_default() -> None:
         lean = not plan.endswith("states")
         assert level_of(plan) == ("lean" if lean else "fast") and is_optional(plan, "gdn2")
         assert keeps_least(PLANS[plan]) == lean
+
+
+def test_those_whose_decay_is_outside_of_products_are_of_two_others() -> None:
+    assert (
+        *("whole_direct", "whole_direct_blocks1", "whole_direct_blocks2"),
+        "whole_direct_blocks2_states",
+    ) == OUTSIDE
+    for op in OPS:
+        served = {*OUTSIDE} <= {*RECURRENCES[op].plans}
+        assert served == (op in ("gated_delta_rule", "delta_rule"))
+        assert served or not {*OUTSIDE} & {*RECURRENCES[op].plans}
+    for plan in OUTSIDE:
+        lean = not plan.endswith("states")
+        assert level_of(plan) == ("lean" if lean else "fast") and is_optional(plan, "delta_rule")
+        assert keeps_least(PLANS[plan]) == lean
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize("plan", OUTSIDE)
+def test_they_keep_what_scans_of_q_and_k_keep(op: str, plan: str) -> None:
+    problem = Problem(op, initial_state=True, final_state=True)
+    recipe = Recipe.default(problem, plan)
+    apart = recipe.everywhere()
+    assert apart.plan.name == PLANS[plan].instead == plan.removeprefix("whole_")
+    assert {x.name for x in saved_by(recipe)} == {x.name for x in saved_by(apart)}
+    assert recipe.saved_segments == apart.saved_segments
+    assert recipe.plan.backward == apart.plan.backward
+    assert all(why_invalid(x, problem) is None for x in (*recipe.configs, *apart.configs))
+    assert not recipe.serves_every_option and recipe.for_few(Regime(64, 1, 4)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "words"),
+    [
+        ({"varlen": True}, None, "varlen of False, not True: packed sequences take prepare"),
+        ({"dtype": "fp16"}, None, "dtype of bf16, not fp16"),
+        ({"gate": "softplus", "has_A_log": True}, None, "gate of none, not softplus"),
+        ({"K": 64}, None, "K of 128, not 64: its slots are of tiles so wide"),
+        ({"V": 256}, None, "V of 128, not 256"),
+        ({}, "sm_80", "not 2: its waits for asynchronous copies"),
+        ({}, "sm_100", "not sm_100"),
+    ],
+)
+def test_what_scans_of_q_and_k_in_one_kernel_do_not_serve(
+    changes: dict[str, Any], arch: str | None, words: str
+) -> None:
+    plain = Problem("gated_delta_rule")
+    config = default_config("forward_outside", plain)
+    problem = replace(plain, **changes)
+    reason = why_invalid(config, problem, arch)
+    assert reason is not None and words in reason
+    assert is_served("whole_direct", plain, "sm_90")
+    assert not is_served("whole_direct", problem, arch)
+    assert is_served("direct", problem, arch)
+    assert why_invalid(config, replace(plain, l2norm=False, gate_dtype="bf16")) is None
+    assert "BT of 32, not 64" in str(why_invalid(config.replace(BT=64), plain))
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
@@ -132,6 +189,8 @@ def test_blocks_and_one_kernel_take_head_dims_below_their_tiles(op: str, K: int,
     # kept transitions alone are of heads that fill their tiles
     served = {*STAGES} - {x.name for x in TRANSITION_STAGES}
     for stage in (x for x in served if STAGES[x].every or x.startswith("forward")):
+        if stage.startswith("forward_outside"):
+            continue  # of other members
         wanted, found = (
             [x for x in space.valid_configs(stage, y, H200, 32) if language_of(x) == "tilelang"]
             for y in (full, problem)
@@ -229,6 +288,16 @@ def test_it_is_in_the_search() -> None:
     assert [x["num_stages"] for x in configs] == [2, 3]
     assert space.starts("forward", small, H200, 32) == (configs[1],)
     assert not [*space.valid_configs("forward", Problem(varlen=True), H200, 32)]
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize(("K", "V"), [x for x in BELOW if min(x) > 64])
+def test_scans_of_q_and_k_take_head_dims_below_their_tiles(op: str, K: int, V: int) -> None:
+    full, problem = Problem(op), Problem(op, K=K, V=V)
+    configs = [*space.valid_configs("forward_outside", full, H200, 32)]
+    assert configs == [default_config("forward_outside", full)]
+    assert configs == [*space.valid_configs("forward_outside", problem, H200, 32)]
+    assert all(is_served(x, problem, "sm_90") for x in OUTSIDE)
 
 
 def test_no_launch_of_it_depends_on_another() -> None:
