@@ -68,7 +68,7 @@ def sweep(given: Sequence[Swept]) -> list[str]:
         configs = [y for y in knobs_of(x.stage) if _key(x.stage, y) not in left_out]
         found = [_measured(x, knobs, exact) for knobs in (RULE, *configs)]
         wrong += [
-            f"{x.stage} {y.knobs or 'by the rule'}: off by {y.error:.2g}"
+            f"{x.stage} {words_of(y.knobs)}: off by {y.error:.2g}"
             for y in found
             if not y.error < BOUND
         ]
@@ -77,22 +77,27 @@ def sweep(given: Sequence[Swept]) -> list[str]:
 
 
 def _show(x: Swept, found: Sequence[Found]) -> None:
-    names = [*dict.fromkeys(name for y in found for name in y.knobs)]
     sheet = Sheet(
         f"{x.stage}, floor {x.floor_ms:.4f} ms, {len(found)} configs",
-        (*names, "ms", "of the floor", "in a graph", "of the floor", "error"),
-        words=(),
+        ("config", "ms", "of the floor", "in a graph", "of the floor", "error"),
+        words=("config",),
     )
     right = sorted((y for y in found if y.error < BOUND), key=lambda y: y.ms)
     rows = right[:SHOWN] + [y for y in right[SHOWN:] if y.knobs == RULE]
     for i, y in enumerate(rows):
-        cells = [str(y.knobs.get(name, "rule" if y.knobs == RULE else "")) for name in names]
         graph = ["", ""]
         if i < IN_GRAPH or y.knobs == RULE:
-            took = _with(x.stage, y.knobs, lambda: time_ms(in_graph(x.run).replay, 5, 50).median)
-            graph = [f"{took:.4f}", f"{took / x.floor_ms:.3f}"]
-        sheet.add(*cells, f"{y.ms:.4f}", f"{y.ms / x.floor_ms:.3f}", *graph, f"{y.error:.1e}")
+            ms = _with(x.stage, y.knobs, lambda: time_ms(in_graph(x.run).replay, 5, 50).median)
+            graph = [f"{ms:.4f}", f"{ms / x.floor_ms:.3f}"]
+        alone = [f"{y.ms:.4f}", f"{y.ms / x.floor_ms:.3f}"]
+        sheet.add(words_of(y.knobs), *alone, *graph, f"{y.error:.1e}")
     console().print(sheet)
+    for y in found:  # all of them, for what cannot be seen in a dozen
+        console().print(f"{x.stage} {y.ms:.4f} {words_of(y.knobs)}")
+
+
+def words_of(knobs: Knobs) -> str:
+    return " ".join(f"{name}={x}" for name, x in knobs.items()) or "by the rule"
 
 
 def _measured(x: Swept, knobs: Knobs, exact: Sequence[Tensor]) -> Found:
