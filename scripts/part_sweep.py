@@ -170,17 +170,21 @@ def _short_conv_backward() -> Iterator[Knobs]:
     """Words of two channels. Of 128 registers 16 warps have room on a multiprocessor: runs of 376
     tokens of 4 x 4096 and 6144 channels are as many as 132 of these take at once."""
     words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (1,)}
-    for BR, BD, warps in ((1, 128, 1), (2, 128, 2), (4, 128, 4), (2, 256, 4), (1, 512, 4)):
-        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,), "maxnreg": (128,)}
-        shared |= {"ahead": (4,)}
-        yield from _grid(BT=(128, 256, 376), early=(1,), prefetch=(1, 2), **shared)
-        yield from _grid(BT=(128,), early=(0,), prefetch=(1,), **shared)
-    shared = words | {"BR": (4,), "num_warps": (4,), "maxnreg": (0,), "BD": (64,), "early": (1,)}
-    yield from _grid(BT=(128, 256), ahead=(8,), prefetch=(0, 1), **shared)
-    yield from _grid(BT=(128,), ahead=(4,), prefetch=(0, 1), **shared)
+    words |= {"maxnreg": (128,)}
+    for BR, BD, warps in (
+        *((1, 128, 1), (2, 128, 2), (4, 128, 4)),
+        *((1, 256, 2), (2, 256, 4), (1, 512, 4)),
+    ):
+        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,)}
+        yield from _grid(BT=(128, 256, 376), ahead=(4,), early=(1,), **shared)
+        if warps == 2:  # where registers are left for places in the L2
+            yield from _grid(BT=(128,), ahead=(4,), early=(0,), prefetch=(0, 1, 2), **shared)
+            yield from _grid(BT=(128,), ahead=(2,), early=(1,), prefetch=(0, 1, 2), **shared)
+    shared = words | {"BR": (4,), "BD": (64,), "num_warps": (4,), "early": (1,)}
+    yield from _grid(BT=(128,), ahead=(4, 8), prefetch=(0, 1), **shared)
     # and what each of them is worth
     usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
-    yield from _apart(usual | {"maxnreg": 128}, ("words", "prefetch", "overlap", "read_once"))
+    yield from _apart(usual | {"maxnreg": 128}, ("words", "overlap", "read_once"))
 
 
 def _gated_norm() -> Iterator[Knobs]:

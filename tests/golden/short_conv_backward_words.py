@@ -20,7 +20,7 @@ What a program adds up of dweight is a row of `partial`, and sum_kernel adds the
 
 Problem: short_convolution bf16, weight_dtype=fp32, tensors=1, width=3, bias
 Config:  BD=64 BR=4 BT=32 ahead=4 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=1 prefetch=1 read_once=0 words=1
-Template digest 8dfe54962c968c49; made by
+Template digest cff9eae966f09307; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32,tensors:1,width:3,bias --stage \
       short_conv_backward --config \
       BD=64,BR=4,BT=32,ahead=4,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=1,prefetch=1,read_once=0,words=1
@@ -183,18 +183,39 @@ def short_conv_backward_kernel(
         o_next_x += 4 * x_step
         o_next_dy += 4 * dy_step
         b_x2 = unpack(b_row0, BR, BD)
-        b_d = unpack(b_dy0, BR, BD)
+        b_d0 = unpack(b_dy0, BR, BD)
+        b_x3 = unpack(b_row1, BR, BD)
+        b_d1 = unpack(b_dy1, BR, BD)
+        b_x4 = unpack(b_row2, BR, BD)
+        b_d2 = unpack(b_dy2, BR, BD)
+        b_x5 = unpack(b_row3, BR, BD)
+        b_d3 = unpack(b_dy3, BR, BD)
         m_t = (i_t + 4 < n_after)[:, None] & m_w
         b_row0 = tl.load(p_x + o_x, mask=m_t, other=0)
         o_x += x_step
         b_dy0 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 5 < n_after)[:, None] & m_w
+        b_row1 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy1 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 6 < n_after)[:, None] & m_w
+        b_row2 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy2 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 7 < n_after)[:, None] & m_w
+        b_row3 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy3 = tl.load(p_dy + o_dy, mask=m_t, other=0)
         o_dy += dy_step
         b_pre = b_x0 * b_w0
         b_pre = b_pre + b_x1 * b_w1
         b_pre = b_pre + b_x2 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d0 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x0
         b_sum1 += b_dpre * b_x1
         b_sum2 += b_dpre * b_x2
@@ -205,19 +226,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t > 0) & (i_t - 2 < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x3 = unpack(b_row1, BR, BD)
-        b_d = unpack(b_dy1, BR, BD)
-        m_t = (i_t + 5 < n_after)[:, None] & m_w
-        b_row1 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy1 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x1 * b_w0
         b_pre = b_pre + b_x2 * b_w1
         b_pre = b_pre + b_x3 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d1 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x1
         b_sum1 += b_dpre * b_x2
         b_sum2 += b_dpre * b_x3
@@ -228,19 +242,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t > 0) & (i_t - 1 < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x4 = unpack(b_row2, BR, BD)
-        b_d = unpack(b_dy2, BR, BD)
-        m_t = (i_t + 6 < n_after)[:, None] & m_w
-        b_row2 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy2 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x2 * b_w0
         b_pre = b_pre + b_x3 * b_w1
         b_pre = b_pre + b_x4 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d2 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x2
         b_sum1 += b_dpre * b_x3
         b_sum2 += b_dpre * b_x4
@@ -251,19 +258,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x5 = unpack(b_row3, BR, BD)
-        b_d = unpack(b_dy3, BR, BD)
-        m_t = (i_t + 7 < n_after)[:, None] & m_w
-        b_row3 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy3 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x3 * b_w0
         b_pre = b_pre + b_x4 * b_w1
         b_pre = b_pre + b_x5 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d3 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x3
         b_sum1 += b_dpre * b_x4
         b_sum2 += b_dpre * b_x5
@@ -280,27 +280,27 @@ def short_conv_backward_kernel(
     # what the tokens after the run hand back to its last ones
     i_t = BT
     b_x2 = unpack(b_row0, BR, BD)
-    b_d = unpack(b_dy0, BR, BD)
+    b_d0 = unpack(b_dy0, BR, BD)
+    b_x3 = unpack(b_row1, BR, BD)
+    b_d1 = unpack(b_dy1, BR, BD)
     b_pre = b_x0 * b_w0
     b_pre = b_pre + b_x1 * b_w1
     b_pre = b_pre + b_x2 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+    b_dpre = b_d0 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2
     m_dx = (i_t - 2 < n_rows)[:, None] & m_d
     tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
     o_dx += dx_step
-    b_x3 = unpack(b_row1, BR, BD)
-    b_d = unpack(b_dy1, BR, BD)
     b_pre = b_x1 * b_w0
     b_pre = b_pre + b_x2 * b_w1
     b_pre = b_pre + b_x3 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+    b_dpre = b_d1 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2
