@@ -180,7 +180,7 @@ def _short_conv_backward() -> Iterator[Knobs]:
         if warps == 2:  # where registers are left for places in the L2
             yield from _grid(BT=(128,), ahead=(4,), early=(0,), prefetch=(0, 1, 2), **shared)
             yield from _grid(BT=(128,), ahead=(2,), early=(1,), prefetch=(0, 1, 2), **shared)
-    shared = words | {"BR": (4,), "BD": (64,), "num_warps": (4,), "early": (1,)}
+    shared = words | {"BR": (4,), "BD": (64,), "num_warps": (4,), "early": (1,), "maxnreg": (0,)}
     yield from _grid(BT=(128,), ahead=(4, 8), prefetch=(0, 1), **shared)
     # and what each of them is worth
     usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
