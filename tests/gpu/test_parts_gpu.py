@@ -40,11 +40,12 @@ CONVOLUTIONS: Final = {
         channels=(256, 256, 512), B=2, T=300, dtype=BF16, weight_dtype=FP32, views=True
     ),
     "words": Convolution(
-        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16, backward=(*WORDS, ("maxnreg", 128))
+        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16,
+        backward=(*WORDS, ("maxnreg", 128), ("prefetch", 1)),
     ),
     "words, packed": Convolution(
         channels=(512, 512, 1024), lengths=(700, 0, 1, 2, 0, 3000, 297), T=4000, dtype=BF16,
-        tail=True, bias=True, backward=(*WORDS, ("ahead", 2), ("BT", 64)),
+        tail=True, bias=True, backward=(*WORDS, ("ahead", 2), ("BT", 64), ("prefetch", 4)),
     ),
     "words of views": Convolution(
         channels=(256, 256, 512), width=3, B=2, T=300, dtype=FP16, views=True,
@@ -52,7 +53,7 @@ CONVOLUTIONS: Final = {
     ),
     "words, half as many channels": Convolution(
         channels=(264,), width=2, B=3, T=500, dtype=BF16, bias=True, tail=True,
-        backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0)),
+        backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0), ("prefetch", 2)),
     ),
 }  # fmt: skip
 NORMS: Final = {

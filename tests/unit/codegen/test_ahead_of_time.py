@@ -721,23 +721,21 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         assert used.registers <= _REGISTERS.get(f"{stage.name}-{name}", 255), used
 
 
-# What a sweep may pick of the backwards: of the convolutions 16 warps to a multiprocessor (those of
-# Triton 3.6 keep four numbers elsewhere, outside of the loop), of the norm 28.
+# What a sweep may pick of the backwards: of the convolutions 16 warps to a multiprocessor, of the
+# norm 28.
 _WORDS: Final = {
-    "short_conv_backward": {"BD": 128, "BR": 4, "num_warps": 4, "ahead": 4, "maxnreg": 128},
+    "short_conv_backward": {"BD": 128, "BR": 2, "num_warps": 2, "ahead": 4, "maxnreg": 128},
     "gated_norm_backward": {"BR": 8, "num_warps": 4, "spread": 1},
 }
 
 
-@pytest.mark.parametrize(("stage", "most", "spilled"), [
-    ("short_conv_backward", 128, 16), ("gated_norm_backward", 72, 0)
-])  # fmt: skip
-def test_words_leave_registers(stage: str, most: int, spilled: int, record: Record) -> None:
+@pytest.mark.parametrize(("stage", "most"), [(x, 128 if "conv" in x else 72) for x in _WORDS])
+def test_words_leave_registers(stage: str, most: int, record: Record) -> None:
     problem, device = _QKV if "conv" in stage else NormProblem(), named_device("sm_90")
     knobs: dict[str, Knob] = {"BT": 128, "early": 1, "words": 1, "overlap": 1, **_WORDS[stage]}
     config = default_config(stage, problem).replace(**knobs)
     used = record.compile_ahead(problem, stage, config, device)
-    assert used.spill_bytes <= spilled, used
+    assert used.spill_bytes == 0, used
     if _measured():
         assert used.registers <= most, used
 

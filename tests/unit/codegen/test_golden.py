@@ -475,7 +475,15 @@ OUTPUTS: Final = {
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
     "short_conv_backward_words.py": partial(
-        _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=4, early=1, words=1, overlap=1
+        _part,
+        "short_conv_backward",
+        _WITH_BIAS,
+        BR=4,
+        ahead=4,
+        early=1,
+        words=1,
+        overlap=1,
+        prefetch=1,
     ),
     "gated_norm_backward_words.py": partial(
         _part, "gated_norm_backward", _OF_96, BR=16, BT=31, early=1, words=1, spread=1, overlap=1

@@ -41,15 +41,15 @@ CONVOLUTIONS: Final = {
     "words": Convolution(channels=(136, 24), dtype=BF16, T=37, backward=WORDS),
     "words of fp16, packed": Convolution(
         channels=(64, 24, 40), dtype=FP16, lengths=(7, 0, 1, 2, 0, 18, 12), tail=True, bias=True,
-        backward=WORDS,
+        backward=(*WORDS, ("prefetch", 1)),
     ),
     "words of views": Convolution(
         channels=(64, 24), width=3, dtype=BF16, tail=True, views=True, T=40,
-        backward=(*WORDS, ("ahead", 2), ("BT", 16)),
+        backward=(*WORDS, ("ahead", 2), ("BT", 16), ("prefetch", 2)),
     ),
     "words, two taps": Convolution(
         channels=(8,), width=2, dtype=BF16, weight_dtype=FP32, bias=True, T=18,
-        backward=(*WORDS, ("early", 0), ("ahead", 4)),
+        backward=(*WORDS, ("early", 0), ("ahead", 4), ("prefetch", 1)),
     ),
     # less is loaded ahead than comes after a run; and one number is one word
     "words, little ahead": Convolution(
