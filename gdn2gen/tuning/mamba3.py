@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 _SCAN_PART: Final = 0.7
 _STAGES: Final = {AROUND: MAMBA3_AROUND, CHUNKS: MAMBA3_CHUNK_STAGES}
 # Knobs that a climb keeps as they were where it began.
-_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs", "BJ")
+_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs")
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
 Knobs = dict[str, Knob]

@@ -431,14 +431,14 @@ def test_mamba3s_scan_compiles_without_spills_and_two_programs_fit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "BJ"), [(2, 32), (1, 32), (1, 64)])
+@pytest.mark.parametrize("pairs", [2, 1])
 @pytest.mark.tilelang
 def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
-    pairs: int, BJ: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     problem = reverse_scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
-    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs, BJ=BJ)
+    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024

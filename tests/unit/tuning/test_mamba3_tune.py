@@ -179,7 +179,7 @@ def test_a_reverse_scan_is_filed_where_it_is_faster(folder: Path) -> None:
         found = nearest_parts("mamba3", REVERSE, known, 16384, H200)
         assert (found is not None) == filed
     assert {x: dict(y) for x, y in entries[0].knobs.items()} == {
-        "mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 2, "BJ": 32},
+        "mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 2},
         "mamba3_sums": {
             **{"BT": 64, "BH": 2, "num_warps": 8},
             **{"order": "heads", "BG": 1, "num_stages": 1},
@@ -199,7 +199,7 @@ def test_forms_of_a_backward_in_one_stage_that_are_faster(folder: Path) -> None:
             if isinstance(found.value, float) and isinstance(knobs, dict):
                 by_tokens = knobs.get("order") == "tokens"
                 ahead = 0.1 * (knobs.get("num_stages") == 3)
-                once = 0.1 * (knobs.get("pairs") == 1) + 0.1 * (knobs.get("BJ") == 64)
+                once = 0.1 * (knobs.get("pairs") == 1)
                 return Outcome(outcome.OK, found.value - once - by_tokens * (0.5 + ahead))
             return found
 
@@ -208,9 +208,7 @@ def test_forms_of_a_backward_in_one_stage_that_are_faster(folder: Path) -> None:
         **{"BT": 64, "BH": 2, "num_warps": 8},
         **{"order": "tokens", "BG": 64, "num_stages": 3},
     }
-    assert dict(entry.knobs["mamba3_reverse_scan"]) == {
-        **{"BT": 64, "num_warps": 4, "pairs": 1, "BJ": 64}
-    }
+    assert dict(entry.knobs["mamba3_reverse_scan"]) == {**{"BT": 64, "num_warps": 4, "pairs": 1}}
     for times in entry.measured.values():
         assert times["default_ms"] > times["ms"]
     check_part(entry, H200.name, "sm_90")
