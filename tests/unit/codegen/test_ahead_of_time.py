@@ -35,7 +35,12 @@ from gdn2gen.kernels.mamba3_chunks import (
     chunk_knobs,
     chunk_problem,
 )
-from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, reverse_scan_problem
+from gdn2gen.kernels.mamba3_reverse_scan import (
+    MAMBA3_REVERSE_SCAN,
+    MAMBA3_SUMS,
+    reverse_scan_problem,
+    sums_problem,
+)
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.plans import stages_of
@@ -429,15 +434,24 @@ def test_mamba3s_scan_compiles_without_spills_and_two_programs_fit(
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
+def test_mamba3s_sums_by_tokens_compile_and_two_programs_fit() -> None:
+    problem = sums_problem(Mamba3Problem())
+    knobs: dict[str, Knob] = {"BT": 64, "order": "tokens", "BG": 64, "BH": 8, "num_warps": 8}
+    config = default_config(MAMBA3_SUMS.name, problem).replace(**knobs, num_stages=3)
+    used = compile_ahead(problem, MAMBA3_SUMS.name, config, named_device("sm_90"))
+    assert used.registers <= 128 and used.spill_bytes == 0, f"{config}: {used}"
+    assert blocks_per_sm(used, named_device("sm_90")) == 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "BJ"), [(2, 32), (1, 32), (1, 64)])
+@pytest.mark.parametrize("pairs", [2, 1])
 @pytest.mark.tilelang
 def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
-    pairs: int, BJ: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     problem = reverse_scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
-    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs, BJ=BJ)
+    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024

@@ -130,10 +130,8 @@ OF_ITS_BACKWARD = [
     pytest.param("64", "128", "layer", "carried,angles", marks=pytest.mark.slow),
     pytest.param("4", "64", "strong", "angles", marks=pytest.mark.slow),
     ("68", "64", "sparse", "pairs=1,skip,carried,angles"),
-    pytest.param(
-        "132", "128", "strong", "pairs=1,BJ=64,skip,carried,angles", marks=pytest.mark.slow
-    ),
-    pytest.param("136", "128", "zero", "pairs=1,BJ=64", marks=pytest.mark.slow),
+    pytest.param("132", "128", "strong", "pairs=1,skip,carried,angles", marks=pytest.mark.slow),
+    pytest.param("136", "128", "zero", "pairs=1", marks=pytest.mark.slow),
     pytest.param("64", "128", "layer", "pairs=1,carried,angles", marks=pytest.mark.slow),
     pytest.param("4", "64", "strong", "pairs=1,angles=7", marks=pytest.mark.slow),
     pytest.param("68", "128", "layer", "angles=45", marks=pytest.mark.slow),
