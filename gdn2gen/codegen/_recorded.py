@@ -10,6 +10,8 @@ A call then writes addresses, the first words of tensor maps among them, and lau
 
 What is otherwise than this takes for granted stays a program: code that is no machine code, maps
 whose first word is no address, functions of tvm's that do more than set the device and make maps.
+One thing is left out on purpose: tvm lets every kernel of a cluster begin before the kernel before
+it has ended, whether it waits for that or not. Here only those may that wait.
 """
 
 from __future__ import annotations
