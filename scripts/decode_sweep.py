@@ -72,10 +72,12 @@ def sweep(
     given = [[*configs(x, wanted)] for x in problems]
     if not all(given):
         raise SystemExit("no config has such knobs")
-    compile_all((x, config) for x, found in zip(problems, given, strict=True) for config in found)
+    failed = compile_all(
+        (x, config) for x, found in zip(problems, given, strict=True) for config in found
+    )
     for (name, make, us), found in zip(steps, given, strict=True):
         run, times = make(), []
-        for config in found:
+        for config in [x for x in found if x not in failed]:
             decoding.force(config)
             times.append((us(run), config))
         decoding.force()
