@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -154,6 +155,7 @@ def file(
     return f"{said}nothing is filed"
 
 
+@cache
 def checked(problem: DecodingProblem, config: Config) -> tuple[dict[str, float], str]:
     """Errors of calls by it beside fp64, few sequences and many, padding among them; and what is
     wrong."""

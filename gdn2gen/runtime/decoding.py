@@ -35,7 +35,7 @@ from gdn2gen.runtime.layout import strides_of
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker
 from gdn2gen.runtime.signature import Options, Signature
-from gdn2gen.store.decoding import nearest_decoding
+from gdn2gen.store.decoding import nearest_of_each
 from gdn2gen.store.tuned_files import current_look
 
 Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
@@ -212,9 +212,16 @@ _ANY_BATCH: Final = 32
 
 def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
     """The same by the sizes, for a GPU that need not be here."""
+    return configs_at(problem, sequences, heads, gpu)[0]
+
+
+def configs_at(
+    problem: DecodingProblem, sequences: int, heads: int, gpu: Device
+) -> tuple[Config, ...]:
+    """What calls of such sizes may run: with the user's files, without them, and without any."""
     sequences = _ANY_BATCH if is_batch_invariant() else sequences
-    filed = nearest_decoding(problem, sequences * heads, gpu)
-    return by_rule(problem, sequences, heads, gpu) if filed is None else filed
+    filed = nearest_of_each(problem, sequences * heads, gpu)
+    return tuple(dict.fromkeys((*filed, by_rule(problem, sequences, heads, gpu))))
 
 
 def by_rule(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:

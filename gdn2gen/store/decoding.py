@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,8 +87,13 @@ def decoding_path(folder: Path, op: str, device: Device) -> Path:
 
 def nearest_decoding(problem: DecodingProblem, programs: int, device: Device) -> Config | None:
     """What a call of so many programs runs by; None where no entry is near."""
+    return next(nearest_of_each(problem, programs, device), None)
+
+
+def nearest_of_each(problem: DecodingProblem, programs: int, device: Device) -> Iterator[Config]:
+    """The nearest entry of each folder that has one near: the user's, then the packaged one."""
     if not is_filed(problem):
-        return None
+        return
     user, packaged = paths.to_be_read(paths.user_tuned_dir()), paths.packaged_tuned_dir()
     for folder in (user, packaged):
         if folder is None:
@@ -97,8 +102,7 @@ def nearest_decoding(problem: DecodingProblem, programs: int, device: Device) ->
         found = _serving(path, problem, device.arch, current_look())
         near = [x for x in found if x[0].distance(programs) <= _FARTHEST]
         if near:
-            return min(near, key=lambda x: x[0].distance(programs))[1]
-    return None
+            yield min(near, key=lambda x: x[0].distance(programs))[1]
 
 
 @lru_cache(maxsize=256)

@@ -75,6 +75,11 @@ def test_the_users_entries_come_before_the_packaged_ones(path: Path, tmp_path: P
     merge_decoding(path, METADATA, [entry_of(knobs={"BV": 32})])
     assert nearest_decoding(STEP, 4096, H200) == config_of({"BV": 32})
     assert nearest_decoding(STEP, 16, H200) == config_of()
+    # what is compiled ahead has those of a machine without the user's files, too
+    rule = runtime.by_rule(STEP, 256, 16, H200)
+    both = (config_of({"BV": 32}), config_of(), rule)
+    assert runtime.configs_at(STEP, 256, 16, H200) == both
+    assert runtime.configs_at(replace(STEP, one_token=False), 256, 16, H200) == (rule,)
 
 
 def test_configs_of_calls_and_what_they_depend_on(path: Path) -> None:
