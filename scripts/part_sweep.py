@@ -58,12 +58,10 @@ def sweep(given: Sequence[Swept]) -> list[str]:
     left_out = compile_all(
         (x.problem, _config(x, knobs)) for x in given for knobs in knobs_of(x.stage)
     )
-    for words in left_out.values():
-        console().print(words)
     wrong = []
     for x in given:
         exact = x.exact()
-        configs = [y for y in knobs_of(x.stage) if (x.problem, _config(x, y)) not in left_out]
+        configs = [y for y in knobs_of(x.stage) if _config(x, y) not in left_out]
         found = [_measured(x, knobs, exact) for knobs in (RULE, *configs)]
         wrong += [
             f"{x.stage} {words_of(y.knobs)}: off by {y.error:.2g}"

@@ -40,7 +40,7 @@ from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.extras import EXTRAS  # noqa: E402
 from gdn2gen.kernels.limits import Knob  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS, PLANS, level_of, plan_for  # noqa: E402
-from gdn2gen.kernels.recipe import Recipe  # noqa: E402
+from gdn2gen.kernels.recipe import Recipe, fitted  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.measure.check import CheckResult  # noqa: E402
@@ -82,6 +82,8 @@ def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[st
         changed = dict(map(knob, (knobs if found else written).split(",")))
         for name in [stage] if found else [*configs]:
             config = _changed(configs[name], changed)
+            if "tiles" in changed:
+                config = _widened(config, problem, device)
             reason = why_invalid(config, problem, device.arch)
             if reason is None:
                 configs[name] = config
@@ -116,6 +118,12 @@ def _changed(config: Config, knobs: Mapping[str, Knob]) -> Config:
     """With those of the knobs that its stage has."""
     known = {*STAGES[config.stage].domains, *EXTRAS}
     return config.replace(**{name: x for name, x in knobs.items() if name in known})
+
+
+def _widened(config: Config, problem: Problem, device: Device) -> Config:
+    """With tiles of whole head dims as wide as its `tiles` makes them, where it can have that."""
+    found = fitted(config, problem, device.arch)
+    return found if "tiles" in found else config
 
 
 def split(words: Sequence[str]) -> Iterator[list[str]]:

@@ -43,9 +43,8 @@ def test_what_is_wrong_is_no_time(
 
     configs = [{"BR": 8, "BT": BT} for BT in (1, 2, 4, 8, 16)]
     last = default_config("gated_norm", NormProblem()).replace(**configs[-1])
-    refused = {(NormProblem(), last): "BT=16 does not compile"}
     monkeypatch.setattr(part_sweep, "knobs_of", lambda _: iter(configs))
-    monkeypatch.setattr(part_sweep, "compile_all", lambda _: refused)
+    monkeypatch.setattr(part_sweep, "compile_all", lambda _: {last})
     monkeypatch.setattr(
         part_sweep,
         "time_ms",
@@ -59,7 +58,7 @@ def test_what_is_wrong_is_no_time(
         "gated_norm BR=8 BT=2: off by nan",
     ]
     said = capsys.readouterr().out
-    assert "BT=16 does not compile" in said and "by the rule" in said
+    assert "BT=16" not in said and "by the rule" in said
     assert not parts._forced and {int(x.get("BT", 0)) for x in seen} == {0, 1, 2, 4, 8}
 
 

@@ -92,17 +92,19 @@ def test_what_is_on_file_for_other_head_dims(script: Any) -> None:
     for size, like, same in (((96, 96), 128, True), ((32, 32), 64, True), ((160, 160), 256, False)):
         problem = Problem(K=size[0], V=size[1])
         own, found = (
-            script.recipe_of(x, shape, H200, ("lean", *words))
-            for x, words in ((replace(problem, K=like, V=like), ()), (problem, (f"like={like}",)))
+            script.recipe_of(x, shape, H200, [words])
+            for x, words in (
+                (replace(problem, K=like, V=like), "lean"),
+                (problem, f"lean@gdn2:{like}/train4k"),
+            )
         )
         assert found.problem == problem and found.plan == own.plan
         # in Triton no tiles are wider than 32 channels are
         pairs = zip(own.configs, found.configs, strict=True)
         assert all(a == b or language_of(a) == "triton" for a, b in pairs) == same
         assert found.configs != script.recipe_of(problem, shape, H200, ("lean",)).configs
-    changed = script.recipe_of(
-        Problem(K=96, V=96), shape, H200, ("whole_blocks2", "like=128,128", "grad_blocks2:chunks=4")
-    )
+    words = ["whole_blocks2@gdn2:128/train4k", "grad_blocks2:chunks=4"]
+    changed = script.recipe_of(Problem(K=96, V=96), shape, H200, words)
     assert changed["grad_blocks2"]["chunks"] == 4
 
 
