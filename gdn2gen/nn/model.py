@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.nn._stream import Norm, ResidualNorm, swiglu
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache, LayerCache
 from gdn2gen.nn.deltanet import DeltaNet
@@ -21,7 +22,7 @@ from gdn2gen.nn.kda import KimiDeltaAttention
 from gdn2gen.nn.layer import Layer
 from gdn2gen.nn.mamba2 import Mamba2
 from gdn2gen.nn.mamba3 import Mamba3
-from gdn2gen.nn.projections import Projected, narrowed
+from gdn2gen.nn.projections import Projected
 
 MIXERS: Final[Mapping[str, Callable[..., Layer]]] = {
     "gdn2": GatedDeltaNet2,
@@ -46,16 +47,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = Projected(x, [self.gate_proj, self.up_proj])
         gate, up = tokens.by(self.gate_proj), tokens.by(self.up_proj)
-        y: Tensor = self.down_proj(functional.silu(gate) * up)
+        y: Tensor = self.down_proj(swiglu(gate, up))
         return y
-
-
-class Norm(nn.RMSNorm):
-    """RMSNorm before what projects: under autocast its result is narrowed here, once, and not for
-    each of the projections, whose gradients would be widened and added up one by one, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return narrowed(super().forward(x))
 
 
 class Block(nn.Module):
@@ -63,15 +56,16 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, hidden_size: int, inner: int, norm_eps: float) -> None:
         super().__init__()
-        self.mixer_norm = Norm(hidden_size, eps=norm_eps)
+        self.mixer_norm = ResidualNorm(hidden_size, eps=norm_eps)
         self.mixer = mixer
-        self.mlp_norm = Norm(hidden_size, eps=norm_eps)
+        self.mlp_norm = ResidualNorm(hidden_size, eps=norm_eps)
         self.mlp = SwiGLU(hidden_size, inner)
 
     def forward(self, x: Tensor, **given: Any) -> Tensor:
         """x [B, T, hidden]; `given` goes to the mixer."""
-        x = x + self.mixer(self.mixer_norm(x), **given)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        x, normed = self.mixer_norm(x)
+        x, normed = self.mlp_norm(x, self.mixer(normed, **given))
+        y: Tensor = x + self.mlp(normed)
         return y
 
 
