@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gdn2gen.base.errors import InputError
+from gdn2gen.nn._loss import cross_entropy
 from gdn2gen.nn._stream import Norm, ResidualNorm, swiglu
 from gdn2gen.nn.attention import SlidingWindowAttention
 from gdn2gen.nn.cache import Cache, LayerCache
@@ -177,10 +178,10 @@ class LanguageModel(nn.Module):
             raise InputError(
                 f"tokens and targets must be [B, T], but got {tuple(tokens.shape)} and {shape}"
             )
-        logits = self._logits(self._hidden(tokens, cache))
+        x = self._hidden(tokens, cache)
         if targets is None:
-            return logits
-        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self._logits(x)
+        return cross_entropy(self.norm(x), self.embeddings.weight, targets)
 
     def _hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         x: Tensor = self.embeddings(tokens)
