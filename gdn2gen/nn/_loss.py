@@ -41,7 +41,8 @@ class _CrossEntropy(torch.autograd.Function):
         counts = targets != IGNORED
         losses = []
         rows = max(1, _AT_ONCE // weight.shape[0])
-        for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+        for part, target in parts:
             log = functional.log_softmax(part, -1, dtype=wide)
             place = target.clamp(min=0)[:, None]
             own = log.gather(1, place)

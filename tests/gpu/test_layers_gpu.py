@@ -127,6 +127,28 @@ def test_a_graph_of_a_model_that_attends_is_replayed() -> None:
         assert _error(out, model(tokens)[:, -1:]) < 0.03
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_generate_by_a_graph(autocast: bool) -> None:
+    """The same tokens, likeliest and drawn, past the window's end; and a call after it."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        64, hidden_size=256, num_layers=2, num_heads=2, head_dim=128, window=32, init_std=0.2
+    )
+    model = model.to(DEVICE) if autocast else model.to(DEVICE).bfloat16()
+    tokens = torch.randint(64, (3, 20), device=DEVICE)
+
+    def run(graph: bool, temperature: float) -> Tensor:
+        drawn = torch.Generator(DEVICE).manual_seed(0)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return model.generate(tokens, 40, temperature=temperature, generator=drawn, graph=graph)
+
+    for temperature in (0.0, 1.0):
+        wanted = run(False, temperature)
+        assert wanted[:, 20:].unique().numel() > 3
+        assert torch.equal(run(True, temperature), wanted)
+        assert torch.equal(run(False, temperature), wanted)
+
+
 def test_a_model_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of fp32 weights by the kernels between its mixers, as by torch's own
     operations; tokens are projected by one function in both."""
