@@ -170,7 +170,8 @@ def test_a_model_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _error(one, other) < 0.03
     monkeypatch.undo()
     model.checkpoint_activations = True
-    assert all(map(torch.equal, run(), found))
+    for one, other in zip(run(), found, strict=True):
+        assert _error(one, other) < 1e-3  # flash kernels add up dq in any order
 
 
 @pytest.mark.parametrize("window", [1, 33, 64])
