@@ -9,7 +9,7 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
 from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem, StreamNormProblem
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.parts import suffixes
@@ -37,7 +37,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         return common | tilelang_context(problem, stage)
     tensors = suffixes(problem)
     units = [f"units{n}" for n in tensors]
-    size = problem.size if isinstance(problem, NormProblem) else 0
+    size = problem.size if isinstance(problem, NormProblem | StreamNormProblem) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
     return (
@@ -47,6 +47,9 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
             # Triton's interpreter knows no assembly
             "interpreted": not environment.knows_assembly(),
             "io_dtype": _in_triton(problem.dtype),
+            "stream_dtype": _in_triton(problem.dtype_of("stream"))
+            if isinstance(problem, StreamNormProblem)
+            else "",
             "weight_dtype": _in_triton(problem.weight_dtype),
             # what ends the names of what there is for each tensor of a launch
             "tensors": tensors,

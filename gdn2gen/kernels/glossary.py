@@ -53,6 +53,12 @@ WORDS: Final[Mapping[str, str]] = {
     "dgate": "gradient of gate",
     "dweight": "gradient of weight",
     "dbias": "gradient of bias",
+    "added": "what a block adds to x",
+    "total": "x + added",
+    "dtotal": "gradient of the stream after it",
+    "dadded": "gradient of added",
+    "up": "what the activated gate multiplies",
+    "dup": "gradient of up",
     "partial": "scratch: sums of programs for gradients of parameters",
     # around Mamba-3's scan
     "Q": "queries, without biases",

@@ -23,6 +23,7 @@ from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN, SCAN_STATES
 from gdn2gen.kernels.stage import Stage
+from gdn2gen.kernels.stream_parts import STREAM_STAGES
 from gdn2gen.kernels.transitions import TRANSITION_STAGES
 from gdn2gen.kernels.whole import FORWARD, FORWARD_BLOCKS1, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2
 
@@ -40,7 +41,10 @@ STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 EVERY_STAGE: Final[Mapping[str, Stage]] = {
     **STAGES,
     RECURRENT.name: RECURRENT,
-    **{x.name: x for x in (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, MAMBA3_SCAN)},
+    **{
+        x.name: x
+        for x in (*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, MAMBA3_SCAN)
+    },
     **{x.name: x for x in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS)},
 }
 """And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

@@ -10,7 +10,7 @@ import projection_cases
 import pytest
 import torch
 from gpu_support import DEVICE
-from part_cases import BOUNDS, Convolution, Norm
+from part_cases import BOUNDS, Convolution, Norm, Stream
 
 from gdn2gen import short_convolution
 from gdn2gen.runtime import parts_ops
@@ -74,6 +74,18 @@ NORMS: Final = {
     ),
     "spread": Norm(rows=(2, 777), backward=SPREAD),
 }  # fmt: skip
+STREAMS: Final = {
+    "many": Stream(rows=(4, 1031), size=2048, dtype=BF16),
+    "many, no sum": Stream(rows=(4, 1031), size=2048, dtype=BF16, added=False),
+    "few": Stream(rows=(3,), size=256, dtype=FP16),
+    "a narrow stream": Stream(
+        rows=(2, 500), size=1536, stream_dtype=BF16, dtype=BF16, weight_dtype=BF16
+    ),
+    "odd": Stream(rows=(2, 777), size=96, eps=0.1),
+    "wide": Stream(rows=(300,), size=8192, dtype=BF16),
+    "a token": Stream(rows=(1, 1), size=2048, stream_dtype=BF16, dtype=BF16, weight_dtype=BF16),
+    "loads when they are wanted": Stream(rows=(777,), knobs=(("early", 0), ("BT", 16))),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -86,6 +98,18 @@ def test_convolution(name: str) -> None:
 def test_norm(name: str) -> None:
     case = replace(NORMS[name], device=str(DEVICE))
     assert part_cases.norm(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream_norm(name: str) -> None:
+    case = replace(STREAMS[name], device=str(DEVICE))
+    assert part_cases.stream_norm(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5504), (3, 777, 72), (4, 1031, 5504)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert part_cases.swiglu(shape, dtype, str(DEVICE)) < BOUNDS[dtype]
 
 
 def test_steps() -> None:

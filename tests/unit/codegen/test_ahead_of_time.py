@@ -18,7 +18,7 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead, compile_for_triton, load
 from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, StreamNormProblem, SwigluProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -45,6 +45,7 @@ from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stream_parts import STREAM_STAGES, SWIGLU_KNOBS, stream_norm_knobs
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
@@ -684,6 +685,8 @@ _PARTS: Final = {
     "fp32": replace(_QKV, dtype="fp32", weight_dtype="fp32"),
     "norm": NormProblem(),
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
+    "stream": StreamNormProblem(weight_dtype="fp32", added=True),
+    "swiglu": SwigluProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -697,6 +700,10 @@ _REGISTERS: Final = {
     "short_conv_backward-plain": 128,
     "gated_norm-norm": 64,
     "gated_norm_backward-norm": 168,
+    "stream_norm-stream": 64,
+    "stream_norm_backward-stream": 128,
+    "swiglu-swiglu": 64,
+    "swiglu_backward-swiglu": 64,
 }
 
 
@@ -712,7 +719,7 @@ _REGISTERS: Final = {
             marks=[pytest.mark.slow]
             * (name == "fp32" or (name == "mamba3" and stage is not MAMBA3_STEP)),
         )
-        for stage in (*PART_STAGES, *MAMBA3_STAGES)
+        for stage in (*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES)
         for name, problem in _PARTS.items()
         if isinstance(problem, stage.made_for)
     ],
@@ -725,6 +732,10 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = mamba3_knobs(stage, problem, 512, 64, 1, device.sms)
         if stage is MAMBA3_STEP:
             knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
+    elif isinstance(problem, StreamNormProblem):
+        knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
+    elif isinstance(problem, SwigluProblem):
+        knobs = SWIGLU_KNOBS
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)

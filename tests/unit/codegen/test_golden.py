@@ -28,7 +28,7 @@ from gdn2gen.codegen.render import (
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.parts import ConvolutionProblem, NormProblem, StreamNormProblem, SwigluProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -472,6 +472,12 @@ OUTPUTS: Final = {
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1
     ),
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
+    "stream_norm.py": partial(_part, "stream_norm", StreamNormProblem(weight_dtype="fp32")),
+    "stream_norm_backward.py": partial(
+        _part, "stream_norm_backward", StreamNormProblem(size=96, added=True), early=1
+    ),
+    "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
+    "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
     "short_conv_backward_words.py": partial(

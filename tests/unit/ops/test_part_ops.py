@@ -9,7 +9,7 @@ from typing import Any, Final
 import part_cases
 import pytest
 import torch
-from part_cases import BOUNDS, Convolution, Norm
+from part_cases import BOUNDS, Convolution, Norm, Stream
 
 from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.base.errors import InputError
@@ -77,6 +77,16 @@ NORMS: Final = {
     ),
     "spread": Norm(rows=(45,), size=96, backward=(*SPREAD, ("BT", 4), ("BR", 4))),
 }  # fmt: skip
+STREAMS: Final = {
+    "a sum": Stream(),
+    "no sum": Stream(added=False, eps=0.1),
+    "narrowed": Stream(dtype=BF16, size=96),
+    "narrowed, no sum": Stream(dtype=FP16, size=8, rows=(70,), added=False),
+    "a narrow stream": Stream(stream_dtype=BF16, dtype=BF16, weight_dtype=BF16, size=256),
+    "wide": Stream(size=2048, rows=(3,), dtype=BF16),
+    "loads early": Stream(rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
+    "loads when they are wanted": Stream(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 2))),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -88,6 +98,21 @@ def test_convolution_kernels(name: str, interpreter: Check) -> None:
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_kernels(name: str, interpreter: Check) -> None:
     assert interpreter("part_cases:norm", NORMS[name]) < BOUNDS[NORMS[name].dtype]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_kernels_of_the_stream(name: str, interpreter: Check) -> None:
+    case = STREAMS[name]
+    assert interpreter("part_cases:stream_norm", case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_swiglu_kernels(dtype: torch.dtype, interpreter: Check) -> None:
+    assert interpreter("part_cases:swiglu", (3, 7, 72), dtype) < BOUNDS[dtype]
+
+
+def test_a_model_by_kernels_between_its_mixers(interpreter: Check) -> None:
+    assert interpreter("part_cases:model_by_kernels") < 2e-5
 
 
 def test_steps(interpreter: Check) -> None:
