@@ -10,7 +10,7 @@ A program takes BT tiles of BR rows.
 
 Problem: stream_norm bf16, weight_dtype=fp32
 Config:  BR=1 BT=32 early=0 language=triton num_stages=1 num_warps=1
-Template digest 2676f9344e98e7c5; made by
+Template digest 6372a5281613039e; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32 --stage stream_norm --config \
       BR=1,BT=32,early=0,language=triton,num_stages=1,num_warps=1
 """

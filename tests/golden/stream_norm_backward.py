@@ -19,7 +19,7 @@ these rows in their order.
 
 Problem: stream_norm bf16, size=96, added
 Config:  BR=1 BT=32 early=1 language=triton num_stages=1 num_warps=1
-Template digest 1c5549b48fa741cf; made by
+Template digest 58e902faed3368a8; made by
     gdn2gen generate --dtype bf16 --with=size:96,added --stage stream_norm_backward --config \
       BR=1,BT=32,early=1,language=triton,num_stages=1,num_warps=1
 """
