@@ -16,7 +16,7 @@ from tilelang_configs import tilelang_config, tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import run_reference
@@ -209,6 +209,41 @@ def test_blocks_of_head_dims_below_their_tiles(size: tuple[int, int], plan: str,
     inputs, grads = draw(recipe.problem, SHAPE)
     first = run(recipe, inputs, grads)
     assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+def with_tiles(recipe: Recipe, tiles: int) -> Recipe:
+    """Whole head dims in tiles of other steps, in every stage that has such."""
+    others = (fitted(x.replace(tiles=tiles), recipe.problem, "sm_90") for x in recipe.configs)
+    return recipe.with_config(*(x for x in others if "tiles" in x))
+
+
+@pytest.mark.parametrize("make", [tilelang_recipe, wide_recipe])
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(((160, 160), (136, 200), (224, 224))))
+def test_tiles_of_64_channels(
+    size: tuple[int, int], op: str, make: Callable[[Problem, str], Recipe]
+) -> None:
+    recipe = with_tiles(make(problem_of(op, size), "lean"), 64)
+    assert {x.stage for x in recipe.configs if "tiles" in x} > {"scan", "rescan", "reverse_scan"}
+    check(recipe, "layer", "strong", "mixed", "zero")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("plan", "scan"),
+    [("whole_blocks1", "rescan_blocks1"), ("whole_blocks2", "rescan_blocks2"),
+     ("blocks2_states", "scan_blocks2")],
+)  # fmt: skip
+@pytest.mark.parametrize("size", **named(((96, 96), (72, 96))))
+def test_tiles_of_96_channels_in_scans_of_blocks(
+    size: tuple[int, int], plan: str, scan: str
+) -> None:
+    recipe = with_tiles(in_tiles(problem_of("gdn2", size), plan), 32)
+    every = scan.removeprefix("re").removeprefix("scan_")
+    assert "tiles" in recipe[scan] and "tiles" in recipe[f"reverse_scan_{every}"]
+    check(recipe, "layer", "strong", "mixed", "zero")
 
 
 @pytest.mark.parametrize("size", **named(((48, 48), (104, 112), (24, 32), (96, 72))))
