@@ -82,7 +82,7 @@ def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[st
         changed = dict(map(knob, (knobs if found else written).split(",")))
         for name in [stage] if found else [*configs]:
             config = _changed(configs[name], changed)
-            if "tiles" in changed:
+            if "tile_step" in changed:
                 config = _widened(config, problem, device)
             reason = why_invalid(config, problem, device.arch)
             if reason is None:
@@ -121,9 +121,9 @@ def _changed(config: Config, knobs: Mapping[str, Knob]) -> Config:
 
 
 def _widened(config: Config, problem: Problem, device: Device) -> Config:
-    """With tiles of whole head dims as wide as its `tiles` makes them, where it can have that."""
+    """With tiles of whole head dims as wide as its `tile_step` makes them, where it can have that."""
     found = fitted(config, problem, device.arch)
-    return found if "tiles" in found else config
+    return found if "tile_step" in found else config
 
 
 def split(words: Sequence[str]) -> Iterator[list[str]]:

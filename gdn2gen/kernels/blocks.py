@@ -68,7 +68,7 @@ def _kept(operand: Operand, every: int) -> Operand:
 # tiles, of 64 for all up to it and of 128 for 65 to 128: loads fill what is past a head dim.
 _WIDTHS, _WIDTHS_OF_SCANS = (
     tuple(Limit(x, sizes, "tiles of other widths were not compiled for") for x in ("K", "V"))
-    # 96 are those that `tiles=32` asks for
+    # 96 are those that `tile_step=32` asks for
     for sizes in ((64, 128), (64, 96, 128))
 )
 _PLAIN: Final = (

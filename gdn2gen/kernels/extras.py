@@ -30,7 +30,7 @@ EXTRAS: Final[Mapping[str, Domain]] = {
     "merge": ("cut", "near"),
     # In TileLang: whole head dims are in tiles as wide as the next multiple of it. Of 64 a row of
     # 160 is three copies of 128 bytes, the last of which is half zeros, and not five of 64.
-    "tiles": (32, 64),
+    "tile_step": (32, 64),
 }
 AHEAD: Final[Mapping[Knob, int]] = {"cut": 2, "near": 1}
 """Steps of merge_kernel from a load to its use: of two, K = 128 takes 156 KB of shared memory."""
@@ -77,10 +77,10 @@ def why_no_extra(knobs: Mapping[str, Knob], form: Form, stage: str, place: Place
         reason = _why_not_merged(form, place)
         if reason is not None:
             return f"merge={given['merge']}: {reason}"
-    if "tiles" in given:
+    if "tile_step" in given:
         reason = _why_not_tiled(form, place)
         if reason is not None:
-            return f"tiles={given['tiles']}: {reason}"
+            return f"tile_step={given['tile_step']}: {reason}"
     return None
 
 

@@ -213,8 +213,8 @@ def test_blocks_of_head_dims_below_their_tiles(size: tuple[int, int], plan: str,
 
 def with_tiles(recipe: Recipe, tiles: int) -> Recipe:
     """Whole head dims in tiles of other steps, in every stage that has such."""
-    others = (fitted(x.replace(tiles=tiles), recipe.problem, "sm_90") for x in recipe.configs)
-    return recipe.with_config(*(x for x in others if "tiles" in x))
+    others = (fitted(x.replace(tile_step=tiles), recipe.problem, "sm_90") for x in recipe.configs)
+    return recipe.with_config(*(x for x in others if "tile_step" in x))
 
 
 @pytest.mark.parametrize("make", [tilelang_recipe, wide_recipe])
@@ -224,7 +224,11 @@ def test_tiles_of_64_channels(
     size: tuple[int, int], op: str, make: Callable[[Problem, str], Recipe]
 ) -> None:
     recipe = with_tiles(make(problem_of(op, size), "lean"), 64)
-    assert {x.stage for x in recipe.configs if "tiles" in x} > {"scan", "rescan", "reverse_scan"}
+    assert {x.stage for x in recipe.configs if "tile_step" in x} > {
+        "scan",
+        "rescan",
+        "reverse_scan",
+    }
     check(recipe, "layer", "strong", "mixed", "zero")
     inputs, grads = draw(recipe.problem, SHAPE)
     first = run(recipe, inputs, grads)
@@ -242,7 +246,7 @@ def test_tiles_of_96_channels_in_scans_of_blocks(
 ) -> None:
     recipe = with_tiles(in_tiles(problem_of("gdn2", size), plan), 32)
     every = scan.removeprefix("re").removeprefix("scan_")
-    assert "tiles" in recipe[scan] and "tiles" in recipe[f"reverse_scan_{every}"]
+    assert "tile_step" in recipe[scan] and "tile_step" in recipe[f"reverse_scan_{every}"]
     check(recipe, "layer", "strong", "mixed", "zero")
 
 

@@ -7,7 +7,7 @@ the scans in segments alone, chunks of a segment (or -), and flags of the proble
 sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
 of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
 the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone),
-`tiles=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's results
+`tile_step=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's results
 has to be written by TileLang's, and NaN).
 """
 
@@ -191,9 +191,9 @@ def main(
         others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
     rows = 128 if "wide" in flags else 64
     others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
-    for tiles in (int(x.removeprefix("tiles=")) for x in flags if x.startswith("tiles=")):
+    for tiles in (int(x.removeprefix("tile_step=")) for x in flags if x.startswith("tile_step=")):
         cut = [x for x in others if STAGES[x].is_chain]
-        others |= {x: others[x].replace(tiles=tiles) for x in cut}
+        others |= {x: others[x].replace(tile_step=tiles) for x in cut}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))

@@ -124,7 +124,7 @@ def test_a_merge_of_cut_halves_has_three_products(stage: str, language: str) -> 
 
 
 def in_tiles(stage: str, problem: Problem, tiles: int) -> Config:
-    return fitted(tilelang_config(stage, problem).replace(tiles=tiles), problem, "sm_90")
+    return fitted(tilelang_config(stage, problem).replace(tile_step=tiles), problem, "sm_90")
 
 
 @pytest.mark.parametrize("stage", ["prepare", "grad_key", "grad_value", "scan", "reverse_scan"])
@@ -132,7 +132,7 @@ def test_tiles_in_other_steps_are_those_of_a_wider_head(stage: str) -> None:
     """160 in five tiles of 32, or as 192 in three of 64; nothing past it is read or written."""
     problem, wider = Problem(K=160, V=160), Problem(K=192, V=192)
     own, found = tilelang_config(stage, problem), in_tiles(stage, problem, 64)
-    assert why_invalid(found, problem, "sm_90") is None and found["tiles"] == 64
+    assert why_invalid(found, problem, "sm_90") is None and found["tile_step"] == 64
     assert found.form is in_tiles(stage, problem, 64).form is not own.form
     of_wider = tilelang_config(stage, wider)
     assert all(found[name] == x for name, x in of_wider.items())
@@ -142,9 +142,9 @@ def test_tiles_in_other_steps_are_those_of_a_wider_head(stage: str) -> None:
     assert f"{dim} = 160" in source or "K, V = 160, 160" in source
     assert f"{dim}T = " not in render(problem, stage, own).source
     # and a head that fills its tiles has the kernel that it has
-    full = render(wider, stage, of_wider.replace(tiles=64)).source.splitlines()
+    full = render(wider, stage, of_wider.replace(tile_step=64)).source.splitlines()
     plain = render(wider, stage, of_wider).source.splitlines()
-    names = ("Template digest", "tiles=", "kernels", "--config")
+    names = ("Template digest", "tile_step=", "kernels", "--config")
     assert all(x == y or any(z in y for z in names) for x, y in zip(plain, full, strict=True))
 
 
@@ -153,8 +153,8 @@ def test_scans_of_blocks_have_tiles_of_96_where_they_are_asked_for() -> None:
     for stage in ("scan_blocks2", "rescan_blocks2", "reverse_scan_blocks1"):
         config = tilelang_config(stage, problem)
         assert "KT = 128" in render(problem, stage, config).source
-        assert "KT = " not in render(problem, stage, config.replace(tiles=32)).source
-    config = tilelang_config("grad_blocks2", problem).replace(tiles=32)
+        assert "KT = " not in render(problem, stage, config.replace(tile_step=32)).source
+    config = tilelang_config("grad_blocks2", problem).replace(tile_step=32)
     assert "tiles of other widths" in str(why_invalid(config, problem, "sm_90"))
 
 
@@ -172,4 +172,4 @@ def test_tiles_in_other_steps_are_tilelangs(
     config = tilelang_config("scan", problem).replace(num_stages=1)
     config = config if language == "tilelang" else default_config("scan", problem)
     assert why_invalid(config, problem, arch) is None
-    assert words in str(why_invalid(config.replace(tiles=64), problem, arch))
+    assert words in str(why_invalid(config.replace(tile_step=64), problem, arch))

@@ -110,11 +110,11 @@ def test_what_is_on_file_for_other_head_dims(script: Any) -> None:
 
 def test_tiles_of_whole_head_dims_are_as_wide_as_their_steps_make_them(script: Any) -> None:
     problem, shape = Problem(K=160, V=160), script.the_shape("train4k")
-    found = script.recipe_of(problem, shape, H200, ("lean", "tiles=64"))
+    found = script.recipe_of(problem, shape, H200, ("lean", "tile_step=64"))
     filed = script.recipe_of(problem, shape, H200, ("lean",))
     for config in found.configs:
         own = filed[config.stage]
-        assert config.get("tiles") == (64 if language_of(own) == "tilelang" else None)
+        assert config.get("tile_step") == (64 if language_of(own) == "tilelang" else None)
     assert filed["prepare"]["BK"] == 160 and found["prepare"]["BK"] == 192
     assert filed["grad_key"]["BV"] == 160 and found["grad_key"]["BV"] == 192
 
