@@ -121,7 +121,7 @@ def _changed(config: Config, knobs: Mapping[str, Knob]) -> Config:
 
 
 def _widened(config: Config, problem: Problem, device: Device) -> Config:
-    """With tiles of whole head dims as wide as its `tile_step` makes them, where it can have that."""
+    """With tiles of whole head dims as wide as its `tile_step` makes them, where it can."""
     found = fitted(config, problem, device.arch)
     return found if "tile_step" in found else config
 

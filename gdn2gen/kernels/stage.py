@@ -348,8 +348,8 @@ class Stage:
         return found | ({self.selector: form.name} if self.selector else {})
 
     def form_of(self, knobs: Mapping[str, Knob]) -> Form | None:
-        """The form that the knobs select, or None where there is none: with `tile_step`, an extra, of
-        tiles in other steps."""
+        """The form that the knobs select, or None where there is none: with `tile_step`, an extra,
+        of tiles in other steps."""
         selected = tuple(knobs[name] for name in self._selectors)
         form, tiles = self._by_selection.get(selected), knobs.get("tile_step")
         if form is None or not isinstance(tiles, int):

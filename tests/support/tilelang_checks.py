@@ -7,8 +7,8 @@ the scans in segments alone, chunks of a segment (or -), and flags of the proble
 sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
 of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
 the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone),
-`tile_step=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's results
-has to be written by TileLang's, and NaN).
+`tile_step=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's
+results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
