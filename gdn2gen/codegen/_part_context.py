@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from gdn2gen.base import environment
@@ -9,7 +10,13 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
 from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem, StreamNormProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    NormProblem,
+    PartProblem,
+    StreamNormProblem,
+    WindowProblem,
+)
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.parts import suffixes
@@ -40,6 +47,10 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
     size = problem.size if isinstance(problem, NormProblem | StreamNormProblem) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
+    if isinstance(problem, WindowProblem):
+        # scores are multiplied so that exponentials are of 2
+        scale = problem.size**-0.5 / math.log(2)
+        more = {"half_covered": covering(problem.size // 2), "score_scale": scale}
     return (
         common
         | more

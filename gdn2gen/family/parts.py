@@ -19,6 +19,8 @@ NORM_SIZES: Final = range(8, 1025, 8)
 """Channels of a row that a gated norm has kernels for."""
 STREAM_SIZES: Final = range(8, 8193, 8)
 """The same of the norm of a residual stream."""
+HEAD_SIZES: Final = range(8, 257, 8)
+"""Channels of a head of attention, the same."""
 CHANNELS_STEP: Final = 8
 """A row of channels is a whole number of 16 bytes."""
 
@@ -144,6 +146,23 @@ class SwigluProblem(PartProblem):
     """y = silu(gate) * up, of tensors that are a whole number of units of 8 elements."""
 
     op: ClassVar[str] = "swiglu"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class WindowProblem(PartProblem):
+    """Attention of one token over a window, whose keys and values are kept in a ring:
+
+    o = sum_s softmax_s(q . k_s / sqrt(size)) v_s
+
+    of heads of `size` channels; q and k turned by the token's position before.
+    """
+
+    op: ClassVar[str] = "window_step"
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("size", self.size, HEAD_SIZES)
 
 
 def _one_of(name: str, value: object, known: Iterable[object]) -> None:

@@ -1,4 +1,5 @@
-"""The stages between a model's mixers: the norm of its residual stream, and SwiGLU.
+"""The stages of a model beside its mixers: the norm of its residual stream, SwiGLU, and attention
+of one token over a window.
 
 As those of a layer's parts: in no plan, each input read once and each output written once.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdn2gen.family.parts import StreamNormProblem, SwigluProblem
+from gdn2gen.family.parts import StreamNormProblem, SwigluProblem, WindowProblem
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.slices import covering
@@ -78,7 +79,40 @@ SWIGLU_BACKWARD: Final = _swiglu(
     (_GATE, _UP, Operand("dy", "E")),
     (Operand("dgate", "E"), Operand("dup", "E")),
 )
-STREAM_STAGES: Final = (STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD)
+
+_RUNS: Final[Domain] = (64, 128, 256, 512)
+"""Rows of the ring that a program takes."""
+WINDOW_STEP: Final = PartStage(
+    made_for=WindowProblem,
+    name="window_step",
+    inputs=(
+        *(Operand(name, "B H D") for name in "qkv"),
+        *(Operand(name, "B W H D") for name in ("k_ring", "v_ring")),
+        Operand("seen", "B", "int64"),
+        *(Operand(name, "B D/2", "fp32") for name in ("cos", "sin")),
+    ),
+    outputs=(
+        Operand("o", "B H D"),
+        Operand("part_o", "B H S D", "fp32"),
+        *(Operand(name, "B H S", "fp32") for name in ("part_m", "part_l")),
+    ),
+    scalars=("B", "H", "W", "S"),
+    forms=(
+        Form(
+            "window_step",
+            "triton",
+            "window_step",
+            knobs={"BW": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
+            leads={},
+            tiles=(),
+        ),
+    ),
+    chunks=_RUNS,
+)
+WINDOW_KNOBS: Final[dict[str, Knob]] = {"BT": 128, "BW": 64, "num_warps": 4}
+"""A window of 2048 rows of 16 heads is 256 programs for one sequence. It does not go by how many
+sequences there are, so that these have the same bits beside others. Not measured."""
+STREAM_STAGES: Final = (STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, WINDOW_STEP)
 
 # Of the norm's backward at most, to a multiprocessor: each leaves a row of partial sums.
 _SUMMING_PROGRAMS: Final = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn2gen.family.parts import CHANNELS_STEP, StreamNormProblem, SwigluProblem
+from gdn2gen.family.parts import CHANNELS_STEP, StreamNormProblem, SwigluProblem, WindowProblem
 from gdn2gen.kernels.parts import PartStage, partial_rows
 from gdn2gen.kernels.stream_parts import (
     STREAM_NORM,
@@ -18,6 +18,8 @@ from gdn2gen.kernels.stream_parts import (
     SWIGLU,
     SWIGLU_BACKWARD,
     SWIGLU_KNOBS,
+    WINDOW_KNOBS,
+    WINDOW_STEP,
     stream_norm_knobs,
 )
 from gdn2gen.runtime import parts
@@ -54,7 +56,13 @@ def _gating(stage: PartStage, dtype: torch.dtype, device: torch.device) -> parts
     return parts._load(stage, SwigluProblem(dtype=DTYPE_NAME[dtype]), SWIGLU_KNOBS, device)
 
 
-parts.ON_FORCE.extend((_norming.cache_clear, _gating.cache_clear))
+@lru_cache(maxsize=64)
+def _attending(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loaded:
+    problem = WindowProblem(dtype=DTYPE_NAME[dtype], size=size)
+    return parts._load(WINDOW_STEP, problem, WINDOW_KNOBS, device)
+
+
+parts.ON_FORCE.extend((_norming.cache_clear, _gating.cache_clear, _attending.cache_clear))
 
 
 class StreamNorm(torch.autograd.Function):
@@ -123,3 +131,30 @@ def _gate(stage: PartStage, given: tuple[Tensor, ...], made: tuple[Tensor, ...])
     loaded = _gating(stage, x.dtype, x.device)
     with parts._on(x.device):
         loaded.launch(*readable(given), *made, units=x.numel() // CHANNELS_STEP)
+
+
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    seen: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """o [B, 1, H, D] of one token of each sequence, without gradients; rings [B, W, H, D] and
+    `seen` [B] are moved on in place."""
+    (B, _, H, D), W, device = q.shape, k_ring.shape[1], q.device
+    loaded = _attending(q.dtype, D, device)
+    S = -(-W // loaded.config.size("BT"))
+    o = empty(q.shape, q.dtype, device)
+    part_o = empty((B, H, S, D), torch.float32, device)
+    part_m, part_l = empty((2, B, H, S), torch.float32, device)
+    given = readable([q, k, v])
+    turns = readable([cos, sin])
+    with parts._on(device):
+        loaded.launch(
+            *given, k_ring, v_ring, seen, *turns, o, part_o, part_m, part_l, B=B, H=H, W=W, S=S
+        )
+    return o

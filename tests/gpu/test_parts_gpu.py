@@ -10,7 +10,7 @@ import projection_cases
 import pytest
 import torch
 from gpu_support import DEVICE
-from part_cases import BOUNDS, Convolution, Norm, Stream
+from part_cases import BOUNDS, Convolution, Norm, Stream, Window
 
 from gdn2gen import short_convolution
 from gdn2gen.runtime import parts_ops
@@ -88,6 +88,17 @@ STREAMS: Final = {
 }
 
 
+WINDOWS: Final = {
+    "one sequence": Window(seen=(1024,), window=2048, heads=16, size=128, dtype=BF16, knobs=()),
+    "many": Window(
+        seen=tuple(range(0, 4096, 64)), window=2048, heads=16, size=128, dtype=BF16, knobs=()
+    ),
+    "a large head": Window(size=256, window=300, seen=(10, 299, 300), dtype=FP16, knobs=()),
+    "odd": Window(size=40, window=77, seen=(0, 76, 77, 500), knobs=()),
+    "small tiles": Window(size=64, window=130, seen=(128, 129), heads=3),
+}
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name: str) -> None:
     case = replace(CONVOLUTIONS[name], device=str(DEVICE))
@@ -104,6 +115,12 @@ def test_norm(name: str) -> None:
 def test_stream_norm(name: str) -> None:
     case = replace(STREAMS[name], device=str(DEVICE))
     assert part_cases.stream_norm(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_token_over_a_window(name: str) -> None:
+    case = replace(WINDOWS[name], device=str(DEVICE))
+    assert part_cases.window_step(case) < BOUNDS[case.dtype]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5504), (3, 777, 72), (4, 1031, 5504)])

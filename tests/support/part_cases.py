@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
-from gdn2gen.nn import LanguageModel, _stream
+from gdn2gen.nn import LanguageModel, _stream, _windowed
+from gdn2gen.nn._rotary import cosines_and_sines, turned
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import part_calls, parts, passes
+from gdn2gen.runtime import part_calls, parts, passes, stream_parts
 from gdn2gen.runtime.stream_parts import StreamNorm
 
 Knobs = tuple[tuple[str, int], ...]
@@ -273,6 +274,62 @@ def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> f
     wanted = reference.swiglu(*exact)
     right = torch.autograd.grad(wanted, exact, towards.double())
     return _worst([y, *found], [wanted, *right])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens, one after another, that attend over a window of rows in a ring."""
+
+    seen: tuple[int, ...] = (0, 5, 71)
+    """Tokens before, of each sequence."""
+    window: int = 70
+    heads: int = 2
+    size: int = 24
+    tokens: int = 3
+    dtype: torch.dtype = torch.float32
+    knobs: tuple[tuple[str, int], ...] = (("BT", 64), ("BW", 16))
+    device: str = "cpu"
+
+
+def window_step(case: Window) -> float:
+    """o, and the ring; rows of tokens that never were hold NaN."""
+    torch.manual_seed(0)
+    B, W, H, D = len(case.seen), case.window, case.heads, case.size
+    ring = torch.randn(2, B, W, H, D).to(case.device, case.dtype)
+    for b, seen in enumerate(case.seen):
+        ring[:, b, seen:] = torch.nan
+    kept = {"k": ring[0], "v": ring[1], "seen": torch.tensor(case.seen, device=case.device)}
+    exact = {name: ring[i].double() for i, name in enumerate("kv")}
+    found, wanted = [], []
+    passes.poison(True)
+    try:
+        with forced(("window_step",), case.knobs):
+            for t in range(case.tokens):
+                q, k, v = torch.randn(3, B, 1, H, D).to(case.device, case.dtype)
+                assert _windowed.steps_by_kernel(q, k, v, kept)
+                turns = cosines_and_sines(kept["seen"][:, None], D, 100.0)
+                rings = kept["k"], kept["v"], kept["seen"]
+                found.append(stream_parts.window_step(q, k, v, *rings, *turns))
+                qk = [turned(x, *turns).double() for x in (q, k)]
+                wanted.append(_one_token(*qk, v.double(), exact, [x + t for x in case.seen]))
+    finally:
+        passes.poison(False)
+    assert kept["seen"].tolist() == [x + case.tokens for x in case.seen]
+    for name, x in exact.items():
+        torch.testing.assert_close(kept[name].double(), x, equal_nan=True, rtol=0.008, atol=1e-6)
+    return _worst(found, wanted)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, ring: dict[str, Tensor], seen: list[int]) -> Tensor:
+    """o in fp64, sequence by sequence, and the token into the ring."""
+    rows = []
+    for b, before in enumerate(seen):
+        W = ring["k"].shape[1]
+        ring["k"][b, before % W], ring["v"][b, before % W] = k[b, 0], v[b, 0]
+        there = {name: x[b, : min(before + 1, W)] for name, x in ring.items()}
+        scores = torch.einsum("hd,whd->hw", q[b, 0], there["k"]) * q.shape[-1] ** -0.5
+        rows.append(torch.einsum("hw,whd->hd", scores.softmax(-1), there["v"]))
+    return torch.stack(rows)[:, None]
 
 
 def model_by_kernels(device: str = "cpu") -> float:

@@ -32,6 +32,7 @@ from gdn2gen.family.parts import (
     NormProblem,
     StreamNormProblem,
     SwigluProblem,
+    WindowProblem,
 )
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
@@ -276,6 +277,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
+        WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(
             state_size=80,
             head_dim=48,

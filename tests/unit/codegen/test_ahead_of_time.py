@@ -18,7 +18,13 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead, compile_for_triton, load
 from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, StreamNormProblem, SwigluProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    NormProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -45,7 +51,12 @@ from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
 from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.kernels.stream_parts import STREAM_STAGES, SWIGLU_KNOBS, stream_norm_knobs
+from gdn2gen.kernels.stream_parts import (
+    STREAM_STAGES,
+    SWIGLU_KNOBS,
+    WINDOW_KNOBS,
+    stream_norm_knobs,
+)
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
@@ -687,6 +698,7 @@ _PARTS: Final = {
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
+    "window": WindowProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -702,6 +714,7 @@ _REGISTERS: Final = {
     "gated_norm_backward-norm": 168,
     "stream_norm-stream": 64,
     "stream_norm_backward-stream": 128,
+    "window_step-window": 168,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
 }
@@ -736,6 +749,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, WindowProblem):
+        knobs = WINDOW_KNOBS
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)

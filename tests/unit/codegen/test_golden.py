@@ -28,7 +28,13 @@ from gdn2gen.codegen.render import (
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, StreamNormProblem, SwigluProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    NormProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -476,6 +482,7 @@ OUTPUTS: Final = {
     "stream_norm_backward.py": partial(
         _part, "stream_norm_backward", StreamNormProblem(size=96, added=True), early=1
     ),
+    "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
     "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
     "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),

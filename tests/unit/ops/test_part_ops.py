@@ -9,7 +9,7 @@ from typing import Any, Final
 import part_cases
 import pytest
 import torch
-from part_cases import BOUNDS, Convolution, Norm, Stream
+from part_cases import BOUNDS, Convolution, Norm, Stream, Window
 
 from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.base.errors import InputError
@@ -87,6 +87,14 @@ STREAMS: Final = {
     "loads early": Stream(rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
     "loads when they are wanted": Stream(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 2))),
 }
+WINDOWS: Final = {
+    "several runs": Window(),
+    "one run": Window(size=16, window=5, seen=(3, 4, 5)),
+    "one row": Window(size=8, window=1, seen=(0, 1, 9), heads=1),
+    "at the end of a run": Window(seen=(62, 63, 64, 127), window=64),
+    "narrow": Window(dtype=BF16, size=64, heads=1),
+    "by the rule": Window(window=200, seen=(130, 1000), heads=1, tokens=1, knobs=()),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -104,6 +112,12 @@ def test_norm_kernels(name: str, interpreter: Check) -> None:
 def test_kernels_of_the_stream(name: str, interpreter: Check) -> None:
     case = STREAMS[name]
     assert interpreter("part_cases:stream_norm", case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
+    case = WINDOWS[name]
+    assert interpreter("part_cases:window_step", case) < BOUNDS[case.dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
