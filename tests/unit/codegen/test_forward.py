@@ -402,8 +402,8 @@ def test_what_keeps_states_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (Problem("kda", K=64, V=64), 126, 208_640),
         (Problem(K=112, V=112, initial_state=True, final_state=True), 168, 231_424),
         (Problem(K=48, V=48, initial_state=True, final_state=True), 128, 228_608),
-        (Problem("gated_delta_rule", initial_state=True, final_state=True), 164, 191_488),
-        (Problem("delta_rule", K=104, V=112, final_state=True), 163, 190_464),
+        (Problem("gated_delta_rule", initial_state=True, final_state=True), 168, 191_488),
+        (Problem("delta_rule", K=104, V=112, final_state=True), 164, 191_488),
     ],
     ids=("gdn2", "states", "kda", "64", "kda-64", "112", "48", "gdn", "delta-104"),
 )
