@@ -90,13 +90,18 @@ def _why_no_pdl(value: str, stage: str, place: Place) -> str | None:
         return "only stages of plans have kernels before and after them in a pass"
     if stage.startswith("forward"):
         return "its groups begin by turns, so that none of them begins for all of the program"
-    if place.arch is not None and _number(place.arch) < _SINCE:
+    if place.arch is not None and not can_depend(place.arch):
         return f"{place.arch} has no launches that depend on programs; sm_90 and later have"
     if value == "signal" and is_last(stage, problem.op):
         return "a pass ends with it, and what comes next is not known; use pdl=wait"
     if value == "wait" and is_first(stage, problem.op):
         return "a pass begins with it, and what came before is not known; use pdl=signal"
     return None
+
+
+def can_depend(arch: str) -> bool:
+    """Whether launches there may depend on programs of those before."""
+    return _number(arch) >= _SINCE
 
 
 def _number(arch: str) -> int:
@@ -126,7 +131,7 @@ def _why_not_merged(form: Form, place: Place) -> str | None:
 
 def _why_not_tiled(form: Form, place: Place) -> str | None:
     problem = place.problem
-    old = place.arch is not None and _number(place.arch) < _SINCE
+    old = place.arch is not None and not can_depend(place.arch)
     if form.language != "tilelang" or old:
         return "only what loads by TMA fills tiles past a head dim, in TileLang on sm_90"
     if not isinstance(problem, Problem) or problem.op not in CHANNEL_OPS:

@@ -13,6 +13,7 @@ from typing import Final
 
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.kernels.extras import can_depend
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Form, Operand, Stage
@@ -204,9 +205,9 @@ def convolution_knobs(
     the forward and 16 of the backward (of 16 bytes 16, and 8). The forward's runs of 16 tokens are
     loaded whole: 0.104 ms of three times 2048 channels of 4 x 4096 tokens on an H200, 0.113 where
     runs of 64 load 8 tokens a turn before they compute. So do the backward, 4 tokens of x and dy
-    (0.184), and packed sequences, whose places take registers (not measured): with runs as long as
-    leaves enough programs, for each reads the tokens before it once more, and in the backward those
-    after it.
+    (0.170 in 16 bits, read as words; 0.184 before), and packed sequences, whose places take
+    registers (not measured): with runs as long as leaves enough programs, for each reads the tokens
+    before it once more, and in the backward those after it.
     """
     BD = max(64, min(_CHANNELS, covering(channels)))
     knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
@@ -219,15 +220,19 @@ def convolution_knobs(
         programs = -(-rows * -(-T // BT) // 4) * -(-channels // BD)
         if programs >= _PROGRAMS[stage.name] * sms:
             break
+    if stage is SHORT_CONV_BACKWARD and problem.dtype != "fp32" and not problem.packed:
+        knobs |= {"BR": 2, "num_warps": 2, "maxnreg": 128, "words": 1}
     ahead = 8 if stage is SHORT_CONV else 2 if problem.packed else 4
     return knobs | {"BT": BT, "ahead": ahead, "early": 1}
 
 
-def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict[str, Knob]:
+def norm_knobs(
+    stage: PartStage, problem: NormProblem, M: int, sms: int, arch: str
+) -> dict[str, Knob]:
     """The knobs for M rows on `sms` multiprocessors: a thread has 8 elements of a tile, or 16 in
     the backward, whose programs are few and load a tile before they need it. On an H200 262,144
-    rows of 128 take 0.053 ms, and 0.096 backward (0.104 in four times the programs; 0.095 with 32
-    elements a thread, which are 241 registers).
+    rows of 128 take 0.053 ms, and 0.092 backward (0.098 without words, with tiles of a turn far
+    apart and sums launched after all else).
     """
     backward, size = stage is GATED_NORM_BACKWARD, covering(problem.size)
     BR = max(1, (2048 if backward else 1024) // size)
@@ -236,7 +241,8 @@ def norm_knobs(stage: PartStage, problem: NormProblem, M: int, sms: int) -> dict
     fitting = (int(x) for x in _ROWS if -(-M // (BR * int(x))) <= _SUMMING_PROGRAMS * sms)
     BT = next(fitting, int(_ROWS[-1]))
     warps = max(4, min(8, BR * size // 512))
-    return {"BR": min(BR, 128), "BT": BT, "num_warps": warps, "early": 1}
+    usual: dict[str, Knob] = {"BR": min(BR, 128), "BT": BT, "num_warps": warps, "early": 1}
+    return usual | {"words": 1, "spread": 1, "overlap": int(can_depend(arch))}
 
 
 def partial_rows(config_BT: int, BR: int, rows: int, T: int) -> int:

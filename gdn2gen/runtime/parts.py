@@ -87,7 +87,8 @@ def convolving(
 
 @lru_cache(maxsize=512)
 def norming(stage: PartStage, problem: NormProblem, M: int, device: torch.device) -> Loaded:
-    return _load(stage, problem, norm_knobs(stage, problem, M, device_of(device).sms), device)
+    gpu = device_of(device)
+    return _load(stage, problem, norm_knobs(stage, problem, M, gpu.sms, gpu.arch), device)
 
 
 def _load(

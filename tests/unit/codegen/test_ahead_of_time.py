@@ -753,7 +753,7 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = WINDOW_KNOBS
     else:
         assert isinstance(problem, NormProblem)
-        knobs = norm_knobs(stage, problem, 262144, device.sms)
+        knobs = norm_knobs(stage, problem, 262144, device.sms, device.arch)
     config = default_config(stage.name, problem).replace(**knobs)
     used = record.compile_ahead(problem, stage.name, config, device)
     assert used.spill_bytes == 0, f"{stage.name} [{config}]: {used}"
