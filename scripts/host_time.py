@@ -7,7 +7,9 @@ least of six runs: what a program pays whose GPU is behind, unless the GPU is sl
 `alone` is how long a call takes to return after the GPU has finished everything before it, the
 median of 40: the GPU cannot hold it back. Beside them stands how long the GPU works on it, of a
 CUDA graph: where that is no less than `queued`, `queued` says nothing of the host. And how many of
-its passes went the way of bound launches, of how many, counted.
+its passes went the way of bound launches, of how many, counted, and how many of their launches ran
+the host code of a TileLang program (none, where GDN2GEN_BOUND=recorded). A decoding step is one
+token of one sequence, its state in a slot of a pool.
 
 Autograd runs the backward of a GPU's tensors in a thread of its own: once in each `backward()`,
 however many ops are in it, the caller hands over to that thread and waits for it. A lone call pays
@@ -41,7 +43,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+import gdn2gen
 from gdn2gen.base.environment import binds_launches, verifying
+from gdn2gen.codegen._ready import Program
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS, recurrence_named
 from gdn2gen.family.shapes import SHAPES
@@ -151,14 +155,16 @@ def alone_us(run: Callable[..., Any], given: Callable[[], tuple[Any, ...]] = tup
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Inside, how many passes run by bound launches, and how many do so themselves."""
-    found = {"bound": 0, "passes": 0}
+    """Inside, how many passes run by bound launches, how many at all, and how many programs."""
+    found = {"bound": 0, "passes": 0, "programs": 0}
     bound, itself = Bound.run, Pass.run
 
     def by_bound(self: Bound, addresses: list[int]) -> list[Tensor] | None:
         made = bound(self, addresses)
         found["bound"] += made is not None
         found["passes"] += made is not None
+        if made is not None:
+            found["programs"] += sum(isinstance(x, Program) for x in self._frames._launches)
         return made
 
     def by_itself(self: Pass, *of: Any, **named: Any) -> dict[str, Tensor]:
@@ -177,7 +183,7 @@ def counted() -> Iterator[dict[str, int]]:
 def passes_of(run: Run) -> str:
     with counted() as found:
         run()
-    return f"{found['bound']} of {found['passes']} passes bound"
+    return f"{found['bound']} of {found['passes']} passes bound, {found['programs']} programs"
 
 
 def one_thread(run: Run) -> Run:
@@ -213,6 +219,33 @@ def tell_host(name: str, case: Case) -> None:
     print(
         f"gpu   {name:8} {'of these calls':34} {graph_ms(infer) * 1e3:8.1f} us forward "
         f"{graph_ms(both) * 1e3:8.1f} us forward+backward",
+        flush=True,
+    )
+
+
+def tell_decode(op: str, device: str = "cuda") -> None:
+    """What a decoding step costs the host, where the op has one."""
+    recurrence = recurrence_named(op)
+    function: Any = getattr(gdn2gen, str(recurrence.public.recurrent), None)
+    if function is None:
+        return
+    given: dict[str, Any] = {
+        **make_inputs(1, 1, 4, 128, 128, op=op, dtype=torch.bfloat16, device=device),
+        "state_pool": torch.zeros(8, 4, 128, 128, device=device),
+        "ssm_state_indices": torch.zeros(1, dtype=torch.int32, device=device),
+        "output_final_state": True,
+    }
+    if recurrence.normalises:
+        given["use_qk_l2norm_in_kernel"] = True
+
+    @torch.no_grad()
+    def steps() -> None:
+        for _ in range(CALLS):  # entered once, as a generation enters it
+            function(**given)
+
+    print(
+        f"host  {'step':8} {'decoding, one token':30} {queued_us(steps) / CALLS:8.1f} us queued "
+        f"{alone_us(torch.no_grad()(lambda: function(**given))):8.1f} us alone",
         flush=True,
     )
 
@@ -273,6 +306,7 @@ def main() -> None:
         print(f"passes are bound to their launches: {'yes' if binds_launches() else 'no'}")
         for name, lengths in (("batch", None), ("packed", (0, 20, 64))):
             tell_host(name, Case.of(op, 1, 64, 4, lengths, "cuda"))
+        tell_decode(op)
     if args.profile is not None:
         args.profile.write_text(profile_of(Case.of(op, 1, 64, 4, None, "cuda")))
     if args.only == "host":
