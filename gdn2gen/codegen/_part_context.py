@@ -14,6 +14,7 @@ from gdn2gen.family.parts import (
     ConvolutionProblem,
     NormProblem,
     PartProblem,
+    RotaryProblem,
     StreamNormProblem,
     WindowProblem,
 )
@@ -47,7 +48,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
     size = problem.size if isinstance(problem, NormProblem | StreamNormProblem) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
-    if isinstance(problem, WindowProblem):
+    if isinstance(problem, RotaryProblem | WindowProblem):
         # scores are multiplied so that exponentials are of 2
         scale = problem.size**-0.5 / math.log(2)
         more = {"half_covered": covering(problem.size // 2), "score_scale": scale}

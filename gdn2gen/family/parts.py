@@ -149,6 +149,18 @@ class SwigluProblem(PartProblem):
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
+class RotaryProblem(PartProblem):
+    """Heads of `size` channels, turned in pairs (i, i + size/2) by angles of their tokens."""
+
+    op: ClassVar[str] = "rotary"
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("size", self.size, HEAD_SIZES)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
 class WindowProblem(PartProblem):
     """Attention of one token over a window, whose keys and values are kept in a ring:
 

@@ -1,5 +1,5 @@
-"""The stages of a model beside its mixers: the norm of its residual stream, SwiGLU, and attention
-of one token over a window.
+"""The stages of a model beside its mixers: the norm of its residual stream, SwiGLU, rotary
+positions, and attention of one token over a window.
 
 As those of a layer's parts: in no plan, each input read once and each output written once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdn2gen.family.parts import StreamNormProblem, SwigluProblem, WindowProblem
+from gdn2gen.family.parts import RotaryProblem, StreamNormProblem, SwigluProblem, WindowProblem
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.slices import covering
@@ -112,7 +112,32 @@ WINDOW_STEP: Final = PartStage(
 WINDOW_KNOBS: Final[dict[str, Knob]] = {"BT": 128, "BW": 64, "num_warps": 4}
 """A window of 2048 rows of 16 heads is 256 programs for one sequence. It does not go by how many
 sequences there are, so that these have the same bits beside others. Not measured."""
-STREAM_STAGES: Final = (STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, WINDOW_STEP)
+ROTARY: Final = PartStage(
+    made_for=RotaryProblem,
+    name="rotary",
+    inputs=(
+        Operand("x", "M H D"),
+        *(Operand(name, "R D/2", "fp32") for name in ("cos", "sin")),
+    ),
+    outputs=(Operand("y", "M H D"),),
+    scalars=("M", "H", "R"),
+    forms=(
+        Form(
+            "rotary",
+            "triton",
+            "rotary",
+            knobs={"BR": (8, 16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
+            leads={},
+            tiles=(),
+        ),
+    ),
+    chunks=(1,),
+)
+ROTARY_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 32, "num_warps": 4}
+STREAM_STAGES: Final = (
+    *(STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD),
+    *(ROTARY, WINDOW_STEP),
+)
 
 # Of the norm's backward at most, to a multiprocessor: each leaves a row of partial sums.
 _SUMMING_PROGRAMS: Final = 4

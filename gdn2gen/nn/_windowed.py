@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from gdn2gen.family.parts import HEAD_SIZES
 from gdn2gen.runtime.arguments import by_kernels, is_watched
@@ -40,9 +39,17 @@ def attended_within(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return attended(q, k, v, window_mask(T, window, q.device))
     ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     q, k, v = (x.reshape(B * T, heads, dim) for x in (q, k, v))
-    o = varlen_attn(q, k, v, ends, ends, T, T, window_size=(window - 1, 0))
+    return _varlen(q, k, v, ends, T, window).view(B, T, heads, dim)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int) -> Tensor:
+    """The same of packed sequences [tokens, heads, D], by torch's flash kernels."""
+    # not above: it brings torch's compiler along, which takes seconds
+    from torch.nn.attention.varlen import varlen_attn
+
+    o = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(window - 1, 0))
     assert isinstance(o, Tensor)
-    return o.view(B, T, heads, dim)
+    return o
 
 
 def window_mask(tokens: int, window: int, device: torch.device, earlier: int = 0) -> Tensor:
@@ -75,7 +82,7 @@ def _takes_windows(q: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
+    if torch.compiler.is_compiling():  # which cannot ask
+        return True
     cuda: Any = torch.backends.cuda  # untyped in torch
-    if not (cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()):
-        return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return bool(cuda.is_flash_attention_available() and cuda.flash_sdp_enabled())

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn2gen.family.parts import CHANNELS_STEP, StreamNormProblem, SwigluProblem, WindowProblem
+from gdn2gen.family.parts import (
+    CHANNELS_STEP,
+    RotaryProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.kernels.parts import PartStage, partial_rows
 from gdn2gen.kernels.stream_parts import (
+    ROTARY,
+    ROTARY_KNOBS,
     STREAM_NORM,
     STREAM_NORM_BACKWARD,
     SWIGLU,
@@ -57,12 +65,18 @@ def _gating(stage: PartStage, dtype: torch.dtype, device: torch.device) -> parts
 
 
 @lru_cache(maxsize=64)
+def _rotating(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loaded:
+    problem = RotaryProblem(dtype=DTYPE_NAME[dtype], size=size)
+    return parts._load(ROTARY, problem, ROTARY_KNOBS, device)
+
+
+@lru_cache(maxsize=64)
 def _attending(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loaded:
     problem = WindowProblem(dtype=DTYPE_NAME[dtype], size=size)
     return parts._load(WINDOW_STEP, problem, WINDOW_KNOBS, device)
 
 
-parts.ON_FORCE.extend((_norming.cache_clear, _gating.cache_clear, _attending.cache_clear))
+parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _rotating, _attending))
 
 
 class StreamNorm(torch.autograd.Function):
@@ -131,6 +145,16 @@ def _gate(stage: PartStage, given: tuple[Tensor, ...], made: tuple[Tensor, ...])
     loaded = _gating(stage, x.dtype, x.device)
     with parts._on(x.device):
         loaded.launch(*readable(given), *made, units=x.numel() // CHANNELS_STEP)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D] turned by cos and sin [B or 1, T, 1, D/2], in fp32."""
+    B, T, H, D = x.shape
+    y = empty(x.shape, x.dtype, x.device)
+    loaded = _rotating(x.dtype, D, x.device)
+    with parts._on(x.device):
+        loaded.launch(*readable([x, cos, sin]), y, M=B * T, H=H, R=cos.numel() // (D // 2))
+    return y
 
 
 def window_step(

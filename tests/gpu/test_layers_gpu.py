@@ -186,12 +186,12 @@ def test_windows_by_flash_kernels(window: int) -> None:
     mask = _windowed.window_mask(150, window, q.device)
     wanted = _windowed.attended(*(x.float() for x in into), mask)
     assert _error(found, wanted) < 0.01
-    pairs = zip(
-        torch.autograd.grad(found, into, do),
-        torch.autograd.grad(wanted, into, do.float()),
-        strict=True,
-    )
-    for one, other in pairs:
+    gradients = torch.autograd.grad(found, into, do)
+    right = torch.autograd.grad(wanted, into, do.float())
+    if window == 1:  # what a softmax of one says of q and k is nothing but rounding
+        assert all(x.norm() < 1e-3 * do.norm() for x in (*gradients[:2], *right[:2]))
+        gradients, right = gradients[2:], right[2:]
+    for one, other in zip(gradients, right, strict=True):
         assert _error(one, other) < 0.02
     # compiled, too
     compiled = torch.compile(_windowed.attended_within, fullgraph=True)

@@ -117,6 +117,14 @@ def test_stream_norm(name: str) -> None:
     assert part_cases.stream_norm(case) < BOUNDS[case.dtype]
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((4, 1031, 16, 128), 1), ((3, 777, 5, 40), 3), ((1, 2, 1, 256), 1)]
+)
+def test_rotary(shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> None:
+    assert part_cases.rotary(shape, dtype, rows, str(DEVICE)) < BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_token_over_a_window(name: str) -> None:
     case = replace(WINDOWS[name], device=str(DEVICE))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
-from gdn2gen.nn import LanguageModel, _stream, _windowed
+from gdn2gen.nn import LanguageModel, _rotary, _stream, _windowed
 from gdn2gen.nn._rotary import cosines_and_sines, turned
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
@@ -274,6 +274,26 @@ def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> f
     wanted = reference.swiglu(*exact)
     right = torch.autograd.grad(wanted, exact, towards.double())
     return _worst([y, *found], [wanted, *right])
+
+
+def rotary(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 1, device: str = "cpu") -> float:
+    """y and its gradient of x [B, T, H, D], by angles of all rows, or of each of them."""
+    torch.manual_seed(0)
+    x = _leaf(torch.randn(shape).to(device, dtype))
+    at = torch.arange(shape[1], device=device) + 7 * torch.arange(rows, device=device)[:, None]
+    cos, sin = cosines_and_sines(at, shape[-1], 100.0)
+    assert _rotary._has_kernel(x, cos, sin)
+    passes.poison(True)
+    try:
+        y = turned(x, cos, sin)
+        towards = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, towards)
+    finally:
+        passes.poison(False)
+    exact = _leaf(x.double())
+    wanted = _rotary._formula(exact, cos.double(), sin.double())
+    right = torch.autograd.grad(wanted, exact, towards.double())
+    return _worst([y, dx], [wanted, *right])
 
 
 @dataclass(frozen=True)

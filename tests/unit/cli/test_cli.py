@@ -30,6 +30,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     NormProblem,
+    RotaryProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -277,6 +278,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
+        RotaryProblem: RotaryProblem(size=24, dtype="fp32"),
         WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(
             state_size=80,

@@ -21,6 +21,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     NormProblem,
+    RotaryProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -52,6 +53,7 @@ from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, nor
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
+    ROTARY_KNOBS,
     STREAM_STAGES,
     SWIGLU_KNOBS,
     WINDOW_KNOBS,
@@ -699,6 +701,7 @@ _PARTS: Final = {
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
     "window": WindowProblem(),
+    "rotary": RotaryProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -715,6 +718,7 @@ _REGISTERS: Final = {
     "stream_norm-stream": 64,
     "stream_norm_backward-stream": 128,
     "window_step-window": 168,
+    "rotary-rotary": 64,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
 }
@@ -749,6 +753,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, RotaryProblem):
+        knobs = ROTARY_KNOBS
     elif isinstance(problem, WindowProblem):
         knobs = WINDOW_KNOBS
     else:

@@ -31,6 +31,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     NormProblem,
+    RotaryProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -482,6 +483,7 @@ OUTPUTS: Final = {
     "stream_norm_backward.py": partial(
         _part, "stream_norm_backward", StreamNormProblem(size=96, added=True), early=1
     ),
+    "rotary.py": partial(_part, "rotary", RotaryProblem(), BR=32),
     "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
     "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
     "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),

@@ -63,7 +63,7 @@ def _by_kernels(
 
     q, k, v = _qkv(3, T, 2, 8)
     wanted = attended(q, k, v, window_mask(T, window, q.device))
-    monkeypatch.setattr(_windowed, "varlen_attn", varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     monkeypatch.setattr(_windowed, "_takes_windows", lambda q: True)
     return calls, attended_within(q, k, v, window), wanted
 

@@ -114,6 +114,14 @@ def test_kernels_of_the_stream(name: str, interpreter: Check) -> None:
     assert interpreter("part_cases:stream_norm", case) < BOUNDS[case.dtype]
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("shape", "rows"), [((2, 5, 3, 24), 1), ((3, 11, 4, 16), 3)])
+def test_rotary_kernels(
+    shape: tuple[int, ...], rows: int, dtype: torch.dtype, interpreter: Check
+) -> None:
+    assert interpreter("part_cases:rotary", shape, dtype, rows) < BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
     case = WINDOWS[name]
