@@ -218,7 +218,7 @@ class Stream:
 def stream_norm(case: Stream) -> float:
     """The stream that goes on, which is a sum and nothing else; its norm, and every gradient."""
     stages = "stream_norm", "stream_norm_backward"
-    with forced(stages, case.knobs):
+    with forced(**dict.fromkeys(stages, case.knobs)):
         return _stream_norm(case)
 
 
@@ -323,7 +323,7 @@ def window_step(case: Window) -> float:
     found, wanted = [], []
     passes.poison(True)
     try:
-        with forced(("window_step",), case.knobs):
+        with forced(window_step=case.knobs):
             for t in range(case.tokens):
                 q, k, v = torch.randn(3, B, 1, H, D).to(case.device, case.dtype)
                 assert _windowed.steps_by_kernel(q, k, v, kept)
