@@ -3,9 +3,10 @@
     python scripts/recipe_times.py gdn2 long32k blocks2_states + blocks2_states_transitions
     python scripts/recipe_times.py gdn2 few8k lean pdl=signal + lean scan:max_segments=264 --kernels
 
-A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is
-on file there, and stages with the knobs that are changed of what is on file,
-`STAGE:KNOB=VALUE,...`, or `KNOB=VALUE` for every stage that can have it. A stage that the plan on
+A member and a shape, then recipes with `+` between them: a plan, or a level for the plan that is on
+file there, and stages with the knobs that are changed of what is on file, `STAGE:KNOB=VALUE,...`,
+or `KNOB=VALUE` for every stage that can have it. `lean@train4k` is what is on file for another
+shape, `lean@gdn2:128/train4k` for another problem, with tiles that fit. A stage that the plan on
 file has not takes the knobs of the one that it is a variant of, and its defaults where there is
 none. Forward, and forward and backward, in ms of a CUDA graph, the L2 flushed before each; twice,
 in turns. `--kernels` adds what the GPU spent in each kernel of a pass, in us, by the profiler.
@@ -15,21 +16,26 @@ that no search asks for have no other way into an entry.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
-from stage_times import knob, one_shape, problem_of  # noqa: E402
+from stage_times import knob, problem_of  # noqa: E402
 
 from gdn2gen.base.device import Device, present_device, toolchain  # noqa: E402
 from gdn2gen.base.errors import ConfigError  # noqa: E402
+from gdn2gen.base.files import locked  # noqa: E402
 from gdn2gen.base.terminal import command_line  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
-from gdn2gen.family.shapes import Shape  # noqa: E402
+from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
 from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.extras import EXTRAS  # noqa: E402
 from gdn2gen.kernels.limits import Knob  # noqa: E402
@@ -37,17 +43,36 @@ from gdn2gen.kernels.plans import LEVELS, PLANS, level_of, plan_for  # noqa: E40
 from gdn2gen.kernels.recipe import Recipe  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
+from gdn2gen.measure.check import CheckResult  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 from gdn2gen.tuning.gpu.jobs import RecipeTiming  # noqa: E402
 
 TURNS: Final = 2
+# For all others to be compiled and checked: four of TileLang's at a size take two minutes.
+MOST_S: Final = 400.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that is right, the words that named it, and how long it takes in each turn."""
+
+    words: str
+    recipe: Recipe
+    checked: CheckResult
+    times: list[RecipeTiming] = field(default_factory=list)
 
 
 def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[str]) -> Recipe:
     """What is on file for the plan, changed as the words say."""
     first, *changes = words
+    first, _, where = first.partition("@")
     level = first if first in LEVELS else level_of(plan_for(first, problem.op).name)
-    filed = find_recipe(problem, shape.regime, device, level=level).recipe
+    member, _, other = where.rpartition("/")
+    there = problem_of(member) if member else problem
+    sizes = the_shape(other) if other else shape
+    filed = find_recipe(there, sizes.regime, device, level=level).recipe
+    if there != problem:
+        filed = replace(filed.fitted(problem, device.arch), problem=problem)
     plan = filed.plan if first in LEVELS else PLANS[first]
     configs = {x: _nearest(x, filed, problem, device) for x in plan.stages}
     for written in changes:
@@ -63,6 +88,14 @@ def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[st
             elif found:
                 raise ConfigError(f"{name} [{config}]: {reason}")
     return Recipe.of(problem, plan.name, configs)
+
+
+def the_shape(text: str) -> Shape:
+    """One shape, which may be a packed batch."""
+    shapes = parse_shapes(text)
+    if len(shapes) > 1:
+        raise ConfigError(f"give one shape, such as train4k, not {text!r}")
+    return shapes[0]
 
 
 def _nearest(stage: str, filed: Recipe, problem: Problem, device: Device) -> Config:
@@ -117,19 +150,17 @@ def kernels_of(recipe: Recipe, shape: Shape) -> list[tuple[str, float]]:
     return [(x.name, x.time_range.elapsed_us()) for x in on_gpu]
 
 
-def file(recipe: Recipe, shape: Shape, found: Sequence[RecipeTiming], folder: Path) -> str:
-    """Check it in full and merge it into the tuned file of the present GPU; what came of it."""
+def file(candidate: Candidate, shape: Shape, folder: Path) -> str:
+    """Merge what was checked in full into the tuned file of the present GPU; what came of it."""
     from gdn2gen.store import tuned_files
     from gdn2gen.tuning.filing import entries_of
-    from gdn2gen.tuning.gpu.jobs import check_full
     from gdn2gen.tuning.search.verdicts import Measured, Verdict
 
-    device, checked = present_device(), check_full(recipe)
-    if not checked.ok:
-        return f"wrong, {checked.reason}"
-    best = min(found, key=lambda x: x.forward_backward.median)
-    peak = max(x.peak_mib for x in found)
-    measured = Measured(recipe, best.forward, best.forward_backward, peak, dict(checked.errors))
+    recipe, times, device = candidate.recipe, candidate.times, present_device()
+    best = min(times, key=lambda x: x.forward_backward.median)
+    peak = max(x.peak_mib for x in times)
+    errors = dict(candidate.checked.errors)
+    measured = Measured(recipe, best.forward, best.forward_backward, peak, errors)
     entries = entries_of(Verdict(shape, recipe.level, measured, None, tied=False))
     path = tuned_files.tuned_path(folder, recipe.problem.op, device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,34 +170,66 @@ def file(recipe: Recipe, shape: Shape, found: Sequence[RecipeTiming], folder: Pa
     return f"{'filed' if filed else 'no better than what is there'}: {path}"
 
 
-def main(member: str, shape: str, *words: str) -> None:
-    from gdn2gen.tuning.gpu.jobs import check_quick, time_recipe
+def wait_for_turn(turn: Path, seconds: float = MOST_S, every: float = 0.1) -> None:
+    """Say in FILE.ready that all is checked, and wait until there is a FILE."""
+    with Path(f"{turn}.ready").open("a") as ready:
+        ready.write(f"{os.getpid()}\n")
+    until = time.monotonic() + seconds
+    while not turn.exists():
+        if time.monotonic() > until:
+            raise ConfigError(f"no {turn} in {seconds:.0f} s: make it when all others are ready")
+        time.sleep(every)
 
-    problem, sizes, device = problem_of(member), one_shape(shape), present_device()
-    given = [x for x in words if not x.startswith("--")]
-    timed: list[tuple[list[str], Recipe, list[RecipeTiming]]] = []
-    for own in split(given):
-        recipe = recipe_of(problem, sizes, device, own)
-        checked = check_quick(recipe)
+
+def checked_recipes(
+    problem: Problem, shape: Shape, words: Sequence[str], full: bool
+) -> Iterator[Candidate]:
+    """Those recipes of the words that are right, each compiled; says what came of all."""
+    from gdn2gen.tuning.gpu.jobs import check_full, check_quick
+
+    for own in split(words):
+        recipe = recipe_of(problem, shape, present_device(), own)
+        checked = check_full(recipe) if full else check_quick(recipe)
         worst = max(checked.errors.items(), key=lambda x: x[1], default=("nothing", 0.0))
         said = f"{worst[0]} {worst[1]:.1e}" if checked.ok else f"wrong, {checked.reason}"
         print(f"{' '.join(own)}: {said}\n    {recipe}", flush=True)
         if checked.ok:
-            timed.append((own, recipe, []))
+            yield Candidate(" ".join(own), recipe, checked)
+
+
+def time_all(candidates: Sequence[Candidate], shape: Shape) -> None:
+    """Each in each turn; the first has its peak memory, too."""
+    from gdn2gen.tuning.gpu.jobs import time_recipe
+
     for turn in range(TURNS):
-        for own, recipe, times in timed:
-            found = time_recipe(recipe, sizes, with_peak=turn == 0)
-            times.append(found)
+        for each in candidates:
+            found = time_recipe(each.recipe, shape, with_peak=turn == 0)
+            each.times.append(found)
             peak = f"; {found.peak_mib:.0f} MiB" if turn == 0 else ""
             both = found.forward_backward.median
-            print(f"{' '.join(own)}: {found.forward.median:.4f} / {both:.4f} ms{peak}", flush=True)
-    for folder in (x.removeprefix("--into=") for x in words if x.startswith("--into=")):
-        for own, recipe, times in timed:
-            print(f"{' '.join(own)}: {file(recipe, sizes, times, Path(folder))}", flush=True)
-    for own, recipe, _ in timed if "--kernels" in words else ():
-        print(" ".join(own))
-        for name, us in kernels_of(recipe, sizes):
-            print(f"    {us:8.1f}  {name[:80]}", flush=True)
+            print(f"{each.words}: {found.forward.median:.4f} / {both:.4f} ms{peak}", flush=True)
+
+
+def main(member: str, shape: str, *words: str) -> None:
+    problem, sizes = problem_of(member), the_shape(shape)
+    given = [x for x in words if not x.startswith("--")]
+    folders, turns = (
+        [Path(x.removeprefix(name)) for x in words if x.startswith(name)]
+        for name in ("--into=", "--turn=")
+    )
+    candidates = [*checked_recipes(problem, sizes, given, full=bool(folders))]
+    with ExitStack() as held:
+        for turn in turns:
+            wait_for_turn(turn)
+            held.enter_context(locked(turn))
+        time_all(candidates, sizes)
+        for each in candidates if "--kernels" in words else ():
+            print(each.words)
+            for name, us in kernels_of(each.recipe, sizes):
+                print(f"    {us:8.1f}  {name[:80]}", flush=True)
+        for folder in folders:
+            for each in candidates:
+                print(f"{each.words}: {file(each, sizes, folder)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning.gpu import jobs
@@ -28,7 +28,7 @@ def script() -> Any:
 
 
 def made(script: Any, *words: str, shape: str = "long32k") -> Recipe:
-    recipe: Recipe = script.recipe_of(Problem(), script.one_shape(shape), H200, words)
+    recipe: Recipe = script.recipe_of(Problem(), script.the_shape(shape), H200, words)
     return recipe
 
 
@@ -55,6 +55,18 @@ def test_variants_have_the_knobs_of_what_they_vary(script: Any) -> None:
         assert all(apart[stage][name] == x for name, x in own.items()), (stage, filed)
 
 
+def test_what_is_on_file_elsewhere(script: Any) -> None:
+    assert made(script, "lean@train4k") == made(script, "lean", shape="train4k")
+    small = script.recipe_of(
+        Problem(K=64, V=64), script.the_shape("wide8k"), H200, ["lean@gdn2:128/wide8k"]
+    )
+    wide = made(script, "lean", shape="wide8k")
+    assert small.plan == wide.plan and small.problem.K == 64
+    assert all(x.get("BK", 64) <= 64 and x.get("BV", 64) <= 64 for x in small.configs)
+    with pytest.raises(ConfigError, match="one shape"):
+        made(script, "lean@train4k,wide8k")
+
+
 def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
     found = made(script, "lean", "pdl=signal", shape="few8k")
     have = [x.stage for x in found.configs if x.get("pdl") == "signal"]
@@ -75,30 +87,59 @@ def test_other_words_are_refused(script: Any, words: tuple[str, ...], message: s
         made(script, *words)
 
 
-def test_what_is_filed_is_checked_in_full(
+def test_the_faster_of_two_is_filed(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a search would: the faster of two stays, with the knobs that no search asks for."""
     errors = dict.fromkeys(("o", "dq", "dk", "dv", "dg", "db", "dw"), 3e-3)
-    ok = SimpleNamespace(ok=True, errors=errors, reason="")
     monkeypatch.setattr(script, "present_device", lambda: H200)
-    monkeypatch.setattr(jobs, "check_full", lambda recipe: ok)
-    shape = script.one_shape("few8k")
+    shape = script.the_shape("few8k")
     plain, other = (made(script, "lean", *x, shape="few8k") for x in ((), ("pdl=wait",)))
 
-    def times(ms: float) -> list[RecipeTiming]:
+    def candidate(recipe: Recipe, ms: float) -> Any:
         found = Timing(ms, ms, ms, 9)
-        return [RecipeTiming(found, replace(found, median=ms + x), 300.0) for x in (1.0, 0.5)]
+        times = [RecipeTiming(found, replace(found, median=ms + x), 300.0) for x in (1.0, 0.5)]
+        return script.Candidate("lean", recipe, CheckResult(True, errors), times)
 
-    assert "filed: " in script.file(plain, shape, times(2.0), tmp_path)
-    assert "filed: " in script.file(other, shape, times(1.0), tmp_path)
-    assert "no better" in script.file(plain, shape, times(2.0), tmp_path)
+    assert "filed: " in script.file(candidate(plain, 2.0), shape, tmp_path)
+    assert "filed: " in script.file(candidate(other, 1.0), shape, tmp_path)
+    assert "no better" in script.file(candidate(plain, 2.0), shape, tmp_path)
     read = tuned_files.load_tuned(tuned_files.tuned_path(tmp_path, "gdn2", H200))
     assert read is not None
     (entry,) = read.entries
     assert entry.configs == other.by_stage and entry.measured["forward_backward_ms"] == 1.5
     assert "pdl" in entry.configs["scan"]
-    monkeypatch.setattr(
-        jobs, "check_full", lambda recipe: SimpleNamespace(ok=False, errors={}, reason="dq")
-    )
-    assert script.file(plain, shape, times(0.1), tmp_path) == "wrong, dq"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_wrong_is_neither_timed_nor_filed(
+    script: Any, full: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is to be filed is checked in full."""
+    monkeypatch.setattr(script, "present_device", lambda: H200)
+    asked: list[str] = []
+
+    def check(name: str) -> Any:
+        def found(recipe: Recipe) -> CheckResult:
+            asked.append(name)
+            return CheckResult(recipe.level == "lean", {"dq": 3e-3}, "dq is off")
+
+        return found
+
+    for name in ("check_full", "check_quick"):
+        monkeypatch.setattr(jobs, name, check(name))
+    words = ["lean", "+", "fast"]
+    found = [*script.checked_recipes(Problem(), script.the_shape("few8k"), words, full)]
+    assert [x.words for x in found] == ["lean"] and not found[0].times
+    assert asked == ["check_full" if full else "check_quick"] * 2
+    assert "lean: dq 3.0e-03" in (said := capsys.readouterr().out)
+    assert "fast: wrong, dq is off" in said
+
+
+def test_turns_are_waited_for(script: Any, tmp_path: Path) -> None:
+    turn = tmp_path / "turn"
+    with pytest.raises(ConfigError, match="when all others are ready"):
+        script.wait_for_turn(turn, seconds=0.2, every=0.05)
+    turn.touch()
+    script.wait_for_turn(turn, seconds=0.2)
+    assert len(Path(f"{turn}.ready").read_text().split()) == 2
