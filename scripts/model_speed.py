@@ -64,7 +64,7 @@ FULL: Final = Sizes(32_000, 2048, 22, 16, 128, inner=5504, window=2048)
 SMALL: Final = Sizes(61, 32, 2, 2, 16, inner=64, window=8)
 WARM: Final = 2
 EAGER: Final = 16
-"""Tokens at most that are decoded one kernel after another: the host takes 40 ms for one."""
+"""Tokens at most that are decoded one kernel after another: the host takes 20 ms for one."""
 # Of the paper.
 RATE, DECAY = 4e-4, 0.1
 COLUMNS: Final = (
