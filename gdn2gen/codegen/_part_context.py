@@ -12,6 +12,7 @@ from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    GateProblem,
     NormProblem,
     PartProblem,
     RotaryProblem,
@@ -45,7 +46,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         return common | tilelang_context(problem, stage)
     tensors = suffixes(problem)
     units = [f"units{n}" for n in tensors]
-    size = problem.size if isinstance(problem, NormProblem | StreamNormProblem) else 0
+    size = problem.size if isinstance(problem, NormProblem | StreamNormProblem | GateProblem) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
     if isinstance(problem, RotaryProblem | WindowProblem):

@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
             generator: what to draw with.
             graph: on a GPU, replay what computes a token as a CUDA graph from the third one on: the
                 same tokens, without a host's time for each kernel (of 1.3 billion parameters, one
-                sequence, 2.7 ms a token for 40 on an H200). Mixers of one's own must be such as may
+                sequence, 2.5 ms a token for 21 on an H200). Mixers of one's own must be such as may
                 be captured, and keep what they keep where it lies.
 
         Returns:

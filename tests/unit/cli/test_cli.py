@@ -29,6 +29,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    GateProblem,
     NormProblem,
     RotaryProblem,
     StreamNormProblem,
@@ -278,6 +279,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
+        GateProblem: GateProblem(size=24),
         RotaryProblem: RotaryProblem(size=24, dtype="fp32"),
         WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(

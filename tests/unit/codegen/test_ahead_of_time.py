@@ -20,6 +20,7 @@ from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    GateProblem,
     NormProblem,
     RotaryProblem,
     StreamNormProblem,
@@ -53,6 +54,7 @@ from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, nor
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
+    GATE_KNOBS,
     ROTARY_KNOBS,
     STREAM_STAGES,
     SWIGLU_KNOBS,
@@ -702,6 +704,7 @@ _PARTS: Final = {
     "swiglu": SwigluProblem(),
     "window": WindowProblem(),
     "rotary": RotaryProblem(),
+    "gate": GateProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -719,6 +722,8 @@ _REGISTERS: Final = {
     "stream_norm_backward-stream": 128,
     "window_step-window": 168,
     "rotary-rotary": 64,
+    "gate-gate": 64,
+    "gate_backward-gate": 128,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
 }
@@ -753,6 +758,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, GateProblem):
+        knobs = GATE_KNOBS
     elif isinstance(problem, RotaryProblem):
         knobs = ROTARY_KNOBS
     elif isinstance(problem, WindowProblem):
