@@ -115,28 +115,36 @@ def call(
         *known,
     )[: signature.options]
     level = "fast" if disable_recompute else "lean"
-    if use_gate_in_kernel and signature.by_channel:
-        more = {"scan_apart": return_intermediate_states, "watched": watched}
-        if has_gate_apart(signature, tensors, dims, head_dims, options, level, decay, **more):
-            ungated = partial(
-                call,
-                op,
-                scale=scale,
-                output_final_state=output_final_state,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-                allow_neg_eigval=allow_neg_eigval,
-                disable_recompute=disable_recompute,
-                return_intermediate_states=return_intermediate_states,
-                state_v_first=state_v_first,
-                cu_seqlens_cpu=cu_seqlens_cpu,
-                expected_decay=decay,
-                serving=serving,
-            )
-            apart = _Apart(dims, Gate(signature, options[1]), ungated)
-            if computed and key is not None:
-                _ready.keep(key, apart)
-            return apart.run(tensors)
+    if (
+        use_gate_in_kernel
+        and signature.by_channel
+        and has_gate_apart(
+            signature,
+            *(tensors, dims, head_dims, options, level, decay),
+            computed=computed,
+            scan_apart=return_intermediate_states,
+            watched=watched,
+        )
+    ):
+        ungated = partial(
+            call,
+            op,
+            scale=scale,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+            allow_neg_eigval=allow_neg_eigval,
+            disable_recompute=disable_recompute,
+            return_intermediate_states=return_intermediate_states,
+            state_v_first=state_v_first,
+            cu_seqlens_cpu=cu_seqlens_cpu,
+            expected_decay=expected_decay,
+            serving=serving,
+        )
+        apart = _Apart(dims, Gate(signature, options[1]), ungated)
+        if computed and key is not None:
+            _ready.keep(key, apart)
+        return apart.run(tensors)
     if serves:
         return prefill(
             op,

@@ -106,7 +106,7 @@ def explain_recipe(found: Found, width: int = 100) -> str:
         under = "" if found.tuned_decay == found.decay else f", kernels for {found.tuned_decay}"
         lines.append(f"decay     {found.decay}{under}")
     if found.gate_apart is not None:
-        lines.append(f"gate      apart: {found.gate_apart} in a kernel of its own, before the plan's")
+        lines.append(f"gate      apart: {found.gate_apart}, in a kernel before the plan's")
     if device is not None:
         lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
     lines.append(f"plan      {plan.name}")

@@ -27,7 +27,7 @@ from gdn2gen.cli import tune as cli_tune
 from gdn2gen.codegen.render import render
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
@@ -266,6 +266,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
     others = {
         ConvolutionProblem: ConvolutionProblem(width=3, bias=True, packed=True, dtype="fp16"),
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
+        DecayGateProblem: DecayGateProblem(size=96, gate="sigmoid", dtype="fp16"),
         Mamba3Problem: Mamba3Problem(
             state_size=80,
             head_dim=48,
