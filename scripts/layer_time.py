@@ -37,6 +37,7 @@ from layer_parts import (  # noqa: E402
     Part,
     convolution,
     differentiated,
+    gate,
     norm,
     their_module,
     tokens,
@@ -160,7 +161,7 @@ def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> Iterator[floa
 def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
-    made = [make(args.batch, args.tokens) for make in (convolution, norm)]
+    made = [make(args.batch, args.tokens) for make in (convolution, norm, gate)]
     if args.sweep is not None:
         swept = [x for part in made for x in swept_of(part) if x.stage in (args.sweep or STAGES)]
         wrong = sweep(swept)

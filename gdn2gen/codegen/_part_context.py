@@ -82,7 +82,7 @@ _OF_GATES: Final = {
 
 
 def _glossary(problem: PartProblem, operands: list[Operand]) -> list[str]:
-    words = WORDS | _OF_GATES if isinstance(problem, DecayGateProblem) else WORDS
+    words = {**WORDS, **_OF_GATES} if isinstance(problem, DecayGateProblem) else WORDS
     rows = [
         (
             x.name,

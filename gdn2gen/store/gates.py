@@ -16,7 +16,6 @@ from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError
-from gdn2gen.family.parts import CHANNELS_STEP
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import CHANNEL_OPS
 from gdn2gen.kernels.plans import LEVELS
@@ -59,9 +58,8 @@ def forced_apart() -> bool | None:
 
 
 def can_be_apart(problem: Problem) -> bool:
-    """Whether its decay is of channels, of a number that the kernel of a gate takes."""
-    by_channel = problem.op in CHANNEL_OPS and problem.gate != "none"
-    return by_channel and problem.K % CHANNELS_STEP == 0
+    """Whether it has a gate, of a decay of channels: of heads there is no kernel for that."""
+    return problem.op in CHANNEL_OPS and problem.gate != "none"
 
 
 def is_apart(

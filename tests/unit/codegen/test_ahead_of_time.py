@@ -18,7 +18,7 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead, compile_for_triton, load
 from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -37,7 +37,13 @@ from gdn2gen.kernels.mamba3_chunks import (
 )
 from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, reverse_scan_problem
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
-from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
+from gdn2gen.kernels.parts import (
+    PART_STAGES,
+    PartStage,
+    convolution_knobs,
+    decay_gate_knobs,
+    norm_knobs,
+)
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
@@ -671,6 +677,8 @@ _PARTS: Final = {
     "fp32": replace(_QKV, dtype="fp32", weight_dtype="fp32"),
     "norm": NormProblem(),
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
+    "decay": DecayGateProblem(),
+    "bounded decay": DecayGateProblem(size=96, gate="sigmoid", dtype="fp32"),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -684,6 +692,8 @@ _REGISTERS: Final = {
     "short_conv_backward-plain": 128,
     "gated_norm-norm": 64,
     "gated_norm_backward-norm": 168,
+    "decay_gate-decay": 32,
+    "decay_gate_backward-decay": 72,
 }
 
 
@@ -712,6 +722,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = mamba3_knobs(stage, problem, 512, 64, 1, device.sms)
         if stage is MAMBA3_STEP:
             knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
+    elif isinstance(problem, DecayGateProblem):
+        knobs = decay_gate_knobs(stage)
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)

@@ -30,7 +30,7 @@ from gdn2gen.codegen.render import (
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem
+from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -469,6 +469,11 @@ OUTPUTS: Final = {
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
+    "decay_gate.py": partial(_part, "decay_gate", DecayGateProblem()),
+    "decay_gate_backward.py": partial(_part, "decay_gate_backward", DecayGateProblem(), ahead=2),
+    "decay_gate_backward_bounded.py": partial(
+        _part, "decay_gate_backward", DecayGateProblem(size=96, gate="sigmoid"), ahead=1, BR=8
+    ),
     "short_conv_backward_words.py": partial(
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=4, early=1, words=1, overlap=1
     ),
