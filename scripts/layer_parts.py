@@ -1,5 +1,6 @@
-"""A layer's kernels beside its recurrence, as layer_time.py times them: the short convolutions of q,
-k and v, the gated norm, and a decay's gate by itself, with what they should make, and the same by others.
+"""A layer's kernels beside its recurrence, as layer_time.py times them: the short convolutions of
+q, k and v, the gated norm, and a decay's gate by itself, with what they should make, and the same
+by others.
 """
 
 from __future__ import annotations
