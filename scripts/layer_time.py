@@ -6,8 +6,9 @@
 bf16, 2048 channels in 16 heads, Mamba's 4096 in 64. The kernels are the short convolutions of q, k
 and v, the gated norm, and a decay's gate by itself; each is beside the floor, the time that a copy
 of its bytes would take (inputs read once, outputs written once), and beside
-flash-linear-attention's modules where there are such and these can be imported. A layer is timed with random weights, forward without gradients, and forward and
-backward with all of them. Every run begins with the L2 flushed.
+flash-linear-attention's modules where there are such and these can be imported. A layer is timed
+with random weights, forward without gradients, and forward and backward with all of them. Every run
+begins with the L2 flushed.
 Rows are printed as they are measured: all of ours first, then flash-linear-attention's, layer by
 layer, whose first call tries its configs, compiled side by side and each timed for 20 ms, for up to
 a minute; --minutes begins no other of its layers after that, and --alone none at all. --save keeps
