@@ -8,23 +8,42 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from compile_side_by_side import compile_all
 
-from gdn2gen.base.terminal import Sheet, console
+from gdn2gen.base.device import present_device, toolchain
+from gdn2gen.base.terminal import Sheet, command_line, console
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.problem import Problem
+from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Domain, Knob, Place
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.validity import valid_configs
+from gdn2gen.measure.cases import Case
+from gdn2gen.measure.decode_runs import Call, run_calls
 from gdn2gen.runtime import decoding
 from gdn2gen.runtime.arguments import Dims
+from gdn2gen.store.decoding import (
+    DecodingEntry,
+    decoding_path,
+    is_filed,
+    known_of,
+    merge_decoding,
+)
+from gdn2gen.store.tuned_files import digest_of, metadata_for
 
 Run = Callable[[int], Any]
 SHOWN: Final = 8
+# Of the fastest, so many are checked before nothing is filed; and what they are checked at.
+TRIED: Final = 3
+MANY_SEQUENCES: Final = 300
 KNOBS: Final = ("BV", "num_warps", "tiles", "loads", "evict", "maxnreg")
 # Elements of a state in a thread: with less there is nothing to do, with more they do not fit.
 LEAST, MOST = 32, 128
@@ -62,28 +81,95 @@ def configs(problem: DecodingProblem, wanted: Mapping[str, Domain]) -> Iterator[
             yield config
 
 
-def sweep(
-    steps: Sequence[tuple[str, Callable[[], Run], Callable[[Run], float]]],
-    wanted: Mapping[str, Domain],
-) -> None:
-    """Of each step its name, what makes its call, and what times that: every config, the fastest
-    first, and that of the rule."""
-    problems = [problem_of(make()) for _, make, _ in steps]
+@dataclass(frozen=True)
+class Timed:
+    """A step: its call, what times that, and of how many sequences and heads it is."""
+
+    name: str
+    make: Callable[[], Run]
+    us: Callable[[Run], float]
+    copy_us: Callable[[], float]
+    sequences: int
+    heads: int
+
+
+def sweep(steps: Sequence[Timed], wanted: Mapping[str, Domain], into: Path | None = None) -> None:
+    """Times of every config of each step, the fastest first, and of the rule's. The fastest that
+    is right is filed in the folder `into`, if that is given."""
+    problems = [problem_of(x.make()) for x in steps]
     given = [[*configs(x, wanted)] for x in problems]
     if not all(given):
         raise SystemExit("no config has such knobs")
-    compile_all((x, config) for x, found in zip(problems, given, strict=True) for config in found)
-    for (name, make, us), found in zip(steps, given, strict=True):
-        run, times = make(), []
-        for config in found:
+    device = present_device()
+    rules = [
+        decoding.by_rule(x, step.sequences, step.heads, device)
+        for x, step in zip(problems, steps, strict=True)
+    ]
+    made = zip(problems, given, rules, strict=True)
+    failed = compile_all((x, config) for x, found, rule in made for config in (*found, rule))
+    for step, problem, found, rule in zip(steps, problems, given, rules, strict=True):
+        run, times = step.make(), {}
+        for config in [x for x in dict.fromkeys((rule, *found)) if x not in failed]:
             decoding.force(config)
-            times.append((us(run), config))
+            times[config] = step.us(run)
         decoding.force()
-        sheet = Sheet(name, (*KNOBS, "us"), words=())
-        for took, config in sorted(times, key=lambda x: x[0])[:SHOWN]:
-            sheet.add(*(str(config[x]) for x in KNOBS), f"{took:.2f}")
-        sheet.add("rule", *[""] * (len(KNOBS) - 1), f"{us(run):.2f}")
+        ranked = sorted(times, key=lambda x: times[x])
+        sheet = Sheet(step.name, (*KNOBS, "us"), words=())
+        for config in ranked[:SHOWN]:
+            sheet.add(*(str(config[x]) for x in KNOBS), f"{times[config]:.2f}")
+        sheet.add("rule", *[""] * (len(KNOBS) - 1), f"{times[rule]:.2f}")
         console().print(sheet)
+        if into is not None:
+            del run
+            console().print(file(step, problem, ranked, times, rule, into))
+
+
+def file(
+    step: Timed,
+    problem: DecodingProblem,
+    ranked: Sequence[Config],
+    times: Mapping[Config, float],
+    rule: Config,
+    folder: Path,
+) -> str:
+    """File the fastest config that is right; what came of it."""
+    device, said = present_device(), ""
+    if not is_filed(problem):
+        return "nothing is filed of such calls: they are not of one token in slots of a pool"
+    for config in ranked[:TRIED]:
+        errors, wrong = checked(problem, config)
+        if wrong:
+            said += f"wrong, [{config}]: {wrong}\n"
+            continue
+        entry = DecodingEntry(
+            at=known_of(problem),
+            programs=step.sequences * step.heads,
+            knobs={x: config[x] for x in KNOBS},
+            template=digest_of(config),
+            measured={"us": times[config], "rule_us": times[rule], "copy_us": step.copy_us()},
+            errors=errors,
+        )
+        path = decoding_path(folder, problem.op, device)
+        merge_decoding(path, metadata_for(device, toolchain(), command_line()), [entry])
+        return f"{said}filed: {path}"
+    return f"{said}nothing is filed"
+
+
+@cache
+def checked(problem: DecodingProblem, config: Config) -> tuple[dict[str, float], str]:
+    """Errors of calls by it beside fp64, few sequences and many, padding among them; and what is
+    wrong."""
+    own = Problem(problem.op, problem.K, problem.V, dtype=problem.dtype)
+    state, v_first = problem.dtype_of("state"), problem.state_v_first
+    calls = [
+        Call(f"{n} sequences", (1,) * n, "pool", state_dtype=state, v_first=v_first)
+        for n in (5, MANY_SEQUENCES)
+    ]
+    decoding.force(None, **{x: config[x] for x in KNOBS})
+    try:
+        return run_calls(Case("sweep", own, Shape("sweep", 1, 1, 8)), "cuda", calls)
+    finally:
+        decoding.force()
 
 
 def problem_of(run: Run) -> DecodingProblem:

@@ -2,7 +2,7 @@
 state of 128 and heads of 64, with skip, gate and one group of B and C, by selective_state_update.
 
     python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm]
-        [--save] [--knobs loads=ahead] [--sweep [BV=8,16 loads=ahead]]
+        [--save] [--knobs loads=ahead] [--sweep [BV=8,16 loads=ahead] [--into tuned]]
 
 Time is that of a CUDA graph of many calls, for one of them: each has slots of its own, so that no
 state lies in the L2 (with --warm all have the same); the median of 20 replays. The floor is the
@@ -12,7 +12,8 @@ libraries, where they are installed: flash-linear-attention's takes fp32 states 
 of Mamba-2 mamba_ssm's, and of Gated DeltaNet vLLM's and FlashInfer's, on slots like ours.
 --save keeps rows in docs/decoding/, and makes the table of docs/experiments.md of all of them.
 --knobs are run in place of the rule's. --sweep times every config that has such knobs, for the rule
-in kernels/recurrent.py (decode_sweep.py). Figures of two versions compare if they are of one GPU,
+in kernels/recurrent.py (decode_sweep.py); with --into the fastest that is right is filed in that
+folder of tuned files, as calls find it. Figures of two versions compare if they are of one GPU,
 taken in turns.
 """
 
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree tha
 
 import torch  # noqa: E402
 from decode_steps import STATES, Step, graph_us, host_us, peers  # noqa: E402
-from decode_sweep import domain, knob, sweep  # noqa: E402
+from decode_sweep import Timed, domain, knob, sweep  # noqa: E402
 from learning.record import Row, record, recorded  # noqa: E402
 from learning.report import NOTHING, put, table  # noqa: E402
 from learning.rows import machine  # noqa: E402
@@ -116,6 +117,11 @@ def save(rows: Sequence[Row]) -> None:
     put(PAGE, "decoding", page(recorded(RECORDS)))
 
 
+def timed(step: Step) -> Timed:
+    us = partial(graph_us, calls=step.calls)
+    return Timed(str(step), step.ours, us, step.floor_us, step.batch, step.heads)
+
+
 @verifying()
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -130,6 +136,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep rows in docs/decoding")
     parser.add_argument("--knobs", nargs="+", type=knob, default=[], help="in place of the rule's")
     parser.add_argument("--sweep", nargs="*", type=domain, help="time every config, or every such")
+    parser.add_argument("--into", type=Path, metavar="DIR", help="file a sweep's fastest there")
     args = parser.parse_args()
     decoding.force(**dict(args.knobs))
     steps = [
@@ -140,8 +147,7 @@ def main() -> None:
     ]
     with torch.no_grad():
         if args.sweep is not None:
-            timed = [(str(x), x.ours, partial(graph_us, calls=x.calls)) for x in steps]
-            sweep(timed, dict(args.sweep))
+            sweep([timed(x) for x in steps], dict(args.sweep), args.into)
             return
         # a table for each op, as soon as it is there
         for op, of_op in groupby(steps, lambda step: step.op):

@@ -23,8 +23,14 @@ typedef struct {
 
 /* As in cuda.h. */
 typedef struct {
+  int number;
+  char padding[4];
+  unsigned value[16];
+} Attribute;
+typedef struct {
   unsigned grid[3], block[3], shared;
-  void *stream, *attributes;
+  void *stream;
+  const Attribute *attributes;
   unsigned attribute_count;
 } Config;
 
@@ -39,11 +45,16 @@ EXPORT void standin_record(const char *path) {
 }
 
 static void note(Function *f, const unsigned *grid, const unsigned *block, unsigned shared,
-                 void *stream, unsigned attributes, void **parameters) {
+                 void *stream, const Attribute *attributes, unsigned count, void **parameters) {
   __sync_fetch_and_add(&launches, 1);
   if (!record_file) return;
-  fprintf(record_file, "%s %u %u %u %u %u %u %u %p %u", f->name, grid[0], grid[1], grid[2],
-          block[0], block[1], block[2], shared, stream, attributes);
+  fprintf(record_file, "%s %u %u %u %u %u %u %u %p", f->name, grid[0], grid[1], grid[2],
+          block[0], block[1], block[2], shared, stream);
+  for (unsigned i = 0; i < count; i++) { /* as much of the value as those in use here have */
+    const Attribute *x = attributes + i;
+    fprintf(record_file, " %d:%u", x->number, x->value[0]);
+    if (x->number == 4) fprintf(record_file, ",%u,%u", x->value[1], x->value[2]);
+  }
   for (int i = 0; i < f->parameters; i++) {
     fputc(' ', record_file);
     for (uint32_t j = 0; j < f->size[i]; j++)
@@ -54,7 +65,8 @@ static void note(Function *f, const unsigned *grid, const unsigned *block, unsig
 }
 
 EXPORT int cuLaunchKernelEx(const Config *c, Function *f, void **parameters, void **extra) {
-  note(f, c->grid, c->block, c->shared, c->stream, c->attribute_count, parameters);
+  note(f, c->grid, c->block, c->shared, c->stream, c->attributes, c->attribute_count,
+       parameters);
   return 0;
 }
 
@@ -62,7 +74,7 @@ EXPORT int cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, un
                           unsigned by, unsigned bz, unsigned shared, void *stream,
                           void **parameters, void **extra) {
   unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-  note(f, grid, block, shared, stream, 0, parameters);
+  note(f, grid, block, shared, stream, NULL, 0, parameters);
   return 0;
 }
 

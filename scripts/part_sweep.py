@@ -58,15 +58,13 @@ def sweep(given: Sequence[Swept]) -> list[str]:
     left_out = compile_all(
         (x.problem, _config(x, knobs)) for x in given for knobs in knobs_of(x.stage)
     )
-    for words in left_out.values():
-        console().print(words)
     wrong = []
     for x in given:
         exact = x.exact()
-        configs = [y for y in knobs_of(x.stage) if (x.problem, _config(x, y)) not in left_out]
+        configs = [y for y in knobs_of(x.stage) if _config(x, y) not in left_out]
         found = [_measured(x, knobs, exact) for knobs in (RULE, *configs)]
         wrong += [
-            f"{x.stage} {y.knobs or 'by the rule'}: off by {y.error:.2g}"
+            f"{x.stage} {words_of(y.knobs)}: off by {y.error:.2g}"
             for y in found
             if not y.error < BOUND
         ]
@@ -79,22 +77,27 @@ def _config(x: Swept, knobs: Knobs) -> Config:
 
 
 def _show(x: Swept, found: Sequence[Found]) -> None:
-    names = [*dict.fromkeys(name for y in found for name in y.knobs)]
     sheet = Sheet(
         f"{x.stage}, floor {x.floor_ms:.4f} ms, {len(found)} configs",
-        (*names, "ms", "of the floor", "in a graph", "of the floor", "error"),
-        words=(),
+        ("config", "ms", "of the floor", "in a graph", "of the floor", "error"),
+        words=("config",),
     )
     right = sorted((y for y in found if y.error < BOUND), key=lambda y: y.ms)
     rows = right[:SHOWN] + [y for y in right[SHOWN:] if y.knobs == RULE]
     for i, y in enumerate(rows):
-        cells = [str(y.knobs.get(name, "rule" if y.knobs == RULE else "")) for name in names]
         graph = ["", ""]
         if i < IN_GRAPH or y.knobs == RULE:
-            took = _with(x.stage, y.knobs, lambda: time_ms(in_graph(x.run).replay, 5, 50).median)
-            graph = [f"{took:.4f}", f"{took / x.floor_ms:.3f}"]
-        sheet.add(*cells, f"{y.ms:.4f}", f"{y.ms / x.floor_ms:.3f}", *graph, f"{y.error:.1e}")
+            ms = _with(x.stage, y.knobs, lambda: time_ms(in_graph(x.run).replay, 5, 50).median)
+            graph = [f"{ms:.4f}", f"{ms / x.floor_ms:.3f}"]
+        alone = [f"{y.ms:.4f}", f"{y.ms / x.floor_ms:.3f}"]
+        sheet.add(words_of(y.knobs), *alone, *graph, f"{y.error:.1e}")
     console().print(sheet)
+    for y in found:  # all of them, for what cannot be seen in a dozen
+        console().print(f"{x.stage} {y.ms:.4f} {words_of(y.knobs)}")
+
+
+def words_of(knobs: Knobs) -> str:
+    return " ".join(f"{name}={x}" for name, x in knobs.items()) or "by the rule"
 
 
 def _measured(x: Swept, knobs: Knobs, exact: Sequence[Tensor]) -> Found:
@@ -167,20 +170,21 @@ def _short_conv_backward() -> Iterator[Knobs]:
     """Words of two channels. Of 128 registers 16 warps have room on a multiprocessor: runs of 376
     tokens of 4 x 4096 and 6144 channels are as many as 132 of these take at once."""
     words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (1,)}
+    words |= {"maxnreg": (128,)}
     for BR, BD, warps in (
         *((1, 128, 1), (2, 128, 2), (4, 128, 4)),
         *((1, 256, 2), (2, 256, 4), (1, 512, 4)),
     ):
-        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,), "maxnreg": (128,)}
+        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,)}
         yield from _grid(BT=(128, 256, 376), ahead=(4,), early=(1,), **shared)
-        yield from _grid(BT=(128,), ahead=(4,), early=(0,), **shared)
-    shared = words | {"BR": (4,), "num_warps": (4,), "maxnreg": (0,)}
-    yield from _grid(BT=(128, 256), BD=(64,), ahead=(4, 8), early=(1,), **shared)
-    yield from _grid(BT=(64, 128), BD=(64,), ahead=(8,), early=(0,), **shared)
-    yield from _grid(BT=(128,), BD=(128,), ahead=(2, 8), early=(1,), **shared)
+        if warps == 2:  # where registers are left for places in the L2
+            yield from _grid(BT=(128,), ahead=(4,), early=(0,), prefetch=(0, 1, 2), **shared)
+            yield from _grid(BT=(128,), ahead=(2,), early=(1,), prefetch=(0, 1, 2), **shared)
+    shared = words | {"BR": (4,), "BD": (64,), "num_warps": (4,), "early": (1,), "maxnreg": (0,)}
+    yield from _grid(BT=(128,), ahead=(4, 8), prefetch=(0, 1), **shared)
     # and what each of them is worth
     usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
-    yield from _apart(usual | {"maxnreg": 0}, ("words", "overlap", "read_once"))
+    yield from _apart(usual | {"maxnreg": 128}, ("words", "overlap", "read_once"))
 
 
 def _gated_norm() -> Iterator[Knobs]:

@@ -122,10 +122,13 @@ def main(op: str, written: str, *words: str) -> None:
     usual = find_recipe(problem, shape.regime, device, level="lean").recipe
     given: list[tuple[str, Recipe, list[float]]] = [("as it is", usual, [])]
     given += [(" ".join(x), recipe_of(usual, device, x), []) for x in split(words)]
-    compile_all((problem, recipe[x]) for _, recipe, _ in given for x in recipe.plan.forward)
+    failed = compile_all(
+        (problem, recipe[x]) for _, recipe, _ in given for x in recipe.plan.forward
+    )
     sound = []
     for name, recipe, times in given:
-        wrong = why_wrong(recipe, shape)
+        lost = [x for x in recipe.plan.forward if recipe[x] in failed]
+        wrong = f"{', '.join(lost)} did not compile" if lost else why_wrong(recipe, shape)
         console().print(f"{name}: {wrong or 'right'}")
         for stage in recipe.plan.forward:
             console().print(f"    {stage} [{recipe[stage]}]")

@@ -40,7 +40,7 @@ from gdn2gen.kernels.config import Config, default_config  # noqa: E402
 from gdn2gen.kernels.extras import EXTRAS  # noqa: E402
 from gdn2gen.kernels.limits import Knob  # noqa: E402
 from gdn2gen.kernels.plans import LEVELS, PLANS, level_of, plan_for  # noqa: E402
-from gdn2gen.kernels.recipe import Recipe  # noqa: E402
+from gdn2gen.kernels.recipe import Recipe, fitted  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.measure.check import CheckResult  # noqa: E402
@@ -82,6 +82,8 @@ def recipe_of(problem: Problem, shape: Shape, device: Device, words: Sequence[st
         changed = dict(map(knob, (knobs if found else written).split(",")))
         for name in [stage] if found else [*configs]:
             config = _changed(configs[name], changed)
+            if "tile_step" in changed:
+                config = _widened(config, problem, device)
             reason = why_invalid(config, problem, device.arch)
             if reason is None:
                 configs[name] = config
@@ -107,7 +109,8 @@ def _nearest(stage: str, filed: Recipe, problem: Problem, device: Device) -> Con
     given = filed.by_stage.get(apart) or filed.by_stage.get(f"{apart}_transitions")
     if given is None:
         return default
-    found = default.replace(**{x: y for x, y in given.items() if x in STAGES[stage].domains})
+    domains = STAGES[stage].domains
+    found = default.replace(**{x: y for x, y in given.items() if y in domains.get(x, ())})
     return found if why_invalid(found, problem, device.arch) is None else default
 
 
@@ -115,6 +118,12 @@ def _changed(config: Config, knobs: Mapping[str, Knob]) -> Config:
     """With those of the knobs that its stage has."""
     known = {*STAGES[config.stage].domains, *EXTRAS}
     return config.replace(**{name: x for name, x in knobs.items() if name in known})
+
+
+def _widened(config: Config, problem: Problem, device: Device) -> Config:
+    """With tiles of whole head dims as wide as its `tile_step` makes them, where it can."""
+    found = fitted(config, problem, device.arch)
+    return found if "tile_step" in found else config
 
 
 def split(words: Sequence[str]) -> Iterator[list[str]]:
@@ -126,6 +135,25 @@ def split(words: Sequence[str]) -> Iterator[list[str]]:
         elif found:
             yield found
             found = []
+
+
+def compile_all(recipes: Sequence[Recipe], device: Device, *, in_full: bool) -> None:
+    """Compile all kernels side by side, each once: one after the other, as checks ask for them, six
+    stages in TileLang take a minute of one core and leave 15 idle."""
+    from concurrent.futures import wait
+
+    from gdn2gen.measure.check import full_problem
+    from gdn2gen.tuning.gpu.backend import WorkerBackend
+
+    asked: dict[tuple[Problem, Config], None] = {}
+    for recipe in recipes:
+        problems = [recipe.problem, *([full_problem(recipe.problem)] if in_full else [])]
+        asked |= {(x, config): None for x in problems for config in recipe.configs}
+    backend = WorkerBackend(device)
+    try:
+        wait([backend.compile(*x) for x in asked])  # what fails there, the check says
+    finally:
+        backend.close()
 
 
 def kernels_of(recipe: Recipe, shape: Shape) -> list[tuple[str, float]]:
@@ -182,13 +210,12 @@ def wait_for_turn(turn: Path, seconds: float = MOST_S, every: float = 0.1) -> No
 
 
 def checked_recipes(
-    problem: Problem, shape: Shape, words: Sequence[str], full: bool
+    asked: Sequence[tuple[Sequence[str], Recipe]], full: bool
 ) -> Iterator[Candidate]:
-    """Those recipes of the words that are right, each compiled; says what came of all."""
+    """Those recipes that are right, each compiled; says what came of all."""
     from gdn2gen.tuning.gpu.jobs import check_full, check_quick
 
-    for own in split(words):
-        recipe = recipe_of(problem, shape, present_device(), own)
+    for own, recipe in asked:
         checked = check_full(recipe) if full else check_quick(recipe)
         worst = max(checked.errors.items(), key=lambda x: x[1], default=("nothing", 0.0))
         said = f"{worst[0]} {worst[1]:.1e}" if checked.ok else f"wrong, {checked.reason}"
@@ -217,7 +244,11 @@ def main(member: str, shape: str, *words: str) -> None:
         [Path(x.removeprefix(name)) for x in words if x.startswith(name)]
         for name in ("--into=", "--turn=")
     )
-    candidates = [*checked_recipes(problem, sizes, given, full=bool(folders))]
+    device = present_device()
+    asked = [(own, recipe_of(problem, sizes, device, own)) for own in split(given)]
+    if not turns:  # else the cores are busy with the others
+        compile_all([x for _, x in asked], device, in_full=bool(folders))
+    candidates = [*checked_recipes(asked, full=bool(folders))]
     with ExitStack() as held:
         for turn in turns:
             wait_for_turn(turn)

@@ -240,7 +240,7 @@ def main() -> int:
     if args.list:
         json.dump(render_all(json.load(sys.stdin)), sys.stdout)
         return 0
-    os.environ["GDN2GEN_UNVERIFIED"] = "1"  # also what a GPU has found wrong, and is refused
+    os.environ["GDN2GEN_UNVERIFIED"] = "1"  # what an older revision may refuse
     given = [*cases()]
     old, new = rendered_at(args.revision, given), render_all(given)
     counts: Counter[str] = Counter()

@@ -68,12 +68,6 @@ def unverified() -> str | None:
     return None if value in ("", "0") else value
 
 
-def runs_what_was_wrong() -> bool:
-    """Whether kernels may run that a GPU has found wrong: where a user sets GDN2GEN_UNVERIFIED=1,
-    to look at them there. No search or measurement does."""
-    return unverified() not in (None, VERIFYING)
-
-
 @contextmanager
 def verifying() -> Iterator[None]:
     """Inside, head dims run that were not verified, in this process and those that it starts."""

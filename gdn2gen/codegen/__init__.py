@@ -12,6 +12,7 @@ shortcuts    what it does to tiles, by NumPy alone from the second time on
 nvrtc        CUDA source compiled without a CUDA toolkit
 direct       launches without Triton's argument binder
 fixed        launches of one kernel whose scalars never change
+choosing     several items of a sequence at once
 frames       a pass's launches with arguments that lie ready: a call writes addresses
 sized        launches whose grids and scalars are worked out once
 programs     TileLang's compiled programs kept, and run without TileLang

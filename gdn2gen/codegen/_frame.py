@@ -22,8 +22,11 @@ MAP: Final = 16
 """Words of a tensor map."""
 _LINE: Final = 64
 """Bytes that tensor maps begin at multiples of, and the host reads at once."""
-# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, then 64 bytes of value: it is allowed.
-_DEPENDENT: Final = (6, 1, *[0] * 7)
+# Numbers of a launch's attributes, each of which has 64 bytes of value.
+_ATTRIBUTE: Final = 9
+"""Words of one of them."""
+_CLUSTER: Final = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_DEPENDENT: Final = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # DLDataTypeCode, by dtype.
 CODES: Final[Mapping[torch.dtype, int]] = {
     torch.int32: 0,
@@ -137,8 +140,10 @@ class Frame:
     def _kernel(self, what: Kernel) -> partial[int]:
         halves = [*(*what.grid, 1, 1)[:3], *(*what.block, 1, 1)[:3], what.shared, 0]
         pairs = [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
-        attributes = self._place(array("Q", _DEPENDENT)) if what.dependent else 0
-        config = array("Q", (*pairs, 0, attributes, int(what.dependent)))  # the stream comes later
+        attributes = _attributes(what)
+        place = self._place(array("Q", attributes)) if attributes else 0
+        # the stream comes later
+        config = array("Q", (*pairs, 0, place, len(attributes) // _ATTRIBUTE))
         self._streams.append(memoryview(config)[4:5])
         scalars = [x for x in what.parameters if isinstance(x, int)]
         self._next_scalar = self._place(array("Q", (*scalars, 0)))
@@ -172,6 +177,17 @@ class Frame:
             f"launch {place + 1} of {len(self._calls)} of a pass failed: {why}; errors of earlier "
             "kernels may be reported here: CUDA_LAUNCH_BLOCKING=1 shows which one it is"
         )
+
+
+def _attributes(what: Kernel) -> list[int]:
+    """Of its launch: of each its number, and its value."""
+    found: list[int] = []
+    if what.cluster:
+        x, y, z = what.cluster
+        found += [_CLUSTER, x | y << 32, z, *[0] * (_ATTRIBUTE - 3)]
+    if what.dependent:  # it is allowed
+        found += [_DEPENDENT, 1, *[0] * (_ATTRIBUTE - 2)]
+    return found
 
 
 def _address(words: memoryview) -> int:

@@ -23,6 +23,7 @@ _DYNAMIC_SYMBOLS: Final = 11
 _FAT: Final = bytes.fromhex("50ed55ba")
 _OF_GRID: Final = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 _OF_BLOCK: Final = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
+_OF_CLUSTER: Final = ("tir.cluster_dim_x", "tir.cluster_dim_y", "tir.cluster_dim_z")
 _SHARED: Final = "tirx.use_dyn_shared_memory"
 _USED: Final = {b"TVMBackendGetFuncFromEnv", b"TVMFFIErrorSetRaisedFromCStr", b"TVMFFIFunctionCall"}
 _CALLED: Final = {b"__tvm_set_device", b"__tvm_tensormap_create_tiled"}
@@ -63,6 +64,8 @@ class Size(NamedTuple):
     block: tuple[int, ...]
     shared: int
     dependent: bool
+    cluster: tuple[int, ...]
+    """Empty where the kernel names none."""
 
 
 class Entry(NamedTuple):
@@ -81,13 +84,16 @@ class Entry(NamedTuple):
         if len(tags) != len(given):
             return None
         found = dict(zip(tags, given, strict=True))
-        if not found.keys() <= {*_OF_GRID, *_OF_BLOCK, _SHARED}:
+        if not found.keys() <= {*_OF_GRID, *_OF_BLOCK, *_OF_CLUSTER, _SHARED}:
             return None
+        named = not found.keys().isdisjoint(_OF_CLUSTER)
+        cluster = tuple([found.get(x, 1) for x in _OF_CLUSTER if named])
         return Size(
             tuple([found.get(x, 1) for x in _OF_GRID]),
             tuple([found.get(x, 1) for x in _OF_BLOCK]),
             found.get(_SHARED, 0),
             _DEPENDENT in self.tags,
+            cluster,
         )
 
 

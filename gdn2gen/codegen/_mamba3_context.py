@@ -6,6 +6,7 @@ from gdn2gen.base import environment
 from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.slices import NARROWEST
 from gdn2gen.kernels.stage import Stage
 
@@ -65,6 +66,7 @@ def tilelang_context(problem: Mamba3Problem, stage: Stage) -> dict[str, object]:
         "outside": False,
         "k_width": problem.K,
         "v_width": problem.V,
+        "tiled_by": TILED_BY,
         "k_past": False,
         "v_past": False,
     }

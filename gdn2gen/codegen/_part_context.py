@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from gdn2gen.base import environment
@@ -9,7 +10,14 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.codegen._glossary import aligned
 from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem, PartProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    DecayGateProblem,
+    NormProblem,
+    PartProblem,
+    StreamNormProblem,
+    WindowProblem,
+)
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.parts import suffixes
@@ -37,9 +45,14 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         return common | tilelang_context(problem, stage)
     tensors = suffixes(problem)
     units = [f"units{n}" for n in tensors]
-    size = problem.size if isinstance(problem, NormProblem | DecayGateProblem) else 0
+    sized = NormProblem | StreamNormProblem | DecayGateProblem
+    size = problem.size if isinstance(problem, sized) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
+    if isinstance(problem, WindowProblem):
+        # scores are multiplied so that exponentials are of 2
+        scale = problem.size**-0.5 / math.log(2)
+        more = {"half_covered": covering(problem.size // 2), "score_scale": scale}
     return (
         common
         | more
@@ -47,6 +60,9 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
             # Triton's interpreter knows no assembly
             "interpreted": not environment.knows_assembly(),
             "io_dtype": _in_triton(problem.dtype),
+            "stream_dtype": _in_triton(problem.dtype_of("stream"))
+            if isinstance(problem, StreamNormProblem)
+            else "",
             "weight_dtype": _in_triton(problem.weight_dtype),
             # what ends the names of what there is for each tensor of a launch
             "tensors": tensors,

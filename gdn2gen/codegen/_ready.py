@@ -71,6 +71,8 @@ class Kernel(NamedTuple):
     """Scalars are words, whose first bytes they are."""
     dependent: bool
     """Whether it may begin before the launch before it has ended, for which it waits itself."""
+    cluster: tuple[int, ...] = ()
+    """Programs that run together, if it wants any."""
 
 
 class Program(NamedTuple):

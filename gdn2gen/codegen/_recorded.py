@@ -10,6 +10,8 @@ A call then writes addresses, the first words of tensor maps among them, and lau
 
 What is otherwise than this takes for granted stays a program: code that is no machine code, maps
 whose first word is no address, functions of tvm's that do more than set the device and make maps.
+One thing is left out on purpose: tvm lets every kernel of a cluster begin before the kernel before
+it has ended, whether it waits for that or not. Here only those may that wait.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import count
+from math import prod
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from gdn2gen.base.environment import records_programs
 from gdn2gen.codegen import _driver, programs
@@ -30,6 +33,8 @@ from gdn2gen.codegen._library import Code, read_code
 from gdn2gen.codegen._ready import At, Described, Kernel, Map, Program, tvm_ffi
 from gdn2gen.codegen.direct import streams
 
+_CLUSTER: Final = 8
+"""Programs of a cluster that every GPU runs; more a kernel has to be allowed."""
 _recording = RLock()
 _copies = count()
 
@@ -122,7 +127,7 @@ class _Copy:
     ) -> Kernel | None:
         entry = self._code.kernels[call.name]
         size = entry.sizes(call.sizes)
-        if size is None or size.shared > _driver.MOST_SHARED:
+        if size is None or size.shared > _driver.MOST_SHARED or prod(size.cluster) > _CLUSTER:
             return None
         key = device, call.name, size.shared
         if key not in self._loaded:
@@ -130,9 +135,8 @@ class _Copy:
         function = self._loaded[key]
         if function is None or _driver.parameters_of(function) != entry.nbytes:
             return None
-        return Kernel(
-            call.name, function, size.grid, size.block, size.shared, parameters, size.dependent
-        )
+        place = call.name, function, size.grid, size.block, size.shared, parameters
+        return Kernel(*place, size.dependent, size.cluster)
 
 
 @lru_cache(maxsize=512)

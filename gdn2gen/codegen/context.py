@@ -23,7 +23,6 @@ from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.kernels.anchors import CENTRED_RANGE, anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
 from gdn2gen.kernels.glossary import what
-from gdn2gen.kernels.languages import TILED_BY
 from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.rows import UNIT
@@ -205,11 +204,13 @@ def _tilelang_context(problem: Problem, stage: Stage, config: Config) -> dict[st
         dims = [sizes.get(symbol, symbol) for symbol in _dims(problem, operand)]
         tensors.append((operand.name, dims, DTYPE[operand.dtype_in(problem)].full_name))
     symbols = dict.fromkeys(x for _, dims, _ in tensors for x in dims)
-    K, V = (rounded_up(x, TILED_BY) for x in (problem.K, problem.V))
+    tiled_by = config.form.tiled_by
+    K, V = (rounded_up(x, tiled_by) for x in (problem.K, problem.V))
     k_past, v_past = K != problem.K, V != problem.V
     return {
         # how wide tiles of whole head dims are, whether past their ends, their name, and what loads
         # and stores of whole tiles name
+        "tiled_by": tiled_by,
         "k_width": K,
         "v_width": V,
         "k_past": k_past,

@@ -79,5 +79,8 @@ GATED_DELTA_RULE: Final = Recurrence(
         *("direct", "direct_states"),
         *("direct_blocks1", "direct_blocks2"),
         *("direct_blocks1_states", "direct_blocks2_states"),
+        *("whole_direct", "whole_direct_blocks1", "whole_direct_blocks2"),
+        "whole_direct_blocks2_states",
+        *("direct_blocks2_transitions", "direct_blocks2_states_transitions"),
     ),
 )

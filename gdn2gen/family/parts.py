@@ -17,6 +17,10 @@ MOST_TENSORS: Final = 3
 """That one launch convolves: q, k and v."""
 NORM_SIZES: Final = range(8, 1025, 8)
 """Channels of a row that a gated norm has kernels for, and of a head that a decay's gate has."""
+STREAM_SIZES: Final = range(8, 8193, 8)
+"""The same of the norm of a residual stream."""
+HEAD_SIZES: Final = range(8, 257, 8)
+"""Channels of a head of attention, the same."""
 CHANNELS_STEP: Final = 8
 """A row of channels is a whole number of 16 bytes."""
 DECAY_GATES: Final = ("softplus", "sigmoid")
@@ -132,6 +136,54 @@ class DecayGateProblem(PartProblem):
         super().__post_init__()
         _one_of("gate", self.gate, DECAY_GATES)
         _one_of("size", self.size, NORM_SIZES)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class StreamNormProblem(PartProblem):
+    """RMSNorm of the residual stream between a model's blocks, before what projects:
+
+    y = x / sqrt(mean(x^2) + eps) * weight
+
+    `added`: of the stream and what a block adds to it, whose sum goes on as the stream.
+    """
+
+    op: ClassVar[str] = "stream_norm"
+    stream_dtype: str = "fp32"
+    """dtype of x and of the sum; that of y and of what is added is `dtype`."""
+    size: int = 2048
+    added: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("stream_dtype", self.stream_dtype, DTYPES)
+        _one_of("size", self.size, STREAM_SIZES)
+
+    def dtype_of(self, role: str) -> str:
+        return self.stream_dtype if role == "stream" else super().dtype_of(role)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class SwigluProblem(PartProblem):
+    """y = silu(gate) * up, of tensors that are a whole number of units of 8 elements."""
+
+    op: ClassVar[str] = "swiglu"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class WindowProblem(PartProblem):
+    """Attention of one token over a window, whose keys and values are kept in a ring:
+
+    o = sum_s softmax_s(q . k_s / sqrt(size)) v_s
+
+    of heads of `size` channels; q and k turned by the token's position before.
+    """
+
+    op: ClassVar[str] = "window_step"
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("size", self.size, HEAD_SIZES)
 
 
 def _one_of(name: str, value: object, known: Iterable[object]) -> None:

@@ -125,3 +125,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     values = x.to(wide)
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     return (values * scale * weight.to(wide) * ACTIVATE[activation](gate.to(wide))).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return functional.silu(gate) * up

@@ -18,6 +18,7 @@ whole       prepare and scan in one kernel
 groups      the stages of members whose heads share the scores of a group
 recurrent   the stage of the mode that goes token by token
 parts       the stages of a layer's parts: short convolutions, the gated norm
+stream_parts  those between a model's mixers: the residual stream's norm, SwiGLU
 mamba3      the stages around Mamba-3's scan
 mamba3_chunks    those of Mamba-3 by kernels of its own, over chunks
 mamba3_scan      its states and outputs in one stage, and where that runs

@@ -22,6 +22,7 @@ from typing import Final
 
 from gdn2gen.kernels.anchors import INSIDE, REACH, bounded
 from gdn2gen.kernels.gradients import GRAD_KEY
+from gdn2gen.kernels.languages import PANEL
 from gdn2gen.kernels.limits import FP32, WIDE, Limit, Setting
 from gdn2gen.kernels.operands import (
     CHUNK_SCALARS,
@@ -64,9 +65,13 @@ def _kept(operand: Operand, every: int) -> Operand:
 
 
 # Of the forms in TileLang, which were compiled for nothing else so far. Head dims are those of
-# tiles, which 33 to 64 channels or values fill as 64 do, and 97 to 128 as 128.
+# tiles, of 64 for all up to it and of 128 for 65 to 128: loads fill what is past a head dim.
+_WIDTHS, _WIDTHS_OF_SCANS = (
+    tuple(Limit(x, sizes, "tiles of other widths were not compiled for") for x in ("K", "V"))
+    # 96 are those that `tile_step=32` asks for
+    for sizes in ((64, 128), (64, 96, 128))
+)
 _PLAIN: Final = (
-    *(Limit(x, (64, 128), "tiles of other widths were not compiled for") for x in ("K", "V")),
     Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),
     Limit("arch", (None, "sm_90"), "others were not compiled for"),
 )
@@ -76,7 +81,7 @@ _CHUNKS_OF_32: Final = Limit("BT", (32,), "its tiles are those of 32 tokens")
 def _in_tilelang(stage: Stage, template: str, *limits: Limit) -> tuple[Form, ...]:
     """Its forms in TileLang, of templates of their own."""
     return tuple(
-        replace(x, limits=(*x.limits, *_PLAIN, *limits))
+        replace(x, limits=(*x.limits, *_WIDTHS_OF_SCANS, *_PLAIN, *limits), tiled_by=PANEL)
         for x in _made_of(template, stage, "tilelang")
     )
 
@@ -214,8 +219,10 @@ _ANCHORED_TILELANG: Final = Form(
         Limit("dtype", ("bf16",), "factors of pairs are out of the range of fp16"),
         _CHUNKS_OF_32,
         Limit("gate", ("none",), "the gate's activation is in Triton's form alone"),
+        *_WIDTHS,
         *_PLAIN,
     ),
+    tiled_by=PANEL,
 )
 # Blocks of two, each of which is within one program.
 _PAIRS_TILELANG: Final = replace(

@@ -1,7 +1,8 @@
 """Knobs that a config may have beside those of its form, and says nothing of where they are off.
 
 No search asks for them, and without them a kernel is what it was, to the letter. What they change
-is written into the rendered text (`codegen._rewriting`): no template's digest is another one.
+is written into the rendered text (`codegen._rewriting`), or is another number in it: no template's
+digest is another one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.registry import CHANNEL_OPS, recurrence_named
 from gdn2gen.kernels.limits import Domain, Knob, Place
 from gdn2gen.kernels.plans import PLANS, Plan, stages_of
 from gdn2gen.kernels.slices import covering
@@ -27,6 +28,9 @@ EXTRAS: Final[Mapping[str, Domain]] = {
     # Of the parallel scans: shorter steps of the chain of products over segments. `cut`: halves of
     # what is multiplied are cut, and loads are two steps ahead; `near`: one, as without the knob.
     "merge": ("cut", "near"),
+    # In TileLang: whole head dims are in tiles as wide as the next multiple of it. Of 64 a row of
+    # 160 is three copies of 128 bytes, the last of which is half zeros, and not five of 64.
+    "tile_step": (32, 64),
 }
 AHEAD: Final[Mapping[Knob, int]] = {"cut": 2, "near": 1}
 """Steps of merge_kernel from a load to its use: of two, K = 128 takes 156 KB of shared memory."""
@@ -73,6 +77,10 @@ def why_no_extra(knobs: Mapping[str, Knob], form: Form, stage: str, place: Place
         reason = _why_not_merged(form, place)
         if reason is not None:
             return f"merge={given['merge']}: {reason}"
+    if "tile_step" in given:
+        reason = _why_not_tiled(form, place)
+        if reason is not None:
+            return f"tile_step={given['tile_step']}: {reason}"
     return None
 
 
@@ -80,7 +88,7 @@ def _why_no_pdl(value: str, stage: str, place: Place) -> str | None:
     problem = place.problem
     if not isinstance(problem, Problem) or stage not in stages_of(problem.op):
         return "only stages of plans have kernels before and after them in a pass"
-    if stage in ("forward", "forward_blocks1"):
+    if stage.startswith("forward"):
         return "its groups begin by turns, so that none of them begins for all of the program"
     if place.arch is not None and _number(place.arch) < _SINCE:
         return f"{place.arch} has no launches that depend on programs; sm_90 and later have"
@@ -113,6 +121,16 @@ def _why_not_merged(form: Form, place: Place) -> str | None:
         return "products of fp32 problems are of tf32"
     if covering(problem.K) != problem.K or problem.K > 128:
         return f"it is for transitions of one tile, of 128 channels at most, not {problem.K}"
+    return None
+
+
+def _why_not_tiled(form: Form, place: Place) -> str | None:
+    problem = place.problem
+    old = place.arch is not None and _number(place.arch) < _SINCE
+    if form.language != "tilelang" or old:
+        return "only what loads by TMA fills tiles past a head dim, in TileLang on sm_90"
+    if not isinstance(problem, Problem) or problem.op not in CHANNEL_OPS:
+        return f"it is for members whose decay is a channel's: {', '.join(CHANNEL_OPS)}"
     return None
 
 

@@ -11,6 +11,9 @@ LANGUAGE_NAMES: Final = {"triton": "Triton", "tilelang": "TileLang"}
 # Of head dims as TileLang tiles them: TMA writes to multiples of 128 bytes, which 32 channels of
 # gamma_C are, and tiles in registers are at least 32 values wide. Loads past a head dim give zeros.
 TILED_BY: Final = 32
+# Columns of 16 bits that lie together in shared memory, as products want them: 128 bytes. Of forms
+# that have kernels for head dims of 64 and 128 alone, whose tiles all others fill.
+PANEL: Final = 64
 TILED_DIMS: Final = {
     "K": tuple(range(TILED_BY, 257, TILED_BY)),
     "V": tuple(range(TILED_BY, 513, TILED_BY)),
@@ -19,9 +22,9 @@ AMPERE: Final = ("sm_80", "sm_86", "sm_89")
 _ON_AMPERE: Final = {"arch": AMPERE}
 
 
-def multiple_of(language: str, arch: str | None) -> int:
-    """What tiles round head dims up to; without TMA, nothing fills them."""
-    return TILED_BY if language == "tilelang" and arch not in AMPERE else 1
+def multiple_of(language: str, arch: str | None, tiled_by: int = TILED_BY) -> int:
+    """What tiles round head dims up to, of a form's; without TMA, nothing fills them."""
+    return tiled_by if language == "tilelang" and arch not in AMPERE else 1
 
 
 LANGUAGES: Final[Mapping[str, tuple[Limit, ...]]] = {

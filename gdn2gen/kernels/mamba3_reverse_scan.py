@@ -48,9 +48,8 @@ MAMBA3_REVERSE_SCAN: Final = PartStage(
             "mamba3_reverse_scan",
             "tilelang",
             "mamba3_reverse_scan",
-            # how often pairs are made: with either tokens as rows, or once and left in shared
-            # memory; and how many columns of them at a time
-            knobs={"pairs": (2, 1), "BJ": (32, 64), "num_warps": (4,), "num_stages": (1,)},
+            # how often pairs are made: with either tokens as rows, or once, in shared memory
+            knobs={"pairs": (2, 1), "num_warps": (4,), "num_stages": (1,)},
             leads={},
             limits=(
                 Limit("arch", (None, "sm_90"), "it was written for products of that arch's groups"),
@@ -132,7 +131,7 @@ def reverse_scans_at_once(problem: Mamba3Problem, BT: int, T: int) -> bool:
 
 def reverse_rule(tokens: int, H: int, G: int, sms: int) -> dict[str, dict[str, Knob]]:
     """The knobs of both without tuning, by stage."""
-    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4, "pairs": 2, "BJ": 32}
+    scan: dict[str, Knob] = {"BT": 64, "num_warps": 4, "pairs": 2}
     return {
         MAMBA3_REVERSE_SCAN.name: scan,
         MAMBA3_SUMS.name: sums_knobs(64, -(-tokens // 64), H, G, sms),
@@ -158,7 +157,7 @@ def other_starts(
     # with fewer heads warps have no rows of their own
     many = H // G in _COUNTS[3:]
     return {
-        MAMBA3_REVERSE_SCAN.name: [{**scan, "pairs": 1, "BJ": x} for x in (32, 64)],
+        MAMBA3_REVERSE_SCAN.name: [{**scan, "pairs": 1}],
         MAMBA3_SUMS.name: [{**by_tokens, "num_stages": x} for x in (3, 1)] if many else [],
     }
 

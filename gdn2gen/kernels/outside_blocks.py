@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdn2gen.base.environment import runs_what_was_wrong
 from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.limits import FP32, Limit, Place, Setting
 from gdn2gen.kernels.stage import Form
@@ -59,19 +58,11 @@ def outside_triton(every: int) -> Form:
     )
 
 
-# At train4k's heads, bf16, K = V = 128, decays of a layer; bound 1.0e-2.
-_WRONG: Final = (
-    "grad_blocks in TileLang with decay=outside was wrong on an H200: dq was off by 8.4e-1, dk by "
-    "1.8e-1; it was mended and has not run there since: use Triton's form (GDN2GEN_UNVERIFIED=1 "
-    "runs this one all the same)"
-)
-
-
 def _why_not(place: Place) -> str | None:
-    """Its head dims, and that it was found wrong: asked of each call, as the environment is."""
+    """Its head dims: of others a state is another number of tiles."""
     found = {name: getattr(place.problem, name, 0) for name in ("K", "V")}
     if all(size in (64, 128) for size in found.values()):
-        return None if runs_what_was_wrong() else _WRONG
+        return None
     return (
         f"grad_blocks in TileLang takes K and V of 64 or 128, not K={found['K']} V={found['V']}: "
         "others were not compiled for; use Triton's form"
@@ -79,10 +70,7 @@ def _why_not(place: Place) -> str | None:
 
 
 def outside_tilelang(every: int) -> Form:
-    """The form in TileLang of blocks of so many chunks: 64 tokens are the rows of one product.
-
-    It has been wrong on a GPU, and is refused until it was not.
-    """
+    """The form in TileLang of blocks of so many chunks: 64 tokens are the rows of one product."""
     return Form(
         "outside",
         "tilelang",

@@ -133,7 +133,7 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         _PARTIAL,
     ),
     ("B", "T", "units", "x_row", "dx_row"),
-    _CONVOLVING | _READING | _SUMMING | {"maxnreg": (0, 128)},
+    _CONVOLVING | _READING | _SUMMING | {"maxnreg": (0, 128), "prefetch": (0, 1, 2, 4)},
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)

@@ -42,6 +42,9 @@ class Plan:
 _FORWARD = ("prepare", "scan")
 _BACKWARD = ("rescan", "reverse_scan", "grad_value", "grad_key")
 _LINEAR = ("rescan", "reverse_scan", "grad_key")
+# Where scans read q and k themselves there are no factors to keep or to make again: 160 bytes, and
+# 64 of S_seg.
+_DIRECT = Plan("direct", _FORWARD, _BACKWARD)
 
 
 def _blocks(every: int) -> tuple[Plan, Plan]:
@@ -68,12 +71,26 @@ def _direct_blocks(every: int) -> tuple[Plan, Plan]:
 
 
 _WHOLE = ("forward",)
+_WHOLE_OUTSIDE = ("forward_outside",)
 
 
 def _whole_blocks(every: int) -> Plan:
     """What `blocks` of so many chunks does, whose prepare and scan are one kernel."""
     apart = _blocks(every)[0]
     return Plan(f"whole_{apart.name}", _WHOLE, apart.backward, every, instead=apart.name)
+
+
+def _whole_direct(every: int) -> Plan:
+    """The same where scans read q and k themselves; of no block, what `direct` does."""
+    apart = _direct_blocks(every)[0] if every else _DIRECT
+    return Plan(f"whole_{apart.name}", _WHOLE_OUTSIDE, apart.backward, every, instead=apart.name)
+
+
+def _whole_direct_states(every: int) -> Plan:
+    """The same of what level fast keeps."""
+    apart = _direct_blocks(every)[1]
+    forward = (f"forward_outside_blocks{every}",)
+    return Plan(f"whole_{apart.name}", forward, apart.backward, every, instead=apart.name)
 
 
 def _whole_states(every: int) -> Plan:
@@ -103,9 +120,7 @@ PLANS: Final = {
         Plan("fast", _FORWARD, ("sum_decay", *_BACKWARD)),
         # 1280 bytes more, less S_seg: nothing is redone, but for the sum of the decay.
         Plan("states", ("prepare", "scan_states"), ("sum_decay", *_BACKWARD[1:])),
-        # Where scans read q and k themselves there are no factors to keep or to make again: 160
-        # bytes, and 64 of S_seg.
-        Plan("direct", _FORWARD, _BACKWARD),
+        _DIRECT,
         # 1280 bytes more, less S_seg.
         Plan("direct_states", ("prepare", "scan_states"), _BACKWARD[1:]),
         # The same of members that erase nothing: values are added to the state as they are, the
@@ -131,8 +146,10 @@ PLANS: Final = {
         Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
         *map(_whole_blocks, (1, 2)),
         _whole_states(1),
+        *map(_whole_direct, (0, 1, 2)),
+        _whole_direct_states(2),
         # In segments, 64 KB of each kept at K = 128: the reverse scan has no transitions to make.
-        *map(_with_transitions, _blocks(2)),
+        *map(_with_transitions, (*_blocks(2), *_direct_blocks(2))),
     )
 }
 # What a caller chooses: how much the forward may keep. Of those that serve its recurrence the tuner
@@ -144,6 +161,8 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *("whole", "whole_blocks1", "whole_blocks2"),
         "blocks2_transitions",
         *("direct_blocks1", "direct_blocks2"),
+        *("whole_direct", "whole_direct_blocks1", "whole_direct_blocks2"),
+        "direct_blocks2_transitions",
     ),
     "fast": (
         *("fast", "states", "direct_states"),
@@ -152,6 +171,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *(f"blocks{every}_states" for every in EVERY),
         *("whole_blocks1_states", "blocks2_states_transitions"),
         *("direct_blocks1_states", "direct_blocks2_states"),
+        *("whole_direct_blocks2_states", "direct_blocks2_states_transitions"),
     ),
 }
 
@@ -197,7 +217,7 @@ def is_optional(plan_name: str, op: str) -> bool:
 def keeps_least(plan: Plan) -> bool:
     """Whether its forward writes nothing more than that of the least level; transitions of segments
     are written in any case."""
-    return plan.forward[-1] in ("scan", "scan_transitions", "scan_group", *_WHOLE)
+    return plan.forward[-1] in ("scan", "scan_transitions", "scan_group", *_WHOLE, *_WHOLE_OUTSIDE)
 
 
 def plan_named(name: str) -> Plan:

@@ -197,19 +197,23 @@ def is_served(plan: str, problem: Problem, arch: str | None = None) -> bool:
 
 
 def has_use(plan: str, regime: Regime) -> bool:
-    """Whether the plan differs at such sizes from the one that it names instead: transitions are
-    kept of all segments but the first and the last."""
+    """Whether the plan may do better at such sizes than the one that it names instead: transitions
+    are kept of all segments but the first and the last, and a forward in one kernel has none, but
+    one chain a sequence (GDN-2's at few8k: 0.35 ms and more for 0.14)."""
     chain = PLANS[plan]
-    if not any("M_seg" in {x.name for x in EVERY_STAGE[y].inputs} for y in chain.backward):
+    keeps = any("M_seg" in {x.name for x in EVERY_STAGE[y].inputs} for y in chain.backward)
+    if not keeps and len(chain.forward) > 1:
         return True
     sequences = max(1, regime.sequences)
     longest = -(-regime.tokens // (sequences * _USUAL_CHUNK * SEGMENT))
-    return min(longest, MAX_SEGMENTS // (sequences * regime.heads)) > 2
+    many = min(longest, MAX_SEGMENTS // (sequences * regime.heads)) > 2
+    return many if keeps else not many
 
 
 def _chained(config: Config) -> Config:
-    """Its serial form in the same language; there may be none. Some stages have no other."""
-    chained: dict[str, Knob] = {"segments": "serial", "max_segments": MAX_SEGMENTS}
+    """Its serial form in the same language; there may be none. Some stages have no other. What
+    merges segments goes with them: with it no config of the serial form is valid."""
+    chained: dict[str, Knob] = {"segments": "serial", "max_segments": MAX_SEGMENTS, "merge": OFF}
     return config.replace(**{name: x for name, x in chained.items() if name in config})
 
 
@@ -227,7 +231,8 @@ def _serial(config: Config, problem: Problem) -> Config:
 def fitted(config: Config, problem: Problem, arch: str | None) -> Config:
     """The same with tiles no wider than the problem needs; the default of its stage where its form
     has no kernels for the problem."""
-    place, form = Place(problem, config.size("BT"), arch), config.form
+    form = config.form
+    place = form.tiled(Place(problem, config.size("BT"), arch))
     tiles = {tile: config.size(tile) for tile, _ in form.tiles if tile in config}
     for tile, dim in form.tiles:
         if tile in tiles:

@@ -181,6 +181,8 @@ class Form:
     """Tiles that its loop loads `num_stages - 1` times ahead."""
     scratch: tuple[str, ...] = ()
     """Scratch that it makes use of."""
+    tiled_by: int = TILED_BY
+    """In steps of so many channels, or values, its tiles of whole head dims come."""
     steady: bool = True
     """Whether its time hardly depends on how strong the decay is."""
 
@@ -247,7 +249,7 @@ class Form:
 
     def tiled(self, place: Place) -> Place:
         """The same with head dims as its tiles take them."""
-        return replace(place, multiple=multiple_of(self.language, place.arch))
+        return replace(place, multiple=multiple_of(self.language, place.arch, self.tiled_by))
 
     def widest(self, tile: str, size: object) -> int:
         """What a tile may be at most, for a head dim: it covers it, or is its knob's largest."""
@@ -346,8 +348,13 @@ class Stage:
         return found | ({self.selector: form.name} if self.selector else {})
 
     def form_of(self, knobs: Mapping[str, Knob]) -> Form | None:
-        """The form that the knobs select, or None where there is none."""
-        return self._by_selection.get(tuple(knobs[name] for name in self._selectors))
+        """The form that the knobs select, or None where there is none: with `tile_step`, an extra,
+        of tiles in other steps."""
+        selected = tuple(knobs[name] for name in self._selectors)
+        form, tiles = self._by_selection.get(selected), knobs.get("tile_step")
+        if form is None or not isinstance(tiles, int):
+            return form
+        return self._tiled.setdefault((selected, tiles), replace(form, tiled_by=tiles))
 
     def why_no_form(self, knobs: Mapping[str, Knob]) -> str:
         """Says that `form_of` found none."""
@@ -384,6 +391,11 @@ class Stage:
     @cached_property
     def _selectors(self) -> tuple[str, ...]:
         return tuple(self.selecting(self.forms[0]))
+
+    @cached_property
+    def _tiled(self) -> dict[tuple[tuple[Knob, ...], int], Form]:
+        """Forms that were asked for with tiles in other steps: the same each time."""
+        return {}
 
     @cached_property
     def _by_selection(self) -> dict[tuple[Knob, ...], Form]:

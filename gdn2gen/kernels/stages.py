@@ -23,8 +23,9 @@ from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN, SCAN_STATES
 from gdn2gen.kernels.stage import Stage
+from gdn2gen.kernels.stream_parts import STREAM_STAGES
 from gdn2gen.kernels.transitions import TRANSITION_STAGES
-from gdn2gen.kernels.whole import FORWARD, FORWARD_BLOCKS1
+from gdn2gen.kernels.whole import FORWARD, FORWARD_BLOCKS1, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2
 
 _ALL = (
     PREPARE, REPREPARE, SUM_DECAY,
@@ -32,7 +33,7 @@ _ALL = (
     GRAD_VALUE, GRAD_KEY,
     PREPARE_GROUP, SCAN_GROUP, RESCAN_GROUP, REVERSE_SCAN_GROUP, GRAD_GROUP,
     *BLOCK_STAGES,
-    FORWARD, FORWARD_BLOCKS1,
+    FORWARD, FORWARD_BLOCKS1, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2,
     *TRANSITION_STAGES,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
@@ -40,7 +41,10 @@ STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}
 EVERY_STAGE: Final[Mapping[str, Stage]] = {
     **STAGES,
     RECURRENT.name: RECURRENT,
-    **{x.name: x for x in (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, MAMBA3_SCAN)},
+    **{
+        x.name: x
+        for x in (*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, MAMBA3_SCAN)
+    },
     **{x.name: x for x in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS)},
 }
 """And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

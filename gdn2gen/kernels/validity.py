@@ -31,16 +31,22 @@ def why_invalid(config: Config, problem: Compiled, arch: str | None = None) -> s
     if config.stage in STAGES and config.stage not in stages_of(problem.op):
         return f"{problem.op} has no such stage, but {', '.join(stages_of(problem.op))}"
     for tile, dim in form.tiles:
-        size = getattr(problem, dim)
-        if tile in config and config.size(tile) > covering(size):
+        size, widest = getattr(problem, dim), _covering(form, place, dim)
+        if tile in config and config.size(tile) > widest:
             return (
-                f"{tile}={config[tile]} exceeds the {covering(size)} that cover the {_HEADS[dim]} "
+                f"{tile}={config[tile]} exceeds the {widest} that cover the {_HEADS[dim]} "
                 f"head dim {dim}={size}"
             )
     reason = _why_off_limits(config, form, place)
     if reason is None and form.refuses is not None:
         reason = form.refuses(place)
     return reason or why_no_extra(config, form, config.stage, place)
+
+
+def _covering(form: Form, place: Place, dim: str) -> int:
+    size = form.tiled(place)[dim]
+    assert isinstance(size, int)
+    return covering(size)
 
 
 def why_not_there(config: Config, problem: Compiled, arch: str) -> str | None:
@@ -93,7 +99,7 @@ def _why_off_limits(config: Config, form: Form, place: Place) -> str | None:
         if config[name] not in values:
             return f"{which} takes {_one_of(name, values)}, not {config[name]}"
     for tile, dim in form.tiles:
-        widest = form.widest(tile, place[dim]) if tile in form.whole else config.get(tile)
+        widest = form.widest(tile, tiled[dim]) if tile in form.whole else config.get(tile)
         if config.get(tile) != widest:
             size = place[dim]
             return f"{which} takes {dim}={size} in tiles of {widest}, not {tile}={config[tile]}"

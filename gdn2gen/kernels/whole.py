@@ -12,13 +12,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from gdn2gen.kernels.languages import PANEL
 from gdn2gen.kernels.limits import Limit, Setting
 from gdn2gen.kernels.operands import (
     BETA,
     FACTORS,
+    HEAD_FACTORS,
     INITIAL,
     K_BETA,
+    LOG_DECAY,
     OUTPUT,
+    Q_HEAD,
     QKGB,
     RSTD,
     SCORES,
@@ -26,6 +30,7 @@ from gdn2gen.kernels.operands import (
     H,
     R,
 )
+from gdn2gen.kernels.outside_blocks import OUTSIDE
 from gdn2gen.kernels.scans import SCAN
 from gdn2gen.kernels.stage import Form, Stage, erasing
 
@@ -64,6 +69,7 @@ _CLUSTER: Final = Form(
         Limit("arch", (None, "sm_90"), "its clusters and products are of that generation"),
     ),
     tiles=(),  # of other head dims there are none
+    tiled_by=PANEL,
 )
 
 # of segments, and the final one
@@ -99,4 +105,47 @@ FORWARD_BLOCKS1: Final = replace(
             ),
         ),
     ),
+)
+
+
+# The same where the decay is outside of products: a slot has q and k as they were loaded, and what
+# one product and the inverse make of them.
+FORWARD_OUTSIDE: Final = replace(
+    FORWARD,
+    name="forward_outside",
+    outputs=(OUTPUT, *RSTD, K_BETA, *SCORES, Q_HEAD, *HEAD_FACTORS, LOG_DECAY, *_STATES),
+    products=("BT BT K", *erasing("BT BT K", "BT BT BT"), *SCAN.products),  # Aqk; T, inverse
+    forms=(
+        Form(
+            "cluster",
+            "tilelang",
+            "forward_outside",
+            knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2,)},
+            leads={},
+            limits=(
+                OUTSIDE,
+                *(Limit(dim, (128,), "its slots are of tiles so wide") for dim in ("K", "V")),
+                Limit("BT", (32,), "its slots are those of 32 tokens"),
+                Limit(
+                    "dtype", ("bf16",), "factors of keys as they are may leave the range of fp16"
+                ),
+                *(x for x in _CLUSTER.limits if x.name in ("gate", "varlen", "arch")),
+            ),
+            tiles=(),
+        ),
+    ),
+)
+
+# What scan_blocks2 keeps, too: R, and the state at the start of every two chunks.
+FORWARD_OUTSIDE_BLOCKS2: Final = replace(
+    FORWARD_OUTSIDE,
+    name="forward_outside_blocks2",
+    outputs=(
+        *(x for x in FORWARD_OUTSIDE.outputs if x.name not in ("S_seg", "final_state")),
+        replace(H, dims=H.dims.replace("NT", "NT2")),
+        R,
+        _STATES[-1],
+    ),
+    scalars=("scale", "T", "H", "HV", "HG"),
+    every=2,
 )

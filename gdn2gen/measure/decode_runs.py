@@ -6,6 +6,7 @@ names must keep their bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -54,15 +55,18 @@ def calls(device: str) -> tuple[Call, ...]:
     )
 
 
-def run_calls(case: Case, device: str) -> tuple[dict[str, float], str]:
-    """Errors by call and tensor, and what is wrong, if anything is.
+def run_calls(
+    case: Case, device: str, wanted: Sequence[Call] | None = None
+) -> tuple[dict[str, float], str]:
+    """Errors by call and tensor, and what is wrong, if anything is; of the calls that are `wanted`,
+    else of those that a case runs.
 
     All have the limit of the case's dtype; that of states in a narrower one is brought to it.
     """
     errors: dict[str, float] = {}
     wrong = []
     limit = LIMITS[case.problem.dtype]
-    for call in calls(device):
+    for call in wanted or calls(device):
         found, touched = _run(case.problem, call, device)
         found["states"] *= limit / max(limit, LIMITS[call.state_dtype])
         for name, error in found.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from gdn2gen.runtime.arguments import is_watched
 
 
-def turns(at: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+def cosines_and_sines(at: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, T, 1, dim/2] of positions `at` [B, T], in fp32."""
     angles = at[..., None, None] * _rates(dim // 2, base, at)
     return angles.cos(), angles.sin()

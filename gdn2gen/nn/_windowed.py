@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
+
+from gdn2gen.family.parts import HEAD_SIZES
+from gdn2gen.runtime.arguments import by_kernels, is_watched
+from gdn2gen.runtime.dtypes import DTYPE_NAME
 
 _FLASH_DTYPES: Final = (torch.float16, torch.bfloat16)
 _FLASH_MOST: Final = 256
@@ -46,6 +51,20 @@ def window_mask(tokens: int, window: int, device: torch.device, earlier: int = 0
     to = torch.arange(earlier, earlier + tokens, device=device)[:, None]
     of = torch.arange(earlier + tokens, device=device)
     return (of <= to) & (of > to - window)
+
+
+def steps_by_kernel(q: Tensor, k: Tensor, v: Tensor, kept: Mapping[str, Tensor]) -> bool:
+    """Whether one token goes to our kernel, which turns it, keeps it, and attends."""
+    rings = kept["k"], kept["v"]
+    if not by_kernels(q.device) or q.shape[-1] not in HEAD_SIZES or q.dtype not in DTYPE_NAME:
+        return False
+    if is_watched((q, k, v, *rings, kept["seen"])):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    alike = all(x.dtype == q.dtype and x.device == q.device for x in (k, v, *rings))
+    in_place = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (*rings, kept["seen"]))
+    return alike and in_place and kept["seen"].dtype == torch.int64
 
 
 def _takes_windows(q: Tensor) -> bool:

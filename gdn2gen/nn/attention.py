@@ -8,10 +8,11 @@ from torch.nn import functional
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.nn._heads import split
-from gdn2gen.nn._rotary import turned, turns
-from gdn2gen.nn._windowed import attended, attended_within, window_mask
+from gdn2gen.nn._rotary import cosines_and_sines, turned
+from gdn2gen.nn._windowed import attended, attended_within, steps_by_kernel, window_mask
 from gdn2gen.nn.cache import Cache, LayerCache, may_overwrite, write
 from gdn2gen.nn.projections import Projected
+from gdn2gen.runtime.stream_parts import window_step
 
 
 class SlidingWindowAttention(nn.Module):
@@ -78,21 +79,23 @@ class SlidingWindowAttention(nn.Module):
         at = seen[:, None]  # [B, T], or [1, T] at first
         if T != 1:
             at = at + torch.arange(T, device=x.device)
-        cos, sin = turns(at, dim, self.base)
-        if T == 1:  # side by side, since of one token every launch counts
-            q, k = turned(torch.cat((q, k), 2), cos, sin).chunk(2, 2)
-        else:
-            q, k = turned(q, cos, sin), turned(k, cos, sin)
+        turns = cosines_and_sines(at, dim, self.base)
         if kept and T == 1 and may_overwrite(kept, "k", trains=torch.is_grad_enabled()):
-            o = self._one(q, k, v, kept)
+            o = self._one(q, k, v, kept, turns)
         else:
-            o = self._many(q, k, v, kept, seen)
+            o = self._many(turned(q, *turns), turned(k, *turns), v, kept, seen)
         y: Tensor = self.o_proj(o.reshape(B, T, hidden))
         return y
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        """o [B, 1, heads, D] of a token, which is kept; rows need no order."""
+    def _one(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor], turns: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """o [B, 1, heads, D] of a token, which is turned and kept; rows need no order."""
         seen = kept["seen"]
+        if steps_by_kernel(q, k, v, kept):
+            return window_step(q, k, v, kept["k"], kept["v"], seen, *turns)
+        # side by side, since of one token every launch counts
+        q, k = turned(torch.cat((q, k), 2), *turns).chunk(2, 2)
         row = seen.remainder(self.window)[:, None, None, None].expand_as(k)
         for name, x in (("k", k), ("v", v)):
             kept[name].scatter_(1, row, x.to(kept[name].dtype))

@@ -19,7 +19,8 @@ from gdn2gen.runtime.arguments import (
     is_traced,
     is_watched,
 )
-from gdn2gen.runtime.decoding import Plan, check_in_place, decoding_name, forced_config
+from gdn2gen.runtime.decoding import Plan, check_in_place, decoding_name
+from gdn2gen.runtime.decoding import surroundings as of_configs
 from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
@@ -118,7 +119,7 @@ _plans: Kinds[Plan] = Kinds(2048)
 
 def surroundings() -> tuple[Any, ...]:
     """What else than its arguments the kernels of a call depend on."""
-    return by_kernels, forced(), forced_config(), values_of(_VARIABLES)
+    return by_kernels, forced(), of_configs(), values_of(_VARIABLES)
 
 
 def launch_plan(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +146,7 @@ def lasting_plan(
     return None if plan.copied else plan
 
 
-_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET", "GDN2GEN_BATCH_INVARIANT")
+_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
 _LOOK: Final = attrgetter("shape", "dtype")
 
 

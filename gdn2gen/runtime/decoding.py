@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.device import Device
-from gdn2gen.base.environment import is_batch_invariant
+from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
@@ -35,6 +35,8 @@ from gdn2gen.runtime.layout import strides_of
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker
 from gdn2gen.runtime.signature import Options, Signature
+from gdn2gen.store.decoding import nearest_of_each
+from gdn2gen.store.tuned_files import current_look
 
 Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
 """How a tensor lies in memory: True for rows without gaps, else its layout and strides."""
@@ -116,7 +118,7 @@ def make_plan(
     options: tuple[Any, ...],
     null_slot: int | None,
     device: torch.device,
-    _invariant: bool,
+    _surroundings: tuple[Any, ...],
     *given: tuple[torch.Size, torch.dtype, Lay] | None,
 ) -> Plan:
     """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
@@ -182,13 +184,16 @@ def force(config: Config | None = None, **knobs: Knob) -> None:
     known_plan.cache_clear()
 
 
-def forced_config() -> tuple[Config | None, tuple[tuple[str, Knob], ...]]:
-    """What `force` has all calls run."""
-    return _forced, _knobs
+def surroundings() -> tuple[Any, ...]:
+    """What the config of a call depends on besides its arguments."""
+    return _forced, _knobs, values_of(_VARIABLES), current_look()
+
+
+_VARIABLES: Final = ("GDN2GEN_BATCH_INVARIANT", "GDN2GEN_TUNED_DIR", "GDN2GEN_CACHE_DIR")
 
 
 def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
-    """The config of a call: the default, in tiles by `knobs_for`. Nothing is on file for it yet.
+    """The config of a call: what is on file for it, else the default in tiles by `knobs_for`.
 
     Raises ConfigError where a forced one cannot serve it (`render`).
     """
@@ -207,8 +212,21 @@ _ANY_BATCH: Final = 32
 
 def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
     """The same by the sizes, for a GPU that need not be here."""
-    found = default_config(RECURRENT.name, problem, arch=gpu.arch)
+    return configs_at(problem, sequences, heads, gpu)[0]
+
+
+def configs_at(
+    problem: DecodingProblem, sequences: int, heads: int, gpu: Device
+) -> tuple[Config, ...]:
+    """What calls of such sizes may run: with the user's files, without them, and without any."""
     sequences = _ANY_BATCH if is_batch_invariant() else sequences
+    filed = nearest_of_each(problem, sequences * heads, gpu)
+    return tuple(dict.fromkeys((*filed, by_rule(problem, sequences, heads, gpu))))
+
+
+def by_rule(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
+    """What runs where nothing that is near is on file."""
+    found = default_config(RECURRENT.name, problem, arch=gpu.arch)
     return found.replace(**knobs_for(problem, sequences, heads, gpu.sms))
 
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.family.decoding_reference import decode
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
@@ -24,7 +23,7 @@ from gdn2gen.runtime.arguments import (
     check_dense,
     check_devices,
 )
-from gdn2gen.runtime.decoding import BUFFERS, Plan, decoding_name, known_plan
+from gdn2gen.runtime.decoding import BUFFERS, Plan, decoding_name, known_plan, surroundings
 from gdn2gen.runtime.decoding_checks import SERVING
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Options, Signature, decoding_signature
@@ -80,7 +79,7 @@ def plan_of(
             if x is not None:
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise
-    plan = known_plan(signature, options, null_slot, q.device, is_batch_invariant(), *given)
+    plan = known_plan(signature, options, null_slot, q.device, surroundings(), *given)
     # a plan outlives what is on file
     name = decoding_name(signature)
     check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)

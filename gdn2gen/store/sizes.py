@@ -60,8 +60,8 @@ def _there(
 ) -> Found:
     """What is found for `other`: of its size one that serves packed sequences, too, where the
     fastest has forms that `problem` cannot take and that one has none such. In their place are
-    defaults, in Triton: of K = V = 128 the fastest is in one kernel, and of blocks, which 96 has
-    not in TileLang."""
+    defaults, in Triton: of K = V = 64 the fastest is in one kernel, whose tiles of values are as
+    wide as those of keys, so that K = 40, V = 80 has it not."""
     found = dispatch.find_recipe(other, regime, device, **options)
     if found.source == "default" or _keeps_forms(found.recipe, problem, device):
         return found

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 _SCAN_PART: Final = 0.7
 _STAGES: Final = {AROUND: MAMBA3_AROUND, CHUNKS: MAMBA3_CHUNK_STAGES}
 # Knobs that a climb keeps as they were where it began.
-_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs", "BJ")
+_GIVEN: Final = ("BT", "num_stages", "order", "BG", "pairs")
 # Sequences that a step is tuned at, for as many tokens as are decoded at once.
 STEP_SEQUENCES: Final = (1, 8, 64, 256)
 Knobs = dict[str, Knob]
@@ -226,6 +226,8 @@ class _Run:
         self.device, self.call, self.clock, self.shown = device, call, clock, shown
         # of each shape what the two stages took that a reverse scan stands for, on tiles of so many
         self.beside: dict[str, tuple[int, float]] = {}
+        # of the last reverse scan the forms that it has without a search
+        self.usual: dict[str, tuple[Knobs, float, float]] = {}
 
     def entry(self, kind: str, shape: Shape, end: float) -> tuple[PartEntry | None, str]:
         """What is to be filed, or why nothing is."""
@@ -242,10 +244,14 @@ class _Run:
             tile = int(found[MAMBA3_GRADIENT.name][0]["BT"])
             self.beside[shape.name] = tile, sum(ms for _, ms, _ in stood_for)
         BT = None if kind == ONE_TOKEN else int(next(iter(found.values()))[0]["BT"])
-        knobs = {stage: x for stage, (x, _, _) in found.items()}
         problem = self._problem(kind)
-        checked = check_parts(self.call, problem, shape, BT, knobs)
-        errors, wrong = checked.value if checked.value is not None else ({}, checked.reason)
+        knobs, errors, wrong = self._checked(problem, shape, BT, found)
+        if wrong and kind == REVERSE and found != self.usual:
+            # a form that is faster and wrong costs its time, not the entry
+            self.shown.phase(f"{kind} at {shape.name}: {wrong}; once more with the rule's forms")
+            found = self.usual
+            if _sum(found) < self.beside[shape.name][1]:
+                knobs, errors, wrong = self._checked(problem, shape, BT, found)
         if wrong:
             return None, wrong
         of_stages = [(x, y, _own(x, kind, problem)) for x, y in knobs.items()]
@@ -260,6 +266,15 @@ class _Run:
             measured={x: {"ms": y, "default_ms": z} for x, (_, y, z) in found.items()},
             errors=errors,
         ), ""
+
+    def _checked(
+        self, problem: Mamba3Problem, shape: Shape, BT: int | None, found: Mapping[str, Any]
+    ) -> tuple[dict[str, Knobs], dict[str, float], str]:
+        """Knobs by stage, errors with them, and what is wrong, if anything is."""
+        knobs = {stage: x for stage, (x, _, _) in found.items()}
+        checked = check_parts(self.call, problem, shape, BT, knobs)
+        errors, wrong = checked.value if checked.value is not None else ({}, checked.reason)
+        return knobs, errors, wrong
 
     def _problem(self, kind: str) -> Mamba3Problem:
         return replace(self.problem, carried=kind == ONE_TOKEN)
@@ -302,12 +317,12 @@ class _Run:
             usual = self._climb(stage, REVERSE, shape, rule[stage.name], end, 1)
             if usual is None:
                 return {}, f"{stage.name} did not run"
-            found[stage.name] = usual
+            self.usual[stage.name] = found[stage.name] = usual
+            # few, and each worth more than a step of a climb: timed whatever time is left
             for start in others[stage.name]:
-                if self.clock() < end:
-                    climbed = self._climb(stage, REVERSE, shape, start, end, 1)
-                    if climbed is not None and climbed[1] < found[stage.name][1]:
-                        found[stage.name] = (*climbed[:2], usual[2])
+                climbed = self._climb(stage, REVERSE, shape, start, end, 1)
+                if climbed is not None and climbed[1] < found[stage.name][1]:
+                    found[stage.name] = (*climbed[:2], usual[2])
         if _sum(found) >= beside:
             return {}, f"{_sum(found):.4f} ms, and the stages that it stands for {beside:.4f}"
         return found, ""

@@ -248,11 +248,12 @@ def _serving(recipe: Recipe) -> Iterator[Task]:
 def _decoding(
     problem: Problem, fields: Mapping[str, bool], shape: Shape, device: Device
 ) -> Iterator[Task]:
-    from gdn2gen.runtime.decoding import config_at
+    from gdn2gen.runtime.decoding import configs_at
 
     wanted = decoding_problem_from(problem, fields, shape)
-    config = config_at(wanted, shape.regime.sequences, shape.H, device)
-    yield "ship_stage", (wanted, "recurrent", config)
+    # where it is shipped to, this machine's tuned files may not be
+    for config in configs_at(wanted, shape.regime.sequences, shape.H, device):
+        yield "ship_stage", (wanted, "recurrent", config)
 
 
 def _run(

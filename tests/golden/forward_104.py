@@ -39,7 +39,7 @@ more than 2^-RANGE is scored frame by frame, and so is exact, too.
 
 Problem: gdn2 K=104 V=112 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 02ed608597699bd4; made by
+Template digest 589e5ac2838ed14f; made by
     gdn2gen generate --op gdn2 --head-dim 104,112 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage forward --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
@@ -49,7 +49,7 @@ from functools import cache
 from types import SimpleNamespace
 
 K, V = 104, 112
-KT = 128  # K in tiles of 32 columns: loads past its end give zeros, and nothing is stored there
+KT = 128  # K in tiles of 64 columns: loads past its end give zeros, and nothing is stored there
 BT, BV = 32, 64
 HALF = BT // 2
 IO = "bfloat16"

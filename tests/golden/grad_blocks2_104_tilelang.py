@@ -49,7 +49,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: gdn2 K=104 V=112 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 8ff457b26f692f41; made by
+Template digest 4200b1ce65c91925; made by
     gdn2gen generate --op gdn2 --head-dim 104,112 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -62,7 +62,7 @@ import triton.language as tl
 
 
 K, V = 104, 112
-VT = 128  # V in tiles of 32 columns: loads past its end give zeros, and nothing is stored there
+VT = 128  # V in tiles of 64 columns: loads past its end give zeros, and nothing is stored there
 BT, BK, CHUNKS = 32, 128, 4
 IO, GATE = "bfloat16", "float32"
 LOOKED_AT = 4  # chunks a program of strong_decay_kernel

@@ -9,7 +9,7 @@ the last, dS. Tokens of all its chunks meet as those of one do, so that no state
 
 where nothing decays, and head and tail are 1.
 e = k is the key that erases and c = beta k the one that is written, so that dk = de + beta dc; dX is
-dv. fold_beta_kernel makes dbeta: the mean of three times <R, dX> / beta and <k, dc>.
+dv. fold_beta_kernel makes dbeta: the mean of fifteen times <R, dX> / beta and <k, dc>.
 
 One program per CHUNKS chunks and value head, a block after the other. A token is a row of every product, so
 that what belongs to it alone, its norms, beta and decay, is a number a row. The compiler gives the loads to
@@ -31,7 +31,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: delta_rule K=64 V=64 bf16
 Config:  BK=64 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 817de55e329fa8c4; made by
+Template digest d8cd88bb539e7635; made by
     gdn2gen generate --op delta_rule --head-dim 64,64 --dtype bf16 --no-l2norm --with= --stage \
       grad_blocks2 --config \
       BK=64,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4
@@ -284,7 +284,7 @@ def fold_beta_kernel(
     BK: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dbeta of a chunk, BH heads at a time: the mean of <k, dc> and three times <R, dX> / beta.
+    """dbeta of a chunk, BH heads at a time: the mean of <k, dc> and fifteen times <R, dX> / beta.
 
     Both are the gradient. The sum over channels is nearer to it, but of keys that have much in
     common, where it is a difference of large terms. Half of what rounding adds to one is not in
@@ -309,7 +309,7 @@ def fold_beta_kernel(
         p_part = (i_tile * (K // BK) + i_k)[None, :] * BT + o_t[:, None]
         b_dbeta += tl.load(dbeta_part + p_part, mask=m_th, other=0.0)
     m_small = tl.abs(b_beta) < LEAST_BETA
-    b_mean = 0.25 * b_dbeta + 0.75 * b_dot / tl.where(m_small, 1.0, b_beta)
+    b_mean = 0.0625 * b_dbeta + 0.9375 * b_dot / tl.where(m_small, 1.0, b_beta)
     b_dbeta = tl.where(m_small, b_dbeta, b_mean)
     tl.store(dbeta + p_beta, b_dbeta.to(tl.bfloat16), mask=m_th)
 

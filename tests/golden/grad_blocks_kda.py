@@ -48,7 +48,7 @@ keeps at least 2^-96 over the chunk. strong_decay_kernel: for all other slices, 
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=4
-Template digest 79f8b60f9c55367d; made by
+Template digest 90c2b25b4d2f7726; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage grad_blocks2 --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=4

@@ -45,7 +45,7 @@ its own, and every tile a barrier of its own. Exact where every channel of the s
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 8ff457b26f692f41; made by
+Template digest 4200b1ce65c91925; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage grad_blocks1 --config \
       BK=64,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

@@ -41,7 +41,7 @@ queries_kernel makes dq, and grad_blocks1_kernel all else; one program per chunk
 
 Problem: gated_delta_rule K=160 V=128 fp16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=8
-Template digest 940b30a070186413; made by
+Template digest 0e0752aa0a64da71; made by
     gdn2gen generate --op gated_delta_rule --head-dim 160,128 --dtype fp16 --gate-dtype fp32 \
       --gate none --with=initial_state,final_state --stage grad_blocks1 --config \
       BK=128,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=8

@@ -47,7 +47,7 @@ queries_kernel makes dq, and grad_blocks2_kernel all else; one program per block
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=128 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=8
-Template digest 940b30a070186413; made by
+Template digest 0e0752aa0a64da71; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=8

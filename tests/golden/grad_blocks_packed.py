@@ -45,7 +45,7 @@ keeps at least 2^-96 over the chunk. strong_decay_kernel: for all other slices, 
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=4
-Template digest 79f8b60f9c55367d; made by
+Template digest 90c2b25b4d2f7726; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen,initial_state,final_state --stage grad_blocks4 --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=4

@@ -47,7 +47,7 @@ slices, frame by frame.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 7ba0aa13cec271e8; made by
+Template digest 7a80d76feb664c21; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4

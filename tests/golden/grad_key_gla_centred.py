@@ -35,7 +35,7 @@ takes alike.
 
 Problem: gla K=128 V=128 bf16, g fp32, packed sequences
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=centred language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 7a072d0bc5529f7f; made by
+Template digest bb906e624a0df45e; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=varlen --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=centred,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

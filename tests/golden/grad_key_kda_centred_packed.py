@@ -55,7 +55,7 @@ takes alike.
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=64 chunks=4 decay=centred language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 7a072d0bc5529f7f; made by
+Template digest bb906e624a0df45e; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=64,chunks=4,decay=centred,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

@@ -48,7 +48,7 @@ slices, frame by frame.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=anchored language=triton maxnreg=0 num_stages=2 num_warps=4
-Template digest 7ba0aa13cec271e8; made by
+Template digest 7a80d76feb664c21; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval,varlen --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=anchored,language=triton,maxnreg=0,num_stages=2,num_warps=4

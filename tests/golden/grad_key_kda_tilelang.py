@@ -49,7 +49,7 @@ strong_decay_kernel, in Triton.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 4829bc84009e1f51; made by
+Template digest 4a3c8e1fba912db5; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

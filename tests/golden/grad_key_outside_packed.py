@@ -52,7 +52,7 @@ grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=128 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=4
-Template digest e274698f88323e42; made by
+Template digest f09289133cbf822d; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=4

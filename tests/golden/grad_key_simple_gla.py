@@ -31,7 +31,7 @@ grad_key_kernel: one program per CHUNKS chunks, value head and slice of K, which
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=64 BT=32 BV=128 chunks=1 decay=outside language=triton maxnreg=0 num_stages=1 num_warps=4
-Template digest e274698f88323e42; made by
+Template digest f09289133cbf822d; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=1,num_warps=4

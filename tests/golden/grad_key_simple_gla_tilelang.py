@@ -34,7 +34,7 @@ its own. What folds is in Triton.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=64 BT=32 BV=128 chunks=4 decay=outside language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 80a3220a1a674fc3; made by
+Template digest e1e8776c8b490078; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage grad_key --config \
       BK=64,BT=32,BV=128,chunks=4,decay=outside,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

@@ -42,7 +42,7 @@ and dg is the reverse cumulative sum of dG = q dq + e de - k dk within the chunk
 
 Problem: gdn2 K=64 V=32 fp16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=16 BT=32 BV=32 chunks=1 decay=log language=triton maxnreg=128 num_stages=1 num_warps=2
-Template digest 13cea5eeb52d7dd1; made by
+Template digest 10a26bf893f685db; made by
     gdn2gen generate --op gdn2 --head-dim 64,32 --dtype fp16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=16,BT=32,BV=32,chunks=1,decay=log,language=triton,maxnreg=128,num_stages=1,num_warps=2

@@ -49,7 +49,7 @@ strong_decay_kernel, in Triton.
 
 Problem: gdn2 K=128 V=32 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 BV=32 chunks=4 decay=anchored language=tilelang maxnreg=128 num_stages=1 num_warps=4
-Template digest 4829bc84009e1f51; made by
+Template digest 4a3c8e1fba912db5; made by
     gdn2gen generate --op gdn2 --head-dim 128,32 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen --stage grad_key --config \
       BK=64,BT=32,BV=32,chunks=4,decay=anchored,language=tilelang,maxnreg=128,num_stages=1,num_warps=4

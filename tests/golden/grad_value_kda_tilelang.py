@@ -22,7 +22,7 @@ and every tile a barrier of its own.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest eda11918af26f58c; made by
+Template digest f10409c937f61b68; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval --stage grad_value --config \
       BT=32,BV=128,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4

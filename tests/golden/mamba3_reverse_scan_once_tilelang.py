@@ -12,7 +12,7 @@ head is the decay from the chunk's start to a token, tail from a token to the ch
 program per sequence and head; the state's gradient is held transposed, dS^T [P, N], in registers. q and k are as they
 were turned, and so are their gradients: `mamba3_sums` turns these back where it adds heads up. What it needs beside them
 are sums of a token's row, in fp32 and each in one order: of values for tokens that write, whose pairs are rows here,
-and for tokens that read, whose pairs are made once more with rows changed for columns, so that no sum goes through all warps.
+and for tokens that read, of which each warp adds up what its rows have.
 
 The compiler gives the loads to a warp group of its own, and every tile a barrier: two programs share a multiprocessor.
 
@@ -37,10 +37,10 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba3 K=128 V=64 bf16, skip
 
-Config:  BJ=32 BT=64 language=tilelang num_stages=1 num_warps=4 pairs=1
-Template digest 8824ca6070c225f8; made by
+Config:  BT=64 language=tilelang num_stages=1 num_warps=4 pairs=1
+Template digest 57c250cd6af079bb; made by
     gdn2gen generate --dtype bf16 --with=skip --stage mamba3_reverse_scan --config \
-      BJ=32,BT=64,language=tilelang,num_stages=1,num_warps=4,pairs=1
+      BT=64,language=tilelang,num_stages=1,num_warps=4,pairs=1
 """
 
 from functools import cache
@@ -103,34 +103,30 @@ def program():
             s_own_dt = tile.alloc_shared([BT], "float32")
             # dS as products read it; then dk on its way
             s_dS = tile.alloc_shared([P, N], IO)
-            # P; then dv, and at the end dq, on their way
+            # dv, and then dq, on their way
             s_dq0 = tile.alloc_shared([BT, 64], IO)
             s_dq1 = tile.alloc_shared([BT, 64], IO)
-            # dscores, rows of tokens that write; and what of P dP the tokens of a warp have of each one that reads
+            # rows are tokens that write
             s_dscores = tile.alloc_shared([BT, BT], IO)
+            # of P dP what the tokens of a warp have of each token that reads
             s_read = tile.alloc_shared([4, BT], "float32")
             s_sums = tile.alloc_shared([5, BT], "float32")
             b_dS = tile.alloc_fragment([P, N], "float32")
             b_rounded = tile.alloc_fragment([P, N], IO)
-            b_met = tile.alloc_fragment([BT, P], "float32")
-            b_outer = tile.alloc_fragment([P, BT], IO)
-            b_added = tile.alloc_fragment([P, BT], "float32")
-            # pairs: rows are tokens that write
-            b_scores = tile.alloc_fragment([BT, 32], "float32")
-            b_dP = tile.alloc_fragment([BT, 32], "float32")
-            b_read = tile.alloc_fragment([4, BT // 4, 32], "float32")
-            b_reads = tile.alloc_fragment([4, 32], "float32")
-            b_dscores = tile.alloc_fragment([BT, 32], IO)
-            b_P0 = tile.alloc_fragment([BT, 32], IO)
+            b_kept = tile.alloc_fragment([P, P], "float32")
+            b_scores = tile.alloc_fragment([BT, BT], "float32")
+            b_dP = tile.alloc_fragment([BT, BT], "float32")
+            b_P = tile.alloc_fragment([BT, BT], IO)
+            b_dscores = tile.alloc_fragment([BT, BT], IO)
+            b_read = tile.alloc_fragment([4, BT // 4, BT], "float32")
+            b_reads = tile.alloc_fragment([4, BT], "float32")
             b_dot0 = tile.alloc_fragment([BT], "float32")
             b_sum0 = tile.alloc_fragment([BT], "float32")
-            b_P32 = tile.alloc_fragment([BT, 32], IO)
-            b_dot32 = tile.alloc_fragment([BT], "float32")
-            b_sum32 = tile.alloc_fragment([BT], "float32")
-            b_kept = tile.alloc_fragment([P, P], "float32")
+            b_met = tile.alloc_fragment([BT, P], "float32")
             b_dv = tile.alloc_fragment([BT, P], "float32")
             b_dvd = tile.alloc_fragment([BT, P], IO)
-            b_d = tile.alloc_fragment([BT, 64], "float32")
+            b_dk = tile.alloc_fragment([BT, 64], "float32")
+            b_dq = tile.alloc_fragment([BT, 64], "float32")
             b_dd = tile.alloc_fragment([BT, 64], IO)
             b_turn0 = tile.alloc_fragment([BT, 32], "float32")
             b_across = tile.alloc_fragment([4, P // 4, 32], "float32")
@@ -151,18 +147,19 @@ def program():
                 i_row = i_t * BT
                 i_tile = i_n * n_chunks + i_t
                 # in the order in which tiles are given back: each waits for those before it
-                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
-                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
-                tile.copy(h[i_tile, i_h, :, :], s_h)
                 tile.copy(dy[i_n, i_row : i_row + BT, i_h, :], s_dy)
+                tile.copy(V[i_n, i_row : i_row + BT, i_h, :], s_V)
                 tile.copy(within[i_n, i_h, i_row : i_row + BT], s_within)
                 tile.copy(tail_decay[i_n, i_h, i_row : i_row + BT], s_tail_decay)
                 tile.copy(weight_s[i_n, i_h, i_row : i_row + BT], s_weight_s)
                 tile.copy(own_dt[i_n, i_h, i_row : i_row + BT], s_own_dt)
+                tile.copy(h[i_tile, i_h, :, :], s_h)
+                tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
                 tile.copy(k[i_n, i_row : i_row + BT, i_h, :], s_k)
 
                 tile.copy(b_dS, b_rounded)
-                tile.tma_store_wait(3)
+                # no tile of the last chunk is stored from any more
+                tile.tma_store_wait(0)
                 tile.copy(b_rounded, s_dS)
                 # whatever waits for loads comes before products, which would be waited for there one by one
                 hold[0] = tile.cast(s_V[0, 0], "float32")
@@ -177,59 +174,38 @@ def program():
                 hold[0] = s_own_dt[0]
                 # <S, dS> of each value, as the diagonal of a product
                 tile.wgmma_gemm(s_h, s_dS, b_kept, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
+                tile.wgmma_gemm(s_k, s_q, b_scores, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_V, s_dy, b_dP, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wait_wgmma(2)
 
                 for i, j in tile.Parallel(P, P):
                     b_kept[i, j] = tile.if_then_else(i == j, b_kept[i, j], 0.0)
                 tile.reduce_sum(b_kept, b_dot0, dim=1)
                 for i in tile.Parallel(P):
                     kept_part[i_tile, i_h, i] = b_dot0[i]
-                tile.wgmma_gemm(s_k, s_q[0:32, :], b_scores, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wgmma_gemm(s_V, s_dy[0:32, :], b_dP, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
 
-                for i, j in tile.Parallel(BT, 32):
+                for i, j in tile.Parallel(BT, BT):
                     x_L[0] = tile.if_then_else(j > i and i_row + j < T, tile.exp2(s_within[j] - s_within[i]), 0.0)
                     x_L[1] = tile.if_then_else(i == j, s_own_dt[i], x_L[0] * s_weight_s[i])
-                    b_P0[i, j] = b_scores[i, j] * x_L[1]
+                    b_P[i, j] = b_scores[i, j] * x_L[1]
                     b_dscores[i, j] = b_dP[i, j] * x_L[1]
                     b_dP[i, j] *= b_scores[i, j]
                     b_scores[i, j] = tile.if_then_else(i == j, b_dP[i, j], 0.0)
                     b_dP[i, j] *= x_L[0]
-                tile.copy(b_dscores, s_dscores[:, 0:32])
+                tile.copy(b_dscores, s_dscores)
+                tile.wgmma_gemm(s_k, s_dS, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.reduce_sum(b_scores, b_dot0, dim=1)
                 tile.reduce_sum(b_dP, b_sum0, dim=1)
-                for w, i, j in tile.Parallel(4, BT // 4, 32):
+                for w, i, j in tile.Parallel(4, BT // 4, BT):
                     b_read[w, i, j] = b_dP[w * (BT // 4) + i, j] * s_weight_s[w * (BT // 4) + i]
                 tile.reduce_sum(b_read, b_reads, dim=1)
-                for w, j in tile.Parallel(4, 32):
+                for w, j in tile.Parallel(4, BT):
                     s_read[w, j] = b_reads[w, j]
-                tile.wgmma_gemm(s_k, s_q[32:64, :], b_scores, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wgmma_gemm(s_V, s_dy[32:64, :], b_dP, transpose_B=True, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
-
-                for i, j in tile.Parallel(BT, 32):
-                    x_L[0] = tile.if_then_else(j + 32 > i and i_row + j + 32 < T, tile.exp2(s_within[j + 32] - s_within[i]), 0.0)
-                    x_L[1] = tile.if_then_else(i == j + 32, s_own_dt[i], x_L[0] * s_weight_s[i])
-                    b_P32[i, j] = b_scores[i, j] * x_L[1]
-                    b_dscores[i, j] = b_dP[i, j] * x_L[1]
-                    b_dP[i, j] *= b_scores[i, j]
-                    b_scores[i, j] = tile.if_then_else(i == j + 32, b_dP[i, j], 0.0)
-                    b_dP[i, j] *= x_L[0]
-                tile.copy(b_dscores, s_dscores[:, 32:64])
-                tile.reduce_sum(b_scores, b_dot32, dim=1)
-                tile.reduce_sum(b_dP, b_sum32, dim=1)
-                for w, i, j in tile.Parallel(4, BT // 4, 32):
-                    b_read[w, i, j] = b_dP[w * (BT // 4) + i, j] * s_weight_s[w * (BT // 4) + i]
-                tile.reduce_sum(b_read, b_reads, dim=1)
-                for w, j in tile.Parallel(4, 32):
-                    s_read[w, j + 32] = b_reads[w, j]
-                tile.tma_store_wait(0)
                 for i in tile.Parallel(BT):
-                    s_sums[0, i] = b_sum0[i] + b_sum32[i]
-                    s_sums[1, i] = b_sum0[i] + b_sum32[i] + (b_dot0[i] + b_dot32[i])
+                    s_sums[0, i] = b_sum0[i]
+                    s_sums[1, i] = b_sum0[i] + b_dot0[i]
 
-                tile.wgmma_gemm(s_k, s_dS, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BT, P):
@@ -237,11 +213,15 @@ def program():
                 tile.reduce_sum(b_met, b_sum0, dim=1)
                 for i in tile.Parallel(BT):
                     s_sums[4, i] = b_sum0[i]
+                    s_sums[2, i] = s_read[0, i] + s_read[1, i] + (s_read[2, i] + s_read[3, i])
 
                 for i, j in tile.Parallel(BT, P):
                     b_dv[i, j] *= s_tail_decay[i] * s_weight_s[i]
-                tile.wgmma_gemm(b_P0, s_dy[0:32, :], b_dv, policy=ROWS)
-                tile.wgmma_gemm(b_P32, s_dy[32:64, :], b_dv, policy=ROWS)
+                tile.wgmma_gemm(b_P, s_dy, b_dv, policy=ROWS)
+                # meanwhile
+                for i, j in tile.Parallel(BT, P):
+                    b_dvd[i, j] = tile.cast(s_dy[i, j], "float32") * tile.exp2(s_within[i])
+                tile.copy(b_dvd, s_dq1)
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BT, P):
@@ -249,17 +229,13 @@ def program():
                 tile.copy(b_dv, b_dvd)
                 tile.copy(b_dvd, s_dq0)
                 tile.tma_copy(s_dq0, dv[i_n, i_row : i_row + BT, i_h, :])
-                for i, j in tile.Parallel(P, BT):
-                    b_outer[i, j] = s_dy[j, i]
                 # over all of the chunk, which may end early
                 x_gamma[0] = tile.exp2(s_within[tile.min(T - i_row, BT) - 1])
-                for i, j in tile.Parallel(P, BT):
-                    b_added[i, j] = tile.cast(b_outer[i, j], "float32") * tile.exp2(s_within[j])
-                tile.copy(b_added, b_outer)
                 for i, j in tile.Parallel(P, N):
                     b_dS[i, j] *= x_gamma[0]
-                tile.wgmma_gemm(b_outer, s_q, b_dS, policy=ROWS)
-                tile.wait_wgmma(0)
+                tile.wgmma_gemm(s_dq1, s_q, b_dS, transpose_A=True, policy=ROWS)
+                tile.wgmma_gemm(s_q, s_h, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
+                tile.wait_wgmma(1)
 
                 if i_t > 0:
                     for w, i, j in tile.Parallel(4, P // 4, 32):
@@ -270,10 +246,6 @@ def program():
                     for w, j in tile.Parallel(4, 32):
                         dtheta_part[i_tile - 1, i_h, w, j] = b_sums[w, j]
 
-                for i in tile.Parallel(BT):
-                    s_sums[2, i] = s_read[0, i] + s_read[1, i] + (s_read[2, i] + s_read[3, i])
-
-                tile.wgmma_gemm(s_q, s_h, b_dv, transpose_B=True, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
 
                 for i, j in tile.Parallel(BT, P):
@@ -282,67 +254,63 @@ def program():
                 for i in tile.Parallel(BT):
                     s_sums[3, i] = b_sum0[i]
 
-                tile.wgmma_gemm(s_V, s_dS[:, 0:64], b_d, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_dy[0, 0], "float32")
+
+                tile.wgmma_gemm(s_V, s_dS[:, 0:64], b_dk, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dq1, s_h[:, 0:64], b_dq, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dscores, s_k[:, 0:64], b_dq, transpose_A=True, policy=ROWS)
+                tile.wait_wgmma(2)
 
                 for i, j in tile.Parallel(BT, 64):
-                    b_d[i, j] *= s_tail_decay[i] * s_weight_s[i]
-                tile.wgmma_gemm(s_dscores, s_q[:, 0:64], b_d, policy=ROWS)
-                tile.wait_wgmma(0)
+                    b_dk[i, j] *= s_tail_decay[i] * s_weight_s[i]
+                tile.wgmma_gemm(s_dscores, s_q[:, 0:64], b_dk, policy=ROWS)
+                tile.wait_wgmma(1)
 
                 for i, j in tile.Parallel(BT, 32):
-                    b_turn0[i, j] = b_d[i, 2 * j + 1] * tile.cast(s_k[i, 2 * j], "float32")
+                    b_turn0[i, j] = b_dq[i, 2 * j + 1] * tile.cast(s_q[i, 2 * j], "float32")
                 for i, j in tile.Parallel(BT, 32):
-                    b_turn0[i, j] -= b_d[i, 2 * j] * tile.cast(s_k[i, 1 + 2 * j], "float32")
-                tile.copy(b_d, b_dd)
-                tile.copy(b_dd, s_dS[:, 0:64])
-                tile.wgmma_gemm(s_dy, s_h[:, 0:64], b_d, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
+                    b_turn0[i, j] -= b_dq[i, 2 * j] * tile.cast(s_q[i, 1 + 2 * j], "float32")
 
-                for i, j in tile.Parallel(BT, 64):
-                    b_d[i, j] *= tile.exp2(s_within[i])
-                tile.wgmma_gemm(s_dscores, s_k[:, 0:64], b_d, transpose_A=True, policy=ROWS)
-                tile.wait_wgmma(0)
-
-                for i, j in tile.Parallel(BT, 32):
-                    b_turn0[i, j] += b_d[i, 2 * j + 1] * tile.cast(s_q[i, 2 * j], "float32")
-                for i, j in tile.Parallel(BT, 32):
-                    b_turn0[i, j] -= b_d[i, 2 * j] * tile.cast(s_q[i, 1 + 2 * j], "float32")
-                tile.copy(b_d, b_dd)
-                for i, j in tile.Parallel(BT, 32):
-                    dtheta[i_n, i_row + i, i_h, j] = b_turn0[i, j]
+                tile.copy(b_dq, b_dd)
                 # dv is out of it
                 tile.tma_store_wait(0)
                 tile.copy(b_dd, s_dq0)
-                tile.wgmma_gemm(s_V, s_dS[:, 64:128], b_d, clear_accum=True, policy=ROWS)
                 tile.wait_wgmma(0)
+
+                for i, j in tile.Parallel(BT, 32):
+                    b_turn0[i, j] += b_dk[i, 2 * j + 1] * tile.cast(s_k[i, 2 * j], "float32")
+                for i, j in tile.Parallel(BT, 32):
+                    b_turn0[i, j] -= b_dk[i, 2 * j] * tile.cast(s_k[i, 1 + 2 * j], "float32")
+
+                for i, j in tile.Parallel(BT, 32):
+                    dtheta[i_n, i_row + i, i_h, j] = b_turn0[i, j]
+                tile.copy(b_dk, b_dd)
+                tile.copy(b_dd, s_dS[:, 0:64])
+                tile.wgmma_gemm(s_V, s_dS[:, 64:128], b_dk, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dq1, s_h[:, 64:128], b_dq, clear_accum=True, policy=ROWS)
+                tile.wgmma_gemm(s_dscores, s_k[:, 64:128], b_dq, transpose_A=True, policy=ROWS)
+                tile.wait_wgmma(2)
                 hold[0] = tile.cast(s_V[0, 0], "float32")
 
                 for i, j in tile.Parallel(BT, 64):
-                    b_d[i, j] *= s_tail_decay[i] * s_weight_s[i]
-                tile.wgmma_gemm(s_dscores, s_q[:, 64:128], b_d, policy=ROWS)
-                tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_q[0, 0], "float32")
-
-                tile.copy(b_d, b_dd)
-                tile.copy(b_dd, s_dS[:, 64:128])
-                tile.wgmma_gemm(s_dy, s_h[:, 64:128], b_d, clear_accum=True, policy=ROWS)
-                tile.wait_wgmma(0)
-                hold[0] = tile.cast(s_h[0, 0], "float32")
-                hold[0] = tile.cast(s_dy[0, 0], "float32")
-
-                for i, j in tile.Parallel(BT, 64):
-                    b_d[i, j] *= tile.exp2(s_within[i])
+                    b_dk[i, j] *= s_tail_decay[i] * s_weight_s[i]
                 hold[0] = s_within[0]
                 hold[0] = s_tail_decay[0]
                 hold[0] = s_weight_s[0]
                 hold[0] = s_own_dt[0]
-                tile.wgmma_gemm(s_dscores, s_k[:, 64:128], b_d, transpose_A=True, policy=ROWS)
+                tile.wgmma_gemm(s_dscores, s_q[:, 64:128], b_dk, policy=ROWS)
+                tile.wait_wgmma(1)
+                hold[0] = tile.cast(s_h[0, 0], "float32")
+
+                tile.copy(b_dq, b_dd)
+                tile.copy(b_dd, s_dq1)
                 tile.wait_wgmma(0)
+                hold[0] = tile.cast(s_q[0, 0], "float32")
+
                 hold[0] = tile.cast(s_k[0, 0], "float32")
 
-                tile.copy(b_d, b_dd)
-                tile.copy(b_dd, s_dq1)
+                tile.copy(b_dk, b_dd)
+                tile.copy(b_dd, s_dS[:, 64:128])
                 tile.tma_copy(s_dS, dK_head[i_n, i_row : i_row + BT, i_h, :])
                 tile.tma_copy(s_dq0, dQ_head[i_n, i_row : i_row + BT, i_h, 0:64])
                 tile.tma_copy(s_dq1, dQ_head[i_n, i_row : i_row + BT, i_h, 64:128])

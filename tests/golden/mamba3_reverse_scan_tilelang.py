@@ -38,10 +38,10 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba3 K=128 V=64 bf16, skip, carried
 
-Config:  BJ=32 BT=64 language=tilelang num_stages=1 num_warps=4 pairs=2
-Template digest 8824ca6070c225f8; made by
+Config:  BT=64 language=tilelang num_stages=1 num_warps=4 pairs=2
+Template digest 57c250cd6af079bb; made by
     gdn2gen generate --dtype bf16 --with=skip,carried --stage mamba3_reverse_scan --config \
-      BJ=32,BT=64,language=tilelang,num_stages=1,num_warps=4,pairs=2
+      BT=64,language=tilelang,num_stages=1,num_warps=4,pairs=2
 """
 
 from functools import cache

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="305ad06913aa402a",
-    grad_key="1865320eddd04534",
+    grad_key="c9f359efcaffc7be",
     grad_value="2ccd42e4b0b9511f",
     prepare="6720b80b65d9c4c4",
     rescan="2ac4d373c1af9340",

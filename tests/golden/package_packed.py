@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
-    grad_key="4644fb56e4122dc7",
+    grad_key="f7cd6f478e3b2c8d",
     grad_value="d0d6de9eeeeecdf7",
     prepare="32a309676c9e0686",
     rescan="36b3242087daeab4",

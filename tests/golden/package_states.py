@@ -63,7 +63,7 @@ def _check_made_for_this(**digests):
 
 
 _check_made_for_this(
-    grad_key="7473c75a94b75967",
+    grad_key="52c2cf71302904e3",
     grad_value="215e5ea4d76ab1c8",
     prepare="130d04a78509a487",
     reprepare="a0f182f9b81470a8",

@@ -22,7 +22,7 @@ blocks, in 5 more products that any decay takes alike.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BK=128 BT=32 chunks=4 decay=centred language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest 0f6d16b798111eff; made by
+Template digest e0b04478bfa252f4; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=centred,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee

@@ -22,7 +22,7 @@ its own.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 language=tilelang maxnreg=80 num_stages=1 num_warps=4
-Template digest 53ecbaaed9226cdf; made by
+Template digest ba95b2e5af799f1b; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reprepare --config \
       BK=128,BT=32,chunks=4,language=tilelang,maxnreg=80,num_stages=1,num_warps=4

@@ -19,11 +19,11 @@ What a program adds up of dweight is a row of `partial`, and sum_kernel adds the
     partial  [P, W+1, DS]  fp32  scratch: sums of programs for gradients of parameters
 
 Problem: short_convolution bf16, weight_dtype=fp32, tensors=1, width=3, bias
-Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=0 read_once=0 words=0
-Template digest 9af035300d3801eb; made by
+Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=0 prefetch=0 read_once=0 words=0
+Template digest cff9eae966f09307; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32,tensors:1,width:3,bias --stage \
       short_conv_backward --config \
-      BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=0,read_once=0,words=0
+      BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=0,prefetch=0,read_once=0,words=0
 """
 
 import triton

@@ -19,11 +19,11 @@ What a program adds up of dweight is a row of `partial`, and sum_kernel adds the
     partial  [P, W+1, DS]  fp32  scratch: sums of programs for gradients of parameters
 
 Problem: short_convolution bf16, weight_dtype=fp32, tensors=1, width=3, bias
-Config:  BD=64 BR=4 BT=32 ahead=4 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=1 read_once=0 words=1
-Template digest 9af035300d3801eb; made by
+Config:  BD=64 BR=4 BT=32 ahead=4 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=1 prefetch=1 read_once=0 words=1
+Template digest cff9eae966f09307; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32,tensors:1,width:3,bias --stage \
       short_conv_backward --config \
-      BD=64,BR=4,BT=32,ahead=4,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=1,read_once=0,words=1
+      BD=64,BR=4,BT=32,ahead=4,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=1,prefetch=1,read_once=0,words=1
 """
 
 import triton
@@ -61,6 +61,18 @@ def unpack(b_words, BR: tl.constexpr, BD: tl.constexpr):
     b_first = (b_words << 16).to(tl.float32, bitcast=True)
     b_second = (b_words & -65536).to(tl.float32, bitcast=True)
     return tl.reshape(tl.join(b_first, b_second), [BR, BD])
+
+
+@triton.jit
+def prefetch(places, wanted):
+    """Have the lines of these places in the L2, where they are wanted."""
+    asm: tl.constexpr = """{
+        .reg .pred p;
+        setp.ne.s32 p, $2, 0;
+        @p prefetch.global.L2 [$1];
+        mov.b32 $0, 0;
+    }"""
+    tl.inline_asm_elementwise(asm, "=r,l,r", [places, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["B", "T", "units", "x_row", "dx_row"])
@@ -134,6 +146,19 @@ def short_conv_backward_kernel(
     o_x += x_step
     b_dy3 = tl.load(p_dy + o_dy, mask=m_t, other=0)
     o_dy += dy_step
+    # a lane's sector of 32 bytes among those of a turn
+    o_sector = tl.arange(0, 4 * (BD // 16))
+    i_sector = i_d * (BD // 2) + o_sector % (BD // 16) * 8
+    m_sector = (i_sector < units * 4)[None, :]
+    o_after = (o_sector // (BD // 16))[None, :]
+    o_next_x = o_after * x_step + i_sector[None, :] + 4 * x_step
+    o_next_dy = o_after * dy_step + i_sector[None, :] + 4 * dy_step
+    m_next = (4 + o_after < n_after[:, None]) & m_sector
+    prefetch(p_x + o_next_x, m_next)
+    prefetch(p_dy + o_next_dy, m_next)
+    o_next_x += 4 * x_step
+    o_next_dy += 4 * dy_step
+
     b_w0 = tl.load(weight + o_d * 3, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
     b_w1 = tl.load(weight + o_d * 3 + 1, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
     b_w2 = tl.load(weight + o_d * 3 + 2, mask=o_d < n_d, other=0.0).to(tl.float32)[None, :]
@@ -152,19 +177,45 @@ def short_conv_backward_kernel(
     b_sum3 = tl.zeros([BR, BD], tl.float32)
 
     for i_t in range(0, BT, 4):
+        m_next = (i_t + 8 + o_after < n_after[:, None]) & m_sector
+        prefetch(p_x + o_next_x, m_next)
+        prefetch(p_dy + o_next_dy, m_next)
+        o_next_x += 4 * x_step
+        o_next_dy += 4 * dy_step
         b_x2 = unpack(b_row0, BR, BD)
-        b_d = unpack(b_dy0, BR, BD)
+        b_d0 = unpack(b_dy0, BR, BD)
+        b_x3 = unpack(b_row1, BR, BD)
+        b_d1 = unpack(b_dy1, BR, BD)
+        b_x4 = unpack(b_row2, BR, BD)
+        b_d2 = unpack(b_dy2, BR, BD)
+        b_x5 = unpack(b_row3, BR, BD)
+        b_d3 = unpack(b_dy3, BR, BD)
         m_t = (i_t + 4 < n_after)[:, None] & m_w
         b_row0 = tl.load(p_x + o_x, mask=m_t, other=0)
         o_x += x_step
         b_dy0 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 5 < n_after)[:, None] & m_w
+        b_row1 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy1 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 6 < n_after)[:, None] & m_w
+        b_row2 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy2 = tl.load(p_dy + o_dy, mask=m_t, other=0)
+        o_dy += dy_step
+        m_t = (i_t + 7 < n_after)[:, None] & m_w
+        b_row3 = tl.load(p_x + o_x, mask=m_t, other=0)
+        o_x += x_step
+        b_dy3 = tl.load(p_dy + o_dy, mask=m_t, other=0)
         o_dy += dy_step
         b_pre = b_x0 * b_w0
         b_pre = b_pre + b_x1 * b_w1
         b_pre = b_pre + b_x2 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d0 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x0
         b_sum1 += b_dpre * b_x1
         b_sum2 += b_dpre * b_x2
@@ -175,19 +226,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t > 0) & (i_t - 2 < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x3 = unpack(b_row1, BR, BD)
-        b_d = unpack(b_dy1, BR, BD)
-        m_t = (i_t + 5 < n_after)[:, None] & m_w
-        b_row1 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy1 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x1 * b_w0
         b_pre = b_pre + b_x2 * b_w1
         b_pre = b_pre + b_x3 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d1 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x1
         b_sum1 += b_dpre * b_x2
         b_sum2 += b_dpre * b_x3
@@ -198,19 +242,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t > 0) & (i_t - 1 < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x4 = unpack(b_row2, BR, BD)
-        b_d = unpack(b_dy2, BR, BD)
-        m_t = (i_t + 6 < n_after)[:, None] & m_w
-        b_row2 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy2 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x2 * b_w0
         b_pre = b_pre + b_x3 * b_w1
         b_pre = b_pre + b_x4 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d2 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x2
         b_sum1 += b_dpre * b_x3
         b_sum2 += b_dpre * b_x4
@@ -221,19 +258,12 @@ def short_conv_backward_kernel(
         m_dx = (i_t < n_rows)[:, None] & m_d
         tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
         o_dx += dx_step
-        b_x5 = unpack(b_row3, BR, BD)
-        b_d = unpack(b_dy3, BR, BD)
-        m_t = (i_t + 7 < n_after)[:, None] & m_w
-        b_row3 = tl.load(p_x + o_x, mask=m_t, other=0)
-        o_x += x_step
-        b_dy3 = tl.load(p_dy + o_dy, mask=m_t, other=0)
-        o_dy += dy_step
         b_pre = b_x3 * b_w0
         b_pre = b_pre + b_x4 * b_w1
         b_pre = b_pre + b_x5 * b_w2
         b_pre = b_pre + b_bias
         b_sigmoid = sigmoid(b_pre)
-        b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+        b_dpre = b_d3 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
         b_sum0 += b_dpre * b_x3
         b_sum1 += b_dpre * b_x4
         b_sum2 += b_dpre * b_x5
@@ -250,27 +280,27 @@ def short_conv_backward_kernel(
     # what the tokens after the run hand back to its last ones
     i_t = BT
     b_x2 = unpack(b_row0, BR, BD)
-    b_d = unpack(b_dy0, BR, BD)
+    b_d0 = unpack(b_dy0, BR, BD)
+    b_x3 = unpack(b_row1, BR, BD)
+    b_d1 = unpack(b_dy1, BR, BD)
     b_pre = b_x0 * b_w0
     b_pre = b_pre + b_x1 * b_w1
     b_pre = b_pre + b_x2 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+    b_dpre = b_d0 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2
     m_dx = (i_t - 2 < n_rows)[:, None] & m_d
     tl.store(p_dx + o_dx, b_dx.to(tl.bfloat16), mask=m_dx)
     o_dx += dx_step
-    b_x3 = unpack(b_row1, BR, BD)
-    b_d = unpack(b_dy1, BR, BD)
     b_pre = b_x1 * b_w0
     b_pre = b_pre + b_x2 * b_w1
     b_pre = b_pre + b_x3 * b_w2
     b_pre = b_pre + b_bias
     b_sigmoid = sigmoid(b_pre)
-    b_dpre = b_d * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
+    b_dpre = b_d1 * b_sigmoid * (b_pre * (LN2 * LN2 - LN2 * LN2 * b_sigmoid) - LN2)
     b_dx = b_dx2 + b_dpre * b_w0
     b_dx2 = b_dx1 + b_dpre * b_w1
     b_dx1 = b_dpre * b_w2

@@ -26,7 +26,7 @@ holds the last inputs in registers, so that each is read once.
 
 Problem: short_convolution bf16, packed, initial_tail, final_tail
 Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton num_stages=1 num_warps=1 read_once=0
-Template digest 2c8db12f7d1b0a70; made by
+Template digest 1b0e9201ea426966; made by
     gdn2gen generate --dtype bf16 --with=packed,initial_tail,final_tail --stage short_conv \
       --config \
       BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,num_stages=1,num_warps=1,read_once=0

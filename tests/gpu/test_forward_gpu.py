@@ -18,6 +18,7 @@ from gdn2gen.family.inputs import PATTERNS, make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.tolerances import limit_of
+from gdn2gen.kernels.outside_blocks import BLOCK_OPS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import public_op, relative_errors
 from gdn2gen.measure.check import FULL_REPEATS, check_recipe, check_shapes, full_problem
@@ -30,9 +31,15 @@ PROBLEMS: Final = {
     **{"gdn2-128": Problem(), "kda-128": Problem("kda"), "kda-sigmoid": _TIED},
     **{f"{op}-64": Problem(op, K=64, V=64) for op in ("gdn2", "kda")},
     "kda-sigmoid-64": replace(_TIED, K=64, V=64),
+    **{f"{op}-128": Problem(op) for op in ("gated_delta_rule", "delta_rule")},
+    "gated_delta_rule-104": Problem("gated_delta_rule", K=104, V=112, l2norm=False),
 }
 # Head dims, and groups that prepare beside the one that scans, or in each of two programs.
 WIDTHS: Final = [(128, 2), (64, 2), (64, 3)]
+OPS_OF_WIDTHS: Final = [
+    *((op, *width) for op in ("gdn2", "kda") for width in WIDTHS),
+    *((op, 128, 2) for op in ("gated_delta_rule", "delta_rule")),
+]
 CASES: Final = [
     ("gdn2-128", "whole", 2),
     ("gdn2-128", "whole_blocks2", 2),
@@ -46,6 +53,11 @@ CASES: Final = [
     ("kda-64", "whole", 2),
     ("kda-64", "whole_blocks1", 3),
     ("kda-sigmoid-64", "whole", 3),
+    ("gated_delta_rule-128", "whole_direct", 2),
+    ("gated_delta_rule-104", "whole_direct", 2),
+    ("delta_rule-128", "whole_direct", 2),
+    ("gated_delta_rule-128", "whole_direct_blocks2_states", 2),
+    ("delta_rule-128", "whole_direct_blocks2_states", 2),
     ("gdn2-64", "whole_blocks1_states", 2),
     ("kda-64", "whole_blocks1_states", 2),
 ]
@@ -77,7 +89,8 @@ def test_every_output_and_gradient_in_every_pattern(name: str, plan: str, groups
 
 
 def outputs(op: str, size: int, groups: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad(), forced_recipe(recipe_of(f"{op}-{size}", "whole", groups)):
+    plan = "whole_direct" if op in BLOCK_OPS else "whole"
+    with torch.no_grad(), forced_recipe(recipe_of(f"{op}-{size}", plan, groups)):
         o, state = public_op(op)(**given, use_qk_l2norm_in_kernel=True, output_final_state=True)
     return {"o": o, "final_state": state}
 
@@ -85,8 +98,7 @@ def outputs(op: str, size: int, groups: int, given: dict[str, Tensor]) -> dict[s
 # Sequences, tokens, heads of keys and of values: less than a chunk, one, a slot each of four, each
 # slot twice with a tail (of seven slots once), and all that a training step has.
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("op", ["gdn2", "kda"])
-@pytest.mark.parametrize(("size", "groups"), WIDTHS)
+@pytest.mark.parametrize(("op", "size", "groups"), OPS_OF_WIDTHS)
 @pytest.mark.parametrize(
     ("B", "T", "H", "HV"),
     [(1, 1, 1, 1), (1, 7, 1, 1), (1, 32, 1, 1), (1, 64, 2, 2), (1, 128, 2, 2), (2, 200, 3, 6),
@@ -107,8 +119,7 @@ def test_sizes(op: str, size: int, groups: int, B: int, T: int, H: int, HV: int)
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("op", ["gdn2", "kda"])
-@pytest.mark.parametrize(("size", "groups"), WIDTHS)
+@pytest.mark.parametrize(("op", "size", "groups"), OPS_OF_WIDTHS[:-1])
 def test_a_token_that_forgets_all_moves_no_bit_before_it(op: str, size: int, groups: int) -> None:
     """It is in no first frame, so that its chunk is scored frame by frame."""
     x = make_inputs(

@@ -16,7 +16,7 @@ from tilelang_configs import tilelang_config, tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import run_reference
@@ -171,11 +171,17 @@ BELOW: Final = (
     *((40, 40), (48, 48), (56, 56), (104, 104), (112, 112), (120, 120)),
     *((112, 128), (48, 64)),
 )
+# By more than the 32 channels of other tiles: a call finds what is tuned for them, or a default.
+FAR_BELOW: Final = (
+    *((16, 16), (24, 24), (32, 32), (72, 72), (80, 80), (88, 88), (96, 96)),
+    *((96, 128), (24, 64)),
+)
 BELOW_PLANS: Final = tuple(
     (size, plan)
-    for size in BELOW
+    for size in BELOW + FAR_BELOW
     for plan in ("whole_blocks1", "whole_blocks2", "blocks2", "whole_blocks1_states")
     if size[0] <= 64 or not plan.endswith("_states")  # one of 64 channels
+    if size[1] > 32 or plan != "blocks2"  # whose forward's scan has tiles of 32 there
 )
 
 
@@ -205,7 +211,46 @@ def test_blocks_of_head_dims_below_their_tiles(size: tuple[int, int], plan: str,
     assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
 
 
-@pytest.mark.parametrize("size", **named(((48, 48), (104, 112))))
+def with_tiles(recipe: Recipe, tiles: int) -> Recipe:
+    """Whole head dims in tiles of other steps, in every stage that has such."""
+    others = (fitted(x.replace(tile_step=tiles), recipe.problem, "sm_90") for x in recipe.configs)
+    return recipe.with_config(*(x for x in others if "tile_step" in x))
+
+
+@pytest.mark.parametrize("make", [tilelang_recipe, wide_recipe])
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize("size", **named(((160, 160), (136, 200), (224, 224))))
+def test_tiles_of_64_channels(
+    size: tuple[int, int], op: str, make: Callable[[Problem, str], Recipe]
+) -> None:
+    recipe = with_tiles(make(problem_of(op, size), "lean"), 64)
+    assert {x.stage for x in recipe.configs if "tile_step" in x} > {
+        "scan",
+        "rescan",
+        "reverse_scan",
+    }
+    check(recipe, "layer", "strong", "mixed", "zero")
+    inputs, grads = draw(recipe.problem, SHAPE)
+    first = run(recipe, inputs, grads)
+    assert not any(moved(first, run(recipe, inputs, grads)) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("plan", "scan"),
+    [("whole_blocks1", "rescan_blocks1"), ("whole_blocks2", "rescan_blocks2"),
+     ("blocks2_states", "scan_blocks2")],
+)  # fmt: skip
+@pytest.mark.parametrize("size", **named(((96, 96), (72, 96))))
+def test_tiles_of_96_channels_in_scans_of_blocks(
+    size: tuple[int, int], plan: str, scan: str
+) -> None:
+    recipe = with_tiles(in_tiles(problem_of("gdn2", size), plan), 32)
+    every = scan.removeprefix("re").removeprefix("scan_")
+    assert "tile_step" in recipe[scan] and "tile_step" in recipe[f"reverse_scan_{every}"]
+    check(recipe, "layer", "strong", "mixed", "zero")
+
+
+@pytest.mark.parametrize("size", **named(((48, 48), (104, 112), (24, 32), (96, 72))))
 def test_segments_of_blocks_below_their_tiles(size: tuple[int, int]) -> None:
     recipe = in_tiles(problem_of("gdn2", size), "blocks2_states")
     chains = [x for x in recipe.configs if STAGES[x.stage].selector == "segments"]
@@ -227,6 +272,22 @@ def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
     check(recipe, "layer", "strong", "mixed")
 
 
+@pytest.mark.parametrize("level", ["lean", "fast"])
+@pytest.mark.parametrize("size", **named(FAR_BELOW))
+def test_what_is_tuned_for_full_tiles_can_serve_far_below_them(
+    size: tuple[int, int], level: str
+) -> None:
+    """Outside of blocks with tiles that are no wider than these head dims need."""
+    problem, regime = problem_of("gdn2", size), SHAPES["train4k"].regime
+    tuned = find_recipe(of_tiles(problem), regime, level=level).recipe
+    recipe = tuned.fitted(problem, "sm_90")
+    assert tuned.plan.every and recipe.plan == tuned.plan
+    pairs = zip(tuned.configs, recipe.configs, strict=True)
+    assert all(a == b or a["language"] == "triton" or a.stage == "prepare" for a, b in pairs)
+    assert all(a.form is b.form for a, b in pairs)
+    check(recipe, "layer", "strong", "mixed")
+
+
 @pytest.mark.parametrize(
     ("make", "size", "plan"),
     [
@@ -235,6 +296,8 @@ def test_what_is_tuned_for_full_tiles_serves_below_their_tiles(
         (in_tiles, (40, 56), "whole_blocks1"),
         (in_tiles, (56, 40), "whole_blocks1_states"),
         (in_tiles, (104, 120), "whole_blocks2"),
+        (in_tiles, (72, 96), "whole_blocks2"),
+        (in_tiles, (24, 16), "whole_blocks1_states"),
     ],
 )
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written(

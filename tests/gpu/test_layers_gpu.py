@@ -13,7 +13,7 @@ from mamba_equations import mamba_by_equations
 from torch import Tensor
 from two_processes import compare
 
-from gdn2gen.nn import Cache, LanguageModel, _windowed
+from gdn2gen.nn import Cache, LanguageModel, _stream, _windowed
 
 pytestmark = pytest.mark.gpu
 
@@ -125,6 +125,53 @@ def test_a_graph_of_a_model_that_attends_is_replayed() -> None:
             graph.replay()
             assert torch.equal(out, model(tokens[:, t : t + 1], cache=plain))
         assert _error(out, model(tokens)[:, -1:]) < 0.03
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_generate_by_a_graph(autocast: bool) -> None:
+    """The same tokens, likeliest and drawn, past the window's end; and a call after it."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        64, hidden_size=256, num_layers=2, num_heads=2, head_dim=128, window=32, init_std=0.2
+    )
+    model = model.to(DEVICE) if autocast else model.to(DEVICE).bfloat16()
+    tokens = torch.randint(64, (3, 20), device=DEVICE)
+
+    def run(graph: bool, temperature: float) -> Tensor:
+        drawn = torch.Generator(DEVICE).manual_seed(0)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return model.generate(tokens, 40, temperature=temperature, generator=drawn, graph=graph)
+
+    for temperature in (0.0, 1.0):
+        wanted = run(False, temperature)
+        assert wanted[:, 20:].unique().numel() > 3
+        assert torch.equal(run(True, temperature), wanted)
+        assert torch.equal(run(False, temperature), wanted)
+
+
+def test_a_model_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of fp32 weights by the kernels between its mixers, as by torch's own
+    operations; tokens are projected by one function in both."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        64, hidden_size=256, num_layers=2, num_heads=2, head_dim=128, window=32, init_std=0.1
+    ).to(DEVICE)
+    tokens = torch.randint(64, (3, 91), device=DEVICE)
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
+
+    found = run()
+    monkeypatch.setattr(_stream, "by_kernels", lambda device: False)
+    for one, other in zip(found, run(), strict=True):
+        assert one.dtype == other.dtype
+        assert _error(one, other) < 0.03
+    monkeypatch.undo()
+    model.checkpoint_activations = True
+    for one, other in zip(run(), found, strict=True):
+        assert _error(one, other) < 1e-3  # flash kernels add up dq in any order
 
 
 @pytest.mark.parametrize("window", [1, 33, 64])

@@ -10,7 +10,7 @@ import projection_cases
 import pytest
 import torch
 from gpu_support import DEVICE
-from part_cases import BOUNDS, Convolution, Norm
+from part_cases import BOUNDS, Convolution, Norm, Stream, Window
 
 from gdn2gen import short_convolution
 from gdn2gen.runtime import parts_ops
@@ -40,11 +40,12 @@ CONVOLUTIONS: Final = {
         channels=(256, 256, 512), B=2, T=300, dtype=BF16, weight_dtype=FP32, views=True
     ),
     "words": Convolution(
-        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16, backward=(*WORDS, ("maxnreg", 128))
+        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16,
+        backward=(*WORDS, ("maxnreg", 128), ("prefetch", 1)),
     ),
     "words, packed": Convolution(
         channels=(512, 512, 1024), lengths=(700, 0, 1, 2, 0, 3000, 297), T=4000, dtype=BF16,
-        tail=True, bias=True, backward=(*WORDS, ("ahead", 2), ("BT", 64)),
+        tail=True, bias=True, backward=(*WORDS, ("ahead", 2), ("BT", 64), ("prefetch", 4)),
     ),
     "words of views": Convolution(
         channels=(256, 256, 512), width=3, B=2, T=300, dtype=FP16, views=True,
@@ -52,7 +53,7 @@ CONVOLUTIONS: Final = {
     ),
     "words, half as many channels": Convolution(
         channels=(264,), width=2, B=3, T=500, dtype=BF16, bias=True, tail=True,
-        backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0)),
+        backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0), ("prefetch", 2)),
     ),
 }  # fmt: skip
 NORMS: Final = {
@@ -73,6 +74,29 @@ NORMS: Final = {
     ),
     "spread": Norm(rows=(2, 777), backward=SPREAD),
 }  # fmt: skip
+STREAMS: Final = {
+    "many": Stream(rows=(4, 1031), size=2048, dtype=BF16),
+    "many, no sum": Stream(rows=(4, 1031), size=2048, dtype=BF16, added=False),
+    "few": Stream(rows=(3,), size=256, dtype=FP16),
+    "a narrow stream": Stream(
+        rows=(2, 500), size=1536, stream_dtype=BF16, dtype=BF16, weight_dtype=BF16
+    ),
+    "odd": Stream(rows=(2, 777), size=96, eps=0.1),
+    "wide": Stream(rows=(300,), size=8192, dtype=BF16),
+    "a token": Stream(rows=(1, 1), size=2048, stream_dtype=BF16, dtype=BF16, weight_dtype=BF16),
+    "loads when they are wanted": Stream(rows=(777,), knobs=(("early", 0), ("BT", 16))),
+}
+
+
+WINDOWS: Final = {
+    "one sequence": Window(seen=(1024,), window=2048, heads=16, size=128, dtype=BF16, knobs=()),
+    "many": Window(
+        seen=tuple(range(0, 4096, 64)), window=2048, heads=16, size=128, dtype=BF16, knobs=()
+    ),
+    "a large head": Window(size=256, window=300, seen=(10, 299, 300), dtype=FP16, knobs=()),
+    "odd": Window(size=40, window=77, seen=(0, 76, 77, 500), knobs=()),
+    "small tiles": Window(size=64, window=130, seen=(128, 129), heads=3),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -85,6 +109,24 @@ def test_convolution(name: str) -> None:
 def test_norm(name: str) -> None:
     case = replace(NORMS[name], device=str(DEVICE))
     assert part_cases.norm(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream_norm(name: str) -> None:
+    case = replace(STREAMS[name], device=str(DEVICE))
+    assert part_cases.stream_norm(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_token_over_a_window(name: str) -> None:
+    case = replace(WINDOWS[name], device=str(DEVICE))
+    assert part_cases.window_step(case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5504), (3, 777, 72), (4, 1031, 5504)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert part_cases.swiglu(shape, dtype, str(DEVICE)) < BOUNDS[dtype]
 
 
 def test_steps() -> None:

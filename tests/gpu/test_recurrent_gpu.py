@@ -83,34 +83,51 @@ def test_sizes_of_a_layer(v_first: bool, op: str) -> None:
     check_all(cases, DEVICE)
 
 
-@pytest.mark.parametrize("evict", ["usual", "first"])
-@pytest.mark.parametrize("op", DECODING_OPS)
-def test_loads_ahead_of_the_branch(op: str, evict: str) -> None:
-    """Where a search has a state's loads ahead: with padding, guessed tokens, masked tiles."""
+def knobs_cases(op: str, *kinds: dict[str, Any]) -> list[Case]:
+    """Both layouts, either dtype of states, each with every kind of calls, padding among them."""
     sizes = replace(LAYER, op=op, N=6, padding=(0, 3), **GATED[op])
-    cases = [
+    return [
         replace(sizes, v_first=v_first, state_dtype=state, **kind)
-        for v_first, state, kind in itertools.product(
-            (False, True),
-            (FP32, BF16),
-            ({}, {"N": 300}, {"states": "speculative", "T": 3, "holes": True}, {"K": 96, "V": 80}),
-        )
+        for v_first, state, kind in itertools.product((True, False), (BF16, FP32), kinds)
     ]
-    assert check_with({"loads": "ahead", "evict": evict}, cases, DEVICE) == len(cases)
 
 
-@pytest.mark.parametrize("loads", ["behind", "ahead"])
+AHEAD: Final = (
+    {},
+    {"states": "speculative", "T": 3, "holes": True},
+    {"N": 300},
+    {"K": 96, "V": 80},
+)
+TILED: Final = ({"N": 300}, {"states": "speculative"}, {"V": 80})
+
+
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_loads_ahead_of_the_branch(op: str) -> None:
+    """Where a search has a state's loads ahead: with padding, guessed tokens, masked tiles."""
+    turn = DECODING_OPS.index(op)
+    cases = knobs_cases(op, *AHEAD)
+    chosen = [cases[4 * i + (turn + i) % 4] for i in range(4)]  # all that there are of each
+    for evict, some in (("usual", chosen[:3]), ("first", chosen[3:])):
+        assert check_with({"loads": "ahead", "evict": evict}, some, DEVICE) == len(some)
+
+
 @pytest.mark.parametrize(("BV", "tiles"), [(8, 4), (16, 2), (32, 2)])
 @pytest.mark.parametrize("op", DECODING_OPS)
-def test_several_tiles_share_a_token(op: str, BV: int, tiles: int, loads: str) -> None:
-    sizes = replace(LAYER, op=op, N=6, padding=(0, 3), **GATED[op])
-    cases = [
-        replace(sizes, v_first=v_first, state_dtype=state, **kind)
-        for v_first, state, kind in itertools.product(
-            (False, True), (FP32, BF16), ({}, {"N": 300}, {"states": "speculative"}, {"V": 80})
-        )
-    ]
-    knobs = {"BV": BV, "tiles": tiles, "loads": loads}
+def test_several_tiles_share_a_token(op: str, BV: int, tiles: int) -> None:
+    turn = DECODING_OPS.index(op) + BV // 8
+    cases = knobs_cases(op, *TILED)
+    chosen = [cases[turn % 6], cases[6 + (turn + 1) % 6]]  # of either layout
+    knobs = {"BV": BV, "tiles": tiles, "loads": "ahead", "maxnreg": 168}
+    assert check_with(knobs, chosen, DEVICE) == len(chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs", [{"loads": "ahead"}, {"tiles": 2}, {"BV": 8, "tiles": 4, "loads": "ahead"}]
+)
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_knobs_in_every_kind_of_call(op: str, knobs: dict[str, Any]) -> None:
+    cases = knobs_cases(op, *(TILED if "tiles" in knobs else AHEAD))
     assert check_with(knobs, cases, DEVICE) == len(cases)
 
 

@@ -36,6 +36,7 @@ PROBLEMS: Final = {
     "gdn2": Problem(),
     "kda": Problem("kda", beta_sigmoid=True),
     "gdn2-64": Problem(K=64, V=64),
+    **{x: Problem(x) for x in ("gated_delta_rule", "delta_rule")},
 }
 _WIDE: Final[dict[str, Knob]] = {"language": "tilelang", "BV": 128, "num_stages": 3}
 _NARROW: Final[dict[str, Knob]] = {"language": "tilelang", "BV": 64, "num_stages": 2}
@@ -49,6 +50,9 @@ CASES: Final = [
     ("kda", "blocks2_transitions", _NARROW | {"max_segments": 264}),
     ("kda", "blocks2_states_transitions", _WIDE | {"merge": "cut"}),
     ("gdn2-64", "blocks2_states_transitions", _NARROW | {"merge": "cut"}),
+    ("gated_delta_rule", "direct_blocks2_transitions", _WIDE | {"merge": "cut"}),
+    ("gated_delta_rule", "direct_blocks2_states_transitions", _NARROW),
+    ("delta_rule", "direct_blocks2_transitions", _NARROW | {"max_segments": 264}),
     ("gdn2", "states", _NARROW | {"segments": "parallel", "merge": "cut", "max_segments": 264}),
     ("gdn2", "lean", _TRITON | {"segments": "parallel", "merge": "near"}),
 ]

@@ -39,7 +39,7 @@ def stand_in(module: ModuleType, other: ModuleType, stage: str, names: list[str]
             tensors = dict(zip(names, given, strict=False))
             B, T, H, K = tensors["q"].shape
             HV, HG = tensors["gamma_C"].shape[-2], tensors["g"].shape[2]
-            sizes = {"B": B, "T": T, "H": H, "HV": HV, "HG": HG, "NK": K // 64 or 1}
+            sizes = {"B": B, "T": T, "H": H, "HV": HV, "HG": HG, "NK": -(-K // 64)}
             sizes |= {"NT": len(tensors["gamma_C"])}
             results = run_all(other, tensors, sizes, *given[len(names) :])
             for name, result in results.items():

@@ -308,6 +308,19 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
             yield from (x if len(x) > 1 else x[0] for x in itertools.product(*map(range, extents)))
         cluster.sync(100 + cluster.group[1], 128)
 
+    def shuffled(value: Any, distance: int) -> Any:
+        """What the lane so far up has of the value; past the warp's ends a lane's own."""
+        cluster = current()
+        lane, warp = cluster.thread % 32, cluster.thread // 32
+        key = ("shuffle", cluster.rank, warp)
+        with cluster.lock:
+            given = cluster.kept.setdefault(key, [np.float32(0)] * 32)
+        given[lane] = value
+        cluster.sync(200 + warp, 32)
+        found = given[lane + distance] if 0 <= lane + distance < 32 else value
+        cluster.sync(200 + warp, 32)
+        return found
+
     def by_one(name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: current().together(names[f"_{name}"])(*args, **kwargs)
 
@@ -333,7 +346,9 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
         "mbarrier_arrive": arrive,
         "mbarrier_wait_parity": lambda barrier, parity: barrier.wait(int(parity)),
         "rsqrt": lambda x: np.float32(1 / np.sqrt(np.float64(x))),
+        "shfl_down": lambda x, distance: shuffled(x, distance),
         "shfl_sync": lambda x, lane: x,
+        "shfl_up": lambda x, distance: shuffled(x, -distance),
         "shuffle_elect": lambda _: current().thread % 128 == 0,
         "sync_warp": lambda: current().sync(200 + current().thread // 32, 32),
         "sync_threads": lambda name, count: current().sync(name, count),

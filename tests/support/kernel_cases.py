@@ -22,7 +22,7 @@ from torch import Tensor
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import RECURRENCES
+from gdn2gen.family.registry import OUTSIDE_OPS, RECURRENCES
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.operands import GIVEN_SEQUENCES
@@ -310,7 +310,8 @@ def _cases_of_outside_blocks() -> Iterator[KernelCase]:
     half = replace(gated, dtype="fp16", **_NO_STATES)
     parallel = (("BT", 16), ("BV", 16), ("segments", "parallel"))
     small = (("BT", 16),)
-    for plan in (x for x in RECURRENCES["gated_delta_rule"].plans if PLANS[x].every):
+    served = RECURRENCES["gated_delta_rule"].plans
+    for plan in (x for x in served if PLANS[x].every and not PLANS[x].instead):
         lean = not plan.endswith("_states")
         for name, problem, shape, pattern, knobs, segment, slow in (
             ("packed", packed, ends, "mixed", small, 32, False),
@@ -339,15 +340,21 @@ def _cases_of_transitions() -> Iterator[KernelCase]:
     wide = replace(_STATES, K=64, V=64)
     tied = replace(wide, op="kda", V=128, beta_sigmoid=True, state_v_first=True)
     uneven = replace(wide, V=128, **_NO_STATES)
+    direct = replace(wide, op="gated_delta_rule")
     for name, problem, shape, pattern, BT, segment in (
         ("three", wide, _shape(1, 75, 2), "mixed", 16, 2),
         ("one", wide, _shape(1, 20, 1), "layer", 16, 2),
         ("two", tied, _shape(1, 70, 1), "strong", 32, 2),
         ("four", uneven, _shape(2, 212, 1), "sparse", 64, 1),
+        ("outside", direct, _shape(1, 75, 2), "mixed", 16, 2),
+        ("outside-two", replace(direct, V=128), _shape(1, 70, 1), "strong", 32, 2),
+        ("outside-four", replace(direct, op="delta_rule"), _shape(2, 212, 1), "zero", 64, 1),
     ):
         case = Case(f"transitions-{name}", problem, shape, pattern)
+        outside = problem.op in OUTSIDE_OPS
         for plan in ("blocks2_transitions", "blocks2_states_transitions"):
             slow = (name, plan) != ("three", "blocks2_transitions")
+            plan = f"direct_{plan}" if outside else plan
             yield KernelCase(case, plan, (("BT", BT), ("BV", 32), ("BK", 32)), segment, slow=slow)
 
 

@@ -119,7 +119,7 @@ def main(tokens: str, state_size: str, pattern: str, flags: str = "") -> None:
     for flag in (x for x in flags.split(",") if x):
         name, _, value = flag.partition("=")
         named[name] = int(value) if value else int(state_size) // 4 if name == "angles" else True
-    S, knobs = named.pop("angles", 0), {x: named.pop(x) for x in ("pairs", "BJ") if x in named}
+    S, knobs = named.pop("angles", 0), {x: named.pop(x) for x in ("pairs",) if x in named}
     problem = reverse_scan_problem(Mamba3Problem(state_size=int(state_size), angles=S, **named))
     config = default_config("mamba3_reverse_scan", problem).replace(**knobs)
     module = load(render(problem, "mamba3_reverse_scan", config))

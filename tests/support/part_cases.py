@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
+from gdn2gen.nn import LanguageModel, _stream, _windowed
+from gdn2gen.nn._rotary import cosines_and_sines, turned
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import part_calls, parts, passes
+from gdn2gen.runtime import part_calls, parts, passes, stream_parts
+from gdn2gen.runtime.stream_parts import StreamNorm
 
 Knobs = tuple[tuple[str, int], ...]
 # By the coarsest dtype that rounds them.
@@ -195,6 +198,162 @@ def _norm(case: Norm) -> float:
     wanted = reference.gated_rms_norm(exact[0], exact[1], exact[2], *options)
     right = torch.autograd.grad(wanted, exact, towards.double())
     return _worst([y, *found], [wanted, *right])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A call of the norm of a residual stream."""
+
+    rows: tuple[int, ...] = (3, 15)
+    size: int = 128
+    added: bool = True
+    eps: float = 1e-5
+    stream_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    knobs: tuple[tuple[str, int], ...] = ()
+    device: str = "cpu"
+
+
+def stream_norm(case: Stream) -> float:
+    """The stream that goes on, which is a sum and nothing else; its norm, and every gradient."""
+    stages = "stream_norm", "stream_norm_backward"
+    with forced(stages, case.knobs):
+        return _stream_norm(case)
+
+
+def _stream_norm(case: Stream) -> float:
+    torch.manual_seed(0)
+    norm = _stream.ResidualNorm(case.size, eps=case.eps).to(case.device, case.weight_dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x, added = (torch.randn(*case.rows, case.size).to(case.device) for _ in range(2))
+    given = [_leaf(x.to(case.stream_dtype)), norm.weight]
+    if case.added:
+        given.append(_leaf(added.to(case.dtype)))
+    exact = [_leaf(part.double()) for part in given]
+    other = case.dtype if case.dtype != case.stream_dtype else None
+    passes.poison(True)
+    try:
+        with patch.object(_stream, "_narrow_dtype", lambda x: other or x.dtype):
+            assert _stream._has_norm_kernels(given[0], *(given[2:] or [None]), norm.weight)
+            both = norm(given[0], *given[2:])
+            with torch.no_grad():
+                plain = norm(given[0], *given[2:])
+        towards = [torch.randn_like(part) for part in both]
+        found = torch.autograd.grad(both, given, towards, retain_graph=True)
+        again = torch.autograd.grad(both, given, towards)
+    finally:
+        passes.poison(False)
+    assert all(map(torch.equal, both, plain)) and all(map(torch.equal, found, again))
+    assert both[1].dtype == case.dtype
+    total = given[0] + given[2] if case.added else given[0]
+    assert torch.equal(both[0], total.to(case.stream_dtype))
+    total = exact[0] + exact[2] if case.added else exact[0]
+    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + case.eps)
+    wanted = [total, total * scale * exact[1]]
+    right = torch.autograd.grad(wanted, exact, [part.double() for part in towards])
+    return _worst([*both, *found], [*wanted, *right])
+
+
+def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> float:
+    """y and both gradients, also of gates that SiLU lets nothing or everything through."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(shape).to(device, dtype) for _ in range(2))
+    gate.flatten()[:4] = torch.tensor([-200.0, -20.0, 0.0, 200.0])
+    given = [_leaf(gate), _leaf(up)]
+    exact = [_leaf(part.double()) for part in given]
+    passes.poison(True)
+    try:
+        assert _stream._has_swiglu_kernels(*given)
+        y = _stream.swiglu(*given)
+        towards = torch.randn_like(y)
+        found = torch.autograd.grad(y, given, towards)
+    finally:
+        passes.poison(False)
+    wanted = reference.swiglu(*exact)
+    right = torch.autograd.grad(wanted, exact, towards.double())
+    return _worst([y, *found], [wanted, *right])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens, one after another, that attend over a window of rows in a ring."""
+
+    seen: tuple[int, ...] = (0, 5, 71)
+    """Tokens before, of each sequence."""
+    window: int = 70
+    heads: int = 2
+    size: int = 24
+    tokens: int = 3
+    dtype: torch.dtype = torch.float32
+    knobs: tuple[tuple[str, int], ...] = (("BT", 64), ("BW", 16))
+    device: str = "cpu"
+
+
+def window_step(case: Window) -> float:
+    """o, and the ring; rows of tokens that never were hold NaN."""
+    torch.manual_seed(0)
+    B, W, H, D = len(case.seen), case.window, case.heads, case.size
+    ring = torch.randn(2, B, W, H, D).to(case.device, case.dtype)
+    for b, seen in enumerate(case.seen):
+        ring[:, b, seen:] = torch.nan
+    kept = {"k": ring[0], "v": ring[1], "seen": torch.tensor(case.seen, device=case.device)}
+    exact = {name: ring[i].double() for i, name in enumerate("kv")}
+    found, wanted = [], []
+    passes.poison(True)
+    try:
+        with forced(("window_step",), case.knobs):
+            for t in range(case.tokens):
+                q, k, v = torch.randn(3, B, 1, H, D).to(case.device, case.dtype)
+                assert _windowed.steps_by_kernel(q, k, v, kept)
+                turns = cosines_and_sines(kept["seen"][:, None], D, 100.0)
+                rings = kept["k"], kept["v"], kept["seen"]
+                found.append(stream_parts.window_step(q, k, v, *rings, *turns))
+                qk = [turned(x, *turns).double() for x in (q, k)]
+                wanted.append(_one_token(*qk, v.double(), exact, [x + t for x in case.seen]))
+    finally:
+        passes.poison(False)
+    assert kept["seen"].tolist() == [x + case.tokens for x in case.seen]
+    for name, x in exact.items():
+        torch.testing.assert_close(kept[name].double(), x, equal_nan=True, rtol=0.008, atol=1e-6)
+    return _worst(found, wanted)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, ring: dict[str, Tensor], seen: list[int]) -> Tensor:
+    """o in fp64, sequence by sequence, and the token into the ring."""
+    rows = []
+    for b, before in enumerate(seen):
+        W = ring["k"].shape[1]
+        ring["k"][b, before % W], ring["v"][b, before % W] = k[b, 0], v[b, 0]
+        there = {name: x[b, : min(before + 1, W)] for name, x in ring.items()}
+        scores = torch.einsum("hd,whd->hw", q[b, 0], there["k"]) * q.shape[-1] ** -0.5
+        rows.append(torch.einsum("hw,whd->hd", scores.softmax(-1), there["v"]))
+    return torch.stack(rows)[:, None]
+
+
+def model_by_kernels(device: str = "cpu") -> float:
+    """A model's loss and gradients by the kernels between its mixers, beside those without, in
+    fp32; and that checkpoints change no bit."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        13, hidden_size=32, num_layers=2, num_heads=2, head_dim=32, window=4, init_std=0.2, inner=24
+    ).to(device)
+    tokens = torch.randint(13, (2, 10), device=device)
+
+    def run() -> list[Tensor]:
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        return [loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])]
+
+    with patch.object(StreamNorm, "apply", wraps=StreamNorm.apply) as seen:
+        found = run()
+    assert seen.call_count == 4
+    model.checkpoint_activations = True
+    assert all(map(torch.equal, run(), found))
+    model.checkpoint_activations = False
+    with patch.object(_stream, "by_kernels", lambda device: False):
+        wanted = run()
+    return _worst(found, [x.double() for x in wanted])
 
 
 def compiled() -> bool:

@@ -6,8 +6,9 @@ have another), tokens, gate pattern, and chunks of a block (0: the scans of plan
 the scans in segments alone, chunks of a segment (or -), and flags of the problem, `twice` (two
 sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
 of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
-the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone) and `nan`
-(the decay of a token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
+the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone),
+`tile_step=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's
+results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def main(
 ) -> None:
     K, _, V = size.partition("x")
     many = 2 if "twice" in flags else 1
-    given: dict[str, Any] = dict.fromkeys({*flags} - OF_RUNS, True)
+    own = {x for x in flags if "=" not in x}
+    given: dict[str, Any] = dict.fromkeys(own - OF_RUNS, True)
     if "raw" in flags:
         given["l2norm"] = False
     if "stateless" not in flags:
@@ -189,6 +191,9 @@ def main(
         others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
     rows = 128 if "wide" in flags else 64
     others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
+    for tiles in (int(x.removeprefix("tile_step=")) for x in flags if x.startswith("tile_step=")):
+        cut = [x for x in others if STAGES[x].is_chain]
+        others |= {x: others[x].replace(tile_step=tiles) for x in cut}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))

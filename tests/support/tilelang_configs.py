@@ -5,7 +5,7 @@ from __future__ import annotations
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import LINEAR_OPS, OUTSIDE_OPS
 from gdn2gen.kernels.config import Config, default_config
-from gdn2gen.kernels.languages import TILED_BY
+from gdn2gen.kernels.languages import PANEL, TILED_BY
 from gdn2gen.kernels.limits import Knob, rounded_up
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import Recipe
@@ -19,6 +19,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
     Of wider heads as many as there are: fewer would spill.
     """
     K, V = (rounded_up(x, TILED_BY) for x in (problem.K, problem.V))
+    whole = rounded_up(problem.K, PANEL)
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 1, "chunks": chunks}
     decay = "outside" if problem.op in OUTSIDE_OPS else "anchored"
     halves = BT == 32 and problem.op not in LINEAR_OPS
@@ -34,7 +35,7 @@ def tilelang_by_chunk(stage: str, problem: Problem, BT: int = 32, chunks: int = 
         "grad_value": {"BV": V, "maxnreg": 80},
         "grad_key": {"decay": decay, "BK": 64, "BV": V, "maxnreg": 128},
         "grad_blocks1": {"decay": decay, "BK": 64, "maxnreg": 128},
-        "grad_blocks2": {"decay": decay, "BK": K, "maxnreg": 128 if K == 64 else 168},
+        "grad_blocks2": {"decay": decay, "BK": whole, "maxnreg": 128 if whole == 64 else 168},
     }
     if decay == "outside":
         own["grad_blocks1"] = own["grad_blocks2"] = {"decay": decay, "BK": K, "maxnreg": 168}

@@ -27,13 +27,21 @@ from gdn2gen.cli import tune as cli_tune
 from gdn2gen.codegen.render import render
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    DecayGateProblem,
+    NormProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import OPS
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.parts import PART_STAGES, PartStage
+from gdn2gen.kernels.stream_parts import STREAM_STAGES
 from gdn2gen.measure import suite
 from gdn2gen.measure.case_runs import Result
 from gdn2gen.workflows import tune as workflow
@@ -259,7 +267,9 @@ def test_the_command_in_a_kernel_regenerates_it(
     _regenerates(problem, "prepare", capsys)
 
 
-@pytest.mark.parametrize("stage", [*PART_STAGES, *MAMBA3_STAGES], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "stage", [*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES], ids=lambda x: x.name
+)
 def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
     stage: PartStage, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +277,9 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         ConvolutionProblem: ConvolutionProblem(width=3, bias=True, packed=True, dtype="fp16"),
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
         DecayGateProblem: DecayGateProblem(size=96, gate="sigmoid", dtype="fp16"),
+        StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
+        SwigluProblem: SwigluProblem(dtype="fp16"),
+        WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(
             state_size=80,
             head_dim=48,

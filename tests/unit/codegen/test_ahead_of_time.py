@@ -18,7 +18,14 @@ from gdn2gen.base.device import named_device
 from gdn2gen.codegen.build import Resources, compile_ahead, compile_for_triton, load
 from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    DecayGateProblem,
+    NormProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -35,7 +42,12 @@ from gdn2gen.kernels.mamba3_chunks import (
     chunk_knobs,
     chunk_problem,
 )
-from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, reverse_scan_problem
+from gdn2gen.kernels.mamba3_reverse_scan import (
+    MAMBA3_REVERSE_SCAN,
+    MAMBA3_SUMS,
+    reverse_scan_problem,
+    sums_problem,
+)
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
 from gdn2gen.kernels.parts import (
     PART_STAGES,
@@ -46,6 +58,12 @@ from gdn2gen.kernels.parts import (
 )
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stream_parts import (
+    STREAM_STAGES,
+    SWIGLU_KNOBS,
+    WINDOW_KNOBS,
+    stream_norm_knobs,
+)
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.tuning.offline.predict import blocks_per_sm
 from gdn2gen.tuning.space import why_hopeless, why_unfit
@@ -204,7 +222,7 @@ def _cases() -> Iterator[object]:
     others = {"all": _ALL, "bounded": _BOUNDED, "fp32": _FP32}
     for name, problem in others.items():
         for stage in STAGES if name == "fp32" else stages_of(problem.op):
-            if STAGES[stage].every or stage in ("reprepare_factors", "forward", "forward_blocks1"):
+            if STAGES[stage].every or stage == "reprepare_factors" or stage.startswith("forward"):
                 continue
             if stage == "scan_transitions":  # of scan's template, and of few problems
                 continue
@@ -342,7 +360,6 @@ def test_tilelang_of_a_decay_outside_of_products_fits(
     """Tiles of 64 tokens and of their states fill a multiprocessor, and its registers."""
     problem, device = Problem(op, K=size, V=size), named_device("sm_90")
     config = tilelang_config("grad_blocks2", problem)
-    monkeypatch.setenv("GDN2GEN_UNVERIFIED", "1")
     assert why_invalid(config, problem, device.arch) is None
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     used = compile_ahead(problem, "grad_blocks2", config, device)
@@ -436,15 +453,24 @@ def test_mamba3s_scan_compiles_without_spills_and_two_programs_fit(
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
+def test_mamba3s_sums_by_tokens_compile_and_two_programs_fit() -> None:
+    problem = sums_problem(Mamba3Problem())
+    knobs: dict[str, Knob] = {"BT": 64, "order": "tokens", "BG": 64, "BH": 8, "num_warps": 8}
+    config = default_config(MAMBA3_SUMS.name, problem).replace(**knobs, num_stages=3)
+    used = compile_ahead(problem, MAMBA3_SUMS.name, config, named_device("sm_90"))
+    assert used.registers <= 128 and used.spill_bytes == 0, f"{config}: {used}"
+    assert blocks_per_sm(used, named_device("sm_90")) == 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "BJ"), [(2, 32), (1, 32), (1, 64)])
+@pytest.mark.parametrize("pairs", [2, 1])
 @pytest.mark.tilelang
 def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
-    pairs: int, BJ: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     problem = reverse_scan_problem(Mamba3Problem(skip=True, gate=True, carried=True))
-    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs, BJ=BJ)
+    config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
@@ -679,6 +705,9 @@ _PARTS: Final = {
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
     "decay": DecayGateProblem(),
     "bounded decay": DecayGateProblem(size=96, gate="sigmoid", dtype="fp32"),
+    "stream": StreamNormProblem(weight_dtype="fp32", added=True),
+    "swiglu": SwigluProblem(),
+    "window": WindowProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -694,6 +723,11 @@ _REGISTERS: Final = {
     "gated_norm_backward-norm": 168,
     "decay_gate-decay": 32,
     "decay_gate_backward-decay": 72,
+    "stream_norm-stream": 64,
+    "stream_norm_backward-stream": 128,
+    "window_step-window": 168,
+    "swiglu-swiglu": 64,
+    "swiglu_backward-swiglu": 64,
 }
 
 
@@ -709,7 +743,7 @@ _REGISTERS: Final = {
             marks=[pytest.mark.slow]
             * (name == "fp32" or (name == "mamba3" and stage is not MAMBA3_STEP)),
         )
-        for stage in (*PART_STAGES, *MAMBA3_STAGES)
+        for stage in (*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES)
         for name, problem in _PARTS.items()
         if isinstance(problem, stage.made_for)
     ],
@@ -724,6 +758,12 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
             knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
     elif isinstance(problem, DecayGateProblem):
         knobs = decay_gate_knobs(stage)
+    elif isinstance(problem, StreamNormProblem):
+        knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
+    elif isinstance(problem, SwigluProblem):
+        knobs = SWIGLU_KNOBS
+    elif isinstance(problem, WindowProblem):
+        knobs = WINDOW_KNOBS
     else:
         assert isinstance(problem, NormProblem)
         knobs = norm_knobs(stage, problem, 262144, device.sms)
@@ -734,23 +774,21 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         assert used.registers <= _REGISTERS.get(f"{stage.name}-{name}", 255), used
 
 
-# What a sweep may pick of the backwards: of the convolutions 16 warps to a multiprocessor (those of
-# Triton 3.6 keep four numbers elsewhere, outside of the loop), of the norm 28.
+# What a sweep may pick of the backwards: of the convolutions 16 warps to a multiprocessor, of the
+# norm 28.
 _WORDS: Final = {
-    "short_conv_backward": {"BD": 128, "BR": 4, "num_warps": 4, "ahead": 4, "maxnreg": 128},
+    "short_conv_backward": {"BD": 128, "BR": 2, "num_warps": 2, "ahead": 4, "maxnreg": 128},
     "gated_norm_backward": {"BR": 8, "num_warps": 4, "spread": 1},
 }
 
 
-@pytest.mark.parametrize(("stage", "most", "spilled"), [
-    ("short_conv_backward", 128, 16), ("gated_norm_backward", 72, 0)
-])  # fmt: skip
-def test_words_leave_registers(stage: str, most: int, spilled: int, record: Record) -> None:
+@pytest.mark.parametrize(("stage", "most"), [(x, 128 if "conv" in x else 72) for x in _WORDS])
+def test_words_leave_registers(stage: str, most: int, record: Record) -> None:
     problem, device = _QKV if "conv" in stage else NormProblem(), named_device("sm_90")
     knobs: dict[str, Knob] = {"BT": 128, "early": 1, "words": 1, "overlap": 1, **_WORDS[stage]}
     config = default_config(stage, problem).replace(**knobs)
     used = record.compile_ahead(problem, stage, config, device)
-    assert used.spill_bytes <= spilled, used
+    assert used.spill_bytes == 0, used
     if _measured():
         assert used.registers <= most, used
 

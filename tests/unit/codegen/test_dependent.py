@@ -21,7 +21,7 @@ from gdn2gen.kernels.config import Config, default_config, default_of
 from gdn2gen.kernels.extras import EXTRAS
 from gdn2gen.kernels.limits import Place
 from gdn2gen.kernels.plans import PLANS, stages_of
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.recipe import Recipe, is_served
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 
@@ -107,8 +107,9 @@ def test_kernels_wait_before_all_else_where_their_launch_is_early(
 def directions(op: str) -> list[tuple[Recipe, tuple[str, ...]]]:
     found = []
     for varlen in (False, True):
-        for plan in recurrence_named(op).plans:
-            recipe = Recipe.default(problem_of(op, varlen), plan, arch=ARCH).dependent(ARCH)
+        problem = problem_of(op, varlen)
+        for plan in (x for x in recurrence_named(op).plans if is_served(x, problem, ARCH)):
+            recipe = Recipe.default(problem, plan, arch=ARCH).dependent(ARCH)
             found += [(recipe, recipe.plan.forward), (recipe, recipe.plan.backward)]
     return found
 

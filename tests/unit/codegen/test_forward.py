@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Final
@@ -17,7 +18,9 @@ from gdn2gen.family import reference
 from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import recurrence_named
+from gdn2gen.family.tolerances import limit_of
 from gdn2gen.kernels.config import default_config
+from gdn2gen.kernels.outside_blocks import BLOCK_OPS
 from gdn2gen.measure.accuracy import relative_errors
 
 SEGMENT: Final = 2
@@ -51,6 +54,7 @@ def results(
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """All tensors after the kernel, and the names of those that it writes."""
     op, K, V, v_first = problem.op, problem.K, problem.V, problem.state_v_first
+    outside = op in BLOCK_OPS
     _, T, shared, _ = x["v"].shape
     chunks = -(-T // 32)
     segments = -(-chunks // SEGMENT)
@@ -65,14 +69,17 @@ def results(
         "Aqk": torch.full((chunks, shared, 32, 32), torch.nan, **half),
         "S_seg": torch.full((1, shared, segments, V, K), torch.nan),
     }
-    if op == "kda":
-        written["k_beta"] = torch.full((chunks, shared, 32), torch.nan)
+    numbers = ["k_beta"] * (op != "gdn2") + ["q_head", "k_head", "k_tail"] * outside
+    if op == "gated_delta_rule":
+        numbers.append("log_decay")
+        written["gamma_C"] = torch.full((chunks, shared), torch.nan)
+    written |= {name: torch.full((chunks, shared, 32), torch.nan) for name in numbers}
     given = dict(x)
     if v_first:
         given["initial_state"] = x["initial_state"].transpose(-1, -2).contiguous()
-    HG = x["g"].shape[2]
+    HG = x["g"].shape[2] if "g" in x else 1
     sizes = {"B": 1, "T": T, "H": 1, "HV": shared, "HG": HG, "NT": chunks, "NS": segments}
-    module = module_of(problem, **knobs)
+    module = module_of(problem, "forward_outside" if outside else "forward", **knobs)
     found = run_all(module, given | written, sizes, K**-0.5, SEGMENT)
     return found, tuple(written)
 
@@ -99,10 +106,35 @@ def expected(op: str, x: dict[str, torch.Tensor], T: int) -> dict[str, torch.Ten
         "k_rstd": _rstd(exact["k"], shared),
         "q_rstd": _rstd(exact["q"], shared),
     }
-    if op == "kda":
-        padded = torch.nn.functional.pad(exact["beta"][0], (0, 0, 0, -T % 32))
-        found["k_beta"] = padded.reshape(-1, 32, shared).transpose(1, 2)
+    if op != "gdn2":
+        found["k_beta"] = _by_chunk(exact["beta"][0])
+    if op in BLOCK_OPS:
+        found |= _numbers(exact, found)
     return found
+
+
+def _by_chunk(x: torch.Tensor) -> torch.Tensor:
+    """A number a token and head, [T, HV], of chunks; 0 past the end."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 32))
+    return padded.reshape(-1, 32, x.shape[1]).transpose(1, 2)
+
+
+def _numbers(
+    exact: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What scans take a token by that read q and k themselves."""
+    decay = _by_chunk(exact["g"][0]) if "g" in exact else torch.zeros_like(found["k_rstd"])
+    head, whole = decay.cumsum(-1).exp(), decay.sum(-1, keepdim=True)
+    tail = (whole - decay.cumsum(-1)).exp()
+    numbers = {
+        "q_head": found["q_rstd"] * head * exact["q"].shape[-1] ** -0.5,
+        "k_head": found["k_rstd"] * head,
+        "k_tail": found["k_rstd"] * tail * found["k_beta"],
+    }
+    if "g" not in exact:
+        return numbers
+    log_decay = torch.clamp(decay * math.log2(math.e), min=-150.0)
+    return numbers | {"gamma_C": whole.exp()[..., 0].float(), "log_decay": log_decay}
 
 
 def _rstd(x: torch.Tensor, shared: int) -> torch.Tensor:
@@ -151,11 +183,100 @@ def test_results_and_barriers_of_one_program_that_scans(
     assert max(errors.values()) < 1e-2, errors
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # decays of pairs that are masked
+@pytest.mark.parametrize(
+    ("op", "K", "V", "T", "pattern", "shared", "v_first"),
+    [
+        ("gated_delta_rule", 128, 128, 40, "mixed", 1, False),
+        ("delta_rule", 128, 128, 7, "layer", 1, False),
+        # fifteen chunks take seven of eight slots twice
+        pytest.param("gated_delta_rule", 128, 128, 460, "layer", 1, False, marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", 128, 128, 300, "strong", 2, True, marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", 104, 112, 150, "sparse", 1, False, marks=pytest.mark.slow),
+        pytest.param("delta_rule", 120, 104, 300, "correlated", 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_results_and_barriers_where_the_decay_is_outside_of_products(
+    op: str, K: int, V: int, T: int, pattern: str, shared: int, v_first: bool
+) -> None:
+    """And every number of a token that the backward reads."""
+    errors = carried_out(op, K, T, pattern, V=V, shared=shared, v_first=v_first)
+    assert max(errors.values()) < limit_of("bf16", pattern), errors
+    assert max(errors[x] for x in errors if x.startswith(("q_", "k_"))) < 1e-5, errors
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("op", "T", "pattern"),
+    [
+        ("gated_delta_rule", 70, "layer"),
+        pytest.param("gated_delta_rule", 300, "mixed", marks=pytest.mark.slow),
+        pytest.param("delta_rule", 330, "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_two_are_kept_where_the_decay_is_outside_of_products(
+    op: str, T: int, pattern: str
+) -> None:
+    """Three, ten and eleven chunks: a last block of one chunk, and of two."""
+    problem = Problem(op, initial_state=True, final_state=True)
+    x = make_inputs(
+        1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True
+    )
+    chunks, half = -(-T // 32), {"dtype": torch.bfloat16}
+    names = ("q_rstd", "k_rstd", "k_beta", "q_head", "k_head", "k_tail", "log_decay")
+    decays = op == "gated_delta_rule"
+    written = {x: torch.full((chunks, 1, 32), torch.nan) for x in names[: 7 if decays else 6]}
+    written |= {"gamma_C": torch.full((chunks, 1), torch.nan)} if decays else {}
+    written |= {
+        "o": torch.full((1, T, 1, 128), torch.nan, **half),
+        "final_state": torch.full((1, 1, 128, 128), torch.nan),
+        **{name: torch.full((chunks, 1, 32, 32), torch.nan, **half) for name in ("A", "Aqk")},
+        "h": torch.full((-(-chunks // 2), 1, 128, 128), torch.nan, **half),
+        "R": torch.full((chunks, 1, 32, 128), torch.nan, **half),
+    }
+    sizes = {"B": 1, "T": T, "H": 1, "HV": 1, "HG": 1, "NT": chunks, "NT2": -(-chunks // 2)}
+    module = module_of(problem, "forward_outside_blocks2")
+    found = run_all(module, x | written, sizes, 128**-0.5)
+    assert all(found[name].isfinite().all() for name in written)
+    # what the kernel that keeps segments makes of the same, and that of every two chunks a state
+    usual, _ = results(problem, x)
+    same = [x for x in written if x not in ("h", "R")]
+    assert all(torch.equal(found[name], usual[name]) for name in same)
+    assert torch.equal(found["h"], usual["S_seg"][0].transpose(0, 1).bfloat16().float())
+    state = usual["S_seg"][0, 0].double().transpose(-1, -2)
+    v = torch.nn.functional.pad(x["v"][0, :, 0].double(), (0, 0, 0, -T % 32))
+    k = torch.nn.functional.pad(x["k"][0, :, 0].double(), (0, 0, 0, -T % 32))
+    for i in range(0, chunks, 2):
+        here = slice(32 * i, 32 * i + 32)
+        X = v[here] - (k[here] @ state[i // 2]) * usual["k_head"][i, 0, :, None].double()
+        R = usual["A"][i, 0].double() @ X
+        assert relative_errors({"R": found["R"][i, 0]}, {"R": R})["R"] < 6e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_token_that_forgets_all_moves_no_bit_before_it() -> None:
+    problem = Problem("gated_delta_rule", initial_state=True, final_state=True)
+    x = make_inputs(
+        1, 64, 1, 128, 128, op=problem.op, dtype=torch.bfloat16, pattern="layer",
+        initial_state=True,
+    )  # fmt: skip
+    changed = x | {"g": x["g"].clone()}
+    changed["g"][:, 40:] = -300.0
+    (usual, _), (strong, _) = results(problem, x), results(problem, changed)
+    assert torch.equal(usual["o"][:, :40], strong["o"][:, :40])
+    assert not torch.equal(usual["o"][:, 40:], strong["o"][:, 40:])
+    assert relative_errors(strong, expected(problem.op, changed, 64))["o"] < 4e-3
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     ("op", "K", "V", "T", "pattern", "v_first"),
     [
         ("gdn2", 48, 40, 40, "mixed", False),
+        ("gdn2", 16, 24, 40, "layer", False),
+        pytest.param("gdn2", 96, 72, 40, "mixed", False, marks=pytest.mark.slow),
+        pytest.param("kda", 32, 64, 230, "strong", True, marks=pytest.mark.slow),
         pytest.param("gdn2", 112, 112, 40, "layer", False, marks=pytest.mark.slow),
         pytest.param("gdn2", 104, 128, 40, "mixed", True, marks=pytest.mark.slow),
         pytest.param("kda", 120, 104, 40, "strong", False, marks=pytest.mark.slow),
@@ -172,7 +293,7 @@ def test_head_dims_below_their_tiles(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("op", "K", "V"), [("gdn2", 64, 64), ("kda", 64, 64), ("gdn2", 48, 56), ("kda", 40, 64)]
+    ("op", "K", "V"), [("gdn2", 64, 64), ("kda", 64, 64), ("gdn2", 48, 56), ("kda", 24, 64)]
 )
 def test_what_level_fast_keeps(op: str, K: int, V: int) -> None:
     """Seven chunks: each of five slots once, and two twice."""
@@ -281,8 +402,10 @@ def test_what_keeps_states_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (Problem("kda", K=64, V=64), 126, 208_640),
         (Problem(K=112, V=112, initial_state=True, final_state=True), 168, 231_424),
         (Problem(K=48, V=48, initial_state=True, final_state=True), 128, 228_608),
+        (Problem("gated_delta_rule", initial_state=True, final_state=True), 168, 191_488),
+        (Problem("delta_rule", K=104, V=112, final_state=True), 164, 191_488),
     ],
-    ids=("gdn2", "states", "kda", "64", "kda-64", "112", "48"),
+    ids=("gdn2", "states", "kda", "64", "kda-64", "112", "48", "gdn", "delta-104"),
 )
 def test_it_compiles_for_a_whole_multiprocessor(
     problem: Problem,
@@ -294,8 +417,9 @@ def test_it_compiles_for_a_whole_multiprocessor(
     """Hardly a register is spilled, and a program fits into 227 KB."""
     # what is kept passes no compiler
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
-    config = default_config("forward", problem)
-    used = compile_ahead(problem, "forward", config, named_device("H200"))
+    stage = "forward_outside" if problem.op in BLOCK_OPS else "forward"
+    config = default_config(stage, problem)
+    used = compile_ahead(problem, stage, config, named_device("H200"))
     assert (used.registers, used.threads) == (registers, 384 if problem.K > 64 else 512)
     assert used.spill_bytes <= 32
     assert shared <= used.shared_bytes <= 227 * 1024

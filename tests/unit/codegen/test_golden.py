@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 import jinja2
 import pytest
@@ -30,7 +28,14 @@ from gdn2gen.codegen.render import (
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    DecayGateProblem,
+    NormProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config, default_of
@@ -189,12 +194,6 @@ def _member_tilelang(problem: Problem, stage: str, **knobs: str | int) -> str:
     return render(problem, stage, tilelang_config(stage, problem).replace(**(knobs or {}))).source
 
 
-def _wrong_tilelang(problem: Problem) -> str:
-    """Of a form that a GPU has found wrong, which no call runs."""
-    with patch.dict(os.environ, {"GDN2GEN_UNVERIFIED": "1"}):
-        return _member_tilelang(problem, "grad_blocks2")
-
-
 # tokens guessed ahead, in slots of a pool; and one token of views of a packed projection
 _GUESSED: Final = DecodingProblem(
     gate="softplus", has_A_log=True, has_dt_bias=True, varlen=True, state_v_first=True,
@@ -295,6 +294,17 @@ OUTPUTS: Final = {
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
+    ),
+    "forward_outside.py": partial(
+        _forward,
+        Problem("gated_delta_rule", initial_state=True, final_state=True),
+        "forward_outside",
+    ),
+    "forward_outside_states.py": partial(
+        _forward, Problem("gated_delta_rule", final_state=True), "forward_outside_blocks2"
+    ),
+    "forward_outside_undecayed.py": partial(
+        _forward, Problem("delta_rule", K=104, V=112, l2norm=False), "forward_outside"
     ),
     "forward_kda.py": partial(_forward, Problem("kda", beta_sigmoid=True, neg_eigval=True)),
     "prepare.py": _prepare,
@@ -423,9 +433,11 @@ OUTPUTS: Final = {
     "reverse_scan_blocks_outside_tilelang.py": partial(
         _member_tilelang, Problem("gated_delta_rule", final_state=True), "reverse_scan_blocks2"
     ),
-    "grad_blocks_outside_tilelang.py": partial(_wrong_tilelang, Problem("gated_delta_rule")),
+    "grad_blocks_outside_tilelang.py": partial(
+        _member_tilelang, Problem("gated_delta_rule"), "grad_blocks2"
+    ),
     "grad_blocks_delta_rule_tilelang.py": partial(
-        _wrong_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False)
+        _member_tilelang, Problem("delta_rule", K=64, V=64, l2norm=False), "grad_blocks2"
     ),
     "grad_blocks2_104_tilelang.py": partial(
         _member_tilelang, Problem(K=104, V=112), "grad_blocks2"
@@ -467,6 +479,13 @@ OUTPUTS: Final = {
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1
     ),
     "short_conv_step.py": partial(_part, "short_conv_step", ConvolutionProblem()),
+    "stream_norm.py": partial(_part, "stream_norm", StreamNormProblem(weight_dtype="fp32")),
+    "stream_norm_backward.py": partial(
+        _part, "stream_norm_backward", StreamNormProblem(size=96, added=True), early=1
+    ),
+    "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
+    "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
+    "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
     "decay_gate.py": partial(_part, "decay_gate", DecayGateProblem()),
@@ -475,7 +494,15 @@ OUTPUTS: Final = {
         _part, "decay_gate_backward", DecayGateProblem(size=96, gate="sigmoid"), ahead=1, BR=8
     ),
     "short_conv_backward_words.py": partial(
-        _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=4, early=1, words=1, overlap=1
+        _part,
+        "short_conv_backward",
+        _WITH_BIAS,
+        BR=4,
+        ahead=4,
+        early=1,
+        words=1,
+        overlap=1,
+        prefetch=1,
     ),
     "gated_norm_backward_words.py": partial(
         _part, "gated_norm_backward", _OF_96, BR=16, BT=31, early=1, words=1, spread=1, overlap=1

@@ -69,6 +69,7 @@ class _Driver:
     def __init__(self) -> None:
         self.launched: list[tuple[tuple[int, ...], list[bytes]]] = []
         self.sizes, self.capturing, self.device = [128, 8, 4, 4], 0, 0
+        self.attributes: list[tuple[int, tuple[int, ...]]] = []
         address = ctypes.c_void_p
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[address] * 4)(self._launch)
 
@@ -76,7 +77,11 @@ class _Driver:
         assert function == FUNCTION
         places = struct.unpack("<4Q", ctypes.string_at(parameters, 32))
         given = [ctypes.string_at(x, n) for x, n in zip(places, self.sizes, strict=True)]
-        self.launched.append((struct.unpack("<8IQQQ", ctypes.string_at(config, 56)), given))
+        size = struct.unpack("<8IQQQ", ctypes.string_at(config, 56))
+        for i in range(size[10]):
+            number, *value = struct.unpack("<I4x3I", ctypes.string_at(size[9] + 72 * i, 20))
+            self.attributes.append((number, tuple(value)))
+        self.launched.append((size, given))
         return 0
 
     def cuCtxGetDevice(self, found: Any) -> int:
@@ -121,6 +126,17 @@ def test_parameters_are_known_but_for_addresses(driver: _Driver, tmp_path: Path)
         assert struct.unpack("<16Q", given[0]) == (addresses[0], *_REST)
         assert struct.unpack("<Q", given[1]) == (addresses[2],)
         assert struct.unpack("<fi", given[2] + given[3]) == (0.5, 12)
+
+
+def test_programs_of_a_cluster_run_together(driver: _Driver, tmp_path: Path) -> None:
+    tags = (*(f"tir.cluster_dim_{x}" for x in ("x", "y", "z")), _TAGS[4])
+    program = _program(_library(tmp_path, tags=tags))
+    assert _recorded.recorded(program, _TENSORS, 0) == [program]  # 7 by 3 by 256 are too many
+    size = Entry(_TYPES, tags).sizes((2, 1, 1, 64))
+    assert size is not None and size.cluster == (2, 1, 1) and size.grid == (1, 1, 1)
+    place = "toy_kernel", FUNCTION, (8,), (32,), 64, (Map(0, _REST), At(1), 2, 3)
+    Frame([Kernel(*place, dependent=True, cluster=(4, 2, 1))], _TENSORS, 0).run([16] * 3, 0)
+    assert driver.attributes == [(4, (4, 2, 1)), (6, (1, 0, 0))]
 
 
 def test_kernels_and_programs_of_a_pass_share_addresses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tilelang_configs import tilelang_by_chunk
+from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.codegen.render import render
@@ -11,7 +11,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.extras import EXTRAS
 from gdn2gen.kernels.limits import Place
-from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.kernels.validity import valid_configs, why_invalid
 from gdn2gen.store.format import configs_from
@@ -121,3 +121,55 @@ def test_a_merge_of_cut_halves_has_three_products(stage: str, language: str) -> 
         loop, names = "num_stages=", ("Template digest", "merge=", "kernels", "--config")
         for x, y in zip(plain[:at] + plain[at + 1 :], found[:at] + found[end:], strict=True):
             assert x == y or loop in x or any(z in y for z in names), (x, y)
+
+
+def in_tiles(stage: str, problem: Problem, tiles: int) -> Config:
+    return fitted(tilelang_config(stage, problem).replace(tile_step=tiles), problem, "sm_90")
+
+
+@pytest.mark.parametrize("stage", ["prepare", "grad_key", "grad_value", "scan", "reverse_scan"])
+def test_tiles_in_other_steps_are_those_of_a_wider_head(stage: str) -> None:
+    """160 in five tiles of 32, or as 192 in three of 64; nothing past it is read or written."""
+    problem, wider = Problem(K=160, V=160), Problem(K=192, V=192)
+    own, found = tilelang_config(stage, problem), in_tiles(stage, problem, 64)
+    assert why_invalid(found, problem, "sm_90") is None and found["tile_step"] == 64
+    assert found.form is in_tiles(stage, problem, 64).form is not own.form
+    of_wider = tilelang_config(stage, wider)
+    assert all(found[name] == x for name, x in of_wider.items())
+    source = render(problem, stage, found).source
+    dim = "V" if stage.startswith("grad") else "K"
+    assert f"{dim}T = 192  # {dim} in tiles of 64 columns" in source
+    assert f"{dim} = 160" in source or "K, V = 160, 160" in source
+    assert f"{dim}T = " not in render(problem, stage, own).source
+    # and a head that fills its tiles has the kernel that it has
+    full = render(wider, stage, of_wider.replace(tile_step=64)).source.splitlines()
+    plain = render(wider, stage, of_wider).source.splitlines()
+    names = ("Template digest", "tile_step=", "kernels", "--config")
+    assert all(x == y or any(z in y for z in names) for x, y in zip(plain, full, strict=True))
+
+
+def test_scans_of_blocks_have_tiles_of_96_where_they_are_asked_for() -> None:
+    problem = Problem(K=96, V=96)
+    for stage in ("scan_blocks2", "rescan_blocks2", "reverse_scan_blocks1"):
+        config = tilelang_config(stage, problem)
+        assert "KT = 128" in render(problem, stage, config).source
+        assert "KT = " not in render(problem, stage, config.replace(tile_step=32)).source
+    config = tilelang_config("grad_blocks2", problem).replace(tile_step=32)
+    assert "tiles of other widths" in str(why_invalid(config, problem, "sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "arch", "language", "words"),
+    [
+        (Problem(K=160, V=160), "sm_90", "triton", "only what loads by TMA"),
+        (Problem(), "sm_80", "tilelang", "only what loads by TMA"),
+        (Problem("gated_delta_rule"), "sm_90", "tilelang", "decay is a channel's: gdn2, kda"),
+    ],
+)
+def test_tiles_in_other_steps_are_tilelangs(
+    problem: Problem, arch: str, language: str, words: str
+) -> None:
+    config = tilelang_config("scan", problem).replace(num_stages=1)
+    config = config if language == "tilelang" else default_config("scan", problem)
+    assert why_invalid(config, problem, arch) is None
+    assert words in str(why_invalid(config.replace(tile_step=64), problem, arch))

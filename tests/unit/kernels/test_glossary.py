@@ -21,6 +21,7 @@ from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.stages import EVERY_STAGE, STAGES
+from gdn2gen.kernels.stream_parts import STREAM_STAGES
 
 PLAIN = Problem()
 FULL = Problem(
@@ -49,7 +50,13 @@ def glossary(problem: Problem, stage: str) -> dict[str, str]:
     return {x.split()[0]: x for x in lines}
 
 
-_PARTS = (*PART_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, *MAMBA3_REVERSE_STAGES)
+_PARTS = (
+    *PART_STAGES,
+    *STREAM_STAGES,
+    *MAMBA3_STAGES,
+    *MAMBA3_CHUNK_STAGES,
+    *MAMBA3_REVERSE_STAGES,
+)
 
 
 def test_there_are_words_for_operands_and_no_others() -> None:

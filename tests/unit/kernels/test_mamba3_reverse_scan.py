@@ -111,7 +111,7 @@ def test_a_search_begins_with_all_forms() -> None:
         ("tokens", 64, 3),
         ("tokens", 64, 1),
     ]
-    assert [(x["pairs"], x["BJ"]) for x in starts[MAMBA3_REVERSE_SCAN.name]] == [(1, 32), (1, 64)]
+    assert [x["pairs"] for x in starts[MAMBA3_REVERSE_SCAN.name]] == [1]
     # too few heads of a group, too many, or as many as no tile has
     for sizes in ((4, 1), (128, 1), (24, 2)):
         assert other_starts(rule, *sizes)[MAMBA3_SUMS.name] == []
@@ -122,15 +122,15 @@ def test_a_search_begins_with_all_forms() -> None:
 
 
 def test_the_scan_has_the_knobs_on_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 1, "BJ": 64}}
+    found = {"mamba3_reverse_scan": {"BT": 64, "num_warps": 4, "pairs": 1}}
     monkeypatch.setattr(runtime, "loaded", lambda *_: MADE)
     monkeypatch.setattr(runtime, "launcher_if_any", lambda _, config: config)
-    for knobs, wanted in ((found, (1, 64)), ({"mamba3_reverse_scan": {"BT": 64}}, (2, 32))):
+    for knobs, wanted in ((found, 1), ({"mamba3_reverse_scan": {"BT": 64}}, 2)):
         entry = SimpleNamespace(knobs=knobs)
         monkeypatch.setattr(runtime, "nearest_parts", lambda *_, entry=entry: entry)
         runtime._scan.cache_clear()
         config, _ = launches()
-        assert (config["pairs"], config["BJ"]) == wanted
+        assert config["pairs"] == wanted
     runtime._scan.cache_clear()
 
 

@@ -95,6 +95,27 @@ def test_loads_ahead_are_all_under_way_before_anything_is_computed(
         assert len(loads) >= config.size("BV") * problem.K // 256  # of both dtypes
 
 
+@pytest.mark.parametrize("problem", SPREAD[1:], ids=["bf16", "mamba2"])
+def test_four_tiles_share_a_token_in_registers(problem: DecodingProblem) -> None:
+    """Twice the rows of a program of 16 in 168 registers, so that 12 are on a multiprocessor. What
+    that spills is 0 bytes under Triton 3.6, and 16 under 3.9."""
+    config = default_config("recurrent", problem, arch="sm_90").replace(
+        BV=8, tiles=4, loads="ahead", maxnreg=168
+    )
+    used = compile_ahead(problem, "recurrent", config, H200)
+    assert used.registers <= 168 and used.spill_bytes <= 32
+
+
+def test_tiles_want_one_token_and_its_state() -> None:
+    for flags in ({}, {"one_token": True}, {"initial_state": True}, {"pool": True, "varlen": True}):
+        problem = DecodingProblem(state_v_first=True, **flags)
+        config = default_config("recurrent", problem).replace(tiles=2)
+        assert why_invalid(config, problem) is not None
+    for flags in ({"initial_state": True}, {"pool": True}, {**_POOL, "speculative": True}):
+        problem = DecodingProblem(state_v_first=True, one_token=True, **flags)
+        assert why_invalid(default_config("recurrent", problem).replace(tiles=2), problem) is None
+
+
 def test_loads_ahead_want_an_index() -> None:
     """Nothing leaves a kernel that takes every sequence: there is no branch to stand ahead of."""
     for flags in ({}, {"pool": True}, _POOL):

@@ -26,19 +26,25 @@ from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tuning import space
 
 NAMES = ("blocks2_transitions", "blocks2_states_transitions")
+DIRECT = tuple(f"direct_{x}" for x in NAMES)
+SERVED = [
+    *((op, plan) for op in ("gdn2", "kda") for plan in NAMES),
+    *((op, plan) for op in ("gated_delta_rule", "delta_rule") for plan in DIRECT),
+]
 H200 = named_device("H200")
 
 
-def test_they_are_of_two_members_and_no_level_s_first() -> None:
-    assert tuple(x for x in PLANS if "transitions" in x) == NAMES
+def test_they_are_of_two_members_each_and_no_level_s_first() -> None:
+    assert tuple(x for x in PLANS if "transitions" in x) == (*NAMES, *DIRECT)
     for op in OPS:
-        assert ({*NAMES} <= {*RECURRENCES[op].plans}) == (op in ("gdn2", "kda"))
-    assert [level_of(x) for x in NAMES] == ["lean", "fast"]
-    assert [keeps_least(PLANS[x]) for x in NAMES] == [True, False]
+        plans = {*RECURRENCES[op].plans}
+        assert {*NAMES, *DIRECT} & plans == {plan for served, plan in SERVED if served == op}
+    for names in (NAMES, DIRECT):
+        assert [level_of(x) for x in names] == ["lean", "fast"]
+        assert [keeps_least(PLANS[x]) for x in names] == [True, False]
 
 
-@pytest.mark.parametrize("op", ["gdn2", "kda"])
-@pytest.mark.parametrize("plan", NAMES)
+@pytest.mark.parametrize(("op", "plan"), SERVED)
 def test_they_keep_the_transitions_beside_what_is_kept_instead(op: str, plan: str) -> None:
     problem = Problem(op, initial_state=True, final_state=True)
     recipe = Recipe.default(problem, plan, arch="sm_90")
@@ -50,9 +56,9 @@ def test_they_keep_the_transitions_beside_what_is_kept_instead(op: str, plan: st
     assert "M_seg" in step.tensors and "M_seg" not in {x.name for x in step.buffers}
 
 
-@pytest.mark.parametrize("plan", NAMES)
-def test_the_backward_has_the_segments_of_the_forward(plan: str) -> None:
-    recipe = Recipe.default(Problem(), plan, arch="sm_90")
+@pytest.mark.parametrize(("op", "plan"), [SERVED[0], SERVED[1], SERVED[4], SERVED[5]])
+def test_the_backward_has_the_segments_of_the_forward(op: str, plan: str) -> None:
+    recipe = Recipe.default(Problem(op), plan, arch="sm_90")
     scan = recipe.plan.forward[-1]
     recipe = recipe.with_config(recipe[scan].replace(max_segments=64))
     reverse = "reverse_scan_blocks2_transitions"
@@ -66,14 +72,16 @@ def test_the_backward_has_the_segments_of_the_forward(plan: str) -> None:
     assert {x for x in STAGES if takes_segments(x)} == {*rescans, reverse}
 
 
-def test_others_run_what_keeps_none() -> None:
+@pytest.mark.parametrize(("op", "names"), [("gdn2", NAMES), ("delta_rule", DIRECT)])
+def test_others_run_what_keeps_none(op: str, names: tuple[str, ...]) -> None:
+    plain = Problem(op)
     for changes in ({"varlen": True}, {"K": 96}, {"V": 256}):
-        problem = replace(Problem(), **changes)
-        assert not any(is_served(x, problem, "sm_90") for x in NAMES)
-    for plan in NAMES:
-        recipe = Recipe.default(Problem(), plan, arch="sm_90")
-        assert is_served(plan, Problem(), "sm_90") and is_served(plan, Problem(), "sm_80")
-        assert recipe.fitted(Problem(K=96), "sm_90").plan.name == PLANS[plan].instead
+        problem = replace(plain, **changes)
+        assert not any(is_served(x, problem, "sm_90") for x in names)
+    for plan in names:
+        recipe = Recipe.default(plain, plan, arch="sm_90")
+        assert is_served(plan, plain, "sm_90") and is_served(plan, plain, "sm_80")
+        assert recipe.fitted(replace(plain, K=96), "sm_90").plan.name == PLANS[plan].instead
         assert recipe.everywhere().plan.name == PLANS[plan].instead
         assert recipe.keeping().plan.name == PLANS[plan].instead
         assert not recipe.serves_every_option
@@ -81,26 +89,33 @@ def test_others_run_what_keeps_none() -> None:
 
 def test_a_search_tries_them_where_sequences_have_three_segments() -> None:
     shapes = {x: parse_shapes(x)[0].regime for x in ("train4k", "few8k", "long16k", "long32k")}
-    for plan in NAMES:
+    for plan in (*NAMES, *DIRECT):
         found = [name for name, regime in shapes.items() if has_use(plan, regime)]
         assert found == ["few8k", "long16k", "long32k"]
         assert not has_use(plan, Regime(tokens=2048, sequences=1, heads=4))
-    assert all(has_use(x, y) for x in PLANS if x not in NAMES for y in shapes.values())
+    whole = {x for x in PLANS if x.startswith("whole")}
+    others = [x for x in PLANS if "transitions" not in x and x not in whole]
+    assert all(has_use(x, y) for x in others for y in shapes.values())
+    # one chain a sequence, where others have segments
+    for plan in whole:
+        assert [name for name, regime in shapes.items() if has_use(plan, regime)] == ["train4k"]
+        assert has_use(plan, Regime(2048, 1, 4)) and has_use(plan, Regime(8192, 1, 64))
 
 
 def test_a_search_starts_with_programs_of_128_rows() -> None:
     """One wave of them at long32k, where reverse_scan_blocks2 folds two."""
-    starts = space.starts("reverse_scan_blocks2_transitions", Problem(), H200, 32)
-    (wide,) = (x for x in starts if x["language"] == "tilelang")
-    assert (wide["BV"], wide["num_stages"]) == (128, 3)
-    assert "max_segments" not in wide
+    for op in ("gdn2", "gated_delta_rule"):
+        starts = space.starts("reverse_scan_blocks2_transitions", Problem(op), H200, 32)
+        (wide,) = (x for x in starts if x["language"] == "tilelang")
+        assert (wide["BV"], wide["num_stages"]) == (128, 3)
+        assert "max_segments" not in wide
 
 
 def test_no_call_runs_them_unless_an_entry_says_so() -> None:
-    for op in ("gdn2", "kda"):
+    for op in ("gdn2", "kda", "gated_delta_rule", "delta_rule"):
         for level in ("lean", "fast"):
             found = find_recipe(Problem(op, K=64, V=128), Regime(32768, 1, 16), H200, level=level)
-            assert found.recipe.plan.name not in NAMES
+            assert "transitions" not in found.recipe.plan.name
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from gdn2gen.runtime import _loading
 from gdn2gen.store.dispatch import Found, find_recipe, forced_recipe, in_triton
 from gdn2gen.tuning import space
 
-WHOLE = tuple(name for name in PLANS if name.startswith("whole"))
+OUTSIDE = tuple(name for name in PLANS if name.startswith("whole_direct"))
+WHOLE = tuple(name for name in PLANS if name.startswith("whole") and name not in OUTSIDE)
 H200 = named_device("H200")
 
 
@@ -38,6 +39,62 @@ def test_they_are_of_two_members_and_nobody_s_default() -> None:
         lean = not plan.endswith("states")
         assert level_of(plan) == ("lean" if lean else "fast") and is_optional(plan, "gdn2")
         assert keeps_least(PLANS[plan]) == lean
+
+
+def test_those_whose_decay_is_outside_of_products_are_of_two_others() -> None:
+    assert (
+        *("whole_direct", "whole_direct_blocks1", "whole_direct_blocks2"),
+        "whole_direct_blocks2_states",
+    ) == OUTSIDE
+    for op in OPS:
+        served = {*OUTSIDE} <= {*RECURRENCES[op].plans}
+        assert served == (op in ("gated_delta_rule", "delta_rule"))
+        assert served or not {*OUTSIDE} & {*RECURRENCES[op].plans}
+    for plan in OUTSIDE:
+        lean = not plan.endswith("states")
+        assert level_of(plan) == ("lean" if lean else "fast") and is_optional(plan, "delta_rule")
+        assert keeps_least(PLANS[plan]) == lean
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize("plan", OUTSIDE)
+def test_they_keep_what_scans_of_q_and_k_keep(op: str, plan: str) -> None:
+    problem = Problem(op, initial_state=True, final_state=True)
+    recipe = Recipe.default(problem, plan)
+    apart = recipe.everywhere()
+    assert apart.plan.name == PLANS[plan].instead == plan.removeprefix("whole_")
+    assert saved_by(recipe) == saved_by(apart)
+    assert recipe.saved_segments == apart.saved_segments
+    assert recipe.plan.backward == apart.plan.backward
+    assert all(why_invalid(x, problem) is None for x in (*recipe.configs, *apart.configs))
+    assert not recipe.serves_every_option and recipe.for_few(Regime(64, 1, 4)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "words"),
+    [
+        ({"varlen": True}, None, "varlen of False, not True: packed sequences take prepare"),
+        ({"dtype": "fp16"}, None, "dtype of bf16, not fp16"),
+        ({"gate": "softplus", "has_A_log": True}, None, "gate of none, not softplus"),
+        ({"K": 64}, None, "K of 128, not 64: its slots are of tiles so wide"),
+        ({"V": 256}, None, "V of 128, not 256"),
+        ({}, "sm_80", "not 2: its waits for asynchronous copies"),
+        ({}, "sm_100", "not sm_100"),
+    ],
+)
+def test_what_scans_of_q_and_k_in_one_kernel_do_not_serve(
+    changes: dict[str, Any], arch: str | None, words: str
+) -> None:
+    plain = Problem("gated_delta_rule")
+    config = default_config("forward_outside", plain)
+    problem = replace(plain, **changes)
+    reason = why_invalid(config, problem, arch)
+    assert reason is not None and words in reason
+    assert is_served("whole_direct", plain, "sm_90")
+    assert not is_served("whole_direct", problem, arch)
+    assert is_served("direct", problem, arch)
+    assert why_invalid(config, replace(plain, l2norm=False, gate_dtype="bf16")) is None
+    assert "BT of 32, not 64" in str(why_invalid(config.replace(BT=64), plain))
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
@@ -66,7 +123,7 @@ def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
         ({"gate": "sigmoid"}, None, "gate of none, not sigmoid: the gate's activation is in prep"),
         ({"K": 64}, None, "V of 64, not 128: it scans values in tiles as wide as keys"),
         ({"K": 120, "V": 256}, None, "V of 128, not 256"),
-        ({"K": 96, "V": 96}, None, "K of 64, 128, not 96: its slots are of tiles so wide"),
+        ({"K": 136, "V": 136}, None, "K of 64, 128, not 192: its slots are of tiles so wide"),
         ({}, "sm_80", "not 2: its waits for asynchronous copies"),
         ({}, "sm_100", "not sm_100"),
     ],
@@ -117,9 +174,11 @@ def test_what_keeps_states_is_of_64_channels() -> None:
 
 # Below tiles of 128, of 64, and of both.
 BELOW: Final = [(120, 120), (112, 128), (128, 104), (104, 112), (48, 48), (40, 64), (56, 128)]
+# By more than the 32 channels of other tiles.
+FAR_BELOW: Final = [(96, 96), (72, 72), (80, 96), (96, 128), (32, 32), (16, 16), (24, 64), (16, 88)]
 
 
-@pytest.mark.parametrize(("K", "V"), BELOW)
+@pytest.mark.parametrize(("K", "V"), BELOW + FAR_BELOW)
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 def test_blocks_and_one_kernel_take_head_dims_below_their_tiles(op: str, K: int, V: int) -> None:
     """As much as tiles of 64 and of 128 do that are full, and in the same configs."""
@@ -130,14 +189,19 @@ def test_blocks_and_one_kernel_take_head_dims_below_their_tiles(op: str, K: int,
     # kept transitions alone are of heads that fill their tiles
     served = {*STAGES} - {x.name for x in TRANSITION_STAGES}
     for stage in (x for x in served if STAGES[x].every or x.startswith("forward")):
-        configs = [*space.valid_configs(stage, full, H200, 32)]
-        assert configs == [*space.valid_configs(stage, problem, H200, 32)], stage
-        assert configs or stage.startswith("forward")
+        if stage.startswith("forward_outside"):
+            continue  # of other members
+        wanted, found = (
+            [x for x in space.valid_configs(stage, y, H200, 32) if language_of(x) == "tilelang"]
+            for y in (full, problem)
+        )
+        assert wanted == found, stage
+        assert wanted or stage.startswith("forward") or stage.endswith("4")
     for plan in WHOLE:
         assert is_served(plan, problem, "sm_90") == is_served(plan, full, "sm_90")
 
 
-@pytest.mark.parametrize("size", [72, 96, 136, 256])
+@pytest.mark.parametrize("size", [136, 160, 192, 256])
 def test_blocks_in_tilelang_have_no_tiles_of_other_widths(size: int) -> None:
     config = tilelang_config("grad_blocks2", Problem())
     for sizes in ({"K": size}, {"V": size}):
@@ -152,14 +216,27 @@ def test_blocks_in_tilelang_have_no_tiles_of_other_widths(size: int) -> None:
 def test_channels_past_the_head_dim_have_lost_nothing() -> None:
     """Loads give zeros there: as a chunk's whole decay they would be taken for strong, and the
     gradients left to a kernel that has none to write."""
-    for stage, K, BK in (("grad_blocks2", 112, 128), ("grad_blocks1", 48, 64)):
+    for stage, K, BK, at in (
+        ("grad_blocks2", 112, 128, {96}),
+        ("grad_blocks1", 48, 64, {32}),
+        ("grad_blocks2", 96, 128, {96}),
+        ("grad_blocks2", 72, 128, {64, 96}),
+        # of slices of 64 the second one
+        ("grad_blocks1", 72, 64, {0, 32}),
+        ("grad_blocks1", 96, 64, {32}),
+        ("grad_blocks1", 24, 64, {0, 32}),
+        ("grad_blocks1", 32, 64, {32}),
+    ):
         config = tilelang_config(stage, Problem(K=K, V=K)).replace(BK=BK)
         source = render(Problem(K=K, V=K), stage, config).source
-        last = f"s_gamma[i_lane + {BK - 32}]"
-        kept = f"last_kept = tile.if_then_else(o_k + i_lane + {BK - 32} < K, {last}, 1.0)"
-        assert kept in source and source.count(last) == 1
-        full = render(Problem(K=BK, V=BK), stage, config).source
-        assert "last_kept" not in full and full.count(last) == 1
+        full = render(Problem(K=128 if K > 64 else 64, V=BK), stage, config).source
+        assert "kept = tile.if_then_else" not in full
+        for lane in range(0, BK, 32):
+            offset = f" + {lane}" if lane else ""
+            own = f"s_gamma[i_lane{offset}]"
+            masked = f" = tile.if_then_else(o_k + i_lane{offset} < K, {own}, 1.0)"
+            assert (masked in source) == (lane in at), (K, BK, lane)
+            assert source.count(own) == full.count(own) == 1
 
 
 @pytest.mark.parametrize(("K", "V"), BELOW)
@@ -211,6 +288,16 @@ def test_it_is_in_the_search() -> None:
     assert [x["num_stages"] for x in configs] == [2, 3]
     assert space.starts("forward", small, H200, 32) == (configs[1],)
     assert not [*space.valid_configs("forward", Problem(varlen=True), H200, 32)]
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize(("K", "V"), [x for x in BELOW if min(x) > 64])
+def test_scans_of_q_and_k_take_head_dims_below_their_tiles(op: str, K: int, V: int) -> None:
+    full, problem = Problem(op), Problem(op, K=K, V=V)
+    configs = [*space.valid_configs("forward_outside", full, H200, 32)]
+    assert configs == [default_config("forward_outside", full)]
+    assert configs == [*space.valid_configs("forward_outside", problem, H200, 32)]
+    assert all(is_served(x, problem, "sm_90") for x in OUTSIDE)
 
 
 def test_no_launch_of_it_depends_on_another() -> None:

@@ -21,7 +21,7 @@ def test_turned_and_its_gradients() -> None:
     """As the formula by autograd, twice; turned by the negative angle it is what it was."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
-    cos, sin = _rotary.turns(torch.arange(5)[None] + 3, 8, 10.0)
+    cos, sin = _rotary.cosines_and_sines(torch.arange(5)[None] + 3, 8, 10.0)
     assert cos.dtype == torch.float32
     cos, sin = cos.double(), sin.double()
     torch.testing.assert_close(_rotary.turned(x, cos, sin), _rotary._formula(x, cos, sin))
@@ -34,7 +34,7 @@ def test_turned_is_rounded_once() -> None:
     """In fp32 within, as the formula; gradients likewise, and of views."""
     torch.manual_seed(0)
     x = torch.randn(2, 7, 4, 16).bfloat16()[:, :, :3].requires_grad_()
-    cos, sin = _rotary.turns(torch.arange(7)[None], 16, 10000.0)
+    cos, sin = _rotary.cosines_and_sines(torch.arange(7)[None], 16, 10000.0)
     found, wanted = _rotary.turned(x, cos, sin), _rotary._formula(x, cos, sin)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.008, atol=1e-6)

@@ -94,6 +94,7 @@ def test_decoding_is_one_pass(options: dict[str, Any]) -> None:
         for _ in range(6):
             found = torch.cat((found, model(found)[:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(tokens, 6), found)
+    assert torch.equal(model.generate(tokens, 6, graph=True), found)  # without a GPU, none
     assert found[:, 9:].unique().numel() > 1
 
 

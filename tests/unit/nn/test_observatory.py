@@ -79,7 +79,7 @@ def test_it_sees_and_changes_nothing() -> None:
     assert sighting.gradient == pytest.approx(float(norm))
     # of the first layer, over the tokens that were looked at
     layer = watch.layers[0]
-    decay = layer.decay_of(model.blocks[0].mixer_norm(model.embeddings(tokens[:2])))
+    decay = layer.decay_of(model.blocks[0].mixer_norm(model.embeddings(tokens[:2]))[1])
     for head, quantiles in enumerate(sighting.decays[0]):
         seen = decay[:, :, head].flatten()
         assert quantiles[0] == seen.min() and quantiles[-1] == seen.max()

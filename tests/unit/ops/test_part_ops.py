@@ -9,7 +9,7 @@ from typing import Any, Final
 import part_cases
 import pytest
 import torch
-from part_cases import BOUNDS, Convolution, Norm
+from part_cases import BOUNDS, Convolution, Norm, Stream, Window
 
 from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.base.errors import InputError
@@ -41,15 +41,15 @@ CONVOLUTIONS: Final = {
     "words": Convolution(channels=(136, 24), dtype=BF16, T=37, backward=WORDS),
     "words of fp16, packed": Convolution(
         channels=(64, 24, 40), dtype=FP16, lengths=(7, 0, 1, 2, 0, 18, 12), tail=True, bias=True,
-        backward=WORDS,
+        backward=(*WORDS, ("prefetch", 1)),
     ),
     "words of views": Convolution(
         channels=(64, 24), width=3, dtype=BF16, tail=True, views=True, T=40,
-        backward=(*WORDS, ("ahead", 2), ("BT", 16)),
+        backward=(*WORDS, ("ahead", 2), ("BT", 16), ("prefetch", 2)),
     ),
     "words, two taps": Convolution(
         channels=(8,), width=2, dtype=BF16, weight_dtype=FP32, bias=True, T=18,
-        backward=(*WORDS, ("early", 0), ("ahead", 4)),
+        backward=(*WORDS, ("early", 0), ("ahead", 4), ("prefetch", 1)),
     ),
     # less is loaded ahead than comes after a run; and one number is one word
     "words, little ahead": Convolution(
@@ -77,6 +77,24 @@ NORMS: Final = {
     ),
     "spread": Norm(rows=(45,), size=96, backward=(*SPREAD, ("BT", 4), ("BR", 4))),
 }  # fmt: skip
+STREAMS: Final = {
+    "a sum": Stream(),
+    "no sum": Stream(added=False, eps=0.1),
+    "narrowed": Stream(dtype=BF16, size=96),
+    "narrowed, no sum": Stream(dtype=FP16, size=8, rows=(70,), added=False),
+    "a narrow stream": Stream(stream_dtype=BF16, dtype=BF16, weight_dtype=BF16, size=256),
+    "wide": Stream(size=2048, rows=(3,), dtype=BF16),
+    "loads early": Stream(rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
+    "loads when they are wanted": Stream(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 2))),
+}
+WINDOWS: Final = {
+    "several runs": Window(),
+    "one run": Window(size=16, window=5, seen=(3, 4, 5)),
+    "one row": Window(size=8, window=1, seen=(0, 1, 9), heads=1),
+    "at the end of a run": Window(seen=(62, 63, 64, 127), window=64),
+    "narrow": Window(dtype=BF16, size=64, heads=1),
+    "by the rule": Window(window=200, seen=(130, 1000), heads=1, tokens=1, knobs=()),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -88,6 +106,27 @@ def test_convolution_kernels(name: str, interpreter: Check) -> None:
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_kernels(name: str, interpreter: Check) -> None:
     assert interpreter("part_cases:norm", NORMS[name]) < BOUNDS[NORMS[name].dtype]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_kernels_of_the_stream(name: str, interpreter: Check) -> None:
+    case = STREAMS[name]
+    assert interpreter("part_cases:stream_norm", case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
+    case = WINDOWS[name]
+    assert interpreter("part_cases:window_step", case) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_swiglu_kernels(dtype: torch.dtype, interpreter: Check) -> None:
+    assert interpreter("part_cases:swiglu", (3, 7, 72), dtype) < BOUNDS[dtype]
+
+
+def test_a_model_by_kernels_between_its_mixers(interpreter: Check) -> None:
+    assert interpreter("part_cases:model_by_kernels") < 2e-5
 
 
 def test_steps(interpreter: Check) -> None:

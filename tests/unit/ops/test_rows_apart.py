@@ -17,6 +17,7 @@ from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.rows import FARTHEST, UNIT
 from gdn2gen.kernels.stages import STAGES
+from gdn2gen.kernels.stream_parts import STREAM_STAGES
 from gdn2gen.runtime._operands import row_between
 from gdn2gen.runtime.parts import in_rows
 
@@ -65,7 +66,7 @@ def test_a_distance_that_no_kernel_can_count_is_none(row: int, found: int) -> No
 
 def test_kernels_count_tokens_in_32_bits_up_to_there() -> None:
     """Those of a tile, and of a convolution's run with the taps before it."""
-    stages = (*STAGES.values(), *PART_STAGES)
+    stages = (*STAGES.values(), *PART_STAGES, *STREAM_STAGES)
     tokens = max(x for stage in stages for x in stage.chunks if isinstance(x, int))
     assert (tokens + max(WIDTHS)) * FARTHEST < 2**31
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from script_module import load_script
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
+from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
-from gdn2gen.tuning.gpu import jobs
+from gdn2gen.tuning.gpu import backend, jobs
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 H200 = named_device("H200")
@@ -67,11 +69,54 @@ def test_what_is_on_file_elsewhere(script: Any) -> None:
         made(script, "lean@train4k,wide8k")
 
 
+def test_a_variant_that_has_not_the_form_on_file_has_its_own(script: Any) -> None:
+    """Of a serial scan one that keeps transitions has the language, and is parallel."""
+    problem, shape = Problem("gated_delta_rule"), script.the_shape("long32k")
+    found = script.recipe_of(problem, shape, H200, ["direct_blocks2_transitions"])
+    scan = script.recipe_of(problem, shape, H200, ["direct"])["scan"]
+    assert (scan["segments"], scan["language"]) == ("serial", "tilelang")
+    kept = found["scan_transitions"]
+    assert (kept["segments"], kept["language"], kept["BV"]) == ("parallel", "tilelang", 64)
+
+
 def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
     found = made(script, "lean", "pdl=signal", shape="few8k")
     have = [x.stage for x in found.configs if x.get("pdl") == "signal"]
     assert "prepare" in have and found.plan.stages[-1] not in have
     assert found.independent() == made(script, "lean", shape="few8k")
+
+
+def test_what_is_on_file_for_other_head_dims(script: Any) -> None:
+    """As it is where tiles are the same; else with tiles that fit."""
+    shape = script.the_shape("train4k")
+    for size, like, same in (((96, 96), 128, True), ((32, 32), 64, True), ((160, 160), 256, False)):
+        problem = Problem(K=size[0], V=size[1])
+        own, found = (
+            script.recipe_of(x, shape, H200, [words])
+            for x, words in (
+                (replace(problem, K=like, V=like), "lean"),
+                (problem, f"lean@gdn2:{like}/train4k"),
+            )
+        )
+        assert found.problem == problem and found.plan == own.plan
+        # in Triton no tiles are wider than 32 channels are
+        pairs = zip(own.configs, found.configs, strict=True)
+        assert all(a == b or language_of(a) == "triton" for a, b in pairs) == same
+        assert found.configs != script.recipe_of(problem, shape, H200, ("lean",)).configs
+    words = ["whole_blocks2@gdn2:128/train4k", "grad_blocks2:chunks=4"]
+    changed = script.recipe_of(Problem(K=96, V=96), shape, H200, words)
+    assert changed["grad_blocks2"]["chunks"] == 4
+
+
+def test_tiles_of_whole_head_dims_are_as_wide_as_their_steps_make_them(script: Any) -> None:
+    problem, shape = Problem(K=160, V=160), script.the_shape("train4k")
+    found = script.recipe_of(problem, shape, H200, ("lean", "tile_step=64"))
+    filed = script.recipe_of(problem, shape, H200, ("lean",))
+    for config in found.configs:
+        own = filed[config.stage]
+        assert config.get("tile_step") == (64 if language_of(own) == "tilelang" else None)
+    assert filed["prepare"]["BK"] == 160 and found["prepare"]["BK"] == 192
+    assert filed["grad_key"]["BV"] == 160 and found["grad_key"]["BV"] == 192
 
 
 @pytest.mark.parametrize(
@@ -85,6 +130,35 @@ def test_a_knob_alone_is_for_all_that_can_have_it(script: Any) -> None:
 def test_other_words_are_refused(script: Any, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         made(script, *words)
+
+
+@pytest.mark.parametrize("in_full", [False, True])
+def test_each_kernel_is_compiled_once_before_any_check(
+    script: Any, in_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Problem, Any]] = []
+
+    class Compilers:
+        def __init__(self, device: Any) -> None:
+            assert device == H200
+
+        def compile(self, problem: Problem, config: Any) -> Future[None]:
+            asked.append((problem, config))
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        def close(self) -> None:
+            asked.append((Problem(), None))
+
+    monkeypatch.setattr(backend, "WorkerBackend", Compilers)
+    plain, other = made(script, "lean"), made(script, "lean", "prepare:chunks=8")
+    script.compile_all([plain, other], H200, in_full=in_full)
+    assert asked.pop() == (Problem(), None)
+    own = [config for problem, config in asked if problem == plain.problem]
+    assert {*own} == {*plain.configs, *other.configs} and len(own) == len({*own})
+    in_states = [problem for problem, _ in asked if problem.final_state]
+    assert len(in_states) == (len(own) if in_full else 0)
 
 
 def test_the_faster_of_two_is_filed(
@@ -128,8 +202,8 @@ def test_what_is_wrong_is_neither_timed_nor_filed(
 
     for name in ("check_full", "check_quick"):
         monkeypatch.setattr(jobs, name, check(name))
-    words = ["lean", "+", "fast"]
-    found = [*script.checked_recipes(Problem(), script.the_shape("few8k"), words, full)]
+    recipes = [([level], made(script, level, shape="few8k")) for level in ("lean", "fast")]
+    found = [*script.checked_recipes(recipes, full)]
     assert [x.words for x in found] == ["lean"] and not found[0].times
     assert asked == ["check_full" if full else "check_quick"] * 2
     assert "lean: dq 3.0e-03" in (said := capsys.readouterr().out)

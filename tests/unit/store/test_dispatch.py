@@ -203,6 +203,17 @@ def test_few_chunks_have_a_program_each_and_no_segments(user, language):
     assert chosen(16384, 4, 16) == chosen(8192, 1, 16) == (many, "parallel")
 
 
+def test_few_chunks_of_an_entry_that_cuts_its_merges_have_no_segments(user):
+    """A knob of parallel scans alone, with which no serial one is valid."""
+    entry = _for_large("tilelang")
+    scan = entry.configs["scan"].replace(merge="cut")
+    assert scan["segments"] == "parallel"
+    file_in(user, make_entry(REGIME, configs=entry.configs | {"scan": scan}))
+    few, many = (find(regime=Regime(x, 1, 16)).recipe["scan"] for x in (64, 8192))
+    assert (few["segments"], few.get("merge")) == ("serial", None)
+    assert (many["segments"], many.get("merge")) == ("parallel", "cut")
+
+
 def test_launches_of_few_chunks_overlap_where_a_gpu_has_such(user):
     """In the forward alone, and `explain` says so."""
     for device, overlaps in ((H200, True), (named_device("A100"), False)):

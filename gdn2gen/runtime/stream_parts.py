@@ -1,0 +1,160 @@
+"""Launches of the kernels between a model's mixers, as functions of autograd: the norm of the
+residual stream, and SwiGLU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gdn2gen.family.parts import CHANNELS_STEP, StreamNormProblem, SwigluProblem, WindowProblem
+from gdn2gen.kernels.parts import PartStage, partial_rows
+from gdn2gen.kernels.stream_parts import (
+    STREAM_NORM,
+    STREAM_NORM_BACKWARD,
+    SWIGLU,
+    SWIGLU_BACKWARD,
+    SWIGLU_KNOBS,
+    WINDOW_KNOBS,
+    WINDOW_STEP,
+    stream_norm_knobs,
+)
+from gdn2gen.runtime import parts
+from gdn2gen.runtime._operands import readable
+from gdn2gen.runtime.dtypes import DTYPE_NAME
+from gdn2gen.runtime.lookup import device_of
+from gdn2gen.runtime.passes import empty
+
+
+@lru_cache(maxsize=512)
+def _norming(
+    stage: PartStage,
+    stream: torch.dtype,
+    dtype: torch.dtype,
+    weight: torch.dtype,
+    size: int,
+    added: bool,
+    M: int,
+    device: torch.device,
+) -> parts.Loaded:
+    problem = StreamNormProblem(
+        dtype=DTYPE_NAME[dtype],
+        weight_dtype=DTYPE_NAME[weight],
+        stream_dtype=DTYPE_NAME[stream],
+        size=size,
+        added=added,
+    )
+    knobs = stream_norm_knobs(stage, problem, M, device_of(device).sms)
+    return parts._load(stage, problem, knobs, device)
+
+
+@lru_cache(maxsize=64)
+def _gating(stage: PartStage, dtype: torch.dtype, device: torch.device) -> parts.Loaded:
+    return parts._load(stage, SwigluProblem(dtype=DTYPE_NAME[dtype]), SWIGLU_KNOBS, device)
+
+
+@lru_cache(maxsize=64)
+def _attending(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loaded:
+    problem = WindowProblem(dtype=DTYPE_NAME[dtype], size=size)
+    return parts._load(WINDOW_STEP, problem, WINDOW_KNOBS, device)
+
+
+parts.ON_FORCE.extend((_norming.cache_clear, _gating.cache_clear, _attending.cache_clear))
+
+
+class StreamNorm(torch.autograd.Function):
+    """x + added, or x, and its norm in `dtype`: one pass over the stream, and one in the backward
+    for both of its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        size, device = x.shape[-1], x.device
+        M = x.numel() // size
+        total = x if added is None else empty(x.shape, x.dtype, device)
+        y = empty(x.shape, dtype, device)
+        sums = () if added is None else (total,)
+        given = readable([x, weight] if added is None else [x, added, weight])
+        loaded = _norming(
+            STREAM_NORM, x.dtype, dtype, weight.dtype, size, added is not None, M, device
+        )
+        with parts._on(device):
+            loaded.launch(*given, *sums, y, eps=eps, M=M)
+        ctx.eps, ctx.added, ctx.dtype = eps, added is not None, dtype
+        ctx.save_for_backward(total, weight)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        size, device = x.shape[-1], x.device
+        M = x.numel() // size
+        dx, dweight = (empty(part.shape, part.dtype, device) for part in (x, weight))
+        dadded = empty(x.shape, ctx.dtype, device) if ctx.added else None
+        loaded = _norming(
+            STREAM_NORM_BACKWARD, x.dtype, ctx.dtype, weight.dtype, size, ctx.added, M, device
+        )
+        rows = partial_rows(loaded.config.size("BT"), loaded.config.size("BR"), 1, M)
+        partial = empty((rows, size), torch.float32, device)
+        made = (dx, dweight, partial) if dadded is None else (dx, dadded, dweight, partial)
+        with parts._on(device):
+            loaded.launch(*readable([x, weight, dy, dtotal]), *made, eps=ctx.eps, M=M)
+        return dx, dadded, dweight, None, None
+
+
+class Swiglu(torch.autograd.Function):
+    """silu(gate) * up, which keeps its arguments alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = empty(gate.shape, gate.dtype, gate.device)
+        _gate(SWIGLU, (gate, up), (y,))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = (empty(x.shape, x.dtype, x.device) for x in (gate, up))
+        _gate(SWIGLU_BACKWARD, (gate, up, dy), (dgate, dup))
+        return dgate, dup
+
+
+def _gate(stage: PartStage, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+    x = given[0]
+    loaded = _gating(stage, x.dtype, x.device)
+    with parts._on(x.device):
+        loaded.launch(*readable(given), *made, units=x.numel() // CHANNELS_STEP)
+
+
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    seen: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """o [B, 1, H, D] of one token of each sequence, without gradients; rings [B, W, H, D] and
+    `seen` [B] are moved on in place."""
+    (B, _, H, D), W, device = q.shape, k_ring.shape[1], q.device
+    loaded = _attending(q.dtype, D, device)
+    S = -(-W // loaded.config.size("BT"))
+    o = empty(q.shape, q.dtype, device)
+    part_o = empty((B, H, S, D), torch.float32, device)
+    part_m, part_l = empty((2, B, H, S), torch.float32, device)
+    given = readable([q, k, v])
+    turns = readable([cos, sin])
+    with parts._on(device):
+        loaded.launch(
+            *given, k_ring, v_ring, seen, *turns, o, part_o, part_m, part_l, B=B, H=H, W=W, S=S
+        )
+    return o
