@@ -1,5 +1,6 @@
-"""A layer's two kernels beside its recurrence, as layer_time.py times them: the short convolutions
-of q, k and v, and the gated norm, with what they should make, and the same by others.
+"""A layer's kernels beside its recurrence, as layer_time.py times them: the short convolutions of
+q, k and v, the gated norm, and a decay's gate by itself, with what they should make, and the same
+by others.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from gdn2gen.base.terminal import console
 from gdn2gen.family import parts_reference
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.family.activations import activate_gate
+from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem, PartProblem
+from gdn2gen.ops.decay_gate import decay_gate
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution
+from gdn2gen.runtime import decay_gate as decay_gates
 from gdn2gen.runtime import parts
 
 Run = Callable[[], Any]
@@ -29,7 +33,7 @@ DTYPE: Final = torch.bfloat16
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of the two kernels: its directions, and the same by others."""
+    """One of the kernels: its directions, and the same by others."""
 
     name: str
     stages: tuple[str, str]
@@ -118,6 +122,26 @@ def norm(batch: int, count: int, activation: str = "sigmoid") -> Part:
         (3 * x.nbytes, 5 * x.nbytes),
         (partial(_exact, exact, given), partial(_exact, exact, given, dy)),
         theirs,
+    )
+
+
+def gate(batch: int, count: int) -> Part:
+    dim = HIDDEN // HEADS
+    x = tokens(batch, count, HEADS, dim).requires_grad_()
+    A_log = torch.randn(HEADS, device="cuda").requires_grad_()
+    dt_bias = torch.randn(HIDDEN, device="cuda").requires_grad_()
+    given = x.detach(), A_log.detach(), dt_bias.detach()
+    dg = torch.randn(given[0].shape, device="cuda")
+    return Part(
+        "decay's gate",
+        ("decay_gate", "decay_gate_backward"),
+        DecayGateProblem(size=dim),
+        partial(decay_gates.gate, *given, None),
+        partial(decay_gates.gate_backward, dg, *given, None),
+        differentiated(lambda: decay_gate(x, A_log, dt_bias), [x, A_log, dt_bias]),
+        (x.nbytes + dg.nbytes, 2 * x.nbytes + dg.nbytes),
+        (partial(_exact, activate_gate, given), partial(_exact, activate_gate, given, dg)),
+        None,
     )
 
 

@@ -1,13 +1,14 @@
-"""What a layer costs on a GPU, and its two kernels beside the recurrence: milliseconds, medians.
+"""What a layer costs on a GPU, and its kernels beside the recurrence: milliseconds, medians.
 
     python scripts/layer_time.py [--layers gdn2 kda] [--batch 4] [--tokens 4096] [--save]
     python scripts/layer_time.py --only layers [--minutes 4] [--alone] | --sweep [STAGE ...]
 
 bf16, 2048 channels in 16 heads, Mamba's 4096 in 64. The kernels are the short convolutions of q, k
-and v, and the gated norm; each is beside the floor, the time that a copy of its bytes would take
-(inputs read once, outputs written once), and beside flash-linear-attention's modules where these
-can be imported. A layer is timed with random weights, forward without gradients, and forward and
-backward with all of them. Every run begins with the L2 flushed.
+and v, the gated norm, and a decay's gate by itself; each is beside the floor, the time that a copy
+of its bytes would take (inputs read once, outputs written once), and beside
+flash-linear-attention's modules where there are such and these can be imported. A layer is timed
+with random weights, forward without gradients, and forward and backward with all of them. Every run
+begins with the L2 flushed.
 Rows are printed as they are measured: all of ours first, then flash-linear-attention's, layer by
 layer, whose first call tries its configs, compiled side by side and each timed for 20 ms, for up to
 a minute; --minutes begins no other of its layers after that, and --alone none at all. --save keeps
@@ -37,6 +38,7 @@ from layer_parts import (  # noqa: E402
     Part,
     convolution,
     differentiated,
+    gate,
     norm,
     their_module,
     tokens,
@@ -160,7 +162,7 @@ def _layer_times(run: Callable[[], Tensor], into: list[Tensor]) -> Iterator[floa
 def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
-    made = [make(args.batch, args.tokens) for make in (convolution, norm)]
+    made = [make(args.batch, args.tokens) for make in (convolution, norm, gate)]
     if args.sweep is not None:
         swept = [x for part in made for x in swept_of(part) if x.stage in (args.sweep or STAGES)]
         wrong = sweep(swept)

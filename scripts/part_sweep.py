@@ -205,11 +205,20 @@ def _gated_norm_backward() -> Iterator[Knobs]:
     yield from _apart(usual, ("words", "spread", "overlap", "read_once"))
 
 
+def _decay_gate() -> Iterator[Knobs]:
+    """Lanes of 4 channels of a tile, or of 8; 1 to 8 tiles under way."""
+    for BD, BR, warps in ((128, 4, 4), (128, 2, 2), (128, 8, 8), (256, 2, 4), (512, 1, 4)):
+        yield from _grid(BD=(BD,), BR=(BR,), num_warps=(warps,), ahead=(1, 2, 4, 8))
+    yield from _grid(BD=(128,), BR=(8,), num_warps=(4,), ahead=(1, 2, 4))
+
+
 _SWEPT: Final[Mapping[str, Callable[[], Iterator[Knobs]]]] = {
     "short_conv": _short_conv,
     "short_conv_backward": _short_conv_backward,
     "gated_norm": _gated_norm,
     "gated_norm_backward": _gated_norm_backward,
+    "decay_gate": _decay_gate,
+    "decay_gate_backward": _decay_gate,
 }
 STAGES: Final = tuple(_SWEPT)
 

@@ -12,6 +12,7 @@ from gdn2gen.codegen._mamba3_context import mamba3_context, tilelang_context
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    DecayGateProblem,
     GateProblem,
     NormProblem,
     PartProblem,
@@ -25,7 +26,7 @@ from gdn2gen.kernels.parts import suffixes
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.stage import Operand, Stage
 
-_SUMMED: Final = ("dweight", "dbias")
+_SUMMED: Final = ("dweight", "dbias", "dA_log", "ddt_bias")
 _OF_TAILS: Final = ("x", "initial_tail", "cu_seqlens", "final_tail")
 
 
@@ -46,7 +47,8 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         return common | tilelang_context(problem, stage)
     tensors = suffixes(problem)
     units = [f"units{n}" for n in tensors]
-    size = problem.size if isinstance(problem, NormProblem | StreamNormProblem | GateProblem) else 0
+    sized = NormProblem | StreamNormProblem | DecayGateProblem | GateProblem
+    size = problem.size if isinstance(problem, sized) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}
     if isinstance(problem, RotaryProblem | WindowProblem):
@@ -87,13 +89,24 @@ def _tap_bits(problem: PartProblem) -> int:
     return 16 * problem.width if problem.width in (2, 4) else 0
 
 
+# What is otherwise in kernels of a decay's gate.
+_OF_GATES: Final = {
+    "x": "pre-activation of the log decay",
+    "dt_bias": "added to x",
+    "dg": "gradient of g",
+    "dA_log": "gradient of A_log",
+    "ddt_bias": "gradient of dt_bias",
+}
+
+
 def _glossary(problem: PartProblem, operands: list[Operand]) -> list[str]:
+    words = {**WORDS, **_OF_GATES} if isinstance(problem, DecayGateProblem) else WORDS
     rows = [
         (
             x.name,
             f"[{', '.join(x.dims.split())}]",
             x.dtype_in(problem),
-            WORDS[_base(x.name)],
+            words[_base(x.name)],
         )
         for x in operands
     ]

@@ -16,13 +16,15 @@ ACTIVATIONS: Final = ("sigmoid", "silu")
 MOST_TENSORS: Final = 3
 """That one launch convolves: q, k and v."""
 NORM_SIZES: Final = range(8, 1025, 8)
-"""Channels of a row that a gated norm has kernels for."""
+"""Channels of a row that a gated norm has kernels for, and of a head that a decay's gate has."""
 STREAM_SIZES: Final = range(8, 8193, 8)
 """The same of the norm of a residual stream."""
 HEAD_SIZES: Final = range(8, 257, 8)
 """Channels of a head of attention, the same."""
 CHANNELS_STEP: Final = 8
 """A row of channels is a whole number of 16 bytes."""
+DECAY_GATES: Final = ("softplus", "sigmoid")
+"""Activations of a decay; the latter has a lower bound."""
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -114,6 +116,25 @@ class NormProblem(PartProblem):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("size", self.size, NORM_SIZES)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class DecayGateProblem(PartProblem):
+    """The log decay of each of a head's `size` channels, in fp32, of its pre-activation x:
+
+    g = -exp(A_log) * softplus(x + dt_bias), or lower_bound * sigmoid(exp(A_log) * (x + dt_bias))
+
+    A_log, one number a head, and dt_bias are in fp32.
+    """
+
+    op: ClassVar[str] = "decay_gate"
+    size: int = 128
+    gate: str = "softplus"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("gate", self.gate, DECAY_GATES)
         _one_of("size", self.size, NORM_SIZES)
 
 

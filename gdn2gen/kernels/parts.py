@@ -1,4 +1,4 @@
-"""The stages of a layer's parts: short convolutions with SiLU, and the gated RMSNorm.
+"""The stages of a layer's parts: short convolutions with SiLU, the gated RMSNorm, a decay's gate.
 
 They are in no plan. Bytes are their floor, so each reads its inputs once and writes its outputs
 once, in vectors of 16 bytes; gradients of parameters are partial sums, one row a program, which a
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gdn2gen.family.compiled import Compiled
-from gdn2gen.family.parts import ConvolutionProblem, NormProblem, PartProblem
+from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem, PartProblem
 from gdn2gen.kernels.extras import can_depend
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.slices import covering
@@ -41,6 +41,8 @@ class PartStage(Stage):
         for name in self.scalars:
             if name in _PACKED and not problem.varlen:
                 continue
+            if name in _BOUNDED and getattr(problem, "gate", None) != "sigmoid":
+                continue
             found += [f"{name}{n}" for n in suffixes(problem, name in _OF_EACH)]
         return tuple(found)
 
@@ -51,9 +53,10 @@ def suffixes(problem: PartProblem, of_each: bool = True) -> list[str]:
     return [str(i) for i in range(tensors)] if of_each and tensors > 1 else [""]
 
 
-# Scalars of each tensor, and of packed sequences alone.
+# Scalars of each tensor, of packed sequences alone, and of gates with a lower bound.
 _OF_EACH: Final = ("units", "x_row", "dx_row")
 _PACKED: Final = ("bits",)
+_BOUNDED: Final = ("lower_bound",)
 
 _X: Final = Operand("x", "B T D")
 _WEIGHT: Final = Operand("weight", "D W", "weight")
@@ -183,9 +186,61 @@ GATED_NORM_BACKWARD: Final = _norm(
     ("eps", "M"),
     _NORMING | _SUMMING | {"spread": (0, 1)},
 )
+_GATING: Final[dict[str, Domain]] = {
+    "BD": (128, 64, 256, 512),
+    "BR": (4, 1, 2, 8),
+    "ahead": (4, 1, 2, 8),
+    "num_warps": (4, 1, 2, 8),
+    "num_stages": (1,),
+}
+
+
+def _decay_gate(
+    name: str,
+    inputs: tuple[Operand, ...],
+    outputs: tuple[Operand, ...],
+    scalars: tuple[str, ...],
+    knobs: dict[str, Domain] = _GATING,
+) -> PartStage:
+    return PartStage(
+        made_for=DecayGateProblem,
+        name=name,
+        inputs=inputs,
+        outputs=outputs,
+        scalars=scalars,
+        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
+        # how many tokens a program takes is a scalar: the same kernel at all lengths
+        chunks=(1,),
+    )
+
+
+# x [M, D]: tokens, and the channels of all heads.
+_OF_GATE: Final = (
+    Operand("x", "M D"),
+    Operand("A_log", "HG", "fp32"),
+    Operand("dt_bias", "D", "fp32"),
+)
+DECAY_GATE: Final = _decay_gate(
+    "decay_gate",
+    _OF_GATE,
+    (Operand("g", "M D", "fp32"),),
+    ("lower_bound", "M", "units"),
+)
+DECAY_GATE_BACKWARD: Final = _decay_gate(
+    "decay_gate_backward",
+    (*_OF_GATE, Operand("dg", "M D", "fp32")),
+    (
+        Operand("dx", "M D"),
+        Operand("dA_log", "HG", "fp32"),
+        Operand("ddt_bias", "D", "fp32"),
+        Operand("partial", "P 2 DS", "fp32"),
+    ),
+    ("lower_bound", "M", "units", "turns"),
+)
 PART_STAGES: Final = (
     *(SHORT_CONV, SHORT_CONV_STEP, SHORT_CONV_BACKWARD),
     *(GATED_NORM, GATED_NORM_BACKWARD),
+    *(DECAY_GATE, DECAY_GATE_BACKWARD),
 )
 
 # Programs to a multiprocessor at least, so that the last ones do not run alone; they share it with
@@ -193,6 +248,8 @@ PART_STAGES: Final = (
 _PROGRAMS: Final = {"short_conv": 16, "short_conv_backward": 8}
 # Of the gated norm's backward at most: each leaves a row of partial sums.
 _SUMMING_PROGRAMS: Final = 4
+# Of the backward of a decay's gate at most: two rounds of the seven that have room (66 registers).
+_GATING_PROGRAMS: Final = 14
 _CHANNELS: Final = 128
 
 
@@ -243,6 +300,24 @@ def norm_knobs(
     warps = max(4, min(8, BR * size // 512))
     usual: dict[str, Knob] = {"BR": min(BR, 128), "BT": BT, "num_warps": warps, "early": 1}
     return usual | {"words": 1, "spread": 1, "overlap": int(can_depend(arch))}
+
+
+def decay_gate_knobs(stage: PartStage) -> dict[str, Knob]:
+    """The same at all sizes, so that what is compiled ahead serves them all: a lane has 4 channels
+    of each of `ahead` tokens, which are 8 bytes of x in 16 bits and 16 of g, and all that a turn
+    reads is under way at once. Not measured yet: of the backward 2 tokens are as many bytes as 4 of
+    the forward with room for more warps.
+    """
+    ahead = 2 if stage is DECAY_GATE_BACKWARD else 4
+    return {"BT": 1, "BD": 128, "BR": 4, "num_warps": 4, "ahead": ahead}
+
+
+def decay_gate_turns(rows: int, M: int, channels: int, BD: int, sms: int) -> int:
+    """Turns of `rows` tokens that a program of the backward takes, so that there are at most
+    `_GATING_PROGRAMS` to a multiprocessor: each leaves two rows of partial sums."""
+    blocks = -(-channels // BD)
+    most = max(1, _GATING_PROGRAMS * sms // blocks)
+    return max(1, -(-M // (rows * most)))
 
 
 def partial_rows(config_BT: int, BR: int, rows: int, T: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.ops._gates import Gate
 from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
 from gdn2gen.runtime import autograd
@@ -20,6 +22,7 @@ from gdn2gen.runtime.arguments import (
     is_watched,
 )
 from gdn2gen.runtime.call import rows_of
+from gdn2gen.runtime.gates import has_gate_apart
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.lookup import find_runner, request_at
@@ -111,6 +114,37 @@ def call(
         float(lower_bound) if use_gate_in_kernel and lower_bound is not None else None,
         *known,
     )[: signature.options]
+    level = "fast" if disable_recompute else "lean"
+    if (
+        use_gate_in_kernel
+        and signature.by_channel
+        and has_gate_apart(
+            signature,
+            *(tensors, dims, head_dims, options, level, decay),
+            computed=computed,
+            scan_apart=return_intermediate_states,
+            watched=watched,
+        )
+    ):
+        ungated = partial(
+            call,
+            op,
+            scale=scale,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+            allow_neg_eigval=allow_neg_eigval,
+            disable_recompute=disable_recompute,
+            return_intermediate_states=return_intermediate_states,
+            state_v_first=state_v_first,
+            cu_seqlens_cpu=cu_seqlens_cpu,
+            expected_decay=expected_decay,
+            serving=serving,
+        )
+        apart = _Apart(dims, Gate(signature, options[1]), ungated)
+        if computed and key is not None:
+            _ready.keep(key, apart)
+        return apart.run(tensors)
     if serves:
         return prefill(
             op,
@@ -118,7 +152,6 @@ def call(
             intermediate=return_intermediate_states,
             watched=watched,
         )
-    level = "fast" if disable_recompute else "lean"
     if computed and key is not None:
         _ready.keep(key, _Ready(dims, options, level, decay, rows_of(signature, tensors)))
     o, state = autograd.run(
@@ -166,8 +199,21 @@ class _Ready:
         return found
 
 
+class _Apart:
+    """A kind of call whose gate is a kernel of its own, and that goes on as one without a gate."""
+
+    def __init__(self, dims: Dims, gate: Gate, ungated: Callable[..., Any]) -> None:
+        self.dims, self._gate, self._ungated = dims, gate, ungated
+
+    def run(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self._ungated(self._gate(tensors))
+
+    def run_any(self, _: Signature, tensors: tuple[Tensor | None, ...]) -> Any:
+        return self.run(tensors)
+
+
 Outputs = tuple[Tensor, Tensor | None]
-_ready: Kinds[_Ready] = Kinds(1024)
+_ready: Kinds[_Ready | _Apart] = Kinds(1024)
 
 
 def _key(

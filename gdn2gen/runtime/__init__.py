@@ -24,6 +24,8 @@ room             where gradients of several tensors lie, for one matrix product
 parts            launches of the kernels of a layer's parts
 part_calls       calls of these that are like one before
 parts_ops        their ops in torch.library, and autograd's own Functions
+decay_gate       a decay's gate by itself: launches, calls like one before, its ops
+gates            whether a call has its decay's gate apart
 stream_parts     launches between a model's mixers: the residual stream's norm, SwiGLU
 mamba3_loaded    the kernels around Mamba-3's scan, and of its one token: forced, tuned or by a rule
 mamba3           their launches

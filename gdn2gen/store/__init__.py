@@ -6,6 +6,7 @@ ranking      which of several entries is better, and what others of its size are
 part_files   tuned/<op>/parts/<gpu>.json: knobs of kernels that are in no plan
 decoding     tuned/<op>/decoding/<gpu>.json: knobs of one token a sequence, in slots
 dispatch     (problem, regime, device) to a recipe, and why
+gates        whether a call has its decay's gate apart
 mamba3       what a call of Mamba-3 runs: knobs of its kernels, or a scan's recipe beside them
 pins         recipes of a process as data, and taken by another
 verified     what the accuracy suite has passed, by architecture

@@ -82,6 +82,7 @@ def recipe_document(found: Found) -> dict[str, Any]:
         "tuned_decay": found.tuned_decay,
         "plan": recipe.plan.name,
         "configs": {config.stage: dict(config) for config in recipe.configs},
+        "gate_apart": found.gate_apart,
         "source": found.source,
         "stale": found.stale,
         "file": found.file,
@@ -104,6 +105,8 @@ def explain_recipe(found: Found, width: int = 100) -> str:
     if found.decay != WEAK:
         under = "" if found.tuned_decay == found.decay else f", kernels for {found.tuned_decay}"
         lines.append(f"decay     {found.decay}{under}")
+    if found.gate_apart is not None:
+        lines.append(f"gate      apart: {found.gate_apart}, in a kernel before the plan's")
     if device is not None:
         lines.append(f"device    {device.name} ({device.arch}, {device.sms} SMs)")
     lines.append(f"plan      {plan.name}")

@@ -42,6 +42,7 @@ from gdn2gen.store._words import (
     why_triton,
     words_of,
 )
+from gdn2gen.store.format import Entry
 
 __all__ = [
     "Found",
@@ -86,6 +87,10 @@ class Found:
     """What the call expects of its decay."""
     tuned_decay: str = field(default=WEAK, compare=False)
     """What the configs were tuned under."""
+    entry: Entry | None = field(default=None, compare=False)
+    """On file, if the configs are from there."""
+    gate_apart: str | None = field(default=None, compare=False)
+    """The gate that a kernel of its own makes before the call, which is without (`store.gates`)."""
 
     @property
     def saved_segments(self) -> int:
@@ -247,6 +252,7 @@ _VARIABLES: Final = (
     "GDN2GEN_STRICT",
     "GDN2GEN_COMPILED_DIR",
     "GDN2GEN_BATCH_INVARIANT",
+    "GDN2GEN_GATE_APART",
     # what a call's checks depend on
     "GDN2GEN_UNVERIFIED",
     "TRITON_INTERPRET",
@@ -389,4 +395,5 @@ def _look_up(query: Query, places: tuple[Place, ...], _look: int) -> Found:
         agreed_segments=saved,
         decay=query.decay,
         tuned_decay=WEAK if best is None else best.entry.decay,
+        entry=None if best is None else best.entry,
     )

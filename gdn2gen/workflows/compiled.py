@@ -24,14 +24,17 @@ from gdn2gen.codegen.ship import (
     surroundings,
 )
 from gdn2gen.family.mamba3_problem import MAMBA3, Mamba3Problem, usual_mamba3_problem
+from gdn2gen.family.parts import DecayGateProblem, PartProblem
 from gdn2gen.family.prefill import PrefillProblem
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
-from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.mamba3_chunks import by_chunks
+from gdn2gen.kernels.parts import DECAY_GATE, DECAY_GATE_BACKWARD, decay_gate_knobs
 from gdn2gen.kernels.plans import LEVELS, keeps_least
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.store.dispatch import find_recipe, in_triton
+from gdn2gen.store.gates import find_call
 from gdn2gen.store.mamba3 import scan_problem, scan_shape
 from gdn2gen.store.pins import Pin
 from gdn2gen.workflows.mamba3 import (
@@ -136,11 +139,15 @@ def compile_kernels(
     for shape in shapes_from(shapes) if shapes else ():
         for level in levels_from(levels):
             given: dict[str, Any] = {"level": level, "decay": expected_from(decay)}
-            found = find_recipe(at(problem, shape), shape.regime, device, **given)
+            # without TileLang what has its gate in the kernels is no slower
+            find = find_recipe if language else find_call
+            found = find(at(problem, shape), shape.regime, device, **given)
             recipe = (in_triton(found) if language else found).recipe
             where = level, device.name, device.arch
             pins.append(Pin(recipe, shape.regime, *where, found.decay))
             tasks |= dict.fromkeys(_tasks(recipe, backward=backward))
+            if found.gate_apart is not None:
+                tasks |= dict.fromkeys(_gate(at(problem, shape), backward=backward))
             if serving:
                 tasks |= dict.fromkeys(_serving(recipe))
     for shape in shapes_from(decode) if decode else ():
@@ -195,6 +202,14 @@ def _tasks(recipe: Recipe, *, backward: bool) -> Iterator[Task]:
                 yield "ship_stage", (wanted, stage, recipe[stage])
     if problem.varlen:
         yield "ship_tables", (problem, recipe.BT)
+
+
+def _gate(problem: Problem, *, backward: bool) -> Iterator[Task]:
+    """A worker's calls for the kernels of a decay's gate before such calls."""
+    own = DecayGateProblem(dtype=problem.gate_dtype, size=problem.K, gate=problem.gate)
+    for stage in (DECAY_GATE, DECAY_GATE_BACKWARD)[: 2 if backward else 1]:
+        config = default_config(stage.name, own).replace(**decay_gate_knobs(stage))
+        yield "ship_stage", (own, stage.name, config)
 
 
 def _around(
@@ -293,7 +308,7 @@ def _name(task: Task) -> str:
         with_them = [x for x, wanted in zip(words, extras, strict=True) if wanted]
         return " ".join([f"state_slots [{pool} {indices}]", *with_them])
     problem, stage, config = given
-    if isinstance(problem, Mamba3Problem):
+    if isinstance(problem, PartProblem):
         return " ".join([f"{stage} [{config}]", *problem.extras])
     assert isinstance(problem, Problem) and isinstance(config, Config)
     state = " final_state" if problem.final_state else ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
-from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.dispatch import Found
+from gdn2gen.store.gates import find_call
 from gdn2gen.store.mamba3 import Mamba3Found
 from gdn2gen.workflows.mamba3 import explain_mamba3
 from gdn2gen.workflows.wanted import (
@@ -54,6 +55,6 @@ def explain(
     device, _ = present_or(target)
     options: dict[str, Any] = {"level": level, "decay": expected_from(decay), "strict": strict}
     return [
-        find_recipe(at(problem, shape), shape.regime, device, **options)
+        find_call(at(problem, shape), shape.regime, device, **options)
         for shape in shapes_from(shapes)
     ]

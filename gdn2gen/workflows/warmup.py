@@ -25,7 +25,8 @@ from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.measure.accuracy import inputs_of, op_flags, output_gradients, public_op
-from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.dispatch import Found
+from gdn2gen.store.gates import find_call
 from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
 from gdn2gen.workflows._mamba3_calls import call_mamba3, call_mamba3_step
 from gdn2gen.workflows.mamba3 import at_shape
@@ -172,7 +173,7 @@ def _chunked(
     found = (
         None
         if gpu is None
-        else find_recipe(problem, shape.regime, gpu, level=level, decay=expected())
+        else find_call(problem, shape.regime, gpu, level=level, decay=expected())
     )
     name = recurrence_named(problem.op).public.chunk
     return Warmed(name, shape, level, found, time.monotonic() - started)

@@ -266,7 +266,7 @@ def test_a_broken_pipe_inside_is_an_error(monkeypatch: pytest.MonkeyPatch, capsy
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("a worker has gone")
 
-    monkeypatch.setattr("gdn2gen.workflows.explain.find_recipe", broken)
+    monkeypatch.setattr("gdn2gen.workflows.explain.find_call", broken)
     assert program.main(["explain", "--device", "H200"]) == program.EXIT_USAGE
     assert "a worker has gone" in capsys.readouterr().err
 

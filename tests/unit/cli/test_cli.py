@@ -29,6 +29,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    DecayGateProblem,
     GateProblem,
     NormProblem,
     RotaryProblem,
@@ -277,6 +278,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
     others = {
         ConvolutionProblem: ConvolutionProblem(width=3, bias=True, packed=True, dtype="fp16"),
         NormProblem: NormProblem(size=96, activation="silu", weight_dtype="fp32"),
+        DecayGateProblem: DecayGateProblem(size=96, gate="sigmoid", dtype="fp16"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
         GateProblem: GateProblem(size=24),

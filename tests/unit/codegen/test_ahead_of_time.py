@@ -20,6 +20,7 @@ from gdn2gen.codegen.render import render_slots
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    DecayGateProblem,
     GateProblem,
     NormProblem,
     RotaryProblem,
@@ -50,7 +51,13 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     sums_problem,
 )
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
-from gdn2gen.kernels.parts import PART_STAGES, PartStage, convolution_knobs, norm_knobs
+from gdn2gen.kernels.parts import (
+    PART_STAGES,
+    PartStage,
+    convolution_knobs,
+    decay_gate_knobs,
+    norm_knobs,
+)
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
@@ -700,6 +707,8 @@ _PARTS: Final = {
     "fp32": replace(_QKV, dtype="fp32", weight_dtype="fp32"),
     "norm": NormProblem(),
     "wide norm": NormProblem(size=512, activation="silu", weight_dtype="fp32"),
+    "decay": DecayGateProblem(),
+    "bounded decay": DecayGateProblem(size=96, gate="sigmoid", dtype="fp32"),
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
     "window": WindowProblem(),
@@ -718,6 +727,8 @@ _REGISTERS: Final = {
     "short_conv_backward-plain": 128,
     "gated_norm-norm": 64,
     "gated_norm_backward-norm": 168,
+    "decay_gate-decay": 32,
+    "decay_gate_backward-decay": 72,
     "stream_norm-stream": 64,
     "stream_norm_backward-stream": 128,
     "window_step-window": 168,
@@ -754,6 +765,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = mamba3_knobs(stage, problem, 512, 64, 1, device.sms)
         if stage is MAMBA3_STEP:
             knobs = mamba3_step_knobs(problem, 64, 64, device.sms)
+    elif isinstance(problem, DecayGateProblem):
+        knobs = decay_gate_knobs(stage)
     elif isinstance(problem, StreamNormProblem):
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):

@@ -30,6 +30,7 @@ from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
+    DecayGateProblem,
     GateProblem,
     NormProblem,
     RotaryProblem,
@@ -492,6 +493,11 @@ OUTPUTS: Final = {
     "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
+    "decay_gate.py": partial(_part, "decay_gate", DecayGateProblem()),
+    "decay_gate_backward.py": partial(_part, "decay_gate_backward", DecayGateProblem(), ahead=2),
+    "decay_gate_backward_bounded.py": partial(
+        _part, "decay_gate_backward", DecayGateProblem(size=96, gate="sigmoid"), ahead=1, BR=8
+    ),
     "short_conv_backward_words.py": partial(
         _part,
         "short_conv_backward",

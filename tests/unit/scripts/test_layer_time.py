@@ -53,7 +53,7 @@ def test_a_row_is_kept_at_once(kept: Path, capsys: pytest.CaptureFixture[str]) -
 def test_ours_come_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers of ours, then theirs, until the time is over."""
     asked = []
-    for name in ("convolution", "norm"):
+    for name in ("convolution", "norm", "gate"):
         monkeypatch.setattr(layer_time, name, lambda *_: None)
     monkeypatch.setattr(layer_time, "tokens", lambda *_: torch.zeros(1))
 

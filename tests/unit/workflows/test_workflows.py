@@ -51,13 +51,17 @@ def test_warming_up_needs_a_gpu() -> None:
         gdn2gen.warmup()
 
 
-def test_explain_returns_what_calls_run() -> None:
+def test_explain_returns_what_calls_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gdn2gen.explain(["train4k", "varlen8k"], target="H200", level="fast")
     assert [x.regime for x in found] == [SHAPES[x].regime for x in ("train4k", "varlen8k")]
     assert [x.recipe.problem.varlen for x in found] == [False, True]
     wanted = find_recipe(Problem(), SHAPES["train4k"].regime, H200, level="fast")
     assert found[0] == wanted and found[0].source == "exact"
-    gated = gdn2gen.explain(SHAPES["train4k"], target="H200", gate="sigmoid", bound=2)
+    words = {"target": "H200", "gate": "sigmoid", "bound": 2}
+    (apart,) = gdn2gen.explain(SHAPES["train4k"], **words)
+    assert apart.gate_apart == "sigmoid of fp32" and apart.recipe.problem == Problem()
+    monkeypatch.setenv("GDN2GEN_GATE_APART", "0")
+    gated = gdn2gen.explain(SHAPES["train4k"], **words)
     assert gated[0].recipe.problem.bound == 2
     with pytest.raises(DispatchError, match="strict mode"):
         gdn2gen.explain("2x77x5", target="H200", strict=True)
