@@ -52,7 +52,6 @@ from gdn2gen.base.errors import UnsupportedError  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console, plain  # noqa: E402
 from gdn2gen.nn import Cache, LanguageModel  # noqa: E402
 from gdn2gen.nn.layer import RATES  # noqa: E402
-from gdn2gen.nn.mixer import Mixer  # noqa: E402
 
 RECORDS: Final = ROOT / "docs/models"
 PAGE: Final = ROOT / "docs/experiments.md"
@@ -121,9 +120,6 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="store_true", help="checkpoint activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--graphs", action="store_true", help="replay a step as a CUDA graph")
-    parser.add_argument(
-        "--gate-apart", action="store_true", help="activate our layers' decays before the op"
-    )
     parser.add_argument("--batch", nargs="+", type=at_least_one, help="of decoding (1 64)")
     parser.add_argument("--prompt", type=at_least_one, help="tokens before (1024)")
     parser.add_argument("--count", type=at_least_one, help="tokens after it (128)")
@@ -176,9 +172,6 @@ def _build(args: argparse.Namespace, device: torch.device, name: str) -> Languag
         torch.cuda.reset_peak_memory_stats()
     with device:
         model = build(name, args.sizes, 0)
-    for layer in model.modules():
-        if isinstance(layer, Mixer):
-            layer.gate_apart = args.gate_apart
     if args.compile:
         torch._dynamo.config.recompile_limit = 4 * args.sizes.layers
         for block in model.blocks:

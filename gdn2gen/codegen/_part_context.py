@@ -13,7 +13,6 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
-    GateProblem,
     NormProblem,
     PartProblem,
     RotaryProblem,
@@ -47,7 +46,7 @@ def part_context(problem: PartProblem, stage: Stage, config: Config) -> dict[str
         return common | tilelang_context(problem, stage)
     tensors = suffixes(problem)
     units = [f"units{n}" for n in tensors]
-    sized = NormProblem | StreamNormProblem | DecayGateProblem | GateProblem
+    sized = NormProblem | StreamNormProblem | DecayGateProblem
     size = problem.size if isinstance(problem, sized) else 0
     covered = covering(size) if size else 0
     more = mamba3_context(problem, config) if isinstance(problem, Mamba3Problem) else {}

@@ -170,21 +170,6 @@ class SwigluProblem(PartProblem):
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
-class GateProblem(PartProblem):
-    """The decay of a layer outside of its recurrence, of heads of `size` channels:
-
-    y = -exp(A_log) softplus(x + dt_bias), in fp32
-    """
-
-    op: ClassVar[str] = "gate"
-    size: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("size", self.size, HEAD_SIZES)
-
-
-@dataclass(frozen=True, order=True, kw_only=True)
 class RotaryProblem(PartProblem):
     """Heads of `size` channels, turned in pairs (i, i + size/2) by angles of their tokens."""
 

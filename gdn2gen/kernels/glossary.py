@@ -64,8 +64,6 @@ WORDS: Final[Mapping[str, str]] = {
     "sin": "their sines",
     "k_ring": "keys of the last tokens, turned, p's in row p % W: in place",
     "v_ring": "their values: in place",
-    "part_A_log": "scratch: sums of programs for the gradient of A_log",
-    "part_dt_bias": "scratch: the same for dt_bias",
     "part_o": "scratch: sums of runs of rows",
     "part_m": "scratch: the largest score of each",
     "part_l": "scratch: what each adds up to",

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdn2gen.family.parts import (
-    GateProblem,
-    RotaryProblem,
-    StreamNormProblem,
-    SwigluProblem,
-    WindowProblem,
-)
+from gdn2gen.family.parts import RotaryProblem, StreamNormProblem, SwigluProblem, WindowProblem
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.slices import covering
@@ -140,36 +134,7 @@ ROTARY: Final = PartStage(
     chunks=(1,),
 )
 ROTARY_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 32, "num_warps": 4}
-
-
-def _gate(name: str, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...]) -> PartStage:
-    knobs: dict[str, Domain] = {"BR": (4, 8, 16, 32), "num_warps": (4,), "num_stages": (1,)}
-    return PartStage(
-        made_for=GateProblem,
-        name=name,
-        inputs=inputs,
-        outputs=outputs,
-        scalars=("M", "H"),
-        forms=(Form(name, "triton", name, knobs=knobs, leads={}, tiles=()),),
-        chunks=_ROWS,
-    )
-
-
-_RATES: Final = (Operand("A_log", "H", "fp32"), Operand("dt_bias", "H D", "fp32"))
-GATE: Final = _gate("gate", (Operand("x", "M H D"), *_RATES), (Operand("y", "M H D", "fp32"),))
-GATE_BACKWARD: Final = _gate(
-    "gate_backward",
-    (Operand("x", "M H D"), *_RATES, Operand("dy", "M H D", "fp32")),
-    (
-        Operand("dx", "M H D"),
-        Operand("part_A_log", "P H D", "fp32"),
-        Operand("part_dt_bias", "P H D", "fp32"),
-    ),
-)
-GATE_KNOBS: Final[dict[str, Knob]] = {"BT": 16, "BR": 16, "num_warps": 4}
-"""A program takes 256 tokens of a head, one after another. Not measured."""
 STREAM_STAGES: Final = (
-    *(GATE, GATE_BACKWARD),
     *(STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD),
     *(ROTARY, WINDOW_STEP),
 )

@@ -15,7 +15,6 @@ from gdn2gen.base.errors import InputError
 from gdn2gen.family.activations import activate_gate
 from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.nn._batch import Batch
-from gdn2gen.nn._gate import apart
 from gdn2gen.nn._heads import Heads, split
 from gdn2gen.nn.cache import in_place, write
 from gdn2gen.nn.convolution import ShortConvolution, convolve_batch
@@ -55,9 +54,6 @@ class Mixer(Layer):
     """exp(A_log) is drawn between this and 16."""
     expected_decay: str | None = None
     """What the op is told; see `gdn2gen.expected_decay`."""
-    gate_apart: bool = False
-    """Whether the decay is activated by a kernel of its own before the op over chunks, whose
-    fastest kernels do not activate any."""
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     o_norm: nn.Module
@@ -205,8 +201,6 @@ class Mixer(Layer):
         few = self.mode == "fused_recurrent" or (batch.single and self._steps(shared["q"]))
         if recurrent is not None and few and not trains:
             return self._step(recurrent, shared, batch, kept)
-        if self.gate_apart:
-            shared = apart(shared)
         # Promises of bounded gates are of the op over chunks alone.
         told = {"expected_decay": self.expected_decay} if self._by_channel else {}
         o, state = type(self)._chunk(

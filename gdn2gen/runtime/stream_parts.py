@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from gdn2gen.family.parts import (
     CHANNELS_STEP,
-    GateProblem,
     RotaryProblem,
     StreamNormProblem,
     SwigluProblem,
@@ -20,9 +19,6 @@ from gdn2gen.family.parts import (
 )
 from gdn2gen.kernels.parts import PartStage, partial_rows
 from gdn2gen.kernels.stream_parts import (
-    GATE,
-    GATE_BACKWARD,
-    GATE_KNOBS,
     ROTARY,
     ROTARY_KNOBS,
     STREAM_NORM,
@@ -69,13 +65,6 @@ def _gating(stage: PartStage, dtype: torch.dtype, device: torch.device) -> parts
 
 
 @lru_cache(maxsize=64)
-def _decaying(
-    stage: PartStage, dtype: torch.dtype, size: int, device: torch.device
-) -> parts.Loaded:
-    return parts._load(stage, GateProblem(dtype=DTYPE_NAME[dtype], size=size), GATE_KNOBS, device)
-
-
-@lru_cache(maxsize=64)
 def _rotating(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loaded:
     problem = RotaryProblem(dtype=DTYPE_NAME[dtype], size=size)
     return parts._load(ROTARY, problem, ROTARY_KNOBS, device)
@@ -87,7 +76,7 @@ def _attending(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loa
     return parts._load(WINDOW_STEP, problem, WINDOW_KNOBS, device)
 
 
-parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _decaying, _rotating, _attending))
+parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _rotating, _attending))
 
 
 class StreamNorm(torch.autograd.Function):
@@ -130,36 +119,6 @@ class StreamNorm(torch.autograd.Function):
         with parts._on(device):
             loaded.launch(*readable([x, weight, dy, dtotal]), *made, eps=ctx.eps, M=M)
         return dx, dadded, dweight, None, None
-
-
-class Gate(torch.autograd.Function):
-    """-exp(A_log) softplus(x + dt_bias) of x [B, T, H, K], in fp32; A_log [H] and dt_bias [H K] are
-    in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, A_log, dt_bias)
-        y = empty(x.shape, torch.float32, x.device)
-        H, K = x.shape[-2:]
-        loaded = _decaying(GATE, x.dtype, K, x.device)
-        with parts._on(x.device):
-            loaded.launch(*readable([x, A_log, dt_bias]), y, M=x.numel() // (H * K), H=H)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, A_log, dt_bias = ctx.saved_tensors
-        H, K = x.shape[-2:]
-        M = x.numel() // (H * K)
-        dx = empty(x.shape, x.dtype, x.device)
-        loaded = _decaying(GATE_BACKWARD, x.dtype, K, x.device)
-        rows = partial_rows(loaded.config.size("BT"), loaded.config.size("BR"), 1, M)
-        sums = empty((2, rows, H, K), torch.float32, x.device)
-        with parts._on(x.device):
-            loaded.launch(*readable([x, A_log, dt_bias, dy]), dx, *sums, M=M, H=H)
-        of_rates, of_biases = sums.sum(1)
-        return dx, of_rates.sum(-1), of_biases.view(dt_bias.shape)
 
 
 class Swiglu(torch.autograd.Function):

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn2gen.family import parts_reference as reference
-from gdn2gen.family.activations import activate_gate
-from gdn2gen.nn import LanguageModel, _gate, _rotary, _stream, _windowed
+from gdn2gen.nn import LanguageModel, _rotary, _stream, _windowed
 from gdn2gen.nn._rotary import cosines_and_sines, turned
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
@@ -275,29 +274,6 @@ def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> f
     wanted = reference.swiglu(*exact)
     right = torch.autograd.grad(wanted, exact, towards.double())
     return _worst([y, *found], [wanted, *right])
-
-
-def gate(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> float:
-    """The decay and every gradient, of gates that hardly decay and of those that forget all."""
-    torch.manual_seed(0)
-    H, K = shape[-2:]
-    x = _leaf((6 * torch.randn(shape)).to(device, dtype))
-    A_log, dt_bias = _leaf(torch.randn(H).to(device)), _leaf(torch.randn(H * K).to(device) - 4)
-    given = {"g": x, "A_log": A_log, "dt_bias": dt_bias, "use_gate_in_kernel": True}
-    into = [x, A_log, dt_bias]
-    passes.poison(True)
-    try:
-        with patch.object(_gate, "activate_gate", None):
-            made = _gate.apart({**given, "q": x})
-        assert made.keys() == {"q", "g"}
-        towards = torch.randn_like(made["g"])
-        found = torch.autograd.grad(made["g"], into, towards)
-    finally:
-        passes.poison(False)
-    exact = [_leaf(part.double()) for part in into]
-    wanted = activate_gate(*exact)
-    right = torch.autograd.grad(wanted, exact, towards.double())
-    return _worst([made["g"], *found], [wanted, *right])
 
 
 def rotary(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 1, device: str = "cpu") -> float:

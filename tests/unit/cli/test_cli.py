@@ -30,7 +30,6 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
-    GateProblem,
     NormProblem,
     RotaryProblem,
     StreamNormProblem,
@@ -281,7 +280,6 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         DecayGateProblem: DecayGateProblem(size=96, gate="sigmoid", dtype="fp16"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
-        GateProblem: GateProblem(size=24),
         RotaryProblem: RotaryProblem(size=24, dtype="fp32"),
         WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(

@@ -21,7 +21,6 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
-    GateProblem,
     NormProblem,
     RotaryProblem,
     StreamNormProblem,
@@ -61,7 +60,6 @@ from gdn2gen.kernels.parts import (
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
-    GATE_KNOBS,
     ROTARY_KNOBS,
     STREAM_STAGES,
     SWIGLU_KNOBS,
@@ -713,7 +711,6 @@ _PARTS: Final = {
     "swiglu": SwigluProblem(),
     "window": WindowProblem(),
     "rotary": RotaryProblem(),
-    "gate": GateProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
     "packed mamba3": Mamba3Problem(
         dtype="fp32", state_size=80, head_dim=48, angles=7, carried=True, packed=True
@@ -733,8 +730,6 @@ _REGISTERS: Final = {
     "stream_norm_backward-stream": 128,
     "window_step-window": 168,
     "rotary-rotary": 64,
-    "gate-gate": 64,
-    "gate_backward-gate": 128,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
 }
@@ -771,8 +766,6 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
-    elif isinstance(problem, GateProblem):
-        knobs = GATE_KNOBS
     elif isinstance(problem, RotaryProblem):
         knobs = ROTARY_KNOBS
     elif isinstance(problem, WindowProblem):

@@ -31,7 +31,6 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
-    GateProblem,
     NormProblem,
     RotaryProblem,
     StreamNormProblem,
@@ -485,8 +484,6 @@ OUTPUTS: Final = {
     "stream_norm_backward.py": partial(
         _part, "stream_norm_backward", StreamNormProblem(size=96, added=True), early=1
     ),
-    "gate.py": partial(_part, "gate", GateProblem(), BT=16, BR=16),
-    "gate_backward.py": partial(_part, "gate_backward", GateProblem(), BT=16, BR=16),
     "rotary.py": partial(_part, "rotary", RotaryProblem(), BR=32),
     "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
     "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),

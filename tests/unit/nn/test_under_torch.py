@@ -35,31 +35,6 @@ def test_compiles_to_one_graph(member: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(found.square().sum(), into), wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"lower_bound": -5.0}], ids=("softplus", "bounded"))
-@pytest.mark.parametrize("member", MEMBERS)
-def test_a_decay_that_is_activated_before_the_op(
-    member: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same y and gradients; the op is told of no gate."""
-    layer, x = small(member, **options), tokens(2, 12).requires_grad_()
-    into = [x, *layer.parameters()]
-    wanted = [y := layer(x), *torch.autograd.grad(y.square().sum(), into)]
-    seen = list[dict[str, object]]()
-    chunk = type(layer)._chunk
-
-    def watched(**given: object) -> object:
-        seen.append(given)
-        return chunk(**given)
-
-    monkeypatch.setattr(type(layer), "_chunk", staticmethod(watched))
-    watched.__name__ = chunk.__name__
-    layer.gate_apart = True
-    found = [y := layer(x), *torch.autograd.grad(y.square().sum(), into)]
-    assert not {"A_log", "dt_bias", "use_gate_in_kernel", "lower_bound"} & seen[0].keys()
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_compiled_step_writes_into_the_cache(member: str) -> None:
     layer, x, cache = small(member), tokens(2, 6), Cache(2)

@@ -122,12 +122,6 @@ def test_rotary_kernels(
     assert interpreter("part_cases:rotary", shape, dtype, rows) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [(2, 35, 2, 16), (1, 5, 3, 24)])
-def test_gate_kernels(shape: tuple[int, ...], dtype: torch.dtype, interpreter: Check) -> None:
-    assert interpreter("part_cases:gate", shape, dtype) < max(BOUNDS[dtype], 2e-6)
-
-
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
     case = WINDOWS[name]
