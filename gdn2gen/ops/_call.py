@@ -117,7 +117,7 @@ def call(
     level = "fast" if disable_recompute else "lean"
     if (
         use_gate_in_kernel
-        and signature.by_channel
+        and "A_log" in signature.gate_parameters
         and has_gate_apart(
             signature,
             *(tensors, dims, head_dims, options, level, decay),

@@ -16,6 +16,7 @@ class Gate:
 
     def __init__(self, signature: Signature, lower_bound: float | None) -> None:
         self._place, self._bound = signature.gate, lower_bound
+        self._by_channel = signature.by_channel
         self._A_log, self._dt_bias = (signature.gate_parameters[x] for x in ("A_log", "dt_bias"))
         self._call: KnownGate | None = None
 
@@ -28,6 +29,8 @@ class Gate:
         return tuple(found)
 
     def _gate(self, x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+        if not self._by_channel:
+            return decay_gate(x[..., None], A_log, dt_bias, lower_bound=self._bound)[..., 0]
         if self._call is None:
             self._call = known_gate_of(x, A_log, dt_bias, self._bound)
         if self._call is None:

@@ -86,11 +86,19 @@ def prepared(
         raise InputError(f"A_log must be [{heads}], one per head of x, but got {[*A_log.shape]}")
     if dt_bias is None:
         dt_bias = x.new_zeros(heads * dim, dtype=torch.float32)
-    elif dt_bias.shape not in ((heads * dim,), (heads, dim)):
+    elif not _has_a_number_for_each(dt_bias, heads, dim):
         raise InputError(
             f"dt_bias must be [{heads * dim}] or [{heads}, {dim}], but got {[*dt_bias.shape]}"
         )
     return x.contiguous(), A_log.float(), dt_bias.float().reshape(heads * dim)
+
+
+def _has_a_number_for_each(dt_bias: Tensor, heads: int, dim: int) -> bool:
+    """[HG * K] or [HG, K]. Compared one by one: Dynamo (torch 2.13) says of sizes that it knows as
+    symbols that they are in no tuple of such."""
+    if dt_bias.dim() == 2:
+        return dt_bias.shape[0] == heads and dt_bias.shape[1] == dim
+    return dt_bias.dim() == 1 and dt_bias.shape[0] == heads * dim
 
 
 def _has_kernel(x: Tensor, *parameters: Tensor | None) -> bool:

@@ -17,14 +17,16 @@ from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime
-from gdn2gen.family.registry import CHANNEL_OPS
+from gdn2gen.family.registry import CHANNEL_OPS, recurrence_named
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.store.dispatch import Found, find_recipe, forced, surroundings
 
 # What starts and ends a kernel beside the bytes it moves, and makes small calls keep their gate.
 _LAUNCH_MS: Final = 0.005
-# Of a decay's gate: forward one; with the backward and its sums three.
+# Of a gate of channels: forward one; with the backward and its sums three. That of heads, a number
+# for all of a head's channels, is torch's: each of its passes is a launch and next to no bytes.
 _KERNELS: Final = (1, 3)
+_KERNELS_OF_HEADS: Final = (5, 20)
 _SWITCH: Final = ("GDN2GEN_GATE_APART",)
 _ON: Final = (("1",), (b"1",))
 _OFF: Final = (("0",), (b"0",))
@@ -58,8 +60,9 @@ def forced_apart() -> bool | None:
 
 
 def can_be_apart(problem: Problem) -> bool:
-    """Whether it has a gate, of a decay of channels: of heads there is no kernel for that."""
-    return problem.op in CHANNEL_OPS and problem.gate != "none"
+    """Whether it has a gate that makes a decay of its input, A_log and dt_bias."""
+    has = any(x.name == "A_log" for x in recurrence_named(problem.op).optional)
+    return has and problem.gate != "none"
 
 
 def is_apart(
@@ -158,6 +161,8 @@ def _ms(found: Found, regime: Regime, backward: bool) -> float | None:
 def _gate_ms(problem: Problem, regime: Regime, device: Device, backward: bool) -> float:
     """Of the kernels of the gate: what they read and write at the memory's pace, and launches."""
     assert device.memory_gbps is not None
+    if problem.op not in CHANNEL_OPS:
+        return _KERNELS_OF_HEADS[backward] * _LAUNCH_MS
     x, g = DTYPE[problem.gate_dtype].nbytes, DTYPE["fp32"].nbytes
     moved = x + g + (x + g + x if backward else 0)
     channels = regime.tokens * regime.heads * problem.K

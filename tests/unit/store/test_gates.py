@@ -40,7 +40,8 @@ def _by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     replace(LAYER, op="kda", beta_sigmoid=True, neg_eigval=True),
     replace(LAYER, gate="sigmoid", bound=5),
     replace(LAYER, initial_state=True, final_state=True),
-], ids=["gdn2", "kda", "bounded", "states"])  # fmt: skip
+    replace(LAYER, op="gated_delta_rule", beta_sigmoid=True),
+], ids=["gdn2", "kda", "bounded", "states", "a gate of heads"])  # fmt: skip
 def test_a_layers_call_runs_what_is_tuned_without_a_gate(problem: Problem, level: str) -> None:
     found = find_call(problem, TRAIN, H200, level=level)
     plain = without_gate(problem)
@@ -60,11 +61,10 @@ def test_a_layers_call_runs_what_is_tuned_without_a_gate(problem: Problem, level
         (Problem(), TRAIN),
         (replace(LAYER, varlen=True), SHAPES["varlen8k"].regime),  # the same plan either way
         (replace(LAYER, K=256, V=256), TRAIN),
-        (replace(LAYER, op="gated_delta_rule"), TRAIN),  # heads decay, not channels
         (LAYER, Regime(256, 1, 16)),
         (LAYER, Regime(1, 1, 1)),
     ],
-    ids=["no gate", "packed", "wide", "heads", "few", "one"],
+    ids=["no gate", "packed", "wide", "few", "one"],
 )
 def test_others_run_what_they_ran(problem: Problem, regime: Regime) -> None:
     assert not is_apart(problem, regime, H200)
