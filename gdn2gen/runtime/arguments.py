@@ -214,7 +214,8 @@ def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
         raise InputError(
             f"value heads must be a multiple of {first}'s heads, but got HV={HV}, H={H}"
         )
-    if HG not in (H, HV):
+    # one by one: torch.compile finds no symbol in a tuple that an op before this one made
+    if HG != H and HG != HV:
         name = signature.shown[signature.gate]
         raise InputError(f"{name} must have H={H} or HV={HV} heads, but got {HG}")
 
