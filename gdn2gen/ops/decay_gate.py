@@ -6,6 +6,8 @@ Tensors on a GPU run one generated kernel (the backward two), as the other parts
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from gdn2gen.kernels.rows import FARTHEST
 from gdn2gen.runtime.arguments import by_kernels, is_watched
 from gdn2gen.runtime.decay_gate import GATE, KnownGate
 from gdn2gen.runtime.dtypes import DTYPE_NAME
+
+# torch.compile knows no order between a set and what a mapping has (2.11).
+_DTYPES: Final = tuple(DTYPE_NAME)
 
 
 def decay_gate(
@@ -82,7 +87,7 @@ def prepared(
         raise InputError("the softplus gate needs A_log, got None; or give lower_bound")
     if A_log is None:
         A_log = x.new_zeros(heads, dtype=torch.float32)
-    elif A_log.shape != (heads,):
+    elif A_log.dim() != 1 or A_log.shape[0] != heads:
         raise InputError(f"A_log must be [{heads}], one per head of x, but got {[*A_log.shape]}")
     if dt_bias is None:
         dt_bias = x.new_zeros(heads * dim, dtype=torch.float32)
@@ -114,4 +119,4 @@ def _has_kernel(x: Tensor, *parameters: Tensor | None) -> bool:
     if heads * dim > FARTHEST or any([y.device != x.device for y in given]):
         return False
     strided = all([y.layout == torch.strided for y in given])
-    return strided and x.dtype in tuple(DTYPE_NAME)
+    return strided and x.dtype in _DTYPES
