@@ -80,7 +80,7 @@ SWIGLU_BACKWARD: Final = _swiglu(
     (Operand("dgate", "E"), Operand("dup", "E")),
 )
 
-_RUNS: Final[Domain] = (64, 128, 256, 512)
+_RUNS: Final[Domain] = (64, 128, 256)
 """Rows of the ring that a program takes."""
 WINDOW_STEP: Final = PartStage(
     made_for=WindowProblem,

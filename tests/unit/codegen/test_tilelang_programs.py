@@ -230,8 +230,7 @@ def test_segments_of_128_rows_are_two_warp_groups_in_one_program(stage):
         assert source.count("tile.annotate_min_blocks_per_sm(2)") == shared
     wide = config.replace(BV=128)
     # those of blocks have 96 in tiles of 128
-    narrow = 64 if "blocks" in stage else 96
-    problems = Problem(K=narrow), Problem(V=narrow)
-    for problem, size in zip(problems, ("128 of the transition", "128 rows"), strict=True):
-        assert size in str(why_invalid(wide, problem))
+    narrow, words = (64, "exceeds the 64") if "blocks" in stage else (96, "128 of the transition")
+    for problem in (Problem(K=narrow), Problem(V=narrow)):
+        assert words in str(why_invalid(wide, problem))
     assert "BV of 64, not 128" in str(why_invalid(wide.replace(segments="serial"), Problem()))
