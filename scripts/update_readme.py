@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also from a source tree that is not installed
 
 from gdn2gen.base.decay import WEAK  # noqa: E402
+from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.files import replace_file  # noqa: E402
+from gdn2gen.cli.options import parse_head_dim  # noqa: E402
 from gdn2gen.family.mamba3_problem import MAMBA3  # noqa: E402
 from gdn2gen.family.registry import OPS, recurrence_named  # noqa: E402
 from gdn2gen.family.shapes import NAMED_SHAPES as SHAPES  # noqa: E402
@@ -79,7 +81,8 @@ def pages(root: Path) -> dict[Path, str]:
     documents = [read_results(file) for file in files]
     found = members(documents)
     parts = [section(x, on_file(root, file.name)) for x, file in zip(documents, files, strict=True)]
-    tables = {"family": "\n".join(family(found)), "results": "\n\n".join(parts) or NOTHING}
+    filed = filed_times(root, found.gpu)
+    tables = {"family": "\n".join(family(found, filed)), "results": "\n\n".join(parts) or NOTHING}
     made = {}
     for path in (root / "README.md", root / "docs/results.md"):
         if path.exists():
@@ -110,6 +113,8 @@ class Members(NamedTuple):
 # As many tokens as train4k, the first shape of a run, at which FLA's forward waited for the host:
 # 1.55 ms on an H200 that takes 1.05 at train2k.
 SHOWN: Final = "train2k"
+FILED: Final = "train4k"
+"""The shape at which all members were searched."""
 
 
 def shown(op: str) -> str:
@@ -146,11 +151,32 @@ def members(documents: Iterable[dict[str, Any]]) -> Members:
     return best
 
 
-def family(found: Members) -> Iterator[str]:
+def filed_times(root: Path, gpu: str) -> dict[str, str]:
+    """Forward, and forward and backward, in ms of the GPU alone, of what is on file for members at
+    their usual head dims and shape."""
+    found = {}
+    for path in root.glob(f"tuned/*/{slug_of(gpu)}.json"):
+        file = load_tuned(path)
+        usual = recurrence_named(path.parent.name).usual
+        regime = SHAPES[(*usual.shapes, FILED)[0]].regime
+        times = [
+            (x.measured["forward_backward_ms"], x.measured["forward_ms"])
+            for x in (file.entries if file else ())
+            if (x.problem_key["K"], x.problem_key["V"]) == parse_head_dim(usual.head_dims[0])
+            and (x.regime, x.level, x.decay) == (regime, LEVELS[0], WEAK)
+            and x.problem_key["dtype"] == "bf16"
+            and x.provenance == "measured"
+        ]
+        if times:
+            found[path.parent.name] = "{1:.3f} / {0:.3f}".format(*min(times))
+    return found
+
+
+def family(found: Members, filed: Mapping[str, str]) -> Iterator[str]:
     """The members of the family that have kernels, and what one call takes beside its peer's."""
     titles = ("op", "S_t =", "a token's tensors", "forward, ms", "forward+backward", "a peer takes")
-    yield line([*titles])
-    yield "|---|---|---|---:|---:|---:|"
+    yield line([*titles, "on file, GPU alone"])
+    yield "|---|---|---|---:|---:|---:|---:|"
     for name in OPS:
         member = recurrence_named(name)
         dims: dict[str, list[str]] = {}
@@ -160,8 +186,9 @@ def family(found: Members) -> Iterator[str]:
         public = member.public
         names = [public.chunk, *([public.elsewhere.split(".")[-1]] if public.elsewhere else [])]
         op = f"{', '.join(f'`{x}`' for x in names)}: {member.title} ({member.source})"
-        yield line([op, f"`{member.update}`", tensors, *beside_peer(found.rows.get(name))])
-    yield line([*MAMBA3_CELLS, *beside_peer(found.rows.get(MAMBA3))])
+        times = [*beside_peer(found.rows.get(name)), filed.get(name, "-")]
+        yield line([op, f"`{member.update}`", tensors, *times])
+    yield line([*MAMBA3_CELLS, *beside_peer(found.rows.get(MAMBA3)), "-"])
 
 
 def beside_peer(row: Row | None) -> list[str]:

@@ -9,7 +9,7 @@ import gate_cases
 import pytest
 import torch
 from gate_cases import Gate, apart
-from gpu_support import DEVICE
+from gpu_support import DEVICE, other_stream
 from part_cases import BOUNDS
 
 from gdn2gen.family.inputs import make_inputs
@@ -84,13 +84,16 @@ def test_a_captured_step(op: str, fast: bool) -> None:
 
     def step() -> list[torch.Tensor]:
         o, _ = public_op(op)(**leaves, **flags)
-        return [o, *torch.autograd.grad(o.float().square().sum(), [*leaves.values()])]
+        gradients = torch.autograd.grad(o.float().square().sum(), [*leaves.values()])
+        # a result with its graph would hold on to nodes of the stream that it was made on
+        return [o.detach(), *gradients]
 
     with apart(False):
         within = step()
     with apart(True):
-        for _ in range(3):
-            eager = step()
+        with other_stream():
+            for _ in range(3):
+                eager = step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step()
