@@ -125,5 +125,10 @@ def test_served(op: str, run: Check) -> None:
     run("served", op)
 
 
+@pytest.mark.parametrize("op", [*OPS, None])
+def test_a_second_derivative_is_refused(op: str | None, interpreter: Check) -> None:
+    interpreter("gate_cases:refuses_twice", op)
+
+
 def test_checkpointed(run: Check) -> None:
     run("checkpointed", "gdn2")
