@@ -44,7 +44,8 @@ class _CrossEntropy(torch.autograd.Function):
         parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
         for part, target in parts:
             log = functional.log_softmax(part, -1, dtype=wide)
-            place = target.clamp(min=0)[:, None]
+            # others that are no token are refused, as torch refuses them
+            place = target.masked_fill(target == IGNORED, 0)[:, None]
             own = log.gather(1, place)
             losses.append(own[:, 0])
             if wanted:

@@ -61,7 +61,9 @@ def decay_gate(
         return known(*prepared(x, A_log, dt_bias, lower_bound))
     if not _has_kernel(x, A_log, dt_bias):
         wide = torch.promote_types(x.dtype, torch.float32)
-        return activate_gate(x.to(wide), A_log, dt_bias, lower_bound).to(wide)
+        # of a rate in 16 bits, so that its exponential is not rounded to them
+        rate = None if A_log is None else A_log.to(torch.promote_types(A_log.dtype, wide))
+        return activate_gate(x.to(wide), rate, dt_bias, lower_bound).to(wide)
     g: Tensor = GATE(*prepared(x, A_log, dt_bias, lower_bound), lower_bound)
     return g
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.parts import DecayGateProblem
 from gdn2gen.kernels.parts import (
     DECAY_GATE,
@@ -112,12 +112,17 @@ def _gradients(ctx: Any, dg: Tensor) -> tuple[Any, ...]:
     return (*_BACKWARD(dg, *ctx.saved_tensors, ctx.lower_bound), None)
 
 
+def _refuse_twice(ctx: Any, *_: Any) -> Any:
+    raise UnsupportedError("a decay's gate can be differentiated once, backwards, not twice")
+
+
 _TENSORS: Final = "Tensor x, Tensor A_log, Tensor dt_bias, float? lower_bound"
 _BACKWARD: Final = parts_ops._define(
     "decay_gate_backward",
     f"(Tensor dg, {_TENSORS}) -> (Tensor, Tensor, Tensor)",
     gate_backward,
     _backward_fake,
+    _refuse_twice,
 )
 GATE: Final = parts_ops._define(
     "decay_gate", f"({_TENSORS}) -> Tensor", gate, _fake, _gradients, _save
@@ -134,7 +139,7 @@ class KnownGate(part_calls._Call):
         self, x: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | None
     ) -> None:
         super().__init__(x.device)
-        self._bound, self._problem = lower_bound, gate_problem(x, lower_bound)
+        self.bound, self._problem = lower_bound, gate_problem(x, lower_bound)
         self._sizes = _Sizes(x, lower_bound)
         device = x.device
         self._make_g = maker(tuple(x.shape), torch.float32, device)
@@ -156,7 +161,7 @@ class KnownGate(part_calls._Call):
     def forward(self, *given: Tensor) -> Tensor:
         if not self.is_usual(given, False):
             x, A_log, dt_bias = given
-            return gate(x, A_log, dt_bias, self._bound)
+            return gate(x, A_log, dt_bias, self.bound)
         g = self._make_g()
         self._forward(*given, g)
         return g
@@ -166,7 +171,7 @@ class KnownGate(part_calls._Call):
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = x, A_log, dt_bias, dg
         if not self.is_usual(given, False):
-            return gate_backward(dg, x, A_log, dt_bias, self._bound)
+            return gate_backward(dg, x, A_log, dt_bias, self.bound)
         if self._backward is None:
             self._backward = self._plan_backward()
         launch, make_partial = self._backward
@@ -190,6 +195,9 @@ class _Gate(torch.autograd.Function):
         return call.forward(*given)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Any, ...]:
+        """Where a graph is made of it by the op, which refuses: what `once_differentiable` returns
+        hangs together with nothing, and what goes through it would be left out without a word."""
+        if torch.is_grad_enabled():
+            return (None, *_BACKWARD(dg, *ctx.saved_tensors, ctx.call.bound))
         return (None, *ctx.call.backward(dg, *ctx.saved_tensors))

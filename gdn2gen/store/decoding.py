@@ -123,7 +123,8 @@ def _serving(
         if dict(entry.at) != known:
             continue
         try:
-            config = default_config(RECURRENT.name, problem, arch=arch).replace(**entry.knobs)
+            default = default_config(RECURRENT.name, problem, arch=arch)
+            config = Config.of(RECURRENT.name, {**default, **entry.knobs})
         except Gdn2genError:
             continue
         fits = why_invalid(config, problem, arch) is None

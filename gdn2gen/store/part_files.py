@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -93,7 +94,9 @@ class PartsFile:
 
 def is_time(value: object) -> TypeGuard[float]:
     """Whether a file gives milliseconds that something may have taken."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max  # an int may be beyond all floats, and below infinity
 
 
 def parts_path(folder: Path, op: str, device: Device) -> Path:

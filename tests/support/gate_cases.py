@@ -21,11 +21,11 @@ from part_cases import Knobs, forced
 from torch import Tensor
 
 from gdn2gen.base.environment import verifying
-from gdn2gen.base.errors import InputError
+from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.activations import activate_gate
 from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _gates
-from gdn2gen.ops.decay_gate import decay_gate
+from gdn2gen.ops.decay_gate import decay_gate, prepared
 from gdn2gen.runtime import decay_gate as kernels
 from gdn2gen.runtime import passes
 
@@ -187,7 +187,7 @@ def _all(
     return {"o": o.detach(), "state": state.detach(), **dict(zip(wanted, found, strict=True))}
 
 
-def repeated(op: str, device: str = "cpu") -> int:
+def repeated(op: str, device: str = "cpu", parameters: torch.dtype = torch.float32) -> int:
     """Calls like one before have its bits, with gradients and without; how many gates ran by what
     was kept of the first."""
     seen: list[Any] = []
@@ -198,6 +198,8 @@ def repeated(op: str, device: str = "cpu") -> int:
         return forward(self, *given)
 
     given = call(op)
+    given["A_log"] = torch.tensor([-1.37, 1.71]).to(parameters)  # of which no exp is short
+    given["dt_bias"] = given["dt_bias"].to(parameters)
     with apart(True), patch.object(kernels.KnownGate, "forward", watched):
         first = _all(given, op, device)
         for _ in range(2):
@@ -247,6 +249,30 @@ def served(op: str, device: str = "cpu") -> bool:
         found.append([o, pool, more[0], more[2]])
     for one, other in zip(*found, strict=True):
         assert float((one - other).abs().max()) <= LIMIT * float(one.abs().max())
+    return True
+
+
+def refuses_twice(op: str | None) -> bool:
+    """A gradient of a gradient is refused, of a call and of the gate alone, also where torch would
+    do without what it takes for no part of the graph; by the op, too."""
+    given = call(op or "gdn2")
+    g, A_log = (given[x].requires_grad_() for x in ("g", "A_log"))
+    for ran in range(3):
+        if op is not None:
+            with apart(True), verifying():
+                y, _ = public_op(op)(**given)
+        elif ran == 2:
+            y = kernels.GATE(*prepared(g, A_log, None, None), None)
+        else:
+            y = decay_gate(g, A_log)
+        for into in (g, A_log):
+            (once,) = torch.autograd.grad(y.square().sum(), into, create_graph=True)
+            try:
+                torch.autograd.grad(once.square().sum() + g.sum() + A_log.sum(), [g, A_log])
+            except UnsupportedError as error:
+                assert "differentiated once" in str(error)
+            else:
+                raise AssertionError("a second derivative was none")
     return True
 
 

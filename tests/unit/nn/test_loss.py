@@ -95,6 +95,14 @@ def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(frozen, with_gradients)
 
 
+@pytest.mark.parametrize("target", [-1, -101, WORDS])
+def test_targets_that_are_no_token_are_refused(target: int) -> None:
+    x, weight, targets = _given(torch.float32)
+    targets[0, 0] = target
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        _loss.cross_entropy(x, weight, targets)
+
+
 def test_of_nothing_as_torch_has_it() -> None:
     x, weight, targets = _given(torch.float32)
     assert _loss.cross_entropy(x, weight, torch.full_like(targets, -100)).isnan()

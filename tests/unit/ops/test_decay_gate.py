@@ -101,9 +101,15 @@ def test_calls_beside_fp64(op: str, level: str, interpreter: Check) -> None:
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.parametrize("parameters", [torch.float32, BF16])
 @pytest.mark.parametrize("op", OPS)
-def test_calls_like_one_before(op: str, interpreter: Check) -> None:
-    interpreter("gate_cases:repeated", op)
+def test_calls_like_one_before(op: str, parameters: torch.dtype, interpreter: Check) -> None:
+    interpreter("gate_cases:repeated", op, "cpu", parameters)
+
+
+def test_on_the_host_a_rate_in_16_bits_is_exact() -> None:
+    x, A_log = torch.randn(5, 2, 8), torch.tensor([-1.37, 1.71]).bfloat16()
+    assert torch.equal(decay_gate(x, A_log), decay_gate(x, A_log.float()))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -117,6 +123,11 @@ CHECKS: Final = gate_cases
 @pytest.mark.parametrize("op", OPS)
 def test_served(op: str, run: Check) -> None:
     run("served", op)
+
+
+@pytest.mark.parametrize("op", [*OPS, None])
+def test_a_second_derivative_is_refused(op: str | None, interpreter: Check) -> None:
+    interpreter("gate_cases:refuses_twice", op)
 
 
 def test_checkpointed(run: Check) -> None:

@@ -99,8 +99,9 @@ def test_others_templates_and_knobs_are_passed_over(path: Path) -> None:
     assert nearest_decoding(STEP, 4096, H200) is None
     merge_decoding(path, METADATA, [entry_of(knobs={"BV": 12})])
     assert nearest_decoding(STEP, 4096, H200) is None
-    merge_decoding(path, METADATA, [entry_of(knobs={"BV": 8, "other": 1})])
-    assert nearest_decoding(STEP, 4096, H200) is None
+    for name in ("other", "self"):
+        merge_decoding(path, METADATA, [entry_of(knobs={"BV": 8, name: 1})])
+        assert nearest_decoding(STEP, 4096, H200) is None
 
 
 def test_one_of_the_same_sizes_takes_the_place_of_the_other(path: Path) -> None:
@@ -120,6 +121,14 @@ def test_one_of_the_same_sizes_takes_the_place_of_the_other(path: Path) -> None:
         ({"entries": [{**vars(entry_of()), "programs": "many"}]}, "programs is 'many'"),
         ({"entries": [{**vars(entry_of()), "knobs": {"BV": 1.5}}]}, "neither a number nor a text"),
         ({"entries": [{**vars(entry_of()), "measured": {"us": 0}}]}, "us must be microseconds"),
+        (
+            {
+                "entries": [
+                    vars(entry_of(measured=dict.fromkeys(("us", "rule_us", "copy_us"), 10**400)))
+                ]
+            },
+            "us must be microseconds",
+        ),
         (
             {"entries": [vars(entry_of(measured={"us": 9.0, "rule_us": 90.0, "copy_us": 65.0}))]},
             "no step takes half of what a copy",
