@@ -150,7 +150,8 @@ def file(
             errors=errors,
         )
         path = decoding_path(folder, problem.op, device)
-        merge_decoding(path, metadata_for(device, toolchain(), command_line()), [entry])
+        command = command_line("python scripts/decode_time.py", less=("--into",))
+        merge_decoding(path, metadata_for(device, toolchain(), command), [entry])
         return f"{said}filed: {path}"
     return f"{said}nothing is filed"
 

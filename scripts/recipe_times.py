@@ -192,7 +192,8 @@ def file(candidate: Candidate, shape: Shape, folder: Path) -> str:
     entries = entries_of(Verdict(shape, recipe.level, measured, None, tied=False))
     path = tuned_files.tuned_path(folder, recipe.problem.op, device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = tuned_files.metadata_for(device, toolchain(), command_line())
+    command = command_line("python scripts/recipe_times.py", less=("--into", "--turn"))
+    metadata = tuned_files.metadata_for(device, toolchain(), command)
     merged = tuned_files.merge_entries(path, metadata, entries)
     filed = any(x in merged.entries for x in entries)
     return f"{'filed' if filed else 'no better than what is there'}: {path}"

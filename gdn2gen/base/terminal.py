@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -57,9 +57,16 @@ def status(where: Console) -> Iterator[Callable[[str], None]]:
         yield lambda words: line.update(Text(plain(words)))
 
 
-def command_line() -> str:
-    """The command that runs, as a shell takes it."""
-    return shlex.join(["gdn2gen", *sys.argv[1:]])
+def command_line(program: str = "gdn2gen", *, less: Container[str] = ()) -> str:
+    """The command that runs, as a shell takes it, but for the options of `less`: they say where
+    files of this machine lie, and what they name is no part of what was measured."""
+    words, skipped = [], False
+    for word in sys.argv[1:]:
+        name, given, _ = word.partition("=")
+        if not skipped and name not in less:
+            words.append(word)
+        skipped = not skipped and name in less and not given
+    return f"{program} {shlex.join(words)}".rstrip()
 
 
 def plain(text: str) -> str:

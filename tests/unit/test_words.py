@@ -315,6 +315,9 @@ def test_diff_and_report_as_json(tmp_path: Path, capsys: Any) -> None:
 def test_the_command_on_file_is_as_a_shell_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["x", "tune", "--target", "RTX 4090"])
     assert terminal.command_line() == "gdn2gen tune --target 'RTX 4090'"
+    for words in (["--into", "a b", "lean"], ["--into=a b", "lean"], ["lean", "--into", "x"]):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words])
+        assert terminal.command_line("python x.py", less=("--into",)) == "python x.py lean"
 
 
 def test_explain_says_where_a_call_is_refused(capsys: Any) -> None:

@@ -160,7 +160,7 @@ def test_the_fastest_that_is_right_is_filed_and_calls_run_it(
     rule = decoding.by_rule(PROBLEM, 64, 16, gpu)
     fastest, second = rule.replace(BV=8, tiles=4, loads="ahead"), rule.replace(loads="ahead")
     monkeypatch.setattr(script, "toolchain", dict)
-    monkeypatch.setattr(script, "command_line", lambda: "decode_time.py")
+    monkeypatch.setattr(script, "command_line", lambda *_, **__: "decode_time.py")
     verdicts = {fastest: ({"o": 0.1}, "o 1.0e-01 above 1.0e-02"), second: ({"o": 0.003}, "")}
     monkeypatch.setattr(script, "checked", lambda _, config: verdicts[config])
     step = script.Timed("a step", lambda: None, lambda _: 0.0, lambda: 16.3, 64, 16)
