@@ -10,8 +10,7 @@ buffers come from torch's allocator of the host, by the same C function as a GPU
 the figures: the driver itself, and autograd's own thread for a GPU. TileLang's programs are
 compiled for sm_90 first, which takes minutes, and kept in GDN2GEN_CACHE_DIR.
 
-Launches are bound, unless GDN2GEN_BOUND=0; those of TileLang's programs past their host code where
-GDN2GEN_BOUND=recorded.
+Launches are bound, unless GDN2GEN_BOUND=0.
 
 The least of 400 runs of ten calls, in processor time of the thread: other processes change it by
 some 10%, so figures of two versions compare if they are taken in turns. `host_time.py` times the

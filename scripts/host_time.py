@@ -8,7 +8,7 @@ least of six runs: what a program pays whose GPU is behind, unless the GPU is sl
 median of 40: the GPU cannot hold it back. Beside them stands how long the GPU works on it, of a
 CUDA graph: where that is no less than `queued`, `queued` says nothing of the host. And how many of
 its passes went the way of bound launches, of how many, counted, and how many of their launches ran
-the host code of a TileLang program (none, where GDN2GEN_BOUND=recorded). A decoding step is one
+the host code of a TileLang program (none, unless GDN2GEN_BOUND=programs). A decoding step is one
 token of one sequence, its state in a slot of a pool.
 
 Autograd runs the backward of a GPU's tensors in a thread of its own: once in each `backward()`,

@@ -91,9 +91,9 @@ def binds_launches() -> bool:
 
 
 def records_programs() -> bool:
-    """Whether launches of TileLang's programs are bound without these: if GDN2GEN_BOUND=recorded,
-    until a GPU has run them so. Asked, and lasting, as `binds_launches`."""
-    return os.environ.get("GDN2GEN_BOUND", "") == "recorded"
+    """Whether launches of TileLang's programs are bound without these, unless
+    GDN2GEN_BOUND=programs. Asked, and lasting, as `binds_launches`."""
+    return os.environ.get("GDN2GEN_BOUND", "") != "programs"
 
 
 def is_batch_invariant() -> bool:
