@@ -16,11 +16,8 @@ that no search asks for have no other way into an entry.
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -32,7 +29,6 @@ from stage_times import knob, problem_of  # noqa: E402
 
 from gdn2gen.base.device import Device, present_device, toolchain  # noqa: E402
 from gdn2gen.base.errors import ConfigError  # noqa: E402
-from gdn2gen.base.files import locked  # noqa: E402
 from gdn2gen.base.terminal import command_line  # noqa: E402
 from gdn2gen.family.problem import Problem  # noqa: E402
 from gdn2gen.family.shapes import Shape, parse_shapes  # noqa: E402
@@ -44,12 +40,11 @@ from gdn2gen.kernels.recipe import Recipe, fitted  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.measure.check import CheckResult  # noqa: E402
+from gdn2gen.measure.turn import in_turn  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 from gdn2gen.tuning.gpu.jobs import RecipeTiming  # noqa: E402
 
 TURNS: Final = 2
-# For all others to be compiled and checked: four of TileLang's at a size take two minutes.
-MOST_S: Final = 400.0
 
 
 @dataclass(frozen=True)
@@ -199,17 +194,6 @@ def file(candidate: Candidate, shape: Shape, folder: Path) -> str:
     return f"{'filed' if filed else 'no better than what is there'}: {path}"
 
 
-def wait_for_turn(turn: Path, seconds: float = MOST_S, every: float = 0.1) -> None:
-    """Say in FILE.ready that all is checked, and wait until there is a FILE."""
-    with Path(f"{turn}.ready").open("a") as ready:
-        ready.write(f"{os.getpid()}\n")
-    until = time.monotonic() + seconds
-    while not turn.exists():
-        if time.monotonic() > until:
-            raise ConfigError(f"no {turn} in {seconds:.0f} s: make it when all others are ready")
-        time.sleep(every)
-
-
 def checked_recipes(
     asked: Sequence[tuple[Sequence[str], Recipe]], full: bool
 ) -> Iterator[Candidate]:
@@ -250,10 +234,7 @@ def main(member: str, shape: str, *words: str) -> None:
     if not turns:  # else the cores are busy with the others
         compile_all([x for _, x in asked], device, in_full=bool(folders))
     candidates = [*checked_recipes(asked, full=bool(folders))]
-    with ExitStack() as held:
-        for turn in turns:
-            wait_for_turn(turn)
-            held.enter_context(locked(turn))
+    with in_turn(turns[0] if turns else None):
         time_all(candidates, sizes)
         for each in candidates if "--kernels" in words else ():
             print(each.words)

@@ -84,6 +84,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"merge the rows into {RESULTS_DIR}/<gpu>.json, from which the README's table is made",
     )
+    parser.add_argument(
+        "--turn",
+        type=some_path,
+        metavar="FILE",
+        help="of several benches that share a GPU: say in FILE.ready that all is compiled and "
+        "checked, and time once FILE is there, one bench at a time",
+    )
     parser.set_defaults(run=bench)
 
 
@@ -150,7 +157,7 @@ def _bench_one(args: argparse.Namespace, level: str, path: Path, device: Device)
                 save_results(path, done)  # at once: a run that is cut short keeps what it has
 
         options: dict[str, Any] = {
-            "vs": vs, "stages": args.stages, "level": level, "on_row": show,
+            "vs": vs, "stages": args.stages, "level": level, "on_row": show, "turn": args.turn,
         }  # fmt: skip
         by_channel, decay = args.op in CHANNEL_OPS, WEAK
         if args.op == MAMBA3:

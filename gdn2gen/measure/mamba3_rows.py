@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from gdn2gen.measure.peers import mamba3_op, untuned
 from gdn2gen.measure.rows import Row, StageRow, of_peer
 from gdn2gen.measure.sides import ACCURACY_PATTERNS, DECAY_PATTERN, DECAYS, Errors, Side, Times
 from gdn2gen.measure.timing import copy_gbps, peak_mib, product_tflops, time_ms
+from gdn2gen.measure.turn import in_turn
 from gdn2gen.runtime.mamba3_loaded import tile_at
 
 # A reference goes token by token.
@@ -47,16 +49,17 @@ def bench_mamba3(
     stages: bool = False,
     level: str = "lean",
     on_row: Callable[[Row], None] | None = None,
+    turn: Path | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU, with D and Z, without and with states packed.
 
     `level`: of our scan; mamba_ssm's op knows none. Backward is timed as forward+backward of `out`,
-    for a gradient of every input. A peer that raises is left out, as by `bench_shapes`. Raises
-    DeviceError without a GPU, and UnsupportedError when a peer is asked for and not installed.
+    for a gradient of every input. A peer that raises is left out, and `turn` is waited for, as by
+    `bench_shapes`. Raises DeviceError without a GPU, and UnsupportedError when a peer is asked for
+    and not installed.
     """
     from gdn2gen.ops.mamba3 import mamba3_siso_combined
 
-    gbps = copy_gbps()
     own = partial(mamba3_siso_combined, disable_recompute=level == "fast")
     theirs = mamba3_op(vs) if vs else None
     base = Mamba3Problem(dtype=dtype, state_size=K, head_dim=V, angles=K // 4, skip=True, gate=True)
@@ -64,28 +67,42 @@ def bench_mamba3(
     beside = of_peer(vs, partial(worst_errors, theirs, base, peer=True)) if theirs else None
     if theirs and beside:
         given.append(_Timed(theirs, beside))
-    rows = []
-    for shape in shapes:
+    for shape in shapes if turn is not None else ():
         problem = replace(base, packed=shape.cu_seqlens is not None)
-        both = partial(measure_in_turns, given, problem, shape)
-        sides = of_peer(vs, both, f" at {shape.name}") if len(given) == 2 else None
-        ours, *others = sides or measure_in_turns(given[:1], problem, shape)
-        row = Row(
-            shape=shape,
-            problem=problem,
-            level=level,
-            recipe=_recipe_name(problem, shape, level),
-            ours=ours,
-            fla=others[0] if others else None,
-            floor_forward_ms=_floor_ms(problem, shape, False, gbps),
-            floor_forward_backward_ms=_floor_ms(problem, shape, True, gbps),
-            peer=vs or "mamba_ssm",
-            stages=_stage_rows(problem, shape) if stages else [],
-        )
-        rows.append(row)
-        if on_row is not None:
-            on_row(row)
+        _called(own, problem, shape)
+        if theirs and len(given) == 2:
+            of_peer(vs, partial(_called, theirs, problem, shape), f" at {shape.name}")
+    rows = []
+    with in_turn(turn):
+        gbps = copy_gbps()
+        for shape in shapes:
+            problem = replace(base, packed=shape.cu_seqlens is not None)
+            both = partial(measure_in_turns, given, problem, shape)
+            sides = of_peer(vs, both, f" at {shape.name}") if len(given) == 2 else None
+            ours, *others = sides or measure_in_turns(given[:1], problem, shape)
+            row = Row(
+                shape=shape,
+                problem=problem,
+                level=level,
+                recipe=_recipe_name(problem, shape, level),
+                ours=ours,
+                fla=others[0] if others else None,
+                floor_forward_ms=_floor_ms(problem, shape, False, gbps),
+                floor_forward_backward_ms=_floor_ms(problem, shape, True, gbps),
+                peer=vs or "mamba_ssm",
+                stages=_stage_rows(problem, shape) if stages else [],
+            )
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
     return rows
+
+
+def _called(op: Op, problem: Mamba3Problem, shape: Shape) -> None:
+    """Forward and backward once, for what the first call compiles and chooses."""
+    made = layer_inputs(problem, shape)
+    _, both = _runs(op, made, torch.randn_like(made["V"]))
+    both()
 
 
 def worst_errors(op: Op, problem: Mamba3Problem, *, peer: bool) -> dict[str, Errors]:
@@ -127,6 +144,14 @@ def measure_in_turns(given: Sequence[_Timed], problem: Mamba3Problem, shape: Sha
 
 
 def _times(op: Op, made: dict[str, Tensor], dout: Tensor) -> tuple[Times, Callable[[], Any]]:
+    run, both = _runs(op, made, dout)
+    return Times(time_ms(torch.no_grad()(run)), time_ms(both)), both
+
+
+def _runs(
+    op: Op, made: dict[str, Tensor], dout: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
+    """A forward, and one with the backward."""
     floating = {x: y for x, y in made.items() if y.is_floating_point()}
     leaves = {x: y.detach().requires_grad_() for x, y in floating.items()}
     angles = made["Angles"][:, :, :1].clone().requires_grad_()
@@ -140,7 +165,7 @@ def _times(op: Op, made: dict[str, Tensor], dout: Tensor) -> tuple[Times, Callab
     def both() -> Any:
         return torch.autograd.grad(run(), [*leaves.values()], dout)
 
-    return Times(time_ms(torch.no_grad()(run)), time_ms(both)), both
+    return run, both
 
 
 def _floor_ms(problem: Mamba3Problem, shape: Shape, backward: bool, gbps: float) -> float:

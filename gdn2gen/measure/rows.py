@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -16,7 +17,13 @@ from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_paramete
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
+from gdn2gen.measure.accuracy import (
+    LOWER_BOUND,
+    OpFunction,
+    inputs_of,
+    output_gradients,
+    run_op,
+)
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import (
     Errors,
@@ -35,6 +42,7 @@ from gdn2gen.measure.timing import (
     symbol_sizes,
     time_ms,
 )
+from gdn2gen.measure.turn import in_turn
 
 T = TypeVar("T")
 
@@ -139,6 +147,7 @@ def bench_shapes(
     bound: int = 0,
     decay: str = WEAK,
     on_row: Callable[[Row], None] | None = None,
+    turn: Path | None = None,
 ) -> list[Row]:
     """Measure each shape on the present GPU; with `stages` also stage by stage.
 
@@ -147,47 +156,73 @@ def bench_shapes(
     `vs`: a peer of `peers`. A member whose output may go through a gate is measured without it,
     then with it. Backward is timed as forward+backward of `o` with a random dO. A peer that raises,
     as flash-linear-attention does where it knows that a Triton miscompiles it, is left out with a
-    warning that says what it said. Raises DeviceError without a GPU, and UnsupportedError when a
-    peer is asked for and not installed.
+    warning that says what it said. `turn`: as in `measure.turn`, once all has been called. Raises
+    DeviceError without a GPU, and UnsupportedError when a peer is asked for and not installed.
     """
-    gbps = copy_gbps()
     ours, theirs = our_op(op, level, decay), peer_op(vs, op, level) if vs else None
     errors: dict[Problem, list[dict[str, Errors]]] = {}
-    rows = []
-    given = [bench_problem(op, K, V, dtype, gate, l2norm, x, bound) for x in shapes]
-    pairs = [
-        (y, shape)
-        for shape, x in zip(shapes, given, strict=True)
-        for y in ([replace(x, has_z=False), x] if x.has_z else [x])
-    ]
+    pairs = [*_gated_and_not(shapes, op, K, V, dtype, gate, l2norm, bound)]
     for problem, shape in pairs:
         dense = replace(problem, varlen=False)
         if dense not in errors:
             beside = of_peer(vs, partial(worst_errors, theirs, dense)) if theirs else None
             errors[dense] = [worst_errors(ours, dense), *([beside] if beside else [])]
-        # a peer that raised has no errors
-        sides = None
-        if theirs and len(errors[dense]) == 2:
-            both = partial(measure_in_turns, [ours, theirs], errors[dense], problem, shape)
-            sides = of_peer(vs, both, f" at {shape.name}")
-        mine, *others = sides or measure_in_turns([ours], errors[dense][:1], problem, shape)
-        row = Row(
-            shape=shape,
-            problem=problem,
-            level=level,
-            recipe=_recipe_name(problem, shape, level, decay),
-            ours=mine,
-            fla=others[0] if others else None,
-            floor_forward_ms=floor_ms(problem, shape, False, gbps),
-            floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
-            peer=vs or "fla",
-            stages=bench_stages(problem, shape, level, decay) if stages else [],
-            decay=decay,
-        )
-        rows.append(row)
-        if on_row is not None:
-            on_row(row)
+        if turn is not None:
+            _called(ours, problem, shape)
+            if theirs and len(errors[dense]) == 2:
+                of_peer(vs, partial(_called, theirs, problem, shape), f" at {shape.name}")
+    rows = []
+    with in_turn(turn):
+        gbps = copy_gbps()
+        for problem, shape in pairs:
+            known = errors[replace(problem, varlen=False)]
+            # a peer that raised has no errors
+            sides = None
+            if theirs and len(known) == 2:
+                both = partial(measure_in_turns, [ours, theirs], known, problem, shape)
+                sides = of_peer(vs, both, f" at {shape.name}")
+            mine, *others = sides or measure_in_turns([ours], known[:1], problem, shape)
+            row = Row(
+                shape=shape,
+                problem=problem,
+                level=level,
+                recipe=_recipe_name(problem, shape, level, decay),
+                ours=mine,
+                fla=others[0] if others else None,
+                floor_forward_ms=floor_ms(problem, shape, False, gbps),
+                floor_forward_backward_ms=floor_ms(problem, shape, True, gbps),
+                peer=vs or "fla",
+                stages=bench_stages(problem, shape, level, decay) if stages else [],
+                decay=decay,
+            )
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
     return rows
+
+
+def _gated_and_not(
+    shapes: Sequence[Shape],
+    op: str,
+    K: int,
+    V: int,
+    dtype: str,
+    gate: str,
+    l2norm: bool,
+    bound: int,
+) -> Iterator[tuple[Problem, Shape]]:
+    """Problems at each shape: one, or two where the output may go through a gate."""
+    for shape in shapes:
+        problem = bench_problem(op, K, V, dtype, gate, l2norm, shape, bound)
+        if problem.has_z:
+            yield replace(problem, has_z=False), shape
+        yield problem, shape
+
+
+def _called(function: OpFunction, problem: Problem, shape: Shape) -> None:
+    """Forward and backward once, for what the first call compiles and chooses."""
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    run_op(function, problem, inputs, output_gradients(problem, shape, 0, "cuda"))
 
 
 def of_peer(name: str | None, measure: Callable[[], T], where: str = "") -> T | None:

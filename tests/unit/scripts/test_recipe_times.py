@@ -213,12 +213,3 @@ def test_what_is_wrong_is_neither_timed_nor_filed(
     assert asked == ["check_full" if full else "check_quick"] * 2
     assert "lean: dq 3.0e-03" in (said := capsys.readouterr().out)
     assert "fast: wrong, dq is off" in said
-
-
-def test_turns_are_waited_for(script: Any, tmp_path: Path) -> None:
-    turn = tmp_path / "turn"
-    with pytest.raises(ConfigError, match="when all others are ready"):
-        script.wait_for_turn(turn, seconds=0.2, every=0.05)
-    turn.touch()
-    script.wait_for_turn(turn, seconds=0.2)
-    assert len(Path(f"{turn}.ready").read_text().split()) == 2
