@@ -1,9 +1,8 @@
 """What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
 
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
-    python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's
+    python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's, side by side
     python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
-    python scripts/head_dims.py warm [K[,V] ...]      # ours, for a later measure or ours
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
 
@@ -19,9 +18,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from gdn2gen.base.environment import VERIFYING
@@ -40,6 +41,8 @@ NS: Final = 1e6 / (SHAPE.B * SHAPE.T * SHAPE.H)
 MOST_S: Final = 500.0
 # Each has a context on the GPU, tensors of train4k and compilers of its own.
 MOST_SIDE_BY_SIDE: Final = 8
+# Ours have no configs to try, and wait for each other with 4 GB at most.
+MOST_OF_OURS: Final = 24
 SQUARES: Final = tuple(f"{size}" for size in DIMS["K"])
 _STYLE: Final = """<style>
 text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
@@ -53,34 +56,66 @@ def problem_of(size: str) -> Problem:
     return Problem(K=int(K), V=int(V or K))
 
 
-def measure(sizes: Iterable[str], names: tuple[str, ...] = ("ours", "fla")) -> None:
+def measure(sizes: Iterable[str]) -> None:
     """Times of our op and FLA's, size by size; each is written as soon as it is there."""
-    from gdn2gen.store.dispatch import find_recipe
-
-    device = _device()
     for size in sizes:
         problem = problem_of(size)
-        found = find_recipe(problem, SHAPE.regime, device)
-        row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": found.source}
         # one after the other: what one of them cannot do, or breaks, costs the other nothing
-        for name in names if problem.K <= 256 else ("ours",):
-            timed = in_a_process("times_of", name, problem)
-            row[name] = timed.get() if timed.ok else None
-            if not timed.ok:
-                print(f"{name} at {size}: {timed.reason}")
-        _add("times", row)
-        print(row, flush=True)
+        names = ("ours", "fla") if problem.K <= 256 else ("ours",)
+        _keep(size, {name: in_a_process("times_of", name, problem) for name in names})
 
 
-def compile_side_by_side(name: str, sizes: Sequence[str]) -> None:
-    """Fill the caches with every kernel that a measurement calls, sizes side by side. Of FLA's with
-    every config that its autotuning tries, and keep none of its choices: these want a GPU alone,
-    which `measure` then needs for a minute a size instead of four."""
+def measure_ours(sizes: Sequence[str]) -> None:
+    """Times of ours: all sizes compile side by side, and are timed one at a time."""
+    for first in range(0, len(sizes), MOST_OF_OURS):
+        _measure_side_by_side(sizes[first : first + MOST_OF_OURS])
+
+
+def _measure_side_by_side(sizes: Sequence[str]) -> None:
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(len(sizes)) as pool:
+        turn = Path(folder) / "turn"
+        asked = {
+            size: pool.submit(in_a_process, "times_of", "ours", problem_of(size), str(turn))
+            for size in sizes
+        }
+        # those that are done have failed, and will say nothing
+        while _ready(turn) + sum(x.done() for x in asked.values()) < len(asked):
+            time.sleep(0.1)
+        turn.touch()
+        for size, timed in asked.items():
+            _keep(size, {"ours": timed.result()})
+
+
+def _ready(turn: Path) -> int:
+    """How many have nothing left but to time."""
+    ready = Path(f"{turn}.ready")
+    return len(ready.read_text().splitlines()) if ready.exists() else 0
+
+
+def _keep(size: str, found: Mapping[str, Outcome[Any]]) -> None:
+    """The row of a size, which says where our recipe is from."""
+    from gdn2gen.store.dispatch import find_recipe
+
+    problem = problem_of(size)
+    source = find_recipe(problem, SHAPE.regime, _device()).source
+    row: dict[str, Any] = {"K": problem.K, "V": problem.V, "source": source}
+    for name, timed in found.items():
+        row[name] = timed.get() if timed.ok else None
+        if not timed.ok:
+            print(f"{name} at {size}: {timed.reason}")
+    _add("times", row)
+    print(row, flush=True)
+
+
+def compile_side_by_side(sizes: Sequence[str]) -> None:
+    """Fill the caches with FLA's kernels, sizes side by side, with every config that its autotuning
+    tries, and keep none of its choices: these want a GPU alone, which `measure` then needs for a
+    minute a size instead of four."""
     forget = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
 
     def one(size: str) -> None:
-        tried = in_a_process("times_of", name, problem_of(size), environment=forget)
-        print(f"{name} at {size}: {'compiled' if tried.ok else tried.reason}", flush=True)
+        tried = in_a_process("times_of", "fla", problem_of(size), environment=forget)
+        print(f"FLA's at {size}: {'compiled' if tried.ok else tried.reason}", flush=True)
 
     with ThreadPoolExecutor(MOST_SIDE_BY_SIDE) as pool:
         list(pool.map(one, sizes))
@@ -106,13 +141,16 @@ def in_a_process(
     return outcome
 
 
-def times_of(name: str, problem: Problem) -> list[float]:
-    """Forward and forward+backward, ms; in a process of its own."""
+def times_of(name: str, problem: Problem, turn: str | None = None) -> list[float]:
+    """Forward and forward+backward, ms; in a process of its own, in its turn if there is one."""
     from gdn2gen.measure.peers import fla_op
-    from gdn2gen.measure.sides import measure_in_turns, our_op
+    from gdn2gen.measure.sides import called, measure_in_turns, our_op
+    from gdn2gen.measure.turn import in_turn
 
     function = our_op("gdn2", "lean") if name == "ours" else fla_op("gdn2", "lean")
-    (side,) = measure_in_turns([function], [{}], problem, SHAPE)
+    called(function, problem, SHAPE)
+    with in_turn(None if turn is None else Path(turn)):
+        (side,) = measure_in_turns([function], [{}], problem, SHAPE)
     return [side.forward.median, side.forward_backward.median]
 
 
@@ -249,11 +287,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         measure(sys.argv[2:] or SQUARES)
     elif sys.argv[1:2] == ["ours"]:
-        measure(sys.argv[2:] or SQUARES, ("ours",))
+        measure_ours(sys.argv[2:] or SQUARES)
     elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
-        compile_side_by_side("fla", sys.argv[2:])
-    elif sys.argv[1:2] == ["warm"]:
-        compile_side_by_side("ours", sys.argv[2:] or SQUARES)
+        compile_side_by_side(sys.argv[2:])
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(sys.argv[2:])
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:

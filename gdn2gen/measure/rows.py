@@ -19,15 +19,14 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import (
     LOWER_BOUND,
-    OpFunction,
     inputs_of,
     output_gradients,
-    run_op,
 )
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import (
     Errors,
     Side,
+    called,
     decaying_inputs,
     measure_in_turns,
     our_op,
@@ -168,9 +167,9 @@ def bench_shapes(
             beside = of_peer(vs, partial(worst_errors, theirs, dense)) if theirs else None
             errors[dense] = [worst_errors(ours, dense), *([beside] if beside else [])]
         if turn is not None:
-            _called(ours, problem, shape)
+            called(ours, problem, shape)
             if theirs and len(errors[dense]) == 2:
-                of_peer(vs, partial(_called, theirs, problem, shape), f" at {shape.name}")
+                of_peer(vs, partial(called, theirs, problem, shape), f" at {shape.name}")
     rows = []
     with in_turn(turn):
         gbps = copy_gbps()
@@ -217,12 +216,6 @@ def _gated_and_not(
         if problem.has_z:
             yield replace(problem, has_z=False), shape
         yield problem, shape
-
-
-def _called(function: OpFunction, problem: Problem, shape: Shape) -> None:
-    """Forward and backward once, for what the first call compiles and chooses."""
-    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
-    run_op(function, problem, inputs, output_gradients(problem, shape, 0, "cuda"))
 
 
 def of_peer(name: str | None, measure: Callable[[], T], where: str = "") -> T | None:

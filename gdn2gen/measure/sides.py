@@ -126,6 +126,12 @@ def our_op(op: str, level: str, decay: str = WEAK) -> OpFunction:
     return partial(public_op(op), disable_recompute=level == "fast", **told)
 
 
+def called(function: OpFunction, problem: Problem, shape: Shape) -> None:
+    """Forward and backward once, for what the first call compiles and chooses."""
+    inputs = inputs_of(problem, shape, "layer", 0, "cuda")
+    run_op(function, problem, inputs, output_gradients(problem, shape, 0, "cuda"))
+
+
 def measure_in_turns(
     functions: Sequence[OpFunction],
     errors: Sequence[dict[str, Errors]],

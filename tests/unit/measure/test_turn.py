@@ -46,7 +46,7 @@ def test_a_bench_times_after_all_is_checked_and_called(
     side = Side(Timing(1.0, 1.0, 1.0, 9), Timing(2.0, 2.0, 2.0, 9), 1.0, {})
     monkeypatch.setattr(rows, "peer_op", lambda *_: lambda **_: None)
     monkeypatch.setattr(rows, "worst_errors", noting("errors", {"o": None}))
-    monkeypatch.setattr(rows, "_called", noting("called", None))
+    monkeypatch.setattr(rows, "called", noting("called", None))
     monkeypatch.setattr(rows, "copy_gbps", noting("copy", 4000.0))
     monkeypatch.setattr(rows, "measure_in_turns", noting("timed", [side, side]))
     monkeypatch.setattr(rows, "_recipe_name", lambda *_: "lean")

@@ -20,6 +20,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
+from gdn2gen.measure.turn import in_turn
 from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
@@ -56,6 +57,28 @@ def test_what_breaks_one_side_breaks_a_process_of_its_own() -> None:
     assert head_dims.in_a_process("problem_of", "96").get() == head_dims.problem_of("96")
     failed = head_dims.in_a_process("times_of", "ours", head_dims.problem_of("96"))
     assert not failed.ok and "GPU" in failed.reason.upper().replace("CUDA", "GPU")
+
+
+def test_sizes_of_ours_are_timed_when_all_others_are_ready_or_have_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What does not run keeps no other from its turn."""
+    kept: dict[str, Outcome[list[float]]] = {}
+
+    def times(_: str, name: str, problem: Problem, turn: str) -> Outcome[list[float]]:
+        assert name == "ours"
+        if problem.K == 48:
+            return Outcome(outcome.ERROR, detail="no such size")
+        with in_turn(Path(turn)):
+            ready = Path(f"{turn}.ready").read_text().splitlines()
+        return Outcome(outcome.OK, [float(problem.K), float(len(ready))])
+
+    monkeypatch.setattr(head_dims, "in_a_process", times)
+    monkeypatch.setattr(head_dims, "MOST_OF_OURS", 3)
+    monkeypatch.setattr(head_dims, "_keep", lambda size, found: kept.update({size: found["ours"]}))
+    head_dims.measure_ours(["64", "48", "96", "128"])
+    assert not kept["48"].ok
+    assert [kept[x].get() for x in ("64", "96", "128")] == [[64.0, 2.0], [96.0, 2.0], [128.0, 1.0]]
 
 
 @pytest.mark.parametrize("level", ["lean", "fast"])
