@@ -13,8 +13,10 @@ Rows are printed as they are measured: all of ours first, then flash-linear-atte
 layer, whose first call tries its configs, compiled side by side and each timed for 20 ms, for up to
 a minute; --minutes begins no other of its layers after that, and --alone none at all. --save keeps
 rows in docs/layers/, one as soon as it is there, and makes the table of docs/experiments.md of all
-that are kept. --sweep times configs of the kernels, of all or of these stages, for the rules in
-kernels/parts.py, and checks what they make; it fails if one is wrong.
+that are kept. --turn FILE is for several of these commands, a layer each, that share a GPU: they
+compile, and try the configs of flash-linear-attention's, side by side, say so in FILE.ready, and
+time one at a time once FILE is there. --sweep times configs of the kernels, of all or of these
+stages, for the rules in kernels/parts.py, and checks what they make; it fails if one is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -54,6 +57,7 @@ from gdn2gen.base.device import slug_of  # noqa: E402
 from gdn2gen.base.environment import verifying  # noqa: E402
 from gdn2gen.base.terminal import Sheet, console, plain  # noqa: E402
 from gdn2gen.measure.timing import copy_gbps, time_ms  # noqa: E402
+from gdn2gen.measure.turn import in_turn  # noqa: E402
 from gdn2gen.nn.model import MIXERS  # noqa: E402
 
 RECORDS: Final = ROOT / "docs/layers"
@@ -86,6 +90,9 @@ OTHERS: Final[dict[str, dict[str, Any]]] = {
     "mamba2": {"num_heads": 2 * HIDDEN // 64, "use_bias": False, "use_conv_bias": True},
     "mamba3": {},
 }
+
+# Each of several processes that compile at the same time.
+THREADS: Final = 4
 
 _IN_FP32: Final = ("A_log", "dt_bias", "D", "B_bias", "C_bias")
 
@@ -136,6 +143,20 @@ def their_times(member: str, x: Tensor) -> tuple[float | None, ...]:
     return tuple(found + [None] * (len(DIRECTIONS) - len(found)))
 
 
+def called(member: str, x: Tensor, peer: bool, lock: Path) -> None:
+    """Ours and theirs once, forward and backward: all is compiled, and theirs have chosen. `lock`
+    is held while a config of theirs is timed."""
+    ours = MIXERS[member](HIDDEN, **OURS.get(member, SIZES)).to(x.device, DTYPE)
+    differentiated(lambda: ours(x), [x, *ours.parameters()])()
+    make = their_module(*THEIRS[member]) if peer else None
+    if make is None:
+        return
+    theirs = their_layer(member, make, x)
+    # what does not run says so where it is timed
+    with suppress(Exception), autotuning.searching(THREADS, lock):
+        differentiated(lambda: theirs(x)[0], [x, *theirs.parameters()])()
+
+
 def their_layer(member: str, make: Any, x: Tensor) -> nn.Module:
     """Without causal_conv1d its Mamba-2 cannot train: then as in evaluation, where the same layer
     is Triton's convolution, mamba_ssm's scan and a norm, with gradients all the same."""
@@ -169,13 +190,22 @@ def main() -> None:
         if wrong:
             raise SystemExit("\n".join(wrong))
         return
+    x = tokens(args.batch, args.tokens, HIDDEN).requires_grad_()
+    if args.turn is not None and args.only != "parts":
+        for member in args.layers:
+            called(member, x, not args.alone, Path(f"{args.turn}.search"))
+    with in_turn(args.turn):
+        measure(args, made, x)
+
+
+def measure(args: argparse.Namespace, made: Sequence[Part], x: Tensor) -> None:
+    """Kernels, our layers, and theirs until the time is over."""
     until = time.monotonic() + 60 * args.minutes
     rows = Rows(args.batch, args.tokens, args.save)
     if args.only != "layers":
         for part in made:
             rows.add(part_rows(part))
     if args.only != "parts":
-        x = tokens(args.batch, args.tokens, HIDDEN).requires_grad_()
         of_layers = {member: rows.add(layer_rows(member, x)) for member in args.layers}
         for member, ours in of_layers.items():
             if args.alone or time.monotonic() > until:
@@ -196,6 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="not flash-linear-attention's layers")
     parser.add_argument("--minutes", type=float, default=5.0, help="then none of those begins (5)")
     parser.add_argument("--save", action="store_true", help="keep rows in docs/layers")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="share the GPU (see above)")
     parser.add_argument(
         "--sweep", nargs="*", choices=STAGES, help="time configs of the kernels instead"
     )

@@ -80,6 +80,33 @@ def test_ours_come_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| layer gla | forward+backward | 2.0000 | - | - | - | - |" in said
 
 
+def test_in_a_turn_all_is_called_before_anything_is_timed(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    turn = tmp_path / "turn"
+    turn.touch()
+    asked = []
+    for name in ("convolution", "norm", "gate"):
+        monkeypatch.setattr(layer_time, name, lambda *_: None)
+    monkeypatch.setattr(layer_time, "tokens", lambda *_: torch.zeros(1))
+
+    def called(member: str, _: Any, peer: bool, lock: Path) -> None:
+        assert lock.name == "turn.search" and not Path(f"{turn}.ready").exists()
+        asked.append((member, peer))
+
+    def timed(member: str, _: Any) -> Any:
+        assert Path(f"{turn}.ready").exists()
+        asked.append(member)
+        return iter(())
+
+    monkeypatch.setattr(layer_time, "called", called)
+    monkeypatch.setattr(layer_time, "layer_rows", timed)
+    words = ["", "--only", "layers", "--alone", "--turn", str(turn), "--layers", "gdn2", "gla"]
+    monkeypatch.setattr(sys, "argv", words)
+    layer_time.main()
+    assert asked == [("gdn2", False), ("gla", False), "gdn2", "gla"]
+
+
 def test_both_sides_have_the_same_sizes() -> None:
     """Named for theirs, and of ours by default: GatedDeltaNet's values are twice its keys."""
     for member, theirs in layer_time.OTHERS.items():
