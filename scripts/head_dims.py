@@ -4,7 +4,7 @@
     python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's, side by side
     python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
     python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
-    python scripts/head_dims.py plot FILE             # prints its tables, and writes FILE as .svg
+    python scripts/head_dims.py plot FILE            # its tables and chart, in docs/head_dims.md
 
 At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
 FLA's where it is installed and K is at most 256. Transfer: forward+backward as graphs with the
@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from learning.report import put, table
+
 from gdn2gen.base.environment import VERIFYING
 from gdn2gen.base.files import replace_file
 from gdn2gen.base.outcome import Outcome
@@ -32,7 +34,7 @@ from gdn2gen.base.worker import Worker
 from gdn2gen.family.problem import DIMS, Problem
 from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.tuning.views.charts import Bar, bars
+from gdn2gen.tuning.views.charts import Curve, curves
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs/head_dims"
 SHAPE: Final = SHAPES["train4k"]
@@ -43,11 +45,24 @@ MOST_S: Final = 500.0
 MOST_SIDE_BY_SIDE: Final = 8
 # Ours have no configs to try, and wait for each other with 4 GB at most.
 MOST_OF_OURS: Final = 24
+TITLES: Final = (
+    *("K, V", "config", "forward ms", "FLA", "FLA / ours", "ns a token and head"),
+    *("forward+backward ms", "FLA", "FLA / ours", "ns a token and head"),
+)
+TRANSFER_TITLES: Final = (
+    *("K, V", "level", "tuned ms", "transferred ms", "/ tuned", "of", "default ms"),
+)
+TRANSFERRED: Final = (
+    "What a config costs that was tuned at other head dims: forward and backward as CUDA graphs."
+)
 SQUARES: Final = tuple(f"{size}" for size in DIMS["K"])
+PAGE: Final = DOCS.with_suffix(".md")
 _STYLE: Final = """<style>
-text { font: 11px sans-serif; fill: #555 } .value { fill: #333 }
-.ours { fill: #d98b4a } .fla { fill: #7a9cc6 }
-@media (prefers-color-scheme: dark) { text { fill: #aaa } .value { fill: #ddd } }
+text { font: 11px sans-serif; fill: #777 } .grid { stroke: #9994 } path { fill: none }
+.ours { stroke: #d98b4a; stroke-width: 2 } .fla { stroke: #7a9cc6; stroke-width: 2 }
+.forward { stroke-dasharray: 5 3 } .dot { stroke: none; stroke-dasharray: none }
+.dot.ours { fill: #d98b4a } .dot.fla { fill: #7a9cc6 }
+.name { stroke: none } .name.ours { fill: #d98b4a } .name.fla { fill: #7a9cc6 }
 </style>"""
 
 
@@ -256,31 +271,61 @@ def _add(kind: str, row: dict[str, Any]) -> None:
     replace_file(path, json.dumps(document, indent=1) + "\n")
 
 
-def plot(path: Path) -> None:
-    """Tables in Markdown on stdout; the chart is of forward+backward."""
+def plot(path: Path, page: Path = PAGE) -> None:
+    """The tables and the chart of a file of times, put into the page and beside the file."""
     document = json.loads(path.read_text())
-    print("| K, V | of | forward ns | FLA | FLA / ours | forward+backward ns | FLA | FLA / ours |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-    drawn = []
-    for x in document["times"]:
-        cells = [f"{x['K']}, {x['V']}", x["source"]]
-        for place in (0, 1):
-            ours, fla = (x[name][place] if x.get(name) else None for name in ("ours", "fla"))
-            cells += ["" if ms is None else f"{ms * NS:.3f}" for ms in (ours, fla)]
-            cells.append("" if ours is None or fla is None else f"{fla / ours:.2f}")
-        print(f"| {' | '.join(cells)} |")
-        both = {name: x[name][1] * NS for name in ("ours", "fla") if x.get(name)}
-        group = [Bar(name, ns, f"{ns:.2f} {name}") for name, ns in both.items()]
-        drawn.append((f"K = {x['K']}, V = {x['V']}", group))
-    if document["transfer"]:
-        print("\n| K, V | level | tuned ms | transferred | of | default |")
-        print("|---|---|---:|---:|---|---:|")
-    for x in document["transfer"]:
-        times = ["none" if x[n] is None else f"{x[n]:.3f}" for n in ("tuned", "transferred")]
-        times += [x["from"] or "", "none" if x["default"] is None else f"{x['default']:.3f}"]
-        print(f"| {x['K']}, {x['V']} | {x['level']} | {' | '.join(times)} |")
-    svg = bars(drawn, width=760)
+    times = document["times"]
+    svg = curves(_curves(times), "ns for a token and head")
     replace_file(path.with_suffix(".svg"), svg.replace(">", f">{_STYLE}", 1) + "\n")
+    machines = {_words(x["toolchain"]): None for x in times if "toolchain" in x}
+    said = [
+        f"![Time for a token and head by head dim]({path.parent.name}/{path.stem}.svg)",
+        "",
+        table(TITLES, map(_cells, times)),
+        "",
+        f"{document['gpu']}, {document['shape']}; {'; '.join(machines)}.",
+    ]
+    if document["transfer"]:
+        moved = table(TRANSFER_TITLES, map(_transfer_cells, document["transfer"]))
+        said += ["", TRANSFERRED, "", moved]
+    put(page, path.stem, "\n".join(said))
+
+
+def _curves(times: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Of squares, a curve for each direction and side that has points."""
+    found = []
+    for name, label in (("fla", "FLA"), ("ours", "gdn2gen")):
+        for place, direction in enumerate(("forward", "forward+backward")):
+            points = [
+                (float(x["K"]), x[name][place] * NS)
+                for x in times
+                if x["K"] == x["V"] and x.get(name)
+            ]
+            kind = name if place else f"{name} forward"
+            found += [Curve(kind, f"{label} {direction}", points)] if points else []
+    return found
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    cells = [f"{row['K']}, {row['V']}", row["source"]]
+    for place in (0, 1):
+        ours, fla = (row[name][place] if row.get(name) else None for name in ("ours", "fla"))
+        cells += ["-" if ms is None else f"{ms:.3f}" for ms in (ours, fla)]
+        cells.append("-" if ours is None or fla is None else f"{fla / ours:.2f}")
+        cells.append("-" if ours is None else f"{ours * NS:.3f}")
+    return cells
+
+
+def _transfer_cells(row: Mapping[str, Any]) -> list[str]:
+    ms = ["none" if row[x] is None else f"{row[x]:.3f}" for x in ("tuned", "transferred")]
+    lost = "-" if None in (row["tuned"], row["transferred"]) else row["transferred"] / row["tuned"]
+    default = "none" if row["default"] is None else f"{row['default']:.3f}"
+    last = lost if isinstance(lost, str) else f"{lost:.2f}"
+    return [f"{row['K']}, {row['V']}", row["level"], *ms, last, row["from"] or "", default]
+
+
+def _words(toolchain: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in toolchain.items())
 
 
 if __name__ == "__main__":

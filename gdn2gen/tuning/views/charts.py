@@ -130,6 +130,43 @@ def lines(
     return _svg(parts, width, height)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) joined by straight lines, of a class that a style names, and what it is of."""
+
+    kind: str
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def curves(found: Sequence[Curve], unit: str, width: int = 760, height: int = 360) -> str:
+    """Curves over one axis, from zero up; each named at its last point. `unit` is of y."""
+    left, right, base = 44, width - 150, height - 24
+    xs = sorted({x for curve in found for x, _ in curve.points})
+    most = max(y for curve in found for _, y in curve.points)
+    across = (right - left) / ((xs[-1] - xs[0]) or 1.0)
+    scale = (base - 24) / most
+    parts = [*_axis(0.0, most, left, right, base, scale), _text(4, 12, unit, "label")]
+    labelled = float("-inf")
+    for x in xs:
+        place = left + (x - xs[0]) * across
+        # sizes that are close to each other would write over each other
+        if place - labelled >= 24:
+            parts.append(_text(place, height - 6, f"{x:g}", "label", "middle"))
+            labelled = place
+    for curve in found:
+        at = [(left + (x - xs[0]) * across, base - y * scale) for x, y in curve.points]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        parts.append(f'<path class="{curve.kind}" d="M{path}"/>')
+        for (x, y), (given_x, given_y) in zip(at, curve.points, strict=True):
+            parts.append(
+                f'<circle class="{curve.kind} dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
+                f"<title>{given_x:g}: {given_y:.3g} {escape(unit)}</title></circle>"
+            )
+        parts.append(_text(at[-1][0] + 8, at[-1][1] + 4, curve.label, f"{curve.kind} name"))
+    return _svg(parts, width, height)
+
+
 _LINES_STYLE: Final = """<style>
 text { font: 11px sans-serif; fill: #777 } .grid { stroke: #9995 }
 .line0, .line1, .line2 { fill: none; stroke-width: 2 }

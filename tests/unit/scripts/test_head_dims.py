@@ -25,27 +25,40 @@ from gdn2gen.store.dispatch import find_recipe
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 head_dims = load_script("head_dims")
+WITH = {"toolchain": {"triton": "3.6.0"}}
 TIMES = [
+    {"K": 64, "V": 64, "source": "exact", "ours": [0.2, 0.8], "fla": None, **WITH},
     {"K": 96, "V": 96, "source": "exact", "ours": [0.28, 1.23], "fla": [1.12, 4.92]},
     {"K": 128, "V": 64, "source": "default", "ours": [0.30, 1.42], "fla": None},
 ]
 TRANSFER = [
     {"K": 96, "V": 96, "level": "lean", "tuned": 1.23, "transferred": None, "default": 2.1}
-    | {"from": "K=128 V=128"}
+    | {"from": "K=128 V=128"},
+    {"K": 192, "V": 192, "level": "lean", "tuned": 2.0, "transferred": 2.5, "default": 5.0}
+    | {"from": "K=256 V=256"},
 ]
 
 
-def test_tables_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({"times": TIMES, "transfer": TRANSFER}))
-    head_dims.plot(path)
-    shown = capsys.readouterr().out
+def test_tables_and_chart(tmp_path: Path) -> None:
+    path, page = tmp_path / "gpu.json", tmp_path / "page.md"
+    about = {"gpu": "NVIDIA H200", "shape": "train4k"}
+    path.write_text(json.dumps({**about, "times": TIMES, "transfer": TRANSFER}))
+    page.write_text("before\n<!-- gpu:begin -->\n<!-- gpu:end -->\nafter\n")
+    head_dims.plot(path, page)
+    shown = page.read_text()
+    assert shown.startswith("before\n") and shown.endswith("after\n")
     # nanoseconds for each of 4 * 4096 * 16 tokens and heads
-    assert "| 96, 96 | exact | 1.068 | 4.272 | 4.00 | 4.692 | 18.768 | 4.00 |" in shown
-    assert "| 128, 64 | default | 1.144 |  |  | 5.417 |  |  |" in shown
-    assert "| 96, 96 | lean | 1.230 | none | K=128 V=128 | 2.100 |" in shown
+    wanted = "| 96, 96 | exact | 0.280 | 1.120 | 4.00 | 1.068 | 1.230 | 4.920 | 4.00 | 4.692 |"
+    assert wanted in shown
+    assert "| 128, 64 | default | 0.300 | - | - | 1.144 | 1.420 | - | - | 5.417 |" in shown
+    assert "| 96, 96 | lean | 1.230 | none | - | K=128 V=128 | 2.100 |" in shown
+    assert "| 192, 192 | lean | 2.000 | 2.500 | 1.25 | K=256 V=256 | 5.000 |" in shown
+    assert "NVIDIA H200, train4k; triton 3.6.0." in shown
     svg = ElementTree.fromstring(path.with_suffix(".svg").read_text())
-    assert len([x for x in svg.iter() if x.get("class") in ("ours", "fla")]) == 3
+    drawn = [x.get("class") for x in svg.iter() if x.tag.endswith("path")]
+    assert [x for x in drawn if x != "grid"] == ["fla forward", "fla", "ours forward", "ours"]
+    # squares alone
+    assert len([x for x in svg.iter() if "dot" in x.get("class", "")]) == 6
 
 
 def test_sizes_are_read_as_the_commands_read_them() -> None:
