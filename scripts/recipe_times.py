@@ -40,6 +40,7 @@ from gdn2gen.kernels.recipe import Recipe, fitted  # noqa: E402
 from gdn2gen.kernels.stages import STAGES  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.measure.check import CheckResult  # noqa: E402
+from gdn2gen.measure.compiling import compile_side_by_side  # noqa: E402
 from gdn2gen.measure.turn import in_turn  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 from gdn2gen.tuning.gpu.jobs import RecipeTiming  # noqa: E402
@@ -132,23 +133,15 @@ def split(words: Sequence[str]) -> Iterator[list[str]]:
             found = []
 
 
-def compile_all(recipes: Sequence[Recipe], device: Device, *, in_full: bool) -> None:
-    """Compile all kernels side by side, each once: one after the other, as checks ask for them, six
-    stages in TileLang take a minute of one core and leave 15 idle."""
-    from concurrent.futures import wait
-
+def kernels_to_compile(
+    recipes: Sequence[Recipe], *, in_full: bool
+) -> Iterator[tuple[Problem, Config]]:
+    """Those of all recipes, and of their checks."""
     from gdn2gen.measure.check import full_problem
-    from gdn2gen.tuning.gpu.backend import WorkerBackend
 
-    asked: dict[tuple[Problem, Config], None] = {}
     for recipe in recipes:
-        problems = [recipe.problem, *([full_problem(recipe.problem)] if in_full else [])]
-        asked |= {(x, config): None for x in problems for config in recipe.configs}
-    backend = WorkerBackend(device)
-    try:
-        wait([backend.compile(*x) for x in asked])  # what fails there, the check says
-    finally:
-        backend.close()
+        for problem in (recipe.problem, *([full_problem(recipe.problem)] if in_full else [])):
+            yield from ((problem, config) for config in recipe.configs)
 
 
 def kernels_of(recipe: Recipe, shape: Shape) -> list[tuple[str, float]]:
@@ -232,7 +225,9 @@ def main(member: str, shape: str, *words: str) -> None:
     device = present_device()
     asked = [(own, recipe_of(problem, sizes, device, own)) for own in split(given)]
     if not turns:  # else the cores are busy with the others
-        compile_all([x for _, x in asked], device, in_full=bool(folders))
+        compile_side_by_side(
+            kernels_to_compile([x for _, x in asked], in_full=bool(folders)), device
+        )
     candidates = [*checked_recipes(asked, full=bool(folders))]
     with in_turn(turns[0] if turns else None):
         time_all(candidates, sizes)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from gdn2gen.base.decay import WEAK
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.family.problem import WHERE_TAKEN, Problem, bound_of, gate_parameters
 from gdn2gen.family.shapes import Shape
+from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.measure.accuracy import (
@@ -22,8 +23,10 @@ from gdn2gen.measure.accuracy import (
     inputs_of,
     output_gradients,
 )
+from gdn2gen.measure.compiling import compile_side_by_side
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import (
+    ACCURACY_SHAPE,
     Errors,
     Side,
     called,
@@ -44,6 +47,9 @@ from gdn2gen.measure.timing import (
 from gdn2gen.measure.turn import in_turn
 
 T = TypeVar("T")
+
+# Each of several benches has so many compilers.
+_SLOTS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ def bench_shapes(
     ours, theirs = our_op(op, level, decay), peer_op(vs, op, level) if vs else None
     errors: dict[Problem, list[dict[str, Errors]]] = {}
     pairs = [*_gated_and_not(shapes, op, K, V, dtype, gate, l2norm, bound)]
+    if turn is not None:
+        compile_side_by_side(_kernels(pairs, level, decay), _present_device(), _SLOTS)
     for problem, shape in pairs:
         dense = replace(problem, varlen=False)
         if dense not in errors:
@@ -198,6 +206,19 @@ def bench_shapes(
             if on_row is not None:
                 on_row(row)
     return rows
+
+
+def _kernels(
+    pairs: Iterable[tuple[Problem, Shape]], level: str, decay: str
+) -> Iterator[tuple[Problem, Config]]:
+    """What calls run, here and where errors are measured."""
+    from gdn2gen.store.dispatch import find_recipe
+
+    for problem, shape in pairs:
+        checked = replace(problem, varlen=False, final_state=True), ACCURACY_SHAPE
+        for x, sizes in ((problem, shape), checked):
+            found = find_recipe(x, sizes.regime, _present_device(), level=level, decay=decay)
+            yield from ((x, config) for config in found.recipe.configs)
 
 
 def _gated_and_not(

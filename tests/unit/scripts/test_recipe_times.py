@@ -16,10 +16,11 @@ from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.recipe import Recipe
+from gdn2gen.measure import compiling
 from gdn2gen.measure.check import CheckResult
 from gdn2gen.measure.timing import Timing
 from gdn2gen.store import tuned_files
-from gdn2gen.tuning.gpu import backend, jobs
+from gdn2gen.tuning.gpu import jobs
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 
 H200 = named_device("H200")
@@ -144,10 +145,13 @@ def test_each_kernel_is_compiled_once_before_any_check(
     asked: list[tuple[Problem, Any]] = []
 
     class Compilers:
-        def __init__(self, device: Any) -> None:
-            assert device == H200
+        def __init__(self, slots: int) -> None:
+            assert slots >= 1
 
-        def compile(self, problem: Problem, config: Any) -> Future[None]:
+        def submit(self, target: str, *given: Any, timeout: float) -> Future[None]:
+            problem, stage, config, device = given
+            assert target.endswith(":compile_ahead") and stage == config.stage and timeout > 0
+            assert device == H200
             asked.append((problem, config))
             done: Future[None] = Future()
             done.set_result(None)
@@ -156,9 +160,10 @@ def test_each_kernel_is_compiled_once_before_any_check(
         def close(self) -> None:
             asked.append((Problem(), None))
 
-    monkeypatch.setattr(backend, "WorkerBackend", Compilers)
+    monkeypatch.setattr(compiling, "CompilePool", Compilers)
     plain, other = made(script, "lean"), made(script, "lean", "prepare:chunks=8")
-    script.compile_all([plain, other], H200, in_full=in_full)
+    wanted = script.kernels_to_compile([plain, other], in_full=in_full)
+    compiling.compile_side_by_side(wanted, H200)
     assert asked.pop() == (Problem(), None)
     own = [config for problem, config in asked if problem == plain.problem]
     assert {*own} == {*plain.configs, *other.configs} and len(own) == len({*own})
