@@ -41,7 +41,7 @@ MAMBA3_SCAN: Final = PartStage(
             "tilelang",
             "mamba3_scan",
             # what is left for a backward: nothing, y before its gate, that and states before chunks
-            knobs={"keep": (0, 1, 2), "BV": (64,), "num_warps": (4,), "num_stages": (1, 2)},
+            knobs={"keep": (0, 1, 2), "BV": (64,), "num_warps": (4,), "num_stages": (2, 1)},
             leads={},
             limits=(
                 Limit("arch", (None, "sm_90"), "it was written for products of that arch's groups"),

@@ -28,10 +28,10 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba3 K=128 V=64 bf16, angles=0, skip, gate, carried
 
-Config:  BT=64 BV=64 keep=2 language=tilelang num_stages=1 num_warps=4
+Config:  BT=64 BV=64 keep=2 language=tilelang num_stages=2 num_warps=4
 Template digest b96091b4f21d9d60; made by
     gdn2gen generate --dtype bf16 --with=angles:0,skip,gate,carried --stage mamba3_scan --config \
-      BT=64,BV=64,keep=2,language=tilelang,num_stages=1,num_warps=4
+      BT=64,BV=64,keep=2,language=tilelang,num_stages=2,num_warps=4
 """
 
 from functools import cache
@@ -101,11 +101,9 @@ def program():
             s_out = tile.alloc_shared([BT, BV], IO)
             x_gamma = tile.alloc_local([1], "float32")
             x_skip = tile.alloc_local([1], "float32")
-            s_Z = tile.alloc_shared([BT, BV], IO)
+            b_zd = tile.alloc_fragment([BT, BV], IO)
             b_z = tile.alloc_fragment([BT, BV], "float32")
             b_sigmoid = tile.alloc_fragment([BT, BV], "float32")
-            tile.annotate_layout({s_Z: make_swizzled_layout(s_Z)})
-            s_ungated = tile.alloc_shared([BT, BV], IO)
             # A tile is given back for the next load after the last line that reads it. Values that
             # were read must have been used by then, so that line is one of its own, into `hold`.
             hold = tile.alloc_local([1], "float32")
@@ -113,7 +111,7 @@ def program():
 
             for i, j in tile.Parallel(BV, N):
                 b_S[i, j] = initial_ssm[i_n, i_h, i_v * BV + i, j]
-            for i_t in tile.Pipelined(n_chunks, num_stages=1):
+            for i_t in tile.Pipelined(n_chunks, num_stages=2):
                 i_row = i_t * BT
                 tile.copy(q[i_n, i_row : i_row + BT, i_h, :], s_q)
                 tile.copy(k[i_n, i_row : i_row + BT, i_h, :], s_k)
@@ -122,8 +120,10 @@ def program():
                 tile.copy(weight_s[i_n, i_h, i_row : i_row + BT], s_weight_s)
                 tile.copy(own_dt[i_n, i_h, i_row : i_row + BT], s_own_dt)
                 tile.copy(V[i_n, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_V)
-                tile.copy(Z[i_n, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV], s_Z)
 
+                # straight to registers, long before it is needed
+                for i, j in tile.Parallel(BT, BV):
+                    b_zd[i, j] = tile.if_then_else(i_row + i < T, Z[i_n, i_row + i, i_h, i_v * BV + j], 0)
                 for i, j in tile.Parallel(BV, BT):
                     b_outer[i, j] = s_V[j, i]
                 tile.copy(b_S, b_h)
@@ -157,7 +157,7 @@ def program():
                 hold[0] = s_within[0]
                 hold[0] = s_weight_s[0]
                 hold[0] = s_own_dt[0]
-                tile.copy(s_Z, b_z)
+                tile.copy(b_zd, b_z)
                 tile.wgmma_gemm(b_Pd, s_V, b_o, policy=ROWS)
                 tile.wait_wgmma(1)
                 hold[0] = tile.cast(s_k[0, 0], "float32")
@@ -167,19 +167,18 @@ def program():
                     b_sigmoid[i, j] = tile.rsqrt(1.0 + tile.exp2(b_z[i, j] * -1.4426950408889634))
                     b_sigmoid[i, j] *= b_sigmoid[i, j]
                     b_sigmoid[i, j] *= b_z[i, j]
-                hold[0] = tile.cast(s_Z[0, 0], "float32")
 
                 tile.wait_wgmma(0)
                 hold[0] = tile.cast(s_V[0, 0], "float32")
 
                 tile.copy(b_o, b_od)
-                tile.tma_store_wait(2)
-                tile.copy(b_od, s_ungated)
-                tile.tma_copy(s_ungated, ungated[i_n, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
+                tile.tma_store_wait(1)
+                tile.copy(b_od, s_out)
+                tile.tma_copy(s_out, ungated[i_n, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
                 for i, j in tile.Parallel(BT, BV):
                     b_o[i, j] *= b_sigmoid[i, j]
                 tile.copy(b_o, b_od)
-                tile.tma_store_wait(2)
+                tile.tma_store_wait(0)
                 tile.copy(b_od, s_out)
                 tile.tma_copy(s_out, out[i_n, i_row : i_row + BT, i_h, i_v * BV : (i_v + 1) * BV])
             tile.tma_store_wait(0)
