@@ -97,11 +97,16 @@ def _scan(
     return launcher_if_any(problem, config.replace(**dict(knobs)))
 
 
+def launches_of(call: Call) -> tuple[Launch, Launch] | None:
+    """`launches_at_once`, with the knobs that are on file or forced by now."""
+    x, (B, T, H, G) = call.x, (call.sizes[y] for y in "BTHG")
+    return launches_at_once(call.problem, x.BT, T, B, H, G, x.V.device, current_look())
+
+
 def reverse_scan(call: Call, back: Back, dssm: Tensor) -> tuple[Left, Launch] | None:
     """What the scan leaves, and the launch of what adds that up; None where a call takes chunks
     side by side."""
-    x, (B, T, H, G) = call.x, (call.sizes[y] for y in "BTHG")
-    found = launches_at_once(call.problem, x.BT, T, B, H, G, x.V.device, current_look())
+    x, found = call.x, launches_of(call)
     if found is None:
         return None
     scan, add = found
@@ -113,7 +118,7 @@ def reverse_scan(call: Call, back: Back, dssm: Tensor) -> tuple[Left, Launch] | 
     given = (*back.turned[:2], x.V, *back.turned[2:], x.D, back.dy, back.h, dssm)
     made = (dV, *rest, None if x.ssm_state is None else first)
     with _on(x.V.device):
-        scan(*readable([y for y in (*given, *made) if y is not None]), T=T)
+        scan(*readable([y for y in (*given, *made) if y is not None]), T=call.sizes["T"])
     return Left(first, dV, tuple(rest)), add
 
 

@@ -12,6 +12,7 @@ import torch
 
 from gdn2gen.base.environment import batch_invariant
 from gdn2gen.family.mamba3_problem import Mamba3Problem
+from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.mamba3_reverse_scan import (
     MAMBA3_REVERSE_SCAN,
@@ -23,7 +24,10 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     sums_problem,
 )
 from gdn2gen.kernels.validity import why_invalid
+from gdn2gen.measure.mamba3_runs import mamba3_inputs
+from gdn2gen.runtime import mamba3_chunks
 from gdn2gen.runtime import mamba3_reverse_scan as runtime
+from gdn2gen.runtime.mamba3_loaded import force
 
 USUAL = Mamba3Problem()
 MADE: Any = object()
@@ -147,3 +151,33 @@ def test_without_a_compiler_a_call_takes_the_others(
     runtime.force_reverse_scan(True)
     monkeypatch.setattr(runtime, "_scan", lambda *_: None)
     assert launches() is None
+
+
+def test_what_is_timed_by_itself_has_the_knobs_forced_by_then(
+    entry: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tuner times one after the other: a launch kept from before has those of the first."""
+    ran: list[dict[str, Any]] = []
+
+    def loading(_: Any, stage: str, knobs: dict[str, Any], __: Any) -> Any:
+        return lambda *_, **__: ran.append(knobs) if stage == "mamba3_sums" else None
+
+    monkeypatch.setattr(runtime, "_scan", lambda *_: lambda *_, **__: None)
+    monkeypatch.setattr(runtime, "loaded", loading)
+    for name in ("chunk_launch", "scan_launch"):
+        monkeypatch.setattr(mamba3_chunks, name, lambda *_: lambda *_, **__: None)
+    entry.append(SimpleNamespace(knobs={}))
+    made = mamba3_inputs(USUAL, Shape("small", 1, 64, 8, groups=1), "layer", 0, "cpu")
+    numbers, biases = [made[x] for x in ("ADT", "DT", "Trap")], [made["Q_bias"], made["K_bias"]]
+    given = mamba3_chunks.Given(
+        made["Q"], made["K"], made["V"], numbers, biases, made["Angles"], None, None, None, None,
+        [], 64,
+    )  # fmt: skip
+    stage = mamba3_chunks.launches(given, torch.zeros_like(made["V"]))["mamba3_sums"]
+    for BH in (2, 4):
+        force("mamba3_sums", {"BH": BH})
+        try:
+            stage()
+        finally:
+            force("mamba3_sums", None)
+    assert [x["BH"] for x in ran] == [2, 4]
