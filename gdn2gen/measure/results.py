@@ -42,7 +42,7 @@ def rows_document(rows: Sequence[Row], *, command: str | None = None) -> dict[st
     stamp = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": dict(toolchain()),
-        "command": command or command_line(),
+        "command": command or command_line(less=("--turn", "--json")),
     }
     return {
         "schema": RESULTS_SCHEMA,
