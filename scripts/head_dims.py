@@ -3,14 +3,14 @@
     python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
     python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's, side by side
     python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
-    python scripts/head_dims.py transfer [K[,V] ...]  # of tuned head dims; likewise
+    python scripts/head_dims.py transfer K[,V] ... [--turn=FILE]   # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE            # its tables and chart, in docs/head_dims.md
 
 At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
 FLA's where it is installed and K is at most 256. Transfer: forward+backward as graphs with the
 recipe of the nearest other head dims on file, which is checked first, beside that of their own and
 the default, which others have checked; none where there is none, or it is refused. What is on file
-may itself have begun with a recipe of those head dims.
+may itself have begun with a recipe of those head dims. --turn: as of scripts/recipe_times.py.
 """
 
 from __future__ import annotations
@@ -169,8 +169,10 @@ def times_of(name: str, problem: Problem, turn: str | None = None) -> list[float
     return [side.forward.median, side.forward_backward.median]
 
 
-def transfer(sizes: Iterable[str]) -> None:
-    """Forward+backward of three recipes at every level; None where one is refused."""
+def transfer(sizes: Iterable[str], turn: Path | None = None) -> None:
+    """Forward+backward of three recipes at every level; None where one is refused. `turn`: as in
+    `measure.turn`, once all is compiled and checked."""
+    from gdn2gen.measure.turn import in_turn
     from gdn2gen.tuning.gpu.backend import WorkerBackend
 
     backend = WorkerBackend(_device())
@@ -178,15 +180,18 @@ def transfer(sizes: Iterable[str]) -> None:
         wanted = [(problem_of(size), level) for size in sizes for level in LEVELS]
         rows = [(problem, level, *_recipes_of(problem, level)) for problem, level in wanted]
         compiles = _compiles(backend, [(x, r.values()) for x, _, r, _ in rows])
-        for problem, level, recipes, origin in rows:
-            row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+        for problem, _, recipes, _ in rows:
             for name, recipe in recipes.items():
                 built = {x: compiles[problem, x] for x in recipe.configs} if recipe else {}
-                checked = name == "transferred"
-                row[name] = recipe and _ms(backend, recipe, built, checked=checked)
-            row["from"] = origin
-            _add("transfer", row)
-            print(row, flush=True)
+                if recipe and not _passes(backend, recipe, built, checked=name == "transferred"):
+                    recipes[name] = None
+        with in_turn(turn):
+            for problem, level, recipes, origin in rows:
+                row: dict[str, Any] = {"K": problem.K, "V": problem.V, "level": level}
+                row |= {name: recipe and _ms(backend, recipe) for name, recipe in recipes.items()}
+                row["from"] = origin
+                _add("transfer", row)
+                print(row, flush=True)
     finally:
         backend.close()
 
@@ -224,19 +229,24 @@ def _origin(near: Any) -> str:
     return str(near.why).partition("nearest head dims, ")[2].partition(", with")[0]
 
 
-def _ms(backend: Any, recipe: Any, compiles: Any, *, checked: bool) -> float | None:
-    """What a recipe takes; `checked`: it never ran at these head dims."""
+def _passes(backend: Any, recipe: Any, compiles: Any, *, checked: bool) -> bool:
+    """Whether all of it compiles and fits, and is right; `checked`: it never ran at these head
+    dims."""
     from gdn2gen.tuning.gpu.attempt import fitting, right
 
     for config, future in compiles.items():
         built = fitting(future.result(), _device())
         if not built.ok:
             print(f"refused: {config.stage}: {built.reason}")
-            return None
+            return False
     tried = right(backend.check(recipe, full=False)) if checked else None
     if tried is not None and not tried.ok:
         print(f"refused: {tried.reason}")
-        return None
+        return False
+    return True
+
+
+def _ms(backend: Any, recipe: Any) -> float | None:
     timed = backend.time_recipe(recipe, SHAPE, with_peak=False)
     if not timed.ok:
         print(f"refused: {timed.reason}")
@@ -336,7 +346,9 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
         compile_side_by_side(sys.argv[2:])
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
-        transfer(sys.argv[2:])
+        *given, last = sys.argv[2:]
+        shared = last.startswith("--turn=")
+        transfer(given if shared else [*given, last], Path(last[7:]) if shared else None)
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
         plot(Path(sys.argv[2]))
     else:
