@@ -506,6 +506,16 @@ OUTPUTS: Final = {
         overlap=1,
         prefetch=1,
     ),
+    "short_conv_backward_staged.py": partial(
+        _part,
+        "short_conv_backward",
+        ConvolutionProblem(tensors=1),
+        BR=1,
+        ahead=4,
+        words=1,
+        num_stages=4,
+        maxnreg=96,
+    ),
     "gated_norm_backward_words.py": partial(
         _part, "gated_norm_backward", _OF_96, BR=16, BT=31, early=1, words=1, spread=1, overlap=1
     ),
