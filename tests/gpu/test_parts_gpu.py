@@ -155,6 +155,12 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert part_cases.swiglu(shape, dtype, str(DEVICE)) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (777, 264), (4 * 1031, 2048)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_a_sigmoid_hands_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert part_cases.sigmoid_backward(*shape, dtype, str(DEVICE)) < BOUNDS[dtype]
+
+
 def test_steps() -> None:
     for N in (1, 5, 300):
         case = Convolution(T=1, B=N, channels=(2048, 2048, 4096), dtype=BF16, tail=True)
@@ -169,8 +175,9 @@ def test_calls_like_one_before() -> None:
     assert part_cases.known(str(DEVICE)) >= 11
 
 
-def test_projections_before_a_convolution() -> None:
-    assert projection_cases.convolved(str(DEVICE)) == 4
+@pytest.mark.parametrize("together", [False, True])
+def test_projections_before_a_convolution(together: bool) -> None:
+    assert projection_cases.convolved(str(DEVICE), together) == 4
 
 
 def test_layouts_have_the_same_bits() -> None:

@@ -23,6 +23,7 @@ from gdn2gen.family.parts import (
     DecayGateProblem,
     NormProblem,
     RotaryProblem,
+    SigmoidProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -61,6 +62,7 @@ from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
     ROTARY_KNOBS,
+    SIGMOID_KNOBS,
     STREAM_STAGES,
     SWIGLU_KNOBS,
     WINDOW_KNOBS,
@@ -709,6 +711,7 @@ _PARTS: Final = {
     "bounded decay": DecayGateProblem(size=96, gate="sigmoid", dtype="fp32"),
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
+    "sigmoid": SigmoidProblem(),
     "window": WindowProblem(),
     "rotary": RotaryProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
@@ -732,6 +735,7 @@ _REGISTERS: Final = {
     "rotary-rotary": 64,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
+    "sigmoid_backward-sigmoid": 64,
 }
 
 
@@ -766,6 +770,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, SigmoidProblem):
+        knobs = SIGMOID_KNOBS
     elif isinstance(problem, RotaryProblem):
         knobs = ROTARY_KNOBS
     elif isinstance(problem, WindowProblem):

@@ -163,6 +163,11 @@ def test_swiglu_kernels(dtype: torch.dtype, interpreter: Check) -> None:
     assert interpreter("part_cases:swiglu", (3, 7, 72), dtype) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_a_sigmoid_hands_back(dtype: torch.dtype, interpreter: Check) -> None:
+    assert interpreter("part_cases:sigmoid_backward", 13, 264, dtype) < BOUNDS[dtype]
+
+
 def test_a_model_by_kernels_between_its_mixers(interpreter: Check) -> None:
     assert interpreter("part_cases:model_by_kernels") < 2e-5
 
