@@ -167,24 +167,29 @@ def _short_conv() -> Iterator[Knobs]:
 
 
 def _short_conv_backward() -> Iterator[Knobs]:
-    """Words of two channels. Of 128 registers 16 warps have room on a multiprocessor: runs of 376
-    tokens of 4 x 4096 and 6144 channels are as many as 132 of these take at once."""
-    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (1,)}
-    words |= {"maxnreg": (128,)}
-    for BR, BD, warps in (
-        *((1, 128, 1), (2, 128, 2), (4, 128, 4)),
-        *((1, 256, 2), (2, 256, 4), (1, 512, 4)),
-    ):
-        shared = words | {"BR": (BR,), "BD": (BD,), "num_warps": (warps,)}
-        yield from _grid(BT=(128, 256, 376), ahead=(4,), early=(1,), **shared)
-        if warps == 2:  # where registers are left for places in the L2
-            yield from _grid(BT=(128,), ahead=(4,), early=(0,), prefetch=(0, 1, 2), **shared)
-            yield from _grid(BT=(128,), ahead=(2,), early=(1,), prefetch=(0, 1, 2), **shared)
-    shared = words | {"BR": (4,), "BD": (64,), "num_warps": (4,), "early": (1,), "maxnreg": (0,)}
-    yield from _grid(BT=(128,), ahead=(4, 8), prefetch=(0, 1), **shared)
+    """Words of two channels: through registers, of which 16 warps have room on a multiprocessor, or
+    through shared memory, of which 21, 19 or 16 have. Runs as long as makes them as many as 132
+    multiprocessors take at once (4 x 4096 tokens of 6144 channels), or a third."""
+    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (0,)}
+    words |= {"BD": (128,)}
+    staged = words | {"early": (0,), "num_stages": (3, 4, 5)}
+    for most, BT, of_two in ((96, 296, 320), (104, 320, 344), (128, 376, 376)):
+        one = staged | {"maxnreg": (most,), "BR": (1,), "num_warps": (1,)}
+        yield from _grid(BT=(128, BT), ahead=(4,), **one)
+        two = one | {"BD": (256,), "num_warps": (2,), "num_stages": (4,)}
+        yield from _grid(BT=(of_two,), ahead=(4,), **two)
+    wide = one | {"num_stages": (3,)}
+    yield from _grid(BT=(376,), ahead=(8,), **wide)
+    for warps in (1, 2):
+        shared = words | {"BR": (warps,), "num_warps": (warps,), "maxnreg": (128,)}
+        yield from _grid(BT=(128, 376), ahead=(4,), early=(1,), **shared)
+        yield from _grid(BT=(128, 376), ahead=(4,), early=(0,), prefetch=(1,), **shared)
     # and what each of them is worth
     usual: Knobs = {"BR": 2, "num_warps": 2, "ahead": 4, "early": 1, "BT": 128, "BD": 128}
     yield from _apart(usual | {"maxnreg": 128}, ("words", "overlap", "read_once"))
+    best: Knobs = {"BR": 1, "num_warps": 1, "ahead": 4, "early": 0, "BT": 296, "BD": 128}
+    best |= {"maxnreg": 96, "num_stages": 4, "words": 1}
+    yield from _apart(best, ("overlap", "read_once"))
 
 
 def _gated_norm() -> Iterator[Knobs]:
@@ -194,12 +199,18 @@ def _gated_norm() -> Iterator[Knobs]:
 
 
 def _gated_norm_backward() -> Iterator[Knobs]:
-    """Eight or sixteen elements of a lane; of eight 32 warps have room, of sixteen 16."""
-    for BR, warps in ((8, 4), (16, 8), (8, 2), (16, 4), (32, 8)):
-        shared: dict[str, Sequence[Knob]] = {"BR": (BR,), "num_warps": (warps,), "words": (1,)}
-        shared |= {"overlap": (1,), "read_once": (1,)}
-        BT = (8, 16, 32) if warps == 4 * BR // 8 else (16, 32)
-        yield from _grid(**shared, BT=BT, early=(0, 1), spread=(0, 1))
+    """Eight or sixteen elements of a lane: through registers, of eight 32 warps have room and of
+    sixteen 16, or through shared memory, of sixteen 20 or 24. Rows of 128 of 4 x 4096 tokens of 16
+    heads are then programs of 31, 25 and 21 turns."""
+    words: dict[str, Sequence[Knob]] = {"words": (1,), "overlap": (1,), "read_once": (0,)}
+    words |= {"spread": (1,)}
+    for BR, warps in ((16, 4), (8, 2), (4, 1)):
+        shared = words | {"BR": (BR,), "num_warps": (warps,)}
+        yield from _grid(**shared, BT=(32, 128 // warps), early=(1,))
+        yield from _grid(**shared, BT=(21, 25, 32), early=(0,), num_stages=(3, 4))
+    for BR, warps in ((8, 4), (4, 2), (2, 1)):
+        shared = words | {"BR": (BR,), "num_warps": (warps,)}
+        yield from _grid(**shared, BT=(32,), early=(0,), num_stages=(3, 4))
     # and what each of them is worth
     usual: Knobs = {"BR": 16, "num_warps": 4, "BT": 32, "early": 1}
     yield from _apart(usual, ("words", "spread", "overlap", "read_once"))

@@ -96,6 +96,15 @@ def records_programs() -> bool:
     return os.environ.get("GDN2GEN_BOUND", "") != "programs"
 
 
+def slopes_together() -> bool:
+    """Whether what sigmoids of a layer's projections hand back is written beside the convolutions'
+    gradients, so that one product takes all (GDN2GEN_SLOPES_TOGETHER=1)."""
+    return values_of(_TOGETHER) not in _OFF
+
+
+_TOGETHER: Final = ("GDN2GEN_SLOPES_TOGETHER",)
+
+
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return values_of(_INVARIANT) not in _OFF

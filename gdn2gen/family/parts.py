@@ -170,6 +170,13 @@ class SwigluProblem(PartProblem):
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
+class SigmoidProblem(PartProblem):
+    """y = sigmoid(x) of rows of channels, of which there is a kernel for the gradient alone."""
+
+    op: ClassVar[str] = "sigmoid"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
 class RotaryProblem(PartProblem):
     """Heads of `size` channels, turned in pairs (i, i + size/2) by angles of their tokens."""
 

@@ -87,6 +87,9 @@ _READING: Final[dict[str, Domain]] = {"read_once": (0, 1)}
 # Of the backwards: tokens in 16 bits read as words of two channels, with fewer instructions to a
 # gradient; and the kernel that adds up partial sums launched while what leaves them still runs.
 _SUMMING: Final[dict[str, Domain]] = {"words": (0, 1), "overlap": (0, 1)}
+# Of these, too: with words, and no loads a turn ahead into registers, turns on their way through
+# shared memory; of the convolutions one run to a program, which is not packed.
+_STAGED: Final[dict[str, Domain]] = {"num_stages": (1, 3, 4, 5)}
 
 
 def _convolution(
@@ -134,7 +137,11 @@ SHORT_CONV_BACKWARD: Final = _convolution(
         _PARTIAL,
     ),
     ("B", "T", "units", "x_row", "dx_row"),
-    _CONVOLVING | _READING | _SUMMING | {"maxnreg": (0, 128), "prefetch": (0, 1, 2, 4)},
+    _CONVOLVING
+    | _READING
+    | _SUMMING
+    | _STAGED
+    | {"maxnreg": (0, 96, 104, 112, 128), "prefetch": (0, 1, 2, 4)},
 )
 
 _ROWS: Final[Domain] = (1, 2, 4, 8, 16, 32)
@@ -184,7 +191,7 @@ GATED_NORM_BACKWARD: Final = _norm(
         Operand("partial", "P DS", "fp32"),
     ),
     ("eps", "M"),
-    _NORMING | _SUMMING | {"spread": (0, 1)},
+    _NORMING | _SUMMING | _STAGED | {"spread": (0, 1)},
 )
 _GATING: Final[dict[str, Domain]] = {
     "BD": (128, 64, 256, 512),

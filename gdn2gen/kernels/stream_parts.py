@@ -1,5 +1,5 @@
 """The stages of a model beside its mixers: the norm of its residual stream, SwiGLU, rotary
-positions, and attention of one token over a window.
+positions, attention of one token over a window; and what a layer's sigmoids hand back.
 
 As those of a layer's parts: in no plan, each input read once and each output written once.
 """
@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdn2gen.family.parts import RotaryProblem, StreamNormProblem, SwigluProblem, WindowProblem
+from gdn2gen.family.parts import (
+    RotaryProblem,
+    SigmoidProblem,
+    StreamNormProblem,
+    SwigluProblem,
+    WindowProblem,
+)
 from gdn2gen.kernels.limits import Domain, Knob
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.kernels.slices import covering
@@ -80,6 +86,32 @@ SWIGLU_BACKWARD: Final = _swiglu(
     (Operand("dgate", "E"), Operand("dup", "E")),
 )
 
+SIGMOID_BACKWARD: Final = PartStage(
+    made_for=SigmoidProblem,
+    name="sigmoid_backward",
+    inputs=(Operand("y", "M D"), Operand("dy", "M D")),
+    outputs=(Operand("dx", "M D"),),
+    scalars=("M", "units", "dx_row"),
+    forms=(
+        Form(
+            "sigmoid_backward",
+            "triton",
+            "sigmoid_backward",
+            knobs={
+                "BR": (1, 2, 4, 8, 16),
+                "BD": (128, 256, 512),
+                "num_warps": (4, 2, 8),
+                "num_stages": (1,),
+            },
+            leads={},
+            tiles=(),
+        ),
+    ),
+    chunks=(1,),
+)
+SIGMOID_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 8, "BD": 256, "num_warps": 4}
+"""A thread takes 16 elements: four loads of 16 bytes are under way at once. Not measured."""
+
 _RUNS: Final[Domain] = (64, 128, 256)
 """Rows of the ring that a program takes."""
 WINDOW_STEP: Final = PartStage(
@@ -136,7 +168,7 @@ ROTARY: Final = PartStage(
 ROTARY_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 32, "num_warps": 4}
 STREAM_STAGES: Final = (
     *(STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD),
-    *(ROTARY, WINDOW_STEP),
+    *(ROTARY, WINDOW_STEP, SIGMOID_BACKWARD),
 )
 
 # Of the norm's backward at most, to a multiprocessor: each leaves a row of partial sums.

@@ -56,6 +56,7 @@ class GatedDeltaNet2(Mixer):
     """
 
     _gate_projections: ClassVar[tuple[str, ...]] = ("f_proj", "b_proj", "w_proj")
+    _sigmoid_projections: ClassVar[tuple[str, ...]] = ("b_proj", "w_proj")
     _chunk: ClassVar[Op] = staticmethod(chunk_gdn2)
     _by_channel: ClassVar[bool] = True
     _recurrent: ClassVar[Op | None] = staticmethod(fused_recurrent_gdn2)
@@ -101,11 +102,11 @@ class GatedDeltaNet2(Mixer):
 
     def _gates(self, tokens: Projected) -> dict[str, Any]:
         heads = self.heads
-        b = tokens.by(self.b_proj).sigmoid()
+        b = tokens.sigmoid(self.b_proj)
         return {
             "g": split(tokens.by(self.f_proj), heads.H, heads.K),
             "b": split(2 * b if self.allow_neg_eigval else b, heads.H, heads.K),
-            "w": split(tokens.by(self.w_proj).sigmoid(), heads.HV, heads.V),
+            "w": split(tokens.sigmoid(self.w_proj), heads.HV, heads.V),
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
             "use_gate_in_kernel": True,

@@ -46,6 +46,8 @@ class Mixer(Layer):
     """The op over few tokens; without one every call goes to the op over chunks."""
     _gate_projections: ClassVar[tuple[str, ...]]
     """Names of the projections that `_gates` takes."""
+    _sigmoid_projections: ClassVar[tuple[str, ...]] = ()
+    """Those of them whose sigmoid it takes, for each channel."""
     _plain: ClassVar[bool] = False
     """Whether q and k are not normalised, and have no SiLU without a convolution."""
     _by_channel: ClassVar[bool] = False
@@ -130,7 +132,8 @@ class Mixer(Layer):
 
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         heads = self.heads
-        tokens = Projected(batch.x, self._projections(), 3 if self.use_short_conv else 0)
+        gates = [getattr(self, name) for name in self._sigmoid_projections]
+        tokens = Projected(batch.x, self._projections(), 3 if self.use_short_conv else 0, gates)
         q, k, v, tails = self._qkv(tokens, batch, kept)
         arguments = {
             "q": split(q, heads.H, heads.K),

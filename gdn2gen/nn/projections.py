@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn2gen.base.environment import is_batch_invariant
-from gdn2gen.runtime.arguments import is_watched
+from gdn2gen.base.environment import is_batch_invariant, slopes_together
+from gdn2gen.kernels.rows import UNIT
+from gdn2gen.runtime.arguments import by_kernels, is_watched
+from gdn2gen.runtime.dtypes import DTYPE_NAME
+from gdn2gen.runtime.passes import empty
 from gdn2gen.runtime.room import Room
+from gdn2gen.runtime.stream_parts import sigmoid_backward
 
 NARROW: Final = 256
 """Columns up to which products are made as one: by itself such a one has too few tiles for a GPU,
@@ -30,15 +34,26 @@ class Projected:
     a convolution's backward writes so, and narrow ones, which are copied there. The others add to
     it in their own products. Forwards narrow ones are one product, too.
 
+    Of `gates` the sigmoid is wanted, by `sigmoid`. With GDN2GEN_SLOPES_TOGETHER=1 wide ones have it
+    in the same function, which then writes what it hands back beside the others' gradients: one
+    product less for each that reads and writes the gradient of x once more.
+
     Under autocast the tokens are narrowed once, and not for each of the projections.
 
     Only where that is all there is to them: `modules` are linear layers, or sequences of them, that
     nobody has put hooks on or others in place of. Everything else is called as it is.
     """
 
-    def __init__(self, x: Tensor, modules: Sequence[nn.Module], convolved: int = 0) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        modules: Sequence[nn.Module],
+        convolved: int = 0,
+        gates: Sequence[nn.Module] = (),
+    ) -> None:
         self._x = x
         self._made: dict[nn.Module, Tensor] = {}
+        self._activated: Sequence[nn.Module] = ()
         if not _may_chain(x, modules):
             return
         firsts = [_first(module) for module in modules]
@@ -47,7 +62,10 @@ class Projected:
             x = narrowed(x)
             weights = [narrowed(first.weight) for first in firsts]
             biases = [None if first.bias is None else narrowed(first.bias) for first in firsts]
-            made = _Together.apply(inner, convolved, x, *weights, *biases)  # type: ignore[no-untyped-call]
+            if gates and slopes_together():
+                self._activated = [module for module in gates if _is_wide(module)]
+            gated = tuple([module in self._activated for module in modules])
+            made = _Together.apply(inner, convolved, gated, x, *weights, *biases)  # type: ignore[no-untyped-call]
             self._made = dict(zip(modules, made, strict=True))
             return
         narrow = [module for module in modules if _is_inner(module) and _is_narrow(_first(module))]
@@ -67,17 +85,29 @@ class Projected:
             y = other(y)
         return y.view(*self._x.shape[:-1], y.shape[-1])
 
+    def sigmoid(self, module: nn.Module) -> Tensor:
+        """The sigmoid of `module(x)`; it is one of the gates."""
+        y = self.by(module)
+        return y if module in self._activated else y.sigmoid()
+
 
 class _Together(torch.autograd.Function):
-    """x W^T + bias by every weight; those of `inner` and narrow ones as rows of a matrix."""
+    """x W^T + bias by every weight, those that are `gated` through a sigmoid; those of `inner` and
+    narrow ones as rows of a matrix."""
 
     @staticmethod
     def forward(
-        ctx: Any, inner: tuple[bool, ...], convolved: int, x: Tensor, *parameters: Tensor | None
+        ctx: Any,
+        inner: tuple[bool, ...],
+        convolved: int,
+        gated: tuple[bool, ...],
+        x: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(inner)
         weights: list[Any] = [*parameters[:count]]
         biases = parameters[count:]
+        ctx.gated = [i for i in range(count) if gated[i]]
         narrow = [
             i
             for i in range(convolved, count)
@@ -85,9 +115,8 @@ class _Together(torch.autograd.Function):
         ]
         ctx.narrow, ctx.convolved = narrow, convolved
         convolutions = [x.shape[0] for x in weights[:convolved]]
-        ctx.room = Room.of(convolutions, sum(weights[i].shape[0] for i in narrow))
+        ctx.room = Room.of(convolutions, sum(weights[i].shape[0] for i in (*ctx.gated, *narrow)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights)
         made: dict[int, Tensor] = {}
         rows = _rows(x)
         if len(narrow) > 1 and rows.shape[0] >= MANY and not is_batch_invariant():
@@ -98,21 +127,25 @@ class _Together(torch.autograd.Function):
             }
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             y = made[i] if i in made else functional.linear(rows, weight, bias)
+            y = y.sigmoid_() if gated[i] else y
             # no view of another tensor, which nobody could write to
             made[i] = y if inner[i] else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+        ctx.save_for_backward(x, *weights, *[made[i] for i in ctx.gated])
         return tuple([made[i] for i in range(count)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        count = len(weights)
-        wants_x, *wants = ctx.needs_input_grad[2:]
+        count = len(given)
+        x, *weights = ctx.saved_tensors[: count + 1]
+        results = dict(zip(ctx.gated, ctx.saved_tensors[count + 1 :], strict=True))
+        wants_x, *wants = ctx.needs_input_grad[3:]
         dy = [None if part is None else _rows(part) for part in given]
         whole = ctx.room.holding(given[: ctx.convolved])
-        narrow = [i for i in ctx.narrow if dy[i] is not None]
+        copied = [i for i in (*ctx.gated, *ctx.narrow) if dy[i] is not None]
+        narrow = [i for i in copied if i not in results]
         convolved = [] if whole is None else [*range(ctx.convolved)]
-        shared = [*convolved, *narrow]
+        shared = [*convolved, *copied]
         of_weights: list[Tensor | None] = [None] * count
         of_biases = [
             y.sum(0) if want and y is not None else None
@@ -121,9 +154,10 @@ class _Together(torch.autograd.Function):
         dx: Tensor | None = None
         rows = _rows(x)
         if shared:
-            together = _laid_out(whole, [dy[i] for i in shared], ctx.convolved)
+            begin = sum(weights[i].shape[0] for i in convolved)
+            together = _laid_out(whole, begin, [(dy[i], results.get(i)) for i in copied])
             begin = 0
-            for group in (convolved, narrow):
+            for group in ([i for i in shared if i not in narrow], narrow):
                 # not one product: 6400 rows of a weight's gradient are 400 tiles for 132
                 # multiprocessors, 6144 are 384
                 sizes = [weights[i].shape[0] for i in group]
@@ -142,18 +176,37 @@ class _Together(torch.autograd.Function):
                 of_weights[i] = y.t() @ rows
             if wants_x:
                 dx = y @ weights[i] if dx is None else dx.addmm_(y, weights[i])
-        return (None, None, None if dx is None else dx.view(x.shape), *of_weights, *of_biases)
+        return (None,) * 3 + (None if dx is None else dx.view(x.shape), *of_weights, *of_biases)
 
 
-def _laid_out(whole: Tensor | None, dy: Sequence[Any], convolved: int) -> Tensor:
-    """All of `dy` beside each other. `whole` has the convolved ones, and room for the others."""
+def _laid_out(
+    whole: Tensor | None, begin: int, parts: Sequence[tuple[Any, Tensor | None]]
+) -> Tensor:
+    """All of `parts` beside each other: of each its gradient, and the sigmoid that this is yet to
+    go through, if there is one. `whole` has others in its first columns, and room for these."""
+    if whole is None and all([y is None for _, y in parts]):
+        return torch.cat([dy for dy, _ in parts], 1) if len(parts) > 1 else parts[0][0]
     if whole is None:
-        return torch.cat([*dy], 1) if len(dy) > 1 else dy[0]
-    end = sum(y.shape[1] for y in dy[:convolved])
-    for y in dy[convolved:]:
-        whole[:, end : end + y.shape[1]] = y
-        end += y.shape[1]
-    return whole[:, :end]
+        columns = sum(dy.shape[1] for dy, _ in parts)
+        like = parts[0][0]
+        whole = empty((like.shape[0], -(-columns // UNIT) * UNIT), like.dtype, like.device)
+    for dy, y in parts:
+        end = begin + dy.shape[1]
+        if y is None:
+            whole[:, begin:end] = dy
+        else:
+            _hand_back(dy, _rows(y), whole[:, begin:end])
+        begin = end
+    return whole[:, :begin]
+
+
+def _hand_back(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+    """dy through the sigmoid y, into columns of a matrix."""
+    if by_kernels(dy.device) and dy.dtype in DTYPE_NAME and dy.numel():
+        # torch's own kernel writes to rows that lie apart element by element
+        sigmoid_backward(dy, y, dx)
+    else:
+        dx.copy_(torch.ops.aten.sigmoid_backward(dy, y))
 
 
 def _beside(rows: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -175,6 +228,13 @@ def _first(module: nn.Module) -> nn.Linear:
 def _is_inner(module: nn.Module) -> bool:
     """Whether its first product is no result, but what its others take."""
     return isinstance(module, nn.Sequential) and len(module) > 1
+
+
+def _is_wide(module: nn.Module) -> bool:
+    """Whether it is worth more than to be copied, and kernels can write where its gradient lies."""
+    first = _first(module)
+    width = first.weight.shape[0]
+    return not _is_inner(module) and first.bias is None and width > NARROW and width % UNIT == 0
 
 
 def _is_narrow(first: nn.Linear) -> bool:

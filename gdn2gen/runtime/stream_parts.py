@@ -1,5 +1,5 @@
 """Launches of the kernels between a model's mixers, as functions of autograd: the norm of the
-residual stream, and SwiGLU."""
+residual stream, and SwiGLU; and of what a layer's sigmoids hand back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch.autograd.function import once_differentiable
 from gdn2gen.family.parts import (
     CHANNELS_STEP,
     RotaryProblem,
+    SigmoidProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
 )
 from gdn2gen.kernels.parts import PartStage, partial_rows
+from gdn2gen.kernels.rows import UNIT
 from gdn2gen.kernels.stream_parts import (
     ROTARY,
     ROTARY_KNOBS,
+    SIGMOID_BACKWARD,
+    SIGMOID_KNOBS,
     STREAM_NORM,
     STREAM_NORM_BACKWARD,
     SWIGLU,
@@ -76,7 +80,13 @@ def _attending(dtype: torch.dtype, size: int, device: torch.device) -> parts.Loa
     return parts._load(WINDOW_STEP, problem, WINDOW_KNOBS, device)
 
 
-parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _rotating, _attending))
+@lru_cache(maxsize=64)
+def _sloping(dtype: torch.dtype, device: torch.device) -> parts.Loaded:
+    problem = SigmoidProblem(dtype=DTYPE_NAME[dtype])
+    return parts._load(SIGMOID_BACKWARD, problem, SIGMOID_KNOBS, device)
+
+
+parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _rotating, _attending, _sloping))
 
 
 class StreamNorm(torch.autograd.Function):
@@ -145,6 +155,15 @@ def _gate(stage: PartStage, given: tuple[Tensor, ...], made: tuple[Tensor, ...])
     loaded = _gating(stage, x.dtype, x.device)
     with parts._on(x.device):
         loaded.launch(*readable(given), *made, units=x.numel() // CHANNELS_STEP)
+
+
+def sigmoid_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+    """dy y (1 - y) into dx, each [M, D]; D and what lies between rows of dx are multiples of 8."""
+    M, D = dx.shape
+    loaded = _sloping(dx.dtype, dx.device)
+    with parts._on(dx.device):
+        given = readable([y, dy])
+        loaded.launch(*given, dx, M=M, units=D // CHANNELS_STEP, dx_row=dx.stride(0) // UNIT)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ these rows in their order.
 
 Problem: gated_rms_norm bf16, size=96, activation=silu
 Config:  BR=16 BT=31 early=1 language=triton num_stages=1 num_warps=1 overlap=1 read_once=0 spread=1 words=1
-Template digest 417362d5c2ce7124; made by
+Template digest 0a7fb6c19c642844; made by
     gdn2gen generate --dtype bf16 --with=size:96,activation:silu --stage gated_norm_backward \
       --config \
       BR=16,BT=31,early=1,language=triton,num_stages=1,num_warps=1,overlap=1,read_once=0,spread=1,words=1

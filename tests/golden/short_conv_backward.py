@@ -20,7 +20,7 @@ What a program adds up of dweight is a row of `partial`, and sum_kernel adds the
 
 Problem: short_convolution bf16, weight_dtype=fp32, tensors=1, width=3, bias
 Config:  BD=64 BR=4 BT=32 ahead=2 early=1 language=triton maxnreg=0 num_stages=1 num_warps=1 overlap=0 prefetch=0 read_once=0 words=0
-Template digest cff9eae966f09307; made by
+Template digest f20a0be398b59015; made by
     gdn2gen generate --dtype bf16 --with=weight_dtype:fp32,tensors:1,width:3,bias --stage \
       short_conv_backward --config \
       BD=64,BR=4,BT=32,ahead=2,early=1,language=triton,maxnreg=0,num_stages=1,num_warps=1,overlap=0,prefetch=0,read_once=0,words=0

@@ -14,6 +14,7 @@ from torch import Tensor
 from two_processes import compare
 
 from gdn2gen.nn import Cache, LanguageModel, _stream, _windowed
+from gdn2gen.runtime.room import Room
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +62,33 @@ def test_equations(member: str, options: dict[str, Any]) -> None:
     names = ["x", *(name for name, _ in layer.named_parameters())]
     errors = {n: _error(a, b) for n, a, b in zip(names, found, right, strict=True)}
     assert max(errors.values()) < 0.03, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sigmoids_hand_back_together(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one product with what is convolved, as by products of their own; in fp32 under autocast."""
+    layer = _layer("gdn2", dtype, num_heads=4, head_dim=128)
+    x = _tokens(2, 150, dtype=dtype).requires_grad_()
+    into, towards = [x, *layer.parameters()], torch.randn_like(x)
+    holding, held = Room.holding, list[bool]()
+
+    def watched(self: Room, gradients: list[Tensor | None]) -> Tensor | None:
+        whole = holding(self, gradients)
+        held.append(whole is not None)
+        return whole
+
+    monkeypatch.setattr(Room, "holding", watched)
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y, into, towards.to(y.dtype))]
+
+    apart = run()
+    monkeypatch.setenv("GDN2GEN_SLOPES_TOGETHER", "1")
+    together = run()
+    assert held == [True, True] and torch.equal(apart[0], together[0])
+    assert max(map(_error, together, apart)) < 0.01
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.015), (torch.float32, 5e-3)])

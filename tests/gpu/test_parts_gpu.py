@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
+STAGED: Final = (*WORDS, ("num_stages", 4), ("early", 0), ("BR", 1), ("num_warps", 1))
 SPREAD: Final = (("spread", 1),)
 CONVOLUTIONS: Final = {
     # runs of all lengths, and tokens that are no multiple of any
@@ -55,6 +56,18 @@ CONVOLUTIONS: Final = {
         channels=(264,), width=2, B=3, T=500, dtype=BF16, bias=True, tail=True,
         backward=(*WORDS, ("BD", 64), ("ahead", 8), ("early", 0), ("prefetch", 2)),
     ),
+    "staged": Convolution(
+        channels=(2048, 2048, 2048), B=4, T=1031, dtype=BF16,
+        backward=(*STAGED, ("BT", 296), ("maxnreg", 96)),
+    ),
+    "staged, tails of views": Convolution(
+        channels=(256, 264, 512), width=3, B=2, T=321, dtype=FP16, views=True, tail=True, bias=True,
+        backward=(*STAGED, ("BT", 64), ("BD", 256), ("num_warps", 2), ("num_stages", 5)),
+    ),
+    "staged, turns of eight": Convolution(
+        channels=(264,), width=2, B=3, T=512, dtype=BF16, weight_dtype=FP32,
+        backward=(*STAGED, ("BT", 128), ("ahead", 8), ("num_stages", 3)),
+    ),
 }  # fmt: skip
 NORMS: Final = {
     "many": Norm(rows=(4, 1031, 16), dtype=BF16),
@@ -71,6 +84,11 @@ NORMS: Final = {
     ),
     "words of fp16, spread": Norm(
         rows=(2, 777), size=96, dtype=FP16, backward=(*WORDS, *SPREAD, ("early", 0))
+    ),
+    "staged": Norm(rows=(4, 1031, 16), dtype=BF16, backward=(*STAGED, ("BR", 4), ("BT", 31))),
+    "staged, spread": Norm(
+        rows=(2, 777), size=96, dtype=FP16, activation="sigmoid",
+        backward=(*STAGED, *SPREAD, ("BR", 16), ("num_warps", 4), ("num_stages", 3)),
     ),
     "spread": Norm(rows=(2, 777), backward=SPREAD),
 }  # fmt: skip
@@ -137,6 +155,12 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert part_cases.swiglu(shape, dtype, str(DEVICE)) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (777, 264), (4 * 1031, 2048)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_a_sigmoid_hands_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert part_cases.sigmoid_backward(*shape, dtype, str(DEVICE)) < BOUNDS[dtype]
+
+
 def test_steps() -> None:
     for N in (1, 5, 300):
         case = Convolution(T=1, B=N, channels=(2048, 2048, 4096), dtype=BF16, tail=True)
@@ -151,8 +175,9 @@ def test_calls_like_one_before() -> None:
     assert part_cases.known(str(DEVICE)) >= 11
 
 
-def test_projections_before_a_convolution() -> None:
-    assert projection_cases.convolved(str(DEVICE)) == 4
+@pytest.mark.parametrize("together", [False, True])
+def test_projections_before_a_convolution(together: bool) -> None:
+    assert projection_cases.convolved(str(DEVICE), together) == 4
 
 
 def test_layouts_have_the_same_bits() -> None:

@@ -276,6 +276,23 @@ def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> f
     return _worst([y, *found], [wanted, *right])
 
 
+def sigmoid_backward(rows: int, channels: int, dtype: torch.dtype, device: str = "cpu") -> float:
+    """Into columns of a matrix, and into one of its own; beside them nothing is written."""
+    torch.manual_seed(0)
+    y = torch.randn(rows, channels).sigmoid().to(device, dtype)
+    y.flatten()[:2] = torch.tensor([0.0, 1.0])
+    # read by its own strides, as gradients come
+    dy = torch.randn(channels, rows).to(device, dtype).t()
+    whole = torch.full((rows, channels + 24), torch.nan, device=device, dtype=dtype)
+    alone = torch.full_like(y, torch.nan)
+    for dx in (whole[:, 8:-16], alone):
+        stream_parts.sigmoid_backward(dy, y, dx)
+    assert whole[:, :8].isnan().all() and whole[:, -16:].isnan().all()
+    assert torch.equal(whole[:, 8:-16], alone)
+    exact = y.double()
+    return _worst([alone], [dy.double() * exact * (1 - exact)])
+
+
 def rotary(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 1, device: str = "cpu") -> float:
     """y and its gradient of x [B, T, H, D], by angles of all rows, or of each of them."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from unittest.mock import patch
 
 import torch
@@ -14,12 +15,21 @@ from gdn2gen.runtime import passes
 from gdn2gen.runtime.room import Room, room_of
 
 
-def convolved(device: str = "cpu") -> int:
-    """How often the convolution's gradients lay where the product wants them, of four backwards."""
+def convolved(device: str = "cpu", together: bool = False) -> int:
+    """How often the convolution's gradients lay where the product wants them, of four backwards.
+    `together`: beside what a sigmoid handed back."""
+    with patch.dict(os.environ, {"GDN2GEN_SLOPES_TOGETHER": str(int(together))}):
+        return _convolved(device, together)
+
+
+def _convolved(device: str, together: bool) -> int:
     torch.manual_seed(0)
     gate = nn.Sequential(nn.Linear(24, 5, bias=False), nn.Linear(5, 7))
     modules: list[nn.Module] = [nn.Linear(24, n, bias=False) for n in (16, 16, 8, 3)]
     modules += [gate, nn.Linear(24, NARROW + 8), nn.Linear(24, 4)]
+    # wide ones through sigmoids: one that kernels can write, one of odd width, one with a bias
+    gates = [nn.Linear(24, NARROW + n, bias=n == 8) for n in (24, 3, 8)]
+    modules[3:3] = gates
     modules = [module.to(device) for module in modules]
     weights = [torch.randn(n, 4, device=device).requires_grad_() for n in (16, 16, 8)]
     parameters = [p for module in modules for p in module.parameters()]
@@ -29,7 +39,8 @@ def convolved(device: str = "cpu") -> int:
     def run(tokens: Projected, used: int) -> list[Tensor]:
         y, _ = short_convolution([tokens.by(module) for module in modules[:3]], weights)
         assert room_of(y) is None
-        y += [tokens.by(module) for module in modules[3:used]]
+        y += [tokens.sigmoid(module) for module in gates]
+        y += [tokens.by(module) for module in modules[6:used]]
         towards.extend(torch.randn_like(part) for part in y[len(towards) :])
         into = [x, *weights, *parameters]
         graph = {"retain_graph": True, "allow_unused": True}
@@ -46,7 +57,14 @@ def convolved(device: str = "cpu") -> int:
         seen.append(holding(self, gradients))
         return seen[-1]
 
-    for used in (len(modules), 4):
+    slopes: list[torch.Size] = []
+    hand_back = projections._hand_back
+
+    def counted(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+        slopes.append(dx.shape)
+        hand_back(dy, y, dx)
+
+    for used in (len(modules), 7):
         wanted = run(Projected(x, []), used)
         passes.poison(True)
         try:
@@ -54,10 +72,12 @@ def convolved(device: str = "cpu") -> int:
                 patch.object(projections, "_gains", lambda x: x.requires_grad),
                 patch.object(projections, "MANY", 1),
                 patch.object(Room, "holding", watched),
+                patch.object(projections, "_hand_back", counted),
             ):
-                found = run(Projected(x, modules, 3), used)
+                found = run(Projected(x, modules, 3, gates), used)
         finally:
             passes.poison(False)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert slopes == [(18, NARROW + 24)] * (4 if together else 0)
     return sum(x is not None for x in seen)

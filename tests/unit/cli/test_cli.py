@@ -32,6 +32,7 @@ from gdn2gen.family.parts import (
     DecayGateProblem,
     NormProblem,
     RotaryProblem,
+    SigmoidProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -280,6 +281,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         DecayGateProblem: DecayGateProblem(size=96, gate="sigmoid", dtype="fp16"),
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
+        SigmoidProblem: SigmoidProblem(dtype="fp32"),
         RotaryProblem: RotaryProblem(size=24, dtype="fp32"),
         WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(

@@ -23,6 +23,7 @@ from gdn2gen.family.parts import (
     DecayGateProblem,
     NormProblem,
     RotaryProblem,
+    SigmoidProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -61,6 +62,7 @@ from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.stream_parts import (
     ROTARY_KNOBS,
+    SIGMOID_KNOBS,
     STREAM_STAGES,
     SWIGLU_KNOBS,
     WINDOW_KNOBS,
@@ -709,6 +711,7 @@ _PARTS: Final = {
     "bounded decay": DecayGateProblem(size=96, gate="sigmoid", dtype="fp32"),
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
+    "sigmoid": SigmoidProblem(),
     "window": WindowProblem(),
     "rotary": RotaryProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
@@ -732,6 +735,7 @@ _REGISTERS: Final = {
     "rotary-rotary": 64,
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
+    "sigmoid_backward-sigmoid": 64,
 }
 
 
@@ -766,6 +770,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, SigmoidProblem):
+        knobs = SIGMOID_KNOBS
     elif isinstance(problem, RotaryProblem):
         knobs = ROTARY_KNOBS
     elif isinstance(problem, WindowProblem):
@@ -780,21 +786,37 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         assert used.registers <= _REGISTERS.get(f"{stage.name}-{name}", 255), used
 
 
-# What a sweep may pick of the backwards: of the convolutions 16 warps to a multiprocessor, of the
-# norm 28.
-_WORDS: Final = {
-    "short_conv_backward": {"BD": 128, "BR": 2, "num_warps": 2, "ahead": 4, "maxnreg": 128},
-    "gated_norm_backward": {"BR": 8, "num_warps": 4, "spread": 1},
+# What a sweep may pick of the backwards, and the registers that it may take: of the convolutions 16
+# warps to a multiprocessor, or 21 of those whose tokens come through shared memory; of the norm 28,
+# or 20 with twice as many elements of a lane.
+_EARLY: Final = {"early": 1, "BT": 128}
+_STAGED: Final = {"early": 0, "num_stages": 4, "BT": 32}
+_WORDS: Final[dict[str, tuple[str, int, dict[str, Knob]]]] = {
+    "conv": (
+        "short_conv_backward",
+        128,
+        {**_EARLY, "BD": 128, "BR": 2, "num_warps": 2, "ahead": 4, "maxnreg": 128},
+    ),
+    "conv, staged": (
+        "short_conv_backward",
+        96,
+        {**_STAGED, "BD": 128, "BR": 1, "num_warps": 1, "ahead": 4, "maxnreg": 96},
+    ),
+    "norm": ("gated_norm_backward", 72, {**_EARLY, "BR": 8, "num_warps": 4, "spread": 1}),
+    "norm, staged": ("gated_norm_backward", 96, {**_STAGED, "BR": 16, "num_warps": 4, "spread": 1}),
 }
 
 
-@pytest.mark.parametrize(("stage", "most"), [(x, 128 if "conv" in x else 72) for x in _WORDS])
-def test_words_leave_registers(stage: str, most: int, record: Record) -> None:
+@pytest.mark.parametrize("name", _WORDS)
+def test_words_leave_registers(name: str, record: Record) -> None:
+    stage, most, own = _WORDS[name]
     problem, device = _QKV if "conv" in stage else NormProblem(), named_device("sm_90")
-    knobs: dict[str, Knob] = {"BT": 128, "early": 1, "words": 1, "overlap": 1, **_WORDS[stage]}
+    knobs: dict[str, Knob] = {"words": 1, "overlap": 1, **own}
     config = default_config(stage, problem).replace(**knobs)
     used = record.compile_ahead(problem, stage, config, device)
     assert used.spill_bytes == 0, used
+    # through shared memory, if it is staged: what is under way, and sums over warps
+    assert used.shared_bytes >= (6144 if "staged" in name else 0), used
     if _measured():
         assert used.registers <= most, used
 

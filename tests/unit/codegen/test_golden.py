@@ -33,6 +33,7 @@ from gdn2gen.family.parts import (
     DecayGateProblem,
     NormProblem,
     RotaryProblem,
+    SigmoidProblem,
     StreamNormProblem,
     SwigluProblem,
     WindowProblem,
@@ -487,6 +488,7 @@ OUTPUTS: Final = {
     "rotary.py": partial(_part, "rotary", RotaryProblem(), BR=32),
     "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
     "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
+    "sigmoid_backward.py": partial(_part, "sigmoid_backward", SigmoidProblem(), BR=8, BD=256),
     "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),
     "gated_norm_backward.py": partial(_part, "gated_norm_backward", _OF_96, BR=16, BT=32),
@@ -505,6 +507,16 @@ OUTPUTS: Final = {
         words=1,
         overlap=1,
         prefetch=1,
+    ),
+    "short_conv_backward_staged.py": partial(
+        _part,
+        "short_conv_backward",
+        ConvolutionProblem(tensors=1),
+        BR=1,
+        ahead=4,
+        words=1,
+        num_stages=4,
+        maxnreg=96,
     ),
     "gated_norm_backward_words.py": partial(
         _part, "gated_norm_backward", _OF_96, BR=16, BT=31, early=1, words=1, spread=1, overlap=1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn2gen.nn import GatedDeltaNet2, KimiDeltaAttention, projections
-from gdn2gen.nn.projections import Projected
+from gdn2gen.nn.projections import NARROW, Projected
 from gdn2gen.runtime.room import Room
 
 
@@ -71,8 +71,57 @@ def test_under_autocast_as_one_by_one(
     assert chained == [True, True]
 
 
-def test_gradients_lie_where_the_product_wants_them(interpreter: Callable[..., int]) -> None:
-    assert interpreter("projection_cases:convolved") == 4
+@pytest.mark.parametrize("together", [False, True])
+def test_gradients_lie_where_the_product_wants_them(
+    together: bool, interpreter: Callable[..., int]
+) -> None:
+    assert interpreter("projection_cases:convolved", "cpu", together) == 4
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_sigmoids_hand_back_beside_others(
+    kept: int, chained: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is convolved, or what was lies elsewhere; of those that are used."""
+    monkeypatch.setenv("GDN2GEN_SLOPES_TOGETHER", "1")
+    torch.manual_seed(0)
+    sizes = (8, 16, 8, NARROW + 8, 3, NARROW + 16)
+    modules = [nn.Linear(5, n, bias=False).double() for n in sizes]
+    gates = [modules[3], modules[5]]
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    for used in ((0, 1, 2, 3, 4, 5), (3, 4), (5,), (0, 5), (1, 4)):
+        tokens = Projected(x, modules, kept, gates)
+        made = [tokens.sigmoid(y) if y in gates else tokens.by(y) for y in modules]
+        assert made[3].is_contiguous() and "_Together" in str(made[3].grad_fn)
+        wanted = [y(x).sigmoid() if y in gates else y(x) for y in modules]
+        into = [x, *(modules[i].weight for i in used)]
+        sums = [sum(y[i].square().sum() for i in used) for y in (made, wanted)]
+        found, right = (torch.autograd.grad(y, into) for y in sums)
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b)
+    assert all(chained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_layer_whose_sigmoids_hand_back_together(
+    dtype: torch.dtype, chained: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = GatedDeltaNet2(hidden_size=24, num_heads=33, head_dim=8, allow_neg_eigval=True)
+    layer = layer.to(dtype)
+    x = torch.randn(1, 9, 24, dtype=dtype, requires_grad=True)
+    apart = _gradients(layer, x)
+    monkeypatch.setenv("GDN2GEN_SLOPES_TOGETHER", "1")
+    together = _gradients(layer, x)
+    assert chained == [True, True]
+    assert torch.equal(apart[0], together[0])
+    for a, b in zip(together, apart, strict=True):
+        assert (a - b).norm() <= (1e-12 if dtype == torch.float64 else 0.01) * b.norm()
+    # written to by others, what is handed back would be wrong
+    y = Projected(x, layer._projections(), 3, [layer.b_proj]).sigmoid(layer.b_proj)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_gradients_that_lie_elsewhere() -> None:

@@ -20,6 +20,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 WORDS: Final = (("words", 1), ("overlap", 1), ("read_once", 1))
 SPREAD: Final = (("spread", 1),)
+# Turns on their way through shared memory, in runs of 16 tokens.
+STAGED: Final = (*WORDS, ("num_stages", 4), ("early", 0))
+IN_RUNS: Final = (*STAGED, ("BT", 16), ("BR", 1), ("BD", 64), ("num_warps", 1))
 CONVOLUTIONS: Final = {
     "three tensors": Convolution(),
     "tails": Convolution(width=3, bias=True, tail=True, T=33),
@@ -56,6 +59,28 @@ CONVOLUTIONS: Final = {
         channels=(16, 8), T=37, lengths=(5, 1, 12, 19), backward=(*WORDS, ("ahead", 2))
     ),
     "words of fp32": Convolution(T=33, bias=True, tail=True, width=3, backward=WORDS),
+    # runs: three, the last with 5 tokens; of views; one of 16 and one of 1; full ones; less than
+    # one, with fewer tokens than are handed back; and by turns of eight
+    "staged": Convolution(channels=(136, 24), dtype=BF16, T=37, backward=IN_RUNS),
+    "staged, tails of views": Convolution(
+        channels=(64, 24), width=3, dtype=BF16, tail=True, bias=True, views=True, T=17,
+        backward=IN_RUNS,
+    ),
+    "staged, full runs": Convolution(
+        channels=(72, 8, 64), dtype=FP16, tail=True, T=48, backward=IN_RUNS
+    ),
+    "staged, few tokens": Convolution(
+        channels=(8,), dtype=BF16, weight_dtype=FP32, T=2, B=3, tail=True, backward=IN_RUNS
+    ),
+    "staged, turns of eight": Convolution(
+        channels=(24,), width=2, dtype=FP16, bias=True, T=45,
+        backward=(*IN_RUNS, ("ahead", 8), ("num_stages", 3)),
+    ),
+    # which are loaded as without: packed ones, and several runs
+    "not staged, packed": Convolution(dtype=BF16, lengths=(7, 0, 1, 2, 30), backward=IN_RUNS),
+    "not staged, several runs": Convolution(
+        dtype=FP16, T=40, backward=(*IN_RUNS, ("BR", 2))
+    ),
 }  # fmt: skip
 NORMS: Final = {
     "silu": Norm(),
@@ -74,6 +99,11 @@ NORMS: Final = {
     ),
     "words of fp32, spread": Norm(
         rows=(45,), activation="sigmoid", backward=(*WORDS, *SPREAD, ("early", 0), ("BR", 2))
+    ),
+    "staged": Norm(rows=(45,), dtype=BF16, backward=(*STAGED, ("BT", 4), ("BR", 4))),
+    "staged, spread": Norm(
+        size=96, rows=(45,), dtype=FP16, activation="sigmoid",
+        backward=(*STAGED, *SPREAD, ("BT", 2), ("BR", 4), ("num_stages", 3)),
     ),
     "spread": Norm(rows=(45,), size=96, backward=(*SPREAD, ("BT", 4), ("BR", 4))),
 }  # fmt: skip
@@ -131,6 +161,11 @@ def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_swiglu_kernels(dtype: torch.dtype, interpreter: Check) -> None:
     assert interpreter("part_cases:swiglu", (3, 7, 72), dtype) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_a_sigmoid_hands_back(dtype: torch.dtype, interpreter: Check) -> None:
+    assert interpreter("part_cases:sigmoid_backward", 13, 264, dtype) < BOUNDS[dtype]
 
 
 def test_a_model_by_kernels_between_its_mixers(interpreter: Check) -> None:
