@@ -22,6 +22,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.kernels.anchors import CENTRED_RANGE, anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.feedback import feeds_back
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.limits import rounded_up
 from gdn2gen.kernels.recurrent import TokenStage
@@ -97,6 +98,8 @@ def context(problem: Compiled, stage: Stage, config: Config) -> dict[str, object
         # the decay, if there is one, is outside of products over channels: one number a head
         "outside": recurrence.decays_by in OF["outside"],
         "decays": recurrence.decay is not None,
+        # what rounding takes of A's elements goes to their neighbours
+        "feeds_back": feeds_back(problem),
         # of a forward scan, beside the state: "o", "h" (with R), or both
         "makes": "".join(x.name for x in stage.outputs if x.name in ("o", "h")),
     }

@@ -64,7 +64,7 @@ def _check_made_for_this(**digests):
 _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
     grad_blocks2="f525fa3297be0358",
-    prepare="32a309676c9e0686",
+    prepare="5f9ed5524a5266fb",
     reverse_scan_blocks2="02322d86df9220d0",
     scan_blocks2="d745195e373e0ab3",
 )

@@ -67,7 +67,7 @@ _check_made_for_this(
     chunk_tables="305ad06913aa402a",
     grad_key="c9f359efcaffc7be",
     grad_value="2ccd42e4b0b9511f",
-    prepare="6720b80b65d9c4c4",
+    prepare="74050f8aa116a609",
     rescan="2ac4d373c1af9340",
     reverse_scan="c407e4599910970b",
     scan="93d188e3bba7f460",

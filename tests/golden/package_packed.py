@@ -67,7 +67,7 @@ _check_made_for_this(
     chunk_tables="c0c6ab53b78cb5b2",
     grad_key="f7cd6f478e3b2c8d",
     grad_value="d0d6de9eeeeecdf7",
-    prepare="32a309676c9e0686",
+    prepare="5f9ed5524a5266fb",
     rescan="36b3242087daeab4",
     reverse_scan="367fc47fb856000e",
     scan="1f3e2126b133e67c",

@@ -65,7 +65,7 @@ def _check_made_for_this(**digests):
 _check_made_for_this(
     grad_key="52c2cf71302904e3",
     grad_value="215e5ea4d76ab1c8",
-    prepare="130d04a78509a487",
+    prepare="bfc8ed11c77fa6aa",
     reprepare="a0f182f9b81470a8",
     rescan="d4eef6427c8f9227",
     reverse_scan="dc1bb544ef2fb9e8",

@@ -31,7 +31,7 @@ that no channel loses more than 2^-93 over a chunk.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, sigmoid gate
 Config:  BK=128 BT=32 chunks=4 decay=bounded language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 7082f0383f705a9c; made by
+Template digest 9f33dffe18a00345; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate sigmoid \
       --lower-bound -2 --with=A_log,dt_bias --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=bounded,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves

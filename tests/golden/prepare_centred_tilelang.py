@@ -30,7 +30,7 @@ blocks, in 5 more products that any decay takes alike.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=centred language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest e0b04478bfa252f4; made by
+Template digest 7c15d43ab6db0a74; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=centred,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves

@@ -21,7 +21,7 @@ as they are.
 
 Problem: delta_rule K=128 V=128 bf16, l2norm
 Config:  BK=64 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=2 num_warps=2 solve=tf32x3
-Template digest 0d419d70322176ec; made by
+Template digest 6827ab7232b8b3cf; made by
     gdn2gen generate --op delta_rule --head-dim 128,128 --dtype bf16 --with= --stage prepare \
       --config \
       BK=64,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=2,num_warps=2,solve=tf32x3

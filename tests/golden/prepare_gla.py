@@ -21,7 +21,7 @@ anchor of its own. What a later token decays by adds exact zeros to earlier rows
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=ieee
-Template digest b834dd147d961099; made by
+Template digest 7b8ea7051ec2a085; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=ieee

@@ -22,7 +22,7 @@ blocks, in 5 more products that any decay takes alike.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BK=128 BT=32 chunks=4 decay=centred language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest e0b04478bfa252f4; made by
+Template digest 7c15d43ab6db0a74; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=centred,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee

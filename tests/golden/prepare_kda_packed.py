@@ -29,7 +29,7 @@ anchor of its own. What a later token decays by adds exact zeros to earlier rows
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=anchored language=triton maxnreg=0 num_stages=1 num_warps=2 solve=tf32
-Template digest b834dd147d961099; made by
+Template digest 7b8ea7051ec2a085; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,neg_eigval,varlen --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=anchored,language=triton,maxnreg=0,num_stages=1,num_warps=2,solve=tf32

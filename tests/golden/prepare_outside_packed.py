@@ -29,7 +29,7 @@ positive, and one matrix of it serves all channels.
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=64 BT=32 chunks=1 decay=outside language=triton maxnreg=0 num_stages=2 num_warps=2 solve=tf32
-Template digest 0d419d70322176ec; made by
+Template digest 6827ab7232b8b3cf; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=64,BT=32,chunks=1,decay=outside,language=triton,maxnreg=0,num_stages=2,num_warps=2,solve=tf32

@@ -34,7 +34,7 @@ Before it activate_beta_kernel, a program per chunk and BH heads, makes k_beta o
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest c04a0bd518b54b46; made by
+Template digest d242b10dc991acd9; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves

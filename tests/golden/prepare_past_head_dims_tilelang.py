@@ -31,7 +31,7 @@ later_frames_kernel, in Triton, writes the others.
 
 Problem: gdn2 K=72 V=40 bf16, g fp32, l2norm, softplus gate
 Config:  BK=96 BT=32 chunks=4 decay=anchored language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=halves
-Template digest 7082f0383f705a9c; made by
+Template digest 9f33dffe18a00345; made by
     gdn2gen generate --op gdn2 --head-dim 72,40 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,initial_state,final_state --stage prepare --config \
       BK=96,BT=32,chunks=4,decay=anchored,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=halves

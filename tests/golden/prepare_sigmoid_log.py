@@ -25,7 +25,7 @@ from the start of its block (prefix) and to its end (suffix) while blocks double
 
 Problem: gdn2 K=64 V=64 bf16, g bf16, sigmoid gate
 Config:  BK=32 BT=16 chunks=1 decay=log language=triton maxnreg=0 num_stages=1 num_warps=1 solve=tf32
-Template digest 7ebc44101abcebc8; made by
+Template digest 1547121db400e34f; made by
     gdn2gen generate --op gdn2 --head-dim 64,64 --dtype bf16 --gate-dtype bf16 --gate sigmoid \
       --no-l2norm --with= --stage prepare --config \
       BK=32,BT=16,chunks=1,decay=log,language=triton,maxnreg=0,num_stages=1,num_warps=1,solve=tf32

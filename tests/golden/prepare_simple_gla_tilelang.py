@@ -22,7 +22,7 @@ warp group of its own.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=80 num_stages=1 num_warps=4 solve=ieee
-Template digest c04a0bd518b54b46; made by
+Template digest d242b10dc991acd9; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage prepare --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=80,num_stages=1,num_warps=4,solve=ieee

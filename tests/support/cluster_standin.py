@@ -10,6 +10,7 @@ say, one of its threads does while the others wait: races within a group are not
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 import threading
 from collections import defaultdict, deque
@@ -308,7 +309,7 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
             yield from (x if len(x) > 1 else x[0] for x in itertools.product(*map(range, extents)))
         cluster.sync(100 + cluster.group[1], 128)
 
-    def shuffled(value: Any, distance: int) -> Any:
+    def shuffled(value: Any, distance: int, other: Callable[[int, int], int] = operator.add) -> Any:
         """What the lane so far up has of the value; past the warp's ends a lane's own."""
         cluster = current()
         lane, warp = cluster.thread % 32, cluster.thread // 32
@@ -317,7 +318,8 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
             given = cluster.kept.setdefault(key, [np.float32(0)] * 32)
         given[lane] = value
         cluster.sync(200 + warp, 32)
-        found = given[lane + distance] if 0 <= lane + distance < 32 else value
+        source = other(lane, distance)
+        found = given[source] if 0 <= source < 32 else value
         cluster.sync(200 + warp, 32)
         return found
 
@@ -349,6 +351,7 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
         "shfl_down": lambda x, distance: shuffled(x, distance),
         "shfl_sync": lambda x, lane: x,
         "shfl_up": lambda x, distance: shuffled(x, -distance),
+        "shfl_xor": lambda x, mask: shuffled(x, mask, operator.xor),
         "shuffle_elect": lambda _: current().thread % 128 == 0,
         "sync_warp": lambda: current().sync(200 + current().thread // 32, 32),
         "sync_threads": lambda name, count: current().sync(name, count),
