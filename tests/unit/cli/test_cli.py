@@ -669,7 +669,7 @@ def test_bench_asks_for_what_was_said(
     monkeypatch.chdir(tmp_path)
     words = "bench --shapes wide8k --head-dim 64,128 --dtype fp32 --vs fla --level fast --stages"
     words += " --save --json"
-    gate = ["--gate", "sigmoid", "--lower-bound", "-1.5", "--decay", "strong"]
+    gate = ["--gate", "sigmoid", "--lower-bound", "-1.5", "--decay", "strong", "--turn", "there"]
     assert program.main([*words.split(), str(tmp_path / "rows.json"), *gate]) == 0
     assert "the table" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": []}
@@ -689,4 +689,5 @@ def test_bench_asks_for_what_was_said(
         "stages": True,
         "level": "fast",
         "decay": "strong",
+        "turn": Path("there"),
     }
