@@ -295,7 +295,9 @@ def page(rows: Sequence[Row]) -> str:
     parts = []
     for gpu, batch, count in dict.fromkeys((x["gpu"], x["batch"], x["tokens"]) for x in rows):
         mine = [x for x in rows if (x["gpu"], x["batch"], x["tokens"]) == (gpu, batch, count)]
-        words = ", ".join(f"{name} {value}" for name, value in mine[0]["machine"].items())
+        dates = sorted({x["machine"]["date"] for x in mine})
+        about = {**mine[-1]["machine"], "date": " to ".join(dict.fromkeys((dates[0], dates[-1])))}
+        words = ", ".join(f"{name} {value}" for name, value in about.items())
         lines = [cells_of(x) for x in mine]
         parts += [f"{batch} x {count} tokens; {words}", "", table(COLUMNS, lines), ""]
     return "\n".join(parts).rstrip() or NOTHING

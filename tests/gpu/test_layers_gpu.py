@@ -66,7 +66,7 @@ def test_equations(member: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sigmoids_hand_back_together(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one product with what is convolved, as by products of their own; in fp32 under autocast."""
+    """By one product with what is convolved, as by their own; in fp32 under autocast."""
     layer = _layer("gdn2", dtype, num_heads=4, head_dim=128)
     x = _tokens(2, 150, dtype=dtype).requires_grad_()
     into, towards = [x, *layer.parameters()], torch.randn_like(x)

@@ -107,6 +107,18 @@ def test_in_a_turn_all_is_called_before_anything_is_timed(
     assert asked == [("gdn2", False), ("gla", False), "gdn2", "gla"]
 
 
+def test_a_table_says_from_when_to_when() -> None:
+    """Rows of a later run take the places of their own alone."""
+    rows = [
+        {**layer_time._row(name, "forward", 1.0), "gpu": "H200", "batch": 4, "tokens": 64}
+        | {"machine": {"device": "H200", "date": date, "torch": "2.11.0"}}
+        for name, date in (("gated norm", "2026-12-01"), ("layer gdn2", "2026-11-29"))
+    ]
+    about = "4 x 64 tokens; device H200, date {}, torch 2.11.0"
+    assert about.format("2026-11-29 to 2026-12-01") in layer_time.page(rows)
+    assert about.format("2026-12-01") in layer_time.page(rows[:1])
+
+
 def test_both_sides_have_the_same_sizes() -> None:
     """Named for theirs, and of ours by default: GatedDeltaNet's values are twice its keys."""
     for member, theirs in layer_time.OTHERS.items():
