@@ -205,6 +205,26 @@ def test_some_surroundings_leave_a_program_as_it_is(
     assert _recorded.recorded(program, _TENSORS, 0) == [program]
 
 
+def test_no_fault_of_recording_reaches_a_call(
+    driver: _Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass is bound after it has run: what it computed is there, and is not lost for this."""
+
+    class OfAnotherVersion(Exception):
+        """As libraries raise that have exceptions of their own."""
+
+    def fails(*_: Any) -> int:
+        raise OfAnotherVersion
+
+    import tvm_ffi
+
+    program = _program(_library(tmp_path))
+    before = tvm_ffi.get_global_func("toy_kernel", allow_missing=True)
+    monkeypatch.setattr(_driver, "load_kernel", fails)
+    assert _recorded.recorded(program, _TENSORS, 0) == [program]
+    assert before is None and tvm_ffi.get_global_func("toy_kernel", allow_missing=True) is None
+
+
 def test_code_is_read_as_it_was_packed(tmp_path: Path) -> None:
     library = _library(tmp_path).read_bytes()
     code = read_code(library)
