@@ -41,6 +41,12 @@ def expected() -> str:
     return _from_environment() if _told is None else _told
 
 
+def told() -> str | None:
+    """What calls are told by `expected_decay`, if anything. While this is the same, `VARIABLE` too,
+    so is what they expect."""
+    return _told
+
+
 def _from_environment() -> str:
     return _read(values_of(_VARIABLES))
 

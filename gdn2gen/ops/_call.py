@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
+from types import NoneType
 from typing import Any, Final
 
 from torch import Tensor
 
+from gdn2gen.base.decay import told
 from gdn2gen.ops._gates import Gate
 from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.ops._prefill import NOT_SERVING, Serving, prefill
@@ -75,13 +77,13 @@ def call(
     flags = (*known, safe_gate, disable_recompute, return_intermediate_states)
     check_flags(*flags)
     signature = op.signature
-    decay = decay_of_call(signature, expected_decay)
     serves = return_intermediate_states or serving is not NOT_SERVING
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
-        around = by_kernels, decay, *surroundings()
+        # a word that is not known is refused further down: it never comes to be known
+        around = by_kernels, expected_decay, told(), *surroundings()
         short = short_key(signature, tensors, flags, (scale, lower_bound), around)
-        if short is not None and chunk_size is None:
+        if short is not None and chunk_size is None and type(expected_decay) in _WORDS:
             given = [x for x in tensors if x is not None]
             ready = _ready.seen(short, given)
             if ready is not None:
@@ -94,6 +96,7 @@ def call(
                     _ready.note(short, given, ready)
                 o, state = ready.run_any(signature, tensors)
                 return o, state if output_final_state else None
+    decay = decay_of_call(signature, expected_decay)
     watched = traced or is_watched((*tensors, *serving.pools) if serves else tensors)
     gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
     check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)
@@ -241,6 +244,7 @@ def _is_as_kernels_take(
     return all(x is y for x, y in zip(tensors, taken, strict=True))
 
 
+_WORDS: Final = frozenset({str, NoneType})
 _LOOK: Final = attrgetter("shape", "dtype", "layout")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from gdn2gen.base import paths
-from gdn2gen.base.decay import WEAK, check_decay
+from gdn2gen.base.decay import VARIABLE, WEAK, check_decay
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
@@ -253,7 +253,8 @@ _VARIABLES: Final = (
     "GDN2GEN_COMPILED_DIR",
     "GDN2GEN_BATCH_INVARIANT",
     "GDN2GEN_GATE_APART",
-    # what a call's checks depend on
+    # what a call's checks depend on, and what it expects
+    VARIABLE,
     "GDN2GEN_UNVERIFIED",
     "TRITON_INTERPRET",
 )
