@@ -13,7 +13,8 @@ from mamba_equations import mamba_by_equations
 from torch import Tensor
 from two_processes import compare
 
-from gdn2gen.nn import Cache, LanguageModel, _stream, _windowed
+from gdn2gen.nn import Cache, LanguageModel, _projected_norm, _stream, _windowed
+from gdn2gen.runtime import stream_parts
 from gdn2gen.runtime.room import Room
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +90,25 @@ def test_sigmoids_hand_back_together(dtype: torch.dtype, monkeypatch: pytest.Mon
     together = run()
     assert held == [True, True] and torch.equal(apart[0], together[0])
     assert max(map(_error, together, apart)) < 0.01
+
+
+@pytest.mark.parametrize("member", ["gdn2", "kda"])
+def test_a_norm_that_projects_its_gate(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _layer(member, num_heads=4, head_dim=128), _tokens(2, 1031)
+    seen = list[Tensor]()
+
+    def watched(*given: Any) -> Tensor:
+        seen.append(stream_parts.projected_norm(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(_projected_norm, "projected_norm", watched)
+    with torch.inference_mode():
+        apart = layer(x)
+        monkeypatch.setenv("GDN2GEN_NORM_PROJECTS", "1")
+        together = layer(x)
+    assert len(seen) == 1 and _error(together, apart) < 5e-3
+    assert _error(layer(x.clone().requires_grad_()), apart) < 5e-3
+    assert len(seen) == 1  # a gradient wants the gate
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.015), (torch.float32, 5e-3)])

@@ -22,6 +22,7 @@ from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
     NormProblem,
+    ProjectedNormProblem,
     RotaryProblem,
     SigmoidProblem,
     StreamNormProblem,
@@ -66,6 +67,7 @@ from gdn2gen.kernels.stream_parts import (
     STREAM_STAGES,
     SWIGLU_KNOBS,
     WINDOW_KNOBS,
+    projected_knobs,
     stream_norm_knobs,
 )
 from gdn2gen.kernels.validity import why_invalid
@@ -712,6 +714,7 @@ _PARTS: Final = {
     "stream": StreamNormProblem(weight_dtype="fp32", added=True),
     "swiglu": SwigluProblem(),
     "sigmoid": SigmoidProblem(),
+    "projected norm": ProjectedNormProblem(bias=True),
     "window": WindowProblem(),
     "rotary": RotaryProblem(),
     "mamba3": Mamba3Problem(trap_dtype="bf16", skip=True, gate=True),
@@ -736,6 +739,7 @@ _REGISTERS: Final = {
     "swiglu-swiglu": 64,
     "swiglu_backward-swiglu": 64,
     "sigmoid_backward-sigmoid": 64,
+    "projected_norm-projected norm": 144,
 }
 
 
@@ -770,6 +774,8 @@ def test_a_layers_parts_compile_without_spills(stage: PartStage, name: str, reco
         knobs = stream_norm_knobs(stage, problem, 16384, device.sms)
     elif isinstance(problem, SwigluProblem):
         knobs = SWIGLU_KNOBS
+    elif isinstance(problem, ProjectedNormProblem):
+        knobs = projected_knobs(16384, 16, device.sms)
     elif isinstance(problem, SigmoidProblem):
         knobs = SIGMOID_KNOBS
     elif isinstance(problem, RotaryProblem):
