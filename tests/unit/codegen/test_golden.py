@@ -294,6 +294,7 @@ OUTPUTS: Final = {
     "forward_64_states.py": partial(
         _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
     ),
+    "forward_96_states.py": partial(_forward, Problem(K=96, V=96), "forward_blocks2"),
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
