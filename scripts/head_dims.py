@@ -1,9 +1,9 @@
 """What a head costs by its head dim: ours beside flash-linear-attention's, and what transfer loses.
 
-    python scripts/head_dims.py measure [K[,V] ...]   # on a GPU; adds to docs/head_dims/<gpu>.json
-    python scripts/head_dims.py ours [K[,V] ...]      # likewise, without FLA's, side by side
+    python scripts/head_dims.py measure [K[,V] ...]  # on a GPU; adds to docs/head_dims/<gpu>.json
+    python scripts/head_dims.py ours [K[,V] ...] [--turn=FILE]    # likewise, without FLA's
     python scripts/head_dims.py compile K[,V] ...    # FLA's kernels, for a later measure
-    python scripts/head_dims.py transfer K[,V] ... [--turn=FILE]   # of tuned head dims; likewise
+    python scripts/head_dims.py transfer K[,V] ... [--turn=FILE]  # of tuned head dims; likewise
     python scripts/head_dims.py plot FILE            # its tables and chart, in docs/head_dims.md
 
 At train4k in bf16, nanoseconds for a token and head: a call's, which runs what is on file, and
@@ -80,13 +80,16 @@ def measure(sizes: Iterable[str]) -> None:
         _keep(size, {name: in_a_process("times_of", name, problem) for name in names})
 
 
-def measure_ours(sizes: Sequence[str]) -> None:
-    """Times of ours: all sizes compile side by side, and are timed one at a time."""
+def measure_ours(sizes: Sequence[str], among: Path | None = None) -> None:
+    """Times of ours: all sizes compile side by side, and are timed one at a time. `among`: in a
+    turn of all of them beside other measurements."""
     for first in range(0, len(sizes), MOST_OF_OURS):
-        _measure_side_by_side(sizes[first : first + MOST_OF_OURS])
+        _measure_side_by_side(sizes[first : first + MOST_OF_OURS], among)
 
 
-def _measure_side_by_side(sizes: Sequence[str]) -> None:
+def _measure_side_by_side(sizes: Sequence[str], among: Path | None) -> None:
+    from gdn2gen.measure.turn import in_turn
+
     with TemporaryDirectory() as folder, ThreadPoolExecutor(len(sizes)) as pool:
         turn = Path(folder) / "turn"
         asked = {
@@ -96,9 +99,10 @@ def _measure_side_by_side(sizes: Sequence[str]) -> None:
         # those that are done have failed, and will say nothing
         while _ready(turn) + sum(x.done() for x in asked.values()) < len(asked):
             time.sleep(0.1)
-        turn.touch()
-        for size, timed in asked.items():
-            _keep(size, {"ours": timed.result()})
+        with in_turn(among):
+            turn.touch()
+            for size, timed in asked.items():
+                _keep(size, {"ours": timed.result()})
 
 
 def _ready(turn: Path) -> int:
@@ -338,17 +342,22 @@ def _words(toolchain: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in toolchain.items())
 
 
+def _shared(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Sizes, and the file of --turn if that is given."""
+    turns = [Path(x.removeprefix("--turn=")) for x in words if x.startswith("--turn=")]
+    return [x for x in words if not x.startswith("--")], turns[0] if turns else None
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         measure(sys.argv[2:] or SQUARES)
     elif sys.argv[1:2] == ["ours"]:
-        measure_ours(sys.argv[2:] or SQUARES)
+        named, shared = _shared(sys.argv[2:])
+        measure_ours(named or SQUARES, shared)
     elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
         compile_side_by_side(sys.argv[2:])
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
-        *given, last = sys.argv[2:]
-        shared = last.startswith("--turn=")
-        transfer(given if shared else [*given, last], Path(last[7:]) if shared else None)
+        transfer(*_shared(sys.argv[2:]))
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:
         plot(Path(sys.argv[2]))
     else:
