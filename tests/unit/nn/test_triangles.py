@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn2gen.nn import _triangles
+from gdn2gen.nn import LanguageModel, _triangles, _windowed
 from gdn2gen.nn._triangles import attended_by_triangles
 from gdn2gen.nn._windowed import attended, window_mask
 
@@ -61,6 +61,34 @@ def test_keys_that_no_sum_has_weighed(sign: int) -> None:
     one, other = (torch.autograd.grad(x, into, do) for x in (found, wanted))
     torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
     assert all(x.isfinite().all() for x in one)
+
+
+def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients as by a mask, and the same bits with activations checkpointed."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16, "inner": 64}
+    model = LanguageModel(61, **sizes, window=8)
+    seen = torch.randint(61, (2, 25))
+    calls = []
+
+    def run() -> list[Tensor]:
+        loss = model(seen[:, :-1], targets=seen[:, 1:])
+        return [loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])]
+
+    def counted(*given: object) -> Tensor:
+        calls.append(given)
+        return attended_by_triangles(*given)
+
+    masked = run()
+    monkeypatch.setattr(_windowed, "_takes_windows", lambda _: True)
+    monkeypatch.setattr(_triangles, "wanted", lambda *_: True)
+    monkeypatch.setattr(_triangles, "attended_by_triangles", counted)
+    found = run()
+    assert len(calls) == 1
+    torch.testing.assert_close(found, masked, atol=1e-6, rtol=1e-4)
+    model.checkpoint_activations = True
+    assert all(map(torch.equal, run(), found))
+    assert len(calls) == 3
 
 
 def test_not_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
