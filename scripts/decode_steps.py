@@ -49,6 +49,8 @@ class Step:
     state: str
     v_first: bool
     warm: bool
+    in_order: bool = False
+    """Whether a call's slots follow each other, as the states of an op without a pool do."""
 
     @property
     def stepped(self) -> bool:
@@ -110,7 +112,8 @@ class Step:
         inner = (self.V, DIM)  # K = V, but for Mamba-2, whose V is first
         shape = (sets * self.batch, self.heads, *inner)
         pool = torch.randn(shape, device=DEVICE, dtype=STATES[self.state])
-        order = torch.randperm(sets * self.batch, device=DEVICE).int()
+        shuffled = torch.arange if self.in_order else torch.randperm
+        order = shuffled(sets * self.batch, device=DEVICE).int()
         return pool, list(order.view(sets, self.batch))
 
     def selective(self, function: Callable[..., Any], **keywords: Any) -> Run:

@@ -1,11 +1,12 @@
 """What a step of decoding costs: one token of B sequences at K = V = 128, on a GPU; of Mamba-2 at a
 state of 128 and heads of 64, with skip, gate and one group of B and C, by selective_state_update.
 
-    python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm]
+    python scripts/decode_time.py [--op kda] [--batch 1 8] [--k-first] [--warm] [--in-order]
         [--save] [--knobs loads=ahead] [--sweep [BV=8,16 loads=ahead] [--into tuned]]
 
 Time is that of a CUDA graph of many calls, for one of them: each has slots of its own, so that no
-state lies in the L2 (with --warm all have the same); the median of 20 replays. The floor is the
+state lies in the L2 (with --warm all have the same), drawn from all of the pool, or with --in-order
+one after the other, as states without a pool lie; the median of 20 replays. The floor is the
 time that a copy of the same bytes would take: the state read and written, the token's tensors read,
 o written. Host time is that of one call of 200, the least of six runs. Beside it the ops of other
 libraries, where they are installed: flash-linear-attention's takes fp32 states and writes new ones;
@@ -133,14 +134,17 @@ def main() -> None:
     parser.add_argument("--state", nargs="+", choices=tuple(STATES), default=list(STATES))
     parser.add_argument("--k-first", action="store_true", help="states are [HV, K, V]")
     parser.add_argument("--warm", action="store_true", help="every call takes the same states")
+    parser.add_argument("--in-order", action="store_true", help="a call's slots are neighbours")
     parser.add_argument("--save", action="store_true", help="keep rows in docs/decoding")
     parser.add_argument("--knobs", nargs="+", type=knob, default=[], help="in place of the rule's")
     parser.add_argument("--sweep", nargs="*", type=domain, help="time every config, or every such")
     parser.add_argument("--into", type=Path, metavar="DIR", help="file a sweep's fastest there")
     args = parser.parse_args()
+    if args.in_order and (args.save or args.into):
+        parser.error("what is kept is of slots from all of the pool: no --in-order beside it")
     decoding.force(**dict(args.knobs))
     steps = [
-        Step(op, batch, args.heads, state, not args.k_first, args.warm)
+        Step(op, batch, args.heads, state, not args.k_first, args.warm, args.in_order)
         for op in args.op
         for state in args.state
         for batch in args.batch

@@ -17,11 +17,17 @@ from torch import Tensor
 from gdn2gen.base.terminal import console
 from gdn2gen.family import parts_reference
 from gdn2gen.family.activations import activate_gate
-from gdn2gen.family.parts import ConvolutionProblem, DecayGateProblem, NormProblem, PartProblem
+from gdn2gen.family.parts import (
+    ConvolutionProblem,
+    DecayGateProblem,
+    NormProblem,
+    PartProblem,
+    ProjectedNormProblem,
+)
 from gdn2gen.ops.decay_gate import decay_gate
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution
 from gdn2gen.runtime import decay_gate as decay_gates
-from gdn2gen.runtime import parts
+from gdn2gen.runtime import parts, stream_parts
 
 Run = Callable[[], Any]
 Exact = Callable[[], list[Tensor]]
@@ -123,6 +129,24 @@ def norm(batch: int, count: int, activation: str = "sigmoid") -> Part:
         (partial(_exact, exact, given), partial(_exact, exact, given, dy)),
         theirs,
     )
+
+
+def projected(batch: int, count: int) -> tuple[PartProblem, Run, int, Exact]:
+    """The norm that projects its gate, without gradients: its problem, a run, the bytes that it
+    cannot do without, and what it should make."""
+    dim = HIDDEN // HEADS
+    x, low = tokens(batch, count, HEADS, dim), tokens(batch, count, dim).flatten(0, 1)
+    proj = (torch.randn(HIDDEN, dim, device="cuda") * dim**-0.5).to(DTYPE)
+    bias, weight = (torch.randn(n, device="cuda").to(DTYPE) for n in (HIDDEN, dim))
+    problem = ProjectedNormProblem(size=dim, rank=dim, bias=True)
+
+    def exact() -> list[Tensor]:
+        rounded = torch.nn.functional.linear(low.double(), proj.double(), bias.double()).to(DTYPE)
+        given = x.double(), rounded.view(x.shape).double(), weight.double()
+        return [parts_reference.gated_rms_norm(*given, 1e-5, "sigmoid")]
+
+    run = partial(stream_parts.projected_norm, x, low, proj, bias, weight, 1e-5, "sigmoid")
+    return problem, run, 2 * x.nbytes + low.nbytes, exact
 
 
 def gate(batch: int, count: int) -> Part:

@@ -43,6 +43,7 @@ from layer_parts import (  # noqa: E402
     differentiated,
     gate,
     norm,
+    projected,
     their_module,
     tokens,
 )
@@ -185,8 +186,11 @@ def main() -> None:
     torch.manual_seed(0)
     made = [make(args.batch, args.tokens) for make in (convolution, norm, gate)]
     if args.sweep is not None:
-        swept = [x for part in made for x in swept_of(part) if x.stage in (args.sweep or STAGES)]
-        wrong = sweep(swept)
+        problem, run, nbytes, exact = projected(args.batch, args.tokens)
+        floor = nbytes / copy_gbps() / 1e6
+        swept = [x for part in made for x in swept_of(part)]
+        swept.append(Swept("projected_norm", problem, run, floor, exact))
+        wrong = sweep([x for x in swept if x.stage in (args.sweep or STAGES)])
         if wrong:
             raise SystemExit("\n".join(wrong))
         return

@@ -216,6 +216,20 @@ def _gated_norm_backward() -> Iterator[Knobs]:
     yield from _apart(usual, ("words", "spread", "overlap", "read_once"))
 
 
+def _projected_norm() -> Iterator[Knobs]:
+    """A tile to a program, three or four programs to a multiprocessor; or turns of tiles, for which
+    a program holds its rows of the projection, with loads ahead."""
+    yield from _grid(BM=(64,), num_warps=(4,), turns=(1,), maxnreg=(0, 128))
+    yield from _grid(BM=(32,), num_warps=(4,), turns=(1,))
+    yield from _grid(BM=(128,), num_warps=(8,), turns=(1, 2))
+    for BM, warps in ((64, 4), (32, 4), (128, 8)):
+        most = (0, 128) if BM == 32 else (0,)
+        yield from _grid(
+            BM=(BM,), num_warps=(warps,), turns=(2, 4, 8), num_stages=(2, 3), maxnreg=most
+        )
+    yield from _grid(BM=(64,), num_warps=(4, 8), turns=(2, 4), num_stages=(1,))
+
+
 def _decay_gate() -> Iterator[Knobs]:
     """Lanes of 4 channels of a tile, or of 8; 1 to 8 tiles under way."""
     for BD, BR, warps in ((128, 4, 4), (128, 2, 2), (128, 8, 8), (256, 2, 4), (512, 1, 4)):
@@ -228,6 +242,7 @@ _SWEPT: Final[Mapping[str, Callable[[], Iterator[Knobs]]]] = {
     "short_conv_backward": _short_conv_backward,
     "gated_norm": _gated_norm,
     "gated_norm_backward": _gated_norm_backward,
+    "projected_norm": _projected_norm,
     "decay_gate": _decay_gate,
     "decay_gate_backward": _decay_gate,
 }

@@ -105,6 +105,15 @@ def slopes_together() -> bool:
 _TOGETHER: Final = ("GDN2GEN_SLOPES_TOGETHER",)
 
 
+def norm_projects() -> bool:
+    """Whether the norm at a layer's end projects its gate, where no gradient is wanted
+    (GDN2GEN_NORM_PROJECTS=1)."""
+    return values_of(_PROJECTS) not in _OFF
+
+
+_PROJECTS: Final = ("GDN2GEN_NORM_PROJECTS",)
+
+
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return values_of(_INVARIANT) not in _OFF

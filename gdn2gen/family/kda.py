@@ -81,6 +81,7 @@ KDA: Final = Recurrence(
         *("blocks1", "blocks2", "blocks4"),
         *("blocks1_states", "blocks2_states", "blocks4_states"),
         *("whole", "whole_blocks1", "whole_blocks2"),
-        *("whole_blocks1_states", "blocks2_transitions", "blocks2_states_transitions"),
+        *("whole_blocks1_states", "whole_blocks2_states"),
+        *("blocks2_transitions", "blocks2_states_transitions"),
     ),
 )

@@ -17,6 +17,10 @@ MOST_TENSORS: Final = 3
 """That one launch convolves: q, k and v."""
 NORM_SIZES: Final = range(8, 1025, 8)
 """Channels of a row that a gated norm has kernels for, and of a head that a decay's gate has."""
+PROJECTED_SIZES: Final = (32, 64, 128)
+"""Channels of a head whose gate is projected in the norm, and those that it is projected from."""
+PROJECTED_DTYPES: Final = ("bf16", "fp16")
+"""Of which there are products at the memory's pace."""
 STREAM_SIZES: Final = range(8, 8193, 8)
 """The same of the norm of a residual stream."""
 HEAD_SIZES: Final = range(8, 257, 8)
@@ -117,6 +121,28 @@ class NormProblem(PartProblem):
         super().__post_init__()
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("size", self.size, NORM_SIZES)
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class ProjectedNormProblem(PartProblem):
+    """The same of heads of `size` channels, whose gates are projected from `rank` channels of their
+    token:
+
+    y = x / sqrt(mean(x^2) + eps) * weight * activation(proj low + bias)
+    """
+
+    op: ClassVar[str] = "projected_norm"
+    size: int = 128
+    rank: int = 128
+    activation: str = "sigmoid"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("size", self.size, PROJECTED_SIZES)
+        _one_of("rank", self.rank, PROJECTED_SIZES)
+        _one_of("dtype", self.dtype, PROJECTED_DTYPES)
 
 
 @dataclass(frozen=True, order=True, kw_only=True)

@@ -8,6 +8,7 @@ stage       what a stage's contract and its forms are declared in
 operands    what stages read of the op's inputs, and hand to each other
 glossary    what each operand is, in words
 anchors     how far factors may lie from their anchor
+feedback    where what rounding takes of a chunk's inverse goes to its neighbours
 prepare     prepare, reprepare, sum_decay: contracts and forms
 scans       scan, scan_states, rescan, reverse_scan
 gradients   grad_value, grad_key

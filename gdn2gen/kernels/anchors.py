@@ -56,7 +56,7 @@ def anchor_range(problem: Problem, stage: str) -> int:
     """
     if not problem.l2norm:
         return 64
-    return 104 if stage in ("prepare", "forward", "forward_blocks1") else 96
+    return 104 if stage in ("prepare", "forward", "forward_blocks1", "forward_blocks2") else 96
 
 
 def chunk_loss(problem: Problem, BT: int) -> int:

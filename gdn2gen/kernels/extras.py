@@ -28,6 +28,9 @@ EXTRAS: Final[Mapping[str, Domain]] = {
     # Of the parallel scans: shorter steps of the chain of products over segments. `cut`: halves of
     # what is multiplied are cut, and loads are two steps ahead; `near`: one, as without the knob.
     "merge": ("cut", "near"),
+    # Of the parallel scans whose decay is outside of products: fold leaves out what has decayed
+    # below so many bits, and what has nothing left of a segment's start.
+    "reach": (32, 64, 100),
     # In TileLang: whole head dims are in tiles as wide as the next multiple of it. Of 64 a row of
     # 160 is three copies of 128 bytes, the last of which is half zeros, and not five of 64.
     "tile_step": (32, 64),
@@ -38,6 +41,8 @@ _SINCE: Final = 90
 """Number of the first architecture whose launches may depend on programs of others."""
 _TAKE_ALL: Final = ("anchored", "bounded")
 """Forms of prepare whose programs may take chunks until none is left."""
+# Members that decay by one number a head, and whose keys erase what they write.
+_BOUNDED_OPS: Final = ("gated_delta_rule",)
 # Programs to a multiprocessor that a TileLang kernel of so many registers a thread is made for.
 RESIDENT: Final[Mapping[Knob, int]] = {0: 1, 64: 4, 80: 3, 128: 2}
 
@@ -77,6 +82,10 @@ def why_no_extra(knobs: Mapping[str, Knob], form: Form, stage: str, place: Place
         reason = _why_not_merged(form, place)
         if reason is not None:
             return f"merge={given['merge']}: {reason}"
+    if "reach" in given:
+        reason = _why_not_reaching(form, place)
+        if reason is not None:
+            return f"reach={given['reach']}: {reason}"
     if "tile_step" in given:
         reason = _why_not_tiled(form, place)
         if reason is not None:
@@ -127,6 +136,18 @@ def _why_not_merged(form: Form, place: Place) -> str | None:
     if covering(problem.K) != problem.K or problem.K > 128:
         return f"it is for transitions of one tile, of 128 channels at most, not {problem.K}"
     return None
+
+
+def _why_not_reaching(form: Form, place: Place) -> str | None:
+    if form.name != "parallel":
+        return "only parallel scans fold segments"
+    problem = place.problem
+    if not isinstance(problem, Problem) or problem.op not in _BOUNDED_OPS:
+        return f"it is for members whose steps a decay bounds: {', '.join(_BOUNDED_OPS)}"
+    if not problem.l2norm:
+        return "only steps of normalised keys are bounded by their decay; it wants l2norm"
+    whole = all(covering(x) == x and 64 <= x <= 128 for x in (problem.K, problem.V))
+    return None if whole else f"it is for K and V of 64 or 128, not {problem.K} and {problem.V}"
 
 
 def _why_not_tiled(form: Form, place: Place) -> str | None:

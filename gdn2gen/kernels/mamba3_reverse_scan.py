@@ -150,15 +150,16 @@ def other_starts(
     rule: Mapping[str, Mapping[str, Knob]], H: int, G: int
 ) -> dict[str, list[dict[str, Knob]]]:
     """Where searches of both begin beside the rule's knobs: of the scan with pairs made once; of
-    the sums with loops over tokens, whose loads are read as they are needed: 0.48 ms, where loads
-    ahead in shared memory took 2.2, all of a warp's in one bank (H200)."""
+    the sums with loops over tokens, read as they are needed (0.48 ms on an H200), or two tokens
+    ahead in shared memory, which leaves eight warps the registers."""
     scan, sums = rule[MAMBA3_REVERSE_SCAN.name], rule[MAMBA3_SUMS.name]
     by_tokens = {**sums, "order": BY_TOKENS, "BG": H // G, "num_warps": 4, "num_stages": 1}
+    ahead: dict[str, Knob] = {**by_tokens, "num_warps": 8, "num_stages": 3}
     # with fewer heads warps have no rows of their own
     many = H // G in _COUNTS[3:]
     return {
         MAMBA3_REVERSE_SCAN.name: [{**scan, "pairs": 1}],
-        MAMBA3_SUMS.name: [by_tokens] if many else [],
+        MAMBA3_SUMS.name: [by_tokens, ahead] if many else [],
     }
 
 

@@ -268,10 +268,11 @@ def convolution_knobs(
     A lane takes 8 bytes of a token in 16 bits, so that a multiprocessor has room for 24 warps of
     the forward and 16 of the backward (of 16 bytes 16, and 8). The forward's runs of 16 tokens are
     loaded whole: 0.104 ms of three times 2048 channels of 4 x 4096 tokens on an H200, 0.113 where
-    runs of 64 load 8 tokens a turn before they compute. So do the backward, 4 tokens of x and dy
-    (0.170 in 16 bits, read as words; 0.184 before), and packed sequences, whose places take
-    registers (not measured): with runs as long as leaves enough programs, for each reads the tokens
-    before it once more, and in the backward those after it.
+    runs of 64 load 8 tokens a turn before they compute. So do the backward, 4 tokens of x and dy,
+    and packed sequences, whose places take registers (not measured): with runs as long as leaves
+    enough programs, for each reads the tokens before it once more, and in the backward those after
+    it. Of 16 bits, read as words, these have runs with which programs fill whole rounds: 0.162 ms
+    in one of runs of 376, 0.169 in 2.9 of 128.
     """
     BD = max(64, min(_CHANNELS, covering(channels)))
     knobs: dict[str, Knob] = {"BD": BD, "BR": 4, "num_warps": 4}
@@ -286,8 +287,20 @@ def convolution_knobs(
             break
     if stage is SHORT_CONV_BACKWARD and problem.dtype != "fp32" and not problem.packed:
         knobs |= {"BR": 2, "num_warps": 2, "maxnreg": 128, "words": 1}
+        most = _PROGRAMS[stage.name] * sms
+        BT = _whole_rounds(rows, T, 2, -(-channels // BD), most) or BT
     ahead = 8 if stage is SHORT_CONV else 2 if problem.packed else 4
     return knobs | {"BT": BT, "ahead": ahead, "early": 1}
+
+
+def _whole_rounds(rows: int, T: int, BR: int, tiles: int, most: int) -> int | None:
+    """The shortest runs of which programs, BR of them in each, fill no more than a whole number of
+    rounds of `most`; None where runs of 128 tokens do not fill one, or none here are so long."""
+    for rounds in (1, 2, 3, 4):
+        for BT in (int(x) for x in _RUNS if int(x) >= 128):
+            if -(-rows * -(-T // BT) // BR) * tiles <= rounds * most:
+                return BT if BT > 128 or rounds > 1 else None
+    return None
 
 
 def norm_knobs(
@@ -295,16 +308,16 @@ def norm_knobs(
 ) -> dict[str, Knob]:
     """The knobs for M rows on `sms` multiprocessors: a thread has 8 elements of a tile, or 16 in
     the backward, whose programs are few and load a tile before they need it. On an H200 262,144
-    rows of 128 take 0.053 ms, and 0.092 backward (0.098 without words, with tiles of a turn far
-    apart and sums launched after all else).
+    rows of 128 take 0.053 ms, and 0.091 backward (0.098 without words, with tiles of a turn far
+    apart and sums launched after all else; 0.0906 by 8 rows and two warps, 0.0911 by twice both).
     """
     backward, size = stage is GATED_NORM_BACKWARD, covering(problem.size)
-    BR = max(1, (2048 if backward else 1024) // size)
+    BR = max(1, 1024 // size)
     if not backward:
         return {"BR": min(BR, 128), "BT": 1, "num_warps": 4, "early": 0}
     fitting = (int(x) for x in _ROWS if -(-M // (BR * int(x))) <= _SUMMING_PROGRAMS * sms)
     BT = next(fitting, int(_ROWS[-1]))
-    warps = max(4, min(8, BR * size // 512))
+    warps = max(2, min(8, BR * size // 512))
     usual: dict[str, Knob] = {"BR": min(BR, 128), "BT": BT, "num_warps": warps, "early": 1}
     return usual | {"words": 1, "spread": 1, "overlap": int(can_depend(arch))}
 

@@ -145,7 +145,7 @@ PLANS: Final = {
         # a token and head at K = 128 are not written and read again.
         Plan("whole", _WHOLE, ("reprepare", *_BACKWARD), instead="lean"),
         *map(_whole_blocks, (1, 2)),
-        _whole_states(1),
+        *map(_whole_states, (1, 2)),
         *map(_whole_direct, (0, 1, 2)),
         _whole_direct_states(2),
         # In segments, 64 KB of each kept at K = 128: the reverse scan has no transitions to make.
@@ -169,7 +169,7 @@ PLANS_OF: Final[Mapping[str, tuple[str, ...]]] = {
         *("linear_fast", "linear_states", "linear_direct_states"),
         "grouped",
         *(f"blocks{every}_states" for every in EVERY),
-        *("whole_blocks1_states", "blocks2_states_transitions"),
+        *("whole_blocks1_states", "whole_blocks2_states", "blocks2_states_transitions"),
         *("direct_blocks1_states", "direct_blocks2_states"),
         *("whole_direct_blocks2_states", "direct_blocks2_states_transitions"),
     ),

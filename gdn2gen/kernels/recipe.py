@@ -219,8 +219,9 @@ def has_use(plan: str, regime: Regime) -> bool:
 
 def _chained(config: Config) -> Config:
     """Its serial form in the same language; there may be none. Some stages have no other. What
-    merges segments goes with them: with it no config of the serial form is valid."""
-    chained: dict[str, Knob] = {"segments": "serial", "max_segments": MAX_SEGMENTS, "merge": OFF}
+    merges and folds segments goes with them: with it no config of the serial form is valid."""
+    chained: dict[str, Knob] = {"segments": "serial", "max_segments": MAX_SEGMENTS}
+    chained |= {"merge": OFF, "reach": OFF}
     return config.replace(**{name: x for name, x in chained.items() if name in config})
 
 

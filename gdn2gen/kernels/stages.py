@@ -25,7 +25,13 @@ from gdn2gen.kernels.scans import RESCAN, REVERSE_SCAN, SCAN, SCAN_STATES
 from gdn2gen.kernels.stage import Stage
 from gdn2gen.kernels.stream_parts import STREAM_STAGES
 from gdn2gen.kernels.transitions import TRANSITION_STAGES
-from gdn2gen.kernels.whole import FORWARD, FORWARD_BLOCKS1, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2
+from gdn2gen.kernels.whole import (
+    FORWARD,
+    FORWARD_BLOCKS1,
+    FORWARD_BLOCKS2,
+    FORWARD_OUTSIDE,
+    FORWARD_OUTSIDE_BLOCKS2,
+)
 
 _ALL = (
     PREPARE, REPREPARE, SUM_DECAY,
@@ -33,7 +39,7 @@ _ALL = (
     GRAD_VALUE, GRAD_KEY,
     PREPARE_GROUP, SCAN_GROUP, RESCAN_GROUP, REVERSE_SCAN_GROUP, GRAD_GROUP,
     *BLOCK_STAGES,
-    FORWARD, FORWARD_BLOCKS1, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2,
+    FORWARD, FORWARD_BLOCKS1, FORWARD_BLOCKS2, FORWARD_OUTSIDE, FORWARD_OUTSIDE_BLOCKS2,
     *TRANSITION_STAGES,
 )  # fmt: skip
 STAGES: Final[Mapping[str, Stage]] = {stage.name: stage for stage in _ALL}

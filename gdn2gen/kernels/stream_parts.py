@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from gdn2gen.family.parts import (
+    ProjectedNormProblem,
     RotaryProblem,
     SigmoidProblem,
     StreamNormProblem,
@@ -112,6 +113,36 @@ SIGMOID_BACKWARD: Final = PartStage(
 SIGMOID_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 8, "BD": 256, "num_warps": 4}
 """A thread takes 16 elements: four loads of 16 bytes are under way at once. Not measured."""
 
+PROJECTED_NORM: Final = PartStage(
+    made_for=ProjectedNormProblem,
+    name="projected_norm",
+    inputs=(
+        Operand("x", "M H D"),
+        Operand("low", "M R"),
+        Operand("proj", "HD R", "weight"),
+        Operand("gate_bias", "HD", "weight", "bias"),
+        Operand("weight", "D", "weight"),
+    ),
+    outputs=(Operand("y", "M H D"),),
+    scalars=("eps", "M", "H", "low_row"),
+    forms=(
+        Form(
+            "projected_norm",
+            "triton",
+            "projected_norm",
+            knobs={
+                "BM": (64, 32, 128),
+                "turns": (1, 2, 4, 8),
+                "num_warps": (4, 8),
+                "num_stages": (1, 2, 3),
+                "maxnreg": (0, 128),
+            },
+            leads={},
+            tiles=(),
+        ),
+    ),
+    chunks=(1,),
+)
 _RUNS: Final[Domain] = (64, 128, 256)
 """Rows of the ring that a program takes."""
 WINDOW_STEP: Final = PartStage(
@@ -168,13 +199,21 @@ ROTARY: Final = PartStage(
 ROTARY_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BR": 32, "num_warps": 4}
 STREAM_STAGES: Final = (
     *(STREAM_NORM, STREAM_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD),
-    *(ROTARY, WINDOW_STEP, SIGMOID_BACKWARD),
+    *(ROTARY, WINDOW_STEP, SIGMOID_BACKWARD, PROJECTED_NORM),
 )
 
 # Of the norm's backward at most, to a multiprocessor: each leaves a row of partial sums.
 _SUMMING_PROGRAMS: Final = 4
 SWIGLU_KNOBS: Final[dict[str, Knob]] = {"BT": 1, "BE": 1024, "num_warps": 4}
 """A thread takes 8 elements, 16 bytes in 16 bits, of each tensor."""
+
+
+def projected_knobs(M: int, H: int, sms: int) -> dict[str, Knob]:
+    """The knobs for M tokens of H heads: tiles of 32 tokens take 110 registers by Triton 3.6, so
+    that a multiprocessor has room for four programs, with 32 KB of x on their way; as many turns as
+    leave so many programs, for each reads its head's projection. Not measured."""
+    turns = next((x for x in (8, 4, 2) if -(-M // (32 * x)) * H >= 4 * sms), 1)
+    return {"BT": 1, "BM": 32, "turns": turns, "num_warps": 4, "num_stages": 2}
 
 
 def stream_norm_knobs(

@@ -107,6 +107,28 @@ FORWARD_BLOCKS1: Final = replace(
     ),
 )
 
+# And what scan_blocks2 keeps: the state at the start of every two chunks. Slots take all shared
+# memory, so that R and states are stored from registers: 32 bytes of a thread a chunk, 128 a block.
+FORWARD_BLOCKS2: Final = replace(
+    FORWARD_BLOCKS1,
+    name="forward_blocks2",
+    outputs=tuple(
+        replace(x, dims=x.dims.replace("NT", "NT2")) if x is H else x
+        for x in FORWARD_BLOCKS1.outputs
+    ),
+    forms=(
+        replace(
+            _CLUSTER,
+            defaults=(),
+            limits=(
+                *_CLUSTER.limits,
+                Limit("K", (128,), "of 64 forward_blocks1 keeps every state"),
+            ),
+        ),
+    ),
+    every=2,
+)
+
 
 # The same where the decay is outside of products: a slot has q and k as they were loaded, and what
 # one product and the inverse make of them.

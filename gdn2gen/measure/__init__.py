@@ -2,6 +2,8 @@
 
 accuracy     errors against the fp64 reference
 timing       the timing protocol, and the floor that times are held against
+turn         several measurements that share one GPU
+compiling    kernels compiled side by side, before a process loads them
 peers        what other libraries have of a recurrence, called as ours is
 sides        one implementation at one shape: ours, or a peer's
 rows         one row of a benchmark per shape, and stage by stage

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gdn2gen.family.parts import HEAD_SIZES
+from gdn2gen.nn import _triangles
 from gdn2gen.runtime.arguments import by_kernels, is_watched
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 
@@ -37,6 +38,8 @@ def attended_within(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return attended(q, k, v, None)
     if not _takes_windows(q):
         return attended(q, k, v, window_mask(T, window, q.device))
+    if _triangles.wanted(q, k, v, window):
+        return _triangles.attended_by_triangles(q, k, v, window)
     ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     q, k, v = (x.reshape(B * T, heads, dim) for x in (q, k, v))
     return _varlen(q, k, v, ends, T, window).view(B, T, heads, dim)

@@ -16,6 +16,7 @@ from gdn2gen.family.activations import activate_gate
 from gdn2gen.family.registry import RECURRENCES
 from gdn2gen.nn._batch import Batch
 from gdn2gen.nn._heads import Heads, split
+from gdn2gen.nn._projected_norm import norm_of_projected
 from gdn2gen.nn.cache import in_place, write
 from gdn2gen.nn.convolution import ShortConvolution, convolve_batch
 from gdn2gen.nn.layer import STATE, Layer, draw_rates, requires_gradient
@@ -132,7 +133,8 @@ class Mixer(Layer):
 
     def _mix(self, batch: Batch, kept: dict[str, Tensor] | None) -> Tensor:
         heads = self.heads
-        gates = [getattr(self, name) for name in self._sigmoid_projections]
+        names = [x for x in self._gate_projections if x in self._sigmoid_projections]
+        gates = [getattr(self, name) for name in names]
         tokens = Projected(batch.x, self._projections(), 3 if self.use_short_conv else 0, gates)
         q, k, v, tails = self._qkv(tokens, batch, kept)
         arguments = {
@@ -151,6 +153,9 @@ class Mixer(Layer):
 
     def _normed(self, o: Tensor, tokens: Projected) -> Tensor:
         """o [B, T, HV, V] through the norm and the output gate."""
+        at_once = norm_of_projected(self.o_norm, o, tokens, self.g_proj)
+        if at_once is not None:
+            return at_once
         gate = split(tokens.by(self.g_proj), self.heads.HV, self.heads.V)
         y: Tensor = self.o_norm(o, gate)
         return y

@@ -75,7 +75,8 @@ class Projected:
 
     def by(self, module: nn.Module) -> Tensor:
         """`module(x)`; it is one of those that were named."""
-        y = self._made.pop(module, None)
+        # of a gate there is the sigmoid, which who asks for the product has yet to take
+        y = None if module in self._activated else self._made.pop(module, None)
         if y is None:
             made: Tensor = module(self._x)
             return made
@@ -85,10 +86,17 @@ class Projected:
             y = other(y)
         return y.view(*self._x.shape[:-1], y.shape[-1])
 
+    def inner(self, module: nn.Module) -> Tensor | None:
+        """What the second of two linear layers takes, as rows [M, R], where it was made without
+        gradients."""
+        if torch.is_grad_enabled() or not isinstance(module, nn.Sequential) or len(module) != 2:
+            return None
+        return self._made.get(module)
+
     def sigmoid(self, module: nn.Module) -> Tensor:
         """The sigmoid of `module(x)`; it is one of the gates."""
-        y = self.by(module)
-        return y if module in self._activated else y.sigmoid()
+        y = self._made.pop(module, None) if module in self._activated else None
+        return self.by(module).sigmoid() if y is None else y
 
 
 class _Together(torch.autograd.Function):
@@ -271,11 +279,16 @@ def _gains(x: Tensor) -> bool:
     return x.is_cuda and x.numel() >= MANY * x.shape[-1] and not is_batch_invariant()
 
 
-def _is_plain(module: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether it is a linear layer of this dtype, or a sequence of them, and nothing more."""
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of it does more than its class says."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     # libraries that move weights about put a forward of their own into the instance
-    if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
+    return any(getattr(module, name) for name in hooks) or "forward" in vars(module)
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether it is a linear layer of this dtype, or a sequence of them, and nothing more."""
+    if is_changed(module):
         return False
     if type(module) is nn.Sequential:
         return len(module) > 0 and all(_is_plain(x, dtype) for x in module)

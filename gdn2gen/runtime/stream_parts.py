@@ -1,5 +1,6 @@
 """Launches of the kernels between a model's mixers, as functions of autograd: the norm of the
-residual stream, and SwiGLU; and of what a layer's sigmoids hand back."""
+residual stream, and SwiGLU; of a layer's norm that projects its gate, and of what its sigmoids hand
+back."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from gdn2gen.family.parts import (
     CHANNELS_STEP,
+    PROJECTED_DTYPES,
+    PROJECTED_SIZES,
+    ProjectedNormProblem,
     RotaryProblem,
     SigmoidProblem,
     StreamNormProblem,
@@ -21,6 +25,7 @@ from gdn2gen.family.parts import (
 from gdn2gen.kernels.parts import PartStage, partial_rows
 from gdn2gen.kernels.rows import UNIT
 from gdn2gen.kernels.stream_parts import (
+    PROJECTED_NORM,
     ROTARY,
     ROTARY_KNOBS,
     SIGMOID_BACKWARD,
@@ -32,10 +37,11 @@ from gdn2gen.kernels.stream_parts import (
     SWIGLU_KNOBS,
     WINDOW_KNOBS,
     WINDOW_STEP,
+    projected_knobs,
     stream_norm_knobs,
 )
 from gdn2gen.runtime import parts
-from gdn2gen.runtime._operands import readable
+from gdn2gen.runtime._operands import ALIGNMENT, readable
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.lookup import device_of
 from gdn2gen.runtime.passes import empty
@@ -86,7 +92,17 @@ def _sloping(dtype: torch.dtype, device: torch.device) -> parts.Loaded:
     return parts._load(SIGMOID_BACKWARD, problem, SIGMOID_KNOBS, device)
 
 
-parts.ON_FORCE.extend(x.cache_clear for x in (_norming, _gating, _rotating, _attending, _sloping))
+@lru_cache(maxsize=512)
+def _projecting(
+    problem: ProjectedNormProblem, M: int, H: int, device: torch.device
+) -> parts.Loaded:
+    knobs = projected_knobs(M, H, device_of(device).sms)
+    return parts._load(PROJECTED_NORM, problem, knobs, device)
+
+
+parts.ON_FORCE.extend(
+    x.cache_clear for x in (_norming, _gating, _rotating, _attending, _sloping, _projecting)
+)
 
 
 class StreamNorm(torch.autograd.Function):
@@ -164,6 +180,47 @@ def sigmoid_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
     with parts._on(dx.device):
         given = readable([y, dy])
         loaded.launch(*given, dx, M=M, units=D // CHANNELS_STEP, dx_row=dx.stride(0) // UNIT)
+
+
+def projects(x: Tensor, low: Tensor, proj: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel of the norm of x [.., H, D] that projects its gate, of low [M, R]
+    and proj [H D, R]."""
+    if DTYPE_NAME.get(x.dtype) not in PROJECTED_DTYPES or x.numel() == 0:
+        return False
+    sizes = proj.shape[1], x.shape[-1]
+    in_rows = low.stride(1) == 1 and low.stride(0) % UNIT == 0 and low.data_ptr() % ALIGNMENT == 0
+    dtypes = {x.dtype, low.dtype, proj.dtype, weight.dtype}
+    return in_rows and len(dtypes) == 1 and all(size in PROJECTED_SIZES for size in sizes)
+
+
+def projected_norm(
+    x: Tensor,
+    low: Tensor,
+    proj: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The gated norm of x [.., H, D], by gates that are projected from low [M, R], whose rows may
+    lie apart; without gradients."""
+    problem = ProjectedNormProblem(
+        dtype=DTYPE_NAME[x.dtype],
+        weight_dtype=DTYPE_NAME[proj.dtype],
+        size=x.shape[-1],
+        rank=proj.shape[1],
+        activation=activation,
+        bias=gate_bias is not None,
+    )
+    M, H, device = low.shape[0], x.shape[-2], x.device
+    y = empty(x.shape, x.dtype, device)
+    loaded = _projecting(problem, M, H, device)
+    bias = () if gate_bias is None else (gate_bias,)
+    x, *parameters = readable([x, proj, *bias, weight])
+    scalars = {"eps": eps, "M": M, "H": H, "low_row": low.stride(0) // UNIT}
+    with parts._on(device):
+        loaded.launch(x, low, *parameters, y, **scalars)
+    return y
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class Ablated(GatedDeltaNet2):
         }
 
     def _gate(self, tokens: Projected, name: str, dim: int) -> Tensor:
-        made = tokens.by(getattr(self, name)).sigmoid()
+        made = tokens.sigmoid(getattr(self, name))
         if name not in self.numbers:
             return torch.unflatten(made, -1, (self.heads.H, dim))
         return made[..., None].expand(*made.shape, dim).contiguous()

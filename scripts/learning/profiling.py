@@ -22,7 +22,7 @@ from gdn2gen.base.terminal import Sheet
 
 # The first that fits: of the kernel's name, of the operation that launched it, of the name again.
 _BY_KERNEL: Final = (
-    ("attention", r"flash|fmha"),
+    ("attention", r"flash|fmha|sdpa|cudnn::fusion"),
     ("optimizer", r"[Aa]dam|multi_tensor|lpnorm"),
     ("matmul", r"gemm|gemv|nvjet|cutlass|cublas|splitK|xmma"),
     ("loss", r"[Ss]oft[Mm]ax|nll_loss|[Cc]ross_?[Ee]ntropy"),

@@ -38,7 +38,7 @@ alone: with X_ji = P_ji dP_ji the pairs that span t are all X_j. of j < t less a
 
 Problem: mamba3 bf16
 Config:  BG=64 BH=8 BT=32 language=triton num_stages=3 num_warps=8 order=tokens
-Template digest 3ba6546b6bb441cf; made by
+Template digest 31fd2c40fe4a8e54; made by
     gdn2gen generate --dtype bf16 --with= --stage mamba3_sums --config \
       BG=64,BH=8,BT=32,language=triton,num_stages=3,num_warps=8,order=tokens
 """
@@ -99,6 +99,19 @@ def cosine_and_sine(n):
     return cos, sin
 
 
+@triton.jit
+def added(a0, a1, a2, a3, b0, b1, b2, b3):
+    """Four sums at once, for one barrier; as one of four numbers a lane a warp's would meet in one bank."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def packed(even, odd):
+    """Two numbers of 16 bits in one of 32."""
+    low, high = even.to(tl.bfloat16).to(tl.int16, bitcast=True), odd.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 65535) | (high.to(tl.int32) << 16)
+
+
 # of what is known to be aligned a lane would have four pairs, and sums over heads would go through lanes: 837
 # instructions a token instead of 683
 @triton.jit(
@@ -133,31 +146,34 @@ def mamba3_sums_kernel(
     n_tokens = tl.minimum(T - i_t, BT)
     i_row = i_n.to(tl.int64) * T + i_t
     i_h = i_g * (H // G)
-    o_h, o_s, o_n = tl.arange(0, BG), i_slice * (BC // 2) + tl.arange(0, BC // 2), i_slice * BC + tl.arange(0, BC)
+    o_h, o_s = tl.arange(0, BG), i_slice * (BC // 2) + tl.arange(0, BC // 2)
     # what is of all of a row is added to the pointer, so that threads add 32 bits
-    o_row = o_h[:, None] * (N // 2) + o_s[None, :]
+    o_all = tl.arange(0, BG * (BC // 2))
+    o_heads, o_pairs = o_all // (BC // 2), i_slice * (BC // 2) + o_all % (BC // 2)
+    o_row = o_heads * (N // 2) + o_pairs
     p_q = dQ_head.to(tl.pointer_type(tl.int32)) + (i_row * H + i_h) * (N // 2)
     p_k = dK_head.to(tl.pointer_type(tl.int32)) + (i_row * H + i_h) * (N // 2)
-    p_dq, p_dk = dQ + (i_row * G + i_g) * N + o_n, dK + (i_row * G + i_g) * N + o_n
+    p_dq = dQ.to(tl.pointer_type(tl.int32)) + (i_row * G + i_g) * (N // 2) + o_s
+    p_dk = dK.to(tl.pointer_type(tl.int32)) + (i_row * G + i_g) * (N // 2) + o_s
     b_q0_bias = tl.zeros([BG, BC // 2], tl.float32)
     b_q1_bias = tl.zeros([BG, BC // 2], tl.float32)
     b_k0_bias = tl.zeros([BG, BC // 2], tl.float32)
     b_k1_bias = tl.zeros([BG, BC // 2], tl.float32)
     if i_slice < 1:
-        o_pair = o_h[:, None] * S + o_s[None, :]
+        o_pair = o_heads * S + o_pairs
         p_theta = theta + (i_row * H + i_h) * S
         # Theta of channels that are not rotated is zero
-        b_before = tl.load(turns + (i_tile * H + i_h).to(tl.int64) * S + o_pair)
+        b_before = tl.reshape(tl.load(turns + (i_tile * H + i_h).to(tl.int64) * S + o_pair), [BG, BC // 2])
         for _ in tl.range(0, n_tokens, num_stages=STAGES):
-            b_q = tl.load(p_q + o_row)
+            b_q = tl.reshape(tl.load(p_q + o_row), [BG, BC // 2])
             # two numbers of 16 bits, which are the upper halves of what they are in fp32
             b_q0 = (b_q << 16).to(tl.float32, bitcast=True)
             b_q1 = (b_q & -65536).to(tl.float32, bitcast=True)
-            b_k = tl.load(p_k + o_row)
+            b_k = tl.reshape(tl.load(p_k + o_row), [BG, BC // 2])
             # two numbers of 16 bits, which are the upper halves of what they are in fp32
             b_k0 = (b_k << 16).to(tl.float32, bitcast=True)
             b_k1 = (b_k & -65536).to(tl.float32, bitcast=True)
-            b_theta = tl.load(p_theta + o_pair)
+            b_theta = tl.reshape(tl.load(p_theta + o_pair), [BG, BC // 2])
             b_cos, b_sin = cosine_and_sine(b_theta + b_before)
             b_cos = tl.where(b_theta == NO_TURN, float("nan"), b_cos)
             b_q0, b_q1 = b_q0 * b_cos + b_q1 * b_sin, b_q1 * b_cos - b_q0 * b_sin
@@ -167,22 +183,20 @@ def mamba3_sums_kernel(
             b_q1_bias += b_q1
             b_k0_bias += b_k0
             b_k1_bias += b_k1
-            # all at once, for one barrier
-            b_sum = tl.sum(tl.join(tl.join(b_q0, b_q1), tl.join(b_k0, b_k1)), 0)
-            b_q_sum, b_k_sum = tl.split(b_sum)
-            tl.store(p_dq, tl.reshape(b_q_sum, [BC]).to(tl.bfloat16))
-            tl.store(p_dk, tl.reshape(b_k_sum, [BC]).to(tl.bfloat16))
+            b_q0, b_q1, b_k0, b_k1 = tl.reduce((b_q0, b_q1, b_k0, b_k1), 0, added)
+            tl.store(p_dq, packed(b_q0, b_q1))
+            tl.store(p_dk, packed(b_k0, b_k1))
             p_q += H * (N // 2)
             p_k += H * (N // 2)
-            p_dq += G * N
-            p_dk += G * N
+            p_dq += G * (N // 2)
+            p_dk += G * (N // 2)
     if i_slice >= 1:
         for _ in tl.range(0, n_tokens, num_stages=STAGES):
-            b_q = tl.load(p_q + o_row)
+            b_q = tl.reshape(tl.load(p_q + o_row), [BG, BC // 2])
             # two numbers of 16 bits, which are the upper halves of what they are in fp32
             b_q0 = (b_q << 16).to(tl.float32, bitcast=True)
             b_q1 = (b_q & -65536).to(tl.float32, bitcast=True)
-            b_k = tl.load(p_k + o_row)
+            b_k = tl.reshape(tl.load(p_k + o_row), [BG, BC // 2])
             # two numbers of 16 bits, which are the upper halves of what they are in fp32
             b_k0 = (b_k << 16).to(tl.float32, bitcast=True)
             b_k1 = (b_k & -65536).to(tl.float32, bitcast=True)
@@ -190,15 +204,13 @@ def mamba3_sums_kernel(
             b_q1_bias += b_q1
             b_k0_bias += b_k0
             b_k1_bias += b_k1
-            # all at once, for one barrier
-            b_sum = tl.sum(tl.join(tl.join(b_q0, b_q1), tl.join(b_k0, b_k1)), 0)
-            b_q_sum, b_k_sum = tl.split(b_sum)
-            tl.store(p_dq, tl.reshape(b_q_sum, [BC]).to(tl.bfloat16))
-            tl.store(p_dk, tl.reshape(b_k_sum, [BC]).to(tl.bfloat16))
+            b_q0, b_q1, b_k0, b_k1 = tl.reduce((b_q0, b_q1, b_k0, b_k1), 0, added)
+            tl.store(p_dq, packed(b_q0, b_q1))
+            tl.store(p_dk, packed(b_k0, b_k1))
             p_q += H * (N // 2)
             p_k += H * (N // 2)
-            p_dq += G * N
-            p_dk += G * N
+            p_dq += G * (N // 2)
+            p_dk += G * (N // 2)
     # channel by channel as lanes have them
     p_bias = (i_tile * H + i_h).to(tl.int64) * N + 2 * (o_h[:, None] * (N // 2) + o_s[None, :])
     tl.store(dQ_bias_part + p_bias, b_q0_bias)

@@ -60,6 +60,9 @@ CASES: Final = [
     ("delta_rule-128", "whole_direct_blocks2_states", 2),
     ("gdn2-64", "whole_blocks1_states", 2),
     ("kda-64", "whole_blocks1_states", 2),
+    ("gdn2-128", "whole_blocks2_states", 2),
+    ("kda-128", "whole_blocks2_states", 2),
+    ("kda-sigmoid", "whole_blocks2_states", 2),
 ]
 
 

@@ -179,8 +179,12 @@ FAR_BELOW: Final = (
 BELOW_PLANS: Final = tuple(
     (size, plan)
     for size in BELOW + FAR_BELOW
-    for plan in ("whole_blocks1", "whole_blocks2", "blocks2", "whole_blocks1_states")
-    if size[0] <= 64 or not plan.endswith("_states")  # one of 64 channels
+    for plan in (
+        *("whole_blocks1", "whole_blocks2", "blocks2"),
+        *("whole_blocks1_states", "whole_blocks2_states"),
+    )
+    # of 64 channels one, and one of 128
+    if not plan.endswith("_states") or ("1" in plan) == (size[0] <= 64)
     if size[1] > 32 or plan != "blocks2"  # whose forward's scan has tiles of 32 there
 )
 
@@ -298,6 +302,7 @@ def test_what_is_tuned_for_full_tiles_can_serve_far_below_them(
         (in_tiles, (104, 120), "whole_blocks2"),
         (in_tiles, (72, 96), "whole_blocks2"),
         (in_tiles, (24, 16), "whole_blocks1_states"),
+        (in_tiles, (96, 72), "whole_blocks2_states"),
     ],
 )
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written(

@@ -13,7 +13,8 @@ from mamba_equations import mamba_by_equations
 from torch import Tensor
 from two_processes import compare
 
-from gdn2gen.nn import Cache, LanguageModel, _stream, _windowed
+from gdn2gen.nn import Cache, LanguageModel, _projected_norm, _stream, _triangles, _windowed
+from gdn2gen.runtime import stream_parts
 from gdn2gen.runtime.room import Room
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +90,25 @@ def test_sigmoids_hand_back_together(dtype: torch.dtype, monkeypatch: pytest.Mon
     together = run()
     assert held == [True, True] and torch.equal(apart[0], together[0])
     assert max(map(_error, together, apart)) < 0.01
+
+
+@pytest.mark.parametrize("member", ["gdn2", "kda"])
+def test_a_norm_that_projects_its_gate(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = _layer(member, num_heads=4, head_dim=128), _tokens(2, 1031)
+    seen = list[Tensor]()
+
+    def watched(*given: Any) -> Tensor:
+        seen.append(stream_parts.projected_norm(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(_projected_norm, "projected_norm", watched)
+    with torch.inference_mode():
+        apart = layer(x)
+        monkeypatch.setenv("GDN2GEN_NORM_PROJECTS", "1")
+        together = layer(x)
+    assert len(seen) == 1 and _error(together, apart) < 5e-3
+    assert _error(layer(x.clone().requires_grad_()), apart) < 5e-3
+    assert len(seen) == 1  # a gradient wants the gate
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.015), (torch.float32, 5e-3)])
@@ -224,6 +244,35 @@ def test_windows_by_flash_kernels(window: int) -> None:
     # compiled, too
     compiled = torch.compile(_windowed.attended_within, fullgraph=True)
     assert _error(compiled(q, k, v, window), wanted) < 0.01
+
+
+@pytest.mark.parametrize(("window", "blocks", "dim"), [(64, 2, 64), (96, 3, 128), (2048, 2, 128)])
+def test_windows_by_triangles(
+    monkeypatch: pytest.MonkeyPatch, window: int, blocks: int, dim: int
+) -> None:
+    """o and gradients by cuDNN's kernels as by a mask in fp32; in a graph the same bits of o."""
+    torch.manual_seed(0)
+    shape = 2, window * blocks, 4, dim
+    q, k, v, do = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(4))
+    k = 4 * k
+    into = [x.requires_grad_() for x in (q, k, v)]
+    monkeypatch.setenv(_triangles.SWITCH, "1")
+    if not _triangles.wanted(q, k, v, window):
+        pytest.skip("another GPU's")
+    found = _windowed.attended_within(q, k, v, window)
+    assert "Triangles" in type(found.grad_fn).__name__
+    mask = _windowed.window_mask(shape[1], window, q.device)
+    wanted = _windowed.attended(*(x.float() for x in into), mask)
+    assert _error(found, wanted) < 0.01
+    gradients = torch.autograd.grad(found, into, do)
+    right = torch.autograd.grad(wanted, into, do.float())
+    for one, other in zip(gradients, right, strict=True):
+        assert _error(one, other) < 0.02
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        again = _windowed.attended_within(q, k, v, window)
+    graph.replay()
+    assert torch.equal(again, found)
 
 
 @pytest.mark.parametrize("member", [*LAYERS])

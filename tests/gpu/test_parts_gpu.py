@@ -10,7 +10,7 @@ import projection_cases
 import pytest
 import torch
 from gpu_support import DEVICE
-from part_cases import BOUNDS, Convolution, Norm, Stream, Window
+from part_cases import BOUNDS, Convolution, Norm, ProjectedNorm, Stream, Window
 
 from gdn2gen import short_convolution
 from gdn2gen.runtime import parts_ops
@@ -92,6 +92,16 @@ NORMS: Final = {
     ),
     "spread": Norm(rows=(2, 777), backward=SPREAD),
 }  # fmt: skip
+PROJECTED: Final = {
+    "by the rule": ProjectedNorm(tokens=4133, heads=16, size=128, rank=128, dtype=BF16),
+    "turns": ProjectedNorm(
+        tokens=4133, heads=3, size=128, rank=64, dtype=FP16, activation="silu", bias=False,
+        knobs=(("turns", 4), ("num_stages", 2)),
+    ),
+    "small": ProjectedNorm(
+        tokens=5, size=32, dtype=BF16, knobs=(("BM", 32), ("turns", 2), ("num_stages", 3))
+    ),
+}  # fmt: skip
 STREAMS: Final = {
     "many": Stream(rows=(4, 1031), size=2048, dtype=BF16),
     "many, no sum": Stream(rows=(4, 1031), size=2048, dtype=BF16, added=False),
@@ -153,6 +163,12 @@ def test_a_token_over_a_window(name: str) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert part_cases.swiglu(shape, dtype, str(DEVICE)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_norms_that_project_their_gates(name: str) -> None:
+    case = replace(PROJECTED[name], device=str(DEVICE))
+    assert part_cases.projected_norm(case) < BOUNDS[case.dtype]
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (777, 264), (4 * 1031, 2048)])

@@ -16,6 +16,7 @@ from mamba3_scans import recurrent as recurrent_scan
 from torch import Tensor
 
 from gdn2gen import mamba3_siso_combined, mamba3_siso_step
+from gdn2gen.base.dtypes import DTYPE
 from gdn2gen.base.environment import batch_invariant, verifying
 from gdn2gen.base.errors import UnsupportedError
 from gdn2gen.family.mamba3 import States, recurrent
@@ -26,6 +27,7 @@ from gdn2gen.kernels.mamba3 import MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, MAMBA3_SUMS
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
+from gdn2gen.kernels.stage import Operand
 from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.measure import mamba3_times
 from gdn2gen.measure.accuracy import relative_errors
@@ -224,6 +226,46 @@ def errors_scanned_back(
         finally:
             force_tile(None)
     return told, found
+
+
+def sums_in_16_bits(N: int, S: int) -> dict[str, float]:
+    """Of `mamba3_sums` in bf16, four heads to a group and a last chunk that is not full: how far
+    loops over tokens are off what a loop over heads makes, of the largest number there."""
+    problem = Mamba3Problem(state_size=N, head_dim=16, angles=S)
+    rng = torch.Generator().manual_seed(0)
+    B, T, H, G, BT = 2, 24, 8, 2, 16
+    sizes = {"B": B, "T": T, "H": H, "G": G, "N": N, "P": 16, "S": S, "M": 2 * B, "n": B}
+    own = mamba3_reverse_scan.sums_problem(problem)
+    outputs = [x for x in MAMBA3_SUMS.operands(own) if x in MAMBA3_SUMS.outputs]
+
+    def drawn(x: Operand) -> Tensor:
+        shape = [int(y) if y.isdigit() else sizes[y] for y in x.dims.split()]
+        if x.dtype_in(own) == "int32":
+            return torch.randint(-(2**31), 2**31, shape, generator=rng, dtype=torch.int32)
+        return torch.randn(shape, generator=rng).to(
+            getattr(torch, DTYPE[x.dtype_in(own)].full_name)
+        )
+
+    given = [drawn(x) for x in MAMBA3_SUMS.operands(own) if x not in outputs]
+    scalars = {"T": T, "H": H, "G": G, "n_tiles": 2 * B, "angle_row": H * S, "angle_head": S}
+
+    def made(knobs: dict[str, Any]) -> list[Tensor]:
+        places = [torch.full_like(drawn(x), float("nan")) for x in outputs]
+        add = loaded(own, MAMBA3_SUMS.name, {"BT": BT, "BH": 2, **knobs}, torch.device("cpu"))
+        add(*given, *places, **scalars)
+        return [x.double() for x in places]
+
+    usual = made({})
+    return {
+        f"{x.name} {stages}": float((y - z).abs().max() / z.abs().max())
+        for stages in (3, 1)
+        for x, y, z in zip(
+            outputs,
+            made({"order": "tokens", "BG": H // G, "num_stages": stages}),
+            usual,
+            strict=True,
+        )
+    }
 
 
 def angle_errors(chosen: bool, tokens: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ the worst error over the largest value, or that all was well.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdn2gen.family import parts_reference as reference
-from gdn2gen.nn import LanguageModel, _rotary, _stream, _windowed
+from gdn2gen.nn import LanguageModel, _rotary, _stream, _windowed, projections
+from gdn2gen.nn._projected_norm import norm_of_projected
 from gdn2gen.nn._rotary import cosines_and_sines, turned
+from gdn2gen.nn.norm import GatedRMSNorm
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.runtime import part_calls, parts, passes, stream_parts
@@ -291,6 +294,76 @@ def sigmoid_backward(rows: int, channels: int, dtype: torch.dtype, device: str =
     assert torch.equal(whole[:, 8:-16], alone)
     exact = y.double()
     return _worst([alone], [dy.double() * exact * (1 - exact)])
+
+
+@dataclass(frozen=True)
+class ProjectedNorm:
+    """A norm that projects its gate of rows that lie apart."""
+
+    tokens: int = 70
+    heads: int = 2
+    size: int = 64
+    rank: int = 32
+    activation: str = "sigmoid"
+    bias: bool = True
+    dtype: torch.dtype = torch.float16
+    knobs: Knobs = ()
+    device: str = "cpu"
+
+
+def projected_norm(case: ProjectedNorm) -> float:
+    torch.manual_seed(0)
+    M, H, D, R = case.tokens, case.heads, case.size, case.rank
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(case.device, case.dtype)
+
+    x, low, weight = made(1, M, H, D), made(M, R + 24)[:, 8:-16], made(D)
+    proj, bias = made(H * D, R) * R**-0.5, made(H * D) if case.bias else None
+    assert stream_parts.projects(x, low, proj, weight)
+    passes.poison(True)
+    try:
+        with forced(projected_norm=case.knobs):
+            y = stream_parts.projected_norm(x, low, proj, bias, weight, 0.1, case.activation)
+    finally:
+        passes.poison(False)
+    gate = low.double() @ proj.double().t() + (0 if bias is None else bias.double())
+    gate = gate.view(1, M, H, D).to(case.dtype).double()
+    wanted = reference.gated_rms_norm(x.double(), gate, weight.double(), 0.1, case.activation)
+    return _worst([y], [wanted])
+
+
+def projected_in_a_layer(device: str = "cpu") -> int:
+    """How often the norm projected, of a layer's end with all that may be in its way."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(24, 32, bias=False), nn.Linear(32, 2 * 64)
+    pair = nn.Sequential(first, second).half().to(device)
+    # which is of the same product as the other's first
+    other = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 8)).half().to(device)
+    norm = GatedRMSNorm(64).half().to(device)
+    x = torch.randn(2, 9, 24).to(device, torch.float16)
+    o = torch.randn(2, 9, 2, 64).to(device, torch.float16)
+    found = 0
+    for switch, grad, watched, dtype in (
+        *(("1", False, False, o.dtype), ("0", False, False, o.dtype)),
+        *(("1", True, False, o.dtype), ("1", False, True, o.dtype)),
+        ("1", False, False, torch.float32),
+    ):
+        hook = norm.register_forward_hook(lambda *_: None) if watched else None
+        with (
+            patch.dict(os.environ, {"GDN2GEN_NORM_PROJECTS": switch}),
+            patch.object(projections, "_gains", lambda _: True),
+            torch.set_grad_enabled(grad),
+        ):
+            tokens = projections.Projected(x.clone().requires_grad_(grad), [pair, other])
+            y = norm_of_projected(norm, o.to(dtype), tokens, pair)
+            gate = tokens.by(pair).unflatten(-1, (2, 64))
+            if y is not None:
+                found += 1
+                assert float((y - norm(o, gate)).abs().max()) < 4e-3
+        if hook is not None:
+            hook.remove()
+    return found
 
 
 def rotary(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 1, device: str = "cpu") -> float:

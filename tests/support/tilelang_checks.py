@@ -7,8 +7,8 @@ the scans in segments alone, chunks of a segment (or -), and flags of the proble
 sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
 of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
 the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone),
-`tile_step=64` (the knob, of the scans) and `nan` (the decay of a token; what is NaN in Triton's
-results has to be written by TileLang's, and NaN).
+`reach=64` (fold of what counts, likewise), `tile_step=64` (the knob, of the scans) and `nan` (the
+decay of a token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
 """
 
 from __future__ import annotations
@@ -189,6 +189,8 @@ def main(
         recipe = recipe.with_config(*(recipe[x].replace(segments="parallel") for x in cut))
         others |= {x: others[x].replace(segments="parallel") for x in cut}
         others |= {x: others[x].replace(merge="cut") for x in cut if "cut" in flags}
+        for bits in (int(x.removeprefix("reach=")) for x in flags if x.startswith("reach=")):
+            others |= {x: others[x].replace(reach=bits) for x in cut}
     rows = 128 if "wide" in flags else 64
     others |= {x: y.replace(BV=rows) for x, y in others.items() if STAGES[x].is_chain}
     for tiles in (int(x.removeprefix("tile_step=")) for x in flags if x.startswith("tile_step=")):

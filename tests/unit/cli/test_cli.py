@@ -31,6 +31,7 @@ from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
     NormProblem,
+    ProjectedNormProblem,
     RotaryProblem,
     SigmoidProblem,
     StreamNormProblem,
@@ -282,6 +283,7 @@ def test_the_command_in_a_kernel_of_a_layer_regenerates_it(
         StreamNormProblem: StreamNormProblem(size=96, added=True, stream_dtype="bf16"),
         SwigluProblem: SwigluProblem(dtype="fp16"),
         SigmoidProblem: SigmoidProblem(dtype="fp32"),
+        ProjectedNormProblem: ProjectedNormProblem(size=64, rank=32, bias=True),
         RotaryProblem: RotaryProblem(size=24, dtype="fp32"),
         WindowProblem: WindowProblem(size=40),
         Mamba3Problem: Mamba3Problem(

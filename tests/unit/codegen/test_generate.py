@@ -231,7 +231,8 @@ def test_what_a_package_was_not_made_for_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plan", RECURRENCES["gdn2"].plans)
 def test_the_same_arguments_give_the_same_bytes(plan: str, tmp_path: Path) -> None:
     # what has no form in Triton serves neither fp32 nor packed batches
-    alone = Problem(K=64, V=64, initial_state=True, final_state=True)
+    size = 128 if plan == "whole_blocks2_states" else 64
+    alone = Problem(K=size, V=size, initial_state=True, final_state=True)
     problem = alone if PLANS[plan].instead else FULL
     recipe = Recipe.default(problem, plan)
     first = generated(tmp_path / "a", recipe)

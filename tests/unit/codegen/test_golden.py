@@ -32,6 +32,7 @@ from gdn2gen.family.parts import (
     ConvolutionProblem,
     DecayGateProblem,
     NormProblem,
+    ProjectedNormProblem,
     RotaryProblem,
     SigmoidProblem,
     StreamNormProblem,
@@ -293,6 +294,7 @@ OUTPUTS: Final = {
     "forward_64_states.py": partial(
         _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
     ),
+    "forward_96_states.py": partial(_forward, Problem(K=96, V=96), "forward_blocks2"),
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
@@ -476,6 +478,7 @@ OUTPUTS: Final = {
     "recurrent_loads_ahead.py": partial(
         _recurrent, _ONE_TOKEN, tiles=2, loads="ahead", evict="first", maxnreg=128
     ),
+    "recurrent_copied.py": partial(_recurrent, _STEP, BV=8, tiles=4, loads="async3"),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
     "short_conv_backward.py": partial(
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1
@@ -488,6 +491,14 @@ OUTPUTS: Final = {
     "rotary.py": partial(_part, "rotary", RotaryProblem(), BR=32),
     "window_step.py": partial(_part, "window_step", WindowProblem(), BT=128, BW=64),
     "swiglu.py": partial(_part, "swiglu", SwigluProblem(), BE=1024),
+    "projected_norm.py": partial(_part, "projected_norm", ProjectedNormProblem(rank=64, bias=True)),
+    "projected_norm_turns.py": partial(
+        _part,
+        "projected_norm",
+        ProjectedNormProblem(activation="silu"),
+        turns=4,
+        num_stages=2,
+    ),
     "sigmoid_backward.py": partial(_part, "sigmoid_backward", SigmoidProblem(), BR=8, BD=256),
     "swiglu_backward.py": partial(_part, "swiglu_backward", SwigluProblem(), BE=1024),
     "gated_norm.py": partial(_part, "gated_norm", NormProblem(), BR=32),

@@ -97,7 +97,13 @@ class _Any:
     def __mul__(self, other: object) -> _Any:
         return self
 
-    __rmul__ = __mul__
+    __rmul__ = __add__ = __mul__
+
+    def __abs__(self) -> _Any:
+        return self
+
+    def __le__(self, other: object) -> bool:
+        return True
 
 
 def taken(problem: Problem, B: int, T: int, HV: int, n_slots: int) -> Counter[tuple[int, ...]]:

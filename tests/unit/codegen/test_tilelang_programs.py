@@ -69,6 +69,8 @@ CASES = [
             "kda 128 230 zero 2 2 wide transitions twice stateless",
             "kda 64 140 layer 2 2 transitions state_v_first",
             "gated_delta_rule 64 134 layer 2 1 transitions",
+            "gated_delta_rule 64 230 sparse 2 2 transitions reach=100 lean",
+            "gated_delta_rule 128 200 sparse 2 2 reach=64",
             "gated_delta_rule 128 134 strong 2 1 wide transitions",
             "delta_rule 128 134 zero 2 2 wide transitions stateless",
             "gdn2 112 70 layer 2",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tilelang_configs import tilelang_by_chunk, tilelang_config
 
 from gdn2gen.base.errors import ConfigError
 from gdn2gen.codegen.render import render
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.extras import EXTRAS
 from gdn2gen.kernels.limits import Place
@@ -103,6 +105,45 @@ def test_merges_of_cut_halves_are_of_scans_in_segments(
     config = default_config(stage, problem).replace(**knobs)
     assert why_invalid(config, problem) is None
     assert words in str(why_invalid(config.replace(merge="cut"), problem))
+
+
+GATED = Problem("gated_delta_rule")
+
+
+@pytest.mark.parametrize(
+    ("stage", "knobs", "problem", "words"),
+    [
+        ("scan", {"segments": "serial"}, GATED, "only parallel scans"),
+        ("prepare", {}, GATED, "only parallel scans"),
+        ("scan", {"segments": "parallel"}, Problem(), "whose steps a decay bounds"),
+        ("scan", {"segments": "parallel"}, Problem("delta_rule"), "whose steps a decay bounds"),
+        ("scan", {"segments": "parallel"}, Problem("kda"), "whose steps a decay bounds"),
+        ("scan", {"segments": "parallel"}, replace(GATED, l2norm=False), "wants l2norm"),
+        ("scan", {"segments": "parallel", "BV": 32}, replace(GATED, K=96), "not 96 and 128"),
+        ("scan", {"segments": "parallel", "BV": 32}, replace(GATED, V=256), "not 128 and 256"),
+    ],
+)
+def test_folds_of_what_counts_are_of_scans_whose_steps_a_decay_bounds(
+    stage: str, knobs: dict[str, str | int], problem: Problem, words: str
+) -> None:
+    config = default_config(stage, problem).replace(**knobs)
+    assert why_invalid(config, problem) is None
+    reason = why_invalid(config.replace(reach=64), problem)
+    assert reason is not None and "reach=64: " in reason and words in reason
+
+
+def test_what_has_no_segments_folds_none() -> None:
+    """A serial scan, a packed batch and calls that refuse it run the recipe without it."""
+    recipe = Recipe.default(GATED, "direct_blocks2", arch="sm_90")
+    scan = recipe["scan"].replace(segments="parallel", reach=64)
+    assert why_invalid(scan, GATED) is None
+    recipe = recipe.with_config(scan)
+    assert recipe["scan"]["reach"] == 64
+    raw, packed = (replace(GATED, **x) for x in ({"l2norm": False}, {"varlen": True}))
+    few = recipe.for_few(Regime(tokens=64, sequences=1, heads=4))
+    for other in (recipe.fitted(raw, "sm_90"), recipe.fitted(packed, "sm_90"), few):
+        assert other["scan"]["segments"] == "serial" and "reach" not in other["scan"]
+        assert why_invalid(other["scan"], other.problem, "sm_90") is None
 
 
 @pytest.mark.parametrize("language", ["triton", "tilelang"])

@@ -111,8 +111,10 @@ def test_loops_over_tokens_are_of_so_many_heads(entry: list[Any]) -> None:
 def test_a_search_begins_with_all_forms() -> None:
     rule = reverse_rule(16384, 64, 1, 132)
     starts = other_starts(rule, 64, 1)
-    assert [(x["order"], x["BG"], x["num_stages"]) for x in starts[MAMBA3_SUMS.name]] == [
-        ("tokens", 64, 1)
+    names = ("order", "BG", "num_warps", "num_stages")
+    assert [tuple(x[y] for y in names) for x in starts[MAMBA3_SUMS.name]] == [
+        ("tokens", 64, 4, 1),
+        ("tokens", 64, 8, 3),
     ]
     assert [x["pairs"] for x in starts[MAMBA3_REVERSE_SCAN.name]] == [1]
     # too few heads of a group, too many, or as many as no tile has

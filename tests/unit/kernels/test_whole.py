@@ -30,7 +30,10 @@ H200 = named_device("H200")
 
 
 def test_they_are_of_two_members_and_nobody_s_default() -> None:
-    assert WHOLE == ("whole", "whole_blocks1", "whole_blocks2", "whole_blocks1_states")
+    assert (
+        *("whole", "whole_blocks1", "whole_blocks2"),
+        *("whole_blocks1_states", "whole_blocks2_states"),
+    ) == WHOLE
     for op in OPS:
         served = {*WHOLE} <= {*RECURRENCES[op].plans}
         assert served == (op in ("gdn2", "kda"))
@@ -101,7 +104,8 @@ def test_what_scans_of_q_and_k_in_one_kernel_do_not_serve(
 @pytest.mark.parametrize("plan", WHOLE)
 def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
     """So that a forward of either serves a backward of the other."""
-    problem = Problem(op, K=64, V=64, initial_state=True, final_state=True)
+    size = 128 if plan == "whole_blocks2_states" else 64
+    problem = Problem(op, K=size, V=size, initial_state=True, final_state=True)
     recipe = Recipe.default(problem, plan)
     apart = recipe.everywhere()
     assert apart.plan.name == PLANS[plan].instead
@@ -170,6 +174,18 @@ def test_what_keeps_states_is_of_64_channels() -> None:
         why_invalid(config.replace(num_stages=3), Problem(K=64, V=64))
     )
     assert not is_served("whole_blocks1_states", Problem(), "sm_90")
+
+
+def test_what_keeps_a_state_of_two_chunks_is_of_65_to_128_channels() -> None:
+    for K, V in ((128, 128), (96, 96), (72, 120)):
+        assert is_served("whole_blocks2_states", Problem(K=K, V=V), "sm_90")
+    recipe = Recipe.default(Problem(), "whole_blocks2_states")
+    for K, V in ((64, 64), (128, 64), (48, 96)):
+        problem = Problem(K=K, V=V)
+        assert not is_served("whole_blocks2_states", problem, "sm_90")
+        assert recipe.fitted(problem, "sm_90").plan == PLANS["blocks2_states"]
+    reason = why_invalid(default_config("forward_blocks2", Problem()), Problem(K=64, V=64))
+    assert reason is not None and "forward_blocks1 keeps every state" in reason
 
 
 # Below tiles of 128, of 64, and of both.

@@ -117,6 +117,9 @@ def test_a_layer_whose_sigmoids_hand_back_together(
     assert torch.equal(apart[0], together[0])
     for a, b in zip(together, apart, strict=True):
         assert (a - b).norm() <= (1e-12 if dtype == torch.float64 else 0.01) * b.norm()
+    # who takes the sigmoid of the product has it once
+    tokens = Projected(x, layer._projections(), 3, [layer.b_proj])
+    torch.testing.assert_close(tokens.by(layer.b_proj), layer.b_proj(x))
     # written to by others, what is handed back would be wrong
     y = Projected(x, layer._projections(), 3, [layer.b_proj]).sigmoid(layer.b_proj)
     y.mul_(2)

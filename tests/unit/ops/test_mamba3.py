@@ -90,6 +90,14 @@ def test_what_it_leaves_is_added_up_token_by_token(name: str, interpreter: Check
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.parametrize(("N", "S"), [(128, 32), (40, 12)])
+def test_sums_token_by_token_in_16_bits(N: int, S: int, interpreter: Check) -> None:
+    """Pairs of channels are read and written as one number there."""
+    found = interpreter("mamba3_checks:sums_in_16_bits", N, S)
+    narrow = ("dQ ", "dK ")
+    assert all(y < (2**-8 if x.startswith(narrow) else 1e-5) for x, y in found.items()), found
+
+
 @pytest.mark.parametrize("name", ["steady", "strong"])
 def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> None:
     """At every token 20 nats, dADT was off by 0.3 where it was a sum of all less one of most; in

@@ -9,7 +9,7 @@ from typing import Any, Final
 import part_cases
 import pytest
 import torch
-from part_cases import BOUNDS, Convolution, Norm, Stream, Window
+from part_cases import BOUNDS, Convolution, Norm, ProjectedNorm, Stream, Window
 
 from gdn2gen import gated_rms_norm, short_convolution, short_convolution_step
 from gdn2gen.base.errors import InputError
@@ -117,6 +117,14 @@ STREAMS: Final = {
     "loads early": Stream(rows=(45,), knobs=(("early", 1), ("BT", 4), ("BR", 4))),
     "loads when they are wanted": Stream(rows=(45,), knobs=(("early", 0), ("BT", 2), ("BR", 2))),
 }
+PROJECTED: Final = {
+    "a tile": ProjectedNorm(),
+    "turns": ProjectedNorm(
+        dtype=BF16, activation="silu", bias=False, rank=64, tokens=150,
+        knobs=(("turns", 2), ("num_stages", 2), ("BM", 32)),
+    ),
+    "few tokens": ProjectedNorm(tokens=3, size=32, heads=3),
+}  # fmt: skip
 WINDOWS: Final = {
     "several runs": Window(),
     "one run": Window(size=16, window=5, seen=(3, 4, 5)),
@@ -161,6 +169,16 @@ def test_a_token_over_a_window(name: str, interpreter: Check) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_swiglu_kernels(dtype: torch.dtype, interpreter: Check) -> None:
     assert interpreter("part_cases:swiglu", (3, 7, 72), dtype) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_norms_that_project_their_gates(name: str, interpreter: Check) -> None:
+    case = PROJECTED[name]
+    assert interpreter("part_cases:projected_norm", case) < BOUNDS[case.dtype]
+
+
+def test_a_layers_norm_projects_where_it_can(interpreter: Check) -> None:
+    assert interpreter("part_cases:projected_in_a_layer") == 1
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -17,6 +17,7 @@ from gdn2gen.base import paths
 from gdn2gen.base.device import named_device
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.kernels.config import Config
+from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.runtime import decoding
 
 PROBLEM = DecodingProblem(
@@ -57,7 +58,8 @@ def test_words_are_knobs_and_what_they_may_be(script: Any) -> None:
 def test_configs_are_all_that_fit(script: Any) -> None:
     every = [*script.configs(PROBLEM, {})]
     assert {(x["BV"], x["num_warps"]) for x in every} >= {(8, 1), (16, 1), (16, 2), (64, 4)}
-    assert {x["loads"] for x in every} == {"behind", "ahead"} and len({*every}) == len(every)
+    assert {x["loads"] for x in every} == {*RECURRENT.domains["loads"]}
+    assert len({*every}) == len(every)
     wanted = {"BV": (16,), "loads": ("ahead",), "maxnreg": (0,), "evict": ("usual",)}
     few = [*script.configs(PROBLEM, wanted)]
     found = {(x["num_warps"], x["tiles"]) for x in few}
@@ -71,6 +73,16 @@ def test_configs_are_all_that_fit(script: Any) -> None:
         (4, 4),
         (8, 4),
     }
+
+
+def test_a_thread_has_one_tile_where_tiles_are_copied(script: Any) -> None:
+    wanted = {"num_warps": (1,), "evict": ("usual",), "maxnreg": (0,)}
+    every = {(x["BV"], x["tiles"], x["loads"]) for x in script.configs(PROBLEM, wanted)}
+    copied = {x[:2] for x in every if x[2] == "async3"}
+    assert copied == {*((8, t) for t in (2, 4, 8, 16)), *((16, t) for t in (2, 4, 8)),
+                      (32, 2), (32, 4)}  # fmt: skip
+    assert {x[:2] for x in every if x[2] == "ahead"} == {(8, 1), (8, 2), (8, 4), (16, 1), (16, 2),
+                                                         (32, 1)}  # fmt: skip
 
 
 @pytest.mark.usefixtures("script")

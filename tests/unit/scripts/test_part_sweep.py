@@ -13,7 +13,7 @@ from script_module import load_script
 from gdn2gen.family.parts import NormProblem
 from gdn2gen.family.parts_reference import gated_rms_norm, short_convolution
 from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.parts import PART_STAGES
+from gdn2gen.kernels.stages import EVERY_STAGE
 from gdn2gen.runtime import parts
 
 part_sweep = load_script("part_sweep")
@@ -22,7 +22,7 @@ layer_parts = load_script("layer_parts")
 
 @pytest.mark.parametrize("stage", part_sweep.STAGES)
 def test_configs(stage: str) -> None:
-    problem = next(x.made_for() for x in PART_STAGES if x.name == stage)
+    problem = EVERY_STAGE[stage].made_for()  # type: ignore[attr-defined]
     knobs = [*part_sweep.knobs_of(stage)]
     configs = {default_config(stage, problem).replace(**x) for x in knobs}
     assert len(configs) == len(knobs) > 10

@@ -51,6 +51,8 @@ def test_kernels_are_told_by_the_innermost_operation() -> None:
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "aten::mm 4x4 4x4", "matmul"),
         ("void pytorch_flash::flash_fwd_kernel<x>(p)", "torch_attn::_varlen_attn", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(p)", "", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_fprop", "", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o<x>(p)", "", "attention"),
         ("void at::native::multi_tensor_apply_kernel<x>(p)", "aten::_fused_adamw_", "optimizer"),
         ("void cunn_SoftMaxForward<8, float>(p)", "aten::_log_softmax 4x4", "loss"),
         ("grad_group_kernel", "", "recurrence and its parts"),

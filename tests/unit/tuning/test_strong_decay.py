@@ -130,7 +130,9 @@ def test_forms_that_take_frames_are_known() -> None:
     }
     anchored = ("prepare", "grad_key", "grad_blocks1", "grad_blocks2")
     wanted = {(x, y, "anchored") for x in anchored for y in ("triton", "tilelang")}
-    wanted |= {(x, "tilelang", "cluster") for x in ("forward", "forward_blocks1")}
+    wanted |= {
+        (x, "tilelang", "cluster") for x in ("forward", "forward_blocks1", "forward_blocks2")
+    }
     wanted |= {("grad_blocks4", "triton", "anchored")}
     assert frames == wanted
 
