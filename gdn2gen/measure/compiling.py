@@ -4,16 +4,26 @@ other, as a first call asks for them, six stages in TileLang take a minute of on
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import Final
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import CompilePool, compile_slots
+from gdn2gen.codegen.build import Resources
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import Config
 
-# As the tuner's: 5 to 20 s are usual.
+# A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
 COMPILE_SECONDS: Final = 120.0
+
+
+def compile_in(
+    pool: CompilePool, problem: Problem, config: Config, device: Device
+) -> Future[Outcome[Resources]]:
+    """Queue the compile of one stage."""
+    target = "gdn2gen.codegen.build:compile_ahead"
+    return pool.submit(target, problem, config.stage, config, device, timeout=COMPILE_SECONDS)
 
 
 def compile_side_by_side(
@@ -23,11 +33,7 @@ def compile_side_by_side(
     by default all cores but two."""
     wanted = [*dict.fromkeys(asked)]
     pool = CompilePool(min(slots or compile_slots(), max(1, len(wanted))))
-    target = "gdn2gen.codegen.build:compile_ahead"
     try:
-        wait(
-            pool.submit(target, problem, x.stage, x, device, timeout=COMPILE_SECONDS)
-            for problem, x in wanted
-        )
+        wait(compile_in(pool, problem, config, device) for problem, config in wanted)
     finally:
         pool.close()

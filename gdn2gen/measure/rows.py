@@ -18,11 +18,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.stages import STAGES
-from gdn2gen.measure.accuracy import (
-    LOWER_BOUND,
-    inputs_of,
-    output_gradients,
-)
+from gdn2gen.measure.accuracy import LOWER_BOUND, inputs_of, output_gradients
 from gdn2gen.measure.compiling import compile_side_by_side
 from gdn2gen.measure.peers import peer_op
 from gdn2gen.measure.sides import (

@@ -20,10 +20,10 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.mamba3_chunks import CHUNKS
+from gdn2gen.measure.compiling import COMPILE_SECONDS
 from gdn2gen.store.mamba3 import Mamba3Found, find_mamba3
 from gdn2gen.store.verified import Place, is_verified
 from gdn2gen.tuning.gpu.attempt import fitting
-from gdn2gen.tuning.gpu.backend import COMPILE_SECONDS
 from gdn2gen.tuning.gpu.parts import check_parts, interpret_parts, interpreting_worker, parts_worker
 from gdn2gen.tuning.proof import Proof
 

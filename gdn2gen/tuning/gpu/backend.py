@@ -18,12 +18,11 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
+from gdn2gen.measure.compiling import compile_in
 from gdn2gen.measure.timing import Timing
 from gdn2gen.tuning.gpu.jobs import RecipeTiming
 from gdn2gen.tuning.views.report import Phase
 
-# A compile takes 5 to 20 s; the rare one that takes minutes would stall its slot for no gain.
-COMPILE_SECONDS: Final = 120.0
 # Includes importing torch and loading kernels. The first check also computes the references.
 GATE_SECONDS: Final = 180.0
 TIME_SECONDS: Final = 90.0
@@ -131,14 +130,7 @@ class WorkerBackend:
         self._worker = Worker()
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
-        return self._pool.submit(
-            "gdn2gen.codegen.build:compile_ahead",
-            problem,
-            config.stage,
-            config,
-            self.device,
-            timeout=COMPILE_SECONDS,
-        )
+        return compile_in(self._pool, problem, config, self.device)
 
     def check(self, recipe: Recipe, *, full: bool) -> Outcome[CheckResult]:
         name = "check_full" if full else "check_quick"

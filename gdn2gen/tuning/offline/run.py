@@ -27,11 +27,11 @@ from gdn2gen.kernels.config import Config, default_config, language_of
 from gdn2gen.kernels.plans import PLANS, filed_levels, plans_of
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
+from gdn2gen.measure.compiling import compile_in
 from gdn2gen.store import tuned_files
 from gdn2gen.tuning import space
 from gdn2gen.tuning.filing import predicted_entry, predicted_of
 from gdn2gen.tuning.gpu.attempt import fitting, right
-from gdn2gen.tuning.gpu.backend import COMPILE_SECONDS
 from gdn2gen.tuning.offline.findings import Findings
 from gdn2gen.tuning.offline.predict import predicted_bytes
 from gdn2gen.tuning.records.places import findings_path, open_ledger
@@ -75,8 +75,7 @@ class ProcessBackend:
         self._interpreter = Worker({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def compile(self, problem: Problem, config: Config) -> Future[Outcome[Resources]]:
-        target, arguments = "gdn2gen.codegen.build:compile_ahead", (problem, config.stage, config)
-        return self._pool.submit(target, *arguments, self.device, timeout=COMPILE_SECONDS)
+        return compile_in(self._pool, problem, config, self.device)
 
     def interpret(self, recipe: Recipe) -> Outcome[CheckResult]:
         target = "gdn2gen.measure.check:check_interpreted"
