@@ -8,6 +8,7 @@ erases and writes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,7 +37,7 @@ class TokenStage(Stage):
     """A stage over single tokens. Its operands are the inputs of a recurrence, whichever they are;
     then states, and what says where they lie; then outputs."""
 
-    def operands(self, problem: Compiled) -> list[Operand]:
+    def operands(self, problem: Compiled, extras: Iterable[str] = ()) -> list[Operand]:
         assert isinstance(problem, DecodingProblem)
         given = recurrence_named(problem.op).inputs
         found = [_operand(x) for x in given if not x.when or getattr(problem, x.when)]
