@@ -133,8 +133,9 @@ FORWARD_BLOCKS2: Final = replace(
 
 
 # The same where the decay is outside of products: a slot has q and k as they were loaded, and what
-# one product and the inverse make of them. At 64 each group that prepares has two slots, and R and
-# states are stored from shared memory as at 128: 3 groups of four fit, too.
+# one product and the inverse make of them. At 64 one group of both programs scans, as of `forward`,
+# and each that prepares has two slots: 3 beside it (four groups of 122 registers) are 212,992
+# bytes, and 226,304 with the tiles that states and R are stored from.
 FORWARD_OUTSIDE: Final = replace(
     FORWARD,
     name="forward_outside",

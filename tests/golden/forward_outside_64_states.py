@@ -10,12 +10,12 @@
 
 where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q and k.
 
-Two programs, a cluster, take a head of a sequence. One group of 128 threads scans, in the first, and
+Two programs, a cluster, take a head of a sequence. One group of 128 threads scans, in the second, and
 all others prepare, in turn, each every seventh chunk, into a slot of shared memory. What the
-second program makes is copied to the first, what is ready first first:
+first program makes is copied to the second, what is ready first first:
 
     chunk    0   1   2   3   4   5   6   7   8 ...
-    program  1   0   1   0   1   0   1   1   0
+    program  0   1   0   1   0   1   0   0   1
     group    0   0   1   1   2   2   3   0   0
     slot     0   1   2   3   4   5   6   7   8
 
@@ -39,7 +39,7 @@ k of its next chunk while it prepares this one, into another slot: no group only
 
 Problem: delta_rule K=56 V=48 bf16
 Config:  BT=32 BV=64 language=tilelang num_stages=3 num_warps=4
-Template digest d6d305c94ef3ceec; made by
+Template digest 856942437797622c; made by
     gdn2gen generate --op delta_rule --head-dim 56,48 --dtype bf16 --no-l2norm --with= --stage \
       forward_outside_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=3,num_warps=4
@@ -201,7 +201,7 @@ def program():
             tile.wait_wgmma(0)
             # one lane for its warp, whose others are as far: they made the same products
             if i_thread % (GROUP // WARPS) == 0:
-                tile.mbarrier_arrive(own.empty[slot], 1 - turn[0] % 2)
+                tile.mbarrier_arrive(own.empty[slot], turn[0] % 2)
             turn[0] += 1
             if turn[0] == TURN:
                 turn[0] = 0
@@ -287,9 +287,9 @@ def program():
     @tile.macro
     def copy_tile(own, mine, part, number):
         """To the slot of the program that scans: a thread of a warp each."""
-        if tile.And(own.i_v == 1, mine.i_thread == number * WARP):
+        if tile.And(own.i_v == 0, mine.i_thread == number * WARP):
             tile.copy_cluster(
-                part, part, dst_block=0, remote_barrier=own.full[mine.slot]
+                part, part, dst_block=1, remote_barrier=own.full[mine.slot]
             )
 
     @tile.macro
@@ -383,7 +383,7 @@ def program():
         tile.sync_threads(mine.barrier, GROUP)
         copy_tile(own, mine, own.s_A[mine.slot, :, :], 0)
         # as many arrivals as of a slot that is copied
-        if tile.And(own.i_v == 0, mine.i_thread < COPIES):
+        if tile.And(own.i_v == 1, mine.i_thread < COPIES):
             tile.mbarrier_arrive(own.full[mine.slot])
         tile.copy(own.s_A[mine.slot, :, :], x.A[i_c, own.i_h, :, :], disable_tma=True)
         tile.copy(own.s_Aqk[mine.slot, :, :], x.Aqk[i_c, own.i_h, :, :], disable_tma=True)
@@ -396,7 +396,7 @@ def program():
         # of q and k: held, as each load would divide again
         x_head = tile.alloc_local([1], "int32")
         x_head[0] = own.i_hq
-        first = 2 * group + 1 - own.i_v  # chunk
+        first = 2 * group + own.i_v  # chunk
         mine = SimpleNamespace(
             group=group, barrier=2 + group, slot=first, i_thread=i_thread, i_warp=i_thread // WARP,
             x_head=x_head, x_beta=x_beta,
@@ -408,19 +408,22 @@ def program():
         for i_n in tile.serial(n_own):
             # the same of a whole warp, so that ptxas keeps what depends on it once a warp
             group_now = tile.shfl_sync(group, 0)
-            i_t = 2 * group_now + 1 - own.i_v + i_n * TURN
-            slot_now = 2 * group_now + 1 - own.i_v + i_n % 2 * TURN
+            i_t = 2 * group_now + own.i_v + i_n * TURN
+            # within its bounds, which TileLang does not see: it would divide by SLOTS
+            first_now = tile.min(tile.max(2 * group_now + own.i_v, 0), TURN - 1)
+            slot_now = first_now + i_n % 2 * TURN
             now = SimpleNamespace(
                 **(vars(mine) | dict(group=group_now, barrier=2 + group_now, slot=slot_now))
             )
-            i_c = own.i_b * own.n_chunks + i_t
+            # held, as it would be made again, in 64 bits, for each number of a token
+            i_c = tile.shfl_sync(own.i_b * own.n_chunks + i_t, 0)
             tile.mbarrier_wait_parity(own.loaded[now.group], i_n % 2)
             copy_tile(own, now, own.s_kq[slot_now, :, :], 3)
             score(x, own, now, i_c)
             if i_n + 1 < n_own:
                 i_next = i_t + TURN
                 # of its two slots the other one
-                slot = 2 * group_now + 1 - own.i_v + (i_n + 1) % 2 * TURN
+                slot = first_now + (i_n + 1) % 2 * TURN
                 tile.mbarrier_wait_parity(own.empty[slot], ((i_n + 1) // 2 + 1) % 2)
                 load_chunk(x, own, now, i_next, slot)
             invert(own, now)
@@ -480,10 +483,10 @@ def program():
             )
 
             # one chain of branches: after several apart ptxas would wait for each product
-            if tile.And(tile.get_thread_binding(1) == 0, i_v == 0):
+            if tile.And(tile.get_thread_binding(1) == 0, i_v == 1):
                 scan(x, own)
             else:
-                prepare(x, own, tile.get_thread_binding(1) - 1 + i_v)
+                prepare(x, own, tile.get_thread_binding(1) - i_v)
             # the other program may write here, and be written to, until both are through
             tile.cluster_sync()
 
