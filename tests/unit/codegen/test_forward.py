@@ -211,7 +211,7 @@ def test_results_and_barriers_where_the_decay_is_outside_of_products(
     [
         ("gated_delta_rule", 64, 64, 40, "mixed", 1, False, 3),
         ("delta_rule", 64, 64, 7, "layer", 1, False, 2),
-        # 22 chunks take each of ten slots twice, and 29 each of fourteen, the first of either thrice
+        # 22 chunks take each of ten slots twice, and 29 each of fourteen, some of either thrice
         pytest.param(
             *("gated_delta_rule", 64, 64, 700, "layer", 1, False, 2), marks=pytest.mark.slow
         ),
