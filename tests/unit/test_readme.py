@@ -94,6 +94,13 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
         assert f"hold such for K = V of {', '.join(first)} and {last}, for {pairs}," in words
 
 
+def test_every_variable_that_is_read_is_in_the_table() -> None:
+    """By its whole name in the package's code; what a test or a script has of its own is not."""
+    sources = (ROOT / "gdn2gen").rglob("*.py")
+    read = {x for path in sources for x in re.findall(r"GDN2GEN_[A-Z_]+\b", path.read_text())}
+    assert {*re.findall(r"^\| `(GDN2GEN_[A-Z_]+)", README, flags=re.M)} == read
+
+
 def test_first_two_commands() -> None:
     first, second, *_ = (block.strip() for block in _blocks("bash"))
     assert first == "pip install -e . && gdn2gen quick"
