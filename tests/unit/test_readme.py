@@ -194,7 +194,10 @@ def test_layers_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
     _on_the_cpu(block, monkeypatch)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/serving.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/serving.md", "docs/architecture.md", "docs/mamba.md"],
+)
 def test_links_lead_somewhere(page: str) -> None:
     folder = (ROOT / page).parent
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
