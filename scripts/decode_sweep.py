@@ -22,7 +22,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.shapes import Shape
 from gdn2gen.kernels.config import Config
 from gdn2gen.kernels.limits import Domain, Knob, Place
-from gdn2gen.kernels.recurrent import RECURRENT, stages_of_copies
+from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.validity import valid_configs
 from gdn2gen.measure.cases import Case
@@ -71,14 +71,11 @@ def knob(words: str) -> tuple[str, Knob]:
 
 
 def configs(problem: DecodingProblem, wanted: Mapping[str, Domain]) -> Iterator[Config]:
-    """Every config with such knobs that has 32 to 128 elements of a state in a thread, of one tile
-    where tiles are copied: then there is more than one, else no more than four."""
+    """Every config with such knobs that has 32 to 128 elements of a state in a thread."""
     for config in valid_configs(RECURRENT.name, Place(problem, 1)):
         rows = config.size("BV") * config.size("tiles")
-        copied, tiles = stages_of_copies(config["loads"]) > 0, config.size("tiles")
-        in_registers = rows // tiles if copied else rows
-        held = in_registers * covering(problem.K) / (32 * config.size("num_warps"))
-        if rows > covering(problem.V) or (tiles < 2 if copied else tiles > 4):
+        held = rows * covering(problem.K) / (32 * config.size("num_warps"))
+        if rows > covering(problem.V):
             continue
         if LEAST <= held <= MOST and all(config[x] in values for x, values in wanted.items()):
             yield config

@@ -6,10 +6,11 @@ start is left. A kernel before fold counts both, from the decay of every chunk, 
 has its own: of 16 heads as a layer draws them, 8 segments of 128 chunks each, 36% of what fold
 does is left at 100 bits, and 26% at 64. What is longest is a head that forgets nothing, as before.
 
-A step takes no state to a longer one where keys are normalised and beta is in [0, 2], so a decay
-bounds what is left: the knob wants `l2norm`, and callers whose beta is in that range. Beside a
-state of ordinary numbers 2^-BITS is nothing in fp32 from 32 bits on; more bits are for values that
-differ by as much. (A NaN in the decay counts as what decays nothing.)
+Where keys are normalised, which the knob wants (`l2norm`), a step makes a state longer by
+|1 - beta| at most, and not at all while beta is in [0, 2]: then decay alone bounds what is left. By
+what other steps of a segment, or a decay above 1, could make it longer as much more has to have
+decayed. Beside a state of ordinary numbers 2^-BITS is nothing in fp32 from 32 bits on; more bits
+are for values that differ by as much. A NaN in decay or beta bounds nothing: all chunks count.
 
 Counts lie where merge_kernel writes the state that the first segment starts from, after fold.
 """
@@ -44,6 +45,19 @@ def reach_kernel(
     n_all = tl.cdiv(T, BT)
     i_first = i_n * n_all + i_s * segment
     n_all = tl.minimum(n_all - i_s * segment, segment)
+    # log2 of what steps could make a state longer by, in all: 0 where beta is in [0, 2]
+    grown = 0.0
+    for i_c in range(0, n_all, BC):
+        o_c = i_c + tl.arange(0, BC)
+        m_c = o_c < n_all
+        p_c = (i_first + o_c).to(tl.int64) * HV + i_h
+        p_t = p_c[:, None] * BT + tl.arange(0, BT)[None, :]
+        b_gamma = tl.load(gamma_C + p_c, mask=m_c, other=1.0)
+        b_step = tl.abs(1.0 - tl.load(k_beta + p_t, mask=m_c[:, None], other=0.0))
+        # not a maximum: a NaN has to stay one, and then all chunks count
+        b_step = tl.log2(tl.where(b_step <= 1.0, 1.0, b_step))
+        grown += tl.sum(tl.log2(tl.where(b_gamma > 1.0, b_gamma, 1.0)) + tl.sum(b_step, 1), 0)
+    least = -BITS - grown
     # log2 of what is left over the chunks so far, from the start on and from the end back
     left, left_back = 0.0, 0.0
     n_front, n_back = 0, 0
@@ -55,13 +69,15 @@ def reach_kernel(
         b_front = tl.load(gamma_C + p_front, mask=m_c, other=1.0)
         b_back = tl.load(gamma_C + p_back, mask=m_c, other=1.0)
         # differences of sums have to be finite; a NaN stays one, and counts as no decay
-        b_front = tl.log2(tl.where(b_front < 2.0**-120, 2.0**-120, b_front))
-        b_back = tl.log2(tl.where(b_back < 2.0**-120, 2.0**-120, b_back))
+        b_front = tl.where(b_front < 2.0**-120, 2.0**-120, b_front)
+        b_back = tl.where(b_back < 2.0**-120, 2.0**-120, b_back)
+        b_front = tl.log2(tl.where(b_front > 1.0, 1.0, b_front))
+        b_back = tl.log2(tl.where(b_back > 1.0, 1.0, b_back))
         # over those before a chunk
         b_over = left + tl.cumsum(b_front, 0) - b_front
         b_over_back = left_back + tl.cumsum(b_back, 0) - b_back
-        n_front += tl.sum(tl.where(m_c & (b_over < -BITS), 0, m_c.to(tl.int32)), 0)
-        n_back += tl.sum(tl.where(m_c & (b_over_back < -BITS), 0, m_c.to(tl.int32)), 0)
+        n_front += tl.sum(tl.where(m_c & (b_over < least), 0, m_c.to(tl.int32)), 0)
+        n_back += tl.sum(tl.where(m_c & (b_over_back < least), 0, m_c.to(tl.int32)), 0)
         left += tl.sum(b_front, 0)
         left_back += tl.sum(b_back, 0)
     p_counts = {kept} + (i_nh.to(tl.int64) * NS + {slot}) * K * V + i_s

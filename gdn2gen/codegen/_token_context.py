@@ -9,7 +9,7 @@ from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.recurrence import Recurrence
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.kernels.config import Config
-from gdn2gen.kernels.recurrent import TokenStage, stages_of_copies
+from gdn2gen.kernels.recurrent import TokenStage
 from gdn2gen.kernels.rows import UNIT, is_row_wise, row_of
 from gdn2gen.kernels.stage import Operand
 
@@ -32,7 +32,7 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
     token_rows = {
         x.name: _row(x.name, x.dims.split(), problem) for x in operands if is_row_wise(x.dims)
     }
-    tiles, stages = config.size("tiles"), stages_of_copies(config["loads"])
+    tiles = config.size("tiles")
     partial = problem.V % (config.size("BV") * tiles) != 0
     state = "state_pool" if problem.pool else "initial_state" if problem.initial_state else ""
     return {
@@ -49,11 +49,9 @@ def token_context(stage: TokenStage, problem: DecodingProblem, config: Config) -
         "scalars": list(stage.scalars_of(problem)),
         # what the state is read from, "" where it begins with zeros
         "entry": state,
-        # tiles of a program, by what their names end with: one name if it loops over them, so many
-        # in `copies` stages; programs that take all values; and what of the last one's is a value
-        "row_tiles": [f"_{x}" for x in range(tiles)] if tiles > 1 and not stages else [""],
-        "n_tiles": tiles,
-        "copies": stages,
+        # tiles of a program, by what their names end with; programs that take all values; and what
+        # of the last one's is a value
+        "row_tiles": [f"_{x}" for x in range(tiles)] if tiles > 1 else [""],
         "n_v": _programs(tiles, partial),
         "v_inside": "o_v < V" if partial else "",
         "v_rows": "(o_v < V)[:, None]" if partial else "",

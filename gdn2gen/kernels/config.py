@@ -10,7 +10,7 @@ from gdn2gen.base.errors import ConfigError
 from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import STEP_OPS
-from gdn2gen.kernels.extras import EXTRAS, OFF
+from gdn2gen.kernels.extras import EXTRAS, OFF, known
 from gdn2gen.kernels.limits import Knob, Place
 from gdn2gen.kernels.scans import MAX_SEGMENTS
 from gdn2gen.kernels.stage import Form, Operand, Stage
@@ -81,9 +81,10 @@ class Config(Mapping[str, Knob]):
         return form
 
     def operands(self, problem: Compiled) -> list[Operand]:
-        """Arguments of its kernel, in order: its stage's, but for scratch of other forms."""
-        form = self.form
-        return [x for x in EVERY_STAGE[self.stage].operands(problem) if form.uses(x)]
+        """Arguments of its kernel, in order: its stage's, but for scratch of other forms, and for
+        what extras read that it has not."""
+        form, stage = self.form, EVERY_STAGE[self.stage]
+        return [x for x in stage.operands(problem, known(self)) if form.uses(x)]
 
     @property
     def max_segments(self) -> int:

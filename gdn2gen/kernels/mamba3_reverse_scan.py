@@ -150,11 +150,11 @@ def other_starts(
     rule: Mapping[str, Mapping[str, Knob]], H: int, G: int
 ) -> dict[str, list[dict[str, Knob]]]:
     """Where searches of both begin beside the rule's knobs: of the scan with pairs made once; of
-    the sums with loops over tokens, read as they are needed (0.48 ms on an H200), or two tokens
-    ahead in shared memory, which leaves eight warps the registers."""
+    the sums with loops over tokens, read as they are needed (0.44 ms on an H200), or two tokens
+    ahead in shared memory (0.37; with eight warps 0.41)."""
     scan, sums = rule[MAMBA3_REVERSE_SCAN.name], rule[MAMBA3_SUMS.name]
     by_tokens = {**sums, "order": BY_TOKENS, "BG": H // G, "num_warps": 4, "num_stages": 1}
-    ahead: dict[str, Knob] = {**by_tokens, "num_warps": 8, "num_stages": 3}
+    ahead: dict[str, Knob] = {**by_tokens, "num_stages": 3}
     # with fewer heads warps have no rows of their own
     many = H // G in _COUNTS[3:]
     return {

@@ -8,6 +8,7 @@ several such runs side by side: a warp each, so that no sum but that of a norm c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -26,7 +27,7 @@ class PartStage(Stage):
 
     made_for: type[PartProblem]
 
-    def operands(self, problem: Compiled) -> list[Operand]:
+    def operands(self, problem: Compiled, extras: Iterable[str] = ()) -> list[Operand]:
         assert isinstance(problem, PartProblem)
         found = []
         for x in (*self.inputs, *self.outputs):

@@ -8,6 +8,7 @@ erases and writes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,7 +37,7 @@ class TokenStage(Stage):
     """A stage over single tokens. Its operands are the inputs of a recurrence, whichever they are;
     then states, and what says where they lie; then outputs."""
 
-    def operands(self, problem: Compiled) -> list[Operand]:
+    def operands(self, problem: Compiled, extras: Iterable[str] = ()) -> list[Operand]:
         assert isinstance(problem, DecodingProblem)
         given = recurrence_named(problem.op).inputs
         found = [_operand(x) for x in given if not x.when or getattr(problem, x.when)]
@@ -87,17 +88,12 @@ _ROW_WISE: Final = {
 _ROWS: Final = tuple(row_of(name) for name in (*sorted(_ROW_WISE), OUTPUT.name))
 _BV: Final[Domain] = (8, 16, 32, 64, 128)
 _NUM_WARPS: Final[Domain] = (1, 2, 4, 8)
-# Tiles of BV values that a program takes one after the other: their loads are under way together,
-# or, where they are copied (`loads`), those of the next few.
-_TILES: Final[Domain] = (1, 2, 4, 8, 16)
+# Tiles of BV values that a program takes one after the other: their loads are under way together.
+_TILES: Final[Domain] = (1, 2, 4)
 # Where the state's loads stand: behind the branch that leaves at padding, or ahead of it. Behind it
 # ptxas spreads them over what is computed, to save registers: of a head's decay in bf16 it waits
-# for memory six times one after the other, ahead of it twice. Or the program loops over its tiles,
-# whose part of the state comes by asynchronous copies into shared memory, so many tiles deep: what
-# is under way then takes no registers, and does not wait for what is computed.
-_COPIED: Final = {"async2": 2, "async3": 3, "async4": 4}
-_IN_REGISTERS: Final[Domain] = ("behind", "ahead")
-_LOADS: Final[Domain] = (*_IN_REGISTERS, *_COPIED)
+# for memory six times one after the other, ahead of it twice.
+_LOADS: Final[Domain] = ("behind", "ahead")
 # Whether lines of a state are the first to leave the L2.
 _EVICT: Final[Domain] = ("usual", "first")
 _MAXNREG: Final[Domain] = (0, 128, 168)
@@ -130,17 +126,9 @@ RECURRENT: Final = TokenStage(
             limits=(
                 Limit(
                     "loads",
-                    ("behind", *_COPIED),
+                    _LOADS[:1],
                     "where no index says which slot, nothing is left for padding",
                     {"indexed": (False,)},
-                ),
-                *(
-                    Limit("loads", _IN_REGISTERS, f"copies are of tiles {why}", where)
-                    for why, where in (
-                        ("of one token", {"one_token": (False,)}),
-                        ("that are stored where they were loaded", {"speculative": (True,)}),
-                        ("of a state", {"pool": (False,), "initial_state": (False,)}),
-                    )
                 ),
                 Limit(
                     "tiles",
@@ -169,12 +157,6 @@ _OF_THREAD: Final = {"V first": 64, "K first": 128}
 _PROGRAMS: Final = 16
 # Of rows of values at least, where those lie side by side (K first): two sectors of a cache line.
 _ROW_BYTES: Final = 64
-
-
-def stages_of_copies(loads: Knob) -> int:
-    """Tiles of a state that are under way, or taken, at once by asynchronous copies; 0 where the
-    state is loaded into registers."""
-    return _COPIED.get(str(loads), 0)
 
 
 def knobs_for(problem: DecodingProblem, sequences: int, heads: int, sms: int) -> dict[str, Knob]:

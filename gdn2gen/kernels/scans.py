@@ -18,6 +18,7 @@ from gdn2gen.kernels.operands import (
     FACTORS,
     HEAD_FACTORS,
     INITIAL,
+    K_BETA,
     ONLY_WRITES,
     OUTPUT,
     OUTSIDE_QK,
@@ -189,9 +190,12 @@ _INVERSE, _SCORES = (replace(x, dims="BT BT") for x in SCORES)
 _AHEAD: Final = (*_QUERIES, *_KEYS, _INVERSE, _SCORES)
 _FORMS: Final = _forms(*_SERIAL_FORMS, ahead=_AHEAD)
 
+# What `reach` has fold know of steps beside their decay: whether they make a state longer.
+_STEPS: Final = replace(K_BETA, of="head", extra="reach")
+
 SCAN: Final = Stage(
     name="scan",
-    inputs=(*VW, *FACTORS, *_DIRECT, *SCORES, *INITIAL, *SEQUENCES, *CHECKPOINTS),
+    inputs=(*VW, *FACTORS, *_DIRECT, *SCORES, _STEPS, *INITIAL, *SEQUENCES, *CHECKPOINTS),
     outputs=(OUTPUT, replace(S_SEG, when="segments"), _M_SEG, _FINAL),
     scalars=_SCALARS,
     outside_scalars=("H",),
@@ -232,6 +236,7 @@ REVERSE_SCAN: Final = Stage(
         *FACTORS,
         *_DIRECT,
         *SCORES,
+        _STEPS,
         DO,
         Operand("dht", "N HV K V", "fp32", "final_state"),
         *SEQUENCES,

@@ -143,8 +143,8 @@ def schedule(
         made = [x for x in operands if x in stage.outputs and x.name not in before]
         alive |= dict.fromkeys(x.name for x in made)
         rest = stages[position + 1 :]
-        inputs = [x for later in rest for x in STAGES[later].inputs]
-        needed = {x.name for x in inputs if has_operand(x, problem)} | kept
+        reads = [(STAGES[later].inputs, recipe[later].operands(problem)) for later in rest]
+        needed = {x.name for inputs, given in reads for x in given if x in inputs} | kept
         freed = [x for x in alive if x not in needed] if rest else []
         alive = {x: None for x in alive if x not in freed}
         steps.append(

@@ -53,6 +53,7 @@ class Operand:
     `when` names the condition under which the kernel has this argument (see `has_operand`); `of`
     the members of the family that have it, by their decay (see `OF`).
     `scratch` is what kernels of one form hand to each other: an argument of those that name it.
+    `extra` is the knob of `EXTRAS` without which no kernel has this argument.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Operand:
     when: str = "always"
     scratch: bool = False
     of: str = "all"
+    extra: str = ""
 
     def dtype_in(self, problem: Compiled) -> str:
         return problem.dtype_of(self.dtype)
@@ -294,10 +296,12 @@ class Stage:
         if len(names) != 1:
             raise ValueError(f"forms of {self.name} have different knobs: {[*map(sorted, names)]}")
 
-    def operands(self, problem: Compiled) -> list[Operand]:
+    def operands(self, problem: Compiled, extras: Iterable[str] = ()) -> list[Operand]:
         """Inputs, then outputs, in the order of the kernels' arguments: any form's."""
         assert isinstance(problem, Problem)
-        return [x for x in (*self.inputs, *self.outputs) if has_operand(x, problem)]
+        given = ("", *extras)
+        every = (*self.inputs, *self.outputs)
+        return [x for x in every if x.extra in given and has_operand(x, problem)]
 
     def scalars_of(self, problem: Compiled) -> tuple[str, ...]:
         """In the order of the kernels' arguments."""

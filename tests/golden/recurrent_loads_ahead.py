@@ -19,7 +19,7 @@ padding: a sequence that would read it gets zeros in o, and no slot of it is wri
 
 Problem: kda K=80 V=48 bf16, g fp32, l2norm
 Config:  BT=1 BV=16 evict=first language=triton loads=ahead maxnreg=128 num_stages=1 num_warps=1 tiles=2
-Template digest 38e376ee8f30e2de; made by
+Template digest 1884d1c53c467279; made by
     gdn2gen generate --op kda --head-dim 80,48 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=beta_sigmoid,state_bf16,pool,indexed,one_token,strided --stage recurrent \
       --config \

@@ -22,7 +22,7 @@ padding: a sequence that would read it gets zeros in o, and no slot of it is wri
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=1 BV=16 evict=usual language=triton loads=behind maxnreg=0 num_stages=1 num_warps=1 tiles=1
-Template digest 38e376ee8f30e2de; made by
+Template digest 1884d1c53c467279; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,state_v_first,rate,D,z,pool,indexed,one_token,strided,tied_D \
       --stage recurrent --config \

@@ -25,7 +25,7 @@ The state after token t of sequence n is written to slot ssm_state_indices[n, t]
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=1 BV=16 evict=usual language=triton loads=behind maxnreg=0 num_stages=1 num_warps=1 tiles=1
-Template digest 38e376ee8f30e2de; made by
+Template digest 1884d1c53c467279; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,varlen,state_v_first,pool,indexed,speculative,accepted --stage \
       recurrent --config \

@@ -169,19 +169,27 @@ def test_the_backwards_products_in_one_stage(name: str, fast: bool) -> None:
     assert not worse, worse
 
 
+BY_TOKENS = {"order": "tokens", "BH": 2}
+FORMS = {
+    "sums, loads ahead": ("mamba3_sums", {**BY_TOKENS, "num_warps": 4, "num_stages": 3}),
+    "sums": ("mamba3_sums", {**BY_TOKENS, "num_warps": 8, "num_stages": 1}),
+    "two chunks' loads": ("mamba3_scan", {"num_stages": 2}),
+    "pairs once": ("mamba3_reverse_scan", {"pairs": 1}),
+}
+
+
 @pytest.mark.parametrize("name", ["layer", "strong", "steady", "no angles", "all angles"])
-@pytest.mark.parametrize("stages", [3, 1])
-def test_forms_that_a_search_alone_picks(name: str, stages: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_a_search_alone_picks(name: str, form: str) -> None:
     """Sums token by token, loads of two chunks, pairs made once; and of the same bits twice."""
     made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
     H, G = SCANNED_BACK[name]["sizes"][0], SCANNED_BACK[name].get("groups", 1)
-    by_tokens = {"order": "tokens", "BG": H // G, "BH": 2, "num_warps": 8, "num_stages": stages}
+    stage, knobs = FORMS[form]
+    knobs = {**knobs, "BG": H // G} if "order" in knobs else knobs
     op = partial(mamba3_siso_combined, disable_recompute=True)
     found = {}
     for chosen in (True, False):
-        force("mamba3_sums", by_tokens if chosen else None)
-        force("mamba3_scan", {"num_stages": 2} if chosen else None)
-        force("mamba3_reverse_scan", {"pairs": 1} if chosen else None)
+        force(stage, knobs if chosen else None)
         force_scan(True)
         try:
             with scanned_back(True) as taken, poisoned(), verifying():
@@ -189,9 +197,7 @@ def test_forms_that_a_search_alone_picks(name: str, stages: int) -> None:
                 again, _ = mamba3_results(made, op)
         finally:
             force_scan(None)
-            force("mamba3_sums", None)
-            force("mamba3_scan", None)
-            force("mamba3_reverse_scan", None)
+            force(stage, None)
         assert taken == [True] * 2
         assert all(torch.equal(mine[x], again[x]) for x in mine), "not the same bits twice"
         found[chosen] = relative_errors(mine, theirs)

@@ -121,25 +121,6 @@ def test_several_tiles_share_a_token(op: str, BV: int, tiles: int) -> None:
     assert check_with(knobs, chosen, DEVICE) == len(chosen)
 
 
-# In place, with padding among many sequences; masked tiles; states that are given.
-COPIED: Final = (
-    {"N": 300, "padding": (0, 7, 299)},
-    {"V": 80},
-    {"states": "initial", "padding": ()},
-)
-WALKS: Final = [(8, 8, "async4"), (8, 16, "async3"), (16, 4, "async3"), (16, 8, "async2")]
-
-
-@pytest.mark.parametrize(("BV", "tiles", "loads"), WALKS)
-@pytest.mark.parametrize("op", DECODING_OPS)
-def test_a_loop_over_tiles_that_are_copied(op: str, BV: int, tiles: int, loads: str) -> None:
-    turn = DECODING_OPS.index(op) + tiles // 4
-    cases = knobs_cases(op, *COPIED)
-    some = [cases[3 * ((turn + i) % 4) + i] for i in range(len(COPIED))]
-    knobs = {"BV": BV, "tiles": tiles, "loads": loads}
-    assert check_with(knobs, some, DEVICE) == len(some)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs", [{"loads": "ahead"}, {"tiles": 2}, {"BV": 8, "tiles": 4, "loads": "ahead"}]

@@ -3,7 +3,8 @@
 It needs TRITON_INTERPRET=1 before triton is imported, so the tests call this in a process of its
 own. `counts`: what reach_kernel counts, beside a count in fp64. `passes`: every output and gradient
 of a plan beside fp64 in several patterns, in segments of four chunks. `forgotten`: a NaN whose
-chunk does not reach its segment's end comes out of no later one.
+chunk does not reach its segment's end comes out of no later one. `longer`: where steps make a state
+longer than their decay says, fold leaves nothing out that is there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ CHUNKS = 4
 PLANS = ("direct_blocks2", "direct_blocks2_transitions", "direct_blocks2_states")
 
 
-def wanted(decay: Tensor, bits: int) -> int:
+def wanted(decay: Tensor, bits: float) -> int:
     """Chunks up to the first that nothing is left before, of logarithms in their order."""
+    decay = decay.clamp(-120, 0)
     before = (decay.cumsum(0) - decay).tolist()
     return next((i for i, x in enumerate(before) if x < -bits), len(before))
 
@@ -52,10 +54,16 @@ def counts() -> None:
             # from heads that forget within a chunk to one that never does, and a reset
             log = -torch.rand(N * n_chunks, HV, dtype=torch.float64) * torch.tensor([40, 0.5, 0])
             log[3, 2] = log[N * n_chunks - 9, 2] = -math.inf
+            beta = 2 * torch.rand(N * n_chunks, HV, 16, dtype=torch.float64)
+            # steps past 2 or below 0, a chunk that grows, and a NaN, of which nothing is left out
+            beta[5, 0, 3], beta[6, 1, 15], log[7, 0] = 2.0**40, -3.0, 11.0
+            beta[N * n_chunks - 4, 0, 0] = math.nan
+            steps = (1 - beta).abs().clamp(min=1).log2().sum(2) + log.clamp(min=0)
             kept = torch.full((N, HV, NS, PROBLEM.V, PROBLEM.K), float("nan"))
             names = module.reach_kernel.arg_names
             given: dict[str, Tensor | int | None] = dict.fromkeys(names)
-            given |= {"gamma_C": log.exp2().float(), "dS_seg" if back else "S_seg": kept}
+            given |= {"gamma_C": log.exp2().float(), "k_beta": beta.float()}
+            given["dS_seg" if back else "S_seg"] = kept
             given |= {"T": n_chunks * 16 - 5, "HV": HV, "NS": NS, "segment": segment, "H": HV}
             sizes = {"K": PROBLEM.K, "V": PROBLEM.V, "BT": 16, "BC": module.BC}
             positional = [given[x] for x in names if x not in sizes]
@@ -64,9 +72,10 @@ def counts() -> None:
             for n in range(N):
                 for h in range(HV):
                     for s in range(1, NS) if back else range(NS - 1):
-                        own = log[n * n_chunks : (n + 1) * n_chunks, h]
-                        own = own[s * segment : (s + 1) * segment].clamp(min=-120)
-                        front, end = wanted(own, bits), wanted(own.flip(0), bits)
+                        at = slice(n * n_chunks, (n + 1) * n_chunks), h
+                        of = slice(s * segment, (s + 1) * segment)
+                        own, grown = log[at][of], float(steps[at][of].sum())
+                        front, end = (wanted(x, bits + grown) for x in (own, own.flip(0)))
                         values, transition = (front, end) if back else (end, front)
                         half = PROBLEM.K * PROBLEM.V // 2
                         got = [int(found[n, h, s]), int(found[n, h, half + s])]
@@ -115,5 +124,24 @@ def forgotten() -> None:
         assert made["o"][:, :16].isnan().any() and made["dv"][:, last:].isnan().any()
 
 
+def longer() -> None:
+    """All keys are one, and beta is 4.5: a token leaves 0.875 of what lies along it where its decay
+    is a fourth, 1e-2 over two chunks, of which decay alone leaves 2^-64."""
+    call.SEGMENT = CHUNKS
+    inputs, grads = drawn(PROBLEM, SHAPE, "layer", "cpu")
+    inputs |= {"k": inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()}
+    inputs |= {"g": torch.full_like(inputs["g"], -math.log(4))}
+    inputs |= {"beta": torch.full_like(inputs["beta"], 4.5)}
+    made = []
+    for bits in ("off", 32):
+        with forced(recipe_of(PLANS[1], reach=bits)):
+            made.append(run_op(public_op(PROBLEM.op), PROBLEM, inputs, grads))
+    whole, found = made
+    off = {x: float((found[x] - y).norm() / y.norm()) for x, y in whole.items()}
+    assert max(off.values()) < 2e-6, off
+    print("longer", f"{max(off.values()):.1e}")
+
+
 if __name__ == "__main__":
-    {"counts": counts, "passes": passes, "forgotten": forgotten}[sys.argv[1]](*sys.argv[2:])
+    checks = {"counts": counts, "passes": passes, "forgotten": forgotten, "longer": longer}
+    checks[sys.argv[1]](*sys.argv[2:])

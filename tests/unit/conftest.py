@@ -14,7 +14,8 @@ from gdn2gen.base.worker import Worker
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Calls `module:function` of tests/support, in one process where kernels are interpreted."""
+    """Calls `module:function` of tests/support, in one process where kernels are interpreted; each
+    finds nothing that others left there."""
     worker = Worker(
         {
             "TRITON_INTERPRET": "1",
@@ -28,7 +29,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     assert worker.call("interpreting:prepare", timeout=120).ok
 
     def call(name: str, *args: Any) -> Any:
-        outcome: Outcome[Any] = worker.call(name, *args, timeout=300)
+        outcome: Outcome[Any] = worker.call("interpreting:alone", name, *args, timeout=300)
         assert outcome.ok, outcome.reason
         return outcome.get()
 

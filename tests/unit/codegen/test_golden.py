@@ -478,7 +478,6 @@ OUTPUTS: Final = {
     "recurrent_loads_ahead.py": partial(
         _recurrent, _ONE_TOKEN, tiles=2, loads="ahead", evict="first", maxnreg=128
     ),
-    "recurrent_copied.py": partial(_recurrent, _STEP, BV=8, tiles=4, loads="async3"),
     "short_conv_packed.py": partial(_part, "short_conv", _PACKED_QKV, BR=4, ahead=2, early=1),
     "short_conv_backward.py": partial(
         _part, "short_conv_backward", _WITH_BIAS, BR=4, ahead=2, early=1

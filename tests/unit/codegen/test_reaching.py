@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,15 @@ def test_what_has_decayed_is_not_read_for_later_segments() -> None:
     assert run("forgotten") == ["forgotten off False False", "forgotten 100 True True"]
 
 
+def test_what_steps_make_longer_is_not_left_out() -> None:
+    assert len(run("longer")) == 1
+
+
 @pytest.mark.parametrize("language", ["triton", "tilelang"])
 @pytest.mark.parametrize("stage", [*SCANS, *KEPT])
 def test_nothing_but_fold_is_another_one(stage: str, language: str) -> None:
-    """Every kernel after it is as it was, to the letter; fold's loop is as long as is counted."""
+    """Every kernel after it is as it was, to the letter, but for beta among its arguments, which
+    the kernel that counts reads; fold's loop is as long as is counted."""
     config = default_config(stage, PROBLEM).replace(language=language, segments="parallel", BV=64)
     plain = render(PROBLEM, stage, config).source
     found = render(PROBLEM, stage, config.replace(reach=64)).source
@@ -68,7 +74,8 @@ def test_nothing_but_fold_is_another_one(stage: str, language: str) -> None:
         return source[source.index("def fold") : after], source[after : source.index("def launch")]
 
     (fold, rest), (fold_found, rest_found) = parts(plain), parts(found)
-    assert rest == rest_found and fold != fold_found
+    assert rest == re.sub(r"(?m)^ +k_beta(: .*)?,\n", "", rest_found) and fold != fold_found
+    assert "k_beta" not in plain and "k_beta" in found
     assert found.count("reach_kernel[") == 1 and "BITS = tl.constexpr(64)" in found
     assert found.index("reach_kernel[") < found.index("fold", found.index("    if NS > 1:\n"))
     if language == "tilelang":

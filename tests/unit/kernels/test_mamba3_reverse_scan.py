@@ -114,7 +114,7 @@ def test_a_search_begins_with_all_forms() -> None:
     names = ("order", "BG", "num_warps", "num_stages")
     assert [tuple(x[y] for y in names) for x in starts[MAMBA3_SUMS.name]] == [
         ("tokens", 64, 4, 1),
-        ("tokens", 64, 8, 3),
+        ("tokens", 64, 4, 3),
     ]
     assert [x["pairs"] for x in starts[MAMBA3_REVERSE_SCAN.name]] == [1]
     # too few heads of a group, too many, or as many as no tile has

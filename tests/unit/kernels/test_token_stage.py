@@ -95,40 +95,6 @@ def test_loads_ahead_are_all_under_way_before_anything_is_computed(
         assert len(loads) >= config.size("BV") * problem.K // 256  # of both dtypes
 
 
-@pytest.mark.parametrize("problem", SPREAD, ids=["fp32", "bf16", "mamba2"])
-def test_copies_are_under_way_before_anything_is_computed(problem: DecodingProblem) -> None:
-    """In machine code: the first `stages - 1` tiles are asked for, 16 bytes a thread, before the
-    first sum over lanes, and no part of a state is loaded into registers. Nothing is spilled."""
-    config = default_config("recurrent", problem, arch="sm_90").replace(
-        BV=8, num_warps=1, tiles=4, loads="async3"
-    )
-    module = load(render(problem, "recurrent", config))
-    kernel = compile_kernel(
-        module, "recurrent_kernel", problem, "recurrent", launch_options(config), H200
-    )
-    lines = kernel.asm["sass"].splitlines()
-    first_sum = next(i for i, x in enumerate(lines) if "SHFL.BFLY" in x)
-    copies = [i for i, x in enumerate(lines) if re.search(r"LDGSTS\S*\.128", x)]
-    of_tile = 8 * problem.K * (2 if problem.state_bf16 else 4) // (32 * 16)
-    assert sum(i < first_sum for i in copies) >= 2 * of_tile
-    state = [x for x in lines if re.search(r"LDG\.E\.128", x)]
-    assert len(state) < of_tile
-    assert kernel.metadata.shared >= 2 * 8 * problem.K * (2 if problem.state_bf16 else 4)
-    assert compile_ahead(problem, "recurrent", config, H200).spill_bytes == 0
-
-
-def test_copies_want_one_token_and_its_state_in_place() -> None:
-    one = {"one_token": True}
-    for flags in ({}, one, {"pool": True}, {**_POOL, **one, "speculative": True}):
-        problem = DecodingProblem(state_v_first=True, **flags)
-        config = default_config("recurrent", problem).replace(loads="async2")
-        assert why_invalid(config, problem) is not None
-    for flags in ({"initial_state": True}, {"pool": True}, _POOL):
-        problem = DecodingProblem(state_v_first=True, **one, **flags)
-        config = default_config("recurrent", problem).replace(loads="async2", tiles=8)
-        assert why_invalid(config, problem) is None
-
-
 @pytest.mark.parametrize("problem", SPREAD[1:], ids=["bf16", "mamba2"])
 def test_four_tiles_share_a_token_in_registers(problem: DecodingProblem) -> None:
     """Twice the rows of a program of 16 in 168 registers, so that 12 are on a multiprocessor. What

@@ -155,28 +155,6 @@ def test_several_tiles_share_a_token(tiles: int, interpreter: Check) -> None:
     assert interpreter("decoding_cases:check_with", knobs, none) == 0
 
 
-# Of one token in place, or in states that are given: padding, masked tiles, slots that lie apart.
-COPIED: Final = [
-    *(Case(op=op, N=4, padding=(0, 2), v_first=True, K=40, V=24) for op in DECODING_OPS),
-    Case(N=3, padding=(0, 1, 2), null_slot=2),
-    Case(states="initial", V=64, state_dtype=BF16),
-    Case(op="gla", states="slots", V=40, v_first=True),
-    Case(op="kda", dtype=BF16, state_dtype=BF16, gap=3, wide_rows=True, padding=(1,)),
-    *(Case(op="mamba2", HV=4, H=2, rate=True, skip=x, output_gate=True, gate="softplus", V=40,
-           dtype=FP16, v_first=True, gap=3) for x in ("tied", "full")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("BV", "tiles", "loads"), [(8, 4, "async2"), (16, 2, "async4")])
-def test_a_loop_over_tiles_that_are_copied(
-    BV: int, tiles: int, loads: str, interpreter: Check
-) -> None:
-    knobs = {"BV": BV, "tiles": tiles, "loads": loads}
-    assert interpreter("decoding_cases:check_with", knobs, COPIED) == len(COPIED)
-    none = [Case(T=2), Case(states="none"), Case(states="speculative"), Case(lengths=(1, 2))]
-    assert interpreter("decoding_cases:check_with", knobs, none) == 0
-
-
 @pytest.mark.parametrize("how", ["reference", "kernels"])
 def test_a_server(how: str, request: pytest.FixtureRequest) -> None:
     runs = (

@@ -75,16 +75,6 @@ def test_configs_are_all_that_fit(script: Any) -> None:
     }
 
 
-def test_a_thread_has_one_tile_where_tiles_are_copied(script: Any) -> None:
-    wanted = {"num_warps": (1,), "evict": ("usual",), "maxnreg": (0,)}
-    every = {(x["BV"], x["tiles"], x["loads"]) for x in script.configs(PROBLEM, wanted)}
-    copied = {x[:2] for x in every if x[2] == "async3"}
-    assert copied == {*((8, t) for t in (2, 4, 8, 16)), *((16, t) for t in (2, 4, 8)),
-                      (32, 2), (32, 4)}  # fmt: skip
-    assert {x[:2] for x in every if x[2] == "ahead"} == {(8, 1), (8, 2), (8, 4), (16, 1), (16, 2),
-                                                         (32, 1)}  # fmt: skip
-
-
 @pytest.mark.usefixtures("script")
 def test_knobs_replace_those_of_the_rule_where_a_kernel_takes_them() -> None:
     device = torch.device("cuda", 0)
