@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from gdn2gen.base.errors import UnsupportedError
+
 
 def values_of(names: tuple[str, ...]) -> tuple[Any, ...]:
     """What the environment says of each name, to be compared and no more: every call asks.
@@ -50,6 +52,16 @@ def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1): where
     Triton takes it for yes, which else would launch on them."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def check_compiles() -> None:
+    """Raises UnsupportedError where kernels are for Triton's interpreter, as they are rendered and
+    as Triton takes them: none can be compiled for a GPU, or written for one."""
+    if interpreted():
+        raise UnsupportedError(
+            f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} has kernels made for Triton's "
+            "interpreter, and none is compiled for a GPU: unset it"
+        )
 
 
 _WITHOUT_ASSEMBLY: Final = ContextVar("without_assembly", default=False)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 from typing import Final
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import CompilePool, compile_slots
 from gdn2gen.codegen.build import Resources
@@ -21,7 +22,8 @@ COMPILE_SECONDS: Final = 120.0
 def compile_in(
     pool: CompilePool, problem: Problem, config: Config, device: Device
 ) -> Future[Outcome[Resources]]:
-    """Queue the compile of one stage."""
+    """Queue the compile of one stage. Raises UnsupportedError where nothing compiles."""
+    check_compiles()
     target = "gdn2gen.codegen.build:compile_ahead"
     return pool.submit(target, problem, config.stage, config, device, timeout=COMPILE_SECONDS)
 
