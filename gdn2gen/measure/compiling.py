@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Final
 
 from gdn2gen.base.device import Device, present_device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.terminal import console
 from gdn2gen.base.worker import CompilePool, compile_slots
@@ -23,7 +24,8 @@ COMPILE_SECONDS: Final = 120.0
 def compile_in(
     pool: CompilePool, problem: Compiled, config: Config, device: Device
 ) -> Future[Outcome[Resources]]:
-    """Queue the compile of one stage."""
+    """Queue the compile of one stage. Raises UnsupportedError where nothing compiles."""
+    check_compiles()
     target = "gdn2gen.codegen.build:compile_ahead"
     return pool.submit(target, problem, config.stage, config, device, timeout=COMPILE_SECONDS)
 

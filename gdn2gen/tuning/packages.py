@@ -10,6 +10,7 @@ from typing import Any
 
 from gdn2gen.base.decay import WEAK, check_decay, expected
 from gdn2gen.base.device import Device, has_gpu, present_device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
@@ -172,8 +173,9 @@ def generate(
     Z are given and half of the channels rotated unless they say otherwise.
 
     Recipes that never ran at these head dims are compiled and checked first (see `prove`). Raises
-    UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
-    and InputError for a folder that holds anything but an earlier package.
+    UnsupportedError for other head dims and under TRITON_INTERPRET=1, BuildError and TuneError
+    where nothing right compiles, and InputError for a folder that holds anything but an earlier
+    package.
     """
     usual = "mamba4k" if op in (*STEP_OPS, MAMBA3) else "train4k"
     shapes = parse_shapes(usual if shape is None else shape)
@@ -212,6 +214,7 @@ def make(
     decay: str = WEAK,
 ) -> Package:
     """Find the recipe, prove it unless its kernels ran at these head dims, write the package."""
+    check_compiles()  # and of what had run before, no text as the interpreter takes it is written
     check_folder(Path(out_dir), force=force)
     found = find_recipe_of_any_size(problem, shape.regime, device, level=level, decay=decay)
     found = in_triton(found) if language == "triton" else found

@@ -330,6 +330,24 @@ def test_generate_reports_resources_for_a_target(
     assert "scan for sm_80: 97 registers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--stage scan --target sm_90", "--head-dim 24 --target sm_90", "--target sm_90",
+     "--op mamba3 --target sm_90"],
+)  # fmt: skip
+def test_nothing_is_compiled_or_written_for_a_gpu_as_the_interpreter_takes_it(
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = [] if "--stage" in words else ["--out", str(tmp_path / "made")]
+    assert program.main(["generate", *words.split(), *out]) == program.EXIT_USAGE
+    assert "TRITON_INTERPRET=1 has kernels made for Triton's interpreter" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_reader_that_goes_is_no_error() -> None:
     line = f"{sys.executable} -m gdn2gen generate --stage grad_key | head -n 1"
     script = f"set -o pipefail; {line}"
