@@ -124,7 +124,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="tune the problem at the shape first, as `gdn2gen tune` would (%(const)s): timed on "
         "the present GPU or ranked for the target, and filed",
     )
-    parser.add_argument("--stage", choices=tuple(EVERY_STAGE), help="print one kernel instead")
+    parser.add_argument(
+        "--stage",
+        choices=tuple(EVERY_STAGE),
+        metavar="NAME",
+        help="print one kernel instead: that of a stage which `gdn2gen explain` shows, such as "
+        "prepare, scan or grad_key, of decoding (recurrent) or of a part of a layer (short_conv, "
+        "gated_norm); any other name says all that there are",
+    )
     parser.add_argument(
         "--language",
         choices=tuple(LANGUAGES),

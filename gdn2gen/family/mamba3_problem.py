@@ -47,7 +47,10 @@ class Mamba3Problem(PartProblem):
         super().__post_init__()
         for name, sizes in (("state_size", STATE_SIZES), ("head_dim", HEAD_DIMS)):
             if getattr(self, name) not in sizes:
-                raise InputError(f"{name} must be one of {sizes}, but got {getattr(self, name)!r}")
+                raise InputError(
+                    f"{name} must be a multiple of {sizes.step} from {sizes.start} to "
+                    f"{sizes[-1]}, but got {getattr(self, name)!r}"
+                )
         if self.angles not in range(self.state_size // 2 + 1):
             raise InputError(
                 f"angles must be up to {self.state_size // 2}, half of state_size, but got "

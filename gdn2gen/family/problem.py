@@ -97,6 +97,11 @@ class Problem:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("gate_dtype", self.gate_dtype, DTYPES)
         member = recurrence_named(self.op)
+        if member.activations == ("none",) and self.gate != "none":
+            raise InputError(
+                f"{self.op} has no gate in its kernels, so that gate must be none, but got "
+                f"{self.gate!r}"
+            )
         _one_of("gate", self.gate, member.activations)
         if self.l2norm is WHERE_TAKEN:
             object.__setattr__(self, "l2norm", member.normalises)
@@ -250,4 +255,4 @@ class Regime:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {allowed}, but got {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}")
