@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.parts import CHANNELS_STEP, PartProblem
-from gdn2gen.family.problem import DTYPES
+from gdn2gen.family.problem import DTYPES, check_fields
 
 STATE_SIZES: Final = range(16, 257, CHANNELS_STEP)
 """Channels of q and k, as the scan takes them."""
@@ -114,7 +114,5 @@ def usual_mamba3_problem(
     usual = {"angles": head_dim // 4, "skip": True, "gate": True}
     P = head_dim if value_dim is None else value_dim
     given: dict[str, Any] = {"dtype": dtype, "state_size": head_dim, "head_dim": P}
-    try:
-        return Mamba3Problem(**given | usual | fields)
-    except TypeError as error:
-        raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error
+    check_fields(Mamba3Problem, (x for x in fields if x not in given))
+    return Mamba3Problem(**given | usual | fields)

@@ -15,7 +15,7 @@ from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.package import check_folder, generate_package
 from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, check_fields
 from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
@@ -193,6 +193,7 @@ def generate(
     Of `op="mamba3"` head_dim is N, value_dim P, and the fields are those of `Mamba3Problem`: D and
     Z are given and half of the channels rotated unless they say otherwise.
 
+    It takes what is on file: to tune the problem first, call `gdn2gen.tune` with the same words.
     Recipes that never ran at these head dims are compiled and checked first (see `prove`). Raises
     UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
     and InputError for a folder that holds anything but an earlier package.
@@ -214,6 +215,7 @@ def generate(
         asked = replace(asked, packed=asked.packed or wanted.cu_seqlens is not None)
         return make_mamba3(asked, wanted, device, out_dir, **options)
     V = head_dim if value_dim is None else value_dim
+    check_fields(Problem, fields)
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
     asked_decay = expected() if decay is None else check_decay(decay, "decay")

@@ -13,7 +13,7 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, check_fields
 from gdn2gen.family.registry import DECODING_OPS, recurrence_named
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.store.sharing import device_called
@@ -27,7 +27,9 @@ DEFAULT_TARGET: Final = "sm_90"
 def problem_from(
     op: str, head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
 ) -> Problem:
-    """`fields` are those of `Problem` (gate, gate_dtype, l2norm, initial_state, ...)."""
+    """`fields` are those of `Problem` (gate, gate_dtype, l2norm, initial_state, ...). Raises
+    InputError for others."""
+    check_fields(Problem, fields)
     V = head_dim if value_dim is None else value_dim
     return Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)
 
@@ -69,6 +71,11 @@ def shapes_from(shapes: Shapes) -> list[Shape]:
         return parse_shapes(shapes)
     if isinstance(shapes, Shape):
         return [shapes]
+    if not isinstance(shapes, Sequence):
+        raise InputError(
+            "shapes are names such as 'train4k' or sizes BxTxH such as '4x4096x16', or several of "
+            f"them, but got {shapes!r}"
+        )
     return [x for given in shapes for x in shapes_from(given)]
 
 
