@@ -94,6 +94,18 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
         assert f"hold such for K = V of {', '.join(first)} and {last}, for {pairs}," in words
 
 
+def test_how_much_faster_it_is_said_to_be_is_in_the_table() -> None:
+    said = re.search(
+        r"those two run forward and backward (\d+) to (\d+) times as fast", " ".join(README.split())
+    )
+    rows = [
+        line for line in README.splitlines() if line.startswith(("| `chunk_gdn2`", "| `chunk_kda`"))
+    ]
+    ratios = [float(re.findall(r"([0-9.]+)x \|", row)[0]) for row in rows]
+    assert said is not None and len(ratios) == 2
+    assert said.groups() == (f"{min(ratios):.0f}", f"{max(ratios):.0f}")
+
+
 def test_first_two_commands() -> None:
     first, second, *_ = (block.strip() for block in _blocks("bash"))
     assert first == "pip install -e . && gdn2gen quick"
