@@ -13,8 +13,9 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.decoding import DecodingProblem
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import Problem, check_fields
-from gdn2gen.family.registry import DECODING_OPS, recurrence_named
+from gdn2gen.family.registry import DECODING_OPS, STEP_OPS, recurrence_named
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.store.sharing import device_called
 
@@ -63,6 +64,13 @@ def decoding_problem_from(
 def at(problem: Problem, shape: Shape) -> Problem:
     """`problem` for the calls at `shape`: packed if the shape is."""
     return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
+
+
+def usual_shapes(shapes: Shapes | None, op: str) -> Shapes:
+    """What is given; or what the commands take without a word, Mamba's own or train4k."""
+    if shapes is not None:
+        return shapes
+    return "mamba4k" if op in (*STEP_OPS, MAMBA3) else "train4k"
 
 
 def shapes_from(shapes: Shapes) -> list[Shape]:

@@ -90,6 +90,22 @@ def test_unknown_keywords_are_refused_with_those_that_there_are(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("op", ["gdn2", "mamba2", "mamba3"])
+def test_what_is_found_is_printed_as_the_command_prints_it(
+    op: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shape = "train4k" if op == "gdn2" else "mamba4k"
+    given = {"has_dt_bias": True, "has_rate": True, "has_D": True, "has_z": True}
+    gate: dict[str, Any] = {"gate": "softplus", **given} if op == "mamba2" else {}
+    (found,) = gdn2gen.explain(op=op, value_dim=64, target="H200", **gate)
+    for names in ("--shape {} --device", "--shapes {} --target"):
+        # as it is without a word
+        line = f"explain --op {op} --head-dim 128,64 {names.format(shape)} H200"
+        assert program.main(line.split()) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == str(found).splitlines()
+
+
 def test_shapes_are_not_numbers() -> None:
     with pytest.raises(InputError, match=r"or sizes BxTxH such as '4x4096x16', .* but got 4"):
         gdn2gen.explain((4, 4096, 16))  # type: ignore[arg-type]
