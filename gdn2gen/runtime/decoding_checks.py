@@ -203,7 +203,9 @@ def refuse_gradients(
     if torch.is_grad_enabled():
         for name, x in zip((*signature.shown, *others), tensors, strict=True):
             if x is not None and x.requires_grad:
+                trains = signature.public.replace("fused_recurrent_", "chunk_")
+                instead = f", or {trains}, which has one" if trains != signature.public else ""
                 raise UnsupportedError(
                     f"{signature.public} has no backward{when}, but {name} requires a gradient: "
-                    "call it under torch.no_grad() or torch.inference_mode()"
+                    f"call it under torch.no_grad() or torch.inference_mode(){instead}"
                 )

@@ -104,6 +104,18 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
     assert {*re.findall(r"GDN2GEN_[A-Z_]+\b", README + SERVING)} == read, "what nothing reads"
 
 
+def test_how_much_faster_it_is_said_to_be_is_in_the_table() -> None:
+    said = re.search(
+        r"those two run forward and backward (\d+) to (\d+) times as fast", " ".join(README.split())
+    )
+    rows = [
+        line for line in README.splitlines() if line.startswith(("| `chunk_gdn2`", "| `chunk_kda`"))
+    ]
+    ratios = [float(re.findall(r"([0-9.]+)x \|", row)[0]) for row in rows]
+    assert said is not None and len(ratios) == 2
+    assert said.groups() == (f"{min(ratios):.0f}", f"{max(ratios):.0f}")
+
+
 def test_first_two_commands() -> None:
     first, second, *_ = (block.strip() for block in _blocks("bash"))
     assert first == "pip install -e . && gdn2gen quick"

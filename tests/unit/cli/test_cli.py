@@ -139,6 +139,11 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --device H2000", "H2000"),
         ("explain --strict --shape 3x77x5", "strict"),
         ("explain --with sauce", "'sauce'"),
+        (
+            "explain --op gla --gate softplus",
+            "gla has no gate in its kernels, so that gate must be",
+        ),
+        ("explain --op mamba3 --head-dim 100,64", "a multiple of 8 from 16 to 256, but got 100"),
         ("explain --with dt_bias", "use_gate_in_kernel"),
         ("explain --with beta_sigmoid", "gdn2 has no beta"),
         ("explain --op kda --with neg_eigval", "needs beta_sigmoid"),
@@ -155,7 +160,7 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("generate --stage scan --config BT", "'BT'"),
         ("generate --stage scan --config XY=64", "XY"),
         ("generate --stage scan --head-dim 32 --config BV=128", "BV=128"),
-        ("verify no-such-case", "no-such-case"),
+        ("verify no-such-case", "'no-such-case'; there are "),
         ("verify bf16-layer --interpreter", "bf16-layer"),
     ],
 )
