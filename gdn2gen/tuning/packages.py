@@ -10,12 +10,13 @@ from typing import Any
 
 from gdn2gen.base.decay import WEAK, check_decay, expected
 from gdn2gen.base.device import Device, has_gpu, present_device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.codegen.build import Resources
 from gdn2gen.codegen.package import check_folder, generate_package
 from gdn2gen.family.mamba3_problem import MAMBA3, usual_mamba3_problem
-from gdn2gen.family.problem import Problem
+from gdn2gen.family.problem import Problem, check_fields
 from gdn2gen.family.registry import STEP_OPS
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.kernels.config import Config, default_config, language_of
@@ -29,6 +30,7 @@ from gdn2gen.tuning.gpu.backend import WorkerBackend
 from gdn2gen.tuning.mamba3_packages import Mamba3Package, make_mamba3
 from gdn2gen.tuning.offline.run import ProcessBackend
 from gdn2gen.tuning.proof import Proof
+from gdn2gen.tuning.space import neighbours
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def prove(
     """Compile every stage for `device`, and compare the results with the fp64 reference: on the GPU
     if it is `present`, else in Triton's interpreter in fp32.
 
-    A stage whose kernel does not compile, or does not fit, gets its default config. The interpreter
-    checks Triton's default for a stage in TileLang, which only a GPU can run. Raises BuildError if
-    a default does not compile, and TuneError if results are off.
+    A stage whose kernel does not compile, or does not fit, gets its default config, or where that
+    does not fit either (in fp32 grad_key's spills 1048 bytes a thread at K = 48) the first of those
+    one knob away that does. The interpreter checks Triton's default for a stage in TileLang, which
+    only a GPU can run. Raises BuildError if none of them fits, and TuneError if results are off.
     """
     backend = WorkerBackend(device) if present else ProcessBackend(device)
     try:
@@ -96,17 +99,37 @@ def _compiled(
         say(f"compiling {stage}")
         built = fitting(future.result(), device)
         if not built.ok:
-            default = default_config(stage, problem, BT=recipe.BT, arch=device.arch)
             instead[stage] = built.reason
-            if recipe[stage] != default:
-                recipe = recipe.with_config(default)
-                built = fitting(compiles(problem, default).result(), device)
-            if not built.ok:
-                raise BuildError(
-                    f"the default {stage} [{default}] does not fit {device.name}: {built.reason}"
-                )
+            config, built = _standing_in(recipe, stage, device, compiles, built)
+            recipe = recipe.with_config(config)
         resources[stage] = built.get()
     return recipe, resources, instead
+
+
+def _standing_in(
+    recipe: Recipe,
+    stage: str,
+    device: Device,
+    compiles: Callable[[Problem, Config], Future[Outcome[Resources]]],
+    failed: Outcome[Resources],
+) -> tuple[Config, Outcome[Resources]]:
+    """The default config of a stage whose own `failed`, or the first beside it that fits."""
+    problem = recipe.problem
+    default = default_config(stage, problem, BT=recipe.BT, arch=device.arch)
+    of_default = failed
+    if recipe[stage] != default:
+        of_default = fitting(compiles(problem, default).result(), device)
+        if of_default.ok:
+            return default, of_default
+    for config in neighbours(default, problem, device):
+        if config != recipe[stage]:
+            built = fitting(compiles(problem, config).result(), device)
+            if built.ok:
+                return config, built
+    raise BuildError(
+        f"the default {stage} [{default}] does not fit {device.name}: {of_default.reason}; nor "
+        "does any config one knob away from it. `gdn2gen generate --tune` searches among all"
+    )
 
 
 def _interpretable(recipe: Recipe) -> Recipe:
@@ -126,7 +149,7 @@ def proven(found: Found, proof: RecipeProof) -> Found:
     """`found` with the recipe that was proven."""
     why = found.why
     if proof.instead:
-        why += f"; defaults stand in for {', '.join(proof.instead)}"
+        why += f"; what fits stands in for {', '.join(proof.instead)}"
     return replace(found, recipe=proof.recipe, why=why)
 
 
@@ -171,9 +194,11 @@ def generate(
     Of `op="mamba3"` head_dim is N, value_dim P, and the fields are those of `Mamba3Problem`: D and
     Z are given and half of the channels rotated unless they say otherwise.
 
+    It takes what is on file: to tune the problem first, call `gdn2gen.tune` with the same words.
     Recipes that never ran at these head dims are compiled and checked first (see `prove`). Raises
-    UnsupportedError for other head dims, BuildError and TuneError where nothing right compiles,
-    and InputError for a folder that holds anything but an earlier package.
+    UnsupportedError for other head dims and under TRITON_INTERPRET=1, BuildError and TuneError
+    where nothing right compiles, and InputError for a folder that holds anything but an earlier
+    package.
     """
     usual = "mamba4k" if op in (*STEP_OPS, MAMBA3) else "train4k"
     shapes = parse_shapes(usual if shape is None else shape)
@@ -192,6 +217,7 @@ def generate(
         asked = replace(asked, packed=asked.packed or wanted.cu_seqlens is not None)
         return make_mamba3(asked, wanted, device, out_dir, **options)
     V = head_dim if value_dim is None else value_dim
+    check_fields(Problem, fields)
     problem = Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)  # type: ignore[arg-type]
     problem = replace(problem, varlen=problem.varlen or wanted.cu_seqlens is not None)
     asked_decay = expected() if decay is None else check_decay(decay, "decay")
@@ -212,6 +238,7 @@ def make(
     decay: str = WEAK,
 ) -> Package:
     """Find the recipe, prove it unless its kernels ran at these head dims, write the package."""
+    check_compiles()  # and of what had run before, no text as the interpreter takes it is written
     check_folder(Path(out_dir), force=force)
     found = find_recipe_of_any_size(problem, shape.regime, device, level=level, decay=decay)
     found = in_triton(found) if language == "triton" else found

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 import torch
 from gpu_support import DEVICE
-from mamba3_checks import arguments, check_compiled, check_steps, draw, poisoned, results
+from mamba3_checks import arguments, check_compiled, check_steps, draw, results
 
 import gdn2gen
 from gdn2gen import mamba3_siso_combined
@@ -34,6 +34,7 @@ from gdn2gen.runtime import mamba3_reverse_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_scan
 from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
 from gdn2gen.tuning.mamba3 import tune_mamba3
