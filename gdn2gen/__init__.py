@@ -111,7 +111,7 @@ _HOMES = {
 }
 
 
-# `gdn2gen.nn.Mamba3` after `import gdn2gen` alone; `integrations.fla` and `.mamba` want an import.
+# `gdn2gen.nn.Mamba3` after `import gdn2gen` alone.
 _PARTS = ("integrations", "nn", "ops")
 
 

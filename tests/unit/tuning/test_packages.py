@@ -126,6 +126,27 @@ def test_where_a_default_does_not_fit_the_first_beside_it_that_does_is_taken(
     assert "spills 1048 bytes" in proof.instead["grad_key"]
 
 
+def test_where_all_spill_the_one_that_does_so_least_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the scan of fp32 at 256 channels for sm_120, which a call would run at its default."""
+    recipe = Recipe.default(replace(ODD, K=256, V=512, dtype="fp32"), arch=H200.arch)
+    default = recipe["scan"]
+
+    def built(config: Config) -> Outcome[Resources]:
+        if config.stage != "scan":
+            return fits(config)
+        if config["num_warps"] == 2:  # the least spills, but not in the memory that there is
+            return Outcome(outcome.OK, replace(WIDE, spill_bytes=600))
+        spills = 700 if config["num_warps"] == 8 else 952
+        return Outcome(outcome.OK, replace(USED, spill_bytes=spills))
+
+    proof = prove(Backend(built), recipe, monkeypatch)
+    assert proof.recipe["scan"] == default.replace(num_warps=8)
+    assert proof.resources["scan"].spill_bytes == 700
+    assert "at most 65536 bytes of shared memory and 700 spilled a thread" in proof.words
+
+
 def test_what_neither_compiles_nor_is_right_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.default(ODD)
     with pytest.raises(
