@@ -111,9 +111,15 @@ _HOMES = {
 }
 
 
+# `gdn2gen.nn.Mamba3` after `import gdn2gen` alone.
+_PARTS = ("integrations", "nn", "ops")
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -38,13 +38,18 @@ def check_decay(given: object, name: str = "expected_decay") -> str:
 
 def expected() -> str:
     """What calls of this process expect that are not told themselves."""
-    return _from_environment() if _told is None else _told
+    return expected_by(_told)
 
 
 def told() -> str | None:
     """What calls are told by `expected_decay`, if anything. While this is the same, `VARIABLE` too,
     so is what they expect."""
     return _told
+
+
+def expected_by(said: str | None) -> str:
+    """What a call expects that `told` said this to; another thread may say something else since."""
+    return _from_environment() if said is None else said
 
 
 def _from_environment() -> str:

@@ -1,8 +1,8 @@
 """Knobs that a config may have beside those of its form, and says nothing of where they are off.
 
-No search asks for them, and without them a kernel is what it was, to the letter. What they change
-is written into the rendered text (`codegen._rewriting`), or is another number in it: no template's
-digest is another one.
+Searches try two of them (`tuning.space`), and without them a kernel is what it was, to the letter.
+What they change is written into the rendered text (`codegen._rewriting`), or is another number in
+it: no template's digest is another one.
 """
 
 from __future__ import annotations

@@ -78,10 +78,12 @@ def call(
     check_flags(*flags)
     signature = op.signature
     serves = return_intermediate_states or serving is not NOT_SERVING
+    # once: what the call is known by is what it runs, whatever another thread says meanwhile
+    said = told()
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
         # a word that is not known is refused further down: it never comes to be known
-        around = by_kernels, expected_decay, told(), *surroundings()
+        around = by_kernels, expected_decay, said, *surroundings()
         short = short_key(signature, tensors, flags, (scale, lower_bound), around)
         if short is not None and chunk_size is None and type(expected_decay) in _WORDS:
             given = [x for x in tensors if x is not None]
@@ -96,7 +98,7 @@ def call(
                     _ready.note(short, given, ready)
                 o, state = ready.run_any(signature, tensors)
                 return o, state if output_final_state else None
-    decay = decay_of_call(signature, expected_decay)
+    decay = decay_of_call(signature, expected_decay, said)
     watched = traced or is_watched((*tensors, *serving.pools) if serves else tensors)
     gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
     check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)

@@ -9,7 +9,7 @@ from typing import Final
 
 from torch import Tensor
 
-from gdn2gen.base.decay import WEAK, check_decay, expected
+from gdn2gen.base.decay import WEAK, check_decay, expected_by
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.problem import check_lower_bound
 from gdn2gen.kernels.limits import CHUNKS
@@ -70,10 +70,10 @@ def check_chunk_size(chunk_size: object) -> None:
     )
 
 
-def decay_of_call(signature: Signature, given: object) -> str:
-    """What a call expects of its decay: what it says, or what the process does. Weak where no
-    kernel's time depends on it. Raises InputError for another word."""
-    word = expected() if given is None else check_decay(given)
+def decay_of_call(signature: Signature, given: object, told: str | None) -> str:
+    """What a call expects of its decay: what it says, or what the process does, by what it was
+    `told`. Weak where no kernel's time depends on it. Raises InputError for another word."""
+    word = expected_by(told) if given is None else check_decay(given)
     return word if signature.by_channel else WEAK
 
 

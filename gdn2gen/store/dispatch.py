@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from gdn2gen.base import paths
 from gdn2gen.base.decay import VARIABLE, WEAK, check_decay
 from gdn2gen.base.device import Device, present_device
-from gdn2gen.base.environment import is_batch_invariant, values_of
+from gdn2gen.base.environment import is_batch_invariant, is_off, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
@@ -91,6 +91,10 @@ class Found:
     """On file, if the configs are from there."""
     gate_apart: str | None = field(default=None, compare=False)
     """The gate that a kernel of its own makes before the call, which is without (`store.gates`)."""
+
+    def __str__(self) -> str:
+        """What `gdn2gen explain` prints of it."""
+        return explain_recipe(self)
 
     @property
     def saved_segments(self) -> int:
@@ -332,8 +336,7 @@ def _forced_for(forced: Found, problem: Problem) -> Found:
 
 
 def _strict_from_env() -> bool:
-    value = os.environ.get("GDN2GEN_STRICT", "")
-    return value.strip().lower() not in ("", "0", "false", "no", "off")
+    return not is_off(os.environ.get("GDN2GEN_STRICT"))
 
 
 @lru_cache(maxsize=64)

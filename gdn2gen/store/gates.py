@@ -14,7 +14,7 @@ from typing import Any, Final
 from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.dtypes import DTYPE
-from gdn2gen.base.environment import is_batch_invariant, values_of
+from gdn2gen.base.environment import is_batch_invariant, is_off, values_of
 from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import CHANNEL_OPS, recurrence_named
@@ -28,8 +28,6 @@ _LAUNCH_MS: Final = 0.005
 _KERNELS: Final = (1, 3)
 _KERNELS_OF_HEADS: Final = (5, 20)
 _SWITCH: Final = ("GDN2GEN_GATE_APART",)
-_ON: Final = (("1",), (b"1",))
-_OFF: Final = (("0",), (b"0",))
 
 
 def find_call(
@@ -53,10 +51,10 @@ def without_gate(problem: Problem) -> Problem:
 
 
 def forced_apart() -> bool | None:
-    """What GDN2GEN_GATE_APART says: 1 is every gate that can be, 0 none; None where it is not
-    set."""
-    value = values_of(_SWITCH)
-    return True if value in _ON else False if value in _OFF else None
+    """What GDN2GEN_GATE_APART says: 1 is every gate that can be, 0 none; None where it is not set,
+    or empty."""
+    (value,) = values_of(_SWITCH)
+    return not is_off(value) if value else None
 
 
 def can_be_apart(problem: Problem) -> bool:

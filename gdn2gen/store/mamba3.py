@@ -75,6 +75,10 @@ class Mamba3Found:
     sources: dict[str, str]
     """`tuned` or `rule`, by stage."""
 
+    def __str__(self) -> str:
+        """What `gdn2gen explain` prints of it."""
+        return self.words(100)
+
     @property
     def document(self) -> dict[str, Any]:
         """For JSON."""

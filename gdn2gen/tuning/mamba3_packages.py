@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import CompilePool, Worker, compile_slots
@@ -67,6 +68,7 @@ def make_mamba3(
             f"a package takes biases and D of any dtype, and casts them to fp32: leave "
             f"weight_dtype out, got {problem.weight_dtype!r}"
         )
+    check_compiles()
     check_folder(Path(out_dir), force=force)
     found = find_mamba3(problem, shape, device, level=level, kind=CHUNKS)
     found = replace(found, knobs={x: found.knobs[x] for x in configs_of(problem, found.knobs)})

@@ -76,9 +76,9 @@ def test_a_call_comes_before_its_process(op: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_no_channel_decays_by_itself_it_is_weak() -> None:
-    with gdn2gen.expected_decay("strong"):
-        for op, found in (("gated_delta_rule", "weak"), ("delta_rule", "weak"), ("kda", "strong")):
-            assert options.decay_of_call(_signature(op), None) == found, op
+    for op, found in (("gated_delta_rule", "weak"), ("delta_rule", "weak"), ("kda", "strong")):
+        assert options.decay_of_call(_signature(op), None, "strong") == found, op
+        assert options.decay_of_call(_signature(op), "strong", None) == found, op
 
 
 def _signature(op: str) -> Any:

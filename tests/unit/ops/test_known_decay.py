@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -34,16 +35,23 @@ def _driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]
     yield from faked(monkeypatch, tmp_path, [0])
 
 
-@pytest.mark.usefixtures("driver")
-def test_a_known_call_runs_what_its_word_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, words = make(), []
-    run = _call._Ready.run
+@pytest.fixture(name="words")
+def _words(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of calls that were known."""
+    words, run = [], _call._Ready.run
 
     def noting(self: Any, *given: Any, **named: Any) -> Any:
         words.append(self._decay)
         return run(self, *given, **named)
 
     monkeypatch.setattr(_call._Ready, "run", noting)
+    return words
+
+
+def test_a_known_call_runs_what_its_word_asks_for(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make()
 
     def call(own: Any, process: str | None, environment: str | None) -> None:
         with monkeypatch.context() as patch, torch.no_grad():
@@ -66,3 +74,26 @@ def test_a_known_call_runs_what_its_word_asks_for(monkeypatch: pytest.MonkeyPatc
     words.clear()
     call(None, None, None)
     assert words == ["weak"]
+
+
+def test_a_call_is_known_by_the_word_that_it_ran_by(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another thread says something else as soon as the call was asked what it is."""
+    inputs, key_of, elsewhere = make(), _call.short_key, expected_decay("strong")
+
+    def overtaken(*given: Any) -> Any:
+        found = key_of(*given)
+        thread = Thread(target=elsewhere.__enter__)
+        thread.start()
+        thread.join()
+        return found
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(_call, "short_key", overtaken)
+            chunk_gdn2(**inputs, **FLAGS)
+        elsewhere.__exit__(None, None, None)
+        for _ in range(2):
+            chunk_gdn2(**inputs, **FLAGS)
+    assert words == ["weak", "weak"]

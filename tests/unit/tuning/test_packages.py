@@ -100,13 +100,58 @@ def test_a_stage_that_does_not_fit_runs_its_default(monkeypatch: pytest.MonkeyPa
     assert {*proof.resources} == {*proof.recipe.plan.stages}
     assert "300000 bytes of shared memory" in proof.instead["scan"]
     assert "a compiler's words" in proof.instead["grad_key"]
-    assert "worst dq, off by 3.0e-06" in proof.words and "scan runs its default" in proof.words
+    assert "worst dq, off by 3.0e-06" in proof.words and "scan runs the default" in proof.words
+
+
+def test_where_a_default_does_not_fit_the_first_beside_it_that_does_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in fp32, where grad_key's spills more than is let onto a GPU at every head dim."""
+    recipe = Recipe.default(replace(ODD, K=48, V=48, dtype="fp32"), arch=H200.arch)
+    default = recipe["grad_key"]
+    tried: list[Config] = []
+
+    def built(config: Config) -> Outcome[Resources]:
+        if config.stage != "grad_key":
+            return fits(config)
+        tried.append(config)
+        small = config["num_warps"] == 8
+        return Outcome(outcome.OK, replace(USED, spill_bytes=264 if small else 1048))
+
+    backend = Backend(built)
+    proof = prove(backend, recipe, monkeypatch)
+    assert proof.recipe["grad_key"] == default.replace(num_warps=8)
+    assert backend.checked == [proof.recipe]
+    assert tried[0] == default and len(tried) == len({*tried})
+    assert "spills 1048 bytes" in proof.instead["grad_key"]
+
+
+def test_where_all_spill_the_one_that_does_so_least_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the scan of fp32 at 256 channels for sm_120, which a call would run at its default."""
+    recipe = Recipe.default(replace(ODD, K=256, V=512, dtype="fp32"), arch=H200.arch)
+    default = recipe["scan"]
+
+    def built(config: Config) -> Outcome[Resources]:
+        if config.stage != "scan":
+            return fits(config)
+        if config["num_warps"] == 2:  # the least spills, but not in the memory that there is
+            return Outcome(outcome.OK, replace(WIDE, spill_bytes=600))
+        spills = 700 if config["num_warps"] == 8 else 952
+        return Outcome(outcome.OK, replace(USED, spill_bytes=spills))
+
+    proof = prove(Backend(built), recipe, monkeypatch)
+    assert proof.recipe["scan"] == default.replace(num_warps=8)
+    assert proof.resources["scan"].spill_bytes == 700
+    assert "at most 65536 bytes of shared memory and 700 spilled a thread" in proof.words
 
 
 def test_what_neither_compiles_nor_is_right_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.default(ODD)
     with pytest.raises(
-        BuildError, match=r"the default prepare \[.*does not fit NVIDIA H200.*300000"
+        BuildError,
+        match=r"the default prepare \[.*does not fit NVIDIA H200.*300000.*generate --tune",
     ):
         prove(Backend(lambda config: Outcome(outcome.OK, WIDE)), recipe, monkeypatch)
     with pytest.raises(TuneError, match=r"nothing was written: .*dq is off"):
