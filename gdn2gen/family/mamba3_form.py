@@ -78,7 +78,7 @@ class Ends:
     @property
     def _marked(self) -> Tensor:
         marked = torch.zeros(self.B, self.T + 1, dtype=torch.bool, device=self.device)
-        marked[:, self.T] = True
+        marked[:, -1] = True  # by T a tracer would take it for a constant
         marked[self.row, self._bounds[0]] = True
         return marked
 

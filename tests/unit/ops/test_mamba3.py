@@ -108,6 +108,28 @@ def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> N
     assert max(found.values()) < 6e-3, found
 
 
+@pytest.mark.parametrize("cu_seqlens", [False, True])
+def test_one_graph_serves_all_lengths_without_kernels(cu_seqlens: bool) -> None:
+    torch._dynamo.reset()
+    made: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def call(given: dict[str, Any]) -> Any:
+        return mamba3_siso_combined(**given, return_final_states=True)
+
+    for T in (20, 33, 71):
+        ends = {"cu_seqlens": (0, 5, 5, 12, T)} if cu_seqlens else {"T": T}
+        given = arguments(draw({**ends, "D": True, "Z": True, "states": True}))
+        right = mamba3_siso_combined(**given, return_final_states=True)
+        for x, y in zip(call(given), right, strict=True):
+            assert torch.equal(x, y)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("odd", range(4))
 def test_what_is_no_number_stays_in_its_sequence(odd: int, value: float) -> None:
