@@ -374,6 +374,24 @@ def test_tilelang_of_a_decay_outside_of_products_fits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.tilelang
+def test_two_programs_of_a_decay_outside_of_products_fit_at_64_without_spills(
+    op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a register is spilled ptxas may wait for each product."""
+    problem, device = Problem(op, K=64, V=64), named_device("sm_90")
+    config = tilelang_config("grad_blocks2", problem).replace(maxnreg=128)
+    assert why_invalid(config, problem, device.arch) is None
+    assert why_invalid(config.replace(BK=128), Problem(op), device.arch) is not None
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    used = compile_ahead(problem, "grad_blocks2", config, device)
+    assert (used.registers, used.spill_bytes) == (128, 0), f"{config}: {used}"
+    assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
+    assert _programs(used) == blocks_per_sm(used, device) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
 @pytest.mark.parametrize("stage", ["scan_blocks2", "reverse_scan_blocks2"])
 @pytest.mark.parametrize("size", [128, 112])
