@@ -316,10 +316,9 @@ def forward(x: Given, keep: int) -> Made:
     call = Call(x)
     within = turning_scan(call, keep)
     if within is not None:
-        y, h, theta = (within[z] for z in ("ungated", "h", "theta"))
-        of_turned = [within[z] if keep == MUCH else y.new_empty(0) for z in Turned._fields]
-        results = (within[z] for z in ("out", "final_ssm", "last_angle", "turns"))
-        return Made(*results, y, h, theta, *of_turned)
+        made = ("out", "final_ssm", "last_angle", "turns", "ungated", "h", "theta")
+        of_turned = (within[z] if keep == MUCH else x.V.new_empty(0) for z in Turned._fields)
+        return Made._make((*(within[z] for z in made), *of_turned))
     turns, angle = call.turns()
     turned, theta = call.rotate(turns, keep == MUCH)
     at_once = call.scan(turned, keep)

@@ -82,9 +82,7 @@ def turning_scan(call: Call, keep: int) -> dict[str, Tensor] | None:
     queries and keys are turned before."""
     x, sizes = call.x, call.sizes
     B, T, H, G = (sizes[y] for y in "BTHG")
-    found = turning_launches(
-        call.problem, keep, x.BT, T, B, H, G, x.V.device, current_look()
-    )
+    found = turning_launches(call.problem, keep, x.BT, T, B, H, G, x.V.device, current_look())
     if found is None:
         return None
     numbers = _numbers(call, found[0])
@@ -122,9 +120,7 @@ def _numbers(call: Call, launch: Launch) -> dict[str, Tensor]:
     """Decays and weights of tokens and heads, and rates of the angles."""
     x, rotated = call.x, call.problem.rotated
     HA = call.sizes["H"] if call.sizes["angle_head"] else 1
-    made = {
-        y: call.empty("B", "H", "T") for y in ("within", "tail_decay", "weight_s", "own_dt")
-    }
+    made = {y: call.empty("B", "H", "T") for y in ("within", "tail_decay", "weight_s", "own_dt")}
     if rotated:
         made["rates"] = call.empty("B", HA, "T", "S")
     sizes = {**call.sizes, "HA": HA}

@@ -1,4 +1,4 @@
-"""TileLang programs, alone or of clusters, whose groups of 128 threads do different things, in Python.
+"""TileLang programs, or clusters of them, whose groups of 128 threads do different things.
 
 A thread of Python for each thread of a cluster's programs. Barriers in shared memory are real, with
 their phases, and copies by TMA and products under way happen late: a copy some time after it was
@@ -29,7 +29,9 @@ PATIENCE = 60  # seconds until a wait counts as one for ever
 
 def rounded(x: Any, dtype: str) -> Any:
     """As `tilelang_standin.rounded`, fast for single numbers, too."""
-    if dtype == "int32":  # of what is no number 0, as the GPU has it; past either end it begins anew
+    if (
+        dtype == "int32"
+    ):  # of what is no number 0, as the GPU has it; past either end it begins anew
         x = np.nan_to_num(np.asarray(x)).astype(np.int64)
         return (x + 2**31) % 2**32 - 2**31
     x = np.asarray(x, np.float32)

@@ -70,9 +70,7 @@ def errors_turned_within(name: str, fast: bool) -> tuple[list[tuple[int, bool]],
                 x[y].copy_(z)
 
         knobs = {"BT": BT, "BH": 1}
-        numbers = loaded(
-            weights_problem(problem), MAMBA3_WEIGHTS.name, knobs, torch.device("cpu")
-        )
+        numbers = loaded(weights_problem(problem), MAMBA3_WEIGHTS.name, knobs, torch.device("cpu"))
         return numbers, scan
 
     with pytest.MonkeyPatch.context() as patch:

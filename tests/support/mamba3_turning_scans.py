@@ -1,10 +1,11 @@
-"""The text of Mamba-3's scan that turns queries and keys, carried out in Python, beside its recurrence in fp64.
+"""The text of Mamba-3's scan that turns queries and keys, carried out, beside fp64.
 
     python mamba3_turning_scans.py TOKENS STATE_SIZE ANGLES KEEP PATTERN [FLAGS]
 
-As `mamba3_scans`, from queries and keys of a group: these are biased and turned in fp64, and rounded
-for the recurrence as products read them. FLAGS, with commas, are fields of the problem; `groups`, where each head has a group of its
-own; `apart`, where heads share no angles; `nan`, where an angle is no number.
+As `mamba3_scans`, from queries and keys of a group: these are biased and turned in fp64, and
+rounded for the recurrence as products read them. FLAGS, with commas, are fields of the problem;
+`groups`, where each head has a group of its own; `apart`, where heads share no angles; `nan`, where
+an angle is no number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ OF_NAN = 2147483520 / UNIT
 WRONG_TOKEN, WRONG_PAIR = 70, 3
 
 
-def given(problem: Mamba3Problem, T: int, H: int, G: int, HA: int, pattern: str) -> dict[str, Tensor]:
+def given(
+    problem: Mamba3Problem, T: int, H: int, G: int, HA: int, pattern: str
+) -> dict[str, Tensor]:
     """What the program reads, by name, and ADT."""
     B, N, S = 1, problem.state_size, problem.angles
     x = drawn(problem, B, T, H, pattern)
@@ -46,8 +49,8 @@ def given(problem: Mamba3Problem, T: int, H: int, G: int, HA: int, pattern: str)
 
 
 def turned(x: dict[str, Tensor], S: int, BT: int = BT) -> dict[str, Tensor]:
-    """q and k in fp64; Theta of each token within its chunk, before chunks and after all, in turns."""
-    B, T, G, N = x["Q"].shape
+    """q and k in fp64; Theta, in turns, of tokens within chunks, and before these; the last."""
+    B, T, G, _ = x["Q"].shape
     H = x["Q_bias"].shape[0]
     found = {
         name.lower(): x[name].double().repeat_interleave(H // G, 2) + x[f"{name}_bias"].double()
@@ -73,88 +76,101 @@ def turned(x: dict[str, Tensor], S: int, BT: int = BT) -> dict[str, Tensor]:
     return found
 
 
-def around(x: Tensor) -> Tensor:
-    """How far turns are from none."""
-    return (x - x.round()).abs().max()
-
-
-def main(tokens: str, state_size: str, angles: str, keep: str, pattern: str, flags: str = "") -> None:
+def problem_of(state_size: int, angles: int, flags: str) -> tuple[Mamba3Problem, list[bool]]:
+    """And whether there are groups, angles of each head, and one that is no number."""
     named: dict[str, bool] = dict.fromkeys([x for x in flags.split(",") if x], True)
-    groups, apart, wrong = (named.pop(x, False) for x in ("groups", "apart", "nan"))
-    sizes = {"state_size": int(state_size), "angles": int(angles)}
-    problem = turning_problem(Mamba3Problem(**sizes, **named))  # type: ignore[arg-type]
-    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(keep=int(keep))
-    module = load(render(problem, MAMBA3_TURNING_SCAN.name, config))
-    B, T, H, P, N, S = 1, int(tokens), 2, problem.head_dim, *sizes.values()
-    G, HA, NT = H if groups else 1, H if apart else 1, -(-int(tokens) // BT)
-    x = given(problem, T, H, G, HA, pattern)
-    if wrong:
-        x["rates"][0, 0, OF_NAN = 2147483520 / UNIT
-"""What later tokens have of one whose angle is no number: the largest integer of these."""
-WRONG_TOKEN, WRONG_PAIR] = torch.nan
-    right = turned(x, S)
-    recurrence = recurrent({**x, **{y: right[y].nan_to_num().bfloat16() for y in "qk"}})
-    named_wanted = {
-        "out": recurrence.out, "ungated": recurrence.y, "h": recurrence.h,
-        "final_ssm": recurrence.last, **right,
-    }  # fmt: skip
-    places = {
-        "out": torch.full((B, T, H, P), torch.nan).bfloat16(),
-        "ungated": torch.full((B, T, H, P), torch.nan).bfloat16(),
-        "h": torch.full((NT * B, H, P, N), torch.nan).bfloat16(),
-        "final_ssm": torch.full((B, H, P, N), torch.nan),
-        "q": torch.full((B, T, H, N), torch.nan).bfloat16(),
-        "k": torch.full((B, T, H, N), torch.nan).bfloat16(),
-        "theta": torch.full((B, T, H, S), 12345, dtype=torch.int32),
-        "turns": torch.full((NT * B, H, S), 12345, dtype=torch.int32),
-        "last_angle": torch.full((B, H, S), torch.nan),
+    others = [named.pop(x, False) for x in ("groups", "apart", "nan")]
+    sizes = {"state_size": state_size, "angles": angles}
+    return turning_problem(Mamba3Problem(**sizes, **named)), others  # type: ignore[arg-type]
+
+
+def poisoned(B: int, T: int, H: int, problem: Mamba3Problem) -> dict[str, Tensor]:
+    """What the program is to write, by name: NaN, or a number that no sum of angles is."""
+    N, P, S, NT = problem.state_size, problem.head_dim, problem.angles, -(-T // BT)
+    narrow = {"out": (B, T, H, P), "ungated": (B, T, H, P), "h": (NT * B, H, P, N)}
+    narrow |= {"q": (B, T, H, N), "k": (B, T, H, N)}
+    whole = {"theta": (B, T, H, S), "turns": (NT * B, H, S)}
+    wide = {"final_ssm": (B, H, P, N), "last_angle": (B, H, S)}
+    return {
+        **{x: torch.full(y, torch.nan).bfloat16() for x, y in narrow.items()},
+        **{x: torch.full(y, 12345, dtype=torch.int32) for x, y in whole.items()},
+        **{x: torch.full(y, torch.nan) for x, y in wide.items()},
     }
+
+
+def carried_out(
+    problem: Mamba3Problem, keep: int, x: dict[str, Tensor], places: dict[str, Tensor]
+) -> set[str]:
+    """Run the text into `places`; the names of those that it was given."""
+    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(keep=keep)
+    module = load(render(problem, MAMBA3_TURNING_SCAN.name, config))
+    B, T, G, _ = x["Q"].shape
+    sizes = {"B": B, "T": T, "H": x["V"].shape[2], "G": G, "M": places["h"].shape[0]}
+    sizes["HA"] = x["rates"].shape[1] if "rates" in x else 1
     passed: list[str] = []
 
     def compiled(*taken: Tensor) -> None:
         pointers = {y.data_ptr(): name for name, y in (x | places).items() if y.numel()}
         passed.extend(pointers[y.data_ptr()] for y in taken)
-        by_name = {"B": B, "T": T, "H": H, "G": G, "HA": HA, "M": NT * B}
-        results = run_all(module, dict(zip(passed, taken, strict=True)), by_name, seed=int(keep))
+        results = run_all(module, dict(zip(passed, taken, strict=True)), sizes, seed=keep)
         for name in passed:
             (x | places)[name].copy_(results[name])
 
     vars(module)["compiled"] = lambda: compiled
     operands = [y.name for y in MAMBA3_TURNING_SCAN.operands(problem)]
     module.launch(*((x | places)[y] for y in operands), T=T)
+    return places.keys() & {*passed}
+
+
+def turns_off(name: str, made: Tensor, wanted: Tensor, gone: list[list[int]]) -> Tensor:
+    """How far angles are off, in turns; `gone` is where there is none."""
+    if name == "last_angle":
+        if not ((made >= 0) & (made <= 6.2831855)).all():
+            raise AssertionError("an angle is no part of a turn")
+        made, wanted = made / (2 * math.pi), wanted / (2 * math.pi)
+    else:
+        none = made == -(2**31)
+        if none.nonzero().tolist() != (gone if name == "theta" else []):
+            raise AssertionError(f"{name} is none at {none.nonzero()}")
+        made, wanted = torch.where(none, 0.0, made / UNIT), torch.where(none, 0.0, wanted)
+    return ((made - wanted) - (made - wanted).round()).abs().max()
+
+
+def main(T: int, state_size: int, S: int, keep: int, pattern: str, flags: str) -> None:
+    problem, (groups, apart, wrong) = problem_of(state_size, S, flags)
+    H = 2
+    x = given(problem, T, H, H if groups else 1, H if apart else 1, pattern)
+    if wrong:
+        x["rates"][0, 0, WRONG_TOKEN, WRONG_PAIR] = torch.nan
+    # of all heads that share the angle
+    gone = [[0, WRONG_TOKEN, h, WRONG_PAIR] for h in range(1 if apart else H) if wrong]
+    right = turned(x, S)
+    found = recurrent({**x, **{y: right[y].nan_to_num().bfloat16() for y in "qk"}})
+    wanted = {"out": found.out, "ungated": found.y, "h": found.h, "final_ssm": found.last, **right}
+    places = poisoned(1, T, H, problem)
     kept = {"out", "final_ssm", *(["last_angle"] if S else [])}
-    kept |= {"ungated"} if problem.gate and keep != "0" else set()
-    kept |= {"turns"} if S and keep != "0" else set()
-    kept |= {"h", "q", "k", *(["theta"] if S else [])} if keep == "2" else set()
-    if kept != places.keys() & {*passed}:
+    kept |= {"ungated"} if problem.gate and keep else set()
+    kept |= {"turns"} if S and keep else set()
+    kept |= {"h", "q", "k", *(["theta"] if S else [])} if keep == 2 else set()
+    if kept != (passed := carried_out(problem, keep, x, places)):
         raise AssertionError(f"given were {passed}, but kept are {kept}")
     for name in sorted(kept):
-        made, wanted = places[name].double(), named_wanted[name]
-        limit = LIMIT
+        made, limit = places[name].double(), LIMIT
         if name in ("theta", "turns", "last_angle"):
-            limit = 1e-6  # of dt rate, which is rounded for each token
-            unit = UNIT if name != "last_angle" else 2 * math.pi
-            no_turn = made == -(2**31)
-            if wrong and name == "theta" and no_turn.nonzero().tolist() != [
-                [0, WRONG_TOKEN, h, WRONG_PAIR] for h in range(H if HA == 1 else 1)
-            ]:
-                raise AssertionError(f"no turns are {no_turn.nonzero()}")
-            if name == "last_angle" and not ((made >= 0) & (made <= 6.2831855)).all():
-                raise AssertionError("an angle is no part of a turn")
-            gone = wanted if name != "last_angle" else wanted / unit
-            off = around(torch.where(no_turn, 0.0, made / unit - gone))
-        elif wrong:
-            if name not in "qk":
-                continue
-            if not torch.equal(made.isnan(), wanted.isnan()):
-                raise AssertionError(f"{name} is NaN elsewhere")
-            off = (made - wanted).nan_to_num().norm() / wanted.nan_to_num().norm()
+            limit = 1e-6  # dt rate is rounded for each token
+            off = turns_off(name, made, wanted[name], gone)
+        elif wrong and name not in "qk":
+            continue  # NaN from that token on
         else:
-            off = (made - wanted).norm() / wanted.norm().clamp_min(1e-9)
+            if not torch.equal(made.isnan(), wanted[name].isnan()):
+                raise AssertionError(f"{name} is NaN elsewhere")
+            made, exact = made.nan_to_num(), wanted[name].nan_to_num()
+            off = (made - exact).norm() / exact.norm().clamp_min(1e-9)
         print(f"{name} {off:.1e}")
         if not off < limit:
             raise AssertionError(f"{name} is {off:.1e} off")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    T, N, S, KEEP, PATTERN, *FLAGS = sys.argv[1:]
+    main(int(T), int(N), int(S), int(KEEP), PATTERN, FLAGS[0] if FLAGS else "")

@@ -69,9 +69,7 @@ def test_states_and_outputs_in_one_stage(name: str, fast: bool, interpreter: Che
         ),
     ],
 )
-def test_queries_and_keys_turned_within_the_scan(
-    name: str, fast: bool, interpreter: Check
-) -> None:
+def test_queries_and_keys_turned_within_the_scan(name: str, fast: bool, interpreter: Check) -> None:
     """What a backward reads of the scan is what the stages before it would have left."""
     kept, found = interpreter("mamba3_turning_checks:errors_turned_within", name, fast)
     assert kept == [(2 if fast else 1, True), (0, True)]
