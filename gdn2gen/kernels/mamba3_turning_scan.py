@@ -3,7 +3,7 @@
 As `mamba3_scan`, but q and k of a head are never in memory, unless the backward is to find them:
 one group of warps turns a chunk's rows of Q and K in shared memory while another one has the
 products of the chunk before it. Angles are added up on the way, so that `mamba3_turns` is not run
-either. No call takes it by itself: it has not run on a GPU (`runtime.mamba3_turning_scan`).
+either. No call takes it by itself: it has not run on a GPU (`TURNS_WITHIN`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from gdn2gen.family.mamba3_problem import Mamba3Problem
-from gdn2gen.kernels.limits import Limit
+from gdn2gen.kernels.limits import Knob, Limit
 from gdn2gen.kernels.mamba3 import mamba3_stage
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_ROTATE, MAMBA3_TURNS
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scans_at_once
@@ -59,10 +59,11 @@ MAMBA3_TURNING_SCAN: Final = PartStage(
             "tilelang",
             "mamba3_turning_scan",
             # what is left for a backward, as of `mamba3_scan`; registers of a thread that turns, of
-            # the 256 that it shares with one that has products
+            # the 256 that it shares with one that has products (with 88 ptxas waits for each of
+            # these); whether rates are read a chunk ahead, which takes registers
             knobs={
-                **{"keep": (0, 1, 2), "BV": (64,), "maxnreg": (64, 72, 56, 80, 88)},
-                **{"num_warps": (4,), "num_stages": (2,)},
+                **{"keep": (0, 1, 2), "BV": (64,), "maxnreg": (64, 72, 80)},
+                **{"ahead": (1, 0), "num_warps": (4,), "num_stages": (2,)},
             },
             leads={},
             limits=(
@@ -76,7 +77,17 @@ MAMBA3_TURNING_SCAN: Final = PartStage(
     ),
     chunks=(64,),
 )
+TURNS_WITHIN: Final = False
+"""Whether calls that can take it do, where nothing is forced."""
 TURNING_STAGES: Final = (MAMBA3_WEIGHTS, MAMBA3_TURNING_SCAN)
+
+_LANES: Final = 32
+
+
+def turning_knobs(problem: Mamba3Problem, keep: int) -> dict[str, Knob]:
+    """The scan's without a search. Of more than 32 angles a lane has two, whose rates a chunk ahead
+    spill 192 bytes."""
+    return {"keep": keep, "ahead": int(problem.angles <= _LANES)}
 
 
 def weights_problem(problem: Mamba3Problem) -> Mamba3Problem:

@@ -1,5 +1,5 @@
-"""Where Mamba-3's scan turns queries and keys itself, and launches of it: only where it is forced,
-since it has not run on a GPU."""
+"""Where Mamba-3's scan turns queries and keys itself, and launches of it: by the rule where nothing
+is forced."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from gdn2gen.kernels.mamba3_chunks import MAMBA3_ROTATE, chunk_knobs
 from gdn2gen.kernels.mamba3_turning_scan import (
     MAMBA3_TURNING_SCAN,
     MAMBA3_WEIGHTS,
+    TURNS_WITHIN,
+    turning_knobs,
     turning_problem,
     turns_within,
     weights_problem,
@@ -37,7 +39,8 @@ _forced: list[bool] = []
 
 
 def force_turning_scan(chosen: bool | None) -> None:
-    """Have all calls in this process that can be turned within the scan be; None ends that."""
+    """Have all calls in this process that can be turned within the scan be, or none; None leaves it
+    to the rule."""
     _forced[:] = [] if chosen is None else [chosen]
 
 
@@ -54,13 +57,15 @@ def turning_launches(
 ) -> tuple[Launch, Launch] | None:
     """Of numbers of tokens, and of the scan; None of a call that turns queries and keys before.
     `keep` is the scan's knob."""
-    if _forced != [True] or is_batch_invariant() or sequences > MOST_SEQUENCES:
+    chosen = _forced[0] if _forced else TURNS_WITHIN
+    if not chosen or is_batch_invariant() or sequences > MOST_SEQUENCES:
         return None
     gpu = device_of(device)
     # one that is forced has programs enough
-    if gpu.arch != "sm_90" or not turns_within(problem, BT, T, gpu.sms, gpu.sms):
+    programs = gpu.sms if _forced else sequences * H
+    if gpu.arch != "sm_90" or not turns_within(problem, BT, T, programs, gpu.sms):
         return None
-    asked = {"keep": keep} | forced_knobs(MAMBA3_TURNING_SCAN.name)
+    asked = turning_knobs(problem, keep) | forced_knobs(MAMBA3_TURNING_SCAN.name)
     scan = _scan(turning_problem(problem), tuple(sorted(asked.items())), device, look)
     tiles = sequences * -(-T // BT)
     usual = chunk_knobs(MAMBA3_ROTATE, problem, tiles, H, G, gpu.sms)

@@ -34,10 +34,11 @@ a chunk ahead: a lane has a pair of channels, a warp 16 tokens, and Theta is add
 
 Problem: mamba3 K=64 V=64 bf16, state_size=64, angles=16
 
-Config:  BT=64 BV=64 keep=0 language=tilelang maxnreg=64 num_stages=2 num_warps=4
-Template digest a10e92f5bf2a554d; made by
+Config:  BT=64 BV=64 ahead=0 keep=0 language=tilelang maxnreg=64 num_stages=2 num_warps=4
+Template digest 467cbd1d6ce591b1; made by
     gdn2gen generate --dtype bf16 --with=state_size:64,angles:16 --stage mamba3_turning_scan \
-      --config BT=64,BV=64,keep=0,language=tilelang,maxnreg=64,num_stages=2,num_warps=4
+      --config \
+      BT=64,BV=64,ahead=0,keep=0,language=tilelang,maxnreg=64,num_stages=2,num_warps=4
 """
 
 from functools import cache
@@ -74,6 +75,7 @@ def program():
         i_thread = tile.get_thread_binding()
         lane = i_thread % 32
         warp = tile.shfl_sync(i_thread // 32, 0)
+        row = warp * ROWS_OF
         x_word = tile.alloc_local([2], "float32")
         x_bias = tile.alloc_local([2, 2], "float32")
         x_io = tile.alloc_local([2], IO)
@@ -102,13 +104,13 @@ def program():
             # known to be a warp's
             i_t = tile.shfl_sync(i_m, 0)
             slot = i_t % 2
-            row = warp * ROWS_OF
             for n in tile.unroll(ROWS_OF):
                 x_rate[0, n] = tile.if_then_else(
                     tile.And(i_t * BT + row + n < own.T, lane < S),
                     x.rates[own.i_n, x_head[0], i_t * BT + row + n, lane],
                     0.0,
                 )
+
             tile.mbarrier_wait_parity(own.loaded[slot], i_t // 2 % 2)
             x_sum[0] = 0.0
             x_total[0] = 0

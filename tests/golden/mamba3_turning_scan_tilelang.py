@@ -40,10 +40,10 @@ a chunk ahead: a lane has a pair of channels, a warp 16 tokens, and Theta is add
 
 Problem: mamba3 K=128 V=64 bf16, skip, gate, carried
 
-Config:  BT=64 BV=64 keep=2 language=tilelang maxnreg=64 num_stages=2 num_warps=4
-Template digest a10e92f5bf2a554d; made by
+Config:  BT=64 BV=64 ahead=1 keep=2 language=tilelang maxnreg=64 num_stages=2 num_warps=4
+Template digest 467cbd1d6ce591b1; made by
     gdn2gen generate --dtype bf16 --with=skip,gate,carried --stage mamba3_turning_scan --config \
-      BT=64,BV=64,keep=2,language=tilelang,maxnreg=64,num_stages=2,num_warps=4
+      BT=64,BV=64,ahead=1,keep=2,language=tilelang,maxnreg=64,num_stages=2,num_warps=4
 """
 
 from functools import cache
@@ -80,6 +80,7 @@ def program():
         i_thread = tile.get_thread_binding()
         lane = i_thread % 32
         warp = tile.shfl_sync(i_thread // 32, 0)
+        row = warp * ROWS_OF
         x_word = tile.alloc_local([2], "float32")
         x_bias = tile.alloc_local([4, 2], "float32")
         x_io = tile.alloc_local([2], IO)
@@ -114,18 +115,17 @@ def program():
             ),
             "int32",
         )
+        for n in tile.unroll(ROWS_OF):
+            x_rate[0, n] = tile.if_then_else(
+                row + n < own.T,
+                x.rates[own.i_n, x_head[0], row + n, lane],
+                0.0,
+            )
 
         for i_m in tile.serial(own.n_chunks):
             # known to be a warp's
             i_t = tile.shfl_sync(i_m, 0)
             slot = i_t % 2
-            row = warp * ROWS_OF
-            for n in tile.unroll(ROWS_OF):
-                x_rate[0, n] = tile.if_then_else(
-                    i_t * BT + row + n < own.T,
-                    x.rates[own.i_n, x_head[0], i_t * BT + row + n, lane],
-                    0.0,
-                )
             tile.mbarrier_wait_parity(own.loaded[slot], i_t // 2 % 2)
             x_sum[0] = 0.0
             x_total[0] = 0
@@ -147,6 +147,14 @@ def program():
                     )
                     x_turned[0, 4 * m + e] = x_total[0]
             own.s_turns[slot, warp, lane] = x_total[0]
+            # of the next chunk, in the registers of these, which are added up; past the end zeros
+            for n in tile.unroll(ROWS_OF):
+                x_rate[0, n] = tile.if_then_else(
+                    (i_t + 1) * BT + row + n < own.T,
+                    x.rates[own.i_n, x_head[0], (i_t + 1) * BT + row + n, lane],
+                    0.0,
+                )
+
             tile.sync_threads(2, GROUP)
             x_within[0] = 0
             x_total[0] = 0

@@ -213,16 +213,18 @@ def test_forms_that_a_search_alone_picks(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "lean"])
-@pytest.mark.parametrize("maxnreg", [64, 72])
+@pytest.mark.parametrize("knobs", [{}, {"ahead": 0, "maxnreg": 72}], ids=["rule", "late"])
 @pytest.mark.parametrize("name", SCANNED_BACK)
-def test_queries_and_keys_turned_within_the_scan(name: str, maxnreg: int, fast: bool) -> None:
+def test_queries_and_keys_turned_within_the_scan(
+    name: str, knobs: dict[str, int], fast: bool
+) -> None:
     """Every output and gradient with NaN in all that is to be written, no worse than where they are
     turned before, and of the same bits twice."""
     made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
     op = partial(mamba3_siso_combined, disable_recompute=fast)
     found = {}
     for chosen in (True, False):
-        force("mamba3_turning_scan", {"maxnreg": maxnreg})
+        force("mamba3_turning_scan", {**knobs})
         force_turning_scan(chosen)
         force_scan(True)
         try:

@@ -22,7 +22,11 @@ from gdn2gen.codegen.build import load
 from gdn2gen.codegen.render import render
 from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.config import default_config
-from gdn2gen.kernels.mamba3_turning_scan import MAMBA3_TURNING_SCAN, turning_problem
+from gdn2gen.kernels.mamba3_turning_scan import (
+    MAMBA3_TURNING_SCAN,
+    turning_knobs,
+    turning_problem,
+)
 
 UNIT = 2.0**32
 """Of a turn."""
@@ -102,7 +106,8 @@ def carried_out(
     problem: Mamba3Problem, keep: int, x: dict[str, Tensor], places: dict[str, Tensor]
 ) -> set[str]:
     """Run the text into `places`; the names of those that it was given."""
-    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(keep=keep)
+    knobs = turning_knobs(problem, keep)
+    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(**knobs)
     module = load(render(problem, MAMBA3_TURNING_SCAN.name, config))
     B, T, G, _ = x["Q"].shape
     sizes = {"B": B, "T": T, "H": x["V"].shape[2], "G": G, "M": places["h"].shape[0]}

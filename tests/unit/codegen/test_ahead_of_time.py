@@ -52,7 +52,11 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     sums_problem,
 )
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
-from gdn2gen.kernels.mamba3_turning_scan import MAMBA3_TURNING_SCAN, turning_problem
+from gdn2gen.kernels.mamba3_turning_scan import (
+    MAMBA3_TURNING_SCAN,
+    turning_knobs,
+    turning_problem,
+)
 from gdn2gen.kernels.parts import (
     PART_STAGES,
     PartStage,
@@ -509,7 +513,8 @@ def test_mamba3s_scan_that_turns_compiles_and_two_programs_fit(
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     whole = Mamba3Problem(angles=angles, skip=True, gate=True, carried=True)
     problem = turning_problem(whole)
-    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(keep=keep)
+    knobs = turning_knobs(problem, keep)
+    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(**knobs)
     used = compile_ahead(problem, MAMBA3_TURNING_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 32, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024

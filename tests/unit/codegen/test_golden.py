@@ -565,7 +565,7 @@ OUTPUTS: Final = {
         *(_part, "mamba3_turning_scan", Mamba3Problem(skip=True, gate=True, carried=True)), keep=2
     ),
     "mamba3_turning_scan_lean_tilelang.py": partial(
-        _part, "mamba3_turning_scan", Mamba3Problem(state_size=64, angles=16)
+        _part, "mamba3_turning_scan", Mamba3Problem(state_size=64, angles=16), ahead=0
     ),
     "mamba3_reverse_scan_tilelang.py": partial(
         _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)

@@ -13,6 +13,7 @@ from gdn2gen.family.mamba3_problem import Mamba3Problem
 from gdn2gen.kernels.config import default_config
 from gdn2gen.kernels.mamba3_turning_scan import (
     MAMBA3_TURNING_SCAN,
+    turning_knobs,
     turning_problem,
     turns_within,
 )
@@ -44,7 +45,10 @@ def test_which_calls(change: dict[str, object], BT: int, T: int, wanted: bool) -
     assert turns_within(problem, BT, T, SMS, SMS) == wanted
     if wanted:
         own = turning_problem(problem)
-        assert why_invalid(default_config(MAMBA3_TURNING_SCAN.name, own), own, "sm_90") is None
+        knobs = turning_knobs(problem, 2)
+        assert knobs["ahead"] == (problem.angles <= 32)
+        config = default_config(MAMBA3_TURNING_SCAN.name, own).replace(**knobs)
+        assert why_invalid(config, own, "sm_90") is None
 
 
 @pytest.fixture
@@ -66,6 +70,20 @@ def test_no_call_takes_it_that_is_not_forced(made: list[object]) -> None:
     assert runtime.turning_launches(*GIVEN, -1) == tuple(made)
     runtime.force_turning_scan(None)
     assert runtime.turning_launches(*GIVEN, -1) is None
+
+
+def test_by_a_rule_it_takes_programs_enough(
+    made: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mamba3_scan` does, and what is forced goes before."""
+    monkeypatch.setattr(runtime, "TURNS_WITHIN", True)
+    assert runtime.turning_launches(*GIVEN, -4) == tuple(made)
+    few = (*GIVEN[:4], 1, 1, 1, GIVEN[7])
+    assert runtime.turning_launches(*few, -4) is None
+    runtime.force_turning_scan(True)
+    assert runtime.turning_launches(*few, -4) == tuple(made)
+    runtime.force_turning_scan(False)
+    assert runtime.turning_launches(*GIVEN, -4) is None
 
 
 def test_what_it_cannot_do_is_turned_before(made: list[object]) -> None:
