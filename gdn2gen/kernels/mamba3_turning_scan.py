@@ -85,9 +85,11 @@ _LANES: Final = 32
 
 
 def turning_knobs(problem: Mamba3Problem, keep: int) -> dict[str, Knob]:
-    """The scan's without a search. Of more than 32 angles a lane has two, whose rates a chunk ahead
-    spill 192 bytes."""
-    return {"keep": keep, "ahead": int(problem.angles <= _LANES)}
+    """The scan's without a search. Of more than 32 angles a lane has two: rates a chunk ahead spill
+    192 bytes, and others 80 in 64 registers."""
+    if problem.angles > _LANES:
+        return {"keep": keep, "ahead": 0, "maxnreg": 72}
+    return {"keep": keep, "ahead": 1, "maxnreg": 64}
 
 
 def weights_problem(problem: Mamba3Problem) -> Mamba3Problem:

@@ -516,7 +516,7 @@ def test_mamba3s_scan_that_turns_compiles_and_two_programs_fit(
     knobs = turning_knobs(problem, keep)
     config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(**knobs)
     used = compile_ahead(problem, MAMBA3_TURNING_SCAN.name, config, named_device("sm_90"))
-    assert used.registers == 128 and used.spill_bytes <= 32, f"{config}: {used}"
+    assert used.registers == 128 and used.spill_bytes <= 64, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 
