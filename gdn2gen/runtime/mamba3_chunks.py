@@ -317,8 +317,9 @@ def forward(x: Given, keep: int) -> Made:
     within = turning_scan(call, keep)
     if within is not None:
         made = ("out", "final_ssm", "last_angle", "turns", "ungated", "h", "theta")
-        of_turned = (within[z] if keep == MUCH else x.V.new_empty(0) for z in Turned._fields)
-        return Made._make((*(within[z] for z in made), *of_turned))
+        of_turned = (within[z] for z in Turned._fields)
+        found = [z if keep == MUCH else z.new_empty(0) for z in of_turned]
+        return Made._make((*(within[z] for z in made), *found))
     turns, angle = call.turns()
     turned, theta = call.rotate(turns, keep == MUCH)
     at_once = call.scan(turned, keep)

@@ -23,6 +23,7 @@ from gdn2gen.kernels.mamba3_turning_scan import (
 )
 from gdn2gen.measure.accuracy import relative_errors
 from gdn2gen.measure.mamba3_runs import mamba3_results
+from gdn2gen.runtime import mamba3_chunk_ops, mamba3_chunks
 from gdn2gen.runtime import mamba3_turning_scan as runtime
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force_tile, loaded
@@ -53,9 +54,19 @@ def by_recurrence(x: dict[str, Tensor], S: int, BT: int, keep: int) -> dict[str,
 @verifying()
 def errors_turned_within(name: str, fast: bool) -> tuple[list[tuple[int, bool]], dict[str, float]]:
     """By the kernels over chunks, with the scan's recurrence in fp64 in the place of its kernel and
-    numbers of tokens from theirs: what it was asked to keep, of tensors of the shapes that it
-    makes, and errors."""
+    numbers of tokens from theirs: what it was asked to keep, and whether of tensors of the shapes
+    that it makes and what a forward hands on is of the kinds that it is without; and errors."""
     kept: list[tuple[int, bool]] = []
+    before = mamba3_chunks.forward
+
+    def forward(x: mamba3_chunks.Given, keep: int) -> mamba3_chunks.Made:
+        made = before(x, keep)
+        with pytest.MonkeyPatch.context() as without:
+            without.setattr(runtime, "turning_launches", lambda *_: None)
+            usual = before(x, keep)
+        same = [(y.dtype, y.shape) for y in made] == [(y.dtype, y.shape) for y in usual]
+        kept[-1] = keep, kept[-1][1] and same
+        return made
 
     def launches(problem: Mamba3Problem, keep: int, BT: int, *_: Any) -> Any:
         own, S = turning_problem(problem), problem.angles
@@ -75,13 +86,15 @@ def errors_turned_within(name: str, fast: bool) -> tuple[list[tuple[int, bool]],
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "turning_launches", launches)
+        patch.setattr(mamba3_chunk_ops, "forward", forward)
         force_tile(16)
         try:
             with chunks_forced(True), poisoned():
                 op = partial(mamba3_siso_combined, disable_recompute=fast)
                 found = relative_errors(*mamba3_results(draw(CASES[name]), op))
                 with torch.no_grad():
-                    mamba3_siso_combined(**arguments(draw(CASES[name])))
+                    # where V has another dtype than the numbers of tokens
+                    mamba3_siso_combined(**arguments(draw(CASES[name], torch.float16)))
         finally:
             force_tile(None)
     return kept, found
