@@ -568,6 +568,13 @@ OUTPUTS: Final = {
         *(_part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True)),
         **{"keep": 1, "num_stages": 2},
     ),
+    "mamba3_weights.py": partial(_part, "mamba3_weights", Mamba3Problem(), BH=4),
+    "mamba3_turning_scan_tilelang.py": partial(
+        *(_part, "mamba3_turning_scan", Mamba3Problem(skip=True, gate=True, carried=True)), keep=2
+    ),
+    "mamba3_turning_scan_lean_tilelang.py": partial(
+        _part, "mamba3_turning_scan", Mamba3Problem(state_size=64, angles=16), ahead=0
+    ),
     "mamba3_reverse_scan_tilelang.py": partial(
         _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)
     ),
