@@ -107,10 +107,13 @@ def mamba3_command(problem: Mamba3Problem, shape: Shape) -> str:
 def _origin(found: Mamba3Found) -> str:
     """Where its knobs came from, in words."""
     stages = configs_of(found.problem, found.knobs)
-    tuned = [x for x in stages if found.sources[x] == "tuned"]
-    by_rule = [x for x in stages if x not in tuned]
-    said = [f"{', '.join(tuned)}: tuned on {found.device.name}"] if tuned else []
-    said += [f"{', '.join(by_rule)}: by a rule on the sizes, not tuned"] if by_rule else []
+    words = {
+        "tuned": f"tuned on {found.device.name}",
+        "transferred": f"tuned on another {found.device.arch}, not on {found.device.name}",
+        "rule": "by a rule on the sizes, not tuned",
+    }
+    of = {source: [x for x in stages if found.sources[x] == source] for source in words}
+    said = [f"{', '.join(names)}: {words[source]}" for source, names in of.items() if names]
     return f"{'; '.join(said)}; for {found.shape.name}"
 
 

@@ -32,7 +32,7 @@ class Proof:
             f"checked on {self.where}: worst {name}, off by {error:.1e}",
         ]
         said += [
-            f"{stage} runs the default, or one beside it that fits: {why}"
+            f"{stage} runs the default, or what beside it fits or spills least: {why}"
             for stage, why in self.instead.items()
         ]
         return "\n".join(said)

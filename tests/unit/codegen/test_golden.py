@@ -314,6 +314,14 @@ OUTPUTS: Final = {
     "forward_outside_states.py": partial(
         _forward, Problem("gated_delta_rule", final_state=True), "forward_outside_blocks2"
     ),
+    "forward_outside_64.py": partial(
+        _forward,
+        Problem("gated_delta_rule", K=64, V=64, initial_state=True, final_state=True),
+        "forward_outside",
+    ),
+    "forward_outside_64_states.py": partial(
+        _forward, Problem("delta_rule", K=56, V=48, l2norm=False), "forward_outside_blocks2"
+    ),
     "forward_outside_undecayed.py": partial(
         _forward, Problem("delta_rule", K=104, V=112, l2norm=False), "forward_outside"
     ),

@@ -112,7 +112,8 @@ def test_shapes_are_not_numbers() -> None:
 
 
 def test_layers_are_there_without_an_import_of_their_own() -> None:
-    code = "import gdn2gen; gdn2gen.nn.GatedDeltaNet2; gdn2gen.integrations; gdn2gen.ops"
+    code = "import gdn2gen; gdn2gen.nn.GatedDeltaNet2; gdn2gen.ops; "
+    code += "gdn2gen.integrations.fla.register; gdn2gen.integrations.mamba.register"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'layers'"):
         _ = gdn2gen.layers
