@@ -284,6 +284,13 @@ def _blocks(stage: str, segments: str = "serial", **changes: Any) -> str:
     return render(problem, stage, config).source
 
 
+def _reach(stage: str, language: str, **knobs: Knob) -> str:
+    """In segments of which what has decayed is left out, and with products of cut halves."""
+    problem = Problem("gated_delta_rule", initial_state=True, final_state=True)
+    config = default_config(stage, problem).replace(language=language, segments="parallel", **knobs)
+    return render(problem, stage, config.replace(reach=64, merge="cut")).source
+
+
 def _forward(problem: Problem, stage: str = "forward") -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
@@ -421,6 +428,10 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "scan_reach.py": partial(_reach, "scan_blocks2", "triton", BV=32),
+    "reverse_scan_reach.py": partial(_reach, "reverse_scan", "triton", BV=32),
+    "scan_reach_tilelang.py": partial(_reach, "scan", "tilelang", BV=64),
+    "reverse_scan_reach_tilelang.py": partial(_reach, "reverse_scan_blocks2", "tilelang", BV=64),
     "rescan_blocks_tilelang.py": partial(_member_tilelang, Problem(), "rescan_blocks2"),
     "reverse_scan_turned.py": partial(
         _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
