@@ -64,8 +64,12 @@ VERIFYING: Final = "verify"
 
 def unverified() -> str | None:
     """Whether head dims may run that the accuracy suite has not passed on a GPU: None if not."""
-    value = os.environ.get("GDN2GEN_UNVERIFIED", "0")
-    return None if value in ("", "0") else value
+    return unverified_by(os.environ.get("GDN2GEN_UNVERIFIED"))
+
+
+def unverified_by(value: str | None) -> str | None:
+    """The same where the environment said this."""
+    return None if value in (None, "", "0") else value
 
 
 @contextmanager
@@ -117,6 +121,11 @@ _PROJECTS: Final = ("GDN2GEN_NORM_PROJECTS",)
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return values_of(_INVARIANT) not in _OFF
+
+
+def is_on(value: str | None) -> bool:
+    """What the environment said of a switch that is off unless it says otherwise."""
+    return (value,) not in _OFF
 
 
 _INVARIANT: Final = ("GDN2GEN_BATCH_INVARIANT",)
