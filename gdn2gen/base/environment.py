@@ -88,7 +88,11 @@ VERIFYING: Final = "verify"
 
 def unverified() -> str | None:
     """Whether head dims may run that the accuracy suite has not passed on a GPU: None if not."""
-    value = os.environ.get("GDN2GEN_UNVERIFIED")
+    return unverified_by(os.environ.get("GDN2GEN_UNVERIFIED"))
+
+
+def unverified_by(value: str | None) -> str | None:
+    """The same where the environment said this."""
     return None if is_off(value) else value
 
 
@@ -142,6 +146,11 @@ _PROJECTS: Final = ("GDN2GEN_NORM_PROJECTS",)
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
     return not is_off(values_of(_INVARIANT)[0])
+
+
+def is_on(value: str | None) -> bool:
+    """What the environment said of a switch that is off unless it says otherwise."""
+    return not is_off(value)
 
 
 _INVARIANT: Final = ("GDN2GEN_BATCH_INVARIANT",)
