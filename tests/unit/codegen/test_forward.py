@@ -445,12 +445,12 @@ def kept(op: str, x: dict[str, torch.Tensor], chunks: int) -> dict[str, torch.Te
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("size", [64, 128])
-def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs(size: int) -> None:
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64), (64, 128)])
+def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs(K: int, V: int) -> None:
     """It takes the chunk into later frames, where the decay is summed once more."""
-    problem = Problem(K=size, V=size, initial_state=True, final_state=True)
+    problem = Problem(K=K, V=V, initial_state=True, final_state=True)
     x = make_inputs(
-        1, 32, 1, size, size, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
+        1, 32, 1, K, V, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
     )
     changed = x | {"g": x["g"].clone()}
     changed["g"][:, 20:, :, ::3] = -12.0
