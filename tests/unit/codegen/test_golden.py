@@ -302,6 +302,10 @@ OUTPUTS: Final = {
         _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
     ),
     "forward_96_states.py": partial(_forward, Problem(K=96, V=96), "forward_blocks2"),
+    "forward_128x64.py": partial(_forward, Problem(V=64, initial_state=True, final_state=True)),
+    "forward_48x104_states.py": partial(
+        _forward, Problem("kda", K=48, V=104, final_state=True), "forward_blocks1"
+    ),
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
