@@ -1,7 +1,7 @@
 """Times of configs of a step of decoding, for the rule of kernels/recurrent.py: `decode_time.py
 --sweep`.
 
-What a GPU is to time was compiled before (compile_side_by_side.py).
+What a GPU is to time was compiled before (`measure.compiling`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from compile_side_by_side import compile_all
 
 from gdn2gen.base.device import present_device, toolchain
 from gdn2gen.base.terminal import Sheet, command_line, console
@@ -27,6 +26,7 @@ from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.slices import covering
 from gdn2gen.kernels.validity import valid_configs
 from gdn2gen.measure.cases import Case
+from gdn2gen.measure.compiling import compile_all
 from gdn2gen.measure.decode_runs import Call, run_calls
 from gdn2gen.runtime import decoding
 from gdn2gen.runtime.arguments import Dims

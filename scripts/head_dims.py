@@ -126,7 +126,7 @@ def _keep(size: str, found: Mapping[str, Outcome[Any]]) -> None:
     print(row, flush=True)
 
 
-def compile_side_by_side(sizes: Sequence[str]) -> None:
+def compile_theirs(sizes: Sequence[str]) -> None:
     """Fill the caches with FLA's kernels, sizes side by side, with every config that its autotuning
     tries, and keep none of its choices: these want a GPU alone, which `measure` then needs for a
     minute a size instead of four."""
@@ -355,7 +355,7 @@ if __name__ == "__main__":
         named, shared = _shared(sys.argv[2:])
         measure_ours(named or SQUARES, shared)
     elif sys.argv[1:2] == ["compile"] and len(sys.argv) > 2:
-        compile_side_by_side(sys.argv[2:])
+        compile_theirs(sys.argv[2:])
     elif sys.argv[1:2] == ["transfer"] and len(sys.argv) > 2:
         transfer(*_shared(sys.argv[2:]))
     elif sys.argv[1:2] == ["plot"] and len(sys.argv) == 3:

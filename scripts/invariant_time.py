@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from compile_side_by_side import compile_all  # noqa: E402
 from decode_steps import Step, graph_us  # noqa: E402
 
 from gdn2gen import batch_invariant  # noqa: E402
@@ -42,6 +41,7 @@ from gdn2gen.measure.accuracy import (  # noqa: E402
     public_op,
     run_op,
 )
+from gdn2gen.measure.compiling import compile_all  # noqa: E402
 from gdn2gen.measure.timing import time_ms  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Times of configs of a layer's parts, for the rules of kernels/parts.py: `layer_time.py --sweep`.
 
-What a GPU is to time was compiled before (compile_side_by_side.py). What each config makes is held
+What a GPU is to time was compiled before (`measure.compiling`). What each config makes is held
 against fp64 on the GPU, at the size that is timed.
 """
 
@@ -12,13 +12,13 @@ from itertools import product
 from typing import Any, Final
 
 import torch
-from compile_side_by_side import compile_all
 from torch import Tensor
 
 from gdn2gen.base.terminal import Sheet, console
 from gdn2gen.family.parts import PartProblem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.limits import Knob
+from gdn2gen.measure.compiling import compile_all
 from gdn2gen.measure.timing import time_ms
 from gdn2gen.runtime import parts
 

@@ -81,7 +81,7 @@ def compare(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
+    if not sys.argv[1:] or "--help" in sys.argv:
         sys.exit(__doc__)
     for name in sys.argv[1:]:
         compare(Path(name))

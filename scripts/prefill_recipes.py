@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also from a source tree that is not installed
 
 import torch  # noqa: E402
-from compile_side_by_side import compile_all  # noqa: E402
 from decode_steps import graph_us  # noqa: E402
 from prefill_time import CALLS, DIM, forward, launches  # noqa: E402
 from recipe_times import split  # noqa: E402
@@ -44,6 +43,7 @@ from gdn2gen.kernels.recipe import Recipe  # noqa: E402
 from gdn2gen.kernels.validity import why_invalid  # noqa: E402
 from gdn2gen.measure.accuracy import inputs_of, op_flags, public_op, relative_errors  # noqa: E402
 from gdn2gen.measure.check import forced  # noqa: E402
+from gdn2gen.measure.compiling import compile_all  # noqa: E402
 from gdn2gen.store.dispatch import find_recipe  # noqa: E402
 
 REPEATS: Final = 10
@@ -148,4 +148,6 @@ def main(op: str, written: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

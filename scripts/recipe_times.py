@@ -241,4 +241,6 @@ def main(member: str, shape: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -106,4 +106,6 @@ def main(member: str, shape: str, plan: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 3 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

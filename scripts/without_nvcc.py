@@ -137,5 +137,7 @@ def child(run: str, compiler: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         child(sys.argv[1], sys.argv[2])
-    else:
+    elif len(sys.argv) == 1:
         sys.exit(main())
+    else:
+        sys.exit(__doc__)

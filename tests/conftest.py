@@ -15,19 +15,16 @@ from typing import Any
 import pytest
 
 _CACHE = pytest.StashKey[str]()
-_SETTINGS = (
-    *("GDN2GEN_CACHE_DIR", "GDN2GEN_TUNED_DIR", "GDN2GEN_STRICT", "GDN2GEN_DEBUG"),
-    *("GDN2GEN_VERBOSE", "GDN2GEN_COMPILED_DIR", "COLUMNS"),
-)
 # Tensors of tests are small: two processes that wait for each other's threads on two cores took
 # 26 s of them for what one thread each does in 6. Here, for a folder's conftest.py imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A cache of their own: no test sees what the user has tuned, or leaves anything behind."""
-    for name in _SETTINGS:
-        os.environ.pop(name, None)
+    """A cache of their own: no test sees what the user has set or tuned, or leaves anything
+    behind."""
+    for name in [x for x in os.environ if x.startswith("GDN2GEN_") or x == "COLUMNS"]:
+        del os.environ[name]
     # What is synced outlives a loss of power, which no test plays; a search with a fake GPU syncs
     # its journal 6,000 times, and two thirds of its time went into waiting for the disk.
     os.fsync = lambda _: None

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from gdn2gen.base.errors import UnsupportedError
+
 
 def values_of(names: tuple[str, ...]) -> tuple[Any, ...]:
     """What the environment says of each name, to be compared and no more: every call asks.
@@ -35,9 +37,31 @@ def _encoded(names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(map(environ.encodekey, names))
 
 
+def is_off(value: Any) -> bool:
+    """Whether what a switch of the environment says, as `values_of` or `os.environ` gives it, is
+    no: it is not set, or empty, or 0, false, no or off."""
+    return value in _OFF
+
+
+# Each as it may be written, and in bytes: torch.compile follows a look into a tuple.
+_SPELLED: Final = [f(x) for x in ("0", "false", "no", "off") for f in (str, str.title, str.upper)]
+_OFF: Final = (None, "", b"", *_SPELLED, *(x.encode() for x in _SPELLED))
+
+
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1): where
+    Triton takes it for yes, which else would launch on them."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def check_compiles() -> None:
+    """Raises UnsupportedError where kernels are for Triton's interpreter, as they are rendered and
+    as Triton takes them: none can be compiled for a GPU, or written for one."""
+    if interpreted():
+        raise UnsupportedError(
+            f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} has kernels made for Triton's "
+            "interpreter, and none is compiled for a GPU: unset it"
+        )
 
 
 _WITHOUT_ASSEMBLY: Final = ContextVar("without_assembly", default=False)
@@ -69,7 +93,7 @@ def unverified() -> str | None:
 
 def unverified_by(value: str | None) -> str | None:
     """The same where the environment said this."""
-    return None if value in (None, "", "0") else value
+    return None if is_off(value) else value
 
 
 @contextmanager
@@ -91,7 +115,8 @@ def binds_launches() -> bool:
 
     Asked when a pass is about to be bound: what is bound stays so.
     """
-    return os.environ.get("GDN2GEN_BOUND", "") != "0"
+    value = os.environ.get("GDN2GEN_BOUND")
+    return not value or not is_off(value)
 
 
 def records_programs() -> bool:
@@ -103,7 +128,7 @@ def records_programs() -> bool:
 def slopes_together() -> bool:
     """Whether what sigmoids of a layer's projections hand back is written beside the convolutions'
     gradients, so that one product takes all (GDN2GEN_SLOPES_TOGETHER=1)."""
-    return values_of(_TOGETHER) not in _OFF
+    return not is_off(values_of(_TOGETHER)[0])
 
 
 _TOGETHER: Final = ("GDN2GEN_SLOPES_TOGETHER",)
@@ -112,7 +137,7 @@ _TOGETHER: Final = ("GDN2GEN_SLOPES_TOGETHER",)
 def norm_projects() -> bool:
     """Whether the norm at a layer's end projects its gate, where no gradient is wanted
     (GDN2GEN_NORM_PROJECTS=1)."""
-    return values_of(_PROJECTS) not in _OFF
+    return not is_off(values_of(_PROJECTS)[0])
 
 
 _PROJECTS: Final = ("GDN2GEN_NORM_PROJECTS",)
@@ -120,17 +145,10 @@ _PROJECTS: Final = ("GDN2GEN_NORM_PROJECTS",)
 
 def is_batch_invariant() -> bool:
     """Whether results may depend on nothing but their own sequence (GDN2GEN_BATCH_INVARIANT=1)."""
-    return values_of(_INVARIANT) not in _OFF
-
-
-def is_on(value: str | None) -> bool:
-    """What the environment said of a switch that is off unless it says otherwise."""
-    return (value,) not in _OFF
+    return not is_off(values_of(_INVARIANT)[0])
 
 
 _INVARIANT: Final = ("GDN2GEN_BATCH_INVARIANT",)
-# As `values_of` gives them, which may be in bytes.
-_OFF: Final = ((None,), ("",), ("0",), (b"",), (b"0",))
 
 
 @contextmanager
@@ -161,7 +179,7 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
 def verbose() -> bool:
     """Whether libraries may say on the terminal what they log for their developers."""
-    return os.environ.get("GDN2GEN_VERBOSE", "0") not in ("", "0")
+    return not is_off(os.environ.get("GDN2GEN_VERBOSE"))
 
 
 def hush() -> None:

@@ -28,7 +28,11 @@ from gdn2gen.kernels.plans import LEVELS
 def add_compile(parser: argparse.ArgumentParser) -> None:
     add_problem(parser, extras=True, also=(MAMBA3,))
     add_shapes(parser, usual="train4k")
-    add_target(parser, "GPU or bare target to compile for (the present GPU, or sm_90 without one)")
+    add_target(
+        parser,
+        "GPU or bare target to compile for (the present GPU, or sm_90 without one)",
+        "--device",
+    )
     parser.add_argument(
         "--out", type=some_path, required=True, metavar="DIR", help="the folder, new or added to"
     )

@@ -53,6 +53,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     _add_regime(parser, several=True)
     parser.add_argument(
         "--device",
+        "--target",
         dest="target",
         metavar="NAME",
         help="GPU (H200, 'RTX 4090') or bare target (sm_90); the present GPU, or sm_90 without one",
@@ -108,6 +109,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         parser,
         "GPU or bare target whose tuned configs are taken (the present GPU, or sm_90); with "
         "--stage, also compile for it and report its resources on stderr",
+        "--device",
     )
     parser.add_argument(
         "--out", type=some_path, metavar="DIR", help="write a package to this folder"
@@ -124,7 +126,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="tune the problem at the shape first, as `gdn2gen tune` would (%(const)s): timed on "
         "the present GPU or ranked for the target, and filed",
     )
-    parser.add_argument("--stage", choices=tuple(EVERY_STAGE), help="print one kernel instead")
+    parser.add_argument(
+        "--stage",
+        choices=tuple(EVERY_STAGE),
+        metavar="NAME",
+        help="print one kernel instead: that of a stage which `gdn2gen explain` shows, such as "
+        "prepare, scan or grad_key, of decoding (recurrent) or of a part of a layer (short_conv, "
+        "gated_norm); any other name says all that there are",
+    )
     parser.add_argument(
         "--language",
         choices=tuple(LANGUAGES),
@@ -265,7 +274,7 @@ def _at(problem: Problem, shape: Shape) -> Problem:
 
 def _add_regime(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     parser.add_argument(
-        "--shape",
+        *("--shape", "--shapes")[: 1 + several],
         metavar="LIST" if several else "NAME",
         help=f"{'any' if several else 'one'} of {', '.join(NAMED_SHAPES)}, or BxTxH such as "
         f"4x4096x16{', comma-separated' if several else ''} ({SHAPE}; mamba2, mamba3: mamba4k)",

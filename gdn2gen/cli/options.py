@@ -303,8 +303,9 @@ def add_decay(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def add_target(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--target", metavar="NAME", help=help_text)
+def add_target(parser: argparse.ArgumentParser, help_text: str, *also: str) -> None:
+    """`also`: other names of it."""
+    parser.add_argument("--target", *also, metavar="NAME", help=help_text)
 
 
 def present_or_target(target: str | None) -> tuple[Device, bool]:

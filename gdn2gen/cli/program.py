@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, TextIO
 
 from gdn2gen import __version__
-from gdn2gen.base.environment import hush
+from gdn2gen.base.environment import hush, is_off
 from gdn2gen.base.errors import Gdn2genError
 from gdn2gen.base.terminal import plain
 from gdn2gen.cli import compiled, inspect, ledger, measure, report, tune, tuned, verify
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Gdn2genError, OSError) as error:
         if _readers_are_gone() and isinstance(error, BrokenPipeError):
             return 0  # such as `head`, which has seen enough
-        if os.environ.get("GDN2GEN_DEBUG", "0") not in ("", "0"):
+        if not is_off(os.environ.get("GDN2GEN_DEBUG")):
             raise
         _complain(f"gdn2gen {args.command}: {error}")
         return EXIT_USAGE

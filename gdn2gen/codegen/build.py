@@ -134,9 +134,10 @@ def compile_ahead(problem: Compiled, stage_name: str, config: Config, device: De
     """Compile one stage for `device` without launching it; needs no GPU.
 
     Args are specialised as `launch` specialises them, so that on the same GPU the result is found
-    again in Triton's cache. Raises BuildError with the compiler's last words, and OSError where
-    the compiler could not be run or its files not be written.
+    again in Triton's cache. Raises BuildError with the compiler's last words, OSError where
+    it could not be run or its files not be written, and UnsupportedError under TRITON_INTERPRET=1.
     """
+    environment.check_compiles()
     started = time.monotonic()
     module = load(render(problem, stage_name, config))
     compile_module = _compile_tilelang if language_of(config) == "tilelang" else _compile_triton

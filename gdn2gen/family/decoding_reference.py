@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from gdn2gen.family.recurrence import Recurrence
@@ -47,7 +48,7 @@ def decode(
     """
     given = {name: x for name, x in tensors.items() if x is not None}
     spans = spans_of(given, o)
-    o.zero_()
+    made = torch.zeros_like(o)  # o may be v, which is read until the last token
     initial = given.pop("initial_state", None)
     rowwise = {x.name for x in recurrence.inputs if x.symbols[:2] == ("B", "T")}
 
@@ -72,7 +73,7 @@ def decode(
                 for name, x in own.items()
             }
             values, state = recurrent(recurrence, {**piece, "initial_state": state}, **options)
-            o[row, start + first : start + last] = values[0]
+            made[row, start + first : start + last] = values[0]
             if after is not None and first < len(after) and known(after[first]):
                 assert state_pool is not None
                 state_pool[after[first]] = state[0].to(state_pool.dtype)
@@ -82,6 +83,7 @@ def decode(
         elif final_state is not None:
             assert state is not None
             final_state[n] = state[0].to(final_state.dtype)
+    o.copy_(made)
 
 
 def spans_of(given: dict[str, Tensor], o: Tensor) -> list[tuple[int, int, int]]:

@@ -78,7 +78,7 @@ class Ends:
     @property
     def _marked(self) -> Tensor:
         marked = torch.zeros(self.B, self.T + 1, dtype=torch.bool, device=self.device)
-        marked[:, self.T] = True
+        marked[:, -1] = True  # by T a tracer would take it for a constant
         marked[self.row, self._bounds[0]] = True
         return marked
 
@@ -145,9 +145,9 @@ def before(x: Inputs) -> Before:
     """Biases, rotation and weights."""
     decay, dt, trap = (_wide(y.mT) for y in (x.ADT, x.DT, x.Trap))
     last = x.ends.ends[..., None]
-    ahead = _next(decay.exp()).masked_fill(last, 0.0)
+    ahead = _next(decay.exp(), last)
     weight = trap.sigmoid() * dt
-    later = weight + _next((-trap).sigmoid() * dt).masked_fill(last, 0.0)
+    later = weight + _next((-trap).sigmoid() * dt, last)
     q, k = (_biased(y.to(x.wide), bias) for y, bias in ((x.Q, x.Q_bias), (x.K, x.K_bias)))
     own = weight * (q * k).sum(-1)  # which no rotation changes
     own = own if x.D is None else own + x.D
@@ -155,7 +155,7 @@ def before(x: Inputs) -> Before:
     theta = accumulated(x.Angles, x.DT, state, x.ends).to(x.wide)
     q, k = rotate(q, theta), rotate(k, theta)
     return Before(
-        (ahead[..., None] * _next(q)).to(x.Q.dtype),
+        (ahead[..., None] * _next(q, last[..., None])).to(x.Q.dtype),
         (later[..., None] * k).to(x.Q.dtype),
         decay,
         own,
@@ -180,9 +180,10 @@ def carried_in(x: Inputs) -> tuple[Tensor | None, Tensor | None]:
     if x.states is None or state is None:
         return None, None
     at = x.ends.first
-    decay, dt = (_wide(y.mT[at]) for y in (x.ADT, x.DT))
-    theta = x.states.angle + math.pi * dt[..., None] * _wide(x.Angles[at]).tanh()
-    query = rotate(_biased(x.Q[at].to(x.wide), x.Q_bias), theta)
+    decay, dt = (_wide(_taken(y.mT, at, x.ends)) for y in (x.ADT, x.DT))
+    rates = _wide(_taken(x.Angles, at, x.ends)).tanh()
+    theta = x.states.angle + math.pi * dt[..., None] * rates
+    query = rotate(_biased(_taken(x.Q, at, x.ends).to(x.wide), x.Q_bias), theta)
     # no product of matrices, which autocast would narrow
     return state, decay.exp()[..., None] * (state * query[:, :, None]).sum(-1)
 
@@ -191,16 +192,16 @@ def state_in(x: Inputs) -> Tensor | None:
     """H_0 alone."""
     if x.states is None:
         return None
-    dt, trap = (_wide(y.mT[x.ends.first]) for y in (x.DT, x.Trap))
-    # an empty sequence hands on what it was given
-    share = ((-trap).sigmoid() * dt)[..., None] * x.ends.some
+    # of a sequence without tokens dt is 0: it hands on what it was given
+    dt, trap = (_wide(_taken(y.mT, x.ends.first, x.ends)) for y in (x.DT, x.Trap))
+    share = ((-trap).sigmoid() * dt)[..., None]
     return x.states.ssm + (share * x.states.v)[..., None] * x.states.k[:, :, None]
 
 
 def carried_out(x: Inputs, angle: Tensor, ssm: Tensor) -> States:
     """The states after the last tokens."""
     at = x.ends.last
-    k = rotate(_biased(x.K[at].to(x.wide), x.K_bias), angle)
+    k = rotate(_biased(_taken(x.K, at, x.ends).to(x.wide), x.K_bias), angle)
     last = angle, k, x.V[at]
     if x.states is None:
         angle, k, v = (y.masked_fill(~x.ends.some, 0.0) for y in last)
@@ -218,12 +219,18 @@ def accumulated(Angles: Tensor, DT: Tensor, state: Tensor | None, ends: Ends) ->
     """
     rates = _wide(Angles).tanh().double()
     turns = DT.mT.double()[..., None] * (0.5 * rates)
+    odd = ~turns.isfinite()
+    turns = turns.masked_fill(odd, 0.0)
     total = turns.cumsum(1)
     # sums begin anew in each sequence
     offset = (turns - total)[ends.first]
     if state is not None:
         offset = offset + state.double() / (2 * math.pi)
     total = total + offset[ends.sequence]
+    # and so does what they have of no number, which no difference takes away again
+    count = odd.cumsum(1)
+    since = count + (odd.long() - count)[ends.first][ends.sequence]
+    total = total.masked_fill(since > 0, math.nan)
     return 2 * math.pi * (total - total.detach().floor())
 
 
@@ -237,6 +244,16 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _next(x: Tensor) -> Tensor:
-    """Each token has what is the next one's, the last of a row 0."""
-    return F.pad(x[:, 1:], (0, 0) * (x.dim() - 2) + (0, 1))
+def _next(x: Tensor, last: Tensor) -> Tensor:
+    """Each token has what is the next one's, the `last` of a sequence 0: by no product, in which
+    what is no number of another sequence would be none."""
+    return F.pad(x[:, 1:], (0, 0) * (x.dim() - 2) + (0, 1)).masked_fill(last, 0.0)
+
+
+def _taken(x: Tensor, at: tuple[Tensor, Tensor], ends: Ends) -> Tensor:
+    """Of each sequence what `x` [B, T, ...] has in one token, and of one without tokens zeros: that
+    token is another's, which shall neither be seen nor have a gradient."""
+    taken = x[at]
+    if ends.cu_seqlens is None:
+        return taken
+    return taken.masked_fill(~ends.some.view(-1, *(1,) * (taken.dim() - 1)), 0.0)

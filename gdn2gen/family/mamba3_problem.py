@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.parts import CHANNELS_STEP, PartProblem
-from gdn2gen.family.problem import DTYPES
+from gdn2gen.family.problem import DTYPES, check_fields
 
 STATE_SIZES: Final = range(16, 257, CHANNELS_STEP)
 """Channels of q and k, as the scan takes them."""
@@ -47,7 +47,10 @@ class Mamba3Problem(PartProblem):
         super().__post_init__()
         for name, sizes in (("state_size", STATE_SIZES), ("head_dim", HEAD_DIMS)):
             if getattr(self, name) not in sizes:
-                raise InputError(f"{name} must be one of {sizes}, but got {getattr(self, name)!r}")
+                raise InputError(
+                    f"{name} must be a multiple of {sizes.step} from {sizes.start} to "
+                    f"{sizes[-1]}, but got {getattr(self, name)!r}"
+                )
         if self.angles not in range(self.state_size // 2 + 1):
             raise InputError(
                 f"angles must be up to {self.state_size // 2}, half of state_size, but got "
@@ -111,7 +114,5 @@ def usual_mamba3_problem(
     usual = {"angles": head_dim // 4, "skip": True, "gate": True}
     P = head_dim if value_dim is None else value_dim
     given: dict[str, Any] = {"dtype": dtype, "state_size": head_dim, "head_dim": P}
-    try:
-        return Mamba3Problem(**given | usual | fields)
-    except TypeError as error:
-        raise InputError(f"mamba3 takes fields of Mamba3Problem: {error}") from error
+    check_fields(Mamba3Problem, (x for x in fields if x not in given))
+    return Mamba3Problem(**given | usual | fields)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, cast
 
 from gdn2gen.base.errors import InputError, UnsupportedError
@@ -97,6 +98,11 @@ class Problem:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("gate_dtype", self.gate_dtype, DTYPES)
         member = recurrence_named(self.op)
+        if member.activations == ("none",) and self.gate != "none":
+            raise InputError(
+                f"{self.op} has no gate in its kernels, so that gate must be none, but got "
+                f"{self.gate!r}"
+            )
         _one_of("gate", self.gate, member.activations)
         if self.l2norm is WHERE_TAKEN:
             object.__setattr__(self, "l2norm", member.normalises)
@@ -168,6 +174,28 @@ class Problem:
     def document(self) -> dict[str, Any]:
         """Every field, for files; later ones only where they are set."""
         return {x: y for x, y in asdict(self).items() if y or x not in _LATER}
+
+
+_ELSEWHERE: Final = {
+    "op": "which is an argument of its own",
+    "dtype": "which is an argument of its own",
+    "K": "which is called head_dim here",
+    "V": "which is called value_dim here",
+    "device": "for a GPU is named by target",
+    "tune": "for `gdn2gen.tune` is called first, whose entries are taken",
+}
+
+
+def check_fields(kind: type, given: Iterable[str]) -> None:
+    """Raises InputError for a keyword that no field of that kind of problem is called by."""
+    known = [x.name for x in fields(kind) if x.init and x.name not in _ELSEWHERE]
+    for name in given:
+        if name not in known:
+            why = f", {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            raise InputError(
+                f"no keyword {name!r} is taken{why}; further keywords are the fields of "
+                f"{kind.__name__}: {', '.join(known)}"
+            )
 
 
 def untaken(op: str) -> frozenset[str]:
@@ -250,4 +278,4 @@ class Regime:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {allowed}, but got {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}")

@@ -48,9 +48,3 @@ def slices_of(size: int, widest: int = 128) -> tuple[Slice, ...]:
     while len(found) > 1 and found[-1].width == found[-2].width:
         found[-2:] = [Slice(found[-2].start, 2 * found[-2].width)]
     return (*whole, *found)
-
-
-def fills_slices_of(size: int, wider: int) -> bool:
-    """Whether kernels for `wider` channels, masked, are those for `size`: 72 is cut as 80 is."""
-    same = [x.width for x in slices_of(size)] == [x.width for x in slices_of(wider)]
-    return size <= wider and same

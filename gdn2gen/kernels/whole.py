@@ -43,6 +43,8 @@ _WIDTHS: Final = (
     ),
 )
 
+_TWO_GROUPS: Final = Limit("num_stages", (2,), "no more of its slots fit", {"K": (128,)})
+
 # Two programs, a cluster, take a head. At 128 two groups of either prepare and one scans: 384
 # threads take 168 registers each, all that there are, and 231,424 bytes of shared memory. At 64 one
 # group of both scans, and `num_stages` is of the groups that prepare beside it; the other program
@@ -59,7 +61,7 @@ _CLUSTER: Final = Form(
     leads={},
     limits=(
         *_WIDTHS,
-        Limit("num_stages", (2,), "no more of its slots fit", {"K": (128,)}),
+        _TWO_GROUPS,
         Limit("BT", (32,), "its slots are those of 32 tokens"),
         Limit("dtype", ("bf16",), "factors of pairs are out of the range of fp16"),
         Limit("gate_dtype", ("fp32",), "it loads g by TMA into tiles of fp32"),
@@ -131,7 +133,9 @@ FORWARD_BLOCKS2: Final = replace(
 
 
 # The same where the decay is outside of products: a slot has q and k as they were loaded, and what
-# one product and the inverse make of them.
+# one product and the inverse make of them. At 64 one group of both programs scans, as of `forward`,
+# and each that prepares has two slots: 3 beside it (four groups of 122 registers) are 212,992
+# bytes, and 226,304 with the tiles that states and R are stored from.
 FORWARD_OUTSIDE: Final = replace(
     FORWARD,
     name="forward_outside",
@@ -142,11 +146,13 @@ FORWARD_OUTSIDE: Final = replace(
             "cluster",
             "tilelang",
             "forward_outside",
-            knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2,)},
+            knobs={"BV": (64,), "num_warps": (4,), "num_stages": (2, 3)},
+            defaults=(Setting({"num_stages": 3}, {"K": (64,)}),),
             leads={},
             limits=(
                 OUTSIDE,
-                *(Limit(dim, (128,), "its slots are of tiles so wide") for dim in ("K", "V")),
+                *_WIDTHS,
+                _TWO_GROUPS,
                 Limit("BT", (32,), "its slots are those of 32 tokens"),
                 Limit(
                     "dtype", ("bf16",), "factors of keys as they are may leave the range of fp16"

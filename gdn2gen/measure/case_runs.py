@@ -66,14 +66,11 @@ def run_case(case: Case, device: str) -> Result:
 
     Buffers are filled with NaN before the kernels write them, so that what they leave out shows.
     """
-    from gdn2gen.runtime import passes
+    from gdn2gen.runtime.passes import poisoned
 
     started = time.perf_counter()
-    passes.poison(True)
-    try:
+    with poisoned():
         result = _CHECKS[case.check](case, device)
-    finally:
-        passes.poison(False)
     return replace(result, seconds=time.perf_counter() - started)
 
 

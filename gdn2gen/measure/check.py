@@ -92,11 +92,13 @@ def check_recipe(
     one home for both) and `repeats` calls at the second size agree bit for bit. Raises what the
     kernels raise.
     """
+    from gdn2gen.runtime.passes import poisoned
+
     worst: dict[str, float] = {}
     cases = [(shape, pattern) for shape in shapes for pattern in patterns]
     if segmented is not None:
         cases += [(segmented, pattern) for pattern in SEGMENT_PATTERNS]
-    with _poisoned(), forced(recipe):
+    with poisoned(), forced(recipe):
         for shape, pattern in cases:
             limit = limit_of(recipe.problem.dtype, pattern)
             errors = _errors(recipe.problem, shape, pattern, device)
@@ -162,17 +164,6 @@ def _moved(problem: Problem, shape: Shape, repeats: int, device: str) -> str:
             return f"not deterministic: {bits} (call {repeat + 1} of {repeats})"
     finite = all(math.isfinite(x.double().norm().item()) for x in first.values())
     return "" if finite else "a result is not finite"
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    from gdn2gen.runtime import passes
-
-    passes.poison(True)
-    try:
-        yield
-    finally:
-        passes.poison(False)
 
 
 @contextmanager

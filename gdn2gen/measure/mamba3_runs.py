@@ -24,7 +24,6 @@ from gdn2gen.runtime.dtypes import DTYPE_NAME, TORCH_DTYPE
 Named = dict[str, Tensor]
 # dt of a layer that begins to learn, log-uniform.
 _STEPS: Final = (1e-3, 0.1)
-_LIKE_V: Final = ("Q", "K", "V", "Z", "v")
 
 
 def mamba3_inputs(
@@ -126,14 +125,11 @@ def run_mamba3_case(case: Mamba3Case, device: str) -> Result:
 
     Buffers are filled with NaN before the kernels write them, so that what they leave out shows.
     """
-    from gdn2gen.runtime import passes
+    from gdn2gen.runtime.passes import poisoned
 
     started = time.perf_counter()
-    passes.poison(True)
-    try:
+    with poisoned():
         result = _CHECKS[case.check](case, device)
-    finally:
-        passes.poison(False)
     return replace(result, seconds=time.perf_counter() - started)
 
 

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from queue import SimpleQueue
 from threading import Lock
@@ -68,11 +69,20 @@ def select_cases(
         if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)
     ]
     if not chosen:
+        names = [case.name for case in cases]
+        near = [x for pattern in patterns for x in _near(pattern, names)]
         raise InputError(
-            f"no case matches {', '.join(map(repr, patterns))}; there are: "
-            f"{', '.join(case.name for case in cases)}"
+            f"no case matches {', '.join(map(repr, patterns))}; there are {len(names)}, such as "
+            f"{', '.join(dict.fromkeys(near or names[:4])) or 'none'}: `gdn2gen verify --list` "
+            "prints them, and shell patterns choose among them"
         )
     return chosen
+
+
+def _near(pattern: str, names: Sequence[str]) -> Sequence[str]:
+    """Some names that have what a shell pattern spells out, or else are like it."""
+    bare = pattern.strip("*?")
+    return [x for x in names if bare and bare in x][:4] or get_close_matches(bare, names, n=4)
 
 
 def _cases_of(head_dim: tuple[int, int] | None) -> tuple[AnyCase, ...]:

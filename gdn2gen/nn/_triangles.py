@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import is_batch_invariant, values_of
+from gdn2gen.base.environment import is_batch_invariant, is_off, values_of
 from gdn2gen.runtime.arguments import is_watched
 
 SWITCH: Final = "GDN2GEN_WINDOW_TRIANGLES"
@@ -18,7 +18,7 @@ _ATEN: Final[Any] = torch.ops.aten
 
 def wanted(q: Tensor, k: Tensor, v: Tensor, window: int) -> bool:
     """Whether windows of q, k and v [B, T, heads, D] are to go this way, and can."""
-    if values_of((SWITCH,))[0] in (None, "", "0") or torch.compiler.is_compiling():
+    if is_off(values_of((SWITCH,))[0]) or torch.compiler.is_compiling():
         return False
     if window < 2 or q.shape[1] % window or q.shape[-1] % 8 or q.shape[-1] > _MOST:
         return False

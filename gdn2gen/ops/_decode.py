@@ -23,6 +23,7 @@ from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
     check_lengths,
+    check_out,
     refuse_gradients,
 )
 from gdn2gen.runtime.decoding_op import DecodingOp, launch, plan_of
@@ -79,7 +80,7 @@ def decode(
             present = [x for x in given if x is not None]
             plan = _plans.seen(short, present)
             if plan is not None:
-                o, state = launch_plan(plan, given, known=True)
+                o, state = launch_plan(signature, plan, given, known=True)
                 return o, state if pool is None else pool
             key = None if is_watched(given) else _key(short, present)
             plan = None if key is None else _plans.get(key)
@@ -87,7 +88,7 @@ def decode(
                 refuse_gradients(signature, given)
                 if not any([x.is_neg() or x.requires_grad for x in present]):
                     _plans.note(short, present, plan)
-                o, state = launch_plan(plan, given)
+                o, state = launch_plan(signature, plan, given)
                 return o, state if pool is None else pool
     watched = traced or is_watched(given)
     parameters = {name: tensors[place] for name, place in signature.gate_parameters.items()}
@@ -110,7 +111,7 @@ def decode(
         plan = plan_of(signature, given, options, null_slot, read)
         if key is not None:
             _plans.keep(key, plan)
-        o, state = launch_plan(plan, given)
+        o, state = launch_plan(signature, plan, given)
     return o, state if pool is None else pool
 
 
@@ -122,10 +123,14 @@ def around(read: Read) -> tuple[Any, ...]:
     return by_kernels, *read
 
 
-def launch_plan(plan: Plan, given: Tensors, known: bool = False) -> tuple[Tensor, Tensor | None]:
+def launch_plan(
+    signature: Signature, plan: Plan, given: Tensors, known: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """`given` are the tensors of the signature, and of `SERVING`; `known`: none of them is negated
-    lazily."""
+    lazily. Raises InputError for what their values and places in memory say."""
     *inputs, out = given
+    if out is not None:
+        check_out(signature, given)
     cu_seqlens = inputs[plan.cu_seqlens]
     if cu_seqlens is not None:
         check_lengths(cu_seqlens, plan.dims.T)
@@ -187,6 +192,7 @@ def _by_op(
     *indices, out = serving
     if not watched:
         check_in_place(serving[2], out)
+        check_out(signature, (*tensors, *serving))
     o = v.new_empty(v.shape) if out is None else out
     final_state = None
     if output_final_state and serving[2] is None:

@@ -88,7 +88,8 @@ _DECODING: Final = {
     "gk": "decays of channels, too: no kernels yet; UnsupportedError.",
     "gv": "decays of values: no kernels yet; UnsupportedError.",
     "reverse": "from the last token to the first: no kernels yet; UnsupportedError.",
-    "out": "[B, T, HV, V] in the dtype of v: o is written there, and returned. Rows may lie apart.",
+    "out": "[B, T, HV, V] in the dtype of v: o is written there, and returned. Rows may lie apart. "
+    "It may be v, but shares no memory with what else is read.",
 }
 # The same of what recurrences declare.
 _DECODING_INPUTS: Final = {

@@ -91,7 +91,8 @@ def selective_state_update(
         null_slot: an index that is padding, too, such as 0.
         cu_seqlens: [b + 1] int32 or int64, rising within 0 .. tokens: packed sequences, of any
             length, 0 too. Rows of out that it does not cover are zeros.
-        out: like x: y is written there, and returned.
+        out: like x: y is written there, and returned. It may be x or z, but shares no memory with
+            what else is read.
 
     Returns:
         out, in the shape and dtype of x.
@@ -111,7 +112,7 @@ def selective_state_update(
         found = _known.seen(short, [y for y in own if y is not None])
         if found is not None:
             y = found.make() if out is None else out
-            launch_plan(found.plan, (*own[:-1], y), known=True)
+            launch_plan(_STEP.signature, found.plan, (*own[:-1], y), known=True)
             return y
     axis = _check(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, out)
     step, bias = dt.select(-1, 0), None if dt_bias is None else dt_bias.select(1, 0)

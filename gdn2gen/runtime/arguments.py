@@ -212,7 +212,8 @@ def _check_heads(signature: Signature, sizes: Mapping[str, int]) -> None:
     if H == 0 or HV % H != 0:
         first = signature.shown[0]
         raise InputError(
-            f"value heads must be a multiple of {first}'s heads, but got HV={HV}, H={H}"
+            f"value heads must be a multiple of {first}'s heads, but got HV={HV}, H={H}; "
+            f"tensors are [B, T, heads, dim]"
         )
     if HG != H and HG != HV:  # Dynamo (torch 2.13) finds no symbol in a tuple
         name = signature.shown[signature.gate]

@@ -160,6 +160,38 @@ def check_lengths(cu_seqlens: Tensor, tokens: int) -> None:
         )
 
 
+def check_out(signature: Signature, given: Sequence[Tensor | None]) -> None:
+    """That `out`, the last of `given` (tensors of the signature, and of `SERVING`), is none that
+    programs still read while others write it. Raises InputError. Of tensors that are data.
+
+    What has a number for each element of o, as v does, a program reads before it writes there, so
+    that it may be written over. Of the others each is read by several: q by those of all blocks of
+    V. Told by addresses alone, which takes 1 us of a call: of tensors that share memory and begin
+    apart a layer's buffer is made, in which they lie beside each other.
+    """
+    *inputs, out = given
+    if out is None:
+        return
+    address = out.data_ptr()
+    if address == 0 or [x.data_ptr() for x in given if x is not None].count(address) == 1:
+        return
+    for place, x in enumerate(inputs):
+        if x is None or x.data_ptr() != address:
+            continue
+        if place < len(signature.names):
+            name, like_o = signature.shown[place], signature.dims[place] == _O
+        else:
+            name, like_o = SERVING[place - len(signature.names)], False
+        if not (like_o and x.dtype == out.dtype and x.stride() == out.stride()):
+            raise InputError(
+                f"out begins where {name} does, which is read while out is written: give out "
+                "memory of its own"
+            )
+
+
+_O = ("B", "T", "HV", "V")
+
+
 def refuse_gradients(
     signature: Signature,
     tensors: Sequence[Any],
@@ -171,7 +203,9 @@ def refuse_gradients(
     if torch.is_grad_enabled():
         for name, x in zip((*signature.shown, *others), tensors, strict=True):
             if x is not None and x.requires_grad:
+                trains = signature.public.replace("fused_recurrent_", "chunk_")
+                instead = f", or {trains}, which has one" if trains != signature.public else ""
                 raise UnsupportedError(
                     f"{signature.public} has no backward{when}, but {name} requires a gradient: "
-                    "call it under torch.no_grad() or torch.inference_mode()"
+                    f"call it under torch.no_grad() or torch.inference_mode(){instead}"
                 )

@@ -11,6 +11,7 @@ import torch
 from gdn2gen.base import environment
 from gdn2gen.base.device import present_device
 from gdn2gen.base.errors import DeviceError, UnsupportedError
+from gdn2gen.family.mamba3_problem import MAMBA3
 from gdn2gen.family.problem import DIMS, USUAL_DIMS, check_head_dim
 from gdn2gen.family.registry import OPS
 from gdn2gen.runtime.dtypes import DTYPE_NAME
@@ -82,7 +83,10 @@ def why_refused(
         _warn_once(f"{said}, and GDN2GEN_UNVERIFIED={allowed} uses them")
         return None
     place = verified.Place(op, DTYPE_NAME[dtype], K, V)
-    package = "`gdn2gen generate` makes a package of kernels that passed; " if op in OPS else ""
+    package = ""
+    if op in (*OPS, MAMBA3):
+        problem = f"--op {op} --head-dim {K},{V} --dtype {DTYPE_NAME[dtype]}"
+        package = f"`gdn2gen generate {problem} --out DIR` makes a package of kernels that passed; "
     return (
         f"{said}: `{place.command}` compares them with the fp64 reference on the GPU at hand, and "
         f"calls run what passed; {package}GDN2GEN_UNVERIFIED=1 uses them as they are"

@@ -28,7 +28,7 @@ from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem, scans_at_once
 from gdn2gen.kernels.parts import PartStage
 from gdn2gen.runtime._loading import launcher_if_any, stage_launcher
 from gdn2gen.runtime.lookup import device_of
-from gdn2gen.store.part_files import nearest_parts
+from gdn2gen.store.part_files import PartEntry, nearest_parts
 from gdn2gen.store.tuned_files import current_look
 
 _forced: dict[str, dict[str, Knob]] = {}
@@ -119,13 +119,20 @@ def knobs_of(
     _look: int,
 ) -> dict[str, Any]:
     gpu = device_of(device)
-    found = mamba3_knobs(stage, problem, tiles, H, G, gpu.sms)
-    known = known_of(stage, problem, H, G)
-    tuned = nearest_parts(MAMBA3, AROUND, known, tiles * BT, gpu)
+    rule = mamba3_knobs(stage, problem, tiles, H, G, gpu.sms)
+    tuned = nearest_parts(MAMBA3, AROUND, known_of(stage, problem, H, G), tiles * BT, gpu)
+    return _taken(stage, BT, rule, tuned)
+
+
+def _taken(
+    stage: PartStage, BT: int, rule: dict[str, Knob], tuned: PartEntry | None
+) -> dict[str, Any]:
+    """The rule's knobs, with what is tuned and what is forced in their place."""
+    found = rule
     # the other direction of a call may be under way with another tile
     if tuned is not None and tuned.knobs.get(stage.name, {}).get("BT") == BT:
-        found |= tuned.knobs[stage.name]
-    return found | {"BT": BT} | _forced.get(stage.name, {})
+        found = {**rule, **tuned.knobs[stage.name]}
+    return found | {"BT": BT} | forced_knobs(stage.name)
 
 
 @lru_cache(maxsize=512)
@@ -159,7 +166,7 @@ def step_launcher(
     tuned = nearest_parts(MAMBA3, ONE_TOKEN, known_around(problem, H, G), B, gpu)
     if tuned is not None:
         knobs |= tuned.knobs.get(MAMBA3_STEP.name, {})
-    knobs |= _forced.get(MAMBA3_STEP.name, {})
+    knobs |= forced_knobs(MAMBA3_STEP.name)
     return _loaded(problem, MAMBA3_STEP.name, tuple(sorted(knobs.items())), device)
 
 
@@ -176,12 +183,9 @@ def chunk_knobs_of(
 ) -> dict[str, Any]:
     """Of one of the kernels over chunks, for a call of this problem."""
     gpu = device_of(device)
-    found = chunk_knobs(stage, problem, tiles, H, G, gpu.sms)
+    rule = chunk_knobs(stage, problem, tiles, H, G, gpu.sms)
     tuned = nearest_parts(MAMBA3, CHUNKS, known_around(problem, H, G), tiles * BT, gpu)
-    # the other direction of a call may be under way with another tile
-    if tuned is not None and tuned.knobs.get(stage.name, {}).get("BT") == BT:
-        found |= tuned.knobs[stage.name]
-    return found | {"BT": BT} | _forced.get(stage.name, {})
+    return _taken(stage, BT, rule, tuned)
 
 
 @lru_cache(maxsize=512)

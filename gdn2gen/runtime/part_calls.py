@@ -26,7 +26,7 @@ from gdn2gen.kernels.parts import (
 from gdn2gen.runtime import parts
 from gdn2gen.runtime.bound import addresses_of
 from gdn2gen.runtime.kinds import Kinds
-from gdn2gen.runtime.passes import maker, poisoned
+from gdn2gen.runtime.passes import is_poisoned, maker
 from gdn2gen.runtime.room import Room, room_of
 
 Tensors = Sequence[Tensor]
@@ -66,7 +66,7 @@ class _Call:
         device = self.device
         if device.type == "cuda" and torch.cuda.current_device() != device.index:
             return False
-        return addresses_of(tensors, known=known) is not None and not poisoned()
+        return addresses_of(tensors, known=known) is not None and not is_poisoned()
 
 
 class KnownNorm(_Call):

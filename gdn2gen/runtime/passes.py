@@ -6,7 +6,8 @@ once for all calls of the same sizes: in every call it took a fifth of the time 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -29,15 +30,20 @@ _NOTHING_GIVEN: Mapping[str, Tensor] = {}
 _poisoned = False
 
 
-def poisoned() -> bool:
-    """Whether `poison` is on."""
+def is_poisoned() -> bool:
+    """Whether this is inside of `poisoned`."""
     return _poisoned
 
 
-def poison(enabled: bool) -> None:
-    """Fill every buffer with NaN before the kernels write it: what was left out then shows."""
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, every buffer is full of NaN before the kernels write it: what was left out shows."""
     global _poisoned
-    _poisoned = enabled
+    _poisoned = True
+    try:
+        yield
+    finally:
+        _poisoned = False
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

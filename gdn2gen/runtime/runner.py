@@ -21,7 +21,7 @@ from gdn2gen.runtime._loading import runnable, stage_launcher, table_launchers
 from gdn2gen.runtime.bound import Bound
 from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.layout import Layout
-from gdn2gen.runtime.passes import Loaded, Pass, poisoned
+from gdn2gen.runtime.passes import Loaded, Pass, is_poisoned
 
 
 class Runner:
@@ -175,7 +175,7 @@ class Quickly:
         """What the pass makes, in order; None where it has to run itself. `packed` is the dtype of
         cu_seqlens."""
         bound = self._bound.get(packed)
-        return None if bound is None or poisoned() else bound.run(addresses)
+        return None if bound is None or is_poisoned() else bound.run(addresses)
 
     def learn(self, inputs: Mapping[str, Tensor], packed: torch.dtype | None) -> None:
         """Bind the pass, which has run on `inputs`: by name, in the order of addresses."""

@@ -86,15 +86,11 @@ def decoding_path(folder: Path, op: str, device: Device) -> Path:
     return folder / op / "decoding" / f"{device.slug}.json"
 
 
-def nearest_decoding(problem: DecodingProblem, programs: int, device: Device) -> Config | None:
-    """What a call of so many programs runs by; None where no entry is near."""
-    return next(nearest_of_each(problem, programs, device), None)
-
-
 def nearest_of_each(
     problem: DecodingProblem, programs: int, device: Device, around: Surroundings | None = None
 ) -> Iterator[Config]:
-    """The nearest entry of each folder that has one near: the user's, then the packaged one."""
+    """The nearest entry of each folder that has one near, for a call of so many programs: the
+    user's, which it runs by, then the packaged one."""
     if not is_filed(problem):
         return
     around = Surroundings.of() if around is None else around

@@ -89,6 +89,10 @@ class Found:
     gate_apart: str | None = field(default=None, compare=False)
     """The gate that a kernel of its own makes before the call, which is without (`store.gates`)."""
 
+    def __str__(self) -> str:
+        """What `gdn2gen explain` prints of it."""
+        return explain_recipe(self)
+
     @property
     def saved_segments(self) -> int:
         """`Recipe.saved_segments`, or what was agreed on."""

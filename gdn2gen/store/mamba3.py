@@ -38,7 +38,7 @@ from gdn2gen.kernels.mamba3_chunks import (
 from gdn2gen.kernels.mamba3_reverse_scan import REVERSE, reverse_rule, reverse_scans_at_once
 from gdn2gen.kernels.plans import LEVELS
 from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, recipe_document
-from gdn2gen.store.part_files import PartEntry, nearest_parts
+from gdn2gen.store.part_files import PartEntry, nearest_parts, tuned_parts
 from gdn2gen.store.verified import Place, is_verified
 
 
@@ -73,7 +73,11 @@ class Mamba3Found:
     knobs: dict[str, dict[str, Knob]]
     """Of its own kernels, and of a step of as many sequences, by stage."""
     sources: dict[str, str]
-    """`tuned` or `rule`, by stage."""
+    """`tuned`, `transferred` from another GPU of the architecture, or `rule`; by stage."""
+
+    def __str__(self) -> str:
+        """What `gdn2gen explain` prints of it."""
+        return self.words(100)
 
     @property
     def document(self) -> dict[str, Any]:
@@ -135,9 +139,16 @@ def find_mamba3(
     step = nearest_parts(MAMBA3, ONE_TOKEN, known, sequences, device)
     knobs = ruled(problem, shape, device, kind)
     sources = dict.fromkeys(knobs, "rule")
-    for entry in (tiled, at_once, step):
-        for name, found in ({} if entry is None else entry.knobs).items():
-            knobs[name], sources[name] = dict(found), "tuned"
+    for of, count, entry in (
+        (kind, tokens, tiled),
+        (REVERSE, tokens, at_once),
+        (ONE_TOKEN, sequences, step),
+    ):
+        if entry is None:
+            continue
+        own = tuned_parts(MAMBA3, of, known, count, device) is entry
+        for name, found in entry.knobs.items():
+            knobs[name], sources[name] = dict(found), "tuned" if own else "transferred"
     return Mamba3Found(problem, shape, device, scan, knobs, sources)
 
 

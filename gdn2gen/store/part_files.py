@@ -107,16 +107,69 @@ def parts_path(folder: Path, op: str, device: Device) -> Path:
 def nearest_parts(
     op: str, kind: str, known: Mapping[str, str | int], tokens: int, device: Device
 ) -> PartEntry | None:
-    """The entry that a call runs by; None where none is of at most twice, or half, the tokens."""
+    """The entry that a call runs by, of this GPU or failing that of another of its architecture;
+    None where none is of at most twice, or half, the tokens."""
+    found = tuned_parts(op, kind, known, tokens, device)
+    return found or transferred_parts(op, kind, known, tokens, device)
+
+
+def tuned_parts(
+    op: str, kind: str, known: Mapping[str, str | int], tokens: int, device: Device
+) -> PartEntry | None:
+    """The nearest of this GPU's own."""
+    look = current_look()
+    files = (_on_file(parts_path(x, op, device), look) for x in _folders())
+    return _nearest(files, kind, known, tokens)
+
+
+def transferred_parts(
+    op: str, kind: str, known: Mapping[str, str | int], tokens: int, device: Device
+) -> PartEntry | None:
+    """The nearest of other GPUs of its architecture, those first that have as many
+    multiprocessors. An entry of a GPU is what it was measured to be there alone, but rules know
+    less: Mamba-3's backward in one stage runs by an entry or not at all."""
+    files = (y for x in _folders() for y in _of_others(x, op, device, current_look()))
+    return _nearest(files, kind, known, tokens)
+
+
+def _folders() -> list[Path]:
     user, packaged = paths.to_be_read(paths.user_tuned_dir()), paths.packaged_tuned_dir()
-    for folder in (user, packaged):
-        if folder is None:
-            continue
-        entries = _on_file(parts_path(folder, op, device), current_look())
+    return [x for x in (user, packaged) if x is not None]
+
+
+def _nearest(
+    files: Iterable[tuple[PartEntry, ...]], kind: str, known: Mapping[str, str | int], tokens: int
+) -> PartEntry | None:
+    """Of the first file that has one that serves."""
+    for entries in files:
         found = [x for x in entries if x.serves(kind, known) and x.distance(tokens) <= _FARTHEST]
         if found:
             return min(found, key=lambda x: x.distance(tokens))
     return None
+
+
+@lru_cache(maxsize=64)
+def _of_others(
+    folder: Path, op: str, device: Device, look: int
+) -> tuple[tuple[PartEntry, ...], ...]:
+    """Entries of other GPUs of an architecture, file by file, the most alike first."""
+    own, found = parts_path(folder, op, device), []
+    for path in sorted(own.parent.glob("*.json")):
+        entries = () if path == own else _on_file(path, look)
+        said = _metadata(path) if entries else {}
+        sms = said.get("sms")
+        if said.get("arch") == device.arch and isinstance(sms, int):
+            found.append((abs(sms - device.sms), path.name, entries))
+    return tuple(x for _, _, x in sorted(found))
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    """Of a file that has been read; of one that is gone since, or another, nothing."""
+    try:
+        file = load_parts(path)
+    except StoreError:
+        return {}
+    return {} if file is None else file.metadata
 
 
 def parts_on_file(path: Path) -> list[PartEntry]:

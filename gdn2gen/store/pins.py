@@ -130,7 +130,8 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
     nothing is pinned is looked up as ever, or with `strict` refused (DispatchError). An empty
     mapping ends it.
 
-    Raises InputError for what no process gave, DispatchError that names both recipes where this
+    Raises InputError for what no process gave, and with `strict` for what one gave that had run
+    nothing; DispatchError that names both recipes where this
     process ran a call by another one before, where a template differs from what the recipe was made
     of, and, at the call, where the GPU is of another architecture. Decoding kernels are not pinned:
     their configs are a rule of the sizes and the GPU.
@@ -138,6 +139,11 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
     global _taken
     if recipes is not None:
         taken = Taken(tuple(map(Pin.of_document, _listed(recipes))), strict)
+        if strict and recipes and not taken.pins:
+            raise InputError(
+                "recipes list none, so that strict would refuse nothing: make a call of each "
+                "problem, or gdn2gen.warmup(...), in the process that gives them"
+            )
         for ran in _recorded.values():
             _check(ran, taken)
         _taken = taken
@@ -147,7 +153,9 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
 
 def _listed(recipes: object) -> Sequence[Any]:
     """What another process's `pin` gave. Raises InputError for anything else."""
-    found = recipes.get("recipes", ()) if isinstance(recipes, Mapping) else None
+    found: object = None
+    if isinstance(recipes, Mapping):
+        found = recipes.get("recipes") if recipes else ()  # an empty one ends it
     if not isinstance(found, list | tuple) or not all(isinstance(x, Mapping) for x in found):
         raise InputError(
             "recipes must be what `gdn2gen.pin()` gave in another process, a mapping whose "

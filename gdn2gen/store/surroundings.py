@@ -78,17 +78,17 @@ class Surroundings(NamedTuple):
 
     @property
     def batch_invariant(self) -> bool:
-        return environment.is_on(self.said["GDN2GEN_BATCH_INVARIANT"])
+        return not environment.is_off(self.said["GDN2GEN_BATCH_INVARIANT"])
 
     @property
     def strict(self) -> bool:
-        value = self.said["GDN2GEN_STRICT"] or ""
-        return value.strip().lower() not in ("", "0", "false", "no", "off")
+        return not environment.is_off(self.said["GDN2GEN_STRICT"])
 
     @property
     def gate_apart(self) -> bool | None:
-        """Whether every gate that can be is apart (1), or none (0); None where neither is said."""
-        return {"1": True, "0": False}.get(self.said["GDN2GEN_GATE_APART"] or "")
+        """Whether every gate that can be is apart (1), or none (0); None where nothing is said."""
+        value = self.said["GDN2GEN_GATE_APART"]
+        return not environment.is_off(value) if value else None
 
     @property
     def unverified(self) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdn2gen.base.device import Device
+from gdn2gen.base.environment import check_compiles
 from gdn2gen.base.errors import BuildError, InputError, TuneError
 from gdn2gen.base.outcome import Outcome
 from gdn2gen.base.worker import CompilePool, Worker, compile_slots
@@ -67,6 +68,7 @@ def make_mamba3(
             f"a package takes biases and D of any dtype, and casts them to fp32: leave "
             f"weight_dtype out, got {problem.weight_dtype!r}"
         )
+    check_compiles()
     check_folder(Path(out_dir), force=force)
     found = find_mamba3(problem, shape, device, level=level, kind=CHUNKS)
     found = replace(found, knobs={x: found.knobs[x] for x in configs_of(problem, found.knobs)})
@@ -105,10 +107,13 @@ def mamba3_command(problem: Mamba3Problem, shape: Shape) -> str:
 def _origin(found: Mamba3Found) -> str:
     """Where its knobs came from, in words."""
     stages = configs_of(found.problem, found.knobs)
-    tuned = [x for x in stages if found.sources[x] == "tuned"]
-    by_rule = [x for x in stages if x not in tuned]
-    said = [f"{', '.join(tuned)}: tuned on {found.device.name}"] if tuned else []
-    said += [f"{', '.join(by_rule)}: by a rule on the sizes, not tuned"] if by_rule else []
+    words = {
+        "tuned": f"tuned on {found.device.name}",
+        "transferred": f"tuned on another {found.device.arch}, not on {found.device.name}",
+        "rule": "by a rule on the sizes, not tuned",
+    }
+    of = {source: [x for x in stages if found.sources[x] == source] for source in words}
+    said = [f"{', '.join(names)}: {words[source]}" for source, names in of.items() if names]
     return f"{'; '.join(said)}; for {found.shape.name}"
 
 

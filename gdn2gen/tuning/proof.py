@@ -14,7 +14,7 @@ class Proof:
     resources: dict[str, Resources]
     """By stage, for the target."""
     instead: dict[str, str]
-    """Stages that run their default config, and why not the one that was wanted."""
+    """Stages that run another config, the default or one beside it, and why not what was wanted."""
     where: str
     """The GPU that the results were checked on, or what was there instead of one."""
     errors: dict[str, float]
@@ -31,5 +31,8 @@ class Proof:
             f"{spilled} spilled a thread",
             f"checked on {self.where}: worst {name}, off by {error:.1e}",
         ]
-        said += [f"{stage} runs its default: {why}" for stage, why in self.instead.items()]
+        said += [
+            f"{stage} runs the default, or what beside it fits or spills least: {why}"
+            for stage, why in self.instead.items()
+        ]
         return "\n".join(said)

@@ -12,6 +12,7 @@ from gdn2gen.family.compiled import Compiled
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels import validity
 from gdn2gen.kernels.config import SHARED_KNOBS, Config, default_of
+from gdn2gen.kernels.extras import OFF, why_no_extra
 from gdn2gen.kernels.limits import CHUNKS, Domain, Knob, Place
 from gdn2gen.kernels.plans import PLANS
 from gdn2gen.kernels.recipe import takes_segments
@@ -34,6 +35,12 @@ _HOPELESS: Final = 1.3
 _HOPELESS_CHAIN: Final = 2.5
 
 
+# Extras that a search tries, of forms that take them: of the scans in segments these were worth 20%
+# of a forward of long32k on an H200 (Gated DeltaNet, reach) and 3% (merge). Others say what runs
+# beside a launch, which its own time does not show.
+_SEARCHED: Final[Mapping[str, Knob]] = {"merge": "cut", "reach": 64}
+
+
 def asked(stage: str, place: Place) -> dict[str, Domain]:
     """Knobs that a sampler is asked for: those that the stage shares with no other, and what each
     may be in some form that serves there."""
@@ -44,6 +51,18 @@ def asked(stage: str, place: Place) -> dict[str, Domain]:
 def _asked(stage: str, problem: Compiled, BT: int, arch: str | None) -> dict[str, Domain]:
     found = STAGES[stage].domains_at(Place(problem, BT, arch))
     return {name: x for name, x in found.items() if name not in SHARED_KNOBS}
+
+
+def extras_asked(config: Config, place: Place) -> dict[str, Domain]:
+    """Extras that a search tries of the form that a config is of, and what each may be."""
+    form = STAGES[config.stage].form_of(config)
+    if form is None:
+        return {}
+    return {
+        name: (OFF, value)
+        for name, value in _SEARCHED.items()
+        if why_no_extra({**config, name: value}, form, config.stage, place) is None
+    }
 
 
 # A proposal next to the best looks at a hundred configs, mostly those of the one before.
@@ -119,13 +138,13 @@ def starts(stage: str, problem: Problem, device: Device, BT: int) -> tuple[Confi
 
 @lru_cache(maxsize=2**12)
 def neighbours(config: Config, problem: Problem, device: Device) -> tuple[Config, ...]:
-    """Every config worth compiling that differs in one of the stage's own knobs."""
-    domains = asked(config.stage, Place(problem, config.size("BT"), device.arch))
+    """Every config worth compiling that differs in one of the stage's own knobs, or in an extra."""
+    place = Place(problem, config.size("BT"), device.arch)
     others = [
         config.replace(**{name: value})
-        for name, domain in domains.items()
+        for name, domain in {**asked(config.stage, place), **extras_asked(config, place)}.items()
         for value in domain
-        if value != config[name]
+        if value != config.get(name, OFF)
     ]
     return tuple(x for x in others if why_hopeless(x, problem, device) is None)
 
@@ -160,21 +179,34 @@ def suggest(trial: optuna.Trial, stage: str, place: Place) -> Config:
         chosen = trial.suggest_categorical(name, domain)
         assert isinstance(chosen, int | str)
         knobs[name] = chosen
-    return Config.of(stage, knobs)
+    config = Config.of(stage, knobs)
+    for name, domain in extras_asked(config, place).items():
+        chosen = trial.suggest_categorical(name, domain)
+        assert isinstance(chosen, int | str)
+        config = config.replace(**{name: chosen})
+    return config
 
 
-def distributions(stage: str, place: Place) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The same space as `suggest` asks for, for trials that are filed without asking."""
+def distributions(config: Config, place: Place) -> dict[str, optuna.distributions.BaseDistribution]:
+    """What `suggest` asks for on its way to a config, for trials that are filed without asking."""
     from optuna.distributions import CategoricalDistribution
 
-    return {name: CategoricalDistribution(domain) for name, domain in asked(stage, place).items()}
+    domains = {**asked(config.stage, place), **extras_asked(config, place)}
+    return {name: CategoricalDistribution(domain) for name, domain in domains.items()}
 
 
 def parameters(config: Config, place: Place) -> dict[str, Knob] | None:
-    """The config as the sampler would have suggested it, or None where it never would."""
+    """The config as the sampler would have suggested it, less extras that no search tries; or None
+    where it never would."""
     domains = asked(config.stage, place)
-    found = {name: value for name, value in config.items() if name in domains}
-    return found if all(value in domains[name] for name, value in found.items()) else None
+    found = {name: config[name] for name in domains}
+    if any(value not in domains[name] for name, value in found.items()):
+        return None
+    extras = {
+        name: x if (x := config.get(name)) in domain else OFF
+        for name, domain in extras_asked(config, place).items()
+    }
+    return {**found, **extras}
 
 
 def chunk_sizes(preferred: int) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ from gdn2gen.workflows.wanted import (
     present_or,
     problem_from,
     shapes_from,
+    usual_shapes,
 )
 
 # A program of TileLang takes 10 s, and one of a wide head dim several times as long.
@@ -80,7 +81,7 @@ class Compiled:
 
 def compile_kernels(
     out_dir: str | Path,
-    shapes: Shapes = "train4k",
+    shapes: Shapes | None = None,
     *,
     op: str = "gdn2",
     head_dim: int = 128,
@@ -120,6 +121,7 @@ def compile_kernels(
     """
     if language not in (None, "triton"):
         raise InputError(f"kernels are as tuned or language='triton', but got {language!r}")
+    shapes = usual_shapes(shapes, op)
     folder = Path(out_dir).resolve()
     device, present = present_or(target)
     known = _known(folder, device)

@@ -16,11 +16,12 @@ from gdn2gen.workflows.wanted import (
     present_or,
     problem_from,
     shapes_from,
+    usual_shapes,
 )
 
 
 def explain(
-    shapes: Shapes = "train4k",
+    shapes: Shapes | None = None,
     *,
     op: str = "gdn2",
     head_dim: int = 128,
@@ -34,7 +35,8 @@ def explain(
 ) -> list[Found] | list[Mamba3Found]:
     """What calls at these shapes run, one for each, as `gdn2gen explain` prints it.
 
-    shapes: names, or sizes BxTxH. head_dim, value_dim: K, and V (K if None).
+    shapes: names, or sizes BxTxH (train4k; of Mamba's ops mamba4k).
+    head_dim, value_dim: K, and V (K if None).
     level: `lean`, or `fast`, what `disable_recompute=True` asks for.
     decay: `weak` or `strong`, what calls expect (None: what this process does, see
     `gdn2gen.expected_decay`).
@@ -46,8 +48,9 @@ def explain(
     found the recipe of its scan and the knobs of the kernels around it.
 
     `Found.recipe` has the plan and the configs, `.source` and `.why` where they come from;
-    `store.dispatch.recipe_document` makes a dict of it, `explain_recipe` a text.
+    `print` shows it as the command does; `store.dispatch.recipe_document` makes a dict of it.
     """
+    shapes = usual_shapes(shapes, op)
     if op == MAMBA3:
         asked = usual_mamba3_problem(head_dim, value_dim, dtype, fields)
         return explain_mamba3(asked, shapes, level, target, strict)

@@ -18,6 +18,7 @@ from gdn2gen.workflows.wanted import (
     problem_from,
     shapes_from,
     tuned_under,
+    usual_shapes,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    shapes: Shapes = "train4k",
+    shapes: Shapes | None = None,
     *,
     op: str = "gdn2",
     head_dim: int = 128,
@@ -61,6 +62,7 @@ def tune(
     `TuneReport.results` has the winner of each shape and level with its times, errors and recipe.
     Calls of this process find what was filed. Raises TuneError where nothing could be filed.
     """
+    shapes = usual_shapes(shapes, op)
     folder = own_folder() if out_dir is None else Path(out_dir)
     word, pattern = tuned_under(decay)
     if op == MAMBA3:

@@ -13,8 +13,9 @@ from gdn2gen.base.device import Device
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decays import DecayPattern
 from gdn2gen.family.decoding import DecodingProblem
-from gdn2gen.family.problem import Problem
-from gdn2gen.family.registry import DECODING_OPS, recurrence_named
+from gdn2gen.family.mamba3_problem import MAMBA3
+from gdn2gen.family.problem import Problem, check_fields
+from gdn2gen.family.registry import DECODING_OPS, STEP_OPS, recurrence_named
 from gdn2gen.family.shapes import Shape, parse_shapes
 from gdn2gen.store.sharing import device_called
 
@@ -27,7 +28,9 @@ DEFAULT_TARGET: Final = "sm_90"
 def problem_from(
     op: str, head_dim: int, value_dim: int | None, dtype: str, fields: dict[str, Any]
 ) -> Problem:
-    """`fields` are those of `Problem` (gate, gate_dtype, l2norm, initial_state, ...)."""
+    """`fields` are those of `Problem` (gate, gate_dtype, l2norm, initial_state, ...). Raises
+    InputError for others."""
+    check_fields(Problem, fields)
     V = head_dim if value_dim is None else value_dim
     return Problem(op=op, K=head_dim, V=V, dtype=dtype, **fields)
 
@@ -63,12 +66,24 @@ def at(problem: Problem, shape: Shape) -> Problem:
     return replace(problem, varlen=problem.varlen or shape.cu_seqlens is not None)
 
 
+def usual_shapes(shapes: Shapes | None, op: str) -> Shapes:
+    """What is given; or what the commands take without a word, Mamba's own or train4k."""
+    if shapes is not None:
+        return shapes
+    return "mamba4k" if op in (*STEP_OPS, MAMBA3) else "train4k"
+
+
 def shapes_from(shapes: Shapes) -> list[Shape]:
     """Raises InputError for a word that names none, and where there is none."""
     if isinstance(shapes, str):
         return parse_shapes(shapes)
     if isinstance(shapes, Shape):
         return [shapes]
+    if not isinstance(shapes, Sequence):
+        raise InputError(
+            "shapes are names such as 'train4k' or sizes BxTxH such as '4x4096x16', or several of "
+            f"them, but got {shapes!r}"
+        )
     return [x for given in shapes for x in shapes_from(given)]
 
 

@@ -37,6 +37,7 @@ from gdn2gen.workflows.wanted import (
     levels_from,
     problem_from,
     shapes_from,
+    usual_shapes,
 )
 
 
@@ -57,7 +58,7 @@ class Warmed:
 
 
 def warmup(
-    shapes: Shapes = "train4k",
+    shapes: Shapes | None = None,
     *,
     op: str = "gdn2",
     head_dim: int = 128,
@@ -74,8 +75,9 @@ def warmup(
     """Make the calls that a process is going to make, on random tensors, so that the first real one
     finds its kernels compiled and loaded, and its sizes looked up.
 
-    shapes: names, or sizes BxTxH; () for none. A call without gradients is made at each, and with
-    `backward` one with them: memory for the tensors of a call is needed, and given back.
+    shapes: names, or sizes BxTxH (train4k; of Mamba's ops mamba4k); () for none. A call without
+    gradients is made at each, and with `backward` one with them: memory for the tensors of a call
+    is needed, and given back.
     levels: `lean`, or `fast`, what `disable_recompute=True` asks for. Calls expect the decay that
     the process does: warm up inside of `gdn2gen.expected_decay` for those that will run so.
     decode, decode_fields: as in `gdn2gen compile`: calls of the op over a few tokens.
@@ -92,6 +94,7 @@ def warmup(
     """
     if op == MAMBA3 and (serving or decode_fields):
         raise InputError("mamba3 has no states in a pool: leave serving and decode_fields out")
+    shapes = usual_shapes(shapes, op)
     place = _place(device)
     there = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
     if op == MAMBA3:

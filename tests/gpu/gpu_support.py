@@ -27,7 +27,6 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.measure.case_runs import case_inputs, errors_in_range
 from gdn2gen.measure.cases import Case
-from gdn2gen.runtime import passes
 from gdn2gen.store.dispatch import find_recipe, forced_recipe
 
 DEVICE: Final = "cuda"
@@ -240,16 +239,6 @@ def tokens_of(tensors: Mapping[str, Tensor], start: int, end: int) -> Tensors:
 def states_of(tensors: Mapping[str, Tensor], n: int) -> Tensors:
     """The states among `tensors`, of sequence n alone."""
     return {name: x[n : n + 1] for name, x in tensors.items() if "state" in name}
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Inside, every buffer is full of NaN before the kernels write it."""
-    passes.poison(True)
-    try:
-        yield
-    finally:
-        passes.poison(False)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import BY_64, PROBLEMS, draw, levels_of, off, poisoned, recipe_of, run, sized
+from gpu_support import BY_64, PROBLEMS, draw, levels_of, off, recipe_of, run, sized
 from torch import Tensor
 
 from gdn2gen.family.inputs import PATTERNS
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import run_reference
+from gdn2gen.runtime.passes import poisoned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 

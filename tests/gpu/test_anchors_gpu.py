@@ -20,7 +20,6 @@ from gpu_support import (
     levels_of,
     moved,
     off,
-    poisoned,
     recipe_of,
     run,
     sized,
@@ -32,7 +31,7 @@ from gdn2gen.family.inputs import make_inputs
 from gdn2gen.family.registry import OPS
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import public_op, relative_errors, run_reference
-from gdn2gen.runtime.passes import Pass
+from gdn2gen.runtime.passes import Pass, poisoned
 from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]

@@ -15,7 +15,6 @@ from gpu_support import (
     at_levels,
     draw,
     moved,
-    poisoned,
     recipe_of,
     run,
     sized,
@@ -28,6 +27,7 @@ from gdn2gen.family.shapes import Shape
 from gdn2gen.measure.accuracy import op_flags, public_op
 from gdn2gen.measure.case_runs import run_case
 from gdn2gen.measure.cases import Case
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import forced_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]

@@ -16,7 +16,6 @@ from gpu_support import (
     kernels_of,
     moved,
     other_stream,
-    poisoned,
     recipe_of,
     sized,
 )
@@ -28,6 +27,7 @@ from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import public_op, run_op
 from gdn2gen.measure.check import forced
+from gdn2gen.runtime.passes import poisoned
 
 pytestmark = pytest.mark.gpu
 

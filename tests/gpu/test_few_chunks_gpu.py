@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from gpu_support import PROBLEMS, Kernels, draw, kernels_of, levels_of, off, poisoned, run, sized
+from gpu_support import PROBLEMS, Kernels, draw, kernels_of, levels_of, off, run, sized
 
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.accuracy import run_reference
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu

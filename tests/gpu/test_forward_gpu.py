@@ -31,14 +31,18 @@ PROBLEMS: Final = {
     **{"gdn2-128": Problem(), "kda-128": Problem("kda"), "kda-sigmoid": _TIED},
     **{f"{op}-64": Problem(op, K=64, V=64) for op in ("gdn2", "kda")},
     "kda-sigmoid-64": replace(_TIED, K=64, V=64),
-    **{f"{op}-128": Problem(op) for op in ("gated_delta_rule", "delta_rule")},
+    **{
+        f"{op}-{size}": Problem(op, K=size, V=size)
+        for op in ("gated_delta_rule", "delta_rule")
+        for size in (64, 128)
+    },
+    "gated_delta_rule-48": Problem("gated_delta_rule", K=48, V=56, l2norm=False),
     "gated_delta_rule-104": Problem("gated_delta_rule", K=104, V=112, l2norm=False),
 }
 # Head dims, and groups that prepare beside the one that scans, or in each of two programs.
 WIDTHS: Final = [(128, 2), (64, 2), (64, 3)]
 OPS_OF_WIDTHS: Final = [
-    *((op, *width) for op in ("gdn2", "kda") for width in WIDTHS),
-    *((op, 128, 2) for op in ("gated_delta_rule", "delta_rule")),
+    *((op, *width) for op in ("gdn2", "kda", "gated_delta_rule", "delta_rule") for width in WIDTHS),
 ]
 CASES: Final = [
     ("gdn2-128", "whole", 2),
@@ -58,6 +62,17 @@ CASES: Final = [
     ("delta_rule-128", "whole_direct", 2),
     ("gated_delta_rule-128", "whole_direct_blocks2_states", 2),
     ("delta_rule-128", "whole_direct_blocks2_states", 2),
+    ("gated_delta_rule-64", "whole_direct", 2),
+    ("gated_delta_rule-64", "whole_direct", 3),
+    ("gated_delta_rule-64", "whole_direct_blocks2", 3),
+    ("gated_delta_rule-48", "whole_direct", 3),
+    ("delta_rule-64", "whole_direct", 2),
+    ("delta_rule-64", "whole_direct", 3),
+    ("delta_rule-64", "whole_direct_blocks2", 3),
+    ("gated_delta_rule-64", "whole_direct_blocks2_states", 2),
+    ("gated_delta_rule-64", "whole_direct_blocks2_states", 3),
+    ("gated_delta_rule-48", "whole_direct_blocks2_states", 3),
+    ("delta_rule-64", "whole_direct_blocks2_states", 3),
     ("gdn2-64", "whole_blocks1_states", 2),
     ("kda-64", "whole_blocks1_states", 2),
     ("gdn2-128", "whole_blocks2_states", 2),
@@ -122,7 +137,9 @@ def test_sizes(op: str, size: int, groups: int, B: int, T: int, H: int, HV: int)
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("op", "size", "groups"), OPS_OF_WIDTHS[:-1])
+@pytest.mark.parametrize(
+    ("op", "size", "groups"), [x for x in OPS_OF_WIDTHS if x[0] != "delta_rule"]
+)
 def test_a_token_that_forgets_all_moves_no_bit_before_it(op: str, size: int, groups: int) -> None:
     """It is in no first frame, so that its chunk is scored frame by frame."""
     x = make_inputs(

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 import torch
-from gpu_support import draw, moved, off, poisoned, run, sized
+from gpu_support import draw, moved, off, run, sized
 from tilelang_configs import tilelang_config, tilelang_recipe
 
 from gdn2gen.family.problem import DIMS, Problem
@@ -20,6 +20,7 @@ from gdn2gen.kernels.recipe import Recipe, fitted
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.measure.accuracy import run_reference
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu

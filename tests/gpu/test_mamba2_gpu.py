@@ -31,7 +31,7 @@ from gdn2gen.measure.accuracy import (
 from gdn2gen.measure.check import forced
 from gdn2gen.measure.peers import mamba_ssm_op
 from gdn2gen.measure.sides import our_op
-from gdn2gen.runtime import passes
+from gdn2gen.runtime.passes import poisoned
 
 pytestmark = pytest.mark.gpu
 
@@ -53,11 +53,8 @@ _WORSE: Final = {"drate": 2.2}
 def _errors(problem: Problem, shape: Shape, pattern: str) -> dict[str, float]:
     inputs = inputs_of(problem, shape, pattern, 0, DEVICE)
     gradients = output_gradients(problem, shape, 0, DEVICE)
-    passes.poison(True)
-    try:
+    with poisoned():
         found = run_op(public_op("mamba2"), problem, inputs, gradients)
-    finally:
-        passes.poison(False)
     return relative_errors(found, run_reference(problem, inputs, gradients))
 
 

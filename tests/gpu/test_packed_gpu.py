@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, other_stream, poisoned, run, sized
+from gpu_support import DEVICE, TRAIN, Tensors, draw, moved, other_stream, run, sized
 from tilelang_configs import tilelang_recipe
 from torch import Tensor
 
 from gdn2gen.base.device import present_device
 from gdn2gen.family.problem import Problem
 from gdn2gen.measure.accuracy import OpFunction, op_flags, public_op, run_op
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import find_recipe
 
 pytestmark = pytest.mark.gpu

@@ -13,6 +13,7 @@ from decoding_cases import Case, compare, draw, expected, public_op, same_bits
 from torch import Tensor
 
 from gdn2gen.base.environment import verifying
+from gdn2gen.base.errors import InputError
 from gdn2gen.family.registry import recurrence_named
 from gdn2gen.ops import recurrent
 from gdn2gen.runtime.decoding import Plan
@@ -143,4 +144,39 @@ def strided_plans() -> bool:
     for indices, copied in ((table[:, 3], False), (table[:, 3:6], False), (table[:, ::2], True)):
         found = plan(Case(T=2), ssm_state_indices=indices, state_pool=pool)
         assert bool(found.copied) == copied
+    return True
+
+
+@verifying()
+def over_what_is_read(op: str) -> list[str]:
+    """`out` in the memory of each input of its size, in calls that are new and that are known: as
+    in memory of its own, or refused. Returns those that are refused, as callers call them."""
+    member = recurrence_named(op)
+    there = dict(member.public.recurrent_names)
+    case = Case(op=op, H=2, T=2, rate=op == "mamba2", output_gate=op == "mamba2")
+    refused = []
+    for name in [x for x, y in draw(case, "cpu").inputs.items() if y.shape == (3, 2, 2, 32)]:
+        found = {_runs_over(case, name, there.get(name, name)) for _ in range(3)}
+        assert len(found) == 1, name
+        refused += [] if found.pop() else [there.get(name, name)]
+    return refused
+
+
+def _runs_over(case: Case, name: str, shown: str) -> bool:
+    drawn = draw(case, "cpu")
+    exact = expected(case, drawn)
+    assert drawn.storage is not None
+    before = drawn.storage.clone()
+    given = {**drawn.inputs, **drawn.serving, **case.flags, "output_final_state": True}
+    out = torch.empty_like(given["v"])
+    with torch.no_grad():
+        public_op(case.op)(**given, out=out)  # such calls are known from here on
+        drawn.storage.copy_(before)
+        try:
+            o, state = public_op(case.op)(**given, out=given[name])
+        except InputError as error:
+            assert f"out begins where {shown} does" in str(error)
+            assert same_bits(drawn.storage, before)
+            return False
+    compare(case, drawn, before, o, state, exact)
     return True

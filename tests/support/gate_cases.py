@@ -27,7 +27,7 @@ from gdn2gen.measure.accuracy import public_op
 from gdn2gen.ops import _gates
 from gdn2gen.ops.decay_gate import decay_gate, prepared
 from gdn2gen.runtime import decay_gate as kernels
-from gdn2gen.runtime import passes
+from gdn2gen.runtime.passes import poisoned
 
 SWITCH: Final = "GDN2GEN_GATE_APART"
 
@@ -80,16 +80,13 @@ def _gate(case: Gate) -> float:
     given = [None if x is None else x.requires_grad_() for x in case.inputs()]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in given]
     leaves, exact_leaves = ([x for x in y if x is not None] for y in (given, exact))
-    passes.poison(True)
-    try:
+    with poisoned():
         g = decay_gate(*given, lower_bound=case.lower_bound)  # type: ignore[arg-type]
         dg = torch.randn_like(g)
         found = torch.autograd.grad(g, leaves, dg, retain_graph=True)
         again = torch.autograd.grad(g, leaves, dg)
         with torch.no_grad():
             plain = decay_gate(*given, lower_bound=case.lower_bound)  # type: ignore[arg-type]
-    finally:
-        passes.poison(False)
     assert g.dtype == torch.float32 and torch.equal(g, plain)
     assert all(map(torch.equal, found, again))
     assert [x.dtype for x in found] == [x.dtype for x in leaves]

@@ -36,7 +36,8 @@ from gdn2gen.measure.case_runs import Result, case_inputs, run_case
 from gdn2gen.measure.cases import Case
 from gdn2gen.measure.timing import call_of
 from gdn2gen.runtime import call as calls
-from gdn2gen.runtime import passes, runner
+from gdn2gen.runtime import runner
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import forced_recipe
 
 
@@ -548,12 +549,8 @@ def run_extreme(name: str, plan: str, knobs: tuple[tuple[str, int | str], ...]) 
     case = KernelCase(Case(name, extreme.problem, _shape(1, 40, 1), "layer"), plan, knobs)
     inputs, gradients = case_inputs(case.case, "cpu")
     extreme.change(inputs)
-    passes.poison(True)
-    try:
-        with forced_recipe(case.recipe):
-            results = run_op(chunk_gdn2, extreme.problem, inputs, gradients)
-    finally:
-        passes.poison(False)
+    with poisoned(), forced_recipe(case.recipe):
+        results = run_op(chunk_gdn2, extreme.problem, inputs, gradients)
     return relative_errors(results, run_reference(extreme.problem, inputs, gradients))
 
 

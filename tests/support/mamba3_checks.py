@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -36,10 +34,11 @@ from gdn2gen.measure.timing import Timing
 from gdn2gen.ops import mamba3
 from gdn2gen.runtime import arguments as arguments_of_ops
 from gdn2gen.runtime import mamba3 as kernels
-from gdn2gen.runtime import mamba3_chunk_ops, mamba3_chunks, mamba3_ops, passes
+from gdn2gen.runtime import mamba3_chunk_ops, mamba3_chunks, mamba3_ops
 from gdn2gen.runtime import mamba3_reverse_scan as runtime_reverse_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_tile, loaded, tile_at
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import reload
 
 LIMIT: Final = 1e-5
@@ -115,16 +114,6 @@ def results(
 def errors(name: str, dtype: str = "float32") -> dict[str, float]:
     mine, theirs = results(draw(CASES[name], getattr(torch, dtype)))
     return relative_errors(mine, theirs)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """All that kernels are to write is NaN before."""
-    passes.poison(True)
-    try:
-        yield
-    finally:
-        passes.poison(False)
 
 
 def poisoned_errors(name: str, dtype: str = "float32") -> dict[str, float]:

@@ -23,7 +23,8 @@ from gdn2gen.nn._rotary import cosines_and_sines, turned
 from gdn2gen.nn.norm import GatedRMSNorm
 from gdn2gen.ops import parts as ops
 from gdn2gen.ops.parts import gated_rms_norm, short_convolution, short_convolution_step
-from gdn2gen.runtime import part_calls, parts, passes, stream_parts
+from gdn2gen.runtime import part_calls, parts, stream_parts
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.runtime.stream_parts import StreamNorm
 
 Knobs = tuple[tuple[str, int], ...]
@@ -90,8 +91,7 @@ def _convolve(case: Convolution) -> float:
     tail = given.pop("tail", None)
     leaves = {name: [_leaf(part) for part in group] for name, group in given.items()}
     exact = {name: [_leaf(part.double()) for part in group] for name, group in given.items()}
-    passes.poison(True)
-    try:
+    with poisoned():
         y, none = short_convolution(**leaves, tail=tail, cu_seqlens=cu_seqlens)
         towards = [torch.randn_like(part) for part in y]
         found = torch.autograd.grad(y, _flat(leaves), towards, retain_graph=True)
@@ -101,8 +101,6 @@ def _convolve(case: Convolution) -> float:
         plain, final = short_convolution(
             **given, tail=tail, output_final_tail=True, cu_seqlens=cu_seqlens
         )
-    finally:
-        passes.poison(False)
     assert none is None and final is not None
     assert all(map(torch.equal, y, plain)) and all(map(torch.equal, found, again))
     wanted, last = [], []
@@ -187,16 +185,13 @@ def _norm(case: Norm) -> float:
     given = [_leaf(x), _leaf(3 * gate), _leaf(torch.randn(case.size).to(case.device, wide))]
     exact = [_leaf(part.double()) for part in given]
     options = case.eps, case.activation
-    passes.poison(True)
-    try:
+    with poisoned():
         y = gated_rms_norm(*given, eps=case.eps, activation=case.activation)
         towards = torch.randn_like(y)
         found = torch.autograd.grad(y, given, towards, retain_graph=True)
         again = torch.autograd.grad(y, given, towards)
         with torch.no_grad():
             plain = gated_rms_norm(*given, eps=case.eps, activation=case.activation)
-    finally:
-        passes.poison(False)
     assert torch.equal(y, plain) and all(map(torch.equal, found, again))
     wanted = reference.gated_rms_norm(exact[0], exact[1], exact[2], *options)
     right = torch.autograd.grad(wanted, exact, towards.double())
@@ -236,8 +231,7 @@ def _stream_norm(case: Stream) -> float:
         given.append(_leaf(added.to(case.dtype)))
     exact = [_leaf(part.double()) for part in given]
     other = case.dtype if case.dtype != case.stream_dtype else None
-    passes.poison(True)
-    try:
+    with poisoned():
         with patch.object(_stream, "_narrow_dtype", lambda x: other or x.dtype):
             assert _stream._has_norm_kernels(given[0], *(given[2:] or [None]), norm.weight)
             both = norm(given[0], *given[2:])
@@ -246,8 +240,6 @@ def _stream_norm(case: Stream) -> float:
         towards = [torch.randn_like(part) for part in both]
         found = torch.autograd.grad(both, given, towards, retain_graph=True)
         again = torch.autograd.grad(both, given, towards)
-    finally:
-        passes.poison(False)
     assert all(map(torch.equal, both, plain)) and all(map(torch.equal, found, again))
     assert both[1].dtype == case.dtype
     total = given[0] + given[2] if case.added else given[0]
@@ -266,14 +258,11 @@ def swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> f
     gate.flatten()[:4] = torch.tensor([-200.0, -20.0, 0.0, 200.0])
     given = [_leaf(gate), _leaf(up)]
     exact = [_leaf(part.double()) for part in given]
-    passes.poison(True)
-    try:
+    with poisoned():
         assert _stream._has_swiglu_kernels(*given)
         y = _stream.swiglu(*given)
         towards = torch.randn_like(y)
         found = torch.autograd.grad(y, given, towards)
-    finally:
-        passes.poison(False)
     wanted = reference.swiglu(*exact)
     right = torch.autograd.grad(wanted, exact, towards.double())
     return _worst([y, *found], [wanted, *right])
@@ -321,12 +310,8 @@ def projected_norm(case: ProjectedNorm) -> float:
     x, low, weight = made(1, M, H, D), made(M, R + 24)[:, 8:-16], made(D)
     proj, bias = made(H * D, R) * R**-0.5, made(H * D) if case.bias else None
     assert stream_parts.projects(x, low, proj, weight)
-    passes.poison(True)
-    try:
-        with forced(projected_norm=case.knobs):
-            y = stream_parts.projected_norm(x, low, proj, bias, weight, 0.1, case.activation)
-    finally:
-        passes.poison(False)
+    with poisoned(), forced(projected_norm=case.knobs):
+        y = stream_parts.projected_norm(x, low, proj, bias, weight, 0.1, case.activation)
     gate = low.double() @ proj.double().t() + (0 if bias is None else bias.double())
     gate = gate.view(1, M, H, D).to(case.dtype).double()
     wanted = reference.gated_rms_norm(x.double(), gate, weight.double(), 0.1, case.activation)
@@ -373,13 +358,10 @@ def rotary(shape: tuple[int, ...], dtype: torch.dtype, rows: int = 1, device: st
     at = torch.arange(shape[1], device=device) + 7 * torch.arange(rows, device=device)[:, None]
     cos, sin = cosines_and_sines(at, shape[-1], 100.0)
     assert _rotary._has_kernel(x, cos, sin)
-    passes.poison(True)
-    try:
+    with poisoned():
         y = turned(x, cos, sin)
         towards = torch.randn_like(y)
         (dx,) = torch.autograd.grad(y, x, towards)
-    finally:
-        passes.poison(False)
     exact = _leaf(x.double())
     wanted = _rotary._formula(exact, cos.double(), sin.double())
     right = torch.autograd.grad(wanted, exact, towards.double())
@@ -411,19 +393,15 @@ def window_step(case: Window) -> float:
     kept = {"k": ring[0], "v": ring[1], "seen": torch.tensor(case.seen, device=case.device)}
     exact = {name: ring[i].double() for i, name in enumerate("kv")}
     found, wanted = [], []
-    passes.poison(True)
-    try:
-        with forced(window_step=case.knobs):
-            for t in range(case.tokens):
-                q, k, v = torch.randn(3, B, 1, H, D).to(case.device, case.dtype)
-                assert _windowed.steps_by_kernel(q, k, v, kept)
-                turns = cosines_and_sines(kept["seen"][:, None], D, 100.0)
-                rings = kept["k"], kept["v"], kept["seen"]
-                found.append(stream_parts.window_step(q, k, v, *rings, *turns))
-                qk = [turned(x, *turns).double() for x in (q, k)]
-                wanted.append(_one_token(*qk, v.double(), exact, [x + t for x in case.seen]))
-    finally:
-        passes.poison(False)
+    with poisoned(), forced(window_step=case.knobs):
+        for t in range(case.tokens):
+            q, k, v = torch.randn(3, B, 1, H, D).to(case.device, case.dtype)
+            assert _windowed.steps_by_kernel(q, k, v, kept)
+            turns = cosines_and_sines(kept["seen"][:, None], D, 100.0)
+            rings = kept["k"], kept["v"], kept["seen"]
+            found.append(stream_parts.window_step(q, k, v, *rings, *turns))
+            qk = [turned(x, *turns).double() for x in (q, k)]
+            wanted.append(_one_token(*qk, v.double(), exact, [x + t for x in case.seen]))
     assert kept["seen"].tolist() == [x + case.tokens for x in case.seen]
     for name, x in exact.items():
         torch.testing.assert_close(kept[name].double(), x, equal_nan=True, rtol=0.008, atol=1e-6)

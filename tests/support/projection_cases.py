@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gdn2gen.nn import projections
 from gdn2gen.nn.projections import NARROW, Projected
 from gdn2gen.ops.parts import short_convolution
-from gdn2gen.runtime import passes
+from gdn2gen.runtime.passes import poisoned
 from gdn2gen.runtime.room import Room, room_of
 
 
@@ -66,17 +66,14 @@ def _convolved(device: str, together: bool) -> int:
 
     for used in (len(modules), 7):
         wanted = run(Projected(x, []), used)
-        passes.poison(True)
-        try:
-            with (
-                patch.object(projections, "_gains", lambda x: x.requires_grad),
-                patch.object(projections, "MANY", 1),
-                patch.object(Room, "holding", watched),
-                patch.object(projections, "_hand_back", counted),
-            ):
-                found = run(Projected(x, modules, 3, gates), used)
-        finally:
-            passes.poison(False)
+        with (
+            poisoned(),
+            patch.object(projections, "_gains", lambda x: x.requires_grad),
+            patch.object(projections, "MANY", 1),
+            patch.object(Room, "holding", watched),
+            patch.object(projections, "_hand_back", counted),
+        ):
+            found = run(Projected(x, modules, 3, gates), used)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert slopes == [(18, NARROW + 24)] * (4 if together else 0)

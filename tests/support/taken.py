@@ -23,7 +23,8 @@ def of_op(problem: _P, op: str) -> _P:
 def having(problem: _P, stage: str) -> _P:
     """`problem`, or the same of a member that has that stage of plans, by its name, and of head
     dims and batches that the stage serves."""
-    if stage.startswith("forward_outside") or stage == "forward_blocks2":
+    narrow = stage.startswith("forward_outside") and problem.K == problem.V == 64
+    if (stage.startswith("forward_outside") and not narrow) or stage == "forward_blocks2":
         problem = replace(problem, K=128, V=128)
     if stage == "forward_blocks1":
         problem = replace(problem, K=64, V=64)

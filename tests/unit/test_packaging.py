@@ -124,10 +124,14 @@ def test_tests_see_nothing_of_the_users(tmp_path: Path) -> None:
     """Neither settings, nor what was tuned; and they leave nothing in the user's cache."""
     probe = tmp_path / "test_probe.py"
     probe.write_text(
-        "from gdn2gen.base import paths\ndef test_it(): print(paths.user_tuned_dir())\n"
+        "import os\nfrom gdn2gen.base import paths\n"
+        "def test_it():\n"
+        "    print(paths.user_tuned_dir())\n"
+        "    assert [x for x in os.environ if x[:8] == 'GDN2GEN_'] == ['GDN2GEN_CACHE_DIR']\n"
     )
     mine = tmp_path / "mine"
     environment = os.environ | {"GDN2GEN_TUNED_DIR": str(mine), "GDN2GEN_CACHE_DIR": str(mine)}
+    environment |= {"GDN2GEN_BATCH_INVARIANT": "1", "GDN2GEN_EXPECTED_DECAY": "strong"}
     command = [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", str(probe)]
     options = [f"--confcutdir={ROOT / 'tests'}", "-p", "tests.conftest", f"--rootdir={tmp_path}"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The README: its two commands, what CI runs, and its results table."""
+"""The README, docs/serving.md and limits.md: commands, what CI runs, examples, tables."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 
 SCRIPT = load_script("update_readme")
 README = (ROOT / "README.md").read_text()
+SERVING = (ROOT / "docs/serving.md").read_text()
+LIMITS = (ROOT / "docs/limits.md").read_text()
 RESULTS = (ROOT / "docs/results.md").read_text()
 TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2 -m 'not slow'"
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+    """Of the README, and then of what is said of serving."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README + SERVING, flags=re.M | re.S)
 
 
 def _python(word: str) -> str:
@@ -65,7 +68,7 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
     assert (f"The {short}'s entries are of earlier templates" in RESULTS) == stale
     weak = [entry for entry in file.entries if entry.decay == "weak"]
     alone = [entry for entry in weak if entry.needs_triton_alone]
-    words = " ".join(README.split())
+    words = " ".join(LIMITS.split())
     dims = {id(entry): (entry.problem_key["K"], entry.problem_key["V"]) for entry in alone}
     usual = [entry for entry in alone if dims[id(entry)] == (128, 128)]
     found = re.search(
@@ -92,6 +95,26 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
         *first, last = [str(K) for K, V in others if K == V]
         pairs = " and ".join(str(x) for x in others if x[0] != x[1])
         assert f"hold such for K = V of {', '.join(first)} and {last}, for {pairs}," in words
+
+
+def test_every_variable_that_is_read_is_in_the_table() -> None:
+    """By its whole name in the package's code; what a test or a script has of its own is not."""
+    sources = (ROOT / "gdn2gen").rglob("*.py")
+    read = {x for path in sources for x in re.findall(r"GDN2GEN_[A-Z_]+\b", path.read_text())}
+    assert {*re.findall(r"^\| `(GDN2GEN_[A-Z_]+)", README, flags=re.M)} == read
+    assert {*re.findall(r"GDN2GEN_[A-Z_]+\b", README + SERVING + LIMITS)} == read
+
+
+def test_how_much_faster_it_is_said_to_be_is_in_the_table() -> None:
+    said = re.search(
+        r"those two run forward and backward (\d+) to (\d+) times as fast", " ".join(README.split())
+    )
+    rows = [
+        line for line in README.splitlines() if line.startswith(("| `chunk_gdn2`", "| `chunk_kda`"))
+    ]
+    ratios = [float(re.findall(r"([0-9.]+)x \|", row)[0]) for row in rows]
+    assert said is not None and len(ratios) == 2
+    assert said.groups() == (f"{min(ratios):.0f}", f"{max(ratios):.0f}")
 
 
 def test_first_two_commands() -> None:
@@ -184,16 +207,20 @@ def test_layers_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
     _on_the_cpu(block, monkeypatch)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *(f"docs/{page}.md" for page in ("serving", "limits", "architecture", "mamba")),
+    ],
+)
+def test_links_lead_somewhere(page: str) -> None:
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-@pytest.mark.parametrize("variable", re.findall(r"GDN2GEN_\w+", README))
-def test_variables_exist(variable: str) -> None:
-    sources = [path.read_text() for path in (ROOT / "gdn2gen").rglob("*.py")]
-    assert any(variable in source for source in sources)
+    assert [link for link in links if not (folder / link).exists()] == []
 
 
 def test_architecture_names_every_room_stage_and_plan() -> None:

@@ -133,7 +133,7 @@ class StageTrials:
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=parameters,
-                    distributions=space.distributions(self.stage, self._place),
+                    distributions=space.distributions(config, self._place),
                     value=geometric_mean(list(times.values())),
                     user_attrs={"times": dict(times)},
                 )

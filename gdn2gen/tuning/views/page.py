@@ -17,6 +17,7 @@ from gdn2gen import __version__
 from gdn2gen.base.device import Device
 from gdn2gen.base.errors import TuneError
 from gdn2gen.base.paths import templates_dir
+from gdn2gen.kernels.extras import OFF
 from gdn2gen.tuning.records.ledger import PIPELINE
 from gdn2gen.tuning.views import charts
 from gdn2gen.tuning.views.charts import Bar
@@ -62,7 +63,8 @@ class StageSearch:
 
     @property
     def best_knobs(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in sorted(self.best.params.items()))
+        knobs = sorted(self.best.params.items())
+        return " ".join(f"{name}={value}" for name, value in knobs if value != OFF)
 
     @cached_property
     def importances(self) -> dict[str, float]:
@@ -81,12 +83,13 @@ class StageSearch:
         return {name: share for name, share in found.items() if share > 0.005}
 
     def slices(self) -> dict[str, dict[str, list[float]]]:
-        """Times by knob and value, of the knobs that took more than one."""
+        """Times by knob and value, of the knobs that took more than one; extras of forms that do
+        not take them are off."""
         found = {}
         for name in sorted({x for trial in self.complete for x in trial.params}):
             columns: dict[Any, list[float]] = {}
             for trial in self.complete:
-                columns.setdefault(trial.params[name], []).append(_ms(trial))
+                columns.setdefault(trial.params.get(name, OFF), []).append(_ms(trial))
             if len(columns) > 1:
                 ordered = sorted(columns.items(), key=lambda item: (str(type(item[0])), item[0]))
                 found[name] = {str(value): times for value, times in ordered}

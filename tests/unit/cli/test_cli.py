@@ -139,6 +139,11 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("explain --device H2000", "H2000"),
         ("explain --strict --shape 3x77x5", "strict"),
         ("explain --with sauce", "'sauce'"),
+        (
+            "explain --op gla --gate softplus",
+            "gla has no gate in its kernels, so that gate must be",
+        ),
+        ("explain --op mamba3 --head-dim 100,64", "a multiple of 8 from 16 to 256, but got 100"),
         ("explain --with dt_bias", "use_gate_in_kernel"),
         ("explain --with beta_sigmoid", "gdn2 has no beta"),
         ("explain --op kda --with neg_eigval", "needs beta_sigmoid"),
@@ -155,7 +160,7 @@ def test_usage_errors_exit_2(words: str, capsys: pytest.CaptureFixture[str]) -> 
         ("generate --stage scan --config BT", "'BT'"),
         ("generate --stage scan --config XY=64", "XY"),
         ("generate --stage scan --head-dim 32 --config BV=128", "BV=128"),
-        ("verify no-such-case", "no-such-case"),
+        ("verify no-such-case", "'no-such-case'; there are "),
         ("verify bf16-layer --interpreter", "bf16-layer"),
     ],
 )
@@ -328,6 +333,24 @@ def test_generate_reports_resources_for_a_target(
     monkeypatch.setattr(build, "compile_ahead", lambda *_: used)
     assert program.main(["generate", "--stage", "scan", "--target", "sm_80"]) == 0
     assert "scan for sm_80: 97 registers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--stage scan --target sm_90", "--head-dim 24 --target sm_90", "--target sm_90",
+     "--op mamba3 --target sm_90"],
+)  # fmt: skip
+def test_nothing_is_compiled_or_written_for_a_gpu_as_the_interpreter_takes_it(
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = [] if "--stage" in words else ["--out", str(tmp_path / "made")]
+    assert program.main(["generate", *words.split(), *out]) == program.EXIT_USAGE
+    assert "TRITON_INTERPRET=1 has kernels made for Triton's interpreter" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_reader_that_goes_is_no_error() -> None:

@@ -207,20 +207,59 @@ def test_results_and_barriers_where_the_decay_is_outside_of_products(
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
-    ("op", "T", "pattern"),
+    ("op", "K", "V", "T", "pattern", "shared", "v_first", "num_stages"),
     [
-        ("gated_delta_rule", 70, "layer"),
-        pytest.param("gated_delta_rule", 300, "mixed", marks=pytest.mark.slow),
-        pytest.param("delta_rule", 330, "layer", marks=pytest.mark.slow),
+        ("gated_delta_rule", 64, 64, 40, "mixed", 1, False, 3),
+        ("delta_rule", 64, 64, 7, "layer", 1, False, 2),
+        # 22 chunks take each of ten slots twice, and 29 each of fourteen, some of either thrice
+        pytest.param(
+            *("gated_delta_rule", 64, 64, 700, "layer", 1, False, 2), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("gated_delta_rule", 64, 64, 920, "sparse", 1, False, 3), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("gated_delta_rule", 64, 64, 300, "strong", 2, True, 3), marks=pytest.mark.slow
+        ),
+        pytest.param("gated_delta_rule", 64, 64, 70, "zero", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", 48, 40, 150, "sparse", 1, True, 3, marks=pytest.mark.slow),
+        pytest.param(
+            *("delta_rule", 40, 64, 300, "correlated", 1, False, 2), marks=pytest.mark.slow
+        ),
+        pytest.param("delta_rule", 64, 64, 500, "layer", 2, False, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_results_and_barriers_of_one_program_that_scans_q_and_k(
+    op: str, K: int, V: int, T: int, pattern: str, shared: int, v_first: bool, num_stages: int
+) -> None:
+    """Of 64 values: five or seven groups prepare, each into two slots of its own."""
+    errors = carried_out(
+        op, K, T, pattern, V=V, shared=shared, v_first=v_first, num_stages=num_stages
+    )  # fmt: skip
+    assert max(errors.values()) < limit_of("bf16", pattern), errors
+    assert max(errors[x] for x in errors if x.startswith(("q_", "k_"))) < 1e-5, errors
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("op", "T", "pattern", "size", "V", "groups"),
+    [
+        ("gated_delta_rule", 70, "layer", 128, 128, 2),
+        pytest.param("gated_delta_rule", 300, "mixed", 128, 128, 2, marks=pytest.mark.slow),
+        pytest.param("delta_rule", 330, "layer", 128, 128, 2, marks=pytest.mark.slow),
+        ("gated_delta_rule", 70, "layer", 64, 64, 3),
+        pytest.param("gated_delta_rule", 330, "mixed", 64, 64, 2, marks=pytest.mark.slow),
+        pytest.param("delta_rule", 460, "layer", 64, 64, 3, marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", 300, "strong", 56, 48, 3, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_of_two_are_kept_where_the_decay_is_outside_of_products(
-    op: str, T: int, pattern: str
+    op: str, T: int, pattern: str, size: int, V: int, groups: int
 ) -> None:
-    """Three, ten and eleven chunks: a last block of one chunk, and of two."""
-    problem = Problem(op, initial_state=True, final_state=True)
+    """Three, ten, eleven and fifteen chunks: a last block of one chunk, and of two."""
+    problem = Problem(op, K=size, V=V, initial_state=True, final_state=True)
     x = make_inputs(
-        1, T, 1, 128, 128, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True
+        1, T, 1, size, V, op=op, dtype=torch.bfloat16, pattern=pattern, initial_state=True
     )
     chunks, half = -(-T // 32), {"dtype": torch.bfloat16}
     names = ("q_rstd", "k_rstd", "k_beta", "q_head", "k_head", "k_tail", "log_decay")
@@ -228,18 +267,18 @@ def test_blocks_of_two_are_kept_where_the_decay_is_outside_of_products(
     written = {x: torch.full((chunks, 1, 32), torch.nan) for x in names[: 7 if decays else 6]}
     written |= {"gamma_C": torch.full((chunks, 1), torch.nan)} if decays else {}
     written |= {
-        "o": torch.full((1, T, 1, 128), torch.nan, **half),
-        "final_state": torch.full((1, 1, 128, 128), torch.nan),
+        "o": torch.full((1, T, 1, V), torch.nan, **half),
+        "final_state": torch.full((1, 1, size, V), torch.nan),
         **{name: torch.full((chunks, 1, 32, 32), torch.nan, **half) for name in ("A", "Aqk")},
-        "h": torch.full((-(-chunks // 2), 1, 128, 128), torch.nan, **half),
-        "R": torch.full((chunks, 1, 32, 128), torch.nan, **half),
+        "h": torch.full((-(-chunks // 2), 1, V, size), torch.nan, **half),
+        "R": torch.full((chunks, 1, 32, V), torch.nan, **half),
     }
     sizes = {"B": 1, "T": T, "H": 1, "HV": 1, "HG": 1, "NT": chunks, "NT2": -(-chunks // 2)}
-    module = module_of(problem, "forward_outside_blocks2")
-    found = run_all(module, x | written, sizes, 128**-0.5)
+    module = module_of(problem, "forward_outside_blocks2", num_stages=groups)
+    found = run_all(module, x | written, sizes, size**-0.5)
     assert all(found[name].isfinite().all() for name in written)
     # what the kernel that keeps segments makes of the same, and that of every two chunks a state
-    usual, _ = results(problem, x)
+    usual, _ = results(problem, x, num_stages=groups)
     same = [x for x in written if x not in ("h", "R")]
     assert all(torch.equal(found[name], usual[name]) for name in same)
     assert torch.equal(found["h"], usual["S_seg"][0].transpose(0, 1).bfloat16().float())
@@ -255,10 +294,11 @@ def test_blocks_of_two_are_kept_where_the_decay_is_outside_of_products(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_token_that_forgets_all_moves_no_bit_before_it() -> None:
-    problem = Problem("gated_delta_rule", initial_state=True, final_state=True)
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_token_that_forgets_all_moves_no_bit_before_it(size: int) -> None:
+    problem = Problem("gated_delta_rule", K=size, V=size, initial_state=True, final_state=True)
     x = make_inputs(
-        1, 64, 1, 128, 128, op=problem.op, dtype=torch.bfloat16, pattern="layer",
+        1, 64, 1, size, size, op=problem.op, dtype=torch.bfloat16, pattern="layer",
         initial_state=True,
     )  # fmt: skip
     changed = x | {"g": x["g"].clone()}
@@ -415,6 +455,22 @@ def test_what_keeps_a_state_of_two_chunks_compiles(
 
 @pytest.mark.slow
 @pytest.mark.tilelang
+@pytest.mark.parametrize(("groups", "threads"), [(2, 384), (3, 512)])
+def test_what_keeps_states_of_q_and_k_at_64_compiles(
+    groups: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From shared memory, as at 128."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    problem = Problem("gated_delta_rule", K=64, V=64, initial_state=True, final_state=True)
+    stage = "forward_outside_blocks2"
+    config = default_config(stage, problem).replace(num_stages=groups)
+    used = compile_ahead(problem, stage, config, named_device("H200"))
+    assert used.spill_bytes == 0 and used.threads == threads
+    assert used.registers * threads <= 65_536 and used.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.tilelang
 @pytest.mark.parametrize(
     ("problem", "registers", "shared"),
     [
@@ -427,8 +483,16 @@ def test_what_keeps_a_state_of_two_chunks_compiles(
         (Problem(K=48, V=48, initial_state=True, final_state=True), 128, 228_608),
         (Problem("gated_delta_rule", initial_state=True, final_state=True), 168, 191_488),
         (Problem("delta_rule", K=104, V=112, final_state=True), 164, 191_488),
+        (
+            Problem("gated_delta_rule", K=64, V=64, initial_state=True, final_state=True),
+            *(122, 212_992),
+        ),
+        (Problem("delta_rule", K=64, V=64), 116, 212_992),
     ],
-    ids=("gdn2", "states", "kda", "64", "kda-64", "112", "48", "gdn", "delta-104"),
+    ids=(
+        *("gdn2", "states", "kda", "64", "kda-64", "112", "48", "gdn", "delta-104"),
+        *("gdn-64", "delta-64"),
+    ),
 )
 def test_it_compiles_for_a_whole_multiprocessor(
     problem: Problem,

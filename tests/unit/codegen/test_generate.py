@@ -360,6 +360,21 @@ def _own_test(folder: Path, *, as_it_is: bool = False) -> subprocess.CompletedPr
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_its_own_test_says_where_it_runs(tmp_path: Path, dtype: str) -> None:
+    """Without a GPU it ended in a traceback."""
+    generated(tmp_path / "made", Recipe.default(replace(PLAIN, dtype=dtype)))
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    env = {x: y for x, y in env.items() if x not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    words = [sys.executable, "-W", "error", "-m", "made.test_kernels"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    elsewhere = (
+        "; with TRITON_INTERPRET=1" if dtype == "fp32" else ", and bf16 kernels run on nothing"
+    )
+    assert done.stderr.startswith(f"no GPU{elsewhere}") and done.stderr.count("\n") == 1
+
+
 def test_an_earlier_package_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     generated(folder, Recipe.default(PLAIN, "fast"))

@@ -343,7 +343,8 @@ def test_searched_only_where_a_bound_is_known(stage: str) -> None:
     for problem, expected in ((Problem(), False), (SIGMOID, False), (BOUND_2, True)):
         forms = {x["decay"] for x in space.starts(stage, problem, H200, 32)}
         assert ("bounded" in forms) == expected
-        asked = space.distributions(stage, Place(problem, 32, "sm_90"))["decay"]
+        begin = default_config(stage, problem, BT=32)
+        asked = space.distributions(begin, Place(problem, 32, "sm_90"))["decay"]
         assert ("bounded" in asked.choices) == expected  # type: ignore[attr-defined]
     assert space.parameters(bounded(stage, SIGMOID), Place(SIGMOID, 32, "sm_90")) is None
     for BT, expected in ((32, {"triton", "tilelang"}), (64, set())):

@@ -60,7 +60,10 @@ def test_sizes_that_were_not_verified_run_only_where_that_is_wanted(
     for value in ("", "0"):
         outcome, warned = interpreter("kernel_cases:unverified_call", value)
         assert "K=48, V=40 in fp32 were not verified on a GPU" in outcome and not warned
-        assert "GDN2GEN_UNVERIFIED=1" in outcome and "--op gdn2 --head-dim 48,40" in outcome
+        assert "GDN2GEN_UNVERIFIED=1" in outcome
+        assert "`gdn2gen verify --op gdn2 --head-dim 48,40`" in outcome
+        made = "gdn2gen generate --op gdn2 --head-dim 48,40 --dtype fp32 --out DIR"
+        assert f"`{made}` makes a package" in outcome
     assert interpreter("kernel_cases:unverified_call", "verify") == ("finite True", [])
     outcome, warned = interpreter("kernel_cases:unverified_call", "1")
     assert outcome == "finite True"

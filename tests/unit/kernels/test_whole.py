@@ -60,9 +60,10 @@ def test_those_whose_decay_is_outside_of_products_are_of_two_others() -> None:
 
 
 @pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("plan", OUTSIDE)
-def test_they_keep_what_scans_of_q_and_k_keep(op: str, plan: str) -> None:
-    problem = Problem(op, initial_state=True, final_state=True)
+def test_they_keep_what_scans_of_q_and_k_keep(op: str, size: int, plan: str) -> None:
+    problem = Problem(op, K=size, V=size, initial_state=True, final_state=True)
     recipe = Recipe.default(problem, plan)
     apart = recipe.everywhere()
     assert apart.plan.name == PLANS[plan].instead == plan.removeprefix("whole_")
@@ -79,8 +80,11 @@ def test_they_keep_what_scans_of_q_and_k_keep(op: str, plan: str) -> None:
         ({"varlen": True}, None, "varlen of False, not True: packed sequences take prepare"),
         ({"dtype": "fp16"}, None, "dtype of bf16, not fp16"),
         ({"gate": "softplus", "has_A_log": True}, None, "gate of none, not softplus"),
-        ({"K": 64}, None, "K of 128, not 64: its slots are of tiles so wide"),
+        ({"K": 64}, None, "V of 64, not 128: it scans values in tiles as wide as keys"),
+        ({"V": 64}, None, "V of 128, not 64"),
         ({"V": 256}, None, "V of 128, not 256"),
+        ({"K": 96, "V": 96}, None, "K of 64, 128, not 96: its slots are of tiles so wide"),
+        ({"K": 32, "V": 32}, None, "K of 64, 128, not 32"),
         ({}, "sm_80", "not 2: its waits for asynchronous copies"),
         ({}, "sm_100", "not sm_100"),
     ],
@@ -98,6 +102,7 @@ def test_what_scans_of_q_and_k_in_one_kernel_do_not_serve(
     assert is_served("direct", problem, arch)
     assert why_invalid(config, replace(plain, l2norm=False, gate_dtype="bf16")) is None
     assert "BT of 32, not 64" in str(why_invalid(config.replace(BT=64), plain))
+    assert "num_stages of 2, not 3" in str(why_invalid(config.replace(num_stages=3), plain))
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
@@ -307,12 +312,17 @@ def test_it_is_in_the_search() -> None:
 
 
 @pytest.mark.parametrize("op", ["gated_delta_rule", "delta_rule"])
-@pytest.mark.parametrize(("K", "V"), [x for x in BELOW if min(x) > 64])
-def test_scans_of_q_and_k_take_head_dims_below_their_tiles(op: str, K: int, V: int) -> None:
-    full, problem = Problem(op), Problem(op, K=K, V=V)
-    configs = [*space.valid_configs("forward_outside", full, H200, 32)]
-    assert configs == [default_config("forward_outside", full)]
-    assert configs == [*space.valid_configs("forward_outside", problem, H200, 32)]
+@pytest.mark.parametrize(("K", "V"), [x for x in BELOW if min(x) > 64 or max(x) <= 64])
+@pytest.mark.parametrize("stage", ["forward_outside", "forward_outside_blocks2"])
+def test_scans_of_q_and_k_take_head_dims_below_their_tiles(
+    op: str, K: int, V: int, stage: str
+) -> None:
+    size = 128 if K > 64 else 64
+    full, problem = Problem(op, K=size, V=size), Problem(op, K=K, V=V)
+    configs = [*space.valid_configs(stage, full, H200, 32)]
+    assert [x["num_stages"] for x in configs] == ([2, 3] if size == 64 else [2])
+    assert configs[-1:] == [*space.starts(stage, full, H200, 32)]
+    assert configs == [*space.valid_configs(stage, problem, H200, 32)]
     assert all(is_served(x, problem, "sm_90") for x in OUTSIDE)
 
 

@@ -62,8 +62,10 @@ def test_selection() -> None:
     assert "small-fp32-layer" not in names
     members = [case for case in suite.select_cases([], interpreter=False) if isinstance(case, Case)]
     assert members == LARGE
-    with pytest.raises(InputError, match="bf16-layer"):
-        suite.select_cases(["nothing"], interpreter=False)
+    with pytest.raises(InputError, match=r"there are \d+, such as .*bf16-varlen.*verify --list"):
+        suite.select_cases(["fp32-vralen"], interpreter=False)
+    with pytest.raises(InputError, match=r"no case matches 'bf16-\*'; .*such as small-bf16-"):
+        suite.select_cases(["bf16-*"], interpreter=True)
 
 
 # The checks themselves, with an op on CPU tensors that can be made wrong

@@ -20,7 +20,6 @@ from gdn2gen.base.errors import Gdn2genError, InputError
 from gdn2gen.family.registry import RECURRENCES
 
 REQUIRED: Final = inspect.Parameter.empty
-_FLAGS: Final = dict.fromkeys(("output_final_state", "use_qk_l2norm_in_kernel"), False)
 _STATES: Final = {"scale": None, "initial_state": None, "output_final_state": False}
 _SEQUENCES: Final = {"cu_seqlens": None, "cu_seqlens_cpu": None}
 

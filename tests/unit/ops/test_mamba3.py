@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import mamba3_checks as checks
 import pytest
 import torch
 from mamba3_checks import CASES, LIMIT, arguments, draw, errors
+from mamba3_isolation import changed_by
 
 from gdn2gen import mamba3_siso_combined, mamba3_siso_step
 from gdn2gen.base.errors import InputError
@@ -65,6 +67,24 @@ def test_states_and_outputs_in_one_stage(name: str, fast: bool, interpreter: Che
         ("all-angles", False),
         *(
             pytest.param(x, y, marks=pytest.mark.slow)
+            for x, y in (("no-angles", True), ("plain", False), ("one-token", True))
+        ),
+    ],
+)
+def test_queries_and_keys_turned_within_the_scan(name: str, fast: bool, interpreter: Check) -> None:
+    """What a backward reads of the scan is what the stages before it would have left."""
+    kept, found = interpreter("mamba3_turning_checks:errors_turned_within", name, fast)
+    assert kept == [(2 if fast else 1, True), (0, True)]
+    assert max(found.values()) < LIMIT, found
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("layer", True),
+        ("all-angles", False),
+        *(
+            pytest.param(x, y, marks=pytest.mark.slow)
             for x, y in (("strong", False), ("plain", True))
         ),
         *(pytest.param(x, True, marks=pytest.mark.slow) for x in ("no-angles", "one-token")),
@@ -104,6 +124,41 @@ def test_strong_decay_in_16_bits_over_chunks(name: str, interpreter: Check) -> N
     sequences of none, of one token, and of a tile and one more."""
     found = interpreter("mamba3_checks:chunk_errors", name, "bfloat16")
     assert max(found.values()) < 6e-3, found
+
+
+@pytest.mark.parametrize("cu_seqlens", [False, True])
+def test_one_graph_serves_all_lengths_without_kernels(cu_seqlens: bool) -> None:
+    torch._dynamo.reset()
+    made: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def call(given: dict[str, Any]) -> Any:
+        return mamba3_siso_combined(**given, return_final_states=True)
+
+    for T in (20, 33, 71):
+        ends = {"cu_seqlens": (0, 5, 5, 12, T)} if cu_seqlens else {"T": T}
+        given = arguments(draw({**ends, "D": True, "Z": True, "states": True}))
+        right = mamba3_siso_combined(**given, return_final_states=True)
+        for x, y in zip(call(given), right, strict=True):
+            assert torch.equal(x, y)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("odd", range(4))
+def test_what_is_no_number_stays_in_its_sequence(odd: int, value: float) -> None:
+    """Sums went on over the whole row, and a sequence without tokens had its neighbours'."""
+    assert changed_by(odd, value) == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("odd", range(4))
+def test_nor_does_it_leave_it_by_kernels(odd: int, chunked: bool, interpreter: Check) -> None:
+    assert interpreter("mamba3_isolation:changed_by", odd, math.nan, chunked) == []
 
 
 def test_slices_of_values_and_blocks_of_heads_over_chunks(interpreter: Check) -> None:

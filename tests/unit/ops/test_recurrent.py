@@ -182,6 +182,12 @@ def test_sequences_without_tokens_and_batches_without_sequences(run: Check) -> N
     run("nothing_to_do")
 
 
+@pytest.mark.parametrize("op", DECODING_OPS)
+def test_out_may_lie_over_what_has_its_elements_alone(op: str, run: Check) -> None:
+    over = {"gdn2": {"q", "k", "g", "b"}, "kda": {"q", "k", "g"}, "gla": {"q", "k", "gk"}}
+    assert {*run("over_what_is_read", op)} == over.get(op, {"q", "k"})
+
+
 def test_rows_that_lie_apart_are_read_as_they_lie(interpreter: Check) -> None:
     interpreter("decoding_torch_checks:strided_plans")
 
@@ -271,7 +277,8 @@ def test_unknown_keywords_are_a_type_error() -> None:
 def test_an_input_that_wants_a_gradient_is_refused() -> None:
     drawn = draw(Case(states="none"), "cpu")
     drawn.inputs["v"].requires_grad_()
-    with pytest.raises(UnsupportedError, match="fused_recurrent_gdn2 has no backward, but v"):
+    words = "fused_recurrent_gdn2 has no backward, but v .*inference_mode.*, or chunk_gdn2, which"
+    with pytest.raises(UnsupportedError, match=words):
         fused_recurrent_gdn2(**drawn.inputs)
     with torch.inference_mode():
         fused_recurrent_gdn2(**drawn.inputs)

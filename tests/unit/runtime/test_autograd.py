@@ -19,7 +19,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.schedule import SUMMED
 from gdn2gen.kernels.stages import STAGES
 from gdn2gen.runtime import runner
-from gdn2gen.runtime.passes import poison
+from gdn2gen.runtime.passes import poisoned
 
 
 @pytest.fixture(name="launched")
@@ -113,11 +113,8 @@ def test_poison_fills_what_the_kernels_write(launched: Launched) -> None:
     call = FLAGS | make() | GATED
     train(**call)  # looked up while nothing was poisoned
     launched.clear()
-    poison(True)
-    try:
+    with poisoned():
         train(**call)
-    finally:
-        poison(False)
     for stage, _, operands, _ in launched:
         for x in STAGES[stage].outputs:
             # dg takes the place of G, which is an input of its stage

@@ -293,9 +293,9 @@ def test_a_step_of_decoding(
 ) -> None:
     ran, launch = [], _decode.launch_plan
 
-    def noting(plan: decoding.Plan, *given: Any, **named: Any) -> Any:
+    def noting(signature: Any, plan: decoding.Plan, *given: Any, **named: Any) -> Any:
         ran.append(plan.config)
-        return launch(plan, *given, **named)
+        return launch(signature, plan, *given, **named)
 
     monkeypatch.setattr(_decode, "launch_plan", noting)
     inputs, change = make(B=600, T=1), Invariant()

@@ -95,32 +95,6 @@ def test_knobs_replace_those_of_the_rule_where_a_kernel_takes_them() -> None:
         forced()
 
 
-def test_what_no_compiler_takes_is_said_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    side_by_side = load_script("compile_side_by_side")
-    config = decoding.config_at(PROBLEM, 256, 16, named_device("H200"))
-    wrong = config.replace(num_warps=8, BV=8)
-    said = {config: "", wrong: "ptxas gives up"}
-    monkeypatch.setattr(side_by_side, "present_device", lambda: named_device("H200"))
-    monkeypatch.setattr(side_by_side, "_compile_one", lambda _, x, __: said[x])
-
-    class Pool:
-        """In this process."""
-
-        def __init__(self, *_: Any) -> None: ...
-        def __enter__(self) -> Pool:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-        def map(self, function: Any, *given: Any) -> list[str]:
-            return [function(*x) for x in zip(*given, strict=True)]
-
-    monkeypatch.setattr(side_by_side, "ProcessPoolExecutor", Pool)
-    given = [(PROBLEM, x) for x in (config, wrong, config)]
-    assert side_by_side.compile_all(given) == {wrong}
-    assert side_by_side.compile_all([]) == set()
-
-
 def test_every_config_is_compiled_and_then_timed(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

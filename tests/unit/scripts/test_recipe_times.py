@@ -13,6 +13,7 @@ from script_module import load_script
 
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import ConfigError
+from gdn2gen.base.outcome import OK, Outcome
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import language_of
 from gdn2gen.kernels.recipe import Recipe
@@ -148,13 +149,13 @@ def test_each_kernel_is_compiled_once_before_any_check(
         def __init__(self, slots: int) -> None:
             assert slots >= 1
 
-        def submit(self, target: str, *given: Any, timeout: float) -> Future[None]:
+        def submit(self, target: str, *given: Any, timeout: float) -> Future[Outcome[None]]:
             problem, stage, config, device = given
             assert target.endswith(":compile_ahead") and stage == config.stage and timeout > 0
             assert device == H200
             asked.append((problem, config))
-            done: Future[None] = Future()
-            done.set_result(None)
+            done: Future[Outcome[None]] = Future()
+            done.set_result(Outcome(OK))
             return done
 
         def close(self) -> None:

@@ -11,13 +11,13 @@ from typing import Any, Final
 import pytest
 
 import gdn2gen
-from gdn2gen.base.device import named_device
+from gdn2gen.base.device import Device, named_device
 from gdn2gen.base.errors import StoreError, TunedFileWarning
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.runtime import decoding as runtime
 from gdn2gen.store import decoding, tuned_files
-from gdn2gen.store.decoding import DecodingEntry, decoding_path, merge_decoding, nearest_decoding
+from gdn2gen.store.decoding import DecodingEntry, decoding_path, merge_decoding, nearest_of_each
 
 H200: Final = named_device("H200")
 STEP: Final = DecodingProblem(
@@ -51,30 +51,34 @@ def _path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return decoding_path(tmp_path, STEP.op, H200)
 
 
+def _nearest(problem: DecodingProblem, programs: int, device: Device) -> Config | None:
+    return next(nearest_of_each(problem, programs, device), None)
+
+
 def test_calls_of_one_token_in_slots_run_what_is_near(path: Path) -> None:
     merge_decoding(path, METADATA, [entry_of(), entry_of(16, knobs={"BV": 8})])
-    assert nearest_decoding(STEP, 4096, H200) == config_of()
-    assert nearest_decoding(STEP, 2048, H200) == config_of()
-    assert nearest_decoding(STEP, 10**6, H200) == config_of(), "a GPU that is full is full"
-    assert nearest_decoding(STEP, 1000, H200) is None
-    assert nearest_decoding(STEP, 8, H200) == config_of({"BV": 8})
+    assert _nearest(STEP, 4096, H200) == config_of()
+    assert _nearest(STEP, 2048, H200) == config_of()
+    assert _nearest(STEP, 10**6, H200) == config_of(), "a GPU that is full is full"
+    assert _nearest(STEP, 1000, H200) is None
+    assert _nearest(STEP, 8, H200) == config_of({"BV": 8})
     for changes in (
         {"one_token": False}, {"indexed": False}, {"speculative": True}, {"state_bf16": False},
         {"state_v_first": False}, {"V": 64}, {"dtype": "fp16"}, {"op": "kda"},
     ):  # fmt: skip
-        assert nearest_decoding(replace(STEP, **changes), 4096, H200) is None, changes
+        assert _nearest(replace(STEP, **changes), 4096, H200) is None, changes
     # what else is compiled in is not told apart
-    assert nearest_decoding(replace(STEP, l2norm=False, strided=True), 4096, H200) is not None
-    assert nearest_decoding(STEP, 4096, named_device("A100")) is None
+    assert _nearest(replace(STEP, l2norm=False, strided=True), 4096, H200) is not None
+    assert _nearest(STEP, 4096, named_device("A100")) is None
 
 
 def test_the_users_entries_come_before_the_packaged_ones(path: Path, tmp_path: Path) -> None:
     packaged = decoding_path(tmp_path / "packaged", STEP.op, H200)
     merge_decoding(packaged, METADATA, [entry_of(), entry_of(16)])
-    assert nearest_decoding(STEP, 4096, H200) == nearest_decoding(STEP, 16, H200) == config_of()
+    assert _nearest(STEP, 4096, H200) == _nearest(STEP, 16, H200) == config_of()
     merge_decoding(path, METADATA, [entry_of(knobs={"BV": 32})])
-    assert nearest_decoding(STEP, 4096, H200) == config_of({"BV": 32})
-    assert nearest_decoding(STEP, 16, H200) == config_of()
+    assert _nearest(STEP, 4096, H200) == config_of({"BV": 32})
+    assert _nearest(STEP, 16, H200) == config_of()
     # what is compiled ahead has those of a machine without the user's files, too
     rule = runtime.by_rule(STEP, 256, 16, H200)
     both = (config_of({"BV": 32}), config_of(), rule)
@@ -96,12 +100,12 @@ def test_configs_of_calls_and_what_they_depend_on(path: Path) -> None:
 
 def test_others_templates_and_knobs_are_passed_over(path: Path) -> None:
     merge_decoding(path, METADATA, [entry_of(template="0" * 16)])
-    assert nearest_decoding(STEP, 4096, H200) is None
+    assert _nearest(STEP, 4096, H200) is None
     merge_decoding(path, METADATA, [entry_of(knobs={"BV": 12})])
-    assert nearest_decoding(STEP, 4096, H200) is None
+    assert _nearest(STEP, 4096, H200) is None
     for name in ("other", "self"):
         merge_decoding(path, METADATA, [entry_of(knobs={"BV": 8, name: 1})])
-        assert nearest_decoding(STEP, 4096, H200) is None
+        assert _nearest(STEP, 4096, H200) is None
 
 
 def test_one_of_the_same_sizes_takes_the_place_of_the_other(path: Path) -> None:

@@ -128,6 +128,14 @@ def test_strict_pins_refuse_what_they_do_not_name() -> None:
         find_recipe(Problem(op="kda"), TRAIN, H200)
 
 
+def test_strict_pins_that_name_nothing_are_refused() -> None:
+    given = gdn2gen.pin()
+    assert given["recipes"] == []
+    with pytest.raises(InputError, match=r"recipes list none, .*gdn2gen.warmup"):
+        gdn2gen.pin(given, strict=True)
+    gdn2gen.pin(given)
+
+
 @pytest.mark.parametrize("broken", [{"plan": "none"}, {"regime": {}}, {"configs": {}}])
 def test_what_cannot_be_read_is_refused_by_name(broken: dict[str, Any]) -> None:
     raw = {**_default()["recipes"][0], **broken}
@@ -135,7 +143,9 @@ def test_what_cannot_be_read_is_refused_by_name(broken: dict[str, Any]) -> None:
         gdn2gen.pin({"recipes": [raw]})
 
 
-@pytest.mark.parametrize("given", [{"recipes": None}, {"recipes": [1]}, [1], "recipes"])
+@pytest.mark.parametrize(
+    "given", [{"recipes": None}, {"recipes": [1]}, {"recipe": []}, [1], "recipes"]
+)
 def test_what_no_process_gave_is_refused(given: Any) -> None:
     with pytest.raises(InputError, match=r"recipes must be what `gdn2gen.pin\(\)` gave"):
         gdn2gen.pin(given)

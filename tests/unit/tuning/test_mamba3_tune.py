@@ -38,6 +38,7 @@ from gdn2gen.store.part_files import (
     parts_on_file,
     parts_path,
     stale_parts,
+    tuned_parts,
 )
 from gdn2gen.tuning.mamba3 import STEP_SEQUENCES, Mamba3Report, neighbours, tune_mamba3
 from gdn2gen.tuning.views.progress import Progress
@@ -251,6 +252,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_another_gpu_of_the_architecture_runs_by_them_too(folder: Path) -> None:
+    """Mamba-3's backward in one stage runs by an entry alone: an H100 had none."""
+    tuned(folder, Gpu())
+    known = known_around(PROBLEM, 64, 1)
+    own = nearest_parts("mamba3", CHUNKS, known, 16384, H200)
+    for name, found in (("H100", own), ("sm_90", own), ("A100", None), ("sm_100", None)):
+        device = named_device(name)
+        assert nearest_parts("mamba3", CHUNKS, known, 16384, device) == found
+        assert tuned_parts("mamba3", CHUNKS, known, 16384, device) is None
+    sources = find_mamba3(PROBLEM, SHAPE, named_device("H100")).sources
+    assert {*sources.values()} == {"transferred"}
+    # its own are before those, whatever these took
+    path = parts_path(folder, "mamba3", H200)
+    other = parts_path(folder, "mamba3", named_device("H100"))
+    other.write_text(path.read_text().replace('"ms": 1.0', '"ms": 0.9'))
+    reload()
+    mine = nearest_parts("mamba3", CHUNKS, known, 16384, named_device("H100"))
+    assert mine != own and tuned_parts("mamba3", CHUNKS, known, 16384, named_device("H100")) == mine
+    # what cannot be read, or says of no GPU, is nobody's
+    other.unlink()
+    path.write_text(path.read_text().replace('"arch": "sm_90"', '"arch": 7'))
+    reload()
+    assert nearest_parts("mamba3", CHUNKS, known, 16384, named_device("H100")) is None
+
+
 def test_calls_find_the_nearest_entry(folder: Path) -> None:
     tuned(folder, Gpu())
     known = known_around(PROBLEM, 64, 1)
@@ -265,7 +291,6 @@ def test_calls_find_the_nearest_entry(folder: Path) -> None:
     near = nearest_parts("mamba3", ONE_TOKEN, known, 100, H200)
     assert near is not None and near.tokens == 64
     assert nearest_parts("mamba3", CHUNKS, known | {"heads": 32}, 16384, H200) is None
-    assert nearest_parts("mamba3", CHUNKS, known, 16384, named_device("H100")) is None
     found = find_mamba3(PROBLEM, SHAPE, H200)
     assert found.sources == dict.fromkeys(found.knobs, "tuned") | {"mamba3_step": "tuned"}
     assert found.knobs["mamba3_gradient"]["BT"] == 64 and found.scan is None

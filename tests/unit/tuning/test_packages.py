@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,10 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
+from gdn2gen.store.dispatch import Found
 from gdn2gen.store.sizes import find_recipe_of_any_size, transferred
 from gdn2gen.tuning import packages
+from gdn2gen.workflows import generate as generating
 
 H200 = named_device("H200")
 ODD = Problem(K=96, V=192)
@@ -100,13 +103,58 @@ def test_a_stage_that_does_not_fit_runs_its_default(monkeypatch: pytest.MonkeyPa
     assert {*proof.resources} == {*proof.recipe.plan.stages}
     assert "300000 bytes of shared memory" in proof.instead["scan"]
     assert "a compiler's words" in proof.instead["grad_key"]
-    assert "worst dq, off by 3.0e-06" in proof.words and "scan runs its default" in proof.words
+    assert "worst dq, off by 3.0e-06" in proof.words and "scan runs the default" in proof.words
+
+
+def test_where_a_default_does_not_fit_the_first_beside_it_that_does_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in fp32, where grad_key's spills more than is let onto a GPU at every head dim."""
+    recipe = Recipe.default(replace(ODD, K=48, V=48, dtype="fp32"), arch=H200.arch)
+    default = recipe["grad_key"]
+    tried: list[Config] = []
+
+    def built(config: Config) -> Outcome[Resources]:
+        if config.stage != "grad_key":
+            return fits(config)
+        tried.append(config)
+        small = config["num_warps"] == 8
+        return Outcome(outcome.OK, replace(USED, spill_bytes=264 if small else 1048))
+
+    backend = Backend(built)
+    proof = prove(backend, recipe, monkeypatch)
+    assert proof.recipe["grad_key"] == default.replace(num_warps=8)
+    assert backend.checked == [proof.recipe]
+    assert tried[0] == default and len(tried) == len({*tried})
+    assert "spills 1048 bytes" in proof.instead["grad_key"]
+
+
+def test_where_all_spill_the_one_that_does_so_least_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the scan of fp32 at 256 channels for sm_120, which a call would run at its default."""
+    recipe = Recipe.default(replace(ODD, K=256, V=512, dtype="fp32"), arch=H200.arch)
+    default = recipe["scan"]
+
+    def built(config: Config) -> Outcome[Resources]:
+        if config.stage != "scan":
+            return fits(config)
+        if config["num_warps"] == 2:  # the least spills, but not in the memory that there is
+            return Outcome(outcome.OK, replace(WIDE, spill_bytes=600))
+        spills = 700 if config["num_warps"] == 8 else 952
+        return Outcome(outcome.OK, replace(USED, spill_bytes=spills))
+
+    proof = prove(Backend(built), recipe, monkeypatch)
+    assert proof.recipe["scan"] == default.replace(num_warps=8)
+    assert proof.resources["scan"].spill_bytes == 700
+    assert "at most 65536 bytes of shared memory and 700 spilled a thread" in proof.words
 
 
 def test_what_neither_compiles_nor_is_right_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.default(ODD)
     with pytest.raises(
-        BuildError, match=r"the default prepare \[.*does not fit NVIDIA H200.*300000"
+        BuildError,
+        match=r"the default prepare \[.*does not fit NVIDIA H200.*300000.*generate --tune",
     ):
         prove(Backend(lambda config: Outcome(outcome.OK, WIDE)), recipe, monkeypatch)
     with pytest.raises(TuneError, match=r"nothing was written: .*dq is off"):
@@ -144,6 +192,23 @@ def test_one_that_ran_before_is_written_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="use 96 or 104"):
         gdn2gen.generate(tmp_path / "other", head_dim=100)
     assert not (tmp_path / "other").exists()
+
+
+def test_one_that_is_tuned_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the words of the package; a folder of others is refused before minutes are spent."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(generating, "tune", lambda x, **given: asked.append({"at": x, **given}))
+    words: dict[str, Any] = {"head_dim": 64, "language": "triton", "target": "H200"}
+    words |= {"tune_minutes": 3.0, "initial_state": True, "shape": "train2k", "level": "fast"}
+    made = gdn2gen.generate(tmp_path / "tuned", **words)
+    assert isinstance(made.found, Found) and made.found.recipe.problem.initial_state
+    usual = {"op": "gdn2", "value_dim": None, "dtype": "bf16", "decay": "weak"}
+    given = {"head_dim": 64, "target": "H200", "initial_state": True, "levels": "fast"}
+    assert asked == [{"at": SHAPES["train2k"], "budget_minutes": 3.0, **usual, **given}]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"did not write"):
+        gdn2gen.generate(tmp_path, **words)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_every_suggestion_is_a_config_within_the_head_dims(stage, K):
         assert config["BT"] == place.BT
         assert config.get("BK", 0) <= most and config.get("BV", 0) <= most
         parameters = space.parameters(config, place)
-        assert set(parameters) == set(space.distributions(stage, place))
+        assert set(parameters) == set(space.distributions(config, place))
 
 
 @pytest.mark.parametrize("stage", [x for x in STAGES if not x.startswith("forward")])
@@ -114,6 +114,36 @@ def test_chunks_of_64_with_operands_at_wrong_addresses_are_not_tried_again(stage
             assert "at wrong addresses" in str(space.why_hopeless(config, Problem(op), H200))
         right = default_config(stage, Problem(op), BT=32, arch="sm_90")
         assert space.why_hopeless(right, Problem(op), H200) is None
+
+
+def test_extras_of_scans_in_segments_are_searched():
+    """Of forms that take them; others that a config has are neither asked for nor in the way."""
+    gated = Problem("gated_delta_rule")
+    place = Place(gated, 32, "sm_90")
+    serial = default_config("scan", gated, BT=32, arch="sm_90").replace(segments="serial")
+    parallel = serial.replace(segments="parallel")
+    assert space.extras_asked(serial, place) == {}
+    assert space.extras_asked(parallel, place) == {"merge": ("off", "cut"), "reach": ("off", 64)}
+    both = parallel.replace(merge="cut", reach=64)
+    found = set(space.neighbours(parallel, gated, H200))
+    assert {parallel.replace(merge="cut"), parallel.replace(reach=64)} < found
+    assert not any(x.get("merge") or x.get("reach") for x in space.neighbours(serial, gated, H200))
+    # back to serial, which takes neither, is not one knob away
+    assert {parallel.replace(merge="cut"), parallel.replace(reach=64)} < {
+        *space.neighbours(both, gated, H200)
+    }
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for config in (parallel, both, parallel.replace(pdl="wait"), parallel.replace(reach=32)):
+        parameters = space.parameters(config, place)
+        assert set(parameters) == set(space.distributions(config, place))
+        study.enqueue_trial(parameters)
+        asked = {x: y for x, y in config.items() if y not in ("wait", 32) or x == "BT"}
+        assert dict(space.suggest(study.ask(), "scan", place)) == asked
+    kept = Problem("kda", K=128, V=128)
+    found = space.extras_asked(
+        default_config("scan", kept, BT=32).replace(segments="parallel"), Place(kept, 32, "sm_90")
+    )
+    assert found == {"merge": ("off", "cut")}
 
 
 def test_neighbours_differ_in_one_knob_and_can_be_compiled():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +69,54 @@ def test_explain_returns_what_calls_run(monkeypatch: pytest.MonkeyPatch) -> None
         gdn2gen.explain("2x77x5", target="H200", strict=True)
     with pytest.raises(InputError, match="unknown shape 'train5k'"):
         gdn2gen.explain("train5k")
+
+
+@pytest.mark.parametrize("op", ["gdn2", "mamba3"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "H200"}, "no keyword 'device' is taken, for a GPU is named by target"),
+        ({"K": 64}, "no keyword 'K' is taken, which is called head_dim here"),
+        ({"sauce": 1}, r"no keyword 'sauce' is taken; .* are the fields of \w*Problem: .*gate"),
+    ],
+)
+def test_unknown_keywords_are_refused_with_those_that_there_are(
+    op: str, given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        gdn2gen.explain(op=op, **given)
+    with pytest.raises(InputError, match=said):
+        gdn2gen.generate(tmp_path / "made", op=op, **given)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("op", ["gdn2", "mamba2", "mamba3"])
+def test_what_is_found_is_printed_as_the_command_prints_it(
+    op: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shape = "train4k" if op == "gdn2" else "mamba4k"
+    given = {"has_dt_bias": True, "has_rate": True, "has_D": True, "has_z": True}
+    gate: dict[str, Any] = {"gate": "softplus", **given} if op == "mamba2" else {}
+    (found,) = gdn2gen.explain(op=op, value_dim=64, target="H200", **gate)
+    for names in ("--shape {} --device", "--shapes {} --target"):
+        # as it is without a word
+        line = f"explain --op {op} --head-dim 128,64 {names.format(shape)} H200"
+        assert program.main(line.split()) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == str(found).splitlines()
+
+
+def test_shapes_are_not_numbers() -> None:
+    with pytest.raises(InputError, match=r"or sizes BxTxH such as '4x4096x16', .* but got 4"):
+        gdn2gen.explain((4, 4096, 16))  # type: ignore[arg-type]
+
+
+def test_layers_are_there_without_an_import_of_their_own() -> None:
+    code = "import gdn2gen; gdn2gen.nn.GatedDeltaNet2; gdn2gen.ops; "
+    code += "gdn2gen.integrations.fla.register; gdn2gen.integrations.mamba.register"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'layers'"):
+        _ = gdn2gen.layers
 
 
 def test_explain_of_mamba3_at_its_levels() -> None:
