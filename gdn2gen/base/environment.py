@@ -148,11 +148,6 @@ def is_batch_invariant() -> bool:
     return not is_off(values_of(_INVARIANT)[0])
 
 
-def is_on(value: str | None) -> bool:
-    """What the environment said of a switch that is off unless it says otherwise."""
-    return not is_off(value)
-
-
 _INVARIANT: Final = ("GDN2GEN_BATCH_INVARIANT",)
 
 

@@ -78,18 +78,17 @@ class Surroundings(NamedTuple):
 
     @property
     def batch_invariant(self) -> bool:
-        return environment.is_on(self.said["GDN2GEN_BATCH_INVARIANT"])
+        return not environment.is_off(self.said["GDN2GEN_BATCH_INVARIANT"])
 
     @property
     def strict(self) -> bool:
-        return environment.is_on(self.said["GDN2GEN_STRICT"])
+        return not environment.is_off(self.said["GDN2GEN_STRICT"])
 
     @property
     def gate_apart(self) -> bool | None:
-        """Whether every gate that can be is apart (1), or none (0); None where it is not set, or
-        empty."""
+        """Whether every gate that can be is apart (1), or none (0); None where nothing is said."""
         value = self.said["GDN2GEN_GATE_APART"]
-        return environment.is_on(value) if value else None
+        return not environment.is_off(value) if value else None
 
     @property
     def unverified(self) -> str | None:
