@@ -80,7 +80,7 @@ def outside_tilelang(every: int) -> Form:
             "BK": (64, 128),
             "num_warps": (4,),
             "num_stages": (1, 2),
-            "maxnreg": (168,),
+            "maxnreg": (168, 128),
         },
         defaults=(
             Setting({"chunks": 16, "BK": 128}),
@@ -94,6 +94,10 @@ def outside_tilelang(every: int) -> Form:
             Limit("BT", (64 // every,), "its tiles are those of 64 tokens"),
             *(
                 Limit("num_stages", (1,), "two do not fit", {dim: range(65, 513)})
+                for dim in ("K", "V")
+            ),
+            *(
+                Limit("maxnreg", (168,), "two programs do not fit", {dim: range(65, 513)})
                 for dim in ("K", "V")
             ),
             Limit("varlen", (False,), "packed sequences are in Triton's forms alone"),

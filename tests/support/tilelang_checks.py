@@ -7,7 +7,8 @@ the scans in segments alone, chunks of a segment (or -), and flags of the proble
 sequences and heads), `stateless`, `raw` (no l2norm), `lean` (with the scan again; of 0, the scans
 of that plan), `wide` (programs of 128 rows, two warp groups), `transitions` (of segments, kept for
 the backward), `cut` (merge_kernel of halves that are cut, in TileLang's modules alone),
-`reach=64` (fold of what counts, likewise), `tile_step=64` (the knob, of the scans) and `nan` (the
+`reach=64` (fold of what counts, likewise), `tile_step=64` (the knob, of the scans), `maxnreg=128`
+(of the gradients of blocks: what a search alone picks) and `nan` (the
 decay of a token; what is NaN in Triton's results has to be written by TileLang's, and NaN).
 """
 
@@ -196,6 +197,9 @@ def main(
     for tiles in (int(x.removeprefix("tile_step=")) for x in flags if x.startswith("tile_step=")):
         cut = [x for x in others if STAGES[x].is_chain]
         others |= {x: others[x].replace(tile_step=tiles) for x in cut}
+    for most in (int(x.removeprefix("maxnreg=")) for x in flags if x.startswith("maxnreg=")):
+        own = [x for x in others if x.startswith("grad_blocks")]
+        others |= {x: others[x].replace(maxnreg=most) for x in own}
     for stage in stages:
         other = load(render(problem, stage, others[stage]))
         module = load(render(problem, stage, recipe[stage]))
