@@ -68,9 +68,9 @@ if TYPE_CHECKING:
     from gdn2gen.ops.selective import selective_state_update
     from gdn2gen.store.dispatch import reload
     from gdn2gen.store.pins import pin
-    from gdn2gen.tuning.packages import generate
     from gdn2gen.workflows.compiled import compile_kernels
     from gdn2gen.workflows.explain import explain
+    from gdn2gen.workflows.generate import generate
     from gdn2gen.workflows.tune import tune
     from gdn2gen.workflows.verify import verify
     from gdn2gen.workflows.warmup import warmup
@@ -96,7 +96,7 @@ _HOMES = {
     "fused_recurrent_mamba2": "gdn2gen.ops.recurrent",
     "fused_recurrent_simple_gla": "gdn2gen.ops.recurrent",
     "gated_rms_norm": "gdn2gen.ops.parts",
-    "generate": "gdn2gen.tuning.packages",
+    "generate": "gdn2gen.workflows.generate",
     "mamba3_siso_combined": "gdn2gen.ops.mamba3",
     "mamba3_siso_step": "gdn2gen.ops.mamba3",
     "mamba_chunk_scan_combined": "gdn2gen.ops.mamba",

@@ -178,9 +178,11 @@ def problem_of(run: Run) -> DecodingProblem:
     seen: list[DecodingProblem] = []
     usual = decoding.config_for
 
-    def noting(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
+    def noting(
+        problem: DecodingProblem, dims: Dims, device: torch.device, read: Any = None
+    ) -> Config:
         seen.append(problem)
-        return usual(problem, dims, device)
+        return usual(problem, dims, device, read)
 
     decoding.config_for = noting
     decoding.force()  # so that no call is known

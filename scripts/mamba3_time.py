@@ -1,7 +1,8 @@
 """What Mamba-3 costs on a GPU: the op, the kernels around its scan, the scan itself; milliseconds.
 
     python scripts/mamba3_time.py [--batch 4] [--tokens 4096] [--heads 64] [--alone]
-        [--sweep | --forms | --profile] [--back {apart,once}] [--with STAGE:KNOB=VALUE,...]
+        [--sweep | --forms | --profile] [--back {apart,once}] [--turn {before,within}]
+        [--with STAGE:KNOB=VALUE,...]
 
 bf16, N = 128, P = 64, 32 angles that heads share, one group, D and Z. The op is beside mamba_ssm's
 where that can be imported; the kernels are beside the time that a copy of their bytes would take
@@ -9,7 +10,8 @@ where that can be imported; the kernels are beside the time that a copy of their
 of the kernels, for the rules in kernels/mamba3.py; --forms the few arrangements of those over
 chunks that the rules choose among. `apart` are states and outputs in two stages where calls like
 these run one, and `backward at once` has the products of its backward in one stage. --profile says
-what each kernel of the op takes within it; with --back, whether these products are one stage.
+what each kernel of the op takes within it; with --back, whether these products are one stage, and
+with --turn, whether the scan turns queries and keys itself (`turned within`).
 --with has a stage run with knobs that no entry and no rule has chosen: give it once for each stage.
 """
 
@@ -48,6 +50,7 @@ from gdn2gen.runtime import mamba3
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_scan
 from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
+from gdn2gen.runtime.mamba3_turning_scan import force_turning_scan
 
 Run = Callable[[], Any]
 PROBLEM = Mamba3Problem(state_size=128, head_dim=64, angles=32, skip=True, gate=True)
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--forms", action="store_true", help="time a few arrangements instead")
     parser.add_argument("--profile", action="store_true", help="time kernels within the op instead")
     parser.add_argument("--back", choices=("apart", "once"), help="the backward's products")
+    parser.add_argument("--turn", choices=("before", "within"), help="where q and k are turned")
     parser.add_argument(
         "--with", dest="forced", action="append", default=[], metavar="STAGE:KNOB=VALUE,..."
     )
@@ -219,6 +223,8 @@ def main() -> None:
     x = layer_inputs(PROBLEM, shape)
     if args.back:
         force_reverse_scan(args.back == "once")
+    if args.turn:
+        force_turning_scan(args.turn == "within")
     if args.sweep or args.forms or args.profile:
         (sweep if args.sweep else forms if args.forms else profiled)(x)
         return
@@ -231,11 +237,13 @@ def time_kernels(x: dict[str, Tensor], shape: Shape) -> None:
     sheet = Sheet("kernels", ("kernel", "ms", "of a copy", "times"), words=("kernel",))
     around, chunk = tile_of("bf16", PROBLEM.state_size), chunk_of("bf16", PROBLEM.state_size)
     force_reverse_scan(True)  # beside the stages that it stands for
+    force_turning_scan(True)
     beside = floors(shape, around, AROUND) | floors(shape, chunk, CHUNKS)
     for name, run in (kernel_runs(PROBLEM, x, around) | chunk_runs(x, chunk)).items():
         took = ms(run)
         sheet.add(name, f"{took:.4f}", f"{beside[name]:.4f}", f"{took / beside[name]:.2f}")
     force_reverse_scan(None)
+    force_turning_scan(None)
     console().print(sheet)
 
 
@@ -248,17 +256,20 @@ def time_ops(x: dict[str, Tensor], *, alone: bool) -> None:
     console().print(f"{'Mamba-3':<48}{'forward':>9}{'and back':>9}")
     for chosen in (True, False):
         way = "over chunks" if chosen else "around a scan"
-        ways = {"": (None, False), ", apart": (False, False), ", backward at once": (None, True)}
-        for fast, (said, (at_once, back)) in product((False, True), ways.items()):
+        ways = {"": (None, False, False), ", apart": (False, False, False)}
+        ways |= {", backward at once": (None, True, False), ", turned within": (None, True, True)}
+        for fast, (said, (at_once, back, within)) in product((False, True), ways.items()):
             if said and not chosen:
                 continue
             own = partial(mamba3_siso_combined, disable_recompute=fast)
             force_scan(at_once)
             force_reverse_scan(back)
+            force_turning_scan(within)
             with chunks_forced(chosen):
                 told(f"gdn2gen, {way}{said}, {LEVELS[fast]}", op_times(own, x))
     force_scan(None)
     force_reverse_scan(None)
+    force_turning_scan(None)
     for fast in (False, True):
         BT = tile_of("bf16", PROBLEM.state_size)
         told(f"chunk_simple_gla, {LEVELS[fast]}", scan_times(x, BT, fast=fast))

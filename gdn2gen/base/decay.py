@@ -47,9 +47,13 @@ def told() -> str | None:
     return _told
 
 
-def expected_by(said: str | None) -> str:
-    """What a call expects that `told` said this to; another thread may say something else since."""
-    return _from_environment() if said is None else said
+def expected_by(said: str | None, values: tuple[Any, ...] | None = None) -> str:
+    """What a call expects that `told` said this to; another thread may say something else since.
+    `values`: what the environment said of `VARIABLE`, as `values_of` gives it, where it was read
+    before."""
+    if said is not None:
+        return said
+    return _from_environment() if values is None else _read(values)
 
 
 def _from_environment() -> str:

@@ -88,7 +88,11 @@ VERIFYING: Final = "verify"
 
 def unverified() -> str | None:
     """Whether head dims may run that the accuracy suite has not passed on a GPU: None if not."""
-    value = os.environ.get("GDN2GEN_UNVERIFIED")
+    return unverified_by(os.environ.get("GDN2GEN_UNVERIFIED"))
+
+
+def unverified_by(value: str | None) -> str | None:
+    """The same where the environment said this."""
     return None if is_off(value) else value
 
 

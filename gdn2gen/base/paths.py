@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 from gdn2gen.base.errors import TunedFileWarning
 from gdn2gen.base.folders import expanded, private_dir, why_untrusted, why_unusable
+
+Said = Mapping[str, str | None]
+"""What the environment said of variables by the time they were read, which may change."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -30,13 +35,16 @@ def packaged_tuned_dir() -> Path:
     return _data("tuned")
 
 
-def user_tuned_dir() -> Path:
-    """The user's own folder of tuned files, looked at first: GDN2GEN_TUNED_DIR, or the cache's."""
-    return _named_tuned_dir() or cache_dir() / "tuned"
+def user_tuned_dir(said: Said | None = None) -> Path:
+    """The user's own folder of tuned files, looked at first: GDN2GEN_TUNED_DIR, or the cache's.
+
+    `said`: of these two variables, where they were read before.
+    """
+    value = (os.environ if said is None else said).get("GDN2GEN_TUNED_DIR")
+    return _named_tuned_dir(value) or cache_dir(said) / "tuned"
 
 
-def _named_tuned_dir() -> Path | None:
-    value = os.environ.get("GDN2GEN_TUNED_DIR")
+def _named_tuned_dir(value: str | None) -> Path | None:
     folder = expanded(value) if value else None
     if value and folder is None:
         _warn_of_tuned_dir(value, "there is no such home")
@@ -51,7 +59,7 @@ def to_be_read(folder: Path) -> Path | None:
     try:
         os.listdir(folder)
     except FileNotFoundError as error:
-        if folder == _named_tuned_dir():
+        if folder == _named_tuned_dir(os.environ.get("GDN2GEN_TUNED_DIR")):
             _warn_of_tuned_dir(str(folder), str(error.strerror))
     except OSError as error:
         _warn_of_tuned_dir(str(folder), error.strerror or str(error))
@@ -69,23 +77,28 @@ def _warn_of_tuned_dir(value: str, why: str) -> None:
     )
 
 
-def compiled_dir() -> Path | None:
-    """Kernels compiled ahead (GDN2GEN_COMPILED_DIR): read, and never written."""
-    value = os.environ.get("GDN2GEN_COMPILED_DIR")
+def compiled_dir(said: Said | None = None) -> Path | None:
+    """Kernels compiled ahead (GDN2GEN_COMPILED_DIR, or what was `said` of it): read, and never
+    written."""
+    value = (os.environ if said is None else said).get("GDN2GEN_COMPILED_DIR")
     return expanded(value) if value else None
 
 
-def cache_dir() -> Path:
-    """Folder for kernels, studies and ledgers (GDN2GEN_CACHE_DIR, or the user's cache).
+def cache_dir(said: Said | None = None) -> Path:
+    """Folder for kernels, studies and ledgers (GDN2GEN_CACHE_DIR, or what was `said` of it; or the
+    user's cache).
 
     Where that cannot be written, a private temporary folder, with a warning; the compilers' own
     caches, without which no kernel compiles, are then moved there if need be.
     """
-    surroundings = _surroundings()
-    if surroundings not in _settled:
-        folder = _settle()
-        _settled[surroundings] = _settled[_surroundings()] = folder
-    return _settled[surroundings]
+    read = {name: os.environ.get(name) for name in _SETTLING}
+    if said is not None:
+        read["GDN2GEN_CACHE_DIR"] = said.get("GDN2GEN_CACHE_DIR")
+    key = (*read.values(),)
+    if key not in _settled:
+        folder = _settle(read)
+        _settled[key] = _settled[(*read.values(),)] = folder
+    return _settled[key]
 
 
 def code_dir(name: str) -> Path:
@@ -102,15 +115,21 @@ def code_dir(name: str) -> Path:
 _settled: dict[tuple[str | None, ...], Path] = {}
 
 
-def _surroundings() -> tuple[str | None, ...]:
-    """All that `_settle` depends on."""
-    names = ("GDN2GEN_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "TRITON_CACHE_DIR", "TRITON_HOME")
-    return tuple(map(os.environ.get, (*names, "TILELANG_CACHE_DIR")))
+# All that `_settle` depends on.
+_SETTLING: Final = (
+    "GDN2GEN_CACHE_DIR",
+    "XDG_CACHE_HOME",
+    "HOME",
+    "TRITON_CACHE_DIR",
+    "TRITON_HOME",
+    "TILELANG_CACHE_DIR",
+)
 
 
-def _settle() -> Path:
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TRITON_HOME") or "~"
+def _settle(read: dict[str, str | None]) -> Path:
+    """Of what was `read`, which is changed as the environment is."""
+    user_cache = read["XDG_CACHE_HOME"] or "~/.cache"
+    home = read["TRITON_HOME"] or "~"
     wanted = {
         "GDN2GEN_CACHE_DIR": f"{user_cache}/gdn2gen",
         "TRITON_CACHE_DIR": f"{home}/.triton/cache",
@@ -118,7 +137,7 @@ def _settle() -> Path:
     }
     own, reasons = None, []
     for variable, usual in wanted.items():
-        value = os.environ.get(variable) or usual
+        value = read[variable] or usual
         folder = expanded(value)
         why = why_unusable(folder) if folder else "there is no such home"
         if folder and why is None:
@@ -126,7 +145,8 @@ def _settle() -> Path:
             continue
         reasons.append(f"{variable} ({value}: {why})")
         if variable != "GDN2GEN_CACHE_DIR":
-            os.environ[variable] = str(private_dir() / variable.partition("_")[0].lower())
+            own_cache = str(private_dir() / variable.partition("_")[0].lower())
+            os.environ[variable] = read[variable] = own_cache
     if reasons and compiled_dir() is not None:
         # nothing needs to be kept by a process whose kernels are compiled: it may lack any home
         try:

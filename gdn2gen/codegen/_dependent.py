@@ -32,6 +32,9 @@ EARLY = ({names})
 
 
 """
+_OPTION: Final = "launch_pdl=True"
+WRITTEN: Final = repr((_WAIT, _SAY, _CALLS, _NOTE, _OPTION))
+"""All that is written into a text, for digests: where it goes is each kernel's own first line."""
 
 
 class Launched(NamedTuple):
@@ -131,7 +134,7 @@ def _option(call: ast.Call, lines: list[str]) -> tuple[int, int, str]:
     line, column = (call.end_lineno or 1) - 1, (call.end_col_offset or 1) - 1
     before = lines[line][:column]
     if before.strip():
-        return line, column, ", launch_pdl=True"
+        return line, column, f", {_OPTION}"
     if not lines[line - 1].rstrip().endswith(","):
         raise TemplateError(f"line {line} of a launch ends without a comma: {lines[line - 1]!r}")
-    return line, 0, f"{before}    launch_pdl=True,\n"
+    return line, 0, f"{before}    {_OPTION},\n"

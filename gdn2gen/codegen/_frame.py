@@ -16,8 +16,6 @@ from gdn2gen.codegen.choosing import chooser
 
 _GPU: Final = 2  # kDLCUDA
 _TENSOR: Final = 7  # kTVMFFIDLTensorPtr
-_DENSE: Final = 6
-"""Words of 8 bytes of a DLTensor, the first of which is its address."""
 MAP: Final = 16
 """Words of a tensor map."""
 _LINE: Final = 64
@@ -48,17 +46,9 @@ class Frame:
         self._kept: list[Any] = []
         """Memory that others point into."""
         self._set_stream: Callable[[int, int, int], int] | None = None
-        # whole DLTensors where a program wants them, else addresses alone
-        self._step = 1
         if any(isinstance(x, Program) for x in launches):
             self._set_stream = tvm_ffi().core._env_set_current_stream
-            self._step = _DENSE
-        dense = [self._dense(x)[: self._step] for x in tensors]
-        words = self._aligned([word for x in dense for word in x])
-        self._at = _address(words)
-        self._addresses = words[:: self._step]
-        maps = [y for x in launches if isinstance(x, Kernel) for y in x.parameters]
-        self._place_maps([x for x in maps if isinstance(x, Map)])
+        self._place_rows(self._rows(launches, tensors))
         self._streams: list[memoryview] = []
         self._stream = 0
         self._calls = [*map(self._call, launches)]
@@ -68,10 +58,9 @@ class Frame:
 
         Raises RuntimeError where the driver or a program refuses one.
         """
-        self._addresses[:] = array("Q", addresses)
-        mapped = self._mapped
-        if mapped is not None:
-            self._first_of_maps[:] = array("Q", mapped(addresses))
+        if self._chosen is not None:
+            self._written[:] = self._chosen(addresses)
+            self._first[:] = self._read
         if stream != self._stream:
             for place in self._streams:
                 place[0] = stream
@@ -106,17 +95,37 @@ class Frame:
         self._kept.append(words)
         return words.buffer_info()[0]
 
-    def _place_maps(self, maps: Sequence[Map]) -> None:
-        """All tensor maps of the pass, one after the other: a call writes their first words."""
-        self._mapped = chooser([x.tensor for x in maps]) if maps else None
-        words = self._aligned([word for x in maps for word in (0, *x.rest)])
-        self._first_of_maps = words[::MAP]
-        self._next_map = _address(words)
+    def _rows(
+        self, launches: Sequence[Kernel | Program], tensors: Sequence[Described]
+    ) -> dict[At | Map, tuple[int, ...]]:
+        """What launches point at, each of which begins with an address: tensor maps, one where they
+        are alike; DLTensors where a program wants them; else the address alone of what has no map,
+        whose first word is as good: a call writes 46 words for 94 (gdn2, both directions)."""
+        given = [y for x in launches if isinstance(x, Kernel) for y in x.parameters]
+        maps = {x: (0, *x.rest) for x in given if isinstance(x, Map)}
+        if self._set_stream is not None:
+            return {At(i): self._dense(x) for i, x in enumerate(tensors)} | maps
+        mapped = {x.tensor for x in maps}
+        return {x: (0,) for x in given if isinstance(x, At) and x.tensor not in mapped} | maps
+
+    def _place_rows(self, rows: Mapping[At | Map, tuple[int, ...]]) -> None:
+        """One after the other, as far apart as tensor maps are, so that one copy writes where all
+        of them begin."""
+        self._chosen = chooser([x.tensor for x in rows]) if rows else None
+        apart = MAP if any(len(x) > 1 for x in rows.values()) else 1
+        words = self._aligned([y for x in rows.values() for y in (*x, *(0,) * (apart - len(x)))])
+        self._first = words[::apart]
+        # of ctypes, which takes a list of numbers in two thirds of an array's time
+        self._written: Any = (ctypes.c_uint64 * len(rows))()
+        self._read = memoryview(self._written).cast("B").cast("Q")
+        self._at: dict[At | Map, int] = {}
+        """Where each row lies, and that of a tensor which has none of its own."""
+        for i, x in enumerate(rows):
+            self._at[x] = _address(words) + 8 * apart * i
+            self._at.setdefault(At(x.tensor), self._at[x])
 
     def _dense(self, x: Described) -> tuple[int, ...]:
-        """A DLTensor, but for its address."""
-        if self._step == 1:
-            return (0,)
+        """A DLTensor in words of 8 bytes, but for its address, which is the first."""
         kind = CODES[x.dtype] | x.dtype.itemsize * 8 << 8 | 1 << 16
         shape, strides = (self._place(array("q", y or (0,))) for y in (x.shape, x.strides))
         return (0, _GPU | self._device << 32, len(x.shape) | kind << 32, shape, strides, 0)
@@ -125,7 +134,7 @@ class Frame:
         return self._program(what) if isinstance(what, Program) else self._kernel(what)
 
     def _program(self, what: Program) -> partial[int]:
-        tensors = [(_TENSOR, self._at + 8 * self._step * place) for place in what.tensors]
+        tensors = [(_TENSOR, self._at[At(place)]) for place in what.tensors]
         given = (*tensors, *what.scalars)
         arguments = self._place(array("Q", [word for x in given for word in x]))
         result = self._place(array("Q", (0, 0)))
@@ -157,12 +166,9 @@ class Frame:
         )
 
     def _parameter(self, x: At | Map | int) -> int:
-        """Where it lies. Maps and scalars are asked for in the order in which they were placed."""
-        if isinstance(x, At):
-            return self._at + 8 * self._step * x.tensor
-        if isinstance(x, Map):
-            self._next_map += 8 * MAP
-            return self._next_map - 8 * MAP
+        """Where it lies. Scalars are asked for in the order in which they were placed."""
+        if isinstance(x, At | Map):
+            return self._at[x]
         self._next_scalar += 8
         return self._next_scalar - 8
 

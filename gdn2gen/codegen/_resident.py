@@ -86,6 +86,8 @@ _PACKED: Final = (
         r"tile.Pipelined(tile.ceildiv(NT - i_x, n_slots), \1):\n\2i_c = i_x + i_n * n_slots\n",
     ),
 )
+WRITTEN: Final = repr((_COMMON, _DENSE, _PACKED, dict(RESIDENT)))
+"""All that is written into a text, and where, for digests."""
 # Where all of a module is one kernel.
 _ALONE: Final = _COMMON[-1].pattern
 

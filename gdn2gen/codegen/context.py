@@ -22,6 +22,7 @@ from gdn2gen.family.problem import Problem
 from gdn2gen.family.registry import STEP_OPS, recurrence_named
 from gdn2gen.kernels.anchors import CENTRED_RANGE, anchor_range, chunk_loss
 from gdn2gen.kernels.config import Config, language_of
+from gdn2gen.kernels.extras import AHEAD, OFF, known
 from gdn2gen.kernels.feedback import feeds_back
 from gdn2gen.kernels.glossary import what
 from gdn2gen.kernels.limits import rounded_up
@@ -145,6 +146,10 @@ def _triton_context(problem: Problem, config: Config) -> dict[str, object]:
         "sliced": lambda name: [f"{name}{x.n}" for x in k_slices],
         **_tiles(problem, config),
         "folded": _folded(problem, config),
+        # of the parallel scans: bits below which fold leaves out what has decayed, 0 where all
+        # counts; steps that loads are ahead of products of cut halves, 0 where those are not cut
+        "reach": known(config).get("reach", 0),
+        "cut_ahead": AHEAD.get(known(config).get("merge", OFF), 0),
         "solve": _solve_precision(str(config.get("solve", "ieee"))),
         # of products of states, which are in fp32
         "states": _solve_precision("tf32x3" if problem.dtype == "fp32" else "bf16x3"),

@@ -117,12 +117,18 @@ class DirectKernel:
             self._fitting = scalars
         return [*addresses, *scalars]
 
-    def is_watched(self, kernels: Sequence[DirectKernel] = ()) -> bool:
-        """Whether a profiler hooked into Triton's launches, of this kernel or one of `kernels`."""
+    @property
+    def own_hooks(self) -> Sequence[Any]:
+        """Of this kernel alone, to be asked whether there are any: the same list for good."""
+        return self._kernel.pre_run_hooks  # type: ignore[no-any-return]
+
+    def is_watched(self, hooks: Sequence[Sequence[Any]] = ()) -> bool:
+        """Whether a profiler hooked into Triton's launches, of this kernel or one of those whose
+        `own_hooks` are given."""
         enter, leave = self._knobs.launch_enter_hook, self._knobs.launch_exit_hook
         return bool(
             self._kernel.pre_run_hooks
-            or (len(kernels) > 1 and any([x._kernel.pre_run_hooks for x in kernels]))
+            or any(hooks)
             or (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         )

@@ -34,14 +34,12 @@ PACKAGES: Final = ("triton", "tilelang")
 
 def shipped() -> Path | None:
     """The folder, if one is named, and was compiled by what is installed here."""
-    named = compiled_dir()
+    return usable(compiled_dir())
+
+
+def usable(named: Path | None) -> Path | None:
+    """`shipped`, where this folder is named."""
     return None if named is None else _checked(named)
-
-
-def manifest() -> dict[str, Any]:
-    """What compiled.json says; empty where nothing ships."""
-    folder = shipped()
-    return {} if folder is None else dict(read_manifest(folder))
 
 
 def source_of(file_name: str, source: str) -> Path | None:

@@ -76,7 +76,8 @@ class SizedLaunch:
                 step(tensors)
             return
         addresses = [x.data_ptr() for x in tensors]
-        if reduce(or_, addresses) % ALIGNMENT or kernels[0].is_watched(kernels):
+        hooks = [x.own_hooks for x in kernels[1:]]
+        if reduce(or_, addresses) % ALIGNMENT or kernels[0].is_watched(hooks):
             self._launch(*tensors, **self._scalars)
             return
         stream = kernels[0].stream(self._device)

@@ -23,6 +23,7 @@ stream_parts  those between a model's mixers: the residual stream's norm, SwiGLU
 mamba3      the stages around Mamba-3's scan
 mamba3_chunks    those of Mamba-3 by kernels of its own, over chunks
 mamba3_scan      its states and outputs in one stage, and where that runs
+mamba3_turning_scan    its states and outputs in one stage that turns queries and keys itself
 mamba3_reverse_scan    the products of its backward in one stage, and what adds up the rest
 stages      every stage by its name
 extras      knobs that a config may have beside those of its form

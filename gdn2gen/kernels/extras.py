@@ -1,8 +1,9 @@
 """Knobs that a config may have beside those of its form, and says nothing of where they are off.
 
 Searches try two of them (`tuning.space`), and without them a kernel is what it was, to the letter.
-What they change is written into the rendered text (`codegen._rewriting`), or is another number in
-it: no template's digest is another one.
+What `merge` and `reach` change is in the templates of the parallel scans (as `cut_ahead` and
+`reach`), and `tile_step` is another number in others. What `pdl` and `programs` change is written
+into the rendered text (`codegen._rewriting`): only with these has a kernel another digest.
 """
 
 from __future__ import annotations

@@ -123,6 +123,7 @@ WORDS: Final[Mapping[str, str]] = {
     "tail_decay": "scratch: decay from each token to the chunk's end",
     "weight_s": "scratch: s",
     "own_dt": "scratch: lambda dt",
+    "rates": "scratch: half of tanh of each angle, of the head that all share or of each",
     "dweight_s": "scratch: gradient of s",
     "dread": "scratch: gradient of what pairs leave of each token that reads",
     "read_q": "scratch: q's product with its gradient by the state, before decay",

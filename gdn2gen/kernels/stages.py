@@ -18,6 +18,7 @@ from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_SCAN, MAMBA3_SUMS
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
+from gdn2gen.kernels.mamba3_turning_scan import TURNING_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.prepare import PREPARE, REPREPARE, SUM_DECAY
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -51,6 +52,6 @@ EVERY_STAGE: Final[Mapping[str, Stage]] = {
         x.name: x
         for x in (*PART_STAGES, *STREAM_STAGES, *MAMBA3_STAGES, *MAMBA3_CHUNK_STAGES, MAMBA3_SCAN)
     },
-    **{x.name: x for x in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS)},
+    **{x.name: x for x in (MAMBA3_REVERSE_SCAN, MAMBA3_SUMS, *TURNING_STAGES)},
 }
 """And that of the mode `recurrent`, which takes `DecodingProblem`s, and those of `PartProblem`s."""

@@ -34,9 +34,15 @@ from gdn2gen.kernels.outside_blocks import OUTSIDE
 from gdn2gen.kernels.scans import SCAN
 from gdn2gen.kernels.stage import Form, Stage, erasing
 
-# K and V in tiles of one width: of 128 two programs take half the values each, of 64 one takes all.
+# Of 128 values two programs take half each, of 64 one takes all: a product has 64 rows, which are
+# values. So V of 16 to 64 beside K of 65 to 128 is one half of what 128 x 128 is.
+_KEYS: Final = Limit(
+    "K", (64, 128), "its slots are of tiles so wide; use a plan with prepare and scan"
+)
+_VALUES: Final = Limit("V", (64, 128), "one program scans 64 values, and two 128")
+# K and V in tiles of one width
 _WIDTHS: Final = (
-    Limit("K", (64, 128), "its slots are of tiles so wide; use a plan with prepare and scan"),
+    _KEYS,
     *(
         Limit("V", (width,), "it scans values in tiles as wide as keys", {"K": (width,)})
         for width in (64, 128)
@@ -48,7 +54,10 @@ _TWO_GROUPS: Final = Limit("num_stages", (2,), "no more of its slots fit", {"K":
 # Two programs, a cluster, take a head. At 128 two groups of either prepare and one scans: 384
 # threads take 168 registers each, all that there are, and 231,424 bytes of shared memory. At 64 one
 # group of both scans, and `num_stages` is of the groups that prepare beside it; the other program
-# has one more. 3 (four groups of 128 registers, 228,608 bytes) give each scheduler four warps.
+# has one more. 3 (four groups of 128 registers, 228,608 bytes) give each scheduler four warps. At
+# K = 128, V = 64 one group of both scans, too, but a fifth that prepares would take 28 KB more than
+# there are: the other program's third group has nothing to do. At K = 64, V = 128 all is as at 128,
+# with three groups that prepare.
 _CLUSTER: Final = Form(
     "cluster",
     "tilelang",
@@ -60,7 +69,8 @@ _CLUSTER: Final = Form(
     defaults=(Setting({"num_stages": 3}, {"K": (64,)}),),
     leads={},
     limits=(
-        *_WIDTHS,
+        _KEYS,
+        _VALUES,
         _TWO_GROUPS,
         Limit("BT", (32,), "its slots are those of 32 tokens"),
         Limit("dtype", ("bf16",), "factors of pairs are out of the range of fp16"),

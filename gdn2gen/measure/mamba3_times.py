@@ -19,6 +19,7 @@ from gdn2gen.kernels.mamba3 import AROUND, MAMBA3_AROUND, MAMBA3_STEP
 from gdn2gen.kernels.mamba3_chunks import CHUNKS, MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_STAGES, REVERSE
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN
+from gdn2gen.kernels.mamba3_turning_scan import TURNING_STAGES
 from gdn2gen.measure.mamba3_cases import Mamba3Case
 from gdn2gen.measure.mamba3_runs import mamba3_arguments, mamba3_inputs, run_mamba3_case
 from gdn2gen.measure.timing import time_ms
@@ -167,14 +168,15 @@ def stage_bytes(
     """Bytes of the operands of each stage of a kind, every one moved once."""
     B, T, H = shape.B, shape.T, shape.H
     sizes = dict(B=B, T=T, H=H, G=shape.key_heads, N=problem.state_size, P=problem.head_dim)
-    sizes |= dict(S=problem.angles, n=shape.regime.sequences, M=B * -(-T // BT), R=1)
+    # heads share their angles, as a layer's do
+    sizes |= dict(HA=1, S=problem.angles, n=shape.regime.sequences, M=B * -(-T // BT), R=1)
     return {
         stage.name: sum(
             y.nbytes(problem, sizes) / (H if y.name in _SHARED else 1)
             for y in stage.operands(problem)
         )
         for stage in (
-            (*MAMBA3_CHUNK_STAGES, MAMBA3_SCAN, *MAMBA3_REVERSE_STAGES)
+            (*MAMBA3_CHUNK_STAGES, MAMBA3_SCAN, *MAMBA3_REVERSE_STAGES, *TURNING_STAGES)
             if kind == CHUNKS
             else MAMBA3_AROUND
         )

@@ -39,7 +39,7 @@ from gdn2gen.runtime.options import (
 from gdn2gen.runtime.runner import SizedRunner
 from gdn2gen.runtime.sequences import check_cu_seqlens
 from gdn2gen.runtime.signature import Signature
-from gdn2gen.store.dispatch import surroundings
+from gdn2gen.store.surroundings import Surroundings, surroundings
 
 
 def call(
@@ -79,11 +79,12 @@ def call(
     signature = op.signature
     serves = return_intermediate_states or serving is not NOT_SERVING
     # once: what the call is known by is what it runs, whatever another thread says meanwhile
-    said = told()
+    said, read = told(), None
     traced, key = is_traced(), None
     if not (traced or autograd.has_tangents() or cu_seqlens_cpu is not None or serves):
         # a word that is not known is refused further down: it never comes to be known
-        around = by_kernels, expected_decay, said, *surroundings()
+        read = surroundings()
+        around = by_kernels, expected_decay, said, *read
         short = short_key(signature, tensors, flags, (scale, lower_bound), around)
         if short is not None and chunk_size is None and type(expected_decay) in _WORDS:
             given = [x for x in tensors if x is not None]
@@ -98,7 +99,8 @@ def call(
                     _ready.note(short, given, ready)
                 o, state = ready.run_any(signature, tensors)
                 return o, state if output_final_state else None
-    decay = decay_of_call(signature, expected_decay, said)
+    values = None if read is None else Surroundings.of(read).decay
+    decay = decay_of_call(signature, expected_decay, said, values)
     watched = traced or is_watched((*tensors, *serving.pools) if serves else tensors)
     gates = {x: tensors[place] for x, place in signature.gate_parameters.items()}
     check_gate(signature, use_gate_in_kernel, safe_gate, lower_bound, **gates)
@@ -111,7 +113,7 @@ def call(
     head_dims = dims.K, dims.V
     if computed:
         head_dims = check_head_dims(
-            signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V
+            signature.op, tensors[0].dtype, tensors[0].device, dims.K, dims.V, read
         )
         tensors = _as_kernels_take(signature, tensors, dims, apart=not watched)
     options = (
@@ -129,6 +131,7 @@ def call(
             computed=computed,
             scan_apart=return_intermediate_states,
             watched=watched,
+            read=read,
         )
     ):
         ungated = partial(
@@ -157,13 +160,14 @@ def call(
             intermediate=return_intermediate_states,
             watched=watched,
         )
-    if computed and key is not None:
-        _ready.keep(key, _Ready(dims, options, level, decay, rows_of(signature, tensors)))
+    if computed and key is not None and read is not None:
+        _ready.keep(key, _Ready(dims, options, level, decay, rows_of(signature, tensors), read))
     o, state = autograd.run(
         op,
         *(tensors, options, level, decay, dims, head_dims),
         by_kernels=computed,
         watched=watched,
+        read=read,
     )
     return o, state if output_final_state else None
 
@@ -178,9 +182,11 @@ class _Ready:
         level: str,
         decay: str,
         rows: tuple[tuple[str, int], ...],
+        read: tuple[Any, ...],
     ) -> None:
+        """`read`: the `surroundings` that it is known by."""
         self.dims, self._options, self._rows = dims, options, rows
-        self._level, self._decay = level, decay
+        self._level, self._decay, self._read = level, decay, read
         self._runners: dict[bool, SizedRunner] = {}
 
     def run(self, tensors: Sequence[Tensor | None], known: bool = True) -> Outputs:
@@ -199,7 +205,7 @@ class _Ready:
         found = self._runners.get(gradient)
         if found is None:
             request = request_at(self.dims, *self._options, rows=self._rows)
-            found = find_runner(request, self._level, gradient, self._decay)
+            found = find_runner(request, self._level, gradient, self._decay, self._read)
             self._runners[gradient] = found
         return found
 

@@ -9,7 +9,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gdn2gen.base.environment import values_of
 from gdn2gen.base.errors import InputError
 from gdn2gen.ops._known import short_key, whole_key
 from gdn2gen.runtime.arguments import (
@@ -19,8 +18,7 @@ from gdn2gen.runtime.arguments import (
     is_traced,
     is_watched,
 )
-from gdn2gen.runtime.decoding import Plan, check_in_place, decoding_name
-from gdn2gen.runtime.decoding import surroundings as of_configs
+from gdn2gen.runtime.decoding import Plan, Read, check_in_place, decoding_name, surroundings
 from gdn2gen.runtime.decoding_checks import (
     SERVING,
     check_decoding,
@@ -38,7 +36,6 @@ from gdn2gen.runtime.options import (
     check_scale,
 )
 from gdn2gen.runtime.signature import Options, Signature
-from gdn2gen.store.dispatch import forced
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -73,9 +70,12 @@ def decode(
     signature, given = op.signature, (*tensors, *serving)
     # what is returned as the state, unless it is none of the caller's
     pool = serving[2] if output_final_state else None
-    traced, key = is_traced(), None
+    # once: what the call is known by is what it runs, whatever another thread does meanwhile
+    traced, key, read = is_traced(), None, None
     if not traced:
-        short = short_key(signature, given, known, (scale, lower_bound, null_slot), surroundings())
+        read = surroundings()
+        numbers = scale, lower_bound, null_slot
+        short = short_key(signature, given, known, numbers, around(read))
         if short is not None and given[0] is not None:
             present = [x for x in given if x is not None]
             plan = _plans.seen(short, present)
@@ -108,7 +108,7 @@ def decode(
     if watched or q is None or not by_kernels(q.device):
         o, state = _by_op(op, tensors, serving, options, null_slot, watched=watched)
     else:
-        plan = plan_of(signature, given, options, null_slot)
+        plan = plan_of(signature, given, options, null_slot, read)
         if key is not None:
             _plans.keep(key, plan)
         o, state = launch_plan(signature, plan, given)
@@ -118,9 +118,9 @@ def decode(
 _plans: Kinds[Plan] = Kinds(2048)
 
 
-def surroundings() -> tuple[Any, ...]:
-    """What else than its arguments the kernels of a call depend on."""
-    return by_kernels, forced(), of_configs(), values_of(_VARIABLES)
+def around(read: Read) -> tuple[Any, ...]:
+    """What else than its arguments a call is known by."""
+    return by_kernels, *read
 
 
 def launch_plan(
@@ -138,20 +138,20 @@ def launch_plan(
 
 
 def lasting_plan(
-    op: DecodingOp, given: Tensors, options: Options, null_slot: int | None
+    op: DecodingOp, given: Tensors, options: Options, null_slot: int | None, read: Read
 ) -> Plan | None:
     """The plan of a call that has been made, if its kernel reads all that was `given` where it
-    lies, so that a caller may know such calls by what these were made of; else None."""
+    lies, so that a caller may know such calls by what these were made of, and by the `surroundings`
+    that were `read` before; else None."""
     present = [x for x in given if x is not None]
     if not by_kernels(present[0].device) or is_watched(given):
         return None
     if any([x.is_neg() or x.requires_grad for x in present]):
         return None
-    plan = plan_of(op.signature, given, options[: op.signature.options], null_slot)
+    plan = plan_of(op.signature, given, options[: op.signature.options], null_slot, read)
     return None if plan.copied else plan
 
 
-_VARIABLES: Final = ("GDN2GEN_UNVERIFIED", "TRITON_INTERPRET")
 _LOOK: Final = attrgetter("shape", "dtype")
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from gdn2gen.base.errors import InputError, UnsupportedError
 from gdn2gen.family.mamba2 import step_sizes
-from gdn2gen.ops._decode import decode, lasting_plan, launch_plan, surroundings
+from gdn2gen.ops._decode import around, decode, lasting_plan, launch_plan
 from gdn2gen.ops._known import short_key
 from gdn2gen.ops.recurrent import MAMBA2_STEP
 from gdn2gen.runtime import passes
 from gdn2gen.runtime.arguments import check_dense, is_traced
-from gdn2gen.runtime.decoding import Plan
+from gdn2gen.runtime.decoding import Plan, Read, surroundings
 from gdn2gen.runtime.kinds import Kinds
 from gdn2gen.runtime.signature import Options, renamed
 
@@ -104,9 +104,10 @@ def selective_state_update(
     """
     tensors = (C, B, x, dt, None, A, dt_bias, D, z, cu_seqlens)
     own = (*tensors, state_batch_indices, num_accepted_tokens, state, out)
-    short = None
+    short, read = None, None
     if type(dt_softplus) is bool and not is_traced():
-        short = short_key(_STEP.signature, own, (dt_softplus,), (null_slot,), surroundings())
+        read = surroundings()
+        short = short_key(_STEP.signature, own, (dt_softplus,), (null_slot,), around(read))
     if short is not None:
         found = _known.seen(short, [y for y in own if y is not None])
         if found is not None:
@@ -140,8 +141,9 @@ def selective_state_update(
     except (InputError, UnsupportedError) as error:
         raise type(error)(_in_their_words(str(error))) from None
     # none of what the kernel read was made by torch
-    if short is not None and (bias is None) is (dt_bias is None) and gate_is_own:
-        _note(short, own, (*views, *serving), dt_softplus, null_slot)
+    untouched = (bias is None) is (dt_bias is None) and gate_is_own
+    if short is not None and read is not None and untouched:
+        _note(short, own, (*views, *serving), dt_softplus, null_slot, read)
     if out is not None:
         return out
     return y if axis is None else y.squeeze(axis)
@@ -165,12 +167,13 @@ def _note(
     given: tuple[Tensor | None, ...],
     dt_softplus: bool,
     null_slot: int | None,
+    read: Read,
 ) -> None:
     """Know a call like this one again, if a kernel read all of its tensors as they lie; `given`
     are the views of them that it was called with."""
     x = own[2]
     options = Options(1.0, None, False, dt_softplus, output_final_state=False, state_v_first=True)
-    plan = lasting_plan(_STEP, given, options, null_slot)
+    plan = lasting_plan(_STEP, given, options, null_slot, read)
     if plan is not None and x is not None:
         made = passes.maker(tuple(x.shape), x.dtype, x.device)
         _known.note(short, [y for y in own if y is not None], _Known(plan, made))

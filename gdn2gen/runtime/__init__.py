@@ -31,6 +31,7 @@ mamba3_loaded    the kernels around Mamba-3's scan, and of its one token: forced
 mamba3           their launches
 mamba3_ops       the ops of the former in torch.library, and autograd's own Functions
 mamba3_reverse_scan    the products of its backward in one stage: where, and launches
+mamba3_turning_scan    its scan that turns queries and keys itself: where, and launches
 mamba3_chunks    launches of Mamba-3's own kernels over chunks
 mamba3_chunk_ops  its op in torch.library, and autograd's own Function
 """

@@ -68,13 +68,14 @@ def run(
     *,
     by_kernels: bool,
     watched: bool,
+    read: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state (empty or None if not asked for), differentiable once.
 
     `tensors` and `options` (those of `Options` that it takes) are the arguments of the forward op.
     `level` and `decay` choose its kernels.
     `by_kernels`: else the reference computes, or nothing does; `watched`: something wants to see
-    the ops themselves.
+    the ops themselves. `read`: the `surroundings`, where they were read before.
     """
     if has_tangents():
         _refuse_tangents(op.signature, tensors)
@@ -89,7 +90,7 @@ def run(
             o, final_state, _ = op.forward(*tensors, *options, agreement)
         return o, final_state
     request = request_at(dims, *options, rows=rows_of(op.signature, tensors))
-    return run_known(tensors, lambda gradient: find_runner(request, level, gradient, decay))
+    return run_known(tensors, lambda gradient: find_runner(request, level, gradient, decay, read))
 
 
 def run_known(

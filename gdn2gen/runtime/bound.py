@@ -84,7 +84,9 @@ class Bound:
         makers: Sequence[Callable[[], Tensor]],
         pieces: Sequence[tuple[int, int]],
     ) -> None:
-        self._frames, self._kernels, self._stream_of = frames, kernels, stream_of
+        self._frames, self._stream_of = frames, stream_of
+        self._kernel = kernels[0] if kernels else None
+        self._hooks = [x.own_hooks for x in kernels[1:]]
         self._on_gpu, self._index = device.type == "cuda", device.index or 0
         self._makers = tuple(makers)
         self._based = chooser([base for base, _ in pieces]) if pieces else None
@@ -97,8 +99,8 @@ class Bound:
         if frame is None:
             return None
         try:
-            kernels = self._kernels
-            if kernels and kernels[0].is_watched(kernels):
+            kernel = self._kernel
+            if kernel is not None and kernel.is_watched(self._hooks):
                 return None
             if self._on_gpu and torch._C._cuda_getDevice() != self._index:
                 return None

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from gdn2gen.base.device import Device
-from gdn2gen.base.environment import is_batch_invariant, values_of
 from gdn2gen.base.errors import InputError
 from gdn2gen.family.decoding import DecodingProblem
 from gdn2gen.family.registry import recurrence_named
@@ -36,7 +35,8 @@ from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.passes import maker
 from gdn2gen.runtime.signature import Options, Signature
 from gdn2gen.store.decoding import nearest_of_each
-from gdn2gen.store.tuned_files import current_look
+from gdn2gen.store.surroundings import Surroundings
+from gdn2gen.store.surroundings import surroundings as of_look_ups
 
 Lay = Literal[True] | tuple[torch.layout, tuple[int, ...]]
 """How a tensor lies in memory: True for rows without gaps, else its layout and strides."""
@@ -118,18 +118,19 @@ def make_plan(
     options: tuple[Any, ...],
     null_slot: int | None,
     device: torch.device,
-    _surroundings: tuple[Any, ...],
+    read: Read,
     *given: tuple[torch.Size, torch.dtype, Lay] | None,
 ) -> Plan:
     """`options` are `Options`; `given` says of the tensors of the signature and of `SERVING`, all
-    on `device`, their shapes, dtypes, and how they lie in memory. Raises InputError.
+    on `device`, their shapes, dtypes, and how they lie in memory. `read`: the `surroundings`.
+    Raises InputError.
     """
     flags, count = Options(*options), len(signature.names)
     seen = [None if x is None else (x[0], x[1], device, _layout(x[2])) for x in given]
     dims = check_decoding(signature, flags.state_v_first, null_slot, seen[:count], seen[count:])
     q_dtype = seen[0][1]  # type: ignore[index]  # checked
     name = decoding_name(signature)
-    check_head_dims(name, q_dtype, device, dims.K, dims.V)
+    check_head_dims(name, q_dtype, device, dims.K, dims.V, read[2])
     names = (*signature.names, *SERVING)
     tensors = {x: Strided.of(*y) for x, y in zip(names, given, strict=True) if y is not None}
     shown = dict(zip(signature.names, signature.shown, strict=True))
@@ -143,7 +144,7 @@ def make_plan(
         tensors["o"] = tensors.pop("out")
     rows = _Rows.of(signature, tensors, dims)
     problem = _problem(signature, flags, tensors, dims, strided=rows.strided)
-    config = config_for(problem, dims, device)
+    config = config_for(problem, dims, device, read)
     v, initial = tensors["v"], tensors.get("initial_state")
     o_dtype, state_dtype = v.dtype, torch.float32 if initial is None else initial.dtype
     inner = (dims.V, dims.K) if flags.state_v_first else (dims.K, dims.V)
@@ -184,23 +185,29 @@ def force(config: Config | None = None, **knobs: Knob) -> None:
     known_plan.cache_clear()
 
 
-def surroundings() -> tuple[Any, ...]:
-    """What the config of a call depends on besides its arguments."""
-    return _forced, _knobs, values_of(_VARIABLES), current_look()
+Read = tuple[Config | None, tuple[tuple[str, Knob], ...], tuple[Any, ...]]
 
 
-_VARIABLES: Final = ("GDN2GEN_BATCH_INVARIANT", "GDN2GEN_TUNED_DIR", "GDN2GEN_CACHE_DIR")
+def surroundings() -> Read:
+    """What the plan of a call depends on besides its arguments: what `force` says, and what all
+    look-ups depend on."""
+    return _forced, _knobs, of_look_ups()
 
 
-def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Config:
+def config_for(
+    problem: DecodingProblem, dims: Dims, device: torch.device, read: Read | None = None
+) -> Config:
     """The config of a call: what is on file for it, else the default in tiles by `knobs_for`.
+    `read`: the `surroundings`, where they were read before.
 
     Raises ConfigError where a forced one cannot serve it (`render`).
     """
-    if _forced is not None:
-        return _forced
-    found = config_at(problem, dims.N, dims.HV, device_of(device))
-    for name, value in _knobs:
+    forced, knobs, around = surroundings() if read is None else read
+    if forced is not None:
+        return forced
+    gpu = device_of(device)
+    found = config_at(problem, dims.N, dims.HV, gpu, Surroundings.of(around))
+    for name, value in knobs:
         changed = found.replace(**{name: value})
         found = changed if why_invalid(changed, problem) is None else found
     return found
@@ -210,17 +217,28 @@ def config_for(problem: DecodingProblem, dims: Dims, device: torch.device) -> Co
 _ANY_BATCH: Final = 32
 
 
-def config_at(problem: DecodingProblem, sequences: int, heads: int, gpu: Device) -> Config:
+def config_at(
+    problem: DecodingProblem,
+    sequences: int,
+    heads: int,
+    gpu: Device,
+    around: Surroundings | None = None,
+) -> Config:
     """The same by the sizes, for a GPU that need not be here."""
-    return configs_at(problem, sequences, heads, gpu)[0]
+    return configs_at(problem, sequences, heads, gpu, around)[0]
 
 
 def configs_at(
-    problem: DecodingProblem, sequences: int, heads: int, gpu: Device
+    problem: DecodingProblem,
+    sequences: int,
+    heads: int,
+    gpu: Device,
+    around: Surroundings | None = None,
 ) -> tuple[Config, ...]:
     """What calls of such sizes may run: with the user's files, without them, and without any."""
-    sequences = _ANY_BATCH if is_batch_invariant() else sequences
-    filed = nearest_of_each(problem, sequences * heads, gpu)
+    around = Surroundings.of() if around is None else around
+    sequences = _ANY_BATCH if around.batch_invariant else sequences
+    filed = nearest_of_each(problem, sequences * heads, gpu, around)
     return tuple(dict.fromkeys((*filed, by_rule(problem, sequences, heads, gpu))))
 
 

@@ -23,7 +23,7 @@ from gdn2gen.runtime.arguments import (
     check_dense,
     check_devices,
 )
-from gdn2gen.runtime.decoding import BUFFERS, Plan, decoding_name, known_plan, surroundings
+from gdn2gen.runtime.decoding import BUFFERS, Plan, Read, decoding_name, known_plan, surroundings
 from gdn2gen.runtime.decoding_checks import SERVING
 from gdn2gen.runtime.head_dims import check_head_dims
 from gdn2gen.runtime.signature import Options, Signature, decoding_signature
@@ -57,8 +57,10 @@ def plan_of(
     tensors: Sequence[Tensor | None],
     options: tuple[Any, ...],
     null_slot: int | None,
+    read: Read | None = None,
 ) -> Plan:
     """The plan of a call on tensors that are data: those of the signature, and of `SERVING`.
+    `read`: the `surroundings` that it is remembered for, if it is.
 
     An attribute of a tensor costs 0.1 us and more, and here each is asked for of all of them: the
     device by one pass in C, strides only where rows do not follow each other.
@@ -79,10 +81,11 @@ def plan_of(
             if x is not None:
                 check_dense(name, torch.jagged if x.is_nested else x.layout)
         raise
-    plan = known_plan(signature, options, null_slot, q.device, surroundings(), *given)
+    read = surroundings() if read is None else read
+    plan = known_plan(signature, options, null_slot, q.device, read, *given)
     # a plan outlives what is on file
     name = decoding_name(signature)
-    check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V)
+    check_head_dims(name, q.dtype, q.device, plan.dims.K, plan.dims.V, read[2])
     return plan
 
 

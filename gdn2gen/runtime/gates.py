@@ -15,7 +15,8 @@ from gdn2gen.family.problem import Regime, bound_of
 from gdn2gen.runtime.arguments import Dims
 from gdn2gen.runtime.lookup import device_of, make_problem
 from gdn2gen.runtime.signature import Signature
-from gdn2gen.store.gates import forced_apart, is_apart
+from gdn2gen.store.gates import is_apart
+from gdn2gen.store.surroundings import Surroundings
 
 _USUAL: Final = Regime(tokens=16384, sequences=4, heads=16)
 
@@ -32,12 +33,13 @@ def has_gate_apart(
     computed: bool,
     scan_apart: bool,
     watched: bool,
+    read: tuple[Any, ...] | None = None,
 ) -> bool:
     """Of a call that passed its checks, with a gate; `computed`: by kernels. On a GPU alone, but
     where GDN2GEN_GATE_APART=1; never under transforms of torch.func, which the gate's op does not
-    know.
+    know. `read`: the `surroundings` that what is said here is remembered for, if it is.
     """
-    g, said = tensors[signature.gate], _said()
+    g, said = tensors[signature.gate], _said(read)
     assert g is not None
     if said is False or torch._C._are_functorch_transforms_active():
         return False
@@ -52,13 +54,13 @@ def has_gate_apart(
     wanted = signature.op, *head_dims, dtypes, given, least, *flags
     if watched:
         device = torch.device(g.device.type, g.device.index)
-        return _is_apart(device, level, decay, scan_apart, None, *wanted)
+        return _is_apart(device, level, decay, scan_apart, read, None, *wanted)
     sizes = dims.B * dims.T, dims.N, dims.HV
-    return _is_apart(g.device, level, decay, scan_apart, sizes, *wanted)
+    return _is_apart(g.device, level, decay, scan_apart, read, sizes, *wanted)
 
 
-def _said() -> bool | None:
-    return forced_apart()
+def _said(read: tuple[Any, ...] | None) -> bool | None:
+    return Surroundings.of(read).gate_apart
 
 
 def _is_apart(
@@ -66,12 +68,13 @@ def _is_apart(
     level: str,
     decay: str,
     scan_apart: bool,
+    read: tuple[Any, ...] | None,
     sizes: tuple[int, int, int] | None,
     *options: Any,
 ) -> bool:
     """`options` are those of `make_problem`."""
     regime = _USUAL if sizes is None else Regime(*sizes)
-    given: dict[str, Any] = {"level": level, "decay": decay, "scan_apart": scan_apart}
+    given: dict[str, Any] = {"level": level, "decay": decay, "scan_apart": scan_apart, "read": read}
     return is_apart(make_problem(*options), regime, device_of(device), **given)
 
 

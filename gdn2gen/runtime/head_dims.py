@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -15,18 +16,23 @@ from gdn2gen.family.problem import DIMS, USUAL_DIMS, check_head_dim
 from gdn2gen.family.registry import OPS
 from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.store import verified
-from gdn2gen.store.dispatch import forced
+from gdn2gen.store.surroundings import Surroundings
 
 
 def check_head_dims(
-    op: str, dtype: torch.dtype, device: torch.device, K: int, V: int
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    K: int,
+    V: int,
+    read: tuple[Any, ...] | None = None,
 ) -> tuple[int, int]:
     """K and V as numbers, which a tracer's symbols then are for good.
 
     `op`: what is looked up: a recurrence's name for its chunked op, the public name of another op.
     Raises UnsupportedError for head dims that kernels are not made for; and for those that `op` was
     not verified at in `dtype` on a GPU of this architecture, unless GDN2GEN_UNVERIFIED=1 or the
-    recipe is forced.
+    recipe is forced. `read`: the `surroundings` that such calls are known by from then on.
     """
     dims = _known(K), _known(V)
     if dtype not in DTYPE_NAME:
@@ -34,7 +40,7 @@ def check_head_dims(
     if not passed_here(op, dtype, device, *dims):
         check_head_dim("K", dims[0])
         check_head_dim("V", dims[1])
-        refusal = why_refused(op, dtype, device, *dims)
+        refusal = why_refused(op, dtype, device, *dims, read)
         if refusal is not None:
             raise UnsupportedError(refusal)
     return dims
@@ -49,15 +55,24 @@ def runs_here(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int)
     """Whether a call would not be refused, for one that has another op to go to."""
     if dtype not in DTYPE_NAME:
         return False
-    allowed = environment.unverified() is not None or forced() is not None
+    around = Surroundings.of()
+    allowed = around.unverified is not None or around.forced is not None
     return allowed or passed_here(op, dtype, device, K, V)
 
 
-def why_refused(op: str, dtype: torch.dtype, device: torch.device, K: int, V: int) -> str | None:
+def why_refused(
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    K: int,
+    V: int,
+    read: tuple[Any, ...] | None = None,
+) -> str | None:
     """None where it runs though it was not verified, with a warning where the user wants that."""
-    if forced() is not None:
+    around = Surroundings.of(read)
+    if around.forced is not None:
         return None
-    allowed = environment.unverified()
+    allowed = around.unverified
     if allowed == environment.VERIFYING:
         return None
     verified.look_anew()  # another process may have filed it since

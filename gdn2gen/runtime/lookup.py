@@ -10,7 +10,6 @@ import torch
 
 from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device, has_gpu, named_device, present_device
-from gdn2gen.base.environment import is_batch_invariant
 from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime, bound_of
 from gdn2gen.family.registry import recurrence_named
@@ -21,7 +20,8 @@ from gdn2gen.runtime.call import Call
 from gdn2gen.runtime.runner import Runner, SizedRunner
 from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch, pins
-from gdn2gen.store.dispatch import Found, find_recipe, forced
+from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.surroundings import Surroundings, surroundings
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,33 +120,44 @@ def request_at(dims: Dims, *options: Any, rows: tuple[tuple[str, int], ...] = ()
 
 
 def find_runner(
-    request: Request, level: str, gradient: bool = True, decay: str = WEAK
+    request: Request,
+    level: str,
+    gradient: bool = True,
+    decay: str = WEAK,
+    read: tuple[Any, ...] | None = None,
 ) -> SizedRunner:
     """The kernels of a request that was looked up, at its sizes; `gradient`: is one wanted?
-    `decay`: what is expected of it.
+    `decay`: what is expected of it. `read`: the `surroundings`, where they were read before.
 
     Looked up in turn, by what else a recipe depends on: to find it took 17 us, and this takes 2.
     """
-    return _found(request, level, gradient, decay, dispatch.surroundings())
+    return _found(request, level, gradient, decay, surroundings() if read is None else read)
 
 
 @lru_cache(maxsize=512)
 def _found(
-    request: Request, level: str, gradient: bool, decay: str, _surroundings: tuple[Any, ...]
+    request: Request, level: str, gradient: bool, decay: str, read: tuple[Any, ...]
 ) -> SizedRunner:
-    return _runner(find_for(request, level, gradient, decay)).at(request.call)
+    around = Surroundings.of(read)
+    return _runner(find_for(request, level, gradient, decay, around)).at(request.call)
 
 
 def find_for(
-    request: Request, level: str, gradient: bool, decay: str = WEAK, *, scan_apart: bool = False
+    request: Request,
+    level: str,
+    gradient: bool,
+    decay: str,
+    around: Surroundings,
+    *,
+    scan_apart: bool = False,
 ) -> Found:
     """The recipe of a request, and of the sizes of its call; `gradient`: is one wanted?
-    `decay` and `scan_apart` as in `find_recipe`."""
-    found = _find(request, level, decay, scan_apart=scan_apart)
-    if not (gradient or keeps_least(found.recipe.plan) or is_batch_invariant()):
+    `decay`, `around` and `scan_apart` as in `find_recipe`."""
+    found = _find(request, level, decay, around, scan_apart=scan_apart)
+    if not (gradient or keeps_least(found.recipe.plan) or around.batch_invariant):
         # no use to have a scan keep states; unless only what keeps them is tuned
         try:
-            leaner = _find(request, LEVELS[0], decay, strict=False, scan_apart=scan_apart)
+            leaner = _find(request, LEVELS[0], decay, around, strict=False, scan_apart=scan_apart)
         except DispatchError:  # pinned are others, strictly
             leaner = found
         if (leaner.source, leaner.tuned_decay) == (found.source, found.tuned_decay):
@@ -158,11 +169,12 @@ def _find(
     request: Request,
     level: str,
     decay: str,
+    around: Surroundings,
     strict: bool | None = None,
     *,
     scan_apart: bool = False,
 ) -> Found:
-    """`decay`, `strict` and `scan_apart` as in `find_recipe`."""
+    """`decay`, `around`, `strict` and `scan_apart` as in `find_recipe`."""
     call = request.call
     regime = Regime(tokens=call.B * call.T, sequences=call.N, heads=call.HV)
     device = device_of(call.device)
@@ -174,6 +186,7 @@ def _find(
         decay=decay,
         strict=strict,
         scan_apart=scan_apart,
+        around=around,
     )
     if found.source != "forced":
         # a call that keeps states on the way may run another one than the rest of its size
@@ -229,9 +242,10 @@ _USUAL: Final = Regime(tokens=16384, sequences=4, heads=16)
 
 def agree(request: Request, level: str, decay: str = WEAK) -> str:
     """What the ops of a call agree on whose sizes are known."""
-    found = forced()
+    around = Surroundings.of()
+    found = around.forced
     if found is None:
-        return str(Agreement.on(level, decay, _find(request, level, decay)))
+        return str(Agreement.on(level, decay, _find(request, level, decay, around)))
     dispatch.check_there(found.recipe, device_of(request.call.device))
     text = f"{_FORCED}{found.recipe}"
     _forced_recipes[text] = found.recipe  # autograd's threads could not see it
@@ -251,18 +265,18 @@ agree_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-define
 
 def agreed_runner(request: Request, agreement: str) -> SizedRunner:
     """The best kernels that keep to what was agreed on, at the sizes of `request`."""
-    return _agreed(request, agreement, dispatch.surroundings())
+    return _agreed(request, agreement, surroundings())
 
 
 @lru_cache(maxsize=512)
-def _agreed(request: Request, text: str, _surroundings: tuple[Any, ...]) -> SizedRunner:
+def _agreed(request: Request, text: str, read: tuple[Any, ...]) -> SizedRunner:
     if text.startswith(_FORCED):
         return _runner(_forced(text, request.problem)).at(request.call)
-    agreement = Agreement.parse(text)
+    agreement, around = Agreement.parse(text), Surroundings.of(read)
     usual = replace(request.call, B=_USUAL.sequences, N=_USUAL.sequences, HV=_USUAL.heads)
     usual = replace(usual, T=_USUAL.tokens // _USUAL.sequences)
     for call in (request.call, usual):
-        found = _find(replace(request, call=call), agreement.level, agreement.decay)
+        found = _find(replace(request, call=call), agreement.level, agreement.decay, around)
         keeping = agreement.kept_by(found)
         if keeping is not None:
             return _runner(keeping).at(request.call)

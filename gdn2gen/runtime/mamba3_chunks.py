@@ -27,6 +27,7 @@ from gdn2gen.runtime.dtypes import DTYPE_NAME
 from gdn2gen.runtime.mamba3 import angle_view, clear, count_tiles
 from gdn2gen.runtime.mamba3_loaded import chunk_launch, counted_tokens, scan_launch
 from gdn2gen.runtime.mamba3_reverse_scan import add_up, launches_of, reverse_scan
+from gdn2gen.runtime.mamba3_turning_scan import turning_scan
 from gdn2gen.runtime.parts import _on
 from gdn2gen.runtime.passes import empty
 from gdn2gen.store.tuned_files import current_look
@@ -313,6 +314,12 @@ def _back(call: Call, made: Made, dout: Tensor) -> Back:
 def forward(x: Given, keep: int) -> Made:
     """`keep`: what the backward wants, none of NOTHING, LITTLE or MUCH."""
     call = Call(x)
+    within = turning_scan(call, keep)
+    if within is not None:
+        made = ("out", "final_ssm", "last_angle", "turns", "ungated", "h", "theta")
+        of_turned = (within[z] for z in Turned._fields)
+        found = [z if keep == MUCH else z.new_empty(0) for z in of_turned]
+        return Made._make((*(within[z] for z in made), *found))
     turns, angle = call.turns()
     turned, theta = call.rotate(turns, keep == MUCH)
     at_once = call.scan(turned, keep)
@@ -359,6 +366,8 @@ def launches(x: Given, dout: Tensor) -> dict[str, Callable[[], object]]:
     at_once: dict[str, Callable[[], object]] = {}
     if call.scan(turned, MUCH):
         at_once["mamba3_scan"] = lambda: call.scan(turned, MUCH)
+    if turning_scan(call, MUCH):
+        at_once["mamba3_turning_scan"] = lambda: turning_scan(call, MUCH)
     found = reverse_scan(call, back, dssm)
     if found is not None:
         left, _ = found

@@ -70,10 +70,13 @@ def check_chunk_size(chunk_size: object) -> None:
     )
 
 
-def decay_of_call(signature: Signature, given: object, told: str | None) -> str:
+def decay_of_call(
+    signature: Signature, given: object, told: str | None, values: tuple[object, ...] | None = None
+) -> str:
     """What a call expects of its decay: what it says, or what the process does, by what it was
-    `told`. Weak where no kernel's time depends on it. Raises InputError for another word."""
-    word = expected_by(told) if given is None else check_decay(given)
+    `told`, and by the environment's `values` (`expected_by`). Weak where no kernel's time depends
+    on it. Raises InputError for another word."""
+    word = expected_by(told, values) if given is None else check_decay(given)
     return word if signature.by_channel else WEAK
 
 

@@ -29,7 +29,7 @@ from gdn2gen.runtime.decoding import Strided, slot_stride_of
 from gdn2gen.runtime.lookup import Request, find_for
 from gdn2gen.runtime.passes import empty
 from gdn2gen.runtime.runner import Runner, SizedRunner
-from gdn2gen.store.dispatch import surroundings
+from gdn2gen.store.surroundings import Surroundings, surroundings
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +134,10 @@ def _runner(
     decay: str,
     checkpoints: str,
     odd_slots: bool,
-    _surroundings: tuple[Any, ...],
+    read: tuple[Any, ...],
 ) -> Runner:
-    apart = checkpoints != ""
-    recipe = find_for(request, "lean", False, decay, scan_apart=apart).recipe
+    apart, around = checkpoints != "", Surroundings.of(read)
+    recipe = find_for(request, "lean", False, decay, around, scan_apart=apart).recipe
     if not checkpoints:
         return Runner(recipe)
     keeping = PrefillProblem.of(recipe.problem, checkpoints, odd_slots)

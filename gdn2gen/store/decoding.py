@@ -27,7 +27,8 @@ from gdn2gen.kernels.limits import Knob
 from gdn2gen.kernels.recurrent import RECURRENT
 from gdn2gen.kernels.validity import why_invalid
 from gdn2gen.store.part_files import is_time
-from gdn2gen.store.tuned_files import current_look, digest_of, look_anew
+from gdn2gen.store.surroundings import Surroundings
+from gdn2gen.store.tuned_files import digest_of, look_anew
 
 DECODING_SCHEMA: Final = "decoding-1"
 # Times as many or as few programs as an entry was measured at, for which it still serves; and from
@@ -85,17 +86,20 @@ def decoding_path(folder: Path, op: str, device: Device) -> Path:
     return folder / op / "decoding" / f"{device.slug}.json"
 
 
-def nearest_of_each(problem: DecodingProblem, programs: int, device: Device) -> Iterator[Config]:
+def nearest_of_each(
+    problem: DecodingProblem, programs: int, device: Device, around: Surroundings | None = None
+) -> Iterator[Config]:
     """The nearest entry of each folder that has one near, for a call of so many programs: the
     user's, which it runs by, then the packaged one."""
     if not is_filed(problem):
         return
-    user, packaged = paths.to_be_read(paths.user_tuned_dir()), paths.packaged_tuned_dir()
-    for folder in (user, packaged):
+    around = Surroundings.of() if around is None else around
+    user, packaged = around.folders
+    for folder in (paths.to_be_read(user), packaged):
         if folder is None:
             continue
         path = decoding_path(folder, problem.op, device)
-        found = _serving(path, problem, device.arch, current_look())
+        found = _serving(path, problem, device.arch, around.look)
         near = [x for x in found if x[0].distance(programs) <= _FARTHEST]
         if near:
             yield min(near, key=lambda x: x[0].distance(programs))[1]

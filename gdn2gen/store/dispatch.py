@@ -6,20 +6,17 @@ user's wins. Nothing is ever tuned in a call.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from gdn2gen.base import paths
-from gdn2gen.base.decay import VARIABLE, WEAK, check_decay
+from gdn2gen.base.decay import WEAK, check_decay
 from gdn2gen.base.device import Device, present_device
-from gdn2gen.base.environment import is_batch_invariant, is_off, values_of
 from gdn2gen.base.errors import DispatchError, Gdn2genError
 from gdn2gen.codegen.nvrtc import has_compiler
 from gdn2gen.family.problem import Problem, Regime
@@ -43,6 +40,7 @@ from gdn2gen.store._words import (
     words_of,
 )
 from gdn2gen.store.format import Entry
+from gdn2gen.store.surroundings import FORCED, Surroundings
 
 __all__ = [
     "Found",
@@ -56,7 +54,6 @@ __all__ = [
     "in_triton",
     "recipe_document",
     "reload",
-    "surroundings",
     "tune_command",
 ]
 
@@ -112,6 +109,7 @@ def find_recipe(
     decay: str = WEAK,
     strict: bool | None = None,
     scan_apart: bool = False,
+    around: Surroundings | None = None,
 ) -> Found:
     """The recipe for a call, the first that there is of:
 
@@ -141,8 +139,10 @@ def find_recipe(
     forced one is returned. `device` is by default the present GPU, the only case where one is
     queried.
     `strict` (by default GDN2GEN_STRICT) raises DispatchError for all but `exact`.
+    `around`: what all this depends on besides, as it was read before; else as it is now.
     """
-    forced = _FORCED.get()
+    around = Surroundings.of() if around is None else around
+    forced = around.forced
     if forced is not None:
         found = forced if forced.recipe.problem == problem else _forced_for(forced, problem)
         if device is not None:
@@ -151,9 +151,10 @@ def find_recipe(
     if device is None:
         device = present_device()
     decay = check_decay(decay, "decay") if problem.op in CHANNEL_OPS else WEAK
-    if is_batch_invariant():
-        return _batch_invariant(problem, regime, device, level, decay, strict)
-    return _find(problem, regime, device, level, decay, strict, scan_apart=scan_apart)
+    strict = around.strict if strict is None else strict
+    if around.batch_invariant:
+        return _batch_invariant(problem, regime, device, level, decay, strict, around)
+    return _find(problem, regime, device, level, decay, strict, around, scan_apart=scan_apart)
 
 
 def _find(
@@ -162,17 +163,18 @@ def _find(
     device: Device,
     level: str,
     decay: str,
-    strict: bool | None,
+    strict: bool,
+    around: Surroundings,
     *,
     scan_apart: bool = False,
 ) -> Found:
-    pinned = _pinned(problem, regime, device, level, decay)
+    pinned = _pinned(problem, regime, device, level, decay, around)
     if pinned is not None:
         return pinned
-    places = _places(problem.op, device.slug, paths.user_tuned_dir(), paths.packaged_tuned_dir())
+    places = _places(problem.op, device.slug, *around.folders)
     query = Query(problem, regime, device, level, _only_triton_compiles(), scan_apart, decay)
-    found = _look_up(query, places, tuned_files.current_look())
-    if found.source != "exact" and (_strict_from_env() if strict is None else strict):
+    found = _look_up(query, places, around.look)
+    if found.source != "exact" and strict:
         raise DispatchError(
             f"strict mode wants an exact entry, but the best is {found.source!r}: {found.why}. "
             f"Run `{tune_command(found)}` on this GPU, or leave strict mode (GDN2GEN_STRICT, "
@@ -187,7 +189,13 @@ _ANY_BATCH: Final = Regime(tokens=16384, sequences=4, heads=16)
 
 
 def _batch_invariant(
-    problem: Problem, regime: Regime, device: Device, level: str, decay: str, strict: bool | None
+    problem: Problem,
+    regime: Regime,
+    device: Device,
+    level: str,
+    decay: str,
+    strict: bool,
+    around: Surroundings,
 ) -> Found:
     """The same for every batch: looked up as if sequences were packed, of which none is cut into
     segments. Its forward scan is the one that can keep states on the way, so that calls that ask
@@ -198,7 +206,7 @@ def _batch_invariant(
     these may differ in their last bits: on an H200 dq of 3275 tokens alone, in four segments, was
     not that of the same tokens in a packed batch."""
     usual = replace(_ANY_BATCH, heads=regime.heads)
-    found = _find(replace(problem, varlen=True), usual, device, level, decay, strict)
+    found = _find(replace(problem, varlen=True), usual, device, level, decay, strict, around)
     recipe = found.recipe.keeping()
     why = f"{found.why}; results may not depend on the batch (GDN2GEN_BATCH_INVARIANT)"
     recipe = replace(recipe, problem=problem)
@@ -206,13 +214,13 @@ def _batch_invariant(
 
 
 def _pinned(
-    problem: Problem, regime: Regime, device: Device, level: str, decay: str
+    problem: Problem, regime: Regime, device: Device, level: str, decay: str, around: Surroundings
 ) -> Found | None:
     """What such a call is told to run, or is compiled ahead for it."""
     given = problem, regime, device, level, decay
-    pin, why = pins.pinned(*given), "pinned as {} on {}"
+    pin, why = pins.pinned(around.pins, *given), "pinned as {} on {}"
     if pin is None:
-        pin, why = pins.shipped(*given), "compiled ahead for {} on {}"
+        pin, why = pins.shipped(around.compiled_dir, *given), "compiled ahead for {} on {}"
     if pin is None:
         return None
     reason = pin.why_unfit(problem)
@@ -236,32 +244,6 @@ def _only_triton_compiles() -> bool:
     """Whether this process has a GPU to itself, and nothing to compile TileLang for it with."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized() and not has_compiler()
-
-
-def surroundings() -> tuple[Any, ...]:
-    """What `find_recipe` depends on besides its arguments: while it is equal, so is the answer."""
-    return (
-        _FORCED.get(),
-        values_of(_VARIABLES),
-        paths.user_tuned_dir,
-        paths.packaged_tuned_dir,
-        tuned_files.current_look(),
-        pins.current(),
-    )
-
-
-_VARIABLES: Final = (
-    "GDN2GEN_TUNED_DIR",
-    "GDN2GEN_CACHE_DIR",
-    "GDN2GEN_STRICT",
-    "GDN2GEN_COMPILED_DIR",
-    "GDN2GEN_BATCH_INVARIANT",
-    "GDN2GEN_GATE_APART",
-    # what a call's checks depend on, and what it expects
-    VARIABLE,
-    "GDN2GEN_UNVERIFIED",
-    "TRITON_INTERPRET",
-)
 
 
 def reload() -> None:
@@ -291,19 +273,16 @@ def in_triton(found: Found) -> Found:
     return replace(found, recipe=recipe.with_config(*instead), why=why, language="triton")
 
 
-_FORCED: ContextVar[Found | None] = ContextVar("forced_recipe", default=None)
-
-
 @contextmanager
 def forced_recipe(recipe: Recipe) -> Iterator[Recipe]:
     """Inside, `find_recipe` finds `recipe`, also in strict mode; for a problem with other flags,
     the same plan and configs. Holds in this context only: a new thread does not see it.
     """
-    token = _FORCED.set(Found(recipe, "forced", "it was forced"))
+    token = FORCED.set(Found(recipe, "forced", "it was forced"))
     try:
         yield recipe
     finally:
-        _FORCED.reset(token)
+        FORCED.reset(token)
 
 
 def check_there(recipe: Recipe, device: Device) -> None:
@@ -320,7 +299,7 @@ def check_there(recipe: Recipe, device: Device) -> None:
 
 def forced() -> Found | None:
     """What the innermost `forced_recipe` forces, or None."""
-    return _FORCED.get()
+    return FORCED.get()
 
 
 def _forced_for(forced: Found, problem: Problem) -> Found:
@@ -333,10 +312,6 @@ def _forced_for(forced: Found, problem: Problem) -> Found:
             f"{words_of(problem)}: {error}"
         ) from error
     return replace(forced, recipe=replace(recipe, problem=problem))
-
-
-def _strict_from_env() -> bool:
-    return not is_off(os.environ.get("GDN2GEN_STRICT"))
 
 
 @lru_cache(maxsize=64)

@@ -14,12 +14,12 @@ from typing import Any, Final
 from gdn2gen.base.decay import WEAK
 from gdn2gen.base.device import Device, present_device
 from gdn2gen.base.dtypes import DTYPE
-from gdn2gen.base.environment import is_batch_invariant, is_off, values_of
 from gdn2gen.base.errors import DispatchError
 from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.family.registry import CHANNEL_OPS, recurrence_named
 from gdn2gen.kernels.plans import LEVELS
-from gdn2gen.store.dispatch import Found, find_recipe, forced, surroundings
+from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.surroundings import Surroundings, surroundings
 
 # What starts and ends a kernel beside the bytes it moves, and makes small calls keep their gate.
 _LAUNCH_MS: Final = 0.005
@@ -27,7 +27,6 @@ _LAUNCH_MS: Final = 0.005
 # for all of a head's channels, is torch's: each of its passes is a launch and next to no bytes.
 _KERNELS: Final = (1, 3)
 _KERNELS_OF_HEADS: Final = (5, 20)
-_SWITCH: Final = ("GDN2GEN_GATE_APART",)
 
 
 def find_call(
@@ -36,8 +35,10 @@ def find_call(
     """What a call runs: `dispatch.find_recipe`, or where its gate is apart what that finds for the
     call without one, which says so (`Found.gate_apart`). `options` are those of `find_recipe`."""
     device = present_device() if device is None else device
+    read = surroundings()
+    options["around"] = Surroundings.of(read)
     known = {"level", "decay", "scan_apart"} & {*options}
-    if is_apart(problem, regime, device, **{x: options[x] for x in known}):
+    if is_apart(problem, regime, device, read=read, **{x: options[x] for x in known}):
         found = find_recipe(without_gate(problem), regime, device, **options)
         return replace(found, gate_apart=f"{problem.gate} of {problem.gate_dtype}")
     return find_recipe(problem, regime, device, **options)
@@ -48,13 +49,6 @@ def without_gate(problem: Problem) -> Problem:
     return replace(
         problem, gate="none", gate_dtype="fp32", has_A_log=False, has_dt_bias=False, bound=0
     )
-
-
-def forced_apart() -> bool | None:
-    """What GDN2GEN_GATE_APART says: 1 is every gate that can be, 0 none; None where it is not set,
-    or empty."""
-    (value,) = values_of(_SWITCH)
-    return not is_off(value) if value else None
 
 
 def can_be_apart(problem: Problem) -> bool:
@@ -71,6 +65,7 @@ def is_apart(
     level: str = LEVELS[0],
     decay: str = WEAK,
     scan_apart: bool = False,
+    read: tuple[Any, ...] | None = None,
 ) -> bool:
     """Whether such calls on a GPU have their gate apart.
 
@@ -82,14 +77,16 @@ def is_apart(
 
     Never where a call is so small that its recipe is changed for it, nor within `forced_recipe`,
     nor in batch-invariant mode, where the same tokens are to have the same bits in every call;
-    unless GDN2GEN_GATE_APART=1.
+    unless GDN2GEN_GATE_APART=1. `read`: the `surroundings`, where they were read before.
     """
-    said = forced_apart()
+    read = surroundings() if read is None else read
+    around = Surroundings.of(read)
+    said = around.gate_apart
     if said is not None or not can_be_apart(problem):
         return bool(said) and can_be_apart(problem)
-    if forced() is not None or is_batch_invariant():
+    if around.forced is not None or around.batch_invariant:
         return False
-    return _is_better(problem, regime, device, level, decay, scan_apart, surroundings())
+    return _is_better(problem, regime, device, level, decay, scan_apart, read)
 
 
 @lru_cache(maxsize=4096)
@@ -100,9 +97,9 @@ def _is_better(
     level: str,
     decay: str,
     scan_apart: bool,
-    _surroundings: tuple[Any, ...],
+    read: tuple[Any, ...],
 ) -> bool:
-    options = level, decay, scan_apart
+    options = level, decay, scan_apart, Surroundings.of(read)
     apart = _found(without_gate(problem), regime, device, *options)
     if apart is None:
         return False
@@ -125,12 +122,18 @@ def _is_better(
 
 
 def _found(
-    problem: Problem, regime: Regime, device: Device, level: str, decay: str, scan_apart: bool
+    problem: Problem,
+    regime: Regime,
+    device: Device,
+    level: str,
+    decay: str,
+    scan_apart: bool,
+    around: Surroundings,
 ) -> Found | None:
     """None where something else is pinned, strictly."""
     options: dict[str, Any] = {"level": level, "decay": decay, "scan_apart": scan_apart}
     try:
-        return find_recipe(problem, regime, device, strict=False, **options)
+        return find_recipe(problem, regime, device, strict=False, around=around, **options)
     except DispatchError:
         return None
 

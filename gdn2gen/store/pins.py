@@ -101,14 +101,14 @@ class Pin:
 
 
 @dataclass(frozen=True, eq=False)
-class _Taken:
+class Taken:
     """What this process runs because it was told so. Compared by identity, in every call."""
 
     pins: tuple[Pin, ...] = ()
     strict: bool = False
 
 
-_taken = _Taken()
+_taken = Taken()
 _recorded: dict[tuple[Any, ...], Pin] = {}
 _MOST: Final = 4096
 """Calls that are noted: of more sizes than these, the first ones are forgotten."""
@@ -138,7 +138,7 @@ def pin(recipes: Mapping[str, Any] | None = None, *, strict: bool = False) -> di
     """
     global _taken
     if recipes is not None:
-        taken = _Taken(tuple(map(Pin.of_document, _listed(recipes))), strict)
+        taken = Taken(tuple(map(Pin.of_document, _listed(recipes))), strict)
         if strict and recipes and not taken.pins:
             raise InputError(
                 "recipes list none, so that strict would refuse nothing: make a call of each "
@@ -164,7 +164,7 @@ def _listed(recipes: object) -> Sequence[Any]:
     return found
 
 
-def _check(ran: Pin, taken: _Taken) -> None:
+def _check(ran: Pin, taken: Taken) -> None:
     """Raise DispatchError if a call that ran would run otherwise."""
     problem = ran.recipe.problem
     wanted = _nearest(taken, problem, ran.regime, ran.level, ran.arch, ran.decay)
@@ -177,19 +177,20 @@ def _check(ran: Pin, taken: _Taken) -> None:
         )
 
 
-def current() -> object:
+def current() -> Taken:
     """What is pinned: while it is the same, so are the answers of `pinned`."""
     return _taken
 
 
 def pinned(
-    problem: Problem, regime: Regime, device: Device, level: str, decay: str = WEAK
+    taken: Taken, problem: Problem, regime: Regime, device: Device, level: str, decay: str = WEAK
 ) -> Pin | None:
-    """What such a call is told to run. Raises DispatchError for another GPU, and if strict."""
-    found = _nearest(_taken, problem, regime, level, device.arch, decay)
+    """What such a call is told to run, by what was `current`. Raises DispatchError for another GPU,
+    and if strict."""
+    found = _nearest(taken, problem, regime, level, device.arch, decay)
     if found is None:
-        if _taken.strict and _taken.pins:
-            known = "; ".join(sorted({str(x) for x in _taken.pins}))
+        if taken.strict and taken.pins:
+            known = "; ".join(sorted({str(x) for x in taken.pins}))
             raise DispatchError(
                 f"nothing is pinned for {words_of(problem)} at {words_of_key(regime.key)}, "
                 f"{level}; pinned are {known}. Warm it up where the recipes come from, or leave "
@@ -225,15 +226,21 @@ def record(
 def forget() -> None:
     """As in a process that has just begun."""
     global _taken
-    _taken = _Taken()
+    _taken = Taken()
     _recorded.clear()
 
 
 def shipped(
-    problem: Problem, regime: Regime, device: Device, level: str, decay: str = WEAK
+    named: Path | None,
+    problem: Problem,
+    regime: Regime,
+    device: Device,
+    level: str,
+    decay: str = WEAK,
 ) -> Pin | None:
-    """What was compiled ahead for such a call, if that is for such a GPU."""
-    folder = compiled.shipped()
+    """What was compiled ahead for such a call, in the folder that is named for it
+    (`paths.compiled_dir`), if that is for such a GPU."""
+    folder = compiled.usable(named)
     if folder is None:
         return None
     found = _nearest(_of_folder(folder), problem, regime, level, device.arch, decay)
@@ -247,20 +254,20 @@ def look_anew() -> None:
 
 
 @cache
-def _of_folder(folder: Path) -> _Taken:
-    recipes = compiled.manifest().get("recipes") or ()
+def _of_folder(folder: Path) -> Taken:
+    recipes = compiled.read_manifest(folder).get("recipes") or ()
     try:
-        return _Taken(tuple(map(Pin.of_document, recipes)))
+        return Taken(tuple(map(Pin.of_document, recipes)))
     except DispatchError as error:
         warnings.warn(
             f"the recipes of {folder} are not used: {error}", RuntimeWarning, stacklevel=2
         )
-        return _Taken()
+        return Taken()
 
 
 @lru_cache(maxsize=1024)
 def _nearest(
-    taken: _Taken, problem: Problem, regime: Regime, level: str, arch: str, decay: str
+    taken: Taken, problem: Problem, regime: Regime, level: str, arch: str, decay: str
 ) -> Pin | None:
     """The one for such calls whose sizes are the nearest, or None: of such GPUs, if there is one,
     and of what can run the call, if that is, since another call's recipe may refuse its options.

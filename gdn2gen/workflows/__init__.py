@@ -3,11 +3,12 @@
 wanted    problems, shapes and devices, as callers name them
 explain   which recipe a call runs, and why
 tune      search the present GPU, or rank for another
+generate  a package of kernels, tuned first or as they are on file
 every     one budget over every member and its head dims
 verify    the accuracy suite, and what it files
 compiled  a folder of kernels that ships in a container
 mamba3    the same of Mamba-3, which is its own kernels around another's scan
 warmup    compile or load in this process what calls will want
 
-`generate` is in `tuning.packages`, `pin` in `store.pins`.
+`pin` is in `store.pins`.
 """

@@ -39,7 +39,7 @@ more than 2^-RANGE is scored frame by frame, and so is exact, too.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest a4693ddf9dca52b5; made by
+Template digest 837f2a4aaacb28b8; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage forward --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4

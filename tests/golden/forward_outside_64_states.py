@@ -39,7 +39,7 @@ k of its next chunk while it prepares this one, into another slot: no group only
 
 Problem: delta_rule K=56 V=48 bf16
 Config:  BT=32 BV=64 language=tilelang num_stages=3 num_warps=4
-Template digest 856942437797622c; made by
+Template digest e819ba863863d2b1; made by
     gdn2gen generate --op delta_rule --head-dim 56,48 --dtype bf16 --no-l2norm --with= --stage \
       forward_outside_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=3,num_warps=4

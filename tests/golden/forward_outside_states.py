@@ -48,7 +48,7 @@ k of its next chunk while it prepares this one, into another slot: no group only
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 856942437797622c; made by
+Template digest e819ba863863d2b1; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate none --with=final_state --stage forward_outside_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4

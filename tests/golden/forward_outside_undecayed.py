@@ -38,7 +38,7 @@ k of its next chunk while it prepares this one, into another slot: no group only
 
 Problem: delta_rule K=104 V=112 bf16
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 856942437797622c; made by
+Template digest e819ba863863d2b1; made by
     gdn2gen generate --op delta_rule --head-dim 104,112 --dtype bf16 --no-l2norm --with= --stage \
       forward_outside --config BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4
 """

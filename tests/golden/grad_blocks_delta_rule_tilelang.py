@@ -31,7 +31,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: delta_rule K=64 V=64 bf16
 Config:  BK=64 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 6702807a8eef3664; made by
+Template digest f6137e721ea86faf; made by
     gdn2gen generate --op delta_rule --head-dim 64,64 --dtype bf16 --no-l2norm --with= --stage \
       grad_blocks2 --config \
       BK=64,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4

@@ -42,7 +42,7 @@ a warp group of its own, and every tile a barrier of its own. What folds is in T
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm
 Config:  BK=128 BT=32 chunks=4 decay=outside language=tilelang maxnreg=168 num_stages=1 num_warps=4
-Template digest 6702807a8eef3664; made by
+Template digest f6137e721ea86faf; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate none --with= --stage grad_blocks2 --config \
       BK=128,BT=32,chunks=4,decay=outside,language=tilelang,maxnreg=168,num_stages=1,num_warps=4

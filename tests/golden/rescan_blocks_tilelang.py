@@ -21,7 +21,7 @@ warp group of its own, which fills 2 stages of shared memory ahead of the produc
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4
-Template digest 1f42a9183d58c739; made by
+Template digest 56a959d52661441d; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage rescan_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4

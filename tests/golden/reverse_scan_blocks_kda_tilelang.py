@@ -22,7 +22,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: kda K=64 V=64 bf16, g fp32
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest a7b37f669150f499; made by
+Template digest 7c54915f5f849df9; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --no-l2norm --with= --stage reverse_scan_blocks1 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -25,7 +25,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest a7b37f669150f499; made by
+Template digest 7c54915f5f849df9; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate none --with=final_state --stage reverse_scan_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

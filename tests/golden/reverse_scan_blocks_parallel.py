@@ -34,7 +34,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=parallel
-Template digest 289c86abc64cb230; made by
+Template digest 9516c3cdd10bc795; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks1 --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=parallel

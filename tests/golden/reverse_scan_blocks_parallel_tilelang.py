@@ -34,7 +34,7 @@ own, which fills 2 stages of shared memory ahead of the products.
 
 Problem: kda K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 40ab915c5aa9401f; made by
+Template digest ac12047216f95e25; made by
     gdn2gen generate --op kda --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks2 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

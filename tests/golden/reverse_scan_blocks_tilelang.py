@@ -26,7 +26,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest a7b37f669150f499; made by
+Template digest 7c54915f5f849df9; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=final_state --stage reverse_scan_blocks1 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -17,7 +17,7 @@ which fills 2 stages of shared memory ahead of the products.
 
 Problem: gla K=128 V=128 bf16, g fp32
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 0b739bd9f5f3aae7; made by
+Template digest 64a507d7ca73a44d; made by
     gdn2gen generate --op gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -25,7 +25,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 0b739bd9f5f3aae7; made by
+Template digest 64a507d7ca73a44d; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -29,7 +29,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest 6ab266de64eb3588; made by
+Template digest 58eeb8decbb05c10; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel

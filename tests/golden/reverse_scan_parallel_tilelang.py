@@ -29,7 +29,7 @@ warp group of its own, which fills 2 stages of shared memory ahead of the produc
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest f6a93441abb6d2c7; made by
+Template digest dc5a0bc5f1eedd73; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

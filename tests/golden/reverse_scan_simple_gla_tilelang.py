@@ -30,7 +30,7 @@ where q_head and k_tail, one number a token, make Qg and Ktail of q and k.
 
 Problem: simple_gla K=128 V=128 bf16, g fp32
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest f6a93441abb6d2c7; made by
+Template digest dc5a0bc5f1eedd73; made by
     gdn2gen generate --op simple_gla --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate \
       none --with= --stage reverse_scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

@@ -31,7 +31,7 @@ with the gradient of the state held transposed, dS^T [BV, K].
 
 Problem: kda K=64 V=64 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=parallel
-Template digest cfb29f16b484c963; made by
+Template digest ed01a75a395ecc45; made by
     gdn2gen generate --op kda --head-dim 64,64 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks2_transitions --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=parallel

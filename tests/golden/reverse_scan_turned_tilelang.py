@@ -36,7 +36,7 @@ own, which fills 3 stages of shared memory ahead of the products.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=128 language=tilelang num_stages=3 num_warps=4 segments=parallel
-Template digest 5f3ce8364b792cfc; made by
+Template digest 39f5ff9c92b6524e; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage reverse_scan_blocks2_transitions --config \
       BT=32,BV=128,language=tilelang,num_stages=3,num_warps=4,segments=parallel

@@ -34,7 +34,7 @@ never leaves the registers.
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=triton num_stages=2 num_warps=4 segments=parallel
-Template digest c47dec7462aa656a; made by
+Template digest 155e4f4498c3dba7; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan_blocks4 --config \
       BT=32,BV=64,language=triton,num_stages=2,num_warps=4,segments=parallel

@@ -32,7 +32,7 @@ start from is written out. The compiler gives the loads to a warp group of its o
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 3ee7503f1a21bb5c; made by
+Template digest f4575618351c2844; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with=initial_state,state_v_first --stage scan_blocks4 --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

@@ -28,7 +28,7 @@ The compiler gives the loads to a warp group of its own, and every tile a barrie
 
 Problem: mamba2 K=128 V=64 bf16, g bf16, softplus gate
 Config:  BT=64 BV=64 heads=1 language=tilelang num_stages=1 num_warps=4
-Template digest ca4f3d528fc14409; made by
+Template digest 1252bf6599366bfc; made by
     gdn2gen generate --op mamba2 --head-dim 128,64 --dtype bf16 --gate-dtype bf16 --gate \
       softplus --with=dt_bias,initial_state,rate,D,z --stage scan_group --config \
       BT=64,BV=64,heads=1,language=tilelang,num_stages=1,num_warps=4

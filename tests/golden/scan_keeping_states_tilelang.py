@@ -23,7 +23,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 1f42a9183d58c739; made by
+Template digest 56a959d52661441d; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan_states --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -27,7 +27,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: gated_delta_rule K=128 V=128 bf16, g fp32, l2norm, softplus gate, packed sequences
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 1f42a9183d58c739; made by
+Template digest 56a959d52661441d; made by
     gdn2gen generate --op gated_delta_rule --head-dim 128,128 --dtype bf16 --gate-dtype fp32 \
       --gate softplus --with=A_log,dt_bias,varlen --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

@@ -32,7 +32,7 @@ never leaves the registers.
 
 Problem: gdn2 K=64 V=128 fp32, g fp32, l2norm
 Config:  BT=16 BV=16 language=triton num_stages=1 num_warps=4 segments=parallel
-Template digest e77118b9594ce3ee; made by
+Template digest a2c59599fa73fb9f; made by
     gdn2gen generate --op gdn2 --head-dim 64,128 --dtype fp32 --gate-dtype fp32 --gate none \
       --with=initial_state,final_state --stage scan --config \
       BT=16,BV=16,language=triton,num_stages=1,num_warps=4,segments=parallel

@@ -31,7 +31,7 @@ never leaves the registers. The compiler gives the loads to a warp group of its 
 
 Problem: gdn2 K=128 V=128 bf16, g fp32, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=parallel
-Template digest 561a11f0f98e23e9; made by
+Template digest 73d9a7b1c8869b0d; made by
     gdn2gen generate --op gdn2 --head-dim 128,128 --dtype bf16 --gate-dtype fp32 --gate none \
       --with= --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=parallel

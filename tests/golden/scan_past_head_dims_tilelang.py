@@ -24,7 +24,7 @@ a warp group of its own, which fills 2 stages of shared memory ahead of the prod
 
 Problem: gdn2 K=72 V=40 bf16, g fp32, l2norm, softplus gate
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 1f42a9183d58c739; made by
+Template digest 56a959d52661441d; made by
     gdn2gen generate --op gdn2 --head-dim 72,40 --dtype bf16 --gate-dtype fp32 --gate softplus \
       --with=A_log,dt_bias,initial_state,final_state --stage scan --config \
       BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial

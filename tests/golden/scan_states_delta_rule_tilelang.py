@@ -25,7 +25,7 @@ where q_head, k_head and k_tail, one number a token, make Qg, E and Ktail of q a
 
 Problem: delta_rule K=128 V=128 fp16, l2norm
 Config:  BT=32 BV=64 language=tilelang num_stages=2 num_warps=4 segments=serial
-Template digest 1f42a9183d58c739; made by
+Template digest 56a959d52661441d; made by
     gdn2gen generate --op delta_rule --head-dim 128,128 --dtype fp16 --with= --stage scan_states \
       --config BT=32,BV=64,language=tilelang,num_stages=2,num_warps=4,segments=serial
 """

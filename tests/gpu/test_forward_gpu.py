@@ -31,6 +31,13 @@ PROBLEMS: Final = {
     **{"gdn2-128": Problem(), "kda-128": Problem("kda"), "kda-sigmoid": _TIED},
     **{f"{op}-64": Problem(op, K=64, V=64) for op in ("gdn2", "kda")},
     "kda-sigmoid-64": replace(_TIED, K=64, V=64),
+    # values in other tiles than keys
+    **{
+        f"{op}-{K}x{V}": Problem(op, K=K, V=V)
+        for op in ("gdn2", "kda")
+        for K, V in ((128, 64), (96, 48), (128, 16), (64, 128), (48, 104))
+    },
+    "kda-sigmoid-128x64": replace(_TIED, V=64),
     **{
         f"{op}-{size}": Problem(op, K=size, V=size)
         for op in ("gated_delta_rule", "delta_rule")
@@ -41,8 +48,10 @@ PROBLEMS: Final = {
 }
 # Head dims, and groups that prepare beside the one that scans, or in each of two programs.
 WIDTHS: Final = [(128, 2), (64, 2), (64, 3)]
+APART: Final = [("128x64", 2), ("96x48", 2), ("64x128", 2), ("64x128", 3)]
 OPS_OF_WIDTHS: Final = [
     *((op, *width) for op in ("gdn2", "kda", "gated_delta_rule", "delta_rule") for width in WIDTHS),
+    *((op, *width) for op in ("gdn2", "kda") for width in APART),
 ]
 CASES: Final = [
     ("gdn2-128", "whole", 2),
@@ -78,6 +87,19 @@ CASES: Final = [
     ("gdn2-128", "whole_blocks2_states", 2),
     ("kda-128", "whole_blocks2_states", 2),
     ("kda-sigmoid", "whole_blocks2_states", 2),
+    ("gdn2-128x64", "whole", 2),
+    ("gdn2-128x64", "whole_blocks2", 2),
+    ("gdn2-128x64", "whole_blocks2_states", 2),
+    ("gdn2-96x48", "whole_blocks2", 2),
+    ("gdn2-128x16", "whole", 2),
+    ("gdn2-64x128", "whole", 2),
+    ("gdn2-64x128", "whole_blocks2", 3),
+    ("gdn2-48x104", "whole", 3),
+    ("gdn2-64x128", "whole_blocks1_states", 2),
+    ("kda-128x64", "whole_blocks2", 2),
+    ("kda-96x48", "whole_blocks2_states", 2),
+    ("kda-sigmoid-128x64", "whole", 2),
+    ("kda-48x104", "whole_blocks1", 3),
 ]
 
 
@@ -106,7 +128,7 @@ def test_every_output_and_gradient_in_every_pattern(name: str, plan: str, groups
     assert found.ok, found.reason
 
 
-def outputs(op: str, size: int, groups: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs(op: str, size: int | str, groups: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
     plan = "whole_direct" if op in BLOCK_OPS else "whole"
     with torch.no_grad(), forced_recipe(recipe_of(f"{op}-{size}", plan, groups)):
         o, state = public_op(op)(**given, use_qk_l2norm_in_kernel=True, output_final_state=True)
@@ -122,10 +144,11 @@ def outputs(op: str, size: int, groups: int, given: dict[str, Tensor]) -> dict[s
     [(1, 1, 1, 1), (1, 7, 1, 1), (1, 32, 1, 1), (1, 64, 2, 2), (1, 128, 2, 2), (2, 200, 3, 6),
      (2, 1100, 8, 8), (4, 4096, 16, 16)],
 )  # fmt: skip
-def test_sizes(op: str, size: int, groups: int, B: int, T: int, H: int, HV: int) -> None:
+def test_sizes(op: str, size: int | str, groups: int, B: int, T: int, H: int, HV: int) -> None:
+    problem = PROBLEMS[f"{op}-{size}"]
     x = make_inputs(
-        B, T, H, size, size, op=op, HV=HV, dtype=torch.bfloat16, device="cuda", pattern="layer",
-        initial_state=True,
+        B, T, H, problem.K, problem.V, op=op, HV=HV, dtype=torch.bfloat16, device="cuda",
+        pattern="layer", initial_state=True,
     )  # fmt: skip
     found = outputs(op, size, groups, x)
     exact = {name: value.double() for name, value in x.items()}
@@ -140,10 +163,13 @@ def test_sizes(op: str, size: int, groups: int, B: int, T: int, H: int, HV: int)
 @pytest.mark.parametrize(
     ("op", "size", "groups"), [x for x in OPS_OF_WIDTHS if x[0] != "delta_rule"]
 )
-def test_a_token_that_forgets_all_moves_no_bit_before_it(op: str, size: int, groups: int) -> None:
+def test_a_token_that_forgets_all_moves_no_bit_before_it(
+    op: str, size: int | str, groups: int
+) -> None:
     """It is in no first frame, so that its chunk is scored frame by frame."""
+    problem = PROBLEMS[f"{op}-{size}"]
     x = make_inputs(
-        2, 96, 4, size, size, op=op, dtype=torch.bfloat16, device="cuda", pattern="layer",
+        2, 96, 4, problem.K, problem.V, op=op, dtype=torch.bfloat16, device="cuda", pattern="layer",
         initial_state=True,
     )  # fmt: skip
     before = outputs(op, size, groups, x)["o"].clone()

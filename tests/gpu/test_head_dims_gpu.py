@@ -177,9 +177,11 @@ FAR_BELOW: Final = (
     *((16, 16), (24, 24), (32, 32), (72, 72), (80, 80), (88, 88), (96, 96)),
     *((96, 128), (24, 64)),
 )
+# Values in other tiles than keys: the forward in one kernel, which an entry alone takes there.
+APART: Final = ((128, 64), (96, 48), (72, 64), (128, 16), (64, 128), (48, 104), (16, 72))
 BELOW_PLANS: Final = tuple(
     (size, plan)
-    for size in BELOW + FAR_BELOW
+    for size in BELOW + FAR_BELOW + APART
     for plan in (
         *("whole_blocks1", "whole_blocks2", "blocks2"),
         *("whole_blocks1_states", "whole_blocks2_states"),
@@ -304,6 +306,9 @@ def test_what_is_tuned_for_full_tiles_can_serve_far_below_them(
         (in_tiles, (72, 96), "whole_blocks2"),
         (in_tiles, (24, 16), "whole_blocks1_states"),
         (in_tiles, (96, 72), "whole_blocks2_states"),
+        (in_tiles, (96, 48), "whole_blocks2"),
+        (in_tiles, (104, 24), "whole_blocks2_states"),
+        (in_tiles, (48, 104), "whole_blocks1_states"),
     ],
 )
 def test_what_lies_behind_a_tensor_is_neither_read_nor_written(

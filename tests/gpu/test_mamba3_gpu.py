@@ -30,10 +30,11 @@ from gdn2gen.measure.mamba3_runs import (
     mamba3_results,
     run_mamba3_case,
 )
-from gdn2gen.runtime import mamba3_reverse_scan
+from gdn2gen.runtime import mamba3_reverse_scan, mamba3_turning_scan
 from gdn2gen.runtime.mamba3_chunk_ops import chunks_forced
 from gdn2gen.runtime.mamba3_loaded import force, force_scan
 from gdn2gen.runtime.mamba3_reverse_scan import force_reverse_scan
+from gdn2gen.runtime.mamba3_turning_scan import force_turning_scan
 from gdn2gen.runtime.passes import poisoned
 from gdn2gen.store.dispatch import reload
 from gdn2gen.store.mamba3 import find_mamba3
@@ -210,6 +211,56 @@ def test_forms_that_a_search_alone_picks(name: str, form: str) -> None:
         if not y < min(1.1 * found[False][x] + 1e-4, BOUNDS[torch.bfloat16] / 3)
     }
     assert not worse, worse
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "lean"])
+@pytest.mark.parametrize("knobs", [{}, {"ahead": 0, "maxnreg": 72}], ids=["rule", "late"])
+@pytest.mark.parametrize("name", SCANNED_BACK)
+def test_queries_and_keys_turned_within_the_scan(
+    name: str, knobs: dict[str, int], fast: bool
+) -> None:
+    """Every output and gradient with NaN in all that is to be written, no worse than where they are
+    turned before, and of the same bits twice."""
+    made = draw(SCANNED_BACK[name], torch.bfloat16, str(DEVICE))
+    op = partial(mamba3_siso_combined, disable_recompute=fast)
+    found = {}
+    for chosen in (True, False):
+        force("mamba3_turning_scan", {**knobs})
+        force_turning_scan(chosen)
+        force_scan(True)
+        try:
+            with turned_within() as taken, poisoned(), verifying():
+                mine, theirs = mamba3_results(made, op)
+                again, _ = mamba3_results(made, op)
+        finally:
+            force_scan(None)
+            force_turning_scan(None)
+            force("mamba3_turning_scan", None)
+        assert taken == [chosen and name != "packed"] * 2
+        assert all(torch.equal(mine[x], again[x]) for x in mine), "not the same bits twice"
+        found[chosen] = relative_errors(mine, theirs)
+    worse = {
+        x: (y, found[False][x])
+        for x, y in found[True].items()
+        if not y < min(1.1 * found[False][x] + 1e-4, BOUNDS[torch.bfloat16] / 3)
+    }
+    assert not worse, worse
+
+
+@contextmanager
+def turned_within() -> Iterator[list[bool]]:
+    """Whether each forward turned queries and keys within its scan."""
+    taken: list[bool] = []
+    launches = mamba3_turning_scan.turning_launches
+
+    def told(*given: Any) -> Any:
+        found = launches(*given)
+        taken.append(found is not None)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba3_turning_scan, "turning_launches", told)
+        yield taken
 
 
 def test_over_chunks_is_as_around_a_scan() -> None:

@@ -1,4 +1,4 @@
-"""TileLang programs of clusters, whose groups of 128 threads do different things, in Python.
+"""TileLang programs, or clusters of them, whose groups of 128 threads do different things.
 
 A thread of Python for each thread of a cluster's programs. Barriers in shared memory are real, with
 their phases, and copies by TMA and products under way happen late: a copy some time after it was
@@ -29,7 +29,12 @@ PATIENCE = 60  # seconds until a wait counts as one for ever
 
 def rounded(x: Any, dtype: str) -> Any:
     """As `tilelang_standin.rounded`, fast for single numbers, too."""
-    x = np.asarray(x, np.int64 if dtype == "int32" else np.float32)
+    if (
+        dtype == "int32"
+    ):  # of what is no number 0, as the GPU has it; past either end it begins anew
+        x = np.nan_to_num(np.asarray(x)).astype(np.int64)
+        return (x + 2**31) % 2**32 - 2**31
+    x = np.asarray(x, np.float32)
     if dtype != BF16:
         return x
     bits = np.atleast_1d(x).view(np.uint32)
@@ -339,6 +344,9 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
         "alloc_shared": shared,
         "barrier_arrive": arrive,
         "cast": lambda x, dtype: rounded(x, dtype)[()],
+        "cos": lambda x: np.cos(np.float64(x)).astype(np.float32),
+        "sin": lambda x: np.sin(np.float64(x)).astype(np.float32),
+        "floor": lambda x: np.floor(np.float32(x)),
         "cluster_sync": lambda: current().everyone.wait(PATIENCE) and None,
         "copy_cluster": copy_cluster,
         "get_thread_binding": lambda dim=0: current().binding(dim),
@@ -365,20 +373,20 @@ def _names(current: Callable[[], Cluster], sizes: Mapping[str, int]) -> dict[str
 
 
 class _Launch:
-    """The kernel of a cluster: a program of it is what runs in this thread."""
+    """The kernel of a cluster, or of programs alone: one of it is what runs in this thread."""
 
     grid: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
     programs = 0
     at: tuple[int, ...] | None = None
 
-    def __init__(self, *grid: int, threads: tuple[int, ...], cluster_dims: int) -> None:
+    def __init__(self, *grid: int, threads: tuple[int, ...], cluster_dims: int = 0) -> None:
         _Launch.grid, _Launch.threads, _Launch.programs = tuple(grid), threads, cluster_dims
 
     def __enter__(self) -> tuple[int, ...]:
         if _Launch.at is None:
             raise _GridKnown
-        return _current().rank, *_Launch.at
+        return (_current().rank, *_Launch.at) if _Launch.programs else _Launch.at
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -406,9 +414,10 @@ def run_all(
     _Launch.at = None
     with suppress(_GridKnown):
         body(*tensors.values(), *scalars)
-    for at in itertools.product(*map(range, _Launch.grid[1:])):
+    # programs of a cluster lie along the first dim
+    for at in itertools.product(*map(range, _Launch.grid[min(_Launch.programs, 1) :])):
         _Launch.at = at
-        _running.append(Cluster(_Launch.programs, _Launch.threads, seed))
+        _running.append(Cluster(max(_Launch.programs, 1), _Launch.threads, seed))
         try:
             _running[-1].run(lambda _: body(*tensors.values(), *scalars))
         finally:

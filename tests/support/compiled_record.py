@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -97,7 +98,8 @@ def given(problem: Compiled, stage_name: str, config: Config, device: Device) ->
     language, stage = language_of(config), EVERY_STAGE[stage_name]
     if any(x.startswith(_READ) and x not in _KEPT for x in os.environ):
         return None
-    text = render(problem, stage_name, config).source
+    # less the digest of its template: that is another one where only another kernel's text is
+    text = re.sub(r"(?m)^Template digest \w+", "", render(problem, stage_name, config).source)
     parts = [
         *(f"{x} {_version(x)}" for x in _COMPILERS[language]),
         _nvcc() if language == "tilelang" else "",

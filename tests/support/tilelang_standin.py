@@ -167,7 +167,7 @@ def language(sizes: Mapping[str, int]) -> SimpleNamespace:
     idle = (
         "annotate_min_blocks_per_sm annotate_producer_reg_dealloc annotate_consumer_reg_alloc "
         "annotate_layout tma_store_wait sync_threads wait_wgmma Fragment alloc_var "
-        "fence_proxy_async pdl_sync pdl_trigger"
+        "fence_proxy_async pdl_sync pdl_trigger inc_max_nreg dec_max_nreg"
     )
     return SimpleNamespace(
         **dict.fromkeys(idle.split(), lambda *_, **__: None),

@@ -1,4 +1,4 @@
-"""The README and docs/serving.md: commands, what CI runs, examples, tables."""
+"""The README, docs/serving.md and limits.md: commands, what CI runs, examples, tables."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from gdn2gen.store.tuned_files import is_stale, load_tuned, write_tuned
 SCRIPT = load_script("update_readme")
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs/serving.md").read_text()
+LIMITS = (ROOT / "docs/limits.md").read_text()
 RESULTS = (ROOT / "docs/results.md").read_text()
 TEST_COMMAND = "pip install -e '.[test]' && pytest -q -n 2 -m 'not slow'"
 
@@ -67,7 +68,7 @@ def test_what_is_said_of_the_packaged_entries(gpu: str) -> None:
     assert (f"The {short}'s entries are of earlier templates" in RESULTS) == stale
     weak = [entry for entry in file.entries if entry.decay == "weak"]
     alone = [entry for entry in weak if entry.needs_triton_alone]
-    words = " ".join(README.split())
+    words = " ".join(LIMITS.split())
     dims = {id(entry): (entry.problem_key["K"], entry.problem_key["V"]) for entry in alone}
     usual = [entry for entry in alone if dims[id(entry)] == (128, 128)]
     found = re.search(
@@ -101,7 +102,7 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
     sources = (ROOT / "gdn2gen").rglob("*.py")
     read = {x for path in sources for x in re.findall(r"GDN2GEN_[A-Z_]+\b", path.read_text())}
     assert {*re.findall(r"^\| `(GDN2GEN_[A-Z_]+)", README, flags=re.M)} == read
-    assert {*re.findall(r"GDN2GEN_[A-Z_]+\b", README + SERVING)} == read, "what nothing reads"
+    assert {*re.findall(r"GDN2GEN_[A-Z_]+\b", README + SERVING + LIMITS)} == read
 
 
 def test_how_much_faster_it_is_said_to_be_is_in_the_table() -> None:
@@ -208,7 +209,12 @@ def test_layers_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/serving.md", "docs/architecture.md", "docs/mamba.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *(f"docs/{page}.md" for page in ("serving", "limits", "architecture", "mamba")),
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     folder = (ROOT / page).parent

@@ -14,7 +14,7 @@ from source_tree import python_path
 
 from gdn2gen.base import environment
 from gdn2gen.nn import _triangles
-from gdn2gen.store import dispatch, gates
+from gdn2gen.store.surroundings import Surroundings
 
 OFF: Final = ("", "0", "false", "False", "NO", "off")
 ON: Final = ("1", "true", "yes", "on")
@@ -39,7 +39,7 @@ SWITCHES: Final[dict[str, Callable[[], bool]]] = {
     "GDN2GEN_NORM_PROJECTS": environment.norm_projects,
     "GDN2GEN_BATCH_INVARIANT": environment.is_batch_invariant,
     "GDN2GEN_VERBOSE": environment.verbose,
-    "GDN2GEN_STRICT": dispatch._strict_from_env,
+    "GDN2GEN_STRICT": lambda: Surroundings.of().strict,
     "GDN2GEN_WINDOW_TRIANGLES": _triangles_wanted,
     "TRITON_INTERPRET": environment.interpreted,
 }
@@ -78,10 +78,10 @@ def test_a_switch_that_is_on_by_itself_is_off_in_the_same_words(
 def test_a_switch_of_three_says_nothing_where_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in OFF:
         monkeypatch.setenv("GDN2GEN_GATE_APART", word)
-        assert gates.forced_apart() is (False if word else None), word
+        assert Surroundings.of().gate_apart is (False if word else None), word
     for word in ON:
         monkeypatch.setenv("GDN2GEN_GATE_APART", word)
-        assert gates.forced_apart() is True, word
+        assert Surroundings.of().gate_apart is True, word
 
 
 @pytest.mark.parametrize("word", ["1", "TRUE", "y", "0", "false", "2", " 1", "t"])

@@ -52,6 +52,11 @@ from gdn2gen.kernels.mamba3_reverse_scan import (
     sums_problem,
 )
 from gdn2gen.kernels.mamba3_scan import MAMBA3_SCAN, scan_problem
+from gdn2gen.kernels.mamba3_turning_scan import (
+    MAMBA3_TURNING_SCAN,
+    turning_knobs,
+    turning_problem,
+)
 from gdn2gen.kernels.parts import (
     PART_STAGES,
     PartStage,
@@ -513,6 +518,23 @@ def test_mamba3s_reverse_scan_compiles_and_two_programs_fit(
     config = default_config(MAMBA3_REVERSE_SCAN.name, problem).replace(pairs=pairs)
     used = compile_ahead(problem, MAMBA3_REVERSE_SCAN.name, config, named_device("sm_90"))
     assert used.registers == 128 and used.spill_bytes <= 256, f"{config}: {used}"
+    assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "angles"), [(0, 32), (2, 32), (2, 64), (1, 0)])
+@pytest.mark.tilelang
+def test_mamba3s_scan_that_turns_compiles_and_two_programs_fit(
+    keep: int, angles: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both groups of warps within the registers that they share."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    whole = Mamba3Problem(angles=angles, skip=True, gate=True, carried=True)
+    problem = turning_problem(whole)
+    knobs = turning_knobs(problem, keep)
+    config = default_config(MAMBA3_TURNING_SCAN.name, problem).replace(**knobs)
+    used = compile_ahead(problem, MAMBA3_TURNING_SCAN.name, config, named_device("sm_90"))
+    assert used.registers == 128 and used.spill_bytes <= 64, f"{config}: {used}"
     assert 2 * (used.shared_bytes + 1024) <= 228 * 1024
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -12,7 +13,7 @@ import pytest
 from gdn2gen.base.device import named_device
 from gdn2gen.base.errors import TemplateError
 from gdn2gen.codegen import build
-from gdn2gen.codegen._dependent import dependent, launched
+from gdn2gen.codegen._dependent import WRITTEN, dependent, launched
 from gdn2gen.codegen.package import package_texts
 from gdn2gen.codegen.render import render, template_digest
 from gdn2gen.family.problem import Problem
@@ -148,6 +149,25 @@ def test_without_the_knob_text_and_digest_are_what_they_were(op: str) -> None:
         code = without[next(i for i, x in enumerate(without) if x == "import triton") :]
         left = iter(lines)
         assert all(x in left or "launch(" in x or "kernel[" in x for x in code)
+
+
+@pytest.mark.parametrize("language", ["triton", "tilelang"])
+def test_a_digest_is_of_what_is_written(language: str) -> None:
+    """Of all lines that come, and of no code or comment around them."""
+    problem = problem_of("gated_delta_rule", False)
+    config = default_config("reverse_scan_blocks2", problem)
+    config = config.replace(language=language, segments="parallel", BV=64)
+    on = config.replace(pdl="signal")
+    own = hashlib.sha256(f"{template_digest(config)}{WRITTEN}".encode()).hexdigest()[:16]
+    assert template_digest(on) == own == template_digest(config.replace(pdl="wait"))
+    plain = {*render(problem, config.stage, config).source.splitlines()}
+    code = render(problem, on.stage, on).source.partition("import triton\n")[2]
+    came = [x.strip() for x in code.splitlines() if x not in plain]
+    assert {x[language == "tilelang"] for x in (WAITS, SAYS)} <= {*came}
+    for line in came:
+        said = line.partition(" = (")[0] if line.startswith("EARLY") else line
+        assert said in WRITTEN or "launch_pdl=True" in said, line
+    assert "launch_pdl=True" in WRITTEN
 
 
 def test_refused_where_there_is_nothing_to_wait_for() -> None:

@@ -183,6 +183,37 @@ def test_results_and_barriers_of_one_program_that_scans(
     assert max(errors.values()) < 1e-2, errors
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("op", "K", "V", "T", "pattern", "shared", "v_first", "groups"),
+    [
+        ("gdn2", 128, 64, 7, "layer", 1, False, 2),
+        ("gdn2", 64, 128, 7, "layer", 1, False, 3),
+        # nine chunks take each of four slots twice, one thrice; thirteen each of six, one thrice
+        pytest.param("gdn2", 128, 64, 280, "layer", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 128, 64, 100, "strong", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 128, 64, 70, "zero", 2, True, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 128, 64, 70, "sparse", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 96, 48, 150, "sparse", 1, True, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 128, 16, 150, "mixed", 2, False, 2, marks=pytest.mark.slow),
+        pytest.param("kda", 128, 64, 150, "sparse", 2, True, 2, marks=pytest.mark.slow),
+        pytest.param("kda", 96, 48, 100, "strong", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("kda", 128, 16, 70, "zero", 1, False, 2, marks=pytest.mark.slow),
+        pytest.param("gdn2", 64, 128, 400, "layer", 1, False, 3, marks=pytest.mark.slow),
+        pytest.param("gdn2", 48, 104, 150, "mixed", 2, True, 2, marks=pytest.mark.slow),
+        pytest.param("kda", 56, 128, 230, "strong", 1, False, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_results_and_barriers_where_values_are_in_other_tiles_than_keys(
+    op: str, K: int, V: int, T: int, pattern: str, shared: int, v_first: bool, groups: int
+) -> None:
+    """Beside 128 channels of keys one program scans 64 values; beside 64 both scan half of 128."""
+    errors = carried_out(
+        op, K, T, pattern, V=V, shared=shared, v_first=v_first, num_stages=groups
+    )  # fmt: skip
+    assert max(errors.values()) < 1e-2, errors
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # decays of pairs that are masked
 @pytest.mark.parametrize(
     ("op", "K", "V", "T", "pattern", "shared", "v_first"),
@@ -338,6 +369,8 @@ def test_head_dims_below_their_tiles(
     [
         *[("gdn2", 64, 64, 1), ("kda", 64, 64, 1), ("gdn2", 48, 56, 1), ("kda", 24, 64, 1)],
         *[("gdn2", 128, 128, 2), ("gdn2", 96, 96, 2), ("kda", 128, 128, 2), ("kda", 72, 104, 2)],
+        # values in other tiles than keys
+        *[("gdn2", 128, 64, 2), ("kda", 96, 48, 2), ("gdn2", 64, 128, 1), ("kda", 48, 104, 1)],
     ],
 )
 def test_what_level_fast_keeps(op: str, K: int, V: int, every: int) -> None:
@@ -412,12 +445,12 @@ def kept(op: str, x: dict[str, torch.Tensor], chunks: int) -> dict[str, torch.Te
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("size", [64, 128])
-def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs(size: int) -> None:
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64), (64, 128)])
+def test_a_later_tokens_decay_moves_no_bit_of_earlier_outputs(K: int, V: int) -> None:
     """It takes the chunk into later frames, where the decay is summed once more."""
-    problem = Problem(K=size, V=size, initial_state=True, final_state=True)
+    problem = Problem(K=K, V=V, initial_state=True, final_state=True)
     x = make_inputs(
-        1, 32, 1, size, size, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
+        1, 32, 1, K, V, op="gdn2", dtype=torch.bfloat16, pattern="layer", initial_state=True
     )
     changed = x | {"g": x["g"].clone()}
     changed["g"][:, 20:, :, ::3] = -12.0
@@ -481,6 +514,9 @@ def test_what_keeps_states_of_q_and_k_at_64_compiles(
         (Problem("kda", K=64, V=64), 126, 208_640),
         (Problem(K=112, V=112, initial_state=True, final_state=True), 168, 231_424),
         (Problem(K=48, V=48, initial_state=True, final_state=True), 128, 228_608),
+        (Problem(K=128, V=64, initial_state=True, final_state=True), 168, 231_424),
+        (Problem("kda", K=128, V=64), 168, 207_872),
+        (Problem(K=64, V=128, initial_state=True, final_state=True), 128, 198_656),
         (Problem("gated_delta_rule", initial_state=True, final_state=True), 168, 191_488),
         (Problem("delta_rule", K=104, V=112, final_state=True), 164, 191_488),
         (
@@ -490,7 +526,8 @@ def test_what_keeps_states_of_q_and_k_at_64_compiles(
         (Problem("delta_rule", K=64, V=64), 116, 212_992),
     ],
     ids=(
-        *("gdn2", "states", "kda", "64", "kda-64", "112", "48", "gdn", "delta-104"),
+        *("gdn2", "states", "kda", "64", "kda-64", "112", "48"),
+        *("128x64", "kda-128x64", "64x128", "gdn", "delta-104"),
         *("gdn-64", "delta-64"),
     ),
 )

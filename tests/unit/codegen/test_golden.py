@@ -284,6 +284,13 @@ def _blocks(stage: str, segments: str = "serial", **changes: Any) -> str:
     return render(problem, stage, config).source
 
 
+def _reach(stage: str, language: str, **knobs: Knob) -> str:
+    """In segments of which what has decayed is left out, and with products of cut halves."""
+    problem = Problem("gated_delta_rule", initial_state=True, final_state=True)
+    config = default_config(stage, problem).replace(language=language, segments="parallel", **knobs)
+    return render(problem, stage, config.replace(reach=64, merge="cut")).source
+
+
 def _forward(problem: Problem, stage: str = "forward") -> str:
     return render(problem, stage, default_config(stage, problem)).source
 
@@ -295,6 +302,10 @@ OUTPUTS: Final = {
         _forward, Problem(K=64, V=64, initial_state=True, final_state=True), "forward_blocks1"
     ),
     "forward_96_states.py": partial(_forward, Problem(K=96, V=96), "forward_blocks2"),
+    "forward_128x64.py": partial(_forward, Problem(V=64, initial_state=True, final_state=True)),
+    "forward_48x104_states.py": partial(
+        _forward, Problem("kda", K=48, V=104, final_state=True), "forward_blocks1"
+    ),
     "forward_64_kda.py": partial(_forward, Problem("kda", K=64, V=64)),
     "forward_104.py": partial(
         _forward, Problem(K=104, V=112, initial_state=True, final_state=True)
@@ -421,6 +432,10 @@ OUTPUTS: Final = {
         "reverse_scan_blocks2",
         segments="parallel",
     ),
+    "scan_reach.py": partial(_reach, "scan_blocks2", "triton", BV=32),
+    "reverse_scan_reach.py": partial(_reach, "reverse_scan", "triton", BV=32),
+    "scan_reach_tilelang.py": partial(_reach, "scan", "tilelang", BV=64),
+    "reverse_scan_reach_tilelang.py": partial(_reach, "reverse_scan_blocks2", "tilelang", BV=64),
     "rescan_blocks_tilelang.py": partial(_member_tilelang, Problem(), "rescan_blocks2"),
     "reverse_scan_turned.py": partial(
         _blocks, "reverse_scan_blocks2_transitions", "parallel", op="kda", K=64, V=64
@@ -567,6 +582,13 @@ OUTPUTS: Final = {
     "mamba3_scan_ahead_tilelang.py": partial(
         *(_part, "mamba3_scan", Mamba3Problem(angles=0, skip=True, gate=True)),
         **{"keep": 1, "num_stages": 2},
+    ),
+    "mamba3_weights.py": partial(_part, "mamba3_weights", Mamba3Problem(), BH=4),
+    "mamba3_turning_scan_tilelang.py": partial(
+        *(_part, "mamba3_turning_scan", Mamba3Problem(skip=True, gate=True, carried=True)), keep=2
+    ),
+    "mamba3_turning_scan_lean_tilelang.py": partial(
+        _part, "mamba3_turning_scan", Mamba3Problem(state_size=64, angles=16), ahead=0
     ),
     "mamba3_reverse_scan_tilelang.py": partial(
         _part, "mamba3_reverse_scan", Mamba3Problem(skip=True, carried=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import re
 import subprocess
@@ -13,10 +11,8 @@ from pathlib import Path
 import pytest
 from source_tree import python_path
 
-from gdn2gen.base.errors import TemplateError
-from gdn2gen.codegen import _rewriting
-from gdn2gen.codegen._reaching import reaching
-from gdn2gen.codegen.render import render
+from gdn2gen.codegen.render import render, template_digest, template_name
+from gdn2gen.codegen.templates import text_digest
 from gdn2gen.family.problem import Problem
 from gdn2gen.kernels.config import default_config
 
@@ -90,20 +86,9 @@ def test_both_knobs_of_a_scan_in_segments() -> None:
     compile(both, "scan", "exec")
 
 
-def test_digests_of_other_knobs_are_what_they_were() -> None:
-    """Entries on file name them: what writes this knob's text is in digests of it alone."""
+def test_both_knobs_are_in_the_template() -> None:
+    """So its digest is that of configs with them, and without."""
     config = default_config("scan", PROBLEM).replace(segments="parallel")
-    cut = _rewriting.with_extras("0" * 16, config.replace(merge="cut"))
-    others = (_rewriting._dependent, _rewriting._merging, _rewriting._resident)
-    written = "".join(map(inspect.getsource, others)).encode()
-    digest = hashlib.sha256(written).hexdigest()[:16]
-    assert cut == hashlib.sha256(f"{'0' * 16}{digest}".encode()).hexdigest()[:16]
-    own = {_rewriting.with_extras("0" * 16, config.replace(reach=x)) for x in (32, 64)}
-    assert len(own) == 1 and cut not in own
-
-
-def test_a_text_that_is_not_known_is_refused() -> None:
-    config = default_config("scan", PROBLEM).replace(segments="parallel")
-    source = render(PROBLEM, "scan", config).source
-    with pytest.raises(TemplateError, match="fold's text has 0 places"):
-        reaching(source.replace("n_tokens -= i_s * segment * BT", "pass"), 64)
+    found = {template_digest(config.replace(**x)) for x in ({}, {"reach": 32}, {"merge": "cut"})}
+    assert found == {text_digest([template_name(config.form)])}
+    assert template_digest(config.replace(reach=64, pdl="wait")) not in found

@@ -139,6 +139,23 @@ def test_programs_of_a_cluster_run_together(driver: _Driver, tmp_path: Path) -> 
     assert driver.attributes == [(4, (4, 2, 1)), (6, (1, 0, 0))]
 
 
+def test_an_address_is_written_once(driver: _Driver) -> None:
+    """For all maps that are alike; and a tensor that has one is read of there."""
+    place = "toy_kernel", FUNCTION, (8,), (32,), 64
+    first, second = Map(0, _REST), Map(0, _REST[::-1])
+    pairs = (first, At(0)), (second, At(2)), (first, At(2)), (Map(1, _REST), At(1))
+    launches = [Kernel(*place, (*x, 1, 2), dependent=False) for x in pairs]
+    frame, addresses = Frame(launches, _TENSORS, 0), (512, 1024, 2048)
+    assert len(frame._written) == len({first, second, Map(1, _REST), At(2)})
+    for shift in (0, 2**45):
+        driver.launched.clear()
+        lying = [x + shift for x in addresses]
+        frame.run(lying, 0)
+        for (_, given), (mapped, at) in zip(driver.launched, pairs, strict=True):
+            assert struct.unpack("<16Q", given[0]) == (lying[mapped.tensor], *mapped.rest)
+            assert struct.unpack("<Q", given[1]) == (lying[at.tensor],)
+
+
 def test_kernels_and_programs_of_a_pass_share_addresses(
     driver: _Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

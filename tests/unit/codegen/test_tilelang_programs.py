@@ -133,6 +133,25 @@ OF_MAMBA3 = [
 ]
 
 
+OF_TURNING = [
+    ("68", "64", "16", "2", "sparse", "skip,gate,carried,apart,groups"),
+    ("132", "128", "32", "2", "layer", "gate,nan"),
+    *(
+        pytest.param(*x, marks=pytest.mark.slow)
+        for x in (
+            ("132", "128", "32", "2", "layer", "skip,gate,carried"),
+            ("132", "128", "32", "1", "strong", "gate,apart,groups"),
+            ("196", "128", "64", "2", "zero", "carried,gate,apart"),
+            ("128", "128", "0", "2", "strong", "skip,gate"),
+            ("4", "128", "0", "0", "layer", "skip"),
+            ("132", "64", "32", "0", "sparse", "carried"),
+            ("132", "128", "20", "2", "layer", "gate,groups"),
+            ("132", "64", "7", "2", "layer", "gate,nan,apart"),
+        )
+    ),
+]
+
+
 OF_ITS_BACKWARD = [
     ("68", "64", "sparse", "skip,carried,angles"),
     pytest.param("132", "128", "strong", "skip,carried,angles", marks=pytest.mark.slow),
@@ -192,6 +211,20 @@ def test_mamba3s_scan_is_its_recurrence(T, N, keep, pattern, flags):
     kept = {"h"} if keep == "2" else set()
     kept |= {"ungated"} if keep != "0" and "gate" in flags else set()
     assert made == {"out", "final_ssm", *kept}
+
+
+@pytest.mark.parametrize(("T", "N", "S", "keep", "pattern", "flags"), OF_TURNING)
+def test_mamba3s_scan_that_turns_is_its_recurrence(T, N, S, keep, pattern, flags):
+    printed = run("mamba3_turning_scans.py", T, N, S, keep, pattern, flags)
+    made = {x.split()[0] for x in printed.splitlines()}
+    wanted = {"q", "k"} if keep == "2" else set()
+    if "nan" not in flags:
+        wanted |= {"out", "final_ssm"} | ({"h"} if keep == "2" else set())
+        wanted |= {"ungated"} if keep != "0" and "gate" in flags else set()
+    if S != "0":
+        wanted |= {"last_angle"} | ({"turns"} if keep != "0" else set())
+        wanted |= {"theta"} if keep == "2" else set()
+    assert made == wanted
 
 
 @pytest.mark.parametrize(("T", "N", "pattern", "flags"), OF_ITS_BACKWARD)

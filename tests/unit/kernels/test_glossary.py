@@ -17,6 +17,7 @@ from gdn2gen.kernels.glossary import WORDS
 from gdn2gen.kernels.mamba3 import MAMBA3_STAGES
 from gdn2gen.kernels.mamba3_chunks import MAMBA3_CHUNK_STAGES
 from gdn2gen.kernels.mamba3_reverse_scan import MAMBA3_REVERSE_STAGES
+from gdn2gen.kernels.mamba3_turning_scan import TURNING_STAGES
 from gdn2gen.kernels.parts import PART_STAGES
 from gdn2gen.kernels.plans import stages_of
 from gdn2gen.kernels.recurrent import RECURRENT
@@ -56,6 +57,7 @@ _PARTS = (
     *MAMBA3_STAGES,
     *MAMBA3_CHUNK_STAGES,
     *MAMBA3_REVERSE_STAGES,
+    *TURNING_STAGES,
 )
 
 

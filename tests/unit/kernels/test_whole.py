@@ -130,8 +130,8 @@ def test_they_keep_what_is_kept_instead(op: str, plan: str) -> None:
         ({"gate_dtype": "bf16"}, None, "gate_dtype of fp32, not bf16"),
         ({"l2norm": False}, None, "l2norm of True, not False"),
         ({"gate": "sigmoid"}, None, "gate of none, not sigmoid: the gate's activation is in prep"),
-        ({"K": 64}, None, "V of 64, not 128: it scans values in tiles as wide as keys"),
-        ({"K": 120, "V": 256}, None, "V of 128, not 256"),
+        ({"V": 256}, None, "V of 64, 128, not 256: one program scans 64 values, and two 128"),
+        ({"K": 40, "V": 136}, None, "V of 64, 128, not 192"),
         ({"K": 136, "V": 136}, None, "K of 64, 128, not 192: its slots are of tiles so wide"),
         ({}, "sm_80", "not 2: its waits for asynchronous copies"),
         ({}, "sm_100", "not sm_100"),
@@ -150,6 +150,55 @@ def test_what_it_does_not_serve_is_refused_in_words(
 
 
 @pytest.mark.parametrize("op", ["gdn2", "kda"])
+@pytest.mark.parametrize(
+    ("K", "V", "groups"),
+    [
+        *((128, 64, 2), (96, 48, 2), (72, 24, 2), (128, 16, 2)),
+        *((64, 128, 3), (48, 104, 3), (16, 72, 3)),
+    ],
+)
+def test_values_in_other_tiles_than_keys_are_served_where_a_recipe_says_so(
+    op: str, K: int, V: int, groups: int
+) -> None:
+    """By what is tuned for 128 x 128, too; but no call comes to it before an entry does."""
+    problem = Problem(op, K=K, V=V, initial_state=True, final_state=True)
+    config = default_config("forward", problem)
+    assert config["num_stages"] == groups and why_invalid(config, problem, "sm_90") is None
+    assert [*space.valid_configs("forward", problem, H200, 32)] == [
+        config.replace(num_stages=x) for x in range(2, groups + 1)
+    ]
+    kept = "whole_blocks2_states" if K > 64 else "whole_blocks1_states"
+    for plan in ("whole", "whole_blocks2", kept):
+        assert is_served(plan, problem, "sm_90")
+    recipe = Recipe.default(Problem(op), "whole_blocks2").fitted(problem, "sm_90")
+    assert recipe.plan.name == "whole_blocks2"
+    for level in ("lean", "fast"):
+        found = find_recipe(problem, Regime(16384, 4, 16), H200, level=level)
+        filed = (64, 64) if found.entry is None else tuple(found.entry.problem_key[x] for x in "KV")
+        same = [x > 64 for x in filed] == [K > 64, V > 64]
+        assert same or not found.recipe.plan.name.startswith("whole")
+
+
+def test_of_64_values_one_program_of_two_scans() -> None:
+    """Copies go one way, and who made a slot alone is told that it was scanned."""
+    sources = {
+        (K, V): render(Problem(K=K, V=V), "forward", default_config("forward", Problem(K=K, V=V)))
+        for K, V in ((128, 128), (128, 64), (64, 128), (64, 64))
+    }
+    text = {size: x.source for size, x in sources.items()}
+    for size, one in {(128, 128): 0, (128, 64): 1, (64, 128): 0, (64, 64): 1}.items():
+        assert ("empty = tile.alloc_cluster_barrier([WARPS] * SLOTS)" in text[size]) == one
+        assert text[size].count("dst_block=0,") == 5 * one
+        assert text[size].count("dst_block=1 - own.i_v,") == 5 * (1 - one)
+        assert ("own.i_v * BV" in text[size]) == (not one)
+    assert "own.empty[slot], slot % 2)" in text[128, 64]
+    assert "own.empty[slot], 1 - slot % 2)" in text[64, 64]
+    assert all(
+        ("SLOTS, COPIES = 2 * GROUPS + 1" in x) == (size == (64, 64)) for size, x in text.items()
+    )
+
+
+@pytest.mark.parametrize("op", ["gdn2", "kda"])
 def test_options_that_add_arguments_are_served(op: str) -> None:
     tied = {"beta_sigmoid": True, "neg_eigval": True, "beta_fp32": True} if op == "kda" else {}
     problem = Problem(op, initial_state=True, final_state=True, state_v_first=True, **tied)
@@ -163,7 +212,7 @@ def test_options_that_add_arguments_are_served(op: str) -> None:
 def test_other_head_dims_and_chunks_take_two_kernels() -> None:
     recipe = Recipe.default(Problem(), "whole_blocks2")
     assert recipe.fitted(Problem(), "sm_90") == recipe
-    found = recipe.fitted(Problem(K=64, V=128), "sm_90")
+    found = recipe.fitted(Problem(K=64, V=256), "sm_90")
     assert found.plan.name == "blocks2"
     assert all(why_invalid(x, found.problem, "sm_90") is None for x in found.configs)
     config = default_config("forward", Problem())
@@ -182,10 +231,10 @@ def test_what_keeps_states_is_of_64_channels() -> None:
 
 
 def test_what_keeps_a_state_of_two_chunks_is_of_65_to_128_channels() -> None:
-    for K, V in ((128, 128), (96, 96), (72, 120)):
+    for K, V in ((128, 128), (96, 96), (72, 120), (128, 64), (96, 48), (128, 16)):
         assert is_served("whole_blocks2_states", Problem(K=K, V=V), "sm_90")
     recipe = Recipe.default(Problem(), "whole_blocks2_states")
-    for K, V in ((64, 64), (128, 64), (48, 96)):
+    for K, V in ((64, 64), (128, 256), (48, 96)):
         problem = Problem(K=K, V=V)
         assert not is_served("whole_blocks2_states", problem, "sm_90")
         assert recipe.fitted(problem, "sm_90").plan == PLANS["blocks2_states"]

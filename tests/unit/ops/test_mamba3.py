@@ -67,6 +67,24 @@ def test_states_and_outputs_in_one_stage(name: str, fast: bool, interpreter: Che
         ("all-angles", False),
         *(
             pytest.param(x, y, marks=pytest.mark.slow)
+            for x, y in (("no-angles", True), ("plain", False), ("one-token", True))
+        ),
+    ],
+)
+def test_queries_and_keys_turned_within_the_scan(name: str, fast: bool, interpreter: Check) -> None:
+    """What a backward reads of the scan is what the stages before it would have left."""
+    kept, found = interpreter("mamba3_turning_checks:errors_turned_within", name, fast)
+    assert kept == [(2 if fast else 1, True), (0, True)]
+    assert max(found.values()) < LIMIT, found
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("layer", True),
+        ("all-angles", False),
+        *(
+            pytest.param(x, y, marks=pytest.mark.slow)
             for x, y in (("strong", False), ("plain", True))
         ),
         *(pytest.param(x, True, marks=pytest.mark.slow) for x in ("no-angles", "one-token")),

@@ -296,7 +296,7 @@ def test_bad_input_of_a_known_kind_is_refused(driver: Driver) -> None:
     assert not driver.launched
 
 
-@pytest.mark.parametrize("what", ["hooks", "poison", "watched", "thread"])
+@pytest.mark.parametrize("what", ["hooks", "poison", "watched", "a kernel", "thread"])
 def test_other_surroundings_run_the_pass_itself(
     what: str, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +321,11 @@ def test_other_surroundings_run_the_pass_itself(
         from triton import knobs
 
         monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        run()
+    elif what == "a kernel":  # is watched, the last one of the forward
+        runners = [y for x in _call._ready.values() for y in x._runners.values()]
+        (forward,) = [y for x in runners for y in x.training._bound.values()]
+        forward._hooks[-1].append(lambda *_: None)
         run()
     else:
         found = []

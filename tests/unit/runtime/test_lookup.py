@@ -40,6 +40,7 @@ from gdn2gen.runtime.signature import signature_of
 from gdn2gen.store import dispatch, pins
 from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import Found, forced_recipe
+from gdn2gen.store.surroundings import surroundings
 from gdn2gen.store.tuned_files import Entry, TunedFile, metadata_for, tuned_path, write_tuned
 
 SM_90 = named_device("sm_90")
@@ -335,11 +336,11 @@ def test_what_keeps_states_on_the_way_is_looked_up_apart(monkeypatch: pytest.Mon
     request: Any = lookup.Request(Problem(**dims, initial_state=True, final_state=True), sized)
     pins.forget()
     look: Any = prefill._runner.__wrapped__
-    made: Any = [look(request, "weak", x, False, ()) for x in ("", "bf16", "")]
+    made: Any = [look(request, "weak", x, False, surroundings()) for x in ("", "bf16", "")]
     assert asked == [False, True, False]
     assert [x.plan.name for x in made] == ["whole", "lean", "whole"]
     assert made[1].problem.checkpoints == "bf16"
-    look(request, "weak", "bf16", False, ())
+    look(request, "weak", "bf16", False, surroundings())
     (pinned,) = gdn2gen.pin()["recipes"]
     assert pinned["plan"] == "whole"
     pins.forget()

@@ -16,7 +16,8 @@ from gdn2gen.family.problem import Problem, Regime
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.runtime import lookup
 from gdn2gen.store import pins
-from gdn2gen.store.dispatch import Found, find_recipe, surroundings
+from gdn2gen.store.dispatch import Found, find_recipe
+from gdn2gen.store.surroundings import surroundings
 
 H200 = named_device("H200")
 SMALL = Regime(tokens=64, sequences=1, heads=4)

@@ -22,6 +22,7 @@ from gdn2gen.store import pins, tuned_files
 from gdn2gen.store._claims import always_checked
 from gdn2gen.store.dispatch import Found, explain_recipe, find_recipe, recipe_document, tune_command
 from gdn2gen.store.format import entry_to
+from gdn2gen.store.surroundings import Surroundings, surroundings
 from gdn2gen.store.tuned_files import Entry
 
 H200 = named_device("H200")
@@ -194,7 +195,7 @@ def test_without_a_gradient_strong_stays_strong(path: Path) -> None:
     """Of the level that keeps least there is an entry for weak decay alone, near in size."""
     _file(path, _entry("weak", mark=2), _entry("strong", level="fast", regime=FAR, mark=3))
     request = _request()
-    found = lookup.find_for(request, "fast", False, "strong")
+    found = lookup.find_for(request, "fast", False, "strong", Surroundings.of())
     assert (_mark(found), found.tuned_decay) == (3, "strong")
 
 
@@ -205,7 +206,7 @@ def test_ops_of_a_traced_call_agree_on_it(path: Path) -> None:
     for decay, mark in (("weak", 2), ("strong", 3)):
         text = lookup.agree(request, "lean", decay)
         assert lookup.Agreement.parse(text).decay == decay
-        sized = lookup._agreed.__wrapped__(request, text, ())
+        sized = lookup._agreed.__wrapped__(request, text, surroundings())
         assert sized.runner.recipe["scan"]["num_stages"] == mark
 
 

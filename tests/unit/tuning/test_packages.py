@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,10 @@ from gdn2gen.family.shapes import SHAPES
 from gdn2gen.kernels.config import Config, default_config
 from gdn2gen.kernels.recipe import Recipe
 from gdn2gen.measure.check import CheckResult
+from gdn2gen.store.dispatch import Found
 from gdn2gen.store.sizes import find_recipe_of_any_size, transferred
 from gdn2gen.tuning import packages
+from gdn2gen.workflows import generate as generating
 
 H200 = named_device("H200")
 ODD = Problem(K=96, V=192)
@@ -189,6 +192,23 @@ def test_one_that_ran_before_is_written_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="use 96 or 104"):
         gdn2gen.generate(tmp_path / "other", head_dim=100)
     assert not (tmp_path / "other").exists()
+
+
+def test_one_that_is_tuned_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the words of the package; a folder of others is refused before minutes are spent."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(generating, "tune", lambda x, **given: asked.append({"at": x, **given}))
+    words: dict[str, Any] = {"head_dim": 64, "language": "triton", "target": "H200"}
+    words |= {"tune_minutes": 3.0, "initial_state": True, "shape": "train2k", "level": "fast"}
+    made = gdn2gen.generate(tmp_path / "tuned", **words)
+    assert isinstance(made.found, Found) and made.found.recipe.problem.initial_state
+    usual = {"op": "gdn2", "value_dim": None, "dtype": "bf16", "decay": "weak"}
+    given = {"head_dim": 64, "target": "H200", "initial_state": True, "levels": "fast"}
+    assert asked == [{"at": SHAPES["train2k"], "budget_minutes": 3.0, **usual, **given}]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"did not write"):
+        gdn2gen.generate(tmp_path, **words)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
