@@ -33,5 +33,5 @@ DECODING_OPS: Final = tuple(op for op in OPS if RECURRENCES[op].public.recurrent
 def recurrence_named(op: str) -> Recurrence:
     """Raises InputError, which lists what there is, for any other name."""
     if op not in RECURRENCES:
-        raise InputError(f"op must be one of {tuple(RECURRENCES)}, but got {op!r}")
+        raise InputError(f"op must be one of {', '.join(RECURRENCES)}, but got {op!r}")
     return RECURRENCES[op]

@@ -98,14 +98,14 @@ def test_sizes_of_ours_are_timed_when_all_others_are_ready_or_have_failed(
 def test_of_the_nearest_head_dims_is_transferred_what_is_served_there(
     monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
-    """Of 64 the fastest have forms that V = 80 has not beside K = 40, but Triton's defaults."""
+    """Of 192 the fastest have configs that K = 96 has not beside V = 200, but others of theirs."""
     monkeypatch.setattr(head_dims, "_device", lambda: named_device("NVIDIA H200"))
-    problem = head_dims.problem_of("40,80")
-    near, regime = Problem(K=64, V=64), head_dims.SHAPE.regime
+    problem = head_dims.problem_of("96,200")
+    near, regime = Problem(K=192, V=192), head_dims.SHAPE.regime
     fastest = find_recipe(near, regime, head_dims._device(), level=level)
     assert any(why_invalid(x, problem, "sm_90") for x in fastest.recipe.configs)
     recipes, origin = head_dims._recipes_of(problem, level)
-    assert origin == "K=64 V=64"
+    assert origin == "K=192 V=192"
     assert [x["language"] for x in recipes["transferred"].configs].count("tilelang") >= 4
 
 
