@@ -35,9 +35,10 @@ _HOPELESS: Final = 1.3
 _HOPELESS_CHAIN: Final = 2.5
 
 
-# Extras that a search tries, of forms that take them: of the scans in segments `reach` took a forward
-# of long32k from 0.562 to 0.465 ms on an H200 (Gated DeltaNet), `merge` one of few8k from 0.101 to
-# 0.099 (GDN-2, K = V = 64). Others say what runs beside a launch, which its own time does not show.
+# Extras that a search tries, of forms that take them: of the scans in segments `reach` took a
+# forward of long32k from 0.562 to 0.465 ms on an H200 (Gated DeltaNet), `merge` one of few8k from
+# 0.101 to 0.099 (GDN-2, K = V = 64). Others say what runs beside a launch, which its own time does
+# not show.
 _SEARCHED: Final[Mapping[str, Knob]] = {"merge": "cut", "reach": 64}
 
 
